@@ -1,0 +1,126 @@
+"""The errors that people meet. Knows nothing of HTTP frameworks, Ray or tensors; standard library only.
+
+A user's mistake raises a `PedroError`: it names the field, the value and the remedy, and carries the OpenAI
+error `type` and `code` and the HTTP status under which the gateway shows it. A programmer's mistake is an
+`assert` with a message, and never reaches a tenant.
+"""
+
+from __future__ import annotations
+
+
+class PedroError(Exception):
+    """A mistake or condition that the reader can do something about; safe to show to the tenant who caused it.
+
+    `message` says what is wrong and how to mend it. `param` is the field or argument at fault, if one is.
+    """
+
+    type = "invalid_request_error"
+    code: str | None = None
+    status = 400
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    def __reduce__(self):  # keyword arguments survive the pickling between Ray processes
+        return _rebuild, (type(self), self.message, self.param, self.code, self.__dict__.get("retry_after_s"))
+
+    def body(self) -> dict:
+        """The error object of the OpenAI API (https://platform.openai.com/docs/guides/error-codes)."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def _rebuild(kind, message, param, code, retry_after_s):
+    error = kind(message, param=param, code=code)
+    if retry_after_s is not None:
+        error.retry_after_s = retry_after_s
+    return error
+
+
+class ConfigError(PedroError):
+    """A specification, option or environment variable is wrong."""
+
+    code = "invalid_config"
+
+
+class DataError(PedroError):
+    """A tenant's data file cannot be used as it is."""
+
+    code = "invalid_data"
+
+
+class BackboneError(PedroError):
+    """A backbone is missing, unreadable or of an architecture that the method does not know."""
+
+    code = "invalid_backbone"
+
+
+class AdapterError(PedroError):
+    """An adapter directory is damaged or was made for another backbone."""
+
+    code = "invalid_adapter"
+
+
+class TrainingError(PedroError):
+    """Training cannot go on, for instance because the loss is not a number."""
+
+    code = "training_failed"
+
+
+class AuthenticationError(PedroError):
+    """No key, an unknown key or a revoked one."""
+
+    type = "authentication_error"
+    code = "invalid_api_key"
+    status = 401
+
+
+class ScopeError(PedroError):
+    """The key is good but lacks the scope."""
+
+    type = "permission_error"
+    code = "insufficient_scope"
+    status = 403
+
+
+class NotFoundError(PedroError):
+    """No such thing for this tenant. Says the same whether it does not exist or belongs to somebody else."""
+
+    type = "not_found_error"
+    code = "not_found"
+    status = 404
+
+
+class ConflictError(PedroError):
+    """The state of the thing does not allow this now."""
+
+    type = "conflict_error"
+    code = "conflict"
+    status = 409
+
+
+class OverloadedError(PedroError):
+    """A bounded queue is full or a deadline passed; try again after `retry_after_s`."""
+
+    type = "overloaded_error"
+    code = "overloaded"
+    status = 503
+    retry_after_s: float = 1.0
+
+
+class UnavailableError(PedroError):
+    """The machine is not ready: a port in use, no disk space, a service that does not answer."""
+
+    type = "server_error"
+    code = "environment"
+    status = 503
+
+
+def model_not_found(name: str) -> NotFoundError:
+    """The one 404 for a model name, byte for byte the same for an unknown and for a foreign adapter."""
+    return NotFoundError(
+        f"The model '{name}' does not exist or you do not have access to it.", param="model", code="model_not_found"
+    )
