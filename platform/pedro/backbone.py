@@ -133,4 +133,3 @@ def _hash_files(directory: Path, patterns: tuple[str, ...], extra: str = "") -> 
         with file.open("rb") as stream:
             total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{total.hexdigest()}"
-

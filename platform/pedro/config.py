@@ -1,0 +1,178 @@
+"""Where things live and how a specification is read. Knows nothing of Ray, MLflow or tensors.
+
+`Settings` is the environment, read once; `load_spec` turns YAML and `key=value` words into a frozen pydantic
+model and reports every mistake at once. Precedence: defaults < YAML < `key=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pedro.errors import ConfigError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+class Frozen(BaseModel):
+    """The base of every specification: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Spec = TypeVar("Spec", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The platform's environment. Every path is absolute, so that it means the same in every process."""
+
+    home: Path
+    """Databases, artifacts, files and Ray's storage (`PEDRO_HOME`, default `.pedro` in the working directory)."""
+    tracking_uri: str
+    """MLflow's store (`MLFLOW_TRACKING_URI`, default sqlite in the home)."""
+    database_url: str
+    """Keys and jobs, an SQLAlchemy URL (`PEDRO_DATABASE_URL`, default sqlite in the home)."""
+    storage: str
+    """Data files and checkpoints, a path or fsspec URL (`PEDRO_STORAGE`, default a folder in the home)."""
+    ray_address: str | None
+    """A running Ray cluster (`RAY_ADDRESS`); none means the local head that belongs to this home."""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        """Read the environment; create nothing."""
+        home = Path(env.get("PEDRO_HOME") or ".pedro").expanduser().absolute()
+        storage = env.get("PEDRO_STORAGE") or str(home / "storage")
+        if "://" not in storage:
+            storage = str(Path(storage).expanduser().absolute())
+        return cls(
+            home=home,
+            tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+            database_url=env.get("PEDRO_DATABASE_URL") or f"sqlite:///{home / 'pedro.db'}",
+            storage=storage,
+            ray_address=env.get("RAY_ADDRESS") or None,
+        )
+
+    @property
+    def artifact_root(self) -> str:
+        """Where a local MLflow store keeps artifacts; a tracking server decides for itself."""
+        return str(self.home / "artifacts")
+
+    @property
+    def cache(self) -> Path:
+        """This host's copies of what the registry and the data room made; safe to delete at any time."""
+        return self.home / "cache"
+
+    def env(self) -> dict[str, str]:
+        """The environment variables that hand these settings to another process."""
+        return {
+            "PEDRO_HOME": str(self.home),
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "PEDRO_DATABASE_URL": self.database_url,
+            "PEDRO_STORAGE": self.storage,
+        }
+
+    def single_host(self) -> list[str]:
+        """The settings that only work while all processes share one host's disk, as `NAME=value`."""
+        local = []
+        if self.tracking_uri.startswith("sqlite:") or "://" not in self.tracking_uri:
+            local.append(f"MLFLOW_TRACKING_URI={self.tracking_uri}")
+        if self.database_url.startswith("sqlite:"):
+            local.append(f"PEDRO_DATABASE_URL={self.database_url}")
+        if "://" not in self.storage or self.storage.startswith("file://"):
+            local.append(f"PEDRO_STORAGE={self.storage}")
+        return local
+
+
+def check_name(field: str, value: str) -> str:
+    """`value` if it may name a tenant or an adapter: `[a-z0-9][a-z0-9_-]{0,62}`, no dots; ConfigError if not."""
+    if not NAME.fullmatch(value):
+        raise ConfigError(
+            f"{field}: {value!r} is no valid name; use 1 to 63 of a-z, 0-9, '_' and '-', a letter or digit first",
+            param=field,
+        )
+    return value
+
+
+def load_spec(path: str | Path, overrides: Iterable[str], kind: type[Spec]) -> Spec:
+    """Read YAML at `path`, lay `a.b=value` overrides over it, and validate it as `kind`.
+
+    Raises one ConfigError that lists every mistake with its field, value and remedy.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason})", param=str(path)) from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}", param=str(path)) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}", param=str(path))
+    for word in overrides:
+        _override(tree, word)
+    return validate_spec(tree, kind, source=str(path))
+
+
+def validate_spec(tree: dict[str, Any], kind: type[Spec], source: str = "spec") -> Spec:
+    """`tree` as `kind`, or one ConfigError that lists every mistake."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(item, kind) for item in error.errors(include_url=False)]
+        head = f"{source}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}"
+        raise ConfigError("\n  ".join([head, *problems]), param=str(error.errors()[0]["loc"])) from error
+
+
+def _override(tree: dict[str, Any], word: str) -> None:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{word!r}: expected key=value, for instance training.lr=1e-3", param=word)
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{word!r}: {parent!r} is no section, so nothing can be set inside it", param=key)
+    tree[leaf] = _scalar(value)
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r}: not a YAML value", param=text) from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text; everybody means the number
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(item: Any, kind: type[BaseModel]) -> str:
+    path = ".".join(str(part) for part in item["loc"]) or "spec"
+    if item["type"] == "extra_forbidden":
+        known = _fields(kind, item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{path}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    return f"{path}: {message}, got {item['input']!r}"
+
+
+def _fields(kind: Any, path: tuple) -> list[str]:
+    for part in path:
+        field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
+        kind = field.annotation if field else None
+    return list(kind.model_fields) if hasattr(kind, "model_fields") else []

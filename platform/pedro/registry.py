@@ -1,0 +1,342 @@
+"""Runs and adapter versions in MLflow; the only file that imports it. Knows nothing of tensors or of HTTP.
+
+A registered model is `<tenant>.<adapter>`. A version is immutable: a plain PEFT directory among its run's
+artifacts (safetensors, never pickle) and tags that carry its digests, method, spec and metrics. Three aliases
+move: `champion` (what the bare name means), `previous` (what rollback returns to) and `candidate` (the newest
+version that its gate refused).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pedro.config import Settings, check_name
+from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
+
+CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
+MANIFEST = "pedro_adapter.json"
+_PAGE = 1000
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable version of an adapter; `aliases` is as of the reading."""
+
+    tenant: str
+    adapter: str
+    version: int
+    digest: str
+    backbone_id: str
+    backbone_digest: str
+    method: str
+    trainable_parameters: int
+    metrics: dict[str, Any]
+    spec: dict[str, Any]
+    gate: str
+    run_id: str
+    created: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`tenant.adapter`, as the registry and the API call it."""
+        return f"{self.tenant}.{self.adapter}"
+
+    @property
+    def ref(self) -> str:
+        """`tenant.adapter:7`, which always means these weights."""
+        return f"{self.name}:{self.version}"
+
+
+class Registry:
+    """A connection to one MLflow store. Opening it creates the schema of a new sqlite store (some seconds, once)."""
+
+    def __init__(self, tracking_uri: str, artifact_root: str, cache_dir: Path) -> None:
+        self.tracking_uri = tracking_uri
+        self.artifact_root = artifact_root
+        self.cache_dir = Path(cache_dir)
+
+    @classmethod
+    def open(cls, settings: Settings) -> Registry:
+        """The registry that the environment names."""
+        return cls(settings.tracking_uri, settings.artifact_root, settings.cache)
+
+    @cached_property
+    def _client(self) -> Any:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        from filelock import FileLock
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+        try:
+            if self.tracking_uri.startswith("sqlite:///"):
+                database = Path(self.tracking_uri.removeprefix("sqlite:///"))
+                database.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{database}.lock"):  # two processes must not both create the schema
+                    client.search_experiments(max_results=1)
+            else:
+                client.search_experiments(max_results=1)
+        except Exception as error:
+            raise UnavailableError(
+                f"MLFLOW_TRACKING_URI: no registry answers at {self.tracking_uri} ({type(error).__name__}: {error}); "
+                "start it, or unset the variable to use the sqlite store in PEDRO_HOME",
+                param="MLFLOW_TRACKING_URI",
+            ) from error
+        return client
+
+    # Runs
+
+    def start_run(self, *, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """Open a run and return its id; a process anywhere may `log` to it."""
+        found = self._client.get_experiment_by_name(experiment)
+        if found is None:
+            local = self.tracking_uri.startswith("sqlite:")
+            location = (Path(self.artifact_root) / experiment).as_uri() if local else None
+            try:
+                experiment_id = self._client.create_experiment(experiment, artifact_location=location)
+            except self._mlflow_error():  # somebody else was first
+                experiment_id = self._client.get_experiment_by_name(experiment).experiment_id
+        else:
+            experiment_id = found.experiment_id
+        run = self._client.create_run(experiment_id, run_name=name, tags=dict(tags))
+        from mlflow.entities import Param
+
+        entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        for start in range(0, len(entries), 100):
+            self._client.log_batch(run.info.run_id, params=entries[start : start + 100])
+        return run.info.run_id
+
+    def log(self, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one point to the curves of a run."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+
+    def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        for key, value in tags.items():
+            self._client.set_tag(run_id, key, value)
+
+    def log_artifacts(self, run_id: str, directory: str | Path, path: str | None = None) -> None:
+        """Copy a directory's files into the run, under `path`."""
+        self._client.log_artifacts(run_id, str(directory), path)
+
+    def finish_run(self, run_id: str, status: str = "FINISHED") -> None:
+        """Close a run as FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(run_id, status)
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """One curve of a run: (step, value), in the order of steps."""
+        points = self._client.get_metric_history(run_id, metric)
+        return sorted((point.step, point.value) for point in points)
+
+    # Versions
+
+    def register(self, run_id: str, directory: str | Path, tenant: str, adapter: str, *, gate: str = "") -> Version:
+        """Make the adapter directory the next version of `tenant.adapter`; no alias moves.
+
+        Raises AdapterError if the directory has no manifest.
+        """
+        name = _model_name(tenant, adapter)
+        manifest = _read_manifest(Path(directory))
+        self._client.log_artifacts(run_id, str(directory), "adapter")
+        try:
+            self._client.create_registered_model(name, tags={"pedro.tenant": tenant, "pedro.adapter": adapter})
+        except self._mlflow_error():  # exists already
+            self._client.get_registered_model(name)
+        tags = {
+            "pedro.digest": manifest["digest"],
+            "pedro.backbone": manifest["backbone"]["id"],
+            "pedro.backbone_digest": manifest["backbone"]["digest"],
+            "pedro.method": manifest["method"]["name"],
+            "pedro.trainable_parameters": str(manifest.get("trainable_parameters", 0)),
+            "pedro.metrics": json.dumps(manifest.get("metrics") or {}),
+            "pedro.spec": json.dumps(manifest.get("spec") or {}),
+            "pedro.data_digest": str(manifest.get("data_digest") or ""),
+            "pedro.gate": gate,
+        }
+        made = self._client.create_model_version(name, source=f"runs:/{run_id}/adapter", run_id=run_id, tags=tags)
+        return self.get(name, int(made.version))
+
+    def get(self, name: str, which: str | int = CHAMPION) -> Version:
+        """A version of `tenant.adapter` by number or alias; NotFoundError (the uniform 404) if there is none."""
+        try:
+            if isinstance(which, int) or which.isdigit():
+                entity = self._client.get_model_version(name, str(which))
+            else:
+                entity = self._client.get_model_version_by_alias(name, which)
+        except self._mlflow_error() as error:
+            raise model_not_found(name if which == CHAMPION else f"{name}@{which}") from error
+        return _version(entity)
+
+    def versions(self, name: str) -> list[Version]:
+        """All versions of `tenant.adapter`, oldest first; empty if there is no such adapter."""
+        found = self._pages(self._client.search_model_versions, filter_string=f"name = '{_quotable(name)}'")
+        aliases = self._aliases(name)
+        return sorted((_version(entity, aliases) for entity in found), key=lambda version: version.version)
+
+    def models(self, tenant: str | None = None) -> list[str]:
+        """Names of the registered adapters, of one tenant or of all."""
+        return sorted(name for name in self.aliases() if tenant is None or name.startswith(f"{tenant}."))
+
+    def aliases(self) -> dict[str, dict[str, int]]:
+        """For every registered adapter its aliases and their versions: the one query that a watcher repeats."""
+        models = self._pages(self._client.search_registered_models, filter_string=None)
+        return {
+            model.name: {alias: int(version) for alias, version in (model.aliases or {}).items()}
+            for model in models
+            if "pedro.tenant" in model.tags
+        }
+
+    def set_alias(self, name: str, alias: str, version: int) -> Version:
+        """Point `alias` at a version that exists."""
+        self.get(name, version)
+        self._client.set_registered_model_alias(name, alias, str(version))
+        return self.get(name, version)
+
+    def tag_gate(self, version: Version, gate: str) -> None:
+        """Record on a version what its gate decided and why."""
+        self._client.set_model_version_tag(version.name, str(version.version), "pedro.gate", gate)
+
+    def promote(self, name: str, version: int) -> Version:
+        """Make a version champion; the champion until now becomes `previous`."""
+        self.get(name, version)
+        champion = self._aliases(name).get(CHAMPION)
+        if champion is not None and champion != version:
+            self._client.set_registered_model_alias(name, PREVIOUS, str(champion))
+        self._client.set_registered_model_alias(name, CHAMPION, str(version))
+        if self._aliases(name).get(CANDIDATE) == version:
+            self._client.delete_registered_model_alias(name, CANDIDATE)
+        return self.get(name, version)
+
+    def rollback(self, name: str) -> Version:
+        """Swap champion and previous; ConflictError if there is no previous version."""
+        aliases = self._aliases(name)
+        if not aliases and not self.versions(name):
+            raise model_not_found(name)
+        if PREVIOUS not in aliases or CHAMPION not in aliases:
+            raise ConflictError(f"{name}: no previous version to roll back to; `promote` one of its versions instead")
+        self._client.set_registered_model_alias(name, CHAMPION, str(aliases[PREVIOUS]))
+        self._client.set_registered_model_alias(name, PREVIOUS, str(aliases[CHAMPION]))
+        return self.get(name, aliases[PREVIOUS])
+
+    def delete(self, name: str, version: int | None = None) -> None:
+        """Delete one version, or the adapter with all of them; the champion alone is refused (ConflictError)."""
+        if version is None:
+            if name not in self.aliases():
+                raise model_not_found(name)
+            self._client.delete_registered_model(name)
+            return
+        found = self.get(name, version)
+        if CHAMPION in found.aliases:
+            raise ConflictError(f"{found.ref} is the champion; promote another version first, or delete all of {name}")
+        for alias in found.aliases:
+            self._client.delete_registered_model_alias(name, alias)
+        self._client.delete_model_version(name, str(version))
+
+    def download(self, version: Version) -> Path:
+        """The version's adapter directory on this host, from a cache keyed by its digest.
+
+        Raises AdapterError if what the store holds is not what was registered.
+        """
+        target = self.cache_dir / "adapters" / version.digest.removeprefix("sha256:")
+        if (target / MANIFEST).is_file():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".loading-", dir=target.parent))
+        try:
+            try:
+                source = Path(self._client.download_artifacts(version.run_id, "adapter", str(scratch)))
+            except (self._mlflow_error(), OSError) as error:
+                raise AdapterError(f"{version.ref}: its files are gone from the registry's artifact store") from error
+            if _read_manifest(source)["digest"] != version.digest:
+                raise AdapterError(f"{version.ref}: the stored files are not those that were registered")
+            try:
+                source.rename(target)
+            except OSError:  # another process was first with the same content
+                if not (target / MANIFEST).is_file():
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return target
+
+    def _aliases(self, name: str) -> dict[str, int]:
+        try:
+            model = self._client.get_registered_model(name)
+        except self._mlflow_error():
+            return {}
+        return {alias: int(version) for alias, version in (model.aliases or {}).items()}
+
+    @staticmethod
+    def _mlflow_error() -> type[Exception]:
+        from mlflow.exceptions import MlflowException
+
+        return MlflowException
+
+    @staticmethod
+    def _pages(search: Any, **arguments: Any) -> Iterable[Any]:
+        token = None
+        while True:
+            page = search(max_results=_PAGE, page_token=token, **arguments)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+def _model_name(tenant: str, adapter: str) -> str:
+    return f"{check_name('tenant', tenant)}.{check_name('adapter', adapter)}"
+
+
+def _quotable(name: str) -> str:
+    tenant, dot, adapter = name.partition(".")
+    if not dot:
+        raise NotFoundError(f"{name!r} is no adapter name; expected tenant.adapter", param="model")
+    return _model_name(tenant, adapter)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{directory.name}: no readable {MANIFEST}, so this is no adapter directory") from error
+
+
+def _version(entity: Any, aliases: Mapping[str, int] | None = None) -> Version:
+    tenant, _, adapter = entity.name.partition(".")
+    tags = entity.tags
+    number = int(entity.version)
+    if aliases is None:
+        held: Iterable[str] = entity.aliases or ()
+    else:
+        held = (alias for alias, version in aliases.items() if version == number)
+    return Version(
+        tenant=tenant,
+        adapter=adapter,
+        version=number,
+        digest=tags.get("pedro.digest", ""),
+        backbone_id=tags.get("pedro.backbone", ""),
+        backbone_digest=tags.get("pedro.backbone_digest", ""),
+        method=tags.get("pedro.method", ""),
+        trainable_parameters=int(tags.get("pedro.trainable_parameters") or 0),
+        metrics=json.loads(tags.get("pedro.metrics") or "{}"),
+        spec=json.loads(tags.get("pedro.spec") or "{}"),
+        gate=tags.get("pedro.gate", ""),
+        run_id=entity.run_id,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entity.creation_timestamp / 1000)),
+        aliases=tuple(sorted(held)),
+    )
