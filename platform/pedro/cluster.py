@@ -1,0 +1,207 @@
+"""Finds the Ray cluster to work on, or starts the one local head of this PEDRO_HOME. Knows nothing of jobs or serving.
+
+With `RAY_ADDRESS` set the cluster is somebody else's and is only connected to. Without it, one detached head per
+PEDRO_HOME is started on loopback with token authentication, reused by every command, and ended by `pedro down`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pedro.config import Settings
+from pedro.errors import ConfigError, UnavailableError
+
+START_TIMEOUT_S = 90
+OBJECT_STORE_BYTES = 256 << 20  # the platform passes paths between processes, not tensors
+
+
+@dataclass(frozen=True)
+class Head:
+    """The local head of one PEDRO_HOME. `started` guards against another process having taken its pid."""
+
+    address: str
+    dashboard_url: str
+    pid: int
+    started: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that this process is connected to."""
+
+    address: str
+    dashboard_url: str
+    nodes: int
+    local: bool
+
+
+def connect(settings: Settings, say: Callable[[str], None] = lambda line: None) -> Cluster:
+    """Connect this process to the cluster of `settings`, starting the local head if there is none.
+
+    Raises UnavailableError if nothing answers, ConfigError if the cluster spans hosts but storage does not.
+    """
+    external = settings.ray_address
+    if external is None:
+        _local_environment(settings)
+        address = _ensure_head(settings, say).address
+    else:
+        address = external
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, namespace="pedro", log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UnavailableError(
+                f"RAY_ADDRESS: no Ray cluster answers at {address} ({type(error).__name__}); check the address and, "
+                "where the cluster wants a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+                param="RAY_ADDRESS",
+            ) from error
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    hosts = {node["NodeManagerHostname"] for node in nodes}
+    if len(hosts) > 1 and settings.single_host():
+        raise ConfigError(
+            f"the cluster has {len(hosts)} hosts, but these live on one host's disk: {', '.join(settings.single_host())}; "
+            "point MLFLOW_TRACKING_URI at an MLflow server, PEDRO_DATABASE_URL at PostgreSQL and PEDRO_STORAGE at "
+            "storage that every host reaches (s3://…, gs://…)",
+            param="RAY_ADDRESS",
+        )
+    return Cluster(address, _dashboard_url(), len(nodes), local=external is None)
+
+
+def find_head(settings: Settings) -> Head | None:
+    """The local head of this home, if it runs."""
+    import psutil
+
+    try:
+        head = Head(**json.loads(_record(settings).read_text()))
+        process = psutil.Process(head.pid)
+        alive = abs(process.create_time() - head.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, TypeError, psutil.NoSuchProcess):
+        return None
+    return head if alive else None
+
+
+def stop_head(settings: Settings) -> bool:
+    """End the local head and every process it started; False if none ran."""
+    import psutil
+
+    head = find_head(settings)
+    if head is None:
+        return False
+    process = psutil.Process(head.pid)
+    family = [process, *process.children(recursive=True)]
+    process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for left in alive:
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
+    psutil.wait_procs(alive, timeout=5)
+    _record(settings).unlink(missing_ok=True)
+    return True
+
+
+def free_port(low: int = 20000, high: int = 32000) -> int:
+    """A loopback TCP port that nothing listens on, outside Ray's worker ports and the system's ephemeral range."""
+    for _ in range(200):
+        port = low + secrets.randbelow(high - low)
+        if port_is_free(port):
+            return port
+    raise UnavailableError(f"no free TCP port found between {low} and {high}; close some servers")
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen on `host:port` now."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _record(settings: Settings) -> Path:
+    return settings.home / "ray" / "head.json"
+
+
+def _local_environment(settings: Settings) -> None:
+    """What the head and every client of it must agree on; read by Ray when it is first imported."""
+    token = settings.home / "ray" / "token"
+    if not token.is_file():
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            handle = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w") as stream:
+                stream.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "bind to loopback only"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.update(settings.env())
+
+
+def _ensure_head(settings: Settings, say: Callable[[str], None]) -> Head:
+    from filelock import FileLock
+
+    folder = _record(settings).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        head = find_head(settings)
+        if head is not None:
+            return head
+        say("starting a local Ray head (about 10 s, once; `pedro down` ends it)")
+        head = _start_head(folder)
+        scratch = folder / "head.json.new"
+        scratch.write_text(json.dumps(asdict(head)))
+        scratch.rename(folder / "head.json")
+        return head
+
+
+def _start_head(folder: Path) -> Head:
+    import psutil
+
+    gcs, dashboard, agent = free_port(), free_port(), free_port()
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--log-color=false"]
+    command += [f"--num-cpus={os.cpu_count() or 1}"]
+    log = folder / "head.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while b"Ray runtime started" not in log.read_bytes():
+        if process.poll() is not None or time.monotonic() > deadline:
+            with suppress(ProcessLookupError):
+                process.kill()
+            raise UnavailableError(f"the local Ray head did not start; its log is {log}; `pedro doctor` checks the host")
+        time.sleep(0.1)
+    return Head(
+        address=f"127.0.0.1:{gcs}",
+        dashboard_url=f"http://127.0.0.1:{dashboard}",
+        pid=process.pid,
+        started=psutil.Process(process.pid).create_time(),
+    )
+
+
+def _dashboard_url() -> str:
+    """The address of the jobs API of the cluster that this process is connected to."""
+    if os.environ.get("RAY_API_SERVER_ADDRESS"):
+        return os.environ["RAY_API_SERVER_ADDRESS"]
+    import ray
+
+    context: Any = ray.init(ignore_reinit_error=True, logging_level="ERROR")
+    url = context.dashboard_url
+    return url if "://" in url else f"http://{url}"
