@@ -1,0 +1,110 @@
+"""Answers one generation request: admits it, then sends the whole answer or a stream of events.
+
+Everything happens inside the response, so that one block owns the backend's streams from admission to the last
+byte. Knows nothing of keys, of request bodies or of which shape it is sending.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pedro.gateway.backend import Backend, Delta, GenerateCall
+from pedro.gateway.edge import request_id_of
+from pedro.gateway.errors import stream_error_body
+from pedro.gateway.shapes import Choice, Shape, envelope, usage
+from pedro.gateway.streams import FanIn, while_connected
+
+DONE = b"data: [DONE]\n\n"
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # proxies pass events on as they come
+]
+
+
+class Answer(Response):
+    """An ASGI response. `stream`: send events; `include_usage`: with a last chunk that counts tokens."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        calls: Sequence[GenerateCall],
+        shape: Shape,
+        *,
+        stream: bool = False,
+        include_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self._backend, self._calls, self._shape = backend, calls, shape
+        self._stream, self._include_usage = stream, include_usage
+        self._choices = [
+            [Choice(number * call.n + index) for index in range(call.n)] for number, call in enumerate(calls)
+        ]
+        self._fingerprint: str | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._stream:
+            await while_connected(receive, self._send_events(send, request_id_of(scope)))
+        else:
+            body = await while_connected(receive, self._collect())
+            await JSONResponse(body)(scope, receive, send)
+
+    async def _collect(self) -> dict[str, Any]:
+        async with FanIn(self._backend, self._calls) as deltas:
+            async for batch in deltas.batches():
+                for number, delta in batch:
+                    self._accept(number, delta, keep=True)
+        self._check_finished()
+        choices = [self._shape.choice(choice) for of_call in self._choices for choice in of_call]
+        body = envelope(self._shape, self._shape.object, choices, self._fingerprint)
+        return {**body, "usage": usage(self._choices)}
+
+    async def _send_events(self, send: Send, request_id: str) -> None:
+        async with FanIn(self._backend, self._calls) as deltas:
+            await deltas.admitted()  # an error up to here has a status of its own
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+            try:
+                async for batch in deltas.batches():
+                    events = b"".join(self._events(number, delta) for number, delta in batch)
+                    if events:
+                        await send({"type": "http.response.body", "body": events, "more_body": True})
+                self._check_finished()
+                last = self._usage_event() if self._include_usage else b""
+            except Exception as error:  # noqa: BLE001 (the status is sent: the stream itself must tell)
+                last = _event(stream_error_body(error, request_id))
+        await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
+
+    def _events(self, number: int, delta: Delta) -> bytes:
+        choice = self._accept(number, delta, keep=False)
+        return b"".join(self._chunk([entry]) for entry in self._shape.chunks(choice, delta))
+
+    def _chunk(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
+        if self._include_usage:
+            extra = {"usage": None, **extra}
+        return _event({**envelope(self._shape, self._shape.chunk_object, choices, self._fingerprint), **extra})
+
+    def _usage_event(self) -> bytes:
+        return self._chunk([], usage=usage(self._choices))
+
+    def _accept(self, number: int, delta: Delta, *, keep: bool) -> Choice:
+        choice = self._choices[number][delta.index]
+        choice.accept(delta, keep=keep)
+        self._fingerprint = delta.fingerprint or self._fingerprint
+        return choice
+
+    def _check_finished(self) -> None:
+        """A stream that just ends is a fault of ours: half an answer must not look whole."""
+        for of_call in self._choices:
+            for choice in of_call:
+                if choice.finish_reason is None:
+                    raise RuntimeError(f"the backend's stream ended before choice {choice.index} was finished")
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

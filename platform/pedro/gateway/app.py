@@ -1,0 +1,51 @@
+"""Puts the gateway together: edge, errors, routes. The wiring only; each part is in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from pedro.gateway import routes_adapters, routes_health, routes_inference, routes_models
+from pedro.gateway.auth import Authenticator
+from pedro.gateway.backend import Backend
+from pedro.gateway.edge import Edge
+from pedro.gateway.errors import install_error_handlers
+from pedro.store import Store
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    max_body_bytes: int = 8 * 2**20  # more is a 413
+    body_timeout_s: float = 60.0  # a body that takes longer to arrive is a 408
+    max_choices: int = 256  # prompts × n of one request
+
+
+def create_app(
+    backend_provider: Callable[[], Backend], store: Store, settings: GatewaySettings | None = None
+) -> FastAPI:
+    """The gateway as an ASGI application.
+
+    `backend_provider` is asked at each request, on the event loop, so it must not block; it may raise a PedroError
+    while there is no backend, and `/ready` is 503 until it returns one that is ready.
+    """
+    authenticator = Authenticator(store)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        authenticator.close()
+
+    app = FastAPI(
+        title="pedro", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    app.state.backend = backend_provider
+    app.state.settings = settings or GatewaySettings()
+    app.state.authenticator = authenticator
+    install_error_handlers(app)
+    app.add_middleware(Edge)
+    for routes in (routes_inference, routes_models, routes_adapters, routes_health):
+        app.include_router(routes.router)
+    return app

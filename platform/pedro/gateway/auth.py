@@ -1,0 +1,68 @@
+"""Says who is calling, from the bearer key. Knows nothing of models or quotas.
+
+The key is looked up at every request, so a revoked one fails at once; the lookup runs on threads of its own, so
+that a slow disk or database never holds up the streams of others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from pedro.errors import AuthenticationError, ScopeError
+from pedro.gateway.backend import ALL_TENANTS
+from pedro.store import ADMIN, KeyRecord, Store
+
+
+@dataclass(frozen=True)
+class Principal:
+    """The caller: a key's tenant and scopes."""
+
+    key_id: str
+    tenant: str
+    scopes: frozenset[str]
+
+    @property
+    def view(self) -> str:
+        """Whose models this caller may see: its tenant's, or everybody's for an admin key."""
+        return ALL_TENANTS if ADMIN in self.scopes else self.tenant
+
+
+class Authenticator:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pedro-auth")
+
+    async def __call__(self, authorization: str | None) -> Principal:
+        """Raises AuthenticationError for no key, an unknown one or a revoked one."""
+        secret = _bearer(authorization)
+        loop = asyncio.get_running_loop()
+        key: KeyRecord = await loop.run_in_executor(self._threads, self._store.authenticate, secret)
+        return Principal(key.id, key.tenant, frozenset(key.scopes))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)
+
+
+def require(scope: str):
+    """A FastAPI dependency: the caller, whose key must have `scope`; admin keys have every scope."""
+
+    async def caller(request: Request) -> Principal:
+        principal = await request.app.state.authenticator(request.headers.get("authorization"))
+        if not principal.scopes & {scope, ADMIN}:
+            raise ScopeError(f"This API key lacks the scope '{scope}'; use a key that was created with it.")
+        return principal
+
+    return caller
+
+
+def _bearer(authorization: str | None) -> str:
+    kind, _, secret = (authorization or "").strip().partition(" ")
+    if kind.lower() != "bearer" or not secret.strip():
+        raise AuthenticationError(
+            "You did not provide an API key. Send it as 'Authorization: Bearer sk-pedro-...'.", code="missing_api_key"
+        )
+    return secret.strip()

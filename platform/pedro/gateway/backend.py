@@ -1,0 +1,148 @@
+"""What the gateway asks of whatever makes the tokens. Knows nothing of HTTP, of engines or of where they run.
+
+An implementation conforms by shape (`typing.Protocol`); nothing is inherited. Errors meant for the tenant are
+`pedro.errors.PedroError`; anything else is a fault of ours, and the tenant sees only that it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+ALL_TENANTS = "*"
+"""The tenant named by a call made with an admin key: every tenant's models are visible to it."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A name that can stand in a request's `model` field."""
+
+    id: str
+    created: int  # Unix seconds
+    owned_by: str  # the tenant, or "pedro" for the backbone
+    backbone: str
+    version: int | None = None  # of the adapter that the name means now; None for the backbone
+    digest: str | None = None
+    max_model_len: int | None = None  # tokens of prompt and answer together
+
+
+@dataclass(frozen=True)
+class VersionCard:
+    """One immutable version of an adapter, as an operator sees it."""
+
+    version: int
+    digest: str
+    created: str  # ISO 8601, UTC
+    method: str = ""
+    status: str = ""
+    aliases: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """An adapter `tenant.adapter` with its versions, newest first."""
+
+    name: str
+    aliases: Mapping[str, int]
+    versions: tuple[VersionCard, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """One prompt to continue, `n` times.
+
+    `request_id` is unique and never chosen by a client, so one tenant cannot name another's request; `trace_id` is
+    the `x-request-id` that the client sees and may have chosen: for logs only.
+    `tenant` says whose models may be used (`ALL_TENANTS` for an admin key).
+    Exactly one of `prompt` and `messages` is set. Token ids are taken as they are; text is encoded as in training.
+    `params` holds only what the request set, under the names of the engine's `SamplingParams`: max_tokens,
+    temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos, logprobs (number of alternatives; 0
+    is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty.
+    `conditioning_length`: so many first tokens of the prompt condition the vectors; None is the whole prompt.
+    `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
+    """
+
+    request_id: str
+    tenant: str
+    model: str
+    prompt: str | tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    n: int = 1
+    conditioning_length: int | None = None
+    echo: bool = False
+    trace_id: str = ""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token that could have stood at a position. `raw` are its bytes where the text alone cannot tell them."""
+
+    token: str
+    logprob: float
+    raw: bytes | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token's log-probability, natural logarithm; None for the first token of an echoed prompt."""
+
+    token: str
+    logprob: float | None
+    top: tuple[Alternative, ...] = ()
+    raw: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one choice gained since its last delta.
+
+    `finish_reason` ("stop" or "length") is set on the last delta of the choice and on no other.
+    `prompt_tokens` and `completion_tokens` are totals of this choice so far. `logprobs` belong to `token_ids`, one
+    each, when the call asked for them. `fingerprint` names the adapter version and digest that answered.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    fingerprint: str | None = None
+
+
+class Backend(Protocol):
+    """Everything behind the HTTP edge."""
+
+    async def list_models(self, tenant: str) -> list[ModelCard]:
+        """The backbone and the adapters that `tenant` may use."""
+        ...
+
+    async def get_model(self, tenant: str, name: str) -> ModelCard:
+        """Raises `pedro.errors.model_not_found(name)`, the same for an unknown and for a foreign adapter."""
+        ...
+
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Delta, None]:
+        """Deltas of the `n` choices, interleaved as they come.
+
+        The first delta comes after admission: an error before it becomes an HTTP status, one after it an event in
+        the stream. Cancelling the consumer or `aclose()` frees whatever the call holds.
+        """
+        ...
+
+    async def list_adapters(self, tenant: str) -> list[AdapterCard]: ...
+
+    async def promote(self, tenant: str, name: str, version: int) -> AdapterCard:
+        """Makes `version` the champion, and the champion `previous`. Raises NotFoundError."""
+        ...
+
+    async def rollback(self, tenant: str, name: str) -> AdapterCard:
+        """Swaps champion and previous. Raises NotFoundError, or ConflictError where there is no previous one."""
+        ...
+
+    async def ready(self) -> bool:
+        """True once a request would be answered; false (or an error) keeps traffic away."""
+        ...

@@ -1,0 +1,63 @@
+"""The outermost layer: gives every response its request id and answers what nobody else caught.
+
+Pure ASGI, so that disconnects and streams pass through untouched. Knows nothing of routes or keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pedro.gateway.errors import internal_error_body
+
+REQUEST_ID_HEADER = "x-request-id"
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+log = logging.getLogger("pedro.gateway")
+
+
+def choose_request_id(offered: str | None) -> str:
+    """The client's id if it can stand in a header and a log line, else a fresh one."""
+    if offered is not None and _SANE_ID.fullmatch(offered):
+        return offered
+    return f"req_{uuid.uuid4().hex}"
+
+
+def request_id_of(scope: Scope) -> str:
+    return scope["state"]["request_id"]
+
+
+class Edge:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = choose_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            log.info("request %s: the client went away", request_id)
+        except Exception:  # the HTTP edge: nothing internal may pass it
+            log.exception("request %s failed", request_id)
+            if started:
+                raise  # the server cuts the connection: a broken body must not look whole
+            await JSONResponse(internal_error_body(request_id), status_code=500)(scope, receive, send_with_id)

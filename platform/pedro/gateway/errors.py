@@ -1,0 +1,95 @@
+"""Turns whatever went wrong into OpenAI's error body. Knows nothing of routes.
+
+Only the text of a `PedroError` reaches a client; everything else goes to the log with the request id.
+Shape: https://platform.openai.com/docs/guides/error-codes
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from pedro.errors import PedroError
+
+log = logging.getLogger("pedro.gateway")
+
+
+class PayloadTooLargeError(PedroError):
+    """The request body is over the limit."""
+
+    code = "request_too_large"
+    status = 413
+
+
+class RequestTimeoutError(PedroError):
+    """The request body did not arrive in time."""
+
+    type = "timeout_error"
+    code = "request_timeout"
+    status = 408
+
+
+def error_response(error: PedroError) -> JSONResponse:
+    headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+def internal_error_body(request_id: str) -> dict:
+    """The one text for every fault of ours; the details are in the log under the request id."""
+    return {
+        "error": {
+            "message": f"The server had an error while processing your request (request id {request_id}).",
+            "type": "server_error",
+            "param": None,
+            "code": "internal_error",
+        }
+    }
+
+
+def stream_error_body(error: Exception, request_id: str) -> dict:
+    """The body of an error that happened after the status was sent; logs what the client may not see."""
+    if isinstance(error, PedroError):
+        return error.body()
+    log.error("request %s failed mid-stream", request_id, exc_info=error)
+    return internal_error_body(request_id)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Unexpected exceptions are not here: the edge answers those, so that they too carry the request id."""
+
+    @app.exception_handler(PedroError)
+    async def _pedro(request: Request, error: PedroError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "unknown_url", 405: "method_not_allowed"}
+        if error.status_code in codes:
+            message = f"Invalid URL ({request.method} {request.url.path})."
+        else:
+            message = str(error.detail)
+        body = {
+            "error": {
+                "message": message,
+                "type": "invalid_request_error",
+                "param": None,
+                "code": codes.get(error.status_code),
+            }
+        }
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        return error_response(PedroError(f"{field}: {first['msg']}", param=field or None))

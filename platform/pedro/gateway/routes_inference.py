@@ -1,0 +1,48 @@
+"""/v1/completions and /v1/chat/completions: read, check, call, answer. Knows nothing of how an answer is sent."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from pedro.gateway.answer import Answer
+from pedro.gateway.auth import Principal, require
+from pedro.gateway.body import read_body
+from pedro.gateway.calls import chat_call, completion_calls
+from pedro.gateway.edge import request_id_of
+from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields, parse
+from pedro.gateway.shapes import ChatShape, CompletionShape
+from pedro.store import INFER
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> Response:
+    wanted = parse(CompletionRequest, await read_body(request))
+    calls = completion_calls(wanted, **_context(request, caller))
+    shape = CompletionShape(calls[0].request_id.rpartition("-")[0], wanted.model)
+    return Answer(request.app.state.backend(), calls, shape, **_delivery(wanted))
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> Response:
+    wanted = parse(ChatRequest, await read_body(request))
+    call = chat_call(wanted, **_context(request, caller))
+    shape = ChatShape(call.request_id.rpartition("-")[0], wanted.model)
+    return Answer(request.app.state.backend(), [call], shape, **_delivery(wanted))
+
+
+def _context(request: Request, caller: Principal) -> dict:
+    return {
+        "tenant": caller.view,
+        "trace_id": request_id_of(request.scope),
+        "max_choices": request.app.state.settings.max_choices,
+    }
+
+
+def _delivery(wanted: SamplingFields) -> dict:
+    options = wanted.stream_options
+    return {"stream": bool(wanted.stream), "include_usage": bool(options and options.include_usage)}

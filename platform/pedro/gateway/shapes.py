@@ -1,0 +1,187 @@
+"""OpenAI's response bodies, as plain dictionaries. Knows nothing of HTTP or of where the deltas come from.
+
+Two shapes, `CompletionShape` and `ChatShape`, with the same three methods: `chunks` of a stream, one `choice` of a
+whole answer, and the envelope around either.
+Reference: https://platform.openai.com/docs/api-reference/completions/object and .../chat/streaming
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pedro.gateway.backend import Alternative, Delta, TokenLogprob
+
+IMPOSSIBLE = -9999.0
+
+
+@dataclass
+class Choice:
+    """One choice as it grows. `offset`: characters of the tokens whose logprobs were shown."""
+
+    index: int
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    offset: int = 0
+    started: bool = False
+
+    def accept(self, delta: Delta, *, keep: bool) -> None:
+        """Takes what is new; `keep` it for a whole answer."""
+        assert self.finish_reason is None, f"choice {self.index} went on after its finish_reason"
+        self.finish_reason = delta.finish_reason
+        self.prompt_tokens = max(self.prompt_tokens, delta.prompt_tokens)
+        self.completion_tokens = max(self.completion_tokens, delta.completion_tokens)
+        if keep:
+            self.text.append(delta.text)
+            if delta.logprobs is not None:
+                self.logprobs = [*(self.logprobs or []), *delta.logprobs]
+
+
+class Shape(Protocol):
+    id: str
+    object: str
+    chunk_object: str
+    model: str
+    created: int
+
+    def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
+        """The `choices` entries that tell a client of this delta, one a chunk."""
+        ...
+
+    def choice(self, choice: Choice) -> dict[str, Any]: ...
+
+
+class CompletionShape:
+    object = chunk_object = "text_completion"
+
+    def __init__(self, request_id: str, model: str) -> None:
+        self.id, self.model, self.created = request_id, model, int(time.time())
+
+    def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
+        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+            return []
+        logprobs = None
+        if delta.logprobs is not None:
+            logprobs = completion_logprobs(delta.logprobs, choice.offset)
+            choice.offset += sum(len(entry.token) for entry in delta.logprobs)
+        return [_completion_choice(choice.index, delta.text, logprobs, delta.finish_reason)]
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        logprobs = None if choice.logprobs is None else completion_logprobs(choice.logprobs, 0)
+        return _completion_choice(choice.index, "".join(choice.text), logprobs, choice.finish_reason)
+
+
+class ChatShape:
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, request_id: str, model: str) -> None:
+        self.id, self.model, self.created = request_id, model, int(time.time())
+
+    def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
+        entries = []
+        if not choice.started:
+            choice.started = True
+            entries.append(_chat_chunk(choice.index, {"role": "assistant", "content": "", "refusal": None}))
+        if delta.text or delta.logprobs:
+            logprobs = None if delta.logprobs is None else chat_logprobs(delta.logprobs)
+            entries.append(_chat_chunk(choice.index, {"content": delta.text}, logprobs))
+        if delta.finish_reason is not None:
+            entries.append(_chat_chunk(choice.index, {}, None, delta.finish_reason))
+        return entries
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "logprobs": None if choice.logprobs is None else chat_logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+
+def envelope(shape: Shape, kind: str, choices: list[dict[str, Any]], fingerprint: str | None) -> dict[str, Any]:
+    return {
+        "id": shape.id,
+        "object": kind,
+        "created": shape.created,
+        "model": shape.model,
+        "system_fingerprint": fingerprint,
+        "choices": choices,
+    }
+
+
+def usage(choices: list[list[Choice]]) -> dict[str, int]:
+    """Tokens of the answer to choices[prompt][choice]; a prompt counts once however many choices it has."""
+    prompt_tokens = sum(max(choice.prompt_tokens for choice in of_prompt) for of_prompt in choices)
+    completion_tokens = sum(choice.completion_tokens for of_prompt in choices for choice in of_prompt)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def completion_logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...], offset: int) -> dict[str, Any]:
+    """The parallel lists of /v1/completions. The chosen token is always among its alternatives."""
+    offsets, top = [], []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry.token)
+        top.append(_alternatives(entry))
+    return {
+        "text_offset": offsets,
+        "token_logprobs": [_finite(entry.logprob) for entry in entries],
+        "tokens": [_token_name(entry) for entry in entries],
+        "top_logprobs": top,
+    }
+
+
+def chat_logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    content = [
+        {**_chat_token(entry), "top_logprobs": [_chat_token(alternative) for alternative in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _alternatives(entry: TokenLogprob) -> dict[str, float] | None:
+    if entry.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for candidate in (*entry.top, entry):
+        found.setdefault(_token_name(candidate), _finite(candidate.logprob))
+    return found
+
+
+def _token_name(token: TokenLogprob | Alternative) -> str:
+    """The text, or OpenAI's `bytes:\\x..` for a piece of a character, so that two such pieces stay two keys."""
+    if token.raw is not None:
+        try:
+            token.raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw)
+    return token.token
+
+
+def _chat_token(token: TokenLogprob | Alternative) -> dict[str, Any]:
+    raw = token.token.encode() if token.raw is None else token.raw
+    return {"token": _token_name(token), "logprob": _finite(token.logprob), "bytes": list(raw)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no infinity: a token that cannot occur has OpenAI's stand-in."""
+    return None if logprob is None else max(logprob, IMPOSSIBLE)
+
+
+def _completion_choice(index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _chat_chunk(
+    index: int, delta: dict[str, Any], logprobs: dict | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

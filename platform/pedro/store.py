@@ -1,0 +1,341 @@
+"""Keeps the platform's own records, API keys and jobs, in sqlite or PostgreSQL. Knows nothing of HTTP, Ray or MLflow.
+
+Rows never leave this file: callers get frozen records. Every method is one short transaction, safe from many
+threads and processes at once. Times are Unix seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import secrets
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from pedro.config import check_name
+from pedro.errors import AuthenticationError, ConfigError, ConflictError, NotFoundError, UnavailableError
+
+INFER, TRAIN, ADMIN = "infer", "train", "admin"
+SCOPES = (INFER, TRAIN, ADMIN)
+KEY_PREFIX = "sk-pedro-"
+BUSY_TIMEOUT_S = 20
+
+
+class JobStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return not _NEXT[self]
+
+
+_NEXT = {
+    JobStatus.QUEUED: {JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED},
+    JobStatus.RUNNING: {
+        JobStatus.QUEUED,  # sent back after its cluster was lost
+        JobStatus.PAUSED,
+        JobStatus.SUCCEEDED,
+        JobStatus.FAILED,
+        JobStatus.CANCELLED,
+    },
+    JobStatus.PAUSED: {JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED},
+    JobStatus.SUCCEEDED: set(),
+    JobStatus.FAILED: set(),
+    JobStatus.CANCELLED: set(),
+}
+
+
+@dataclass(frozen=True)
+class KeyRecord:
+    id: str
+    tenant: str
+    name: str
+    scopes: tuple[str, ...]
+    hint: str  # the secret's last four characters, to tell keys apart in a list
+    created: float
+    revoked: float | None
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    id: str
+    tenant: str
+    adapter: str
+    spec: dict[str, Any]
+    status: JobStatus
+    submission_id: str | None
+    created: float
+    finished: float | None
+    result: dict[str, Any] | None
+    message: str
+
+
+_metadata = sa.MetaData()
+_keys = sa.Table(
+    "pedro_keys",
+    _metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("tenant", sa.String(63), nullable=False, index=True),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("scopes", sa.String(100), nullable=False),
+    sa.Column("hint", sa.String(4), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False, unique=True),  # sha256 of the secret
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("revoked", sa.Float),
+)
+_jobs = sa.Table(
+    "pedro_jobs",
+    _metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("tenant", sa.String(63), nullable=False, index=True),
+    sa.Column("adapter", sa.String(63), nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("status", sa.String(20), nullable=False, index=True),
+    sa.Column("submission_id", sa.String(200)),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("finished", sa.Float),
+    sa.Column("result", sa.JSON(none_as_null=True)),
+    sa.Column("message", sa.Text, nullable=False),
+)
+
+
+class Store:
+    """The records behind one database URL. Picklable: a copy in another process opens its own connections."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigError for a URL that cannot be used, UnavailableError when the database does not answer."""
+        self._url = url
+        self._engine = _open(_parse_url(url))
+        self._create_tables()
+
+    def __reduce__(self):
+        return Store, (self._url,)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # keys
+
+    def create_key(self, tenant: str, scopes: Iterable[str] = (INFER,), name: str = "") -> tuple[KeyRecord, str]:
+        """A new key and its secret, which is not kept and cannot be shown again. Raises ConfigError."""
+        check_name("tenant", tenant)
+        wanted = set(scopes)
+        unknown = sorted(wanted - set(SCOPES))
+        if unknown or not wanted:
+            got = ", ".join(unknown) or "none"
+            raise ConfigError(f"scopes: expected some of {', '.join(SCOPES)}, got {got}", param="scopes")
+        secret = KEY_PREFIX + secrets.token_urlsafe(32)
+        record = KeyRecord(
+            id=f"key_{uuid.uuid4().hex}",
+            tenant=tenant,
+            name=name,
+            scopes=tuple(scope for scope in SCOPES if scope in wanted),
+            hint=secret[-4:],
+            created=time.time(),
+            revoked=None,
+        )
+        values = {**record.__dict__, "scopes": ",".join(record.scopes), "digest": _digest(secret)}
+        with self._transaction() as connection:
+            connection.execute(sa.insert(_keys).values(values))
+        return record, secret
+
+    def authenticate(self, secret: str) -> KeyRecord:
+        """The live key with this secret. Raises AuthenticationError, the same for unknown and revoked."""
+        digest = _digest(secret)
+        with self._transaction() as connection:
+            row = connection.execute(sa.select(_keys).where(_keys.c.digest == digest)).one_or_none()
+        # The lookup compares hashes, whose prefixes a caller cannot steer; the final comparison is constant-time.
+        if row is None or not hmac.compare_digest(row.digest, digest) or row.revoked is not None:
+            raise AuthenticationError("Incorrect API key provided. It is unknown or has been revoked.")
+        return _key_record(row)
+
+    def revoke_key(self, key_id: str) -> KeyRecord:
+        """Ends a key; doing so again changes nothing. Raises NotFoundError."""
+        live = sa.and_(_keys.c.id == key_id, _keys.c.revoked.is_(None))
+        with self._transaction() as connection:
+            connection.execute(sa.update(_keys).where(live).values(revoked=time.time()))
+            row = connection.execute(sa.select(_keys).where(_keys.c.id == key_id)).one_or_none()
+        if row is None:
+            raise NotFoundError(f"key '{key_id}' does not exist; list keys to see their ids", param="key")
+        return _key_record(row)
+
+    def list_keys(self, tenant: str | None = None) -> list[KeyRecord]:
+        """Keys, revoked ones included, oldest first; of every tenant if none is named."""
+        query = sa.select(_keys).order_by(_keys.c.created, _keys.c.id)
+        if tenant is not None:
+            query = query.where(_keys.c.tenant == tenant)
+        with self._transaction() as connection:
+            return [_key_record(row) for row in connection.execute(query)]
+
+    # jobs
+
+    def create_job(self, tenant: str, adapter: str, spec: dict[str, Any], job_id: str | None = None) -> JobRecord:
+        """A queued job. `job_id` lets a caller that needs the id beforehand bring it."""
+        record = JobRecord(
+            id=job_id or f"ftjob-{uuid.uuid4().hex[:24]}",
+            tenant=tenant,
+            adapter=adapter,
+            spec=spec,
+            status=JobStatus.QUEUED,
+            submission_id=None,
+            created=time.time(),
+            finished=None,
+            result=None,
+            message="",
+        )
+        with self._transaction() as connection:
+            connection.execute(sa.insert(_jobs).values({**record.__dict__, "status": record.status.value}))
+        return record
+
+    def update_job(
+        self,
+        job_id: str,
+        *,
+        status: JobStatus | str | None = None,
+        submission_id: str | None = None,
+        result: dict[str, Any] | None = None,
+        message: str | None = None,
+    ) -> JobRecord:
+        """Changes what is given; a final status stamps `finished`. Naming the present status again is allowed.
+
+        Raises NotFoundError, or ConflictError when the job cannot go from its status to this one: the check and the
+        change are one statement, so of two processes that race for a transition one gets the error.
+        """
+        given = {"submission_id": submission_id, "result": result, "message": message}
+        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        where = _jobs.c.id == job_id
+        if status is not None:
+            target = JobStatus(status)
+            sources = [source.value for source in JobStatus if target in _NEXT[source] or source == target]
+            where = sa.and_(where, _jobs.c.status.in_(sources))
+            values["status"] = target.value
+            if target.final:
+                values["finished"] = sa.func.coalesce(_jobs.c.finished, time.time())
+        with self._transaction() as connection:
+            changed = connection.execute(sa.update(_jobs).where(where).values(values)).rowcount if values else 1
+            row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one_or_none()
+        if row is None:
+            raise _job_not_found(job_id)
+        if not changed:
+            raise ConflictError(f"job '{job_id}' is {row.status} and cannot become {status}", param="status")
+        return _job_record(row)
+
+    def get_job(self, job_id: str, tenant: str | None = None) -> JobRecord:
+        """Raises NotFoundError, the same for an unknown job and for one of another tenant than the one named."""
+        with self._transaction() as connection:
+            row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one_or_none()
+        if row is None or (tenant is not None and row.tenant != tenant):
+            raise _job_not_found(job_id)
+        return _job_record(row)
+
+    def list_jobs(
+        self, tenant: str | None = None, *, status: JobStatus | str | None = None, limit: int | None = None
+    ) -> list[JobRecord]:
+        """Jobs, newest first."""
+        query = sa.select(_jobs).order_by(_jobs.c.created.desc(), _jobs.c.id.desc()).limit(limit)
+        if tenant is not None:
+            query = query.where(_jobs.c.tenant == tenant)
+        if status is not None:
+            query = query.where(_jobs.c.status == JobStatus(status).value)
+        with self._transaction() as connection:
+            return [_job_record(row) for row in connection.execute(query)]
+
+    # the database
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
+            raise UnavailableError("The platform's database does not answer; try again.", code="database") from error
+
+    def _create_tables(self) -> None:
+        for last_try in (False, False, True):
+            try:
+                with self._engine.begin() as connection:
+                    for table in _metadata.sorted_tables:
+                        connection.execute(CreateTable(table, if_not_exists=True))
+                        for index in table.indexes:
+                            connection.execute(CreateIndex(index, if_not_exists=True))
+                return
+            except sa.exc.DBAPIError as error:  # another process may be creating the same tables
+                if last_try:
+                    where = self._engine.url.render_as_string(hide_password=True)
+                    raise UnavailableError(
+                        f"database {where}: cannot be opened ({error.orig}); check PEDRO_DATABASE_URL", code="database"
+                    ) from error
+                time.sleep(0.2)
+
+
+def _parse_url(text: str) -> URL:
+    try:
+        url = make_url(text)
+    except sa.exc.ArgumentError:
+        raise ConfigError(
+            "database_url: expected a URL such as sqlite:////srv/pedro/pedro.db or postgresql://user@host/pedro",
+            param="database_url",
+        ) from None
+    if url.get_backend_name() == "postgres" or url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ConfigError(
+            f"database_url: expected sqlite or postgresql, got {url.get_backend_name()}", param="database_url"
+        )
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ConfigError("database_url: expected a file, got sqlite in memory, which no two processes share")
+    return url
+
+
+def _open(url: URL) -> Engine:
+    try:
+        if url.get_backend_name() != "sqlite":
+            return sa.create_engine(url, pool_pre_ping=True)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"database_url: needs the module {error.name}; pip install 'psycopg[binary]'", param="database_url"
+        ) from error
+    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection, _record) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
+        cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.close()
+
+    return engine
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _key_record(row: sa.Row) -> KeyRecord:
+    return KeyRecord(row.id, row.tenant, row.name, tuple(row.scopes.split(",")), row.hint, row.created, row.revoked)
+
+
+def _job_record(row: sa.Row) -> JobRecord:
+    values = {column.name: getattr(row, column.name) for column in _jobs.columns}
+    return JobRecord(**{**values, "status": JobStatus(row.status)})
+
+
+def _job_not_found(job_id: str) -> NotFoundError:
+    return NotFoundError(f"job '{job_id}' does not exist or you do not have access to it", param="job")
