@@ -1,0 +1,307 @@
+"""Says whether a tenant's file can be trained on, and what is odd about it. Knows nothing of training.
+
+One pass over the file, line by line. What grows with the file is 24 bytes an example (two hashes and two lengths),
+so gigabytes can be checked on a laptop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pedro.data.formats import (
+    PromptFormat,
+    encode_completion,
+    encode_completions,
+    encode_prompt,
+    encode_prompts,
+    format_for_shape,
+)
+from pedro.data.lines import bad_lines, data_digest, empty_file, scan
+from pedro.data.shapes import Example, LineError, ParsedLine, Shape
+from pedro.errors import DataError
+
+MAX_ERRORS = 100
+BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of one column, in tokens."""
+
+    min: int
+    median: int
+    p95: int
+    max: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found. `usable` says whether the file may be trained on; the rest is for the reader to weigh.
+
+    `truncated` answers lose their end to fit `max_length`, `dropped` examples have prompts that leave no room for
+    one answer token (both None without a tokenizer and a length). `duplicates` repeat an earlier prompt and answer;
+    `leaked` have a prompt that the validation file has too. `ignored` counts what is in the lines but not learnt
+    from. Of `error_count` bad lines, the first 100 are in `errors`.
+    """
+
+    path: str
+    digest: str
+    shape: str | None
+    format: str | None
+    rows: int
+    examples: int
+    prompt_tokens: Lengths | None
+    completion_tokens: Lengths | None
+    max_length: int | None
+    truncated: int | None
+    dropped: int | None
+    duplicates: int
+    empty_answers: int
+    leaked: int | None
+    validation_examples: int | None
+    validation_errors: int | None
+    ignored: dict[str, int]
+    errors: tuple[dict[str, Any], ...]
+    error_count: int
+
+    @property
+    def usable(self) -> bool:
+        """Every line is good and at least one example can be trained on."""
+        return self.error_count == 0 and self.examples - (self.dropped or 0) > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"usable": self.usable, **asdict(self)}
+
+    def text(self) -> str:
+        """The report as lines for a terminal."""
+        lines = [f"{self.path}: {'usable' if self.usable else 'NOT usable'}"]
+        lines.append(f"  shape       {self.shape or 'unknown'}, prompt format {self.format or 'unknown'}")
+        lines.append(f"  rows        {self.rows:,} lines, {self.examples:,} examples")
+        for name, lengths in (("prompt", self.prompt_tokens), ("answer", self.completion_tokens)):
+            if lengths:
+                spread = f"min {lengths.min}, median {lengths.median}, 95 % {lengths.p95}, max {lengths.max}"
+                lines.append(f"  {name:11} tokens: {spread}; {lengths.total:,} in all")
+        if self.max_length is not None and self.truncated is not None:
+            cut = f"{self.truncated:,} answers truncated, {self.dropped:,} examples dropped"
+            lines.append(f"  length      {cut} at {self.max_length} tokens")
+        lines.append(f"  duplicates  {self.duplicates:,}")
+        lines.append(f"  empty       {self.empty_answers:,} answers are blank")
+        if self.leaked is not None:
+            lines.append(f"  leakage     {self.leaked:,} prompts are in the validation file too")
+        if self.validation_errors:
+            lines.append(f"  validation  {self.validation_errors:,} bad lines; check that file as well")
+        if not self.examples and not self.error_count:
+            lines.append("  error       no examples in the file; put one JSON object on each line")
+        lines += [f"  ignored     {name}: {count:,}" for name, count in self.ignored.items()]
+        lines += [f"  error       line {e['line']}: {e['field']}: {e['reason']}" for e in self.errors]
+        if self.error_count > len(self.errors):
+            lines.append(f"  error       and {self.error_count - len(self.errors):,} more bad lines")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MaskedRow:
+    """One row as training sees it. `tokens` are texts, `supervised` says which of them the loss counts."""
+
+    line: int
+    prompt: str
+    completion: str
+    prompt_len: int
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    supervised: tuple[bool, ...]
+
+    def text(self) -> str:
+        """The row for a terminal: masked tokens plain, learnt ones in brackets."""
+        marked = "".join(f"[{token}]" if on else token for token, on in zip(self.tokens, self.supervised, strict=True))
+        learnt = len(self.tokens) - self.prompt_len
+        head = f"line {self.line}: {self.prompt_len} prompt tokens (masked), {learnt} answer tokens [learnt]"
+        return f"{head}\n  {marked}"
+
+
+def check_file(
+    path: Path | str,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    validation: Path | str | None = None,
+    format: PromptFormat | None = None,
+) -> Report:
+    """Checks a JSONL file. Token counts need a `tokenizer`, truncation a `max_length` as well.
+
+    `format` is how prompts are written (the shape's own by default). Raises DataError only if a file cannot be
+    opened: everything wrong inside it is in the report.
+    """
+    tally = _Tally(tokenizer, max_length, format)
+    for batch in _batches(scan(path), BATCH):
+        tally.add(batch)
+    validation_prompts = None
+    validation_errors = None
+    if validation is not None:
+        other = _Tally(None, None, tally.format)
+        for batch in _batches(scan(validation), BATCH):
+            other.add(batch)
+        validation_prompts, validation_errors = other.prompts, other.error_count
+    return Report(
+        path=str(path),
+        digest=data_digest(path),
+        shape=tally.shape,
+        format=tally.format.id if tally.format else None,
+        rows=tally.rows,
+        examples=len(tally.prompts),
+        prompt_tokens=_lengths(tally.prompt_lengths),
+        completion_tokens=_lengths(tally.completion_lengths),
+        max_length=max_length,
+        truncated=tally.truncated if tokenizer is not None and max_length else None,
+        dropped=tally.dropped if tokenizer is not None and max_length else None,
+        duplicates=_repeats(tally.pairs),
+        empty_answers=tally.empty_answers,
+        leaked=None if validation_prompts is None else _shared(tally.prompts, validation_prompts),
+        validation_examples=None if validation_prompts is None else len(validation_prompts),
+        validation_errors=validation_errors,
+        ignored=dict(tally.ignored.most_common(20)),
+        errors=tuple(tally.errors),
+        error_count=tally.error_count,
+    )
+
+
+def show_masks(
+    path: Path | str,
+    tokenizer: Any,
+    n: int = 3,
+    format: PromptFormat | None = None,
+    max_length: int | None = None,
+) -> list[MaskedRow]:
+    """The first `n` examples as training masks them. Raises DataError for a bad line or an empty file."""
+    rows: list[MaskedRow] = []
+    for item in scan(path):
+        if isinstance(item, LineError):
+            raise bad_lines(path, [item], 1)
+        used = format or format_for_shape(item.shape, tokenizer)
+        for example in item.examples:
+            prompt = used.render(example.messages)
+            before = encode_prompt(tokenizer, prompt)
+            after = encode_completion(tokenizer, example.completion)
+            ids = [*before, *after][:max_length]
+            rows.append(
+                MaskedRow(
+                    line=example.line,
+                    prompt=prompt,
+                    completion=example.completion,
+                    prompt_len=min(len(before), len(ids)),
+                    token_ids=tuple(ids),
+                    tokens=tuple(tokenizer.convert_ids_to_tokens(ids)),
+                    supervised=tuple(index >= len(before) for index in range(len(ids))),
+                )
+            )
+            if len(rows) == n:
+                return rows
+    if not rows:
+        raise empty_file(path)
+    return rows
+
+
+@dataclass
+class _Tally:
+    """The running totals of one file."""
+
+    tokenizer: Any
+    max_length: int | None
+    format: PromptFormat | None
+    shape: Shape | None = None
+    rows: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    empty_answers: int = 0
+    error_count: int = 0
+    prompts: array = field(default_factory=lambda: array("Q"))
+    pairs: array = field(default_factory=lambda: array("Q"))
+    prompt_lengths: array = field(default_factory=lambda: array("I"))
+    completion_lengths: array = field(default_factory=lambda: array("I"))
+    ignored: Counter[str] = field(default_factory=Counter)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, items: list[ParsedLine | LineError]) -> None:
+        texts: list[tuple[str, str]] = []
+        for item in items:
+            self.rows += 1
+            if isinstance(item, LineError):
+                self._count(item)
+                continue
+            if self.shape is None:
+                self.shape = item.shape
+                self.format = self.format or format_for_shape(item.shape, self.tokenizer)
+            self.ignored.update(item.ignored)
+            texts += self._render(item.examples)
+        for prompt, completion in texts:
+            self.prompts.append(_hash(prompt))
+            self.pairs.append(_hash(prompt, completion))
+            self.empty_answers += not completion.strip()
+        if self.tokenizer is not None and texts:
+            self._measure(texts)
+
+    def _render(self, examples: tuple[Example, ...]) -> list[tuple[str, str]]:
+        assert self.format is not None, "a good line sets the format"
+        try:
+            return [(self.format.render(example.messages), example.completion) for example in examples]
+        except DataError as error:
+            self._count(LineError(examples[0].line, error.param or "messages", error.message))
+            return []
+
+    def _measure(self, texts: list[tuple[str, str]]) -> None:
+        prompts = encode_prompts(self.tokenizer, [prompt for prompt, _ in texts])
+        completions = encode_completions(self.tokenizer, [completion for _, completion in texts])
+        for before, after in zip(prompts, completions, strict=True):
+            self.prompt_lengths.append(len(before))
+            self.completion_lengths.append(len(after))
+            if self.max_length and len(before) + len(after) > self.max_length:
+                fits = len(before) < self.max_length
+                self.truncated += fits
+                self.dropped += not fits
+
+    def _count(self, error: LineError) -> None:
+        self.error_count += 1
+        if len(self.errors) < MAX_ERRORS:
+            self.errors.append({"line": error.line, "field": error.field, "reason": error.reason})
+
+
+def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _hash(*texts: str) -> int:
+    """64 bits of the texts; two different ones among ten million meet with a chance of 3 in a million."""
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest())
+
+
+def _repeats(hashes: array) -> int:
+    import numpy as np
+
+    return len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) if hashes else 0
+
+
+def _shared(hashes: array, others: array) -> int:
+    """How many distinct hashes are in both."""
+    import numpy as np
+
+    if not hashes or not others:
+        return 0
+    return len(np.intersect1d(np.frombuffer(hashes, dtype=np.uint64), np.frombuffer(others, dtype=np.uint64)))
+
+
+def _lengths(values: array) -> Lengths | None:
+    import numpy as np
+
+    if not values:
+        return None
+    column = np.frombuffer(values, dtype=np.uint32)
+    low, median, p95, high = (int(v) for v in np.percentile(column, [0, 50, 95, 100], method="lower"))
+    return Lengths(low, median, p95, high, int(column.sum(dtype=np.uint64)))

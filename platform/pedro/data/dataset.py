@@ -1,0 +1,255 @@
+"""A checked file becomes token rows on disk, split by prompt. Knows nothing of tensors or training.
+
+Rows are written once to an Arrow file under `cache_dir`, keyed by everything they depend on, and memory-mapped from
+there: files of gigabytes never sit in memory. The cache entry is built in a directory of its own and renamed, so
+nothing half-written is ever read and any number of processes may load the same file at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pedro.data.formats import PromptFormat, encode_completions, encode_prompts
+from pedro.data.lines import bad_lines, data_digest, empty_file, scan
+from pedro.data.shapes import Example, LineError
+from pedro.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+__all__ = ["RowCounts", "Splits", "collate", "data_digest", "load_rows", "row_counts", "split"]
+
+LOG = logging.getLogger(__name__)
+ROWS_VERSION = 1  # raise it when the rows of one file change: old cache entries are then left alone
+BATCH = 1000
+IGNORED_LABEL = -100  # torch's cross_entropy skips it
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of a file's examples. Rows that were cut short or left out are never silent."""
+
+    examples: int
+    rows: int
+    truncated: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Parts of one dataset; equal prompts are in the same part."""
+
+    train: Dataset
+    theta: Dataset
+    validation: Dataset
+
+
+def load_rows(
+    path: Path | str,
+    tokenizer: Any,
+    format: PromptFormat,
+    max_length: int,
+    cache_dir: Path | str,
+) -> Dataset:
+    """The file's rows, in its order, memory-mapped.
+
+    Columns: `input_ids` (prompt + completion, at most `max_length`), `prompt_len`, `split_hash` (float in [0, 1),
+    a function of the prompt text alone), `completion` (text), `line`. A row that is too long loses the end of its
+    completion; one whose prompt leaves no room for a token of it is dropped. Both are counted (`row_counts`) and
+    logged; a prompt is never cut. Raises DataError for bad lines, an empty file, or if nothing fits.
+    """
+    from datasets import Dataset
+
+    path = Path(path)
+    key = _key(data_digest(path), tokenizer, format, max_length)
+    entry = Path(cache_dir) / f"rows-{key}"
+    if not (entry / "counts.json").is_file():
+        _build(entry, path, tokenizer, format, max_length)
+    dataset = Dataset.from_file(str(entry / "rows.arrow"))
+    counts = row_counts(dataset)
+    if counts.truncated or counts.dropped:
+        LOG.warning(
+            "%s: at %d tokens, %d of %d answers are cut short and %d examples left out",
+            path, max_length, counts.truncated, counts.examples, counts.dropped,
+        )  # fmt: skip
+    return dataset
+
+
+def row_counts(dataset: Dataset) -> RowCounts:
+    """How many examples the file behind `dataset` had, and what became of them."""
+    assert dataset.cache_files, "row_counts: give a dataset that load_rows made"
+    sidecar = Path(dataset.cache_files[0]["filename"]).with_name("counts.json")
+    return RowCounts(**json.loads(sidecar.read_text()))
+
+
+def split(dataset: Dataset, theta: float = 0.1, validation: float = 0.1) -> Splits:
+    """Cuts rows by `split_hash`: validation is [0, v), theta [v, v + t), train the rest.
+
+    A share of 0 gives an empty part. Raises DataError when a share is not in [0, 1), they leave nothing to train
+    on, or a share above 0 catches no row.
+    """
+    import numpy as np
+
+    for name, share in (("theta", theta), ("validation", validation)):
+        if not 0 <= share < 1:
+            raise DataError(f"data.{name}: expected a share in [0, 1), got {share}", param=f"data.{name}")
+    if theta + validation >= 1:
+        total = theta + validation
+        raise DataError(f"data: theta + validation = {total:g} leaves nothing to train on", param="data.theta")
+    column = dataset.with_format("numpy", columns=["split_hash"])[:]["split_hash"]
+    hashes = np.asarray(column, dtype=np.float64)
+    parts = {
+        "validation": hashes < validation,
+        "theta": (hashes >= validation) & (hashes < validation + theta),
+        "train": hashes >= validation + theta,
+    }
+    shares = {"validation": validation, "theta": theta, "train": 1.0}
+    for name, mask in parts.items():
+        if shares[name] > 0 and not mask.any():
+            raise DataError(
+                f"data.{name}: its share of {len(hashes)} rows holds none (rows are dealt by a hash of their prompt); "
+                "bring more rows with different prompts, change the shares, or give a file",
+                param=f"data.{name}",
+            )
+    return Splits(**{name: dataset.select(np.flatnonzero(mask)) for name, mask in parts.items()})
+
+
+def collate(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], pad_id: int) -> dict[str, list]:
+    """Rows of one batch, padded on the right to B × T lists: `input_ids`, `attention_mask`, `labels` (-100 on prompt
+    and padding), and `prompt_lens` (B). Takes rows, or the columns that slicing a `Dataset` gives.
+    """
+    if isinstance(rows, Mapping):
+        pairs = list(zip(rows["input_ids"], rows["prompt_len"], strict=True))
+    else:
+        pairs = [(row["input_ids"], row["prompt_len"]) for row in rows]
+    width = max(len(ids) for ids, _ in pairs)
+    batch: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": [], "prompt_lens": []}
+    for ids, prompt_len in pairs:
+        row, pad = list(ids), width - len(ids)
+        batch["input_ids"].append(row + [pad_id] * pad)
+        batch["attention_mask"].append([1] * len(row) + [0] * pad)
+        batch["labels"].append([IGNORED_LABEL] * prompt_len + row[prompt_len:] + [IGNORED_LABEL] * pad)
+        batch["prompt_lens"].append(prompt_len)
+    return batch
+
+
+def _key(digest: str, tokenizer: Any, format_: PromptFormat, max_length: int) -> str:
+    """Of everything that the rows depend on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, type(tokenizer).__name__]
+    parts = [ROWS_VERSION, digest, vocabulary, special, format_.to_dict(), max_length]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _build(entry: Path, path: Path, tokenizer: Any, format_: PromptFormat, max_length: int) -> None:
+    """Writes the cache entry beside its place and renames it there; if another process was first, its entry stands."""
+    from datasets.arrow_writer import ArrowWriter
+
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    try:
+        written = _Writer(tokenizer, format_, max_length)
+        with ArrowWriter(path=str(building / "rows.arrow"), features=_features()) as writer:
+            for columns in written.batches(path):
+                writer.write_batch(columns)
+            writer.finalize()
+        counts = written.counts()
+        if not counts.examples:
+            raise empty_file(path)
+        if not counts.rows:
+            raise DataError(
+                f"data: no prompt of {str(path)!r} fits into max_length {max_length}; raise it or shorten the prompts",
+                param="training.max_length",
+            )
+        (building / "counts.json").write_text(json.dumps(asdict(counts)))
+        try:
+            building.rename(entry)
+        except OSError:
+            if not (entry / "counts.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+class _Writer:
+    """Turns a file into batches of columns and counts what it does."""
+
+    def __init__(self, tokenizer: Any, format_: PromptFormat, max_length: int) -> None:
+        self.tokenizer, self.format, self.max_length = tokenizer, format_, max_length
+        self.examples = self.rows = self.truncated = 0
+
+    def batches(self, path: Path) -> Iterator[dict[str, list]]:
+        examples = self._examples(path)
+        while batch := list(islice(examples, BATCH)):
+            columns = self._columns(batch)
+            self.examples += len(batch)
+            self.rows += len(columns["line"])
+            if columns["line"]:
+                yield columns
+
+    def counts(self) -> RowCounts:
+        return RowCounts(self.examples, self.rows, self.truncated, self.examples - self.rows)
+
+    def _examples(self, path: Path) -> Iterator[tuple[Example, str]]:
+        """Each example with its prompt. Bad lines are collected to the end, then raised together."""
+        errors: list[LineError] = []
+        count = 0
+        for item in scan(path):
+            if isinstance(item, LineError):
+                count += 1
+                errors += [item][: max(0, 5 - len(errors))]
+                continue
+            if count:
+                continue  # nothing will be kept: only count the rest
+            for example in item.examples:
+                try:
+                    yield example, self.format.render(example.messages)
+                except DataError as error:
+                    raise bad_lines(path, [LineError(example.line, "messages", error.message)], 1) from None
+        if count:
+            raise bad_lines(path, errors, count)
+
+    def _columns(self, batch: list[tuple[Example, str]]) -> dict[str, list]:
+        prompts = encode_prompts(self.tokenizer, [prompt for _, prompt in batch])
+        completions = encode_completions(self.tokenizer, [example.completion for example, _ in batch])
+        columns: dict[str, list] = {name: [] for name in _features()}
+        for (example, prompt), before, after in zip(batch, prompts, completions, strict=True):
+            if len(before) >= self.max_length:
+                continue
+            ids = [*before, *after]
+            self.truncated += len(ids) > self.max_length
+            columns["input_ids"].append(ids[: self.max_length])
+            columns["prompt_len"].append(len(before))
+            columns["split_hash"].append(_split_hash(prompt))
+            columns["completion"].append(example.completion)
+            columns["line"].append(example.line)
+        return columns
+
+
+def _split_hash(prompt: str) -> float:
+    """The first 53 bits of the prompt's sha256 as a fraction: exact in a float, the same on every machine."""
+    return (int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) >> 11) / 2**53
+
+
+def _features() -> Features:
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "input_ids": List(Value("int32")),
+            "prompt_len": Value("int32"),
+            "split_hash": Value("float64"),
+            "completion": Value("string"),
+            "line": Value("int64"),
+        }
+    )
