@@ -1,0 +1,30 @@
+# One image for every process: Ray head and workers, `pedro`, MLflow's server and the dashboard.
+#
+#   docker build -t pedro-platform:0.1.0 .
+#   docker build -t pedro-platform:0.1.0 --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .   (no CUDA)
+FROM python:3.11.13-slim-bookworm
+
+ARG TORCH_INDEX_URL=""
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+
+RUN useradd --uid 10001 --user-group --home-dir /var/lib/pedro --create-home pedro
+
+WORKDIR /opt/pedro
+COPY constraints.txt ./
+# The largest layer first: it changes with constraints.txt only.
+RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -c constraints.txt torch
+COPY pyproject.toml README.md LICENSE ./
+COPY platform ./platform
+RUN pip install -c constraints.txt '.[all]'
+COPY dashboard ./dashboard
+COPY jobs ./jobs
+
+ENV HOME=/var/lib/pedro \
+    PEDRO_HOME=/var/lib/pedro \
+    HF_HOME=/var/lib/pedro/huggingface
+VOLUME /var/lib/pedro
+USER 10001:10001
+CMD ["pedro", "--help"]

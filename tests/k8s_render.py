@@ -1,0 +1,98 @@
+"""The rendered Kubernetes manifests, and the pods in them. Knows nothing of what is right or wrong with them."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEC = ROOT / "jobs" / "configs" / "finetune.yaml"
+PLATFORMS = ("dev", "gpu")
+OVERLAYS = ("dev", "gpu", "dev/finetune", "gpu/finetune")
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod template and where it stands; `labels` are as the operator completes them."""
+
+    where: str
+    labels: dict[str, str]
+    spec: dict[str, Any]
+    ends: bool
+    """It runs to completion (a submitter), so it has nothing to probe."""
+
+    @property
+    def containers(self) -> list[dict[str, Any]]:
+        return [*self.spec.get("initContainers", []), *self.spec["containers"]]
+
+
+@functools.cache
+def _render(overlay: str) -> str:
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(ROOT / "k8s" / "overlays" / overlay)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, f"kubectl kustomize {overlay}: {done.stderr}"
+    return done.stdout
+
+
+def render(overlay: str) -> list[dict[str, Any]]:
+    """Every object of an overlay; skips where there is no kubectl."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed, and only kustomize renders these manifests")
+    return list(yaml.safe_load_all(_render(overlay)))
+
+
+def whole(platform: str) -> list[dict[str, Any]]:
+    """The platform of an overlay and its fine-tune job together; what both hold must be the same."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for obj in render(platform) + render(f"{platform}/finetune"):
+        key = (obj["kind"], obj["metadata"]["name"])
+        assert found.setdefault(key, obj) == obj, f"{key}: the platform and the job disagree"
+    return list(found.values())
+
+
+def one(objects: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:
+    """The only object of a kind (whose name starts so)."""
+    found = [obj for obj in objects if obj["kind"] == kind and obj["metadata"]["name"].startswith(name)]
+    assert len(found) == 1, f"{kind} {name}: {len(found)} found"
+    return found[0]
+
+
+def pods(objects: list[dict[str, Any]]) -> Iterator[Pod]:
+    """Every pod template, those inside ray.io objects too."""
+    for obj in objects:
+        where, spec = f"{obj['kind']}/{obj['metadata']['name']}", obj.get("spec", {})
+        if obj["kind"] in ("Deployment", "StatefulSet"):
+            yield _pod(where, spec["template"])
+        cluster = spec.get("rayClusterConfig") or spec.get("rayClusterSpec")
+        if cluster:
+            yield _pod(f"{where}/head", cluster["headGroupSpec"]["template"], {"ray.io/node-type": "head"})
+            for group in cluster["workerGroupSpecs"]:
+                added = {"ray.io/node-type": "worker", "ray.io/group": group["groupName"]}
+                yield _pod(f"{where}/{group['groupName']}", group["template"], added)
+        if "submitterPodTemplate" in spec:
+            yield _pod(f"{where}/submitter", spec["submitterPodTemplate"], ends=True)
+
+
+def _pod(where: str, template: dict[str, Any], added: dict[str, str] | None = None, ends: bool = False) -> Pod:
+    return Pod(where, {**template["metadata"]["labels"], **(added or {})}, template["spec"], ends)
+
+
+def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """A Kubernetes label selector against labels."""
+    for key, value in selector.get("matchLabels", {}).items():
+        if labels.get(key) != value:
+            return False
+    for rule in selector.get("matchExpressions", []):
+        assert rule["operator"] == "In", f"operator {rule['operator']} is not used here"
+        if labels.get(rule["key"]) not in rule["values"]:
+            return False
+    return True

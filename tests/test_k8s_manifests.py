@@ -1,0 +1,265 @@
+"""The manifests of every overlay, rendered as kubectl renders them and checked offline."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pedro
+import pytest
+import yaml
+from k8s_render import OVERLAYS, PLATFORMS, ROOT, SPEC, matches, one, pods, render, whole
+from pedro.config import Settings
+
+SCHEMAS = Path(__file__).parent / "fixtures" / "kuberay" / "schemas.json.gz"
+PLATFORM_IMAGE = f"pedro-platform:{pedro.__version__}"
+SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL")
+URL_PASSWORD = re.compile(r"://[^/@:\s]+:(?!\$\()[^@/\s]+@")
+PINNED = re.compile(r"(:[\w.-]*\d+\.\d+[\w.-]*|:RELEASE\.[\w-]+|@sha256:[0-9a-f]{64})$")
+OTHERS_READ = re.compile(r"^(AWS|POSTGRES|MINIO|HF|RAY)_[A-Z_]+$|^PGDATA$|^HOME$")
+
+
+@functools.cache
+def ray_schemas() -> dict[str, Any]:
+    return json.loads(gzip.decompress(SCHEMAS.read_bytes()))
+
+
+def problems(obj: dict[str, Any]) -> list[str]:
+    """What KubeRay's schema, with unknown fields refused, says about a ray.io object."""
+    validator = jsonschema.Draft202012Validator(ray_schemas()[obj["kind"]])
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(obj)]
+
+
+def environment(container: dict[str, Any], objects: list[dict[str, Any]]) -> dict[str, str]:
+    """A container's variables, references to secrets as `<secret>`."""
+    found: dict[str, str] = {}
+    for source in container.get("envFrom", []):
+        found |= one(objects, "ConfigMap", source["configMapRef"]["name"])["data"]
+    for entry in container.get("env", []):
+        found[entry["name"]] = entry.get("value", "<secret>")
+    return found
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_object_is_valid_and_has_no_unknown_field(overlay):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    kinds = set()
+    for obj in render(overlay):
+        kinds.add(obj["kind"])
+        if obj["apiVersion"].startswith("ray.io/"):
+            assert problems(obj) == []
+        else:
+            kubernetes_validate.validate(obj, kubernetes_validate.latest_version(), strict=True)
+    assert kinds & {"RayService", "RayJob"}
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_the_schema_knows_every_kind_of_ray(kind):
+    assert ray_schemas()[kind]["properties"]["spec"]["additionalProperties"] is False
+
+
+def test_a_misspelt_field_of_a_ray_object_is_refused():
+    service = one(render("dev"), "RayService")
+    service["spec"]["rayClusterSpec"] = service["spec"].pop("rayClusterConfig")
+    assert any("rayClusterSpec" in problem for problem in problems(service))
+    job = one(render("dev/finetune"), "RayJob")
+    job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
+    assert any("imagePullPolice" in problem for problem in problems(job))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_object_is_in_the_namespace_and_says_that_it_is_part_of_pedro(overlay):
+    for obj in render(overlay):
+        assert obj["metadata"]["labels"]["app.kubernetes.io/part-of"] == "pedro"
+        if obj["kind"] != "Namespace":
+            assert obj["metadata"]["namespace"] == "pedro", obj["metadata"]["name"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_image_is_pinned_and_ours_carries_the_version_of_the_package(overlay):
+    for pod in pods(render(overlay)):
+        for container in pod.containers:
+            image = container["image"]
+            assert PINNED.search(image), f"{pod.where}: {image}"
+            if image.startswith("pedro-platform"):
+                assert image == PLATFORM_IMAGE
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_is_unprivileged_and_writes_only_where_it_may(overlay):
+    for pod in pods(render(overlay)):
+        assert pod.spec["securityContext"]["runAsNonRoot"] is True, pod.where
+        assert pod.spec["securityContext"]["runAsUser"] >= 999, pod.where
+        assert pod.spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, pod.where
+        assert pod.spec["automountServiceAccountToken"] is False, pod.where
+        assert pod.spec["enableServiceLinks"] is False, f"{pod.where}: Service variables would reach MLflow's CLI"
+        volumes = {volume["name"] for volume in pod.spec.get("volumes", [])}
+        for container in pod.containers:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False, pod.where
+            assert context["readOnlyRootFilesystem"] is True, pod.where
+            assert context["capabilities"] == {"drop": ["ALL"]}, pod.where
+            mounts = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounts <= volumes | {"data"}, f"{pod.where}: {mounts - volumes} is no volume of the pod"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_container_has_resources_and_every_one_that_stays_has_probes(overlay):
+    for pod in pods(render(overlay)):
+        for container in pod.containers:
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), pod.where
+            assert {"cpu", "memory"} <= container["resources"]["limits"].keys(), pod.where
+        for container in pod.spec["containers"]:
+            names = {port["name"] for port in container.get("ports", [])}
+            for probe in ("readinessProbe", "livenessProbe"):
+                assert pod.ends or probe in container, f"{pod.where}: no {probe}"
+                target = container.get(probe, {}).get("httpGet", {}).get("port")
+                assert not isinstance(target, str) or target in names, f"{pod.where}: {probe} of port {target}"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_secret_value_is_in_the_manifests(overlay):
+    objects = render(overlay)
+    assert not [obj for obj in objects if obj["kind"] == "Secret"]
+    for text in yaml.safe_dump_all(objects).splitlines():
+        assert not URL_PASSWORD.search(text), text
+    for pod in pods(objects):
+        for container in pod.containers:
+            for entry in container.get("env", []):
+                assert not (SECRET_NAME.search(entry["name"]) and "value" in entry), f"{pod.where}: {entry['name']}"
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_secret_that_is_referred_to_is_one_that_the_readme_creates(platform):
+    readme = (ROOT / "k8s" / "README.md").read_text("utf-8")
+    for pod in pods(whole(platform)):
+        for container in pod.containers:
+            for entry in container.get("env", []):
+                secret = entry.get("valueFrom", {}).get("secretKeyRef")
+                if secret:
+                    assert f"secret generic {secret['name']} " in readme
+                    assert f"--from-literal={secret['key']}=" in readme
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_variable_is_one_that_somebody_reads(platform):
+    read: set[str] = set()
+
+    class Recorder(dict):
+        def get(self, key, default=None):
+            read.add(key)
+            return super().get(key, default)
+
+    Settings.from_env(Recorder())
+    objects = whole(platform)
+    for pod in pods(objects):
+        for container in pod.containers:
+            unknown = {
+                name
+                for name in environment(container, objects)
+                if name not in read and not OTHERS_READ.match(name) and not name.startswith("MLFLOW_")
+            }
+            assert not unknown, f"{pod.where}: nothing reads {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_ray_pods_get_settings_that_work_across_hosts(platform):
+    objects = whole(platform)
+    ray_pods = [pod for pod in pods(objects) if "ray.io/node-type" in pod.labels]
+    assert len(ray_pods) == 4
+    for pod in ray_pods:
+        settings = Settings.from_env(environment(pod.spec["containers"][0], objects))
+        assert settings.single_host() == [], pod.where
+        mounts = [mount["mountPath"] for mount in pod.spec["containers"][0]["volumeMounts"]]
+        assert str(settings.home) in mounts, f"{pod.where}: PEDRO_HOME is not writable"
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_service_selects_a_pod_that_has_its_port(platform):
+    objects = whole(platform)
+    for service in (obj for obj in objects if obj["kind"] == "Service"):
+        chosen = [pod for pod in pods(objects) if matches({"matchLabels": service["spec"]["selector"]}, pod.labels)]
+        assert chosen, service["metadata"]["name"]
+        for pod in chosen:
+            names = {port["name"] for container in pod.containers for port in container.get("ports", [])}
+            assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_workloads_select_their_own_pods_and_budgets_guard_pods_that_exist(platform):
+    objects = whole(platform)
+    for obj in objects:
+        if obj["kind"] in ("Deployment", "StatefulSet"):
+            assert matches(obj["spec"]["selector"], obj["spec"]["template"]["metadata"]["labels"])
+    budgets = [obj for obj in objects if obj["kind"] == "PodDisruptionBudget"]
+    assert {budget["metadata"]["name"] for budget in budgets} == {"engines", "finetune", "postgres"}
+    for budget in budgets:
+        assert any(matches(budget["spec"]["selector"], pod.labels) for pod in pods(objects)), budget["metadata"]["name"]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_job_runs_the_specification_that_pedro_submit_reads(platform):
+    objects = render(f"{platform}/finetune")
+    job, spec = one(objects, "RayJob"), one(objects, "ConfigMap", "finetune-spec")
+    assert yaml.safe_load(spec["data"]["finetune.yaml"]) == yaml.safe_load(SPEC.read_text("utf-8"))
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    volume = next(volume for volume in head["volumes"] if "configMap" in volume)
+    assert volume["configMap"]["name"] == spec["metadata"]["name"]
+    mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == volume["name"])
+    command = job["spec"]["entrypoint"].split()
+    assert command[:3] == ["python", "-m", "pedro.training.job"]
+    assert importlib.util.find_spec("pedro.training.job") is not None
+    assert f"{mount['mountPath']}/finetune.yaml" in command
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_ray_clusters_ask_for_a_token_and_name_the_pinned_version(platform):
+    pin = re.search(r"^ray(?:\[[^\]]*\])?==([\w.]+)", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    assert pin, "constraints.txt pins no ray"
+    for kind, field in (("RayService", "rayClusterConfig"), ("RayJob", "rayClusterSpec")):
+        cluster = one(whole(platform), kind)["spec"][field]
+        assert cluster["authOptions"] == {"mode": "token"}
+        assert cluster["rayVersion"] == pin[1]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_serve_config_is_one_that_ray_serve_accepts(platform):
+    schema = pytest.importorskip("ray.serve.schema")
+    config = schema.ServeDeploySchema.model_validate(
+        yaml.safe_load(one(render(platform), "RayService")["spec"]["serveConfigV2"])
+    )
+    (application,) = config.applications
+    assert application.import_path == "pedro.serving:build_app"
+    assert importlib.util.find_spec("pedro.serving") is not None
+
+
+def test_mlflow_accepts_its_command_line():
+    cli = pytest.importorskip("mlflow.cli")
+    variables = pytest.importorskip("mlflow.environment_variables")
+    objects = render("dev")
+    (container,) = one(objects, "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["mlflow", "server"]
+    context = cli.server.make_context("server", list(container["args"]), resilient_parsing=False)
+    assert context.params["artifacts_destination"] == "s3://pedro/mlflow"
+    options = {option.envvar for option in cli.server.params}
+    for name in environment(container, objects):
+        if name.startswith("MLFLOW_"):
+            assert name in options or hasattr(variables, name), f"MLflow reads no {name}"
+
+
+def test_the_image_is_pinned_runs_as_the_user_of_the_manifests_and_installs_the_pinned_versions():
+    lines = (ROOT / "Dockerfile").read_text("utf-8")
+    assert PINNED.search(re.search(r"^FROM (\S+)", lines, re.MULTILINE)[1])
+    users = {
+        pod.spec["securityContext"]["runAsUser"]
+        for pod in pods(render("gpu"))
+        if any(container["image"] == PLATFORM_IMAGE for container in pod.containers)
+    }
+    assert users == {int(re.search(r"^USER (\d+)", lines, re.MULTILINE)[1])}
+    assert "-c constraints.txt '.[all]'" in lines

@@ -1,0 +1,119 @@
+"""Who may talk to whom, worked out from the rendered network policies as a cluster would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from k8s_render import PLATFORMS, matches, pods, whole
+
+NAMESPACE = {"kubernetes.io/metadata.name": "pedro"}
+OPERATOR = {"kubernetes.io/metadata.name": "kuberay-system"}
+CLIENTS = {"kubernetes.io/metadata.name": "ingress-nginx", "pedro/clients": "allowed"}
+STRANGERS = {"kubernetes.io/metadata.name": "default"}
+
+
+def component(name: str) -> dict[str, str]:
+    return {"app.kubernetes.io/component": name}
+
+
+def peer_matches(peer: dict[str, Any], labels: dict[str, str], namespace: dict[str, str]) -> bool:
+    """NetworkPolicyPeer: without a namespaceSelector it means the policy's own namespace."""
+    if "ipBlock" in peer:
+        return False
+    if not matches(peer.get("namespaceSelector", {"matchLabels": NAMESPACE}), namespace):
+        return False
+    return matches(peer.get("podSelector", {}), labels)
+
+
+def direction_allows(policies, side, here, there, namespace, port) -> bool:
+    """Whether the `side` (Ingress or Egress) rules of the pod `here` let it talk with `there` on `port`."""
+    key = "from" if side == "Ingress" else "to"
+    for policy in policies:
+        if side not in policy["policyTypes"] or not matches(policy["podSelector"], here):
+            continue
+        for rule in policy.get(side.lower(), []):
+            ports = {entry["port"] for entry in rule.get("ports", [])}
+            if (not ports or port in ports) and any(peer_matches(peer, there, namespace) for peer in rule[key]):
+                return True
+    return False
+
+
+def may_talk(policies, source, target, port, namespace=NAMESPACE) -> bool:
+    """Both ends must allow it; a source in another namespace is under that namespace's policies, not ours."""
+    into = direction_allows(policies, "Ingress", target, source, namespace, port)
+    return into and (namespace != NAMESPACE or direction_allows(policies, "Egress", source, target, NAMESPACE, port))
+
+
+@pytest.fixture(params=PLATFORMS)
+def policies(request) -> list[dict[str, Any]]:
+    return [obj["spec"] for obj in whole(request.param) if obj["kind"] == "NetworkPolicy"]
+
+
+def test_everything_is_denied_unless_a_policy_allows_it(policies):
+    assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in policies
+
+
+def test_every_policy_names_pods_that_exist():
+    objects = whole("dev")
+    for obj in objects:
+        if obj["kind"] == "NetworkPolicy":
+            assert any(matches(obj["spec"]["podSelector"], pod.labels) for pod in pods(objects)), obj["metadata"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "port"),
+    [
+        ("serving", "mlflow", 5000),
+        ("serving", "postgres", 5432),
+        ("serving", "serving", 6379),
+        ("finetune", "mlflow", 5000),
+        ("finetune", "postgres", 5432),
+        ("finetune", "finetune", 8265),
+        ("mlflow", "postgres", 5432),
+        ("dashboard", "mlflow", 5000),
+    ],
+)
+def test_what_must_talk_can(policies, source, target, port):
+    assert may_talk(policies, component(source), component(target), port)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "port"),
+    [
+        ("finetune", "serving", 8000),
+        ("finetune", "serving", 8265),
+        ("serving", "finetune", 8265),
+        ("serving", "dashboard", 8501),
+        ("finetune", "dashboard", 8501),
+        ("dashboard", "postgres", 5432),
+        ("dashboard", "serving", 8265),
+        ("mlflow", "serving", 8265),
+        ("postgres", "mlflow", 5000),
+    ],
+)
+def test_what_need_not_talk_cannot(policies, source, target, port):
+    assert not may_talk(policies, component(source), component(target), port)
+
+
+def test_tenants_reach_the_api_and_nothing_else(policies):
+    assert may_talk(policies, {}, component("serving"), 8000, namespace=CLIENTS)
+    for target, port in (("serving", 8265), ("mlflow", 5000), ("dashboard", 8501), ("postgres", 5432)):
+        assert not may_talk(policies, {}, component(target), port, namespace=CLIENTS)
+
+
+def test_a_namespace_without_the_label_reaches_nothing(policies):
+    for target, port in (("serving", 8000), ("serving", 8265), ("mlflow", 5000), ("dashboard", 8501)):
+        assert not may_talk(policies, {}, component(target), port, namespace=STRANGERS)
+
+
+def test_the_operator_reaches_the_heads_of_both_clusters(policies):
+    for target in ("serving", "finetune"):
+        assert may_talk(policies, {}, component(target), 8265, namespace=OPERATOR)
+
+
+def test_storage_in_the_cluster_is_reached_by_those_who_hold_its_key():
+    policies = [obj["spec"] for obj in whole("dev") if obj["kind"] == "NetworkPolicy"]
+    for source in ("serving", "finetune", "mlflow"):
+        assert may_talk(policies, component(source), component("minio"), 9000)
+    assert not may_talk(policies, component("dashboard"), component("minio"), 9000)
