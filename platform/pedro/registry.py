@@ -58,6 +58,14 @@ class Version:
         return f"{self.name}:{self.version}"
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One registered adapter: when its name was made (ms; a name deleted and made again is another), and its aliases."""
+
+    created: int
+    aliases: dict[str, int]
+
+
 class Registry:
     """A connection to one MLflow store. Opening it creates the schema of a new sqlite store (some seconds, once)."""
 
@@ -180,6 +188,8 @@ class Registry:
             else:
                 entity = self._client.get_model_version_by_alias(name, which)
         except self._mlflow_error() as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
             raise model_not_found(name if which == CHAMPION else f"{name}@{which}") from error
         return _version(entity)
 
@@ -191,13 +201,16 @@ class Registry:
 
     def models(self, tenant: str | None = None) -> list[str]:
         """Names of the registered adapters, of one tenant or of all."""
-        return sorted(name for name in self.aliases() if tenant is None or name.startswith(f"{tenant}."))
+        return sorted(name for name in self.catalog() if tenant is None or name.startswith(f"{tenant}."))
 
-    def aliases(self) -> dict[str, dict[str, int]]:
-        """For every registered adapter its aliases and their versions: the one query that a watcher repeats."""
+    def catalog(self) -> dict[str, Entry]:
+        """Every registered adapter with its aliases: the one query that a watcher repeats."""
         models = self._pages(self._client.search_registered_models, filter_string=None)
         return {
-            model.name: {alias: int(version) for alias, version in (model.aliases or {}).items()}
+            model.name: Entry(
+                created=int(model.creation_timestamp),
+                aliases={alias: int(version) for alias, version in (model.aliases or {}).items()},
+            )
             for model in models
             if "pedro.tenant" in model.tags
         }
@@ -237,7 +250,7 @@ class Registry:
     def delete(self, name: str, version: int | None = None) -> None:
         """Delete one version, or the adapter with all of them; the champion alone is refused (ConflictError)."""
         if version is None:
-            if name not in self.aliases():
+            if name not in self.catalog():
                 raise model_not_found(name)
             self._client.delete_registered_model(name)
             return
@@ -282,7 +295,7 @@ class Registry:
         return {alias: int(version) for alias, version in (model.aliases or {}).items()}
 
     @staticmethod
-    def _mlflow_error() -> type[Exception]:
+    def _mlflow_error() -> Any:
         from mlflow.exceptions import MlflowException
 
         return MlflowException

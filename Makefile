@@ -1,0 +1,51 @@
+# Every target makes the virtual environment first and installs only what changed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+export RAY_USAGE_STATS_ENABLED ?= 0
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve dashboard test test-all check format clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## make the virtual environment and install everything into it
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "== installing into $(VENV) (about 3 minutes and 2.4 GB the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON="; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install ## train, register, serve, hot-swap and measure three tenants (ARGS=--keep leaves it running)
+	@$(BIN)/pedro demo $(ARGS)
+
+serve: install ## serve every registered adapter on 127.0.0.1:8000
+	@$(BIN)/pedro serve $(ARGS)
+
+dashboard: install ## open the dashboard on 127.0.0.1:8501
+	@$(BIN)/streamlit run dashboard/app.py $(ARGS)
+
+test: install ## the fast tests
+	@echo "== tests without the slow ones"
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: install ## every test: kills, clusters, the demo, the browser
+	@echo "== all tests"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: install ## formatting, lint, types, import rules
+	@echo "== ruff format"; $(BIN)/ruff format --check .
+	@echo "== ruff"; $(BIN)/ruff check .
+	@echo "== mypy"; $(BIN)/mypy
+	@echo "== import rules"; $(BIN)/lint-imports --no-cache
+
+format: install ## rewrite the code as `make check` wants it
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean: ## end what runs and remove the local platform state (.pedro)
+	@test ! -x $(BIN)/pedro || $(BIN)/pedro down
+	@rm -rf .pedro

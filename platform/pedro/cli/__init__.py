@@ -1,0 +1,63 @@
+"""The `pedro` command. Knows how to ask and how to show; what is asked for happens elsewhere.
+
+Each group of commands is a file of this package. Heavy imports stand inside the commands, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from pedro.cli import adapters, chat, data, doctor, jobs, keys, serve
+from pedro.cli.output import fail
+
+app = typer.Typer(
+    name="pedro",
+    help="Fine-tune and serve prompt-dependent adapters: one frozen backbone, many tenants, one tiny adapter each.\n\n"
+    "Try `pedro demo` first. A tenant's way is: data check, submit, keys create, serve, chat. "
+    "Every command has --help with examples, and --json for programs.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data.app, name="data")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
+app.command("submit")(jobs.submit)
+app.command("eval")(adapters.evaluate)
+app.command("serve")(serve.serve)
+app.command("down")(serve.down)
+app.command("chat")(chat.chat)
+app.command("doctor")(doctor.doctor)
+app.command("demo")(serve.demo)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from pedro import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: run the command; a PedroError becomes one clear message and exit status 1."""
+    from pedro.errors import PedroError
+
+    try:
+        app()
+    except PedroError as error:
+        fail(error, as_json="--json" in sys.argv)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno != 28:  # ENOSPC
+            raise
+        fail(PedroError(f"no space left on the disk of {error.filename or 'PEDRO_HOME'}; free some and try again"))

@@ -1,0 +1,213 @@
+"""`pedro adapters` and `pedro eval`: versions of adapters in the registry, and how well they do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pedro.cli.output import AsJson, emit, percent, say, table
+
+if TYPE_CHECKING:
+    from pedro.registry import Registry, Version
+
+app = typer.Typer(help="Adapter versions: list, promote, roll back, delete, export, import.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="tenant.adapter, also with @alias or :version", metavar="MODEL")]
+
+
+@app.command("list")
+def list_adapters(
+    tenant: Annotated[str | None, typer.Argument(help="Only this tenant's.")] = None, as_json: AsJson = False
+) -> None:
+    """List the registered adapters with their champion."""
+    registry = _registry()
+    rows: list[dict[str, Any]] = []
+    for name, entry in sorted(registry.catalog().items()):
+        if tenant is None or name.startswith(f"{tenant}."):
+            champion = asdict(registry.get(name)) if "champion" in entry.aliases else None
+            rows.append({"model": name, "aliases": entry.aliases, "champion": champion})
+
+    def show() -> None:
+        table(
+            ["model", "champion", "method", "accuracy", "aliases"],
+            [
+                [
+                    row["model"],
+                    f"v{row['champion']['version']}" if row["champion"] else "-",
+                    row["champion"]["method"] if row["champion"] else "-",
+                    percent(row["champion"]["metrics"].get("accuracy")) if row["champion"] else "-",
+                    " ".join(f"{alias}=v{version}" for alias, version in sorted(row["aliases"].items())),
+                ]
+                for row in rows
+            ],
+            empty="no adapters yet; `pedro submit SPEC.yaml` trains one",
+        )
+
+    emit(rows, as_json, show)
+
+
+@app.command()
+def show(name: Name, as_json: AsJson = False) -> None:
+    """Show every version of an adapter: digest, method, metrics, gate."""
+    registry = _registry()
+    plain, which = split_name(name)
+    versions = registry.versions(plain) if which is None else [registry.get(plain, which)]
+    if not versions:
+        from pedro.errors import model_not_found
+
+        raise model_not_found(name)
+
+    def print_versions() -> None:
+        table(
+            ["version", "aliases", "method", "parameters", "accuracy", "backbone", "digest", "created", "gate"],
+            [
+                [
+                    f"v{version.version}",
+                    " ".join(version.aliases),
+                    version.method,
+                    f"{version.trainable_parameters:,}",
+                    percent(version.metrics.get("accuracy")),
+                    version.backbone_id,
+                    version.digest[:19],
+                    version.created,
+                    version.gate,
+                ]
+                for version in versions
+            ],
+        )
+
+    emit([asdict(version) for version in versions], as_json, print_versions)
+
+
+@app.command()
+def promote(name: Name, version: Annotated[int, typer.Argument(help="The version number.")], as_json: AsJson = False) -> None:
+    """Make a version the champion; servers pick it up within 2 s. The old champion becomes `previous`."""
+    _changed(_registry().promote(name, version), as_json)
+
+
+@app.command()
+def rollback(name: Name, as_json: AsJson = False) -> None:
+    """Swap champion and previous."""
+    _changed(_registry().rollback(name), as_json)
+
+
+@app.command()
+def delete(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete one version (`tenant.adapter:7`) or a whole adapter (`tenant.adapter`)."""
+    plain, which = split_name(name)
+    registry = _registry()
+    number = None if which is None else registry.get(plain, which).version
+    what = f"{plain} with all its versions" if number is None else f"{plain}:{number}"
+    if not yes:
+        typer.confirm(f"Delete {what}?", abort=True, err=True)
+    registry.delete(plain, number)
+    emit({"deleted": name}, as_json, lambda: typer.echo(f"deleted {what}"))
+
+
+@app.command("export")
+def export_adapter(
+    name: Name,
+    directory: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy a version's files out of the registry: a plain PEFT checkpoint, loadable by `PeftModel.from_pretrained`."""
+    import shutil
+
+    from pedro.errors import ConfigError
+
+    if directory.exists():
+        raise ConfigError(f"{directory} exists already; name a new directory", param="directory")
+    registry = _registry()
+    plain, which = split_name(name)
+    version = registry.get(plain, which or "champion")
+    shutil.copytree(registry.download(version), directory)
+    emit(
+        {"model": version.ref, "digest": version.digest, "directory": str(directory)},
+        as_json,
+        lambda: typer.echo(f"{version.ref} is in {directory}"),
+    )
+
+
+@app.command("import")
+def import_adapter(
+    name: Annotated[str, typer.Argument(help="tenant.adapter to register it as.", metavar="MODEL")],
+    directory: Annotated[Path, typer.Argument(help="An adapter directory with pedro_adapter.json.")],
+    as_json: AsJson = False,
+) -> None:
+    """Register an exported adapter directory as a new version, as candidate: `pedro adapters promote` puts it in service."""
+    from pedro.backbone import resolve_backbone
+    from pedro.config import check_name
+    from pedro.methods.adapter_files import read_manifest, verify_adapter
+
+    tenant, adapter = name.partition(".")[::2]
+    check_name("tenant", tenant)
+    check_name("adapter", adapter)
+    backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
+    verify_adapter(directory, backbone.digest)
+    registry = _registry()
+    run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"pedro.kind": "import"})
+    version = registry.register(run, directory, tenant, adapter, gate="imported: not gated")
+    registry.finish_run(run)
+    _changed(registry.set_alias(version.name, "candidate", version.version), as_json)
+
+
+def evaluate(
+    name: Annotated[str, typer.Argument(help="tenant.adapter[@alias|:version]", metavar="MODEL")],
+    file: Annotated[Path, typer.Option("--data", help="JSONL with the rows to answer.")],
+    rows: Annotated[int | None, typer.Option(help="Only the first so many.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score an adapter and its bare backbone on a file: exact-match accuracy, answers generated from the prompts alone.
+
+    Example: `pedro eval acme.support --data test.jsonl`
+    """
+    registry = _registry()
+    plain, which = split_name(name)
+    version = registry.get(plain, which or "champion")
+    say(f"scoring {version.ref} on {file}")
+    from pedro.evaluation.scoring import score_adapter
+
+    report = score_adapter(registry.download(version), version.backbone_id, file, max_rows=rows)
+    result = {"model": version.ref, "digest": version.digest, **report}
+
+    def print_report() -> None:
+        table(
+            ["model", "rows", "accuracy", "backbone", "majority"],
+            [
+                [
+                    version.ref,
+                    result["rows"],
+                    percent(result["accuracy"]),
+                    percent(result["backbone_accuracy"]),
+                    percent(result["majority_accuracy"]),
+                ]
+            ],
+        )
+
+    emit(result, as_json, print_report)
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """`tenant.adapter@alias` or `tenant.adapter:7` as (`tenant.adapter`, which); which is None for a bare name."""
+    for mark in "@:":
+        plain, found, which = name.partition(mark)
+        if found:
+            return plain, which
+    return name, None
+
+
+def _registry() -> Registry:
+    from pedro.config import Settings
+    from pedro.registry import Registry
+
+    return Registry.open(Settings.from_env())
+
+
+def _changed(version: Version, as_json: bool) -> None:
+    emit(asdict(version), as_json, lambda: typer.echo(f"{version.ref} is now {' and '.join(version.aliases) or 'unaliased'}"))

@@ -1,0 +1,102 @@
+"""`pedro chat`: talk to a served model, to see what a tenant's users see."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from pedro.cli.output import AsJson, emit
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A model name, for instance acme.support")],
+    message: Annotated[str | None, typer.Argument(help="One message; without it you are asked, until Ctrl-D.")] = None,
+    url: Annotated[str | None, typer.Option(help="The server [PEDRO_URL, else the local one].")] = None,
+    key: Annotated[str | None, typer.Option(envvar="PEDRO_API_KEY", help="An API key.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Chat with a model; the answer streams as it is made.
+
+    Example: `PEDRO_API_KEY=sk-pedro-… pedro chat acme.intents "play some jazz"`
+    """
+    from pedro.errors import ConfigError
+
+    if not key:
+        raise ConfigError("no API key; give --key, or set PEDRO_API_KEY (`pedro keys create TENANT` makes one)", param="key")
+    base = url or os.environ.get("PEDRO_URL") or _local_url()
+    history: list[dict[str, str]] = []
+    while True:
+        text = message if message is not None else _ask()
+        if text is None:
+            return
+        history.append({"role": "user", "content": text})
+        body = {"model": model, "messages": history, "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+        answer = ""
+        for piece in _stream(base, key, body):
+            answer += piece
+            if not as_json:
+                typer.echo(piece, nl=False)
+        emit({"model": model, "message": answer}, as_json, typer.echo)
+        history.append({"role": "assistant", "content": answer})
+        if message is not None:
+            return
+
+
+def _ask() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
+def _local_url() -> str:
+    from pedro.config import Settings
+    from pedro.errors import ConfigError
+    from pedro.serving import served_url
+
+    found = served_url(Settings.from_env())
+    if found is None:
+        raise ConfigError("no server runs for this PEDRO_HOME; start one with `pedro serve`, or give --url", param="url")
+    return found
+
+
+def _stream(base: str, key: str, body: dict[str, Any]) -> Iterator[str]:
+    """Pieces of the answer; an error body of the server is raised as it stands."""
+    import httpx
+
+    from pedro.errors import PedroError, UnavailableError
+
+    try:
+        with httpx.stream(
+            "POST",
+            f"{base.rstrip('/')}/v1/chat/completions",
+            json=body,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(120, connect=5),
+        ) as reply:
+            if reply.status_code != 200:
+                reply.read()
+                raise PedroError(_message(reply.text, reply.status_code))
+            for line in reply.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise PedroError(event["error"]["message"])
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or ""
+    except httpx.HTTPError as error:
+        raise UnavailableError(f"{base} does not answer ({type(error).__name__}); is `pedro serve` running?") from error
+
+
+def _message(text: str, status: int) -> str:
+    try:
+        return json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered with status {status}"

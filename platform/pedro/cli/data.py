@@ -1,0 +1,44 @@
+"""`pedro data`: look at a data file before anything is trained on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pedro.cli.output import AsJson, emit
+
+app = typer.Typer(help="Check a tenant's data before training.", no_args_is_help=True)
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="JSONL: messages, prompt/completion, Alpaca or ShareGPT rows.")],
+    backbone: Annotated[str, typer.Option(help="Whose tokenizer and context length count.")] = "stories260K",
+    validation: Annotated[Path | None, typer.Option(help="A validation or test file to check for leakage.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row may have; default: the backbone's context.")] = None,
+    show: Annotated[int, typer.Option(help="Print how the first N rows are masked.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the file holds and every line that cannot be used; exit 1 if it cannot be trained on.
+
+    Example: `pedro data check train.jsonl --validation test.jsonl --show 3`
+    """
+    from pedro.backbone import context_length, load_tokenizer, resolve_backbone
+    from pedro.data.check import check_file, show_masks
+
+    found = resolve_backbone(backbone)
+    tokenizer = load_tokenizer(found)
+    report = check_file(file, tokenizer, max_length or context_length(found), validation=validation)
+    masks = show_masks(file, tokenizer, show) if show and report.usable else []
+    value = {**report.to_dict(), "masks": masks} if show else report.to_dict()
+
+    def show_report() -> None:
+        typer.echo(report.text())
+        for mask in masks:
+            typer.echo(f"\n{mask}")
+
+    emit(value, as_json, show_report)
+    if not report.usable:
+        raise typer.Exit(1)

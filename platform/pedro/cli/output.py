@@ -1,0 +1,56 @@
+"""How commands show their results: tables for people, JSON for programs, errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from pedro.errors import PedroError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+
+
+def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """Print `value` as JSON, or let `show` print it for a person."""
+    if as_json:
+        typer.echo(json.dumps(value, default=str))
+    else:
+        show()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str = "nothing here yet") -> None:
+    """Print rows under column heads; `empty` if there are none."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [[("" if cell is None else str(cell)) for cell in row] for row in rows]
+    if not rows:
+        typer.echo(empty)
+        return
+    grid = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        grid.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(grid)
+
+
+def say(line: str) -> None:
+    """Tell a person what is going on, on standard error, so that `--json` output stays clean."""
+    typer.echo(line, err=True)
+
+
+def fail(error: PedroError, as_json: bool = False) -> None:
+    """Show the error and exit with status 1."""
+    if as_json:
+        typer.echo(json.dumps(error.body()))
+    typer.echo(f"error: {error.message}", err=True)
+    sys.exit(1)
+
+
+def percent(value: Any) -> str:
+    """`0.931` as `93.1 %`; a dash for a missing value."""
+    return "-" if value is None else f"{100 * float(value):.1f} %"

@@ -1,0 +1,95 @@
+"""`pedro serve`, `pedro down` and `pedro demo`: the running platform."""
+
+from __future__ import annotations
+
+import signal
+from typing import Annotated
+
+import typer
+
+from pedro.cli.output import AsJson, emit, say
+
+
+def serve(
+    backbone: Annotated[str, typer.Option(help="Embedded name, directory or hub id.")] = "stories260K",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    replicas: Annotated[int, typer.Option(help="Engine replicas, one a device.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a replica [half the cores].")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it answers; `pedro down` ends it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the backbone and every registered champion behind an OpenAI-compatible API, until Ctrl-C.
+
+    Example: `pedro serve --port 8000`, then point any OpenAI client at http://127.0.0.1:8000/v1
+    """
+    import os
+
+    from pedro.config import Settings, validate_spec
+    from pedro.serving.config import ServeConfig
+    from pedro.serving.deploy import deploy, undeploy
+
+    settings = Settings.from_env()
+    options = {
+        "backbone": backbone,
+        "replicas": replicas,
+        "threads": threads or max(1, (os.cpu_count() or 2) // 2),
+        "dtype": dtype,
+        "device": device,
+        "num_gpus": 1 if device.startswith("cuda") else 0,
+        "max_batch": max_batch,
+        "max_length": max_length,
+    }
+    served = deploy(settings, validate_spec(options, ServeConfig, source="serve"), host, port, say)
+
+    def show() -> None:
+        typer.echo(f"serving {served.backbone} at {served.url}/v1")
+        typer.echo(f"try:  curl {served.url}/v1/models -H \"Authorization: Bearer $(pedro keys create TENANT)\"")
+        if not detach:
+            typer.echo("Ctrl-C ends it", err=True)
+
+    emit({"url": served.url, "backbone": served.backbone}, as_json, show)
+    if detach:
+        return
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        say("ending the server")
+    finally:
+        undeploy(settings)
+
+
+def down(as_json: AsJson = False) -> None:
+    """End what this PEDRO_HOME runs: the server, and the local Ray head with its jobs."""
+    from pedro.cluster import stop_head
+    from pedro.config import Settings
+    from pedro.serving.deploy import undeploy
+
+    settings = Settings.from_env()
+    ended = {"server": undeploy(settings), "head": stop_head(settings) if settings.ray_address is None else False}
+
+    def show() -> None:
+        typer.echo("ended " + " and ".join(name for name, was in ended.items() if was) if any(ended.values()) else "nothing ran")
+
+    emit(ended, as_json, show)
+
+
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the server running.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the server; 0 takes a free one.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Three tenants, three tasks, one backbone: train, register, serve, hot-swap and measure, on this machine.
+
+    A second run starts from the adapters that are there. Results: PEDRO_HOME/demo/result.json.
+    """
+    from pedro.config import Settings
+    from pedro.demo import run_demo
+
+    result = run_demo(Settings.from_env(), keep=keep, port=port, say=say)
+    emit(result, as_json, lambda: None)

@@ -1,0 +1,45 @@
+"""What a server is told: which backbone, how large, where. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pedro.config import Frozen
+
+
+class ServeConfig(Frozen):
+    """Arguments of `build_app`; the same on the command line, in a Serve config file and in k8s manifests."""
+
+    backbone: str = "stories260K"
+    """Embedded name, transformers directory or hub id."""
+    served_name: str | None = None
+    """How requests name the bare backbone; its id, or the directory's name, if not given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    replicas: int = Field(1, ge=1)
+    """Engine replicas, one a device."""
+    num_cpus: float = Field(0, ge=0)
+    """CPUs that Ray sets aside for an engine replica; 0 shares them with training, which suits a laptop."""
+    num_gpus: float = Field(0, ge=0)
+    threads: int = Field(1, ge=1)
+    """Threads of an engine replica's matrix products."""
+    max_batch: int = Field(32, ge=1)
+    """Sequences decoded together."""
+    max_length: int | None = Field(None, ge=2)
+    """Tokens of prompt and answer together; the backbone's context if not given."""
+    max_waiting: int = Field(1024, ge=1)
+    """Requests that may queue at a replica; more are answered 503."""
+    adapter_budget_mb: float = Field(512, gt=0)
+    """Memory for resident adapters of a replica."""
+    watch_interval_s: float = Field(0.5, gt=0, le=10)
+    """How often the registry's aliases are read: the bound on how late a hot swap is seen."""
+
+    @property
+    def model_name(self) -> str:
+        """The bare backbone's name in `model` fields."""
+        if self.served_name:
+            return self.served_name
+        return Path(self.backbone).name if Path(self.backbone).is_dir() else self.backbone

@@ -1,0 +1,128 @@
+"""Puts the application on a cluster and takes it off again. Knows nothing of what the application does."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pedro.config import Settings
+from pedro.errors import ConflictError, UnavailableError
+from pedro.serving.config import ServeConfig
+
+APP_NAME = "pedro"
+READY_TIMEOUT_S = 180
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running application."""
+
+    url: str
+    backbone: str
+
+
+def deploy(
+    settings: Settings,
+    config: ServeConfig,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    say: Callable[[str], None] = lambda line: None,
+) -> Served:
+    """Serve `config` on the cluster of `settings` and wait until it answers.
+
+    Raises UnavailableError if the port is taken or the application does not come up, ConflictError if this home
+    serves already.
+    """
+    from pedro import cluster
+
+    running = find(settings)
+    if running is not None:
+        raise ConflictError(
+            f"already serving {running.backbone} at {running.url}; `pedro down` ends it, then serve again"
+        )
+    port = port or cluster.free_port()
+    if not cluster.port_is_free(port, host):
+        raise UnavailableError(
+            f"port: {port} on {host} is in use; stop what uses it, or choose another with --port (0: any free one)",
+            param="port",
+        )
+    cluster.connect(settings, say)
+    import logging
+
+    from ray import serve
+    from ray.serve.config import HTTPOptions, ProxyLocation
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    from pedro.serving.app import build_app
+
+    app = build_app(config.model_dump())
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),
+    )
+    say(f"loading {config.backbone} and starting the server on {host}:{port}")
+    try:
+        serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
+    except RuntimeError as error:
+        serve.delete(APP_NAME)
+        raise UnavailableError(f"the server did not start: {_last_line(error)}; its log is in Ray's session") from error
+    served = Served(f"http://{host}:{port}", config.model_name)
+    _wait_ready(served.url)
+    _record(settings).parent.mkdir(parents=True, exist_ok=True)
+    _record(settings).write_text(json.dumps({"url": served.url, "backbone": served.backbone}))
+    return served
+
+
+def undeploy(settings: Settings) -> bool:
+    """Take the application off the cluster; False if this home serves nothing."""
+    from pedro import cluster
+
+    recorded = _record(settings).is_file()
+    if settings.ray_address is None and cluster.find_head(settings) is None:
+        _record(settings).unlink(missing_ok=True)
+        return False
+    if recorded:
+        cluster.connect(settings)
+        from ray import serve
+
+        serve.shutdown()
+        _record(settings).unlink(missing_ok=True)
+    return recorded
+
+
+def find(settings: Settings) -> Served | None:
+    """The application that this home serves, if it answers."""
+    import httpx
+
+    try:
+        served = Served(**json.loads(_record(settings).read_text()))
+        httpx.get(f"{served.url}/health", timeout=5).raise_for_status()
+    except (OSError, ValueError, TypeError, httpx.HTTPError):
+        return None
+    return served
+
+
+def _record(settings: Settings) -> Path:
+    return settings.home / "serve.json"
+
+
+def _wait_ready(url: str) -> None:
+    import httpx
+
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise UnavailableError(f"the server at {url} did not get ready within {READY_TIMEOUT_S} s")
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
