@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import importlib
 import importlib.util
 import json
 import re
@@ -15,7 +16,8 @@ import pedro
 import pytest
 import yaml
 from k8s_render import OVERLAYS, PLATFORMS, ROOT, SPEC, matches, one, pods, render, whole
-from pedro.config import Settings
+from pedro.config import Settings, validate_spec
+from pedro.serving.config import ServeConfig
 
 SCHEMAS = Path(__file__).parent / "fixtures" / "kuberay" / "schemas.json.gz"
 PLATFORM_IMAGE = f"pedro-platform:{pedro.__version__}"
@@ -229,14 +231,21 @@ def test_ray_clusters_ask_for_a_token_and_name_the_pinned_version(platform):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_the_serve_config_is_one_that_ray_serve_accepts(platform):
+def test_the_serve_config_is_one_that_serve_and_pedro_accept_and_its_engines_fit_the_workers(platform):
     schema = pytest.importorskip("ray.serve.schema")
-    config = schema.ServeDeploySchema.model_validate(
-        yaml.safe_load(one(render(platform), "RayService")["spec"]["serveConfigV2"])
-    )
+    service = one(render(platform), "RayService")["spec"]
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
     (application,) = config.applications
-    assert application.import_path == "pedro.serving:build_app"
-    assert importlib.util.find_spec("pedro.serving") is not None
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    wanted = validate_spec(application.args, ServeConfig)
+    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert wanted.replicas == group["replicas"] == group["minReplicas"] == group["maxReplicas"]
+    assert 0 < wanted.num_cpus <= int(limits["cpu"])
+    assert wanted.replicas == 1 or 2 * wanted.num_cpus > int(limits["cpu"]), "one engine a worker"
+    assert wanted.num_gpus == int(limits.get("nvidia.com/gpu", 0))
+    assert (wanted.device == "cuda") == (wanted.num_gpus > 0)
 
 
 def test_mlflow_accepts_its_command_line():
