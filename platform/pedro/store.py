@@ -220,7 +220,7 @@ class Store:
         values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         where = _jobs.c.id == job_id
         if status is not None:
-            target = JobStatus(status)
+            target = _job_status(status)
             sources = [source.value for source in JobStatus if target in _NEXT[source] or source == target]
             where = sa.and_(where, _jobs.c.status.in_(sources))
             values["status"] = target.value
@@ -251,7 +251,7 @@ class Store:
         if tenant is not None:
             query = query.where(_jobs.c.tenant == tenant)
         if status is not None:
-            query = query.where(_jobs.c.status == JobStatus(status).value)
+            query = query.where(_jobs.c.status == _job_status(status).value)
         with self._transaction() as connection:
             return [_job_record(row) for row in connection.execute(query)]
 
@@ -286,7 +286,7 @@ class Store:
 def _parse_url(text: str) -> URL:
     try:
         url = make_url(text)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):
         raise ConfigError(
             "database_url: expected a URL such as sqlite:////srv/pedro/pedro.db or postgresql://user@host/pedro",
             param="database_url",
@@ -322,6 +322,14 @@ def _open(url: URL) -> Engine:
         cursor.close()
 
     return engine
+
+
+def _job_status(status: JobStatus | str) -> JobStatus:
+    try:
+        return JobStatus(status)
+    except ValueError:
+        known = ", ".join(known.value for known in JobStatus)
+        raise ConfigError(f"status: expected one of {known}, got {status!r}", param="status") from None
 
 
 def _digest(secret: str) -> str:

@@ -142,6 +142,7 @@ class ChatRequest(SamplingFields):
         "moderation": (),
         "parallel_tool_calls": (True, False),  # there are no tools to call
         "prediction": (),
+        "prompt_cache_options": (),
         "reasoning_effort": ("none",),
         "response_format": ({"type": "text"},),
         "store": (False,),

@@ -151,9 +151,9 @@ def chat_logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dic
 def _alternatives(entry: TokenLogprob) -> dict[str, float] | None:
     if entry.logprob is None:
         return None
-    found: dict[str, float] = {}
-    for candidate in (*entry.top, entry):
-        found.setdefault(_token_name(candidate), _finite(candidate.logprob))
+    found = {_token_name(entry): max(entry.logprob, IMPOSSIBLE)}
+    for alternative in entry.top:
+        found.setdefault(_token_name(alternative), max(alternative.logprob, IMPOSSIBLE))
     return found
 
 

@@ -1,0 +1,144 @@
+"""A small real backend for the gateway's tests: deterministic tokens, several tenants, and a count of what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from pedro.errors import ConflictError, NotFoundError, OverloadedError, PedroError, model_not_found
+from pedro.gateway.backend import (
+    ALL_TENANTS,
+    AdapterCard,
+    Alternative,
+    Delta,
+    GenerateCall,
+    ModelCard,
+    TokenLogprob,
+    VersionCard,
+)
+
+BACKBONE = "words-1"
+SECRET_TEXT = "internal-path-/srv/secret"  # must never reach a client
+
+
+class WordBackend:
+    """Repeats the words of the prompt for ever, one word a token; a word's id is its length.
+
+    Prompts that ask for trouble: "overload", "crash", "break" (an error of ours after two tokens), "refuse" (a
+    PedroError after two tokens), "vanish" (the stream just ends after two tokens).
+    """
+
+    def __init__(self, token_s: float = 0.0) -> None:
+        self.token_s = token_s
+        self.is_ready = True
+        self.running = 0
+        self.freed = threading.Event()
+        self.calls: list[GenerateCall] = []
+        versions = tuple(VersionCard(v, f"sha256:{v}", "2025-01-01T00:00:00Z", "pedro") for v in (2, 1))
+        self.adapters = {
+            "acme.support": AdapterCard("acme.support", {"champion": 1}, versions),
+            "globex.faq": AdapterCard("globex.faq", {"champion": 2, "previous": 1}, versions),
+        }
+
+    async def list_models(self, tenant: str) -> list[ModelCard]:
+        return [self._card(name) for name in (BACKBONE, *self._visible(tenant))]
+
+    async def get_model(self, tenant: str, name: str) -> ModelCard:
+        if name != BACKBONE and name not in self._visible(tenant):
+            raise model_not_found(name)
+        return self._card(name)
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Delta, None]:
+        self.calls.append(call)
+        await self.get_model(call.tenant, call.model)
+        words = self._words(call)
+        if words[0] == "overload":
+            raise OverloadedError("The queue is full.")
+        if words[0] == "crash":
+            raise RuntimeError(SECRET_TEXT)
+        self.running += 1
+        try:
+            max_tokens = call.params.get("max_tokens", 8)
+            if call.echo:
+                for index in range(call.n):
+                    delta = self._delta(call, index, words, first=True)
+                    yield replace(delta, finish_reason=None if max_tokens else "length")
+            for position in range(max_tokens):
+                await asyncio.sleep(self.token_s)
+                if position == 2:
+                    if words[0] == "break":
+                        raise RuntimeError(SECRET_TEXT)
+                    if words[0] == "refuse":
+                        raise PedroError("The adapter went away.", code="adapter_gone")
+                    if words[0] == "vanish":
+                        return
+                for index in range(call.n):
+                    word = words[(position + index) % len(words)]
+                    delta = self._delta(call, index, [word], generated=position + 1)
+                    yield replace(delta, finish_reason="length" if position == max_tokens - 1 else None)
+        finally:
+            await asyncio.sleep(0.01)  # freeing takes a hop, and must not be cut short
+            self.running -= 1
+            self.freed.set()
+
+    async def list_adapters(self, tenant: str) -> list[AdapterCard]:
+        return [self.adapters[name] for name in self._visible(tenant)]
+
+    async def promote(self, tenant: str, name: str, version: int) -> AdapterCard:
+        card = self._adapter(tenant, name)
+        if version not in {known.version for known in card.versions}:
+            raise NotFoundError(f"'{name}' has no version {version}.", param="version")
+        aliases = {"champion": version, "previous": card.aliases["champion"]}
+        self.adapters[name] = replace(card, aliases=aliases)
+        return self.adapters[name]
+
+    async def rollback(self, tenant: str, name: str) -> AdapterCard:
+        card = self._adapter(tenant, name)
+        if "previous" not in card.aliases:
+            raise ConflictError(f"'{name}' has no previous version.")
+        aliases = {"champion": card.aliases["previous"], "previous": card.aliases["champion"]}
+        self.adapters[name] = replace(card, aliases=aliases)
+        return self.adapters[name]
+
+    async def ready(self) -> bool:
+        return self.is_ready
+
+    def _visible(self, tenant: str) -> list[str]:
+        return [name for name in self.adapters if tenant in (ALL_TENANTS, name.partition(".")[0])]
+
+    def _adapter(self, tenant: str, name: str) -> AdapterCard:
+        if name not in self._visible(tenant):
+            raise model_not_found(name)
+        return self.adapters[name]
+
+    def _card(self, name: str) -> ModelCard:
+        owner = "pedro" if name == BACKBONE else name.partition(".")[0]
+        return ModelCard(id=name, created=1_700_000_000, owned_by=owner, backbone=BACKBONE, max_model_len=64)
+
+    def _words(self, call: GenerateCall) -> list[str]:
+        if call.messages is not None:
+            return " ".join(message["content"] for message in call.messages).split()
+        if isinstance(call.prompt, str):
+            return call.prompt.split()
+        return ["w" * token for token in call.prompt or ()]
+
+    def _delta(
+        self, call: GenerateCall, index: int, words: list[str], *, generated: int = 0, first: bool = False
+    ) -> Delta:
+        logprobs = None
+        if "logprobs" in call.params:
+            top = (Alternative("best ", -0.25), Alternative("never ", float("-inf")))[: call.params["logprobs"]]
+            logprobs = tuple(
+                TokenLogprob(f"{word} ", None if first and at == 0 else -0.5, top) for at, word in enumerate(words)
+            )
+        return Delta(
+            index=index,
+            text="".join(f"{word} " for word in words),
+            token_ids=tuple(len(word) for word in words),
+            logprobs=logprobs,
+            prompt_tokens=len(self._words(call)),
+            completion_tokens=generated,
+            fingerprint="fp_1",
+        )

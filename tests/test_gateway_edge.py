@@ -1,0 +1,498 @@
+"""The HTTP edge: keys, isolation, request ids, bad input, faults of ours, disconnects, probes, admin."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from gateway_backend import BACKBONE, SECRET_TEXT
+from gateway_server import Gateway, serve
+
+from pedro.gateway.app import GatewaySettings, create_app
+from pedro.gateway.schemas import ChatRequest, CompletionRequest
+from pedro.store import Store
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory):
+    settings = GatewaySettings(max_body_bytes=20_000, body_timeout_s=1.0, max_choices=8)
+    with serve(tmp_path_factory.mktemp("gateway"), settings=settings) as running:
+        yield running
+
+
+@pytest.fixture
+def http(gateway: Gateway):
+    with gateway.http(gateway.key()) as client:
+        yield client
+
+
+@pytest.fixture
+def admin(gateway: Gateway):
+    with gateway.http(gateway.key("acme", ("admin",))) as client:
+        yield client
+
+
+def complete(http: httpx.Client, **body) -> httpx.Response:
+    return http.post("/v1/completions", json={"model": BACKBONE, "prompt": "a", "max_tokens": 1} | body)
+
+
+def chat(http: httpx.Client, **body) -> httpx.Response:
+    defaults = {"model": BACKBONE, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    return http.post("/v1/chat/completions", json=defaults | body)
+
+
+def error_of(reply: httpx.Response) -> dict:
+    """The error object, which must have OpenAI's form and nothing else, under a request id."""
+    assert reply.headers["x-request-id"]
+    body = reply.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+# keys
+
+
+def test_every_v1_route_needs_a_key(gateway):
+    with gateway.http() as nobody:
+        for method, path in [
+            ("GET", "/v1/models"),
+            ("GET", f"/v1/models/{BACKBONE}"),
+            ("POST", "/v1/completions"),
+            ("POST", "/v1/chat/completions"),
+            ("GET", "/v1/adapters"),
+            ("POST", "/v1/adapters/acme.support/promote"),
+            ("POST", "/v1/adapters/acme.support/rollback"),
+        ]:
+            reply = nobody.request(method, path)
+            assert reply.status_code == 401, path
+            assert error_of(reply)["code"] == "missing_api_key"
+            assert reply.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Basic abc", "sk-pedro-x", "Bearer sk-pedro-\xff"])
+def test_a_header_that_is_no_good_key_is_a_401(gateway, header):
+    with gateway.http() as nobody:
+        reply = nobody.get("/v1/models", headers={"Authorization": header.encode("latin-1")})
+    assert reply.status_code == 401
+    assert error_of(reply)["type"] == "authentication_error"
+
+
+def test_a_revoked_key_fails_at_the_next_request_like_an_unknown_one(gateway):
+    record, secret = gateway.store.create_key("acme")
+    with gateway.http(secret) as client, gateway.http("sk-pedro-unknown") as stranger:
+        assert client.get("/v1/models").status_code == 200
+        gateway.store.revoke_key(record.id)
+        refused = client.get("/v1/models")
+        assert refused.status_code == 401
+        assert refused.content == stranger.get("/v1/models").content
+
+
+def test_a_key_without_the_scope_is_a_403_that_names_it(gateway):
+    with gateway.http(gateway.key(scopes=("train",))) as trainer:
+        reply = complete(trainer)
+    assert reply.status_code == 403
+    assert "'infer'" in error_of(reply)["message"]
+
+
+def test_an_infer_key_may_not_promote(gateway, http):
+    assert http.post("/v1/adapters/acme.support/promote", json={"version": 2}).status_code == 403
+
+
+# isolation
+
+
+def test_a_foreign_model_and_an_unknown_one_are_the_same_404_to_the_byte(http):
+    def bodies(name: str) -> list[bytes]:
+        replies = [
+            complete(http, model=name),
+            complete(http, model=name, stream=True),
+            chat(http, model=name),
+            chat(http, model=name, stream=True),
+            http.get(f"/v1/models/{name}"),
+        ]
+        assert {reply.status_code for reply in replies} == {404}
+        assert len({tuple(sorted(reply.headers.keys())) for reply in replies}) == 1
+        return [reply.content.replace(name.encode(), b"NAME") for reply in replies]
+
+    foreign, unknown = bodies("globex.faq"), bodies("globex.xyz")
+    assert foreign == unknown
+    assert len(set(foreign)) == 1
+
+
+def test_an_admin_key_sees_every_tenants_models(admin):
+    names = [model["id"] for model in admin.get("/v1/models").json()["data"]]
+    assert names == [BACKBONE, "acme.support", "globex.faq"]
+    assert complete(admin, model="globex.faq").status_code == 200
+
+
+def test_the_tenant_comes_from_the_key_and_no_field_or_header_changes_it(gateway, http):
+    http.headers["x-tenant"] = "globex"
+    assert complete(http).status_code == 200
+    assert gateway.backend.calls[-1].tenant == "acme"
+    assert complete(http, tenant="globex").status_code == 400
+
+
+# request ids
+
+
+def test_a_sane_request_id_is_given_back(http):
+    assert http.get("/health", headers={"x-request-id": "abc-1.2:3_4"}).headers["x-request-id"] == "abc-1.2:3_4"
+
+
+@pytest.mark.parametrize("offered", ["", "a b", "x" * 129, "é", 'a"b'])
+def test_a_request_id_that_is_not_sane_is_replaced(http, offered):
+    given = http.get("/health", headers={"x-request-id": offered.encode()}).headers["x-request-id"]
+    assert given.startswith("req_")
+
+
+def test_two_clients_with_one_request_id_are_two_requests_to_the_backend(gateway, http):
+    for _ in range(2):
+        complete(http, prompt=["a", "b"])
+    http.headers["x-request-id"] = "mine"
+    for _ in range(2):
+        assert complete(http).headers["x-request-id"] == "mine"
+    calls = gateway.backend.calls[-6:]
+    assert len({call.request_id for call in calls}) == 6
+    assert [call.trace_id for call in calls[-2:]] == ["mine", "mine"]
+
+
+# what does not exist
+
+
+def test_an_unknown_url_is_a_404_in_openais_form(http):
+    reply = http.get("/v1/nothing")
+    assert (reply.status_code, error_of(reply)["code"]) == (404, "unknown_url")
+
+
+def test_a_wrong_method_is_a_405_that_says_which_are_allowed(http):
+    reply = http.get("/v1/completions")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+    assert error_of(reply)["code"] == "method_not_allowed"
+
+
+# bad input
+
+BAD_COMPLETIONS = [
+    ({"model": None}, "model"),
+    ({"model": 5}, "model"),
+    ({"model": ""}, "model"),
+    ({"model": "m" * 600}, "model"),
+    ({"prompt": None}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [1, -1]}, "prompt"),
+    ({"prompt": [1, True]}, "prompt"),
+    ({"prompt": [2**31]}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"n": 0}, "n"),
+    ({"n": 9}, "n"),
+    ({"n": 5, "prompt": ["a", "b"]}, "n"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": "x"}, "seed"),
+    ({"stop": ""}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": [1]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+    ({"stream": True, "stream_options": 5}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"conditioning_length": 0}, "conditioning_length"),
+    ({"conditioning_length": [1, 2]}, "conditioning_length"),
+    ({"conditioning_length": 3, "prompt": [1, 2]}, "conditioning_length"),
+    ({"best_of": 4}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"temprature": 1}, "temprature"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), BAD_COMPLETIONS, ids=lambda value: str(value)[:40])
+def test_a_bad_completion_is_a_400_that_names_the_field_and_value(gateway, http, change, param):
+    before = len(gateway.backend.calls)
+    reply = complete(http, **change)
+    assert reply.status_code == 400, reply.text
+    error = error_of(reply)
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert param in error["message"]
+    assert len(gateway.backend.calls) == before
+
+
+BAD_CHATS = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": ["hi"]}, "messages[0]"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages[0].name"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": 2}, "logprobs"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"audio": {"voice": "alloy"}}, "audio"),
+    ({"store": True}, "store"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"service_tier": "flex"}, "service_tier"),
+    ({"prompt": "x"}, "prompt"),
+    ({"conditioning_length": 1}, "conditioning_length"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), BAD_CHATS, ids=lambda value: str(value)[:40])
+def test_a_bad_chat_is_a_400_that_names_the_field(http, change, param):
+    reply = chat(http, **change)
+    assert reply.status_code == 400, reply.text
+    assert error_of(reply)["param"] == param
+
+
+def test_every_mistake_of_a_body_is_told_at_once(http):
+    message = error_of(complete(http, temperature=9, n="two", hue=1))["message"]
+    assert "temperature: expected <= 2.0, got 9" in message
+    assert "n: expected a whole number, got 'two'" in message
+    assert "Unrecognized request argument supplied: hue" in message
+
+
+def test_documented_fields_at_rest_are_accepted(http):
+    assert complete(http, best_of=1, suffix=None, logit_bias={}, user="u", stop=None, seed=None).status_code == 200
+    reply = chat(
+        http,
+        tools=None,
+        tool_choice="none",
+        response_format={"type": "text"},
+        modalities=["text"],
+        store=False,
+        metadata={"a": "b"},
+        parallel_tool_calls=True,
+        service_tier="auto",
+        temperature=1,
+        top_k=-1,
+    )
+    assert reply.status_code == 200, reply.text
+
+
+def test_every_field_the_openai_client_can_send_is_known():
+    from openai.types import completion_create_params
+    from openai.types.chat import completion_create_params as chat_create_params
+
+    for kind, params in (
+        (CompletionRequest, completion_create_params.CompletionCreateParamsBase),
+        (ChatRequest, chat_create_params.CompletionCreateParamsBase),
+    ):
+        unknown = params.__annotations__.keys() - kind.model_fields.keys() - kind.harmless.keys()
+        assert not unknown, f"{kind.__name__} does not know {sorted(unknown)}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'"x"', b"null", b'{"a": NaN}', b'{"a": "\\ud800"}', b"\xff", b"[" * 5000, b'{"a":1}x'],
+    ids=lambda body: repr(body[:12]),
+)
+def test_what_is_no_json_object_is_a_400(http, body):
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        reply = http.post(path, content=body)
+        assert reply.status_code == 400, reply.text
+        assert error_of(reply)["code"] == "invalid_json"
+
+
+def test_a_body_over_the_limit_is_a_413(http):
+    reply = complete(http, prompt="a" * 20_001)
+    assert (reply.status_code, error_of(reply)["code"]) == (413, "request_too_large")
+
+
+def test_a_body_over_the_limit_is_a_413_without_a_content_length_too(http):
+    reply = http.post("/v1/completions", content=iter([b"a" * 1000] * 21))
+    assert (reply.status_code, error_of(reply)["code"]) == (413, "request_too_large")
+
+
+def test_a_body_that_trickles_is_a_408(http):
+    def trickle():
+        yield b"{"
+        time.sleep(1.5)
+        yield b"}"
+
+    reply = http.post("/v1/completions", content=trickle())
+    assert (reply.status_code, error_of(reply)["code"]) == (408, "request_timeout")
+
+
+# faults of ours
+
+
+def test_an_unexpected_error_is_a_500_without_internal_text(http, caplog):
+    for stream in (False, True):
+        reply = complete(http, prompt="crash", stream=stream)
+        assert reply.status_code == 500
+        assert error_of(reply)["code"] == "internal_error"
+        assert reply.headers["x-request-id"] in reply.text
+        assert SECRET_TEXT not in reply.text
+    assert SECRET_TEXT in caplog.text
+
+
+@pytest.mark.parametrize("prompt", ["break", "vanish"])
+def test_half_an_answer_never_looks_whole(http, prompt):
+    whole = complete(http, prompt=prompt, max_tokens=5)
+    assert whole.status_code == 500
+    assert SECRET_TEXT not in whole.text
+    streamed = complete(http, prompt=prompt, max_tokens=5, stream=True)
+    assert streamed.status_code == 200
+    *chunks, error, done, rest = streamed.text.split("\n\n")
+    assert (done, rest, len(chunks)) == ("data: [DONE]", "", 2)
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert SECRET_TEXT not in streamed.text
+
+
+def test_one_failed_prompt_frees_the_others_of_its_request(gateway, http):
+    assert complete(http, prompt=["a", "break", "b"], max_tokens=1000).status_code == 500
+    assert gateway.backend.running == 0
+
+
+def test_no_database_is_a_503_that_keeps_its_details_to_itself(tmp_path):
+    with serve(tmp_path) as gateway, gateway.http(gateway.key()) as client:
+        gateway.store.close()
+        for file in tmp_path.iterdir():
+            file.unlink()
+        (tmp_path / "pedro.db").mkdir()
+        reply = client.get("/v1/models")
+    assert (reply.status_code, error_of(reply)["code"]) == (503, "database")
+    assert "sqlite" not in reply.text
+
+
+# disconnects
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b", "c"]], ids=["one prompt", "three prompts"])
+def test_a_client_that_goes_away_frees_the_backend(tmp_path, stream, prompts):
+    with serve(tmp_path, token_s=0.01) as gateway, gateway.http(gateway.key()) as client:
+        body = {"model": BACKBONE, "prompt": prompts, "max_tokens": 10_000, "stream": stream}
+        if stream:
+            with client.stream("POST", "/v1/completions", json=body) as reply:
+                next(reply.iter_lines())
+                assert gateway.backend.running == len(prompts)
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=body, timeout=0.5)
+        assert gateway.backend.freed.wait(5)
+        deadline = time.monotonic() + 5
+        while gateway.backend.running and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert gateway.backend.running == 0
+
+
+def test_a_cancelled_request_frees_the_backend_before_it_ends(tmp_path):
+    """As a host does that cancels the request's own task on a disconnect, instead of sending a message."""
+    store = Store(f"sqlite:///{tmp_path}/pedro.db")
+    from gateway_backend import WordBackend
+
+    backend = WordBackend(token_s=0.01)
+    app = create_app(lambda: backend, store)
+    key = store.create_key("acme")[1]
+    body = json.dumps({"model": BACKBONE, "prompt": "a", "max_tokens": 10_000, "stream": True}).encode()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {key}".encode())],
+    }
+
+    async def run() -> None:
+        messages = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        streaming = asyncio.Event()
+
+        async def send(message) -> None:
+            if message["type"] == "http.response.body":
+                streaming.set()
+
+        task = asyncio.create_task(app(scope, messages.get, send))
+        await asyncio.wait_for(streaming.wait(), 10)
+        assert backend.running == 1
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert backend.running == 0
+
+    asyncio.run(run())
+    store.close()
+
+
+def test_streams_flow_while_others_authenticate(tmp_path):
+    with serve(tmp_path, token_s=0.002) as gateway, gateway.http(gateway.key()) as client:
+
+        def one(_: int) -> int:
+            return complete(client, max_tokens=20, stream=True).text.count("data: ")
+
+        with ThreadPoolExecutor(16) as pool:
+            assert set(pool.map(one, range(64))) == {21}
+
+
+# probes
+
+
+def test_health_and_ready_need_no_key_and_ready_follows_the_backend(gateway):
+    with gateway.http() as nobody:
+        assert nobody.get("/health").status_code == 200
+        assert nobody.get("/ready").status_code == 200
+        gateway.backend.is_ready = False
+        try:
+            assert nobody.get("/ready").status_code == 503
+            assert nobody.get("/health").status_code == 200
+        finally:
+            gateway.backend.is_ready = True
+
+
+# adapters
+
+
+def test_promote_and_roll_back_move_the_champion(admin):
+    promoted = admin.post("/v1/adapters/acme.support/promote", json={"version": 2})
+    assert promoted.json()["aliases"] == {"champion": 2, "previous": 1}
+    assert admin.post("/v1/adapters/acme.support/rollback").json()["aliases"] == {"champion": 1, "previous": 2}
+    listed = admin.get("/v1/adapters").json()
+    assert listed["object"] == "list"
+    assert [card["name"] for card in listed["data"]] == ["acme.support", "globex.faq"]
+    assert [version["version"] for version in listed["data"][0]["versions"]] == [2, 1]
+
+
+@pytest.mark.parametrize("body", [{}, {"version": 0}, {"version": "2"}, {"version": 1, "x": 2}])
+def test_a_promotion_that_makes_no_sense_is_a_400(admin, body):
+    assert admin.post("/v1/adapters/acme.support/promote", json=body).status_code == 400
+
+
+def test_promoting_what_does_not_exist_is_a_404(admin):
+    assert admin.post("/v1/adapters/acme.support/promote", json={"version": 99}).status_code == 404
+    assert admin.post("/v1/adapters/acme.nope/promote", json={"version": 1}).status_code == 404

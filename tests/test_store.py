@@ -1,0 +1,209 @@
+"""Keys and jobs are kept, frozen, and safe with many threads and processes at once."""
+
+from __future__ import annotations
+
+import pickle
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from pedro.errors import AuthenticationError, ConfigError, ConflictError, NotFoundError, PedroError, UnavailableError
+from pedro.store import JobStatus, Store
+
+
+@pytest.fixture
+def url(tmp_path) -> str:
+    return f"sqlite:///{tmp_path}/deep/er/pedro.db"
+
+
+@pytest.fixture
+def store(url):
+    opened = Store(url)
+    yield opened
+    opened.close()
+
+
+def test_a_key_authenticates_with_its_secret_and_nothing_else(store):
+    record, secret = store.create_key("acme", ["train", "infer"], "ci")
+    assert secret.startswith("sk-pedro-")
+    assert store.authenticate(secret) == record
+    assert (record.tenant, record.name, record.scopes) == ("acme", "ci", ("infer", "train"))
+    for wrong in ("", "sk-pedro-", secret[:-1], secret + "x", secret.upper(), record.id):
+        with pytest.raises(AuthenticationError):
+            store.authenticate(wrong)
+
+
+def test_the_secret_is_nowhere_in_the_database(store, tmp_path):
+    _, secret = store.create_key("acme")
+    store.close()
+    for file in (tmp_path / "deep" / "er").iterdir():
+        assert secret.removeprefix("sk-pedro-").encode() not in file.read_bytes()
+
+
+def test_a_revoked_key_is_refused_at_once_and_stays_listed(url, store):
+    other_process = Store(url)
+    record, secret = store.create_key("acme")
+    other_process.authenticate(secret)
+    first = store.revoke_key(record.id)
+    with pytest.raises(AuthenticationError):
+        other_process.authenticate(secret)
+    assert first.revoked is not None
+    assert store.revoke_key(record.id) == first
+    assert store.list_keys("acme") == [first]
+    other_process.close()
+
+
+def test_keys_are_listed_by_tenant(store):
+    acme, globex = store.create_key("acme")[0], store.create_key("globex")[0]
+    assert store.list_keys("acme") == [acme]
+    assert store.list_keys() == [acme, globex]
+
+
+def test_revoking_an_unknown_key_is_told(store):
+    with pytest.raises(NotFoundError, match="key_x"):
+        store.revoke_key("key_x")
+
+
+@pytest.mark.parametrize("scopes", [[], ["root"], ["infer", "root"]])
+def test_scopes_must_be_known(store, scopes):
+    with pytest.raises(ConfigError, match="scopes"):
+        store.create_key("acme", scopes)
+
+
+@pytest.mark.parametrize("tenant", ["", "*", "Acme", "a.b"])
+def test_a_key_needs_a_proper_tenant(store, tenant):
+    with pytest.raises(ConfigError, match="tenant"):
+        store.create_key(tenant)
+
+
+def test_a_job_lives_from_queued_to_its_end(store):
+    job = store.create_job("acme", "support", {"training": {"lr": 0.1}})
+    assert (job.status, job.finished, job.result) == (JobStatus.QUEUED, None, None)
+    store.update_job(job.id, submission_id="raysubmit_1")
+    store.update_job(job.id, status="running", message="step 1")
+    done = store.update_job(job.id, status=JobStatus.SUCCEEDED, result={"model": "acme.support:1"})
+    assert done.finished >= job.created
+    assert (done.submission_id, done.message, done.spec) == ("raysubmit_1", "step 1", {"training": {"lr": 0.1}})
+    assert store.get_job(job.id) == done
+
+
+def test_an_ended_job_stays_ended_and_keeps_its_time(store):
+    job = store.create_job("acme", "support", {})
+    ended = store.update_job(job.id, status="cancelled")
+    with pytest.raises(ConflictError, match="cancelled"):
+        store.update_job(job.id, status="running")
+    time.sleep(0.01)
+    assert store.update_job(job.id, status="cancelled", message="by the user").finished == ended.finished
+
+
+def test_an_unknown_status_is_told_and_not_kept(store):
+    job = store.create_job("acme", "support", {})
+    with pytest.raises(ConfigError, match="status"):
+        store.update_job(job.id, status="done")
+
+
+def test_a_foreign_job_reads_like_an_unknown_one(store):
+    job = store.create_job("acme", "support", {})
+    messages = []
+    for job_id in (job.id, "ftjob-nope"):
+        with pytest.raises(NotFoundError) as caught:
+            store.get_job(job_id, tenant="globex")
+        messages.append(caught.value.message.replace(job_id, "ID"))
+    assert messages[0] == messages[1]
+    assert store.get_job(job.id, tenant="acme") == job
+
+
+def test_updating_an_unknown_job_is_told(store):
+    with pytest.raises(NotFoundError):
+        store.update_job("ftjob-nope", status="running")
+
+
+def test_jobs_are_listed_newest_first_by_tenant_and_status(store):
+    first = store.create_job("acme", "a", {})
+    second = store.create_job("acme", "b", {})
+    store.create_job("globex", "c", {})
+    assert [job.id for job in store.list_jobs("acme")] == [second.id, first.id]
+    assert [job.id for job in store.list_jobs(limit=1)] == [store.list_jobs()[0].id]
+    running = store.update_job(first.id, status="running")
+    assert store.list_jobs(status="running") == [running]
+
+
+def test_records_cannot_be_changed(store):
+    record, _ = store.create_key("acme")
+    with pytest.raises(FrozenInstanceError):
+        record.tenant = "globex"
+
+
+def test_a_store_travels_between_processes(store):
+    _, secret = store.create_key("acme")
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.authenticate(secret).tenant == "acme"
+    copy.close()
+
+
+def test_of_many_that_race_to_end_a_job_one_wins(store):
+    job = store.create_job("acme", "support", {})
+
+    def end(status: str) -> bool:
+        try:
+            store.update_job(job.id, status=status)
+        except ConflictError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        wins = list(pool.map(end, ["failed", "cancelled"] * 8))
+    assert any(wins)
+    final = store.get_job(job.id).status.value
+    assert all(won == (status == final) for won, status in zip(wins, ["failed", "cancelled"] * 8, strict=True))
+
+
+WRITER = """
+import sys
+from pedro.store import Store
+store = Store(sys.argv[1])
+for number in range(25):
+    job = store.create_job("acme", f"a{number}", {})
+    store.update_job(job.id, status="running")
+    store.create_key("acme")
+    store.list_jobs("acme", limit=5)
+"""
+
+
+def test_processes_create_and_write_one_database_at_once(url):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, url], stderr=subprocess.PIPE) for _ in range(4)]
+    failures = [error for writer in writers if (error := writer.communicate(timeout=90)[1])]
+    assert failures == []
+    store = Store(url)
+    assert len(store.list_jobs(status="running")) == len(store.list_keys()) == 100
+    store.close()
+
+
+def test_readers_do_not_wait_for_a_writer(store, url):
+    _, secret = store.create_key("acme")
+    writer = sqlite3.connect(url.removeprefix("sqlite:///"))
+    writer.execute("BEGIN IMMEDIATE")
+    started = time.monotonic()
+    store.authenticate(secret)
+    assert time.monotonic() - started < 1
+    writer.close()
+
+
+@pytest.mark.parametrize("bad", ["", "nonsense", "mysql://h/d", "sqlite://", "sqlite:///:memory:", "postgresql://[::1"])
+def test_a_url_that_cannot_be_used_is_told(bad):
+    with pytest.raises(ConfigError, match="database_url"):
+        Store(bad)
+
+
+def test_a_database_that_cannot_be_opened_is_told_without_the_password(tmp_path):
+    (tmp_path / "pedro.db").mkdir()
+    with pytest.raises(UnavailableError, match=r"pedro\.db"):
+        Store(f"sqlite:///{tmp_path}/pedro.db")
+    with pytest.raises(PedroError) as caught:
+        Store("postgresql://user:hunter2@127.0.0.1:1/pedro")
+    assert "hunter2" not in caught.value.message
