@@ -1,0 +1,20 @@
+"""Serves one frozen backbone to many tenants in one continuous batch. Knows nothing of HTTP, Ray or the registry.
+
+`Engine.step` is the outline: the scheduler decides who runs (no tensors), the runner runs them (no policy), the
+sampler chooses tokens, the engine hands out what came of it. `EngineThread` does that on a thread for a server.
+"""
+
+from pedro.engine.engine import Engine, EngineConfig
+from pedro.engine.sequence import Output, Request, SamplingParams, Timing, TokenLogprob
+from pedro.engine.thread import EngineThread
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "EngineThread",
+    "Output",
+    "Request",
+    "SamplingParams",
+    "Timing",
+    "TokenLogprob",
+]

@@ -1,0 +1,292 @@
+"""Keeps adapters resident within a byte budget. Knows nothing of requests, prompts or what an adapter is made of.
+
+States: loading → ready → draining → gone. Loads run on threads of their own; the pool's mutex guards bookkeeping
+only and is never held while something loads, so a slow load delays nobody but those who wait for that adapter.
+Any number of them wait for one load. A pinned adapter is never evicted: taken out while pinned it drains, and
+those that hold it keep it. A failed load is an error for those who asked, and is not tried again before a
+back-off has passed.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pedro.errors import AdapterError, PedroError, UnavailableError
+
+log = logging.getLogger(__name__)
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 60.0
+MAX_FAILURES = 1024
+
+
+class Loadable(Protocol):
+    """What the pool needs to know of an adapter."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Residence(enum.Enum):
+    """Where an adapter is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+_NEXT = {
+    Residence.LOADING: {Residence.READY, Residence.GONE},
+    Residence.READY: {Residence.DRAINING, Residence.GONE},
+    Residence.DRAINING: {Residence.GONE},
+    Residence.GONE: set(),
+}
+
+
+class Entry:
+    """One stay of one adapter in the pool."""
+
+    def __init__(self, ref: str) -> None:
+        self.ref = ref
+        self.state = Residence.LOADING
+        self.adapter: Loadable | None = None
+        self.nbytes = 0
+        self.pins = 0
+        self.uses = 0
+        self.last_used = time.monotonic()
+
+    def to(self, state: Residence) -> None:
+        """Move to `state`; a move that the table does not hold is a bug of the pool."""
+        assert state in _NEXT[self.state], f"adapter {self.ref}: {self.state} → {state}"
+        self.state = state
+        if state is Residence.GONE:
+            self.adapter, self.nbytes = None, 0
+
+
+@dataclass
+class Failure:
+    """Why a load failed, how often in a row, and when it may be tried again."""
+
+    error: PedroError
+    times: int
+    retry_at: float
+
+
+class AdapterPool:
+    """Loads by ref, keeps within `budget_bytes`, evicts the least recently used. Thread-safe.
+
+    `load(ref)` runs on a loader thread and may block. `on_change` is called after a load ends, from that thread.
+    """
+
+    def __init__(
+        self, load: Callable[[str], Loadable], budget_bytes: int, on_change: Callable[[], None], loaders: int = 4
+    ) -> None:
+        self.budget_bytes = budget_bytes
+        self._load = load
+        self._on_change = on_change
+        self._changed = threading.Condition()
+        self._entries: dict[str, Entry] = {}
+        self._draining: list[Entry] = []
+        self._wants: Counter[str] = Counter()
+        self._failures: dict[str, Failure] = {}
+        self._news: list[tuple[str, PedroError]] = []
+        self._todo: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._closed = False
+        self._loads = self._evictions = self._failed = 0
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"adapter-loader-{i}", daemon=True) for i in range(loaders)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def want(self, ref: str) -> None:
+        """Say that a request waits for `ref`; its load starts. Raises the last load's error while it backs off."""
+        with self._changed:
+            self._raise_failure(ref)
+            self._wants[ref] += 1
+            self._ensure(ref)
+
+    def unwant(self, ref: str) -> None:
+        """Take back one `want`: the request was served or went away."""
+        with self._changed:
+            self._wants[ref] -= 1
+            if self._wants[ref] <= 0:
+                del self._wants[ref]
+            self._changed.notify_all()
+
+    def preload(self, ref: str) -> None:
+        """Start loading `ref` though nobody waits for it. Raises the last load's error while it backs off."""
+        with self._changed:
+            self._raise_failure(ref)
+            self._ensure(ref)
+
+    def pin(self, ref: str) -> Entry | None:
+        """The adapter, held until `unpin`; None while it loads. Starts a load where there is none."""
+        with self._changed:
+            entry = self._ensure(ref)
+            if entry is None or entry.state is not Residence.READY:
+                return None
+            entry.pins += 1
+            entry.uses += 1
+            entry.last_used = time.monotonic()
+            return entry
+
+    def unpin(self, entry: Entry) -> None:
+        """Let go of what `pin` gave; a draining adapter nobody holds any more is gone."""
+        with self._changed:
+            assert entry.pins > 0, f"adapter {entry.ref} was unpinned more often than pinned"
+            entry.pins -= 1
+            if entry.state is Residence.DRAINING and not entry.pins:
+                self._draining.remove(entry)
+                entry.to(Residence.GONE)
+            self._changed.notify_all()
+
+    def evict(self, ref: str) -> bool:
+        """Take `ref` out: at once, or once nobody holds it. Later requests load it anew. False if it is not here."""
+        with self._changed:
+            self._failures.pop(ref, None)
+            entry = self._entries.get(ref)
+            if entry is None:
+                return False
+            self._remove(entry)
+            self._changed.notify_all()
+            return True
+
+    def take_failures(self) -> list[tuple[str, PedroError]]:
+        """The loads that failed since the last call."""
+        with self._changed:
+            news, self._news = self._news, []
+            return news
+
+    def residents(self) -> dict[str, dict]:
+        """State, bytes, pins and uses of each adapter, draining ones included."""
+        with self._changed:
+            entries = [*self._draining, *self._entries.values()]
+            return {e.ref: {"state": e.state.value, "bytes": e.nbytes, "pins": e.pins, "uses": e.uses} for e in entries}
+
+    def stats(self) -> dict:
+        """Counts since the start, and bytes now."""
+        with self._changed:
+            return {
+                "resident": sum(e.state is Residence.READY for e in self._entries.values()),
+                "loading": sum(e.state is Residence.LOADING for e in self._entries.values()),
+                "bytes": self._used(),
+                "budget_bytes": self.budget_bytes,
+                "loads": self._loads,
+                "failed_loads": self._failed,
+                "evictions": self._evictions,
+            }
+
+    def close(self) -> None:
+        """Stop loading. What is pinned stays usable."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for _ in self._threads:
+            self._todo.put(None)
+
+    def _ensure(self, ref: str) -> Entry | None:
+        """The entry of `ref`; a new one starts to load, unless a failed load still backs off."""
+        entry = self._entries.get(ref)
+        if entry is not None:
+            return entry
+        failure = self._failures.get(ref)
+        if self._closed or (failure is not None and time.monotonic() < failure.retry_at):
+            return None
+        entry = self._entries[ref] = Entry(ref)
+        self._todo.put(entry)
+        return entry
+
+    def _raise_failure(self, ref: str) -> None:
+        failure = self._failures.get(ref)
+        if failure is not None and time.monotonic() < failure.retry_at:
+            raise failure.error
+
+    def _serve(self) -> None:
+        while (entry := self._todo.get()) is not None:
+            try:
+                adapter = self._load(entry.ref)
+                self._settle(entry, adapter)
+            except PedroError as error:
+                self._fail(entry, error)
+            except Exception:  # a loader meets networks and disks: whatever it is, it fails this adapter only
+                log.exception("adapter %s could not be loaded", entry.ref)
+                self._fail(entry, UnavailableError(f"adapter {entry.ref!r} could not be loaded now; try again later"))
+            self._on_change()
+
+    def _settle(self, entry: Entry, adapter: Loadable) -> None:
+        """Make the loaded adapter ready as soon as there is room for it."""
+        with self._changed:
+            if adapter.nbytes > self.budget_bytes:
+                raise AdapterError(
+                    f"adapter {entry.ref!r} takes {adapter.nbytes:,} bytes and the engine keeps {self.budget_bytes:,} "
+                    "for all adapters; raise adapter_bytes or train a smaller one"
+                )
+            while self._wanted(entry) and not self._make_room(adapter.nbytes):
+                self._changed.wait()
+            if not self._wanted(entry):
+                entry.to(Residence.GONE)
+                return
+            entry.adapter, entry.nbytes = adapter, adapter.nbytes
+            entry.to(Residence.READY)
+            entry.last_used = time.monotonic()
+            self._failures.pop(entry.ref, None)
+            self._loads += 1
+
+    def _fail(self, entry: Entry, error: PedroError) -> None:
+        with self._changed:
+            self._failed += 1
+            if not self._wanted(entry):
+                entry.to(Residence.GONE)
+                return
+            past = self._failures.get(entry.ref)
+            times = past.times + 1 if past else 1
+            backoff_s = min(FIRST_BACKOFF_S * 2 ** (times - 1), LAST_BACKOFF_S)
+            if len(self._failures) >= MAX_FAILURES:
+                del self._failures[next(iter(self._failures))]
+            self._failures[entry.ref] = Failure(error, times, time.monotonic() + backoff_s)
+            self._news.append((entry.ref, error))
+            del self._entries[entry.ref]
+            entry.to(Residence.GONE)
+
+    def _wanted(self, entry: Entry) -> bool:
+        """Whether this load still counts: neither evicted meanwhile nor the pool closed."""
+        return not self._closed and self._entries.get(entry.ref) is entry
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Evict until `nbytes` fit, least recently used first. False if what must stay leaves no room."""
+        idle = sorted((e for e in self._entries.values() if self._evictable(e)), key=lambda e: e.last_used)
+        free = self.budget_bytes - self._used()
+        if free + sum(entry.nbytes for entry in idle) < nbytes:
+            return False
+        for entry in idle:
+            if free >= nbytes:
+                break
+            free += entry.nbytes
+            self._remove(entry)
+            self._evictions += 1
+        return True
+
+    def _evictable(self, entry: Entry) -> bool:
+        """A fresh adapter stays until the first who waited for it was served, else two could evict each other."""
+        fresh = entry.uses == 0 and self._wants[entry.ref] > 0
+        return entry.state is Residence.READY and not entry.pins and not fresh
+
+    def _remove(self, entry: Entry) -> None:
+        del self._entries[entry.ref]
+        if entry.state is Residence.READY:
+            if entry.pins:
+                entry.to(Residence.DRAINING)
+                self._draining.append(entry)
+            else:
+                entry.to(Residence.GONE)
+
+    def _used(self) -> int:
+        return sum(entry.nbytes for entry in (*self._entries.values(), *self._draining))

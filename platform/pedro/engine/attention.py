@@ -1,0 +1,156 @@
+"""Attention of a packed batch over the KV cache, as transformers' modules call it. Knows no policy and no adapters.
+
+A step stands where transformers expects a cache (`update`), and `attend` is registered as an attention function;
+so a model's own modules run on a batch of any rows, packed without padding as [1, N, D].
+Legend: N tokens of the packed batch, B rows, H query heads, K key-value heads, G = H / K, d head width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from pedro.engine.kv_cache import KVCache
+
+NAME = "pedro_engine"
+_current = threading.local()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of the packed batch are one row, whose sequence holds `slot`."""
+
+    start: int
+    stop: int
+    slot: int
+
+
+class PrefillStep:
+    """Whole prompts: each row attends to itself alone, causally; its keys and values go to its slot."""
+
+    def __init__(self, cache: KVCache, segments: list[Segment]) -> None:
+        self.segments = segments
+        self._cache = cache
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args, **_kwargs):
+        """Keep keys and values [1, K, N, d]."""
+        for segment in self.segments:
+            span = slice(segment.start, segment.stop)
+            self._cache.fill(layer, segment.slot, keys[0, :, span], values[0, :, span])
+        return keys, values
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """What transformers asks of a cache: nothing came before."""
+        return 0
+
+    def attend(self, module, queries, keys, values, scaling, window, softcap) -> torch.Tensor:
+        """Queries [1, H, N, d] → [1, N, H, d]."""
+        out = torch.empty_like(queries)
+        for segment in self.segments:
+            span, size = slice(segment.start, segment.stop), segment.stop - segment.start
+            mask = None
+            if window is not None and size > window:
+                at = torch.arange(size, device=queries.device)
+                mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - window)
+            out[:, :, span] = _attention(
+                queries[:, :, span], keys[:, :, span], values[:, :, span], mask, mask is None, scaling, softcap
+            )
+        return out.transpose(1, 2)
+
+
+class DecodeStep:
+    """One new token a row, which attends to all of its slot up to its own position."""
+
+    def __init__(self, cache: KVCache, slots: list[int], positions: list[int], device: torch.device) -> None:
+        self.slots = torch.tensor(slots, device=device)
+        self.positions = torch.tensor(positions, device=device)
+        self._cache = cache
+        self._length = max(positions) + 1
+        self._reach = max(slots) + 1
+        # Rows are read in place where the slots lie dense; idle slots in between cost attention only.
+        self.dense = self._reach == len(slots) and slots == list(range(self._reach))
+        self._scattered = not self.dense and self._reach <= 2 * len(slots)
+        self._rows: int | torch.Tensor = self._reach if self.dense or self._scattered else self.slots
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args, **_kwargs):
+        """Keep keys and values [1, K, B, d]; gives back those of all positions, [rows, K, T, d]."""
+        self._cache.append(layer, self.slots, self.positions, keys[0].transpose(0, 1), values[0].transpose(0, 1))
+        return self._cache.read(layer, self._rows, self._length)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """What transformers asks of a cache; positions are always given, so that nothing depends on it."""
+        return self._length - 1
+
+    def attend(self, module, queries, keys, values, scaling, window, softcap) -> torch.Tensor:
+        """Queries [1, H, B, d] → [1, B, H, d]; the G queries of a key-value head stand as positions."""
+        _, heads, batch, width = queries.shape
+        rows = queries[0].transpose(0, 1).reshape(batch, keys.shape[1], -1, width)  # [B, K, G, d]
+        if self._scattered:
+            rows = rows.new_zeros(self._reach, *rows.shape[1:]).index_copy_(0, self.slots, rows)
+        out = _attention(rows, keys, values, self._mask(window), False, scaling, softcap)
+        if self._scattered:
+            out = out.index_select(0, self.slots)
+        return out.reshape(1, batch, heads, width)
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        """[rows, 1, 1, T]: True where a position may be seen. An idle slot sees its first position."""
+        if window not in self._masks:
+            at = torch.arange(self._length, device=self.positions.device)
+            last = self.positions
+            if self._scattered:
+                last = last.new_zeros(self._reach).index_copy_(0, self.slots, last)
+            mask = at[None, :] <= last[:, None]
+            if window is not None:
+                mask &= at[None, :] > last[:, None] - window
+            self._masks[window] = mask[:, None, None, :]
+        return self._masks[window]
+
+
+def _attention(queries, keys, values, mask, causal, scaling, softcap) -> torch.Tensor:
+    """Attention [B, H, n, d] × [B, K, m, d]; with `softcap`, spelled out since SDPA has none."""
+    grouped = queries.shape[1] != keys.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+    if grouped:
+        groups = queries.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    scores = torch.tanh(queries @ keys.transpose(-1, -2) * (scaling / softcap)) * softcap
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores.float(), -1).to(values.dtype) @ values
+
+
+@contextmanager
+def attending(step: PrefillStep | DecodeStep) -> Iterator[None]:
+    """While this lasts, the attention of this thread belongs to `step`."""
+    _current.step = step
+    try:
+        yield
+    finally:
+        _current.step = None
+
+
+def attend(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_kwargs
+):
+    """The attention function that transformers' modules find under `NAME`. Masks come from the step alone."""
+    assert attention_mask is None, "the engine's attention takes no mask"
+    assert s_aux is None, "attention sinks are refused when the engine starts"
+    step = _current.step
+    assert step is not None, "a model that an engine owns is run by that engine only"
+    return step.attend(module, query, key, value, scaling, sliding_window, softcap), None
+
+
+def register() -> None:
+    """Make `attend` known to transformers. It registers no mask function, so models build none."""
+    AttentionInterface.register(NAME, attend)

@@ -1,0 +1,338 @@
+"""The engine: schedule, run, accept. Knows nothing of HTTP, Ray, tenants' names for adapters, or where files live.
+
+`step` is called by one thread; `add`, `cancel` and the rest by any. The lock guards bookkeeping and is never held
+while the model runs or an adapter loads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pedro.engine.adapters import AdapterPool, Entry
+from pedro.engine.generators import GeneratorAdapter, load_generators
+from pedro.engine.runner import DecodeRow, PrefillRow, Runner
+from pedro.engine.sampler import Sampled, SampleRow, sample
+from pedro.engine.scheduler import Limits, Plan, PrefillSlice, Scheduler
+from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
+from pedro.errors import ConfigError, OverloadedError, PedroError, UnavailableError
+
+log = logging.getLogger(__name__)
+PromptLogprobs = list[TokenLogprob | None] | None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and bounds. `max_length` is prompt and answer together; None takes the backbone's context."""
+
+    max_batch: int = 16  # sequences that run at once, each with its room in the KV cache
+    max_length: int | None = None
+    prefill_tokens: int = 2048  # prompt work of one step while others wait for their next token
+    adapter_bytes: int = 256 << 20
+    loaders: int = 4  # adapters that load at the same time
+    max_waiting: int = 1024
+    max_waiting_per_tenant: int = 256
+    tenant_weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"engine.{name}: expected > 0, got {getattr(self, name)!r}"
+            for name in ("max_batch", "prefill_tokens", "adapter_bytes", "loaders", "max_waiting")
+            if getattr(self, name) <= 0
+        ]
+        wrong += [
+            f"engine.tenant_weights.{t}: expected > 0, got {w!r}" for t, w in self.tenant_weights.items() if w <= 0
+        ]
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+
+
+class Engine:
+    """Serves one backbone to many tenants in one continuous batch. The model belongs to the engine from here on.
+
+    `load(ref)` gives the directory of the adapter that `ref` names; it may block, and runs on a loader thread.
+    Raises BackboneError where the architecture is not supported.
+    """
+
+    def __init__(
+        self, model, tokenizer, config: EngineConfig, load: Callable[[str], Path], backbone_digest: str
+    ) -> None:
+        context = _context_length(model.config)
+        self.config = config
+        self.max_length = min(config.max_length or context, context)
+        self._tokenizer = tokenizer
+        self._vocab_size = model.get_input_embeddings().num_embeddings
+        self._eos_ids = _eos_ids(model, tokenizer)
+        self._runner = Runner(model, config.max_batch, self.max_length)
+        self._scheduler = Scheduler(
+            Limits(
+                slots=config.max_batch,
+                num_layers=self._runner.num_parts,
+                prefill_tokens=config.prefill_tokens,
+                max_waiting=config.max_waiting,
+                max_waiting_per_tenant=config.max_waiting_per_tenant,
+                weights=config.tenant_weights,
+            )
+        )
+
+        def fetch(ref: str) -> GeneratorAdapter:
+            return load_generators(load(ref), self._runner.architecture, backbone_digest, self._runner.device)
+
+        self.adapters = AdapterPool(fetch, config.adapter_bytes, self._notify, config.loaders)
+        self._lock = threading.Lock()
+        self._live: dict[str, list[Sequence]] = {}  # unfinished sequences by request id
+        self._pins: dict[Sequence, Entry] = {}  # adapters that the prefill under way holds
+        self._outbox: list[Output] = []
+        self._counts = {"steps": 0, "prompt_tokens": 0, "completion_tokens": 0, "finished": 0, "failed": 0}
+        self.idle = True  # whether the last step found nothing to run
+        self.on_change: Callable[[], None] = lambda: None  # called when there may be new work, from any thread
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its outputs come from `step`.
+
+        Raises PedroError for what can never run (too long, a token outside the vocabulary, an id in use) or whose
+        adapter just failed to load, and OverloadedError where the queue is full.
+        """
+        sequences = self._check(request)
+        with self._lock:
+            if request.id in self._live:
+                raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
+            self._scheduler.add(sequences)
+            try:
+                if request.adapter is not None:
+                    for _ in sequences:
+                        self.adapters.want(request.adapter)
+            except PedroError:
+                for sequence in sequences:
+                    self._scheduler.finish(sequence)
+                raise
+            self._live[request.id] = sequences
+        self._notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its sequences give a last output "cancelled". Unknown and finished ones are left alone."""
+        with self._lock:
+            for sequence in list(self._live.get(request_id, ())):
+                self._finish(sequence, finish_reason="cancelled")
+        self._notify()
+
+    def step(self) -> list[Output]:
+        """One turn: decide who runs, run them, give out what came of it. Empty if nothing could run."""
+        with self._lock:
+            self.idle = True
+            self._drop_failed_and_late()
+            plan = self._scheduler.schedule(self._admit)
+            self.idle = not plan
+        if plan.prefill:
+            self._run_prefill(plan.prefill)
+        if plan.decode:
+            self._run_decode(plan)
+        with self._lock:
+            self._counts["steps"] += bool(plan)
+            outputs, self._outbox = self._outbox, []
+        return outputs
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished or an output was not given out yet."""
+        with self._lock:
+            return bool(self._live or self._outbox)
+
+    def next_deadline(self) -> float | None:
+        """When the next request's deadline falls, on the monotonic clock."""
+        with self._lock:
+            return self._scheduler.next_deadline()
+
+    def fail_all(self, error: PedroError) -> None:
+        """End every request with `error`."""
+        with self._lock:
+            for sequences in list(self._live.values()):
+                for sequence in list(sequences):
+                    self._finish(sequence, finish_reason="error", error=error)
+
+    def stats(self) -> dict:
+        """What runs and waits now, totals since the start, and the adapter pool's figures."""
+        with self._lock:
+            return {
+                **self._counts,
+                "running": len(self._scheduler.running),
+                "waiting": self._scheduler.num_waiting,
+                "waiting_by_tenant": self._scheduler.waiting_by_tenant(),
+                "slots": self.config.max_batch,
+                "slots_free": self._scheduler.slots_free,
+                "kv_cache_bytes": self._runner.cache.nbytes,
+                "max_length": self.max_length,
+                "adapters": self.adapters.stats(),
+            }
+
+    def close(self) -> None:
+        """Stop loading adapters and take the engine's hooks off the model."""
+        self.adapters.close()
+        self._runner.vectors.remove()
+
+    def _check(self, request: Request) -> list[Sequence]:
+        """The request's sequences, or PedroError for what can never run."""
+        prompt, wanted = len(request.prompt_ids), request.params.max_tokens
+        room = self.max_length - prompt
+        if room < (1 if wanted is None else wanted):
+            asked = "at least one token of answer" if wanted is None else f"max_tokens = {wanted}"
+            raise PedroError(
+                f"the prompt has {prompt} tokens and with {asked} exceeds the context of {self.max_length} tokens; "
+                "shorten the prompt or lower max_tokens",
+                param="max_tokens" if prompt < self.max_length else "prompt",
+                code="context_length_exceeded",
+            )
+        self._check_vocabulary("prompt", (*request.prompt_ids, *request.resumed_ids))
+        self._check_vocabulary("logit_bias", request.params.logit_bias)
+        most = room if wanted is None else wanted
+        if request.resumed_ids and len(request.resumed_ids) >= most:
+            raise PedroError(f"resumed_ids: all {most} tokens of the answer were made already", param="resumed_ids")
+        return [Sequence(request, i, most, self._tokenizer, self._eos_ids) for i in range(request.n)]
+
+    def _check_vocabulary(self, param: str, token_ids: Iterable[int]) -> None:
+        bad = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
+        if bad is not None:
+            raise PedroError(f"{param}: token {bad} is outside the vocabulary of {self._vocab_size}", param=param)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Pin the sequence's adapter for its prefill; False while that loads."""
+        ref = sequence.request.adapter
+        if ref is not None:
+            entry = self.adapters.pin(ref)
+            if entry is None:
+                return False
+            self._pins[sequence] = entry
+            self.adapters.unwant(ref)
+        return True
+
+    def _drop_failed_and_late(self) -> None:
+        for ref, error in self.adapters.take_failures():
+            for sequence in self._scheduler.waiting_for(ref):
+                self._finish(sequence, finish_reason="error", error=error)
+        for sequence in self._scheduler.expired(time.monotonic()):
+            error = OverloadedError(
+                f"the deadline of {sequence.request.deadline_s:g} s passed after {len(sequence.output_ids)} tokens of "
+                "answer; allow more time or ask for fewer tokens",
+                code="deadline_exceeded",
+            )
+            self._finish(sequence, finish_reason="error", error=error)
+
+    def _run_prefill(self, part: PrefillSlice) -> None:
+        try:
+            if part.begins:
+                self._runner.begin([self._prefill_row(sequence) for sequence in part.sequences])
+            self._runner.advance(part.last_layer)
+            if not part.ends:
+                return
+            logits, prompt_logprobs = self._runner.end()
+            sampled = sample(logits, [_sample_row(sequence) for sequence in part.sequences])
+        except Exception:  # whatever the model raised, it ends these requests and no others
+            log.exception("prefill failed for requests %s", ", ".join(s.request.id for s in part.sequences))
+            with self._lock:
+                self._runner.abandon()
+                self._fail(part.sequences)
+                self._release_prefill(part.sequences)
+            return
+        with self._lock:
+            self._counts["prompt_tokens"] += sum(len(s.request.prompt_ids) for s in part.sequences)
+            self._release_prefill(part.sequences)
+            for sequence, token, logprobs in zip(part.sequences, sampled, prompt_logprobs, strict=True):
+                prompt = None if logprobs is None else logprobs[: len(sequence.request.prompt_ids)]
+                self._accept(sequence, token, prompt)
+
+    def _run_decode(self, plan: Plan) -> None:
+        sequences = plan.decode
+        try:
+            rows = [DecodeRow(s.slot, s.output_ids[-1], s.length - 1) for s in sequences]
+            sampled = sample(self._runner.decode(rows), [_sample_row(sequence) for sequence in sequences])
+        except Exception:  # as above
+            log.exception("decoding failed for requests %s", ", ".join(s.request.id for s in sequences))
+            with self._lock:
+                self._fail(sequences)
+            return
+        with self._lock:
+            for sequence, token in zip(sequences, sampled, strict=True):
+                self._accept(sequence, token)
+
+    def _prefill_row(self, sequence: Sequence) -> PrefillRow:
+        entry = self._pins.get(sequence)
+        return PrefillRow(
+            slot=sequence.slot,
+            token_ids=sequence.prefill_ids,
+            conditioning_length=sequence.conditioning_length,
+            adapter=entry.adapter if entry is not None else None,
+            prompt_logprobs=sequence.params.prompt_logprobs,
+        )
+
+    def _release_prefill(self, sequences: tuple[Sequence, ...]) -> None:
+        """The vectors are made: the adapters are not needed any more."""
+        for sequence in sequences:
+            entry = self._pins.pop(sequence, None)
+            if entry is not None:
+                self.adapters.unpin(entry)
+        self._scheduler.prefilled(sequences)
+
+    def _accept(self, sequence: Sequence, token: Sampled, prompt_logprobs: PromptLogprobs = None) -> None:
+        """Give a running sequence its token; one that was finished meanwhile gets nothing."""
+        if not token.finite:
+            log.error("request %s: the model's logits are not finite", sequence.request.id)
+            self._runner.cache.wipe(sequence.slot)
+            self._fail((sequence,))
+        if sequence.state is State.FINISHED:
+            return
+        if sequence.max_tokens == 0:
+            self._finish(sequence, finish_reason="length", prompt_logprobs=prompt_logprobs)
+            return
+        self._counts["completion_tokens"] += 1
+        self._scheduler.charge(sequence)
+        text, reason = sequence.append(token.token_id)
+        fields = {
+            "token_ids": [token.token_id],
+            "text": text,
+            "logprobs": None if token.logprob is None else [token.logprob],
+            "prompt_logprobs": prompt_logprobs,
+        }
+        if reason is None:
+            self._outbox.append(sequence.output(**fields))
+        else:
+            self._finish(sequence, finish_reason=reason, **fields)
+
+    def _fail(self, sequences: tuple[Sequence, ...]) -> None:
+        for sequence in sequences:
+            if sequence.state is not State.FINISHED:
+                error = UnavailableError("the engine failed on this request; try again", code="engine_error")
+                self._finish(sequence, finish_reason="error", error=error)
+
+    def _finish(self, sequence: Sequence, **fields) -> None:
+        """End a sequence, wherever it is, with its last output."""
+        if sequence.state is State.WAITING and sequence.request.adapter is not None:
+            self.adapters.unwant(sequence.request.adapter)
+        self._scheduler.finish(sequence)
+        self._counts["failed" if fields.get("error") else "finished"] += 1
+        self._outbox.append(sequence.output(**fields))
+        siblings = self._live[sequence.request.id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._live[sequence.request.id]
+
+    def _notify(self) -> None:
+        self.on_change()
+
+
+def _sample_row(sequence: Sequence) -> SampleRow:
+    return SampleRow(sequence.params, sequence.seed, sequence.index, sequence.request.prompt_ids, sequence.output_ids)
+
+
+def _context_length(config) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+
+
+def _eos_ids(model, tokenizer) -> frozenset[int]:
+    """Every id that ends an answer: the tokenizer's, and those of the model's generation config."""
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    ids = ids if isinstance(ids, (list, tuple)) else [ids]
+    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)

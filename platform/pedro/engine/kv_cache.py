@@ -1,0 +1,55 @@
+"""Keys and values of every running sequence, allocated once. Knows nothing of who owns a slot, or why.
+
+Legend: S slots, K key-value heads, T positions, d head width, N tokens of a packed batch, B rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """One tensor of keys and one of values a layer, head-major: [S, K, T, d]."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        slots: int,
+        kv_heads: int,
+        length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (slots, kv_heads, length, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache takes, used or not."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def fill(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write keys and values [K, n, d] of a whole prompt to the slot's first n positions."""
+        self.keys[layer][slot, :, : keys.shape[1]] = keys
+        self.values[layer][slot, :, : values.shape[1]] = values
+
+    def append(
+        self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Write one position of each row: keys and values [B, K, d] at `positions` [B] of `slots` [B]."""
+        self.keys[layer][slots, :, positions] = keys
+        self.values[layer][slots, :, positions] = values
+
+    def read(self, layer: int, rows: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `length` positions, [B, K, length, d]: a view of the first `rows` slots, or the slots gathered."""
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(rows, int):
+            return keys[:rows, :, :length], values[:rows, :, :length]
+        return keys[rows, :, :length], values[rows, :, :length]
+
+    def wipe(self, slot: int) -> None:
+        """Zero a slot that holds numbers that are not finite: masked out, they would still poison what comes next."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot].zero_()

@@ -1,0 +1,223 @@
+"""A request, the sequences it becomes, and what comes back. Knows nothing of tensors, queues or threads.
+
+Every change of a sequence's state goes through `Sequence.to`, so that the life cycle is this one table:
+waiting → prefilling → running → finished, and finished from anywhere.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pedro.engine.detokenizer import Detokenizer
+from pedro.errors import PedroError
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+
+
+def _require(good: bool, name: str, expected: str, value: object) -> None:
+    if not good:
+        raise PedroError(f"{name}: expected {expected}, got {value!r}", param=name)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Raises PedroError naming the field that is out of range.
+
+    Temperature 0 is greedy. `max_tokens=None` means whatever room the context leaves. Log-probabilities are the
+    model's own, before penalties and temperature.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0  # 0 keeps every token
+    top_p: float = 1.0
+    min_p: float = 0.0  # share of the likeliest token's probability
+    repetition_penalty: float = 1.0  # over prompt and answer
+    presence_penalty: float = 0.0  # over the answer
+    frequency_penalty: float = 0.0  # over the answer
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # how many alternatives beside the chosen token
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        least = 0 if self.prompt_logprobs is not None else 1
+        _require(self.max_tokens is None or self.max_tokens >= least, "max_tokens", f"≥ {least}", self.max_tokens)
+        _require(0 <= self.temperature <= 100, "temperature", "0 to 100", self.temperature)
+        _require(self.top_k >= 0, "top_k", "≥ 0 (0 keeps every token)", self.top_k)
+        _require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
+        _require(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
+        _require(0 < self.repetition_penalty <= 10, "repetition_penalty", "0 to 10", self.repetition_penalty)
+        _require(abs(self.presence_penalty) <= 2, "presence_penalty", "-2 to 2", self.presence_penalty)
+        _require(abs(self.frequency_penalty) <= 2, "frequency_penalty", "-2 to 2", self.frequency_penalty)
+        _require(len(self.stop) <= MAX_STOPS and all(self.stop), "stop", f"≤ {MAX_STOPS} non-empty texts", self.stop)
+        biases = all(math.isfinite(bias) and abs(bias) <= 100 for bias in self.logit_bias.values())
+        _require(biases, "logit_bias", "values from -100 to 100", dict(self.logit_bias))
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}", value)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call: a prompt, an adapter and how to sample. `n` answers are sampled apart, indexed 0 to n-1.
+
+    `adapter` is the ref handed to the engine's `load` (None: the bare backbone); it must name one immutable version.
+    `conditioning_length` is how many leading prompt tokens the vectors may see (None: the whole prompt).
+    `resumed_ids` are answer tokens made before a failover: they are not conditioned on nor sent again, and
+    sampling goes on at the position after them. `deadline_s` counts from arrival.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    tenant: str = ""
+    adapter: str | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    conditioning_length: int | None = None
+    deadline_s: float | None = None
+    n: int = 1
+    resumed_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(len(self.prompt_ids) > 0, "prompt", "at least one token", self.prompt_ids)
+        length, prompt = self.conditioning_length, len(self.prompt_ids)
+        _require(length is None or 1 <= length <= prompt, "conditioning_length", f"1 to {prompt} (the prompt)", length)
+        _require(self.deadline_s is None or self.deadline_s > 0, "deadline_s", "above 0", self.deadline_s)
+        _require(1 <= self.n <= 128, "n", "1 to 128", self.n)
+        _require(self.n == 1 or not self.resumed_ids, "n", "1 where an answer is resumed", self.n)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log-probability, and the likeliest tokens at its place with theirs, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds since arrival: `queue_s` until prefill began, `first_token_s` until the first token, `total_s` now."""
+
+    queue_s: float
+    first_token_s: float
+    total_s: float
+
+
+@dataclass
+class Output:
+    """What one step gave one answer. `text` may lag `token_ids` while a character or a stop text is incomplete.
+
+    The last Output of an answer has `finish_reason` ("stop", "length", "cancelled" or "error") and `timing`;
+    `error` is set with "error" only. `prompt_logprobs` comes once, first entry None.
+    """
+
+    request_id: str
+    index: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: PedroError | None = None
+    timing: Timing | None = None
+
+
+class State(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+_NEXT = {
+    State.WAITING: {State.PREFILLING, State.FINISHED},
+    State.PREFILLING: {State.RUNNING, State.FINISHED},
+    State.RUNNING: {State.FINISHED},
+    State.FINISHED: set(),
+}
+
+
+class Sequence:
+    """One answer in the making: tokens so far, its slot in the KV cache, its text."""
+
+    def __init__(self, request: Request, index: int, max_tokens: int, tokenizer, eos_ids: frozenset[int]) -> None:
+        self.request = request
+        self.index = index
+        self.params = request.params
+        self.seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
+        self.max_tokens = max_tokens
+        self.state = State.WAITING
+        self.slot = -1  # set at admission; stays when the slot is given back
+        self.output_ids: list[int] = list(request.resumed_ids)
+        self.arrived = time.monotonic()
+        self.deadline = None if request.deadline_s is None else self.arrived + request.deadline_s
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self._stop_ids = frozenset(request.params.stop_token_ids) | (
+            frozenset() if request.params.ignore_eos else eos_ids
+        )
+        self._text = Detokenizer(tokenizer, request.prompt_ids, request.params.stop)
+        for token_id in request.resumed_ids:
+            self._text.add(token_id)
+
+    @property
+    def prefill_ids(self) -> list[int]:
+        """The tokens that the KV cache must hold before the next one can be sampled."""
+        return [*self.request.prompt_ids, *self.output_ids] if self.output_ids else self.request.prompt_ids
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt and answer."""
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def conditioning_length(self) -> int:
+        """How many leading tokens the vectors may see: never a token of the answer."""
+        return self.request.conditioning_length or len(self.request.prompt_ids)
+
+    def to(self, state: State) -> None:
+        """Move to `state`; a move that the table does not hold is a bug of the engine."""
+        assert state in _NEXT[self.state], f"sequence {self.request.id}: {self.state} → {state}"
+        if state is State.PREFILLING:
+            self.started = time.monotonic()
+        self.state = state
+
+    def append(self, token_id: int) -> tuple[str, str | None]:
+        """Take a sampled token. Returns the text that became certain and the finish reason, if this ends it."""
+        self.output_ids.append(token_id)
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        if token_id in self._stop_ids:
+            return self._text.flush(), "stop"
+        text, stopped = self._text.add(token_id)
+        if stopped:
+            return text, "stop"
+        if len(self.output_ids) >= self.max_tokens:
+            return text + self._text.flush(), "length"
+        return text, None
+
+    def output(self, **fields) -> Output:
+        """An Output of this answer with its counts, and its timing where it finishes."""
+        counts = {"prompt_tokens": len(self.request.prompt_ids), "completion_tokens": len(self.output_ids)}
+        if fields.get("finish_reason") is not None:
+            now = time.monotonic()
+            began, first = self.started or now, self.first_token or now
+            counts["timing"] = Timing(began - self.arrived, first - self.arrived, now - self.arrived)
+        return Output(request_id=self.request.id, index=self.index, **counts, **fields)

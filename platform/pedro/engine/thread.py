@@ -1,0 +1,114 @@
+"""Runs an engine on a thread of its own and hands each output to the request's callback. Knows no event loop.
+
+A callback runs on the step thread and must return at once (an asyncio server hands over with
+`loop.call_soon_threadsafe`); one that raises ends its own request only.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from pedro.engine.engine import Engine
+from pedro.engine.sequence import Output, Request
+from pedro.errors import PedroError, UnavailableError
+
+log = logging.getLogger(__name__)
+IDLE_WAIT_S = 0.5  # wakes anyway, in case a deadline moved or a notice was missed
+OnOutput = Callable[[Output], None]
+
+
+class EngineThread:
+    """Steps `engine` while there is work. Use as a context manager, or `start` and `stop`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._callbacks: dict[str, tuple[OnOutput, set[int]]] = {}  # and the indices still to finish
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        engine.on_change = self._wake.set
+
+    def __enter__(self) -> EngineThread:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """End the thread after its current step; unfinished requests get an UnavailableError."""
+        with self._lock:
+            self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        self.engine.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs: what a health check asks."""
+        return self._thread.is_alive()
+
+    def submit(self, request: Request, on_output: OnOutput) -> None:
+        """Queue a request; `on_output` gets each of its outputs, the last of each answer with a finish reason.
+
+        Raises what `Engine.add` raises, and UnavailableError once the thread stops.
+        """
+        with self._lock:
+            if self._stopping:
+                raise UnavailableError("the engine is shutting down; try again on another replica")
+            if request.id in self._callbacks:
+                raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
+            self.engine.add(request)
+            self._callbacks[request.id] = (on_output, set(range(request.n)))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its callback gets "cancelled"."""
+        self.engine.cancel(request_id)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            outputs = self._step()
+            for output in outputs:
+                self._deliver(output)
+            if self.engine.idle and not outputs and not self._stopping:
+                self._wait()
+        self.engine.fail_all(UnavailableError("the engine is shutting down; try again on another replica"))
+        for output in self._step():
+            self._deliver(output)
+
+    def _step(self) -> list[Output]:
+        try:
+            return self.engine.step()
+        except Exception:  # the thread outlives any error: those who wait are told, the next request is served
+            log.exception("an engine step failed outside the model")
+            self.engine.fail_all(UnavailableError("the engine failed on this request; try again", code="engine_error"))
+            return []
+
+    def _wait(self) -> None:
+        """Until there may be something to do."""
+        deadline = self.engine.next_deadline()
+        wait_s = IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.0, deadline - time.monotonic()))
+        self._wake.wait(wait_s)
+
+    def _deliver(self, output: Output) -> None:
+        with self._lock:
+            callback, open_indices = self._callbacks[output.request_id]
+            if output.finish_reason is not None:
+                open_indices.discard(output.index)
+                if not open_indices:
+                    del self._callbacks[output.request_id]
+        try:
+            callback(output)
+        except Exception:  # a consumer that went away costs its own request only
+            log.exception("the consumer of request %s failed", output.request_id)
+            self.engine.cancel(output.request_id)

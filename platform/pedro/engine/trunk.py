@@ -1,0 +1,115 @@
+"""Runs a transformers model from token ids to the last hidden state. Knows nothing of slots, adapters or policy.
+
+Models whose layers have the Llama calling form are driven layer by layer, so that a prefill can be cut between
+layers; every other one runs through its own `forward`, whole, behind the same interface.
+Legend: N tokens of the packed batch, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pedro.engine import attention
+from pedro.errors import BackboneError
+
+DRIVEN = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+@dataclass
+class Flow:
+    """A forward pass under way: what the next layer needs. `layer` is the next one to run."""
+
+    ids: torch.Tensor  # [1, N]
+    positions: torch.Tensor  # [1, N]
+    hidden: torch.Tensor | None = None  # [1, N, D]
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    layer: int = 0
+
+
+class LayerTrunk:
+    """Drives embedding → layers → norm of a Llama-like model."""
+
+    def __init__(self, model) -> None:
+        self._base = model.base_model
+        self.num_parts = len(self._base.layers)
+
+    def advance(self, flow: Flow, step, last: int) -> None:
+        """Run the layers up to `last`."""
+        if flow.layer == 0:
+            flow.hidden = self._base.embed_tokens(flow.ids)
+            flow.rotary = self._base.rotary_emb(flow.hidden, position_ids=flow.positions)
+        with attention.attending(step):
+            for layer in self._base.layers[flow.layer : last]:
+                flow.hidden = layer(
+                    flow.hidden,
+                    attention_mask=None,
+                    position_ids=flow.positions,
+                    past_key_values=step,
+                    use_cache=True,
+                    position_embeddings=flow.rotary,
+                )
+        flow.layer = last
+
+    def finish(self, flow: Flow) -> torch.Tensor:
+        """The normed hidden states, [N, D], once all layers ran."""
+        return self._base.norm(flow.hidden)[0]
+
+
+class WholeTrunk:
+    """Runs the model's own forward in one part."""
+
+    num_parts = 1
+
+    def __init__(self, model) -> None:
+        self._base = model.base_model
+
+    def advance(self, flow: Flow, step, last: int) -> None:
+        """Run everything."""
+        with attention.attending(step):
+            result = self._base(
+                input_ids=flow.ids, position_ids=flow.positions, past_key_values=step, use_cache=True, return_dict=True
+            )
+        flow.hidden, flow.layer = result.last_hidden_state, last
+
+    def finish(self, flow: Flow) -> torch.Tensor:
+        """The normed hidden states, [N, D]."""
+        return flow.hidden[0]
+
+
+class Head:
+    """Hidden states to logits, as the model's own causal-LM class computes them."""
+
+    def __init__(self, model) -> None:
+        self._projection = model.get_output_embeddings()
+        self._softcap = getattr(model.config, "final_logit_softcapping", None)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, D] → [n, V], float32."""
+        logits = self._projection(hidden)
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits.float()
+
+
+def make_trunk(model) -> LayerTrunk | WholeTrunk:
+    """The trunk for this model. It takes the model over: from here on only the engine may run it.
+
+    Raises BackboneError where rows of one batch would change each other or the cache has another form.
+    """
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        raise BackboneError(
+            f"backbone: rope_type {', '.join(sorted(k for k in kinds if k))} makes a row depend on the longest row of "
+            "its batch, which the engine refuses; set another rope_type in the backbone's config.json",
+            param="backbone",
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise BackboneError("backbone: bidirectional attention cannot be decoded from a cache", param="backbone")
+    attention.register()
+    config._attn_implementation = attention.NAME
+    model.base_model.config._attn_implementation = attention.NAME
+    return (LayerTrunk if config.model_type in DRIVEN else WholeTrunk)(model)
