@@ -1,0 +1,192 @@
+"""The adapter directory: written whole or not at all, checked before it is trusted. Knows nothing of registries.
+
+A directory is a standard PEFT checkpoint (for full fine-tuning a transformers one) plus `pedro_adapter.json`. Weights
+are safetensors only. Only fixed file names inside the directory are ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from pedro.errors import AdapterError, UnavailableError
+
+MANIFEST = "pedro_adapter.json"
+WEIGHTS = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz")
+REQUIRED = ("format_version", "digest", "backbone", "method")
+PACKAGES = ("pedro-platform", "torch", "transformers", "peft", "safetensors")
+MAX_HEADER_BYTES = 100_000_000  # as in the safetensors format
+CHUNK_BYTES = 1 << 20
+
+
+def save_adapter(model: nn.Module, directory: str | Path, manifest: dict[str, Any]) -> str:
+    """Write `model`'s adapter named "default" (or the whole model, if it carries none) and return its digest.
+
+    `manifest` gives what only the caller knows (backbone, method, data, metrics...); format_version, digest, created,
+    versions and trainable_parameters are filled in. The directory appears complete, by a rename, or not at all.
+    Raises AdapterError if it exists with something in it, UnavailableError if it cannot be written.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise AdapterError(f"directory: {directory} exists already; give a new one", param="directory")
+    making = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        making.mkdir(parents=True)
+        _save_weights(model, making)
+        complete = _complete_manifest(model, manifest, weights_digest(making))
+        _write(making / MANIFEST, json.dumps(complete, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        making.replace(directory)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnavailableError(
+            f"directory: {directory} could not be written ({reason}); nothing is left of it, free some space and retry",
+            param="directory",
+        ) from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return complete["digest"]
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of an adapter directory. Raises AdapterError if it is missing, unreadable or of another format."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{MANIFEST}: not found in {directory}; save the adapter with save_adapter") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{MANIFEST}: {directory} holds one that cannot be read; save the adapter again") from error
+    if not isinstance(manifest, dict) or any(key not in manifest for key in REQUIRED):
+        raise AdapterError(f"{MANIFEST}: expected an object with {', '.join(REQUIRED)}; save the adapter again")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise AdapterError(
+            f"{MANIFEST}: format_version {manifest['format_version']!r} is not {FORMAT_VERSION}; "
+            "use the release of pedro that wrote it"
+        )
+    return manifest
+
+
+def weights_digest(directory: str | Path) -> str:
+    """sha256 over the sorted (name, dtype, shape, bytes) of the weights; the same however the file orders them.
+
+    Raises AdapterError where there are no weights or a file is no safetensors.
+    """
+    tensors = sorted(
+        (tensor for file in _weight_files(Path(directory)) for tensor in _tensors(file)), key=lambda t: t[0]
+    )
+    total = hashlib.sha256()
+    for name, dtype, shape, file, begin, end in tensors:
+        total.update(json.dumps([name, dtype, shape]).encode())
+        with file.open("rb") as stream:
+            stream.seek(begin)
+            while begin < end:
+                piece = stream.read(min(CHUNK_BYTES, end - begin))
+                total.update(piece)
+                begin += len(piece)
+    return f"sha256:{total.hexdigest()}"
+
+
+def verify_adapter(directory: str | Path, backbone_digest: str) -> dict[str, Any]:
+    """Check that an adapter directory is whole, holds no pickle and belongs to this backbone; return its manifest.
+
+    Raises AdapterError, with both digests where the backbone or the weights are not the expected ones.
+    """
+    directory = Path(directory)
+    for path in sorted(directory.rglob("*")):
+        if path.suffix.lower() in PICKLES:
+            raise AdapterError(f"{path.name}: may hold code (pickle) and is refused; save the adapter as safetensors")
+        if path.is_symlink():
+            raise AdapterError(f"{path.name}: is a link, which may lead out of the adapter; copy the file instead")
+    manifest = read_manifest(directory)
+    backbone = manifest["backbone"]
+    expected = backbone.get("digest") if isinstance(backbone, dict) else None
+    if expected != backbone_digest:
+        raise AdapterError(
+            f"backbone: the adapter was trained on {expected}, but the backbone here is {backbone_digest}; "
+            "use the adapter's own backbone or train the adapter again",
+            param="backbone",
+        )
+    digest = weights_digest(directory)
+    if digest != manifest["digest"]:
+        raise AdapterError(
+            f"digest: the weights are {digest}, but the manifest says {manifest['digest']}; "
+            "the adapter is damaged or was changed, fetch it again",
+            param="digest",
+        )
+    return manifest
+
+
+def _save_weights(model: nn.Module, directory: Path) -> None:
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(
+            str(directory), safe_serialization=True, selected_adapters=["default"], save_embedding_layers=False
+        )
+    else:
+        model.save_pretrained(str(directory))
+
+
+def _complete_manifest(model: nn.Module, manifest: dict[str, Any], digest: str) -> dict[str, Any]:
+    from pedro.methods.registry import count_parameters
+
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "trainable_parameters": count_parameters(model)["trainable"],
+        **manifest,
+        "format_version": FORMAT_VERSION,
+        "digest": digest,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = [directory / WEIGHTS] if (directory / WEIGHTS).is_file() else sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise AdapterError(f"{WEIGHTS}: not found in {directory}")
+    return files
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
+    """(name, dtype, shape, file, first byte, byte after the last) of each tensor, from the header alone."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise ValueError("header too long")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        start, size = 8 + length, file.stat().st_size
+        for name, entry in header.items():
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            if not start <= begin <= end <= size:
+                raise ValueError(f"{name} lies outside the file")
+            yield name, entry["dtype"], entry["shape"], file, begin, end
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise AdapterError(f"{file.name}: is damaged or no safetensors file; fetch the adapter again") from error

@@ -1,0 +1,199 @@
+"""One block's share of PEDRO: makes the block's vectors and scales its projections. Knows nothing of whole models.
+
+The layer is a child of the block and replaces nothing. A hook before the block makes the vectors and hands them down
+as a keyword argument, so that they belong to this very call (and to its recomputation under gradient checkpointing,
+which repeats the block with the same arguments); a hook before the attention takes them off again; hooks after the
+projections scale. Shapes: B rows, T tokens, D model width, R bottleneck, W all targets' widths together.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from pedro.errors import ConfigError
+from pedro.methods.architectures import LayerSites, Rows
+from pedro.methods.pedro.config import PedroConfig
+from pedro.methods.pedro.generator import GeneratorWeights, generate_vectors
+from pedro.methods.pedro.prompt import PromptPass, Vectors
+from pedro.methods.pedro.rational import fit_gelu
+
+BASE = "__base__"  # PEFT's name, in adapter_names, for a row without an adapter
+HANDED_DOWN = "pedro_vectors"
+INIT_STD = 0.02
+
+
+class PedroLayer(nn.Module, BaseTunerLayer):
+    """The generators of one block, one an adapter; parameters are float32 whatever the backbone's dtype."""
+
+    adapter_layer_names = ("pedro_down", "pedro_up", "pedro_bias", "pedro_a", "pedro_b")
+    other_param_names = ("configs", "activations")
+
+    def __init__(self, index: int, places: LayerSites, width: int, prompts: PromptPass) -> None:
+        super().__init__()
+        self.index, self.width, self.prompts = index, width, prompts
+        self.places = places  # a plain record, so that the block's modules do not become ours
+        self.configs: dict[str, PedroConfig] = {}
+        self.activations: dict[str, str] = {}
+        self.pedro_down = nn.ParameterDict()  # [D, R]
+        self.pedro_up = nn.ParameterDict()  # [R, W]
+        self.pedro_bias = nn.ParameterDict()  # [W]
+        self.pedro_a = nn.ParameterDict()  # [m+1]
+        self.pedro_b = nn.ParameterDict()  # [n]
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        self._vectors: Vectors | None = None
+        self._handles = self._hook()
+
+    def update_layer(self, adapter_name: str, config: PedroConfig, activation: str) -> None:
+        """Add a fresh adapter, which changes nothing: W_down ~ N(0, 0.02), W_up = 0, b_up = 1, R = GELU.
+
+        Raises ConfigError for a target that this block does not have.
+        """
+        sites = self.places.sites
+        if missing := [target for target in config.targets if target not in sites]:
+            raise ConfigError(
+                f"targets: this backbone has no {', '.join(missing)}; choose from {', '.join(sites)}", param="targets"
+            )
+        total = sum(sites[target].width for target in config.targets)
+        fresh = {"dtype": torch.float32, "device": next(self.places.norm.parameters()).device}
+        self.pedro_down[adapter_name] = nn.Parameter(torch.empty(self.width, config.r, **fresh).normal_(std=INIT_STD))
+        self.pedro_up[adapter_name] = nn.Parameter(torch.zeros(config.r, total, **fresh))
+        self.pedro_bias[adapter_name] = nn.Parameter(torch.ones(total, **fresh))
+        if activation == "rational":
+            a, b = fit_gelu(*config.orders)
+            self.pedro_a[adapter_name] = nn.Parameter(a.to(**fresh))
+            self.pedro_b[adapter_name] = nn.Parameter(b.to(**fresh))
+        self.configs[adapter_name], self.activations[adapter_name] = config, activation
+
+    def generator(self, adapter_name: str) -> GeneratorWeights:
+        """One adapter's generator of this block."""
+        learned = adapter_name in self.pedro_a
+        return GeneratorWeights(
+            self.pedro_down[adapter_name],
+            self.pedro_up[adapter_name],
+            self.pedro_bias[adapter_name],
+            self.activations[adapter_name],
+            self.pedro_a[adapter_name] if learned else None,
+            self.pedro_b[adapter_name] if learned else None,
+        )
+
+    def forward(self, hidden: torch.Tensor, prompt: torch.Tensor, adapter_name: str) -> Vectors:
+        """The vectors {target: [B, width]} of the rows' prompts: hidden [B, T, D], prompt [B, T] bool."""
+        config = self.configs[adapter_name]
+        norm = self.places.norm if config.pool_source == "normed" else None
+        vectors = generate_vectors(pool(hidden, prompt, config.pool, norm), self.generator(adapter_name))  # [B, W]
+        widths = [self.places.sites[target].width for target in config.targets]
+        return dict(zip(config.targets, vectors.split(widths, dim=-1), strict=True))
+
+    def unhook(self) -> None:
+        """Leave the block as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self) -> list:
+        places = self.places
+        by_module: dict[nn.Module, list[tuple[str, Rows]]] = {}
+        for target, site in places.sites.items():
+            by_module.setdefault(site.module, []).append((target, site.rows))
+        return [
+            places.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            places.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
+            *(module.register_forward_hook(partial(self._scale, cuts)) for module, cuts in by_module.items()),
+        ]
+
+    def _before_block(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        names = self.prompts.adapter_names
+        if self.disable_adapters or not (names or self.active_adapters):
+            return None
+        _refuse_reentrant_checkpointing(block)
+        if not self.prompts.open:
+            raise RuntimeError(
+                "call the model that carries the adapter, not a part of it: its prompts are unknown here"
+            )
+        if self.prompts.prompt is None:
+            vectors = self.prompts.vectors.get(self.index)
+            if vectors is None:
+                raise ConfigError(
+                    "past_key_values: this cache was filled without the adapter, so it holds no vectors; "
+                    "read the prompt again with the adapter on",
+                    param="past_key_values",
+                )
+        else:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            vectors = self._mixed(hidden, names) if names else self._together(hidden)
+            self.prompts.vectors[self.index] = vectors
+        return args, {**kwargs, HANDED_DOWN: vectors}
+
+    def _together(self, hidden: torch.Tensor) -> Vectors:
+        """Vectors of the active adapters; of several, their product."""
+        vectors: Vectors = {}
+        for name in self.active_adapters:
+            if name in self.configs:
+                for target, vector in self(hidden, self.prompts.prompt, name).items():
+                    vectors[target] = vectors[target] * vector if target in vectors else vector
+        return vectors
+
+    def _mixed(self, hidden: torch.Tensor, names: list[str]) -> Vectors:
+        """Vectors where each row has an adapter of its own; ones for a row without and for a target not its own."""
+        if len(names) != len(hidden):
+            raise ConfigError(
+                f"adapter_names: expected one name a row, {len(hidden)}, got {len(names)}", param="adapter_names"
+            )
+        vectors: Vectors = {}
+        for name in dict.fromkeys(names):
+            if name == BASE:
+                continue
+            rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=hidden.device)
+            for target, made in self(hidden[rows], self.prompts.prompt[rows], name).items():
+                ones = made.new_ones(len(hidden), made.shape[-1])
+                vectors[target] = vectors.get(target, ones).index_copy(0, rows, made)
+        return vectors
+
+    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self._vectors = kwargs.pop(HANDED_DOWN, None)
+        return args, kwargs
+
+    def _scale(self, cuts: list[tuple[str, Rows]], module: nn.Module, args: tuple, output: torch.Tensor):
+        vectors = self._vectors
+        if not vectors or not any(target in vectors for target, _ in cuts):
+            return None
+        if cuts[0][1] is None:
+            scale = vectors[cuts[0][0]]
+        else:  # fused: ones where a projection is not a target
+            scale = next(iter(vectors.values())).new_ones(len(output), output.shape[-1])
+            for target, rows in cuts:
+                if target in vectors:
+                    scale[:, rows if isinstance(rows, slice) else rows.to(scale.device)] = vectors[target]
+        return (output * scale[:, None]).to(output.dtype)  # float32 product, then the model's dtype
+
+
+def pool(hidden: torch.Tensor, prompt: torch.Tensor, how: str, norm: nn.Module | None) -> torch.Tensor:
+    """The prompt as one vector a row: hidden [B, T, D], prompt [B, T] bool -> [B, D], float32 for mean and max.
+
+    `norm` is applied token by token before pooling; for `last`, to that token only.
+    """
+    if how == "last":
+        position = (prompt * torch.arange(prompt.shape[1], device=prompt.device)).argmax(dim=1)  # [B]
+        hidden = hidden[torch.arange(len(hidden), device=hidden.device), position.to(hidden.device), None]  # [B, 1, D]
+        return (hidden if norm is None else norm(hidden))[:, 0]
+    outside = ~prompt.to(hidden.device)[..., None]  # [B, T, 1]
+    hidden = (hidden if norm is None else norm(hidden)).float()
+    if how == "mean":
+        return hidden.masked_fill(outside, 0.0).sum(dim=1) / (~outside).sum(dim=1)
+    return hidden.masked_fill(outside, float("-inf")).amax(dim=1)
+
+
+def _refuse_reentrant_checkpointing(block: nn.Module) -> None:
+    """Reentrant checkpointing would run a second backward through the vectors, to wrong gradients."""
+    active = block.training and getattr(block, "gradient_checkpointing", False)
+    if active and getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+        raise ConfigError(
+            "gradient_checkpointing: PEDRO needs use_reentrant=False; call "
+            'gradient_checkpointing_enable({"use_reentrant": False})',
+            param="gradient_checkpointing",
+        )

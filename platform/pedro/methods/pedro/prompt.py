@@ -1,0 +1,160 @@
+"""Which tokens of a batch are prompt, and the vectors' life on the KV cache. Knows nothing of adapters' weights.
+
+The answer must never condition the vectors, or training leaks it. So the boundary is, in this order: `prompt_mask`,
+`prompt_lens`, the labels (a batch with labels never falls through), and only without any of them, as in generation,
+everything that is attended. Shapes: B rows, T tokens of this call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pedro.errors import ConfigError
+
+IGNORED = -100  # the label of a token without supervision, as in transformers
+PROMPT_ARGUMENTS = ("prompt_lens", "prompt_mask")
+KEPT = "pedro_vectors"
+
+Vectors = dict[str, torch.Tensor]  # target -> [B, width], of one layer
+
+
+class PromptPass:
+    """One forward pass: its prompt positions [B, T], its rows' adapters, and the vectors of each layer.
+
+    Shared by the hooks on the model, which open and close it, and by every layer, which reads or fills it.
+    """
+
+    def __init__(self) -> None:
+        self.prompt: torch.Tensor | None = None  # [B, T] bool; None while decoding with kept vectors
+        self.adapter_names: list[str] | None = None  # one a row, set for the length of a mixed-batch call
+        self.vectors: dict[int, Vectors] = {}  # by layer
+        self.open = False
+
+    def attach(self, model: nn.Module) -> None:
+        """Follow every forward pass of `model`, from before its first module to after its last."""
+        model.register_forward_pre_hook(self.before, with_kwargs=True)
+        model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+
+    def detach(self, model: nn.Module) -> None:
+        """Take the hooks of `attach` off again."""
+        for hooks, hook in ((model._forward_pre_hooks, self.before), (model._forward_hooks, self.after)):
+            for key in [key for key, value in hooks.items() if value == hook]:
+                del hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+                model._forward_hooks_with_kwargs.pop(key, None)
+                model._forward_hooks_always_called.pop(key, None)
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Find the prompt of this call, or the vectors kept since the prompt was read. Takes our arguments off."""
+        given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        kwargs = {name: value for name, value in kwargs.items() if name not in PROMPT_ARGUMENTS}
+        cache = given.get("past_key_values")
+        self.open = True
+        if cache is not None and cache.get_seq_length() > 0:
+            self.prompt, self.vectors = None, getattr(cache, KEPT, {})
+        else:
+            self.prompt, self.vectors = find_prompt(given, model.training), {}
+        return args, kwargs
+
+    def after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Keep the vectors with the KV cache that they belong to, and forget this pass."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)
+        if cache is not None and self.prompt is not None and self.vectors:
+            keep_vectors(cache, self.vectors)
+        self.prompt, self.vectors, self.open = None, {}, False
+
+
+def find_prompt(given: dict[str, Any], training: bool) -> torch.Tensor:
+    """Which positions [B, T] condition the vectors, from the arguments of a forward call.
+
+    A row's first attended token always counts as prompt: nothing before it could have predicted it. Raises
+    ConfigError for a `prompt_mask` or `prompt_lens` that does not fit the batch.
+    """
+    attended = find_attended(given)
+    mask, lens, labels = given.get("prompt_mask"), given.get("prompt_lens"), given.get("labels")
+    rank = attended.cumsum(dim=1)  # [B, T], 1 at the first attended token
+    if mask is not None:
+        _expect_shape("prompt_mask", mask, attended.shape)
+        prompt = mask.to(attended.device).bool() & attended
+    elif lens is not None:
+        _expect_shape("prompt_lens", lens, attended.shape[:1])
+        lens = lens.to(attended.device)
+        if bool(((lens < 1) | (lens > rank[:, -1])).any()):
+            raise ConfigError(
+                f"prompt_lens: expected between 1 and the row's attended tokens {rank[:, -1].tolist()}, "
+                f"got {lens.tolist()}; count the prompt's tokens without padding",
+                param="prompt_lens",
+            )
+        prompt = attended & (rank <= lens[:, None])
+    elif labels is not None and labels.shape == attended.shape:
+        supervised = (labels.to(attended.device) != IGNORED) & attended
+        prompt = attended & (supervised.cumsum(dim=1) == 0)
+    else:
+        if training and labels is None and torch.is_grad_enabled():
+            warnings.warn(
+                "training without labels, prompt_lens or prompt_mask: every attended token conditions the vectors, "
+                "the answer's too if there is one; pass prompt_lens",
+                stacklevel=2,
+            )
+        return attended
+    return prompt | (attended & (rank == 1))
+
+
+def find_attended(given: dict[str, Any]) -> torch.Tensor:
+    """Which positions [B, T] are no padding: from a mask [B, T], a prepared 4-D mask or a dict of them, or none."""
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given["inputs_embeds"]
+    shape, device = tokens.shape[:2], tokens.device
+    mask = given.get("attention_mask")
+    if isinstance(mask, dict):  # one mask a kind of layer; padding is the same in each
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    if mask.dim() == 4:  # [B, 1, T, S]: a token that is no padding attends to itself
+        itself = mask[:, 0].diagonal(dim1=1, dim2=2)[:, : shape[1]]
+        return (itself if itself.dtype == torch.bool else itself == 0).expand(shape)
+    _expect_shape("attention_mask", mask, shape)
+    return mask.to(device).bool()
+
+
+def keep_vectors(cache: Any, vectors: dict[int, Vectors]) -> None:
+    """Put the vectors on the KV cache and make them follow its rows (beams, selected or repeated rows)."""
+    if not hasattr(cache, KEPT):
+        cache.reorder_cache = MethodType(_reorder_cache, cache)
+        cache.batch_select_indices = MethodType(_batch_select_indices, cache)
+        cache.batch_repeat_interleave = MethodType(_batch_repeat_interleave, cache)
+    setattr(cache, KEPT, vectors)
+
+
+def _reorder_cache(cache: Any, beam_idx: torch.Tensor) -> None:
+    type(cache).reorder_cache(cache, beam_idx)
+    _change_rows(cache, lambda v: v.index_select(0, beam_idx.to(v.device)))
+
+
+def _batch_select_indices(cache: Any, indices: torch.Tensor) -> None:
+    type(cache).batch_select_indices(cache, indices)
+    _change_rows(cache, lambda v: v[indices])
+
+
+def _batch_repeat_interleave(cache: Any, repeats: int) -> None:
+    type(cache).batch_repeat_interleave(cache, repeats)
+    _change_rows(cache, lambda v: v.repeat_interleave(repeats, dim=0))
+
+
+def _change_rows(cache: Any, change: Any) -> None:
+    kept = {i: {target: change(v) for target, v in vectors.items()} for i, vectors in getattr(cache, KEPT).items()}
+    setattr(cache, KEPT, kept)
+
+
+def _expect_shape(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise ConfigError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}", param=name)
