@@ -150,6 +150,13 @@ def test_a_request_id_that_is_not_sane_is_replaced(http, offered):
     assert given.startswith("req_")
 
 
+def test_a_server_in_front_can_be_left_to_send_the_request_id(tmp_path):
+    with serve(tmp_path, settings=GatewaySettings(send_request_id=False)) as gateway, gateway.http() as http:
+        reply = http.get("/v1/models", headers={"x-request-id": "mine"})
+    assert reply.status_code == 401
+    assert "x-request-id" not in reply.headers
+
+
 def test_two_clients_with_one_request_id_are_two_requests_to_the_backend(gateway, http):
     for _ in range(2):
         complete(http, prompt=["a", "b"])
@@ -225,7 +232,9 @@ BAD_COMPLETIONS = [
     ({"conditioning_length": 3, "prompt": [1, 2]}, "conditioning_length"),
     ({"best_of": 4}, "best_of"),
     ({"suffix": "x"}, "suffix"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
+    ({"logit_bias": {"five": 1}}, "logit_bias"),
+    ({"logit_bias": [5]}, "logit_bias"),
     ({"temprature": 1}, "temprature"),
 ]
 

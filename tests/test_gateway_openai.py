@@ -124,6 +124,7 @@ def test_sampling_fields_and_extensions_reach_the_backend_under_the_engines_name
         stop=["x", "y"],
         presence_penalty=0.1,
         frequency_penalty=0.2,
+        logit_bias={"7": -100},
         extra_body={
             "top_k": 5,
             "min_p": 0.05,
@@ -142,6 +143,7 @@ def test_sampling_fields_and_extensions_reach_the_backend_under_the_engines_name
         "stop": ("x", "y"),
         "presence_penalty": 0.1,
         "frequency_penalty": 0.2,
+        "logit_bias": {7: -100.0},
         "top_k": 5,
         "min_p": 0.05,
         "repetition_penalty": 1.1,

@@ -1,7 +1,11 @@
-"""Keys and jobs are kept, frozen, and safe with many threads and processes at once."""
+"""Keys and jobs are kept, frozen, and safe with many threads and processes at once.
+
+On sqlite, or on the (scratch!) database that PEDRO_TEST_DATABASE_URL names.
+"""
 
 from __future__ import annotations
 
+import os
 import pickle
 import sqlite3
 import subprocess
@@ -11,14 +15,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 
 import pytest
+import sqlalchemy
 
 from pedro.errors import AuthenticationError, ConfigError, ConflictError, NotFoundError, PedroError, UnavailableError
 from pedro.store import JobStatus, Store
 
 
 @pytest.fixture
-def url(tmp_path) -> str:
+def sqlite_url(tmp_path) -> str:
     return f"sqlite:///{tmp_path}/deep/er/pedro.db"
+
+
+@pytest.fixture
+def url(sqlite_url) -> str:
+    given = os.environ.get("PEDRO_TEST_DATABASE_URL")
+    if given is None:
+        return sqlite_url
+    engine = sqlalchemy.create_engine(given)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS pedro_keys, pedro_jobs"))
+    engine.dispose()
+    return given
 
 
 @pytest.fixture
@@ -38,7 +55,8 @@ def test_a_key_authenticates_with_its_secret_and_nothing_else(store):
             store.authenticate(wrong)
 
 
-def test_the_secret_is_nowhere_in_the_database(store, tmp_path):
+def test_the_secret_is_nowhere_in_the_database(sqlite_url, tmp_path):
+    store = Store(sqlite_url)
     _, secret = store.create_key("acme")
     store.close()
     for file in (tmp_path / "deep" / "er").iterdir():
@@ -184,14 +202,16 @@ def test_processes_create_and_write_one_database_at_once(url):
     store.close()
 
 
-def test_readers_do_not_wait_for_a_writer(store, url):
+def test_readers_do_not_wait_for_a_writer(sqlite_url):
+    store = Store(sqlite_url)
     _, secret = store.create_key("acme")
-    writer = sqlite3.connect(url.removeprefix("sqlite:///"))
+    writer = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))
     writer.execute("BEGIN IMMEDIATE")
     started = time.monotonic()
     store.authenticate(secret)
     assert time.monotonic() - started < 1
     writer.close()
+    store.close()
 
 
 @pytest.mark.parametrize("bad", ["", "nonsense", "mysql://h/d", "sqlite://", "sqlite:///:memory:", "postgresql://[::1"])

@@ -305,7 +305,7 @@ def _parse_url(text: str) -> URL:
 def _open(url: URL) -> Engine:
     try:
         if url.get_backend_name() != "sqlite":
-            return sa.create_engine(url, pool_pre_ping=True)
+            return sa.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"database_url: needs the module {error.name}; pip install 'psycopg[binary]'", param="database_url"

@@ -21,6 +21,7 @@ class GatewaySettings:
     max_body_bytes: int = 8 * 2**20  # more is a 413
     body_timeout_s: float = 60.0  # a body that takes longer to arrive is a 408
     max_choices: int = 256  # prompts × n of one request
+    send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
 
 
 def create_app(
@@ -42,10 +43,10 @@ def create_app(
         title="pedro", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
     app.state.backend = backend_provider
-    app.state.settings = settings or GatewaySettings()
+    app.state.settings = settings = settings or GatewaySettings()
     app.state.authenticator = authenticator
     install_error_handlers(app)
-    app.add_middleware(Edge)
+    app.add_middleware(Edge, send_request_id=settings.send_request_id)
     for routes in (routes_inference, routes_models, routes_adapters, routes_health):
         app.include_router(routes.router)
     return app

@@ -59,7 +59,7 @@ class GenerateCall:
     Exactly one of `prompt` and `messages` is set. Token ids are taken as they are; text is encoded as in training.
     `params` holds only what the request set, under the names of the engine's `SamplingParams`: max_tokens,
     temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos, logprobs (number of alternatives; 0
-    is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty.
+    is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty, logit_bias (by token id).
     `conditioning_length`: so many first tokens of the prompt condition the vectors; None is the whole prompt.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
     """

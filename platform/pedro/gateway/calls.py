@@ -89,6 +89,8 @@ def _params(request: SamplingFields) -> dict[str, Any]:
     params |= {name: getattr(request, name) for name in _SHARED if getattr(request, name) is not None}
     if request.stop:
         params["stop"] = request.stop
+    if request.logit_bias:
+        params["logit_bias"] = request.logit_bias
     if request.stop_token_ids:
         params["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.top_k is not None and request.top_k > 0:

@@ -34,22 +34,26 @@ def request_id_of(scope: Scope) -> str:
 
 
 class Edge:
-    def __init__(self, app: ASGIApp) -> None:
+    """`send_request_id`: put the id on the response; off where a server in front, which saw it first, does so."""
+
+    def __init__(self, app: ASGIApp, *, send_request_id: bool = True) -> None:
         self._app = app
+        self._send_request_id = send_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = choose_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                if self._send_request_id:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         try:

@@ -67,11 +67,23 @@ def _content(value: Any) -> Any:
     raise ValueError("expected a string or a list of text parts")
 
 
+def _biases(value: Any) -> Any:
+    """Token ids are strings in JSON."""
+    if value is None:
+        return {}
+    if isinstance(value, dict) and all(key.isascii() and key.isdigit() and len(key) < 11 for key in value):
+        return {int(key): bias for key, bias in value.items()}
+    raise ValueError("expected an object of token ids and biases")
+
+
 Stop = Annotated[tuple[str, ...], BeforeValidator(_stop), Field(max_length=16)]
 Prompts = Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
 Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]
 Content = Annotated[str, BeforeValidator(_content)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
+Biases = Annotated[
+    dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases), Field(max_length=1024)
+]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -98,6 +110,7 @@ class SamplingFields(_Body):
     stop: Stop = ()
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    logit_bias: Biases = {}
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # OpenAI's mark for abuse reports: has no effect on the answer
@@ -110,7 +123,7 @@ class SamplingFields(_Body):
 
 
 class CompletionRequest(SamplingFields):
-    harmless = {"best_of": (1,), "logit_bias": ({},), "suffix": ("",)}
+    harmless = {"best_of": (1,), "suffix": ("",)}
     prompt: Prompts
     max_tokens: Annotated[int | None, Field(ge=0)] = None
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
@@ -137,7 +150,6 @@ class ChatRequest(SamplingFields):
         "audio": (),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "logit_bias": ({},),
         "modalities": (["text"],),
         "moderation": (),
         "parallel_tool_calls": (True, False),  # there are no tools to call

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pedro.gateway.backend import Alternative, Delta, TokenLogprob
 
-IMPOSSIBLE = -9999.0
+IMPOSSIBLE = -9999.0  # stands for minus infinity, which JSON has not
 
 
 @dataclass
