@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -32,12 +33,16 @@ def check(
     tokenizer = load_tokenizer(found)
     report = check_file(file, tokenizer, max_length or context_length(found), validation=validation)
     masks = show_masks(file, tokenizer, show) if show and report.usable else []
-    value = {**report.to_dict(), "masks": masks} if show else report.to_dict()
+    value = {**report.to_dict(), "masks": [asdict(mask) for mask in masks]} if show else report.to_dict()
 
     def show_report() -> None:
         typer.echo(report.text())
         for mask in masks:
-            typer.echo(f"\n{mask}")
+            pieces = zip(mask.tokens, mask.supervised, strict=True)
+            shown = " ".join(typer.style(token, bold=True, underline=True) if on else token for token, on in pieces)
+            typer.echo(f"\nline {mask.line}: {mask.prompt_len} prompt tokens condition the vectors; loss on the rest")
+            typer.echo(f"  {shown}")
+            typer.echo(f"  prompt {mask.prompt!r}\n  answer {mask.completion!r}")
 
     emit(value, as_json, show_report)
     if not report.usable:

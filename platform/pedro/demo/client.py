@@ -1,0 +1,118 @@
+"""What the demo does over HTTP: ask questions, count right answers, keep asking while an adapter is swapped.
+
+Knows nothing of training, the registry or Ray: it sees what a tenant sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from pedro.data.shapes import Example
+from pedro.errors import PedroError
+
+CONCURRENCY = 16
+MAX_TOKENS = 8  # the longest label and its end
+
+
+@dataclass
+class Swap:
+    """What the load saw of one hot swap. Times are seconds from the call that moved the alias."""
+
+    requests: int = 0
+    failed: int = 0
+    mixed: int = 0
+    in_flight: int = 0
+    seconds_to_first_new: float | None = None
+    answers: Counter[str] = field(default_factory=Counter)
+
+
+def accuracy(url: str, key: str, model: str, rows: Sequence[Example]) -> float:
+    """Share of rows that `model` answers exactly, prompts alone, greedy, over `/v1/chat/completions`."""
+    return asyncio.run(_accuracy(url, key, model, rows))
+
+
+def swap_under_load(
+    url: str, key: str, admin_key: str, model: str, version: int, rows: Sequence[Example], seconds: float = 6.0
+) -> Swap:
+    """Promote `version` of `model` while streams run; every stream must end well and come from one version."""
+    return asyncio.run(_swap_under_load(url, key, admin_key, model, version, rows, seconds))
+
+
+async def _accuracy(url: str, key: str, model: str, rows: Sequence[Example]) -> float:
+    gate = asyncio.Semaphore(CONCURRENCY)
+    async with _client(url, key) as client:
+
+        async def right(row: Example) -> bool:
+            async with gate:
+                reply = await client.post("/v1/chat/completions", json=_body(model, row))
+            if reply.status_code != 200:
+                raise PedroError(f"{model}: the server answered {reply.status_code}: {reply.text[:300]}")
+            return reply.json()["choices"][0]["message"]["content"].strip() == row.completion.strip()
+
+        return sum(await asyncio.gather(*(right(row) for row in rows))) / len(rows)
+
+
+async def _swap_under_load(
+    url: str, key: str, admin_key: str, model: str, version: int, rows: Sequence[Example], seconds: float
+) -> Swap:
+    seen = Swap()
+    running: set[int] = set()
+    moved: float | None = None
+    stop_at = time.monotonic() + seconds
+    async with _client(url, key) as client:
+
+        async def stream(number: int) -> None:
+            nonlocal seen
+            while time.monotonic() < stop_at:
+                running.add(number)
+                seen.requests += 1
+                prints: set[str] = set()
+                try:
+                    body = _body(model, rows[seen.requests % len(rows)], stream=True)
+                    async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+                        lines = [line async for line in reply.aiter_lines() if line.startswith("data: ")]
+                    ok = reply.status_code == 200 and bool(lines) and lines[-1] == "data: [DONE]"
+                    prints = {part["system_fingerprint"] for part in map(_event, lines[:-1]) if part.get("choices")}
+                except (httpx.HTTPError, ValueError, KeyError):
+                    ok = False
+                running.discard(number)
+                seen.failed += not ok
+                seen.mixed += len(prints) > 1
+                for fingerprint in prints:
+                    if moved is not None and fingerprint not in seen.answers and seen.seconds_to_first_new is None:
+                        seen.seconds_to_first_new = round(time.monotonic() - moved, 3)
+                    seen.answers[fingerprint] += 1
+
+        load = [asyncio.create_task(stream(number)) for number in range(CONCURRENCY)]
+        await asyncio.sleep(seconds / 3)
+        moved, seen.in_flight = time.monotonic(), len(running)
+        async with _client(url, admin_key) as admin:
+            reply = await admin.post(f"/v1/adapters/{model}/promote", json={"version": version})
+        if reply.status_code != 200:
+            raise PedroError(f"{model}: promote answered {reply.status_code}: {reply.text[:300]}")
+        await asyncio.gather(*load)
+    return seen
+
+
+def _client(url: str, key: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=CONCURRENCY, max_keepalive_connections=CONCURRENCY)
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=60)
+
+
+def _body(model: str, row: Example, stream: bool = False) -> dict[str, Any]:
+    messages = [dict(message) for message in row.messages]
+    return {"model": model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": stream}
+
+
+def _event(line: str) -> dict[str, Any]:
+    import json
+
+    return json.loads(line.removeprefix("data: "))

@@ -1,0 +1,219 @@
+"""One engine behind an async face: text in, slices of text out. Knows nothing of Ray or HTTP.
+
+Tokens leave in slices of time rather than one by one, since each hop between processes costs about 2 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
+from pedro.config import Settings
+from pedro.data.formats import PromptFormat, encode_prompt, format_for_shape
+from pedro.data.shapes import Shape
+from pedro.engine.engine import Engine, EngineConfig
+from pedro.engine.sequence import Output, Request, SamplingParams
+from pedro.engine.sequence import TokenLogprob as EngineLogprob
+from pedro.engine.thread import EngineThread
+from pedro.errors import NotFoundError, PedroError, UnavailableError
+from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
+from pedro.methods.adapter_files import read_manifest
+from pedro.registry import Registry
+from pedro.serving.config import ServeConfig
+
+SLICE_S = 0.03
+CACHED_FORMATS = 4096
+log = logging.getLogger("pedro.serving")
+
+
+class Replica:
+    """Loads the backbone once and serves it with every adapter of the registry."""
+
+    def __init__(self, config: ServeConfig, settings: Settings) -> None:
+        torch.set_num_threads(config.threads)
+        backbone = resolve_backbone(config.backbone)
+        self._registry = Registry.open(settings)
+        self._registry.catalog()  # connect now rather than under the first request
+        self._bare = f"{config.model_name}#{backbone.digest}"
+        self._tokenizer = load_tokenizer(backbone)
+        self._plain_format = format_for_shape(Shape.MESSAGES, self._tokenizer)
+        self._formats: OrderedDict[str, PromptFormat] = OrderedDict()
+        longest = context_length(backbone)
+        engine = Engine(
+            load_model(backbone, config.dtype, config.device),
+            self._tokenizer,
+            EngineConfig(
+                max_batch=config.max_batch,
+                max_length=min(config.max_length or longest, longest),
+                adapter_bytes=int(config.adapter_budget_mb * 2**20),
+                max_waiting=config.max_waiting,
+            ),
+            self._fetch,
+            backbone.digest,
+        )
+        self._thread = EngineThread(engine)
+        self._thread.start()
+
+    async def generate(self, call: GenerateCall, ref: str | None) -> AsyncGenerator[list[Delta] | PedroError, None]:
+        """Slices of deltas for `call`, answered by the adapter version `ref` (None: the bare backbone).
+
+        The first slice comes at admission and may be empty of text. An error ends the stream as its last item.
+        """
+        outputs: asyncio.Queue[Output] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        try:
+            request = await self._request(call, ref)
+            self._thread.submit(request, lambda output: loop.call_soon_threadsafe(outputs.put_nowait, output))
+        except PedroError as error:
+            yield error
+            return
+        unfinished = request.n
+        fingerprint = ref or self._bare
+        echo = _Echo(self._tokenizer, request, call)
+        try:
+            while unfinished:
+                batch = [await outputs.get()]
+                if batch[0].finish_reason is None:
+                    await asyncio.sleep(SLICE_S)
+                while not outputs.empty():
+                    batch.append(outputs.get_nowait())
+                failed = next((output.error for output in batch if output.error), None)
+                if failed is not None:
+                    yield failed
+                    return
+                unfinished -= sum(output.finish_reason is not None for output in batch)
+                yield self._deltas(batch, echo, fingerprint)
+        finally:
+            if unfinished:
+                self._thread.cancel(request.id)
+
+    def ready(self) -> bool:
+        """Whether a request would be taken."""
+        return self._thread.alive
+
+    def check_health(self) -> None:
+        """Raises where only a new process helps."""
+        if not self._thread.alive:
+            raise UnavailableError("the engine thread has ended")
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's figures."""
+        return self._thread.engine.stats()
+
+    def _fetch(self, ref: str) -> Path:
+        """The directory of the version and digest that `ref` names. Runs on a loader thread."""
+        named, _, digest = ref.partition("#")
+        name, _, number = named.rpartition(":")
+        try:
+            version = self._registry.get(name, int(number))
+        except NotFoundError as error:
+            raise _gone(named) from error
+        if version.digest != digest:
+            raise _gone(named)
+        return self._registry.download(version)
+
+    async def _request(self, call: GenerateCall, ref: str | None) -> Request:
+        """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""
+        if call.messages is not None:
+            form = self._plain_format if ref is None else await self._format_of(ref)
+            ids = encode_prompt(self._tokenizer, form.render(call.messages))
+        elif isinstance(call.prompt, str):
+            ids = encode_prompt(self._tokenizer, call.prompt)
+        else:
+            ids = list(call.prompt or ())
+        params = SamplingParams(**call.params)
+        if call.echo and params.logprobs is not None:
+            params = replace(params, prompt_logprobs=params.logprobs)
+        return Request(
+            id=call.request_id,
+            tenant=call.tenant,
+            prompt_ids=ids,
+            adapter=ref,
+            params=params,
+            conditioning_length=call.conditioning_length,
+            n=call.n,
+        )
+
+    async def _format_of(self, ref: str) -> PromptFormat:
+        form = self._formats.get(ref)
+        if form is None:
+            directory = await asyncio.to_thread(self._fetch, ref)
+            form = PromptFormat.from_dict(read_manifest(directory)["prompt_format"])
+            self._formats[ref] = form
+            if len(self._formats) > CACHED_FORMATS:
+                self._formats.popitem(last=False)
+        return form
+
+    def _deltas(self, batch: list[Output], echo: _Echo, fingerprint: str) -> list[Delta]:
+        """One delta a choice for all its outputs of this slice."""
+        merged: dict[int, Delta] = {}
+        for output in batch:
+            before = merged.get(output.index) or echo.opening(output, fingerprint)
+            logprobs = before.logprobs
+            if output.logprobs is not None:
+                logprobs = (*(logprobs or ()), *(_logprob(self._tokenizer, entry) for entry in output.logprobs))
+            merged[output.index] = replace(
+                before,
+                text=before.text + output.text,
+                token_ids=(*before.token_ids, *output.token_ids),
+                finish_reason=output.finish_reason,
+                logprobs=logprobs,
+                prompt_tokens=output.prompt_tokens,
+                completion_tokens=output.completion_tokens,
+            )
+        return list(merged.values())
+
+
+class _Echo:
+    """Puts the prompt in front of each choice where the call asked for it."""
+
+    def __init__(self, tokenizer: Any, request: Request, call: GenerateCall) -> None:
+        self._tokenizer = tokenizer
+        self._request = request
+        self._wanted = call.echo
+        self._opened: set[int] = set()
+        self._text = call.prompt if isinstance(call.prompt, str) else None
+
+    def opening(self, output: Output, fingerprint: str) -> Delta:
+        """An empty delta of the choice or, the first time with echo, the prompt's text, ids and logprobs."""
+        delta = Delta(index=output.index, fingerprint=fingerprint)
+        if not self._wanted or output.index in self._opened:
+            return delta
+        self._opened.add(output.index)
+        ids = self._request.prompt_ids
+        text = self._text
+        if text is None:
+            text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        logprobs = None
+        if output.prompt_logprobs is not None:
+            logprobs = tuple(
+                TokenLogprob(_token_text(self._tokenizer, token_id), None)
+                if entry is None
+                else _logprob(self._tokenizer, entry)
+                for token_id, entry in zip(ids, output.prompt_logprobs, strict=True)
+            )
+        return replace(delta, text=text, token_ids=tuple(ids), logprobs=logprobs)
+
+
+def _logprob(tokenizer: Any, entry: EngineLogprob) -> TokenLogprob:
+    return TokenLogprob(
+        _token_text(tokenizer, entry.token_id),
+        entry.logprob,
+        tuple(Alternative(_token_text(tokenizer, token_id), logprob) for token_id, logprob in entry.top),
+    )
+
+
+def _token_text(tokenizer: Any, token_id: int) -> str:
+    return tokenizer.decode([token_id])
+
+
+def _gone(named: str) -> UnavailableError:
+    return UnavailableError(f"model: the version {named} that this request was admitted with is gone; ask again")
