@@ -7,7 +7,7 @@ dataset.py   a file -> rows on disk, splits    demo.py    the packaged tenants
 
 from pedro.data.check import MaskedRow, Report, check_file, show_masks
 from pedro.data.dataset import RowCounts, Splits, collate, data_digest, load_rows, row_counts, split
-from pedro.data.demo import DEMO_TENANTS, DemoTenant
+from pedro.data.demo import DEMO_TENANTS, DemoTenant, demo_tenant
 from pedro.data.formats import FORMATS, PromptFormat, encode_completion, encode_prompt, format_for_shape
 from pedro.data.lines import scan, shape_of
 from pedro.data.shapes import Example, LineError, Shape, normalise_messages, parse_line
@@ -27,6 +27,7 @@ __all__ = [
     "check_file",
     "collate",
     "data_digest",
+    "demo_tenant",
     "encode_completion",
     "encode_prompt",
     "format_for_shape",
