@@ -82,7 +82,9 @@ def show(name: Name, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def promote(name: Name, version: Annotated[int, typer.Argument(help="The version number.")], as_json: AsJson = False) -> None:
+def promote(
+    name: Name, version: Annotated[int, typer.Argument(help="The version number.")], as_json: AsJson = False
+) -> None:
     """Make a version the champion; servers pick it up within 2 s. The old champion becomes `previous`."""
     _changed(_registry().promote(name, version), as_json)
 
@@ -210,4 +212,8 @@ def _registry() -> Registry:
 
 
 def _changed(version: Version, as_json: bool) -> None:
-    emit(asdict(version), as_json, lambda: typer.echo(f"{version.ref} is now {' and '.join(version.aliases) or 'unaliased'}"))
+    emit(
+        asdict(version),
+        as_json,
+        lambda: typer.echo(f"{version.ref} is now {' and '.join(version.aliases) or 'unaliased'}"),
+    )

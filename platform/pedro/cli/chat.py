@@ -28,7 +28,9 @@ def chat(
     from pedro.errors import ConfigError
 
     if not key:
-        raise ConfigError("no API key; give --key, or set PEDRO_API_KEY (`pedro keys create TENANT` makes one)", param="key")
+        raise ConfigError(
+            "no API key; give --key, or set PEDRO_API_KEY (`pedro keys create TENANT` makes one)", param="key"
+        )
     base = url or os.environ.get("PEDRO_URL") or _local_url()
     history: list[dict[str, str]] = []
     while True:
@@ -36,7 +38,13 @@ def chat(
         if text is None:
             return
         history.append({"role": "user", "content": text})
-        body = {"model": model, "messages": history, "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+        body = {
+            "model": model,
+            "messages": history,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "stream": True,
+        }
         answer = ""
         for piece in _stream(base, key, body):
             answer += piece
@@ -58,12 +66,14 @@ def _ask() -> str | None:
 def _local_url() -> str:
     from pedro.config import Settings
     from pedro.errors import ConfigError
-    from pedro.serving import served_url
+    from pedro.serving.deploy import find
 
-    found = served_url(Settings.from_env())
+    found = find(Settings.from_env())
     if found is None:
-        raise ConfigError("no server runs for this PEDRO_HOME; start one with `pedro serve`, or give --url", param="url")
-    return found
+        raise ConfigError(
+            "no server runs for this PEDRO_HOME; start one with `pedro serve`, or give --url", param="url"
+        )
+    return found.url
 
 
 def _stream(base: str, key: str, body: dict[str, Any]) -> Iterator[str]:

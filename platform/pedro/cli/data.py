@@ -18,7 +18,9 @@ def check(
     file: Annotated[Path, typer.Argument(help="JSONL: messages, prompt/completion, Alpaca or ShareGPT rows.")],
     backbone: Annotated[str, typer.Option(help="Whose tokenizer and context length count.")] = "stories260K",
     validation: Annotated[Path | None, typer.Option(help="A validation or test file to check for leakage.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens a row may have; default: the backbone's context.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens a row may have; default: the backbone's context.")
+    ] = None,
     show: Annotated[int, typer.Option(help="Print how the first N rows are masked.")] = 0,
     as_json: AsJson = False,
 ) -> None:

@@ -68,7 +68,9 @@ def list_keys(
 
 
 @app.command()
-def revoke(key: Annotated[str, typer.Argument(help="The key's id, from `pedro keys list`.")], as_json: AsJson = False) -> None:
+def revoke(
+    key: Annotated[str, typer.Argument(help="The key's id, from `pedro keys list`.")], as_json: AsJson = False
+) -> None:
     """Revoke a key; the next request with it is refused."""
     from pedro.config import Settings
     from pedro.store import Store

@@ -48,7 +48,7 @@ def serve(
 
     def show() -> None:
         typer.echo(f"serving {served.backbone} at {served.url}/v1")
-        typer.echo(f"try:  curl {served.url}/v1/models -H \"Authorization: Bearer $(pedro keys create TENANT)\"")
+        typer.echo(f'try:  curl {served.url}/v1/models -H "Authorization: Bearer $(pedro keys create TENANT)"')
         if not detach:
             typer.echo("Ctrl-C ends it", err=True)
 
@@ -74,7 +74,11 @@ def down(as_json: AsJson = False) -> None:
     ended = {"server": undeploy(settings), "head": stop_head(settings) if settings.ray_address is None else False}
 
     def show() -> None:
-        typer.echo("ended " + " and ".join(name for name, was in ended.items() if was) if any(ended.values()) else "nothing ran")
+        typer.echo(
+            "ended " + " and ".join(name for name, was in ended.items() if was)
+            if any(ended.values())
+            else "nothing ran"
+        )
 
     emit(ended, as_json, show)
 

@@ -66,10 +66,11 @@ class Gateway:
         self._watching: asyncio.Task | None = None
 
     async def __serve_build_asgi_app__(self) -> Any:
-        from pedro.gateway.app import create_app
+        from pedro.gateway.app import GatewaySettings, create_app
 
         self._watching = asyncio.create_task(self._catalog.watch())
-        return create_app(lambda: self._backend, self._store)
+        # Serve's proxy sends the request id itself
+        return create_app(lambda: self._backend, self._store, GatewaySettings(send_request_id=False))
 
 
 def build_app(args: dict[str, Any]) -> Application:

@@ -16,7 +16,9 @@ from pedro.registry import CHAMPION, Entry, Registry, Version
 
 EVERYONE = "*"
 STALE_AFTER_S = 30.0
-_NAME = re.compile(r"(?P<name>[a-z0-9][a-z0-9_-]{0,62}\.[a-z0-9][a-z0-9_-]{0,62})(?:@(?P<alias>[A-Za-z0-9_-]+)|:(?P<version>[0-9]{1,9}))?")
+_NAME = re.compile(
+    r"(?P<name>[a-z0-9][a-z0-9_-]{0,62}\.[a-z0-9][a-z0-9_-]{0,62})(?:@(?P<alias>[A-Za-z0-9_-]+)|:(?P<version>[0-9]{1,9}))?"
+)
 log = logging.getLogger("pedro.serving")
 
 

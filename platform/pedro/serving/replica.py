@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
 from pedro.methods.adapter_files import read_manifest
 from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
+from pedro.serving.tokens import TokenTexts
 
 SLICE_S = 0.03
 CACHED_FORMATS = 4096
@@ -44,6 +46,7 @@ class Replica:
         self._registry.catalog()  # connect now rather than under the first request
         self._bare = f"{config.model_name}#{backbone.digest}"
         self._tokenizer = load_tokenizer(backbone)
+        self._texts = TokenTexts(self._tokenizer)
         self._plain_format = format_for_shape(Shape.MESSAGES, self._tokenizer)
         self._formats: OrderedDict[str, PromptFormat] = OrderedDict()
         longest = context_length(backbone)
@@ -77,7 +80,7 @@ class Replica:
             return
         unfinished = request.n
         fingerprint = ref or self._bare
-        echo = _Echo(self._tokenizer, request, call)
+        echo = _Echo(self._tokenizer, self._texts, request, call)
         try:
             while unfinished:
                 batch = [await outputs.get()]
@@ -129,9 +132,8 @@ class Replica:
             ids = encode_prompt(self._tokenizer, call.prompt)
         else:
             ids = list(call.prompt or ())
-        params = SamplingParams(**call.params)
-        if call.echo and params.logprobs is not None:
-            params = replace(params, prompt_logprobs=params.logprobs)
+        prompt_logprobs = (call.params.get("logprobs") or 0) if call.echo else None
+        params = SamplingParams(**call.params, prompt_logprobs=prompt_logprobs)
         return Request(
             id=call.request_id,
             tenant=call.tenant,
@@ -159,7 +161,7 @@ class Replica:
             before = merged.get(output.index) or echo.opening(output, fingerprint)
             logprobs = before.logprobs
             if output.logprobs is not None:
-                logprobs = (*(logprobs or ()), *(_logprob(self._tokenizer, entry) for entry in output.logprobs))
+                logprobs = (*(logprobs or ()), *(_logprob(self._texts, entry) for entry in output.logprobs))
             merged[output.index] = replace(
                 before,
                 text=before.text + output.text,
@@ -175,44 +177,36 @@ class Replica:
 class _Echo:
     """Puts the prompt in front of each choice where the call asked for it."""
 
-    def __init__(self, tokenizer: Any, request: Request, call: GenerateCall) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, texts: TokenTexts, request: Request, call: GenerateCall) -> None:
+        self._texts = texts
         self._request = request
-        self._wanted = call.echo
-        self._opened: set[int] = set()
+        self._logprobs = call.params.get("logprobs") is not None
+        self._unopened = set(range(request.n)) if call.echo else set()
         self._text = call.prompt if isinstance(call.prompt, str) else None
+        if call.echo and self._text is None:
+            self._text = tokenizer.decode(request.prompt_ids, skip_special_tokens=True)
 
     def opening(self, output: Output, fingerprint: str) -> Delta:
         """An empty delta of the choice or, the first time with echo, the prompt's text, ids and logprobs."""
         delta = Delta(index=output.index, fingerprint=fingerprint)
-        if not self._wanted or output.index in self._opened:
+        if output.index not in self._unopened:
             return delta
-        self._opened.add(output.index)
+        self._unopened.discard(output.index)
         ids = self._request.prompt_ids
-        text = self._text
-        if text is None:
-            text = self._tokenizer.decode(ids, skip_special_tokens=True)
         logprobs = None
-        if output.prompt_logprobs is not None:
-            logprobs = tuple(
-                TokenLogprob(_token_text(self._tokenizer, token_id), None)
-                if entry is None
-                else _logprob(self._tokenizer, entry)
-                for token_id, entry in zip(ids, output.prompt_logprobs, strict=True)
-            )
-        return replace(delta, text=text, token_ids=tuple(ids), logprobs=logprobs)
+        if self._logprobs and output.prompt_logprobs is not None:
+            pairs = zip(ids, output.prompt_logprobs, strict=True)
+            logprobs = tuple(_logprob(self._texts, entry or EngineLogprob(token, math.nan)) for token, entry in pairs)
+        return replace(delta, text=self._text or "", token_ids=tuple(ids), logprobs=logprobs)
 
 
-def _logprob(tokenizer: Any, entry: EngineLogprob) -> TokenLogprob:
-    return TokenLogprob(
-        _token_text(tokenizer, entry.token_id),
-        entry.logprob,
-        tuple(Alternative(_token_text(tokenizer, token_id), logprob) for token_id, logprob in entry.top),
-    )
-
-
-def _token_text(tokenizer: Any, token_id: int) -> str:
-    return tokenizer.decode([token_id])
+def _logprob(texts: TokenTexts, entry: EngineLogprob) -> TokenLogprob:
+    text, raw = texts(entry.token_id)
+    top = []
+    for token_id, logprob in entry.top:
+        other, other_raw = texts(token_id)
+        top.append(Alternative(other, logprob, other_raw))
+    return TokenLogprob(text, None if math.isnan(entry.logprob) else entry.logprob, tuple(top), raw)
 
 
 def _gone(named: str) -> UnavailableError:
