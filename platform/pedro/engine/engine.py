@@ -131,8 +131,12 @@ class Engine:
             self._run_prefill(plan.prefill)
         if plan.decode:
             self._run_decode(plan)
+        self._counts["steps"] += bool(plan)
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[Output]:
+        """What was made since the last call; `step` gives this out, and after a step that raised it is still here."""
         with self._lock:
-            self._counts["steps"] += bool(plan)
             outputs, self._outbox = self._outbox, []
         return outputs
 

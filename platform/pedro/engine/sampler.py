@@ -108,7 +108,7 @@ def _draw(scores: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     temperature = column([row.params.temperature for row in rows])
     probs = torch.softmax(torch.nan_to_num(scores).double() / temperature, -1)
     if any(row.params.top_k or row.params.top_p < 1 for row in rows):
-        ordered, order = probs.sort(-1, descending=True, stable=True)
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(probs.shape[-1], device=probs.device)[None, :]
         top_k = column([row.params.top_k or probs.shape[-1] for row in rows])
         ordered = ordered.where(rank < top_k, 0.0)

@@ -92,7 +92,7 @@ class EngineThread:
         except Exception:  # the thread outlives any error: those who wait are told, the next request is served
             log.exception("an engine step failed outside the model")
             self.engine.fail_all(UnavailableError("the engine failed on this request; try again", code="engine_error"))
-            return []
+            return self.engine.take_outputs()
 
     def _wait(self) -> None:
         """Until there may be something to do."""

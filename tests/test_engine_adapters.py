@@ -1,0 +1,334 @@
+"""Adapters come and go without disturbing anybody: loads, failures, eviction, replacement."""
+
+import json
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+from engine_models import (
+    DIGEST,
+    drain,
+    make_adapter,
+    make_engine,
+    prompt,
+    random_backbone,
+    reference_greedy,
+    request,
+    run,
+)
+
+from pedro.engine.adapters import AdapterPool
+from pedro.errors import AdapterError, PedroError, UnavailableError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory):
+    """Directories of adapters a0 to a3, and the models that carry them."""
+    root = tmp_path_factory.mktemp("adapters")
+    return root, {f"a{i}": make_adapter(model, root / f"a{i}", seed=i) for i in range(4)}
+
+
+def size_of(root, model):
+    engine = make_engine(model, load=lambda ref: root / ref)
+    run(engine, request("r", prompt(4), 1, adapter="a0"))
+    return engine.adapters.stats()["bytes"]
+
+
+@dataclass
+class Weights:
+    nbytes: int = 10
+
+
+class Shelf:
+    """Loads that finish when told to."""
+
+    def __init__(self) -> None:
+        self.loads: list[str] = []
+        self.gates: dict[str, threading.Event] = {}
+        self.errors: dict[str, Exception] = {}
+
+    def hold(self, ref: str) -> threading.Event:
+        return self.gates.setdefault(ref, threading.Event())
+
+    def __call__(self, ref: str) -> Weights:
+        self.loads.append(ref)
+        if ref in self.gates:
+            assert self.gates[ref].wait(10)
+        if ref in self.errors:
+            raise self.errors[ref]
+        return Weights()
+
+
+def wait_for(condition, timeout_s=10.0):
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.002)
+    return found
+
+
+def make_pool(shelf, budget=25, loaders=2):
+    return AdapterPool(shelf, budget, lambda: None, loaders)
+
+
+def test_many_waiters_share_one_load():
+    shelf = Shelf()
+    gate = shelf.hold("a")
+    pool = make_pool(shelf)
+    for _ in range(20):
+        pool.want("a")
+        assert pool.pin("a") is None
+    gate.set()
+    entries = [wait_for(lambda: pool.pin("a")) for _ in range(20)]
+    assert shelf.loads == ["a"]
+    assert len({id(entry) for entry in entries}) == 1
+    assert entries[0].pins == 20
+
+
+def test_a_slow_load_holds_up_no_other_adapter():
+    shelf = Shelf()
+    shelf.hold("slow")
+    pool = make_pool(shelf)
+    pool.want("slow")
+    pool.want("quick")
+    assert wait_for(lambda: pool.pin("quick"))
+    assert pool.pin("slow") is None
+    shelf.hold("slow").set()
+
+
+def test_a_pinned_adapter_is_never_evicted():
+    pool = make_pool(Shelf(), budget=20)
+    held = wait_for(lambda: pool.pin("a"))
+    pool.unpin(wait_for(lambda: pool.pin("b")))
+    pool.unpin(wait_for(lambda: pool.pin("c")))
+    assert set(pool.residents()) == {"a", "c"}
+    assert held.adapter is not None
+    also = wait_for(lambda: pool.pin("c"))
+    pool.preload("d")
+    time.sleep(0.05)
+    assert pool.residents()["d"]["state"] == "loading", "it waits for room"
+    pool.unpin(also)
+    wait_for(lambda: pool.residents()["d"]["state"] == "ready")
+    assert set(pool.residents()) == {"a", "d"}
+    assert pool.stats()["bytes"] <= 20
+
+
+def test_the_least_recently_used_goes_first():
+    pool = make_pool(Shelf(), budget=30)
+    for ref in ("a", "b", "c", "a"):
+        pool.unpin(wait_for(lambda ref=ref: pool.pin(ref)))
+    pool.unpin(wait_for(lambda: pool.pin("d")))
+    assert set(pool.residents()) == {"a", "c", "d"}
+    assert pool.stats()["evictions"] == 1
+
+
+def test_an_adapter_just_loaded_stays_until_one_who_waited_was_served():
+    pool = make_pool(Shelf(), budget=10, loaders=2)
+    pool.want("a")
+    wait_for(lambda: pool.residents().get("a", {}).get("state") == "ready")
+    pool.want("b")
+    time.sleep(0.05)
+    assert pool.residents()["a"]["state"] == "ready"
+    pool.unpin(pool.pin("a"))
+    pool.unwant("a")
+    wait_for(lambda: pool.residents()["b"]["state"] == "ready")
+    assert set(pool.residents()) == {"b"}
+
+
+def test_a_waiter_that_went_away_protects_nothing():
+    pool = make_pool(Shelf(), budget=10)
+    pool.want("a")
+    wait_for(lambda: pool.residents().get("a", {}).get("state") == "ready")
+    pool.want("b")
+    pool.unwant("a")
+    wait_for(lambda: "a" not in pool.residents() and pool.residents()["b"]["state"] == "ready")
+
+
+def test_taken_out_while_pinned_it_drains_and_loads_anew_for_others():
+    shelf = Shelf()
+    pool = make_pool(shelf, budget=100)
+    held = wait_for(lambda: pool.pin("a"))
+    assert pool.evict("a")
+    assert held.state.value == "draining"
+    fresh = wait_for(lambda: pool.pin("a"))
+    assert fresh is not held
+    assert (held.adapter is not None, shelf.loads) == (True, ["a", "a"])
+    assert pool.stats()["bytes"] == 20, "both count while both are held"
+    pool.unpin(held)
+    assert (held.state.value, held.adapter, pool.stats()["bytes"]) == ("gone", None, 10)
+
+
+def test_evicted_while_it_loads_it_never_becomes_ready():
+    shelf = Shelf()
+    gate = shelf.hold("a")
+    pool = make_pool(shelf)
+    pool.preload("a")
+    wait_for(lambda: shelf.loads)
+    pool.evict("a")
+    gate.set()
+    time.sleep(0.05)
+    assert pool.residents() == {}
+    assert pool.stats()["loads"] == 0
+
+
+def test_a_failed_load_is_not_tried_again_before_its_back_off(monkeypatch):
+    monkeypatch.setattr("pedro.engine.adapters.FIRST_BACKOFF_S", 0.1)
+    shelf = Shelf()
+    shelf.errors["a"] = RuntimeError("secret path /srv/tenants/acme")
+    pool = make_pool(shelf)
+    pool.want("a")
+    ((ref, error),) = wait_for(pool.take_failures)
+    assert (ref, type(error)) == ("a", UnavailableError)
+    assert "secret" not in error.message
+    with pytest.raises(UnavailableError):
+        pool.want("a")
+    assert pool.pin("a") is None
+    assert shelf.loads == ["a"]
+    time.sleep(0.12)
+    del shelf.errors["a"]
+    pool.want("a")
+    assert wait_for(lambda: pool.pin("a"))
+
+
+def test_an_adapter_larger_than_the_budget_is_refused_with_both_numbers():
+    pool = make_pool(Shelf(), budget=5)
+    pool.preload("a")
+    ((_, error),) = wait_for(pool.take_failures)
+    assert isinstance(error, AdapterError)
+    assert "10 bytes" in error.message
+    assert "5 for all" in error.message
+
+
+def test_a_closed_pool_wakes_its_loaders():
+    pool = make_pool(Shelf(), budget=10)
+    wait_for(lambda: pool.pin("a"))
+    pool.preload("b")
+    pool.close()
+    for thread in pool._threads:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_more_adapters_than_fit_are_all_served(model, store):
+    root, references = store
+    engine = make_engine(model, load=lambda ref: root / ref, adapter_bytes=2 * size_of(root, model) + 10, max_batch=2)
+    requests = [request(f"r{i}", prompt(5 + i, i), 4, adapter=f"a{i % 4}", tenant=f"t{i % 4}") for i in range(16)]
+    answers = run(engine, *requests)
+    for i in range(16):
+        expected = reference_greedy(references[f"a{i % 4}"], prompt(5 + i, i), 4)
+        assert answers[f"r{i}"].token_ids[: len(expected)] == expected
+    assert engine.adapters.stats()["bytes"] <= engine.adapters.stats()["budget_bytes"]
+
+
+def test_eviction_and_replacement_change_nothing_for_a_running_request(model, store, tmp_path):
+    root, references = store
+    shutil.copytree(root / "a0", tmp_path / "live")
+    engine = make_engine(model, load=lambda ref: tmp_path / "live")
+    expected = reference_greedy(references["a0"], prompt(7), 12)
+    assert len(expected) > 6
+    engine.add(request("running", prompt(7), 12, adapter="live"))
+    answers = drain(engine, until=lambda a: "running" in a and len(a["running"].token_ids) >= 3)
+    shutil.rmtree(tmp_path / "live")
+    shutil.copytree(root / "a1", tmp_path / "live")
+    engine.adapters.evict("live")
+    assert engine.adapters.residents() == {}
+    engine.add(request("new", prompt(7), 12, adapter="live"))
+    rest = drain(engine)
+    made = answers["running"].token_ids + rest["running"].token_ids
+    assert made[: len(expected)] == expected
+    replaced = reference_greedy(references["a1"], prompt(7), 12)
+    assert rest["new"].token_ids[: len(replaced)] == replaced
+    assert made != rest["new"].token_ids
+
+
+def test_one_failed_load_fails_its_own_requests_only(model, store):
+    root, _ = store
+    asked = threading.Event()
+
+    def load(ref):
+        assert asked.wait(10)
+        if ref == "broken":
+            raise OSError("no route to storage")
+        return root / ref
+
+    engine = make_engine(model, load=load)
+    for i in range(3):
+        engine.add(request(f"bad{i}", prompt(6), 4, adapter="broken", tenant=f"t{i}"))
+        engine.add(request(f"good{i}", prompt(6), 4, adapter="a0", tenant=f"t{i}"))
+        engine.add(request(f"bare{i}", prompt(6), 4, tenant=f"t{i}"))
+    asked.set()
+    answers = drain(engine)
+    for i in range(3):
+        assert isinstance(answers[f"bad{i}"].last.error, UnavailableError)
+        assert answers[f"bad{i}"].token_ids == []
+        assert len(answers[f"good{i}"].token_ids) == len(answers[f"bare{i}"].token_ids) == 4
+    with pytest.raises(UnavailableError):
+        engine.add(request("again", prompt(6), 4, adapter="broken"))
+    assert engine.stats()["waiting"] == 0
+
+
+def test_an_adapter_of_another_backbone_is_refused_with_both_digests(model, tmp_path):
+    make_adapter(model, tmp_path / "foreign", seed=1, digest="sha256:another")
+    engine = make_engine(model, load=lambda ref: tmp_path / ref)
+    engine.add(request("r", prompt(6), 4, adapter="foreign"))
+    error = drain(engine)["r"].last.error
+    assert isinstance(error, AdapterError)
+    assert "sha256:another" in error.message
+    assert DIGEST in error.message
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_a_method_that_mixed_batches_do_not_serve_is_refused_by_name(model, tmp_path, method):
+    make_adapter(model, tmp_path / "other", seed=1, method=method)
+    engine = make_engine(model, load=lambda ref: tmp_path / ref)
+    engine.add(request("r", prompt(6), 4, adapter="other"))
+    error = drain(engine)["r"].last.error
+    assert isinstance(error, AdapterError)
+    assert method.upper() in error.message
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(model, store, tmp_path):
+    root, _ = store
+    shutil.copytree(root / "a0", tmp_path / "a0")
+    path = tmp_path / "a0" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 7}))
+    engine = make_engine(model, load=lambda ref: tmp_path / ref)
+    engine.add(request("r", prompt(6), 4, adapter="a0"))
+    error = drain(engine)["r"].last.error
+    assert isinstance(error, AdapterError)
+    assert "expected [32, 7]" in error.message
+
+
+def test_a_request_cancelled_while_its_adapter_loads_leaves_nothing_behind(model, store):
+    root, _ = store
+    gate = threading.Event()
+
+    def load(ref):
+        assert gate.wait(10)
+        return root / ref
+
+    engine = make_engine(model, load=load)
+    engine.add(request("r", prompt(6), 4, adapter="a0"))
+    engine.step()
+    engine.cancel("r")
+    assert drain(engine)["r"].last.finish_reason == "cancelled"
+    gate.set()
+    wait_for(lambda: engine.adapters.stats()["resident"])
+    assert (engine.stats()["waiting"], engine.adapters.residents()["a0"]["pins"]) == (0, 0)
+
+
+def test_unknown_adapters_are_never_answered_by_the_bare_backbone(model):
+    def load(ref):
+        raise PedroError(f"no such adapter {ref}")
+
+    engine = make_engine(model, load=load)
+    engine.add(request("r", prompt(6), 4, adapter="nobody's"))
+    last = drain(engine)["r"].last
+    assert (last.finish_reason, last.completion_tokens) == ("error", 0)

@@ -1,0 +1,73 @@
+"""Text comes out whole: no half characters, no beginning of a stop text, whatever the token borders."""
+
+import pytest
+from engine_models import stories
+
+from pedro.engine.detokenizer import REPLACEMENT, Detokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return stories()[1]
+
+
+class Pieces:
+    """A tokenizer whose tokens are the given pieces of text."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = pieces
+
+    def decode(self, ids, **_options) -> str:
+        return "".join(self.pieces[i] for i in ids)
+
+
+def feed(detokenizer, ids):
+    """The deltas token by token, the flushed rest, and whether a stop text was met."""
+    deltas = []
+    for token_id in ids:
+        text, stopped = detokenizer.add(token_id)
+        deltas.append(text)
+        if stopped:
+            return deltas, "", True
+    return deltas, detokenizer.flush(), False
+
+
+@pytest.mark.parametrize("text", ["Über die Brücke.", "日本語のテキスト", "🙂👍🏽 emoji 👩‍👩‍👧", "plain words here"])
+def test_deltas_join_to_the_whole_text_and_hold_no_half_character(tokenizer, text):
+    prompt = tokenizer("Once upon a time").input_ids
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    deltas, rest, _ = feed(Detokenizer(tokenizer, prompt), ids)
+    assert "".join(deltas) + rest == tokenizer.decode(prompt + ids, skip_special_tokens=True)[len("Once upon a time") :]
+    assert "".join(deltas).strip() == text
+    assert not any(REPLACEMENT in delta for delta in deltas)
+
+
+def test_an_unfinished_character_comes_out_only_at_the_end(tokenizer):
+    ids = tokenizer("ab🙂", add_special_tokens=False).input_ids[:-1]
+    deltas, rest, _ = feed(Detokenizer(tokenizer, []), ids)
+    assert "".join(deltas) == "ab"
+    assert set(rest) == {REPLACEMENT}
+
+
+def test_bytes_that_are_no_text_do_not_hold_up_what_follows(tokenizer):
+    broken = tokenizer.convert_tokens_to_ids("<0xFF>")
+    word = tokenizer(" word", add_special_tokens=False).input_ids
+    deltas, rest, _ = feed(Detokenizer(tokenizer, []), [broken] * 20 + word)
+    assert "".join(deltas[:20]), "given out before the end"
+    assert ("".join(deltas) + rest).strip(REPLACEMENT + " ") == "word"
+
+
+def test_a_stop_text_is_found_across_token_borders():
+    detokenizer = Detokenizer(Pieces("so", " be", " it E", "N", "D of", " it"), [], stop=("END",))
+    deltas, rest, stopped = feed(detokenizer, range(6))
+    assert (deltas, rest, stopped) == (["so", " be", " it ", "", ""], "", True)
+
+
+def test_what_only_looked_like_a_stop_text_is_given_out():
+    detokenizer = Detokenizer(Pieces("a E", "N", "T", " E"), [], stop=("END",))
+    assert feed(detokenizer, range(4)) == (["a ", "", "ENT", " "], "E", False)
+
+
+def test_the_first_of_several_stop_texts_counts():
+    detokenizer = Detokenizer(Pieces("one two", " three"), [], stop=("three", "two"))
+    assert feed(detokenizer, range(2)) == (["one "], "", True)

@@ -1,0 +1,183 @@
+"""Tokens are chosen as asked, and the same ones whoever shares the batch."""
+
+from collections import Counter
+
+import pytest
+import torch
+from engine_models import Letters, drain, make_engine, prompt, random_backbone, request, run, stories
+
+from pedro.engine import SamplingParams
+from pedro.engine.sampler import SampleRow, sample, uniform
+from pedro.errors import PedroError
+
+
+def draw(logits, count=400, prompt_ids=(), output_ids=(), **params):
+    """How often each token is drawn over `count` seeds."""
+    fields = {"temperature": 1.0, **params}
+    rows = [SampleRow(SamplingParams(**fields), seed, 0, list(prompt_ids), list(output_ids)) for seed in range(count)]
+    return Counter(s.token_id for s in sample(torch.tensor([logits]).repeat(count, 1), rows))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_backbone("llama")
+
+
+def test_the_uniform_numbers_are_spread_and_below_one():
+    numbers = [uniform(seed, choice, position) for seed in range(20) for choice in range(5) for position in range(20)]
+    assert len(set(numbers)) == len(numbers)
+    assert 0 <= min(numbers) < 0.01
+    assert 0.99 < max(numbers) < 1
+    assert abs(sum(numbers) / len(numbers) - 0.5) < 0.02
+
+
+def test_draws_follow_the_distribution():
+    logits = [0.0, 1.0, 2.0, -1.0]
+    expected = torch.softmax(torch.tensor(logits), -1)
+    counts = draw(logits, count=4000)
+    for token, share in enumerate(expected.tolist()):
+        assert counts[token] / 4000 == pytest.approx(share, abs=0.025)
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"top_k": 2}, {1, 2}),
+        ({"top_k": 1}, {2}),
+        ({"top_p": 0.6}, {2}),
+        ({"top_p": 0.7}, {1, 2}),
+        ({"min_p": 0.3}, {1, 2}),
+        ({"min_p": 1.0}, {2}),
+        ({"temperature": 0.01}, {2}),
+        ({"top_k": 3, "top_p": 0.99, "min_p": 0.01}, {0, 1, 2}),
+        ({"logit_bias": {3: 100.0}}, {3}),
+        ({}, {0, 1, 2, 3}),
+    ],
+)
+def test_filters_keep_what_they_promise(params, kept):  # probabilities 0.09, 0.24, 0.64, 0.03
+    assert set(draw([0.0, 1.0, 2.0, -1.0], **params)) == kept
+
+
+def test_rows_of_one_batch_keep_their_own_filters():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(3, 1)
+    for seed in range(50):
+        rows = [
+            SampleRow(SamplingParams(temperature=1.0, top_k=1), seed, 0, [], []),
+            SampleRow(SamplingParams(temperature=1.0, logit_bias={0: 100.0}), seed, 0, [], []),
+            SampleRow(SamplingParams(), seed, 0, [], []),
+        ]
+        assert [s.token_id for s in sample(logits.clone(), rows)] == [2, 0, 2]
+
+
+def test_penalties_lower_what_was_said():
+    logits = [2.0, 1.9, -5.0]
+    greedy = {"temperature": 0.0, "count": 1}
+    assert draw(logits, **greedy) == {0: 1}
+    assert draw(logits, prompt_ids=[0], repetition_penalty=1.2, **greedy) == {1: 1}
+    assert draw(logits, prompt_ids=[0], presence_penalty=1.0, **greedy) == {0: 1}, "the prompt was not said"
+    assert draw(logits, output_ids=[0], presence_penalty=0.2, **greedy) == {1: 1}
+    assert draw(logits, output_ids=[0], frequency_penalty=0.06, **greedy) == {0: 1}
+    assert draw(logits, output_ids=[0, 0], frequency_penalty=0.06, **greedy) == {1: 1}
+
+
+def test_logprobs_are_the_models_own():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    row = SampleRow(SamplingParams(logprobs=2, logit_bias={0: 100.0}), 0, 0, [], [])
+    (made,) = sample(logits, [row])
+    expected = torch.log_softmax(logits[0], -1)
+    assert made.token_id == made.logprob.token_id == 0
+    assert made.logprob.logprob == pytest.approx(float(expected[0]))
+    assert [token for token, _ in made.logprob.top] == [2, 1]
+
+
+def test_a_seed_gives_the_same_answer_whoever_else_is_served(model):
+    fields = {"temperature": 1.0, "seed": 11, "top_p": 0.95}
+    alone = run(make_engine(model), request("r", prompt(6), 12, **fields))["r"].token_ids
+    others = [request(f"o{i}", prompt(4 + i, i), 5 + i, temperature=1.0, seed=i) for i in range(7)]
+    among = run(make_engine(model, max_batch=5), *others, request("r", prompt(6), 12, **fields))["r"].token_ids
+    assert among == alone
+    assert run(make_engine(model), request("r", prompt(6), 12, **{**fields, "seed": 12}))["r"].token_ids != alone
+
+
+def test_n_answers_differ_and_each_is_reproducible(model):
+    asked = request("r", prompt(6), 10, temperature=1.0, seed=3, n=3)
+    first, second = run(make_engine(model), asked), run(make_engine(model, max_batch=2), asked)
+    texts = [first[key].text for key in ("r", ("r", 1), ("r", 2))]
+    assert len(set(texts)) == 3
+    assert texts == [second[key].text for key in ("r", ("r", 1), ("r", 2))]
+
+
+def test_without_a_seed_answers_vary(model):
+    answers = run(make_engine(model), *(request(f"r{i}", prompt(6), 10, temperature=1.5) for i in range(4)))
+    assert len({answer.text for answer in answers.values()}) > 1
+
+
+def test_a_stop_text_ends_the_answer_across_token_borders():
+    model, tokenizer, _ = stories()
+    ids = tokenizer("Once upon a time").input_ids
+    whole = run(make_engine(model, tokenizer), request("r", ids, 30))["r"].text
+    stop = whole[20:27]
+    assert len(tokenizer(stop, add_special_tokens=False).input_ids) > 1
+    stopped = run(make_engine(model, tokenizer), request("r", ids, 30, stop=(stop, "never said")))["r"]
+    assert stopped.text == whole[: whole.index(stop)]
+    assert stopped.last.finish_reason == "stop"
+
+
+def test_stop_ids_and_eos_end_the_answer_and_give_no_text(model):
+    whole = run(make_engine(model), request("r", prompt(6), 10))["r"]
+    third = whole.token_ids[2]
+    until = whole.token_ids.index(third)
+    stopped = run(make_engine(model), request("r", prompt(6), 10, stop_token_ids=(third,)))["r"]
+    assert (stopped.token_ids, stopped.text) == (whole.token_ids[: until + 1], whole.text[:until])
+    assert stopped.last.finish_reason == "stop"
+
+    class Ending(Letters):
+        eos_token_id = third
+
+    ended = run(make_engine(model, Ending()), request("r", prompt(6), 10))["r"]
+    assert (ended.text, ended.last.finish_reason) == (stopped.text, "stop")
+    ignored = run(make_engine(model, Ending()), request("r", prompt(6), 10, ignore_eos=True))["r"]
+    assert ignored.token_ids == whole.token_ids
+
+
+def test_max_tokens_ends_the_answer_and_none_fills_the_context(model):
+    engine = make_engine(model, max_length=32)
+    answers = run(engine, request("r", prompt(6), 5), request("all", prompt(6), None))
+    assert answers["r"].last.finish_reason == "length"
+    assert (len(answers["r"].token_ids), answers["r"].last.completion_tokens) == (5, 5)
+    assert len(answers["all"].token_ids) == 32 - 6
+
+
+def test_logits_that_are_no_numbers_fail_their_request_and_poison_no_other(model):
+    engine = make_engine(model, max_batch=2)
+    expected = run(make_engine(model), request("r", prompt(6), 8))["r"].token_ids
+    engine.add(request("bad", prompt(20), 20))
+    engine.step()
+    engine._runner.cache.values[1][0, :, 3] = float("nan")
+    bad = drain(engine)["bad"].last
+    assert (bad.finish_reason, bad.error.code) == ("error", "engine_error")
+    assert run(engine, request("r", prompt(6), 8))["r"].token_ids == expected, "in the slot that held the numbers"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"min_p": 2.0},
+        {"max_tokens": 0},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": 3.0},
+        {"frequency_penalty": -3.0},
+        {"stop": ("",)},
+        {"logprobs": 99},
+        {"logit_bias": {1: 1000.0}},
+    ],
+)
+def test_a_parameter_out_of_range_is_named(wrong):
+    with pytest.raises(PedroError) as caught:
+        SamplingParams(**wrong)
+    assert caught.value.param == next(iter(wrong))
+    assert next(iter(wrong)) in caught.value.message
