@@ -1,0 +1,127 @@
+"""Scores a model on rows: answers generated from the prompt alone, exact match, loss per answer token.
+
+Knows nothing of training, Ray or registries. Rows are those of `pedro.data.load_rows`. Scores of disjoint rows add up,
+so workers can share the work. An accuracy is never taken from teacher-forced logits: a model that peeks at the answer
+would look perfect.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pedro.data.dataset import IGNORED_LABEL, collate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over rows; `+` joins the scores of different rows."""
+
+    correct: int = 0
+    rows: int = 0
+    loss_sum: float = 0.0
+    tokens: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.correct + other.correct,
+            self.rows + other.rows,
+            self.loss_sum + other.loss_sum,
+            self.tokens + other.tokens,
+        )
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows whose generated answer is exactly the wanted one."""
+        return self.correct / self.rows if self.rows else float("nan")
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy of an answer token, in nats."""
+        return self.loss_sum / self.tokens if self.tokens else float("nan")
+
+
+def score(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int = 32) -> Score:
+    """Generate and compare, and take the loss, for every row."""
+    if not rows:
+        return Score()
+    longest = max(len(row["input_ids"]) - row["prompt_len"] for row in rows)
+    answers = generate(model, tokenizer, rows, max_new_tokens=longest, batch_size=batch_size)
+    correct = sum(exact_match(answer, row["completion"]) for answer, row in zip(answers, rows, strict=True))
+    loss_sum, tokens = answer_loss(model, tokenizer, rows, batch_size)
+    return Score(correct, len(rows), loss_sum, tokens)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    num_beams: int = 1,
+) -> list[str]:
+    """Each row's answer, decoded greedily (or by beams, as in the paper) from its prompt, in the order of rows.
+
+    Rows of like length share a batch; prompts are padded on the left.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_len"])
+    texts = [""] * len(rows)
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        prompts = [rows[i]["input_ids"][: rows[i]["prompt_len"]] for i in places]
+        width = max(map(len, prompts))
+        pad = tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=num_beams,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        for place, row in zip(places, out[:, width:].tolist(), strict=True):
+            texts[place] = tokenizer.decode(row, skip_special_tokens=True)
+    return texts
+
+
+def answer_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int = 32) -> tuple[float, int]:
+    """Summed cross entropy (nats) of the answers' tokens given their prompts, and how many tokens that is."""
+    import torch
+
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        columns = collate(list(rows[start : start + batch_size]), tokenizer.pad_token_id)
+        batch = {name: torch.tensor(values, device=device) for name, values in columns.items()}
+        wanted = batch.pop("labels")[:, 1:]
+        chosen = wanted != IGNORED_LABEL
+        with torch.no_grad():
+            logits = model(**batch).logits[:, :-1][chosen].float()
+        total += torch.nn.functional.cross_entropy(logits, wanted[chosen], reduction="sum").item()
+        count += int(chosen.sum())
+    return total, count
+
+
+def exact_match(answer: str, wanted: str) -> bool:
+    """Whether two answers are the same up to white space around them."""
+    return answer.strip() == wanted.strip()
+
+
+def majority(completions: Iterable[str]) -> str:
+    """The most frequent answer (the first in the alphabet among equals): what guessing without the prompt gives."""
+    counts = Counter(text.strip() for text in completions)
+    return min(counts, key=lambda text: (-counts[text], text)) if counts else ""

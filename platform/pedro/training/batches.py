@@ -1,0 +1,87 @@
+"""Which rows make the k-th batch, and the tensors a worker makes of its slice. torch only.
+
+B rows of a slice, T tokens of its longest row. Rows are mappings with `input_ids` (prompt and answer) and
+`prompt_len`. The order of rows is a pure function of (seed, k): nothing needs to be stored to resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+
+IGNORE = -100
+
+
+class Rows(Protocol):
+    """A data set on disk or a list in memory."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class RowStream:
+    """Endless batches: one permutation an epoch, epochs end to end, so that every batch is full."""
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
+        assert len(rows) > 0, "a stream needs rows; the caller checks that the split is not empty"
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+
+    def batch(self, k: int) -> list[Mapping[str, Any]]:
+        """The rows of the k-th batch, counted from 0."""
+        size = len(self.rows)
+        places = range(k * self.batch_size, (k + 1) * self.batch_size)
+        return [self.rows[_permutation(size, self.seed, place // size)[place % size]] for place in places]
+
+
+@lru_cache(maxsize=8)
+def _permutation(size: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def supervised_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Answer tokens of the rows: what the loss of the whole batch is divided by."""
+    return sum(len(row["input_ids"]) - row["prompt_len"] for row in rows)
+
+
+def slices(rows: Sequence[Mapping[str, Any]], rank: int, world: int, accumulation: int) -> list[Sequence]:
+    """This worker's share of a batch, cut in `accumulation` slices; one may be empty at the end of a data set."""
+    mine = rows[rank::world]
+    return [mine[part::accumulation] for part in range(accumulation)]
+
+
+def tensors(
+    rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device | str, filler: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask, labels [B, T] and prompt_lens [B], padded on the right.
+
+    No rows make one row of the filler without supervised tokens: the worker still takes part in every collective.
+    """
+    blank = not rows
+    rows = rows or [filler]
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORE, dtype=torch.long)
+    for b, row in enumerate(rows):
+        tokens = torch.tensor(row["input_ids"], dtype=torch.long)
+        ids[b, : len(tokens)] = tokens
+        mask[b, : len(tokens)] = 1
+        if not blank:
+            labels[b, row["prompt_len"] : len(tokens)] = tokens[row["prompt_len"] :]
+    lens = torch.tensor([row["prompt_len"] for row in rows], dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompt_lens": lens}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross entropies of the supervised tokens; logits [B, T, V], labels [B, T], in float32."""
+    wanted = labels[:, 1:]
+    chosen = wanted != IGNORE
+    if not chosen.any():
+        return logits.float().sum() * 0.0
+    return torch.nn.functional.cross_entropy(logits[:, :-1][chosen].float(), wanted[chosen], reduction="sum")

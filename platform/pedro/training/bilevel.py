@@ -1,0 +1,83 @@
+"""Bi-level training (PEDRO, section 3.4, eq. 8) as alternating first-order steps. torch only.
+
+Ω are the generators' weights, Θ the coefficients of their activations. A step moves one of the two: its gradients
+alone exist, so clipping and DeepSpeed's reductions see nothing else, and its Adam moments alone advance. A learning
+rate of zero on the other group would not do: it would still pollute the moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+OMEGA, THETA = "omega", "theta"
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+class GroupedAdamW(torch.optim.AdamW):
+    """AdamW with a group for Ω and one for Θ, stepping only the groups named in `active`.
+
+    Groups are found by their `role`, never by position: ZeRO hands them over one at a time, with flat partitions
+    in place of the parameters.
+    """
+
+    def __init__(self, omega: Named, theta: Named, *, weight_decay: float = 0.0) -> None:
+        groups: list[dict[str, Any]] = [
+            {"params": [p for _, p in omega], "role": OMEGA, "weight_decay": weight_decay},
+            {"params": [p for _, p in theta], "role": THETA, "weight_decay": 0.0},
+        ]
+        super().__init__([group for group in groups if group["params"]], lr=0.0)
+        self.active: frozenset[str] = frozenset((OMEGA, THETA))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One AdamW step of the active groups among those that are here now."""
+        everything = self.param_groups
+        self.param_groups = [group for group in everything if group["role"] in self.active]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = everything
+
+    def set_lr(self, omega: float, theta: float) -> None:
+        """Set the learning rates of the coming step."""
+        for group in self.param_groups:
+            group["lr"] = theta if group["role"] == THETA else omega
+
+    def materialise(self, masters: Iterable[torch.Tensor]) -> None:
+        """Give every master tensor its (zero) state now, so that a checkpoint finds the same whenever it is made."""
+        for tensor in masters:
+            self.state[tensor] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+
+
+class Alternation:
+    """Decides which parameters move. `requires_grad` and the optimizer's `active` change together, here only."""
+
+    def __init__(self, optimizer: GroupedAdamW, omega: Named, theta: Named) -> None:
+        self.optimizer = optimizer
+        self._parameters = {OMEGA: [p for _, p in omega], THETA: [p for _, p in theta]}
+
+    def activate(self, *roles: str) -> None:
+        """Let the parameters of `roles` move, and nothing else."""
+        self.optimizer.active = frozenset(roles)
+        for role, parameters in self._parameters.items():
+            for parameter in parameters:
+                parameter.requires_grad_(role in roles)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of `steps`, then linear decay that would reach 0 after the last.
+
+    `step` counts from 0. The first step already moves, and so does the last.
+    """
+    climb = round(warmup * steps)
+    if step < climb:
+        return peak * (step + 1) / (climb + 1)
+    return peak * (steps - step) / max(1, steps - climb)

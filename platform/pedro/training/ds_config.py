@@ -1,0 +1,39 @@
+"""The DeepSpeed configuration of a job. Knows nothing of models and imports nothing of DeepSpeed.
+
+The frozen backbone already has the dtype it computes in, and adapter parameters are float32: DeepSpeed then needs no
+`bf16` block, and must not have one, since it would round the adapter's own parameters (Θ above all) to bf16. Only
+`full` in bf16, where the backbone itself is trained, asks for DeepSpeed's bf16 with float32 masters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def deepspeed_config(
+    *, slice_rows: int, accumulation: int, world: int, zero_stage: int, clip: float, bf16_masters: bool
+) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    slice_rows: nominal rows of one worker's slice; only DeepSpeed's own throughput numbers use it.
+    bf16_masters: the trained parameters themselves are bf16 (method `full` with precision bf16).
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": slice_rows,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": slice_rows * accumulation * world,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,  # GroupedAdamW; equal to plain AdamW in every stage (tests)
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    stage = max(zero_stage, 1) if bf16_masters else zero_stage
+    if stage:
+        config["zero_optimization"] = {"stage": stage, "overlap_comm": False}
+    if stage == 3:
+        # Small adapter parameters are partitioned like the rest: one rule for saving, whatever their size.
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "round_robin_gradients": False}
+    if bf16_masters:
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

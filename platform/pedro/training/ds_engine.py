@@ -1,0 +1,79 @@
+"""The loop's engine on DeepSpeed: ZeRO 0 to 3 over any number of workers. The only file that imports DeepSpeed.
+
+The process group must be up (Ray Train brings it up, tests do it by hand). DeepSpeed averages gradients over workers;
+the loss that comes in is already divided by the tokens of all workers, so it is multiplied by the number of workers
+first. Stage and number of workers are invisible in the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from pedro.training.bilevel import GroupedAdamW, Named
+
+
+class DeepSpeedEngine:
+    """A `StepEngine` around `deepspeed.initialize`; `optimizer` and `parameters` as in TorchEngine."""
+
+    def __init__(self, model: nn.Module, optimizer: GroupedAdamW, parameters: Named, config: dict[str, Any]) -> None:
+        deepspeed = import_deepspeed()
+        self._stage = config.get("zero_optimization", {}).get("stage", 0)
+        self._sharded = bool(self._stage) or "bf16" in config
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self._deepspeed = deepspeed
+        self.model, self.optimizer, self.parameters = model, optimizer, parameters
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.device = torch.device(self._engine.device)
+        optimizer.materialise(self.masters())
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self._engine(**batch).logits
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss * self.world, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def mode(self, training: bool) -> None:
+        self._engine.train(training)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        if self._stage < 3:
+            return nullcontext()
+        # modifier_rank: what rank 0 wrote is what every partition keeps
+        return self._deepspeed.zero.GatheredParameters([p for _, p in self.parameters], modifier_rank=0)
+
+    def masters(self) -> Sequence[torch.Tensor]:
+        if self._stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+
+    def replicated(self) -> bool:
+        return not self._sharded
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, with a process group of its own around torch's, and without compiling anything.
+
+    Its CPU communication kernel would be built with g++ on first use (minutes, or a failure without a compiler).
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return deepspeed

@@ -1,0 +1,97 @@
+"""What the loop drives: one model, one GroupedAdamW, gradients of all workers summed. torch only.
+
+`StepEngine` is the contract. `TorchEngine` is one process without DeepSpeed: the reference that the others must
+equal, and all that a box with nothing but torch needs. `ds_engine.py` has the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from pedro.training.bilevel import GroupedAdamW, Named
+
+
+class StepEngine(Protocol):
+    """One optimizer step is: for every slice `backward(forward(...))` and `step()`, of which the last one moves."""
+
+    rank: int
+    world: int
+    device: torch.device
+    optimizer: GroupedAdamW
+    parameters: Named
+    """The trainable parameters by name; under ZeRO-3 their data is only there inside `gathered()`."""
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V]."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradients of `loss`; those of all workers and slices add up, without any averaging."""
+
+    def step(self) -> None:
+        """After each `backward`; after the last slice of a batch it clips, steps and clears the gradients."""
+
+    def mode(self, training: bool) -> None:
+        """Switch between training and evaluation."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within it, every worker reads and may (equally) write the whole data of `parameters`."""
+
+    def masters(self) -> Sequence[torch.Tensor]:
+        """The tensors that this worker's optimizer steps: parameters, or this worker's partition of them."""
+
+    def replicated(self) -> bool:
+        """Whether every worker's `masters` are the same."""
+
+
+class TorchEngine:
+    """One process, plain torch."""
+
+    rank, world = 0, 1
+
+    def __init__(
+        self, model: nn.Module, optimizer: GroupedAdamW, parameters: Named, *, accumulation: int, clip: float
+    ) -> None:
+        self.model, self.optimizer, self.parameters = model, optimizer, parameters
+        self.device = parameters[0][1].device
+        self._accumulation, self._clip, self._slices = accumulation, clip, 0
+        optimizer.materialise(self.masters())
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self.model(**batch).logits
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self._slices += 1
+        if self._slices % self._accumulation:
+            return
+        if self._clip:
+            nn.utils.clip_grad_norm_([p for _, p in self.parameters if p.grad is not None], self._clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def mode(self, training: bool) -> None:
+        self.model.train(training)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def masters(self) -> Sequence[torch.Tensor]:
+        return [p for _, p in self.parameters]
+
+    def replicated(self) -> bool:
+        return True
+
+
+def optimizer_tensors(engine: StepEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything that a worker's optimizer remembers, named by place: masters, moments and step counts."""
+    for place, master in enumerate(engine.masters()):
+        yield f"{place}.master", master
+        for name, tensor in sorted(engine.optimizer.state[master].items()):
+            yield f"{place}.{name}", tensor

@@ -1,0 +1,44 @@
+"""Decides whether a new version becomes champion. A pure function of numbers; knows nothing of where they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pedro.training.spec import GateSpec
+
+ROUNDING = 1e-9  # so that a gain of exactly min_gain passes
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """Whether the alias moves, and why, in one sentence."""
+
+    passed: bool
+    reason: str
+
+
+def decide(
+    gate: GateSpec,
+    metrics: Mapping[str, float],
+    champion_metrics: Mapping[str, float] | None,
+    backbone_metrics: Mapping[str, float],
+) -> GateDecision:
+    """Compare the new version with the champion, or with the bare backbone where there is no champion yet.
+
+    All metrics must come from the same rows. For `loss`, less is better and `floor` is the most that is allowed.
+    """
+    name, sign = gate.metric, (-1.0 if gate.metric == "loss" else 1.0)
+    rival, than = (backbone_metrics, "backbone") if champion_metrics is None else (champion_metrics, "champion")
+    value, other = metrics.get(name, math.nan), rival.get(name, math.nan)
+    if not math.isfinite(value):
+        return GateDecision(False, f"{name} could not be measured: no test or validation rows")
+    if gate.floor is not None and sign * (value - gate.floor) < -ROUNDING:
+        side = "above" if sign < 0 else "below"
+        return GateDecision(False, f"{name} {value:.4f} is {side} the gate's floor of {gate.floor:g}")
+    if not math.isfinite(other):
+        return GateDecision(True, f"{name} {value:.4f}; the {than} has no {name} to compare with")
+    gain = sign * (value - other)
+    compared = f"{name} {value:.4f} against {other:.4f} of the {than}: gain {gain:+.4f}, gate wants {gate.min_gain:+g}"
+    return GateDecision(gain >= gate.min_gain - ROUNDING, compared)

@@ -1,0 +1,217 @@
+"""One fine-tuning job from spec to champion: `python -m pedro.training.job --spec FILE [--job-id ID]`.
+
+The outline: resolve, prepare the data, train, register, gate, promote. The last line on standard output is the result
+as one JSON object; a failure is one line on standard error and exit code 1, and registers nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pedro.config import Settings, validate_spec
+from pedro.errors import ConfigError, NotFoundError, PedroError
+from pedro.registry import CANDIDATE, CHAMPION, Registry, Version
+from pedro.training.gate import GateDecision, decide
+from pedro.training.spec import FineTuneSpec, load_finetune_spec
+from pedro.training.storage import fetch, put_dataset
+from pedro.training.trainer import Result, fit
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended, as `pedro submit --wait --json` prints it."""
+
+    model: str
+    """`tenant.adapter:version`."""
+    alias: str
+    """champion, or candidate if the gate refused."""
+    gate: str
+    digest: str
+    metrics: dict[str, Any]
+    trainable_parameters: int
+    steps: int
+    optimizer_steps: int
+    seconds: float
+    """Of the whole job, starting workers included; `metrics.seconds` is the training alone."""
+    job_id: str
+    run_id: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_job(
+    spec: FineTuneSpec, settings: Settings, registry: Registry, job_id: str | None = None, say: Say = print
+) -> JobResult:
+    """Run one job on the Ray cluster that this process is connected to.
+
+    Raises PedroError; then nothing is registered, and the run in MLflow is FAILED.
+    """
+    started = time.monotonic()
+    job_id = job_id or new_job_id()
+    check_data(spec, settings, say)
+    run_id = registry.start_run(
+        experiment=spec.name,
+        name=job_id,
+        params=flat(spec.to_dict()),
+        tags={"pedro.job": job_id, "pedro.model": spec.name},
+    )
+    status = "FAILED"
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            trained = fit(spec, settings, run_id, job_id, Path(scratch))
+            _log_spec(registry, run_id, spec, Path(scratch))
+            version = registry.register(run_id, trained.directory, spec.tenant, spec.adapter)
+        decision = judge(spec, trained, registry)
+        alias = _move_alias(registry, version, decision)
+        registry.tag_run(run_id, {"pedro.version": version.ref, "pedro.alias": alias, "pedro.gate": decision.reason})
+        status = "FINISHED"
+    finally:
+        registry.finish_run(run_id, status)
+    say(f"{version.ref} is {'the champion' if alias == CHAMPION else 'kept as candidate'}: {decision.reason}")
+    return JobResult(
+        model=version.ref,
+        alias=alias,
+        gate=decision.reason,
+        digest=version.digest,
+        metrics=trained.metrics,
+        trainable_parameters=trained.trainable_parameters,
+        steps=trained.metrics["steps"],
+        optimizer_steps=trained.metrics["optimizer_steps"],
+        seconds=round(time.monotonic() - started, 2),
+        job_id=job_id,
+        run_id=run_id,
+    )
+
+
+def check_data(spec: FineTuneSpec, settings: Settings, say: Say) -> None:
+    """Tokenise the data on this host and find what is wrong with spec and data before a worker is started."""
+    from pedro.backbone import load_tokenizer, resolve_backbone
+    from pedro.methods.registry import get_method
+    from pedro.training.prepare import prepare
+
+    backbone = resolve_backbone(spec.backbone)
+    get_method(spec.method.name).config(_model_config(backbone.directory), spec.method.options)
+    prepared = prepare(spec.data, spec.training, backbone, load_tokenizer(backbone), settings.cache)
+    prepared.splits(with_theta=False)
+    split, rows = prepared.scored(spec.gate.max_rows)
+    scored = f"scored on {len(rows):,} {split} rows" if rows is not None else "not scored: no test or validation rows"
+    say(f"{spec.name}: {prepared.rows_in_train():,} rows, prompts as {prepared.format.id!r}, {scored}")
+
+
+def judge(spec: FineTuneSpec, trained: Result, registry: Registry) -> GateDecision:
+    """The gate's decision; a champion that could not be compared, or that moved meanwhile, keeps its place."""
+    champion = trained.champion
+    if _champion(registry, spec.name) != (champion.version if champion else None):
+        return GateDecision(False, "the champion changed while this version was scored; compare and promote it by hand")
+    if champion and champion.metrics is None:
+        return GateDecision(
+            False, f"the champion {spec.name}:{champion.version} cannot be compared: {champion.problem}"
+        )
+    metrics = trained.metrics
+    bare = {name: metrics[f"backbone_{name}"] for name in ("accuracy", "loss") if f"backbone_{name}" in metrics}
+    return decide(spec.gate, metrics, champion.metrics if champion else None, bare)
+
+
+def read_spec(location: str, cache: Path) -> FineTuneSpec:
+    """A job's spec: the resolved JSON of `submit`, or a YAML file as people write it."""
+    if not location.endswith(".json"):
+        return load_finetune_spec(location)
+    try:
+        tree = json.loads(fetch(location, cache).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{location}: cannot be read as JSON ({error})", param="--spec") from error
+    return validate_spec(tree, FineTuneSpec, source=location)
+
+
+def stage(spec: FineTuneSpec, storage: str) -> FineTuneSpec:
+    """The spec with its data files copied to the storage, named by content, where every host finds them."""
+    stored = {name: put_dataset(file, storage) for name, file in spec.data.files().items()}
+    return spec.model_copy(update={"data": spec.data.model_copy(update=stored)})
+
+
+def new_job_id() -> str:
+    """An id like the store's."""
+    return f"ftjob-{uuid.uuid4().hex[:24]}"
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point of the Ray job."""
+    parser = argparse.ArgumentParser(prog="pedro.training.job", description="Run one fine-tuning job.")
+    parser.add_argument("--spec", required=True, help="a spec: YAML, or the resolved JSON of `pedro submit`")
+    parser.add_argument("--job-id", default=None)
+    options = parser.parse_args(arguments)
+    settings = Settings.from_env()
+    try:
+        spec = stage(read_spec(options.spec, settings.cache), settings.storage)
+        _connect()
+        result = run_job(spec, settings, Registry.open(settings), options.job_id, say=_print)
+    except PedroError as error:
+        print(f"error: {error.message}", file=sys.stderr, flush=True)
+        return 1
+    print(json.dumps(result.to_dict()), flush=True)
+    return 0
+
+
+def _connect() -> None:
+    """Join the cluster: the one that runs this as a job, RAY_ADDRESS, or (by neither) a new one in this process."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(namespace="pedro", logging_level="ERROR", log_to_driver=True, include_dashboard=None)
+
+
+def _model_config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory, local_files_only=True)
+
+
+def _champion(registry: Registry, name: str) -> int | None:
+    try:
+        return registry.get(name, CHAMPION).version
+    except NotFoundError:
+        return None
+
+
+def _move_alias(registry: Registry, version: Version, decision: GateDecision) -> str:
+    registry.tag_gate(version, f"{'passed' if decision.passed else 'refused'}: {decision.reason}")
+    if decision.passed:
+        registry.promote(version.name, version.version)
+        return CHAMPION
+    registry.set_alias(version.name, CANDIDATE, version.version)
+    return CANDIDATE
+
+
+def _log_spec(registry: Registry, run_id: str, spec: FineTuneSpec, scratch: Path) -> None:
+    folder = scratch / "spec"
+    folder.mkdir()
+    (folder / "spec.json").write_text(json.dumps(spec.to_dict(), indent=2))
+    registry.log_artifacts(run_id, folder)
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

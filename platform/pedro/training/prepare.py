@@ -1,0 +1,139 @@
+"""The rows of a job: its files tokenised once on each host, split, and counted. Knows nothing of models or Ray.
+
+The driver prepares first, so that mistakes in the data stop a job before any worker starts; workers ask for the same
+and find it in the host's cache, memory-mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pedro.backbone import Backbone, context_length
+from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, shape_of, split
+from pedro.errors import ConfigError, DataError
+from pedro.evaluation.scoring import majority
+from pedro.training.loop import Plan
+from pedro.training.spec import DataSpec, TrainingSpec
+from pedro.training.storage import fetch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MAJORITY_ROWS = 50_000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job's rows before they are split for a method, and how their prompts are written."""
+
+    format: PromptFormat
+    digest: str
+    """Of all files together, by role."""
+    max_length: int
+    _spec: DataSpec
+    _rows: dict[str, Dataset] = field(repr=False)
+
+    def splits(self, with_theta: bool) -> tuple[Dataset, Dataset | None, Dataset | None]:
+        """(train, theta, validation); without Θ, what would be theta is part of train. No validation is None."""
+        from datasets import concatenate_datasets
+
+        shares = {
+            name: value for name in ("theta", "validation") if isinstance(value := getattr(self._spec, name), float)
+        }
+        if not with_theta:
+            shares["theta"] = 0.0
+        elif self._spec.theta == 0:
+            raise ConfigError(
+                "data.theta: 0 leaves the Θ steps no rows; give a share or a file, or set training.bilevel=false",
+                param="data.theta",
+            )
+        cut = split(self._rows["train"], theta=shares.get("theta", 0.0), validation=shares.get("validation", 0.0))
+        train, theta = cut.train, self._rows.get("theta", cut.theta)
+        if not with_theta:
+            train = concatenate_datasets([train, self._rows["theta"]]) if "theta" in self._rows else train
+            theta = None
+        validation = self._rows.get("validation", cut.validation)
+        return train, theta, validation if len(validation) else None
+
+    def scored(self, max_rows: int) -> tuple[str, Dataset | None]:
+        """What the gate sees: the test rows, else the validation rows, else nothing; and which of them it is."""
+        if "test" in self._rows:
+            return "test", sample(self._rows["test"], max_rows)
+        *_, validation = self.splits(with_theta=False)
+        return ("validation", sample(validation, max_rows)) if validation is not None else ("none", None)
+
+    def rows_in_train(self) -> int:
+        """Rows of the training file, before anything is cut from it."""
+        return len(self._rows["train"])
+
+    def majority(self) -> str:
+        """The most frequent answer of the training file (its first 50,000 rows)."""
+        rows = self._rows["train"]
+        return majority(rows[: min(len(rows), MAJORITY_ROWS)]["completion"])
+
+    def lengths(self) -> tuple[float, int]:
+        """Mean and largest number of tokens of a training row."""
+        rows = self._rows["train"]
+        sizes = [len(ids) for ids in rows[: min(len(rows), MAJORITY_ROWS)]["input_ids"]]
+        return sum(sizes) / len(sizes), max(sizes)
+
+
+def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenizer: Any, cache: Path) -> Prepared:
+    """Tokenise the files of a spec (or find them in `cache`). Raises DataError, or ConfigError for max_length."""
+    context = context_length(backbone)
+    max_length = training.max_length or context
+    if max_length > context:
+        raise ConfigError(
+            f"training.max_length: {max_length} is more than the {context} tokens that {backbone.id} was made for",
+            param="training.max_length",
+        )
+    files = {name: fetch(location, cache) for name, location in data.files().items()}
+    shapes = {name: shape_of(path) for name, path in files.items()}
+    formats = {name: format_for_shape(shape, tokenizer) for name, shape in shapes.items()}
+    for name, form in formats.items():
+        if form != formats["train"]:
+            raise DataError(
+                f"data.{name}: holds {shapes[name]}, but data.train holds {shapes['train']}; bring both in one shape",
+                param=f"data.{name}",
+            )
+    digests = {name: data_digest(path) for name, path in sorted(files.items())}
+    rows = {
+        name: load_rows(path, tokenizer, formats["train"], max_length, cache / "rows") for name, path in files.items()
+    }
+    joined = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return Prepared(formats["train"], f"sha256:{joined}", max_length, data, rows)
+
+
+def sample(rows: Dataset, most: int) -> Dataset:
+    """`rows`, or of more than `most` a fair share: those with the smallest prompt hashes, in the file's order."""
+    if len(rows) <= most:
+        return rows
+    hashes = rows["split_hash"][:]
+    return rows.select(sorted(sorted(range(len(rows)), key=lambda i: (hashes[i], i))[:most]))
+
+
+def make_plan(training: TrainingSpec, train_rows: int, has_theta: bool) -> Plan:
+    """The numbers that the loop counts with."""
+    epoch = train_rows / training.batch_size
+    steps = max(1, math.ceil(training.epochs * epoch))
+    steps = min(steps, training.max_steps or steps)
+    validate_every = training.eval_every or max(1, math.ceil(epoch))
+    return Plan(
+        steps=steps,
+        batch_size=training.batch_size,
+        accumulation=training.gradient_accumulation,
+        lr=training.lr,
+        theta_lr=training.theta_lr or training.lr,
+        warmup=training.warmup,
+        bilevel=training.bilevel and has_theta,
+        theta_every=training.theta_every,
+        validate_every=validate_every,
+        checkpoint_every=training.checkpoint_every or validate_every,
+        patience=training.patience,
+        seed=training.seed,
+    )

@@ -1,0 +1,138 @@
+"""Puts together what a worker trains: backbone, method, engine, rows, plan. Knows nothing of Ray or registries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
+from pedro.errors import ConfigError
+from pedro.methods.registry import Method, count_parameters, get_method
+from pedro.training.bilevel import Alternation, GroupedAdamW, Named
+from pedro.training.engines import StepEngine, TorchEngine
+from pedro.training.loop import Data, Plan
+from pedro.training.prepare import Prepared, make_plan, prepare, sample
+from pedro.training.spec import FineTuneSpec
+from pedro.training.team import ALONE, Team
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+MakeEngine = Callable[[nn.Module, GroupedAdamW, Named], StepEngine]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One worker's half of a run; every worker builds the same."""
+
+    spec: FineTuneSpec
+    backbone: Backbone
+    tokenizer: Any
+    method: Method
+    model: nn.Module
+    prepared: Prepared
+    engine: StepEngine
+    alternation: Alternation
+    plan: Plan
+    data: Data
+    trainable_parameters: int
+
+    def scored_rows(self) -> tuple[str, Dataset | None]:
+        """The rows of the gate, and whether they are test, validation or none."""
+        return self.prepared.scored(self.spec.gate.max_rows)
+
+
+def open_session(spec: FineTuneSpec, cache: Path, make_engine: MakeEngine | None = None, team: Team = ALONE) -> Session:
+    """Load and build everything; `make_engine` as `torch_engine` or `deepspeed_engine` of the same spec return it.
+
+    A mistake in the spec raises its PedroError on every worker of the team, so that none waits for the others.
+    """
+    backbone, tokenizer, method, model, prepared, groups = team.together(lambda: _load(spec, cache))
+    omega, theta = groups
+    with_theta = bool(theta) and spec.training.bilevel
+    train, theta_rows, validation = team.together(lambda: prepared.splits(with_theta))
+    plan = make_plan(spec.training, len(train), with_theta)
+    optimizer = GroupedAdamW(omega, theta, weight_decay=spec.training.weight_decay)
+    parameters = [*omega, *theta]
+    engine = (make_engine or torch_engine(spec))(model, optimizer, parameters)
+    data = Data(
+        train=train,
+        theta=theta_rows if theta_rows is not None else [],
+        validation=sample(validation, spec.training.eval_rows) if validation is not None else [],
+        pad_id=tokenizer.pad_token_id,
+    )
+    return Session(
+        spec=spec,
+        backbone=backbone,
+        tokenizer=tokenizer,
+        method=method,
+        model=model,
+        prepared=prepared,
+        engine=engine,
+        alternation=Alternation(optimizer, omega, theta),
+        plan=plan,
+        data=data,
+        trainable_parameters=count_parameters(model)["trainable"],
+    )
+
+
+def torch_engine(spec: FineTuneSpec) -> MakeEngine:
+    """Plain torch, for one worker."""
+    if spec.resources.workers > 1 or spec.resources.zero_stage:
+        raise ConfigError("resources: more than one worker and ZeRO need DeepSpeed", param="resources")
+
+    def make(model: nn.Module, optimizer: GroupedAdamW, parameters: Named) -> StepEngine:
+        training = spec.training
+        return TorchEngine(
+            model, optimizer, parameters, accumulation=training.gradient_accumulation, clip=training.clip
+        )
+
+    return make
+
+
+def deepspeed_engine(spec: FineTuneSpec) -> MakeEngine:
+    """DeepSpeed over the process group that is up."""
+    from pedro.training.ds_config import deepspeed_config
+
+    training, resources = spec.training, spec.resources
+    config = deepspeed_config(
+        slice_rows=max(1, training.batch_size // (resources.workers * training.gradient_accumulation)),
+        accumulation=training.gradient_accumulation,
+        world=resources.workers,
+        zero_stage=resources.zero_stage,
+        clip=training.clip,
+        bf16_masters=spec.method.name == "full" and training.precision == "bf16",
+    )
+
+    def make(model: nn.Module, optimizer: GroupedAdamW, parameters: Named) -> StepEngine:
+        from pedro.training.ds_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, optimizer, parameters, config)
+
+    return make
+
+
+def fresh_model(spec: FineTuneSpec, backbone: Backbone) -> tuple[Method, nn.Module]:
+    """The backbone with a new adapter of the spec's method, the same on every worker and in every process."""
+    device = "cuda" if torch.cuda.is_available() and spec.resources.gpus_per_worker else "cpu"
+    method = get_method(spec.method.name)
+    model = load_model(backbone, DTYPES[spec.training.precision], device)
+    torch.manual_seed(spec.training.seed)
+    model = method.apply(model, spec.method.options)
+    if spec.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return method, model
+
+
+def _load(spec: FineTuneSpec, cache: Path) -> tuple[Backbone, Any, Method, nn.Module, Prepared, tuple[Named, Named]]:
+    backbone = resolve_backbone(spec.backbone)
+    tokenizer = load_tokenizer(backbone)
+    method, model = fresh_model(spec, backbone)
+    prepared = prepare(spec.data, spec.training, backbone, tokenizer, cache)
+    return backbone, tokenizer, method, model, prepared, method.parameter_groups(model)

@@ -1,0 +1,197 @@
+"""What a fine-tuning job is asked to do: the YAML of `pedro submit`, frozen and checked. Knows nothing of tensors.
+
+Unknown keys are refused, and all mistakes are reported together (`pedro.config.load_spec`). Options of the method
+are checked by the method itself when the job is resolved, since each method has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pedro.config import Frozen, check_name, load_spec
+from pedro.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+FILES = ("train", "theta", "validation", "test")
+PACKAGED = "pedro://"
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+class DataSpec(Frozen):
+    """The tenant's files (JSONL): paths, relative ones from the spec's own folder, fsspec URLs, or `pedro://demo/...`
+    for the data that the package carries.
+    """
+
+    train: str
+    theta: Share | str = 0.1
+    """What the Θ steps see, cut from train: a share of it or a file. Methods without Θ train on it as well."""
+    validation: Share | str = 0.1
+    """What stops training and picks the best checkpoint: a share of train or a file; 0 means none."""
+    test: str | None = None
+    """What the gate and the reported metrics see; validation stands in if there is none."""
+
+    @model_validator(mode="after")
+    def _something_left(self) -> DataSpec:
+        cut = sum(part for part in (self.theta, self.validation) if isinstance(part, float))
+        if cut >= 1:
+            raise ValueError(f"theta and validation together take {cut:g} of train; leave some rows to train on")
+        return self
+
+    def files(self) -> dict[str, str]:
+        """The files that are named, by role."""
+        return {name: value for name in FILES if isinstance(value := getattr(self, name), str)}
+
+    def located(self, base: Path) -> DataSpec:
+        """The same with absolute paths: relative ones start from `base`, `pedro://` ones from the package's assets."""
+        return self.model_copy(update={name: _located(base, value) for name, value in self.files().items()})
+
+
+class MethodSpec(BaseModel):
+    """A method of `pedro.methods` and its options, side by side: `{name: pedro, r: 12}`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    name: str = "pedro"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class TrainingSpec(Frozen):
+    """The optimisation; defaults are the paper's setup (section 4.3) where it names one."""
+
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Ω steps at most, whatever `epochs` says."""
+    lr: float = Field(1e-4, gt=0)
+    batch_size: int = Field(16, ge=1)
+    """Rows of one optimizer step, over all workers together."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Into how many slices a worker cuts its share of a batch, to save memory; the result stays the same."""
+    max_length: int | None = Field(None, ge=2)
+    """Tokens of prompt and answer together; the backbone's context if not given."""
+    warmup: float = Field(0.06, ge=0, lt=1)
+    """Share of the steps in which the learning rate climbs; it then falls linearly to zero."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled (AdamW), on Ω only."""
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the frozen backbone. An adapter's own parameters are float32 in either case."""
+    bilevel: bool = True
+    """Alternate Ω steps on train with Θ steps on theta (eq. 8); false trains both together on both."""
+    theta_every: int = Field(1, ge=1)
+    """A Θ step follows every so many Ω steps."""
+    theta_lr: float | None = Field(None, gt=0)
+    """Learning rate of Θ; `lr` if not given."""
+    eval_every: int = Field(200, ge=0)
+    """Ω steps between validations; 0 means once an epoch."""
+    eval_rows: int = Field(2000, ge=1)
+    """At most so many validation rows are used."""
+    patience: int = Field(10, ge=1)
+    """Training stops after so many validations without a better loss."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Ω steps between checkpoints; 0 means at each validation."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    seed: int = Field(0, ge=0)
+
+
+class ResourcesSpec(Frozen):
+    """What the job takes of the cluster."""
+
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed shards: nothing, optimizer state, gradients too, parameters too."""
+    max_failures: int = Field(3, ge=0)
+    """How often lost workers are replaced, each time from the last checkpoint."""
+
+
+class GateSpec(Frozen):
+    """When a new version becomes champion: against the champion on the same rows, or the backbone if there is none."""
+
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    min_gain: float = -0.005
+    """Least improvement over the champion; a small negative number lets an equal version pass."""
+    floor: float | None = None
+    """The value that is needed in any case (for loss: the largest allowed)."""
+    max_rows: int = Field(1000, ge=1)
+    """At most so many rows are scored."""
+
+
+class FineTuneSpec(Frozen):
+    """One fine-tuning job."""
+
+    tenant: str
+    adapter: str
+    backbone: str = "stories260K"
+    data: DataSpec
+    method: MethodSpec = MethodSpec()
+    training: TrainingSpec = TrainingSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    gate: GateSpec = GateSpec()
+
+    @field_validator("tenant", "adapter")
+    @classmethod
+    def _name(cls, value: str, info: Any) -> str:
+        try:
+            return check_name(info.field_name, value)
+        except ConfigError as error:
+            raise ValueError(error.message.partition(": ")[2].partition(" is ")[2]) from error
+
+    @model_validator(mode="after")
+    def _every_worker_has_rows(self) -> FineTuneSpec:
+        slices = self.resources.workers * self.training.gradient_accumulation
+        if self.training.batch_size < slices:
+            raise ValueError(
+                f"training.batch_size is {self.training.batch_size}, fewer rows than workers × gradient_accumulation "
+                f"= {slices}; raise batch_size to at least {slices}"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """`tenant.adapter`, as the registry calls it."""
+        return f"{self.tenant}.{self.adapter}"
+
+    def located(self, base: Path) -> FineTuneSpec:
+        """The same spec with absolute data paths."""
+        return self.model_copy(update={"data": self.data.located(base)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved spec as JSON holds it; `FineTuneSpec.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+
+def load_finetune_spec(path: str | Path, overrides: Iterable[str] = ()) -> FineTuneSpec:
+    """Read a spec file; its relative paths start from its folder, those of overrides from the working directory.
+
+    Raises one ConfigError that lists every mistake.
+    """
+    words = [_locate_override(word) for word in overrides]
+    return load_spec(path, words, FineTuneSpec).located(Path(path).absolute().parent)
+
+
+def _located(base: Path, file: str) -> str:
+    if file.startswith(PACKAGED):
+        return str(ASSETS / file.removeprefix(PACKAGED))
+    return file if "://" in file else str(base / Path(file).expanduser())
+
+
+def _locate_override(word: str) -> str:
+    key, _, value = word.partition("=")
+    if key not in {f"data.{name}" for name in FILES} or value in ("", "null"):
+        return word
+    try:
+        float(value)
+    except ValueError:
+        return f"{key}={_located(Path.cwd(), value)}"
+    return word

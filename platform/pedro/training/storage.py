@@ -1,0 +1,103 @@
+"""Puts files where every host of a job finds them: the platform's storage, a folder or an fsspec URL.
+
+Data sets are named by their content, so the same file is stored once and a running job never sees it change.
+Knows nothing of jobs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pedro.errors import DataError, UnavailableError
+
+
+def put_dataset(file: str, storage: str) -> str:
+    """Store a local JSONL file under `datasets/<sha256>.jsonl`; where it is then. URLs stay as they are.
+
+    Raises DataError if it cannot be read, UnavailableError if it cannot be stored.
+    """
+    if "://" in file:
+        return file
+    try:
+        with Path(file).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"data: {file!r} cannot be read: {error.strerror}; check the path", param="data") from error
+    target = join(storage, "datasets", f"{digest}.jsonl")
+    if not exists(target):
+        _copy(file, target)
+    return target
+
+
+def fetch(location: str, cache: Path) -> Path:
+    """A local path of a stored file: itself, or this host's copy of what a URL names."""
+    if "://" not in location:
+        return Path(location)
+    target = cache / "fetched" / f"{hashlib.sha256(location.encode()).hexdigest()[:16]}-{location.rpartition('/')[2]}"
+    if not target.is_file():
+        _copy(location, str(target))
+    return target
+
+
+def write_text(location: str, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tmp") as scratch:
+        scratch.write(text)
+        scratch.flush()
+        _copy(scratch.name, location)
+
+
+def exists(location: str) -> bool:
+    """Whether a stored file is there."""
+    if "://" not in location:
+        return Path(location).is_file()
+    system, path = _filesystem(location)
+    return system.exists(path)
+
+
+def join(storage: str, *parts: str) -> str:
+    """A location inside the storage."""
+    return "/".join([storage.rstrip("/"), *parts])
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy a file between places; a local target appears complete, by a rename, or not at all."""
+    try:
+        if "://" in target:
+            system, path = _filesystem(target)
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            system.put_file(source, path)
+            return
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=".new-", dir=Path(target).parent)
+        os.close(handle)
+        try:
+            if "://" in source:
+                system, path = _filesystem(source)
+                system.get_file(path, scratch)
+            else:
+                shutil.copyfile(source, scratch)
+            Path(scratch).chmod(0o644)
+            Path(scratch).replace(target)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+    except OSError as error:
+        raise UnavailableError(
+            f"PEDRO_STORAGE: {source} could not be copied to {target} ({error.strerror or error}); check the place, "
+            "its rights and its free space",
+            param="PEDRO_STORAGE",
+        ) from error
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UnavailableError(f"PEDRO_STORAGE: {url} cannot be used: {error}", param="PEDRO_STORAGE") from error

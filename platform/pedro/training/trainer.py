@@ -1,0 +1,252 @@
+"""Runs a job's workers by Ray Train (V2): start, checkpoint, replace lost workers, bring the result home.
+
+A worker that dies is replaced, and its group goes on from the last checkpoint. A PedroError (a loss that is no number,
+a full disk) would only come again: workers return it as their result instead of raising it, so that it is not retried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pedro.config import Settings
+from pedro.errors import NotFoundError, PedroError, TrainingError
+from pedro.registry import CHAMPION, Registry
+from pedro.training.spec import FineTuneSpec
+from pedro.training.storage import join
+
+if TYPE_CHECKING:
+    import torch
+
+    from pedro.training.engines import StepEngine
+    from pedro.training.loop import Progress
+    from pedro.training.reporters import Curves
+    from pedro.training.session import Session
+    from pedro.training.team import Team
+
+ADAPTER, STATE, ANSWER = "adapter", "state", "answer.json"
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for it; Ray's default is 2 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a job waits its turn for as long as a day
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The champion's score on this job's rows, or why there is none."""
+
+    version: int
+    metrics: dict[str, float] | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the workers hand to the driver; `directory` is the adapter, on the driver's host."""
+
+    digest: str
+    metrics: dict[str, Any]
+    trainable_parameters: int
+    champion: Champion | None
+    directory: Path
+
+
+def fit(spec: FineTuneSpec, settings: Settings, run_id: str, job_id: str, scratch: Path) -> Result:
+    """Train on the cluster that this process is connected to; the adapter is then in `scratch`.
+
+    Raises the PedroError of the workers, or TrainingError if they were lost more often than `max_failures`.
+    """
+    os.environ.update(ENVIRONMENT)
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = spec.resources
+    per_worker = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        per_worker["GPU"] = resources.gpus_per_worker
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"spec": spec.to_dict(), "settings": _plain(settings), "run_id": run_id},
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+        ),
+        run_config=ray.train.RunConfig(
+            name=job_id,
+            storage_path=join(settings.storage, "runs"),
+            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(
+            f"training: workers failed more than {resources.max_failures} times (resources.max_failures): "
+            f"{_innermost(error)}"
+        ) from error
+    if isinstance(result.return_value, PedroError):
+        raise result.return_value
+    with result.checkpoint.as_directory() as folder:
+        shutil.copytree(Path(folder) / ADAPTER, scratch / ADAPTER)
+        answer = json.loads((Path(folder) / ANSWER).read_text())
+    champion = answer.pop("champion")
+    return Result(**answer, champion=Champion(**champion) if champion else None, directory=scratch / ADAPTER)
+
+
+def work(config: dict[str, Any]) -> PedroError | None:
+    """One Ray Train worker. What it made is in the last checkpoint; what stopped it is its return value."""
+    _quiet()
+    try:
+        _work(config)
+    except PedroError as error:
+        return error
+    return None
+
+
+def _work(config: dict[str, Any]) -> dict[str, Any] | None:
+    import ray.train
+    import torch
+
+    from pedro.training import worker
+    from pedro.training.reporters import Curves
+    from pedro.training.session import deepspeed_engine, open_session
+    from pedro.training.team import Team
+
+    spec = FineTuneSpec.model_validate(config["spec"])
+    settings = _settings(config["settings"])
+    if _finished(ray.train.get_checkpoint()):
+        return
+    context = ray.train.get_context()
+    team = Team(context.get_world_rank(), context.get_world_size())
+    torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
+    registry = Registry.open(settings)
+    curves = Curves(lambda: _log_to(registry, config["run_id"])) if team.rank == 0 else None
+    session = open_session(spec, settings.cache, deepspeed_engine(spec), team)
+    if team.rank == 0:
+        rows = f"{len(session.data.train):,} rows"
+        print(
+            f"training {session.trainable_parameters:,} parameters on {rows}, {session.plan.steps:,} steps", flush=True
+        )
+    trained = worker.run_session(session, RayReporter(curves))
+    with tempfile.TemporaryDirectory() as folder:
+        digest = worker.save(session, trained, Path(folder) / ADAPTER)
+        checkpoint = None
+        if curves:  # rank 0
+            finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
+            curves.add(trained.outcome.steps, finals)
+            answer = {
+                "digest": digest,
+                "metrics": trained.metrics,
+                "trainable_parameters": session.trainable_parameters,
+                "champion": _score_champion(session, registry),
+            }
+            (Path(folder) / ANSWER).write_text(json.dumps(answer))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            curves.close()
+        ray.train.report({"step": trained.outcome.steps}, checkpoint=checkpoint)
+    return None
+
+
+class RayReporter:
+    """Checkpoints through Ray Train, lines to standard output, which the job's log collects."""
+
+    def __init__(self, curves: Curves | None) -> None:
+        self._curves = curves
+
+    def resume(self, engine: StepEngine, team: Team) -> tuple[Progress, Mapping[str, torch.Tensor]] | None:
+        import ray.train
+
+        from pedro.training.checkpoints import read_checkpoint
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            return read_checkpoint(Path(folder) / STATE, engine, team)
+
+    def checkpoint(self, engine: StepEngine, team: Team, progress: Progress, best: Mapping[str, torch.Tensor]) -> None:
+        import ray.train
+
+        from pedro.training.checkpoints import write_checkpoint
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(Path(folder) / STATE, engine, team, progress, best)
+            ray.train.report({"step": progress.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        if self._curves:
+            self._curves.add(step, values)
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def _finished(checkpoint: Any) -> bool:
+    """Whether the last checkpoint is the run's result: its worker was lost after everything was done."""
+    if checkpoint is None:
+        return False
+    with checkpoint.as_directory() as folder:
+        return (Path(folder) / ANSWER).is_file()
+
+
+def _score_champion(session: Session, registry: Registry) -> dict[str, Any] | None:
+    from pedro.training.worker import score_directory
+
+    try:
+        version = registry.get(session.spec.name, CHAMPION)
+    except NotFoundError:
+        return None
+    print(f"scoring the champion {version.ref} on the same rows", flush=True)
+    try:
+        score = score_directory(session, registry.download(version))
+    except PedroError as error:
+        return asdict(Champion(version.version, None, error.message))
+    return asdict(Champion(version.version, {"accuracy": score.accuracy, "loss": score.loss}))
+
+
+def _log_to(registry: Registry, run_id: str) -> Any:
+    return lambda step, values: registry.log(run_id, step, values)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return {**asdict(settings), "home": str(settings.home)}
+
+
+def _settings(plain: dict[str, Any]) -> Settings:
+    return Settings(**{**plain, "home": Path(plain["home"])})
+
+
+def _innermost(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    first = next(iter(failures.values()), None) or error
+    text = str(getattr(first, "cause", None) or first).strip()
+    return text.splitlines()[-1] if text else type(first).__name__
+
+
+def _quiet() -> None:
+    """Only the progress lines are for people."""
+    import logging
+    import warnings
+
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if not name.startswith("RAY_")})
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", UserWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,0 +1,140 @@
+"""What one worker does for a job: train, score, save the adapter. Knows nothing of Ray; registries are handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pedro.backbone import Backbone, load_model
+from pedro.errors import AdapterError
+from pedro.evaluation.scoring import Score, score
+from pedro.training.loop import Outcome, Reporter, train
+from pedro.training.session import DTYPES, Session
+from pedro.training.team import Team
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: where it ended and how good the adapter is."""
+
+    outcome: Outcome
+    metrics: dict[str, Any]
+
+
+def run_session(session: Session, reporter: Reporter) -> Trained:
+    """Train to the end and score the best adapter; every worker returns the same."""
+    team = Team(session.engine.rank, session.engine.world)
+    outcome = train(session.engine, session.alternation, session.plan, session.data, reporter)
+    if team.rank == 0:
+        reporter.line(f"trained {outcome.steps:,} steps in {outcome.seconds:.0f} s; scoring")
+    counts = {
+        "train_rows": len(session.data.train),
+        "steps": outcome.steps,
+        "optimizer_steps": outcome.optimizer_steps,
+        "best_step": outcome.best_step,
+        "seconds": round(outcome.seconds, 2),
+    }
+    return Trained(outcome, {**evaluate(session, team), **counts})
+
+
+def evaluate(session: Session, team: Team) -> dict[str, Any]:
+    """accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and which split they are of."""
+    split, rows = session.scored_rows()
+    metrics: dict[str, Any] = {"split": split, "rows": 0}
+    if rows is None:
+        return metrics
+    adapted = _score(session, session.model, rows, team)
+    if hasattr(session.model, "disable_adapter"):
+        with session.model.disable_adapter():
+            bare = _score(session, session.model, rows, team)
+    else:
+        bare = _score(session, load_model(session.backbone, _dtype(session), str(session.engine.device)), rows, team)
+    guess = session.prepared.majority()
+    guessed = sum(text.strip() == guess for text in rows["completion"])
+    return {
+        "accuracy": adapted.accuracy,
+        "loss": adapted.loss,
+        "backbone_accuracy": bare.accuracy,
+        "backbone_loss": bare.loss,
+        "majority_accuracy": guessed / len(rows),
+        **metrics,
+        "rows": adapted.rows,
+    }
+
+
+def _score(session: Session, model: nn.Module, rows: Any, team: Team) -> Score:
+    """Every worker scores a share; under ZeRO-3, whose workers must step together, each scores all the rows."""
+    together = session.spec.resources.zero_stage == 3
+    part = list(rows) if together else [rows[i] for i in range(team.rank, len(rows), team.world)]
+    mine = score(model, session.tokenizer, part)
+    return mine if together else sum(team.gather(mine), Score())
+
+
+def save(session: Session, trained: Trained, directory: Path) -> str | None:
+    """Write the adapter directory from rank 0 and return its digest there.
+
+    Raises UnavailableError on every worker if it cannot be written.
+    """
+    from pedro.methods.adapter_files import save_adapter
+
+    team = Team(session.engine.rank, session.engine.world)
+    manifest = _manifest(session, trained)
+
+    def write() -> str | None:
+        return save_adapter(session.model, directory, manifest) if team.rank == 0 else None
+
+    with session.engine.gathered():
+        return team.together(write)
+
+
+def score_directory(session: Session, directory: Path) -> Score:
+    """The score of another adapter (the champion) on the same rows, on a fresh copy of the backbone."""
+    from pedro.methods.adapter_files import verify_adapter
+
+    manifest = verify_adapter(directory, session.backbone.digest)
+    _, rows = session.scored_rows()
+    if rows is None:
+        return Score()
+    model = load_saved(directory, manifest, session.backbone, _dtype(session), str(session.engine.device))
+    return score(model, session.tokenizer, list(rows))
+
+
+def load_saved(directory: Path, manifest: Mapping[str, Any], backbone: Backbone, dtype: str, device: str) -> nn.Module:
+    """A saved adapter on a fresh backbone; for `full`, the saved model itself."""
+    from peft import PeftModel
+
+    from pedro.methods.registry import get_method
+
+    method = get_method(manifest["method"]["name"])
+    if (directory / "adapter_config.json").is_file():
+        model = PeftModel.from_pretrained(load_model(backbone, dtype, device), directory)
+    elif (directory / "config.json").is_file():
+        model = load_model(Backbone(backbone.id, directory, "", ""), dtype, device)
+    else:
+        raise AdapterError(f"{directory.name}: neither an adapter nor a model")
+    return method.wrap(model).eval()
+
+
+def _dtype(session: Session) -> str:
+    return DTYPES[session.spec.training.precision]
+
+
+def _manifest(session: Session, trained: Trained) -> dict[str, Any]:
+    spec = session.spec
+    return {
+        "backbone": {
+            "id": session.backbone.id,
+            "digest": session.backbone.digest,
+            "tokenizer_digest": session.backbone.tokenizer_digest,
+        },
+        "method": {"name": spec.method.name, "options": spec.method.options},
+        "prompt_format": session.prepared.format.to_dict(),
+        "data_digest": session.prepared.digest,
+        "spec": spec.to_dict(),
+        "metrics": trained.metrics,
+        "trainable_parameters": session.trainable_parameters,
+    }
