@@ -236,8 +236,8 @@ METHODS: dict[str, Method] = {
         _pedro_entry(6, "PEDRO-6: GELU"),
         _pedro_entry(7, "PEDRO-7: ReLU in the first half of the layers, GELU in the rest"),
         Method("para", "PARA", "arXiv 2502.01033", _para, True, False, True, conditions_on_prompt=True),
-        Method("lora", "LoRA", "Hu et al. 2021, arXiv 2106.09685", _lora, True, True, True),
-        Method("ia3", "(IA)³", "Liu et al. 2022, arXiv 2205.05638", _ia3, True, True, True),
+        Method("lora", "LoRA", "Hu et al. 2021, arXiv 2106.09685", _lora, False, True, True),
+        Method("ia3", "(IA)³", "Liu et al. 2022, arXiv 2205.05638", _ia3, False, True, True),
         Method("full", "Full fine-tuning", "every weight of the backbone", _full, False, True, True),
     )
 }

@@ -31,6 +31,7 @@ class PedroLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("pedro_down", "pedro_up", "pedro_bias", "pedro_a", "pedro_b")
     other_param_names = ("configs", "activations")
+    weight = bias = None  # PEFT's own look for a wrapped layer, and there is none
 
     def __init__(self, index: int, places: LayerSites, width: int, prompts: PromptPass) -> None:
         super().__init__()
@@ -94,6 +95,14 @@ class PedroLayer(nn.Module, BaseTunerLayer):
         """Leave the block as it was."""
         for handle in self._handles:
             handle.remove()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the block's device, as PEFT asks after loading; unlike PEFT's own, never to the block's dtype."""
+        device = device or next(self.places.norm.parameters()).device
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if adapter_name in parameters and not parameters[adapter_name].is_meta:
+                parameters[adapter_name] = parameters[adapter_name].to(device)
 
     def _hook(self) -> list:
         places = self.places
