@@ -10,15 +10,18 @@ import asyncio
 import logging
 import re
 import time
+from functools import partial
 
 from pedro.errors import AdapterError, NotFoundError, UnavailableError, model_not_found
 from pedro.registry import CHAMPION, Entry, Registry, Version
 
 EVERYONE = "*"
 STALE_AFTER_S = 30.0
+PATIENCE_S = 1.0  # how long a request waits to hear that a version it names by number still exists
 _NAME = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9_-]{0,62}\.[a-z0-9][a-z0-9_-]{0,62})(?:@(?P<alias>[A-Za-z0-9_-]+)|:(?P<version>[0-9]{1,9}))?"
 )
+Key = tuple[str, int, int]  # name, when it was made, version: a name made again shares nothing with the old one
 log = logging.getLogger("pedro.serving")
 
 
@@ -31,7 +34,8 @@ class Catalog:
         self._backbone_digest = backbone_digest
         self._interval_s = interval_s
         self._entries: dict[str, Entry] = {}
-        self._versions: dict[tuple[str, int, int], tuple[float, Version]] = {}
+        self._versions: dict[Key, tuple[float, Version]] = {}
+        self._asking: dict[Key, asyncio.Task[Version]] = {}
         self._read_at: float | None = None
 
     @property
@@ -41,11 +45,17 @@ class Catalog:
 
     async def watch(self) -> None:
         """Read the aliases for ever; a registry that does not answer leaves the last state in force."""
+        away = False
         while True:
             try:
                 await self.refresh()
-            except Exception:  # noqa: BLE001 - whatever the registry client raises, serving goes on
-                log.warning("the registry does not answer; serving the aliases of the last reading", exc_info=True)
+                if away:
+                    log.warning("the registry answers again")
+                away = False
+            except Exception:
+                if not away:
+                    log.warning("the registry does not answer; serving the aliases of the last reading", exc_info=True)
+                away = True
             await asyncio.sleep(self._interval_s)
 
     async def refresh(self) -> None:
@@ -90,23 +100,52 @@ class Catalog:
         found = []
         for name, entry in sorted(self._entries.items()):
             if _visible(name, tenant) and CHAMPION in entry.aliases:
-                version = await self._version(name, entry, entry.aliases[CHAMPION], float("inf"), name)
+                try:
+                    version = await self._version(name, entry, entry.aliases[CHAMPION], float("inf"), name)
+                except NotFoundError:  # deleted since the last reading
+                    continue
                 if version.backbone_digest == self._backbone_digest:
                     found.append(version)
         return found
 
     async def _version(self, name: str, entry: Entry, number: int, max_age_s: float, model: str) -> Version:
-        """A version's record; an explicit number is asked for again once `max_age_s` has passed: it may be deleted."""
+        """A version's record; an explicit number is asked for again once `max_age_s` has passed: it may be deleted.
+
+        Any number of requests wait for one question. While the registry is away, what is known stays in force.
+        """
         key = (name, entry.created, number)
         held = self._versions.get(key)
-        if held is None or time.monotonic() - held[0] > max_age_s:
-            try:
-                version = await asyncio.to_thread(self._registry.get, name, number)
-            except NotFoundError:
-                self._versions.pop(key, None)
-                raise model_not_found(model) from None
-            held = self._versions[key] = (time.monotonic(), version)
+        if held is not None and time.monotonic() - held[0] <= max_age_s:
+            return held[1]
+        asking = self._asking.get(key)
+        if asking is None:
+            asking = self._asking[key] = asyncio.create_task(self._ask(key))
+            asking.add_done_callback(partial(self._answered, key))
+        await asyncio.wait({asking}, timeout=None if held is None else PATIENCE_S)
+        error = asking.exception() if asking.done() else None
+        if isinstance(error, NotFoundError):
+            raise model_not_found(model)
+        if asking.done() and error is None:
+            return asking.result()
+        if held is None:
+            raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
         return held[1]
+
+    async def _ask(self, key: Key) -> Version:
+        """The version's record as the registry has it now, kept for the next who asks."""
+        name, _, number = key
+        try:
+            version = await asyncio.to_thread(self._registry.get, name, number)
+        except NotFoundError:
+            self._versions.pop(key, None)
+            raise
+        self._versions[key] = (time.monotonic(), version)
+        return version
+
+    def _answered(self, key: Key, asking: asyncio.Task[Version]) -> None:
+        self._asking.pop(key, None)
+        if not asking.cancelled():
+            asking.exception()  # it may be that nobody waits for it any more
 
 
 def _visible(name: str, tenant: str) -> bool:

@@ -1,0 +1,241 @@
+"""What a model name means: the catalogue on a real sqlite MLflow store."""
+
+import asyncio
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+from serving_adapters import OTHER_BACKBONE, register, settings_at, stub_adapter
+
+from pedro.errors import AdapterError, NotFoundError, UnavailableError, model_not_found
+from pedro.registry import Registry
+from pedro.serving.catalog import EVERYONE, Catalog
+
+OURS = "sha256:" + "a" * 64
+_count = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def registry(home):
+    return Registry.open(settings_at(home))
+
+
+@pytest.fixture
+def add(registry, tmp_path):
+    """Register a version; its digest is a fresh one, so that versions can be told apart."""
+
+    def add(name, *, promote=True, backbone_digest=OURS):
+        number = next(_count)
+        directory = stub_adapter(tmp_path / str(number), f"sha256:{number:064x}", backbone_digest)
+        return register(registry, directory, name, promote=promote)
+
+    return add
+
+
+@pytest.fixture
+def catalog(registry):
+    return Catalog(registry, "stories", OURS, interval_s=0.01)
+
+
+def resolve(catalog, tenant, model, *, refresh=True):
+    async def go():
+        if refresh:
+            await catalog.refresh()
+        return await catalog.resolve(tenant, model)
+
+    return asyncio.run(go())
+
+
+def test_the_bare_name_is_the_champion_and_aliases_and_versions_name_the_others(catalog, registry, add):
+    first, second, third = add("acme.faq"), add("acme.faq"), add("acme.faq", promote=False)
+    registry.set_alias("acme.faq", "candidate", 3)
+    assert resolve(catalog, "acme", "acme.faq").digest == second.digest
+    assert resolve(catalog, "acme", "acme.faq@champion").digest == second.digest
+    assert resolve(catalog, "acme", "acme.faq@previous").digest == first.digest
+    assert resolve(catalog, "acme", "acme.faq@candidate").digest == third.digest
+    assert resolve(catalog, "acme", "acme.faq:1").digest == first.digest
+
+
+def test_a_name_without_a_champion_is_not_found(catalog, add):
+    add("acme.raw", promote=False)
+    with pytest.raises(NotFoundError):
+        resolve(catalog, "acme", "acme.raw")
+    assert resolve(catalog, "acme", "acme.raw:1").version == 1
+
+
+@pytest.mark.parametrize("suffix", ["", "@champion", "@nothing", ":1", ":99"])
+def test_a_foreign_name_and_an_unknown_one_get_the_same_error(catalog, add, suffix):
+    add("globex.secret")
+    bodies = set()
+    for name in ("globex.secret", "globex.nothere"):
+        with pytest.raises(NotFoundError) as caught:
+            resolve(catalog, "acme", name + suffix)
+        assert caught.value.status == 404
+        assert caught.value.body() == model_not_found(name + suffix).body()
+        bodies.add(str(caught.value.body()).replace(name, "NAME"))
+    assert len(bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "acme", "acme.", ".faq", "acme.faq.x", "acme.faq:", "acme.faq:1:2", "acme.faq@", "acme.faq:0x1",
+     "acme.faq:1@champion", "../acme.faq", "acme/faq", "acme.faq\n", "acme.faq:9999999999", "ACME.faq", "acme.f%61q",
+     "acme.faq' OR '1'='1", "*", "*.faq", "acme.faq\x00", "acme.faq@champion ", "acmé.faq"],
+)  # fmt: skip
+def test_a_hostile_name_is_simply_not_found(catalog, name):
+    with pytest.raises(NotFoundError) as caught:
+        resolve(catalog, "acme", name)
+    assert caught.value.body() == model_not_found(name).body()
+
+
+def test_an_admin_sees_every_tenant_and_a_tenant_only_its_own(catalog, add):
+    add("acme.mine"), add("globex.theirs")
+
+    async def names(tenant):
+        await catalog.refresh()
+        return {version.name for version in await catalog.champions(tenant)}
+
+    assert asyncio.run(names("acme")) >= {"acme.mine"}
+    assert all(name.startswith("acme.") for name in asyncio.run(names("acme")))
+    assert asyncio.run(names(EVERYONE)) >= {"acme.mine", "globex.theirs"}
+    assert resolve(catalog, EVERYONE, "globex.theirs").tenant == "globex"
+
+
+def test_a_tenant_whose_name_begins_with_anothers_is_a_stranger(catalog, add):
+    add("acme-two.faq")
+    with pytest.raises(NotFoundError):
+        resolve(catalog, "acme", "acme-two.faq")
+
+
+def test_an_alias_move_is_seen_at_the_next_refresh_and_not_before(catalog, registry, add):
+    old, new = add("acme.swap"), add("acme.swap", promote=False)
+    assert resolve(catalog, "acme", "acme.swap").digest == old.digest
+    registry.promote("acme.swap", new.version)
+    assert resolve(catalog, "acme", "acme.swap", refresh=False).digest == old.digest
+    assert resolve(catalog, "acme", "acme.swap").digest == new.digest
+    registry.rollback("acme.swap")
+    assert resolve(catalog, "acme", "acme.swap").digest == old.digest
+
+
+def test_the_watcher_follows_moves_and_ends_when_cancelled(catalog, registry, add):
+    add("acme.watched"), add("acme.watched", promote=False)
+
+    async def go():
+        watching = asyncio.create_task(catalog.watch())
+        async with asyncio.timeout(20):
+            while not catalog.fresh:
+                await asyncio.sleep(0.01)
+            assert (await catalog.resolve("acme", "acme.watched")).version == 1
+            await asyncio.to_thread(registry.promote, "acme.watched", 2)
+            while (await catalog.resolve("acme", "acme.watched")).version != 2:
+                await asyncio.sleep(0.01)
+        watching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await watching
+
+    asyncio.run(go())
+
+
+def test_a_name_deleted_and_registered_again_never_means_the_old_version(catalog, registry, add):
+    old = add("acme.reborn")
+    assert resolve(catalog, "acme", "acme.reborn:1").digest == old.digest
+    registry.delete("acme.reborn")
+    new = add("acme.reborn")
+    assert (new.version, new.digest != old.digest) == (1, True)
+    assert resolve(catalog, "acme", "acme.reborn").digest == new.digest
+    assert resolve(catalog, "acme", "acme.reborn:1").digest == new.digest
+
+
+def test_a_deleted_name_is_not_found(catalog, registry, add):
+    add("acme.gone")
+    assert resolve(catalog, "acme", "acme.gone")
+    registry.delete("acme.gone")
+    with pytest.raises(NotFoundError):
+        resolve(catalog, "acme", "acme.gone")
+
+
+def test_a_deleted_version_is_not_found_though_it_was_served_before(catalog, registry, add):
+    add("acme.part", promote=False), add("acme.part")
+    assert resolve(catalog, "acme", "acme.part:1").version == 1
+    registry.delete("acme.part", 1)
+
+    async def go():
+        await catalog.refresh()
+        await asyncio.sleep(0.02)
+        await catalog.resolve("acme", "acme.part:1")
+
+    with pytest.raises(NotFoundError):
+        asyncio.run(go())
+    assert resolve(catalog, "acme", "acme.part").version == 2
+
+
+def test_an_adapter_of_another_backbone_is_refused_with_both_digests_and_not_listed(catalog, add):
+    add("acme.alien", backbone_digest=OTHER_BACKBONE)
+    with pytest.raises(AdapterError) as caught:
+        resolve(catalog, "acme", "acme.alien")
+    assert OURS in caught.value.message
+    assert OTHER_BACKBONE in caught.value.message
+    assert "acme.alien" not in {version.name for version in asyncio.run(catalog.champions("acme"))}
+
+
+def test_before_the_first_reading_a_name_is_unavailable_rather_than_unknown(catalog):
+    with pytest.raises(UnavailableError):
+        resolve(catalog, "acme", "acme.faq", refresh=False)
+    assert not catalog.fresh
+
+
+def test_a_name_deleted_since_the_last_reading_is_left_out_of_the_list(catalog, registry, add):
+    add("acme.fleeting"), add("acme.lasting")
+
+    async def go():
+        await catalog.refresh()
+        await asyncio.to_thread(registry.delete, "acme.fleeting")
+        return {version.name for version in await catalog.champions("acme")}
+
+    names = asyncio.run(go())
+    assert "acme.lasting" in names
+    assert "acme.fleeting" not in names
+
+
+def test_while_the_registry_is_away_the_last_state_stays_in_force(home, tmp_path, registry, add):
+    add("acme.steady"), add("acme.steady")
+    database = tmp_path / "mlflow.db"
+    shutil.copy(home / "mlflow.db", database)
+    own = Registry(f"sqlite:///{database}", registry.artifact_root, tmp_path / "cache")
+    catalog = Catalog(own, "stories", OURS, interval_s=0.01)
+
+    async def go():
+        watching = asyncio.create_task(catalog.watch())
+        async with asyncio.timeout(30):
+            while not catalog.fresh:
+                await asyncio.sleep(0.01)
+            assert (await catalog.resolve("acme", "acme.steady")).version == 2
+            assert (await catalog.resolve("acme", "acme.steady:1")).version == 1
+            database.unlink()
+            Path(f"{database}").mkdir()  # nothing can be opened or made here now
+            await asyncio.sleep(0.3)
+            assert not watching.done()
+            assert (await catalog.resolve("acme", "acme.steady")).version == 2
+            assert (await catalog.resolve("acme", "acme.steady:1")).version == 1
+            assert "acme.steady" in {version.name for version in await catalog.champions("acme")}
+            with pytest.raises(NotFoundError):
+                await catalog.resolve("acme", "acme.nothere")
+        watching.cancel()
+
+    asyncio.run(go())
+
+
+def test_a_registry_that_never_answered_is_told_as_such(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    registry = Registry("http://127.0.0.1:9", str(tmp_path), tmp_path)
+    catalog = Catalog(registry, "stories", OURS, interval_s=0.01)
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
+        asyncio.run(catalog.refresh())
+    with pytest.raises(UnavailableError):
+        resolve(catalog, "acme", "acme.faq", refresh=False)
