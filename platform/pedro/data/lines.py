@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from pedro.data.shapes import LineError, ParsedLine, Shape, read_line
 from pedro.errors import DataError
@@ -62,7 +62,7 @@ def data_digest(path: Path | str) -> str:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """The file for reading. Raises DataError that names it."""
     try:
         return path.open("rb")
@@ -104,7 +104,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | LineError]]:
                 yield number, line
 
 
-def _skip_line(stream: BinaryIO) -> int:
+def _skip_line(stream: BufferedReader) -> int:
     """Reads on to the end of the line; how many bytes that was."""
     skipped = 0
     while raw := stream.readline(MAX_LINE_BYTES):

@@ -142,10 +142,9 @@ def _alpaca(row: dict[str, Any], number: int) -> ParsedLine:
     instruction = _text(row["instruction"], "instruction", number, blank=False)
     given = _text(row["input"], "input", number) if row.get("input") is not None else ""
     completion = _text(row["output"], "output", number)
+    messages: tuple[dict[str, str], ...] = ({"role": "user", "content": instruction},)
     if given.strip():
         messages = ({"role": "system", "content": instruction}, {"role": "user", "content": given})
-    else:
-        messages = ({"role": "user", "content": instruction},)
     extra = _extra(row, "instruction", "input", "output")
     return ParsedLine(number, Shape.ALPACA, (Example(messages, completion, number),), extra)
 
