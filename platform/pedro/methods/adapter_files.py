@@ -106,11 +106,7 @@ def verify_adapter(directory: str | Path, backbone_digest: str) -> dict[str, Any
     Raises AdapterError, with both digests where the backbone or the weights are not the expected ones.
     """
     directory = Path(directory)
-    for path in sorted(directory.rglob("*")):
-        if path.suffix.lower() in PICKLES:
-            raise AdapterError(f"{path.name}: may hold code (pickle) and is refused; save the adapter as safetensors")
-        if path.is_symlink():
-            raise AdapterError(f"{path.name}: is a link, which may lead out of the adapter; copy the file instead")
+    _refuse_foreign_files(directory)
     manifest = read_manifest(directory)
     backbone = manifest["backbone"]
     expected = backbone.get("digest") if isinstance(backbone, dict) else None
@@ -167,10 +163,27 @@ def _write(path: Path, text: str) -> None:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    files = [directory / WEIGHTS] if (directory / WEIGHTS).is_file() else sorted(directory.glob("model*.safetensors"))
+    """Every weight file that a loader might read: one of an adapter, one or more shards of a whole model."""
+    files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise AdapterError(f"{WEIGHTS}: not found in {directory}")
+        raise AdapterError(f"{WEIGHTS}: not found in {directory}; fetch the adapter again")
     return files
+
+
+def _refuse_foreign_files(directory: Path) -> None:
+    """Refuse pickles, links, and a shard index that names anything but the directory's own files."""
+    for path in sorted(directory.rglob("*")):
+        if path.suffix.lower() in PICKLES:
+            raise AdapterError(f"{path.name}: may hold code (pickle) and is refused; save the adapter as safetensors")
+        if path.is_symlink():
+            raise AdapterError(f"{path.name}: is a link, which may lead out of the adapter; copy the file instead")
+    for index in directory.glob("*.index.json"):
+        try:
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterError(f"{index.name}: cannot be read; fetch the adapter again") from error
+        if foreign := sorted(named - {file.name for file in directory.glob("*.safetensors")}):
+            raise AdapterError(f"{index.name}: names {foreign[0]!r}, which is no file of the adapter; fetch it again")
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:

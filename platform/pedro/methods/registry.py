@@ -86,7 +86,7 @@ class Method:
         return [(name, p) for name, p in trainable if not _is_theta(name)], theta
 
     def _explain_unknown(self, option: str) -> str:
-        near = difflib.get_close_matches(option, self.options, n=1, cutoff=0.3)
+        near = difflib.get_close_matches(option, self.options, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         valid = f"{self.name} takes {', '.join(self.options)}" if self.options else f"{self.name} takes no options"
         return f"method.{option}: unknown option; {hint}{valid}"

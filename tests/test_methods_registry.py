@@ -1,0 +1,190 @@
+"""The registry: every method through one forward call, its options, its parameters and what it says it can do."""
+
+import pytest
+import torch
+from methods_models import MODEL_TYPES, tiny_backbone, tokens
+
+from pedro.errors import BackboneError, ConfigError
+from pedro.methods import METHODS, count_parameters, get_method
+
+PEDROS = ["pedro", *(f"pedro-{n}" for n in range(1, 8))]
+ALL = [*PEDROS, "para", "lora", "ia3", "full"]
+
+
+def batch(rows: int = 2) -> dict[str, torch.Tensor]:
+    ids = tokens(rows, 8)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.masked_fill(torch.arange(8) < 5, -100),
+        "prompt_lens": torch.full((rows,), 5),
+    }
+
+
+def test_the_registry_holds_the_methods_of_the_comparison():
+    assert list(METHODS) == ALL
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_method_trains_one_step_through_the_same_forward_call(name):
+    method = get_method(name)
+    model = method.apply(tiny_backbone()).train()
+    omega, theta = method.parameter_groups(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for _, p in omega + theta], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(**batch(), prompt_mask=None).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    trained = {n for n, _ in omega + theta}
+    assert moved <= trained
+    assert len(moved) >= len(trained) - 2  # an embedding row or a norm may stay where it is
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_identity_at_init_is_true_to_the_bit(name):
+    method = get_method(name)
+    expected = tiny_backbone()(tokens()).logits
+    assert method.identity_at_init
+    assert torch.equal(method.apply(tiny_backbone()).eval()(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_called_mergeable_merges(name):
+    method = get_method(name)
+    model = method.apply(tiny_backbone())
+    with torch.no_grad():
+        for _, p in method.parameter_groups(model)[0]:
+            p.add_(0.01)
+        expected = model.eval()(tokens()).logits
+    if not hasattr(model, "merge_and_unload"):
+        assert method.mergeable
+    elif method.mergeable:
+        with torch.no_grad():
+            torch.testing.assert_close(model.merge_and_unload()(tokens()).logits, expected, atol=1e-4, rtol=1e-4)
+    else:
+        with pytest.raises(ConfigError):
+            model.merge_and_unload()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_only_prompt_conditioned_methods_heed_the_prompt(name):
+    method = get_method(name)
+    model = method.apply(tiny_backbone()).eval()
+    generator = torch.Generator().manual_seed(0)
+    for _, p in method.parameter_groups(model)[0]:
+        p.add_(torch.randn(p.shape, generator=generator), alpha=0.2)
+    ids = tokens()
+    short, long = (model(ids, prompt_lens=torch.tensor([n, n])).logits for n in (2, 7))
+    assert torch.equal(short, long) != method.conditions_on_prompt
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("name", ["pedro", "para", "lora", "ia3", "full"])
+def test_every_method_runs_on_every_backbone(name, model_type):
+    model = get_method(name).apply(tiny_backbone(model_type)).train()
+    model(**batch()).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != "full"])
+def test_adapter_parameters_are_float32_on_a_bfloat16_backbone(name):
+    method = get_method(name)
+    model = method.apply(tiny_backbone().to(torch.bfloat16))
+    omega, theta = method.parameter_groups(model)
+    assert {p.dtype for _, p in omega + theta} == {torch.float32}
+    model(**batch()).loss.backward()
+
+
+@pytest.mark.parametrize(("name", "layers_with_theta"), [("pedro", 3), ("pedro-4", 3), ("pedro-7", 0), ("lora", 0)])
+def test_theta_is_exactly_a_and_b_and_omega_the_rest(name, layers_with_theta):
+    method = get_method(name)
+    model = method.apply(tiny_backbone())
+    omega, theta = method.parameter_groups(model)
+    assert (
+        sorted(n.split(".")[-2] for n, _ in theta) == ["pedro_a"] * layers_with_theta + ["pedro_b"] * layers_with_theta
+    )
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, _ in omega} | {n for n, _ in theta} == trainable
+    assert not {n for n, _ in omega} & {n for n, _ in theta}
+
+
+def test_ia3_scales_keys_values_and_the_feed_forward_on_every_backbone():
+    for model_type in MODEL_TYPES:
+        config = get_method("ia3").config(tiny_backbone(model_type).config)
+        assert config.feedforward_modules < config.target_modules
+        assert len(config.target_modules) == (2 if model_type in ("phi3", "gpt2", "gpt_neox") else 3)
+
+
+def test_counting_leaves_out_bias_vectors_when_asked():
+    model = get_method("pedro").apply(tiny_backbone())
+    down, up, bias, coefficients = 32 * 12, 12 * (32 + 16 + 48), 32 + 16 + 48, 7 + 5
+    counts = count_parameters(model)
+    assert counts["trainable_without_bias"] == 3 * (down + up + coefficients)
+    assert counts["trainable"] == counts["trainable_without_bias"] + 3 * bias
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pedro", {"rr": 4}, r"method\.rr: unknown option; did you mean r\? pedro takes r, targets, activation"),
+        ("pedro", {"pol": "last"}, r"method\.pol: unknown option; did you mean pool\?"),
+        ("para", {"orders": [6, 5]}, r"method\.orders: unknown option; para takes"),
+        ("lora", {"lora_alpha": 2, "x": 1}, r"method\.lora_alpha: .*did you mean alpha\?.*; method\.x: unknown option"),
+        ("full", {"r": 4}, r"method\.r: unknown option; full takes no options"),
+        ("pedro", {"r": -1}, r"method\.r: expected a whole number > 0, got -1"),
+        ("pedro", {"orders": [6, 5, 4]}, r"method\.orders: expected two whole numbers"),
+        (
+            "pedro",
+            {"activation": ["gelu"]},
+            r"method\.activation: expected one name for each of the backbone's 3 layers",
+        ),
+        ("para", {"activation": "rational"}, r"method\.activation: expected gelu or relu"),
+        ("lora", {"r": "8"}, r"method\.r: expected a whole number > 0, got '8'"),
+        ("lora", {"targets": ["q", "query"]}, r"method\.targets: expected a list of q, k, v, gate, up, o, down"),
+        ("lora", {"dropout": 1.5}, r"method\.dropout: expected a number in \[0, 1\)"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_valid_ones(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        get_method(name).config(tiny_backbone().config, options)
+
+
+def test_a_target_that_the_backbone_lacks_is_told_before_any_model_is_touched():
+    with pytest.raises(ConfigError, match=r"method\.targets: expected names that gpt2 has .*got \['gate'\]"):
+        get_method("pedro-3").config(tiny_backbone("gpt2").config)
+
+
+def test_an_unsupported_backbone_is_told_for_every_adapter_method():
+    from transformers import BloomConfig
+
+    for name in ALL:
+        if name != "full":
+            with pytest.raises(BackboneError, match="'bloom' is not supported"):
+                get_method(name).config(BloomConfig())
+
+
+def test_an_unknown_method_is_named_with_a_suggestion():
+    with pytest.raises(ConfigError, match="unknown method 'perdo'; did you mean pedro"):
+        get_method("perdo")
+
+
+def test_options_override_a_variants_own():
+    config = get_method("pedro-3").config(tiny_backbone().config, {"r": 2, "orders": [3, 2], "pool_source": "residual"})
+    assert (config.r, config.orders, config.pool_source) == (2, (3, 2), "residual")
+    assert len(config.targets) == 5
+
+
+def test_wrapping_twice_registers_once():
+    method = get_method("lora")
+    model = method.apply(tiny_backbone())
+    hooks = len(model.get_base_model()._forward_pre_hooks)
+    assert len(method.wrap(model).get_base_model()._forward_pre_hooks) == hooks == 1
