@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -166,18 +167,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _connect()
         result = run_job(spec, settings, Registry.open(settings), options.job_id, say=_print)
     except PedroError as error:
-        print(f"error: {error.message}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(error.message.split())}", file=sys.stderr, flush=True)
         return 1
     print(json.dumps(result.to_dict()), flush=True)
     return 0
 
 
 def _connect() -> None:
-    """Join the cluster: the one that runs this as a job, RAY_ADDRESS, or (by neither) a new one in this process."""
+    """Join the cluster that runs this as a job, or the one of RAY_ADDRESS, or (with neither) start one that ends here.
+
+    Ray Train's own actors look the cluster up by RAY_ADDRESS; without it they search this host and may find another.
+    """
     import ray
 
     if not ray.is_initialized():
-        ray.init(namespace="pedro", logging_level="ERROR", log_to_driver=True, include_dashboard=None)
+        address = os.environ.get("RAY_ADDRESS")
+        variables = {"RAY_ADDRESS": address} if address else {}
+        ray.init(
+            address=address or "local",
+            namespace="pedro",
+            logging_level="ERROR",
+            log_to_driver=True,
+            runtime_env={"env_vars": variables},
+        )
 
 
 def _model_config(directory: Path) -> Any:

@@ -1,0 +1,206 @@
+"""What a job would take, before it is started: parameters, memory by part, steps and time. Starts no cluster.
+
+Counts are exact; what activations take and how long a step lasts are estimates, and the report says which. A backbone
+of at most 100 M parameters is loaded and timed on this machine; of a larger one only the shapes are made.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pedro.backbone import Backbone, load_tokenizer, resolve_backbone
+from pedro.training.prepare import Prepared, make_plan, prepare
+from pedro.training.spec import FineTuneSpec
+
+TIMED_PARAMETERS = 100_000_000
+ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only for backbones that are not timed here
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The report of `pedro submit --dry-run`. Memory is bytes on each worker."""
+
+    spec: dict[str, Any]
+    trainable_parameters: int
+    trainable_without_bias: int
+    backbone_parameters: int
+    rows: dict[str, int]
+    tokens_per_row: float
+    memory_bytes: dict[str, int]
+    steps: int
+    optimizer_steps: int
+    seconds_per_step: float
+    seconds: float
+    time_from: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        spec, share = self.spec, 100 * self.trainable_parameters / max(1, self.backbone_parameters)
+        rows = ", ".join(f"{count:,} {name}" for name, count in self.rows.items())
+        memory = [
+            f"  {name:<14}{_size(size):>10}{' (estimate)' * (name == 'activations')}"
+            for name, size in self.memory_bytes.items()
+        ]
+        return "\n".join(
+            [
+                f"{spec['tenant']}.{spec['adapter']}: {spec['method']['name']} on {spec['backbone']}",
+                f"trainable     {self.trainable_parameters:,} parameters ({self.trainable_without_bias:,} without biases), "
+                f"{share:.2f} % of the backbone's {self.backbone_parameters:,}",
+                f"rows          {rows}; {self.tokens_per_row:.0f} tokens each",
+                f"steps         {self.steps:,} ({self.optimizer_steps:,} optimizer steps)",
+                f"time          about {_duration(self.seconds)}: {self.seconds_per_step:.3f} s a step, {self.time_from}",
+                "memory of each worker",
+                *memory,
+                f"  {'together':<14}{_size(sum(self.memory_bytes.values())):>10}",
+            ]
+        )
+
+
+def dry_run(spec: FineTuneSpec) -> DryRun:
+    """Resolve a spec completely, data and method options included, and say what it would take.
+
+    Raises the same errors as the job would.
+    """
+    backbone = resolve_backbone(spec.backbone)
+    with tempfile.TemporaryDirectory() as cache:
+        prepared = prepare(spec.data, spec.training, backbone, load_tokenizer(backbone), Path(cache))
+        return _estimate(spec, backbone, prepared, Path(cache))
+
+
+def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache: Path) -> DryRun:
+    from pedro.methods.registry import count_parameters, get_method
+
+    model = _shapes(spec, backbone)
+    method = get_method(spec.method.name)
+    _, theta = method.parameter_groups(model)
+    counts = count_parameters(model)
+    frozen = counts["total"] - counts["trainable"]
+    backbone_parameters = counts["total"] if method.name == "full" else frozen
+    bilevel = bool(theta) and spec.training.bilevel
+    train, theta_rows, validation = prepared.splits(bilevel)
+    plan = make_plan(spec.training, len(train), bilevel)
+    tokens, longest = prepared.lengths()
+    small = backbone_parameters <= TIMED_PARAMETERS and not spec.resources.gpus_per_worker
+    if small:
+        per_step, time_from = _timed(spec, cache), "timed on this machine"
+    else:
+        device = "gpu" if spec.resources.gpus_per_worker else "cpu"
+        work = (6 if method.name == "full" else 4) * backbone_parameters * tokens * spec.training.batch_size
+        rate = ASSUMED_FLOPS[device] * spec.resources.workers
+        per_step = work / rate * (1 + (1 / plan.theta_every if bilevel else 0))
+        time_from = f"from {work:.1e} operations a step at an assumed {ASSUMED_FLOPS[device]:.0e}/s for each worker"
+    rows = {"train": len(train)}
+    if theta_rows is not None:
+        rows["theta"] = len(theta_rows)
+    if validation is not None:
+        rows["validation"] = len(validation)
+    split, scored = prepared.scored(spec.gate.max_rows)
+    if split == "test" and scored is not None:
+        rows["test"] = len(scored)
+    return DryRun(
+        spec=spec.to_dict(),
+        trainable_parameters=counts["trainable"],
+        trainable_without_bias=counts["trainable_without_bias"],
+        backbone_parameters=backbone_parameters,
+        rows=rows,
+        tokens_per_row=tokens,
+        memory_bytes=_memory(spec, model.config, frozen, counts["trainable"], longest),
+        steps=plan.steps,
+        optimizer_steps=plan.optimizer_steps(plan.steps),
+        seconds_per_step=per_step,
+        seconds=per_step * plan.steps,
+        time_from=time_from,
+    )
+
+
+def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
+    """The model with its adapter, without memory behind its parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pedro.methods.registry import get_method
+
+    config = AutoConfig.from_pretrained(backbone.directory, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        return get_method(spec.method.name).apply(model, spec.method.options)
+
+
+def _memory(spec: FineTuneSpec, config: Any, frozen: int, trainable: int, longest: int) -> dict[str, int]:
+    """Bytes on each worker; ZeRO 1 shards optimizer state, 2 gradients as well, 3 parameters as well.
+
+    Activations: per layer and token about 34 widths without attention scores (Korthikanti et al. 2022, section 4,
+    for 16 bit; twice that in 32), one width with gradient checkpointing, and the logits of a slice.
+    """
+    training, resources = spec.training, spec.resources
+    workers, stage = resources.workers, resources.zero_stage
+    size = BYTES[training.precision]
+    full16 = spec.method.name == "full" and training.precision == "bf16"
+    trained_size = 2 if full16 else 4
+    rows = -(-training.batch_size // (workers * training.gradient_accumulation))
+    tokens = rows * longest
+    per_layer = (1 if training.gradient_checkpointing else 17) * size * config.hidden_size
+    logits = 2 * 4 * config.vocab_size
+    share = {
+        part: workers if stage >= least else 1
+        for part, least in (("parameters", 3), ("gradients", 2), ("optimizer", 1))
+    }
+    return {
+        "backbone": frozen * size // share["parameters"],
+        "adapter": trainable * trained_size // share["parameters"],
+        "gradients": trainable * trained_size // share["gradients"],
+        "optimizer": trainable * (12 if full16 else 8) // share["optimizer"],
+        "activations": int(tokens * (config.num_hidden_layers * per_layer + logits)),
+    }
+
+
+def _timed(spec: FineTuneSpec, cache: Path) -> float:
+    """Seconds of one step (Ω, and Θ where it has its turn) on one worker's share, measured in this process."""
+    from pedro.training.batches import RowStream
+    from pedro.training.bilevel import OMEGA, THETA
+    from pedro.training.loop import batch_step
+    from pedro.training.session import open_session
+
+    share = max(1, spec.training.batch_size // spec.resources.workers)
+    accumulation = min(spec.training.gradient_accumulation, share)
+    alone = spec.model_copy(
+        update={
+            "resources": spec.resources.model_copy(update={"workers": 1, "zero_stage": 0}),
+            "training": spec.training.model_copy(update={"batch_size": share, "gradient_accumulation": accumulation}),
+        }
+    )
+    session = open_session(alone, cache)
+    plan, data, engine = session.plan, session.data, session.engine
+    streams = [(OMEGA, RowStream(data.train, share, 0), 1.0)]
+    if plan.bilevel:
+        streams.append((THETA, RowStream(data.theta, share, 0), 1 / plan.theta_every))
+    engine.mode(training=True)
+    total = 0.0
+    for role, stream, turns in streams:
+        session.alternation.activate(*((role,) if plan.bilevel else (OMEGA, THETA)))
+        batch_step(engine, stream.batch(0), plan, data.pad_id, salt=0)
+        started = time.perf_counter()
+        for k in (1, 2):
+            batch_step(engine, stream.batch(k), plan, data.pad_id, salt=k)
+        total += turns * (time.perf_counter() - started) / 2
+    return total
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

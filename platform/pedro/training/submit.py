@@ -1,0 +1,198 @@
+"""Hands a job to a Ray cluster, follows it and brings its result: what `pedro submit` and `pedro jobs` call.
+
+Needs only the cluster's dashboard URL; knows nothing of tensors, and imports Ray's job client alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pedro.config import Settings
+from pedro.errors import NotFoundError, PedroError, TrainingError, UnavailableError
+from pedro.training.job import JobResult, new_job_id, stage
+from pedro.training.spec import FineTuneSpec
+from pedro.training.storage import join, write_text
+from pedro.training.trainer import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from pedro.store import Store
+
+PREFIX = re.compile(r"^(?:\x1b\[\d+m)*\((?P<actor>[\w.]+)(?:\([^)]*\))? pid=\d+[^)]*\)(?:\x1b\[0m)? ?")
+COLOUR = re.compile(r"\x1b\[\d+m")
+WORKER = "RayTrainWorker"
+POLL_S = 0.5
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def submit(
+    spec: FineTuneSpec, settings: Settings, dashboard_url: str, store: Store | None = None, job_id: str | None = None
+) -> str:
+    """Start a job and return its id. Its data and its resolved spec are in the storage by then.
+
+    `job_id` is given for a job that the store knows already. Raises DataError for unreadable data, UnavailableError
+    if the storage or the cluster cannot be reached.
+    """
+    if job_id is None:
+        record = store.create_job(spec.tenant, spec.adapter, spec.to_dict()) if store else None
+        job_id = record.id if record else new_job_id()
+    try:
+        staged = stage(spec, settings.storage)
+        location = join(settings.storage, "jobs", job_id, "spec.json")
+        write_text(location, json.dumps(staged.to_dict(), indent=2))
+        _client(dashboard_url).submit_job(
+            entrypoint=f"{_python(dashboard_url)} -m pedro.training.job --spec '{location}' --job-id {job_id}",
+            submission_id=job_id,
+            runtime_env={"env_vars": {**settings.env(), **ENVIRONMENT}},
+            entrypoint_num_cpus=0,  # the driver waits; the CPUs are for the workers
+            metadata={"tenant": spec.tenant, "adapter": spec.adapter},
+        )
+    except PedroError as error:
+        if store:
+            store.update_job(job_id, status="failed", message=error.message)
+        raise
+    except (RuntimeError, OSError) as error:
+        if store:
+            store.update_job(job_id, status="failed", message="the cluster did not take the job")
+        raise UnavailableError(f"the Ray cluster at {dashboard_url} did not take the job: {_line(error)}") from error
+    if store:
+        store.update_job(job_id, submission_id=job_id)
+    return job_id
+
+
+def wait(
+    job_id: str, dashboard_url: str, say: Callable[[str], None] = lambda line: None, store: Store | None = None
+) -> JobResult:
+    """Follow a job to its end, `say` its lines without Ray's prefixes, and return its result.
+
+    Raises TrainingError with the job's own error line if it failed or was stopped.
+    """
+    last, failure = "", ""
+    for line in follow(job_id, dashboard_url):
+        if line.startswith("{"):
+            last = line
+        elif line.startswith("error: "):
+            failure = line.removeprefix("error: ")
+        else:
+            say(line)
+    state = status(job_id, dashboard_url)
+    if state == "SUCCEEDED":
+        result = JobResult(**json.loads(last))
+        _record(store, job_id, "succeeded", result=result.to_dict())
+        return result
+    if state == "STOPPED":
+        _record(store, job_id, "cancelled", message="stopped")
+        raise TrainingError(f"job {job_id} was stopped")
+    failure = failure or f"job {job_id} failed; `pedro jobs logs {job_id}` shows everything it wrote"
+    _record(store, job_id, "failed", message=failure)
+    raise TrainingError(failure)
+
+
+def follow(job_id: str, dashboard_url: str) -> Iterator[str]:
+    """The lines of a job for people, as they come, until it ends: progress, errors, the result; no framework noise."""
+    client = _client(dashboard_url)
+    seen, rest = 0, ""
+    while True:
+        ended = status(job_id, dashboard_url) in ("SUCCEEDED", "FAILED", "STOPPED")
+        text = client.get_job_logs(job_id)
+        *whole, rest = (rest + text[seen:]).split("\n")
+        seen = len(text)
+        yield from readable([*whole, rest] if ended else whole)
+        if ended:
+            return
+        time.sleep(POLL_S)
+
+
+def readable(lines: list[str]) -> Iterator[str]:
+    """Lines of a Ray job's log without prefixes and colours, and without those of Ray's own actors."""
+    for line in lines:
+        match = PREFIX.match(line)
+        if match and match["actor"] != WORKER:
+            continue
+        text = COLOUR.sub("", line[match.end() :] if match else line).rstrip()
+        if text and not NOISE.search(text):
+            yield text
+
+
+NOISE = re.compile(
+    r"INFO job_manager|INFO worker\.py|Connecting to existing Ray|Connected to Ray cluster|View the dashboard|"
+    r"TrainingReport\(|core_worker\.cc|Setting up process group|FutureWarning|warnings\.warn|^\s*0%\||it/s\]"
+)
+
+
+def logs(job_id: str, dashboard_url: str) -> str:
+    """Everything that a job wrote, Ray's own lines included."""
+    status(job_id, dashboard_url)
+    return _client(dashboard_url).get_job_logs(job_id)
+
+
+def status(job_id: str, dashboard_url: str) -> str:
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED. Raises NotFoundError for an unknown job."""
+    try:
+        return str(_client(dashboard_url).get_job_status(job_id).value)
+    except RuntimeError as error:
+        raise NotFoundError(
+            f"job '{job_id}' is not known to the Ray cluster at {dashboard_url}", param="job"
+        ) from error
+
+
+def stop(job_id: str, dashboard_url: str, store: Store | None = None) -> None:
+    """End a job; its checkpoints stay. Doing so to one that has ended changes nothing."""
+    status(job_id, dashboard_url)
+    if _client(dashboard_url).stop_job(job_id):
+        _record(store, job_id, "cancelled", message="stopped")
+
+
+def jobs(dashboard_url: str) -> list[dict[str, Any]]:
+    """The fine-tuning jobs that the cluster knows, newest first: id, tenant, adapter, status, message, start, end."""
+    found = [job for job in _client(dashboard_url).list_jobs() if (job.metadata or {}).get("adapter")]
+    return [
+        {
+            "id": job.submission_id,
+            "tenant": job.metadata["tenant"],
+            "adapter": job.metadata["adapter"],
+            "status": str(job.status.value),
+            "message": job.message or "",
+            "started": (job.start_time or 0) / 1000,
+            "ended": job.end_time / 1000 if job.end_time else None,
+        }
+        for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+    ]
+
+
+def _record(store: Store | None, job_id: str, state: str, **fields: Any) -> None:
+    if store is None:
+        return
+    record = store.get_job(job_id)
+    if record.status.final:
+        return
+    if state == "succeeded" and record.status == "queued":
+        store.update_job(job_id, status="running")
+    store.update_job(job_id, status=state, **fields)
+
+
+def _client(dashboard_url: str) -> JobSubmissionClient:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(dashboard_url)
+    except (ConnectionError, RuntimeError) as error:
+        raise UnavailableError(
+            f"no Ray dashboard answers at {dashboard_url} ({_line(error)}); check RAY_ADDRESS and that the cluster runs"
+        ) from error
+
+
+def _python(dashboard_url: str) -> str:
+    """This interpreter on this host; elsewhere whatever the cluster's image calls python."""
+    return sys.executable if urlsplit(dashboard_url).hostname in LOOPBACK else "python"
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
