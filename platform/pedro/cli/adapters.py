@@ -142,7 +142,7 @@ def import_adapter(
     directory: Annotated[Path, typer.Argument(help="An adapter directory with pedro_adapter.json.")],
     as_json: AsJson = False,
 ) -> None:
-    """Register an exported adapter directory as a new version, as candidate: `pedro adapters promote` puts it in service."""
+    """Register an exported adapter directory as a new version, a candidate until `pedro adapters promote`."""
     from pedro.backbone import resolve_backbone
     from pedro.config import check_name
     from pedro.methods.adapter_files import read_manifest, verify_adapter

@@ -31,7 +31,7 @@ class Check:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Check Python, packages, compiler, memory, disk, ports, registry, database and cluster; exit 1 if something fails."""
+    """Check Python, packages, memory, disk, ports, registry, database and cluster; exit 1 if something fails."""
     checks: list[Check] = []
     for check in run_checks():
         checks.append(check)
@@ -64,7 +64,7 @@ def run_checks() -> Iterator[Check]:
 
 def _python() -> Check:
     found = f"{platform.python_version()} ({sys.executable})"
-    if sys.version_info < (3, 11):
+    if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 11):
         return Check("python", "fail", found, "use Python 3.11 or newer")
     return Check("python", "ok", found)
 

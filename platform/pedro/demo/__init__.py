@@ -9,7 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +19,41 @@ from pedro.config import Settings, validate_spec
 from pedro.data.demo import DEMO_TENANTS, DemoTenant
 from pedro.data.shapes import Example, parse_line
 from pedro.demo.client import Swap, accuracy, swap_under_load
-from pedro.errors import PedroError, TrainingError
+from pedro.errors import PedroError
 from pedro.registry import Registry, Version
 from pedro.serving.config import ServeConfig
 from pedro.serving.deploy import Served, deploy, find, undeploy
 from pedro.store import Store
 from pedro.training.spec import FineTuneSpec
+from pedro.training.submit import submit, wait
 
 BACKBONE = "stories260K"
 Say = Callable[[str], None]
+Outcome = Future[None]
+# Steps of each tenant's versions: the first trains twice, briefly and then well, so that there is something to swap.
+STEPS = ((60, 350), (300,), (300,))
 
 
 def run_demo(settings: Settings, *, keep: bool, port: int, say: Say) -> dict[str, Any]:
     """Run the story and return what `demo/result.json` of the home holds too. Adapters of an earlier run are reused."""
     started = time.monotonic()
     registry, store = Registry.open(settings), Store(settings.database_url)
-    cluster.connect(settings, say)
-    jobs = _train_missing(settings, registry, store, say)
-    served = find(settings) or deploy(settings, ServeConfig(backbone=BACKBONE, threads=1), port=port, say=say)
+    connected = cluster.connect(settings, say)
+    jobs = _train_missing(settings, registry, store, connected.dashboard_url, say)
     keys, secrets = _keys(store)
     try:
+        served = find(settings) or deploy(settings, ServeConfig(backbone=BACKBONE, threads=1), port=port, say=say)
         for outcome in jobs:
-            outcome()
+            outcome.result()
         say("\nasking every held-out row over HTTP: the bare backbone, then the adapter")
         swapped = DEMO_TENANTS[0]
         old, new = registry.versions(_name(swapped))[:2]
         registry.promote(old.name, old.version)
         time.sleep(2)  # the server follows within its watch interval
         rows = {tenant.name: _rows(tenant.test) for tenant in DEMO_TENANTS}
-        tenants = [_measure(served, secrets[t.name], t, registry.get(_name(t)), rows[t.name], say) for t in DEMO_TENANTS]
+        tenants = [
+            _measure(served, secrets[t.name], t, registry.get(_name(t)), rows[t.name], say) for t in DEMO_TENANTS
+        ]
         say(f"\nhot swap: {old.ref} → {new.ref} while requests run")
         load = rows[swapped.name]
         seen = swap_under_load(served.url, secrets[swapped.name], secrets["*"], old.name, new.version, load)
@@ -86,15 +92,38 @@ def demo_spec(tenant: DemoTenant, steps: int) -> FineTuneSpec:
         "backbone": BACKBONE,
         "data": {"train": str(tenant.train), "test": str(tenant.test)},
         "method": {"name": "pedro", "r": 12},
-        "training": {"epochs": 100, "max_steps": steps, "lr": 1e-2, "batch_size": 32, "eval_every": 50, "patience": 100},
+        "training": {
+            "epochs": 100,
+            "max_steps": steps,
+            "lr": 1e-2,
+            "batch_size": 32,
+            "eval_every": 50,
+            "patience": 100,
+        },
         "resources": {"workers": 1},
     }
     return validate_spec(tree, FineTuneSpec, source=f"demo tenant {tenant.name}")
 
 
-def _train_missing(settings: Settings, registry: Registry, store: Store, say: Say) -> list[Callable[[], None]]:
-    """Start the trainings whose versions are not there; each result waits for one and raises if it failed."""
-    raise NotImplementedError
+def _train_missing(settings: Settings, registry: Registry, store: Store, dashboard_url: str, say: Say) -> list[Outcome]:
+    """Start the trainings whose versions are not there: tenants side by side, one CPU each, a tenant's in turn."""
+    digest = resolve_backbone(BACKBONE).digest
+
+    def train(tenant: DemoTenant, runs: Sequence[int]) -> None:
+        for steps in runs:
+            job = submit(demo_spec(tenant, steps), settings, dashboard_url, store)
+            say(f"{_name(tenant)}: {tenant.title}; job {job} trains {steps} steps")
+            wait(job, dashboard_url, lambda line: say(f"  {_name(tenant):<16} {line}"), store)
+
+    outcomes = []
+    threads = ThreadPoolExecutor(max_workers=len(STEPS), thread_name_prefix="demo")
+    for tenant, runs in zip(DEMO_TENANTS, STEPS, strict=True):
+        have = [v for v in registry.versions(_name(tenant)) if v.backbone_digest == digest]
+        if have:
+            say(f"{_name(tenant)}: there already: {', '.join(version.ref for version in have)}")
+        outcomes.append(threads.submit(train, tenant, runs[len(have) :]))
+    threads.shutdown(wait=False)
+    return outcomes
 
 
 def _keys(store: Store) -> tuple[list[str], dict[str, str]]:
@@ -152,13 +181,15 @@ def _swap_report(old: Version, new: Version, seen: Swap) -> dict[str, Any]:
 def _problems(result: dict[str, Any]) -> list[str]:
     """What the demo promises and this run did not show."""
     problems = [
-        f"{row['tenant']}.{row['adapter']} is only {row['accuracy'] - row['majority_accuracy']:+.3f} over the majority class"
+        f"{row['tenant']}.{row['adapter']} is only {row['accuracy'] - row['majority_accuracy']:+.3f} over the majority"
         for row in result["tenants"]
         if row["accuracy"] < row["majority_accuracy"] + 0.20
     ]
     swap = result["swap"]
     if swap["failed"] or swap["mixed"] or not swap["answered_by_new"]:
-        problems.append(f"hot swap: {swap['failed']} failed, {swap['mixed']} mixed, {swap['answered_by_new']} by the new")
+        problems.append(
+            f"hot swap: {swap['failed']} failed, {swap['mixed']} mixed, {swap['answered_by_new']} by the new"
+        )
     return problems
 
 
@@ -184,8 +215,8 @@ def _show(result: dict[str, Any], say: Say) -> None:
     console.print(grid)
     swap = result["swap"]
     say(
-        f"hot swap of {swap['model']}: v{swap['old_version']} → v{swap['new_version']} with {swap['in_flight']} requests in "
-        f"flight; {swap['requests']} requests, {swap['failed']} failed, {swap['mixed']} mixed; "
+        f"hot swap of {swap['model']}: v{swap['old_version']} → v{swap['new_version']} with {swap['in_flight']} requests "
+        f"in flight; {swap['requests']} requests, {swap['failed']} failed, {swap['mixed']} mixed; "
         f"{swap['answered_by_old']} by the old, {swap['answered_by_new']} by the new, first after "
         f"{swap['seconds_to_first_new']} s; accuracy {swap['old_accuracy']:.3f} → {swap['new_accuracy']:.3f}"
     )
