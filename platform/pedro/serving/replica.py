@@ -1,6 +1,7 @@
 """One engine behind an async face: text in, slices of text out. Knows nothing of Ray or HTTP.
 
-Tokens leave in slices of time rather than one by one, since each hop between processes costs about 2 ms.
+Tokens leave in slices of time rather than one by one, since each hop between processes costs about 2 ms; the first
+one leaves at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from pedro.engine.engine import Engine, EngineConfig
 from pedro.engine.sequence import Output, Request, SamplingParams
 from pedro.engine.sequence import TokenLogprob as EngineLogprob
 from pedro.engine.thread import EngineThread
-from pedro.errors import NotFoundError, PedroError, UnavailableError
+from pedro.errors import AdapterError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
 from pedro.methods.adapter_files import read_manifest
 from pedro.registry import Registry
@@ -33,6 +35,8 @@ from pedro.serving.tokens import TokenTexts
 
 SLICE_S = 0.03
 CACHED_FORMATS = 4096
+LONG_TEXT = 8192  # characters; tokenising more takes long enough to hold up the streams of others
+SHRINKAGE = 4  # how much shorter a tokenizer's normalisation could make a text
 log = logging.getLogger("pedro.serving")
 
 
@@ -47,6 +51,8 @@ class Replica:
         self._bare = f"{config.model_name}#{backbone.digest}"
         self._tokenizer = load_tokenizer(backbone)
         self._texts = TokenTexts(self._tokenizer)
+        self._longest_piece = max(map(len, self._tokenizer.get_vocab()))
+        self._encoding = asyncio.Semaphore(2)
         self._plain_format = format_for_shape(Shape.MESSAGES, self._tokenizer)
         self._formats: OrderedDict[str, PromptFormat] = OrderedDict()
         longest = context_length(backbone)
@@ -68,32 +74,43 @@ class Replica:
     async def generate(self, call: GenerateCall, ref: str | None) -> AsyncGenerator[list[Delta] | PedroError, None]:
         """Slices of deltas for `call`, answered by the adapter version `ref` (None: the bare backbone).
 
-        The first slice comes at admission and may be empty of text. An error ends the stream as its last item.
+        An error ends the stream as its last item; one that comes first means that the call was not admitted.
         """
-        outputs: asyncio.Queue[Output] = asyncio.Queue()
+        arrived: list[Output] = []
+        any_arrived, any_ended = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
+
+        def take(output: Output) -> None:
+            arrived.append(output)
+            any_arrived.set()
+            if output.finish_reason is not None:
+                any_ended.set()
+
         try:
             request = await self._request(call, ref)
-            self._thread.submit(request, lambda output: loop.call_soon_threadsafe(outputs.put_nowait, output))
+            self._thread.submit(request, lambda output: loop.call_soon_threadsafe(take, output))
         except PedroError as error:
             yield error
             return
-        unfinished = request.n
-        fingerprint = ref or self._bare
+        unfinished, opened = request.n, False
         echo = _Echo(self._tokenizer, self._texts, request, call)
         try:
             while unfinished:
-                batch = [await outputs.get()]
-                if batch[0].finish_reason is None:
-                    await asyncio.sleep(SLICE_S)
-                while not outputs.empty():
-                    batch.append(outputs.get_nowait())
+                await any_arrived.wait()
+                if opened:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(SLICE_S):
+                            await any_ended.wait()
+                batch, arrived[:] = arrived[:], []
+                any_arrived.clear()
+                any_ended.clear()
                 failed = next((output.error for output in batch if output.error), None)
                 if failed is not None:
                     yield failed
                     return
                 unfinished -= sum(output.finish_reason is not None for output in batch)
-                yield self._deltas(batch, echo, fingerprint)
+                opened = True
+                yield self._deltas(batch, echo, ref or self._bare)
         finally:
             if unfinished:
                 self._thread.cancel(request.id)
@@ -111,6 +128,10 @@ class Replica:
         """The engine's figures."""
         return self._thread.engine.stats()
 
+    def close(self) -> None:
+        """End the engine; unfinished requests are told."""
+        self._thread.stop()
+
     def _fetch(self, ref: str) -> Path:
         """The directory of the version and digest that `ref` names. Runs on a loader thread."""
         named, _, digest = ref.partition("#")
@@ -121,15 +142,18 @@ class Replica:
             raise _gone(named) from error
         if version.digest != digest:
             raise _gone(named)
-        return self._registry.download(version)
+        try:
+            return self._registry.download(version)
+        except AdapterError as error:  # the store's fault, not the caller's
+            raise UnavailableError(error.message, param="model", code="adapter_unavailable") from error
 
     async def _request(self, call: GenerateCall, ref: str | None) -> Request:
         """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""
         if call.messages is not None:
             form = self._plain_format if ref is None else await self._format_of(ref)
-            ids = encode_prompt(self._tokenizer, form.render(call.messages))
+            ids = await self._encode(form.render(call.messages), "messages")
         elif isinstance(call.prompt, str):
-            ids = encode_prompt(self._tokenizer, call.prompt)
+            ids = await self._encode(call.prompt, "prompt")
         else:
             ids = list(call.prompt or ())
         prompt_logprobs = (call.params.get("logprobs") or 0) if call.echo else None
@@ -143,6 +167,22 @@ class Replica:
             conditioning_length=call.conditioning_length,
             n=call.n,
         )
+
+    async def _encode(self, text: str, param: str) -> list[int]:
+        """The prompt's ids. A long text is tokenised on a thread, one that cannot fit is refused without being."""
+        longest = self._thread.engine.max_length
+        least = len(text) // (self._longest_piece * SHRINKAGE)
+        if least > longest:
+            raise PedroError(
+                f"{param}: a prompt of {len(text):,} characters has more than {least:,} tokens, and the context is "
+                f"{longest:,} tokens; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if len(text) <= LONG_TEXT:
+            return encode_prompt(self._tokenizer, text)
+        async with self._encoding:
+            return await asyncio.to_thread(encode_prompt, self._tokenizer, text)
 
     async def _format_of(self, ref: str) -> PromptFormat:
         form = self._formats.get(ref)

@@ -1,0 +1,422 @@
+"""One engine replica in this process: adapters saved, registered and served for real, beside PEFT."""
+
+import asyncio
+import itertools
+import json
+import shutil
+import time
+from contextlib import aclosing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
+
+from pedro.data import FORMATS, load_rows, parse_line
+from pedro.errors import PedroError, UnavailableError
+from pedro.gateway.backend import GenerateCall
+from pedro.gateway.calls import chat_call, completion_calls
+from pedro.gateway.schemas import ChatRequest, CompletionRequest, parse
+from pedro.registry import Registry
+from pedro.serving.backend import ref_of
+from pedro.serving.config import ServeConfig
+from pedro.serving.replica import Replica
+
+SHAPES = ("messages", "completion", "alpaca", "sharegpt")
+HARD = "  Zoé said:\n\t\"<s> 'naïve' …\" 日本 \U0001f600  "
+ROWS = {
+    "messages": [
+        {"messages": [{"role": "user", "content": "Tell me a story."}, {"role": "assistant", "content": "No."}]},
+        {
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": HARD}, {"type": "text", "text": "!"}]},
+                {"role": "assistant", "content": "One."},
+                {"role": "user", "content": "And then?"},
+                {"role": "assistant", "content": "Two."},
+            ]
+        },
+    ],
+    "completion": [
+        {"prompt": "Once upon a time", "completion": " there was"},
+        {"prompt": HARD, "response": "yes"},
+        {"prompt": "<s>already begun", "completion": "yes"},
+    ],
+    "alpaca": [
+        {"instruction": "Name a colour.", "output": "Red"},
+        {"instruction": "Name a colour.", "input": "", "output": "Red"},
+        {"instruction": "Translate.", "input": HARD, "output": "Rot"},
+    ],
+    "sharegpt": [
+        {
+            "conversations": [
+                {"from": "system", "value": "Be kind."},
+                {"from": "human", "value": HARD},
+                {"from": "gpt", "value": "Good."},
+                {"from": "human", "value": "Why?"},
+                {"from": "gpt", "value": "Because."},
+            ]
+        }
+    ],
+}
+_ids = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A replica and, by name, each adapter's version and the PEFT model that it was saved from."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("replica")
+    settings = settings_at(folder / "home")
+    registry = Registry.open(settings)
+    models, versions = {}, {}
+    names = {f"acme.{shape}": shape for shape in SHAPES} | {"globex.faq": "completion"}
+    for seed, (name, shape) in enumerate(names.items(), start=1):
+        models[name] = make_adapter(folder / name, seed, shape)
+        versions[name] = register(registry, folder / name, name)
+    replica = Replica(ServeConfig(max_batch=8), settings)
+    yield SimpleNamespace(replica=replica, registry=registry, models=models, versions=versions, folder=folder)
+    replica.close()
+
+
+def ref(served, name):
+    return ref_of(served.versions[name])
+
+
+def completion(prompt="Once upon a time", **fields):
+    body = {"model": "m", "prompt": prompt, "temperature": 0, **fields}
+    return completion_calls(
+        parse(CompletionRequest, json.dumps(body).encode()), tenant="acme", trace_id="t", max_choices=256
+    )[0]
+
+
+def chat(messages, **fields):
+    body = {"model": "m", "messages": messages, "temperature": 0, **fields}
+    return chat_call(parse(ChatRequest, json.dumps(body).encode()), tenant="acme", trace_id="t", max_choices=256)
+
+
+async def answer(replica, call, ref=None):
+    """The choices of one call, whole; raises the error that the stream ends in."""
+    choices = {}
+    async for item in replica.generate(call, ref):
+        if isinstance(item, PedroError):
+            raise item
+        for delta in item:
+            choice = choices.setdefault(
+                delta.index, SimpleNamespace(text="", token_ids=[], logprobs=[], finish=None, deltas=[])
+            )
+            assert choice.finish is None
+            choice.text += delta.text
+            choice.token_ids += delta.token_ids
+            choice.logprobs += delta.logprobs or ()
+            choice.finish = delta.finish_reason
+            choice.deltas.append(delta)
+    return [choices[index] for index in sorted(choices)]
+
+
+def ask(replica, call, ref=None):
+    return asyncio.run(answer(replica, call, ref))
+
+
+def prompt_ids(served, call, ref=None):
+    return asyncio.run(served.replica._request(call, ref)).prompt_ids
+
+
+@torch.no_grad()
+def reference(model, ids, count):
+    """What PEFT's own greedy `generate` answers, as ids."""
+    out = model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=tokenizer().eos_token_id,
+        pad_token_id=0,
+    )
+    return out[0, len(ids) :].tolist()
+
+
+def text_after(ids, generated):
+    """The text that `generated` adds behind the prompt `ids`."""
+    whole = tokenizer().decode([*ids, *generated], skip_special_tokens=True)
+    return whole[len(tokenizer().decode(ids, skip_special_tokens=True)) :]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_served_prompt_ids_are_the_training_prompt_ids(served, tmp_path, shape):
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[shape]))
+    form = served.replica._formats.get(ref(served, f"acme.{shape}")) or asyncio.run(
+        served.replica._format_of(ref(served, f"acme.{shape}"))
+    )
+    rows = load_rows(file, tokenizer(), form, 512, tmp_path / "cache")
+    examples = [
+        example for number, line in enumerate(file.read_text().splitlines(), 1) for example in parse_line(line, number)
+    ]
+    assert len(rows) == len(examples)
+    for row, example in zip(rows, examples, strict=True):
+        trained = row["input_ids"][: row["prompt_len"]]
+        assert prompt_ids(served, chat(list(example.messages)), ref(served, f"acme.{shape}")) == trained
+        assert prompt_ids(served, completion(form.render(example.messages))) == trained
+        assert prompt_ids(served, completion(trained)) == trained
+
+
+def test_a_conversation_is_served_as_openai_clients_send_it(served):
+    """Roles and text parts as in the file, not as the reader of files made them."""
+    turns = ROWS["messages"][1]["messages"]
+    adapter = ref(served, "acme.messages")
+    example = parse_line(json.dumps(ROWS["messages"][1]), 1)[1]
+    assert prompt_ids(served, chat(turns[:-1]), adapter) == prompt_ids(served, chat(list(example.messages)), adapter)
+
+
+def test_the_bare_backbone_renders_chats_by_its_own_format(served):
+    ids = prompt_ids(served, chat([{"role": "user", "content": "Hi"}]))
+    assert ids == tokenizer()(FORMATS["chat"].render([{"role": "user", "content": "Hi"}])).input_ids
+
+
+@pytest.mark.parametrize("name", ["acme.messages", "acme.completion", "globex.faq"])
+def test_greedy_text_is_what_peft_generates_with_the_same_adapter(served, name):
+    messages = [{"role": "user", "content": "Once upon a time, there was a little girl"}]
+    call = chat(messages, max_tokens=40)
+    ids = prompt_ids(served, call, ref(served, name))
+    (choice,) = ask(served.replica, call, ref(served, name))
+    expected = reference(served.models[name], ids, 40)
+    assert choice.token_ids == expected
+    assert choice.text == text_after(ids, expected)
+    assert choice.deltas[-1].prompt_tokens == len(ids)
+    assert choice.deltas[-1].completion_tokens == len(expected)
+
+
+def test_the_bare_backbone_answers_without_any_adapter(served):
+    call = completion(max_tokens=24)
+    with served.models["acme.messages"].disable_adapter():
+        expected = reference(served.models["acme.messages"], prompt_ids(served, call), 24)
+    (choice,) = ask(served.replica, call)
+    assert choice.token_ids == expected
+    assert choice.deltas[0].fingerprint == f"stories260K#{backbone().digest}"
+
+
+def test_every_delta_carries_the_version_and_digest_that_answered(served):
+    version = served.versions["acme.completion"]
+    (choice,) = ask(served.replica, completion(max_tokens=30), ref(served, "acme.completion"))
+    assert {delta.fingerprint for delta in choice.deltas} == {f"acme.completion:1#{version.digest}"}
+
+
+def test_echo_puts_the_prompt_in_front_once(served):
+    call = completion(max_tokens=30)
+    (plain,) = ask(served.replica, call, ref(served, "acme.completion"))
+    (echoed,) = ask(served.replica, completion(max_tokens=30, echo=True), ref(served, "acme.completion"))
+    assert echoed.text == "Once upon a time" + plain.text
+    assert echoed.token_ids == [*prompt_ids(served, call), *plain.token_ids]
+
+
+def test_echo_with_logprobs_scores_the_prompt_and_conditions_on_its_first_part_alone(served):
+    ids = prompt_ids(served, completion("Once upon a time there was a cat"))
+    call = completion(ids, max_tokens=0, echo=True, logprobs=2, conditioning_length=5)
+    (choice,) = ask(served.replica, call, ref(served, "acme.completion"))
+    model = served.models["acme.completion"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), prompt_lens=torch.tensor([5])).logits[0]
+    expected = logits.float().log_softmax(-1)
+    assert choice.token_ids == ids
+    assert choice.logprobs[0].logprob is None
+    found = [entry.logprob for entry in choice.logprobs[1:]]
+    assert found == pytest.approx([float(expected[i, token]) for i, token in enumerate(ids[1:])], abs=1e-4)
+    assert all(len(entry.top) == 2 for entry in choice.logprobs[1:])
+
+
+def test_logprobs_are_of_the_sampled_tokens_and_join_to_the_text(served):
+    call = completion(max_tokens=20, logprobs=3)
+    (choice,) = ask(served.replica, call, ref(served, "acme.completion"))
+    assert len(choice.logprobs) == len(choice.token_ids)
+    assert "".join(entry.token for entry in choice.logprobs).strip() == choice.text.strip()
+    for entry in choice.logprobs:
+        best = max(entry.top, key=lambda other: other.logprob)
+        assert (best.token, best.logprob) == (entry.token, entry.logprob)
+
+
+def test_pieces_of_a_character_come_with_their_raw_bytes(served):
+    text = "\U0001f600é"
+    call = completion(text, max_tokens=1, echo=True, logprobs=0)
+    (choice,) = ask(served.replica, call)
+    ids = prompt_ids(served, call)
+    pieces = [entry.raw if entry.raw is not None else entry.token.encode() for entry in choice.logprobs[: len(ids)]]
+    assert len(ids) > len(text) + 1  # the vocabulary holds neither character, so they are spelt in bytes
+    assert b"".join(pieces[1:]).decode().strip() == text
+    assert any(len(entry.raw or b"") == 1 and entry.raw >= b"\x80" for entry in choice.logprobs)
+
+
+def test_a_character_made_of_bytes_is_sent_whole(served):
+    """The model is pushed to spell é in two bytes, over and over."""
+    first, second = tokenizer().convert_tokens_to_ids(["<0xC3>", "<0xA9>"])
+    call = completion(max_tokens=8, temperature=1.0, seed=3, logit_bias={str(first): 100, str(second): 100})
+    (choice,) = ask(served.replica, call)
+    assert set(choice.token_ids) == {first, second}
+    assert choice.text == text_after(prompt_ids(served, call), choice.token_ids)
+
+
+def test_two_choices_are_sampled_apart_and_the_seed_repeats_them(served):
+    fields = {"max_tokens": 24, "n": 2, "temperature": 1.0, "seed": 11}
+    first = ask(served.replica, completion(**fields), ref(served, "acme.completion"))
+    assert len(first) == 2
+    assert first[0].token_ids != first[1].token_ids
+    again = ask(served.replica, completion(**fields), ref(served, "acme.completion"))
+    assert [choice.token_ids for choice in again] == [choice.token_ids for choice in first]
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_in_it(served):
+    (whole,) = ask(served.replica, completion(max_tokens=40), ref(served, "acme.completion"))
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    (choice,) = ask(served.replica, completion(max_tokens=40, stop=stop), ref(served, "acme.completion"))
+    assert choice.finish == "stop"
+    assert choice.text == whole.text[: whole.text.index(stop)]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(served):
+    with pytest.raises(PedroError, match=r"512 tokens") as caught:
+        ask(served.replica, completion("word " * 600, max_tokens=5))
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+    began = time.monotonic()
+    with pytest.raises(PedroError, match="5,000,000 characters") as caught:
+        ask(served.replica, completion("word " * 1_000_000, max_tokens=5))
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+    assert time.monotonic() - began < 2  # refused before it is tokenised, which would take long
+
+
+def test_a_version_whose_digest_is_gone_is_a_503_and_never_another_version(served):
+    folder = served.folder / "gone"
+    make_adapter(folder, 41, "completion")
+    version = register(served.registry, folder, "acme.gone")
+    old = ref_of(version)
+    served.registry.delete("acme.gone")
+    with pytest.raises(UnavailableError, match=r"acme\.gone:1.*gone") as caught:
+        ask(served.replica, completion(max_tokens=3), old)
+    assert caught.value.status == 503
+    make_adapter(served.folder / "gone2", 42, "completion")
+    reborn = register(served.registry, served.folder / "gone2", "acme.gone")
+    assert (reborn.version, ref_of(reborn) != old) == (1, True)
+    with pytest.raises(UnavailableError):
+        ask(served.replica, completion(max_tokens=3), old)
+    assert ask(served.replica, completion(max_tokens=3), ref_of(reborn))
+
+
+def test_a_version_whose_files_are_gone_is_a_503(served):
+    folder = served.folder / "lost"
+    make_adapter(folder, 43, "completion")
+    version = register(served.registry, folder, "acme.lost")
+    (stored,) = served.folder.glob(f"home/artifacts/**/{version.run_id}")
+    shutil.rmtree(stored)
+    for call in (completion(max_tokens=3), chat([{"role": "user", "content": "Hi"}], max_tokens=3)):
+        with pytest.raises(UnavailableError) as caught:
+            ask(served.replica, call, ref_of(version))
+        assert caught.value.status == 503
+
+
+def test_equal_weights_with_another_prompt_format_are_served_by_their_own_format(served):
+    versions = []
+    for number, shape in enumerate(("completion", "messages")):
+        make_adapter(served.folder / f"same{number}", 44, shape)
+        versions.append(register(served.registry, served.folder / f"same{number}", f"acme.same{number}"))
+    assert versions[0].digest == versions[1].digest
+    call = chat([{"role": "user", "content": "Hi"}])
+    first, second = (prompt_ids(served, call, ref_of(version)) for version in versions)
+    assert first == tokenizer()("Hi").input_ids
+    assert second != first
+
+
+def test_ending_a_stream_early_frees_its_slot(served):
+    async def go():
+        slots = served.replica.stats()["slots"]
+        call = completion(max_tokens=400, ignore_eos=True)
+        async with aclosing(served.replica.generate(call, ref(served, "acme.completion"))) as stream:
+            await anext(stream)
+            assert served.replica.stats()["slots_free"] == slots - 1
+        async with asyncio.timeout(5):
+            while served.replica.stats()["slots_free"] < slots:
+                await asyncio.sleep(0.01)
+        assert served.replica.stats()["running"] == 0
+
+    asyncio.run(go())
+
+
+def test_cancelling_a_waiting_consumer_frees_its_slot(served):
+    async def go():
+        call = completion(max_tokens=400, ignore_eos=True)
+        task = asyncio.create_task(answer(served.replica, call, ref(served, "acme.completion")))
+        async with asyncio.timeout(10):
+            while not served.replica.stats()["running"]:
+                await asyncio.sleep(0.005)
+            task.cancel()
+            while served.replica.stats()["slots_free"] < served.replica.stats()["slots"]:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(go())
+
+
+def test_two_tenants_in_flight_at_once_each_get_their_own_answer(served):
+    names = ["acme.completion", "globex.faq", None, "globex.faq", "acme.completion", "acme.alpaca"]
+    prompts = ["Once upon a time", "One day", "Tim and", "The dog was", "Lily had", "In the park"]
+
+    def calls():
+        return [completion(prompt, max_tokens=32, ignore_eos=True) for prompt in prompts]
+
+    refs = [name and ref(served, name) for name in names]
+    alone = [ask(served.replica, call, each)[0] for call, each in zip(calls(), refs, strict=True)]
+
+    async def together():
+        running = [answer(served.replica, call, each) for call, each in zip(calls(), refs, strict=True)]
+        return await asyncio.gather(*running)
+
+    mixed = [choices[0] for choices in asyncio.run(together())]
+    assert [choice.token_ids for choice in mixed] == [choice.token_ids for choice in alone]
+    assert mixed[0].token_ids != mixed[4].token_ids
+
+
+def test_a_request_id_in_use_is_refused_and_the_first_request_goes_on(served):
+    async def go():
+        call = completion(max_tokens=60, ignore_eos=True)
+        first = asyncio.create_task(answer(served.replica, call))
+        while not served.replica.stats()["running"]:
+            await asyncio.sleep(0.005)
+        with pytest.raises(PedroError, match="in use"):
+            await answer(served.replica, call)
+        return await first
+
+    (choice,) = asyncio.run(go())
+    assert len(choice.token_ids) == 60
+
+
+def test_a_full_queue_is_a_503_that_says_when_to_come_back(served, tmp_path):
+    small = Replica(ServeConfig(max_batch=1, max_waiting=1), settings_at(tmp_path / "home"))
+
+    async def go():
+        running = [asyncio.create_task(answer(small, completion(max_tokens=200, ignore_eos=True))) for _ in range(4)]
+        return await asyncio.gather(*running, return_exceptions=True)
+
+    try:
+        done = asyncio.run(go())
+    finally:
+        small.close()
+    refused = [item for item in done if isinstance(item, PedroError)]
+    answered = [item for item in done if isinstance(item, list)]
+    assert len(refused) >= 2
+    assert answered
+    assert all((error.status, error.retry_after_s > 0) == (503, True) for error in refused)
+
+
+def test_a_long_text_does_not_hold_up_the_streams_of_others(served, monkeypatch):
+    """Tokenising half a megabyte takes about a second; the bound that refuses it at once is taken away here."""
+    monkeypatch.setattr("pedro.serving.replica.SHRINKAGE", 10**9)
+
+    async def go():
+        turns = 0
+        call = GenerateCall("long", "acme", "m", prompt="word " * 100_000)
+        refusal = asyncio.create_task(answer(served.replica, call))
+        while not refusal.done():
+            await asyncio.sleep(0.005)
+            turns += 1
+        with pytest.raises(PedroError, match="exceeds the context"):
+            await refusal
+        return turns
+
+    assert asyncio.run(go()) > 5
