@@ -262,11 +262,13 @@ class Registry:
         self._client.delete_model_version(name, str(version))
 
     def download(self, version: Version) -> Path:
-        """The version's adapter directory on this host, from a cache keyed by its digest.
+        """The version's adapter directory on this host, from a cache keyed by its digest and its run.
+
+        The digest covers the weights alone: equal weights may come with another prompt format.
 
         Raises AdapterError if what the store holds is not what was registered.
         """
-        target = self.cache_dir / "adapters" / version.digest.removeprefix("sha256:")
+        target = self.cache_dir / "adapters" / f"{version.digest.removeprefix('sha256:')}-{version.run_id}"
         if (target / MANIFEST).is_file():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
