@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,14 +89,14 @@ class Registry:
 
         for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        client = MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+        lock: AbstractContextManager[Any] = nullcontext()
+        if self.tracking_uri.startswith("sqlite:///"):
+            database = Path(self.tracking_uri.removeprefix("sqlite:///"))
+            database.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{database}.lock")  # the constructor creates the schema; two processes must not both
         try:
-            if self.tracking_uri.startswith("sqlite:///"):
-                database = Path(self.tracking_uri.removeprefix("sqlite:///"))
-                database.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(f"{database}.lock"):  # two processes must not both create the schema
-                    client.search_experiments(max_results=1)
-            else:
+            with lock:
+                client = MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
                 client.search_experiments(max_results=1)
         except Exception as error:
             raise UnavailableError(

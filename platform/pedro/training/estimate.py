@@ -44,23 +44,19 @@ class DryRun:
     def __str__(self) -> str:
         spec, share = self.spec, 100 * self.trainable_parameters / max(1, self.backbone_parameters)
         rows = ", ".join(f"{count:,} {name}" for name, count in self.rows.items())
-        memory = [
-            f"  {name:<14}{_size(size):>10}{' (estimate)' * (name == 'activations')}"
-            for name, size in self.memory_bytes.items()
+        trainable = f"{self.trainable_parameters:,} parameters, {self.trainable_without_bias:,} without biases"
+        time_needed = f"about {_duration(self.seconds)}: {self.seconds_per_step:.3f} s a step"
+        lines = [
+            f"{spec['tenant']}.{spec['adapter']}: {spec['method']['name']} on {spec['backbone']}",
+            f"trainable    {trainable}; {share:.2f} % of the backbone's {self.backbone_parameters:,}",
+            f"rows         {rows}; {self.tokens_per_row:.0f} tokens each",
+            f"steps        {self.steps:,} ({self.optimizer_steps:,} optimizer steps)",
+            f"time         {time_needed}, {self.time_from}",
+            "memory       of each worker",
         ]
-        return "\n".join(
-            [
-                f"{spec['tenant']}.{spec['adapter']}: {spec['method']['name']} on {spec['backbone']}",
-                f"trainable     {self.trainable_parameters:,} parameters ({self.trainable_without_bias:,} without biases), "
-                f"{share:.2f} % of the backbone's {self.backbone_parameters:,}",
-                f"rows          {rows}; {self.tokens_per_row:.0f} tokens each",
-                f"steps         {self.steps:,} ({self.optimizer_steps:,} optimizer steps)",
-                f"time          about {_duration(self.seconds)}: {self.seconds_per_step:.3f} s a step, {self.time_from}",
-                "memory of each worker",
-                *memory,
-                f"  {'together':<14}{_size(sum(self.memory_bytes.values())):>10}",
-            ]
-        )
+        for name, size in self.memory_bytes.items():
+            lines.append(f"  {name:<12}{_size(size):>10}{' (estimate)' if name == 'activations' else ''}")
+        return "\n".join([*lines, f"  {'together':<12}{_size(sum(self.memory_bytes.values())):>10}"])
 
 
 def dry_run(spec: FineTuneSpec) -> DryRun:

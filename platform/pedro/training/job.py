@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -167,10 +168,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _connect()
         result = run_job(spec, settings, Registry.open(settings), options.job_id, say=_print)
     except PedroError as error:
-        print(f"error: {' '.join(error.message.split())}", file=sys.stderr, flush=True)
-        return 1
+        return _fail(error.message)
+    except Exception as error:  # noqa: BLE001 - the edge of the process: one line for people, the rest for the log
+        for line in traceback.format_exc().splitlines():
+            print(f"(driver pid={os.getpid()}) {line}", file=sys.stderr)
+        return _fail(f"the job broke ({type(error).__name__}); `pedro jobs logs` shows where")
     print(json.dumps(result.to_dict()), flush=True)
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _connect() -> None:

@@ -28,6 +28,19 @@ if TYPE_CHECKING:
 PREFIX = re.compile(r"^(?:\x1b\[\d+m)*\((?P<actor>[\w.]+)(?:\([^)]*\))? pid=\d+[^)]*\)(?:\x1b\[0m)? ?")
 COLOUR = re.compile(r"\x1b\[\d+m")
 WORKER = "RayTrainWorker"
+NOISE = re.compile(
+    "|".join(
+        [
+            r"INFO job_manager",
+            r"INFO worker\.py",
+            r"Running entrypoint for job",
+            r"TrainingReport\(",
+            r"core_worker\.cc",
+            r"FutureWarning",
+            r"warnings\.warn",
+        ]
+    )
+)
 POLL_S = 0.5
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -119,12 +132,6 @@ def readable(lines: list[str]) -> Iterator[str]:
         text = COLOUR.sub("", line[match.end() :] if match else line).rstrip()
         if text and not NOISE.search(text):
             yield text
-
-
-NOISE = re.compile(
-    r"INFO job_manager|INFO worker\.py|Connecting to existing Ray|Connected to Ray cluster|View the dashboard|"
-    r"TrainingReport\(|core_worker\.cc|Setting up process group|FutureWarning|warnings\.warn|^\s*0%\||it/s\]"
-)
 
 
 def logs(job_id: str, dashboard_url: str) -> str:
