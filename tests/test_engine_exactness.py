@@ -108,10 +108,11 @@ def test_idle_slots_between_running_ones_change_nothing(tmp_path):
 def test_a_bare_row_in_a_slot_that_held_an_adapter_is_bare(tmp_path):
     model = random_backbone("llama")
     tuned = make_adapter(model, tmp_path / "a", seed=1)
-    engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=1)
+    engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=2)
     one, two = prompt(6, 1), prompt(8, 2)
-    answers = run(engine, request("tuned", one, adapter="a"), request("bare", two))
-    assert answers["tuned"].token_ids[:3] == reference_greedy(tuned, one, 3)
+    beside = request("beside", prompt(5), 30, adapter="a")
+    answers = run(engine, request("tuned", one, 3, adapter="a"), beside, request("bare", two))
+    assert answers["tuned"].token_ids == reference_greedy(tuned, one, 3)
     expected = reference_greedy(model, two, 8)
     assert len(expected) > 3
     assert answers["bare"].token_ids[: len(expected)] == expected

@@ -58,6 +58,14 @@ def test_filters_keep_what_they_promise(params, kept):  # probabilities 0.09, 0.
     assert set(draw([0.0, 1.0, 2.0, -1.0], **params)) == kept
 
 
+def test_each_position_and_each_choice_draws_anew():
+    params = SamplingParams(temperature=1.0)
+    positions = [SampleRow(params, 5, 0, [], [0] * position) for position in range(30)]
+    choices = [SampleRow(params, 5, choice, [], []) for choice in range(30)]
+    for rows in (positions, choices):
+        assert len({s.token_id for s in sample(torch.zeros(30, 50), rows)}) > 15
+
+
 def test_rows_of_one_batch_keep_their_own_filters():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(3, 1)
     for seed in range(50):
@@ -153,10 +161,11 @@ def test_logits_that_are_no_numbers_fail_their_request_and_poison_no_other(model
     expected = run(make_engine(model), request("r", prompt(6), 8))["r"].token_ids
     engine.add(request("bad", prompt(20), 20))
     engine.step()
-    engine._runner.cache.values[1][0, :, 3] = float("nan")
+    engine._runner.cache.values[1][0, :, 15] = float("nan")
     bad = drain(engine)["bad"].last
     assert (bad.finish_reason, bad.error.code) == ("error", "engine_error")
-    assert run(engine, request("r", prompt(6), 8))["r"].token_ids == expected, "in the slot that held the numbers"
+    after = run(engine, request("r", prompt(6), 8), request("longer", prompt(30), 8))
+    assert after["r"].token_ids == expected, "in the slot that held the numbers, masked but not weightless"
 
 
 @pytest.mark.parametrize(
