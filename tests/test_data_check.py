@@ -172,6 +172,13 @@ def test_fields_that_are_not_learnt_from_are_counted(write):
     assert report.ignored == {"id": 2, "tag": 1}
 
 
+def test_field_names_without_end_do_not_fill_the_report(write):
+    report = check_file(write([{**row("a"), f"field {n}" + "x" * 100: n} for n in range(50)]))
+    assert len(report.ignored) == 21
+    assert report.ignored["other fields"] == 30
+    assert max(map(len, report.ignored)) <= 40
+
+
 def test_a_template_that_refuses_a_row_is_an_error_of_its_line(write):
     picky = PromptFormat("chat", "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}x")
     answer = {"role": "assistant", "content": "b"}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -129,6 +130,16 @@ def test_a_half_written_entry_is_never_read(write, load, tmp_path):
     entry.rename(half)
     (half / "rows.arrow").write_bytes(b"half")
     assert len(load(path)) == 5
+
+
+def test_what_killed_processes_left_is_removed_a_day_later(write, load, tmp_path):
+    old, fresh = tmp_path / "cache" / ".rows-x-old", tmp_path / "cache" / ".rows-x-fresh"
+    old.mkdir(parents=True)
+    fresh.mkdir()
+    os.utime(old, (0, 0))
+    load(write(rows(5)))
+    assert not old.exists()
+    assert fresh.exists()
 
 
 def _load_in_child(path, cache, barrier, queue):

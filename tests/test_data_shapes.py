@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from pedro.data import LineError, Shape, normalise_messages, parse_line
+from pedro.data import LineError, Shape, parse_line
 from pedro.data.shapes import read_line
 
 USER = {"role": "user", "content": "Hi"}
@@ -125,10 +125,3 @@ def test_a_mistake_is_said_by_line_field_and_reason(row, field, reason):
 def test_a_line_error_survives_pickling():
     error = pickle.loads(pickle.dumps(LineError(3, "prompt", "empty")))
     assert (error.line, error.field, error.reason, error.param) == (3, "prompt", "empty", "prompt")
-
-
-def test_request_messages_are_normalised_as_rows_are():
-    messages = [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, {**USER, "name": "Bo"}]
-    assert normalise_messages(messages) == [{"role": "system", "content": "Be brief."}, USER]
-    with pytest.raises(LineError, match="an empty list"):
-        normalise_messages([])

@@ -28,6 +28,7 @@ from pedro.data.shapes import Example, LineError, ParsedLine, Shape
 from pedro.errors import DataError
 
 MAX_ERRORS = 100
+MAX_IGNORED = 20
 BATCH = 1000
 
 
@@ -166,7 +167,7 @@ def check_file(
         leaked=None if validation_prompts is None else _shared(tally.prompts, validation_prompts),
         validation_examples=None if validation_prompts is None else len(validation_prompts),
         validation_errors=validation_errors,
-        ignored=dict(tally.ignored.most_common(20)),
+        ignored=dict(tally.ignored.most_common()),
         errors=tuple(tally.errors),
         error_count=tally.error_count,
     )
@@ -238,7 +239,9 @@ class _Tally:
             if self.shape is None:
                 self.shape = item.shape
                 self.format = self.format or format_for_shape(item.shape, self.tokenizer)
-            self.ignored.update(item.ignored)
+            for name in item.ignored:
+                known = name in self.ignored or len(self.ignored) < MAX_IGNORED
+                self.ignored[name if known else "other fields"] += 1
             texts += self._render(item.examples)
         for prompt, completion in texts:
             self.prompts.append(_hash(prompt))

@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -31,6 +32,7 @@ __all__ = ["RowCounts", "Splits", "collate", "data_digest", "load_rows", "row_co
 LOG = logging.getLogger(__name__)
 ROWS_VERSION = 2  # raise it when the rows of one file change: old cache entries are then left alone
 BATCH = 1000
+STALE_S = 24 * 3600
 IGNORED_LABEL = -100  # torch's cross_entropy skips it
 
 
@@ -156,6 +158,7 @@ def _build(entry: Path, path: Path, tokenizer: Any, format_: PromptFormat, max_l
     from datasets.arrow_writer import ArrowWriter
 
     entry.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(entry.parent)
     building = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     try:
         written = _Writer(tokenizer, format_, max_length)
@@ -179,6 +182,17 @@ def _build(entry: Path, path: Path, tokenizer: Any, format_: PromptFormat, max_l
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _sweep(cache: Path) -> None:
+    """Removes what killed processes left half-built, a day later."""
+    for left in cache.glob(".rows-*"):
+        try:
+            stale = time.time() - left.stat().st_mtime > STALE_S
+        except FileNotFoundError:  # another process finished or swept it
+            continue
+        if stale:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 class _Writer:

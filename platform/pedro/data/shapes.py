@@ -22,6 +22,7 @@ from pedro.errors import DataError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+TURN_FIELDS = ("role", "content", "from", "value", "weight")
 
 
 class Shape(StrEnum):
@@ -100,16 +101,6 @@ def read_line(line: str, number: int) -> ParsedLine:
     return _completion(row, number)
 
 
-def normalise_messages(messages: Any, field: str = "messages", line: int = 1) -> list[dict[str, str]]:
-    """OpenAI chat messages as plain {"role", "content"}: text parts joined, `developer` called `system`.
-
-    Requests go through this as training rows do, so that both render to the same prompt. Raises LineError.
-    """
-    if not isinstance(messages, list | tuple) or not messages:
-        raise LineError(line, field, f"expected a list of messages, got {_kind(messages, empty=True)}")
-    return [_message(message, f"{field}[{index}]", line) for index, message in enumerate(messages)]
-
-
 def _shape(row: dict[str, Any], number: int) -> Shape:
     def has(names: tuple[str, ...]) -> bool:
         return any(name in row for name in names)
@@ -162,7 +153,9 @@ def _conversation(row: dict[str, Any], field: str, number: int, shape: Shape) ->
         weight = turn.get("weight", 1)
         if weight not in (0, 1):
             raise LineError(number, f"{where}.weight", f"expected 0 or 1, got {weight!r}")
-        ignored |= {f"{field}[].{key}" for key in turn if key not in ("role", "content", "from", "value", "weight")}
+        ignored |= {
+            f"{field}[].{_short(key)}" for key in turn if key not in ("role", "content", "from", "value", "weight")
+        }
         if message["role"] == "assistant":
             if not any(before["content"].strip() for before in messages):
                 raise LineError(number, where, "an answer with nothing before it: there is no prompt to answer")
@@ -225,12 +218,15 @@ def _text(value: Any, where: str, line: int, blank: bool = True) -> str:
 
 
 def _extra(row: dict[str, Any], *known: str) -> tuple[str, ...]:
-    return tuple(sorted(key for key in row if key not in known))
+    return tuple(sorted(_short(key) for key in row if key not in known))
 
 
 def _names(row: dict[str, Any]) -> str:
-    names = [key if len(key) <= 40 else key[:37] + "..." for key in list(row)[:8]]
-    return ", ".join(names) or "an empty object"
+    return ", ".join(_short(key) for key in list(row)[:8]) or "an empty object"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else name[:37] + "..."
 
 
 def _kind(value: Any, show: bool = False, empty: bool = False) -> str:
