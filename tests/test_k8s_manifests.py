@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib
-import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import pedro
 import pytest
 import yaml
 from k8s_render import OVERLAYS, PLATFORMS, ROOT, SPEC, matches, one, pods, render, whole
+
+import pedro
 from pedro.config import Settings, validate_spec
 from pedro.serving.config import ServeConfig
+from pedro.training.job import read_spec
 
 SCHEMAS = Path(__file__).parent / "fixtures" / "kuberay" / "schemas.json.gz"
 PLATFORM_IMAGE = f"pedro-platform:{pedro.__version__}"
@@ -206,7 +207,7 @@ def test_workloads_select_their_own_pods_and_budgets_guard_pods_that_exist(platf
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_the_job_runs_the_specification_that_pedro_submit_reads(platform):
+def test_the_job_runs_the_specification_that_pedro_submit_reads_and_its_workers_fit(platform, tmp_path):
     objects = render(f"{platform}/finetune")
     job, spec = one(objects, "RayJob"), one(objects, "ConfigMap", "finetune-spec")
     assert yaml.safe_load(spec["data"]["finetune.yaml"]) == yaml.safe_load(SPEC.read_text("utf-8"))
@@ -216,8 +217,13 @@ def test_the_job_runs_the_specification_that_pedro_submit_reads(platform):
     mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == volume["name"])
     command = job["spec"]["entrypoint"].split()
     assert command[:3] == ["python", "-m", "pedro.training.job"]
-    assert importlib.util.find_spec("pedro.training.job") is not None
-    assert f"{mount['mountPath']}/finetune.yaml" in command
+    assert command[3:5] == ["--spec", f"{mount['mountPath']}/finetune.yaml"]
+    wanted = read_spec(str(SPEC), tmp_path, command[5:]).resources
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert wanted.workers == group["replicas"] == group["minReplicas"] == group["maxReplicas"]
+    assert wanted.cpus_per_worker <= int(limits["cpu"])
+    assert wanted.gpus_per_worker == int(limits.get("nvidia.com/gpu", 0))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

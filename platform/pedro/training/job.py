@@ -1,4 +1,4 @@
-"""One fine-tuning job from spec to champion: `python -m pedro.training.job --spec FILE [--job-id ID]`.
+"""One fine-tuning job from spec to champion: `python -m pedro.training.job --spec FILE [--job-id ID] [key=value …]`.
 
 The outline: resolve, prepare the data, train, register, gate, promote. The last line on standard output is the result
 as one JSON object; a failure is one line on standard error and exit code 1, and registers nothing.
@@ -126,10 +126,12 @@ def judge(spec: FineTuneSpec, trained: Result, registry: Registry) -> GateDecisi
     return decide(spec.gate, metrics, champion.metrics if champion else None, bare)
 
 
-def read_spec(location: str, cache: Path) -> FineTuneSpec:
-    """A job's spec: the resolved JSON of `submit`, or a YAML file as people write it."""
+def read_spec(location: str, cache: Path, overrides: Sequence[str] = ()) -> FineTuneSpec:
+    """A job's spec: the resolved JSON of `submit`, or a YAML file as people write it with `overrides` laid over it."""
     if not location.endswith(".json"):
-        return load_finetune_spec(location)
+        return load_finetune_spec(location, overrides)
+    if overrides:
+        raise ConfigError(f"{overrides[0]!r}: {location} is resolved already; give overrides to `pedro submit` instead")
     try:
         tree = json.loads(fetch(location, cache).read_text())
     except (OSError, ValueError) as error:
@@ -161,10 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pedro.training.job", description="Run one fine-tuning job.")
     parser.add_argument("--spec", required=True, help="a spec: YAML, or the resolved JSON of `pedro submit`")
     parser.add_argument("--job-id", default=None)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over a YAML spec")
     options = parser.parse_args(arguments)
     settings = Settings.from_env()
     try:
-        spec = stage(read_spec(options.spec, settings.cache), settings.storage)
+        spec = stage(read_spec(options.spec, settings.cache, options.overrides), settings.storage)
         _connect()
         result = run_job(spec, settings, Registry.open(settings), options.job_id, say=_print)
     except PedroError as error:
