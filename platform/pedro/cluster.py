@@ -22,7 +22,7 @@ from typing import Any
 from pedro.config import Settings
 from pedro.errors import ConfigError, UnavailableError
 
-START_TIMEOUT_S = 90
+START_TIMEOUT_S = 180  # 10 on an idle machine
 OBJECT_STORE_BYTES = 256 << 20  # the platform passes paths between processes, not tensors
 
 
@@ -69,15 +69,19 @@ def connect(settings: Settings, say: Callable[[str], None] = lambda line: None) 
                 param="RAY_ADDRESS",
             ) from error
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    hosts = {node["NodeManagerHostname"] for node in nodes}
-    if len(hosts) > 1 and settings.single_host():
+    check_storage(settings, hosts=len({node["NodeManagerHostname"] for node in nodes}))
+    return Cluster(address, _dashboard_url(), len(nodes), local=external is None)
+
+
+def check_storage(settings: Settings, hosts: int) -> None:
+    """Raise ConfigError if the cluster has several hosts and some of the settings only work on one."""
+    if hosts > 1 and settings.single_host():
         raise ConfigError(
-            f"the cluster has {len(hosts)} hosts, but these live on one host's disk: {', '.join(settings.single_host())}; "
+            f"the cluster has {hosts} hosts, but these live on one host's disk: {', '.join(settings.single_host())}; "
             "point MLFLOW_TRACKING_URI at an MLflow server, PEDRO_DATABASE_URL at PostgreSQL and PEDRO_STORAGE at "
             "storage that every host reaches (s3://…, gs://…)",
             param="RAY_ADDRESS",
         )
-    return Cluster(address, _dashboard_url(), len(nodes), local=external is None)
 
 
 def find_head(settings: Settings) -> Head | None:
@@ -95,19 +99,10 @@ def find_head(settings: Settings) -> Head | None:
 
 def stop_head(settings: Settings) -> bool:
     """End the local head and every process it started; False if none ran."""
-    import psutil
-
     head = find_head(settings)
     if head is None:
         return False
-    process = psutil.Process(head.pid)
-    family = [process, *process.children(recursive=True)]
-    process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=20)
-    for left in alive:
-        with suppress(psutil.NoSuchProcess):
-            left.kill()
-    psutil.wait_procs(alive, timeout=5)
+    _end(head.pid)
     _record(settings).unlink(missing_ok=True)
     return True
 
@@ -184,9 +179,10 @@ def _start_head(folder: Path) -> Head:
     deadline = time.monotonic() + START_TIMEOUT_S
     while b"Ray runtime started" not in log.read_bytes():
         if process.poll() is not None or time.monotonic() > deadline:
-            with suppress(ProcessLookupError):
-                process.kill()
-            raise UnavailableError(f"the local Ray head did not start; its log is {log}; `pedro doctor` checks the host")
+            _end(process.pid)
+            raise UnavailableError(
+                f"the local Ray head did not start; its log is {log}; `pedro doctor` checks the host"
+            )
         time.sleep(0.1)
     return Head(
         address=f"127.0.0.1:{gcs}",
@@ -194,6 +190,24 @@ def _start_head(folder: Path) -> Head:
         pid=process.pid,
         started=psutil.Process(process.pid).create_time(),
     )
+
+
+def _end(pid: int) -> None:
+    """End a head and all that it started, which is whatever shares its session."""
+    import psutil
+
+    family = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) == pid:
+                family.append(process)
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).terminate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for left in alive:
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
+    psutil.wait_procs(alive, timeout=5)
 
 
 def _dashboard_url() -> str:

@@ -1,0 +1,117 @@
+"""The local head of a PEDRO_HOME, and a cluster of two nodes started by hand: the same commands run on both."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from pedro import cluster
+from pedro.config import Settings
+from pedro.errors import ConfigError
+
+PEDRO = [sys.executable, "-m", "pedro.cli"]
+DEMO = Path(__file__).parents[1] / "platform" / "pedro" / "assets" / "demo" / "acme"
+SPEC = f"""
+tenant: acme
+adapter: two-nodes
+data: {{train: {DEMO / "train.jsonl"}, test: {DEMO / "test.jsonl"}}}
+training: {{max_steps: 4, batch_size: 8, lr: 1e-2, eval_every: 4, eval_rows: 16}}
+gate: {{max_rows: 16, min_gain: -1}}
+resources: {{workers: 2, zero_stage: 1}}
+"""
+
+
+@pytest.fixture
+def home():
+    """A PEDRO_HOME with a short path: Ray's sockets allow no long one."""
+    with tempfile.TemporaryDirectory(prefix="pedro-", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+def test_every_setting_is_absolute_and_survives_the_way_to_another_process(home, monkeypatch):
+    monkeypatch.chdir(home)
+    settings = Settings.from_env({"PEDRO_HOME": "here", "PEDRO_STORAGE": "there"})
+    assert settings.home == home / "here"
+    assert settings.storage == str(home / "there")
+    assert Settings.from_env(settings.env()) == settings
+
+
+def test_a_multi_host_cluster_is_refused_with_single_host_storage():
+    settings = Settings.from_env({"PEDRO_HOME": "/x", "MLFLOW_TRACKING_URI": "http://mlflow:5000"})
+    with pytest.raises(ConfigError, match=r"2 hosts.*PEDRO_DATABASE_URL=sqlite.*PEDRO_STORAGE=/x/storage"):
+        cluster.check_storage(settings, hosts=2)
+    cluster.check_storage(settings, hosts=1)
+
+
+def test_a_recorded_head_that_is_gone_is_not_found(home):
+    settings = Settings.from_env({"PEDRO_HOME": str(home)})
+    (home / "ray").mkdir()
+    record = {"address": "127.0.0.1:1", "dashboard_url": "http://127.0.0.1:2", "pid": os.getpid(), "started": 1.0}
+    (home / "ray" / "head.json").write_text(json.dumps(record))
+    assert cluster.find_head(settings) is None
+    assert cluster.stop_head(settings) is False
+
+
+@pytest.mark.slow
+def test_submit_and_serve_run_on_a_head_and_a_worker_started_separately(home):
+    """Each node has one CPU and each training worker wants one, so one worker runs on each node."""
+    (home / "token").write_text("f" * 64)
+    (home / "spec.yaml").write_text(SPEC)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PEDRO_", "MLFLOW_"))}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(home / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
+    env |= {"PEDRO_HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+    gcs, dashboard, *agents = (cluster.free_port() for _ in range(4))
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
+    ray += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    head = [*ray, "--head", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+    nodes = [_start([*head, f"--dashboard-agent-listen-port={agents[0]}"], env, home / "head.log")]
+    try:
+        address = _address(home / "head.log", gcs)
+        worker = [*ray, f"--address={address}", f"--dashboard-agent-listen-port={agents[1]}"]
+        nodes.append(_start(worker, env, home / "worker.log"))
+        _wait_for(home / "worker.log", "Ray runtime started")
+        env["RAY_ADDRESS"] = address
+
+        reply = _run(["submit", str(home / "spec.yaml"), "--wait", "--json"], env)
+        result = json.loads(reply.splitlines()[-1])
+        assert result["model"] == "acme.two-nodes:1"
+        assert result["alias"] == "champion"
+
+        served = json.loads(_run(["serve", "--port", "0", "--detach", "--json"], env).splitlines()[-1])
+        key = json.loads(_run(["keys", "create", "acme", "--json"], env))["secret"]
+        answer = _run(["chat", "acme.two-nodes", "play some jazz", "--json"], env | {"PEDRO_API_KEY": key})
+        assert json.loads(answer)["model"] == "acme.two-nodes"
+        assert served["url"].startswith("http://127.0.0.1:")
+        assert json.loads(_run(["down", "--json"], env)) == {"server": True, "head": False}
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(30)
+
+
+def _start(command, env, log):
+    with log.open("wb") as out:
+        return subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+
+
+def _wait_for(log, text, timeout_s=90):
+    deadline = time.monotonic() + timeout_s
+    while text not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.2)
+
+
+def _address(log, port):
+    _wait_for(log, "Ray runtime started")
+    return next(word.strip("'") for word in log.read_text().replace("=", " ").split() if word.endswith(f":{port}'"))
+
+
+def _run(arguments, env):
+    done = subprocess.run([*PEDRO, *arguments], env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"{arguments}: {done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return done.stdout
