@@ -15,7 +15,7 @@ RUN useradd --uid 10001 --user-group --home-dir /var/lib/pedro --create-home ped
 WORKDIR /opt/pedro
 COPY constraints.txt ./
 # The largest layer first: it changes with constraints.txt only.
-RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -c constraints.txt torch
+RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -c constraints.txt torch
 COPY pyproject.toml README.md LICENSE ./
 COPY platform ./platform
 RUN pip install -c constraints.txt '.[all]'

@@ -227,8 +227,16 @@ def swap(demo: data.Demo) -> None:
         facts[3].metric("Accuracy after", f"{seen.new_accuracy:.1%}", gain, border=True, height="stretch")
     frame = pd.DataFrame(
         [
-            {"version": f"v{seen.old_version} (old)", "answers": seen.answered_by_old, "order": 0},
-            {"version": f"v{seen.new_version} (new)", "answers": seen.answered_by_new, "order": 1},
+            {
+                "version": f"v{seen.old_version}, old: {seen.answered_by_old:,}",
+                "answers": seen.answered_by_old,
+                "order": 0,
+            },
+            {
+                "version": f"v{seen.new_version}, new: {seen.answered_by_new:,}",
+                "answers": seen.answered_by_new,
+                "order": 1,
+            },
         ]
     )
     bar = (
@@ -239,7 +247,7 @@ def swap(demo: data.Demo) -> None:
                 "answers:Q",
                 title="requests answered",
                 scale=alt.Scale(domain=[0, max(1, seen.answered_by_old + seen.answered_by_new)], nice=False),
-                axis=alt.Axis(tickCount=6, grid=False, format=","),
+                axis=alt.Axis(tickCount=6, grid=False, format=",d", titlePadding=4),
             ),
             order="order:Q",
             color=alt.Color(
@@ -248,10 +256,10 @@ def swap(demo: data.Demo) -> None:
                 scale=alt.Scale(domain=list(frame["version"]), range=["#E69F00", "#0072B2"]),
                 legend=alt.Legend(title=None, orient="top"),
             ),
-            tooltip=["version:N", alt.Tooltip("answers:Q", format=",")],
+            tooltip=[alt.Tooltip("version:N"), alt.Tooltip("answers:Q", format=",d")],
         )
     )
-    st.altair_chart(bar.properties(height=110), width="stretch")
+    st.altair_chart(bar.properties(height=130), width="stretch")
 
 
 def foot(settings: Settings, adapters: data.Adapters) -> None:

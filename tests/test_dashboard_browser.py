@@ -85,7 +85,8 @@ def test_the_page_draws_everything_without_an_error(browser, port, tmp_path, sch
     page.wait_for_function("selector => document.querySelectorAll(selector).length >= 3", arg=CHARTS, timeout=60_000)
     page.locator("[data-testid=stDataFrame] canvas").first.wait_for(timeout=60_000)
     page.get_by_role("radio", name="Training loss").or_(page.get_by_text("Training loss")).first.click()
-    page.locator(CHARTS).first.wait_for(timeout=60_000)
+    page.wait_for_function("() => !document.querySelector('[data-stale=true]')", timeout=60_000)
+    page.wait_for_function("selector => document.querySelectorAll(selector).length >= 3", arg=CHARTS, timeout=60_000)
     assert page.locator("[data-testid=stException]").count() == 0
     shot = tmp_path / f"dashboard-{scheme}.png"
     page.screenshot(path=shot, full_page=True)
