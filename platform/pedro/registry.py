@@ -15,7 +15,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +60,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered adapter: when its name was made (ms; a name deleted and made again is another), and its aliases."""
+    """One registered adapter: its aliases, and when its name was made (ms); made again after a deletion is another."""
 
     created: int
     aliases: dict[str, int]
@@ -84,27 +83,29 @@ class Registry:
     def _client(self) -> Any:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         from filelock import FileLock
-        from mlflow import MlflowClient
 
         for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        lock: AbstractContextManager[Any] = nullcontext()
-        if self.tracking_uri.startswith("sqlite:///"):
+        try:
+            if not self.tracking_uri.startswith("sqlite:///"):
+                return _connect(self.tracking_uri)
             database = Path(self.tracking_uri.removeprefix("sqlite:///"))
             database.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{database}.lock")  # the constructor creates the schema; two processes must not both
-        try:
-            with lock:
-                client = MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
-                client.search_experiments(max_results=1)
+            with FileLock(f"{database}.lock"):  # two processes must not both make the schema
+                if not database.exists() or not database.stat().st_size:
+                    _make_schema(database)
+                return _connect(self.tracking_uri)
         except Exception as error:
+            remedy = "start it, or unset the variable to use the sqlite store in PEDRO_HOME"
+            if self.tracking_uri.startswith("sqlite:"):
+                remedy = "is its disk full, or its directory not writable? See PEDRO_HOME and MLFLOW_TRACKING_URI"
             raise UnavailableError(
-                f"MLFLOW_TRACKING_URI: no registry answers at {self.tracking_uri} ({type(error).__name__}: {error}); "
-                "start it, or unset the variable to use the sqlite store in PEDRO_HOME",
+                f"MLFLOW_TRACKING_URI: no registry answers at {self.tracking_uri} "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); {remedy}",
                 param="MLFLOW_TRACKING_URI",
             ) from error
-        return client
 
     # Runs
 
@@ -312,6 +313,23 @@ class Registry:
             token = page.token
             if not token:
                 return
+
+
+def _connect(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.search_experiments(max_results=1)
+    return client
+
+
+def _make_schema(database: Path) -> None:
+    """Make an sqlite store whole or not at all: MLflow cannot take up a migration that was broken off."""
+    scratch = database.with_name(f"{database.name}.new")
+    for left in (scratch, scratch.with_name(f"{scratch.name}-journal")):
+        left.unlink(missing_ok=True)
+    _connect(f"sqlite:///{scratch}")
+    scratch.rename(database)
 
 
 def _model_name(tenant: str, adapter: str) -> str:
