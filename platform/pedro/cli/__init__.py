@@ -6,12 +6,18 @@ answers at once.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from typing import TYPE_CHECKING
 
 import typer
 
 from pedro.cli import adapters, chat, data, doctor, jobs, keys, serve
 from pedro.cli.output import fail
+
+if TYPE_CHECKING:
+    from pedro.errors import PedroError
 
 app = typer.Typer(
     name="pedro",
@@ -21,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.app, name="data")
@@ -57,7 +63,23 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe had enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it on its way out
+        sys.exit(1)
     except OSError as error:
-        if error.errno != 28:  # ENOSPC
-            raise
-        fail(PedroError(f"no space left on the disk of {error.filename or 'PEDRO_HOME'}; free some and try again"))
+        fail(_of_this_machine(error), as_json="--json" in sys.argv)
+
+
+def _of_this_machine(error: OSError) -> PedroError:
+    """What the disk or the network refused, in one line; what names no file is a bug and keeps its traceback."""
+    from pedro.errors import UnavailableError
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "PEDRO_HOME"
+        return UnavailableError(f"no space left on the disk of {where}; free some and try again")
+    if error.filename is None:
+        raise error
+    return UnavailableError(
+        f"{error.filename}: {error.strerror or type(error).__name__}; check the path, and that PEDRO_HOME is a "
+        "directory that you may write"
+    )

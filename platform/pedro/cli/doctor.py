@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +70,8 @@ def _python() -> Check:
 
 def _packages() -> Check:
     """The installed versions against the ranges that pedro-platform declares."""
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     wrong, seen = [], []
@@ -154,6 +155,8 @@ def _service(name: str, probe: Callable[[], str], remedy: str) -> Check:
         return Check(name, "ok", probe())
     except PedroError as error:
         return Check(name, "fail", error.message, remedy)
+    except OSError as error:
+        return Check(name, "fail", f"{error.filename}: {error.strerror}", remedy)
 
 
 def _registry(settings) -> str:

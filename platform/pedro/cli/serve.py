@@ -13,7 +13,7 @@ from pedro.cli.output import AsJson, emit, say
 def serve(
     backbone: Annotated[str, typer.Option(help="Embedded name, directory or hub id.")] = "stories260K",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(help="Engine replicas, one a device.")] = 1,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a replica [half the cores].")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -85,7 +85,7 @@ def down(as_json: AsJson = False) -> None:
 
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server running.")] = False,
-    port: Annotated[int, typer.Option(help="Port of the server; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(help="Port of the server; 0 takes a free one.", min=0, max=65535)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Three tenants, three tasks, one backbone: train, register, serve, hot-swap and measure, on this machine.

@@ -81,7 +81,7 @@ def undeploy(settings: Settings) -> bool:
     from pedro import cluster
 
     recorded = _record(settings).is_file()
-    if settings.ray_address is None and cluster.find_head(settings) is None:
+    if recorded and settings.ray_address is None and cluster.find_head(settings) is None:
         _record(settings).unlink(missing_ok=True)
         return False
     if recorded:
