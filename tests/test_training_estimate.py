@@ -1,0 +1,55 @@
+"""The dry run: its numbers are those of the run itself."""
+
+import pytest
+from training_runs import run, session_for, spec_for
+
+from pedro.errors import ConfigError, DataError
+from pedro.training.estimate import dry_run
+
+
+def test_the_dry_run_counts_what_the_run_then_does(tmp_path):
+    spec = spec_for(tmp_path, max_steps=4, theta_every=2)
+    report = dry_run(spec)
+    session = session_for(spec, tmp_path)
+    outcome = run(session, tmp_path / "run")
+    assert (report.steps, report.optimizer_steps) == (outcome.steps, outcome.optimizer_steps) == (4, 6)
+    assert report.trainable_parameters == session.trainable_parameters == 21_320
+    assert report.backbone_parameters == 260_032
+    assert report.rows == {
+        "train": len(session.data.train),
+        "theta": len(session.data.theta),
+        "validation": len(session.data.validation),
+    }
+    assert report.seconds == pytest.approx(4 * report.seconds_per_step)
+    assert report.memory_bytes["backbone"] == 4 * 260_032
+    assert report.memory_bytes["optimizer"] == 8 * 21_320
+    assert report.to_dict()["spec"] == spec.to_dict()
+    text = str(report)
+    for piece in ("21,320 parameters", "8.20 %", "6 optimizer steps", "timed on this machine", "activations"):
+        assert piece in text
+
+
+def test_zero_and_bf16_show_in_the_memory(tmp_path):
+    plain = dry_run(spec_for(tmp_path, "lora")).memory_bytes
+    spec = spec_for(tmp_path, "lora", {"workers": 2, "zero_stage": 3}, precision="bf16")
+    sharded = dry_run(spec).memory_bytes
+    assert sharded["backbone"] * 4 == plain["backbone"]
+    for part in ("adapter", "gradients", "optimizer"):
+        assert sharded[part] * 2 == plain[part]
+
+
+def test_a_wrong_method_option_is_told_before_anything_starts(tmp_path):
+    with pytest.raises(ConfigError, match=r"method.rr: unknown option; did you mean r\?"):
+        dry_run(spec_for(tmp_path, {"name": "pedro", "rr": 3}))
+
+
+def test_a_length_beyond_the_backbones_context_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"training.max_length: 4096 is more than the 512 tokens"):
+        dry_run(spec_for(tmp_path, max_length=4096))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    spec = spec_for(tmp_path)
+    gone = spec.model_copy(update={"data": spec.data.model_copy(update={"train": str(tmp_path / "gone.jsonl")})})
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
+        dry_run(gone)

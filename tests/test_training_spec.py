@@ -1,0 +1,97 @@
+"""The spec file: defaults, mistakes told together, and where relative paths start."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pedro.errors import ConfigError
+from pedro.training.job import flat, stage
+from pedro.training.spec import FineTuneSpec, load_finetune_spec
+
+SHIPPED = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("finetune*.yaml"))
+SMALL = {"tenant": "acme", "adapter": "support", "data": {"train": "train.jsonl"}}
+
+
+def _write(folder, **changes):
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    return path
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_remedy(tmp_path):
+    path = _write(
+        tmp_path,
+        adaptor="x",
+        tenant="Acme Inc",
+        training={"lr": -1, "epoch": 3, "precision": "fp8"},
+        resources={"zero_stage": 4},
+        data={"train": "train.jsonl", "theta": 0.6, "validation": 0.5},
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_finetune_spec(path)
+    text = caught.value.message
+    for piece in (
+        "7 mistakes",
+        "adaptor: unknown key; did you mean 'adapter'?",
+        "tenant: ",
+        "training.lr: expected",
+        "got -1",
+        "training.epoch: unknown key; did you mean 'epochs'?",
+        "training.precision",
+        "resources.zero_stage",
+        "theta and validation together take 1.1 of train",
+    ):
+        assert piece in text, text
+
+
+def test_too_small_a_batch_for_the_workers_names_the_least_size(tmp_path):
+    path = _write(tmp_path, training={"batch_size": 4, "gradient_accumulation": 3}, resources={"workers": 2})
+    with pytest.raises(ConfigError, match="raise batch_size to at least 6"):
+        load_finetune_spec(path)
+
+
+def test_relative_paths_start_from_the_spec_and_those_of_overrides_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "specs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = _write(tmp_path / "specs", data={"train": "train.jsonl", "theta": "../theta.jsonl", "validation": 0.2})
+    spec = load_finetune_spec(path, ["data.test=held_out.jsonl", "data.validation=0.3", "training.lr=1e-3"])
+    assert spec.data.train == str(tmp_path / "specs" / "train.jsonl")
+    assert Path(spec.data.theta).resolve() == tmp_path / "theta.jsonl"
+    assert spec.data.test == str(tmp_path / "held_out.jsonl")
+    assert spec.data.validation == 0.3
+    assert spec.training.lr == 1e-3
+
+
+def test_urls_stay_and_packaged_data_is_found(tmp_path):
+    spec = load_finetune_spec(
+        _write(tmp_path, data={"train": "pedro://demo/acme/train.jsonl", "test": "s3://b/t.jsonl"})
+    )
+    assert Path(spec.data.train).is_file()
+    assert spec.data.test == "s3://b/t.jsonl"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_spec_loads_and_finds_its_data(path):
+    spec = load_finetune_spec(path)
+    assert all(Path(file).is_file() for file in spec.data.files().values())
+
+
+def test_the_resolved_spec_reads_back_as_itself(tmp_path):
+    spec = load_finetune_spec(_write(tmp_path, method={"name": "lora", "r": 4}))
+    assert spec.method.options == {"r": 4}
+    assert FineTuneSpec.model_validate(spec.to_dict()) == spec
+    assert flat(spec.to_dict())["method.r"] == 4
+
+
+def test_staged_data_is_named_by_content_and_does_not_change_with_the_file(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    spec = load_finetune_spec(_write(tmp_path))
+    storage = str(tmp_path / "storage")
+    first = stage(spec, storage)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
+    second = stage(spec, storage)
+    assert first.data.train != second.data.train
+    assert '"b"' in Path(first.data.train).read_text()
+    assert stage(first, storage) == first
+    assert len(list((tmp_path / "storage" / "datasets").iterdir())) == 2

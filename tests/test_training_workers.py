@@ -1,0 +1,167 @@
+"""DeepSpeed in every ZeRO stage, alone and as two workers, against plain torch on the same global batches.
+
+Workers are real processes over gloo. One group of processes runs every stage, since starting it costs most.
+"""
+
+import os
+import socket
+from contextlib import closing
+
+import pytest
+import torch
+import torch.multiprocessing
+from training_runs import parameters, run, session_for, spec_for
+
+from pedro.training.spec import FineTuneSpec
+
+STAGES = (0, 1, 2, 3)
+
+
+def _worker(rank, world, port, folder, specs, queue):
+    """One worker of a group: each spec in turn, interrupted once and resumed where the spec's seed is odd."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    from pedro.training.session import deepspeed_engine, open_session
+    from pedro.training.team import Team
+    from pedro.training.worker import evaluate, save
+
+    results = {}
+    for name, tree, stop_at in specs:
+        spec = FineTuneSpec.model_validate(tree)
+        team = Team(rank, world)
+        if stop_at:
+            first = open_session(spec, folder / "cache", deepspeed_engine(spec), team)
+            cut = _Cut(folder / name, stop_at)
+            with pytest.raises(InterruptedError):
+                _train(first, cut)
+        session = open_session(spec, folder / "cache", deepspeed_engine(spec), team)
+        outcome = run(session, folder / name)
+        metrics = evaluate(session, team)
+        trained = _Trained(metrics)
+        digest = save(session, trained, folder / f"{name}-adapter")
+        with session.engine.gathered():
+            values = parameters(session)
+        results[name] = {
+            "loss": outcome.validation_loss,
+            "validations": outcome.validations,
+            "values": {key: value.tolist() for key, value in values.items()},
+            "metrics": metrics,
+            "digest": digest,
+            "trainable": session.trainable_parameters,
+        }
+    if rank == 0:
+        queue.put(results)
+    torch.distributed.barrier()
+
+
+class _Trained:
+    def __init__(self, metrics):
+        self.metrics = metrics
+
+
+def _train(session, reporter):
+    from pedro.training.loop import train
+
+    return train(session.engine, session.alternation, session.plan, session.data, reporter)
+
+
+def _group(world, folder, specs):
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (world, port, folder, specs, queue)
+    workers = [context.Process(target=_worker, args=(rank, *arguments), daemon=True) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    try:
+        results = queue.get(timeout=200)
+        for worker in workers:
+            worker.join(30)
+        return results
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def _spec(folder, world, stage, method="pedro", **training):
+    resources = {"workers": world, "zero_stage": stage}
+    return spec_for(folder, method, resources, **{"gradient_accumulation": 2, "clip": 0.5, **training}).to_dict()
+
+
+def _reference(folder, method="pedro", **training):
+    session = session_for(spec_for(folder, method, clip=0.5, **training), folder)
+    outcome = run(session, folder / f"reference-{method}")
+    return outcome, {name: value.tolist() for name, value in parameters(session).items()}
+
+
+def _largest_difference(one, other):
+    return max((torch.tensor(one[name]) - torch.tensor(other[name])).abs().max().item() for name in other)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_workers_and_zero_stages_are_invisible_in_the_result(tmp_path, world):
+    from training_runs import write_rows
+
+    write_rows(tmp_path / "train.jsonl")
+    wanted, values = _reference(tmp_path)
+    specs = [(f"zero{stage}", _spec(tmp_path, world, stage), None) for stage in STAGES]
+    results = _group(world, tmp_path, specs)
+    for name, result in results.items():
+        losses = [loss for _, loss in result["validations"]]
+        assert losses == pytest.approx([loss for _, loss in wanted.validations], rel=1e-5), name
+        assert _largest_difference(result["values"], values) < 5e-5, name
+        assert result["metrics"]["rows"] == results["zero0"]["metrics"]["rows"]
+        assert result["metrics"]["accuracy"] == results["zero0"]["metrics"]["accuracy"], name
+        assert result["trainable"] == 21_320
+        assert result["digest"].startswith("sha256:"), name
+
+
+def test_an_interrupted_group_ends_with_the_same_bits_in_every_stage(tmp_path):
+    from training_runs import write_rows
+
+    write_rows(tmp_path / "train.jsonl")
+    specs = []
+    for stage in STAGES:
+        tree = _spec(tmp_path, 2, stage, eval_every=2)
+        specs += [(f"whole{stage}", tree, None), (f"cut{stage}", tree, 4)]
+    results = _group(2, tmp_path, specs)
+    for stage in STAGES:
+        whole, cut = results[f"whole{stage}"], results[f"cut{stage}"]
+        assert cut["digest"] == whole["digest"], f"ZeRO {stage}"
+        assert cut["validations"] == whole["validations"], f"ZeRO {stage}"
+
+
+class _Cut:
+    """A reporter that breaks the run off after the checkpoint of a step."""
+
+    def __init__(self, folder, step):
+        from pedro.training.reporters import LocalReporter
+
+        self.inner, self.step = LocalReporter(folder, lambda line: None), step
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def checkpoint(self, engine, team, progress, best):
+        self.inner.checkpoint(engine, team, progress, best)
+        if progress.step == self.step:
+            raise InterruptedError
+
+
+@pytest.mark.slow
+def test_bf16_runs_in_every_stage_for_adapters_and_for_full_fine_tuning(tmp_path):
+    from training_runs import write_rows
+
+    write_rows(tmp_path / "train.jsonl")
+    specs = [
+        (f"{method}{stage}", _spec(tmp_path, 2, stage, method, precision="bf16", lr=1e-3), None)
+        for method in ("pedro", "full")
+        for stage in STAGES
+    ]
+    results = _group(2, tmp_path, specs)
+    for method in ("pedro", "full"):
+        losses = [results[f"{method}{stage}"]["loss"] for stage in STAGES]
+        assert losses == pytest.approx([losses[0]] * len(STAGES), rel=2e-2), method

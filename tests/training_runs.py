@@ -1,0 +1,65 @@
+"""Tiny real runs for the tests of the training room: the packaged backbone, a few dozen rows, a few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from pedro.training.loop import Outcome, train
+from pedro.training.reporters import LocalReporter
+from pedro.training.session import Session, open_session
+from pedro.training.spec import FineTuneSpec
+
+COLOURS = ("red", "blue", "green")
+
+
+def write_rows(path: Path, count: int = 72, start: int = 0) -> Path:
+    """Distinct prompts with answers of unequal length."""
+    rows = [
+        {"prompt": f"item {i} shade {i % 3}:", "completion": " and ".join([COLOURS[i % 3]] * (1 + i % 4))}
+        for i in range(start, start + count)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def spec_for(folder: Path, method: str | dict = "pedro", resources: dict | None = None, **training) -> FineTuneSpec:
+    """A spec on freshly written rows; `training` overrides the small defaults."""
+    train_file = folder / "train.jsonl"
+    if not train_file.exists():
+        write_rows(train_file)
+    settings = {"max_steps": 6, "epochs": 100, "batch_size": 8, "lr": 1e-2, "eval_every": 3, "max_length": 64}
+    return FineTuneSpec.model_validate(
+        {
+            "tenant": "acme",
+            "adapter": "colours",
+            "data": {"train": str(train_file), "theta": 0.2, "validation": 0.2},
+            "method": {"name": method} if isinstance(method, str) else method,
+            "training": {**settings, **training},
+            "resources": resources or {},
+        }
+    )
+
+
+def session_for(spec: FineTuneSpec, folder: Path) -> Session:
+    """One worker's session on plain torch."""
+    torch.set_num_threads(1)
+    return open_session(spec, folder / "cache")
+
+
+def run(session: Session, folder: Path) -> Outcome:
+    """Train to the end, or go on from the checkpoint in `folder`."""
+    reporter = LocalReporter(folder, say=lambda line: None)
+    return train(session.engine, session.alternation, session.plan, session.data, reporter)
+
+
+def parameters(session: Session) -> dict[str, torch.Tensor]:
+    """A copy of what is trained."""
+    return {name: p.detach().clone() for name, p in session.engine.parameters}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Equal to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
