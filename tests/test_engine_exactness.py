@@ -7,6 +7,7 @@ import torch
 from engine_models import (
     ARCHITECTURES,
     DIGEST,
+    drain,
     make_adapter,
     make_engine,
     prompt,
@@ -111,11 +112,14 @@ def test_a_bare_row_in_a_slot_that_held_an_adapter_is_bare(tmp_path):
     engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=2)
     one, two = prompt(6, 1), prompt(8, 2)
     beside = request("beside", prompt(5), 30, adapter="a")
-    answers = run(engine, request("tuned", one, 3, adapter="a"), beside, request("bare", two))
-    assert answers["tuned"].token_ids == reference_greedy(tuned, one, 3)
-    expected = reference_greedy(model, two, 8)
-    assert len(expected) > 3
-    assert answers["bare"].token_ids[: len(expected)] == expected
+    engine.add(request("tuned", one, 3, adapter="a"))
+    engine.add(beside)
+    first = drain(engine, until=lambda answers: "tuned" in answers and answers["tuned"].last.finish_reason)
+    assert first["tuned"].token_ids == reference_greedy(tuned, one, 3)
+    bare = run(engine, request("bare", two, logprobs=0))["bare"]
+    logits = reference_logits(model, [*two, *bare.token_ids], 8)[7:-1]
+    for logprob, expected in zip(bare.logprobs, torch.log_softmax(logits, -1), strict=True):
+        assert logprob.logprob == pytest.approx(float(expected[logprob.token_id]), abs=1e-4)
 
 
 def test_the_engine_equals_generate_of_the_peft_model(tmp_path):

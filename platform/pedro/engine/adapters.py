@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from pedro.errors import AdapterError, PedroError, UnavailableError
 
@@ -31,6 +31,9 @@ class Loadable(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+A = TypeVar("A", bound=Loadable)
 
 
 class Residence(enum.Enum):
@@ -50,13 +53,13 @@ _NEXT = {
 }
 
 
-class Entry:
+class Entry(Generic[A]):
     """One stay of one adapter in the pool."""
 
     def __init__(self, ref: str) -> None:
         self.ref = ref
         self.state = Residence.LOADING
-        self.adapter: Loadable | None = None
+        self.adapter: A | None = None
         self.nbytes = 0
         self.pins = 0
         self.uses = 0
@@ -79,25 +82,25 @@ class Failure:
     retry_at: float
 
 
-class AdapterPool:
+class AdapterPool(Generic[A]):
     """Loads by ref, keeps within `budget_bytes`, evicts the least recently used. Thread-safe.
 
     `load(ref)` runs on a loader thread and may block. `on_change` is called after a load ends, from that thread.
     """
 
     def __init__(
-        self, load: Callable[[str], Loadable], budget_bytes: int, on_change: Callable[[], None], loaders: int = 4
+        self, load: Callable[[str], A], budget_bytes: int, on_change: Callable[[], None], loaders: int = 4
     ) -> None:
         self.budget_bytes = budget_bytes
         self._load = load
         self._on_change = on_change
         self._changed = threading.Condition()
-        self._entries: dict[str, Entry] = {}
-        self._draining: list[Entry] = []
+        self._entries: dict[str, Entry[A]] = {}
+        self._draining: list[Entry[A]] = []
         self._wants: Counter[str] = Counter()
         self._failures: dict[str, Failure] = {}
         self._news: list[tuple[str, PedroError]] = []
-        self._todo: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[Entry[A] | None] = queue.SimpleQueue()
         self._closed = False
         self._loads = self._evictions = self._failed = 0
         self._threads = [
@@ -127,7 +130,7 @@ class AdapterPool:
             self._raise_failure(ref)
             self._ensure(ref)
 
-    def pin(self, ref: str) -> Entry | None:
+    def pin(self, ref: str) -> Entry[A] | None:
         """The adapter, held until `unpin`; None while it loads. Starts a load where there is none."""
         with self._changed:
             entry = self._ensure(ref)
@@ -138,7 +141,7 @@ class AdapterPool:
             entry.last_used = time.monotonic()
             return entry
 
-    def unpin(self, entry: Entry) -> None:
+    def unpin(self, entry: Entry[A]) -> None:
         """Let go of what `pin` gave; a draining adapter nobody holds any more is gone."""
         with self._changed:
             assert entry.pins > 0, f"adapter {entry.ref} was unpinned more often than pinned"
@@ -192,7 +195,7 @@ class AdapterPool:
         for _ in self._threads:
             self._todo.put(None)
 
-    def _ensure(self, ref: str) -> Entry | None:
+    def _ensure(self, ref: str) -> Entry[A] | None:
         """The entry of `ref`; a new one starts to load, unless a failed load still backs off."""
         entry = self._entries.get(ref)
         if entry is not None:
@@ -200,7 +203,7 @@ class AdapterPool:
         failure = self._failures.get(ref)
         if self._closed or (failure is not None and time.monotonic() < failure.retry_at):
             return None
-        entry = self._entries[ref] = Entry(ref)
+        entry = self._entries[ref] = Entry[A](ref)
         self._todo.put(entry)
         return entry
 
@@ -221,7 +224,7 @@ class AdapterPool:
                 self._fail(entry, UnavailableError(f"adapter {entry.ref!r} could not be loaded now; try again later"))
             self._on_change()
 
-    def _settle(self, entry: Entry, adapter: Loadable) -> None:
+    def _settle(self, entry: Entry[A], adapter: A) -> None:
         """Make the loaded adapter ready as soon as there is room for it."""
         with self._changed:
             if adapter.nbytes > self.budget_bytes:
@@ -240,7 +243,7 @@ class AdapterPool:
             self._failures.pop(entry.ref, None)
             self._loads += 1
 
-    def _fail(self, entry: Entry, error: PedroError) -> None:
+    def _fail(self, entry: Entry[A], error: PedroError) -> None:
         with self._changed:
             self._failed += 1
             if not self._wanted(entry):
@@ -256,7 +259,7 @@ class AdapterPool:
             del self._entries[entry.ref]
             entry.to(Residence.GONE)
 
-    def _wanted(self, entry: Entry) -> bool:
+    def _wanted(self, entry: Entry[A]) -> bool:
         """Whether this load still counts: neither evicted meanwhile nor the pool closed."""
         return not self._closed and self._entries.get(entry.ref) is entry
 
@@ -274,12 +277,12 @@ class AdapterPool:
             self._evictions += 1
         return True
 
-    def _evictable(self, entry: Entry) -> bool:
+    def _evictable(self, entry: Entry[A]) -> bool:
         """A fresh adapter stays until the first who waited for it was served, else two could evict each other."""
         fresh = entry.uses == 0 and self._wants[entry.ref] > 0
         return entry.state is Residence.READY and not entry.pins and not fresh
 
-    def _remove(self, entry: Entry) -> None:
+    def _remove(self, entry: Entry[A]) -> None:
         del self._entries[entry.ref]
         if entry.state is Residence.READY:
             if entry.pins:

@@ -85,7 +85,7 @@ class Engine:
         self.adapters = AdapterPool(fetch, config.adapter_bytes, self._notify, config.loaders)
         self._lock = threading.Lock()
         self._live: dict[str, list[Sequence]] = {}  # unfinished sequences by request id
-        self._pins: dict[Sequence, Entry] = {}  # adapters that the prefill under way holds
+        self._pins: dict[Sequence, Entry[GeneratorAdapter]] = {}  # adapters that the prefill under way holds
         self._outbox: list[Output] = []
         self._counts = {"steps": 0, "prompt_tokens": 0, "completion_tokens": 0, "finished": 0, "failed": 0}
         self.idle = True  # whether the last step found nothing to run

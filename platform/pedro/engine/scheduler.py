@@ -155,7 +155,8 @@ class Scheduler:
 
     def _admit(self, admit: Callable[[Sequence], bool]) -> tuple[Sequence, ...]:
         batch: list[Sequence] = []
-        tokens, blocked = 0, set()
+        blocked: set[tuple[str, str | None]] = set()
+        tokens = 0
         while self._free:
             head = self._next(blocked)
             if head is None:

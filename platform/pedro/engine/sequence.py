@@ -215,9 +215,10 @@ class Sequence:
 
     def output(self, **fields) -> Output:
         """An Output of this answer with its counts, and its timing where it finishes."""
-        counts = {"prompt_tokens": len(self.request.prompt_ids), "completion_tokens": len(self.output_ids)}
-        if fields.get("finish_reason") is not None:
+        made = Output(request_id=self.request.id, index=self.index, **fields)
+        made.prompt_tokens, made.completion_tokens = len(self.request.prompt_ids), len(self.output_ids)
+        if made.finish_reason is not None:
             now = time.monotonic()
             began, first = self.started or now, self.first_token or now
-            counts["timing"] = Timing(began - self.arrived, first - self.arrived, now - self.arrived)
-        return Output(request_id=self.request.id, index=self.index, **counts, **fields)
+            made.timing = Timing(began - self.arrived, first - self.arrived, now - self.arrived)
+        return made

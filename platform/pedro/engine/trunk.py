@@ -75,6 +75,7 @@ class WholeTrunk:
 
     def finish(self, flow: Flow) -> torch.Tensor:
         """The normed hidden states, [N, D]."""
+        assert flow.hidden is not None, "the model ran"
         return flow.hidden[0]
 
 

@@ -172,4 +172,4 @@ def pool_prompt(source: torch.Tensor, row: Conditioned, pool: str) -> torch.Tens
 
 def _width(module: nn.Module) -> int:
     """How wide the module's output is: nn.Linear's out_features, or nf of GPT-2's Conv1D."""
-    return int(module.out_features if hasattr(module, "out_features") else module.nf)
+    return int(getattr(module, "out_features", None) or module.nf)  # type: ignore[arg-type]
