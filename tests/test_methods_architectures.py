@@ -136,6 +136,7 @@ def test_a_target_that_the_backbone_lacks_is_named_and_nothing_is_left_behind():
     model = tiny_backbone("gpt2")
     with pytest.raises(ConfigError, match="targets: this backbone has no gate; choose from q, k, v, up"):
         get_peft_model(model, PedroConfig.variant(3))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_a_backbone_without_its_head_can_be_described():

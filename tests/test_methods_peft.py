@@ -294,6 +294,7 @@ def test_a_copy_of_the_model_has_a_life_of_its_own():
     for p in model.parameters():
         p.zero_()
     assert torch.equal(other(ids).logits, changed)
+    assert torch.equal(other.unload()(ids).logits, tiny_backbone()(ids).logits)
 
 
 def test_compiled_with_the_eager_backend_it_is_the_same():

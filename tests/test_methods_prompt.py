@@ -97,6 +97,15 @@ def test_a_fully_supervised_row_is_conditioned_on_its_first_token_only():
     assert torch.equal(vectors_of(model, ids, labels=ids), vectors_of(model, other, labels=other))
 
 
+@pytest.mark.parametrize("pool", ["last", "mean", "max"])
+def test_a_row_of_padding_only_spoils_no_gradient(pool):
+    model, ids = tuned(pool=pool), tokens(2, 8)
+    mask = torch.tensor([[1] * 8, [0] * 8])
+    labels = ids.masked_fill((mask == 0) | (torch.arange(8) < 5), -100)
+    model(ids, attention_mask=mask, labels=labels).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pool_source", ["normed", "residual"])
 @pytest.mark.parametrize("pool", ["last", "mean", "max"])

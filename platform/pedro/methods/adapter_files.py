@@ -18,8 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 
 from pedro.errors import AdapterError, UnavailableError
 
@@ -127,11 +129,12 @@ def verify_adapter(directory: str | Path, backbone_digest: str) -> dict[str, Any
 
 
 def _save_weights(model: nn.Module, directory: Path) -> None:
-    if hasattr(model, "peft_config"):
+    if isinstance(model, PeftModel):
         model.save_pretrained(
             str(directory), safe_serialization=True, selected_adapters=["default"], save_embedding_layers=False
         )
     else:
+        assert isinstance(model, PreTrainedModel), f"cannot save a {type(model).__name__}"
         model.save_pretrained(str(directory))
 
 

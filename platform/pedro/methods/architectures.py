@@ -147,13 +147,13 @@ def describe(model: nn.Module) -> Architecture:
 
     Raises BackboneError for an unsupported architecture.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     layout = layout_of(config)
     decoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    blocks = decoder.get_submodule(layout.blocks)
+    assert isinstance(blocks, nn.ModuleList), f"{layout.blocks} of {config.model_type} is no list of blocks"
     names = {id(module): name for name, module in model.named_modules()}
-    layers = [
-        _describe_block(block, names[id(block)], layout, config) for block in decoder.get_submodule(layout.blocks)
-    ]
+    layers = [_describe_block(block, names[id(block)], layout, config) for block in blocks]
     return Architecture(config.model_type, decoder, config.hidden_size, layers)
 
 
@@ -176,7 +176,7 @@ def _describe_block(block: nn.Module, name: str, layout: Layout, config: Any) ->
 
 
 def _width(module: nn.Module, rows: Rows) -> int:
-    full = module.out_features if hasattr(module, "out_features") else module.nf  # nf: transformers' Conv1D
+    full: Any = module.out_features if hasattr(module, "out_features") else module.nf  # nf: transformers' Conv1D
     if rows is None:
         return full
     return len(range(full)[rows]) if isinstance(rows, slice) else len(rows)

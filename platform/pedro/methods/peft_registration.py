@@ -17,8 +17,7 @@ def add_member() -> None:
     if NAME in PeftType.__members__:
         return
     member = str.__new__(PeftType, NAME)
-    member._name_ = member._value_ = NAME
-    member._sort_order_ = len(PeftType.__members__)
+    vars(member).update(_name_=NAME, _value_=NAME, _sort_order_=len(PeftType.__members__))
     PeftType._member_map_[NAME] = member
     PeftType._member_names_.append(NAME)
     PeftType._value2member_map_[NAME] = member

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from pedro.errors import ConfigError
@@ -74,7 +74,7 @@ class Method:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Make `model` accept and ignore `prompt_lens` and `prompt_mask`, where the method has no use for them."""
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
         if not self.conditions_on_prompt and _ignore_prompt not in inner._forward_pre_hooks.values():
             inner.register_forward_pre_hook(_ignore_prompt, with_kwargs=True)
         return model
@@ -170,12 +170,12 @@ def _lora(
     model_config: Any,
     *,
     r: int = 8,
-    alpha: float = 16,
+    alpha: int = 16,
     dropout: float = 0.0,
     targets: list[str] | None = None,
 ) -> LoraConfig:
     _expect(isinstance(r, int) and r > 0, "r", "a whole number > 0", r)
-    _expect(isinstance(alpha, (int, float)) and alpha > 0, "alpha", "a number > 0", alpha)
+    _expect(isinstance(alpha, int) and alpha > 0, "alpha", "a whole number > 0", alpha)
     _expect(isinstance(dropout, (int, float)) and 0 <= dropout < 1, "dropout", "a number in [0, 1)", dropout)
     return LoraConfig(
         r=r,

@@ -39,7 +39,7 @@ class PedroConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.PEDRO
+        self.peft_type = PeftType("PEDRO")
         self.targets, self.orders = _as_tuple(self.targets), _as_tuple(self.orders)
         if not isinstance(self.activation, str):
             self.activation = _as_tuple(self.activation)

@@ -5,6 +5,7 @@ Shapes: B rows, D model width, R bottleneck, W all targets' widths together, m a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,10 @@ from torch.nn import functional
 
 from pedro.methods.pedro.rational import rational
 
-FIXED_ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu}
+FIXED_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+}
 ACTIVATIONS = ("rational", *FIXED_ACTIVATIONS)
 
 

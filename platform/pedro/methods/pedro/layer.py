@@ -9,6 +9,7 @@ projections scale. Shapes: B rows, T tokens, D model width, R bottleneck, W all 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,7 +32,7 @@ class PedroLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("pedro_down", "pedro_up", "pedro_bias", "pedro_a", "pedro_b")
     other_param_names = ("configs", "activations")
-    weight = bias = None  # PEFT's own look for a wrapped layer, and there is none
+    weight = bias = None  # type: ignore[assignment]  # PEFT's own look for a wrapped layer, and there is none
 
     def __init__(self, index: int, places: LayerSites, width: int, prompts: PromptPass) -> None:
         super().__init__()
@@ -51,17 +52,9 @@ class PedroLayer(nn.Module, BaseTunerLayer):
         self._handles = self._hook()
 
     def update_layer(self, adapter_name: str, config: PedroConfig, activation: str) -> None:
-        """Add a fresh adapter, which changes nothing: W_down ~ N(0, 0.02), W_up = 0, b_up = 1, R = GELU.
-
-        Raises ConfigError for a target that this block does not have.
-        """
-        sites = self.places.sites
-        if missing := [target for target in config.targets if target not in sites]:
-            raise ConfigError(
-                f"targets: this backbone has no {', '.join(missing)}; choose from {', '.join(sites)}", param="targets"
-            )
-        total = sum(sites[target].width for target in config.targets)
-        fresh = {"dtype": torch.float32, "device": next(self.places.norm.parameters()).device}
+        """Add a fresh adapter, which changes nothing: W_down ~ N(0, 0.02), W_up = 0, b_up = 1, R = GELU."""
+        total = sum(self.places.sites[target].width for target in config.targets)
+        fresh: dict[str, Any] = {"dtype": torch.float32, "device": next(self.places.norm.parameters()).device}
         self.pedro_down[adapter_name] = nn.Parameter(torch.empty(self.width, config.r, **fresh).normal_(std=INIT_STD))
         self.pedro_up[adapter_name] = nn.Parameter(torch.zeros(config.r, total, **fresh))
         self.pedro_bias[adapter_name] = nn.Parameter(torch.ones(total, **fresh))
@@ -124,7 +117,8 @@ class PedroLayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(
                 "call the model that carries the adapter, not a part of it: its prompts are unknown here"
             )
-        if self.prompts.prompt is None:
+        prompt = self.prompts.prompt
+        if prompt is None:
             vectors = self.prompts.vectors.get(self.index)
             if vectors is None:
                 raise ConfigError(
@@ -134,20 +128,21 @@ class PedroLayer(nn.Module, BaseTunerLayer):
                 )
         else:
             hidden = args[0] if args else kwargs["hidden_states"]
-            vectors = self._mixed(hidden, names) if names else self._together(hidden)
+            prompt = prompt.to(hidden.device)
+            vectors = self._mixed(hidden, prompt, names) if names else self._together(hidden, prompt)
             self.prompts.vectors[self.index] = vectors
         return args, {**kwargs, HANDED_DOWN: vectors}
 
-    def _together(self, hidden: torch.Tensor) -> Vectors:
+    def _together(self, hidden: torch.Tensor, prompt: torch.Tensor) -> Vectors:
         """Vectors of the active adapters; of several, their product."""
         vectors: Vectors = {}
         for name in self.active_adapters:
             if name in self.configs:
-                for target, vector in self(hidden, self.prompts.prompt, name).items():
+                for target, vector in self(hidden, prompt, name).items():
                     vectors[target] = vectors[target] * vector if target in vectors else vector
         return vectors
 
-    def _mixed(self, hidden: torch.Tensor, names: list[str]) -> Vectors:
+    def _mixed(self, hidden: torch.Tensor, prompt: torch.Tensor, names: list[str]) -> Vectors:
         """Vectors where each row has an adapter of its own; ones for a row without and for a target not its own."""
         if len(names) != len(hidden):
             raise ConfigError(
@@ -158,7 +153,7 @@ class PedroLayer(nn.Module, BaseTunerLayer):
             if name == BASE:
                 continue
             rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=hidden.device)
-            for target, made in self(hidden[rows], self.prompts.prompt[rows], name).items():
+            for target, made in self(hidden[rows], prompt[rows], name).items():
                 ones = made.new_ones(len(hidden), made.shape[-1])
                 vectors[target] = vectors.get(target, ones).index_copy(0, rows, made)
         return vectors
@@ -177,7 +172,7 @@ class PedroLayer(nn.Module, BaseTunerLayer):
             scale = next(iter(vectors.values())).new_ones(len(output), output.shape[-1])
             for target, rows in cuts:
                 if target in vectors:
-                    scale[:, rows if isinstance(rows, slice) else rows.to(scale.device)] = vectors[target]
+                    scale[:, rows.to(scale.device) if isinstance(rows, torch.Tensor) else rows] = vectors[target]
         return (output * scale[:, None]).to(output.dtype)  # float32 product, then the model's dtype
 
 
@@ -188,9 +183,9 @@ def pool(hidden: torch.Tensor, prompt: torch.Tensor, how: str, norm: nn.Module |
     """
     if how == "last":
         position = (prompt * torch.arange(prompt.shape[1], device=prompt.device)).argmax(dim=1)  # [B]
-        hidden = hidden[torch.arange(len(hidden), device=hidden.device), position.to(hidden.device), None]  # [B, 1, D]
+        hidden = hidden[torch.arange(len(hidden), device=hidden.device), position, None]  # [B, 1, D]
         return (hidden if norm is None else norm(hidden))[:, 0]
-    outside = ~prompt.to(hidden.device)[..., None]  # [B, T, 1]
+    outside = ~prompt[..., None]  # [B, T, 1]
     hidden = (hidden if norm is None else norm(hidden)).float()
     if how == "mean":
         return hidden.masked_fill(outside, 0.0).sum(dim=1) / (~outside).sum(dim=1)

@@ -11,7 +11,6 @@ from torch import nn
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import Architecture, describe
-from pedro.methods.pedro.config import PedroConfig
 from pedro.methods.pedro.layer import BASE, PedroLayer
 from pedro.methods.pedro.prompt import PromptPass
 
@@ -21,18 +20,24 @@ CHILD = "modulation"  # must not start with the prefix: transformers' load_adapt
 class PedroModel(BaseTuner):
     """The tuner that PEFT's get_peft_model, PeftModel and transformers' load_adapter build for a PedroConfig.
 
-    Raises BackboneError for an unsupported architecture.
+    Raises BackboneError for an unsupported architecture, ConfigError for options that do not fit the backbone, both
+    before anything is changed.
     """
 
     prefix = "pedro_"
     tuner_layer_cls = PedroLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own declaration
 
-    def _prepare_adapter_config(self, peft_config: PedroConfig, model_config: dict) -> PedroConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
 
-    def _prepare_model(self, peft_config: PedroConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         self._architecture: Architecture = describe(model)
+        sites = self._architecture.layers[0].sites
+        if missing := [target for target in peft_config.targets if target not in sites]:
+            raise ConfigError(
+                f"targets: this backbone has no {', '.join(missing)}; choose from {', '.join(sites)}", param="targets"
+            )
         self._activations = peft_config.activations(len(self._architecture.layers))
         self._blocks = {parts.name: index for index, parts in enumerate(self._architecture.layers)}
         present = next((m for m in model.modules() if isinstance(m, PedroLayer)), None)
@@ -42,12 +47,12 @@ class PedroModel(BaseTuner):
             self._prompts = PromptPass()
             self._prompts.attach(model)
 
-    def _check_target_module_exists(self, peft_config: PedroConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._blocks
 
     def _create_and_replace(
         self,
-        peft_config: PedroConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -86,13 +91,19 @@ class PedroModel(BaseTuner):
         finally:
             self._prompts.adapter_names = None
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         if merge:
             self._check_merge_allowed()
         for parts in self._architecture.layers:
             getattr(parts.block, CHILD).unhook()
             delattr(parts.block, CHILD)
-        self._prompts.detach(self.model)
+        self._prompts.detach()
         del self.model.peft_config
         return self.model
 

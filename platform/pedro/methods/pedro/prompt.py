@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from pedro.errors import ConfigError
 
@@ -35,20 +36,19 @@ class PromptPass:
         self.adapter_names: list[str] | None = None  # one a row, set for the length of a mixed-batch call
         self.vectors: dict[int, Vectors] = {}  # by layer
         self.open = False
+        self._handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module) -> None:
         """Follow every forward pass of `model`, from before its first module to after its last."""
-        model.register_forward_pre_hook(self.before, with_kwargs=True)
-        model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+        self._handles = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
 
-    def detach(self, model: nn.Module) -> None:
+    def detach(self) -> None:
         """Take the hooks of `attach` off again."""
-        for hooks, hook in ((model._forward_pre_hooks, self.before), (model._forward_hooks, self.after)):
-            for key in [key for key, value in hooks.items() if value == hook]:
-                del hooks[key]
-                model._forward_pre_hooks_with_kwargs.pop(key, None)
-                model._forward_hooks_with_kwargs.pop(key, None)
-                model._forward_hooks_always_called.pop(key, None)
+        for handle in self._handles:
+            handle.remove()
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Find the prompt of this call, or the vectors kept since the prompt was read. Takes our arguments off."""
@@ -75,10 +75,11 @@ class PromptPass:
 def find_prompt(given: dict[str, Any], training: bool) -> torch.Tensor:
     """Which positions [B, T] condition the vectors, from the arguments of a forward call.
 
-    A row's first attended token always counts as prompt: nothing before it could have predicted it. Raises
-    ConfigError for a `prompt_mask` or `prompt_lens` that does not fit the batch.
+    A row's first attended token always counts as prompt: nothing before it could have predicted it; in a row of
+    padding only, the first token does. Raises ConfigError for a `prompt_mask` or `prompt_lens` that does not fit.
     """
     attended = find_attended(given)
+    attended = attended | ((torch.arange(attended.shape[1], device=attended.device) == 0) & ~attended.any(1, True))
     mask, lens, labels = given.get("prompt_mask"), given.get("prompt_lens"), given.get("labels")
     rank = attended.cumsum(dim=1)  # [B, T], 1 at the first attended token
     if mask is not None:
