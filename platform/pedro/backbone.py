@@ -77,6 +77,17 @@ def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") 
     return model.requires_grad_(False).eval().to(device)
 
 
+def quiet() -> None:
+    """No progress bars and deprecation notes of transformers, for processes whose output people read."""
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def context_length(backbone: Backbone) -> int:
     """The most tokens (prompt and answer together) that the backbone was made for."""
     config = json.loads((backbone.directory / "config.json").read_text())

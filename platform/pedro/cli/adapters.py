@@ -145,13 +145,15 @@ def import_adapter(
     """Register an exported adapter directory as a new version, a candidate until `pedro adapters promote`."""
     from pedro.backbone import resolve_backbone
     from pedro.config import check_name
+    from pedro.data.formats import PromptFormat
     from pedro.methods.adapter_files import read_manifest, verify_adapter
 
     tenant, adapter = name.partition(".")[::2]
     check_name("tenant", tenant)
     check_name("adapter", adapter)
     backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
-    verify_adapter(directory, backbone.digest)
+    manifest = verify_adapter(directory, backbone.digest)
+    PromptFormat.from_dict(manifest.get("prompt_format") or {})
     registry = _registry()
     run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"pedro.kind": "import"})
     version = registry.register(run, directory, tenant, adapter, gate="imported: not gated")
@@ -173,9 +175,12 @@ def evaluate(
     plain, which = split_name(name)
     version = registry.get(plain, which or "champion")
     say(f"scoring {version.ref} on {file}")
-    from pedro.evaluation.scoring import score_adapter
+    from pedro.backbone import quiet
+    from pedro.config import Settings
+    from pedro.evaluation.saved import score_file
 
-    report = score_adapter(registry.download(version), version.backbone_id, file, max_rows=rows)
+    quiet()
+    report = score_file(registry.download(version), file, Settings.from_env().cache, rows)
     result = {"model": version.ref, "digest": version.digest, **report}
 
     def print_report() -> None:

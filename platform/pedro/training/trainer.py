@@ -242,11 +242,9 @@ def _quiet() -> None:
     import logging
     import warnings
 
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if not name.startswith("RAY_")})
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.simplefilter("ignore", UserWarning)
-    from transformers.utils import logging as transformers_logging
+    from pedro.backbone import quiet
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if not name.startswith("RAY_")})
+    warnings.simplefilter("ignore", UserWarning)
+    quiet()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pedro.backbone import Backbone, load_model
-from pedro.errors import AdapterError
+from pedro.backbone import load_model
+from pedro.evaluation.saved import load_saved
 from pedro.evaluation.scoring import Score, score
 from pedro.training.loop import Outcome, Reporter, train
 from pedro.training.session import DTYPES, Session
@@ -101,22 +100,6 @@ def score_directory(session: Session, directory: Path) -> Score:
         return Score()
     model = load_saved(directory, manifest, session.backbone, _dtype(session), str(session.engine.device))
     return score(model, session.tokenizer, list(rows))
-
-
-def load_saved(directory: Path, manifest: Mapping[str, Any], backbone: Backbone, dtype: str, device: str) -> nn.Module:
-    """A saved adapter on a fresh backbone; for `full`, the saved model itself."""
-    from peft import PeftModel
-
-    from pedro.methods.registry import get_method
-
-    method = get_method(manifest["method"]["name"])
-    if (directory / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(load_model(backbone, dtype, device), directory)
-    elif (directory / "config.json").is_file():
-        model = load_model(Backbone(backbone.id, directory, "", ""), dtype, device)
-    else:
-        raise AdapterError(f"{directory.name}: neither an adapter nor a model")
-    return method.wrap(model).eval()
 
 
 def _dtype(session: Session) -> str:
