@@ -1,0 +1,384 @@
+"""The `pedro` command as people and programs use it: help, results, errors, exit codes."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from safetensors.torch import load_file
+from serving_adapters import OTHER_BACKBONE, make_adapter, register, settings_at
+
+from pedro import cli
+from pedro.methods.adapter_files import save_adapter
+from pedro.registry import Registry
+
+ASSETS = Path(cli.__file__).parents[1] / "assets"
+TRAIN = ASSETS / "demo" / "acme" / "train.jsonl"
+PEDRO = [sys.executable, "-m", "pedro.cli"]
+
+
+def commands() -> list[tuple[str, ...]]:
+    """Every command and group, as words."""
+
+    def walk(command, words):
+        yield words
+        for name, child in getattr(command, "commands", {}).items():
+            yield from walk(child, (*words, name))
+
+    return list(walk(typer.main.get_command(cli.app), ()))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A PEDRO_HOME that holds acme.faq, versions 1 and 2 (champion)."""
+    home = tmp_path_factory.mktemp("home")
+    registry = Registry.open(settings_at(home))
+    for seed in (1, 2):
+        make_adapter(home / "made" / str(seed), seed, "completion")
+        register(registry, home / "made" / str(seed), "acme.faq")
+    return home
+
+
+@pytest.fixture
+def pedro(home, monkeypatch, capfd):
+    """Run a command in this process; gives exit status, standard output and standard error."""
+    for name in ("MLFLOW_TRACKING_URI", "PEDRO_DATABASE_URL", "PEDRO_STORAGE", "RAY_ADDRESS", "PEDRO_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PEDRO_HOME", str(home))
+    environment = dict(os.environ)
+
+    def run(*words, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(sys, "argv", ["pedro", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return ended.value.code or 0, out, err
+
+    yield run
+    os.environ.clear()  # connecting to a cluster sets what Ray's processes must agree on
+    os.environ.update(environment)
+
+
+def one_error(result, *parts):
+    """Assert exit status 1 and that standard error ends in one message that holds `parts`; gives the message."""
+    status, _, err = result
+    assert status == 1, err
+    message = err.partition("error: ")[2]
+    assert message
+    for part in parts:
+        assert part in message
+    return message
+
+
+def one_value(result, status=0):
+    """Assert the exit status and that standard output is one JSON value; gives the value."""
+    assert result[0] == status, result[2]
+    return json.loads(result[1])
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_help_answers_with_an_example_or_a_list(words):
+    run = subprocess.run([*PEDRO, *words, "--help"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"Usage: {' '.join(['python -m pedro.cli', *words])}")
+
+
+def test_help_costs_under_half_a_second_of_cpu():
+    def cost():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([*PEDRO, "--help"], stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(cost() for _ in range(3)) < 0.5
+
+
+def test_the_version_is_the_packages(pedro):
+    import pedro as package
+
+    assert pedro("--version")[:2] == (0, f"{package.__version__}\n")
+
+
+def test_a_wrong_option_or_command_is_a_usage_error(pedro):
+    for words in (("keys", "create"), ("nothing",), ("serve", "--port", "99999"), ("keys", "list", "--nope")):
+        status, _, err = pedro(*words)
+        assert status == 2
+        assert "Usage:" in err
+
+
+# keys
+
+
+def test_a_key_is_made_shown_once_listed_without_its_secret_and_revoked(pedro, tmp_path):
+    home = {"PEDRO_HOME": tmp_path}
+    made = one_value(pedro("keys", "create", "acme", "--scope", "infer", "--name", "web", "--json", **home))
+    assert (made["tenant"], made["scopes"], made["secret"][:9]) == ("acme", ["infer"], "sk-pedro-")
+    (listed,) = one_value(pedro("keys", "list", "--json"))
+    assert (listed["id"], listed["revoked"]) == (made["id"], None)
+    assert made["secret"] not in json.dumps(listed)
+    assert one_value(pedro("keys", "revoke", made["id"], "--json"))["revoked"]
+    status, out, _ = pedro("keys", "list")
+    assert (status, "revoked" in out) == (0, True)
+
+
+def test_only_the_secret_is_on_standard_output_so_that_it_can_be_substituted(pedro, tmp_path):
+    status, out, err = pedro("keys", "create", "acme", PEDRO_HOME=tmp_path)
+    assert (status, out.count("\n"), out[:9]) == (0, 1, "sk-pedro-")
+    assert "not shown again" in err
+
+
+def test_a_bad_tenant_scope_or_key_id_is_told_with_its_value(pedro):
+    one_error(pedro("keys", "create", "../acme"), "tenant", "'../acme'", "a-z")
+    one_error(pedro("keys", "create", "acme", "--scope", "root"), "root", "infer")
+    one_error(pedro("keys", "revoke", "key_none"), "key_none")
+
+
+def test_an_error_with_json_is_one_json_value_too(pedro):
+    result = pedro("keys", "create", "Bad Name", "--json")
+    assert one_value(result, status=1)["error"]["param"] == "tenant"
+    one_error(result, "Bad Name")
+
+
+# data
+
+
+def test_a_good_file_is_usable(pedro):
+    report = one_value(pedro("data", "check", TRAIN, "--show", "2", "--json"))
+    assert (report["usable"], report["error_count"], len(report["masks"])) == (True, 0, 2)
+    status, out, _ = pedro("data", "check", TRAIN, "--show", "1")
+    assert (status, "usable" in out) == (0, True)
+
+
+def test_bad_lines_are_named_and_the_exit_status_says_so(pedro, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "b"}\nnot json\n')
+    report = one_value(pedro("data", "check", file, "--json"), status=1)
+    assert [error["line"] for error in report["errors"]] == [2, 3]
+    status, out, _ = pedro("data", "check", file)
+    assert (status, "line 2: prompt" in out) == (1, True)
+
+
+def test_an_empty_file_is_not_usable(pedro, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert one_value(pedro("data", "check", tmp_path / "empty.jsonl", "--json"), status=1)["usable"] is False
+    status, out, _ = pedro("data", "check", tmp_path / "empty.jsonl")
+    assert (status, "no examples" in out) == (1, True)
+
+
+def test_a_missing_file_or_a_directory_is_told_by_its_path(pedro, tmp_path):
+    one_error(pedro("data", "check", tmp_path / "nothere.jsonl"), "nothere.jsonl")
+    one_error(pedro("data", "check", tmp_path), str(tmp_path))
+    one_error(pedro("data", "check", TRAIN, "--validation", tmp_path / "nothere.jsonl"), "nothere.jsonl")
+
+
+@pytest.mark.parametrize("name", ["./nothere", "/nothere/model", "nothere", "a/b/c"])
+def test_a_backbone_that_does_not_exist_is_told_with_those_that_do(pedro, name):
+    one_error(pedro("data", "check", TRAIN, "--backbone", name), name, "stories260K")
+
+
+def test_a_directory_without_a_backbone_is_told_as_such(pedro, tmp_path):
+    one_error(pedro("data", "check", TRAIN, "--backbone", tmp_path), str(tmp_path), "safetensors")
+
+
+# adapters
+
+
+def test_adapters_are_listed_and_shown(pedro):
+    (listed,) = one_value(pedro("adapters", "list", "--json"))
+    assert (listed["model"], listed["aliases"]) == ("acme.faq", {"champion": 2, "previous": 1})
+    shown = one_value(pedro("adapters", "show", "acme.faq", "--json"))
+    assert [version["version"] for version in shown] == [1, 2]
+    assert one_value(pedro("adapters", "show", "acme.faq@previous", "--json"))[0]["version"] == 1
+    assert one_value(pedro("adapters", "list", "globex", "--json")) == []
+    status, out, _ = pedro("adapters", "list", "acme")
+    assert (status, "acme.faq" in out, "v2" in out) == (0, True, True)
+    assert pedro("adapters", "show", "acme.faq")[0] == 0
+
+
+def test_promote_and_roll_back_move_the_champion(pedro):
+    assert one_value(pedro("adapters", "promote", "acme.faq", "1", "--json"))["aliases"] == ["champion"]
+    assert one_value(pedro("adapters", "rollback", "acme.faq", "--json"))["version"] == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("show", "acme.nothere"),
+        ("show", "acme.faq:9"),
+        ("show", "acme.faq@nothere"),
+        ("promote", "acme.faq", "9"),
+        ("promote", "acme.nothere", "1"),
+        ("rollback", "acme.nothere"),
+        ("delete", "acme.nothere", "--yes"),
+        ("delete", "acme.faq:9", "--yes"),
+        ("export", "acme.nothere", "out"),
+    ],
+    ids=" ".join,
+)
+def test_an_unknown_adapter_is_told_by_name(pedro, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_error(pedro("adapters", *words), words[1].partition(":")[0].partition("@")[0])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["acme", "acme.", "a.b.c", "../../etc", "acme.x'y", "ACME.faq", "acme.faq:", ""])
+def test_a_bad_adapter_name_is_told(pedro, name):
+    one_error(pedro("adapters", "show", name))
+
+
+def test_the_champion_alone_cannot_be_deleted(pedro):
+    one_error(pedro("adapters", "delete", "acme.faq:2", "--yes"), "champion", "promote")
+
+
+def test_export_and_import_keep_the_digest(pedro, tmp_path):
+    exported = one_value(pedro("adapters", "export", "acme.faq:1", tmp_path / "out", "--json"))
+    imported = one_value(pedro("adapters", "import", "globex.copy", tmp_path / "out", "--json"))
+    assert imported["digest"] == exported["digest"]
+    assert (imported["version"], imported["aliases"]) == (1, ["candidate"])
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
+    again = one_value(pedro("adapters", "export", "globex.copy@candidate", tmp_path / "again", "--json"))
+    assert again["digest"] == exported["digest"]
+    assert one_value(pedro("adapters", "delete", "globex.copy", "--yes", "--json"))["deleted"] == "globex.copy"
+
+
+def test_an_export_never_writes_over_anything(pedro, tmp_path):
+    one_error(pedro("adapters", "export", "acme.faq", tmp_path), str(tmp_path), "exists")
+
+
+def test_only_a_whole_adapter_of_a_known_backbone_is_imported(pedro, home, tmp_path):
+    good = home / "made" / "1"
+    one_error(pedro("adapters", "import", "acme.new", tmp_path / "nothere"), "pedro_adapter.json")
+    one_error(pedro("adapters", "import", "acme", good), "adapter")
+    one_error(pedro("adapters", "import", "acme.a.b", good), "'a.b'")
+    damaged = shutil.copytree(good, tmp_path / "damaged")
+    with (damaged / "adapter_model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x7f")
+    one_error(pedro("adapters", "import", "acme.new", damaged), "digest")
+    pickled = shutil.copytree(good, tmp_path / "pickled")
+    (pickled / "extra.bin").write_bytes(b"")
+    one_error(pedro("adapters", "import", "acme.new", pickled), "pickle")
+    make_adapter(tmp_path / "alien", 3, "completion", digest=OTHER_BACKBONE)
+    one_error(pedro("adapters", "import", "acme.new", tmp_path / "alien"), OTHER_BACKBONE)
+    assert [row["model"] for row in one_value(pedro("adapters", "list", "--json"))] == ["acme.faq"]
+
+
+def test_an_adapter_without_a_prompt_format_is_not_imported(pedro, tmp_path):
+    """It could be registered and promoted, and then every chat with it would fail."""
+    from serving_adapters import backbone, tuned_model
+
+    manifest = {
+        "backbone": {"id": "stories260K", "digest": backbone().digest},
+        "method": {"name": "pedro", "options": {}},
+    }
+    save_adapter(tuned_model(5), tmp_path / "plain", manifest)
+    one_error(pedro("adapters", "import", "acme.new", tmp_path / "plain"), "prompt_format")
+
+
+def test_eval_of_an_unknown_adapter_or_file_is_told(pedro, tmp_path):
+    one_error(pedro("eval", "acme.nothere", "--data", TRAIN), "acme.nothere")
+    one_error(pedro("eval", "acme.faq", "--data", tmp_path / "nothere.jsonl"), "nothere.jsonl")
+
+
+# the server, which does not run here
+
+
+def test_chat_without_a_key_or_a_server_says_what_to_do(pedro):
+    one_error(pedro("chat", "acme.faq", "hello"), "PEDRO_API_KEY", "pedro keys create")
+    one_error(pedro("chat", "acme.faq", "hello", "--key", "k"), "pedro serve", "--url")
+    one_error(pedro("chat", "acme.faq", "hello", "--key", "k", "--url", "http://127.0.0.1:9"), "127.0.0.1:9")
+    one_error(pedro("chat", "acme.faq", "hello", "--key", "k", "--url", "nonsense"), "nonsense")
+
+
+def test_down_where_nothing_runs_is_no_error(pedro):
+    assert one_value(pedro("down", "--json")) == {"server": False, "head": False}
+
+
+def test_serve_refuses_wrong_settings_before_anything_starts(pedro, home):
+    one_error(pedro("serve", "--backbone", "nothere", "--port", "0"), "nothere", "stories260K")
+    one_error(pedro("serve", "--dtype", "int3", "--replicas", "0"), "dtype", "int3", "replicas")
+    assert not (home / "ray").exists()
+
+
+def test_jobs_of_an_unknown_or_lost_cluster_are_told(pedro):
+    assert one_value(pedro("jobs", "list", "--json")) == []
+    one_error(pedro("jobs", "logs", "ftjob-none"))
+    one_error(pedro("jobs", "stop", "ftjob-none"))
+
+
+def test_a_spec_with_mistakes_is_told_with_all_of_them(pedro, tmp_path):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("tenant: acme\nadapter: A.B\ndata: {train: nothere.jsonl}\ntraining: {lr: -1, epoch: 3}\n")
+    err = one_error(pedro("submit", spec, "--dry-run"), "training.lr", "training.epoch", "epochs")
+    assert "A.B" in err
+    one_error(pedro("submit", tmp_path / "nothere.yaml"), "nothere.yaml")
+
+
+# the machine
+
+
+def test_doctor_prints_its_checks_and_one_json_value(pedro):
+    result = pedro("doctor", "--json")
+    value = one_value(result, status=result[0])
+    assert {"python", "packages", "registry", "database", "cluster", "disk"} <= {c["name"] for c in value["checks"]}
+    assert value["ok"] is (result[0] == 0)
+    assert all(check["remedy"] for check in value["checks"] if check["status"] != "ok")
+
+
+def test_doctor_tells_of_a_home_that_cannot_be_written(pedro):
+    result = pedro("doctor", "--json", PEDRO_HOME="/dev/null/home")
+    failed = {check["name"] for check in one_value(result, status=1)["checks"] if check["status"] == "fail"}
+    assert {"home", "registry", "database"} <= failed
+
+
+@pytest.mark.parametrize(
+    "words", [("keys", "list"), ("adapters", "list"), ("jobs", "list"), ("serve", "--port", "0")], ids=" ".join
+)
+def test_a_home_that_cannot_be_written_is_told_in_one_line(pedro, words):
+    err = one_error(pedro(*words, PEDRO_HOME="/dev/null/home"), "/dev/null/home", "PEDRO_HOME")
+    assert err.count("\n") == 1
+
+
+def _can_mount() -> bool:
+    probe = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _can_mount(), reason="needs the right to mount a small disk")
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_broken(tmp_path):
+    """On a disk of 200 kB; grown to 50 MB, the same commands work."""
+    script = (
+        'mount -t tmpfs -o size=200k none "$PEDRO_HOME"; for n in 1 2; do '
+        '"$0" -m pedro.cli adapters list; echo "status $?" >&2; head -c 1M /dev/zero >"$PEDRO_HOME/fill" 2>/dev/null; '
+        '"$0" -m pedro.cli keys create acme >/dev/null; echo "status $?" >&2; '
+        'rm "$PEDRO_HOME/fill"; mount -o remount,size=50m "$PEDRO_HOME"; done'
+    )
+    run = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script, sys.executable],
+        env={**os.environ, "PEDRO_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    lines = [line for line in run.stderr.splitlines() if line.startswith(("error", "status", "Traceback"))]
+    assert [line for line in lines if line.startswith("status")] == ["status 1", "status 1", "status 0", "status 0"]
+    assert "full" in lines[0]
+    assert "full" in lines[2]
+    assert len(lines) == 6
+
+
+def test_a_reader_that_has_had_enough_is_no_error(home):
+    run = subprocess.run(
+        f"{sys.executable} -m pedro.cli data check {TRAIN} --show 500 | head -1",
+        shell=True, capture_output=True, text=True, env={**os.environ, "PEDRO_HOME": str(home)}, timeout=120,
+    )  # fmt: skip
+    assert run.stderr == ""
