@@ -33,11 +33,13 @@ def deploy(
 ) -> Served:
     """Serve `config` on the cluster of `settings` and wait until it answers.
 
-    Raises UnavailableError if the port is taken or the application does not come up, ConflictError if this home
-    serves already.
+    Raises BackboneError for a backbone that cannot be had, UnavailableError if the port is taken or the application
+    does not come up, ConflictError if this home serves already; nothing is left half started.
     """
     from pedro import cluster
+    from pedro.backbone import resolve_backbone
 
+    resolve_backbone(config.backbone)
     running = find(settings)
     if running is not None:
         raise ConflictError(

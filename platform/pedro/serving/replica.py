@@ -188,7 +188,7 @@ class Replica:
         form = self._formats.get(ref)
         if form is None:
             directory = await asyncio.to_thread(self._fetch, ref)
-            form = PromptFormat.from_dict(read_manifest(directory)["prompt_format"])
+            form = PromptFormat.from_dict(read_manifest(directory).get("prompt_format") or {})
             self._formats[ref] = form
             if len(self._formats) > CACHED_FORMATS:
                 self._formats.popitem(last=False)
