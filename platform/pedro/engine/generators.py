@@ -53,7 +53,7 @@ def load_generators(
     for place, activation in zip(architecture.layers, activations, strict=True):
         missing = [target for target in config.targets if target not in place.sites]
         if missing:
-            raise AdapterError(f"adapter {directory}: the backbone's blocks have no {', '.join(missing)}")
+            raise AdapterError(f"adapter: the backbone's blocks have no {', '.join(missing)}")
         width = [place.sites[target].width for target in config.targets]
         prefix = f"base_model.model.{place.name}.{CHILD}.pedro_"
         shapes: dict[str, tuple[int, ...]] = {
@@ -67,7 +67,7 @@ def load_generators(
         layers.append(GeneratorWeights(**parts, activation=activation))
         widths.append(width)
     if weights:
-        raise AdapterError(f"adapter {directory}: its weights hold what its config does not explain: {min(weights)}")
+        raise AdapterError(f"adapter: its weights hold what its config does not explain: {min(weights)}")
     return GeneratorAdapter(
         digest=manifest["digest"],
         targets=tuple(config.targets),
@@ -82,7 +82,7 @@ def _read_config(directory: Path) -> PedroConfig:
     config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, PedroConfig):
         raise AdapterError(
-            f"adapter {directory}: the engine serves PEDRO and PARA adapters in mixed batches, not "
+            f"adapter: the engine serves PEDRO and PARA adapters in mixed batches, not "
             f"{getattr(config.peft_type, 'value', config.peft_type)}; train with method.name: pedro"
         )
     return config
