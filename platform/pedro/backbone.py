@@ -110,7 +110,7 @@ def _directory(name: str) -> Path:
     patterns = [*WEIGHTS, *TOKENIZER, "*.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # noqa: BLE001 - the hub client raises dozens of types; each means "not to be had"
+    except Exception as error:  # the hub client raises dozens of types; each means "not to be had"
         raise BackboneError(
             f"backbone: {name!r} could not be had from the hub ({type(error).__name__}); check the id, your network "
             f"and HF_TOKEN, or use one of {', '.join(embedded_backbones())}",
