@@ -52,14 +52,14 @@ def scale_rows(module, rows: list[int], vector: torch.Tensor) -> None:
             module.bias[rows] *= vector
 
 
-def norm_output(model, model_type: str, index: int, ids: torch.Tensor) -> torch.Tensor:
-    """What the attention of block `index` reads, [T, D], in a plain backbone."""
+def around_norm(model, model_type: str, index: int, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What goes into (residual) and comes out of (normed) the attention's norm of block `index`, [T, D] each."""
     block, seen = blocks(model)[index], []
     norm = block.ln_1 if model_type == "gpt2" else block.input_layernorm
-    handle = norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    handle = norm.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     model(ids)
     handle.remove()
-    return seen[0][0]
+    return {"residual": seen[0][0][0], "normed": seen[0][1][0]}
 
 
 def generator_by_hand(weights: dict, pooled: torch.Tensor) -> torch.Tensor:
@@ -71,16 +71,24 @@ def generator_by_hand(weights: dict, pooled: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_modulation_equals_the_backbone_with_scaled_weights(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "pool", "pool_source"),
+    [
+        *((model_type, "last", "normed") for model_type in MODEL_TYPES),
+        *(("llama", pool, source) for pool in ("last", "mean", "max") for source in ("normed", "residual")),
+        ("gpt_neox", "max", "residual"),
+    ],
+)
+def test_modulation_equals_the_backbone_with_scaled_weights(model_type, pool, pool_source):
     targets = ("v", "up", "q", "k") if model_type in ("gpt2", "gpt_neox") else ("v", "up", "q", "gate", "k")
-    model = tuned(model_type, r=4, targets=targets)
+    model = tuned(model_type, r=4, targets=targets, pool=pool, pool_source=pool_source)
     ids, prompt = tokens(rows=1, length=12), 7
 
     reference = tiny_backbone(model_type)
     parameters = dict(model.named_parameters())
     for index, block in enumerate(blocks(reference)):
-        pooled = norm_output(reference, model_type, index, ids)[prompt - 1]
+        read = around_norm(reference, model_type, index, ids)[pool_source][:prompt]
+        pooled = {"last": read[-1], "mean": read.mean(dim=0), "max": read.max(dim=0).values}[pool]
         name = next(n for n in parameters if f".{index}.modulation.pedro_down." in n)
         weights = {part: parameters[name.replace("_down.", f"_{part}.")] for part in ("down", "up", "bias", "a", "b")}
         places = [rows_by_hand(model_type, block, target) for target in targets]
