@@ -43,7 +43,7 @@ def submit(
     if dry_run:
         from pedro.training.estimate import dry_run as estimate
 
-        report = estimate(wanted, settings.cache)
+        report = estimate(wanted)
         emit(report.to_dict(), as_json, lambda: typer.echo(str(report)))
         return
     from pedro.cluster import connect
