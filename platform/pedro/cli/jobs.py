@@ -41,8 +41,10 @@ def submit(
     wanted = load_finetune_spec(spec, overrides or [])
     settings = Settings.from_env()
     if dry_run:
+        from pedro.backbone import quiet
         from pedro.training.estimate import dry_run as estimate
 
+        quiet()
         report = estimate(wanted)
         emit(report.to_dict(), as_json, lambda: typer.echo(str(report)))
         return
