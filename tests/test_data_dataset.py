@@ -181,6 +181,14 @@ def test_equal_prompts_fall_on_one_side(write, load):
     assert sizes == pytest.approx([0.6, 0.2, 0.2], abs=0.06)
 
 
+def test_rows_that_were_picked_by_a_plain_hash_are_cut_evenly(write, load):
+    def plain(row):
+        return hashlib.sha256(row["prompt"].encode()).digest()
+
+    parts = split(load(write(sorted(rows(8000), key=plain)[:1000])), theta=0.1, validation=0.1)
+    assert len(parts.train) == pytest.approx(800, abs=50)
+
+
 def test_a_row_stays_on_its_side_when_the_file_grows(write, load):
     def validation_prompts(count):
         parts = split(load(write(rows(count), f"{count}.jsonl")))
