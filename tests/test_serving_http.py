@@ -1,0 +1,414 @@
+"""One real deployment on a local Ray head, asked over HTTP as tenants ask: the official client, and raw requests."""
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+import torch
+from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, settings_at, tokenizer
+
+from pedro import cluster
+from pedro.errors import BackboneError, ConflictError, UnavailableError
+from pedro.registry import Registry
+from pedro.serving.config import ServeConfig
+from pedro.serving.deploy import deploy, find, undeploy
+from pedro.store import Store
+
+BACKBONE = "stories260K"
+PROMPT = "Once upon a time, there was a little girl"
+OUTSIDE = ("PEDRO_STORAGE", "PEDRO_DATABASE_URL", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+
+
+@pytest.fixture(scope="module")
+def here():
+    """The process as it was: connecting to a cluster sets variables and a global connection."""
+    environment = dict(os.environ)
+    for name in OUTSIDE:
+        os.environ.pop(name, None)
+    folder = Path(tempfile.mkdtemp(prefix="pedro-"))
+    try:
+        yield folder
+    finally:
+        import ray
+
+        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(environment)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def served(here):
+    """The server, with acme.faq (1 and 2, the champion), acme.alien of another backbone and globex.faq."""
+    settings = settings_at(here / "home")
+    registry, store = Registry.open(settings), Store(settings.database_url)
+    models = {}
+
+    def add(name, seed, *, promote=True, **options):
+        directory = here / f"{name}-{seed}"
+        models[name, seed] = make_adapter(directory, seed, **options)
+        return register(registry, directory, name, promote=promote)
+
+    add("acme.faq", 1), add("acme.faq", 2), add("globex.faq", 3, shape="completion")
+    add("acme.alien", 4, digest=OTHER_BACKBONE)
+    try:
+        running = deploy(settings, ServeConfig(max_batch=16, watch_interval_s=0.3), port=0)
+        keys = {name: store.create_key(name, ("infer",))[1] for name in ("acme", "globex")}
+        keys["admin"] = store.create_key("ops", ("admin",))[1]
+        yield SimpleNamespace(
+            url=running.url, settings=settings, registry=registry, store=store, keys=keys, models=models, add=add
+        )
+    finally:
+        try:
+            undeploy(settings)
+        finally:
+            cluster.stop_head(settings)
+            store.close()
+
+
+@pytest.fixture
+def client(served):
+    """The official client of a tenant."""
+
+    def client(tenant="acme"):
+        return openai.OpenAI(base_url=f"{served.url}/v1", api_key=served.keys[tenant], max_retries=0, timeout=60)
+
+    return client
+
+
+def http(served, tenant="acme", **headers):
+    if tenant is not None:
+        headers["authorization"] = f"Bearer {served.keys[tenant]}"
+    return httpx.Client(base_url=served.url, headers=headers, timeout=60)
+
+
+def complete(client, model, prompt=PROMPT, **fields):
+    return client.completions.create(**{"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 24, **fields})
+
+
+@torch.no_grad()
+def reference(model, prompt=PROMPT, count=24):
+    """PEFT's greedy answer to a raw prompt."""
+    ids = tokenizer()(prompt).input_ids
+    out = model.generate(input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=count, pad_token_id=0)
+    whole = tokenizer().decode(out[0], skip_special_tokens=True)
+    return whole[len(tokenizer().decode(ids, skip_special_tokens=True)) :]
+
+
+def engine_stats():
+    """Of the one replica."""
+    from ray import serve
+
+    return serve.get_deployment_handle("engine", "pedro").stats.remote().result(timeout_s=10)
+
+
+def wait_for(condition, timeout_s=10):
+    """Seconds until `condition()` holds."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout_s, "it did not happen in time"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def fingerprint(version):
+    return f"{version.ref}#{version.digest}"
+
+
+# the API
+
+
+def test_probes_need_no_key_and_say_only_yes(served):
+    with http(served, None) as plain:
+        assert plain.get("/health").json() == {"status": "ok"}
+        assert plain.get("/ready").json() == {"status": "ready"}
+        assert plain.get("/v1/models").status_code == 401
+
+
+def test_the_client_lists_the_backbone_and_the_tenants_own_champions(client):
+    assert [model.id for model in client().models.list()] == [BACKBONE, "acme.faq"]
+    assert [model.id for model in client("globex").models.list()] == [BACKBONE, "globex.faq"]
+    assert [model.id for model in client("admin").models.list()] == [BACKBONE, "acme.faq", "globex.faq"]
+    assert client().models.retrieve("acme.faq").id == "acme.faq"
+    assert client().models.retrieve("acme.faq:1").version == 1
+    assert client().models.retrieve(BACKBONE).owned_by == "pedro"
+
+
+@pytest.mark.parametrize(("model", "seed"), [("acme.faq", 2), ("acme.faq@champion", 2), ("acme.faq:1", 1)])
+def test_a_completion_is_what_peft_generates_with_that_version(served, client, model, seed):
+    answer = complete(client(), model)
+    assert answer.choices[0].text == reference(served.models["acme.faq", seed])
+    assert answer.system_fingerprint.startswith(f"acme.faq:{seed}#sha256:")
+    assert answer.model == model
+
+
+def test_the_backbone_answers_under_its_own_name(served, client):
+    answer = complete(client(), BACKBONE)
+    with served.models["acme.faq", 1].disable_adapter():
+        assert answer.choices[0].text == reference(served.models["acme.faq", 1])
+    assert answer.system_fingerprint == f"{BACKBONE}#{backbone().digest}"
+
+
+def test_a_chat_is_rendered_as_the_adapter_was_trained_and_streams_the_same_text(client):
+    messages = [{"role": "user", "content": "Tell me a story"}]
+    fields = {"model": "acme.faq", "messages": messages, "temperature": 0, "max_tokens": 40}
+    whole = client().chat.completions.create(**fields)
+    raw = complete(client(), "acme.faq", prompt="user: Tell me a story\nassistant:", max_tokens=40)
+    assert whole.choices[0].message.content == raw.choices[0].text
+    chunks = list(client().chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == raw.choices[0].text
+    assert chunks[-1].usage == whole.usage
+    assert {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint}
+
+
+def test_completions_stream_echo_score_and_give_several_choices(client):
+    whole = complete(client(), "acme.faq")
+    chunks = list(complete(client(), "acme.faq", stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    echoed = complete(client(), "acme.faq", echo=True, logprobs=2)
+    assert echoed.choices[0].text == PROMPT + whole.choices[0].text
+    assert echoed.choices[0].logprobs.token_logprobs[0] is None
+    two = complete(client(), "acme.faq", n=2, temperature=1.0, seed=5)
+    assert [choice.index for choice in two.choices] == [0, 1]
+    assert two.choices[0].text != two.choices[1].text
+    several = complete(client(), "acme.faq", prompt=[PROMPT, "One day"], seed=5)
+    assert several.choices[0].text == whole.choices[0].text
+    stop = whole.choices[0].text[4:7]
+    stopped = complete(client(), "acme.faq", stop=stop).choices[0]
+    assert (stopped.finish_reason, stop in stopped.text) == ("stop", False)
+
+
+def test_a_request_id_comes_once_and_a_client_may_choose_it(served):
+    body = {"model": "acme.faq", "prompt": "Hi", "max_tokens": 2}
+    with http(served) as tenant, http(served, **{"x-request-id": "mine-1"}) as named:
+        for request in (body, {**body, "stream": True}, {**body, "model": "acme.none"}, {"nonsense": 1}):
+            assert len(tenant.post("/v1/completions", json=request).headers.get_list("x-request-id")) == 1
+        assert named.post("/v1/completions", json=body).headers.get_list("x-request-id") == ["mine-1"]
+        assert len(named.get("/nowhere").headers.get_list("x-request-id")) == 1
+
+
+def test_a_prompt_that_is_too_long_is_a_400_that_names_the_numbers(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client(), "acme.faq", prompt="word " * 600, max_tokens=7)
+    assert "512" in caught.value.message
+    assert "max_tokens = 7" in caught.value.message
+    assert (caught.value.code, caught.value.type) == ("context_length_exceeded", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client(), "acme.faq", prompt="word " * 100_000)
+    assert "500,000 characters" in caught.value.message
+    assert complete(client(), "acme.faq", prompt="word " * 100, max_tokens=1).usage.completion_tokens == 1
+
+
+# tenants
+
+
+@pytest.mark.parametrize("suffix", ["", "@champion", ":1", ":77", "@none"])
+def test_a_foreign_name_and_an_unknown_one_get_byte_identical_answers(served, suffix):
+    bodies = {}
+    with http(served) as acme:
+        for name in ("globex.faq", "globex.nix"):
+            model = name + suffix
+            replies = [
+                acme.post("/v1/completions", json={"model": model, "prompt": "Hi"}),
+                acme.post("/v1/completions", json={"model": model, "prompt": "Hi", "stream": True}),
+                acme.post(
+                    "/v1/chat/completions", json={"model": model, "messages": [{"role": "user", "content": "?"}]}
+                ),
+                acme.get(f"/v1/models/{model}"),
+            ]
+            assert [reply.status_code for reply in replies] == [404] * len(replies)
+            bodies[name] = [reply.content.replace(name.encode(), b"NAME") for reply in replies]
+    assert bodies["globex.faq"] == bodies["globex.nix"]
+    assert json.loads(bodies["globex.nix"][0])["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("name", ["", "acme", "acme.none", "gpt-4", "../etc/passwd", "stories260k", "acme.faq.x", "*"])
+def test_an_unknown_model_is_never_answered_by_the_bare_backbone(served, name):
+    with http(served) as acme:
+        reply = acme.post("/v1/completions", json={"model": name, "prompt": "Hi", "max_tokens": 1})
+        assert reply.status_code == (404 if name else 400)
+        assert "choices" not in reply.json()
+
+
+def test_tenants_keys_open_no_operator_surface(served):
+    with http(served) as acme:
+        assert acme.get("/v1/adapters").status_code == 403
+        assert acme.post("/v1/adapters/acme.faq/promote", json={"version": 1}).status_code == 403
+        assert acme.post("/v1/adapters/globex.faq/rollback").status_code == 403
+
+
+def test_a_revoked_key_is_refused_at_the_next_request(served):
+    record, secret = served.store.create_key("acme", ("infer",))
+    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {secret}"}) as acme:
+        assert acme.get("/v1/models").status_code == 200
+        served.store.revoke_key(record.id)
+        refused = acme.get("/v1/models")
+        unknown = acme.get("/v1/models", headers={"authorization": "Bearer sk-pedro-unknown"})
+    assert (refused.status_code, refused.content) == (401, unknown.content)
+
+
+def test_an_adapter_of_another_backbone_is_a_clear_error(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client(), "acme.alien")
+    assert OTHER_BACKBONE in caught.value.message
+    assert backbone().digest in caught.value.message
+
+
+def test_a_new_version_of_one_tenant_leaves_anothers_answers_unchanged_to_the_bit(served, client):
+    def answers():
+        asked = [complete(client("globex"), "globex.faq", prompt=p, logprobs=3, max_tokens=16) for p in (PROMPT, "One")]
+        sampled = complete(client("globex"), "globex.faq", temperature=1.0, seed=9, logprobs=0)
+        return [choice.to_dict() for answer in (*asked, sampled) for choice in answer.choices]
+
+    before = answers()
+    version = served.add("acme.new", 7)
+    wait_for(lambda: "acme.new" in [model.id for model in client().models.list()])
+    assert complete(client(), "acme.new").system_fingerprint == fingerprint(version)
+    assert answers() == before
+
+
+# hot swap
+
+
+class Traffic:
+    """Streams of one tenant, one after the other on each of several threads, until left."""
+
+    def __init__(self, client, model, threads=4):
+        self.answers = []  # (when it began, the fingerprints of its chunks, its text)
+        self.errors = []
+        self._client, self._model, self._threads = client, model, threads
+        self._stop = threading.Event()
+
+    def __enter__(self):
+        self._pool = ThreadPoolExecutor(self._threads)
+        self._runs = [self._pool.submit(self._run) for _ in range(self._threads)]
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._pool.shutdown()
+
+    def _run(self):
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                chunks = list(
+                    complete(self._client, self._model, stream=True, max_tokens=48, extra_body={"ignore_eos": True})
+                )
+                text = "".join(chunk.choices[0].text for chunk in chunks)
+                self.answers.append((began, {chunk.system_fingerprint for chunk in chunks}, text))
+                assert chunks[-1].choices[0].finish_reason == "length"
+            except Exception as error:  # noqa: BLE001 - counted, whatever it is
+                self.errors.append(error)
+
+
+def test_a_hot_swap_under_load_fails_nothing_mixes_nothing_and_is_seen_within_2_s(served, client):
+    old, new = served.add("acme.swap", 11), served.add("acme.swap", 12, promote=False)
+    wait_for(lambda: "acme.swap" in [model.id for model in client().models.list()])
+    texts = {}
+    for version in (old, new):
+        options = {"max_tokens": 48, "extra_body": {"ignore_eos": True}}
+        texts[fingerprint(version)] = complete(client(), version.ref, **options).choices[0].text
+    assert len(set(texts.values())) == 2
+    with Traffic(client(), "acme.swap") as traffic:
+        wait_for(lambda: len(traffic.answers) >= 4, 30)
+        served.registry.promote("acme.swap", new.version)
+        moved = time.monotonic()
+        seen = wait_for(lambda: any(fingerprint(new) in prints for _, prints, _ in list(traffic.answers)), 20)
+        first = min(began for began, prints, _ in list(traffic.answers) if fingerprint(new) in prints)
+        wait_for(lambda: sum(began > moved + 2 for began, _, _ in list(traffic.answers)) >= 4, 30)
+    assert not traffic.errors
+    assert all(len(prints) == 1 for _, prints, _ in traffic.answers)
+    assert all(text == texts[prints.pop()] for _, prints, text in traffic.answers)
+    assert first - moved < 2
+    late = [prints for began, prints, _ in traffic.answers if began > moved + 2]
+    assert late
+    print(
+        f"hot swap: {len(traffic.answers)} streams, new version asked {first - moved:.2f} s, answered {seen:.2f} s on"
+    )
+
+
+def test_an_operator_promotes_and_rolls_back_over_http(served, client):
+    with http(served, "admin") as admin:
+        card = admin.post("/v1/adapters/acme.faq/promote", json={"version": 1}).json()
+        assert card["aliases"] == {"champion": 1, "previous": 2}
+        assert complete(client(), "acme.faq").system_fingerprint.startswith("acme.faq:1#")  # at once where it was asked
+        assert admin.post("/v1/adapters/acme.faq/rollback").json()["aliases"] == {"champion": 2, "previous": 1}
+        assert complete(client(), "acme.faq").system_fingerprint.startswith("acme.faq:2#")
+        assert admin.post("/v1/adapters/acme.none/promote", json={"version": 1}).status_code == 404
+        assert admin.post("/v1/adapters/acme.faq/promote", json={"version": 99}).status_code == 404
+
+
+def test_an_adapter_deleted_while_it_answers_ends_its_stream_whole_and_is_then_gone(served, client):
+    served.add("acme.brief", 13)
+    wait_for(lambda: "acme.brief" in [model.id for model in client().models.list()])
+    options = {"max_tokens": 300, "extra_body": {"ignore_eos": True}}
+    whole = complete(client(), "acme.brief", **options).choices[0].text
+    stream = complete(client(), "acme.brief", stream=True, **options)
+    text = next(stream).choices[0].text
+    served.registry.delete("acme.brief")
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == whole
+
+    def gone():
+        try:
+            complete(client(), "acme.brief", max_tokens=1)
+        except openai.NotFoundError:
+            return True
+        return False
+
+    assert wait_for(gone) < 2
+
+
+# the server itself
+
+
+def test_a_client_that_goes_away_frees_its_slot(served):
+    body = {"model": "acme.faq", "prompt": "Hi", "max_tokens": 450, "stream": True, "ignore_eos": True}
+    with http(served) as acme:
+        for _ in range(3):
+            with acme.stream("POST", "/v1/completions", json=body) as reply:
+                next(reply.iter_raw())
+        wait_for(lambda: engine_stats()["running"] == 0)
+    stats = engine_stats()
+    assert stats["slots_free"] == stats["slots"]
+
+
+def test_many_requests_at_once_all_get_their_own_answer(client):
+    prompts = [f"There was a {word}" for word in ("cat", "dog", "bird", "girl")]
+    models = ["acme.faq", "acme.faq:1", BACKBONE]
+    jobs = [(model, prompt) for prompt in prompts for model in models]
+    tenant = client()
+    alone = {job: complete(tenant, *job).choices[0].text for job in jobs}
+    with ThreadPoolExecutor(len(jobs) * 2) as pool:
+        together = list(pool.map(lambda job: complete(tenant, *job).choices[0].text, jobs * 2))
+    assert together == [alone[job] for job in jobs * 2]
+
+
+def test_serving_twice_from_one_home_is_refused_and_disturbs_nothing(served, client):
+    with pytest.raises(ConflictError, match=served.url):
+        deploy(served.settings, ServeConfig(), port=0)
+    assert complete(client(), "acme.faq", max_tokens=1)
+    assert find(served.settings).url == served.url
+
+
+def test_a_port_in_use_is_told_and_nothing_is_started(here):
+    settings = settings_at(here / "second")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UnavailableError, match=f"{port}.*--port"):
+            deploy(settings, ServeConfig(), port=port)
+    with pytest.raises(BackboneError, match="nothere"):
+        deploy(settings, ServeConfig(backbone="nothere"), port=0)
+    assert cluster.find_head(settings) is None
+    assert sorted(path.name for path in settings.home.iterdir()) == ["mlflow.db"]
