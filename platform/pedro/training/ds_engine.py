@@ -7,6 +7,8 @@ first. Stage and number of workers are invisible in the result.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -26,9 +28,10 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
         self._sharded = bool(self._stage) or "bf16" in config
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints what memory it takes
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
         self._deepspeed = deepspeed
         self.model, self.optimizer, self.parameters = model, optimizer, parameters
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
