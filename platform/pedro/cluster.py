@@ -38,7 +38,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster that this process is connected to."""
+    """A Ray cluster that answers."""
 
     address: str
     dashboard_url: str
@@ -46,15 +46,20 @@ class Cluster:
     local: bool
 
 
-def connect(settings: Settings, say: Callable[[str], None] = lambda line: None) -> Cluster:
-    """Connect this process to the cluster of `settings`, starting the local head if there is none.
+def connect(settings: Settings, say: Callable[[str], None] = lambda line: None, *, attach: bool = False) -> Cluster:
+    """The cluster of `settings`, reachable; the local head is started if there is none.
+
+    `attach` makes this process a Ray driver, which serving needs and jobs do not.
 
     Raises UnavailableError if nothing answers, ConfigError if the cluster spans hosts but storage does not.
     """
     external = settings.ray_address
     if external is None:
         _local_environment(settings)
-        address = _ensure_head(settings, say).address
+        head = _ensure_head(settings, say)
+        if not attach:
+            return Cluster(head.address, head.dashboard_url, nodes=1, local=True)
+        address = head.address
     else:
         address = external
     import ray
@@ -145,6 +150,8 @@ def _local_environment(settings: Settings) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "bind to loopback only"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Serve and Train are many small actors; Ray's limit of one start a core only delays them and warns about it
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     os.environ.update(settings.env())
 
 

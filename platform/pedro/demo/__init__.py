@@ -31,7 +31,7 @@ BACKBONE = "stories260K"
 Say = Callable[[str], None]
 Outcome = Future[None]
 # Steps of each tenant's versions: the first trains twice, briefly and then well, so that there is something to swap.
-STEPS = ((60, 350), (300,), (300,))
+STEPS = ((60, 300), (300,), (150,))
 
 
 def run_demo(settings: Settings, *, keep: bool, port: int, say: Say) -> dict[str, Any]:
@@ -95,7 +95,9 @@ def demo_spec(tenant: DemoTenant, steps: int) -> FineTuneSpec:
         "training": {
             "epochs": 100,
             "max_steps": steps,
-            "lr": 1e-2,
+            "lr": 2e-2,
+            "theta_lr": 1e-3,
+            "theta_every": 5,
             "batch_size": 32,
             "eval_every": 50,
             "patience": 100,
@@ -215,8 +217,8 @@ def _show(result: dict[str, Any], say: Say) -> None:
     console.print(grid)
     swap = result["swap"]
     say(
-        f"hot swap of {swap['model']}: v{swap['old_version']} → v{swap['new_version']} with {swap['in_flight']} requests "
-        f"in flight; {swap['requests']} requests, {swap['failed']} failed, {swap['mixed']} mixed; "
+        f"hot swap of {swap['model']}: v{swap['old_version']} → v{swap['new_version']} with "
+        f"{swap['in_flight']} requests in flight; {swap['requests']} requests, {swap['failed']} failed, {swap['mixed']} mixed; "
         f"{swap['answered_by_old']} by the old, {swap['answered_by_new']} by the new, first after "
         f"{swap['seconds_to_first_new']} s; accuracy {swap['old_accuracy']:.3f} → {swap['new_accuracy']:.3f}"
     )

@@ -51,7 +51,7 @@ def deploy(
             f"port: {port} on {host} is in use; stop what uses it, or choose another with --port (0: any free one)",
             param="port",
         )
-    cluster.connect(settings, say)
+    cluster.connect(settings, say, attach=True)
     import logging
 
     from ray import serve
@@ -87,7 +87,7 @@ def undeploy(settings: Settings) -> bool:
         _record(settings).unlink(missing_ok=True)
         return False
     if recorded:
-        cluster.connect(settings)
+        cluster.connect(settings, attach=True)
         from ray import serve
 
         serve.shutdown()

@@ -31,6 +31,7 @@ WORKER = "RayTrainWorker"
 NOISE = re.compile(
     "|".join(
         [
+            r"^\(raylet",
             r"INFO job_manager",
             r"INFO worker\.py",
             r"Running entrypoint for job",
@@ -41,7 +42,7 @@ NOISE = re.compile(
         ]
     )
 )
-POLL_S = 0.5
+POLL_S = 1.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -110,10 +111,11 @@ def wait(
 
 def follow(job_id: str, dashboard_url: str) -> Iterator[str]:
     """The lines of a job for people, as they come, until it ends: progress, errors, the result; no framework noise."""
+    status(job_id, dashboard_url)  # raises for an unknown job
     client = _client(dashboard_url)
     seen, rest = 0, ""
     while True:
-        ended = status(job_id, dashboard_url) in ("SUCCEEDED", "FAILED", "STOPPED")
+        ended = client.get_job_status(job_id).is_terminal()
         text = client.get_job_logs(job_id)
         *whole, rest = (rest + text[seen:]).split("\n")
         seen = len(text)
