@@ -216,11 +216,11 @@ def _show(result: dict[str, Any], say: Say) -> None:
     console = Console(width=140, highlight=False)
     console.print(grid)
     swap = result["swap"]
+    seen = "{requests} requests, {failed} failed, {mixed} mixed; {answered_by_old} by the old, {answered_by_new} by the new"
     say(
-        f"hot swap of {swap['model']}: v{swap['old_version']} → v{swap['new_version']} with "
-        f"{swap['in_flight']} requests in flight; {swap['requests']} requests, {swap['failed']} failed, {swap['mixed']} mixed; "
-        f"{swap['answered_by_old']} by the old, {swap['answered_by_new']} by the new, first after "
-        f"{swap['seconds_to_first_new']} s; accuracy {swap['old_accuracy']:.3f} → {swap['new_accuracy']:.3f}"
+        "hot swap of {model}: v{old_version} → v{new_version} with {in_flight} requests in flight".format(**swap)
+        + f"; {seen.format(**swap)}, first after {swap['seconds_to_first_new']} s; "
+        + "accuracy {old_accuracy:.3f} → {new_accuracy:.3f}".format(**swap)
     )
     say(f"the whole demo took {result['seconds']:.0f} s")
 
