@@ -216,10 +216,11 @@ def _show(result: dict[str, Any], say: Say) -> None:
     console = Console(width=140, highlight=False)
     console.print(grid)
     swap = result["swap"]
-    seen = "{requests} requests, {failed} failed, {mixed} mixed; {answered_by_old} by the old, {answered_by_new} by the new"
+    counts = "{requests} requests, {failed} failed, {mixed} mixed"
+    answered = "{answered_by_old} by the old, {answered_by_new} by the new"
     say(
         "hot swap of {model}: v{old_version} → v{new_version} with {in_flight} requests in flight".format(**swap)
-        + f"; {seen.format(**swap)}, first after {swap['seconds_to_first_new']} s; "
+        + f"; {counts.format(**swap)}; {answered.format(**swap)}, first after {swap['seconds_to_first_new']} s; "
         + "accuracy {old_accuracy:.3f} → {new_accuracy:.3f}".format(**swap)
     )
     say(f"the whole demo took {result['seconds']:.0f} s")
