@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pedro.config import Settings, validate_spec
-from pedro.errors import ConfigError, NotFoundError, PedroError
+from pedro.errors import ConfigError, DataError, NotFoundError, PedroError
 from pedro.registry import CANDIDATE, CHAMPION, Registry, Version
 from pedro.training.gate import GateDecision, decide
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
@@ -98,18 +98,23 @@ def run_job(
 
 
 def check_data(spec: FineTuneSpec, settings: Settings, say: Say) -> None:
-    """Tokenise the data on this host and find what is wrong with spec and data before a worker is started."""
-    from pedro.backbone import load_tokenizer, resolve_backbone
-    from pedro.methods.registry import get_method
-    from pedro.training.prepare import prepare
+    """Find what is wrong with the files before a worker is started.
 
-    backbone = resolve_backbone(spec.backbone)
-    get_method(spec.method.name).config(_model_config(backbone.directory), spec.method.options)
-    prepared = prepare(spec.data, spec.training, backbone, load_tokenizer(backbone), settings.cache)
-    prepared.splits(with_theta=False)
-    split, rows = prepared.scored(spec.gate.max_rows)
-    scored = f"scored on {len(rows):,} {split} rows" if rows is not None else "not scored: no test or validation rows"
-    say(f"{spec.name}: {prepared.rows_in_train():,} rows, prompts as {prepared.format.id!r}, {scored}")
+    Nothing is tokenised here: a driver stays light (no torch models, no tokenizer), and workers find the rest. Raises
+    DataError that names the file's role and the first bad line.
+    """
+    from pedro.data.check import check_file
+
+    counts = []
+    for role, location in spec.data.files().items():
+        report = check_file(fetch(location, settings.cache))
+        if not report.usable:
+            first = report.errors[0] if report.errors else None
+            why = f"line {first['line']}: {first['field']}: {first['reason']}" if first else "it holds no examples"
+            more = f"; and {report.error_count - 1:,} more bad lines" if report.error_count > 1 else ""
+            raise DataError(f"data.{role}: {why}{more}; `pedro data check` lists them", param=f"data.{role}")
+        counts.append(f"{report.examples:,} in {role}")
+    say(f"{spec.name}: examples: {', '.join(counts)}")
 
 
 def judge(spec: FineTuneSpec, trained: Result, registry: Registry) -> GateDecision:
@@ -202,12 +207,6 @@ def _connect() -> None:
             log_to_driver=True,
             runtime_env={"env_vars": variables},
         )
-
-
-def _model_config(directory: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(directory, local_files_only=True)
 
 
 def _champion(registry: Registry, name: str) -> int | None:

@@ -1,7 +1,6 @@
 """The rows of a job: its files tokenised once on each host, split, and counted. Knows nothing of models or Ray.
 
-The driver prepares first, so that mistakes in the data stop a job before any worker starts; workers ask for the same
-and find it in the host's cache, memory-mapped.
+Every worker prepares; the first on a host tokenises, the others find its rows in the host's cache, memory-mapped.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from pedro.backbone import Backbone, context_length
 from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, shape_of, split
@@ -67,10 +68,6 @@ class Prepared:
         *_, validation = self.splits(with_theta=False)
         return ("validation", sample(validation, max_rows)) if validation is not None else ("none", None)
 
-    def rows_in_train(self) -> int:
-        """Rows of the training file, before anything is cut from it."""
-        return len(self._rows["train"])
-
     def majority(self) -> str:
         """The most frequent answer of the training file (its first 50,000 rows)."""
         rows = self._rows["train"]
@@ -102,9 +99,12 @@ def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenize
                 param=f"data.{name}",
             )
     digests = {name: data_digest(path) for name, path in sorted(files.items())}
-    rows = {
-        name: load_rows(path, tokenizer, formats["train"], max_length, cache / "rows") for name, path in files.items()
-    }
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "rows.lock"):  # one worker of a host tokenises, the others find its rows
+        rows = {
+            name: load_rows(path, tokenizer, formats["train"], max_length, cache / "rows")
+            for name, path in files.items()
+        }
     joined = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     return Prepared(formats["train"], f"sha256:{joined}", max_length, data, rows)
 

@@ -35,6 +35,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for it; Ray's default is 2 s
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a lost node is noticed anyway; it costs a process of its own
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a job waits its turn for as long as a day
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
