@@ -69,7 +69,6 @@ async def _swap_under_load(
     async with _client(url, key) as client:
 
         async def stream(number: int) -> None:
-            nonlocal seen
             while time.monotonic() < stop_at:
                 running.add(number)
                 seen.requests += 1
@@ -90,14 +89,17 @@ async def _swap_under_load(
                         seen.seconds_to_first_new = round(time.monotonic() - moved, 3)
                     seen.answers[fingerprint] += 1
 
-        load = [asyncio.create_task(stream(number)) for number in range(CONCURRENCY)]
-        await asyncio.sleep(seconds / 3)
-        moved, seen.in_flight = time.monotonic(), len(running)
-        async with _client(url, admin_key) as admin:
-            reply = await admin.post(f"/v1/adapters/{model}/promote", json={"version": version})
-        if reply.status_code != 200:
-            raise PedroError(f"{model}: promote answered {reply.status_code}: {reply.text[:300]}")
-        await asyncio.gather(*load)
+        load = asyncio.gather(*(stream(number) for number in range(CONCURRENCY)))
+        try:
+            await asyncio.sleep(seconds / 3)
+            moved, seen.in_flight = time.monotonic(), len(running)
+            async with _client(url, admin_key) as admin:
+                reply = await admin.post(f"/v1/adapters/{model}/promote", json={"version": version})
+            if reply.status_code != 200:
+                raise PedroError(f"{model}: promote answered {reply.status_code}: {reply.text[:300]}")
+            await load
+        finally:
+            load.cancel()
     return seen
 
 
