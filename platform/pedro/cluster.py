@@ -175,9 +175,10 @@ def _ensure_head(settings: Settings, say: Callable[[str], None]) -> Head:
 def _start_head(folder: Path) -> Head:
     import psutil
 
-    gcs, dashboard, agent = free_port(), free_port(), free_port()
+    gcs, dashboard, agent, client = (free_port() for _ in range(4))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--ray-client-server-port={client}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--log-color=false"]
     command += [f"--num-cpus={os.cpu_count() or 1}"]
     log = folder / "head.log"
