@@ -1,5 +1,6 @@
 """One real deployment on a local Ray head, asked over HTTP as tenants ask: the official client, and raw requests."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, settings_at, tokenizer
@@ -209,6 +211,23 @@ def test_a_prompt_that_is_too_long_is_a_400_that_names_the_numbers(client):
     assert complete(client(), "acme.faq", prompt="word " * 100, max_tokens=1).usage.completion_tokens == 1
 
 
+def test_what_could_only_be_refused_is_refused_before_it_costs_anything(served):
+    asked = {
+        "/v1/completions": [
+            ({"prompt": "x" * 2_000_000}, 413, "bytes"),
+            ({"prompt": [5] * 100_000}, 400, "100,000 tokens"),
+            ({"prompt": [5] * 512}, 400, "512"),
+        ],
+        "/v1/chat/completions": [({"messages": [{"role": "user", "content": ""}] * 5000}, 400, "5000")],
+    }
+    with http(served) as acme:
+        for path, cases in asked.items():
+            for body, status, named in cases:
+                reply = acme.post(path, json={"model": "acme.faq", **body})
+                assert reply.status_code == status
+                assert named in reply.json()["error"]["message"]
+
+
 # tenants
 
 
@@ -393,6 +412,31 @@ def test_many_requests_at_once_all_get_their_own_answer(client):
     with ThreadPoolExecutor(len(jobs) * 2) as pool:
         together = list(pool.map(lambda job: complete(tenant, *job).choices[0].text, jobs * 2))
     assert together == [alone[job] for job in jobs * 2]
+
+
+@pytest.mark.slow
+def test_a_replica_killed_mid_answer_is_replaced_and_the_client_sees_no_seam(served, client):
+    options = {"max_tokens": 400, "extra_body": {"ignore_eos": True}, "temperature": 1.0, "seed": 4, "echo": True}
+    whole = complete(client(), "acme.faq:1", **options)
+    chunks = complete(client(), "acme.faq:1", stream=True, **options)
+    received = [next(chunks)]
+    kill_replica(served)
+    received += chunks
+    assert "".join(chunk.choices[0].text for chunk in received) == whole.choices[0].text
+    assert {chunk.system_fingerprint for chunk in received} == {whole.system_fingerprint}
+    assert received[-1].choices[0].finish_reason == "length"
+    assert complete(client(), "acme.faq").choices[0].text == reference(served.models["acme.faq", 2])
+
+
+def kill_replica(served):
+    """kill -9 of the engine's process."""
+    home = str(served.settings.home)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "ServeReplica:pedro:engine" in " ".join(process.cmdline()) and process.environ()["PEDRO_HOME"] == home:
+                process.kill()
+                return
+    raise AssertionError("no engine replica found")
 
 
 def test_serving_twice_from_one_home_is_refused_and_disturbs_nothing(served, client):

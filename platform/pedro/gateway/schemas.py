@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pedro.errors import PedroError
 
+MAX_MESSAGES = 4096
 MAX_SHOWN_VALUE = 80
 MAX_SHOWN_ERRORS = 5
 INT64 = 2**63
@@ -197,6 +198,9 @@ def parse(kind: type[Model], body: bytes) -> Model:
     if isinstance(value.get("stream_options"), dict):
         _drop_harmless(StreamOptions, value["stream_options"], "stream_options.")
     if kind is ChatRequest and isinstance(value.get("messages"), list):
+        if len(value["messages"]) > MAX_MESSAGES:
+            message = f"messages: expected at most {MAX_MESSAGES} items, got {len(value['messages'])}"
+            raise PedroError(message, param="messages", code="invalid_value")
         for number, message in enumerate(value["messages"]):
             if isinstance(message, dict):
                 _drop_harmless(Message, message, f"messages[{number}].")

@@ -6,6 +6,7 @@ The same `build_app` serves `pedro serve`, a Serve config file and a RayService 
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import Any
 
 from ray import serve
@@ -27,10 +28,11 @@ class EngineReplica:
 
         self._replica = Replica(ServeConfig(**config), settings)
 
-    async def generate(self, call: Any, ref: str | None) -> Any:
+    async def generate(self, call: Any, ref: str | None, resumed: tuple[int, ...] = ()) -> Any:
         """Slices of deltas; an error meant for the tenant is the last item rather than an exception."""
-        async for piece in self._replica.generate(call, ref):
-            yield piece
+        async with aclosing(self._replica.generate(call, ref, resumed)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def ready(self) -> bool:
         return self._replica.ready()
@@ -69,8 +71,16 @@ class Gateway:
         from pedro.gateway.app import GatewaySettings, create_app
 
         self._watching = asyncio.create_task(self._catalog.watch())
-        # Serve's proxy sends the request id itself
-        return create_app(lambda: self._backend, self._store, GatewaySettings(send_request_id=False))
+        settings = GatewaySettings(
+            max_body_bytes=max_body_bytes(self._backend.max_model_len),
+            send_request_id=False,  # Serve's proxy sends it itself
+        )
+        return create_app(lambda: self._backend, self._store, settings)
+
+
+def max_body_bytes(max_model_len: int) -> int:
+    """Room for 256 full prompts as token ids: what is larger could only be refused, at a cost to everybody else."""
+    return min(8 * 2**20, max(2**20, 2048 * max_model_len))
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -83,8 +93,10 @@ def build_app(args: dict[str, Any]) -> Application:
     config = validate_spec(args, ServeConfig, source="serve arguments")
     resolve_backbone(config.backbone)
     settings = Settings.from_env()
-    engine = EngineReplica.options(
+    replica: Any = EngineReplica
+    gateway: Any = Gateway
+    engine = replica.options(
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
     ).bind(config.model_dump(), settings)
-    return Gateway.bind(config.model_dump(), settings, engine)
+    return gateway.bind(config.model_dump(), settings, engine)

@@ -61,18 +61,23 @@ def deploy(
     from pedro.serving.app import build_app
 
     app = build_app(config.model_dump())
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),
-    )
+    if _record(settings).is_file():  # of a server that no longer answers, but may still hold its port
+        _take_down(settings)
     say(f"loading {config.backbone} and starting the server on {host}:{port}")
-    try:
-        serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
-    except RuntimeError as error:
-        serve.delete(APP_NAME)
-        raise UnavailableError(f"the server did not start: {_last_line(error)}; its log is in Ray's session") from error
     served = Served(f"http://{host}:{port}", config.model_name)
-    _wait_ready(served.url)
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),
+        )
+        serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
+        _wait_ready(served.url)
+    except RuntimeError as error:
+        _take_down(settings)
+        raise UnavailableError(f"the server did not start: {_last_line(error)}; its log is in Ray's session") from error
+    except BaseException:
+        _take_down(settings)
+        raise
     _record(settings).parent.mkdir(parents=True, exist_ok=True)
     _record(settings).write_text(json.dumps({"url": served.url, "backbone": served.backbone}))
     return served
@@ -88,10 +93,7 @@ def undeploy(settings: Settings) -> bool:
         return False
     if recorded:
         cluster.connect(settings, attach=True)
-        from ray import serve
-
-        serve.shutdown()
-        _record(settings).unlink(missing_ok=True)
+        _take_down(settings)
     return recorded
 
 
@@ -105,6 +107,17 @@ def find(settings: Settings) -> Served | None:
     except (OSError, ValueError, TypeError, httpx.HTTPError):
         return None
     return served
+
+
+def _take_down(settings: Settings) -> None:
+    """Off the cluster; Serve itself ends too where the cluster is this home's own."""
+    from ray import serve
+
+    if settings.ray_address is None:
+        serve.shutdown()
+    else:
+        serve.delete(APP_NAME)
+    _record(settings).unlink(missing_ok=True)
 
 
 def _record(settings: Settings) -> Path:

@@ -71,9 +71,12 @@ class Replica:
         self._thread = EngineThread(engine)
         self._thread.start()
 
-    async def generate(self, call: GenerateCall, ref: str | None) -> AsyncGenerator[list[Delta] | PedroError, None]:
+    async def generate(
+        self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...] = ()
+    ) -> AsyncGenerator[list[Delta] | PedroError, None]:
         """Slices of deltas for `call`, answered by the adapter version `ref` (None: the bare backbone).
 
+        `resumed` are tokens of the answer that another replica sent before it was lost; they are not sent again.
         An error ends the stream as its last item; one that comes first means that the call was not admitted.
         """
         arrived: list[Output] = []
@@ -86,9 +89,12 @@ class Replica:
             if output.finish_reason is not None:
                 any_ended.set()
 
+        def hand_over(output: Output) -> None:
+            loop.call_soon_threadsafe(take, output)
+
         try:
-            request = await self._request(call, ref)
-            self._thread.submit(request, lambda output: loop.call_soon_threadsafe(take, output))
+            request = await self._request(call, ref, resumed)
+            self._thread.submit(request, hand_over)
         except PedroError as error:
             yield error
             return
@@ -147,7 +153,7 @@ class Replica:
         except AdapterError as error:  # the store's fault, not the caller's
             raise UnavailableError(error.message, param="model", code="adapter_unavailable") from error
 
-    async def _request(self, call: GenerateCall, ref: str | None) -> Request:
+    async def _request(self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...] = ()) -> Request:
         """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""
         if call.messages is not None:
             form = self._plain_format if ref is None else await self._format_of(ref)
@@ -166,6 +172,7 @@ class Replica:
             params=params,
             conditioning_length=call.conditioning_length,
             n=call.n,
+            resumed_ids=resumed,
         )
 
     async def _encode(self, text: str, param: str) -> list[int]:
