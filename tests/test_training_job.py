@@ -1,0 +1,118 @@
+"""Whole jobs on a real Ray cluster of their own: killed workers, hopeless losses, bad data, two at once."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from training_runs import spec_for
+
+from pedro import cluster
+from pedro.config import Settings
+from pedro.errors import NotFoundError, TrainingError
+from pedro.registry import Registry
+from pedro.store import Store
+from pedro.training import submit as jobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Settings, registry, store and dashboard URL of one local cluster."""
+    folder = tmp_path_factory.mktemp("home")
+    inherited = dict(os.environ)
+    settings = Settings.from_env({"PEDRO_HOME": str(folder)})
+    head = cluster.connect(settings)
+    registry = Registry.open(settings)
+    registry.models()  # creates the schema, which takes a while
+    yield settings, registry, Store(settings.database_url), head.dashboard_url
+    cluster.stop_head(settings)
+    os.environ.clear()
+    os.environ.update(inherited)
+
+
+def _named(spec, adapter):
+    return spec.model_copy(update={"adapter": adapter})
+
+
+def _workers(settings):
+    head = psutil.Process(cluster.find_head(settings).pid)
+    return [p for p in head.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline() or [])]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, tmp_path, workers):
+    settings, registry, store, url = home
+    changes = {"max_steps": 60, "eval_every": 10, "checkpoint_every": 5}
+    spec = spec_for(tmp_path, resources={"workers": workers, "zero_stage": workers - 1}, **changes)
+    whole = jobs.wait(jobs.submit(_named(spec, f"whole{workers}"), settings, url, store), url, store=store)
+    job = jobs.submit(_named(spec, f"killed{workers}"), settings, url, store)
+    lines, results = [], []
+    follower = threading.Thread(target=lambda: results.append(jobs.wait(job, url, lines.append, store)))
+    follower.start()
+    while not any(line.startswith("step 20/60") for line in lines):  # by then an earlier checkpoint is safe
+        assert follower.is_alive(), lines
+        time.sleep(0.05)
+    _workers(settings)[0].send_signal(signal.SIGKILL)
+    follower.join(300)
+    killed = results[0]
+    assert any(line.startswith("resumed at step") for line in lines), lines
+    assert killed.digest == whole.digest
+    assert killed.metrics["accuracy"] == whole.metrics["accuracy"]
+    assert (killed.steps, killed.optimizer_steps) == (60, 120)
+    version = registry.get(f"acme.killed{workers}")
+    assert (version.digest, version.aliases) == (killed.digest, ("champion",))
+    assert store.get_job(job).status == "succeeded"
+    assert [step for step, _ in registry.history(version.run_id, "dev/loss")][-1] == 60
+
+
+def test_a_hopeless_loss_ends_the_job_at_once_and_registers_nothing(home, tmp_path):
+    settings, registry, store, url = home
+    spec = _named(spec_for(tmp_path, lr=1e30, clip=0, warmup=0.0, max_steps=40), "hopeless")
+    job = jobs.submit(spec, settings, url, store)
+    with pytest.raises(TrainingError, match=r"the loss is .*lower training.lr"):
+        jobs.wait(job, url, store=store)
+    assert jobs.logs(job, url).count("training 21,320 parameters") == 1
+    with pytest.raises(NotFoundError):
+        registry.get("acme.hopeless")
+    assert store.get_job(job).status == "failed"
+    assert "lower training.lr" in store.get_job(job).message
+
+
+def test_a_bad_line_stops_a_job_before_any_worker_starts(home, tmp_path):
+    settings, _, store, url = home
+    spec = _named(spec_for(tmp_path), "badline")
+    with Path(spec.data.train).open("a") as stream:
+        stream.write('{"prompt": "no answer"}\n')
+    job = jobs.submit(spec, settings, url, store)
+    with pytest.raises(TrainingError, match=r"data.train: line 73"):
+        jobs.wait(job, url, store=store)
+    assert "RayTrainWorker" not in jobs.logs(job, url)
+
+
+def test_two_jobs_run_side_by_side_and_the_second_version_meets_the_champion(home, tmp_path):
+    settings, registry, store, url = home
+    first = jobs.wait(jobs.submit(_named(spec_for(tmp_path), "pair"), settings, url, store), url, store=store)
+    assert (first.model, first.alias) == ("acme.pair:1", "champion")
+    floor = spec_for(tmp_path).gate.model_copy(update={"floor": 1.01})
+    refused = _named(spec_for(tmp_path, seed=1), "pair").model_copy(update={"gate": floor})
+    other = _named(spec_for(tmp_path, "lora"), "other")
+    started = [jobs.submit(spec, settings, url, store) for spec in (refused, other)]
+    most = 0
+    while any(jobs.status(job, url) in ("PENDING", "RUNNING") for job in started):
+        most = max(most, len(_workers(settings)))
+        time.sleep(0.2)
+    assert most >= 2
+    second, lora = (jobs.wait(job, url, store=store) for job in started)
+    assert (second.model, second.alias) == ("acme.pair:2", "candidate")
+    assert "below the gate's floor of 1.01" in second.gate
+    assert registry.get("acme.pair").version == 1
+    assert registry.get("acme.pair", "candidate").gate.startswith("refused: ")
+    assert (lora.model, lora.alias) == ("acme.other:1", "champion")
+    assert lora.trainable_parameters == 46_240
+    assert json.loads(json.dumps(lora.to_dict())) == lora.to_dict()

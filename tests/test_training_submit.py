@@ -1,0 +1,26 @@
+"""What a person reads of a job's log."""
+
+from pedro.training.submit import readable
+
+LOG = """\
+2026-01-05 10:00:00,000\tINFO job_manager.py:581 -- Runtime env is setting up.
+Running entrypoint for job ftjob-1: python -m pedro.training.job --spec 's.json' --job-id ftjob-1
+acme.voice: examples: 2,800 in train, 334 in test
+\x1b[36m(TrainController pid=7)\x1b[0m Attempting to start training worker group of size 1
+\x1b[36m(RayTrainWorker pid=8)\x1b[0m training 21,320 parameters on 2,228 rows, 300 steps
+\x1b[36m(RayTrainWorker pid=8, ip=10.0.0.3)\x1b[0m step 10/300 · loss 2.806 · 574 tokens/s · 0:04 left
+\x1b[36m(RayTrainWorker pid=8)\x1b[0m Reporting training result 1: TrainingReport(checkpoint=None)
+(driver pid=6) Traceback (most recent call last):
+error: data.train: line 3: prompt: missing
+{"model": "acme.voice:1"}
+"""
+
+
+def test_progress_reads_clean_and_frameworks_keep_to_themselves():
+    assert list(readable(LOG.splitlines())) == [
+        "acme.voice: examples: 2,800 in train, 334 in test",
+        "training 21,320 parameters on 2,228 rows, 300 steps",
+        "step 10/300 · loss 2.806 · 574 tokens/s · 0:04 left",
+        "error: data.train: line 3: prompt: missing",
+        '{"model": "acme.voice:1"}',
+    ]
