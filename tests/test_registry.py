@@ -112,5 +112,5 @@ def test_files_that_changed_in_the_store_are_refused(registry, register):
 
 @pytest.mark.parametrize("name", ["acme", "acme.o'ne", "a.b.c", "../x.y"])
 def test_a_hostile_name_never_reaches_the_store(registry, name):
-    with pytest.raises(PedroError, match="no adapter name|no valid name"):
+    with pytest.raises(PedroError, match=r"no adapter name|no valid name"):
         registry.versions(name)

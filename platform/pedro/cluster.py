@@ -6,9 +6,12 @@ PEDRO_HOME is started on loopback with token authentication, reused by every com
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -66,7 +69,7 @@ def connect(settings: Settings, say: Callable[[str], None] = lambda line: None, 
 
     if not ray.is_initialized():
         try:
-            ray.init(address=address, namespace="pedro", log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, namespace="pedro", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UnavailableError(
                 f"RAY_ADDRESS: no Ray cluster answers at {address} ({type(error).__name__}); check the address and, "
@@ -175,10 +178,12 @@ def _ensure_head(settings: Settings, say: Callable[[str], None]) -> Head:
 def _start_head(folder: Path) -> Head:
     import psutil
 
+    session = _session_folder(folder)
+    shutil.rmtree(session, ignore_errors=True)  # the logs of the head before this one
     gcs, dashboard, agent, client = (free_port() for _ in range(4))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    command += [f"--ray-client-server-port={client}"]
+    command += [f"--ray-client-server-port={client}", f"--temp-dir={session}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--log-color=false"]
     command += [f"--num-cpus={os.cpu_count() or 1}"]
     log = folder / "head.log"
@@ -218,12 +223,20 @@ def _end(pid: int) -> None:
     psutil.wait_procs(alive, timeout=5)
 
 
+def _session_folder(folder: Path) -> Path:
+    """Where Ray keeps its sockets and logs: one folder a home, or a job would take another home's head for its own.
+
+    The path is short because the names of sockets may not exceed some 100 characters.
+    """
+    return Path("/tmp") / f"pedro-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"  # noqa: S108
+
+
 def _dashboard_url() -> str:
     """The address of the jobs API of the cluster that this process is connected to."""
     if os.environ.get("RAY_API_SERVER_ADDRESS"):
         return os.environ["RAY_API_SERVER_ADDRESS"]
     import ray
 
-    context: Any = ray.init(ignore_reinit_error=True, logging_level="ERROR")
+    context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
     url = context.dashboard_url
     return url if "://" in url else f"http://{url}"

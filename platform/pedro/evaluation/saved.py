@@ -23,6 +23,7 @@ def load_saved(directory: Path, manifest: Mapping[str, Any], backbone: Backbone,
     from pedro.methods.registry import get_method
 
     method = get_method(manifest["method"]["name"])
+    model: nn.Module
     if (directory / "adapter_config.json").is_file():
         model = PeftModel.from_pretrained(load_model(backbone, dtype, device), directory)
     elif (directory / "config.json").is_file():

@@ -60,7 +60,7 @@ def score(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int
 
 
 def generate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     rows: Sequence[Row],
     max_new_tokens: int,

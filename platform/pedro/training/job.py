@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -203,7 +204,7 @@ def _connect() -> None:
         ray.init(
             address=address or "local",
             namespace="pedro",
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             log_to_driver=True,
             runtime_env={"env_vars": variables},
         )

@@ -122,7 +122,7 @@ def fresh_model(spec: FineTuneSpec, backbone: Backbone) -> tuple[Method, nn.Modu
     """The backbone with a new adapter of the spec's method, the same on every worker and in every process."""
     device = "cuda" if torch.cuda.is_available() and spec.resources.gpus_per_worker else "cpu"
     method = get_method(spec.method.name)
-    model = load_model(backbone, DTYPES[spec.training.precision], device)
+    model: Any = load_model(backbone, DTYPES[spec.training.precision], device)
     torch.manual_seed(spec.training.seed)
     model = method.apply(model, spec.method.options)
     if spec.training.gradient_checkpointing:

@@ -161,18 +161,19 @@ def stop(job_id: str, dashboard_url: str, store: Store | None = None) -> None:
 
 def jobs(dashboard_url: str) -> list[dict[str, Any]]:
     """The fine-tuning jobs that the cluster knows, newest first: id, tenant, adapter, status, message, start, end."""
-    found = [job for job in _client(dashboard_url).list_jobs() if (job.metadata or {}).get("adapter")]
+    found = [(job, job.metadata or {}) for job in _client(dashboard_url).list_jobs()]
     return [
         {
             "id": job.submission_id,
-            "tenant": job.metadata["tenant"],
-            "adapter": job.metadata["adapter"],
+            "tenant": metadata["tenant"],
+            "adapter": metadata["adapter"],
             "status": str(job.status.value),
             "message": job.message or "",
             "started": (job.start_time or 0) / 1000,
             "ended": job.end_time / 1000 if job.end_time else None,
         }
-        for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+        for job, metadata in sorted(found, key=lambda pair: pair[0].start_time or 0, reverse=True)
+        if "adapter" in metadata
     ]
 
 

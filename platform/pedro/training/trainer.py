@@ -77,14 +77,16 @@ def fit(spec: FineTuneSpec, settings: Settings, run_id: str, job_id: str, scratc
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
+    run_config: Any = ray.train.RunConfig  # V2's fields and return values are not those that V1's types tell
+    loop: Any = work
     trainer = TorchTrainer(
-        work,
+        loop,
         train_loop_config={"spec": spec.to_dict(), "settings": _plain(settings), "run_id": run_id},
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
         ),
-        run_config=ray.train.RunConfig(
+        run_config=run_config(
             name=job_id,
             storage_path=join(settings.storage, "runs"),
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
@@ -93,7 +95,7 @@ def fit(spec: FineTuneSpec, settings: Settings, run_id: str, job_id: str, scratc
         ),
     )
     try:
-        result = trainer.fit()
+        result: Any = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingError(
             f"training: workers failed more than {resources.max_failures} times (resources.max_failures): "
@@ -108,7 +110,7 @@ def fit(spec: FineTuneSpec, settings: Settings, run_id: str, job_id: str, scratc
     return Result(**answer, champion=Champion(**champion) if champion else None, directory=scratch / ADAPTER)
 
 
-def work(config: dict[str, Any]) -> PedroError | None:
+def work(config: dict[Any, Any]) -> PedroError | None:
     """One Ray Train worker. What it made is in the last checkpoint; what stopped it is its return value."""
     _quiet()
     try:
@@ -118,7 +120,7 @@ def work(config: dict[str, Any]) -> PedroError | None:
     return None
 
 
-def _work(config: dict[str, Any]) -> dict[str, Any] | None:
+def _work(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 

@@ -46,10 +46,11 @@ def evaluate(session: Session, team: Team) -> dict[str, Any]:
     metrics: dict[str, Any] = {"split": split, "rows": 0}
     if rows is None:
         return metrics
-    adapted = _score(session, session.model, rows, team)
-    if hasattr(session.model, "disable_adapter"):
-        with session.model.disable_adapter():
-            bare = _score(session, session.model, rows, team)
+    model: Any = session.model
+    adapted = _score(session, model, rows, team)
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            bare = _score(session, model, rows, team)
     else:
         bare = _score(session, load_model(session.backbone, _dtype(session), str(session.engine.device)), rows, team)
     guess = session.prepared.majority()
