@@ -95,5 +95,5 @@ def demo(
     from pedro.config import Settings
     from pedro.demo import run_demo
 
-    result = run_demo(Settings.from_env(), keep=keep, port=port, say=say)
+    result = run_demo(Settings.from_env(), keep=keep, port=port, say=say if as_json else typer.echo)
     emit(result, as_json, lambda: None)

@@ -214,7 +214,9 @@ def _show(result: dict[str, Any], say: Say) -> None:
             f"v{row['version']} {' '.join(row['aliases'])}",
         )
     console = Console(width=140, highlight=False)
-    console.print(grid)
+    with console.capture() as drawn:
+        console.print(grid)
+    say(drawn.get())
     swap = result["swap"]
     counts = "{requests} requests, {failed} failed, {mixed} mixed"
     answered = "{answered_by_old} by the old, {answered_by_new} by the new"
