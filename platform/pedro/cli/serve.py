@@ -66,12 +66,10 @@ def serve(
 
 def down(as_json: AsJson = False) -> None:
     """End what this PEDRO_HOME runs: the server, and the local Ray head with its jobs."""
-    from pedro.cluster import stop_head
     from pedro.config import Settings
-    from pedro.serving.deploy import undeploy
+    from pedro.serving.deploy import end
 
-    settings = Settings.from_env()
-    ended = {"server": undeploy(settings), "head": stop_head(settings) if settings.ray_address is None else False}
+    ended = end(Settings.from_env())
 
     def show() -> None:
         typer.echo(

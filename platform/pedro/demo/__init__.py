@@ -6,6 +6,7 @@ Everything goes the way a user's own would: spec → Ray job → MLflow registry
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,9 +21,10 @@ from pedro.data.demo import DEMO_TENANTS, DemoTenant
 from pedro.data.shapes import Example, parse_line
 from pedro.demo.client import Swap, accuracy, swap_under_load
 from pedro.errors import PedroError
+from pedro.provenance import provenance
 from pedro.registry import Registry, Version
 from pedro.serving.config import ServeConfig
-from pedro.serving.deploy import Served, deploy, find, undeploy
+from pedro.serving.deploy import Served, deploy, end, find
 from pedro.store import Store
 from pedro.training.spec import FineTuneSpec
 from pedro.training.submit import submit, wait
@@ -62,7 +64,7 @@ def run_demo(settings: Settings, *, keep: bool, port: int, say: Say) -> dict[str
         tenants[0] = _measure(served, secrets[swapped.name], swapped, registry.get(old.name), load, say)
         swap["new_accuracy"] = tenants[0]["accuracy"]
         result = {
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **provenance(),
             "seconds": round(time.monotonic() - started, 1),
             "backbone": BACKBONE,
             "backbone_digest": resolve_backbone(BACKBONE).digest,
@@ -76,8 +78,7 @@ def run_demo(settings: Settings, *, keep: bool, port: int, say: Say) -> dict[str
         if not keep:
             for key in keys:
                 store.revoke_key(key)
-            undeploy(settings)
-            cluster.stop_head(settings)
+            end(settings)
     problems = _problems(result)
     if problems:
         raise PedroError("the demo did not reach its marks: " + "; ".join(problems))
@@ -201,19 +202,18 @@ def _show(result: dict[str, Any], say: Say) -> None:
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("adapter", "task"):
-        grid.add_column(head, no_wrap=True)
-    for head in ("rows", "steps", "trained", "test rows", "backbone", "majority", "adapter's", "version"):
-        grid.add_column(head, justify="right")
+    grid.add_column("adapter", no_wrap=True)
+    for head in ("rows", "steps", "trained", "test rows", "backbone", "majority", "adapter's"):
+        grid.add_column(head, justify="right", no_wrap=True)
+    grid.add_column("version", no_wrap=True)
     for row in result["tenants"]:
         grid.add_row(
             f"{row['tenant']}.{row['adapter']}",
-            row["title"],
             *(f"{row[key]:,}" for key in ("rows", "steps", "trainable_parameters", "test_rows")),
             *(f"{row[key]:.3f}" for key in ("backbone_accuracy", "majority_accuracy", "accuracy")),
             f"v{row['version']} {' '.join(row['aliases'])}",
         )
-    console = Console(width=140, highlight=False)
+    console = Console(width=110, highlight=False)
     with console.capture() as drawn:
         console.print(grid)
     say(drawn.get())
@@ -230,16 +230,17 @@ def _show(result: dict[str, Any], say: Say) -> None:
 
 def _farewell(served: Served, secret: str, row: Example, keep: bool, say: Say) -> None:
     body = json.dumps({"model": _name(DEMO_TENANTS[0]), "messages": list(row.messages), "max_tokens": 8})
+    url, key = (served.url, secret) if keep else ("http://127.0.0.1:8000", "$KEY")
     command = (
-        f"curl {served.url}/v1/chat/completions -H 'Authorization: Bearer {secret if keep else '$KEY'}' "
-        f"-H 'Content-Type: application/json' -d '{body.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}'"
+        f'curl {url}/v1/chat/completions -H "Authorization: Bearer {key}" '
+        f"-H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
     if keep:
         say(f"\nit runs on; `pedro down` ends it. Try:\n  {command}")
     else:
         say(
-            "\nended. `make serve` serves these adapters again, `pedro keys create "
-            f"{DEMO_TENANTS[0].name}` makes a key, `make dashboard` shows them; then:\n  {command}"
+            "\nended. `make dashboard` shows the adapters, `make serve` serves them again; then, with "
+            f"KEY=$(.venv/bin/pedro keys create {DEMO_TENANTS[0].name}):\n  {command}"
         )
 
 

@@ -97,6 +97,21 @@ def undeploy(settings: Settings) -> bool:
     return recorded
 
 
+def end(settings: Settings) -> dict[str, bool]:
+    """End what this home runs: its application and, where it has one, its local head with everything on it.
+
+    Says which of `server` and `head` ran.
+    """
+    from pedro import cluster
+
+    if settings.ray_address is not None:
+        return {"server": undeploy(settings), "head": False}
+    recorded = _record(settings).is_file()
+    _record(settings).unlink(missing_ok=True)
+    head = cluster.stop_head(settings)
+    return {"server": recorded and head, "head": head}
+
+
 def find(settings: Settings) -> Served | None:
     """The application that this home serves, if it answers."""
     import httpx
