@@ -1,4 +1,4 @@
-"""Where a number comes from: commit, hardware and versions, as every result file carries them. Standard library only."""
+"""Where a number comes from: commit, hardware and versions, as result files carry them. Standard library only."""
 
 from __future__ import annotations
 
