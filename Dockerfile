@@ -1,7 +1,7 @@
 # One image for every process: Ray head and workers, `pedro`, MLflow's server and the dashboard.
 #
 #   docker build -t pedro-platform:0.1.0 .
-#   docker build -t pedro-platform:0.1.0 --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .   (no CUDA)
+#   docker build -t pedro-platform:0.1.0 --build-arg TORCH_INDEX_URL=$CPU_WHEELS .   (torch's index of CPU wheels: no CUDA)
 FROM python:3.11.13-slim-bookworm
 
 ARG TORCH_INDEX_URL=""
