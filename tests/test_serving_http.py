@@ -17,6 +17,7 @@ import openai
 import psutil
 import pytest
 import torch
+from ray._private.authentication_test_utils import reset_auth_token_state
 from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, settings_at, tokenizer
 
 from pedro import cluster
@@ -63,6 +64,8 @@ def served(here):
 
     add("acme.faq", 1), add("acme.faq", 2), add("globex.faq", 3, shape="completion")
     add("acme.alien", 4, digest=OTHER_BACKBONE)
+    cluster.prepare_environment(settings)
+    reset_auth_token_state()  # Ray reads mode and token once a process, and another test may have met it first
     try:
         running = deploy(settings, ServeConfig(max_batch=16, watch_interval_s=0.3), port=0)
         keys = {name: store.create_key(name, ("infer",))[1] for name in ("acme", "globex")}

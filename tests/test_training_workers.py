@@ -5,7 +5,8 @@ Workers are real processes over gloo. One group of processes runs every stage, s
 
 import os
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
+from queue import Empty
 
 import pytest
 import torch
@@ -77,7 +78,12 @@ def _group(world, folder, specs):
     for worker in workers:
         worker.start()
     try:
-        results = queue.get(timeout=500)
+        results = None
+        while results is None:
+            with suppress(Empty):
+                results = queue.get(timeout=1)
+            codes = [worker.exitcode for worker in workers]
+            assert results is not None or not any(codes), f"workers ended with exit codes {codes}"
         for worker in workers:
             worker.join(30)
         return results

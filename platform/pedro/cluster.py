@@ -58,7 +58,7 @@ def connect(settings: Settings, say: Callable[[str], None] = lambda line: None, 
     """
     external = settings.ray_address
     if external is None:
-        _local_environment(settings)
+        prepare_environment(settings)
         head = _ensure_head(settings, say)
         if not attach:
             return Cluster(head.address, head.dashboard_url, nodes=1, local=True)
@@ -139,8 +139,8 @@ def _record(settings: Settings) -> Path:
     return settings.home / "ray" / "head.json"
 
 
-def _local_environment(settings: Settings) -> None:
-    """What the head and every client of it must agree on; read by Ray when it is first imported."""
+def prepare_environment(settings: Settings) -> None:
+    """Set what a home's head and every client of it must agree on. Ray reads it when it is first used in a process."""
     token = settings.home / "ray" / "token"
     if not token.is_file():
         token.parent.mkdir(parents=True, exist_ok=True)
