@@ -1,5 +1,8 @@
 """The learnable activation: its fit of GELU, its formula and its gradients."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -26,6 +29,12 @@ def test_other_orders_fit_as_well_as_they_can(m, n, limit):
     assert a.shape == (m + 1,)
     assert b.shape == (n,)
     assert (rational(x, a, b) - torch.nn.functional.gelu(x)).abs().max() < limit
+
+
+def test_every_process_fits_the_same_bits():
+    code = "from pedro.methods.pedro.rational import fit_gelu; print([c.tolist() for c in fit_gelu(6, 5)])"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout == f"{[c.tolist() for c in fit_gelu(6, 5)]}\n"
 
 
 def test_rational_follows_equation_7_term_by_term():
