@@ -34,13 +34,13 @@ class RowStream:
         """The rows of the k-th batch, counted from 0."""
         size = len(self.rows)
         places = range(k * self.batch_size, (k + 1) * self.batch_size)
-        return [self.rows[_permutation(size, self.seed, place // size)[place % size]] for place in places]
+        return [self.rows[int(_permutation(size, self.seed, place // size)[place % size])] for place in places]
 
 
-@lru_cache(maxsize=8)
-def _permutation(size: int, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=4)  # a batch of either stream may lie across two epochs
+def _permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(size, generator=generator).tolist()
+    return torch.randperm(size, generator=generator)
 
 
 def supervised_tokens(rows: Sequence[Mapping[str, Any]]) -> int:

@@ -40,7 +40,7 @@ def write_checkpoint(
                 state = {"world": team.world, **progress.to_dict()}
                 (directory / "progress.json").write_text(json.dumps(state))
         except (OSError, SafetensorError) as error:
-            raise cannot_write("checkpoint", directory, error) from error
+            raise cannot_write("checkpoint", directory.parent, error) from error
 
     team.together(write)
 
@@ -63,11 +63,10 @@ def read_checkpoint(directory: Path, engine: StepEngine, team: Team) -> tuple[Pr
     return Progress(**state), best
 
 
-def cannot_write(what: str, directory: Path, error: Exception) -> TrainingError:
+def cannot_write(what: str, place: Path | str, error: Exception) -> TrainingError:
     """The error for a disk that is full or read-only."""
     reason = getattr(error, "strerror", None) or error
     return TrainingError(
-        f"{what}: cannot be written to {directory.parent} ({reason}); free some space or set PEDRO_STORAGE to a place "
-        "that has it",
+        f"{what}: cannot be written to {place} ({reason}); free some space or set PEDRO_STORAGE to a place that has it",
         param="PEDRO_STORAGE",
     )

@@ -124,33 +124,44 @@ def _work(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from pedro.training import worker
     from pedro.training.reporters import Curves
-    from pedro.training.session import deepspeed_engine, open_session
     from pedro.training.team import Team
 
-    spec = FineTuneSpec.model_validate(config["spec"])
-    settings = _settings(config["settings"])
     if _finished(ray.train.get_checkpoint()):
         return
+    spec = FineTuneSpec.model_validate(config["spec"])
+    settings = _settings(config["settings"])
     context = ray.train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
     registry = Registry.open(settings)
     curves = Curves(lambda: _log_to(registry, config["run_id"])) if team.rank == 0 else None
+    try:
+        _train(spec, settings, registry, team, curves)
+    finally:
+        if curves:
+            curves.close()
+
+
+def _train(spec: FineTuneSpec, settings: Settings, registry: Registry, team: Team, curves: Curves | None) -> None:
+    """Train, score, save, and report the adapter as the run's last checkpoint."""
+    import ray.train
+
+    from pedro.training import worker
+    from pedro.training.session import deepspeed_engine, open_session
+
     session = open_session(spec, settings.cache, deepspeed_engine(spec), team)
+    reporter = RayReporter(curves)
     if team.rank == 0:
-        rows = f"{len(session.data.train):,} rows"
-        print(
-            f"training {session.trainable_parameters:,} parameters on {rows}, {session.plan.steps:,} steps", flush=True
-        )
-    trained = worker.run_session(session, RayReporter(curves))
+        what = f"{session.trainable_parameters:,} parameters on {len(session.data.train):,} rows"
+        reporter.line(f"training {what}, {session.plan.steps:,} steps")
+    trained = worker.run_session(session, reporter)
     with tempfile.TemporaryDirectory() as folder:
         digest = worker.save(session, trained, Path(folder) / ADAPTER)
         checkpoint = None
-        if curves:  # rank 0
+        if team.rank == 0:
             finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
-            curves.add(trained.outcome.steps, finals)
+            reporter.metrics(trained.outcome.steps, finals)
             answer = {
                 "digest": digest,
                 "metrics": trained.metrics,
@@ -159,9 +170,21 @@ def _work(config: dict[str, Any]) -> None:
             }
             (Path(folder) / ANSWER).write_text(json.dumps(answer))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-            curves.close()
-        ray.train.report({"step": trained.outcome.steps}, checkpoint=checkpoint)
-    return None
+        _report(trained.outcome.steps, checkpoint, team)
+
+
+def _report(step: int, checkpoint: Any, team: Team) -> None:
+    """Hand a checkpoint to Ray Train. With one worker, a full disk is an error that is not retried."""
+    import ray.train
+
+    from pedro.training.checkpoints import cannot_write
+
+    try:
+        ray.train.report({"step": step}, checkpoint=checkpoint)
+    except OSError as error:
+        if team.world > 1:
+            raise  # the others wait in Ray's barrier: only a restart frees them
+        raise cannot_write("checkpoint", ray.train.get_context().get_storage().storage_fs_path, error) from error
 
 
 class RayReporter:
@@ -188,7 +211,7 @@ class RayReporter:
 
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder) / STATE, engine, team, progress, best)
-            ray.train.report({"step": progress.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            _report(progress.step, ray.train.Checkpoint.from_directory(folder), team)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         if self._curves:
