@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -99,7 +100,7 @@ def _start(command, env, log):
         return subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
 
 
-def _wait_for(log, text, timeout_s=90):
+def _wait_for(log, text, timeout_s=180):
     deadline = time.monotonic() + timeout_s
     while text not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()[-2000:]
@@ -108,7 +109,9 @@ def _wait_for(log, text, timeout_s=90):
 
 def _address(log, port):
     _wait_for(log, "Ray runtime started")
-    return next(word.strip("'") for word in log.read_text().replace("=", " ").split() if word.endswith(f":{port}'"))
+    found = re.search(r"Local node IP: (\S+)", re.sub(r"\x1b\[[0-9;]*m", "", log.read_text()))
+    assert found, log.read_text()[-2000:]
+    return f"{found[1]}:{port}"
 
 
 def _run(arguments, env):
