@@ -1,8 +1,10 @@
 """The local head of a PEDRO_HOME, and a cluster of two nodes started by hand: the same commands run on both."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,7 +94,11 @@ def test_submit_and_serve_run_on_a_head_and_a_worker_started_separately(home):
     finally:
         for node in reversed(nodes):
             node.terminate()
-            node.wait(30)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(20)
+            with contextlib.suppress(ProcessLookupError):  # what the node left of its own session
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait(10)
 
 
 def _start(command, env, log):
