@@ -42,7 +42,14 @@ def _named(spec, adapter):
 
 def _workers(settings):
     head = psutil.Process(cluster.find_head(settings).pid)
-    return [p for p in head.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline() or [])]
+    return [p for p in head.children(recursive=True) if "RayTrainWorker" in _title(p)]
+
+
+def _title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # gone meanwhile
+        return ""
 
 
 @pytest.mark.parametrize("workers", [1, 2])
