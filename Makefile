@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve dashboard test test-all check format clean
+.PHONY: help install demo serve dashboard test test-slow test-all check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,9 +33,11 @@ test: install ## the fast tests
 	@echo "== tests without the slow ones"
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: install ## every test: kills, clusters, the demo, the browser
-	@echo "== all tests"
-	@$(BIN)/python -m pytest $(ARGS)
+test-slow: install ## the slow tests: kills, clusters, the demo, the browser
+	@set -e; for file in $$(grep -l 'mark\.slow' tests/test_*.py); do \
+	  echo "== slow tests of $$file"; $(BIN)/python -m pytest -m slow $$file $(ARGS); done
+
+test-all: test test-slow ## every test
 
 check: install ## formatting, lint, types, import rules
 	@echo "== ruff format"; $(BIN)/ruff format --check .
