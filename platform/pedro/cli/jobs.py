@@ -168,7 +168,7 @@ def _cluster() -> Cluster:
 
 
 def _settled(store, tenant: str | None) -> list[JobRecord]:
-    """The jobs; one that the store thinks is running but that ended with its cluster or driver is settled first."""
+    """The jobs; what the cluster knows of the unfinished ones is entered first, or that it is gone."""
     from pedro.cluster import connect, find_head
     from pedro.config import Settings
     from pedro.errors import NotFoundError
@@ -184,7 +184,11 @@ def _settled(store, tenant: str | None) -> list[JobRecord]:
                 state = training.status(record.id, url) if url else "LOST"
             except NotFoundError:
                 state = "LOST"
-            if state in ("FAILED", "STOPPED", "LOST"):
+            if url and state == "SUCCEEDED":
+                training.wait(record.id, url, store=store)
+            elif state == "RUNNING" and record.status == "queued":
+                store.update_job(record.id, status="running")
+            elif state in ("FAILED", "STOPPED", "LOST"):
                 message = {"LOST": "its cluster was ended", "STOPPED": "stopped"}.get(state, "its driver died")
                 store.update_job(record.id, status="cancelled" if state == "STOPPED" else "failed", message=message)
     return store.list_jobs(tenant)
