@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing
 from training_runs import parameters, run, session_for, spec_for
 
+from pedro.errors import TrainingError
 from pedro.training.spec import FineTuneSpec
 
 STAGES = (0, 1, 2, 3)
@@ -27,10 +28,11 @@ def _worker(rank, world, port, folder, specs, queue):
     from pedro.training.team import Team
     from pedro.training.worker import evaluate, save
 
-    results = {}
+    team, results = Team(rank, world), {}
+    with pytest.raises(TrainingError, match="the last worker cannot"):  # on every worker, so that none waits for it
+        team.together(lambda: _fail_if(rank == world - 1))
     for name, tree, stop_at in specs:
         spec = FineTuneSpec.model_validate(tree)
-        team = Team(rank, world)
         if stop_at:
             first = open_session(spec, folder / "cache", deepspeed_engine(spec), team)
             cut = _Cut(folder / name, stop_at)
@@ -54,6 +56,11 @@ def _worker(rank, world, port, folder, specs, queue):
     if rank == 0:
         queue.put(results)
     torch.distributed.barrier()
+
+
+def _fail_if(failing):
+    if failing:
+        raise TrainingError("the last worker cannot")
 
 
 class _Trained:
