@@ -111,6 +111,14 @@ class OverloadedError(PedroError):
     retry_after_s: float = 1.0
 
 
+class RateLimitError(OverloadedError):
+    """The tenant's own share is used up, a quota a minute or its queue, whatever room others leave."""
+
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    status = 429
+
+
 class UnavailableError(PedroError):
     """The machine is not ready: a port in use, no disk space, a service that does not answer."""
 

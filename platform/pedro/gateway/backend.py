@@ -114,6 +114,29 @@ class Delta:
     fingerprint: str | None = None
 
 
+@dataclass(frozen=True)
+class TokenizeResult:
+    """What a prompt becomes. `token_strs` are the vocabulary's own pieces, one an id; None where they are not had."""
+
+    ids: tuple[int, ...]
+    max_model_len: int
+    token_strs: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class AdapterResidence:
+    """One adapter version on one engine replica. A version that a replica knows nothing of has no residence there."""
+
+    name: str  # tenant.adapter
+    version: int
+    digest: str
+    replica: str
+    state: str  # "loading", "ready", "draining": the adapter pool's own words
+    bytes: int  # of the replica's adapter budget; 0 while it loads
+    pinned: bool  # by an operator: never evicted
+    uses: int  # requests that hold it now
+
+
 class Backend(Protocol):
     """Everything behind the HTTP edge."""
 
@@ -133,7 +156,58 @@ class Backend(Protocol):
         """
         ...
 
+    async def tokenize(
+        self,
+        tenant: str,
+        model: str | None,
+        prompt: str | tuple[Mapping[str, str], ...],
+        add_special_tokens: bool,
+    ) -> TokenizeResult:
+        """The ids of a text, or of messages as `generate` would render them (`add_special_tokens` is then no matter).
+
+        With `add_special_tokens` a text has the ids that `generate` gives it, without it none that the text does not
+        spell. `model` None is the backbone. Raises as `get_model` does.
+        """
+        ...
+
+    async def detokenize(self, tenant: str, model: str | None, ids: tuple[int, ...]) -> str:
+        """The text of the ids, special ones included. Raises PedroError for an id that the vocabulary lacks."""
+        ...
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """The backbone's tokenizer_config, as JSON can hold it: tokenizer_class, eos_token, bos_token, pad_token, ...
+
+        Special tokens are strings; `chat_template` is there if the tokenizer has one.
+        """
+        ...
+
     async def list_adapters(self, tenant: str) -> list[AdapterCard]: ...
+
+    async def get_adapter(self, tenant: str, name: str) -> AdapterCard:
+        """One adapter by `tenant.adapter`. Raises `model_not_found(name)` for an unknown and for a foreign one."""
+        ...
+
+    async def residents(self, tenant: str) -> list[AdapterResidence]:
+        """Every adapter version of `tenant` that a replica holds now."""
+        ...
+
+    async def load_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        """Makes the version that `ref` (as in a request's `model`) means now resident on every replica.
+
+        Returns once it is; raises what a request would meet whose adapter cannot be loaded. This and the three that
+        follow answer with the residences of that version.
+        """
+        ...
+
+    async def pin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        """Loads it and keeps it from being evicted, until `unpin_adapter`; doing so again changes nothing."""
+        ...
+
+    async def unpin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]: ...
+
+    async def unload_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        """Gives its memory back, pinned or not; requests that run keep what they hold, the next one loads it anew."""
+        ...
 
     async def promote(self, tenant: str, name: str, version: int) -> AdapterCard:
         """Makes `version` the champion, and the champion `previous`. Raises NotFoundError."""
@@ -141,6 +215,10 @@ class Backend(Protocol):
 
     async def rollback(self, tenant: str, name: str) -> AdapterCard:
         """Swaps champion and previous. Raises NotFoundError, or ConflictError where there is no previous one."""
+        ...
+
+    async def metrics(self) -> str:
+        """Prometheus text of every engine replica; label sets are bounded, whatever the number of adapters."""
         ...
 
     async def ready(self) -> bool:
