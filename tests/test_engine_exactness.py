@@ -47,7 +47,7 @@ def check_rows_against_references(model, references, prompts, tmp_path, steps=6)
     runner.begin(rows)
     for part in range(runner.num_parts):
         runner.advance(part + 1)
-    logits, _ = runner.end()
+    (logits, _), _ = runner.end()
     tokens = [list(ids) for ids in prompts]
     for step in range(steps):
         for i, (reference, _) in enumerate(references):
@@ -58,7 +58,7 @@ def check_rows_against_references(model, references, prompts, tmp_path, steps=6)
         # The order of rows must not matter, nor a row that pauses.
         order = list(range(len(prompts)))[:: -1 if step % 2 else 1]
         made = runner.decode([DecodeRow(i, tokens[i][-1], len(tokens[i]) - 1) for i in order])
-        logits = made[torch.tensor([order.index(i) for i in range(len(prompts))])]
+        logits = made.values[torch.tensor([order.index(i) for i in range(len(prompts))])]
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -101,7 +101,7 @@ def test_idle_slots_between_running_ones_change_nothing(tmp_path):
     runner.end()
     for rows in ([0, 1, 2], [0, 1], [2]):  # gathered, scattered, gathered
         made = runner.decode([DecodeRow(slots[i], 40 + i, len(prompts[i])) for i in rows])
-        for logits, i in zip(made, rows, strict=True):
+        for logits, i in zip(made.values, rows, strict=True):
             expected = reference_logits(tuned, [*prompts[i], 40 + i], len(prompts[i]))[-1]
             torch.testing.assert_close(logits, expected, **CLOSE)
 

@@ -232,7 +232,7 @@ class Engine:
             if not part.ends:
                 return
             logits, prompt_logprobs = self._runner.end()
-            sampled = sample(logits, [_sample_row(sequence) for sequence in part.sequences])
+            sampled = sample(logits.values, [_sample_row(sequence) for sequence in part.sequences])
         except Exception:  # whatever the model raised, it ends these requests and no others
             log.exception("prefill failed for requests %s", ", ".join(s.request.id for s in part.sequences))
             with self._lock:
@@ -251,7 +251,7 @@ class Engine:
         sequences = plan.decode
         try:
             rows = [DecodeRow(s.slot, s.output_ids[-1], s.length - 1) for s in sequences]
-            sampled = sample(self._runner.decode(rows), [_sample_row(sequence) for sequence in sequences])
+            sampled = sample(self._runner.decode(rows).values, [_sample_row(sequence) for sequence in sequences])
         except Exception:  # as above
             log.exception("decoding failed for requests %s", ", ".join(s.request.id for s in sequences))
             with self._lock:

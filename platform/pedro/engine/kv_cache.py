@@ -49,6 +49,11 @@ class KVCache:
             return keys[:rows, :, :length], values[:rows, :, :length]
         return keys[rows, :, :length], values[rows, :, :length]
 
+    def move(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        """Simultaneously give each target slot the positions [start, stop) of its source."""
+        for tensor in (*self.keys, *self.values):
+            tensor[targets, :, start:stop] = tensor[sources, :, start:stop]
+
     def wipe(self, slot: int) -> None:
         """Zero a slot that holds numbers that are not finite: masked out, they would still poison what comes next."""
         for tensor in (*self.keys, *self.values):

@@ -7,6 +7,7 @@ Legend: N tokens of the packed batch, B rows, D model width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,7 @@ from pedro.engine.kv_cache import KVCache
 from pedro.engine.sampler import token_logprobs
 from pedro.engine.sequence import TokenLogprob
 from pedro.engine.trunk import Flow, Head, make_trunk
-from pedro.engine.vectors import Conditioned, Vectors
+from pedro.engine.vectors import Conditioned, Kept, Vectors
 from pedro.methods.architectures import describe
 
 HEAD_CHUNK = 256  # prompt positions whose logits exist at once
@@ -24,13 +25,24 @@ HEAD_CHUNK = 256  # prompt positions whose logits exist at once
 
 @dataclass(frozen=True)
 class PrefillRow:
-    """A prompt to read into `slot`. `prompt_logprobs` asks for those of its tokens, with that many alternatives."""
+    """A prompt to read into `slot`. `prompt_logprobs` asks for those of its tokens, with that many alternatives.
+
+    `kept` is what a preempted request kept, used in place of the adapter.
+    """
 
     slot: int
     token_ids: list[int]
     conditioning_length: int
     adapter: GeneratorAdapter | None = None
+    kept: Kept | None = None
     prompt_logprobs: int | None = None
+
+
+class Logits(NamedTuple):
+    """What the model says comes next. `values` is valid until the runner's next call: copy what must stay."""
+
+    values: torch.Tensor  # [B, V] float32
+    best: list[int] | None = None  # argmax of each row where it was computed on the way; -1 where not finite
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Runner:
         for row in rows:
             segment = Segment(start, start + len(row.token_ids), row.slot)
             segments.append(segment)
-            conditioned.append(Conditioned(segment, row.conditioning_length, row.adapter))
+            conditioned.append(Conditioned(segment, row.conditioning_length, row.adapter, row.kept))
             start = segment.stop
         ids = torch.tensor([[t for row in rows for t in row.token_ids]], device=self.device)
         positions = torch.tensor([[p for row in rows for p in range(len(row.token_ids))]], device=self.device)
@@ -94,8 +106,8 @@ class Runner:
             self.trunk.advance(self._prefill.flow, self._prefill.step, last)
 
     @torch.inference_mode()
-    def end(self) -> tuple[torch.Tensor, list[list[TokenLogprob | None] | None]]:
-        """The logits after each prompt [B, V], and the prompts' own log-probabilities where asked for."""
+    def end(self) -> tuple[Logits, list[list[TokenLogprob | None] | None]]:
+        """The logits after each prompt, and the prompts' own log-probabilities where asked for."""
         assert self._prefill is not None, "no prefill is under way"
         prefill, self._prefill = self._prefill, None
         hidden = self.trunk.finish(prefill.flow)  # [N, D]
@@ -104,15 +116,15 @@ class Runner:
             None if row.prompt_logprobs is None else self._prompt_logprobs(hidden[segment.start : segment.stop], row)
             for row, segment in zip(prefill.rows, prefill.step.segments, strict=True)
         ]
-        return self._head(hidden[last]), logprobs
+        return Logits(self._head(hidden[last])), logprobs
 
     def abandon(self) -> None:
         """Forget the prefill under way."""
         self._prefill = None
 
     @torch.inference_mode()
-    def decode(self, rows: list[DecodeRow]) -> torch.Tensor:
-        """One step for every row: the logits of the next token, [B, V] in the order of `rows`."""
+    def decode(self, rows: list[DecodeRow]) -> Logits:
+        """One step for every row: the logits of the next token, in the order of `rows`."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
         ordered = [rows[i] for i in order]
         slots, positions = [row.slot for row in ordered], [row.position for row in ordered]
@@ -123,7 +135,27 @@ class Runner:
         logits = self._head(self.trunk.finish(flow))
         back = torch.empty(len(rows), dtype=torch.long, device=self.device)
         back[torch.tensor(order, device=self.device)] = torch.arange(len(rows), device=self.device)
-        return logits[back]
+        return Logits(logits[back])
+
+    @torch.inference_mode()
+    def copy(self, source: int, targets: list[int], length: int) -> None:
+        """Give the slots `targets` the first `length` positions of `source`, and its vectors."""
+        self.cache.move([source] * len(targets), targets, 0, length)
+        self.vectors.copy(source, targets)
+
+    @torch.inference_mode()
+    def reorder(self, pairs: list[tuple[int, int]], start: int, stop: int) -> None:
+        """Simultaneously for each (a, b): slot b takes positions [start, stop) of slot a."""
+        if pairs:
+            self.cache.move([a for a, _ in pairs], [b for _, b in pairs], start, stop)
+
+    @torch.inference_mode()
+    def keep(self, slot: int) -> Kept:
+        """What must outlive a preemption of the sequence in `slot`, in memory of its own."""
+        return self.vectors.keep(slot)
+
+    def release(self, slot: int) -> None:
+        """The sequence in `slot` ended or was preempted: nothing of it is needed any more."""
 
     def _prompt_logprobs(self, hidden: torch.Tensor, row: PrefillRow) -> list[TokenLogprob | None]:
         """Of each prompt token given those before it; the first has none. hidden [T, D]."""

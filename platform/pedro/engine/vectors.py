@@ -20,13 +20,29 @@ from pedro.methods.architectures import Architecture
 from pedro.methods.pedro.generator import generate_vectors
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a preempted request's slot held: a row of each buffer by layer (None: the buffer was not there yet)."""
+
+    rows: list[list[torch.Tensor | None]] | None  # None: a bare slot
+
+
 @dataclass(frozen=True)
 class Conditioned:
-    """A row of a prefill: its tokens, how many of them its vectors may see, and its adapter (None: bare)."""
+    """A row of a prefill: its tokens, how many of them its vectors may see, and its adapter (None: bare).
+
+    `kept` stands in for the adapter where the vectors were made before.
+    """
 
     segment: Segment
     conditioning_length: int
     adapter: GeneratorAdapter | None
+    kept: Kept | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether any vector of this row may differ from one."""
+        return self.adapter is not None or (self.kept is not None and self.kept.rows is not None)
 
 
 @dataclass
@@ -69,9 +85,11 @@ class Vectors:
         """While this lasts, forwards make and apply the vectors of `rows`, packed as their segments say."""
         for row in rows:
             slot = row.segment.slot
-            if row.adapter is None and self._scaled[slot]:
+            if row.kept is not None and row.kept.rows is not None:
+                self._restore(slot, row.kept.rows)
+            elif row.adapter is None and self._scaled[slot]:
                 self._reset(slot)
-            self._scaled[slot] = row.adapter is not None
+            self._scaled[slot] = row.scaled
         self._prefill = rows
         try:
             yield
@@ -87,6 +105,22 @@ class Vectors:
             yield
         finally:
             self._decode = None
+
+    def keep(self, slot: int) -> Kept:
+        """A copy of the slot's vectors, in memory of its own."""
+        if not self._scaled[slot]:
+            return Kept(None)
+        buffers = ([p.buffer for p in projections.values()] for projections in self._layers)
+        return Kept([[None if b is None else b[slot].cpu().clone() for b in layer] for layer in buffers])
+
+    def copy(self, source: int, targets: list[int]) -> None:
+        """Give the slots `targets` the vectors of `source`."""
+        for projections in self._layers:
+            for projection in projections.values():
+                if projection.buffer is not None:
+                    projection.buffer[targets] = projection.buffer[source]
+        for slot in targets:
+            self._scaled[slot] = self._scaled[source]
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -119,7 +153,7 @@ class Vectors:
         """output [1, N, W], each row's tokens times its vector; bare rows are not touched."""
         assert self._prefill is not None, "called while prefilling"
         for row in self._prefill:
-            if row.adapter is not None:
+            if row.scaled:
                 span = slice(row.segment.start, row.segment.stop)
                 output[0, span] = output[0, span] * buffer[row.segment.slot]
         return output
@@ -153,6 +187,12 @@ class Vectors:
                 if target in vectors:
                     fresh[:, place] = vectors[target]
             projection.buffer[slots] = fresh
+
+    def _restore(self, slot: int, rows: list[list[torch.Tensor | None]]) -> None:
+        for projections, kept in zip(self._layers, rows, strict=True):
+            for projection, row in zip(projections.values(), kept, strict=True):
+                if projection.buffer is not None:
+                    projection.buffer[slot] = 1.0 if row is None else row.to(self._device)
 
     def _reset(self, slot: int) -> None:
         for projections in self._layers:
