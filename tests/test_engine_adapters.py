@@ -20,7 +20,7 @@ from engine_models import (
 )
 
 from pedro.engine.adapters import AdapterPool
-from pedro.errors import AdapterError, PedroError, UnavailableError
+from pedro.errors import AdapterError, ConflictError, PedroError, UnavailableError
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,93 @@ def test_an_adapter_larger_than_the_budget_is_refused_with_both_numbers():
     assert isinstance(error, AdapterError)
     assert "10 bytes" in error.message
     assert "5 for all" in error.message
+
+
+def test_a_kept_adapter_survives_whatever_others_load_until_it_is_let_go():
+    pool = make_pool(Shelf(), budget=20)
+    pool.load("a", keep=True)
+    pool.load("a", keep=True)
+    for ref in ("b", "c", "d"):
+        pool.unpin(wait_for(lambda ref=ref: pool.pin(ref)))
+    assert set(pool.residents()) == {"a", "d"}
+    assert [pool.residents()[ref]["kept"] for ref in ("a", "d")] == [True, False]
+    pool.let_go("a")
+    pool.let_go("never here")
+    for ref in ("e", "f"):
+        pool.load(ref)
+    assert set(pool.residents()) == {"e", "f"}
+
+
+def test_more_kept_than_the_budget_holds_is_refused_with_the_numbers_and_undoes_nothing():
+    pool = make_pool(Shelf(), budget=25)
+    pool.load("a", keep=True)
+    pool.load("b", keep=True)
+    with pytest.raises(UnavailableError, match="pinned adapters hold 20 of the 25"):
+        pool.load("c")
+    pool.let_go("b")
+    pool.load("c")
+    held = pool.pin("c")
+    assert set(pool.residents()) == {"a", "c"}
+    pool.load("c", keep=True)
+    with pytest.raises(UnavailableError, match="unpin or unload"):
+        pool.load("d", keep=True)
+    assert {ref for ref, at in pool.residents().items() if at["kept"]} == {"a", "c"}
+    assert held.adapter is not None
+
+
+def test_keeping_what_is_here_beyond_the_budget_of_others_is_a_conflict():
+    pool = make_pool(Shelf(), budget=20)
+    pool.load("a", keep=True)
+    pool.load("b")
+    pool.budget_bytes = 15
+    with pytest.raises(ConflictError, match="15 bytes for all"):
+        pool.load("b", keep=True)
+
+
+def test_unloading_a_kept_adapter_gives_its_room_back_at_once_or_once_nobody_holds_it():
+    pool = make_pool(Shelf(), budget=20)
+    pool.load("a", keep=True)
+    pool.load("b", keep=True)
+    held = pool.pin("a")
+    assert pool.evict("a")
+    assert pool.evict("b")
+    assert (pool.residents()["a"]["state"], pool.stats()["bytes"], pool.stats()["kept"]) == ("draining", 10, 0)
+    assert held.adapter is not None
+    pool.unpin(held)
+    assert (pool.residents(), pool.stats()["bytes"]) == ({}, 0)
+
+
+def test_waiting_for_a_load_that_fails_raises_its_error():
+    shelf = Shelf()
+    shelf.errors["a"] = AdapterError("damaged")
+    with pytest.raises(AdapterError, match="damaged"):
+        make_pool(shelf).load("a")
+    shelf.hold("slow")
+    with pytest.raises(UnavailableError, match="not loaded yet"):
+        make_pool(shelf).load("slow", timeout_s=0.02)
+    shelf.hold("slow").set()
+
+
+def test_the_books_balance_after_thousands_of_adapters_came_and_went():
+    pool = make_pool(Shelf(), budget=64 * 10)
+    order = [f"r{i * 7919 % 501}" for i in range(3000)]
+    held = []
+    for ref in order:
+        pool.want(ref)
+        entry = pool.pin(ref)
+        if entry is not None:
+            held.append(entry)
+        pool.unwant(ref)
+        if len(held) > 8:
+            pool.unpin(held.pop(0))
+    for entry in held:
+        pool.unpin(entry)
+    wait_for(lambda: not pool.stats()["loading"])
+    at = pool.residents()
+    assert pool.stats()["bytes"] == sum(entry["bytes"] for entry in at.values()) <= 640
+    assert pool.stats()["resident"] == len(at) == pool.stats()["loads"] - pool.stats()["evictions"]
+    assert set(pool._idle) == set(at)
+    assert pool._idle_bytes == pool.stats()["bytes"]
 
 
 def test_a_closed_pool_wakes_its_loaders():

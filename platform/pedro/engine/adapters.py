@@ -3,8 +3,8 @@
 States: loading → ready → draining → gone. Loads run on threads of their own; the pool's mutex guards bookkeeping
 only and is never held while something loads, so a slow load delays nobody but those who wait for that adapter.
 Any number of them wait for one load. A pinned adapter is never evicted: taken out while pinned it drains, and
-those that hold it keep it. A failed load is an error for those who asked, and is not tried again before a
-back-off has passed.
+those that hold it keep it. One that an operator keeps stays until it is let go. A failed load is an error for those
+who asked, and is not tried again before a back-off has passed. No call costs more for more adapters resident.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from pedro.errors import AdapterError, PedroError, UnavailableError
+from pedro.errors import AdapterError, ConflictError, PedroError, UnavailableError
 
 log = logging.getLogger(__name__)
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 60.0
 MAX_FAILURES = 1024
+NO_ROOM = "adapter_budget"  # the code of an error for want of room beside what operators keep
 
 
 class Loadable(Protocol):
@@ -63,7 +64,6 @@ class Entry(Generic[A]):
         self.nbytes = 0
         self.pins = 0
         self.uses = 0
-        self.last_used = time.monotonic()
 
     def to(self, state: Residence) -> None:
         """Move to `state`; a move that the table does not hold is a bug of the pool."""
@@ -96,13 +96,16 @@ class AdapterPool(Generic[A]):
         self._on_change = on_change
         self._changed = threading.Condition()
         self._entries: dict[str, Entry[A]] = {}
+        self._idle: OrderedDict[str, Entry[A]] = OrderedDict()  # what may be evicted, least recently used first
+        self._idle_bytes = self._used_bytes = self._kept_bytes = 0
+        self._kept: set[str] = set()
         self._draining: list[Entry[A]] = []
         self._wants: Counter[str] = Counter()
         self._failures: dict[str, Failure] = {}
         self._news: list[tuple[str, PedroError]] = []
         self._todo: queue.SimpleQueue[Entry[A] | None] = queue.SimpleQueue()
         self._closed = False
-        self._loads = self._evictions = self._failed = 0
+        self._loading = self._loads = self._evictions = self._failed = 0
         self._threads = [
             threading.Thread(target=self._serve, name=f"adapter-loader-{i}", daemon=True) for i in range(loaders)
         ]
@@ -115,6 +118,7 @@ class AdapterPool(Generic[A]):
             self._raise_failure(ref)
             self._wants[ref] += 1
             self._ensure(ref)
+            self._place(ref)
 
     def unwant(self, ref: str) -> None:
         """Take back one `want`: the request was served or went away."""
@@ -122,7 +126,8 @@ class AdapterPool(Generic[A]):
             self._wants[ref] -= 1
             if self._wants[ref] <= 0:
                 del self._wants[ref]
-            self._changed.notify_all()
+                self._place(ref)
+                self._changed.notify_all()
 
     def preload(self, ref: str) -> None:
         """Start loading `ref` though nobody waits for it. Raises the last load's error while it backs off."""
@@ -138,7 +143,7 @@ class AdapterPool(Generic[A]):
                 return None
             entry.pins += 1
             entry.uses += 1
-            entry.last_used = time.monotonic()
+            self._place(ref)
             return entry
 
     def unpin(self, entry: Entry[A]) -> None:
@@ -146,41 +151,91 @@ class AdapterPool(Generic[A]):
         with self._changed:
             assert entry.pins > 0, f"adapter {entry.ref} was unpinned more often than pinned"
             entry.pins -= 1
-            if entry.state is Residence.DRAINING and not entry.pins:
+            if entry.pins:
+                return
+            if entry.state is Residence.DRAINING:
                 self._draining.remove(entry)
-                entry.to(Residence.GONE)
+                self._free(entry)
+            else:
+                self._place(entry.ref)
             self._changed.notify_all()
 
+    def load(self, ref: str, *, keep: bool = False, timeout_s: float = 60.0) -> None:
+        """Returns once `ref` is resident; `keep` has it stay, whatever room others need, until `let_go` or `evict`.
+
+        Raises the load's error, UnavailableError where it takes longer, and ConflictError where all that is kept
+        would exceed the budget.
+        """
+        until = time.monotonic() + timeout_s
+        with self._changed:
+            self._raise_failure(ref)
+            self._wants[ref] += 1  # holds it here until it is kept
+            try:
+                self._ensure(ref)
+                while (entry := self._entries.get(ref)) is None or entry.state is not Residence.READY:
+                    self._raise_failure(ref)
+                    if entry is None or not self._changed.wait(until - time.monotonic()):
+                        raise UnavailableError(f"adapter {ref!r} is not loaded yet; try again later")
+                if keep and ref not in self._kept:
+                    if self._kept_bytes + entry.nbytes > self.budget_bytes:
+                        raise ConflictError(self._no_room(entry.nbytes, ref), code=NO_ROOM)
+                    self._kept.add(ref)
+                    self._kept_bytes += entry.nbytes
+            finally:
+                self.unwant(ref)
+
+    def let_go(self, ref: str) -> None:
+        """Make a kept adapter one like the others; nothing changes for one that is not kept."""
+        with self._changed:
+            if ref in self._kept:
+                self._unkeep(self._entries[ref])
+                self._place(ref)
+                self._changed.notify_all()
+
     def evict(self, ref: str) -> bool:
-        """Take `ref` out: at once, or once nobody holds it. Later requests load it anew. False if it is not here."""
+        """Take `ref` out, kept or not: at once, or once nobody holds it. Later requests load it anew.
+
+        False if it is not here.
+        """
         with self._changed:
             self._failures.pop(ref, None)
-            entry = self._entries.get(ref)
-            if entry is None:
+            if ref not in self._entries:
                 return False
-            self._remove(entry)
+            self._remove(self._entries[ref])
             self._changed.notify_all()
             return True
 
     def take_failures(self) -> list[tuple[str, PedroError]]:
         """The loads that failed since the last call."""
+        if not self._news:
+            return []
         with self._changed:
             news, self._news = self._news, []
             return news
 
     def residents(self) -> dict[str, dict]:
-        """State, bytes, pins and uses of each adapter, draining ones included."""
+        """State, bytes, pins, uses and whether it is kept, of each adapter, draining ones included."""
         with self._changed:
             entries = [*self._draining, *self._entries.values()]
-            return {e.ref: {"state": e.state.value, "bytes": e.nbytes, "pins": e.pins, "uses": e.uses} for e in entries}
+            return {
+                e.ref: {
+                    "state": e.state.value,
+                    "bytes": e.nbytes,
+                    "pins": e.pins,
+                    "uses": e.uses,
+                    "kept": e.ref in self._kept and e.state is Residence.READY,
+                }
+                for e in entries
+            }
 
     def stats(self) -> dict:
         """Counts since the start, and bytes now."""
         with self._changed:
             return {
-                "resident": sum(e.state is Residence.READY for e in self._entries.values()),
-                "loading": sum(e.state is Residence.LOADING for e in self._entries.values()),
-                "bytes": self._used(),
+                "resident": len(self._entries) - self._loading,
+                "loading": self._loading,
+                "kept": len(self._kept),
+                "bytes": self._used_bytes,
                 "budget_bytes": self.budget_bytes,
                 "loads": self._loads,
                 "failed_loads": self._failed,
@@ -204,6 +259,7 @@ class AdapterPool(Generic[A]):
         if self._closed or (failure is not None and time.monotonic() < failure.retry_at):
             return None
         entry = self._entries[ref] = Entry[A](ref)
+        self._loading += 1
         self._todo.put(entry)
         return entry
 
@@ -214,6 +270,8 @@ class AdapterPool(Generic[A]):
 
     def _serve(self) -> None:
         while (entry := self._todo.get()) is not None:
+            if not self._wanted(entry):  # evicted before its turn
+                continue
             try:
                 adapter = self._load(entry.ref)
                 self._settle(entry, adapter)
@@ -233,21 +291,30 @@ class AdapterPool(Generic[A]):
                     "for all adapters; raise adapter_bytes or train a smaller one"
                 )
             while self._wanted(entry) and not self._make_room(adapter.nbytes):
+                if self._kept_bytes + adapter.nbytes > self.budget_bytes:  # waiting would not help
+                    raise UnavailableError(self._no_room(adapter.nbytes, entry.ref), code=NO_ROOM)
                 self._changed.wait()
             if not self._wanted(entry):
-                entry.to(Residence.GONE)
                 return
             entry.adapter, entry.nbytes = adapter, adapter.nbytes
             entry.to(Residence.READY)
-            entry.last_used = time.monotonic()
+            self._loading -= 1
+            self._used_bytes += entry.nbytes
+            self._place(entry.ref)
             self._failures.pop(entry.ref, None)
             self._loads += 1
+            self._changed.notify_all()
+
+    def _no_room(self, nbytes: int, ref: str) -> str:
+        return (
+            f"adapter {ref!r} takes {nbytes:,} bytes, but pinned adapters hold {self._kept_bytes:,} of the "
+            f"{self.budget_bytes:,} bytes for all; unpin or unload one of them, or raise adapter_bytes"
+        )
 
     def _fail(self, entry: Entry[A], error: PedroError) -> None:
         with self._changed:
             self._failed += 1
             if not self._wanted(entry):
-                entry.to(Residence.GONE)
                 return
             past = self._failures.get(entry.ref)
             times = past.times + 1 if past else 1
@@ -256,8 +323,8 @@ class AdapterPool(Generic[A]):
                 del self._failures[next(iter(self._failures))]
             self._failures[entry.ref] = Failure(error, times, time.monotonic() + backoff_s)
             self._news.append((entry.ref, error))
-            del self._entries[entry.ref]
-            entry.to(Residence.GONE)
+            self._remove(entry)
+            self._changed.notify_all()
 
     def _wanted(self, entry: Entry[A]) -> bool:
         """Whether this load still counts: neither evicted meanwhile nor the pool closed."""
@@ -265,31 +332,55 @@ class AdapterPool(Generic[A]):
 
     def _make_room(self, nbytes: int) -> bool:
         """Evict until `nbytes` fit, least recently used first. False if what must stay leaves no room."""
-        idle = sorted((e for e in self._entries.values() if self._evictable(e)), key=lambda e: e.last_used)
-        free = self.budget_bytes - self._used()
-        if free + sum(entry.nbytes for entry in idle) < nbytes:
+        if self.budget_bytes - self._used_bytes + self._idle_bytes < nbytes:
             return False
-        for entry in idle:
-            if free >= nbytes:
-                break
-            free += entry.nbytes
-            self._remove(entry)
+        while self.budget_bytes - self._used_bytes < nbytes:
+            self._remove(next(iter(self._idle.values())))
             self._evictions += 1
         return True
 
-    def _evictable(self, entry: Entry[A]) -> bool:
-        """A fresh adapter stays until the first who waited for it was served, else two could evict each other."""
-        fresh = entry.uses == 0 and self._wants[entry.ref] > 0
-        return entry.state is Residence.READY and not entry.pins and not fresh
+    def _place(self, ref: str) -> None:
+        """Enter or strike `ref` in the list of what may be evicted; entering makes it the most recently used.
+
+        A fresh adapter stays until the first who waited for it was served, else two could evict each other.
+        """
+        entry = self._entries.get(ref)
+        if entry is None or entry.state is not Residence.READY:
+            return
+        fresh = entry.uses == 0 and self._wants[ref] > 0
+        may_go = not (entry.pins or fresh or ref in self._kept)
+        if (ref in self._idle) != may_go:
+            self._idle_bytes += entry.nbytes if may_go else -entry.nbytes
+            if may_go:
+                self._idle[ref] = entry
+            else:
+                del self._idle[ref]
 
     def _remove(self, entry: Entry[A]) -> None:
+        """Take an entry out: gone, or draining while somebody holds it."""
         del self._entries[entry.ref]
-        if entry.state is Residence.READY:
-            if entry.pins:
-                entry.to(Residence.DRAINING)
-                self._draining.append(entry)
-            else:
-                entry.to(Residence.GONE)
+        if entry.state is Residence.LOADING:
+            self._loading -= 1
+            entry.to(Residence.GONE)
+            return
+        if self._idle.pop(entry.ref, None) is not None:
+            self._idle_bytes -= entry.nbytes
+        if entry.ref in self._kept:
+            self._unkeep(entry)
+        if entry.pins:
+            entry.to(Residence.DRAINING)
+            self._draining.append(entry)
+        else:
+            self._free(entry)
 
-    def _used(self) -> int:
-        return sum(entry.nbytes for entry in (*self._entries.values(), *self._draining))
+    def _unkeep(self, entry: Entry[A]) -> None:
+        """Its room is for others again: what was refused for want of it may be tried at once."""
+        self._kept.discard(entry.ref)
+        self._kept_bytes -= entry.nbytes
+        for ref in [ref for ref, failure in self._failures.items() if failure.error.code == NO_ROOM]:
+            del self._failures[ref]
+
+    def _free(self, entry: Entry[A]) -> None:
+        """Nobody holds it any more."""
+        self._used_bytes -= entry.nbytes
+        entry.to(Residence.GONE)
