@@ -2,6 +2,8 @@
 
 import pytest
 from engine_models import stories
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from pedro.engine.detokenizer import REPLACEMENT, Detokenizer
 
@@ -71,3 +73,35 @@ def test_what_only_looked_like_a_stop_text_is_given_out():
 def test_the_first_of_several_stop_texts_counts():
     detokenizer = Detokenizer(Pieces("one two", " three"), [], stop=("three", "two"))
     assert feed(detokenizer, range(2)) == (["one "], "", True)
+
+
+def test_the_fast_stream_gives_what_the_plain_one_gives_token_by_token(tokenizer):
+    class Plain:
+        decode = staticmethod(tokenizer.decode)  # without a Rust backend to be found
+
+    words = tokenizer("Lily's 🙂 dog — über 5 µm — ran.\n\tThe  end", add_special_tokens=False).input_ids
+    broken = tokenizer.convert_tokens_to_ids(["<0xFF>", "<0xF0>", "<0x9F>"])
+    ids = [*words, tokenizer.eos_token_id, *words, *broken, *words, *[tokenizer.eos_token_id] * 20, *words[:12]]
+    assert feed(Detokenizer(tokenizer, words[:3]), ids) == feed(Detokenizer(Plain(), words[:3]), ids)
+
+
+def test_special_tokens_give_no_text_and_hold_up_none(tokenizer):
+    word = tokenizer(" word", add_special_tokens=False).input_ids
+    ids = [*word, *[tokenizer.eos_token_id] * 30, *word]
+    deltas, rest, _ = feed(Detokenizer(tokenizer, tokenizer("a").input_ids), ids)
+    assert (("".join(deltas) + rest).split(), rest) == (["word", "word"], "")
+
+
+def test_a_character_that_the_prompt_begins_is_given_out_whole(tokenizer):
+    ids = tokenizer("ab🙂 cd", add_special_tokens=False).input_ids
+    cut = ids.index(tokenizer.convert_tokens_to_ids("<0x9F>")) + 1
+    deltas, rest, _ = feed(Detokenizer(tokenizer, ids[:cut]), ids[cut:])
+    assert "".join(deltas) + rest == "🙂 cd"
+
+
+def test_a_decoder_that_takes_back_a_space_goes_on_with_what_is_new():
+    backend = Tokenizer(models.WordLevel({"it": 0, " ": 1, "'": 2, "s": 3}, unk_token="it"))
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(" '", "'")])
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), [0])
+    deltas, rest, _ = feed(detokenizer, [1, 2, 3, 3, 0])
+    assert ("".join(deltas) + rest).endswith("ssit")

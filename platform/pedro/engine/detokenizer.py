@@ -6,65 +6,75 @@ become a stop text. A stop text is found wherever the token borders fall.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
 REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 6  # enough of what stands before for a tokenizer to place spaces
 MAX_HELD_TOKENS = 8  # more than any character takes: what is held then is not the beginning of one
-MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has at most four bytes, a token at least one
+UNFINISHED_TOKENS = 3  # a UTF-8 character has at most four bytes, a token at least one
 
 
 class Detokenizer:
     """The text of one answer, incrementally; the tail of the prompt stands before it so that spaces come out right."""
 
+    __slots__ = ("_context", "_decode", "_held", "_new_stream", "_pending", "_step", "_stop")
+
     def __init__(self, tokenizer, prompt_ids: list[int], stop: tuple[str, ...] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
-        self._start = 0  # tokens from here to `_read` are context, already given out
-        self._read = len(self._ids)
+        self._decode, self._new_stream = _decoding(tokenizer)
+        self._context, self._pending = self._whole_characters(list(prompt_ids[-CONTEXT_TOKENS:]))
         self._stop = stop
         self._held = ""  # decoded, but perhaps the beginning of a stop text
+        self._step = self._new_stream(self._context)
+        for token_id in self._pending:
+            self._step(token_id)
 
     def add(self, token_id: int) -> tuple[str, bool]:
         """Take a token. Returns the text that became certain and whether a stop text was reached (it is cut off)."""
-        self._ids.append(token_id)
-        return self._release(self._decode_new())
+        text = self._take(token_id)
+        return self._release(text) if self._stop else (text, False)
 
     def flush(self) -> str:
         """The text still held back, when no token follows."""
-        rest = self._decode(self._start, len(self._ids))[len(self._decode(self._start, self._read)) :]
-        self._start = self._read = len(self._ids)
-        text, _ = self._release(rest)
+        rest, self._pending = self._text_of(self._pending), []
+        text, _ = self._release(rest) if self._stop else (rest, False)
         text, self._held = text + self._held, ""
         return text
 
-    def _decode(self, start: int, stop: int) -> str:
-        ids = self._ids[start:stop]
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _take(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        try:
+            text = self._step(token_id)
+        except Exception:  # noqa: BLE001 - it raises no class of its own. DecodeStream gives up where a token changes how those before it are written
+            text = self._text_of(self._pending)
+            self._step = self._new_stream(self._pending)
+        if text is not None:
+            self._context, self._pending = self._pending, []
+            return text
+        return "" if len(self._pending) < MAX_HELD_TOKENS else self._give_up_waiting()
 
-    def _decode_new(self) -> str:
-        before = self._decode(self._start, self._read)
-        stop = len(self._ids)
-        after = self._decode(self._start, stop)
-        if after.endswith(REPLACEMENT):
-            if stop - self._read < MAX_HELD_TOKENS:
-                return ""
-            stop, after = self._certain_part(stop)
-        if len(after) <= len(before):
-            return ""
-        self._start, self._read = self._read, stop
-        return after[len(before) :]
+    def _give_up_waiting(self) -> str:
+        """The text of the pending tokens, but for the last of them, which may still become a character."""
+        sure, unfinished = self._pending[:-UNFINISHED_TOKENS], self._pending[-UNFINISHED_TOKENS:]
+        text, self._pending = self._text_of(sure), []
+        self._step = self._new_stream(self._context)
+        return text + "".join(map(self._take, unfinished))
 
-    def _certain_part(self, stop: int) -> tuple[int, str]:
-        """The longest part that ends in a whole character; if there is none, all that cannot become one."""
-        for end in range(stop - 1, self._read, -1):
-            text = self._decode(self._start, end)
-            if not text.endswith(REPLACEMENT):
-                return end, text
-        end = stop - MAX_CHARACTER_TOKENS + 1
-        return end, self._decode(self._start, end)
+    def _text_of(self, ids: list[int]) -> str:
+        """What `ids` add to the text of the context."""
+        return self._decode([*self._context, *ids])[len(self._decode(self._context)) :] if ids else ""
+
+    def _whole_characters(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """`ids` cut before the beginning of a character that the last of them leave unfinished."""
+        for cut in range(len(ids), max(-1, len(ids) - UNFINISHED_TOKENS - 1), -1):
+            if not self._decode(ids[:cut]).endswith(REPLACEMENT):
+                return ids[:cut], ids[cut:]
+        return [], []
 
     def _release(self, text: str) -> tuple[str, bool]:
-        if not self._stop:
-            return text, False
         text = self._held + text
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -73,6 +83,37 @@ class Detokenizer:
         keep = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
+
+
+class _PlainStream:
+    """What DecodeStream does, for a tokenizer that has no Rust backend."""
+
+    def __init__(self, decode: Callable[[list[int]], str], ids: list[int]) -> None:
+        self._decode = decode
+        self._ids = list(ids)
+        self._read = len(ids)  # tokens up to here are context, already given out
+
+    def step(self, token_id: int) -> str | None:
+        """The text that `token_id` completes, or None."""
+        self._ids.append(token_id)
+        before, after = self._decode(self._ids[: self._read]), self._decode(self._ids)
+        if len(after) <= len(before) or after.endswith(REPLACEMENT):
+            return None
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        return after[len(before) :]
+
+
+def _decoding(tokenizer) -> tuple[Callable[[list[int]], str], Callable[[list[int]], Callable[[int], str | None]]]:
+    """How to decode some tokens at once, and how to begin a stream after some tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        return (
+            partial(backend.decode, skip_special_tokens=True),
+            lambda ids: partial(DecodeStream(ids=ids, skip_special_tokens=True).step, backend),
+        )
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return decode, lambda ids: _PlainStream(decode, ids).step
 
 
 def _overlap(text: str, stop: str) -> int:
