@@ -8,7 +8,7 @@ from pedro.errors import BackboneError, ConfigError
 from pedro.methods import METHODS, count_parameters, get_method
 
 PEDROS = ["pedro", *(f"pedro-{n}" for n in range(1, 8))]
-ALL = [*PEDROS, "para", "lora", "ia3", "full"]
+ALL = [*PEDROS, "para", "lora", "ia3", "bitfit", "red", "full"]
 
 
 def batch(rows: int = 2) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_only_prompt_conditioned_methods_heed_the_prompt(name):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-@pytest.mark.parametrize("name", ["pedro", "para", "lora", "ia3", "full"])
+@pytest.mark.parametrize("name", ["pedro", "para", "lora", "ia3", "bitfit", "red", "full"])
 def test_every_method_runs_on_every_backbone(name, model_type):
     model = get_method(name).apply(tiny_backbone(model_type)).train()
     model(**batch()).loss.backward()

@@ -17,6 +17,7 @@ from torch import nn
 from pedro.errors import BackboneError
 
 TARGETS = ("q", "k", "v", "gate", "up")
+LINEARS = (*TARGETS, "o", "down")
 Rows = slice | torch.Tensor | None
 Cut = Callable[[Any], dict[str, Rows]]  # model config -> which outputs of a fused module belong to which target
 
@@ -40,6 +41,15 @@ class LayerSites:
     sites: dict[str, Site]
     output: nn.Module  # the attention's output projection
     down: nn.Module  # the MLP's output projection
+
+    @property
+    def linears(self) -> dict[str, Site]:
+        """Every projection of the block: `sites`, and o and down, whose output is as wide as the model."""
+        return {
+            **self.sites,
+            "o": Site(self.output, None, _width(self.output, None)),
+            "down": Site(self.down, None, _width(self.down, None)),
+        }
 
 
 @dataclass(frozen=True)

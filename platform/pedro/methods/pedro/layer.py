@@ -9,14 +9,13 @@ projections scale. Shapes: B rows, T tokens, D model width, R bottleneck, W all 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import LayerSites, Rows
+from pedro.methods.blocks import BlockLayer
 from pedro.methods.pedro.config import PedroConfig
 from pedro.methods.pedro.generator import GeneratorWeights, generate_vectors
 from pedro.methods.pedro.prompt import PromptPass, Vectors
@@ -27,34 +26,29 @@ HANDED_DOWN = "pedro_vectors"
 INIT_STD = 0.02
 
 
-class PedroLayer(nn.Module, BaseTunerLayer):
-    """The generators of one block, one an adapter; parameters are float32 whatever the backbone's dtype."""
+class PedroLayer(BlockLayer):
+    """The generators of one block, one an adapter."""
 
     adapter_layer_names = ("pedro_down", "pedro_up", "pedro_bias", "pedro_a", "pedro_b")
     other_param_names = ("configs", "activations")
-    weight = bias = None  # type: ignore[assignment]  # PEFT's own look for a wrapped layer, and there is none
+    pedro_down: nn.ParameterDict  # [D, R]
+    pedro_up: nn.ParameterDict  # [R, W]
+    pedro_bias: nn.ParameterDict  # [W]
+    pedro_a: nn.ParameterDict  # [m+1]
+    pedro_b: nn.ParameterDict  # [n]
 
     def __init__(self, index: int, places: LayerSites, width: int, prompts: PromptPass) -> None:
-        super().__init__()
-        self.index, self.width, self.prompts = index, width, prompts
-        self.places = places  # a plain record, so that the block's modules do not become ours
+        super().__init__(index, places)
+        self.width, self.prompts = width, prompts
         self.configs: dict[str, PedroConfig] = {}
         self.activations: dict[str, str] = {}
-        self.pedro_down = nn.ParameterDict()  # [D, R]
-        self.pedro_up = nn.ParameterDict()  # [R, W]
-        self.pedro_bias = nn.ParameterDict()  # [W]
-        self.pedro_a = nn.ParameterDict()  # [m+1]
-        self.pedro_b = nn.ParameterDict()  # [n]
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
         self._vectors: Vectors | None = None
         self._handles = self._hook()
 
     def update_layer(self, adapter_name: str, config: PedroConfig, activation: str) -> None:
         """Add a fresh adapter, which changes nothing: W_down ~ N(0, 0.02), W_up = 0, b_up = 1, R = GELU."""
         total = sum(self.places.sites[target].width for target in config.targets)
-        fresh: dict[str, Any] = {"dtype": torch.float32, "device": next(self.places.norm.parameters()).device}
+        fresh = self.fresh()
         self.pedro_down[adapter_name] = nn.Parameter(torch.empty(self.width, config.r, **fresh).normal_(std=INIT_STD))
         self.pedro_up[adapter_name] = nn.Parameter(torch.zeros(config.r, total, **fresh))
         self.pedro_bias[adapter_name] = nn.Parameter(torch.ones(total, **fresh))
@@ -83,19 +77,6 @@ class PedroLayer(nn.Module, BaseTunerLayer):
         vectors = generate_vectors(pool(hidden, prompt, config.pool, norm), self.generator(adapter_name))  # [B, W]
         widths = [self.places.sites[target].width for target in config.targets]
         return dict(zip(config.targets, vectors.split(widths, dim=-1), strict=True))
-
-    def unhook(self) -> None:
-        """Leave the block as it was."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the block's device, as PEFT asks after loading; unlike PEFT's own, never to the block's dtype."""
-        device = device or next(self.places.norm.parameters()).device
-        for name in self.adapter_layer_names:
-            parameters = getattr(self, name)
-            if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name] = parameters[adapter_name].to(device)
 
     def _hook(self) -> list:
         places = self.places

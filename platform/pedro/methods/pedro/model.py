@@ -6,65 +6,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from pedro.errors import ConfigError
-from pedro.methods.architectures import Architecture, describe
+from pedro.methods.architectures import Architecture
+from pedro.methods.blocks import BlockTuner
+from pedro.methods.pedro.config import PedroConfig
 from pedro.methods.pedro.layer import BASE, PedroLayer
 from pedro.methods.pedro.prompt import PromptPass
 
-CHILD = "modulation"  # must not start with the prefix: transformers' load_adapter would misplace the keys
+CHILD = "modulation"
 
 
-class PedroModel(BaseTuner):
-    """The tuner that PEFT's get_peft_model, PeftModel and transformers' load_adapter build for a PedroConfig.
-
-    Raises BackboneError for an unsupported architecture, ConfigError for options that do not fit the backbone, both
-    before anything is changed.
-    """
+class PedroModel(BlockTuner):
+    """The tuner that PEFT's get_peft_model, PeftModel and transformers' load_adapter build for a PedroConfig."""
 
     prefix = "pedro_"
     tuner_layer_cls = PedroLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own declaration
+    child = CHILD
+    no_merge = "PEDRO's vectors depend on the prompt, so no weights can hold them"
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        return peft_config
-
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        self._architecture: Architecture = describe(model)
-        sites = self._architecture.layers[0].sites
-        if missing := [target for target in peft_config.targets if target not in sites]:
+    def check(self, config: PedroConfig, architecture: Architecture) -> None:
+        """Raise ConfigError for targets that the backbone lacks, or for another number of activations than layers."""
+        sites = architecture.layers[0].sites
+        if missing := [target for target in config.targets if target not in sites]:
             raise ConfigError(
                 f"targets: this backbone has no {', '.join(missing)}; choose from {', '.join(sites)}", param="targets"
             )
-        self._activations = peft_config.activations(len(self._architecture.layers))
-        self._blocks = {parts.name: index for index, parts in enumerate(self._architecture.layers)}
-        present = next((m for m in model.modules() if isinstance(m, PedroLayer)), None)
+        config.activations(len(architecture.layers))
+
+    def add(self, block: nn.Module, index: int, adapter_name: str, config: PedroConfig) -> None:
+        """Give the block a PedroLayer if it has none, and the layer a fresh adapter."""
+        layers = self._architecture.layers
+        if not hasattr(block, CHILD):
+            setattr(block, CHILD, PedroLayer(index, layers[index], self._architecture.hidden_size, self._prompts))
+        getattr(block, CHILD).update_layer(adapter_name, config, config.activations(len(layers))[index])
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        present = next(self.layers(), None)
         if present is not None:
             self._prompts = present.prompts
         else:
             self._prompts = PromptPass()
             self._prompts.attach(model)
-
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return key in self._blocks
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        index = self._blocks[current_key]
-        if not hasattr(target, CHILD):
-            parts = self._architecture.layers[index]
-            setattr(target, CHILD, PedroLayer(index, parts, self._architecture.hidden_size, self._prompts))
-        getattr(target, CHILD).update_layer(adapter_name, peft_config, self._activations[index])
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -91,28 +76,10 @@ class PedroModel(BaseTuner):
         finally:
             self._prompts.adapter_names = None
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge:
-            self._check_merge_allowed()
-        for parts in self._architecture.layers:
-            getattr(parts.block, CHILD).unhook()
-            delattr(parts.block, CHILD)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self._prompts.detach()
-        del self.model.peft_config
-        return self.model
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Always raises ConfigError."""
-        self._check_merge_allowed()
-
-    def _check_merge_allowed(self) -> None:
-        raise ConfigError("merge: PEDRO's vectors depend on the prompt, so no weights can hold them; keep the adapter")
+        return model
 
 
 def _option(name: str, kwargs: dict[str, Any]) -> Any:

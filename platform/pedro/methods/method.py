@@ -1,0 +1,105 @@
+"""What a method is: options in, a model with an adapter out, and what it says it can do. Knows no single method.
+
+All methods take the same forward call, `prompt_lens` and `prompt_mask` included; those that do not condition on the
+prompt ignore the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+
+from pedro.errors import ConfigError
+from pedro.methods.pedro.prompt import PROMPT_ARGUMENTS
+
+Parameters = list[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune a backbone, and what can be done with the result.
+
+    `build(model_config, **options)` makes the PEFT config, or None to train the backbone itself; its keyword-only
+    arguments are the method's options and their defaults. A capability that depends on the options is None.
+    """
+
+    name: str
+    title: str
+    source: str
+    equation: str
+    build: Callable[..., PeftConfig | None]
+    engine: bool | None  # served in batches that mix adapters
+    mergeable: bool | None  # can be folded into the backbone's weights
+    identity_at_init: bool | None  # a fresh adapter changes nothing
+    conditions_on_prompt: bool = False
+    theta: tuple[str, ...] = ()  # parts of the names of what Θ steps train (eq. 8); the rest is Ω
+    paper: dict[str, Any] = field(default_factory=dict)  # options of the PEDRO paper's table 1, where not the defaults
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the method takes, with their defaults."""
+        named = inspect.signature(self.build).parameters.values()
+        return {p.name: p.default for p in named if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def known(self, options: dict[str, Any]) -> Sequence[str]:
+        """Names of the options that are understood, given these."""
+        return list(self.options)
+
+    def config(self, model_config: Any, options: dict[str, Any] | None = None) -> PeftConfig | None:
+        """The PEFT config for a backbone's config. Raises ConfigError for an unknown option or a wrong value."""
+        options = dict(options or {})
+        known = self.known(options)
+        if unknown := [name for name in options if name not in known]:
+            raise ConfigError("; ".join(self._explain(name, known) for name in unknown), param=f"method.{unknown[0]}")
+        try:
+            config = self.build(model_config, **options)
+        except ConfigError as error:
+            raise ConfigError(f"method.{error.message}", param=f"method.{error.param}") from error
+        if config is not None:
+            config.task_type = TaskType.CAUSAL_LM
+        return config
+
+    def apply(self, model: nn.Module, options: dict[str, Any] | None = None) -> nn.Module:
+        """A fresh adapter named "default" on `model`, in float32 whatever the backbone's dtype; for `full`, the model.
+
+        Raises ConfigError for options that do not fit, BackboneError for an unsupported architecture.
+        """
+        config = self.config(model.config, options)
+        if config is None:
+            return self.wrap(model.requires_grad_(True))
+        return self.wrap(self._attach(model, config))
+
+    def _attach(self, model: nn.Module, config: PeftConfig) -> nn.Module:
+        return get_peft_model(model, config)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Make `model` accept and ignore `prompt_lens` and `prompt_mask`, where the method has no use for them."""
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not self.conditions_on_prompt and _ignore_prompt not in inner._forward_pre_hooks.values():
+            inner.register_forward_pre_hook(_ignore_prompt, with_kwargs=True)
+        return model
+
+    def parameter_groups(self, model: nn.Module) -> tuple[Parameters, Parameters]:
+        """The trainable parameters as (omega, theta) of eq. 8: for PEDRO theta is all a and b of eq. 7."""
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        theta = [(name, p) for name, p in trainable if self._is_theta(name)]
+        return [(name, p) for name, p in trainable if not self._is_theta(name)], theta
+
+    def _is_theta(self, name: str) -> bool:
+        return any(part in f"{name}." for part in self.theta)
+
+    def _explain(self, option: str, known: Sequence[str]) -> str:
+        near = difflib.get_close_matches(option, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        valid = f"{self.name} takes {', '.join(known)}" if known else f"{self.name} takes no options"
+        return f"method.{option}: unknown option; {hint}{valid}"
+
+
+def _ignore_prompt(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, {name: value for name, value in kwargs.items() if name not in PROMPT_ARGUMENTS}
