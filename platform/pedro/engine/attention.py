@@ -10,25 +10,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from pedro.engine.kv_cache import KVCache
+from pedro.engine.modulation import Segment
 
 NAME = "pedro_engine"
 _current = threading.local()
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens [start, stop) of the packed batch are one row, whose sequence holds `slot`."""
-
-    start: int
-    stop: int
-    slot: int
 
 
 class PrefillStep:
@@ -68,6 +59,7 @@ class DecodeStep:
     """One new token a row, which attends to all of its slot up to its own position."""
 
     def __init__(self, cache: KVCache, slots: list[int], positions: list[int], device: torch.device) -> None:
+        self.slot_ids = slots
         self.slots = torch.tensor(slots, device=device)
         self.positions = torch.tensor(positions, device=device)
         self._cache = cache
@@ -83,6 +75,10 @@ class DecodeStep:
         """Keep keys and values [1, K, B, d]; gives back those of all positions, [rows, K, T, d]."""
         self._cache.append(layer, self.slots, self.positions, keys[0].transpose(0, 1), values[0].transpose(0, 1))
         return self._cache.read(layer, self._rows, self._length)
+
+    def of_slots(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The rows [B, W] that belong to this step's slots, of a buffer [S, W]."""
+        return buffer[: len(self.slot_ids)] if self.dense else buffer.index_select(0, self.slots)
 
     def get_seq_length(self, layer: int = 0) -> int:
         """What transformers asks of a cache; positions are always given, so that nothing depends on it."""

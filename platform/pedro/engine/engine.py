@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pedro.engine.adapter import Adapter
 from pedro.engine.adapters import AdapterPool, Entry
-from pedro.engine.generators import GeneratorAdapter, load_generators
+from pedro.engine.formats import load_adapter
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 from pedro.engine.sampler import Sampled, SampleRow, sample
 from pedro.engine.scheduler import Limits, Plan, PrefillSlice, Scheduler
@@ -79,13 +80,15 @@ class Engine:
             )
         )
 
-        def fetch(ref: str) -> GeneratorAdapter:
-            return load_generators(load(ref), self._runner.architecture, backbone_digest, self._runner.device)
+        def fetch(ref: str) -> Adapter:
+            return load_adapter(
+                load(ref), self._runner.architecture, backbone_digest, self._runner.device, self._runner.strip
+            )
 
         self.adapters = AdapterPool(fetch, config.adapter_bytes, self._notify, config.loaders)
         self._lock = threading.Lock()
         self._live: dict[str, list[Sequence]] = {}  # unfinished sequences by request id
-        self._pins: dict[Sequence, Entry[GeneratorAdapter]] = {}  # adapters that the prefill under way holds
+        self._pins: dict[Sequence, Entry[Adapter]] = {}  # adapters that the prefill under way holds
         self._outbox: list[Output] = []
         self._counts = {"steps": 0, "prompt_tokens": 0, "completion_tokens": 0, "finished": 0, "failed": 0}
         self.idle = True  # whether the last step found nothing to run
@@ -175,7 +178,7 @@ class Engine:
     def close(self) -> None:
         """Stop loading adapters and take the engine's hooks off the model."""
         self.adapters.close()
-        self._runner.vectors.remove()
+        self._runner.close()
 
     def _check(self, request: Request) -> list[Sequence]:
         """The request's sequences, or PedroError for what can never run."""

@@ -1,18 +1,24 @@
-"""Runs a transformers model from token ids to the last hidden state. Knows nothing of slots, adapters or policy.
+"""Runs a transformers model through its own modules, on any device. Knows no policy.
 
 Models whose layers have the Llama calling form are driven layer by layer, so that a prefill can be cut between
 layers; every other one runs through its own `forward`, whole, behind the same interface.
-Legend: N tokens of the packed batch, D model width, V vocabulary.
+Legend: N tokens of the packed batch, B rows, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from pedro.engine import attention
+from pedro.engine.attention import DecodeStep, PrefillStep
+from pedro.engine.executor import Logits
+from pedro.engine.hooks import Hooks
+from pedro.engine.kv_cache import KVCache
+from pedro.engine.modulation import Conditioned, Modulation
 from pedro.errors import BackboneError
+from pedro.methods.architectures import Architecture
 
 DRIVEN = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
@@ -26,6 +32,55 @@ class Flow:
     hidden: torch.Tensor | None = None  # [1, N, D]
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     layer: int = 0
+    rows: list[Conditioned] = field(default_factory=list)
+    step: PrefillStep | None = None
+
+
+class TorchModel:
+    """The executor of `Runner` on any device and architecture."""
+
+    def __init__(self, model, architecture: Architecture, cache: KVCache, modulation: Modulation) -> None:
+        self._trunk = make_trunk(model)
+        self._head = Head(model)
+        self._cache = cache
+        self._hooks = Hooks(architecture, modulation)
+        self._device = next(model.parameters()).device
+        self.num_parts = self._trunk.num_parts
+
+    def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Flow:
+        """Take up a prefill of these rows."""
+        flat = torch.tensor([[token for ids in token_ids for token in ids]], device=self._device)
+        positions = torch.tensor([[p for ids in token_ids for p in range(len(ids))]], device=self._device)
+        return Flow(flat, positions, rows=rows, step=PrefillStep(self._cache, [row.segment for row in rows]))
+
+    def advance(self, flow: Flow, last: int) -> None:
+        """Run the layers up to `last`."""
+        with self._hooks.prefilling(flow.rows):
+            self._trunk.advance(flow, flow.step, last)
+
+    def logits(self, flow: Flow, index: list[int]) -> Logits:
+        """What comes after the tokens `index` of a prefill whose layers all ran."""
+        hidden = self._trunk.finish(flow)[torch.tensor(index, device=self._device)]
+        return Logits(self._head(hidden))
+
+    def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
+        """One step: the last token of each row."""
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        ids = torch.tensor([[token_ids[i] for i in order]], device=self._device)
+        step = DecodeStep(self._cache, [slots[i] for i in order], [positions[i] for i in order], self._device)
+        flow = Flow(ids, step.positions[None])
+        with self._hooks.decoding(step):
+            self._trunk.advance(flow, step, self.num_parts)
+        logits = self._head(self._trunk.finish(flow))
+        if order == list(range(len(order))):
+            return Logits(logits)
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        return Logits(logits[back.to(self._device)])
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._hooks.remove()
 
 
 class LayerTrunk:
@@ -94,11 +149,8 @@ class Head:
         return logits.float()
 
 
-def make_trunk(model) -> LayerTrunk | WholeTrunk:
-    """The trunk for this model. It takes the model over: from here on only the engine may run it.
-
-    Raises BackboneError where rows of one batch would change each other or the cache has another form.
-    """
+def refuse_unfit(model) -> None:
+    """Raises BackboneError where rows of one batch would change each other or the cache has another form."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
@@ -110,7 +162,11 @@ def make_trunk(model) -> LayerTrunk | WholeTrunk:
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise BackboneError("backbone: bidirectional attention cannot be decoded from a cache", param="backbone")
+
+
+def make_trunk(model) -> LayerTrunk | WholeTrunk:
+    """The trunk for this model. It takes the model over: from here on only the engine may run it."""
     attention.register()
-    config._attn_implementation = attention.NAME
+    model.config._attn_implementation = attention.NAME
     model.base_model.config._attn_implementation = attention.NAME
-    return (LayerTrunk if config.model_type in DRIVEN else WholeTrunk)(model)
+    return (LayerTrunk if model.config.model_type in DRIVEN else WholeTrunk)(model)

@@ -1,0 +1,41 @@
+"""What the runner asks of whatever runs the model. Two answer: `native_model` on a CPU, `torch_model` everywhere.
+
+Legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from pedro.engine.modulation import Conditioned
+
+
+class Logits(NamedTuple):
+    """What the model says comes next. `values` is valid until the runner's next call: copy what must stay."""
+
+    values: torch.Tensor  # [B, V] float32
+    best: list[int] | None = None  # argmax of each row where it was computed on the way; -1 where not finite
+
+
+class Executor(Protocol):
+    """Runs the layers. A prefill's state (`start`) is the executor's own; one may be under way between decode steps."""
+
+    num_parts: int
+
+    def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Any:
+        """Take up a prefill whose rows the modulation has begun."""
+        ...
+
+    def advance(self, flow: Any, last: int) -> None:
+        """Run the parts up to `last`."""
+        ...
+
+    def logits(self, flow: Any, index: list[int]) -> Logits:
+        """What comes after the tokens `index` of the packed prompts, once all parts ran."""
+        ...
+
+    def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
+        """One step of every row: its slot, its last token, and where that stands."""
+        ...

@@ -1,0 +1,192 @@
+"""Reads an adapter directory into an `Adapter`. Knows nothing of slots, requests or pools.
+
+One reader for each PEFT type that mixed batches serve. A fused projection's tensors are cut into its sites.
+Legend: D model width, R bottleneck or rank, W output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig
+from safetensors.torch import load_file
+
+from pedro.engine.adapter import Adapter, Generator, LowRank
+from pedro.errors import AdapterError
+from pedro.methods import PedroConfig
+from pedro.methods.adapter_files import verify_adapter
+from pedro.methods.architectures import Architecture, LayerSites
+from pedro.methods.constants import ConstantConfig, constant_vectors
+from pedro.methods.constants.model import CHILD as CONSTANT_CHILD
+from pedro.methods.pedro.generator import GeneratorWeights
+from pedro.methods.pedro.model import CHILD as PEDRO_CHILD
+
+WEIGHTS = "adapter_model.safetensors"
+ROOT = "base_model.model."
+
+
+class _Tensors:
+    """An adapter's tensors, taken one by one and checked; all must be taken in the end."""
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        self._tensors = load_file(directory / WEIGHTS, device="cpu")
+        self._device = device
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def take(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor as float32 on the engine's device."""
+        if key not in self._tensors:
+            raise AdapterError(f"adapter weights: {key} is missing; save the adapter again with save_adapter")
+        tensor = self._tensors.pop(key)
+        if tuple(tensor.shape) != shape:
+            raise AdapterError(f"adapter weights: {key} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"adapter weights: {key} holds numbers that are not finite; the training diverged")
+        return tensor.to(self._device, torch.float32)
+
+    def finish(self) -> None:
+        """Refuse weights that the config does not explain."""
+        if self._tensors:
+            raise AdapterError(f"adapter: its weights hold what its config does not explain: {min(self._tensors)}")
+
+
+def load_adapter(
+    directory: Path, architecture: Architecture, backbone_digest: str, device: torch.device, strip: int = 1
+) -> Adapter:
+    """The adapter in `directory`; ranks are rounded up to whole `strip`s. Raises AdapterError if it is damaged, made
+    for another backbone (both digests are named) or of a method that mixed batches do not serve."""
+    directory = Path(directory)
+    digest = verify_adapter(directory, backbone_digest)["digest"]
+    config = PeftConfig.from_pretrained(str(directory))
+    read = next((reader for kind, reader in _READERS.items() if isinstance(config, kind)), None)
+    if read is None:
+        raise AdapterError(
+            f"adapter: the engine serves {', '.join(NAMES)} adapters in mixed batches, not "
+            f"{getattr(config.peft_type, 'value', config.peft_type)}; train with method.name: pedro"
+        )
+    tensors = _Tensors(directory, device)
+    parts = read(config, tensors, architecture, strip)
+    tensors.finish()
+    return Adapter(digest=digest, **parts)
+
+
+def _read_generator(config: Any, tensors: _Tensors, architecture: Architecture, _strip: int) -> dict[str, Any]:
+    """PEDRO and PARA: a generator a layer, with a learned or a fixed activation."""
+    layers, widths = [], []
+    for place, activation in zip(architecture.layers, config.activations(len(architecture.layers)), strict=True):
+        missing = [target for target in config.targets if target not in place.sites]
+        if missing:
+            raise AdapterError(f"adapter: the backbone's blocks have no {', '.join(missing)}")
+        width = [place.sites[target].width for target in config.targets]
+        shapes: dict[str, tuple[int, ...]] = {
+            "down": (architecture.hidden_size, config.r),
+            "up": (config.r, sum(width)),
+            "bias": (sum(width),),
+        }
+        if activation == "rational":
+            shapes |= {"a": (config.orders[0] + 1,), "b": (config.orders[1],)}
+        prefix = f"{ROOT}{place.name}.{PEDRO_CHILD}.pedro_"
+        parts = {name: tensors.take(prefix + name, shape) for name, shape in shapes.items()}
+        layers.append(GeneratorWeights(**parts, activation=activation))
+        widths.append(width)
+    made = Generator(tuple(config.targets), tuple(widths), config.pool, config.pool_source, tuple(layers))
+    return {"generator": made}
+
+
+def _read_constants(config: Any, tensors: _Tensors, architecture: Architecture, _strip: int) -> dict[str, Any]:
+    """RED, BitFit and (IA)³ with a projection."""
+    scales, shifts = [], []
+    for place in architecture.layers:
+        widths = {site: found.width for site, found in place.linears.items()}
+        prefix = f"{ROOT}{place.name}.{CONSTANT_CHILD}."
+        taken = {name: tensors.take(prefix + name, shape) for name, shape in config.shapes(widths).items()}
+        scale, shift = constant_vectors(config, widths, taken)
+        scales.append({site: row.contiguous() for site, row in scale.items()})
+        shifts.append({site: row.contiguous() for site, row in shift.items()})
+    return {"scale": tuple(scales), "shift": tuple(shifts)}
+
+
+def _read_ia3(_config: Any, tensors: _Tensors, architecture: Architecture, _strip: int) -> dict[str, Any]:
+    """(IA)³ as PEFT saves it. Its factor on the input of `down` is one on the output of `up`, where there is a gate."""
+    scales = []
+    for place in architecture.layers:
+        scale: dict[str, torch.Tensor] = {}
+        for path, sites in _modules(place).items():
+            key = f"{ROOT}{place.name}.{path}.ia3_l"
+            if key not in tensors:
+                continue
+            if "down" in sites:
+                if "gate" not in place.sites:
+                    raise AdapterError("adapter: (IA)³ on the MLP of a backbone without a gate is not served")
+                scale["up"] = tensors.take(key, (1, place.sites["up"].width))[0]
+                continue
+            factor = tensors.take(key, (sum(place.linears[site].width for site in sites), 1))[:, 0]
+            scale |= {site: _cut(factor, place, site) for site in sites}
+        scales.append(scale)
+    return {"scale": tuple(scales)}
+
+
+def _read_lora(config: Any, tensors: _Tensors, architecture: Architecture, strip: int) -> dict[str, Any]:
+    """LoRA as PEFT saves it, alpha over the rank folded into the second factor."""
+    used = {"use_dora": config.use_dora, "bias": config.bias != "none", "lora_bias": config.lora_bias}
+    used |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    extra = [name for name, value in used.items() if value]
+    if extra:
+        raise AdapterError(f"adapter: LoRA with {', '.join(extra)} is not served in mixed batches; train without")
+    rank = config.r
+    padding = (0, -rank % strip)
+    scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
+    layers = []
+    for place in architecture.layers:
+        terms: dict[str, LowRank] = {}
+        for path, sites in _modules(place).items():
+            prefix = f"{ROOT}{place.name}.{path}.lora_"
+            if f"{prefix}A.weight" not in tensors:
+                continue
+            inputs = _inputs(place, sites, architecture.hidden_size)
+            down = tensors.take(f"{prefix}A.weight", (rank, inputs)).T
+            down = torch.nn.functional.pad(down, padding).contiguous()
+            outputs = sum(place.linears[site].width for site in sites)
+            up = tensors.take(f"{prefix}B.weight", (outputs, rank)) * scaling
+            for site in sites:
+                part = _cut(up, place, site).T  # [R, W]
+                part = torch.nn.functional.pad(part, (0, -part.shape[1] % strip, *padding))
+                terms[site] = LowRank(down, part.contiguous())
+        layers.append(terms)
+    return {"low_rank": tuple(layers)}
+
+
+def _modules(place: LayerSites) -> dict[str, list[str]]:
+    """The sites of each projection module, by its path inside the block."""
+    paths = {id(module): name for name, module in place.block.named_modules()}
+    found: dict[str, list[str]] = {}
+    for site, where in place.linears.items():
+        found.setdefault(paths[id(where.module)], []).append(site)
+    return found
+
+
+def _cut(tensor: torch.Tensor, place: LayerSites, site: str) -> torch.Tensor:
+    """The rows of a module's [W, …] that belong to the site."""
+    rows = place.linears[site].rows
+    return (tensor if rows is None else tensor[rows]).contiguous()
+
+
+def _inputs(place: LayerSites, sites: list[str], hidden_size: int) -> int:
+    """How many inputs the module of `sites` has."""
+    if "down" in sites:
+        return place.linears["up"].width
+    return place.linears["q"].width if "o" in sites else hidden_size
+
+
+_READERS: dict[type, Callable[[Any, _Tensors, Architecture, int], dict[str, Any]]] = {
+    PedroConfig: _read_generator,
+    ConstantConfig: _read_constants,
+    IA3Config: _read_ia3,
+    LoraConfig: _read_lora,
+}
+NAMES = ("PEDRO", "PARA", "(IA)³", "RED", "BitFit", "LoRA")

@@ -1,0 +1,215 @@
+"""What adapters do to each slot: scales, shifts and low-rank terms of every site. Knows no policy and no sampling.
+
+The rows of a request are written once, when its prompt is read, and stand beside its KV cache; every later token
+uses them, so that decoding never touches a generator's weights and a batch may mix any adapters.
+Legend: S slots, N tokens of the packed batch, D model width, W output width of a site, B rows of a prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from pedro.engine.adapter import Adapter, Generator
+from pedro.methods.pedro.generator import GeneratorWeights, generate_vectors
+
+SCALE, SHIFT = "scale", "shift"
+NEUTRAL = {SCALE: 1.0, SHIFT: 0.0}
+Key = tuple[str, int, str]  # SCALE or SHIFT, layer, site
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of the packed batch are one row, whose sequence holds `slot`."""
+
+    start: int
+    stop: int
+    slot: int
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What must outlive a preemption: the slot's rows, or the low-rank adapter itself."""
+
+    rows: dict[Key, torch.Tensor]
+    low_rank: Adapter | None
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """A row of a prefill: its tokens, how many of them its vectors may see, and its adapter (None: bare)."""
+
+    segment: Segment
+    conditioning_length: int
+    adapter: Adapter | None
+    kept: Kept | None = None
+
+    @property
+    def modulated(self) -> bool:
+        return self.adapter is not None or self.kept is not None
+
+
+@dataclass
+class _Batch:
+    """Rows of a prefill whose generators can run as one."""
+
+    rows: list[Conditioned]
+    generators: list[Generator]
+    slots: torch.Tensor = field(init=False)
+
+    def weights(self, layer: int) -> GeneratorWeights:
+        """One generator's weights as they are, several stacked on a leading axis."""
+        if all(generator is self.generators[0] for generator in self.generators):
+            return self.generators[0].layers[layer]
+        parts = [generator.layers[layer] for generator in self.generators]
+        rational = parts[0].a is not None
+        return GeneratorWeights(
+            down=torch.stack([part.down for part in parts]),
+            up=torch.stack([part.up for part in parts]),
+            bias=torch.stack([part.bias for part in parts]),
+            activation=parts[0].activation,
+            a=torch.stack([part.a for part in parts]) if rational else None,  # type: ignore[misc]
+            b=torch.stack([part.b for part in parts]) if rational else None,  # type: ignore[misc]
+        )
+
+
+class Modulation:
+    """The slots' rows of every layer and site. A buffer is made when the first adapter needs it, and stays.
+
+    Buffers are [S, W], W rounded up to whole `strip`s. `on_buffer(kind, layer, site, buffer)` is told of new ones,
+    `on_low_rank(slot, adapter or None)` of a slot whose low-rank adapter changed.
+    """
+
+    def __init__(self, widths: list[dict[str, int]], slots: int, device: torch.device, strip: int = 1) -> None:
+        self.buffers: dict[Key, torch.Tensor] = {}
+        self.low_rank: dict[int, Adapter] = {}  # by slot
+        self.modulated = [False] * slots  # whether a slot differs from the bare backbone
+        self.on_buffer: Callable[[str, int, str, torch.Tensor], None] = lambda *_: None
+        self.on_low_rank: Callable[[int, Adapter | None], None] = lambda *_: None
+        self._widths = widths
+        self._slots = slots
+        self._device = device
+        self._strip = strip
+        self._batches: list[_Batch] = []
+
+    def begin(self, rows: list[Conditioned]) -> None:
+        """Take up the rows of a prefill: all but their generated vectors is in place afterwards."""
+        by_form: dict[tuple, list[Conditioned]] = {}
+        for row in rows:
+            slot, adapter = row.segment.slot, row.adapter
+            self.modulated[slot] = row.modulated
+            if row.kept is not None:
+                self._set(slot, row.kept.rows, row.kept.low_rank)
+            elif adapter is not None:
+                made = adapter.generator.targets if adapter.generator is not None else ()
+                self._set(slot, self._constants(adapter), adapter if adapter.low_rank else None, made)
+                if adapter.generator is not None:
+                    by_form.setdefault(adapter.generator.form, []).append(row)
+            else:
+                self._hold(slot, None)
+        self._batches = []
+        for batch in by_form.values():
+            made = _Batch(batch, [row.adapter.generator for row in batch])  # type: ignore[union-attr, misc]
+            made.slots = torch.tensor([row.segment.slot for row in batch], device=self._device)
+            self._batches.append(made)
+
+    def generate(self, layer: int, residual: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Write this layer's generated vectors. residual [N, D] is the layer's input, `norm` makes [n, D] of it what
+        the attention reads."""
+        for batch in self._batches:
+            first = batch.generators[0]
+            pooled = _pool(residual, batch.rows, first.pool, None if first.pool_source == "residual" else norm)
+            made = generate_vectors(pooled, batch.weights(layer))  # [B, sum of widths]
+            for site, part in zip(first.targets, made.split(first.widths[layer], -1), strict=True):
+                self._buffer((SCALE, layer, site))[batch.slots, : part.shape[-1]] = part
+
+    @property
+    def generating(self) -> bool:
+        """Whether the prefill under way has vectors to generate."""
+        return bool(self._batches)
+
+    def keep(self, slot: int) -> Kept:
+        """The slot's rows, copied."""
+        rows = {key: buffer[slot].clone() for key, buffer in self.buffers.items()} if self.modulated[slot] else {}
+        return Kept(rows, self.low_rank.get(slot))
+
+    def copy(self, source: int, targets: list[int]) -> None:
+        """Give the slots `targets` the rows of `source`."""
+        for slot in targets:
+            self.modulated[slot] = self.modulated[source]
+            self._hold(slot, self.low_rank.get(source))
+        if self.modulated[source]:
+            for buffer in self.buffers.values():
+                buffer[targets] = buffer[source]
+
+    def release(self, slot: int) -> None:
+        """The slot's sequence left: drop what it holds."""
+        self._hold(slot, None)
+
+    def width(self, layer: int, site: str) -> int:
+        """How wide a row of the site's buffers is."""
+        return -(-self._widths[layer][site] // self._strip) * self._strip
+
+    def _constants(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
+        parts = ((SCALE, adapter.scale), (SHIFT, adapter.shift))
+        return {
+            (kind, layer, site): row
+            for kind, layers in parts
+            for layer, sites in enumerate(layers)
+            for site, row in sites.items()
+        }
+
+    def _set(
+        self, slot: int, rows: dict[Key, torch.Tensor], low_rank: Adapter | None, made: tuple[str, ...] = ()
+    ) -> None:
+        """Write the slot's rows, neutral where `rows` has none; the scales of the sites `made` are generated later."""
+        for key in rows:
+            self._buffer(key)
+        for key, buffer in self.buffers.items():
+            if key[0] == SCALE and key[2] in made:
+                continue
+            row = rows.get(key)
+            if row is None:
+                buffer[slot] = NEUTRAL[key[0]]
+            else:
+                buffer[slot, : len(row)] = row
+        self._hold(slot, low_rank)
+
+    def _hold(self, slot: int, adapter: Adapter | None) -> None:
+        if self.low_rank.get(slot) is adapter:
+            return
+        if adapter is None:
+            del self.low_rank[slot]
+        else:
+            self.low_rank[slot] = adapter
+        self.on_low_rank(slot, adapter)
+
+    def _buffer(self, key: Key) -> torch.Tensor:
+        buffer = self.buffers.get(key)
+        if buffer is None:
+            kind, layer, site = key
+            shape = (self._slots, self.width(layer, site))
+            buffer = self.buffers[key] = torch.full(shape, NEUTRAL[kind], device=self._device)
+            self.on_buffer(kind, layer, site, buffer)
+        return buffer
+
+
+def _pool(
+    residual: torch.Tensor,
+    rows: list[Conditioned],
+    pool: str,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
+    """The pooled prompts [B, D]: each row's last conditioning token, or their mean or maximum."""
+    if pool == "last":
+        last = [row.segment.start + row.conditioning_length - 1 for row in rows]
+        picked = residual[torch.tensor(last, device=residual.device)]
+        return (picked if norm is None else norm(picked)).float()
+    pooled = []
+    for row in rows:
+        prompt = residual[row.segment.start : row.segment.start + row.conditioning_length]
+        prompt = (prompt if norm is None else norm(prompt)).float()
+        pooled.append(prompt.mean(0) if pool == "mean" else prompt.amax(0))
+    return torch.stack(pooled)

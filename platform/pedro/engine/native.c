@@ -1,0 +1,473 @@
+/* The decode step and the projections of a prefill for Llama-like models on a CPU, in float32.
+
+   Weights lie in panels: two strips of VW output columns, input by input, so that a product streams them once, in
+   order, whatever the number of rows. Every output is one sum over the inputs in their order: a row's numbers do not
+   depend on its neighbours, and prefill and decode agree. `native.py` packs the weights and is the only caller;
+   the slow reference is the model itself (tests/test_engine_native.py).
+
+   Sites are the seven projections. Each takes a scale and a shift per slot (PEDRO, (IA)3, RED, bias) and a low-rank
+   term per slot (LoRA): y = scale * (W x + b) + shift + B (A x). */
+
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define VW 16
+#define MR 12
+#elif defined(__AVX2__)
+#define VW 8
+#define MR 6
+#else
+#define VW 8
+#define MR 4
+#endif
+#define NR (2 * VW)
+#define GROUP_BYTES (384 << 10) /* panels that stay in the second-level cache while the rows pass by */
+
+typedef float vf __attribute__((vector_size(VW * 4)));
+typedef float vfu __attribute__((vector_size(VW * 4), aligned(4)));
+typedef int vi __attribute__((vector_size(VW * 4)));
+
+enum { Q, K, V, O, GATE, UP, DOWN, SITES };
+enum { SILU, GELU_TANH };
+
+typedef struct {
+  const float *norm1, *norm2, *q_norm, *k_norm;   /* q_norm, k_norm: [d] or null */
+  const float *qkv, *o, *gate_up, *down;          /* panels; gate_up: a strip of gate beside one of up */
+  const float *bias[SITES];                       /* of the projection, padded to strips, or null */
+  const float *scale[SITES], *shift[SITES];       /* [slots, padded width], or null where no slot has any */
+  float *keys, *values;                           /* [slots, kv_heads, length, head_dim] */
+  long window;                                    /* positions that a token sees; 0: all */
+} Layer;
+
+typedef struct {
+  long layers, dim, heads, kv_heads, head_dim, rotary, ffn, vocab, length, slots, threads, activation;
+  float eps, scaling, embed_scale, pad;
+  const float *embed;                             /* [vocab, dim]; null: read from the head's panels */
+  const float *final_norm, *head, *cos, *sin;     /* cos, sin: [length, rotary] */
+  Layer *layer;
+  const float *const *lora;                       /* [layers, SITES, slots, 2]: A [in, rank], B [rank, padded out] */
+  const int *ranks;                               /* [layers, SITES, slots], padded to VW; 0: none */
+  long max_rank;
+} Model;
+
+typedef struct {
+  long rows, lora;                                /* lora: whether any row has a low-rank term */
+  const int *ids, *positions, *slots, *mods;      /* [rows]; mods: the slot whose scales apply, -1 for none */
+  float *x, *qkv, *mixed, *act, *low;             /* [rows, …]: dim, qkv, heads * d, padded ffn, 3 * max_rank */
+  float *logits;                                  /* [rows, vocab] */
+  int *best;                                      /* [rows]: the likeliest token, -1 where logits are not finite */
+  float *best_value;                              /* [threads, rows], scratch; best_at likewise */
+  int *best_at;
+} Batch;
+
+long pedro_strip(void) { return VW; }
+
+static inline long padded(long n) { return (n + VW - 1) / VW * VW; }
+static inline vf load(const float *p) { return *(const vfu *)p; }
+static inline void store(float *p, vf v) { *(vfu *)p = v; }
+static inline vf all(float s) { return s - (vf){0}; }
+static inline vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+static inline vf vmax(vf a, vf b) { return pick(a > b, a, b); }
+
+static inline float sum(vf v) {
+  float s[VW];
+  memcpy(s, &v, sizeof s);
+  for (int w = VW / 2; w; w /= 2)
+    for (int i = 0; i < w; i++) s[i] += s[i + w];
+  return s[0];
+}
+
+static inline vf vexp(vf x) { /* Cephes' expf: relative error below 2e-7 */
+  x = pick(x > 88.0f, all(88.0f), pick(x < -87.0f, all(-87.0f), x));
+  vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+          1.6666665459e-1f) * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vi bits = (__builtin_convertvector(n, vi) + 127) << 23;
+  return p * (vf)bits;
+}
+
+static inline vf activate(long kind, vf x) {
+  if (kind == SILU) return x / (1.0f + vexp(-x));
+  vf y = 0.7978845608f * (x + 0.044715f * x * x * x);
+  return x * (1.0f - 1.0f / (vexp(2.0f * y) + 1.0f));
+}
+
+static float *scratch(size_t floats) { /* a thread's own, kept from call to call */
+  static __thread float *memory;
+  static __thread size_t size;
+  if (floats > size) {
+    free(memory);
+    size = floats + floats / 2;
+    memory = aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64);
+    if (!memory) abort();
+  }
+  return memory;
+}
+
+static inline float rms(const float *x, long n, float eps) {
+  vf s = {0};
+  float rest = 0;
+  long i = 0;
+  for (; i + VW <= n; i += VW) s += load(x + i) * load(x + i);
+  for (; i < n; i++) rest += x[i] * x[i];
+  return 1.0f / sqrtf((sum(s) + rest) / n + eps);
+}
+
+/* ---- products ---- */
+
+typedef struct {            /* one product: rows [m, k] (normed on the way where norm is given) times panels */
+  const float *x;
+  long ldx, k;
+  const float *norm, *panels;
+  enum { STORE, ADD, GATED, HEAD } mode;
+  int first, count;         /* its sites, in the order of their columns */
+  long width[3];            /* of the sites, unpadded */
+  float *out;
+  long ldo;
+} Product;
+
+static inline __attribute__((always_inline)) void tile(const int m, long k, const float *x, const float *w, float *out) {
+  vf a[MR], b[MR];
+#pragma GCC unroll 12
+  for (int r = 0; r < m; r++) a[r] = b[r] = (vf){0};
+  for (long i = 0; i < k; i++, w += NR, x += m) {
+    vf w0 = load(w), w1 = load(w + VW);
+#pragma GCC unroll 12
+    for (int r = 0; r < m; r++) {
+      a[r] += w0 * x[r];
+      b[r] += w1 * x[r];
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < m; r++) {
+    store(out + r * NR, a[r]);
+    store(out + r * NR + VW, b[r]);
+  }
+}
+
+static void run_tile(int m, long k, const float *x, const float *w, float *out) {
+  switch (m) {
+#define CASE(n) case n: tile(n, k, x, w, out); break;
+    CASE(1) CASE(2) CASE(3) CASE(4)
+#if MR > 4
+    CASE(5) CASE(6)
+#endif
+#if MR > 6
+    CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
+  }
+}
+
+static void pack(const Product *p, long row, int m, float eps, float *packed) { /* rows side by side: [k, m] */
+  for (int r = 0; r < m; r++) {
+    const float *x = p->x + (row + r) * p->ldx;
+    if (p->norm) {
+      float scale = rms(x, p->k, eps);
+      for (long i = 0; i < p->k; i++) packed[i * m + r] = x[i] * scale * p->norm[i];
+    } else {
+      for (long i = 0; i < p->k; i++) packed[i * m + r] = x[i];
+    }
+  }
+}
+
+static inline vf modulated(const Model *M, const Batch *B, long l, const Product *p, int at, long row, long col, vf y) {
+  const Layer *L = M->layer + l;
+  const int site = p->first + at;
+  const long width = padded(p->width[at]);
+  if (L->bias[site]) y += load(L->bias[site] + col);
+  const long slot = B->mods[row];
+  if (slot < 0) return y;
+  if (L->scale[site]) y *= load(L->scale[site] + slot * width + col);
+  if (L->shift[site]) y += load(L->shift[site] + slot * width + col);
+  if (B->lora) {
+    const long entry = (l * SITES + site) * M->slots + slot;
+    const float *up = M->lora[2 * entry + 1], *low = B->low + (row * 3 + at) * M->max_rank;
+    for (int r = 0; r < M->ranks[entry]; r++) y += low[r] * load(up + r * width + col);
+  }
+  return y;
+}
+
+static void finish(const Model *M, const Batch *B, long l, const Product *p, long panel, long row, int m, float *y) {
+  if (p->mode == GATED) {
+    for (int r = 0; r < m; r++, y += NR) {
+      vf gate = modulated(M, B, l, p, 0, row + r, panel * VW, load(y));
+      vf up = modulated(M, B, l, p, 1, row + r, panel * VW, load(y + VW));
+      store(p->out + (row + r) * p->ldo + panel * VW, activate(M->activation, gate) * up);
+    }
+    return;
+  }
+  for (int half = 0; half < 2; half++) {
+    long col = (2 * panel + half) * VW, start = col, at = 0;
+    while (at < p->count && col >= padded(p->width[at])) col -= padded(p->width[at++]);
+    if (at == p->count) return; /* the last panel's second strip may be empty */
+    for (int r = 0; r < m; r++) {
+      vf v = modulated(M, B, l, p, at, row + r, col, load(y + r * NR + half * VW));
+      float *out = p->out + (row + r) * p->ldo + start;
+      store(out, p->mode == ADD ? v + load(out) : v);
+    }
+  }
+}
+
+static void finish_head(const Model *M, const Batch *B, long panel, long row, int m, const float *y, int thread) {
+  const long col = panel * NR, left = M->vocab - col;
+  for (int r = 0; r < m; r++, y += NR) {
+    memcpy(B->logits + (row + r) * M->vocab + col, y, sizeof(float) * (left < NR ? left : NR));
+    float *best = B->best_value + thread * B->rows + row + r;
+    int *at = B->best_at + thread * B->rows + row + r;
+    if (left < NR) {
+      for (long c = 0; c < left; c++) {
+        if (!(y[c] - y[c] == 0)) *at = -2;
+        if (*at != -2 && y[c] > *best) *best = y[c], *at = col + c;
+      }
+      continue;
+    }
+    vf high = vmax(load(y), load(y + VW)), nothing = (load(y) + load(y + VW)) * 0.0f;
+    vi more = high > all(*best);
+    int any = 0, bad = 0;
+    for (int i = 0; i < VW; i++) any |= more[i], bad |= !(nothing[i] == 0);
+    if (bad) *at = -2;
+    if (any && *at != -2)
+      for (int c = 0; c < NR; c++)
+        if (y[c] > *best) *best = y[c], *at = col + c;
+  }
+}
+
+static void multiply(const Model *M, const Batch *B, long l, const Product *p, long panels, int thread, int threads) {
+  const long first = panels * thread / threads, last = panels * (thread + 1) / threads;
+  const long bytes = p->k * NR * sizeof(float), group = bytes > GROUP_BYTES ? 1 : GROUP_BYTES / bytes;
+  const long blocks = (B->rows + MR - 1) / MR, block = (B->rows + blocks - 1) / blocks;
+  float *packed = scratch(MR * p->k + MR * NR), *y = packed + (MR * p->k + VW - 1) / VW * VW;
+  for (long g = first; g < last; g += group)
+    for (long row = 0; row < B->rows; row += block) {
+      const int m = B->rows - row < block ? B->rows - row : block;
+      const long stop = g + group < last ? g + group : last;
+      pack(p, row, m, M->eps, packed);
+      for (long panel = g; panel < stop; panel++) {
+        run_tile(m, p->k, packed, p->panels + panel * p->k * NR, y);
+        if (p->mode == HEAD) finish_head(M, B, panel, row, m, y, thread);
+        else finish(M, B, l, p, panel, row, m, y);
+      }
+    }
+}
+
+static void low_rank(const Model *M, const Batch *B, long l, const Product *p) { /* low = A x of each row and site */
+  float *normed = scratch(p->k);
+#pragma omp for schedule(static)
+  for (long row = 0; row < B->rows; row++) {
+    if (B->mods[row] < 0) continue;
+    const float *x = p->x + row * p->ldx;
+    if (p->norm) {
+      const float scale = rms(x, p->k, M->eps);
+      for (long i = 0; i < p->k; i++) normed[i] = x[i] * scale * p->norm[i];
+      x = normed;
+    }
+    for (int at = 0; at < p->count; at++) {
+      const long entry = (l * SITES + p->first + at) * M->slots + B->mods[row], rank = M->ranks[entry];
+      const float *down = M->lora[2 * entry];
+      for (long r = 0; r < rank; r += VW) {
+        vf a = {0}, b = {0};
+        long i = 0;
+        for (; i + 1 < p->k; i += 2) {
+          a += x[i] * load(down + i * rank + r);
+          b += x[i + 1] * load(down + (i + 1) * rank + r);
+        }
+        if (i < p->k) a += x[i] * load(down + i * rank + r);
+        store(B->low + (row * 3 + at) * M->max_rank + r, a + b);
+      }
+    }
+  }
+}
+
+static void project(const Model *M, const Batch *B, long l, Product p, int thread) {
+  long strips = 0;
+  for (int at = 0; at < p.count; at++) strips += padded(p.width[at]) / VW;
+  if (B->lora && p.mode != HEAD) low_rank(M, B, l, &p);
+  multiply(M, B, l, &p, (strips + 1) / 2, thread, omp_get_num_threads());
+#pragma omp barrier
+}
+
+/* ---- attention ---- */
+
+static void rotate(const Model *M, const float *norm, long position, float *x) { /* one head: norm, then RoPE */
+  const long d = M->head_dim, half = M->rotary / 2;
+  const float *cos = M->cos + position * M->rotary, *sin = M->sin + position * M->rotary;
+  if (norm) {
+    const float scale = rms(x, d, M->eps);
+    for (long i = 0; i < d; i++) x[i] *= scale * norm[i];
+  }
+  for (long i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i + half] + a * sin[i + half];
+  }
+}
+
+static void keep(const Model *M, const Batch *B, const Layer *L, long row, long kv) { /* rotate and cache one kv head */
+  const long d = M->head_dim, kw = padded(M->kv_heads * d), qw = padded(M->heads * d);
+  const long at = ((B->slots[row] * M->kv_heads + kv) * M->length + B->positions[row]) * d;
+  float *key = B->qkv + row * (qw + 2 * kw) + qw + kv * d;
+  rotate(M, L->k_norm, B->positions[row], key);
+  memcpy(L->keys + at, key, d * sizeof(float));
+  memcpy(L->values + at, key + kw, d * sizeof(float));
+}
+
+static void attend(const Model *M, const Layer *L, const float *q, long slot, long kv, long position, float *out) {
+  const long d = M->head_dim, from = L->window && position >= L->window ? position + 1 - L->window : 0;
+  const long count = position + 1 - from, whole = d - d % VW;
+  const float *keys = L->keys + ((slot * M->kv_heads + kv) * M->length + from) * d;
+  const float *values = L->values + ((slot * M->kv_heads + kv) * M->length + from) * d;
+  float *p = scratch(padded(count)), high = -INFINITY;
+  for (long t = 0; t < count; t++) {
+    vf s = {0};
+    float rest = 0;
+    for (long i = 0; i < whole; i += VW) s += load(q + i) * load(keys + t * d + i);
+    for (long i = whole; i < d; i++) rest += q[i] * keys[t * d + i];
+    p[t] = (sum(s) + rest) * M->scaling;
+    high = p[t] > high ? p[t] : high;
+  }
+  for (long t = count; t < padded(count); t++) p[t] = -INFINITY;
+  vf total = {0};
+  for (long t = 0; t < count; t += VW) {
+    vf e = vexp(load(p + t) - high);
+    if (t + VW > count)
+      for (int i = count - t; i < VW; i++) e[i] = 0;
+    store(p + t, e);
+    total += e;
+  }
+  const float share = 1.0f / sum(total);
+  long i = 0;
+  for (; i + 4 * VW <= d; i += 4 * VW) {
+    vf a = {0}, b = {0}, c = {0}, e = {0};
+    for (long t = 0; t < count; t++) {
+      const float *v = values + t * d + i;
+      a += p[t] * load(v), b += p[t] * load(v + VW), c += p[t] * load(v + 2 * VW), e += p[t] * load(v + 3 * VW);
+    }
+    store(out + i, a * share), store(out + i + VW, b * share);
+    store(out + i + 2 * VW, c * share), store(out + i + 3 * VW, e * share);
+  }
+  for (; i + VW <= d; i += VW) {
+    vf a = {0};
+    for (long t = 0; t < count; t++) a += p[t] * load(values + t * d + i);
+    store(out + i, a * share);
+  }
+  for (; i < d; i++) {
+    float a = 0;
+    for (long t = 0; t < count; t++) a += p[t] * values[t * d + i];
+    out[i] = a * share;
+  }
+}
+
+static void attention(const Model *M, const Batch *B, const Layer *L) {
+  const long d = M->head_dim, group = M->heads / M->kv_heads;
+  const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
+#pragma omp for schedule(dynamic, 1)
+  for (long unit = 0; unit < B->rows * M->kv_heads; unit++) {
+    const long row = unit / M->kv_heads, kv = unit % M->kv_heads;
+    keep(M, B, L, row, kv);
+    for (long h = kv * group; h < (kv + 1) * group; h++) {
+      float *q = B->qkv + row * width + h * d;
+      rotate(M, L->q_norm, B->positions[row], q);
+      attend(M, L, q, B->slots[row], kv, B->positions[row], B->mixed + row * M->heads * d + h * d);
+    }
+  }
+}
+
+/* ---- the parts of a layer ---- */
+
+static void into_attention(const Model *M, const Batch *B, long l, int thread) {
+  const long qd = M->heads * M->head_dim, kd = M->kv_heads * M->head_dim;
+  project(M, B, l, (Product){B->x, padded(M->dim), M->dim, M->layer[l].norm1, M->layer[l].qkv, STORE, Q, 3, {qd, kd, kd},
+                             B->qkv, padded(qd) + 2 * padded(kd)}, thread);
+}
+
+static void out_of_attention(const Model *M, const Batch *B, long l, int thread) {
+  const Layer *L = M->layer + l;
+  const long dim = M->dim, ffn = M->ffn, qd = M->heads * M->head_dim;
+  project(M, B, l, (Product){B->mixed, qd, qd, 0, L->o, ADD, O, 1, {dim}, B->x, padded(dim)}, thread);
+  project(M, B, l, (Product){B->x, padded(dim), dim, L->norm2, L->gate_up, GATED, GATE, 2, {ffn, ffn}, B->act,
+                             padded(ffn)}, thread);
+  project(M, B, l, (Product){B->act, padded(ffn), ffn, 0, L->down, ADD, DOWN, 1, {dim}, B->x, padded(dim)}, thread);
+}
+
+static void embed(const Model *M, const Batch *B) {
+#pragma omp for schedule(static)
+  for (long row = 0; row < B->rows; row++) {
+    const long id = B->ids[row];
+    const float *from = M->embed ? M->embed + id * M->dim : M->head + id / NR * M->dim * NR + id % NR;
+    const long step = M->embed ? 1 : NR;
+    for (long i = 0; i < M->dim; i++) B->x[row * padded(M->dim) + i] = from[i * step] * M->embed_scale;
+  }
+}
+
+static void logits(const Model *M, const Batch *B, int thread) {
+  for (long row = 0; row < B->rows; row++)
+    B->best_value[thread * B->rows + row] = -INFINITY, B->best_at[thread * B->rows + row] = 0;
+  project(M, B, 0, (Product){B->x, padded(M->dim), M->dim, M->final_norm, M->head, HEAD, 0, 1, {M->vocab}, 0, 0},
+          thread);
+#pragma omp for schedule(static)
+  for (long row = 0; row < B->rows; row++) {
+    float best = -INFINITY;
+    int at = 0;
+    for (long t = 0; t < omp_get_num_threads() && at >= 0; t++) {
+      const int found = B->best_at[t * B->rows + row];
+      if (found == -2) at = -1;
+      else if (B->best_value[t * B->rows + row] > best) best = B->best_value[t * B->rows + row], at = found;
+    }
+    B->best[row] = at;
+  }
+}
+
+/* ---- what native.py calls ---- */
+
+void pedro_embed(const Model *M, const Batch *B) {
+#pragma omp parallel num_threads(M->threads)
+  embed(M, B);
+}
+
+void pedro_into_attention(const Model *M, const Batch *B, long l) { /* fills B->qkv, rotated, and the cache */
+  const long d = M->head_dim, width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
+#pragma omp parallel num_threads(M->threads)
+  {
+    into_attention(M, B, l, omp_get_thread_num());
+#pragma omp for schedule(static)
+    for (long row = 0; row < B->rows; row++) {
+      for (long kv = 0; kv < M->kv_heads; kv++) keep(M, B, M->layer + l, row, kv);
+      for (long h = 0; h < M->heads; h++)
+        rotate(M, M->layer[l].q_norm, B->positions[row], B->qkv + row * width + h * d);
+    }
+  }
+}
+
+void pedro_out_of_attention(const Model *M, const Batch *B, long l) { /* from B->mixed */
+#pragma omp parallel num_threads(M->threads)
+  {
+    out_of_attention(M, B, l, omp_get_thread_num());
+  }
+}
+
+void pedro_logits(const Model *M, const Batch *B) {
+#pragma omp parallel num_threads(M->threads)
+  {
+    logits(M, B, omp_get_thread_num());
+  }
+}
+
+void pedro_decode(const Model *M, const Batch *B) {
+#pragma omp parallel num_threads(M->threads)
+  {
+    const int thread = omp_get_thread_num();
+    embed(M, B);
+    for (long l = 0; l < M->layers; l++) {
+      into_attention(M, B, l, thread);
+      attention(M, B, M->layer + l);
+      out_of_attention(M, B, l, thread);
+    }
+    logits(M, B, thread);
+  }
+}

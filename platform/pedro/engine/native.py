@@ -1,0 +1,125 @@
+"""Compiles, caches and loads `native.c`. Knows nothing of models: `native_model.py` packs them for it.
+
+The first engine of a machine compiles the kernel (about two seconds) into the user's cache directory, under the hash
+of source, compiler, flags and processor. Where there is no compiler the engine runs on PyTorch alone, and says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, c_float, c_int, c_long, c_void_p
+from functools import cache
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+SITES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of native.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("norm1", "norm2", "q_norm", "k_norm", "qkv", "o", "gate_up", "down")),
+        *((name, c_void_p * len(SITES)) for name in ("bias", "scale", "shift")),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("window", c_long),
+    ]
+
+
+class Model(ctypes.Structure):
+    """`Model` of native.c."""
+
+    _fields_ = [
+        *(
+            (name, c_long)
+            for name in ("layers dim heads kv_heads head_dim rotary ffn vocab length slots threads activation".split())
+        ),
+        *((name, c_float) for name in ("eps", "scaling", "embed_scale", "pad")),
+        *((name, c_void_p) for name in ("embed", "final_norm", "head", "cos", "sin")),
+        ("layer", POINTER(Layer)),
+        ("lora", c_void_p),
+        ("ranks", c_void_p),
+        ("max_rank", c_long),
+    ]
+
+
+class Batch(ctypes.Structure):
+    """`Batch` of native.c."""
+
+    _fields_ = [
+        ("rows", c_long),
+        ("lora", c_long),
+        *((name, c_void_p) for name in ("ids", "positions", "slots", "mods")),
+        *((name, c_void_p) for name in ("x", "qkv", "mixed", "act", "low", "logits")),
+        ("best", POINTER(c_int)),
+        ("best_value", c_void_p),
+        ("best_at", c_void_p),
+    ]
+
+
+@cache
+def load_kernel() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it cannot be had; why is logged once."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        log.warning("no C compiler was found: the engine decodes with PyTorch alone, at about half the speed")
+        return None
+    try:
+        kernel = ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        log.warning("the CPU kernel could not be built, so the engine decodes with PyTorch alone: %s", detail)
+        return None
+    kernel.pedro_strip.restype = c_long
+    for name in ("embed", "logits", "decode"):
+        getattr(kernel, f"pedro_{name}").argtypes = (POINTER(Model), POINTER(Batch))
+    for name in ("into_attention", "out_of_attention"):
+        getattr(kernel, f"pedro_{name}").argtypes = (POINTER(Model), POINTER(Batch), c_long)
+    for name in ("embed", "logits", "decode", "into_attention", "out_of_attention"):
+        getattr(kernel, f"pedro_{name}").restype = None
+    return kernel
+
+
+def _built(compiler: str) -> Path:
+    """The shared library, compiled now if this machine has not done so before."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = "\0".join((SOURCE.read_text(), compiler, version, *FLAGS, _processor()))
+    target = _cache_directory() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / "kernel.so"
+            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            made.replace(target)
+    return target
+
+
+def _cache_directory() -> Path:
+    """The user's own cache, else a private temporary directory: what is loaded from it is code."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pedro" / "kernels"
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(root, os.W_OK) and root.stat().st_uid == os.getuid():
+            return root
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="pedro-kernels-"))
+
+
+def _processor() -> str:
+    """What tells one kind of processor from another: a library for one may not run on the other."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

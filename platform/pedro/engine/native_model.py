@@ -1,0 +1,324 @@
+"""A Llama-like model on the CPU kernel: weights packed once, prefill layer by layer, decoding in one call a step.
+
+The kernel does the projections, norms, rotations and the decode attention; a prefill's attention is PyTorch's SDPA.
+Knows no policy. Takes the model over: its own weights are released as they are packed, so they exist once.
+Legend: N tokens of a packed batch, B rows, D model width, W output width, K inputs, P panels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from ctypes import POINTER, c_int, cast, pointer
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pedro.engine import native
+from pedro.engine.adapter import Adapter
+from pedro.engine.kv_cache import KVCache
+from pedro.engine.modulation import Conditioned, Modulation
+from pedro.engine.native import SITES
+from pedro.engine.executor import Logits
+from pedro.methods.architectures import Architecture
+
+MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
+
+
+def supported(model: nn.Module) -> bool:
+    """Whether the kernel exists here and can run this model."""
+    weight = next(model.parameters())
+    config = model.config
+    return (
+        config.model_type in MODELS  # type: ignore[union-attr]
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and _activation(config) in ACTIVATIONS
+        and native.load_kernel() is not None
+    )
+
+
+def strip() -> int:
+    """How many columns the kernel handles as one; rows of modulation are padded to it."""
+    kernel = native.load_kernel()
+    assert kernel is not None, "asked for only where it is supported"
+    return int(kernel.pedro_strip())
+
+
+class Flow:
+    """A prefill under way: its rows and activations. `layer` is the next one to run."""
+
+    def __init__(self, rows: list[Conditioned], batch: native.Batch, buffers: dict[str, torch.Tensor]) -> None:
+        self.rows = rows
+        self.batch = batch
+        self.buffers = buffers
+        self.layer = 0
+
+
+class NativeModel:
+    """The executor of `Runner` where the kernel fits."""
+
+    def __init__(self, model, architecture: Architecture, cache: KVCache, modulation: Modulation, slots: int) -> None:
+        kernel = native.load_kernel()
+        assert kernel is not None, "asked for only where it is supported"
+        config = model.config
+        self.num_parts = len(architecture.layers)
+        self._kernel, self._modulation, self._cache = kernel, modulation, cache
+        self._strip = strip()
+        self._held: list[torch.Tensor] = []  # what the kernel points at
+        heads = config.num_attention_heads
+        kv_heads, width = cache.keys[0].shape[1], cache.keys[0].shape[3]
+        layers = (native.Layer * self.num_parts)()
+        cos, sin = _rotations(model.base_model, cache.keys[0].shape[2])
+        self._sizes = {
+            "dim": config.hidden_size,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": width,
+            "ffn": config.intermediate_size,
+            "vocab": model.get_input_embeddings().num_embeddings,
+        }
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = head.weight.data_ptr() == embedding.weight.data_ptr()
+        self._model = native.Model(
+            **self._sizes,
+            layers=self.num_parts,
+            rotary=cos.shape[1],
+            length=cache.keys[0].shape[2],
+            slots=slots,
+            threads=torch.get_num_threads(),
+            activation=ACTIVATIONS[_activation(config)],
+            eps=config.rms_norm_eps,
+            scaling=architecture.layers[0].attention.scaling,
+            embed_scale=float(getattr(embedding, "embed_scale", 1.0)),
+            embed=None if tied else self._hold(embedding.weight.data),
+            final_norm=self._hold(_norm(model.base_model.norm)),
+            head=self._hold(self._panels([head.weight.data])),
+            cos=self._hold(cos),
+            sin=self._hold(sin),
+            layer=layers,
+        )
+        _release(head)
+        if tied:
+            _release(embedding)
+        self._norms = [layer.norm for layer in architecture.layers]
+        for layer, place, keys, values in zip(layers, architecture.layers, cache.keys, cache.values, strict=True):
+            self._pack(layer, place, keys, values)
+        self._lora = torch.zeros(self.num_parts, len(SITES), slots, 2, dtype=torch.int64)
+        self._ranks = torch.zeros(self.num_parts, len(SITES), slots, dtype=torch.int32)
+        self._model.lora, self._model.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
+        self._batch, self._buffers = self._make_batch(slots)
+        ids, positions, slot_ids, mods = (self._buffers[name] for name in ("ids", "positions", "slots", "mods"))
+        self._inputs = [(c_int * slots).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
+        modulation.on_buffer = self._use_buffer
+        modulation.on_low_rank = self._use_low_rank
+
+    def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Flow:
+        """Take up a prefill of these rows."""
+        flat = [token for ids in token_ids for token in ids]
+        batch, buffers = self._make_batch(len(flat), logits=False)
+        mods = [row.segment.slot if row.modulated else -1 for row in rows]
+        columns = {
+            "ids": flat,
+            "positions": [p for ids in token_ids for p in range(len(ids))],
+            "slots": [row.segment.slot for row, ids in zip(rows, token_ids, strict=True) for _ in ids],
+            "mods": [slot for slot, ids in zip(mods, token_ids, strict=True) for _ in ids],
+        }
+        for name, values in columns.items():
+            buffers[name].copy_(torch.tensor(values, dtype=torch.int32))
+        batch.lora = any(slot in self._modulation.low_rank for slot in mods)
+        self._make_low(batch, buffers)
+        self._kernel.pedro_embed(pointer(self._model), pointer(batch))
+        return Flow(rows, batch, buffers)
+
+    def advance(self, flow: Flow, last: int) -> None:
+        """Run the layers up to `last`."""
+        hidden = flow.buffers["x"][:, : self._sizes["dim"]]
+        for layer in range(flow.layer, last):
+            if self._modulation.generating:
+                self._modulation.generate(layer, hidden, self._norms[layer])
+            self._kernel.pedro_into_attention(pointer(self._model), pointer(flow.batch), layer)
+            self._attend(flow, layer)
+            self._kernel.pedro_out_of_attention(pointer(self._model), pointer(flow.batch), layer)
+        flow.layer = last
+
+    def logits(self, flow: Flow, index: list[int]) -> Logits:
+        """What comes after the tokens `index` of a prefill whose layers all ran."""
+        batch, buffers = self._make_batch(len(index))
+        buffers["x"].copy_(flow.buffers["x"][torch.tensor(index)])
+        self._kernel.pedro_logits(pointer(self._model), pointer(batch))
+        return Logits(buffers["logits"], batch.best[: len(index)])
+
+    def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
+        """One step: the last token of each row."""
+        rows, batch, state = len(slots), self._batch, self._modulation
+        ids, places, slot_ids, mods = self._inputs
+        ids[:rows], places[:rows], slot_ids[:rows] = token_ids, positions, slots
+        mods[:rows] = [slot if state.modulated[slot] else -1 for slot in slots]
+        batch.rows = rows
+        batch.lora = bool(state.low_rank) and any(slot in state.low_rank for slot in slots)
+        if batch.lora:
+            self._make_low(batch, self._buffers)
+        self._kernel.pedro_decode(pointer(self._model), pointer(batch))
+        return Logits(self._buffers["logits"][:rows], batch.best[:rows])
+
+    def _attend(self, flow: Flow, layer: int) -> None:
+        """Each row attends to itself alone, causally."""
+        sizes = self._sizes
+        heads, kv_heads, d = sizes["heads"], sizes["kv_heads"], sizes["head_dim"]
+        window = self._model.layer[layer].window
+        for row in flow.rows:
+            span = slice(row.segment.start, row.segment.stop)
+            size = row.segment.stop - row.segment.start
+            qkv = flow.buffers["qkv"][span]
+            queries = qkv[:, : heads * d].view(size, heads, d).transpose(0, 1)[None]
+            keys = self._cache.keys[layer][row.segment.slot, :, :size][None]
+            values = self._cache.values[layer][row.segment.slot, :, :size][None]
+            mask = None
+            if window and size > window:
+                at = torch.arange(size)
+                mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - window)
+            mixed = F.scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self._model.scaling,
+                enable_gqa=heads != kv_heads,
+            )
+            flow.buffers["mixed"][span].view(size, heads, d).copy_(mixed[0].transpose(0, 1))
+
+    def _pack(self, layer: native.Layer, place, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Point `layer` at packed weights; the modules' own are released."""
+        attention, mlp_norm = place.attention, place.block.post_attention_layernorm
+        sites = {site: _weights(found) for site, found in place.sites.items()}
+        sites |= {"o": _own(place.output), "down": _own(place.down)}
+        layer.norm1, layer.norm2 = self._hold(_norm(place.norm)), self._hold(_norm(mlp_norm))
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(attention, name, None)
+            setattr(layer, name, None if norm is None else self._hold(_norm(norm)))
+        layer.qkv = self._hold(self._panels([sites[site][0] for site in "qkv"]))
+        layer.o = self._hold(self._panels([sites["o"][0]]))
+        layer.gate_up = self._hold(self._paired(sites["gate"][0], sites["up"][0]))
+        layer.down = self._hold(self._panels([sites["down"][0]]))
+        for number, site in enumerate(SITES):
+            bias = sites[site][1]
+            if bias is not None:
+                layer.bias[number] = self._hold(self._widened(bias[:, None])[:, 0].contiguous())
+        layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        layer.window = _window(attention)
+        for module in {
+            id(m): m for m in (*(s.module for s in place.sites.values()), place.output, place.down)
+        }.values():
+            _release(module)
+
+    def _panels(self, weights: list[torch.Tensor]) -> torch.Tensor:
+        """Weights [W, K] of the sites of one product, as panels [P, K, two strips]."""
+        rows = torch.cat([self._widened(weight) for weight in weights])
+        if len(rows) % (2 * self._strip):
+            rows = F.pad(rows, (0, 0, 0, self._strip))
+        return rows.view(-1, 2 * self._strip, rows.shape[1]).transpose(1, 2).contiguous()
+
+    def _paired(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Gate and up [W, K] as panels of a strip of each."""
+        strips = [self._widened(weight).view(-1, self._strip, weight.shape[1]) for weight in (gate, up)]
+        return torch.cat(strips, 1).transpose(1, 2).contiguous()
+
+    def _widened(self, weight: torch.Tensor) -> torch.Tensor:
+        """[W, …] with rows of zeros up to whole strips."""
+        return F.pad(weight, (0, 0, 0, self._round(len(weight)) - len(weight)))
+
+    def _round(self, width: int) -> int:
+        return -(-width // self._strip) * self._strip
+
+    def _hold(self, tensor: torch.Tensor) -> int:
+        """Keep the tensor alive; gives its address."""
+        tensor = tensor.detach().float().contiguous()
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def _make_batch(self, rows: int, logits: bool = True) -> tuple[native.Batch, dict[str, torch.Tensor]]:
+        sizes, threads = self._sizes, self._model.threads
+        q, kv = (self._round(sizes[name] * sizes["head_dim"]) for name in ("heads", "kv_heads"))
+        widths = {
+            "x": self._round(sizes["dim"]),
+            "qkv": q + 2 * kv,
+            "mixed": sizes["heads"] * sizes["head_dim"],
+            "act": self._round(sizes["ffn"]),
+            "best_value": threads,
+        }
+        if logits:
+            widths["logits"] = sizes["vocab"]
+        buffers = {name: torch.zeros(rows, width) for name, width in widths.items()}
+        buffers |= {
+            name: torch.zeros(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods", "best")
+        }
+        buffers["best_at"] = torch.zeros(rows * threads, dtype=torch.int32)
+        batch = native.Batch(rows=rows, lora=0)
+        for name, buffer in buffers.items():
+            address = buffer.data_ptr()
+            setattr(batch, name, cast(address, POINTER(c_int)) if name == "best" else address)
+        return batch, buffers
+
+    def _make_low(self, batch: native.Batch, buffers: dict[str, torch.Tensor]) -> None:
+        """Room for the low-rank terms of every row; it grows with the largest rank."""
+        if batch.lora and ("low" not in buffers or buffers["low"].shape[1] < 3 * self._model.max_rank):
+            buffers["low"] = torch.zeros(len(buffers["x"]), 3 * self._model.max_rank)
+            batch.low = buffers["low"].data_ptr()
+
+    def _use_buffer(self, kind: str, layer: int, site: str, buffer: torch.Tensor) -> None:
+        getattr(self._model.layer[layer], kind)[SITES.index(site)] = buffer.data_ptr()
+
+    def _use_low_rank(self, slot: int, adapter: Adapter | None) -> None:
+        self._ranks[:, :, slot] = 0
+        for layer, terms in enumerate(adapter.low_rank if adapter is not None else ()):
+            for site, term in terms.items():
+                number, rank = SITES.index(site), term.down.shape[1]
+                self._ranks[layer, number, slot] = rank
+                self._lora[layer, number, slot, 0] = term.down.data_ptr()
+                self._lora[layer, number, slot, 1] = term.up.data_ptr()
+                self._model.max_rank = max(self._model.max_rank, rank)
+
+
+def _rotations(decoder, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [length, rotary width] of every position, as the model itself makes them."""
+    at = torch.arange(length)[None]
+    cos, sin = decoder.rotary_emb(torch.zeros(1, length, 1), position_ids=at)
+    return cos[0].float(), sin[0].float()
+
+
+def _norm(module: nn.Module) -> torch.Tensor:
+    """The factor of an RMS norm; Gemma keeps it less one."""
+    weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
+    return weight + 1 if type(module).__name__.startswith("Gemma") else weight
+
+
+def _weights(site) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [W, K] and bias [W] of a projection, cut out of a fused one."""
+    weight, bias = _own(site.module)
+    rows = slice(None) if site.rows is None else site.rows
+    return weight[rows], None if bias is None else bias[rows]
+
+
+def _own(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    bias = module.bias
+    return module.weight.data, None if bias is None else bias.data  # type: ignore[union-attr, return-value]
+
+
+def _window(attention: nn.Module) -> int:
+    """How many positions a token sees; 0 for all. Mistral and Phi-3 say it in their config alone."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window or 0  # type: ignore[return-value]
+    config = attention.config
+    return getattr(config, "sliding_window", None) or 0 if config.model_type in ("mistral", "phi3") else 0  # type: ignore[union-attr]
+
+
+def _activation(config) -> str:
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def _release(module: nn.Module) -> None:
+    """Let go of a module's weights, which are packed now."""
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0)
