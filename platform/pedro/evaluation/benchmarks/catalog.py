@@ -1,0 +1,54 @@
+"""Which benchmarks there are that need nothing but the engine. A table; each subject is imported when it is run."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+
+from pedro.evaluation.benchmarks.main import Benchmark, Options
+from pedro.evaluation.benchmarks.report import Report
+from pedro.evaluation.benchmarks.rivals import Say
+
+SERVING_COLUMNS = ("engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms", "ratio")
+SERVING_COLUMNS += ("ratio_interval", "decode_ratio", "decode_ratio_interval")
+
+
+def _run(module: str, options: Options, say: Say) -> Report:
+    report: Report = importlib.import_module(f"pedro.evaluation.benchmarks.{module}").run(options, say)
+    return report
+
+
+def _entry(module: str, about: str, *columns: str) -> Benchmark:
+    return Benchmark(about, partial(_run, module), columns)
+
+
+BENCHMARKS = {
+    "serving": _entry("serving", "tokens per second beside generate(), peft and vLLM (targets 1, 2)", *SERVING_COLUMNS),
+    "tenants": _entry(
+        "tenants",
+        "1 to 10,000 registered adapters, resident and missing (target 3)",
+        *("case", "tenants", "draw", "hit_share", "tok_s", "ratio", "ratio_interval", "p99_ms"),
+    ),
+    "longprompt": _entry(
+        "longprompt",
+        "a 2 k-token prompt among decodes (target 5)",
+        *("case", "model", "batch", "tokens", "median_ms", "p99_ms", "longest_ms", "ratio", "ttft_ms"),
+    ),
+    "arrivals": _entry(
+        "arrivals",
+        "Poisson arrivals against a static batch; prefill of many tenants against one's (target 4)",
+        *("case", "model", "batch", "tenants", "tok_s", "ttft_ms", "ratio", "ratio_interval"),
+    ),
+    "coldstart": _entry(
+        "coldstart", "a fresh process to its first token (target 6)", "case", "model", "seconds", "interval"
+    ),
+    "memory": _entry(
+        "memory", "resident memory over 10,000 requests (target 6)", "case", "model", "requests", "rss_mb", "growth_mb"
+    ),
+    "efficiency": _entry(
+        "efficiency",
+        "the paper's table 3: PEDRO, (IA)³, LoRA unmerged, beam 1 and 3 (target 7)",
+        *("engine", "adapters", "model", "batch", "tenants", "beams", "tok_s", "decode_tok_s", "peak_gb"),
+        *("ratio", "decode_ratio", "bandwidth_share"),
+    ),
+}

@@ -1,0 +1,42 @@
+"""Medians, percentiles and bootstrap intervals of paired rounds. Standard library only."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of a ratio over rounds, with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> list[float]:
+        return [round(self.low, 4), round(self.high, 4)]
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """ours / theirs round by round: the pairs share what the machine did meanwhile."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def spread(values: Sequence[float]) -> Ratio:
+    """The median of `values` and the interval that 95 % of the medians of resampled rounds fall in."""
+    draw = random.Random(0)  # noqa: S311
+    medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return Ratio(median(values), medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES) - 1])
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` (0 to 1) of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
