@@ -6,15 +6,26 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from typing import Any
 
-from pedro.errors import ConflictError, NotFoundError, OverloadedError, PedroError, model_not_found
+from pedro.errors import (
+    ConflictError,
+    NotFoundError,
+    OverloadedError,
+    PedroError,
+    RateLimitError,
+    UnavailableError,
+    model_not_found,
+)
 from pedro.gateway.backend import (
     ALL_TENANTS,
     AdapterCard,
+    AdapterResidence,
     Alternative,
     Delta,
     GenerateCall,
     ModelCard,
+    TokenizeResult,
     TokenLogprob,
     VersionCard,
 )
@@ -26,8 +37,8 @@ SECRET_TEXT = "internal-path-/srv/secret"  # must never reach a client
 class WordBackend:
     """Repeats the words of the prompt for ever, one word a token; a word's id is its length.
 
-    Prompts that ask for trouble: "overload", "crash", "break" (an error of ours after two tokens), "refuse" (a
-    PedroError after two tokens), "vanish" (the stream just ends after two tokens).
+    Prompts that ask for trouble: "overload", "queue" (the tenant's own is full), "crash", "break" (an error of ours
+    after two tokens), "refuse" (a PedroError after two tokens), "vanish" (the stream just ends after two tokens).
     """
 
     def __init__(self, token_s: float = 0.0) -> None:
@@ -36,6 +47,8 @@ class WordBackend:
         self.running = 0
         self.freed = threading.Event()
         self.calls: list[GenerateCall] = []
+        self.engine_answers = True
+        self.resident: dict[str, AdapterResidence] = {}
         versions = tuple(VersionCard(v, f"sha256:{v}", "2025-01-01T00:00:00Z", "pedro") for v in (2, 1))
         self.adapters = {
             "acme.support": AdapterCard("acme.support", {"champion": 1}, versions),
@@ -56,6 +69,8 @@ class WordBackend:
         words = self._words(call)
         if words[0] == "overload":
             raise OverloadedError("The queue is full.")
+        if words[0] == "queue":
+            raise RateLimitError("3 of your requests are waiting and the limit is 3.")
         if words[0] == "crash":
             raise RuntimeError(SECRET_TEXT)
         self.running += 1
@@ -83,6 +98,49 @@ class WordBackend:
             self.running -= 1
             self.freed.set()
 
+    async def tokenize(
+        self, tenant: str, model: str | None, prompt: str | tuple, add_special_tokens: bool
+    ) -> TokenizeResult:
+        await self.get_model(tenant, model or BACKBONE)
+        if not isinstance(prompt, str):
+            prompt = " ".join(f"{message['role']}: {message['content']}" for message in prompt)
+        words = (["<s>"] if add_special_tokens else []) + prompt.split()
+        return TokenizeResult(tuple(map(len, words)), 64, tuple(words))
+
+    async def detokenize(self, tenant: str, model: str | None, ids: tuple[int, ...]) -> str:
+        await self.get_model(tenant, model or BACKBONE)
+        return " ".join("w" * token for token in ids)
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return {"tokenizer_class": "Words", "eos_token": "</s>", "bos_token": "<s>", "pad_token": None}
+
+    async def get_adapter(self, tenant: str, name: str) -> AdapterCard:
+        return self._adapter(tenant, name)
+
+    async def residents(self, tenant: str) -> list[AdapterResidence]:
+        if not self.engine_answers:
+            raise UnavailableError("No engine replica answers.")
+        return [held for held in self.resident.values() if held.name in self._visible(tenant)]
+
+    async def load_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        return self._hold(tenant, ref, pinned=ref in self.resident and self.resident[ref].pinned)
+
+    async def pin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        return self._hold(tenant, ref, pinned=True)
+
+    async def unpin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        return self._hold(tenant, ref, pinned=False)
+
+    async def unload_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        self._adapter(tenant, ref)
+        self.resident.pop(ref, None)
+        return []
+
+    async def metrics(self) -> str:
+        if not self.engine_answers:
+            raise UnavailableError("No engine replica answers.")
+        return "# TYPE pedro_engine_running gauge\npedro_engine_running 0.0\n"
+
     async def list_adapters(self, tenant: str) -> list[AdapterCard]:
         return [self.adapters[name] for name in self._visible(tenant)]
 
@@ -104,6 +162,12 @@ class WordBackend:
 
     async def ready(self) -> bool:
         return self.is_ready
+
+    def _hold(self, tenant: str, ref: str, *, pinned: bool) -> list[AdapterResidence]:
+        version = self._adapter(tenant, ref).aliases["champion"]
+        digest = f"sha256:{version}"
+        self.resident[ref] = AdapterResidence(ref, version, digest, "replica-1", "ready", 1000, pinned, 0)
+        return [self.resident[ref]]
 
     def _visible(self, tenant: str) -> list[str]:
         return [name for name in self.adapters if tenant in (ALL_TENANTS, name.partition(".")[0])]

@@ -130,6 +130,23 @@ def test_a_key_is_made_shown_once_listed_without_its_secret_and_revoked(pedro, t
     assert (status, "revoked" in out) == (0, True)
 
 
+def test_quotas_of_tenants_and_keys_are_set_shown_and_taken_away(pedro, tmp_path):
+    made = one_value(pedro("keys", "create", "acme", "--requests-per-minute", 5, "--json", PEDRO_HOME=tmp_path))
+    assert made["quota"] == {"requests_per_minute": 5, "tokens_per_minute": None}
+    _, out, _ = pedro("tenants", "quota", "acme", "--requests-per-minute", 600, "--tokens-per-minute", 100_000)
+    assert out == "acme: 600 requests/min, 100,000 tokens/min\n"
+    _, out, _ = pedro("tenants", "quota", "acme", "--requests-per-minute", 0)
+    assert out == "acme: no limit of requests, 100,000 tokens/min\n"
+    changed = one_value(pedro("keys", "quota", made["id"], "--tokens-per-minute", 70, "--json"))
+    assert changed == {"key": made["id"], "requests_per_minute": 5, "tokens_per_minute": 70}
+    assert one_value(pedro("tenants", "list", "--json")) == [
+        {"tenant": "acme", "requests_per_minute": None, "tokens_per_minute": 100_000}
+    ]
+    assert "100,000" in pedro("tenants", "list")[1]
+    assert " 70 " in pedro("keys", "list")[1]
+    one_error(pedro("keys", "quota", "key_none"), "key_none")
+
+
 def test_only_the_secret_is_on_standard_output_so_that_it_can_be_substituted(pedro, tmp_path):
     status, out, err = pedro("keys", "create", "acme", PEDRO_HOME=tmp_path)
     assert (status, out.count("\n"), out[:9]) == (0, 1, "sk-pedro-")

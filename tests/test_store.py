@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy
 
 from pedro.errors import AuthenticationError, ConfigError, ConflictError, NotFoundError, PedroError, UnavailableError
-from pedro.store import JobStatus, Store
+from pedro.store import JobStatus, Quota, Store
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def url(sqlite_url) -> str:
         return sqlite_url
     engine = sqlalchemy.create_engine(given)
     with engine.begin() as connection:
-        connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS pedro_keys, pedro_jobs"))
+        connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS pedro_keys, pedro_quotas, pedro_jobs"))
     engine.dispose()
     return given
 
@@ -48,7 +48,7 @@ def store(url):
 def test_a_key_authenticates_with_its_secret_and_nothing_else(store):
     record, secret = store.create_key("acme", ["train", "infer"], "ci")
     assert secret.startswith("sk-pedro-")
-    assert store.authenticate(secret) == record
+    assert store.authenticate(secret) == (record, Quota())
     assert (record.tenant, record.name, record.scopes) == ("acme", "ci", ("infer", "train"))
     for wrong in ("", "sk-pedro-", secret[:-1], secret + "x", secret.upper(), record.id):
         with pytest.raises(AuthenticationError):
@@ -97,6 +97,53 @@ def test_scopes_must_be_known(store, scopes):
 def test_a_key_needs_a_proper_tenant(store, tenant):
     with pytest.raises(ConfigError, match="tenant"):
         store.create_key(tenant)
+
+
+def test_a_quota_set_for_a_tenant_or_a_key_comes_with_the_next_authentication(url, store):
+    record, secret = store.create_key("acme")
+    other = store.create_key("globex")[1]
+    Store(url).set_quota(tenant="acme", requests_per_minute=60, tokens_per_minute=9000)
+    assert store.set_quota(key_id=record.id, requests_per_minute=5) == Quota(5, None)
+    key, of_tenant = store.authenticate(secret)
+    assert (key.quota, of_tenant) == (Quota(5, None), Quota(60, 9000))
+    assert store.list_keys("acme") == [key]
+    assert store.authenticate(other) == (store.list_keys("globex")[0], Quota())
+    assert store.list_quotas() == {"acme": Quota(60, 9000), "globex": Quota()}
+
+
+def test_a_key_may_be_made_with_a_quota_of_its_own(store):
+    record, secret = store.create_key("acme", quota=Quota(5, 100))
+    assert store.authenticate(secret) == (record, Quota())
+    assert record.quota == Quota(5, 100)
+    with pytest.raises(ConfigError, match="tokens_per_minute"):
+        store.create_key("acme", quota=Quota(5, -1))
+
+
+def test_one_limit_of_a_quota_can_change_or_go_without_the_other(store):
+    store.set_quota(tenant="acme", requests_per_minute=60, tokens_per_minute=9000)
+    assert store.set_quota(tenant="acme", tokens_per_minute=100) == Quota(60, 100)
+    assert store.set_quota(tenant="acme", requests_per_minute=0) == Quota(None, 100)
+
+
+@pytest.mark.parametrize("limits", [{"requests_per_minute": -1}, {"tokens_per_minute": 10**9 + 1}])
+def test_a_limit_that_makes_no_sense_is_refused_by_name(store, limits):
+    with pytest.raises(ConfigError, match=next(iter(limits))):
+        store.set_quota(tenant="acme", **limits)
+    with pytest.raises(NotFoundError, match="key_none"):
+        store.set_quota(key_id="key_none", requests_per_minute=1)
+    with pytest.raises(ConfigError, match="tenant"):
+        store.set_quota(tenant="A B", requests_per_minute=1)
+
+
+def test_keys_made_before_there_were_quotas_still_work(url, store):
+    secret = store.create_key("acme")[1]
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP TABLE pedro_quotas"))
+    engine.dispose()
+    reopened = Store(url)
+    assert reopened.authenticate(secret)[1] == Quota()
+    reopened.close()
 
 
 def test_a_job_lives_from_queued_to_its_end(store):
@@ -160,7 +207,7 @@ def test_records_cannot_be_changed(store):
 def test_a_store_travels_between_processes(store):
     _, secret = store.create_key("acme")
     copy = pickle.loads(pickle.dumps(store))
-    assert copy.authenticate(secret).tenant == "acme"
+    assert copy.authenticate(secret)[0].tenant == "acme"
     copy.close()
 
 

@@ -108,7 +108,7 @@ class OverloadedError(PedroError):
     type = "overloaded_error"
     code = "overloaded"
     status = 503
-    retry_after_s: float = 1.0
+    retry_after_s: float | None = 1.0  # None: waiting does not help
 
 
 class RateLimitError(OverloadedError):

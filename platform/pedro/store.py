@@ -1,4 +1,4 @@
-"""Keeps the platform's own records, API keys and jobs, in sqlite or PostgreSQL. Knows nothing of HTTP, Ray or MLflow.
+"""Keeps the platform's own records (API keys, quotas, jobs) in sqlite or PostgreSQL. Knows no HTTP, Ray or MLflow.
 
 Rows never leave this file: callers get frozen records. Every method is one short transaction, safe from many
 threads and processes at once. Times are Unix seconds.
@@ -6,29 +6,26 @@ threads and processes at once. Times are Unix seconds.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.schema import CreateIndex, CreateTable
 
 from pedro.config import check_name
-from pedro.errors import AuthenticationError, ConfigError, ConflictError, NotFoundError, UnavailableError
+from pedro.database import Database
+from pedro.errors import AuthenticationError, ConfigError, ConflictError, NotFoundError
 
 INFER, TRAIN, ADMIN = "infer", "train", "admin"
 SCOPES = (INFER, TRAIN, ADMIN)
 KEY_PREFIX = "sk-pedro-"
-BUSY_TIMEOUT_S = 20
+MAX_QUOTA = 10**9  # a minute
 
 
 class JobStatus(StrEnum):
@@ -61,6 +58,17 @@ _NEXT = {
 
 
 @dataclass(frozen=True)
+class Quota:
+    """The most that may be asked for in a minute; None is no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # of prompts and answers together
+
+
+NO_QUOTA = Quota()
+
+
+@dataclass(frozen=True)
 class KeyRecord:
     id: str
     tenant: str
@@ -69,6 +77,7 @@ class KeyRecord:
     hint: str  # the secret's last four characters, to tell keys apart in a list
     created: float
     revoked: float | None
+    quota: Quota = NO_QUOTA  # the key's own; its tenant's holds as well
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,13 @@ _keys = sa.Table(
     sa.Column("created", sa.Float, nullable=False),
     sa.Column("revoked", sa.Float),
 )
+_quotas = sa.Table(
+    "pedro_quotas",
+    _metadata,
+    sa.Column("subject", sa.String(80), primary_key=True),  # "tenant:acme" or "key:key_..."
+    sa.Column("requests_per_minute", sa.Integer),
+    sa.Column("tokens_per_minute", sa.BigInteger),
+)
 _jobs = sa.Table(
     "pedro_jobs",
     _metadata,
@@ -120,18 +136,19 @@ class Store:
     def __init__(self, url: str) -> None:
         """Raises ConfigError for a URL that cannot be used, UnavailableError when the database does not answer."""
         self._url = url
-        self._engine = _open(_parse_url(url))
-        self._create_tables()
+        self._database = Database(url, _metadata)
 
     def __reduce__(self):
         return Store, (self._url,)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
     # keys
 
-    def create_key(self, tenant: str, scopes: Iterable[str] = (INFER,), name: str = "") -> tuple[KeyRecord, str]:
+    def create_key(
+        self, tenant: str, scopes: Iterable[str] = (INFER,), name: str = "", quota: Quota = NO_QUOTA
+    ) -> tuple[KeyRecord, str]:
         """A new key and its secret, which is not kept and cannot be shown again. Raises ConfigError."""
         check_name("tenant", tenant)
         wanted = set(scopes)
@@ -139,6 +156,7 @@ class Store:
         if unknown or not wanted:
             got = ", ".join(unknown) or "none"
             raise ConfigError(f"scopes: expected some of {', '.join(SCOPES)}, got {got}", param="scopes")
+        _check_limits(quota.__dict__)
         secret = KEY_PREFIX + secrets.token_urlsafe(32)
         record = KeyRecord(
             id=f"key_{uuid.uuid4().hex}",
@@ -148,39 +166,80 @@ class Store:
             hint=secret[-4:],
             created=time.time(),
             revoked=None,
+            quota=quota,
         )
         values = {**record.__dict__, "scopes": ",".join(record.scopes), "digest": _digest(secret)}
-        with self._transaction() as connection:
+        del values["quota"]
+        with self._database.transaction() as connection:
             connection.execute(sa.insert(_keys).values(values))
+            if quota != NO_QUOTA:
+                connection.execute(sa.insert(_quotas).values(subject=f"key:{record.id}", **quota.__dict__))
         return record, secret
 
-    def authenticate(self, secret: str) -> KeyRecord:
-        """The live key with this secret. Raises AuthenticationError, the same for unknown and revoked."""
+    def authenticate(self, secret: str) -> tuple[KeyRecord, Quota]:
+        """The live key with this secret, and its tenant's quota. Raises AuthenticationError, the same for unknown
+        and revoked."""
         digest = _digest(secret)
-        with self._transaction() as connection:
-            row = connection.execute(sa.select(_keys).where(_keys.c.digest == digest)).one_or_none()
+        with self._database.transaction() as connection:
+            row = connection.execute(_KEYS_WITH_QUOTAS.where(_keys.c.digest == digest)).one_or_none()
         # The lookup compares hashes, whose prefixes a caller cannot steer; the final comparison is constant-time.
         if row is None or not hmac.compare_digest(row.digest, digest) or row.revoked is not None:
             raise AuthenticationError("Incorrect API key provided. It is unknown or has been revoked.")
-        return _key_record(row)
+        return _key_record(row), Quota(row.tenant_requests, row.tenant_tokens)
 
     def revoke_key(self, key_id: str) -> KeyRecord:
         """Ends a key; doing so again changes nothing. Raises NotFoundError."""
         live = sa.and_(_keys.c.id == key_id, _keys.c.revoked.is_(None))
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(sa.update(_keys).where(live).values(revoked=time.time()))
-            row = connection.execute(sa.select(_keys).where(_keys.c.id == key_id)).one_or_none()
+            row = connection.execute(_KEYS_WITH_QUOTAS.where(_keys.c.id == key_id)).one_or_none()
         if row is None:
-            raise NotFoundError(f"key '{key_id}' does not exist; list keys to see their ids", param="key")
+            raise _key_not_found(key_id)
         return _key_record(row)
 
     def list_keys(self, tenant: str | None = None) -> list[KeyRecord]:
         """Keys, revoked ones included, oldest first; of every tenant if none is named."""
-        query = sa.select(_keys).order_by(_keys.c.created, _keys.c.id)
+        query = _KEYS_WITH_QUOTAS.order_by(_keys.c.created, _keys.c.id)
         if tenant is not None:
             query = query.where(_keys.c.tenant == tenant)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return [_key_record(row) for row in connection.execute(query)]
+
+    # quotas
+
+    def set_quota(
+        self,
+        *,
+        tenant: str | None = None,
+        key_id: str | None = None,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+    ) -> Quota:
+        """Sets the limits that are given, of one tenant or of one key; 0 takes a limit away, None leaves it.
+
+        Holds from the next request on. Raises ConfigError, or NotFoundError for an unknown key.
+        """
+        assert (tenant is None) != (key_id is None), "a quota belongs to a tenant or to a key"
+        given = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+        _check_limits(given)
+        if tenant is not None:
+            check_name("tenant", tenant)
+        values = {name: value or None for name, value in given.items() if value is not None}
+        subject = f"tenant:{tenant}" if tenant is not None else f"key:{key_id}"
+        with self._database.transaction() as connection:
+            if key_id is not None and not connection.execute(sa.select(_keys.c.id).where(_keys.c.id == key_id)).all():
+                raise _key_not_found(key_id)
+            connection.execute(self._database.upsert(_quotas, {"subject": subject}, values))
+            row = connection.execute(sa.select(_quotas).where(_quotas.c.subject == subject)).one()
+        return Quota(row.requests_per_minute, row.tokens_per_minute)
+
+    def list_quotas(self) -> dict[str, Quota]:
+        """The quota of every tenant that has a key or a quota, by name."""
+        with self._database.transaction() as connection:
+            found = {tenant: Quota() for (tenant,) in connection.execute(sa.select(_keys.c.tenant).distinct())}
+            for row in connection.execute(sa.select(_quotas).where(_quotas.c.subject.startswith("tenant:"))):
+                found[row.subject.removeprefix("tenant:")] = Quota(row.requests_per_minute, row.tokens_per_minute)
+        return dict(sorted(found.items()))
 
     # jobs
 
@@ -198,7 +257,7 @@ class Store:
             result=None,
             message="",
         )
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(sa.insert(_jobs).values({**record.__dict__, "status": record.status.value}))
         return record
 
@@ -226,7 +285,7 @@ class Store:
             values["status"] = target.value
             if target.final:
                 values["finished"] = sa.func.coalesce(_jobs.c.finished, time.time())
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             changed = connection.execute(sa.update(_jobs).where(where).values(values)).rowcount if values else 1
             row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one_or_none()
         if row is None:
@@ -237,7 +296,7 @@ class Store:
 
     def get_job(self, job_id: str, tenant: str | None = None) -> JobRecord:
         """Raises NotFoundError, the same for an unknown job and for one of another tenant than the one named."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one_or_none()
         if row is None or (tenant is not None and row.tenant != tenant):
             raise _job_not_found(job_id)
@@ -252,76 +311,8 @@ class Store:
             query = query.where(_jobs.c.tenant == tenant)
         if status is not None:
             query = query.where(_jobs.c.status == _job_status(status).value)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return [_job_record(row) for row in connection.execute(query)]
-
-    # the database
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
-            raise UnavailableError("The platform's database does not answer; try again.", code="database") from error
-
-    def _create_tables(self) -> None:
-        for last_try in (False, False, True):
-            try:
-                with self._engine.begin() as connection:
-                    for table in _metadata.sorted_tables:
-                        connection.execute(CreateTable(table, if_not_exists=True))
-                        for index in table.indexes:
-                            connection.execute(CreateIndex(index, if_not_exists=True))
-                return
-            except sa.exc.DBAPIError as error:  # another process may be creating the same tables
-                if last_try:
-                    where = self._engine.url.render_as_string(hide_password=True)
-                    raise UnavailableError(
-                        f"database {where}: cannot be opened ({error.orig}); check PEDRO_DATABASE_URL", code="database"
-                    ) from error
-                time.sleep(0.2)
-
-
-def _parse_url(text: str) -> URL:
-    try:
-        url = make_url(text)
-    except (sa.exc.ArgumentError, ValueError):
-        raise ConfigError(
-            "database_url: expected a URL such as sqlite:////srv/pedro/pedro.db or postgresql://user@host/pedro",
-            param="database_url",
-        ) from None
-    if url.get_backend_name() == "postgres" or url.drivername == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
-    if url.get_backend_name() not in ("sqlite", "postgresql"):
-        raise ConfigError(
-            f"database_url: expected sqlite or postgresql, got {url.get_backend_name()}", param="database_url"
-        )
-    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
-        raise ConfigError("database_url: expected a file, got sqlite in memory, which no two processes share")
-    return url
-
-
-def _open(url: URL) -> Engine:
-    try:
-        if url.get_backend_name() != "sqlite":
-            return sa.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"database_url: needs the module {error.name}; pip install 'psycopg[binary]'", param="database_url"
-        ) from error
-    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
-
-    @sa.event.listens_for(engine, "connect")
-    def _configure(connection, _record) -> None:
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
-        cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
-        cursor.execute("PRAGMA synchronous=NORMAL")
-        cursor.close()
-
-    return engine
 
 
 def _job_status(status: JobStatus | str) -> JobStatus:
@@ -336,8 +327,43 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+def _keys_with_quotas() -> sa.Select:
+    of_key, of_tenant = _quotas.alias(), _quotas.alias()
+    joined = _keys.outerjoin(of_key, of_key.c.subject == "key:" + _keys.c.id)
+    joined = joined.outerjoin(of_tenant, of_tenant.c.subject == "tenant:" + _keys.c.tenant)
+    return sa.select(
+        _keys,
+        of_key.c.requests_per_minute.label("key_requests"),
+        of_key.c.tokens_per_minute.label("key_tokens"),
+        of_tenant.c.requests_per_minute.label("tenant_requests"),
+        of_tenant.c.tokens_per_minute.label("tenant_tokens"),
+    ).select_from(joined)
+
+
+_KEYS_WITH_QUOTAS = _keys_with_quotas()
+
+
 def _key_record(row: sa.Row) -> KeyRecord:
-    return KeyRecord(row.id, row.tenant, row.name, tuple(row.scopes.split(",")), row.hint, row.created, row.revoked)
+    return KeyRecord(
+        row.id,
+        row.tenant,
+        row.name,
+        tuple(row.scopes.split(",")),
+        row.hint,
+        row.created,
+        row.revoked,
+        Quota(row.key_requests, row.key_tokens),
+    )
+
+
+def _check_limits(limits: Mapping[str, int | None]) -> None:
+    for name, value in limits.items():
+        if value is not None and not 0 <= value <= MAX_QUOTA:
+            raise ConfigError(f"{name}: expected 0 (no limit) to {MAX_QUOTA:,}, got {value}", param=name)
+
+
+def _key_not_found(key_id: str) -> NotFoundError:
+    return NotFoundError(f"key '{key_id}' does not exist; list keys to see their ids", param="key")
 
 
 def _job_record(row: sa.Row) -> JobRecord:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pedro.cli import adapters, chat, data, doctor, jobs, keys, serve
+from pedro.cli import adapters, chat, data, doctor, jobs, keys, serve, tenants
 from pedro.cli.output import fail
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(keys.app, name="keys")
+app.add_typer(tenants.app, name="tenants")
 app.command("submit")(jobs.submit)
 app.command("eval")(adapters.evaluate)
 app.command("serve")(serve.serve)

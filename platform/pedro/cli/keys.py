@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pedro.cli.output import AsJson, emit, table
+from pedro.cli.tenants import RequestsPerMinute, TokensPerMinute, in_words, limits
 
 app = typer.Typer(help="API keys: a key belongs to one tenant; its secret is shown once.", no_args_is_help=True)
 
@@ -18,6 +19,8 @@ def create(
     tenant: Annotated[str, typer.Argument(help="The tenant that the key speaks for.")],
     scope: Annotated[list[str] | None, typer.Option(help="infer, train or admin; repeat for several.")] = None,
     name: Annotated[str, typer.Option(help="A note to tell keys apart.")] = "",
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
     as_json: AsJson = False,
 ) -> None:
     """Create a key and print its secret, once.
@@ -25,9 +28,11 @@ def create(
     Example: `pedro keys create acme --scope infer --name website`
     """
     from pedro.config import Settings
-    from pedro.store import Store
+    from pedro.store import Quota, Store
 
-    record, secret = Store(Settings.from_env().database_url).create_key(tenant, scope or ["infer"], name)
+    store = Store(Settings.from_env().database_url)
+    quota = Quota(requests_per_minute or None, tokens_per_minute or None)
+    record, secret = store.create_key(tenant, scope or ["infer"], name, quota)
 
     def show() -> None:
         typer.echo(secret)
@@ -48,7 +53,7 @@ def list_keys(
 
     def show() -> None:
         table(
-            ["id", "tenant", "name", "scopes", "ends in", "created", "state"],
+            ["id", "tenant", "name", "scopes", "ends in", "created", "requests/min", "tokens/min", "state"],
             [
                 [
                     record.id,
@@ -57,6 +62,7 @@ def list_keys(
                     " ".join(record.scopes),
                     record.hint,
                     time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created)),
+                    *limits(record.quota),
                     "revoked" if record.revoked else "active",
                 ]
                 for record in records
@@ -65,6 +71,26 @@ def list_keys(
         )
 
     emit([asdict(record) for record in records], as_json, show)
+
+
+@app.command()
+def quota(
+    key: Annotated[str, typer.Argument(help="The key's id, from `pedro keys list`.")],
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set a key's own quota, or show it; its tenant's holds as well. What is not given stays.
+
+    Example: `pedro keys quota key_… --requests-per-minute 60`
+    """
+    from pedro.config import Settings
+    from pedro.store import Store
+
+    now = Store(Settings.from_env().database_url).set_quota(
+        key_id=key, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute
+    )
+    emit({"key": key, **asdict(now)}, as_json, lambda: typer.echo(f"{key}: {in_words(now)}"))
 
 
 @app.command()

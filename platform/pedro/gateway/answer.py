@@ -1,4 +1,4 @@
-"""Answers one generation request: admits it, then sends the whole answer or a stream of events.
+"""Answers one generation request: admits it, then sends the whole answer or a stream of events, and settles its tokens.
 
 Everything happens inside the response, so that one block owns the backend's streams from admission to the last
 byte. Knows nothing of keys, of request bodies or of which shape it is sending.
@@ -14,9 +14,11 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pedro.errors import PedroError
 from pedro.gateway.backend import Backend, Delta, GenerateCall
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.errors import stream_error_body
+from pedro.gateway.quotas import Ticket, prompt_estimate
 from pedro.gateway.shapes import Choice, Shape, envelope, usage
 from pedro.gateway.streams import FanIn, while_connected
 
@@ -29,19 +31,23 @@ STREAM_HEADERS = [
 
 
 class Answer(Response):
-    """An ASGI response. `stream`: send events; `include_usage`: with a last chunk that counts tokens."""
+    """An ASGI response. `stream`: send events; `include_usage`: with a last chunk that counts tokens.
+
+    `ticket` is settled with the tokens used, however the response ends.
+    """
 
     def __init__(
         self,
         backend: Backend,
         calls: Sequence[GenerateCall],
         shape: Shape,
+        ticket: Ticket,
         *,
         stream: bool = False,
         include_usage: bool = False,
     ) -> None:
         super().__init__()
-        self._backend, self._calls, self._shape = backend, calls, shape
+        self._backend, self._calls, self._shape, self._ticket = backend, calls, shape, ticket
         self._stream, self._include_usage = stream, include_usage
         self._choices = [
             [Choice(number * call.n + index) for index in range(call.n)] for number, call in enumerate(calls)
@@ -49,11 +55,17 @@ class Answer(Response):
         self._fingerprint: str | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._stream:
-            await while_connected(receive, self._send_events(send, request_id_of(scope)))
-        else:
-            body = await while_connected(receive, self._collect())
-            await JSONResponse(body)(scope, receive, send)
+        try:
+            if self._stream:
+                await while_connected(receive, self._send_events(send, request_id_of(scope)))
+            else:
+                body = await while_connected(receive, self._collect())
+                await JSONResponse(body)(scope, receive, send)
+        except PedroError:  # refused before anything was sent
+            self._ticket.settle(self._used(unseen_prompts=False))
+            raise
+        finally:
+            self._ticket.settle(self._used(unseen_prompts=True))
 
     async def _collect(self) -> dict[str, Any]:
         async with FanIn(self._backend, self._calls) as deltas:
@@ -97,6 +109,15 @@ class Answer(Response):
         choice.accept(delta, keep=keep)
         self._fingerprint = delta.fingerprint or self._fingerprint
         return choice
+
+    def _used(self, *, unseen_prompts: bool) -> int:
+        """Tokens of prompts and answers so far; `unseen_prompts`: also the guess of those that gave nothing yet."""
+        total = 0
+        for call, choices in zip(self._calls, self._choices, strict=True):
+            seen = max(choice.prompt_tokens for choice in choices)
+            total += seen or (prompt_estimate(call) if unseen_prompts else 0)
+            total += sum(choice.completion_tokens for choice in choices)
+        return total
 
     def _check_finished(self) -> None:
         """A stream that just ends is a fault of ours: half an answer must not look whole."""

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
-from pedro.gateway import routes_adapters, routes_health, routes_inference, routes_models
+from pedro.gateway import (
+    routes_adapters,
+    routes_health,
+    routes_inference,
+    routes_metrics,
+    routes_models,
+    routes_tokenizer,
+)
 from pedro.gateway.auth import Authenticator
 from pedro.gateway.backend import Backend
 from pedro.gateway.edge import Edge
 from pedro.gateway.errors import install_error_handlers
+from pedro.gateway.metrics import GatewayMetrics, Measured
+from pedro.gateway.quotas import Quotas
 from pedro.store import Store
 
 
@@ -21,6 +30,7 @@ class GatewaySettings:
     max_body_bytes: int = 8 * 2**20  # more is a 413
     body_timeout_s: float = 60.0  # a body that takes longer to arrive is a 408
     max_choices: int = 256  # prompts × n of one request
+    gateways: int = 1  # gateway processes that share the quotas: each gives its part of them
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
 
 
@@ -45,8 +55,18 @@ def create_app(
     app.state.backend = backend_provider
     app.state.settings = settings = settings or GatewaySettings()
     app.state.authenticator = authenticator
+    app.state.quotas = Quotas(settings.gateways)
+    app.state.metrics = metrics = GatewayMetrics()
     install_error_handlers(app)
     app.add_middleware(Edge, send_request_id=settings.send_request_id)
-    for routes in (routes_inference, routes_models, routes_adapters, routes_health):
+    app.add_middleware(Measured, metrics=metrics)
+    for routes in (
+        routes_inference,
+        routes_tokenizer,
+        routes_models,
+        routes_adapters,
+        routes_health,
+        routes_metrics,
+    ):
         app.include_router(routes.router)
     return app

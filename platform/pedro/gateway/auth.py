@@ -1,4 +1,4 @@
-"""Says who is calling, from the bearer key. Knows nothing of models or quotas.
+"""Says who is calling, from the bearer key. Knows nothing of models, nor of what was used of a quota.
 
 The key is looked up at every request, so a revoked one fails at once; the lookup runs on threads of its own, so
 that a slow disk or database never holds up the streams of others.
@@ -14,16 +14,18 @@ from fastapi import Request
 
 from pedro.errors import AuthenticationError, ScopeError
 from pedro.gateway.backend import ALL_TENANTS
-from pedro.store import ADMIN, KeyRecord, Store
+from pedro.store import ADMIN, NO_QUOTA, Quota, Store
 
 
 @dataclass(frozen=True)
 class Principal:
-    """The caller: a key's tenant and scopes."""
+    """The caller: a key's tenant and scopes, and what both may use in a minute."""
 
     key_id: str
     tenant: str
     scopes: frozenset[str]
+    key_quota: Quota = NO_QUOTA
+    tenant_quota: Quota = NO_QUOTA
 
     @property
     def view(self) -> str:
@@ -40,8 +42,8 @@ class Authenticator:
         """Raises AuthenticationError for no key, an unknown one or a revoked one."""
         secret = _bearer(authorization)
         loop = asyncio.get_running_loop()
-        key: KeyRecord = await loop.run_in_executor(self._threads, self._store.authenticate, secret)
-        return Principal(key.id, key.tenant, frozenset(key.scopes))
+        key, tenant_quota = await loop.run_in_executor(self._threads, self._store.authenticate, secret)
+        return Principal(key.id, key.tenant, frozenset(key.scopes), key.quota, tenant_quota)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)

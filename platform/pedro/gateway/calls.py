@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pedro.errors import PedroError
 from pedro.gateway.backend import GenerateCall
-from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields
+from pedro.gateway.schemas import ChatRequest, CompletionRequest, Message, SamplingFields
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat goes on to the end of the context
+_BEAMS = ("length_penalty", "early_stopping")
 _SHARED = ("seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty", "ignore_eos")
 
 
@@ -18,9 +20,12 @@ def completion_calls(
 ) -> tuple[GenerateCall, ...]:
     """One call a prompt, in the order of the prompts. Raises PedroError for fields that contradict each other."""
     _check_shared(request)
-    n, prompts = request.n or 1, request.prompt
-    if n * len(prompts) > max_choices:
-        raise PedroError(f"n: {len(prompts)} prompts × {n} exceed {max_choices} choices a request", param="n")
+    n, prompts, wide = request.n or 1, request.prompt, _width(request)
+    if wide * len(prompts) > max_choices:
+        field = "n" if wide == n else "best_of"
+        raise PedroError(
+            f"{field}: {len(prompts)} prompts × {wide} exceed {max_choices} choices a request", param=field
+        )
     max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if max_tokens == 0 and not request.echo:
         raise PedroError("max_tokens: expected >= 1 unless echo is true, got 0", param="max_tokens")
@@ -47,9 +52,10 @@ def completion_calls(
 def chat_call(request: ChatRequest, *, tenant: str, trace_id: str, max_choices: int) -> GenerateCall:
     """Raises PedroError for fields that contradict each other."""
     _check_shared(request)
-    n = request.n or 1
-    if n > max_choices:
-        raise PedroError(f"n: {n} exceeds {max_choices} choices a request", param="n")
+    n, wide = request.n or 1, _width(request)
+    if wide > max_choices:
+        field = "n" if wide == n else "best_of"
+        raise PedroError(f"{field}: {wide} exceeds {max_choices} choices a request", param=field)
     if request.top_logprobs is not None and not request.logprobs:
         raise PedroError("top_logprobs: needs logprobs to be true", param="top_logprobs")
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
@@ -60,24 +66,56 @@ def chat_call(request: ChatRequest, *, tenant: str, trace_id: str, max_choices: 
         params["max_tokens"] = limits.pop()
     if request.logprobs:
         params["logprobs"] = request.top_logprobs or 0
-    messages = tuple(
-        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-        for message in request.messages
-    )
     return GenerateCall(
         request_id=f"chatcmpl-{uuid.uuid4().hex}-0",
         tenant=tenant,
         model=request.model,
-        messages=messages,
+        messages=plain_messages(request.messages),
         params=params,
         n=n,
         trace_id=trace_id,
     )
 
 
+def plain_messages(messages: Sequence[Message]) -> tuple[Mapping[str, str], ...]:
+    """The messages as formats know them; OpenAI's `developer` is the system's new name."""
+    return tuple(
+        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        for message in messages
+    )
+
+
 def _check_shared(request: SamplingFields) -> None:
     if request.stream_options is not None and not request.stream:
         raise PedroError("stream_options: needs stream to be true", param="stream_options")
+    n, width = request.n or 1, request.best_of
+    if request.use_beam_search:
+        if request.stream:
+            raise PedroError(
+                "stream: beams change until they are finished and cannot be streamed; send stream=false", param="stream"
+            )
+        if request.temperature:
+            raise PedroError(
+                f"temperature: expected 0 with use_beam_search, got {request.temperature:g}", param="temperature"
+            )
+        if width is not None and width < n:
+            raise PedroError(f"best_of: expected >= n, which is {n}, got {width}", param="best_of")
+        return
+    if width not in (None, n):
+        raise PedroError(
+            f"best_of: expected n, which is {n}, unless use_beam_search is true, got {width}", param="best_of"
+        )
+    for name, value, default in (
+        ("length_penalty", request.length_penalty, 1.0),
+        ("early_stopping", request.early_stopping, False),
+    ):
+        if value not in (None, default):
+            raise PedroError(f"{name}: needs use_beam_search to be true", param=name)
+
+
+def _width(request: SamplingFields) -> int:
+    """Sequences that one prompt occupies."""
+    return max(request.n or 1, request.best_of or 1)
 
 
 def _params(request: SamplingFields) -> dict[str, Any]:
@@ -95,6 +133,9 @@ def _params(request: SamplingFields) -> dict[str, Any]:
         params["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.top_k is not None and request.top_k > 0:
         params["top_k"] = request.top_k
+    if request.use_beam_search:
+        params |= {"temperature": 0.0, "num_beams": _width(request)}
+        params |= {name: getattr(request, name) for name in _BEAMS if getattr(request, name) is not None}
     return params
 
 

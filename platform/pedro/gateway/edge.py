@@ -1,4 +1,4 @@
-"""The outermost layer: gives every response its request id and answers what nobody else caught.
+"""Around every route: bounds the headers, gives every response its request id and answers what nobody else caught.
 
 Pure ASGI, so that disconnects and streams pass through untouched. Knows nothing of routes or keys.
 """
@@ -14,9 +14,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pedro.gateway.errors import internal_error_body
+from pedro.gateway.errors import HeadersTooLargeError, error_response, internal_error_body
 
 REQUEST_ID_HEADER = "x-request-id"
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 * 2**10  # of a request: their number, and names and values together
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 log = logging.getLogger("pedro.gateway")
@@ -33,6 +34,11 @@ def request_id_of(scope: Scope) -> str:
     return scope["state"]["request_id"]
 
 
+def response_headers(scope: Scope) -> dict[str, str]:
+    """Headers that the response to this request will carry, whatever it turns out to be."""
+    return scope["state"]["response_headers"]
+
+
 class Edge:
     """`send_request_id`: put the id on the response; off where a server in front, which saw it first, does so."""
 
@@ -45,17 +51,26 @@ class Edge:
             await self._app(scope, receive, send)
             return
         request_id = choose_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        extra: dict[str, str] = {}
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "response_headers": extra}
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                headers = MutableHeaders(scope=message)
+                headers.update(extra)
                 if self._send_request_id:
-                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                    headers[REQUEST_ID_HEADER] = request_id
             await send(message)
 
+        if _too_large(scope["headers"]):
+            error = HeadersTooLargeError(
+                f"The request has more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES} bytes of them."
+            )
+            await error_response(error)(scope, receive, send_with_id)
+            return
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
@@ -65,3 +80,7 @@ class Edge:
             if started:
                 raise  # the server cuts the connection: a broken body must not look whole
             await JSONResponse(internal_error_body(request_id), status_code=500)(scope, receive, send_with_id)
+
+
+def _too_large(headers: list[tuple[bytes, bytes]]) -> bool:
+    return len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES

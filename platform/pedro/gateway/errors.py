@@ -26,6 +26,13 @@ class PayloadTooLargeError(PedroError):
     status = 413
 
 
+class HeadersTooLargeError(PedroError):
+    """The request's headers are too many or too long."""
+
+    code = "headers_too_large"
+    status = 431
+
+
 class RequestTimeoutError(PedroError):
     """The request body did not arrive in time."""
 
@@ -41,6 +48,8 @@ def error_response(error: PedroError) -> JSONResponse:
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    elif error.status == 429:
+        headers["x-should-retry"] = "false"  # OpenAI's clients would try again on their own
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 

@@ -1,4 +1,4 @@
-"""/v1/completions and /v1/chat/completions: read, check, call, answer. Knows nothing of how an answer is sent."""
+"""/v1/completions and /v1/chat/completions: read, check, admit, call. Knows nothing of how an answer is sent."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from pedro.gateway.admission import admit
 from pedro.gateway.answer import Answer
 from pedro.gateway.auth import Principal, require
 from pedro.gateway.body import read_body
 from pedro.gateway.calls import chat_call, completion_calls
 from pedro.gateway.edge import request_id_of
-from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields, parse
+from pedro.gateway.parsing import parse
+from pedro.gateway.quotas import reservation
+from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields
 from pedro.gateway.shapes import ChatShape, CompletionShape
 from pedro.store import INFER
 
@@ -24,7 +27,8 @@ async def create_completion(request: Request, caller: Annotated[Principal, Depen
     wanted = parse(CompletionRequest, await read_body(request))
     calls = completion_calls(wanted, **_context(request, caller))
     shape = CompletionShape(calls[0].request_id.rpartition("-")[0], wanted.model)
-    return Answer(request.app.state.backend(), calls, shape, **_delivery(wanted))
+    backend = request.app.state.backend()
+    return Answer(backend, calls, shape, admit(request, caller, reservation(calls)), **_delivery(wanted))
 
 
 @router.post("/v1/chat/completions")
@@ -32,7 +36,8 @@ async def create_chat_completion(request: Request, caller: Annotated[Principal, 
     wanted = parse(ChatRequest, await read_body(request))
     call = chat_call(wanted, **_context(request, caller))
     shape = ChatShape(call.request_id.rpartition("-")[0], wanted.model)
-    return Answer(request.app.state.backend(), [call], shape, **_delivery(wanted))
+    backend = request.app.state.backend()
+    return Answer(backend, [call], shape, admit(request, caller, reservation([call])), **_delivery(wanted))
 
 
 def _context(request: Request, caller: Principal) -> dict:

@@ -1,23 +1,19 @@
-"""The bodies of OpenAI's text requests: what is read, with which bounds, and what is refused. Knows nothing of models.
+"""The bodies of requests: what is read, with which bounds, and what is refused. Knows nothing of models.
 
 Every field that OpenAI documents is recognised. One that cannot be honoured is refused by name unless it asks for
 what happens anyway; an unknown one is refused by name too: no setting is dropped in silence. Fields OpenAI does not
 have (`top_k`, `conditioning_length`, ...) are marked as extensions; the `openai` client sends them by `extra_body`.
-Reference: https://platform.openai.com/docs/api-reference/completions and .../chat
+Beam search has the names of vLLM's server, and so do the tokenizer's requests.
+Reference: https://platform.openai.com/docs/api-reference/completions and .../chat,
+https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from pedro.errors import PedroError
-
-MAX_MESSAGES = 4096
-MAX_SHOWN_VALUE = 80
-MAX_SHOWN_ERRORS = 5
 INT64 = 2**63
 
 
@@ -88,21 +84,30 @@ Biases = Annotated[
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Body(BaseModel):
-    """`harmless`: documented fields that cannot be honoured, each with the values that need no honouring."""
+class Body(BaseModel):
+    """`harmless`: documented fields that cannot be honoured, each with the values that need no honouring.
+
+    `parts`: fields that hold one such body, or a list of them.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
     harmless: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    parts: ClassVar[dict[str, type[Body]]] = {}
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     harmless = {"include_obfuscation": (False,)}
     include_usage: bool | None = None
 
 
-class SamplingFields(_Body):
-    """What completions and chat share. None stands for the default."""
+class SamplingFields(Body):
+    """What completions and chat share. None stands for the default.
 
+    With `use_beam_search` the answers are the `n` best of `best_of` beams (default: `n` of `n`), decoded greedily and
+    sent whole: `stream`, and a temperature above 0, are refused.
+    """
+
+    parts = {"stream_options": StreamOptions}
     model: ModelName
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
@@ -121,10 +126,16 @@ class SamplingFields(_Body):
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=64)] = None
     ignore_eos: bool | None = None
+    use_beam_search: bool | None = None
+    best_of: Annotated[int | None, Field(ge=1, le=128)] = None  # beams kept; without beam search it must equal `n`
+    length_penalty: Annotated[float | None, Field(ge=-10, le=10)] = (
+        None  # power of the length that divides a beam's score
+    )
+    early_stopping: bool | None = None  # end as soon as `best_of` beams are finished, rather than when none can win
 
 
 class CompletionRequest(SamplingFields):
-    harmless = {"best_of": (1,), "suffix": ("",)}
+    harmless = {"suffix": ("",)}
     prompt: Prompts
     max_tokens: Annotated[int | None, Field(ge=0)] = None
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
@@ -132,7 +143,7 @@ class CompletionRequest(SamplingFields):
     conditioning_length: Lengths | None = None  # extension: how many first tokens of each prompt condition the vectors
 
 
-class Message(_Body):
+class Message(Body):
     harmless = {
         "name": ("",),
         "refusal": (),
@@ -147,6 +158,7 @@ class Message(_Body):
 
 
 class ChatRequest(SamplingFields):
+    parts = {**SamplingFields.parts, "messages": Message}
     harmless = {
         "audio": (),
         "function_call": ("none", "auto"),
@@ -177,98 +189,29 @@ class ChatRequest(SamplingFields):
     service_tier: Literal["auto", "default"] | None = None
 
 
-class PromoteRequest(_Body):
+class TokenizeRequest(Body):
+    """A text, or messages as chat would render them: exactly one of the two."""
+
+    parts = {"messages": Message}
+    harmless = {
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+        "tools": ([],),
+    }
+    model: ModelName | None = None  # the backbone's tokenizer if not given
+    prompt: str | None = None
+    messages: Annotated[list[Message] | None, Field(min_length=1)] = None
+    add_special_tokens: bool | None = None  # of a text: true unless told; messages have theirs from the format
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    model: ModelName | None = None
+    tokens: list[TokenId]
+
+
+class PromoteRequest(Body):
     version: Annotated[int, Field(ge=1)]
-
-
-Model = TypeVar("Model", bound=_Body)
-
-
-def parse(kind: type[Model], body: bytes) -> Model:
-    """The request in `body`. Raises PedroError (400) naming each field at fault, its value and what was expected."""
-    from pydantic_core import from_json
-
-    try:
-        value = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise PedroError(f"The request body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise PedroError("The request body must be a JSON object.", code="invalid_json")
-    _drop_harmless(kind, value, "")
-    if isinstance(value.get("stream_options"), dict):
-        _drop_harmless(StreamOptions, value["stream_options"], "stream_options.")
-    if kind is ChatRequest and isinstance(value.get("messages"), list):
-        if len(value["messages"]) > MAX_MESSAGES:
-            message = f"messages: expected at most {MAX_MESSAGES} items, got {len(value['messages'])}"
-            raise PedroError(message, param="messages", code="invalid_value")
-        for number, message in enumerate(value["messages"]):
-            if isinstance(message, dict):
-                _drop_harmless(Message, message, f"messages[{number}].")
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise _user_error(error) from None
-
-
-def _drop_harmless(kind: type[_Body], value: dict, prefix: str) -> None:
-    for name in kind.harmless.keys() & value.keys():
-        given = value.pop(name)
-        if given is not None and not any(type(given) is type(ok) and given == ok for ok in kind.harmless[name]):
-            field = prefix + name
-            raise PedroError(f"{field}: not supported, got {_shown(given)}", param=field, code="unsupported_parameter")
-
-
-_EXPECTED: dict[str, Callable[[dict], str]] = {
-    "missing": lambda ctx: "is required",
-    "int_type": lambda ctx: "expected a whole number",
-    "float_type": lambda ctx: "expected a number",
-    "string_type": lambda ctx: "expected a string",
-    "bool_type": lambda ctx: "expected true or false",
-    "list_type": lambda ctx: "expected a list",
-    "dict_type": lambda ctx: "expected an object",
-    "model_type": lambda ctx: "expected an object",
-    "literal_error": lambda ctx: f"expected {ctx['expected']}",
-    "value_error": lambda ctx: str(ctx["error"]),
-    "greater_than_equal": lambda ctx: f"expected >= {ctx['ge']}",
-    "greater_than": lambda ctx: f"expected > {ctx['gt']}",
-    "less_than_equal": lambda ctx: f"expected <= {ctx['le']}",
-    "less_than": lambda ctx: f"expected < {ctx['lt']}",
-    "too_long": lambda ctx: f"expected at most {ctx['max_length']} items",
-    "too_short": lambda ctx: f"expected at least {ctx['min_length']} items",
-}
-
-
-def _user_error(error: ValidationError) -> PedroError:
-    problems = error.errors(include_url=False)
-    lines = []
-    for problem in problems[:MAX_SHOWN_ERRORS]:
-        field = _field(problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"Unrecognized request argument supplied: {field}")
-        elif problem["type"] == "missing":
-            lines.append(f"{field}: is required")
-        else:
-            describe = _EXPECTED.get(problem["type"])
-            expected = describe(problem.get("ctx", {})) if describe else problem["msg"]
-            lines.append(f"{field}: {expected}, got {_shown(problem['input'])}")
-    if len(problems) > MAX_SHOWN_ERRORS:
-        lines.append(f"and {len(problems) - MAX_SHOWN_ERRORS} more")
-    codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
-    return PedroError(
-        "; ".join(lines),
-        param=_field(problems[0]["loc"]),
-        code=codes.get(problems[0]["type"], "invalid_value"),
-    )
-
-
-def _field(location: tuple[int | str, ...]) -> str:
-    """("messages", 0, "content") is "messages[0].content"."""
-    name = ""
-    for part in location:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
-    return name
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_VALUE else text[: MAX_SHOWN_VALUE - 3] + "..."

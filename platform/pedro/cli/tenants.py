@@ -1,0 +1,69 @@
+"""`pedro tenants`: who has keys, and how much each tenant may ask for in a minute."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pedro.cli.output import AsJson, emit, table
+
+if TYPE_CHECKING:
+    from pedro.store import Quota, Store
+
+app = typer.Typer(help="Tenants and their quotas; a tenant exists once it has a key.", no_args_is_help=True)
+RequestsPerMinute = Annotated[int | None, typer.Option(help="The most requests a minute; 0 is no limit.", min=0)]
+TokensPerMinute = Annotated[
+    int | None, typer.Option(help="The most tokens of prompts and answers a minute; 0 is no limit.", min=0)
+]
+
+
+@app.command("list")
+def list_tenants(as_json: AsJson = False) -> None:
+    """List tenants with their quotas."""
+    quotas = _store().list_quotas()
+
+    def show() -> None:
+        table(
+            ["tenant", "requests/min", "tokens/min"],
+            [[tenant, *limits(quota)] for tenant, quota in quotas.items()],
+            empty="no tenants yet; `pedro keys create TENANT` makes one",
+        )
+
+    emit([{"tenant": tenant, **asdict(quota)} for tenant, quota in quotas.items()], as_json, show)
+
+
+@app.command()
+def quota(
+    tenant: Annotated[str, typer.Argument(help="The tenant, for all its keys together.")],
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set a tenant's quota, or show it; a running server follows with the next request. What is not given stays.
+
+    Example: `pedro tenants quota acme --requests-per-minute 600 --tokens-per-minute 100000`
+    """
+    now = _store().set_quota(
+        tenant=tenant, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute
+    )
+    emit({"tenant": tenant, **asdict(now)}, as_json, lambda: typer.echo(f"{tenant}: {in_words(now)}"))
+
+
+def limits(quota: Quota) -> list[str]:
+    """Both limits for a table; a dash for none."""
+    return ["-" if limit is None else f"{limit:,}" for limit in (quota.requests_per_minute, quota.tokens_per_minute)]
+
+
+def in_words(quota: Quota) -> str:
+    """`600 requests/min, no limit of tokens`."""
+    parts = (("requests", quota.requests_per_minute), ("tokens", quota.tokens_per_minute))
+    return ", ".join(f"no limit of {what}" if n is None else f"{n:,} {what}/min" for what, n in parts)
+
+
+def _store() -> Store:
+    from pedro.config import Settings
+    from pedro.store import Store
+
+    return Store(Settings.from_env().database_url)

@@ -1,0 +1,107 @@
+"""Opens sqlite or PostgreSQL and runs transactions on it. Knows nothing of what the tables mean."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from pedro.errors import ConfigError, UnavailableError
+
+BUSY_TIMEOUT_S = 20
+
+
+class Database:
+    """The tables of `metadata` behind one URL, made where they are missing.
+
+    Raises ConfigError for a URL that cannot be used, UnavailableError when the database does not answer.
+    """
+
+    def __init__(self, url: str, metadata: sa.MetaData) -> None:
+        self._engine = _open(_parse(url))
+        self._create(metadata)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """One transaction: committed at the end of the block, undone by an exception. Raises UnavailableError."""
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
+            raise UnavailableError("The platform's database does not answer; try again.", code="database") from error
+
+    def upsert(self, table: sa.Table, key: dict[str, Any], values: dict[str, Any]) -> sa.Insert:
+        """The statement that writes `values` into the row of `key`, new or not."""
+        dialect: Any = postgresql if self._engine.dialect.name == "postgresql" else sqlite
+        insert = dialect.insert(table).values(**key, **values)
+        if not values:
+            return insert.on_conflict_do_nothing()
+        return insert.on_conflict_do_update(index_elements=list(key), set_=values)
+
+    def _create(self, metadata: sa.MetaData) -> None:
+        for last_try in (False, False, True):
+            try:
+                with self._engine.begin() as connection:
+                    for table in metadata.sorted_tables:
+                        connection.execute(CreateTable(table, if_not_exists=True))
+                        for index in table.indexes:
+                            connection.execute(CreateIndex(index, if_not_exists=True))
+                return
+            except sa.exc.DBAPIError as error:  # another process may be creating the same tables
+                if last_try:
+                    where = self._engine.url.render_as_string(hide_password=True)
+                    raise UnavailableError(
+                        f"database {where}: cannot be opened ({error.orig}); check PEDRO_DATABASE_URL", code="database"
+                    ) from error
+                time.sleep(0.2)
+
+
+def _parse(text: str) -> URL:
+    try:
+        url = make_url(text)
+    except (sa.exc.ArgumentError, ValueError):
+        raise ConfigError(
+            "database_url: expected a URL such as sqlite:////srv/pedro/pedro.db or postgresql://user@host/pedro",
+            param="database_url",
+        ) from None
+    if url.get_backend_name() == "postgres" or url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ConfigError(
+            f"database_url: expected sqlite or postgresql, got {url.get_backend_name()}", param="database_url"
+        )
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ConfigError("database_url: expected a file, got sqlite in memory, which no two processes share")
+    return url
+
+
+def _open(url: URL) -> Engine:
+    try:
+        if url.get_backend_name() != "sqlite":
+            return sa.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"database_url: needs the module {error.name}; pip install 'psycopg[binary]'", param="database_url"
+        ) from error
+    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection, _record) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
+        cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.close()
+
+    return engine

@@ -1,0 +1,109 @@
+"""Reads a request body into its schema, and tells a client every mistake in it at once. Knows no schema by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from pedro.errors import PedroError
+from pedro.gateway.schemas import Body
+
+MAX_ITEMS = 4096  # of a list of bodies, messages for one
+MAX_SHOWN_VALUE = 80
+MAX_SHOWN_ERRORS = 5
+
+Model = TypeVar("Model", bound=Body)
+
+
+def parse(kind: type[Model], body: bytes) -> Model:
+    """The request in `body`. Raises PedroError (400) naming each field at fault, its value and what was expected."""
+    from pydantic_core import from_json
+
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise PedroError(f"The request body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise PedroError("The request body must be a JSON object.", code="invalid_json")
+    _drop_harmless(kind, value, "")
+    for name, part in kind.parts.items():
+        given = value.get(name)
+        if isinstance(given, dict):
+            _drop_harmless(part, given, f"{name}.")
+        elif isinstance(given, list):
+            if len(given) > MAX_ITEMS:
+                message = f"{name}: expected at most {MAX_ITEMS} items, got {len(given)}"
+                raise PedroError(message, param=name, code="invalid_value")
+            for number, item in enumerate(given):
+                if isinstance(item, dict):
+                    _drop_harmless(part, item, f"{name}[{number}].")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _user_error(error) from None
+
+
+def _drop_harmless(kind: type[Body], value: dict, prefix: str) -> None:
+    for name in kind.harmless.keys() & value.keys():
+        given = value.pop(name)
+        if given is not None and not any(type(given) is type(ok) and given == ok for ok in kind.harmless[name]):
+            field = prefix + name
+            raise PedroError(f"{field}: not supported, got {_shown(given)}", param=field, code="unsupported_parameter")
+
+
+_EXPECTED: dict[str, Callable[[dict], str]] = {
+    "missing": lambda ctx: "is required",
+    "int_type": lambda ctx: "expected a whole number",
+    "float_type": lambda ctx: "expected a number",
+    "string_type": lambda ctx: "expected a string",
+    "bool_type": lambda ctx: "expected true or false",
+    "list_type": lambda ctx: "expected a list",
+    "dict_type": lambda ctx: "expected an object",
+    "model_type": lambda ctx: "expected an object",
+    "literal_error": lambda ctx: f"expected {ctx['expected']}",
+    "value_error": lambda ctx: str(ctx["error"]),
+    "greater_than_equal": lambda ctx: f"expected >= {ctx['ge']}",
+    "greater_than": lambda ctx: f"expected > {ctx['gt']}",
+    "less_than_equal": lambda ctx: f"expected <= {ctx['le']}",
+    "less_than": lambda ctx: f"expected < {ctx['lt']}",
+    "too_long": lambda ctx: f"expected at most {ctx['max_length']} items",
+    "too_short": lambda ctx: f"expected at least {ctx['min_length']} items",
+}
+
+
+def _user_error(error: ValidationError) -> PedroError:
+    problems = error.errors(include_url=False)
+    lines = []
+    for problem in problems[:MAX_SHOWN_ERRORS]:
+        field = _field(problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"Unrecognized request argument supplied: {field}")
+        elif problem["type"] == "missing":
+            lines.append(f"{field}: is required")
+        else:
+            describe = _EXPECTED.get(problem["type"])
+            expected = describe(problem.get("ctx", {})) if describe else problem["msg"]
+            lines.append(f"{field}: {expected}, got {_shown(problem['input'])}")
+    if len(problems) > MAX_SHOWN_ERRORS:
+        lines.append(f"and {len(problems) - MAX_SHOWN_ERRORS} more")
+    codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
+    return PedroError(
+        "; ".join(lines),
+        param=_field(problems[0]["loc"]),
+        code=codes.get(problems[0]["type"], "invalid_value"),
+    )
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """("messages", 0, "content") is "messages[0].content"."""
+    name = ""
+    for part in location:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    return name
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_VALUE else text[: MAX_SHOWN_VALUE - 3] + "..."

@@ -1,0 +1,54 @@
+"""/tokenize, /detokenize and /tokenizer_info in the form of vLLM's server. Knows nothing of vocabularies.
+
+Each counts as one request of the caller's quota, and as no tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+
+from pedro.errors import PedroError
+from pedro.gateway.admission import admit
+from pedro.gateway.auth import Principal, require
+from pedro.gateway.body import read_body
+from pedro.gateway.calls import plain_messages
+from pedro.gateway.parsing import parse
+from pedro.gateway.schemas import DetokenizeRequest, TokenizeRequest
+from pedro.store import INFER
+
+router = APIRouter()
+Caller = Annotated[Principal, Depends(require(INFER))]
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, caller: Caller) -> dict[str, Any]:
+    wanted = parse(TokenizeRequest, await read_body(request))
+    if (wanted.prompt is None) == (wanted.messages is None):
+        raise PedroError("prompt: send either prompt or messages", param="prompt")
+    if wanted.messages is not None and wanted.add_special_tokens:
+        raise PedroError("add_special_tokens: messages have theirs from the format", param="add_special_tokens")
+    prompt = wanted.prompt if wanted.prompt is not None else plain_messages(wanted.messages or ())
+    special = wanted.prompt is not None and wanted.add_special_tokens is not False
+    admit(request, caller)
+    found = await request.app.state.backend().tokenize(caller.view, wanted.model, prompt, special)
+    return {
+        "count": len(found.ids),
+        "max_model_len": found.max_model_len,
+        "tokens": list(found.ids),
+        "token_strs": list(found.token_strs) if wanted.return_token_strs and found.token_strs is not None else None,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, caller: Caller) -> dict[str, str]:
+    wanted = parse(DetokenizeRequest, await read_body(request))
+    admit(request, caller)
+    return {"prompt": await request.app.state.backend().detokenize(caller.view, wanted.model, tuple(wanted.tokens))}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request, caller: Caller) -> dict[str, Any]:
+    admit(request, caller)
+    return await request.app.state.backend().tokenizer_info()
