@@ -43,6 +43,7 @@ class WordBackend:
 
     def __init__(self, token_s: float = 0.0) -> None:
         self.token_s = token_s
+        self.first_token_s = 0.0
         self.is_ready = True
         self.running = 0
         self.freed = threading.Event()
@@ -75,6 +76,7 @@ class WordBackend:
             raise RuntimeError(SECRET_TEXT)
         self.running += 1
         try:
+            await asyncio.sleep(self.first_token_s)
             max_tokens = call.params.get("max_tokens", 8)
             if call.echo:
                 for index in range(call.n):

@@ -236,6 +236,17 @@ BAD_COMPLETIONS = [
     ({"conditioning_length": [1, 2]}, "conditioning_length"),
     ({"conditioning_length": 3, "prompt": [1, 2]}, "conditioning_length"),
     ({"best_of": 4}, "best_of"),
+    ({"best_of": 1, "n": 2}, "best_of"),
+    ({"best_of": 9, "use_beam_search": True}, "best_of"),
+    ({"best_of": 5, "use_beam_search": True, "prompt": ["a", "b"]}, "best_of"),
+    ({"best_of": 2, "n": 3, "use_beam_search": True}, "best_of"),
+    ({"use_beam_search": True, "stream": True}, "stream"),
+    ({"use_beam_search": True, "temperature": 0.7}, "temperature"),
+    ({"use_beam_search": 3}, "use_beam_search"),
+    ({"length_penalty": 2.0}, "length_penalty"),
+    ({"early_stopping": True}, "early_stopping"),
+    ({"use_beam_search": True, "early_stopping": "never"}, "early_stopping"),
+    ({"use_beam_search": True, "length_penalty": 11}, "length_penalty"),
     ({"suffix": "x"}, "suffix"),
     ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
     ({"logit_bias": {"five": 1}}, "logit_bias"),
@@ -273,6 +284,8 @@ BAD_CHATS = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
     ({"top_logprobs": 2}, "top_logprobs"),
+    ({"use_beam_search": True, "stream": True}, "stream"),
+    ({"best_of": 2}, "best_of"),
     ({"logprobs": 2}, "logprobs"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
@@ -317,6 +330,10 @@ def test_documented_fields_at_rest_are_accepted(http):
         top_k=-1,
     )
     assert reply.status_code == 200, reply.text
+
+
+def test_beam_fields_at_rest_need_no_beam_search(http):
+    assert complete(http, use_beam_search=False, length_penalty=1.0, early_stopping=False, best_of=2, n=2).is_success
 
 
 def test_every_field_the_openai_client_can_send_is_known():

@@ -113,6 +113,27 @@ def test_an_impossible_token_has_a_number_that_json_can_hold(client):
     assert reply.choices[0].logprobs.top_logprobs[0]["never "] == -9999.0
 
 
+@pytest.mark.parametrize(
+    ("asked", "n", "params"),
+    [
+        ({"use_beam_search": True, "best_of": 3}, 1, {"num_beams": 3}),
+        ({"use_beam_search": True}, 2, {"num_beams": 2}),
+        (
+            {"use_beam_search": True, "best_of": 4, "length_penalty": 0.8, "early_stopping": True},
+            2,
+            {"num_beams": 4, "length_penalty": 0.8, "early_stopping": True},
+        ),
+    ],
+)
+def test_beam_search_is_asked_for_as_of_vllms_server(gateway, client, asked, n, params):
+    body = {"model": BACKBONE, "n": n, "max_tokens": 2, "extra_body": asked}
+    assert len(client.completions.create(prompt="a", **body).choices) == n
+    greedy = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 2}
+    assert (last_call(gateway).n, last_call(gateway).params) == (n, greedy | params)
+    client.chat.completions.create(messages=[{"role": "user", "content": "a"}], temperature=0, **body)
+    assert (last_call(gateway).n, last_call(gateway).params) == (n, greedy | params)
+
+
 def test_sampling_fields_and_extensions_reach_the_backend_under_the_engines_names(gateway, client):
     client.completions.create(
         model=BACKBONE,

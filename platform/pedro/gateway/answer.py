@@ -6,15 +6,16 @@ byte. Knows nothing of keys, of request bodies or of which shape it is sending.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pedro.errors import PedroError
 from pedro.gateway.backend import Backend, Delta, GenerateCall
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.errors import stream_error_body
@@ -61,11 +62,11 @@ class Answer(Response):
             else:
                 body = await while_connected(receive, self._collect())
                 await JSONResponse(body)(scope, receive, send)
-        except PedroError:  # refused before anything was sent
-            self._ticket.settle(self._used(unseen_prompts=False))
+        except (ClientDisconnect, asyncio.CancelledError):
+            self._ticket.settle(self._used(unseen_prompts=True))
             raise
         finally:
-            self._ticket.settle(self._used(unseen_prompts=True))
+            self._ticket.settle(self._used(unseen_prompts=False))
 
     async def _collect(self) -> dict[str, Any]:
         async with FanIn(self._backend, self._calls) as deltas:
@@ -111,7 +112,7 @@ class Answer(Response):
         return choice
 
     def _used(self, *, unseen_prompts: bool) -> int:
-        """Tokens of prompts and answers so far; `unseen_prompts`: also the guess of those that gave nothing yet."""
+        """Tokens of prompts and answers so far; `unseen_prompts`: also a guess of those that gave nothing yet."""
         total = 0
         for call, choices in zip(self._calls, self._choices, strict=True):
             seen = max(choice.prompt_tokens for choice in choices)

@@ -25,9 +25,10 @@ class Bucket:
     """`limit` a minute. `level` is what is left now, below zero a debt; times are of the clock that is handed in."""
 
     def __init__(self, limit: int, share: float, now: float) -> None:
+        self._share = share
         self._at = now
-        self._level = 0.0
-        self._set(limit, share, filled=1.0)
+        self._set(limit)
+        self._level = self.capacity
 
     def level(self, now: float) -> float:
         """What may be taken now."""
@@ -43,16 +44,16 @@ class Bucket:
         """Seconds until the level is at `amount`; 0 if it is now."""
         return max(0.0, (amount - self.level(now)) / self._rate)
 
-    def resize(self, limit: int, share: float, now: float) -> None:
-        """Takes another limit and stays as full in proportion."""
-        filled = self.level(now) / self.capacity
-        self._set(limit, share, filled)
+    def resize(self, limit: int, now: float) -> None:
+        """Takes another limit: what is left stays, and what a higher one adds can be used at once."""
+        left, old = self.level(now), self.capacity
+        self._set(limit)
+        self._level = min(self.capacity, left + max(0.0, self.capacity - old))
 
-    def _set(self, limit: int, share: float, filled: float) -> None:
+    def _set(self, limit: int) -> None:
         self.limit = limit
-        self.capacity = max(1.0, limit * share)
-        self._rate = limit * share / 60
-        self._level = filled * self.capacity
+        self.capacity = max(1.0, limit * self._share)
+        self._rate = limit * self._share / 60
 
 
 class Ticket:
@@ -138,7 +139,7 @@ class Quotas:
                 self._buckets = {k: b for k, b in self._buckets.items() if b.level(now) < b.capacity}
             bucket = self._buckets[subject, kind] = Bucket(limit, self._share, now)
         elif bucket.limit != limit:
-            bucket.resize(limit, self._share, now)
+            bucket.resize(limit, now)
         return bucket
 
 

@@ -1,0 +1,271 @@
+"""What operators and tools ask of the gateway: the tokenizer, where adapters are resident, metrics, header bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import httpx
+import pytest
+from gateway_backend import BACKBONE, WordBackend
+from gateway_server import Gateway, serve
+from prometheus_client.parser import text_string_to_metric_families
+
+from pedro.gateway.app import create_app
+from pedro.store import Store
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    with serve(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def http(gateway: Gateway):
+    with gateway.http(gateway.key()) as client:
+        yield client
+
+
+@pytest.fixture
+def admin(gateway: Gateway):
+    with gateway.http(gateway.key("ops", ("admin",))) as client:
+        yield client
+
+
+# the tokenizer
+
+
+def test_a_text_is_tokenized_in_the_form_of_vllms_server(http):
+    reply = http.post("/tokenize", json={"model": BACKBONE, "prompt": "a bb", "return_token_strs": True})
+    assert reply.json() == {"count": 3, "max_model_len": 64, "tokens": [3, 1, 2], "token_strs": ["<s>", "a", "bb"]}
+    plain = http.post("/tokenize", json={"prompt": "a bb", "add_special_tokens": False}).json()
+    assert (plain["tokens"], plain["token_strs"]) == ([1, 2], None)
+
+
+def test_messages_are_tokenized_as_the_adapters_format_renders_them(http):
+    body = {
+        "model": "acme.support",
+        "messages": [{"role": "developer", "content": "hi"}],
+        "add_generation_prompt": True,
+    }
+    assert http.post("/tokenize", json=body).json()["tokens"] == [len("system:"), 2]
+
+
+def test_ids_become_text(http):
+    assert http.post("/detokenize", json={"tokens": [1, 3]}).json() == {"prompt": "w www"}
+    assert http.post("/detokenize", json={"model": BACKBONE, "tokens": []}).json() == {"prompt": ""}
+
+
+def test_the_requests_of_lm_evals_remote_tokenizer_are_answered(http):
+    """As its `RemoteTokenizer` sends them: no model, special tokens looked up through /tokenizer_info."""
+    info = http.get("/tokenizer_info").json()
+    assert info["tokenizer_class"]
+    tokens = http.post("/tokenize", json={"prompt": info["eos_token"], "add_special_tokens": False}).json()["tokens"]
+    assert len(tokens) == 1
+    assert isinstance(http.post("/detokenize", json={"tokens": tokens}).json()["prompt"], str)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True},
+            "add_special_tokens",
+        ),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": "{{ x }}"}, "chat_template"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a", "name": "bob"}]}, "messages[0].name"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "a", "truncate": 5}, "truncate"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+    ],
+)
+def test_a_bad_tokenizer_request_is_a_400_that_names_the_field(http, path, body, param):
+    reply = http.post(path, json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_a_foreign_adapter_tokenizes_for_nobody_else(http):
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        foreign = http.post(path, json={"model": "globex.faq", **body})
+        unknown = http.post(path, json={"model": "globex.nix", **body})
+        assert (foreign.status_code, unknown.status_code) == (404, 404)
+        assert foreign.text.replace("globex.faq", "X") == unknown.text.replace("globex.nix", "X")
+
+
+def test_tokenizing_counts_as_a_request_and_as_no_tokens(gateway, http):
+    gateway.store.set_quota(tenant="acme", requests_per_minute=2, tokens_per_minute=5)
+    reply = http.post("/tokenize", json={"prompt": "a " * 100})
+    assert (reply.headers["x-ratelimit-remaining-requests"], reply.headers["x-ratelimit-remaining-tokens"]) == (
+        "1",
+        "5",
+    )
+    assert http.post("/detokenize", json={"tokens": [1]}).status_code == 200
+    assert http.get("/tokenizer_info").status_code == 429
+
+
+# adapters
+
+
+def residence(reply: httpx.Response) -> list[tuple]:
+    assert reply.status_code == 200, reply.text
+    return [(held["version"], held["replica"], held["state"], held["pinned"]) for held in reply.json()["residence"]]
+
+
+def test_an_adapter_is_loaded_pinned_unpinned_and_unloaded_and_says_where_it_is(admin):
+    path = "/v1/adapters/acme.support"
+    assert residence(admin.get(path)) == []
+    assert residence(admin.post(f"{path}/load")) == [(1, "replica-1", "ready", False)]
+    assert residence(admin.post(f"{path}/pin")) == [(1, "replica-1", "ready", True)]
+    assert residence(admin.get(path)) == [(1, "replica-1", "ready", True)]
+    assert residence(admin.post(f"{path}/unpin")) == [(1, "replica-1", "ready", False)]
+    assert residence(admin.post(f"{path}/unload")) == []
+    assert residence(admin.get(path)) == []
+
+
+def test_the_list_shows_each_adapters_own_residence(admin):
+    admin.post("/v1/adapters/globex.faq/load")
+    found = {card["name"]: card["residence"] for card in admin.get("/v1/adapters").json()["data"]}
+    assert found == {
+        "acme.support": [],
+        "globex.faq": [
+            {
+                "version": 2,
+                "digest": "sha256:2",
+                "replica": "replica-1",
+                "state": "ready",
+                "bytes": 1000,
+                "pinned": False,
+                "uses": 0,
+            }
+        ],
+    }
+
+
+def test_versions_can_be_seen_and_moved_while_no_engine_answers(gateway, admin):
+    gateway.backend.engine_answers = False
+    assert admin.get("/v1/adapters/acme.support").json()["residence"] is None
+    assert [card["residence"] for card in admin.get("/v1/adapters").json()["data"]] == [None, None]
+    assert admin.post("/v1/adapters/acme.support/promote", json={"version": 2}).status_code == 200
+
+
+def test_an_unknown_adapter_is_a_404_and_an_unknown_action_too(admin):
+    assert admin.get("/v1/adapters/acme.nope").status_code == 404
+    assert admin.post("/v1/adapters/acme.nope/load").json()["error"]["code"] == "model_not_found"
+    assert admin.post("/v1/adapters/acme.support/explode").json()["error"]["code"] == "unknown_url"
+
+
+def test_an_infer_key_may_neither_see_nor_move_adapters(http):
+    assert http.get("/v1/adapters/acme.support").status_code == 403
+    assert http.post("/v1/adapters/acme.support/unload").status_code == 403
+
+
+# metrics
+
+
+def figures(text: str) -> dict[tuple, float]:
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families)
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value for family in families for sample in family.samples
+    }
+
+
+def test_metrics_hold_the_gateways_figures_and_the_engines_in_prometheus_form(gateway, http):
+    body = {"model": BACKBONE, "prompt": "a", "max_tokens": 2}
+    http.post("/v1/completions", json=body)
+    http.post("/v1/completions", json={**body, "stream": True})
+    http.post("/v1/completions", json={**body, "prompt": "crash"})
+    http.post("/v1/completions", json={**body, "prompt": "queue"})
+    http.get("/v1/models/acme.support")
+    for stray in ("/wp-login.php", "/.env"):
+        http.get(stray)
+    gateway.store.set_quota(tenant="acme", requests_per_minute=1)
+    for _ in range(2):
+        http.post("/v1/completions", json=body)
+    with gateway.http() as local:
+        reply = local.get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain; version=")
+    found = figures(reply.text)
+    counted = "pedro_gateway_requests_total"
+    assert found[counted, "/v1/completions", "2xx", "POST"] == 3
+    assert found[counted, "/v1/completions", "4xx", "POST"] == 2
+    assert found[counted, "/v1/completions", "5xx", "POST"] == 1
+    assert found[counted, "/v1/models/{name:path}", "2xx", "GET"] == 1
+    assert found[counted, "4xx", "GET", "unknown"] == 2
+    assert found["pedro_gateway_too_many_requests_total", "quota"] == 1
+    assert found["pedro_gateway_too_many_requests_total", "queue"] == 1
+    assert found["pedro_gateway_request_seconds_count", "/v1/completions"] == 6
+    assert found["pedro_gateway_open_streams",] == 0
+    assert found["pedro_engine_running",] == 0
+
+
+def test_open_streams_are_counted_while_they_are_open(tmp_path):
+    with serve(tmp_path, token_s=0.01) as gateway, gateway.http(gateway.key()) as http, gateway.http() as local:
+        body = {"model": BACKBONE, "prompt": "a", "max_tokens": 1000, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as reply:
+            next(reply.iter_lines())
+            assert figures(local.get("/metrics").text)["pedro_gateway_open_streams",] == 1
+        deadline = time.monotonic() + 5
+        while (
+            left := figures(local.get("/metrics").text)["pedro_gateway_open_streams",]
+        ) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert left == 0
+
+
+def test_the_gateways_figures_are_there_while_no_engine_answers(gateway):
+    gateway.backend.engine_answers = False
+    with gateway.http() as local:
+        reply = local.get("/metrics")
+    assert reply.status_code == 200
+    assert ("pedro_gateway_open_streams",) in figures(reply.text)
+
+
+@pytest.mark.parametrize(
+    ("client", "headers", "status"),
+    [
+        (("127.0.0.1", 5000), {"host": "127.0.0.1:8000"}, 200),
+        (("::1", 5000), {"host": "[::1]:8000"}, 200),
+        (("127.0.0.1", 5000), {"host": "localhost"}, 200),
+        (("10.0.0.7", 5000), {"host": "127.0.0.1:8000"}, 401),
+        (None, {"host": "127.0.0.1:8000"}, 401),
+        (("127.0.0.1", 5000), {"host": "pedro.example"}, 401),
+        (("127.0.0.1", 5000), {"host": "localhost", "x-forwarded-for": "10.0.0.7"}, 401),
+        (("127.0.0.1", 5000), {"host": "localhost", "authorization": "Bearer INFER"}, 403),
+        (("10.0.0.7", 5000), {"host": "pedro.example", "authorization": "Bearer ADMIN"}, 200),
+    ],
+)
+def test_metrics_are_for_this_machine_and_for_admin_keys(tmp_path, client, headers, status):
+    store = Store(f"sqlite:///{tmp_path}/pedro.db")
+    backend = WordBackend()
+    app = create_app(lambda: backend, store)
+    for scope in ("infer", "admin"):
+        secret = store.create_key("acme", (scope,))[1]
+        headers = {name: value.replace(scope.upper(), secret) for name, value in headers.items()}
+
+    async def ask() -> int:
+        transport = httpx.ASGITransport(app, client=client)
+        async with httpx.AsyncClient(transport=transport, base_url="http://unused") as http:
+            return (await http.get("/metrics", headers=headers)).status_code
+
+    assert asyncio.run(ask()) == status
+    store.close()
+
+
+# headers
+
+
+@pytest.mark.parametrize(
+    "headers", [{f"x-{number}": "a" for number in range(101)}, {"x-long": "a" * 16_400}], ids=["too many", "too long"]
+)
+def test_headers_beyond_the_bounds_are_a_431(http, headers):
+    reply = http.get("/v1/models", headers=headers)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (431, "headers_too_large")
+    assert reply.headers["x-request-id"]
