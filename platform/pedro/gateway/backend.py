@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 ALL_TENANTS = "*"
 """The tenant named by a call made with an admin key: every tenant's models are visible to it."""
@@ -76,8 +76,7 @@ class GenerateCall:
     trace_id: str = ""
 
 
-@dataclass(frozen=True)
-class Alternative:
+class Alternative(NamedTuple):
     """A token that could have stood at a position. `raw` are its bytes where the text alone cannot tell them."""
 
     token: str
@@ -85,8 +84,7 @@ class Alternative:
     raw: bytes | None = None
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """One token's log-probability, natural logarithm; None for the first token of an echoed prompt."""
 
     token: str

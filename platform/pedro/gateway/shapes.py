@@ -38,7 +38,8 @@ class Choice:
         if keep:
             self.text.append(delta.text)
             if delta.logprobs is not None:
-                self.logprobs = [*(self.logprobs or []), *delta.logprobs]
+                self.logprobs = self.logprobs or []
+                self.logprobs += delta.logprobs
 
 
 class Shape(Protocol):
@@ -127,17 +128,15 @@ def usage(choices: list[list[Choice]]) -> dict[str, int]:
 
 def completion_logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...], offset: int) -> dict[str, Any]:
     """The parallel lists of /v1/completions. The chosen token is always among its alternatives."""
-    offsets, top = [], []
+    offsets, names, logprobs, top = [], [], [], []
     for entry in entries:
+        name, logprob = _token_name(entry), _finite(entry.logprob)
         offsets.append(offset)
         offset += len(entry.token)
-        top.append(_alternatives(entry))
-    return {
-        "text_offset": offsets,
-        "token_logprobs": [_finite(entry.logprob) for entry in entries],
-        "tokens": [_token_name(entry) for entry in entries],
-        "top_logprobs": top,
-    }
+        names.append(name)
+        logprobs.append(logprob)
+        top.append(None if logprob is None else _alternatives(name, logprob, entry.top))
+    return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": names, "top_logprobs": top}
 
 
 def chat_logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any]:
@@ -148,11 +147,9 @@ def chat_logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dic
     return {"content": content, "refusal": None}
 
 
-def _alternatives(entry: TokenLogprob) -> dict[str, float] | None:
-    if entry.logprob is None:
-        return None
-    found = {_token_name(entry): max(entry.logprob, IMPOSSIBLE)}
-    for alternative in entry.top:
+def _alternatives(chosen: str, logprob: float, top: tuple[Alternative, ...]) -> dict[str, float]:
+    found = {chosen: logprob}
+    for alternative in top:
         found.setdefault(_token_name(alternative), max(alternative.logprob, IMPOSSIBLE))
     return found
 
