@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pedro.engine import Engine, EngineConfig, Output, Request, SamplingParams
 from pedro.evaluation.benchmarks.shapes import Shape, make_model
@@ -29,8 +31,10 @@ class Silent:
 class BenchEngine:
     """An Engine on `shape`; adapter refs are directories. `options` are those of EngineConfig."""
 
-    def __init__(self, shape: Shape, device: str = "cpu", dtype: str | None = None, **options: Any) -> None:
-        model = make_model(shape, device, dtype)
+    def __init__(
+        self, shape: Shape, device: str = "cpu", dtype: str | None = None, model: Any = None, **options: Any
+    ) -> None:
+        model = model if model is not None else make_model(shape, device, dtype)
         options = {"adapter_bytes": 8 << 30, "max_waiting": 100_000, "max_waiting_per_tenant": 100_000, **options}
         self.shape = shape
         self.engine = Engine(model, Silent(), EngineConfig(**options), Path, shape.digest)
@@ -94,6 +98,7 @@ def take(outputs: Sequence[Output], timeline: Timeline) -> None:
             timeline.take(f"{output.request_id}/{output.index}", len(output.token_ids), moment)
 
 
-def supports_beams() -> bool:
-    """Whether this engine decodes by beams."""
-    return any(field.name == "num_beams" for field in fields(SamplingParams))
+def use_threads(count: int) -> None:
+    """Have matrix products use `count` threads in this process, whoever multiplies."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from statistics import median
@@ -39,4 +40,4 @@ class Timeline:
 
     def gaps_ms(self) -> list[float]:
         """Milliseconds between one token of a request and its next, of all requests."""
-        return [(b - a) * 1000 for moments in self.moments.values() for a, b in zip(moments, moments[1:], strict=False)]
+        return [(b - a) * 1000 for moments in self.moments.values() for a, b in itertools.pairwise(moments)]

@@ -1,4 +1,4 @@
-"""Our engine, driven by its own step loop in this process; adapters of any kind, or none, in one and the same engine."""
+"""Our engine, driven by its own step loop in this process; adapters of any kind, or none, in one engine."""
 
 from __future__ import annotations
 
