@@ -145,6 +145,7 @@ def test_quotas_of_tenants_and_keys_are_set_shown_and_taken_away(pedro, tmp_path
     assert "100,000" in pedro("tenants", "list")[1]
     assert " 70 " in pedro("keys", "list")[1]
     one_error(pedro("keys", "quota", "key_none"), "key_none")
+    assert "has no key yet" in pedro("tenants", "quota", "acmee", "--requests-per-minute", 1)[2]
 
 
 def test_only_the_secret_is_on_standard_output_so_that_it_can_be_substituted(pedro, tmp_path):

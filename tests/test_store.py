@@ -119,6 +119,11 @@ def test_a_key_may_be_made_with_a_quota_of_its_own(store):
         store.create_key("acme", quota=Quota(5, -1))
 
 
+def test_asking_for_a_quota_sets_none(store):
+    assert store.set_quota(tenant="nobody") == Quota()
+    assert store.list_quotas() == {}
+
+
 def test_one_limit_of_a_quota_can_change_or_go_without_the_other(store):
     store.set_quota(tenant="acme", requests_per_minute=60, tokens_per_minute=9000)
     assert store.set_quota(tenant="acme", tokens_per_minute=100) == Quota(60, 100)

@@ -44,8 +44,6 @@ class Database:
         """The statement that writes `values` into the row of `key`, new or not."""
         dialect: Any = postgresql if self._engine.dialect.name == "postgresql" else sqlite
         insert = dialect.insert(table).values(**key, **values)
-        if not values:
-            return insert.on_conflict_do_nothing()
         return insert.on_conflict_do_update(index_elements=list(key), set_=values)
 
     def _create(self, metadata: sa.MetaData) -> None:

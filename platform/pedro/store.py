@@ -229,9 +229,10 @@ class Store:
         with self._database.transaction() as connection:
             if key_id is not None and not connection.execute(sa.select(_keys.c.id).where(_keys.c.id == key_id)).all():
                 raise _key_not_found(key_id)
-            connection.execute(self._database.upsert(_quotas, {"subject": subject}, values))
-            row = connection.execute(sa.select(_quotas).where(_quotas.c.subject == subject)).one()
-        return Quota(row.requests_per_minute, row.tokens_per_minute)
+            if values:
+                connection.execute(self._database.upsert(_quotas, {"subject": subject}, values))
+            row = connection.execute(sa.select(_quotas).where(_quotas.c.subject == subject)).one_or_none()
+        return NO_QUOTA if row is None else Quota(row.requests_per_minute, row.tokens_per_minute)
 
     def list_quotas(self) -> dict[str, Quota]:
         """The quota of every tenant that has a key or a quota, by name."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pedro.cli.output import AsJson, emit, table
+from pedro.cli.output import AsJson, emit, say, table
 
 if TYPE_CHECKING:
     from pedro.store import Quota, Store
@@ -45,9 +45,10 @@ def quota(
 
     Example: `pedro tenants quota acme --requests-per-minute 600 --tokens-per-minute 100000`
     """
-    now = _store().set_quota(
-        tenant=tenant, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute
-    )
+    store = _store()
+    now = store.set_quota(tenant=tenant, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
+    if not store.list_keys(tenant):
+        say(f"note: tenant {tenant} has no key yet")
     emit({"tenant": tenant, **asdict(now)}, as_json, lambda: typer.echo(f"{tenant}: {in_words(now)}"))
 
 

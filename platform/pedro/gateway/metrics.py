@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 UNKNOWN_ROUTE = "unknown"
@@ -19,6 +19,7 @@ class GatewayMetrics:
     """The gateway's own figures, in a registry of its own: several gateways may live in one process."""
 
     def __init__(self) -> None:
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         by_route = ("method", "route", "status")
         self._requests = Counter("pedro_gateway_requests", "Requests answered.", by_route, registry=self.registry)
