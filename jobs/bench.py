@@ -1,10 +1,24 @@
-"""Measures the engine and prints what it found: `python -m jobs.bench --help`. A thin entry; needs no cluster."""
+"""Measures the engine and prints what it found: `python -m jobs.bench --help`. A thin entry; it needs no cluster.
+
+Where Ray is not installed, the benchmarks that need a server are not offered.
+"""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from pedro.evaluation.benchmarks.catalog import BENCHMARKS
 from pedro.evaluation.benchmarks.main import main
 
+
+def benchmarks() -> dict:
+    """Every benchmark that can run here."""
+    if find_spec("ray") is None or find_spec("mlflow") is None:
+        return dict(BENCHMARKS)
+    from pedro.demo.bench import SERVER_BENCHMARKS
+
+    return {**BENCHMARKS, **SERVER_BENCHMARKS}
+
+
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARKS, Path(__file__).parent / "results"))
+    sys.exit(main(benchmarks(), Path(__file__).parent / "results"))

@@ -32,12 +32,19 @@ class BenchEngine:
     """An Engine on `shape`; adapter refs are directories. `options` are those of EngineConfig."""
 
     def __init__(
-        self, shape: Shape, device: str = "cpu", dtype: str | None = None, model: Any = None, **options: Any
+        self,
+        shape: Shape,
+        device: str = "cpu",
+        dtype: str | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        digest: str | None = None,
+        **options: Any,
     ) -> None:
-        model = model if model is not None else make_model(shape, device, dtype)
         options = {"adapter_bytes": 8 << 30, "max_waiting": 100_000, "max_waiting_per_tenant": 100_000, **options}
+        made = model if model is not None else make_model(shape, device, dtype)
         self.shape = shape
-        self.engine = Engine(model, Silent(), EngineConfig(**options), Path, shape.digest)
+        self.engine = Engine(made, tokenizer or Silent(), EngineConfig(**options), Path, digest or shape.digest)
         self._names = itertools.count()
 
     def request(
@@ -49,7 +56,7 @@ class BenchEngine:
 
     def answer(self, asked: list[list[int]], refs: Sequence[str | None], new: int, beams: int = 1) -> Timeline:
         """All prompts at once, to their ends."""
-        extra = {"num_beams": beams} if beams > 1 else {}
+        extra: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
         requests = [self.request(ids, ref, new, **extra) for ids, ref in zip(asked, refs, strict=True)]
         timeline = Timeline()
         for request in requests:

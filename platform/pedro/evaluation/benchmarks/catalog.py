@@ -9,8 +9,10 @@ from pedro.evaluation.benchmarks.main import Benchmark, Options
 from pedro.evaluation.benchmarks.report import Report
 from pedro.evaluation.benchmarks.rivals import Say
 
-SERVING_COLUMNS = ("engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms", "ratio")
-SERVING_COLUMNS += ("ratio_interval", "decode_ratio", "decode_ratio_interval")
+SERVING_COLUMNS = (
+    *("engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"),
+    *("ratio", "ratio_interval", "decode_ratio", "decode_ratio_interval"),
+)
 
 
 def _run(module: str, options: Options, say: Say) -> Report:

@@ -91,7 +91,7 @@ def _sit(
     most = max(line.batch for line in sitting.lines)
     refs = [str(path) for path in adapter_directories(shape, sitting.method, most)]
     name = f"{sitting.engine}+{sitting.method} {shape.name}"
-    setup = {"shape": shape.name, "device": options.device, "dtype": default_dtype(options.device)}
+    setup: dict[str, Any] = {"shape": shape.name, "device": options.device, "dtype": default_dtype(options.device)}
     setup |= {"threads": options.threads, "length": PROMPT_TOKENS + NEW_TOKENS + 8}
     setup |= {"max_batch": most * max(line.beams for line in sitting.lines)}
     adapters = {sitting.method: refs} if sitting.engine == "ours" else refs
@@ -128,7 +128,8 @@ def _report(
     for line, rounds in runs.items():
         row: dict[str, Any] = {"engine": sitting.engine, "adapters": line.adapters or "none", "model": shape.name}
         row |= {"batch": line.batch, "tenants": line.tenants, "beams": line.beams}
-        row |= {key: round(median(r[key] for r in rounds), 2) for key in ("tok_s", "decode_tok_s", "ttft_ms")}
+        keys = ("tok_s", "decode_tok_s", "ttft_ms") if line.beams == 1 else ("tok_s",)  # beams come all at the end
+        row |= {key: round(median(r[key] for r in rounds), 2) for key in keys}
         row["peak_gb"] = round(max(r["peak_bytes"] for r in rounds) / 1e9, 3)
         bare = runs.get(Line(None, line.batch, 1))
         if bare is not None and line.beams == 1:

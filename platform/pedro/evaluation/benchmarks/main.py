@@ -31,6 +31,7 @@ of real sizes (S: 15 M, M: 125 M, 7B: LLaMA-2-7B); prompts are random and distin
   ratio         to transformers' generate() on the bare model, the median over rounds, each round's pair apart;
                 *_interval: its 95 % bootstrap interval
 """
+ENGINES = ("generate", "ours", "peft", "continuous", "vllm")  # continuous: transformers' own, off unless named
 EXAMPLES = """\
 examples:
   python -m jobs.bench serving --quick                        S, batch 8, what is installed here; within 50 s
@@ -46,7 +47,7 @@ files (PEDRO_HOME/bench/results). A peer that is not installed is skipped by nam
 
 @dataclass(frozen=True)
 class Options:
-    """The command line, as every benchmark gets it. `rounds`, `models` and `batches` are None where not given."""
+    """The command line, as every benchmark gets it. None stands for what was not given."""
 
     quick: bool
     models: tuple[str, ...] | None
@@ -55,7 +56,7 @@ class Options:
     threads: int
     device: str
     peers: Mapping[str, str]
-    continuous: bool
+    engines: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every engine alike")
         command.add_argument("--device", default="cpu", help="cpu (float32) or cuda (bfloat16)")
         command.add_argument("--peer", type=_peer, action="append", default=[], metavar="vllm=PYTHON")
-        command.add_argument("--continuous", action="store_true", help="transformers' continuous batching too")
+        command.add_argument("--engines", type=_engines, metavar="ours,vllm", help=f"of {', '.join(ENGINES)}")
         command.add_argument("--out", type=Path, metavar="FILE", help="where the result goes instead")
     return parser
 
@@ -120,7 +121,7 @@ def _options(parsed: argparse.Namespace) -> Options:
         threads=parsed.threads,
         device=parsed.device,
         peers=dict(parsed.peer),
-        continuous=parsed.continuous,
+        engines=parsed.engines,
     )
 
 
@@ -128,6 +129,13 @@ def _models(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if unknown := [name for name in names if name not in SHAPES]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(SHAPES)}")
+    return names
+
+
+def _engines(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in ENGINES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(ENGINES)}")
     return names
 
 

@@ -26,6 +26,7 @@ from pedro.evaluation.benchmarks.shapes import (
 )
 from pedro.evaluation.benchmarks.stats import Ratio, paired_ratio
 
+QUICK_S = 22
 LORA_TENANTS = 8  # in a mixed batch of the peers: more only slows them further
 QUICK: dict[str, Sequence[int]] = {"S": (8,)}
 FULL: dict[str, Sequence[int]] = {"S": (1, 8, 32), "M": (1, 8)}
@@ -69,14 +70,15 @@ class Plan:
     threads: int = 2
     device: str = "cpu"
     peers: Mapping[str, str] = field(default_factory=dict)
-    continuous: bool = False
+    engines: Sequence[str] = ("generate", "ours", "peft", "vllm")
     floor: bool = True
+    most_s: float = float("inf")  # no round begins after so long, once one was counted
 
     @property
     def hosts(self) -> list[str]:
         """The processes to start."""
-        hosts = ["generate", "ours", "peft", *(["continuous"] if self.continuous else [])]
-        return hosts + (["vllm", "vllm+lora"] if "vllm" in self.peers else [])
+        hosts = [name for name in self.engines if name != "vllm"]
+        return hosts + (["vllm", "vllm+lora"] if "vllm" in self.engines and "vllm" in self.peers else [])
 
 
 def run(options: Options, say: Say) -> Report:
@@ -91,8 +93,9 @@ def run(options: Options, say: Say) -> Report:
             threads=options.threads,
             device=options.device,
             peers=options.peers,
-            continuous=options.continuous,
+            engines=options.engines or Plan.engines,
             floor=not quick,
+            most_s=QUICK_S if quick else float("inf"),
         ),
         say,
     )
@@ -101,7 +104,7 @@ def run(options: Options, say: Say) -> Report:
 def measure(plan: Plan, say: Say) -> Report:
     """Measure every shape of the plan and judge the targets that its rows allow."""
     report = Report("serving", vars(plan))
-    if "vllm" not in plan.peers:
+    if "vllm" in plan.engines and "vllm" not in plan.peers:
         report.skipped["vllm"] = "not asked for; give --peer vllm=/path/to/python"
     if plan.floor:
         report.facts["floor"] = measure_floor(plan, say)
@@ -191,6 +194,8 @@ def _rounds(
     runs: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in field_}
     began = time.monotonic()
     for number in range(plan.rounds + 1):
+        if number > 1 and time.monotonic() - began > plan.most_s:
+            break
         for contender in list(runs)[:: -1 if number % 2 else 1]:
             order = {
                 "batch": batch,

@@ -7,6 +7,7 @@ are resident in one case and have to be loaded in the other.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def _report_cases(report: Report, cases: Sequence[Case], seen: dict[Case, list[d
 def _report_streams(report: Report, engine: BenchEngine, directories: Sequence[str], rounds: int, say: Say) -> None:
     """Residents' p99 time per token with arrivals that miss, over that with arrivals that are resident."""
     residents, arrivals = list(directories[:STREAMS]), list(directories[STREAMS : 2 * STREAMS])
-    missing = iter(directories[2 * STREAMS :] * 2)
+    missing = itertools.cycle(directories[2 * STREAMS :])
     p99: dict[str, list[float]] = {"arrivals resident": [], "arrivals missing": []}
     for number in range(rounds + 1):
         for case in list(p99)[:: -1 if number % 2 else 1]:

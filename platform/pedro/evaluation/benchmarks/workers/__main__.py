@@ -18,6 +18,7 @@ KINDS = {
     "generate": ("pedro.evaluation.benchmarks.workers.transformers", "Generate"),
     "continuous": ("pedro.evaluation.benchmarks.workers.transformers", "Continuous"),
     "peft": ("pedro.evaluation.benchmarks.workers.peft", "Peft"),
+    "http": ("pedro.evaluation.benchmarks.workers.http", "Http"),
     "floor": ("pedro.evaluation.benchmarks.workers.floor", "Floor"),
     "vllm": ("pedro.evaluation.benchmarks.workers.vllm", "Vllm"),
 }

@@ -11,7 +11,10 @@ from pedro.evaluation.benchmarks.shapes import SHAPES, prompts
 
 
 class Ours:
-    """Set-up: shape, device, dtype, threads, max_batch, length; `adapters`: directories by kind."""
+    """Set-up: shape, device, dtype, threads, max_batch, length; `adapters`: directories by kind.
+
+    With a `tokenizer` (a directory) tokens become text, as in a server; `digest` is the backbone's if not the shape's.
+    """
 
     def __init__(self, setup: dict[str, Any]) -> None:
         torch.set_num_threads(setup["threads"])
@@ -23,6 +26,8 @@ class Ours:
             dtype=setup["dtype"],
             max_batch=setup["max_batch"],
             max_length=setup["length"],
+            tokenizer=_tokenizer(setup.get("tokenizer")),
+            digest=setup.get("digest"),
         )
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:
@@ -33,3 +38,11 @@ class Ours:
             self._engine.load(refs)
         chosen = [refs[row % len(refs)] if refs else None for row in range(len(asked))]
         return self._engine.answer(asked, chosen, order["new"], beams=order.get("beams", 1)).figures()
+
+
+def _tokenizer(directory: str | None) -> Any:
+    if directory is None:
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)

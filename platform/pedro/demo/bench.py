@@ -1,0 +1,156 @@
+"""Stands up a server on a random backbone for the benchmarks that need one: the cost of HTTP, and hot swap under load.
+
+Knows the platform from outside: a home of its own, two registered versions of one adapter, keys, a local Ray head.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pedro.backbone import Backbone, resolve_backbone
+from pedro.config import Settings
+from pedro.evaluation.benchmarks import http
+from pedro.evaluation.benchmarks.adapters import adapter_directories
+from pedro.evaluation.benchmarks.main import Benchmark, Options
+from pedro.evaluation.benchmarks.report import Report, Target, exactly
+from pedro.evaluation.benchmarks.rivals import Say
+from pedro.evaluation.benchmarks.shapes import SHAPES, Shape, bench_folder, saved_model
+
+TENANT, ADAPTER = "bench", "demo"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A server that runs for a benchmark, and an operator's key for it."""
+
+    server: http.Server
+    admin_key: str
+    versions: tuple[int, ...]
+
+
+def http_report(options: Options, say: Say) -> Report:
+    """The cost of gateway and Serve."""
+    with standing(options, say) as stand:
+        return http.run(options, stand.server, say)
+
+
+def swap_report(options: Options, say: Say) -> Report:
+    """An alias that moves under 32 streams: every 5 s for a minute, then every 0.5 s for 20 s."""
+    from pedro.demo.swap import swap
+
+    phases = ((1.0, 4.0), (0.5, 2.0)) if options.quick else ((5.0, 60.0), (0.5, 20.0))
+    with standing(options, say) as stand:
+        say(f"moving {stand.server.model} " + ", ".join(f"every {every:g} s for {s:g} s" for every, s in phases))
+        seen = swap(
+            stand.server.url,
+            stand.server.key,
+            stand.admin_key,
+            stand.server.model,
+            list(stand.versions),
+            streams=8 if options.quick else 32,
+            phases=phases,
+        )
+    report = Report("swap", {"model": stand.server.shape, "phases": phases})
+    for phase in seen["phases"]:
+        first = phase["first_served_s"]
+        row = {key: value for key, value in phase.items() if key != "first_served_s"}
+        report.rows.append({**row, "first_served_s": first["max"]})
+        label = f"moved every {phase['every_s']:g} s: "
+        for name in ("failed", "mixed"):
+            report.targets.append(Target(label + name, 0, exactly(float(phase[name])), at_most=True))
+        if phase["every_s"] >= 1 and first["max"] is not None:
+            report.targets.append(Target(label + "s until first served", 2.0, exactly(first["max"]), at_most=True))
+        report.targets.append(Target(label + "the last version wins", 1, exactly(float(phase["last_version_wins"]))))
+    return report
+
+
+SERVER_BENCHMARKS = {
+    "http": Benchmark("streaming through Ray Serve against the engine in process", http_report, http.COLUMNS),
+    "swap": Benchmark(
+        "an alias that moves under load: nothing fails, nothing is mixed",
+        swap_report,
+        ("every_s", "seconds", "moves", "answers", "failed", "mixed", "stale", "first_served_s", "last_version_wins"),
+    ),
+}
+
+
+@contextmanager
+def standing(options: Options, say: Say) -> Iterator[Standing]:
+    """A server for the time of the `with`; its Ray head and its home go with it."""
+    from pedro.registry import Registry
+    from pedro.serving.config import ServeConfig
+    from pedro.serving.deploy import deploy, end
+    from pedro.store import Store
+
+    shape = SHAPES[(options.models or ("S",))[0]]
+    home = bench_folder() / "home"
+    settings = Settings.from_env({"PEDRO_HOME": str(home)})
+    try:
+        end(settings)  # of a run that was killed
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        say(f"registering two versions of {TENANT}.{ADAPTER} on {shape.name}")
+        backbone = resolve_backbone(str(backbone_with_words(shape)))
+        adapters = [_adapted(source, backbone, home) for source in adapter_directories(shape, "pedro", 2)]
+        registry = Registry.open(settings)
+        versions = [_register(registry, adapter) for adapter in adapters]
+        registry.promote(f"{TENANT}.{ADAPTER}", versions[0])
+        store = Store(settings.database_url)
+        _, key = store.create_key(TENANT, ["infer"], "benchmark")
+        _, admin_key = store.create_key("operator", ["admin"], "benchmark")
+        config = ServeConfig(backbone=str(backbone.directory), served_name=shape.name, threads=options.threads)
+        served = deploy(settings, config, port=0, say=say)
+        model = f"{TENANT}.{ADAPTER}"
+        server = http.Server(shape.name, served.url, key, model, str(adapters[0]), str(backbone.directory))
+        yield Standing(server, admin_key, tuple(versions))
+    finally:
+        end(settings)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def backbone_with_words(shape: Shape) -> Path:
+    """The shape's directory with a tokenizer whose every token is one word, so that words count tokens."""
+    directory = saved_model(shape)
+    if not (directory / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, shape.vocab))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            unk_token="<unk>",  # noqa: S106
+            bos_token="<s>",  # noqa: S106
+            eos_token="</s>",  # noqa: S106
+        ).save_pretrained(directory)
+    return directory
+
+
+def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
+    """A copy of a random adapter that belongs to the served backbone, as one trained on it would."""
+    from pedro.data.formats import FORMATS
+
+    target = home / "made" / source.name
+    shutil.copytree(source, target)
+    manifest = json.loads((target / "pedro_adapter.json").read_text())
+    manifest["backbone"] = {
+        "id": backbone.id,
+        "digest": backbone.digest,
+        "tokenizer_digest": backbone.tokenizer_digest,
+    }
+    manifest |= {"prompt_format": FORMATS["raw"].to_dict(), "metrics": {}}
+    (target / "pedro_adapter.json").write_text(json.dumps(manifest))
+    return target
+
+
+def _register(registry, directory: Path) -> int:
+    run = registry.start_run(experiment=TENANT, name="benchmark", params={}, tags={})
+    version = registry.register(run, directory, TENANT, ADAPTER)
+    registry.finish_run(run)
+    return version.version

@@ -1,0 +1,175 @@
+"""Benchmarks: figures are computed as documented, missing peers are named, nothing stays running."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from pedro.evaluation.benchmarks import serving
+from pedro.evaluation.benchmarks.adapters import adapter_directories
+from pedro.evaluation.benchmarks.catalog import BENCHMARKS
+from pedro.evaluation.benchmarks.efficiency import copy_limit_tok_s
+from pedro.evaluation.benchmarks.main import main
+from pedro.evaluation.benchmarks.report import Report, Target, exactly
+from pedro.evaluation.benchmarks.rivals import RivalError, Stable
+from pedro.evaluation.benchmarks.shapes import SHAPES, make_model, prompts
+from pedro.evaluation.benchmarks.stats import Ratio, paired_ratio, percentile
+from pedro.evaluation.benchmarks.timeline import Timeline
+
+ROW_KEYS = {"engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> tuple[Report, list[str]]:
+    """A whole comparison on a tiny backbone, with a vLLM that is not there, and what was said meanwhile."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEDRO_HOME", str(tmp_path_factory.mktemp("home")))
+        engines, peers = ("generate", "ours", "vllm"), {"vllm": "/nowhere/python"}
+        plan = serving.Plan(
+            {"tiny": (2,)}, rounds=2, prompt=12, new=4, threads=1, peers=peers, engines=engines, floor=False
+        )
+        return serving.measure(plan, said.append), said
+
+
+def test_a_run_gives_a_row_for_every_engine_that_is_installed(quick):
+    report, _ = quick
+    assert {(row["engine"], row["adapters"]) for row in report.rows} >= {
+        ("generate", "none"),
+        ("ours", "pedro"),
+        ("ours", "none"),
+    }
+    assert all(row.keys() >= ROW_KEYS and row["tok_s"] > 0 and row["decode_tok_s"] > 0 for row in report.rows)
+    assert {row["tenants"] for row in report.rows if row["adapters"] != "none"} == {2}
+
+
+def test_ratios_refer_to_generate_on_the_bare_model(quick):
+    report, _ = quick
+    base = next(row for row in report.rows if row["engine"] == "generate")
+    assert base["ratio"] == base["decode_ratio"] == 1.0
+    for row in report.rows:
+        low, high = row["ratio_interval"]
+        assert low <= row["ratio"] <= high
+
+
+def test_a_peer_that_is_not_installed_is_skipped_by_name(quick):
+    report, said = quick
+    assert "/nowhere/python" in report.skipped["vllm"]
+    assert "/nowhere/python" in report.skipped["vllm+lora"]
+    assert any("skipped vllm" in line for line in said)
+
+
+def test_the_last_line_is_one_json_object_and_the_file_carries_provenance(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    report, _ = quick
+    entry = BENCHMARKS["serving"]
+    stand_in = type(entry)(entry.about, lambda options, say: report, entry.columns)
+    assert main({"serving": stand_in}, tmp_path, ["serving"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    saved = json.loads((tmp_path / "serving.json").read_text())
+    assert last["rows"] == saved["rows"] == report.rows
+    assert saved.keys() >= {"commit", "hardware", "versions", "settings", "targets"}
+
+
+def test_ratios_are_taken_within_a_round():
+    drifting = paired_ratio([20.0, 40.0, 80.0], [10.0, 20.0, 40.0])
+    assert (drifting.value, drifting.low, drifting.high) == (2.0, 2.0, 2.0)
+    uneven = paired_ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0])
+    assert uneven.value == 2.0
+    assert uneven.low <= 2.0 <= uneven.high
+
+
+def test_a_target_is_met_by_the_median_or_by_the_interval():
+    assert Target("fast", 1.0, Ratio(0.97, 0.9, 1.01)).met
+    assert not Target("fast", 1.0, Ratio(0.97, 0.9, 0.99)).met
+    assert Target("short", 3.0, exactly(2.9), at_most=True).met
+    assert Target("short", 3.0, Ratio(3.2, 2.8, 3.6), at_most=True).met
+    assert not Target("short", 3.0, exactly(3.1), at_most=True).met
+
+
+def test_decoding_counts_from_when_every_request_has_its_first_token():
+    timeline = Timeline(started=0.0)
+    for moment in (1.0, 2.0, 3.0, 4.0):
+        timeline.take("a", moment=moment)
+    for moment in (2.0, 3.0, 4.0):
+        timeline.take("b", moment=moment)
+    figures = timeline.figures()
+    assert figures["tok_s"] == 7 / 4
+    assert figures["decode_tok_s"] == 4 / 2
+    assert figures["ttft_ms"] == 1500.0
+    assert sorted(timeline.gaps_ms()) == [1000.0] * 5
+
+
+def test_percentiles_are_values_that_occurred():
+    assert percentile(range(1, 101), 0.99) == 99
+    assert percentile([5.0], 0.99) == 5.0
+
+
+def test_the_shapes_have_the_sizes_they_are_named_after():
+    sizes = {name: sum(p.numel() for p in make_model(SHAPES[name], "meta").parameters()) for name in ("S", "M", "7B")}
+    assert sizes == {"S": 15_191_712, "M": 124_668_672, "7B": 6_738_415_616}
+    assert SHAPES["M"].read_parameters < sizes["M"] - 32_000 * 768 + 1
+    assert copy_limit_tok_s(SHAPES["7B"], copy_gb_s=600.0, value_bytes=2) == pytest.approx(600e9 / 13.5e9, rel=0.03)
+
+
+def test_prompts_differ_from_each_other_and_are_the_same_for_every_engine():
+    asked = prompts(SHAPES["S"], 4, 16, seed=1)
+    assert len({tuple(ids) for ids in asked}) == 4
+    assert asked == prompts(SHAPES["S"], 4, 16, seed=1) != prompts(SHAPES["S"], 4, 16, seed=2)
+
+
+@pytest.mark.parametrize("kind", ["pedro", "ia3", "lora"])
+def test_every_tenants_adapter_is_whole_and_its_own(kind, tmp_path, monkeypatch):
+    from pedro.methods.adapter_files import verify_adapter
+
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    shape = SHAPES["tiny"]
+    directories = adapter_directories(shape, kind, 3)
+    digests = {verify_adapter(directory, shape.digest)["digest"] for directory in directories}
+    assert len(digests) == 3
+    assert adapter_directories(shape, kind, 3) == directories
+
+
+def test_engines_that_were_started_end_whatever_happens(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    ours = psutil.Process()
+
+    def interrupted() -> None:
+        with Stable(print) as stable:
+            stable.start("one", "generate", {"shape": "tiny"})
+            assert len(ours.children()) == 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not ours.children()
+
+
+def test_an_engine_that_cannot_start_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    with Stable(print) as stable:
+        stable.start("strange", "http", {})
+        assert stable.wait() == {}
+        assert "KeyError" in stable.skipped["strange"]
+
+
+def test_an_order_that_fails_leaves_the_engine_running(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    with Stable(print) as stable:
+        stable.start("client", "http", {"shape": "tiny", "url": "http://127.0.0.1:9", "key": "k", "model": "m"})
+        stable.wait()
+        with pytest.raises(RivalError, match="KeyError"):
+            stable.run("client", {"batch": 1})
+        with pytest.raises(RivalError, match="ConnectError"):
+            stable.run("client", {"batch": 1, "prompt": 4, "new": 2, "seed": 0})
+
+
+def test_help_teaches_without_importing_torch():
+    code = "import sys, jobs.bench as b\ntry: b.main(b.BENCHMARKS, None, ['--help'])\nexcept SystemExit: pass\n"
+    out = subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True)
+    assert out.returncode == 0, out.stderr.decode()
+    assert b"--peer vllm=/path/to/python" in out.stdout
