@@ -24,7 +24,9 @@
 #define MR 4
 #endif
 #define NR (2 * VW)
-#define GROUP_BYTES (384 << 10) /* panels that stay in the second-level cache while the rows pass by */
+#define AHEAD (32 * NR) /* floats: weights come from memory faster when asked for across page borders */
+#define FEW 48
+#define GROUP_BYTES (768 << 10) /* panels that stay in the second-level cache while the rows pass by */
 
 typedef float vf __attribute__((vector_size(VW * 4)));
 typedef float vfu __attribute__((vector_size(VW * 4), aligned(4)));
@@ -57,6 +59,9 @@ typedef struct {
   long rows, lora;                                /* lora: whether any row has a low-rank term */
   const int *ids, *positions, *slots, *mods;      /* [rows]; mods: the slot whose scales apply, -1 for none */
   float *x, *qkv, *mixed, *act, *low;             /* [rows, …]: dim, qkv, heads * d, padded ffn, 3 * max_rank */
+  float *packed;                                  /* rows times the widest input, scratch; for many rows only */
+  long prompts;                                   /* of a prefill; starts: [prompts + 1], in rows */
+  const int *starts;
   float *logits;                                  /* [rows, vocab] */
   int *best;                                      /* [rows]: the likeliest token, -1 where logits are not finite */
   float *best_value;                              /* [threads, rows], scratch; best_at likewise */
@@ -137,6 +142,7 @@ static inline __attribute__((always_inline)) void tile(const int m, long k, cons
   for (int r = 0; r < m; r++) a[r] = b[r] = (vf){0};
   for (long i = 0; i < k; i++, w += NR, x += m) {
     vf w0 = load(w), w1 = load(w + VW);
+    __builtin_prefetch(w + AHEAD), __builtin_prefetch(w + AHEAD + VW);
 #pragma GCC unroll 12
     for (int r = 0; r < m; r++) {
       a[r] += w0 * x[r];
@@ -164,16 +170,21 @@ static void run_tile(int m, long k, const float *x, const float *w, float *out) 
   }
 }
 
+static inline int rows_of(const Batch *B, long b, long block) { /* of block b; the last may be short or empty */
+  const long left = B->rows - b * block;
+  return left < 0 ? 0 : left < block ? left : block;
+}
+
 static void pack(const Product *p, long row, int m, float eps, float *packed) { /* rows side by side: [k, m] */
-  for (int r = 0; r < m; r++) {
-    const float *x = p->x + (row + r) * p->ldx;
-    if (p->norm) {
-      float scale = rms(x, p->k, eps);
-      for (long i = 0; i < p->k; i++) packed[i * m + r] = x[i] * scale * p->norm[i];
-    } else {
-      for (long i = 0; i < p->k; i++) packed[i * m + r] = x[i];
-    }
-  }
+  const float *x[MR];
+  float scale[MR];
+  for (int r = 0; r < m; r++) x[r] = p->x + (row + r) * p->ldx, scale[r] = p->norm ? rms(x[r], p->k, eps) : 1;
+  if (!p->norm)
+    for (long i = 0; i < p->k; i++, packed += m)
+      for (int r = 0; r < m; r++) packed[r] = x[r][i];
+  else
+    for (long i = 0; i < p->k; i++, packed += m)
+      for (int r = 0; r < m; r++) packed[r] = x[r][i] * scale[r] * p->norm[i];
 }
 
 static inline vf modulated(const Model *M, const Batch *B, long l, const Product *p, int at, long row, long col, vf y) {
@@ -242,14 +253,20 @@ static void multiply(const Model *M, const Batch *B, long l, const Product *p, l
   const long first = panels * thread / threads, last = panels * (thread + 1) / threads;
   const long bytes = p->k * NR * sizeof(float), group = bytes > GROUP_BYTES ? 1 : GROUP_BYTES / bytes;
   const long blocks = (B->rows + MR - 1) / MR, block = (B->rows + blocks - 1) / blocks;
-  float *packed = scratch(MR * p->k + MR * NR), *y = packed + (MR * p->k + VW - 1) / VW * VW;
+  const int few = B->rows <= FEW; /* each thread packs a few rows for itself, all threads share the work of many */
+  float *y = scratch(MR * NR + (few ? B->rows * p->k : 0)), *packed = few ? y + MR * NR : B->packed;
+  if (few) {
+    for (long b = 0; b < blocks; b++) pack(p, b * block, rows_of(B, b, block), M->eps, packed + b * block * p->k);
+  } else {
+#pragma omp for schedule(static)
+    for (long b = 0; b < blocks; b++) pack(p, b * block, rows_of(B, b, block), M->eps, packed + b * block * p->k);
+  }
   for (long g = first; g < last; g += group)
-    for (long row = 0; row < B->rows; row += block) {
-      const int m = B->rows - row < block ? B->rows - row : block;
-      const long stop = g + group < last ? g + group : last;
-      pack(p, row, m, M->eps, packed);
-      for (long panel = g; panel < stop; panel++) {
-        run_tile(m, p->k, packed, p->panels + panel * p->k * NR, y);
+    for (long b = 0; b < blocks; b++) {
+      const long row = b * block, stop = g + group < last ? g + group : last;
+      const int m = rows_of(B, b, block);
+      for (long panel = g; m > 0 && panel < stop; panel++) {
+        run_tile(m, p->k, packed + row * p->k, p->panels + panel * p->k * NR, y);
         if (p->mode == HEAD) finish_head(M, B, panel, row, m, y, thread);
         else finish(M, B, l, p, panel, row, m, y);
       }
@@ -378,6 +395,78 @@ static void attention(const Model *M, const Batch *B, const Layer *L) {
   }
 }
 
+static void attend_prompt(const Model *M, const Batch *B, const Layer *L, long first, long n, long kv) {
+  /* A whole prompt against itself, one key-value head: scores and mixes are products like any other. */
+  const long d = M->head_dim, group = M->heads / M->kv_heads, slot = B->slots[first];
+  const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
+  const long key_panels = (n + NR - 1) / NR, value_panels = (d + NR - 1) / NR, span = key_panels * NR;
+  const float *keys = L->keys + (slot * M->kv_heads + kv) * M->length * d;
+  const float *values = L->values + (slot * M->kv_heads + kv) * M->length * d;
+  float *key = scratch(span * d + value_panels * n * NR + MR * (2 * span + d + NR)), *value = key + span * d;
+  float *scores = value + value_panels * n * NR, *p = scores + MR * span, *q = p + MR * span, *y = q + MR * d;
+  for (long panel = 0; panel < key_panels; panel++)
+    for (long i = 0; i < d; i++)
+      for (long c = 0; c < NR; c++) {
+        const long t = panel * NR + c;
+        key[(panel * d + i) * NR + c] = t < n ? keys[t * d + i] : 0;
+      }
+  for (long panel = 0; panel < value_panels; panel++)
+    for (long t = 0; t < n; t++)
+      for (long c = 0; c < NR; c++) {
+        const long i = panel * NR + c;
+        value[(panel * n + t) * NR + c] = i < d ? values[t * d + i] : 0;
+      }
+  for (long h = kv * group; h < (kv + 1) * group; h++)
+    for (long row = 0; row < n; row += MR) {
+      const int m = n - row < MR ? n - row : MR;
+      const long low = L->window && row >= L->window ? (row + 1 - L->window) / NR * NR : 0, high = row + m;
+      float share[MR];
+      for (long i = 0; i < d; i++)
+        for (int r = 0; r < m; r++) q[i * m + r] = B->qkv[(first + row + r) * width + h * d + i] * M->scaling;
+      for (long panel = low / NR; panel * NR < high; panel++) {
+        run_tile(m, d, q, key + panel * d * NR, y);
+        for (int r = 0; r < m; r++) memcpy(scores + r * span + panel * NR, y + r * NR, NR * sizeof(float));
+      }
+      for (int r = 0; r < m; r++) {
+        float *score = scores + r * span, most = -INFINITY;
+        const long at = row + r, from = L->window && at >= L->window ? at + 1 - L->window : 0;
+        vf top = all(-INFINITY), total = {0};
+        for (long t = low; t < from; t++) score[t] = -INFINITY;
+        for (long t = at + 1; t < (high + NR - 1) / NR * NR; t++) score[t] = -INFINITY;
+        for (long t = low; t < high; t += VW) top = vmax(top, load(score + t));
+        for (int i = 0; i < VW; i++) most = top[i] > most ? top[i] : most;
+        for (long t = low; t < high; t += VW) {
+          vf x = load(score + t), e = pick(x == -INFINITY, (vf){0}, vexp(x - most));
+          store(score + t, e);
+          total += e;
+        }
+        share[r] = 1.0f / sum(total);
+      }
+      for (long t = low; t < high; t++)
+        for (int r = 0; r < m; r++) p[(t - low) * m + r] = scores[r * span + t];
+      for (long panel = 0; panel < value_panels; panel++) {
+        run_tile(m, high - low, p, value + (panel * n + low) * NR, y);
+        for (int r = 0; r < m; r++)
+          for (long c = 0; c < NR && panel * NR + c < d; c++)
+            B->mixed[(first + row + r) * M->heads * d + h * d + panel * NR + c] = y[r * NR + c] * share[r];
+      }
+    }
+}
+
+static void prompt_attention(const Model *M, const Batch *B, const Layer *L) {
+  const long d = M->head_dim, width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
+#pragma omp for schedule(static)
+  for (long row = 0; row < B->rows; row++) {
+    for (long kv = 0; kv < M->kv_heads; kv++) keep(M, B, L, row, kv);
+    for (long h = 0; h < M->heads; h++) rotate(M, L->q_norm, B->positions[row], B->qkv + row * width + h * d);
+  }
+#pragma omp for schedule(dynamic, 1)
+  for (long unit = 0; unit < B->prompts * M->kv_heads; unit++) {
+    const long prompt = unit / M->kv_heads, first = B->starts[prompt];
+    attend_prompt(M, B, L, first, B->starts[prompt + 1] - first, unit % M->kv_heads);
+  }
+}
+
 /* ---- the parts of a layer ---- */
 
 static void into_attention(const Model *M, const Batch *B, long l, int thread) {
@@ -430,24 +519,13 @@ void pedro_embed(const Model *M, const Batch *B) {
   embed(M, B);
 }
 
-void pedro_into_attention(const Model *M, const Batch *B, long l) { /* fills B->qkv, rotated, and the cache */
-  const long d = M->head_dim, width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
+void pedro_prefill(const Model *M, const Batch *B, long l) { /* layer l of whole prompts */
 #pragma omp parallel num_threads(M->threads)
   {
-    into_attention(M, B, l, omp_get_thread_num());
-#pragma omp for schedule(static)
-    for (long row = 0; row < B->rows; row++) {
-      for (long kv = 0; kv < M->kv_heads; kv++) keep(M, B, M->layer + l, row, kv);
-      for (long h = 0; h < M->heads; h++)
-        rotate(M, M->layer[l].q_norm, B->positions[row], B->qkv + row * width + h * d);
-    }
-  }
-}
-
-void pedro_out_of_attention(const Model *M, const Batch *B, long l) { /* from B->mixed */
-#pragma omp parallel num_threads(M->threads)
-  {
-    out_of_attention(M, B, l, omp_get_thread_num());
+    const int thread = omp_get_thread_num();
+    into_attention(M, B, l, thread);
+    prompt_attention(M, B, M->layer + l);
+    out_of_attention(M, B, l, thread);
   }
 }
 

@@ -40,10 +40,8 @@ class Model(ctypes.Structure):
     """`Model` of native.c."""
 
     _fields_ = [
-        *(
-            (name, c_long)
-            for name in ("layers dim heads kv_heads head_dim rotary ffn vocab length slots threads activation".split())
-        ),
+        *((name, c_long) for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "rotary", "ffn", "vocab")),
+        *((name, c_long) for name in ("length", "slots", "threads", "activation")),
         *((name, c_float) for name in ("eps", "scaling", "embed_scale", "pad")),
         *((name, c_void_p) for name in ("embed", "final_norm", "head", "cos", "sin")),
         ("layer", POINTER(Layer)),
@@ -60,7 +58,10 @@ class Batch(ctypes.Structure):
         ("rows", c_long),
         ("lora", c_long),
         *((name, c_void_p) for name in ("ids", "positions", "slots", "mods")),
-        *((name, c_void_p) for name in ("x", "qkv", "mixed", "act", "low", "logits")),
+        *((name, c_void_p) for name in ("x", "qkv", "mixed", "act", "low", "packed")),
+        ("prompts", c_long),
+        ("starts", c_void_p),
+        ("logits", c_void_p),
         ("best", POINTER(c_int)),
         ("best_value", c_void_p),
         ("best_at", c_void_p),
@@ -81,12 +82,9 @@ def load_kernel() -> ctypes.CDLL | None:
         log.warning("the CPU kernel could not be built, so the engine decodes with PyTorch alone: %s", detail)
         return None
     kernel.pedro_strip.restype = c_long
-    for name in ("embed", "logits", "decode"):
-        getattr(kernel, f"pedro_{name}").argtypes = (POINTER(Model), POINTER(Batch))
-    for name in ("into_attention", "out_of_attention"):
-        getattr(kernel, f"pedro_{name}").argtypes = (POINTER(Model), POINTER(Batch), c_long)
-    for name in ("embed", "logits", "decode", "into_attention", "out_of_attention"):
-        getattr(kernel, f"pedro_{name}").restype = None
+    for name, last in {"embed": (), "prefill": (c_long,), "logits": (), "decode": ()}.items():
+        function = getattr(kernel, f"pedro_{name}")
+        function.argtypes, function.restype = (POINTER(Model), POINTER(Batch), *last), None
     return kernel
 
 

@@ -1,6 +1,5 @@
-"""A Llama-like model on the CPU kernel: weights packed once, prefill layer by layer, decoding in one call a step.
+"""A Llama-like model on the CPU kernel: weights packed once, prefill a layer a call, decoding a step a call.
 
-The kernel does the projections, norms, rotations and the decode attention; a prefill's attention is PyTorch's SDPA.
 Knows no policy. Takes the model over: its own weights are released as they are packed, so they exist once.
 Legend: N tokens of a packed batch, B rows, D model width, W output width, K inputs, P panels, V vocabulary.
 """
@@ -15,10 +14,10 @@ from torch import nn
 
 from pedro.engine import native
 from pedro.engine.adapter import Adapter
+from pedro.engine.executor import Logits
 from pedro.engine.kv_cache import KVCache
 from pedro.engine.modulation import Conditioned, Modulation
 from pedro.engine.native import SITES
-from pedro.engine.executor import Logits
 from pedro.methods.architectures import Architecture
 
 MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -108,6 +107,7 @@ class NativeModel:
         self._ranks = torch.zeros(self.num_parts, len(SITES), slots, dtype=torch.int32)
         self._model.lora, self._model.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
         self._batch, self._buffers = self._make_batch(slots)
+        self._prompts: tuple[native.Batch, dict[str, torch.Tensor]] | None = None
         ids, positions, slot_ids, mods = (self._buffers[name] for name in ("ids", "positions", "slots", "mods"))
         self._inputs = [(c_int * slots).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
         modulation.on_buffer = self._use_buffer
@@ -116,7 +116,7 @@ class NativeModel:
     def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Flow:
         """Take up a prefill of these rows."""
         flat = [token for ids in token_ids for token in ids]
-        batch, buffers = self._make_batch(len(flat), logits=False)
+        batch, buffers = self._prefill_batch(len(flat))
         mods = [row.segment.slot if row.modulated else -1 for row in rows]
         columns = {
             "ids": flat,
@@ -125,7 +125,9 @@ class NativeModel:
             "mods": [slot for slot, ids in zip(mods, token_ids, strict=True) for _ in ids],
         }
         for name, values in columns.items():
-            buffers[name].copy_(torch.tensor(values, dtype=torch.int32))
+            buffers[name][: len(flat)] = torch.tensor(values, dtype=torch.int32)
+        buffers["starts"] = torch.tensor([*(row.segment.start for row in rows), len(flat)], dtype=torch.int32)
+        batch.prompts, batch.starts = len(rows), buffers["starts"].data_ptr()
         batch.lora = any(slot in self._modulation.low_rank for slot in mods)
         self._make_low(batch, buffers)
         self._kernel.pedro_embed(pointer(self._model), pointer(batch))
@@ -137,9 +139,7 @@ class NativeModel:
         for layer in range(flow.layer, last):
             if self._modulation.generating:
                 self._modulation.generate(layer, hidden, self._norms[layer])
-            self._kernel.pedro_into_attention(pointer(self._model), pointer(flow.batch), layer)
-            self._attend(flow, layer)
-            self._kernel.pedro_out_of_attention(pointer(self._model), pointer(flow.batch), layer)
+            self._kernel.pedro_prefill(pointer(self._model), pointer(flow.batch), layer)
         flow.layer = last
 
     def logits(self, flow: Flow, index: list[int]) -> Logits:
@@ -161,33 +161,6 @@ class NativeModel:
             self._make_low(batch, self._buffers)
         self._kernel.pedro_decode(pointer(self._model), pointer(batch))
         return Logits(self._buffers["logits"][:rows], batch.best[:rows])
-
-    def _attend(self, flow: Flow, layer: int) -> None:
-        """Each row attends to itself alone, causally."""
-        sizes = self._sizes
-        heads, kv_heads, d = sizes["heads"], sizes["kv_heads"], sizes["head_dim"]
-        window = self._model.layer[layer].window
-        for row in flow.rows:
-            span = slice(row.segment.start, row.segment.stop)
-            size = row.segment.stop - row.segment.start
-            qkv = flow.buffers["qkv"][span]
-            queries = qkv[:, : heads * d].view(size, heads, d).transpose(0, 1)[None]
-            keys = self._cache.keys[layer][row.segment.slot, :, :size][None]
-            values = self._cache.values[layer][row.segment.slot, :, :size][None]
-            mask = None
-            if window and size > window:
-                at = torch.arange(size)
-                mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - window)
-            mixed = F.scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self._model.scaling,
-                enable_gqa=heads != kv_heads,
-            )
-            flow.buffers["mixed"][span].view(size, heads, d).copy_(mixed[0].transpose(0, 1))
 
     def _pack(self, layer: native.Layer, place, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Point `layer` at packed weights; the modules' own are released."""
@@ -239,26 +212,31 @@ class NativeModel:
         return tensor.data_ptr()
 
     def _make_batch(self, rows: int, logits: bool = True) -> tuple[native.Batch, dict[str, torch.Tensor]]:
+        """A batch of `rows`, and the tensors behind it: `dim` and so on are the widths of native.c's `Batch`."""
         sizes, threads = self._sizes, self._model.threads
         q, kv = (self._round(sizes[name] * sizes["head_dim"]) for name in ("heads", "kv_heads"))
-        widths = {
-            "x": self._round(sizes["dim"]),
-            "qkv": q + 2 * kv,
-            "mixed": sizes["heads"] * sizes["head_dim"],
-            "act": self._round(sizes["ffn"]),
-            "best_value": threads,
-        }
+        mixed, act = sizes["heads"] * sizes["head_dim"], self._round(sizes["ffn"])
+        widths = {"x": self._round(sizes["dim"]), "qkv": q + 2 * kv, "mixed": mixed, "act": act}
+        widths |= {"packed": max(sizes["dim"], mixed, sizes["ffn"]), "best_value": threads}
         if logits:
             widths["logits"] = sizes["vocab"]
-        buffers = {name: torch.zeros(rows, width) for name, width in widths.items()}
+        buffers = {name: torch.empty(rows, width) for name, width in widths.items()}
         buffers |= {
-            name: torch.zeros(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods", "best")
+            name: torch.empty(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods", "best")
         }
-        buffers["best_at"] = torch.zeros(rows * threads, dtype=torch.int32)
+        buffers["best_at"] = torch.empty(rows * threads, dtype=torch.int32)
         batch = native.Batch(rows=rows, lora=0)
         for name, buffer in buffers.items():
             address = buffer.data_ptr()
             setattr(batch, name, cast(address, POINTER(c_int)) if name == "best" else address)
+        return batch, buffers
+
+    def _prefill_batch(self, rows: int) -> tuple[native.Batch, dict[str, torch.Tensor]]:
+        """The batch that all prefills share, since one is under way at a time; it grows with the longest."""
+        if self._prompts is None or len(self._prompts[1]["ids"]) < rows:
+            self._prompts = self._make_batch(rows, logits=False)
+        batch, buffers = self._prompts
+        batch.rows = rows
         return batch, buffers
 
     def _make_low(self, batch: native.Batch, buffers: dict[str, torch.Tensor]) -> None:
