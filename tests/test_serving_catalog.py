@@ -123,6 +123,41 @@ def test_an_alias_move_is_seen_at_the_next_refresh_and_not_before(catalog, regis
     assert resolve(catalog, "acme", "acme.swap").digest == old.digest
 
 
+def test_a_reading_of_an_unchanged_registry_costs_one_look_and_any_change_is_seen(catalog, registry, add, monkeypatch):
+    add("acme.quiet")
+    readings = []
+    read = registry.catalog
+    monkeypatch.setattr(registry, "catalog", lambda: readings.append(1) or read())
+
+    async def go():
+        for _ in range(5):
+            await catalog.refresh()
+        assert len(readings) == 1
+        assert catalog.fresh
+        await asyncio.to_thread(add, "acme.quiet")
+        await catalog.refresh()
+        assert (await catalog.resolve("acme", "acme.quiet")).version == 2
+        await asyncio.to_thread(registry.rollback, "acme.quiet")
+        await catalog.refresh()
+        assert (await catalog.resolve("acme", "acme.quiet")).version == 1
+
+    asyncio.run(go())
+    assert len(readings) == 3
+
+
+def test_a_registry_restored_from_a_copy_is_read_anew(home, tmp_path, registry, add):
+    add("acme.restored")
+    database = tmp_path / "mlflow.db"
+    shutil.copy(home / "mlflow.db", database)
+    own = Registry(f"sqlite:///{database}", registry.artifact_root, tmp_path / "cache")
+    before = own.stamp()
+    assert own.stamp() == before
+    shutil.copy(home / "mlflow.db", tmp_path / "copy.db")
+    (tmp_path / "copy.db").rename(database)
+    assert own.stamp() != before
+    assert Registry("http://127.0.0.1:9", str(tmp_path), tmp_path).stamp() is None
+
+
 def test_the_watcher_follows_moves_and_ends_when_cancelled(catalog, registry, add):
     add("acme.watched"), add("acme.watched", promote=False)
 

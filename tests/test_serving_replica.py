@@ -5,21 +5,24 @@ import itertools
 import json
 import shutil
 import time
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
+from serving_peers import LocalPeer
 
 from pedro.data import FORMATS, load_rows, parse_line
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import GenerateCall
 from pedro.gateway.calls import chat_call, completion_calls
-from pedro.gateway.schemas import ChatRequest, CompletionRequest, parse
+from pedro.gateway.parsing import parse
+from pedro.gateway.schemas import ChatRequest, CompletionRequest
 from pedro.registry import Registry
 from pedro.serving.backend import ref_of
 from pedro.serving.config import ServeConfig
+from pedro.serving.links import Link
 from pedro.serving.replica import Replica
 
 SHAPES = ("messages", "completion", "alpaca", "sharegpt")
@@ -98,20 +101,34 @@ def chat(messages, **fields):
 async def answer(replica, call, ref=None):
     """The choices of one call, whole; raises the error that the stream ends in."""
     choices = {}
-    async for item in replica.generate(call, ref):
-        if isinstance(item, PedroError):
-            raise item
-        for delta in item:
-            choice = choices.setdefault(
-                delta.index, SimpleNamespace(text="", token_ids=[], logprobs=[], finish=None, deltas=[])
-            )
-            assert choice.finish is None
-            choice.text += delta.text
-            choice.token_ids += delta.token_ids
-            choice.logprobs += delta.logprobs or ()
-            choice.finish = delta.finish_reason
-            choice.deltas.append(delta)
+    async with linked(replica) as link, aclosing(link.call(call, ref, ())) as batches:
+        async for batch in batches:
+            for delta in batch:
+                choice = choices.setdefault(
+                    delta.index, SimpleNamespace(text="", token_ids=[], logprobs=[], finish=None, deltas=[])
+                )
+                assert choice.finish is None
+                choice.text += delta.text
+                choice.token_ids += delta.token_ids
+                choice.logprobs += delta.logprobs or ()
+                choice.finish = delta.finish_reason
+                choice.deltas.append(delta)
     return [choices[index] for index in sorted(choices)]
+
+
+@asynccontextmanager
+async def linked(replica):
+    """An ingress's link with the replica, ready."""
+    changed = asyncio.Event()
+    link = Link(replica.name, LocalPeer(replica), changed.set)
+    try:
+        async with asyncio.timeout(10):
+            while not link.ready:
+                changed.clear()
+                await changed.wait()
+        yield link
+    finally:
+        await link.close()
 
 
 def ask(replica, call, ref=None):
@@ -328,7 +345,10 @@ def test_ending_a_stream_early_frees_its_slot(served):
     async def go():
         slots = served.replica.stats()["slots"]
         call = completion(max_tokens=400, ignore_eos=True)
-        async with aclosing(served.replica.generate(call, ref(served, "acme.completion"))) as stream:
+        async with (
+            linked(served.replica) as link,
+            aclosing(link.call(call, ref(served, "acme.completion"), ())) as stream,
+        ):
             await anext(stream)
             assert served.replica.stats()["slots_free"] == slots - 1
         async with asyncio.timeout(5):

@@ -6,44 +6,92 @@ The same `build_app` serves `pedro serve`, a Serve config file and a RayService 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from pedro.config import Settings, validate_spec
+from pedro.errors import PedroError
 from pedro.serving.config import ServeConfig
+from pedro.serving.peers import ROUTER, HandlePeer
+from pedro.serving.wire import Posted, ReplicaLost, Slice
 
 MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
 
 
-@serve.deployment(name="engine", max_ongoing_requests=MAX_ONGOING, graceful_shutdown_timeout_s=10)
+@serve.deployment(
+    name="engine",
+    max_ongoing_requests=MAX_ONGOING,
+    graceful_shutdown_timeout_s=10,
+    request_router_config=RequestRouterConfig.model_validate({"request_router_class": ROUTER}),
+)
 class EngineReplica:
-    """One engine on one device."""
+    """One engine on one device. Each method takes the id of the replica that it is meant for."""
 
     def __init__(self, config: dict[str, Any], settings: Settings) -> None:
         from pedro.serving.replica import Replica
 
-        self._replica = Replica(ServeConfig(**config), settings)
+        self._id = serve.get_replica_context().replica_tag
+        self._replica = Replica(ServeConfig(**config), settings, self._id)
 
-    async def generate(self, call: Any, ref: str | None, resumed: tuple[int, ...] = ()) -> Any:
-        """Slices of deltas; an error meant for the tenant is the last item rather than an exception."""
-        async with aclosing(self._replica.generate(call, ref, resumed)) as pieces:
-            async for piece in pieces:
+    async def stream(self, link: str, *, to: str) -> AsyncGenerator[Slice | ReplicaLost, None]:
+        """The long-lived stream of one ingress."""
+        if to != self._id:
+            yield ReplicaLost(to)
+            return
+        async with aclosing(self._replica.stream(link)) as slices:
+            async for piece in slices:
                 yield piece
 
-    async def ready(self) -> bool:
-        return self._replica.ready()
+    async def post(self, link: str, calls: list[Posted], cancelled: list[int], *, to: str) -> ReplicaLost | None:
+        """Start calls on that stream and end others."""
+        return await self._answer("post", to, link, calls, cancelled)
+
+    async def tokenize(self, *arguments: Any, to: str) -> Any:
+        return await self._answer("tokenize", to, *arguments)
+
+    async def detokenize(self, *arguments: Any, to: str) -> Any:
+        return await self._answer("detokenize", to, *arguments)
+
+    async def tokenizer_info(self, *, to: str) -> Any:
+        return await self._answer("tokenizer_info", to)
+
+    async def residents(self, *arguments: Any, to: str) -> Any:
+        return await self._answer("residents", to, *arguments)
+
+    async def load(self, *arguments: Any, to: str) -> Any:
+        return await self._answer("load", to, *arguments)
+
+    async def unpin(self, *arguments: Any, to: str) -> Any:
+        return await self._answer("unpin", to, *arguments)
+
+    async def unload(self, *arguments: Any, to: str) -> Any:
+        return await self._answer("unload", to, *arguments)
+
+    async def metrics(self, *, to: str) -> Any:
+        return await self._answer("metrics", to)
 
     async def stats(self) -> dict[str, Any]:
-        """Counts and occupancy of this replica's engine."""
+        """Counts and occupancy of this replica's engine; of any one where there are several."""
         return self._replica.stats()
 
     def check_health(self) -> None:
         """Called by Serve; an exception has the replica replaced."""
         self._replica.check_health()
+
+    async def _answer(self, method: str, to: str, *arguments: Any) -> Any:
+        """What the replica answers; an error meant for the one who asked is a value (`HandlePeer` raises it)."""
+        if to != self._id:
+            return ReplicaLost(to)
+        try:
+            return await getattr(self._replica, method)(*arguments)
+        except (PedroError, ReplicaLost) as error:
+            return error
 
 
 @serve.deployment(name="gateway", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0})
@@ -54,28 +102,39 @@ class Gateway:
     def __init__(self, config: dict[str, Any], settings: Settings, engine: DeploymentHandle) -> None:
         from pedro.backbone import context_length, resolve_backbone
         from pedro.registry import Registry
-        from pedro.serving.backend import ServeBackend
         from pedro.serving.catalog import Catalog
         from pedro.store import Store
 
-        wanted = ServeConfig(**config)
-        backbone = resolve_backbone(wanted.backbone)
-        registry = Registry.open(settings)
-        self._catalog = Catalog(registry, wanted.model_name, backbone.digest, wanted.watch_interval_s)
-        longest = min(wanted.max_length or context_length(backbone), context_length(backbone))
-        self._backend = ServeBackend(wanted.model_name, longest, self._catalog, registry, engine)
+        self._config = ServeConfig(**config)
+        backbone = resolve_backbone(self._config.backbone)
+        self._registry = Registry.open(settings)
+        self._catalog = Catalog(self._registry, self._config.model_name, backbone.digest, self._config.watch_interval_s)
+        self._longest = min(self._config.max_length or context_length(backbone), context_length(backbone))
         self._store = Store(settings.database_url)
-        self._watching: asyncio.Task | None = None
+        self._engine = engine
+        self._starting: list[asyncio.Task[Any]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
         from pedro.gateway.app import GatewaySettings, create_app
+        from pedro.serving.backend import ServeBackend
+        from pedro.serving.fleet import Fleet
+        from pedro.serving.live import LIVE  # here: Serve ships this class by value, and a global of its with it
 
-        self._watching = asyncio.create_task(self._catalog.watch())
+        loop = asyncio.get_running_loop()
+        fleet = Fleet(lambda replica: HandlePeer(self._engine, replica))
+
+        def become(replicas: frozenset[str]) -> None:  # on the router's thread
+            loop.call_soon_threadsafe(fleet.become, replicas)
+
+        LIVE.listen(become)
+        first = self._engine.stats.remote()  # the first request of a handle makes its router, which tells of replicas
+        self._starting = [asyncio.ensure_future(first), asyncio.create_task(self._catalog.watch())]
+        backend = ServeBackend(self._config.model_name, self._longest, self._catalog, self._registry, fleet)
         settings = GatewaySettings(
-            max_body_bytes=max_body_bytes(self._backend.max_model_len),
+            max_body_bytes=max_body_bytes(self._longest),
             send_request_id=False,  # Serve's proxy sends it itself
         )
-        return create_app(lambda: self._backend, self._store, settings)
+        return create_app(lambda: backend, self._store, settings)
 
 
 def max_body_bytes(max_model_len: int) -> int:
@@ -95,8 +154,9 @@ def build_app(args: dict[str, Any]) -> Application:
     settings = Settings.from_env()
     replica: Any = EngineReplica
     gateway: Any = Gateway
+    told = config.model_dump(exclude={"replicas"})  # another number of replicas is no reason to restart those there are
     engine = replica.options(
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
-    ).bind(config.model_dump(), settings)
-    return gateway.bind(config.model_dump(), settings, engine)
+    ).bind(told, settings)
+    return gateway.bind(told, settings, engine)

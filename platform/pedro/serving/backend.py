@@ -1,4 +1,4 @@
-"""The gateway's backend on Ray Serve: names resolved here, tokens made by an engine replica. Knows nothing of HTTP."""
+"""The gateway's backend: names resolved here, tokens made by an engine replica. Knows nothing of HTTP or of Ray."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import calendar
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError
-
-from pedro.errors import PedroError, ScopeError, UnavailableError, model_not_found
-from pedro.gateway.backend import AdapterCard, Delta, GenerateCall, ModelCard, VersionCard
+from pedro.errors import NotFoundError, PedroError, ScopeError, UnavailableError, model_not_found
+from pedro.gateway.backend import (
+    AdapterCard,
+    AdapterResidence,
+    Delta,
+    GenerateCall,
+    ModelCard,
+    TokenizeResult,
+    VersionCard,
+)
 from pedro.registry import Registry, Version
 from pedro.serving.catalog import EVERYONE, Catalog
+from pedro.serving.fleet import Fleet
+from pedro.serving.metrics import merged
+from pedro.serving.wire import ReplicaLost
 
 ATTEMPTS = 3
 log = logging.getLogger("pedro.serving")
@@ -26,12 +35,12 @@ log = logging.getLogger("pedro.serving")
 class ServeBackend:
     """Conforms to `pedro.gateway.backend.Backend`."""
 
-    def __init__(self, model_name: str, max_model_len: int, catalog: Catalog, registry: Registry, engine: Any) -> None:
+    def __init__(self, model_name: str, max_model_len: int, catalog: Catalog, registry: Registry, fleet: Fleet) -> None:
         self._model_name = model_name
         self.max_model_len = max_model_len
         self._catalog = catalog
         self._registry = registry
-        self._engine = engine
+        self._fleet = fleet
         self._started = int(time.time())
 
     async def list_models(self, tenant: str) -> list[ModelCard]:
@@ -50,45 +59,32 @@ class ServeBackend:
         A call whose replica dies is issued again, from the token it had come to: the same version, conditioning and
         seed, so the answer is the one it would have been. Several choices begin again, unless some were sent already.
         """
-        ref = None
-        if call.model != self._model_name:
-            ref = ref_of(await self._catalog.resolve(call.tenant, call.model))
+        ref = await self._ref(call.tenant, call.model)
         self._check_size(call.prompt)
         if "seed" not in call.params:
             call = replace(call, params={**call.params, "seed": secrets.randbits(63)})
         sent: list[int] = []
+        name = call.request_id
         for attempt in range(1, ATTEMPTS + 1):
             last: Delta | None = None
             try:
-                async with aclosing(self._stream(call, ref, tuple(sent))) as deltas:
-                    async for last in deltas:
-                        sent += last.token_ids[last.prompt_tokens if call.echo else 0 :]
-                        if call.echo and call.n == 1:
-                            call = replace(call, echo=False)  # sent now: not again
-                        yield last
+                async with aclosing(self._fleet.generate(call, ref, tuple(sent))) as batches:
+                    async for batch in batches:
+                        for last in batch:
+                            sent += last.token_ids[last.prompt_tokens if call.echo else 0 :]
+                            if call.echo and call.n == 1:
+                                call = replace(call, echo=False)  # sent now: not again
+                            yield last
                 return
-            except RayActorError as error:
+            except ReplicaLost as error:
                 if call.n == 1 and last is not None and last.finish_reason is not None:
                     return
                 if attempt == ATTEMPTS or (call.n > 1 and sent):
                     raise UnavailableError(
                         "the engine that answered was lost; try again", code="replica_lost"
                     ) from error
-                log.warning("request %s: its replica died after %d tokens; issued again", call.request_id, len(sent))
-
-    async def _stream(
-        self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...]
-    ) -> AsyncGenerator[Delta, None]:
-        """The call on one replica."""
-        stream = self._engine.options(stream=True).generate.remote(call, ref, resumed)
-        try:
-            async for piece in stream:
-                if isinstance(piece, PedroError):
-                    raise piece
-                for delta in piece:
-                    yield delta
-        finally:
-            stream.cancel()
+                log.warning("request %s: its replica was lost after %d tokens; issued again", name, len(sent))
+                call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
 
     def _check_size(self, prompt: str | tuple[int, ...] | None) -> None:
         """Refuse here what no replica could take, rather than carry it there."""
@@ -118,14 +114,75 @@ class ServeBackend:
         await self._catalog.refresh()
         return await self._adapter(name)
 
-    async def ready(self) -> bool:
-        """The catalogue is known and a replica answers."""
-        if not self._catalog.fresh:
-            return False
+    async def get_adapter(self, tenant: str, name: str) -> AdapterCard:
+        """One adapter with its versions, for operators; the uniform 404 otherwise."""
         try:
-            return bool(await self._engine.ready.remote())
-        except Exception as error:
-            raise UnavailableError("no engine replica answers yet") from error
+            card = await self._adapter(name) if tenant in (EVERYONE, name.partition(".")[0]) else None
+        except NotFoundError:  # no name of an adapter at all
+            card = None
+        if card is None or not card.versions:
+            raise model_not_found(name)
+        return card
+
+    async def tokenize(
+        self, tenant: str, model: str | None, prompt: str | tuple[Mapping[str, str], ...], add_special_tokens: bool
+    ) -> TokenizeResult:
+        """The ids of a text, or of messages as the model was trained to read them."""
+        ref = await self._ref(tenant, model)
+        return await self._fleet.ask("tokenize", prompt, add_special_tokens, ref)
+
+    async def detokenize(self, tenant: str, model: str | None, ids: tuple[int, ...]) -> str:
+        """The text of the ids."""
+        await self._ref(tenant, model)
+        return await self._fleet.ask("detokenize", ids)
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """The backbone's tokenizer_config."""
+        return await self._fleet.ask("tokenizer_info")
+
+    async def residents(self, tenant: str) -> list[AdapterResidence]:
+        """Every adapter version of `tenant` that a replica holds now."""
+        found = await self._ask_all("residents")
+        return [at for at in found if tenant in (EVERYONE, at.name.partition(".")[0])]
+
+    async def load_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        """Make a version resident on every replica."""
+        return await self._ask_all("load", await self._version_ref(tenant, ref), False)
+
+    async def pin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        """Load it and keep it from being evicted; a replica that comes later starts without pins."""
+        return await self._ask_all("load", await self._version_ref(tenant, ref), True)
+
+    async def unpin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        """Make it one that may be evicted."""
+        return await self._ask_all("unpin", await self._version_ref(tenant, ref))
+
+    async def unload_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
+        """Give its memory back, pinned or not."""
+        return await self._ask_all("unload", await self._version_ref(tenant, ref))
+
+    async def metrics(self) -> str:
+        """Prometheus text of every engine replica."""
+        return merged(await self._fleet.ask_all("metrics"))
+
+    async def ready(self) -> bool:
+        """The catalogue is known and a replica would take a call."""
+        return self._catalog.fresh and self._fleet.ready
+
+    async def _ref(self, tenant: str, model: str | None) -> str | None:
+        """The engine's reference of what `model` means; None for the backbone."""
+        if model in (None, self._model_name):
+            return None
+        return ref_of(await self._catalog.resolve(tenant, model))
+
+    async def _version_ref(self, tenant: str, model: str) -> str:
+        ref = await self._ref(tenant, model)
+        if ref is None:
+            raise ScopeError(f"'{model}' is the backbone, which is always loaded")
+        return ref
+
+    async def _ask_all(self, method: str, *arguments: Any) -> list[AdapterResidence]:
+        return [at for of_replica in await self._fleet.ask_all(method, *arguments) for at in of_replica]
 
     def _own(self, tenant: str, name: str) -> None:
         if tenant != EVERYONE and name.partition(".")[0] != tenant:

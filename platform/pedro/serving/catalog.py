@@ -36,6 +36,7 @@ class Catalog:
         self._entries: dict[str, Entry] = {}
         self._versions: dict[Key, tuple[float, Version]] = {}
         self._asking: dict[Key, asyncio.Task[Version]] = {}
+        self._stamp: object | None = None
         self._read_at: float | None = None
 
     @property
@@ -59,11 +60,15 @@ class Catalog:
             await asyncio.sleep(self._interval_s)
 
     async def refresh(self) -> None:
-        """Read the aliases once."""
+        """Read the aliases once, unless the registry says that nothing in it has changed since."""
+        stamp = await asyncio.to_thread(self._registry.stamp)
+        if stamp is not None and stamp == self._stamp:
+            self._read_at = time.monotonic()
+            return
         entries = await asyncio.to_thread(self._registry.catalog)
         live = {(name, entry.created) for name, entry in entries.items()}
         self._versions = {key: held for key, held in self._versions.items() if key[:2] in live}
-        self._entries = entries
+        self._entries, self._stamp = entries, stamp  # the stamp is older than the reading, never newer
         self._read_at = time.monotonic()
 
     async def resolve(self, tenant: str, model: str) -> Version:

@@ -1,18 +1,13 @@
-"""One engine behind an async face: text in, slices of text out. Knows nothing of Ray or HTTP.
-
-Tokens leave in slices of time rather than one by one, since each hop between processes costs about 2 ms; the first
-one leaves at once.
-"""
+"""One engine behind an async face: calls in, slices of deltas out. Knows nothing of Ray or HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
+import sys
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +19,34 @@ from pedro.data.formats import PromptFormat, encode_prompt, format_for_shape
 from pedro.data.shapes import Shape
 from pedro.engine.engine import Engine, EngineConfig
 from pedro.engine.sequence import Output, Request, SamplingParams
-from pedro.engine.sequence import TokenLogprob as EngineLogprob
 from pedro.engine.thread import EngineThread
 from pedro.errors import AdapterError, NotFoundError, PedroError, UnavailableError
-from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
+from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
 from pedro.methods.adapter_files import read_manifest
 from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
-from pedro.serving.tokens import TokenTexts
+from pedro.serving.deltas import Deltas
+from pedro.serving.metrics import ReplicaMetrics
+from pedro.serving.outlet import Outlet
+from pedro.serving.tokens import TokenTexts, tokenizer_info
+from pedro.serving.wire import Posted, ReplicaLost, Slice
 
-SLICE_S = 0.03
 CACHED_FORMATS = 4096
 LONG_TEXT = 8192  # characters; tokenising more takes long enough to hold up the streams of others
 SHRINKAGE = 4  # how much shorter a tokenizer's normalisation could make a text
+LOAD_TIMEOUT_S = 60.0
+SWITCH_S = 0.0005  # how long the event loop may keep the interpreter from the engine's thread
 log = logging.getLogger("pedro.serving")
 
 
 class Replica:
-    """Loads the backbone once and serves it with every adapter of the registry."""
+    """Loads the backbone once and serves it with every adapter of the registry. `name` tells it from other replicas."""
 
-    def __init__(self, config: ServeConfig, settings: Settings) -> None:
+    def __init__(self, config: ServeConfig, settings: Settings, name: str = "local") -> None:
         torch.set_num_threads(config.threads)
+        sys.setswitchinterval(SWITCH_S)
         backbone = resolve_backbone(config.backbone)
+        self.name = name
         self._registry = Registry.open(settings)
         self._registry.catalog()  # connect now rather than under the first request
         self._bare = f"{config.model_name}#{backbone.digest}"
@@ -55,8 +56,10 @@ class Replica:
         self._encoding = asyncio.Semaphore(2)
         self._plain_format = format_for_shape(Shape.MESSAGES, self._tokenizer)
         self._formats: OrderedDict[str, PromptFormat] = OrderedDict()
+        self._outlets: dict[str, Outlet] = {}
+        self._refs: dict[str, tuple[str | None, int]] = {}  # of unfinished requests: adapter, choices to finish
         longest = context_length(backbone)
-        engine = Engine(
+        self._engine = Engine(
             load_model(backbone, config.dtype, config.device),
             self._tokenizer,
             EngineConfig(
@@ -68,58 +71,131 @@ class Replica:
             self._fetch,
             backbone.digest,
         )
-        self._thread = EngineThread(engine)
+        self._metrics = ReplicaMetrics(name, config.model_name, self._engine.stats)
+        self._thread = EngineThread(self._engine)
         self._thread.start()
 
-    async def generate(
-        self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...] = ()
-    ) -> AsyncGenerator[list[Delta] | PedroError, None]:
-        """Slices of deltas for `call`, answered by the adapter version `ref` (None: the bare backbone).
+    # calls
 
-        `resumed` are tokens of the answer that another replica sent before it was lost; they are not sent again.
-        An error ends the stream as its last item; one that comes first means that the call was not admitted.
-        """
-        arrived: list[Output] = []
-        any_arrived, any_ended = asyncio.Event(), asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def take(output: Output) -> None:
-            arrived.append(output)
-            any_arrived.set()
-            if output.finish_reason is not None:
-                any_ended.set()
-
-        def hand_over(output: Output) -> None:
-            loop.call_soon_threadsafe(take, output)
-
+    async def stream(self, link: str) -> AsyncGenerator[Slice, None]:
+        """The outputs of all calls posted under `link`; whoever stops reading ends them."""
+        former = self._outlets.pop(link, None)
+        if former is not None:
+            former.close()
+        outlet = Outlet(lambda: sum(map(len, self._outlets.values())), self._thread.cancel)
+        self._outlets[link] = outlet
         try:
-            request = await self._request(call, ref, resumed)
-            self._thread.submit(request, hand_over)
-        except PedroError as error:
-            yield error
-            return
-        unfinished, opened = request.n, False
-        echo = _Echo(self._tokenizer, self._texts, request, call)
-        try:
-            while unfinished:
-                await any_arrived.wait()
-                if opened:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(SLICE_S):
-                            await any_ended.wait()
-                batch, arrived[:] = arrived[:], []
-                any_arrived.clear()
-                any_ended.clear()
-                failed = next((output.error for output in batch if output.error), None)
-                if failed is not None:
-                    yield failed
-                    return
-                unfinished -= sum(output.finish_reason is not None for output in batch)
-                opened = True
-                yield self._deltas(batch, echo, ref or self._bare)
+            async with aclosing(outlet.slices()) as slices:
+                async for piece in slices:
+                    yield piece
         finally:
-            if unfinished:
-                self._thread.cancel(request.id)
+            if self._outlets.get(link) is outlet:
+                del self._outlets[link]
+            outlet.close()
+
+    async def post(self, link: str, calls: list[Posted], cancelled: list[int]) -> None:
+        """Start calls and end others; all else comes over the stream. Raises ReplicaLost where none is open."""
+        outlet = self._outlets.get(link)
+        if outlet is None:
+            raise ReplicaLost(f"no stream of {link} is open here")
+        for number in cancelled:
+            outlet.cancel(number)
+        for posted in calls:
+            outlet.admit(posted.number, asyncio.create_task(self._admit(outlet, posted)))
+
+    async def _admit(self, outlet: Outlet, posted: Posted) -> None:
+        """Give the call to the engine, or tell why not."""
+        call, number = posted.call, posted.number
+        try:
+            request = await self._request(call, posted.ref, posted.resumed)
+            if request.id in self._refs:
+                raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
+            deltas = Deltas(self._tokenizer, self._texts, request, call, posted.ref or self._bare)
+            self._refs[request.id] = (posted.ref, request.n)
+            outlet.open(number, request.id, request.n, deltas)
+            try:
+                self._thread.submit(request, lambda output: self._hand_out([output]))
+            except BaseException:
+                del self._refs[request.id]
+                raise
+        except PedroError as error:
+            outlet.refuse(number, error)
+        except Exception:
+            log.exception("request %s could not be started", call.request_id)
+            outlet.refuse(number, UnavailableError("the engine failed on this request; try again", code="engine_error"))
+
+    def _hand_out(self, outputs: list[Output]) -> None:
+        """Called on the engine's thread, once a step."""
+        outlets = list(self._outlets.values())
+        for outlet in outlets:
+            mine = outputs if len(outlets) == 1 else [output for output in outputs if output.request_id in outlet]
+            if mine:
+                outlet.take(mine)
+        for output in outputs:
+            if output.finish_reason is not None:
+                ref, unfinished = self._refs.pop(output.request_id)
+                if unfinished > 1:
+                    self._refs[output.request_id] = ref, unfinished - 1
+                self._metrics.finished(ref, output)
+
+    # texts
+
+    async def tokenize(
+        self, prompt: str | tuple[Mapping[str, str], ...], add_special_tokens: bool, ref: str | None
+    ) -> TokenizeResult:
+        """The ids of a text, or of messages as `ref` (None: the bare backbone) was trained to read them."""
+        if isinstance(prompt, str):
+            ids = await self._encode(prompt, "prompt", add_special_tokens)
+        else:
+            ids = await self._render(prompt, ref)
+        pieces = self._tokenizer.convert_ids_to_tokens(ids)
+        return TokenizeResult(tuple(ids), self._engine.max_length, tuple(pieces))
+
+    async def detokenize(self, ids: tuple[int, ...]) -> str:
+        """The text of the ids, special ones included. Raises PedroError for an id outside the vocabulary."""
+        size = len(self._tokenizer)
+        bad = next((token for token in ids if not 0 <= token < size), None)
+        if bad is not None:
+            raise PedroError(f"tokens: {bad} is outside the vocabulary of {size:,} tokens", param="tokens")
+        return await asyncio.to_thread(self._tokenizer.decode, list(ids), skip_special_tokens=False)
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer's config as JSON can hold it."""
+        return tokenizer_info(self._tokenizer)
+
+    # adapters
+
+    async def residents(self, ref: str | None = None) -> list[AdapterResidence]:
+        """The adapter versions that are here, or the one that `ref` names, if it is."""
+        at = self._engine.adapters.residents()
+        return [self._residence(held, state) for held, state in at.items() if ref in (None, held)]
+
+    async def load(self, ref: str, keep: bool) -> list[AdapterResidence]:
+        """Returns once `ref` is resident; `keep` pins it. Raises what a request would meet that it cannot serve."""
+        await asyncio.to_thread(self._engine.adapters.load, ref, keep=keep, timeout_s=LOAD_TIMEOUT_S)
+        return await self.residents(ref)
+
+    async def unpin(self, ref: str) -> list[AdapterResidence]:
+        """Make a pinned adapter one that may be evicted."""
+        self._engine.adapters.let_go(ref)
+        return await self.residents(ref)
+
+    async def unload(self, ref: str) -> list[AdapterResidence]:
+        """Give its memory back, once the requests that hold it have ended."""
+        self._engine.adapters.evict(ref)
+        return await self.residents(ref)
+
+    def _residence(self, ref: str, at: dict[str, Any]) -> AdapterResidence:
+        name, version, digest = parts_of(ref)
+        return AdapterResidence(
+            name, version, digest, self.name, at["state"], bytes=at["bytes"], pinned=at["kept"], uses=at["pins"]
+        )
+
+    # the replica itself
+
+    async def metrics(self) -> str:
+        """Prometheus text."""
+        return self._metrics.text()
 
     def ready(self) -> bool:
         """Whether a request would be taken."""
@@ -132,7 +208,7 @@ class Replica:
 
     def stats(self) -> dict[str, Any]:
         """The engine's figures."""
-        return self._thread.engine.stats()
+        return {**self._engine.stats(), "replica": self.name, "streams": len(self._outlets)}
 
     def close(self) -> None:
         """End the engine; unfinished requests are told."""
@@ -140,14 +216,13 @@ class Replica:
 
     def _fetch(self, ref: str) -> Path:
         """The directory of the version and digest that `ref` names. Runs on a loader thread."""
-        named, _, digest = ref.partition("#")
-        name, _, number = named.rpartition(":")
+        name, number, digest = parts_of(ref)
         try:
-            version = self._registry.get(name, int(number))
+            version = self._registry.get(name, number)
         except NotFoundError as error:
-            raise _gone(named) from error
+            raise _gone(ref) from error
         if version.digest != digest:
-            raise _gone(named)
+            raise _gone(ref)
         try:
             return self._registry.download(version)
         except AdapterError as error:  # the store's fault, not the caller's
@@ -156,8 +231,7 @@ class Replica:
     async def _request(self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...] = ()) -> Request:
         """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""
         if call.messages is not None:
-            form = self._plain_format if ref is None else await self._format_of(ref)
-            ids = await self._encode(form.render(call.messages), "messages")
+            ids = await self._render(call.messages, ref)
         elif isinstance(call.prompt, str):
             ids = await self._encode(call.prompt, "prompt")
         else:
@@ -175,9 +249,13 @@ class Replica:
             resumed_ids=resumed,
         )
 
-    async def _encode(self, text: str, param: str) -> list[int]:
+    async def _render(self, messages: tuple[Mapping[str, str], ...], ref: str | None) -> list[int]:
+        form = self._plain_format if ref is None else await self._format_of(ref)
+        return await self._encode(form.render(messages), "messages")
+
+    async def _encode(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
         """The prompt's ids. A long text is tokenised on a thread, one that cannot fit is refused without being."""
-        longest = self._thread.engine.max_length
+        longest = self._engine.max_length
         least = len(text) // (self._longest_piece * SHRINKAGE)
         if least > longest:
             raise PedroError(
@@ -186,10 +264,16 @@ class Replica:
                 param=param,
                 code="context_length_exceeded",
             )
+
+        def encode() -> list[int]:
+            if add_special_tokens:
+                return encode_prompt(self._tokenizer, text)
+            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
         if len(text) <= LONG_TEXT:
-            return encode_prompt(self._tokenizer, text)
+            return encode()
         async with self._encoding:
-            return await asyncio.to_thread(encode_prompt, self._tokenizer, text)
+            return await asyncio.to_thread(encode)
 
     async def _format_of(self, ref: str) -> PromptFormat:
         form = self._formats.get(ref)
@@ -201,60 +285,14 @@ class Replica:
                 self._formats.popitem(last=False)
         return form
 
-    def _deltas(self, batch: list[Output], echo: _Echo, fingerprint: str) -> list[Delta]:
-        """One delta a choice for all its outputs of this slice."""
-        merged: dict[int, Delta] = {}
-        for output in batch:
-            before = merged.get(output.index) or echo.opening(output, fingerprint)
-            logprobs = before.logprobs
-            if output.logprobs is not None:
-                logprobs = (*(logprobs or ()), *(_logprob(self._texts, entry) for entry in output.logprobs))
-            merged[output.index] = replace(
-                before,
-                text=before.text + output.text,
-                token_ids=(*before.token_ids, *output.token_ids),
-                finish_reason=output.finish_reason,
-                logprobs=logprobs,
-                prompt_tokens=output.prompt_tokens,
-                completion_tokens=output.completion_tokens,
-            )
-        return list(merged.values())
+
+def parts_of(ref: str) -> tuple[str, int, str]:
+    """`tenant.adapter`, version and digest of an engine reference (`pedro.serving.backend.ref_of`)."""
+    named, _, digest = ref.partition("#")
+    name, _, number = named.rpartition(":")
+    return name, int(number), digest
 
 
-class _Echo:
-    """Puts the prompt in front of each choice where the call asked for it."""
-
-    def __init__(self, tokenizer: Any, texts: TokenTexts, request: Request, call: GenerateCall) -> None:
-        self._texts = texts
-        self._request = request
-        self._logprobs = call.params.get("logprobs") is not None
-        self._unopened = set(range(request.n)) if call.echo else set()
-        self._text = call.prompt if isinstance(call.prompt, str) else None
-        if call.echo and self._text is None:
-            self._text = tokenizer.decode(request.prompt_ids, skip_special_tokens=True)
-
-    def opening(self, output: Output, fingerprint: str) -> Delta:
-        """An empty delta of the choice or, the first time with echo, the prompt's text, ids and logprobs."""
-        delta = Delta(index=output.index, fingerprint=fingerprint)
-        if output.index not in self._unopened:
-            return delta
-        self._unopened.discard(output.index)
-        ids = self._request.prompt_ids
-        logprobs = None
-        if self._logprobs and output.prompt_logprobs is not None:
-            pairs = zip(ids, output.prompt_logprobs, strict=True)
-            logprobs = tuple(_logprob(self._texts, entry or EngineLogprob(token, math.nan)) for token, entry in pairs)
-        return replace(delta, text=self._text or "", token_ids=tuple(ids), logprobs=logprobs)
-
-
-def _logprob(texts: TokenTexts, entry: EngineLogprob) -> TokenLogprob:
-    text, raw = texts(entry.token_id)
-    top = []
-    for token_id, logprob in entry.top:
-        other, other_raw = texts(token_id)
-        top.append(Alternative(other, logprob, other_raw))
-    return TokenLogprob(text, None if math.isnan(entry.logprob) else entry.logprob, tuple(top), raw)
-
-
-def _gone(named: str) -> UnavailableError:
+def _gone(ref: str) -> UnavailableError:
+    named = ref.partition("#")[0]
     return UnavailableError(f"model: the version {named} that this request was admitted with is gone; ask again")

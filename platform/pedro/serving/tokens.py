@@ -1,4 +1,4 @@
-"""The text and the bytes of a single token, as `logprobs` show them. Knows nothing of requests."""
+"""What a tokenizer says of single tokens and of itself. Knows nothing of requests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from functools import cache
 from typing import Any
 
+_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "model_max_length")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -46,3 +47,14 @@ def _byte_of_character() -> dict[str, int]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def tokenizer_info(tokenizer: Any) -> dict[str, Any]:
+    """What a client needs to do as this tokenizer does, as JSON can hold it: the form of vLLM's `/tokenizer_info`."""
+    info = {name: tokenizer.init_kwargs[name] for name in _SETTINGS if name in tokenizer.init_kwargs}
+    info["tokenizer_class"] = type(tokenizer).__name__
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        info[name] = getattr(tokenizer, name, None)
+    if getattr(tokenizer, "chat_template", None):
+        info["chat_template"] = tokenizer.chat_template
+    return info

@@ -1,0 +1,226 @@
+"""One ingress's long-lived stream with one replica: posts calls, hands each its share of what comes back.
+
+Knows nothing of HTTP, of names, or of how a replica is reached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+
+from pedro.errors import PedroError
+from pedro.gateway.backend import Delta, GenerateCall
+from pedro.serving.wire import SILENCE_S, Peer, Posted, ReplicaLost, Slice
+
+MAX_UNREAD = 1024  # slices: at least half a minute that a client did not read
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
+log = logging.getLogger("pedro.serving")
+
+
+class Link:
+    """Keeps the stream open until `close`; between a break and the next stream it is not `ready`.
+
+    `on_change` is called whenever `ready` changes. All on one event loop.
+    """
+
+    def __init__(self, replica: str, peer: Peer, on_change: Callable[[], None]) -> None:
+        self.replica = replica
+        self.peer = peer
+        self.ready = False
+        self._on_change = on_change
+        self._id = ""
+        self._others = 0  # calls of other ingresses, as of the last slice
+        self._numbers = iter(range(1, 2**62))
+        self._inboxes: dict[int, _Inbox] = {}
+        self._to_post: list[Posted] = []
+        self._to_cancel: list[int] = []
+        self._something_to_post = asyncio.Event()
+        self._draining = False
+        self._retry_s = FIRST_RETRY_S
+        self._task = asyncio.create_task(self._run())
+
+    @property
+    def load(self) -> int:
+        """Unfinished calls on the replica, of this ingress and of others."""
+        return self._others + len(self._inboxes)
+
+    async def call(
+        self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...]
+    ) -> AsyncGenerator[list[Delta], None]:
+        """The deltas of one call, as they come. Leaving early ends the call on the replica.
+
+        Raises the call's own PedroError, ReplicaLost where the stream broke before the call was finished.
+        """
+        if not self.ready:
+            raise ReplicaLost(self.replica)
+        number = next(self._numbers)
+        inbox = self._inboxes[number] = _Inbox(call.n)
+        self._to_post.append(Posted(number, call, ref, resumed))
+        self._something_to_post.set()
+        try:
+            while not inbox.finished:
+                yield await inbox.get()
+        finally:
+            self._leave(number)
+
+    def drain(self) -> None:
+        """Take no more calls; the stream ends once those that run have."""
+        self._draining = True
+        self._set_ready(False)
+        self._end_if_drained()
+
+    async def close(self) -> None:
+        """End the stream and every call on it."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    @property
+    def closed(self) -> bool:
+        return self._task.done()
+
+    def _leave(self, number: int) -> None:
+        inbox = self._inboxes.pop(number, None)
+        if inbox is not None and not inbox.ended:
+            self._cancel(number)
+        self._end_if_drained()
+
+    def _cancel(self, number: int) -> None:
+        waiting = [posted for posted in self._to_post if posted.number != number]
+        if len(waiting) < len(self._to_post):  # the replica never heard of it
+            self._to_post = waiting
+            return
+        self._to_cancel.append(number)
+        self._something_to_post.set()
+
+    async def _run(self) -> None:
+        """Stream for ever, again after each break. What was unfinished at a break is lost: its callers are told."""
+        try:
+            while not self._draining:
+                self._id = f"{self.replica}-{secrets.token_hex(6)}"
+                try:
+                    await self._stream()
+                except* ReplicaLost as lost:
+                    log.warning("the stream with replica %s broke: %s", self.replica, lost.exceptions[0])
+                except* Exception:
+                    log.exception("the stream with replica %s failed", self.replica)
+                await asyncio.sleep(self._retry_s)
+                self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
+        finally:
+            self._lose()
+
+    async def _stream(self) -> None:
+        """One stream, from its first item until it breaks."""
+        stream = self.peer.stream(self._id)
+        try:
+            await self._next(stream)
+            self._retry_s = FIRST_RETRY_S
+            self._set_ready(not self._draining)
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._read(stream))
+                both.create_task(self._post())
+        finally:
+            self._lose()
+            with suppress(Exception):  # what broke need not close well
+                await stream.aclose()
+
+    async def _read(self, stream: AsyncGenerator[Slice, None]) -> None:
+        while True:
+            self._hand_out(await self._next(stream))
+
+    async def _next(self, stream: AsyncGenerator[Slice, None]) -> Slice:
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                return await anext(stream)
+        except StopAsyncIteration:
+            raise ReplicaLost("it ended") from None
+        except TimeoutError as error:
+            raise ReplicaLost(f"nothing came for {SILENCE_S:g} s") from error
+
+    async def _post(self) -> None:
+        """Send what is to be sent, one message at a time, so that calls which come together travel together."""
+        while True:
+            await self._something_to_post.wait()
+            self._something_to_post.clear()
+            calls, self._to_post = self._to_post, []
+            cancelled, self._to_cancel = self._to_cancel, []
+            if calls or cancelled:
+                await self.peer.post(self._id, calls, cancelled)
+
+    def _hand_out(self, piece: Slice) -> None:
+        self._others = max(0, piece.load - piece.mine)
+        for number, part in piece.parts:
+            inbox = self._inboxes.get(number)
+            if inbox is not None and not inbox.put(part):
+                self._cancel(number)
+
+    def _lose(self) -> None:
+        """The stream is gone, and with it what was unfinished."""
+        self._set_ready(False)
+        self._to_post, self._to_cancel = [], []
+        for inbox in self._inboxes.values():
+            inbox.fail(ReplicaLost(self.replica))
+        self._others = 0
+
+    def _set_ready(self, ready: bool) -> None:
+        if ready != self.ready:
+            self.ready = ready
+            self._on_change()
+
+    def _end_if_drained(self) -> None:
+        if self._draining and not self._inboxes:
+            self._task.cancel()
+
+
+class _Inbox:
+    """What came for one call and was not read yet: bounded, and never in the way of other calls."""
+
+    def __init__(self, choices: int) -> None:
+        self._unfinished = choices
+        self._unread: list[list[Delta]] = []
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the replica is done with the call."""
+        return self._unfinished <= 0 or self._error is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all was read."""
+        return not self._unread and self._error is None and self._unfinished <= 0
+
+    def put(self, part: list[Delta] | PedroError) -> bool:
+        """Take a slice; False where the call is to be ended because nobody reads it."""
+        if self.ended:
+            return True
+        if isinstance(part, PedroError):
+            self.fail(part)
+            return True
+        if len(self._unread) >= MAX_UNREAD:
+            self.fail(PedroError("the answer was not read for too long, so it was ended", code="client_too_slow"))
+            return False
+        self._unread.append(part)
+        self._unfinished -= sum(delta.finish_reason is not None for delta in part)
+        self._news.set()
+        return True
+
+    def fail(self, error: Exception) -> None:
+        """End with `error`, once what came before is read."""
+        if not self.ended:
+            self._error = error
+            self._news.set()
+
+    async def get(self) -> list[Delta]:
+        """All that is unread, in order; raises the error at its turn."""
+        await self._news.wait()
+        if self._unread:
+            unread, self._unread = self._unread, []
+            if self._error is None:
+                self._news.clear()
+            return [delta for part in unread for delta in part]
+        assert self._error is not None, "woken for nothing"
+        raise self._error

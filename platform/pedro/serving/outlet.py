@@ -1,0 +1,154 @@
+"""What one ingress gets from a replica: the outputs of all its calls over one stream. Knows nothing of the transport.
+
+The engine's thread hands over once a step and wakes the event loop only for what must leave at once: the first
+tokens of a call and its last. All else waits for the end of the slice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pedro.engine.sequence import Output
+from pedro.errors import PedroError
+from pedro.gateway.backend import Delta
+from pedro.serving.deltas import Deltas
+from pedro.serving.wire import HEARTBEAT_S, Slice, slice_s
+
+
+@dataclass
+class _Open:
+    """A call that is not finished: how its outputs become deltas, and those that wait for the end of the slice."""
+
+    number: int
+    deltas: Deltas
+    unfinished: int  # choices
+    opened: bool = False
+    pending: list[Output] = field(default_factory=list)
+    failed: PedroError | None = None
+
+
+class Outlet:
+    """Belongs to the event loop that made it; `take` alone is called from the engine's thread.
+
+    `count` says how many calls of all outlets are unfinished; `end` ends a request of the engine by its id.
+    """
+
+    def __init__(self, count: Callable[[], int], end: Callable[[str], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._count = count
+        self._end = end
+        self._calls: dict[str, _Open] = {}  # by the engine's request id
+        self._ids: dict[int, str] = {}
+        self._admitting: dict[int, asyncio.Task[None]] = {}
+        self._refused: list[tuple[int, list[Delta] | PedroError]] = []
+        self._arrived: deque[Output] = deque()
+        self._urgent: set[str] = set()  # ids whose next output must not wait
+        self._wake = asyncio.Event()
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._calls
+
+    def __len__(self) -> int:
+        return len(self._calls) + len(self._admitting)
+
+    def admit(self, number: int, work: asyncio.Task[None]) -> None:
+        """Call `number` is being admitted by `work`, which ends in `open` or `refuse`."""
+        self._admitting[number] = work
+        work.add_done_callback(lambda _: self._admitting.pop(number, None))
+
+    def open(self, number: int, request_id: str, choices: int, deltas: Deltas) -> None:
+        """The engine is about to take call `number`."""
+        self._calls[request_id] = _Open(number, deltas, choices)
+        self._ids[number] = request_id
+        self._urgent.add(request_id)
+
+    def refuse(self, number: int, error: PedroError) -> None:
+        """Call `number` ends before the engine took it."""
+        self._forget(number)
+        self._refused.append((number, error))
+        self._wake.set()
+
+    def cancel(self, number: int) -> None:
+        """End call `number`, wherever it is; nothing more of it is sent."""
+        admitting = self._admitting.get(number)
+        if admitting is not None:
+            admitting.cancel()
+        request_id = self._forget(number)
+        if request_id is not None:
+            self._end(request_id)
+
+    def close(self) -> None:
+        """End every call: nobody reads any more."""
+        for number in [*self._admitting, *self._ids]:
+            self.cancel(number)
+
+    def take(self, outputs: list[Output]) -> None:
+        """Called on the engine's thread, once a step, with outputs of this outlet's calls."""
+        self._arrived.extend(outputs)
+        if any(output.finish_reason is not None or output.request_id in self._urgent for output in outputs):
+            with suppress(RuntimeError):  # the loop closed: nobody reads any more
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def slices(self) -> AsyncGenerator[Slice, None]:
+        """The stream. Its first item is empty: from then on calls may be posted."""
+        yield self._slice([])
+        sent = ticked = self._loop.time()
+        while True:
+            due = ticked + (slice_s(len(self)) if self._calls else HEARTBEAT_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._wake.wait()
+            self._wake.clear()
+            now = self._loop.time()
+            tick = now >= due
+            if tick:
+                ticked = now
+            parts = self._collect(tick)
+            if parts or now >= sent + HEARTBEAT_S:
+                sent = now
+                yield self._slice(parts)
+
+    def _collect(self, tick: bool) -> list[tuple[int, list[Delta] | PedroError]]:
+        """What leaves now: at the end of a slice everything, before it only first and last outputs."""
+        parts, self._refused = self._refused, []
+        due: dict[str, _Open] = {}
+        while self._arrived:
+            output = self._arrived.popleft()
+            held = self._calls.get(output.request_id)
+            if held is None:  # cancelled
+                continue
+            held.pending.append(output)
+            if output.finish_reason is not None:
+                held.unfinished -= 1
+                held.failed = held.failed or output.error
+            if output.finish_reason is not None or not held.opened:
+                due[output.request_id] = held
+        if tick:
+            due = {request_id: held for request_id, held in self._calls.items() if held.pending}
+        for request_id, held in due.items():
+            self._urgent.discard(request_id)
+            held.opened = True
+            outputs, held.pending = held.pending, []
+            made = [output for output in outputs if output.error is None]
+            if made:
+                parts.append((held.number, held.deltas(made)))
+            if held.failed is not None:
+                parts.append((held.number, held.failed))
+                self.cancel(held.number)
+            elif not held.unfinished:
+                self._forget(held.number)
+        return parts
+
+    def _slice(self, parts: list[tuple[int, list[Delta] | PedroError]]) -> Slice:
+        return Slice(self._count(), len(self), tuple(parts))
+
+    def _forget(self, number: int) -> str | None:
+        request_id = self._ids.pop(number, None)
+        if request_id is not None:
+            self._calls.pop(request_id, None)
+            self._urgent.discard(request_id)
+        return request_id

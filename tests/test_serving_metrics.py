@@ -1,0 +1,75 @@
+"""What a replica tells Prometheus: read back by Prometheus's own parser."""
+
+from prometheus_client.parser import text_string_to_metric_families as parsed
+
+from pedro.engine.sequence import Output, Timing
+from pedro.serving.metrics import OTHER, Labels, ReplicaMetrics, merged
+
+STATS = {
+    "running": 3, "waiting": 2, "slots": 8, "slots_free": 5, "kv_cache_bytes": 1024, "steps": 7,
+    "adapters": {
+        "resident": 4, "kept": 1, "bytes": 99, "budget_bytes": 100, "loads": 6, "failed_loads": 0, "evictions": 2,
+    },
+}  # fmt: skip
+
+
+def ended(reason="stop", index=0):
+    return Output("r", index, finish_reason=reason, prompt_tokens=10, completion_tokens=5, timing=Timing(0.1, 0.2, 0.6))
+
+
+def values(text):
+    """Every sample by name and labels."""
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in parsed(text)
+        for sample in family.samples
+    }
+
+
+def test_an_answer_counts_under_its_adapter_whatever_the_version():
+    metrics = ReplicaMetrics("r1", "stories", lambda: STATS)
+    metrics.finished("acme.faq:1#sha256:1", ended())
+    metrics.finished("acme.faq:2#sha256:2", ended("length"))
+    metrics.finished("acme.faq:2#sha256:2", ended("length", index=1))
+    metrics.finished(None, ended("cancelled"))
+    found = values(metrics.text())
+    at = ("adapter", "acme.faq"), ("replica", "r1")
+    assert found["pedro_requests_total", at[0], ("finish_reason", "length"), at[1]] == 2
+    assert found["pedro_prompt_tokens_total", *at] == 20, "the choices of a call share its prompt"
+    assert found["pedro_completion_tokens_total", *at] == 15
+    assert found["pedro_time_to_first_token_seconds_count", *at] == 3
+    assert abs(found["pedro_time_per_token_seconds_sum", *at] - 0.3) < 1e-9
+    assert found["pedro_requests_total", ("adapter", "stories"), ("finish_reason", "cancelled"), at[1]] == 1
+    assert ("pedro_queue_seconds_count", ("adapter", "stories"), at[1]) not in found, "it was not answered"
+    assert found["pedro_running", at[1]] == 3
+    assert found["pedro_kv_cache_usage_ratio", at[1]] == 3 / 8
+    assert found["pedro_adapter_evictions_total", at[1]] == 2
+
+
+def test_ten_thousand_adapters_make_no_more_series_than_a_hundred():
+    metrics = ReplicaMetrics("r1", "stories", lambda: STATS)
+    for i in range(10_000):
+        metrics.finished(f"acme.a{i}:1#sha256:1", ended())
+    adapters = {dict(key[1:]).get("adapter") for key in values(metrics.text())} - {None}
+    assert len(adapters) <= 101
+    total = sum(value for key, value in values(metrics.text()).items() if key[0] == "pedro_requests_total")
+    assert total == 10_000
+
+
+def test_an_adapter_that_becomes_busy_takes_the_place_of_the_least_busy_one():
+    dropped = []
+    labels = Labels(3, dropped.append)
+    for name in ("a", "a", "a", "b", "b", "c", "d"):
+        labels(name)
+    assert (labels("e"), dropped) == (OTHER, [])
+    assert (labels("d"), dropped) == ("d", ["c"])
+    assert [labels(name) for name in ("a", "b", "d")] == ["a", "b", "d"]
+
+
+def test_the_texts_of_several_replicas_are_one_text_with_each_heading_once():
+    replicas = [ReplicaMetrics(name, "stories", lambda: STATS) for name in ("r1", "r2")]
+    replicas[1].finished("acme.faq:1#sha256:1", ended())
+    text = merged(replica.text() for replica in replicas)
+    assert text.count("# TYPE pedro_running gauge") == 1
+    assert values(text).keys() == values(replicas[0].text()).keys() | values(replicas[1].text()).keys()
+    assert text.endswith("\n")

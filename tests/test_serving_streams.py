@@ -1,0 +1,367 @@
+"""One long-lived stream a replica: what it carries, what breaks it, and who answers then. A real replica in process."""
+
+import asyncio
+import itertools
+from contextlib import aclosing, asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
+from serving_peers import LocalPeer
+
+from pedro.errors import ConflictError, NotFoundError, PedroError, ScopeError, UnavailableError
+from pedro.gateway.backend import GenerateCall
+from pedro.registry import Registry
+from pedro.serving.backend import ServeBackend
+from pedro.serving.catalog import EVERYONE, Catalog
+from pedro.serving.config import ServeConfig
+from pedro.serving.fleet import Fleet
+from pedro.serving.replica import Replica
+from pedro.serving.wire import LONGEST_SLICE_S, SLICE_S, slice_s
+
+_ids = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A replica of 8 slots and a registry with acme.faq (two versions) and globex.faq."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("streams")
+    settings = settings_at(folder / "home")
+    registry = Registry.open(settings)
+    for seed, name in enumerate(("acme.faq", "acme.faq", "globex.faq"), start=1):
+        make_adapter(folder / str(seed), seed, "completion")
+        register(registry, folder / str(seed), name)
+    replica = Replica(ServeConfig(max_batch=8), settings, "r0")
+    yield SimpleNamespace(replica=replica, registry=registry)
+    replica.close()
+
+
+@asynccontextmanager
+async def ingress(served, *names):
+    """The backend of an ingress whose replicas are `names`: all the one real replica, each reached on its own way."""
+    peers = {}
+    fleet = Fleet(lambda name: peers.setdefault(name, LocalPeer(served.replica)))
+    catalog = Catalog(served.registry, "stories260K", backbone().digest, 0.05)
+    await catalog.refresh()
+    fleet.become(names)
+    try:
+        yield SimpleNamespace(
+            backend=ServeBackend("stories260K", 512, catalog, served.registry, fleet), fleet=fleet, peers=peers
+        )
+    finally:
+        await fleet.close()
+
+
+def call(prompt="Once upon a time", model="acme.faq", n=1, tenant="acme", **params):
+    params = {"max_tokens": 40, "ignore_eos": True, **params}
+    return GenerateCall(f"c{next(_ids)}", tenant, model, prompt=prompt, n=n, params=params)
+
+
+async def answer(backend, asked):
+    """Text and ids of a call's one choice, and how many deltas it came in."""
+    async with aclosing(backend.generate(asked)) as deltas:
+        got = [delta async for delta in deltas]
+    assert got[-1].finish_reason
+    return "".join(d.text for d in got), [token for d in got for token in d.token_ids], len(got)
+
+
+def run(work):
+    async def limited():
+        async with asyncio.timeout(60):
+            return await work
+
+    return asyncio.run(limited())
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def idle(served):
+    stats = served.replica.stats()
+    return stats["slots_free"] == stats["slots"] and not stats["running"]
+
+
+def test_all_calls_share_one_stream_and_their_tokens_travel_in_slices(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            alone = [await answer(at.backend, call(f"One day {i}")) for i in range(4)]
+            peer = at.peers["r0"]
+            before, posts = len(peer.slices), len(peer.posts)
+            together = await asyncio.gather(*(answer(at.backend, call(f"One day {i}")) for i in range(4)))
+            assert [ids for _, ids, _ in together] == [ids for _, ids, _ in alone]
+            assert peer.streams == 1
+            assert len(peer.posts) - posts < 4, "calls that come together travel together"
+            assert len(peer.slices) - before < sum(len(ids) for _, ids, _ in together) / 2
+            assert any(len(piece.parts) > 1 for piece in peer.slices[before:])
+            return peer.slices
+
+    slices = run(go())
+    assert max(piece.load for piece in slices) == max(piece.mine for piece in slices) == 4
+
+
+def test_the_first_token_leaves_alone_and_at_once(served):
+    async def go():
+        async with ingress(served, "r0") as at, aclosing(at.backend.generate(call(max_tokens=200))) as deltas:
+            return await anext(deltas)
+
+    assert len(run(go()).token_ids) == 1
+
+
+def test_slices_grow_with_the_calls_that_share_them():
+    assert slice_s(1) == SLICE_S
+    assert SLICE_S < slice_s(32) < slice_s(48) < LONGEST_SLICE_S == slice_s(1000)
+
+
+def test_a_client_that_does_not_read_holds_up_nobody_and_is_ended_in_the_end(served, monkeypatch):
+    monkeypatch.setattr("pedro.serving.links.MAX_UNREAD", 3)
+    monkeypatch.setattr("pedro.serving.outlet.slice_s", lambda calls: 0.005)
+
+    async def go():
+        async with ingress(served, "r0") as at, aclosing(at.backend.generate(call(max_tokens=450))) as unread:
+            await anext(unread)
+            _, others, _ = await answer(at.backend, call(max_tokens=60))
+            assert len(others) == 60
+            await until(lambda: idle(served))
+            received, error = await rest(unread)
+            assert error.code == "client_too_slow"
+            assert 0 < len(received) < 449
+
+    run(go())
+
+
+async def rest(deltas):
+    """The token ids that still come, and the error in which they end."""
+    received = []
+    try:
+        async for delta in deltas:
+            received += delta.token_ids
+    except PedroError as error:
+        return received, error
+    return received, None
+
+
+def test_a_broken_stream_is_opened_again_and_its_calls_go_on_from_where_they_were(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            whole, _, _ = await answer(at.backend, call(max_tokens=300, temperature=1.0, seed=7))
+            received = []
+            async with aclosing(at.backend.generate(call(max_tokens=300, temperature=1.0, seed=7))) as deltas:
+                async for delta in deltas:
+                    received.append(delta)
+                    if len(received) == 2:
+                        at.peers["r0"].broken.set()
+            assert at.peers["r0"].streams == 2
+            await until(lambda: idle(served))
+            return whole, received
+
+    whole, received = run(go())
+    assert "".join(delta.text for delta in received) == whole
+    assert [delta.finish_reason for delta in received if delta.finish_reason] == ["length"]
+
+
+def test_a_lost_replicas_calls_go_on_at_another(served):
+    async def go():
+        async with ingress(served, "r0", "r1") as at:
+            await until(lambda: all(link.ready for link in at.fleet._links.values()))
+            whole, _, _ = await answer(at.backend, call(max_tokens=200))
+            received = []
+            async with aclosing(at.backend.generate(call(max_tokens=200))) as deltas:
+                async for delta in deltas:
+                    received.append(delta)
+                    if len(received) == 2:
+                        (busy,) = [name for name, link in at.fleet._links.items() if link.load]
+                        at.peers[busy].lost.set()
+            return whole, received, busy, {name: peer.posts for name, peer in at.peers.items()}
+
+    whole, received, busy, posts = run(go())
+    assert "".join(delta.text for delta in received) == whole
+    assert all(posts.values()), f"{busy} was lost: the other one went on"
+
+
+def test_a_call_whose_replicas_are_lost_again_and_again_is_a_503(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            error = None
+            try:
+                async for _ in at.backend.generate(call(max_tokens=400)):
+                    at.peers["r0"].broken.set()
+            except UnavailableError as caught:
+                error = caught
+            assert error is not None
+            assert error.code == "replica_lost"
+            await until(lambda: idle(served))
+
+    run(go())
+
+
+def test_a_replica_that_leaves_finishes_its_calls_and_gets_no_more(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            async with aclosing(at.backend.generate(call(max_tokens=60))) as deltas:
+                await anext(deltas)
+                leaving = at.fleet._links["r0"]
+                at.fleet.become(["r1"])
+                await until(lambda: at.fleet.ready)
+                await answer(at.backend, call(max_tokens=3))
+                assert [calls for calls, _ in at.peers["r0"].posts] == [1]
+                assert not leaving.closed
+                rest = [delta async for delta in deltas]
+            assert rest[-1].finish_reason == "length"
+            await until(lambda: leaving.closed)
+            assert at.peers["r0"].streams == 1
+            at.fleet.become(["r0", "r1"])
+            await until(lambda: all(link.ready for link in at.fleet._links.values()))
+            assert at.peers["r0"].streams == 2
+
+    run(go())
+
+
+def test_where_there_is_no_replica_a_call_waits_for_one_but_not_for_ever(served, monkeypatch):
+    async def go():
+        async with ingress(served) as at:
+            assert not await at.backend.ready()
+            waiting = asyncio.create_task(answer(at.backend, call(max_tokens=3)))
+            await asyncio.sleep(0.02)
+            at.fleet.become(["r0"])
+            assert (await waiting)[1]
+            assert await at.backend.ready()
+            at.fleet.become([])
+            monkeypatch.setattr("pedro.serving.fleet.PATIENCE_S", 0.02)
+            with pytest.raises(UnavailableError, match="no engine replica"):
+                await answer(at.backend, call(max_tokens=3))
+
+    run(go())
+
+
+def test_a_hot_adapter_is_served_by_every_replica_once_its_load_asks_for_it(served):
+    async def go():
+        async with ingress(served, "r0", "r1") as at:
+            await until(lambda: all(link.ready for link in at.fleet._links.values()))
+            await asyncio.gather(*(answer(at.backend, call(f"{i} cats", max_tokens=20)) for i in range(8)))
+            hot = {name: sum(calls for calls, _ in peer.posts) for name, peer in at.peers.items()}
+            for _ in range(4):
+                await answer(at.backend, call(max_tokens=2))
+            after = {name: sum(calls for calls, _ in peer.posts) for name, peer in at.peers.items()}
+            return hot, sorted(after[name] - hot[name] for name in hot)
+
+    hot, one_by_one = run(go())
+    assert min(hot.values()) >= 3
+    assert one_by_one == [0, 4], "without load it stays at home"
+
+
+def test_leaving_early_frees_the_slot_and_an_unposted_call_is_never_heard_of(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            stream = at.backend.generate(call(max_tokens=450))
+            await anext(stream)
+            assert not idle(served)
+            await stream.aclose()
+            await until(lambda: idle(served))
+            posts = len(at.peers["r0"].posts)
+            task = asyncio.create_task(answer(at.backend, call(max_tokens=450)))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.sleep(0.05)
+            assert idle(served)
+            assert len(at.peers["r0"].posts) <= posts + 2
+
+    run(go())
+
+
+# texts and adapters
+
+
+def test_tokenize_gives_the_ids_that_generate_would_use_and_detokenize_reads_them_back(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            backend = at.backend
+            with_special = await backend.tokenize("acme", None, "One day", True)
+            plain = await backend.tokenize("acme", "acme.faq", "One day", False)
+            chat = await backend.tokenize("acme", "acme.faq", ({"role": "user", "content": "One day"},), True)
+            assert list(with_special.ids) == tokenizer()("One day").input_ids
+            assert list(plain.ids) == tokenizer()("One day", add_special_tokens=False).input_ids
+            assert chat.ids == with_special.ids, "this adapter was trained on raw prompts"
+            assert (with_special.max_model_len, len(with_special.token_strs)) == (512, len(with_special.ids))
+            assert await backend.detokenize("acme", None, plain.ids) == "One day"
+            assert await backend.detokenize("acme", None, with_special.ids) == "<s> One day"
+            with pytest.raises(PedroError, match="512"):
+                await backend.detokenize("acme", None, (512,))
+            with pytest.raises(NotFoundError):
+                await backend.tokenize("acme", "globex.faq", "One day", True)
+            info = await backend.tokenizer_info()
+            assert (info["bos_token"], info["eos_token"]) == (tokenizer().bos_token, tokenizer().eos_token)
+            assert "/" not in str(info["tokenizer_class"])
+            assert not any("path" in key or "file" in key for key in info)
+
+    run(go())
+
+
+def test_operators_load_pin_unpin_and_unload_on_every_replica(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            backend = at.backend
+            await backend.unload_adapter(EVERYONE, "globex.faq")
+            (loaded,) = await backend.load_adapter(EVERYONE, "globex.faq")
+            assert (loaded.name, loaded.version, loaded.replica, loaded.state) == ("globex.faq", 1, "r0", "ready")
+            assert (loaded.pinned, loaded.uses, loaded.bytes > 0) == (False, 0, True)
+            (pinned,) = await backend.pin_adapter("globex", "globex.faq@champion")
+            assert pinned.pinned
+            assert pinned in await backend.residents("globex")
+            assert "globex.faq" not in {at.name for at in await backend.residents("acme")}
+            (unpinned,) = await backend.unpin_adapter("globex", "globex.faq:1")
+            assert not unpinned.pinned
+            await backend.pin_adapter("globex", "globex.faq")
+            assert await backend.unload_adapter("globex", "globex.faq") == []
+            with pytest.raises(NotFoundError):
+                await backend.pin_adapter("acme", "globex.faq")
+            with pytest.raises(ScopeError):
+                await backend.load_adapter(EVERYONE, "stories260K")
+
+    run(go())
+
+
+def test_pins_beyond_the_budget_are_refused_with_the_numbers(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            (first,) = await at.backend.pin_adapter("acme", "acme.faq:1")
+            await at.backend.load_adapter("acme", "acme.faq:2")
+            pool = served.replica._engine.adapters
+            budget, pool.budget_bytes = pool.budget_bytes, first.bytes + 1
+            try:
+                with pytest.raises(ConflictError, match="pinned adapters hold") as caught:
+                    await at.backend.pin_adapter("acme", "acme.faq:2")
+                assert (caught.value.status, caught.value.code) == (409, "adapter_budget")
+            finally:
+                pool.budget_bytes = budget
+                await at.backend.unpin_adapter("acme", "acme.faq:1")
+
+    run(go())
+
+
+def test_one_adapter_is_shown_with_its_versions_and_a_foreign_one_is_not_found(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            card = await at.backend.get_adapter("acme", "acme.faq")
+            assert [version.version for version in card.versions] == [2, 1]
+            for tenant, name in (("acme", "globex.faq"), ("acme", "acme.none"), (EVERYONE, "nonsense")):
+                with pytest.raises(NotFoundError) as caught:
+                    await at.backend.get_adapter(tenant, name)
+                assert caught.value.code == "model_not_found"
+
+    run(go())
+
+
+def test_metrics_tell_what_was_served_by_replica_and_adapter(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            await answer(at.backend, call(max_tokens=5))
+            return await at.backend.metrics()
+
+    text = run(go())
+    assert 'pedro_requests_total{adapter="acme.faq",finish_reason="length",replica="r0"}' in text
+    assert 'pedro_adapters_resident{replica="r0"}' in text
