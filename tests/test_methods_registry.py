@@ -3,12 +3,16 @@
 import pytest
 import torch
 from methods_models import MODEL_TYPES, tiny_backbone, tokens
+from peft import PeftModel
 
 from pedro.errors import BackboneError, ConfigError
 from pedro.methods import METHODS, count_parameters, get_method
 
 PEDROS = ["pedro", *(f"pedro-{n}" for n in range(1, 8))]
-ALL = [*PEDROS, "para", "lora", "ia3", "bitfit", "red", "full"]
+TUNERS = ["para", "lora", "ia3", "bitfit", "red", "adalora", "ssp", "houlsby", "learned-adapter", "p-tuning-v2", "lpt"]
+ALL = [*PEDROS, *TUNERS, "peft", "full"]
+SMALL = {"p-tuning-v2": {"tokens": 4}, "lpt": {"tokens": 4, "r": 8}, "peft": {"peft_type": "VERA", "r": 4}}
+EXPLICIT = [name for name in ALL if name != "peft"]  # whose capabilities do not depend on the options
 
 
 def batch(rows: int = 2) -> dict[str, torch.Tensor]:
@@ -28,7 +32,8 @@ def test_the_registry_holds_the_methods_of_the_comparison():
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_trains_one_step_through_the_same_forward_call(name):
     method = get_method(name)
-    model = method.apply(tiny_backbone()).train()
+    model = method.apply(tiny_backbone(), SMALL.get(name)).train()
+    method.companion(model, SMALL.get(name, {}), steps=10)
     omega, theta = method.parameter_groups(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for _, p in omega + theta], lr=1e-2)
@@ -47,24 +52,24 @@ def test_every_method_trains_one_step_through_the_same_forward_call(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ALL)
-def test_identity_at_init_is_true_to_the_bit(name):
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_identity_at_init_is_true_to_the_bit_or_said_to_be_none(name):
     method = get_method(name)
     expected = tiny_backbone()(tokens()).logits
-    assert method.identity_at_init
-    assert torch.equal(method.apply(tiny_backbone()).eval()(tokens()).logits, expected)
+    found = method.apply(tiny_backbone(), SMALL.get(name)).eval()(tokens()).logits
+    assert torch.equal(found, expected) == method.identity_at_init
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EXPLICIT)
 def test_what_is_called_mergeable_merges(name):
     method = get_method(name)
-    model = method.apply(tiny_backbone())
+    model = method.apply(tiny_backbone(), SMALL.get(name))
     with torch.no_grad():
         for _, p in method.parameter_groups(model)[0]:
             p.add_(0.01)
         expected = model.eval()(tokens()).logits
     if not hasattr(model, "merge_and_unload"):
-        assert method.mergeable
+        assert method.mergeable == (name == "full")  # soft tokens have nothing to merge into
     elif method.mergeable:
         with torch.no_grad():
             torch.testing.assert_close(model.merge_and_unload()(tokens()).logits, expected, atol=1e-4, rtol=1e-4)
@@ -77,7 +82,7 @@ def test_what_is_called_mergeable_merges(name):
 @pytest.mark.parametrize("name", ALL)
 def test_only_prompt_conditioned_methods_heed_the_prompt(name):
     method = get_method(name)
-    model = method.apply(tiny_backbone()).eval()
+    model = method.apply(tiny_backbone(), SMALL.get(name)).eval()
     generator = torch.Generator().manual_seed(0)
     for _, p in method.parameter_groups(model)[0]:
         p.add_(torch.randn(p.shape, generator=generator), alpha=0.2)
@@ -87,9 +92,13 @@ def test_only_prompt_conditioned_methods_heed_the_prompt(name):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-@pytest.mark.parametrize("name", ["pedro", "para", "lora", "ia3", "bitfit", "red", "full"])
+@pytest.mark.parametrize("name", ["pedro", *TUNERS, "full"])
 def test_every_method_runs_on_every_backbone(name, model_type):
-    model = get_method(name).apply(tiny_backbone(model_type)).train()
+    if name == "lpt" and model_type in ("mistral", "gemma2", "gemma3_text"):
+        with pytest.raises(BackboneError, match="sliding windows"):
+            get_method(name).apply(tiny_backbone(model_type), SMALL[name])
+        return
+    model = get_method(name).apply(tiny_backbone(model_type), SMALL.get(name)).train()
     model(**batch()).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -97,7 +106,7 @@ def test_every_method_runs_on_every_backbone(name, model_type):
 @pytest.mark.parametrize("name", [n for n in ALL if n != "full"])
 def test_adapter_parameters_are_float32_on_a_bfloat16_backbone(name):
     method = get_method(name)
-    model = method.apply(tiny_backbone().to(torch.bfloat16))
+    model = method.apply(tiny_backbone().to(torch.bfloat16), SMALL.get(name))
     omega, theta = method.parameter_groups(model)
     assert {p.dtype for _, p in omega + theta} == {torch.float32}
     model(**batch()).loss.backward()
@@ -151,6 +160,23 @@ def test_counting_leaves_out_bias_vectors_when_asked():
         ("lora", {"r": "8"}, r"method\.r: expected a whole number > 0, got '8'"),
         ("lora", {"targets": ["q", "query"]}, r"method\.targets: expected a list of q, k, v, gate, up, o, down"),
         ("lora", {"dropout": 1.5}, r"method\.dropout: expected a number in \[0, 1\)"),
+        ("adalora", {"target_r": 9}, r"method\.target_r: expected at most r = 8, got 9"),
+        ("adalora", {"start": 0.6}, r"method\.end: expected more than start = 0\.6, got 0\.5"),
+        ("ssp", {"budget": 0}, r"method\.budget: expected a share in \(0, 1\], got 0"),
+        ("ssp", {"search": 1}, r"method\.search: expected a share in \(0, 0\.9\], got 1"),
+        ("houlsby", {"activation": "gelo"}, r"method\.activation: expected learned or one of relu"),
+        ("learned-adapter", {"r": 0}, r"method\.r: expected a whole number > 0, got 0"),
+        ("p-tuning-v2", {"tokens": 0}, r"method\.tokens: expected a whole number > 0, got 0"),
+        ("lpt", {"layer": 3}, r"method\.layer: expected 1 to 2, the backbone's last, got 3"),
+        ("peft", {}, r"method\.peft_type: expected a type of PEFT, got None; use one of ADALORA, "),
+        ("peft", {"peft_type": "VERE"}, r"method\.peft_type: .* got 'VERE'; did you mean VERA\?"),
+        ("peft", {"peft_type": "PEDRO"}, r"method\.peft_type: train PEDRO by its own name: method\.name=pedro"),
+        ("peft", {"peft_type": "VERA", "ranc": 4}, r"method\.ranc: unknown option; peft takes peft_type, r, "),
+        (
+            "peft",
+            {"peft_type": "VERA", "save_projection": 4, "layers_pattern": "x"},
+            r"method\.peft_type: VERA refuses",
+        ),
     ],
 )
 def test_a_wrong_option_is_named_with_the_valid_ones(name, options, message):
@@ -167,7 +193,7 @@ def test_an_unsupported_backbone_is_told_for_every_adapter_method():
     from transformers import BloomConfig
 
     for name in ALL:
-        if name != "full":
+        if name not in ("full", "peft"):
             with pytest.raises(BackboneError, match="'bloom' is not supported"):
                 get_method(name).config(BloomConfig())
 
@@ -181,6 +207,26 @@ def test_options_override_a_variants_own():
     config = get_method("pedro-3").config(tiny_backbone().config, {"r": 2, "orders": [3, 2], "pool_source": "residual"})
     assert (config.r, config.orders, config.pool_source) == (2, (3, 2), "residual")
     assert len(config.targets) == 5
+
+
+def test_peft_says_in_its_own_words_what_does_not_fit_the_backbone():
+    with pytest.raises(ConfigError, match=r"method\.peft_type: MISS cannot be put on this backbone: `r` \(64\) must"):
+        get_method("peft").apply(tiny_backbone(), {"peft_type": "MISS"})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["adalora", "ssp", "houlsby", "learned-adapter", "p-tuning-v2", "lpt", "peft"])
+def test_an_adapter_comes_back_from_its_directory_to_the_bit(tmp_path, name):
+    model = get_method(name).apply(tiny_backbone(), SMALL.get(name)).eval()
+    generator = torch.Generator().manual_seed(0)
+    omega, theta = get_method(name).parameter_groups(model)
+    for _, p in omega + theta:
+        p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    expected = model(tokens()).logits
+    model.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".md", ".safetensors"}
+    again = PeftModel.from_pretrained(tiny_backbone(), tmp_path).eval()
+    assert torch.equal(again(tokens()).logits, expected)
 
 
 def test_wrapping_twice_registers_once():

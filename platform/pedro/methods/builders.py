@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import IA3Config, LoraConfig
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import projection_paths
+from pedro.methods.bottleneck import LEARNED, BottleneckConfig
 from pedro.methods.constants.config import ConstantConfig
+from pedro.methods.late_prompt import LatePromptConfig
 from pedro.methods.pedro.config import PedroConfig, variant_options
+from pedro.methods.sparse_search import SparseSearchConfig
 
+UNKNOWN_STEPS = 1_000_000_000  # AdaLoRA's config wants a number early; its companion sets the real one
 Targets = list[str] | tuple[str, ...] | None
 
 
@@ -89,6 +93,76 @@ def bitfit(model_config: Any, *, r: int | None = None, targets: Targets = None) 
 def red(model_config: Any) -> ConstantConfig:
     projection_paths(model_config)
     return ConstantConfig(scale=("down",), shift=("down",))
+
+
+def adalora(
+    model_config: Any,
+    *,
+    r: int = 8,
+    target_r: int = 4,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    targets: Targets = None,
+    start: float = 0.1,
+    end: float = 0.5,
+    orthogonality: float = 0.1,
+) -> AdaLoraConfig:
+    """`start` and `end`: shares of the steps between which ranks are pruned, read by the method's companion."""
+    _expect_count("r", r)
+    _expect_count("target_r", target_r)
+    _expect(target_r <= r, "target_r", f"at most r = {r}", target_r)
+    _expect_count("alpha", alpha)
+    _expect_share("dropout", dropout)
+    _expect_share("start", start)
+    _expect_share("end", end)
+    _expect(start < end, "end", f"more than start = {start}", end)
+    good = isinstance(orthogonality, (int, float)) and orthogonality >= 0
+    _expect(good, "orthogonality", "a number >= 0", orthogonality)
+    return AdaLoraConfig(
+        init_r=r,
+        target_r=target_r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        orth_reg_weight=orthogonality,
+        total_step=UNKNOWN_STEPS,
+        target_modules=_paths(model_config, targets),
+        fan_in_fan_out=model_config.model_type == "gpt2",
+    )
+
+
+def ssp(
+    model_config: Any,
+    *,
+    r: int = 8,
+    alpha: int = 16,
+    targets: Targets = None,
+    budget: float = 0.4,
+    search: float = 0.5,
+) -> SparseSearchConfig:
+    return SparseSearchConfig(r=r, alpha=alpha, targets=_targets(model_config, targets), budget=budget, search=search)
+
+
+def houlsby(model_config: Any, *, r: int = 18, activation: str = "gelu") -> BottleneckConfig:
+    projection_paths(model_config)
+    return BottleneckConfig(r=r, activation=activation)
+
+
+def learned_adapter(model_config: Any, *, r: int = 36) -> BottleneckConfig:
+    projection_paths(model_config)
+    return BottleneckConfig(r=r, sites=("mlp",), activation=LEARNED)
+
+
+def p_tuning_v2(model_config: Any, *, tokens: int = 64) -> PrefixTuningConfig:
+    _expect_count("tokens", tokens)
+    projection_paths(model_config)
+    return PrefixTuningConfig(num_virtual_tokens=tokens)
+
+
+def lpt(model_config: Any, *, r: int = 1024, tokens: int = 64, layer: int | None = None) -> LatePromptConfig:
+    projection_paths(model_config)
+    config = LatePromptConfig(r=r, tokens=tokens, layer=layer)
+    config.place(model_config.num_hidden_layers)
+    return config
 
 
 def full(model_config: Any) -> None:

@@ -16,7 +16,8 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from pedro.errors import ConfigError
-from pedro.methods.pedro.prompt import PROMPT_ARGUMENTS
+from pedro.methods.companion import Companion
+from pedro.methods.prompt import PROMPT_ARGUMENTS
 
 Parameters = list[tuple[str, nn.Parameter]]
 
@@ -40,6 +41,7 @@ class Method:
     conditions_on_prompt: bool = False
     theta: tuple[str, ...] = ()  # parts of the names of what Θ steps train (eq. 8); the rest is Ω
     paper: dict[str, Any] = field(default_factory=dict)  # options of the PEDRO paper's table 1, where not the defaults
+    accompany: Callable[[Any, int, dict[str, Any]], Companion | None] | None = None  # model, steps, options
 
     @property
     def options(self) -> dict[str, Any]:
@@ -76,7 +78,11 @@ class Method:
         return self.wrap(self._attach(model, config))
 
     def _attach(self, model: nn.Module, config: PeftConfig) -> nn.Module:
-        return get_peft_model(model, config)
+        attached = get_peft_model(model, config)
+        for name, parameter in attached.named_parameters():
+            if ".ranknum." in name:  # AdaLoRA's counts of ranks: on a bf16 backbone PEFT casts them to weights
+                parameter.requires_grad_(False)
+        return attached
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Make `model` accept and ignore `prompt_lens` and `prompt_mask`, where the method has no use for them."""
@@ -84,6 +90,15 @@ class Method:
         if not self.conditions_on_prompt and _ignore_prompt not in inner._forward_pre_hooks.values():
             inner.register_forward_pre_hook(_ignore_prompt, with_kwargs=True)
         return model
+
+    def companion(self, model: nn.Module, options: dict[str, Any], steps: int) -> Companion | None:
+        """What goes along with a training of `steps` steps, for a method that changes its shape while it trains.
+
+        Raises ConfigError where it could not do its work in so many steps.
+        """
+        if self.accompany is None:
+            return None
+        return self.accompany(model, steps, {**self.options, **options})
 
     def parameter_groups(self, model: nn.Module) -> tuple[Parameters, Parameters]:
         """The trainable parameters as (omega, theta) of eq. 8: for PEDRO theta is all a and b of eq. 7."""

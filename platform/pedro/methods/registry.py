@@ -8,8 +8,10 @@ from functools import partial
 from torch import nn
 
 from pedro.errors import ConfigError
-from pedro.methods import builders
+from pedro.methods import builders, by_name
+from pedro.methods.adalora import AdaLora
 from pedro.methods.method import Method
+from pedro.methods.sparse_search import SparseSearch
 
 PEDRO_PAPER = "Zhu et al. 2024, arXiv 2409.17834"
 BIASES = (".pedro_bias.", ".bottleneck_down_bias.", ".bottleneck_up_bias.")
@@ -119,6 +121,82 @@ METHODS: dict[str, Method] = {
             engine=True,
             mergeable=False,
             identity_at_init=True,
+        ),
+        Method(
+            name="adalora",
+            title="AdaLoRA",
+            source="Zhang et al. 2023, arXiv 2303.10512",
+            equation="y ← y + (α/r) P Λ Q x, half of Λ pruned",
+            build=builders.adalora,
+            engine=False,
+            mergeable=True,
+            identity_at_init=True,
+            accompany=lambda model, steps, options: AdaLora(model, steps, options["start"], options["end"]),
+        ),
+        Method(
+            name="ssp",
+            title="SSP: sparse structure search",
+            source="Hu et al. 2022, arXiv 2206.07382",
+            equation="y ← y + z₁ (α/r) B A x + z₂ b, gates z at a budget",
+            build=builders.ssp,
+            engine=False,
+            mergeable=False,
+            identity_at_init=True,
+            theta=(".sparse_search_gates.",),
+            accompany=lambda model, steps, options: SparseSearch(model, steps),
+        ),
+        Method(
+            name="houlsby",
+            title="Houlsby adapter",
+            source="Houlsby et al. 2019, arXiv 1902.00751",
+            equation="h ← h + σ(h W_down) W_up, two a layer",
+            build=builders.houlsby,
+            engine=False,
+            mergeable=False,
+            identity_at_init=True,
+        ),
+        Method(
+            name="learned-adapter",
+            title="Learned-Adapter",
+            source="Zhang et al. 2023, Findings of ACL",
+            equation="h ← h + σ(h W_down) W_up, σ a learned mixture",
+            build=builders.learned_adapter,
+            engine=False,
+            mergeable=False,
+            identity_at_init=True,
+            theta=(".bottleneck_mix.",),
+        ),
+        Method(
+            name="p-tuning-v2",
+            title="P-tuning v2",
+            source="Liu et al. 2021, arXiv 2110.07602",
+            equation="K ← [P_K; K], V ← [P_V; V] in every layer",
+            build=builders.p_tuning_v2,
+            engine=False,
+            mergeable=False,
+            identity_at_init=False,
+        ),
+        Method(
+            name="lpt",
+            title="LPT: late prompt tuning",
+            source="Liu et al. 2022, arXiv 2210.11292",
+            equation="H ← [relu(pool(H W_down)) W_up; H] at the middle layer",
+            build=builders.lpt,
+            engine=False,
+            mergeable=False,
+            identity_at_init=False,
+            conditions_on_prompt=True,
+        ),
+        by_name.PeftByName(
+            name="peft",
+            title="Any method of PEFT by its peft_type",
+            source="huggingface/peft",
+            equation="as peft_type says",
+            build=by_name.build,
+            engine=None,
+            mergeable=None,
+            identity_at_init=None,
+            accompany=by_name.accompany,
         ),
         Method(
             name="full",

@@ -1,8 +1,9 @@
 """A run's checkpoint on disk: what is trained, what the optimizer remembers, where the loop stands. No backbone.
 
 Knows nothing of Ray. Safetensors and JSON only, written by each worker into its own files of one directory:
-`rank<N>.safetensors` (its optimizer's tensors), and by rank 0 `parameters.safetensors`, `best.safetensors` and
-`progress.json`. Random numbers and the order of rows are functions of the step, so they need no place here.
+`rank<N>.safetensors` (its optimizer's tensors), and by rank 0 `parameters.safetensors`, `best.safetensors`,
+`progress.json` and, where the method has a companion, `companion.safetensors`. Random numbers and the order of rows
+are functions of the step, so they need no place here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pedro.errors import TrainingError
 from pedro.training.engines import StepEngine, optimizer_tensors
 from pedro.training.loop import Progress
 from pedro.training.team import Team
+
+COMPANION = "companion.safetensors"
 
 
 def write_checkpoint(
@@ -37,8 +40,11 @@ def write_checkpoint(
             if team.rank == 0:
                 save_file(parameters, str(directory / "parameters.safetensors"))
                 save_file(dict(best), str(directory / "best.safetensors"))
-                state = {"world": team.world, **progress.to_dict()}
-                (directory / "progress.json").write_text(json.dumps(state))
+                if engine.companion is not None:
+                    state = {name: t.detach().cpu().contiguous() for name, t in engine.companion.state().items()}
+                    save_file(state, str(directory / COMPANION))
+                progress_now = {"world": team.world, **progress.to_dict()}
+                (directory / "progress.json").write_text(json.dumps(progress_now))
         except (OSError, SafetensorError) as error:
             raise cannot_write("checkpoint", directory.parent, error) from error
 
@@ -58,6 +64,8 @@ def read_checkpoint(directory: Path, engine: StepEngine, team: Team) -> tuple[Pr
     own = load_file(str(directory / f"rank{0 if engine.replicated() else team.rank}.safetensors"))
     for name, tensor in optimizer_tensors(engine):
         tensor.data.copy_(own[name])
+    if engine.companion is not None:
+        engine.companion.load(load_file(str(directory / COMPANION)))
     best = load_file(str(directory / "best.safetensors")) if team.rank == 0 else {}
     state["validations"] = [(int(step), float(loss)) for step, loss in state["validations"]]
     return Progress(**state), best

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pedro.methods.companion import Companion
 from pedro.training.bilevel import GroupedAdamW, Named
 
 
@@ -34,6 +35,7 @@ class DeepSpeedEngine:
             )
         self._deepspeed = deepspeed
         self.model, self.optimizer, self.parameters = model, optimizer, parameters
+        self.companion: Companion | None = None
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = torch.device(self._engine.device)
         optimizer.materialise(self.masters())

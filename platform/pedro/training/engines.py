@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from pedro.methods.companion import Companion
 from pedro.training.bilevel import GroupedAdamW, Named
 
 
@@ -25,6 +26,8 @@ class StepEngine(Protocol):
     optimizer: GroupedAdamW
     parameters: Named
     """The trainable parameters by name; under ZeRO-3 their data is only there inside `gathered()`."""
+    companion: Companion | None
+    """What a method does between steps, for those that change their shape while they train."""
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V]."""
@@ -57,6 +60,7 @@ class TorchEngine:
         self, model: nn.Module, optimizer: GroupedAdamW, parameters: Named, *, accumulation: int, clip: float
     ) -> None:
         self.model, self.optimizer, self.parameters = model, optimizer, parameters
+        self.companion: Companion | None = None
         self.device = parameters[0][1].device
         self._accumulation, self._clip, self._slices = accumulation, clip, 0
         optimizer.materialise(self.masters())

@@ -128,6 +128,8 @@ def train(engine: StepEngine, alternation: Alternation, plan: Plan, data: Data, 
             place = (k + 1) // plan.theta_every - 1
             meter.theta(*batch_step(engine, theta_rows.batch(place), plan, data.pad_id, salt=2 * k + 1))
         progress.step = k + 1
+        if engine.companion:
+            engine.companion.after_step(progress.step)
         last = progress.step == plan.steps
 
         if progress.step % LOG_EVERY == 0 or last:
@@ -145,6 +147,8 @@ def train(engine: StepEngine, alternation: Alternation, plan: Plan, data: Data, 
     alternation.activate(OMEGA, THETA)
     if len(data.validation):
         restore(engine, team, best)
+    if engine.companion:
+        engine.companion.finish()
     engine.mode(training=False)
     return Outcome(
         steps=progress.step,
@@ -173,9 +177,11 @@ def batch_step(
         batch = tensors(part, pad_id, engine.device, filler=rows[0])
         labels = batch.pop("labels")
         loss = token_loss(engine.forward(**batch), labels) / tokens
+        total += loss.detach()
+        if engine.companion and (penalty := engine.companion.penalty()) is not None:
+            loss = loss + penalty / (engine.world * plan.accumulation)
         engine.backward(loss)
         engine.step()
-        total += loss.detach()
     return total, tokens
 
 
@@ -198,8 +204,13 @@ def mean_loss(engine: StepEngine, rows: Rows, batch_size: int, pad_id: int, team
 def judge(
     progress: Progress, loss: float, best: Mapping[str, torch.Tensor], engine: StepEngine
 ) -> Mapping[str, torch.Tensor]:
-    """Enter a validation into the progress; the parameters to keep, new ones if they are the best so far."""
+    """Enter a validation into the progress; the parameters to keep, new ones if they are the best so far.
+
+    While a method still changes its shape, no validation is the best and none counts against patience.
+    """
     progress.validations.append((progress.step, loss))
+    if engine.companion and not engine.companion.settled(progress.step):
+        return best
     if not loss < progress.best_loss:
         progress.without_gain += 1
         return best

@@ -61,6 +61,12 @@ def open_session(spec: FineTuneSpec, cache: Path, make_engine: MakeEngine | None
     optimizer = GroupedAdamW(omega, theta, weight_decay=spec.training.weight_decay)
     parameters = [*omega, *theta]
     engine = (make_engine or torch_engine(spec))(model, optimizer, parameters)
+    engine.companion = method.companion(model, spec.method.options, plan.steps)
+    if engine.companion is not None and spec.resources.zero_stage:
+        raise ConfigError(
+            f"resources.zero_stage: {method.name} changes its parameters between steps, which ZeRO shards; use 0",
+            param="resources.zero_stage",
+        )
     data = Data(
         train=train,
         theta=theta_rows if theta_rows is not None else [],

@@ -51,11 +51,19 @@ class DataSpec(Frozen):
 
 
 class MethodSpec(BaseModel):
-    """A method of `pedro.methods` and its options, side by side: `{name: pedro, r: 12}`."""
+    """A method of `pedro.methods` and its options, side by side: `{name: pedro, r: 12}`.
+
+    `{peft_type: VERA, r: 64}` means `{name: peft, peft_type: VERA, r: 64}`: any method of PEFT with its own options.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     name: str = "pedro"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_peft_type(cls, value: Any) -> Any:
+        return {"name": "peft", **value} if isinstance(value, dict) and "peft_type" in value else value
 
     @property
     def options(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def _dtype(session: Session) -> str:
 
 
 def _manifest(session: Session, trained: Trained) -> dict[str, Any]:
-    spec = session.spec
+    spec, companion = session.spec, session.engine.companion
     return {
         "backbone": {
             "id": session.backbone.id,
@@ -121,4 +121,5 @@ def _manifest(session: Session, trained: Trained) -> dict[str, Any]:
         "spec": spec.to_dict(),
         "metrics": trained.metrics,
         "trainable_parameters": session.trainable_parameters,
+        **({"kept_parameters": companion.kept()} if companion else {}),
     }

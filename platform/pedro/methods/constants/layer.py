@@ -29,12 +29,10 @@ class ConstantLayer(BlockLayer):
     def __init__(self, index: int, places: LayerSites) -> None:
         super().__init__(index, places)
         self.widths = {target: site.width for target, site in places.linears.items()}
-        by_module: dict[nn.Module, Cuts] = {}
+        cuts_of: dict[nn.Module, Cuts] = {}
         for target, site in places.linears.items():
-            by_module.setdefault(site.module, []).append((target, site.rows))
-        self._handles = [
-            module.register_forward_hook(partial(self._modify, cuts)) for module, cuts in by_module.items()
-        ]
+            cuts_of.setdefault(site.module, []).append((target, site.rows))
+        self._handles = [module.register_forward_hook(partial(self._modify, cuts)) for module, cuts in cuts_of.items()]
 
     def update_layer(self, adapter_name: str, config: ConstantConfig) -> None:
         """Add a fresh adapter, which changes nothing: scales of one, shifts of zero; of factors, codes are random."""

@@ -18,8 +18,8 @@ from pedro.methods.architectures import LayerSites, Rows
 from pedro.methods.blocks import BlockLayer
 from pedro.methods.pedro.config import PedroConfig
 from pedro.methods.pedro.generator import GeneratorWeights, generate_vectors
-from pedro.methods.pedro.prompt import PromptPass, Vectors
 from pedro.methods.pedro.rational import fit_gelu
+from pedro.methods.prompt import PromptPass, Vectors
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for a row without an adapter
 HANDED_DOWN = "pedro_vectors"

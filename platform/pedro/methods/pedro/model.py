@@ -10,15 +10,14 @@ from torch import nn
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import Architecture
-from pedro.methods.blocks import BlockTuner
+from pedro.methods.conditioned import ConditionedTuner
 from pedro.methods.pedro.config import PedroConfig
 from pedro.methods.pedro.layer import BASE, PedroLayer
-from pedro.methods.pedro.prompt import PromptPass
 
 CHILD = "modulation"
 
 
-class PedroModel(BlockTuner):
+class PedroModel(ConditionedTuner):
     """The tuner that PEFT's get_peft_model, PeftModel and transformers' load_adapter build for a PedroConfig."""
 
     prefix = "pedro_"
@@ -41,15 +40,6 @@ class PedroModel(BlockTuner):
         if not hasattr(block, CHILD):
             setattr(block, CHILD, PedroLayer(index, layers[index], self._architecture.hidden_size, self._prompts))
         getattr(block, CHILD).update_layer(adapter_name, config, config.activations(len(layers))[index])
-
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        super()._prepare_model(peft_config, model)
-        present = next(self.layers(), None)
-        if present is not None:
-            self._prompts = present.prompts
-        else:
-            self._prompts = PromptPass()
-            self._prompts.attach(model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -75,11 +65,6 @@ class PedroModel(BlockTuner):
             yield
         finally:
             self._prompts.adapter_names = None
-
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        self._prompts.detach()
-        return model
 
 
 def _option(name: str, kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,115 @@
+"""AdaLoRA's part between steps: importance, pruning, orthogonality (Zhang et al. 2023, arXiv 2303.10512).
+
+PEFT has the layers and the allocator of ranks; this drives it: it hands it the gradients of the step, sets its
+schedule by the run's number of steps, and keeps its memory for a resumed run. Knows nothing of the loop.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig
+from torch import nn
+
+from pedro.errors import ConfigError
+
+LEAST_STEPS = 4
+MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+PATTERN = "rank_pattern"
+
+
+class AdaLora:
+    """The `Companion` of an AdaLoRA adapter. `start` and `end` are the shares of the steps between which it prunes.
+
+    Without them, the config's own tinit, tfinal and deltaT hold. Raises ConfigError for a run that is too short.
+    """
+
+    def __init__(self, model: Any, steps: int, start: float | None = None, end: float | None = None) -> None:
+        self.tuner = model.base_model
+        self.config: AdaLoraConfig = model.peft_config["default"]
+        self.allocator = self.tuner.rankallocator
+        if steps < LEAST_STEPS:
+            raise ConfigError(
+                f"training.max_steps: AdaLoRA needs at least {LEAST_STEPS} steps to prune in, got {steps}",
+                param="training.max_steps",
+            )
+        self.config.total_step = steps
+        if start is not None and end is not None:
+            last = min(steps - 1, max(2, round(end * steps)))
+            self.config.tinit = min(last - 1, max(1, round(start * steps)))
+            self.config.tfinal = steps - last
+            self.config.deltaT = max(1, (last - self.config.tinit) // 20)
+        if self.config.tinit >= steps - self.config.tfinal:
+            raise ConfigError(
+                f"method.tinit: tinit {self.config.tinit} and tfinal {self.config.tfinal} leave none of the {steps} "
+                "steps to prune in; lower them",
+                param="method.tinit",
+            )
+        self._named = [(n, p) for n, p in self.tuner.model.named_parameters() if "lora_" in n and p.requires_grad]
+        self._grads: dict[str, torch.Tensor] = {}
+        for name, parameter in self._named:
+            parameter.register_post_accumulate_grad_hook(self._keeper(name))
+
+    def penalty(self) -> torch.Tensor | None:
+        """Mean distance of P Pᵀ and Qᵀ Q from the identity, times the config's weight (eq. 4)."""
+        if not self.config.orth_reg_weight:
+            return None
+        total, count = torch.zeros((), device=self._named[0][1].device), 0
+        for name, p in self._named:
+            if "lora_A" in name or "lora_B" in name:
+                square = p @ p.T if "lora_A" in name else p.T @ p  # [r, r]
+                distance = square - torch.eye(len(square), device=p.device, dtype=p.dtype)
+                total, count = total + distance.square().sum().clamp_min(1e-12).sqrt(), count + 1
+        return self.config.orth_reg_weight * total / count
+
+    def after_step(self, step: int) -> None:
+        """Weigh every rank by the step's gradients and zero those beyond the budget (eq. 8 to 10)."""
+        for name, parameter in self._named:
+            parameter.grad = self._grads.get(name)
+        self.tuner.update_and_allocate(step)
+        for _, parameter in self._named:
+            parameter.grad = None
+        self._grads.clear()
+
+    def settled(self, step: int) -> bool:
+        """Whether ranks are pruned for good."""
+        assert self.config.total_step is not None, "set at the start"
+        return step >= self.config.total_step - self.config.tfinal
+
+    def finish(self) -> None:
+        """Nothing: PEFT leaves pruned ranks out when it saves."""
+
+    def kept(self) -> int:
+        """A, B and E of the ranks that are kept."""
+        pattern = {name.removesuffix(".default"): ranks for name, ranks in (self.config.rank_pattern or {}).items()}
+        total = 0
+        for name, parameter in self._named:
+            ranks = pattern.get(re.sub(r"lora_[ABE]\.default$", "lora_E", name))
+            total += parameter.numel() if ranks is None else parameter.numel() // len(ranks) * sum(ranks)
+        return total
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The allocator's memory, and the ranks that are kept once they are chosen."""
+        state = {f"{kind}.{name}": tensor for kind in MEMORY for name, tensor in getattr(self.allocator, kind).items()}
+        pattern = self.config.rank_pattern or {}
+        return state | {f"{PATTERN}.{name}": torch.tensor(kept) for name, kept in pattern.items()}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over an allocator's memory and its ranks."""
+        device = self._named[0][1].device
+        for kind in MEMORY:
+            own = {n.removeprefix(f"{kind}."): t.to(device) for n, t in state.items() if n.startswith(f"{kind}.")}
+            setattr(self.allocator, kind, own)
+        start = f"{PATTERN}."
+        pattern = {n.removeprefix(start): t.tolist() for n, t in state.items() if n.startswith(start)}
+        self.config.rank_pattern = pattern or None
+
+    def _keeper(self, name: str) -> Any:
+        def keep(parameter: nn.Parameter) -> None:
+            # not a copy: clipping and the sum over workers happen in place, after this and before the step
+            if parameter.grad is not None:
+                self._grads[name] = parameter.grad
+
+        return keep

@@ -1,0 +1,135 @@
+"""Bottleneck adapters as a PEFT tuner: Houlsby's, and the Learned-Adapter. Knows nothing of training or files.
+
+h ← h + σ(h W_down + b_down) W_up + b_up, on a sublayer's output before the residual joins (Houlsby et al. 2019, arXiv
+1902.00751, section 2.1). The Learned-Adapter (Zhang et al. 2023, Findings of ACL) learns σ: a mixture of candidates
+whose weights are architecture parameters, trained on rows of their own as Θ is.
+Shapes: S sites, B rows, T tokens, D model width, R bottleneck, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from peft import PeftConfig, PeftType
+from torch import nn
+from torch.nn import functional
+
+from pedro.errors import ConfigError
+from pedro.methods.architectures import LayerSites
+from pedro.methods.blocks import BlockLayer, BlockTuner
+
+CHILD = "adapters"
+SITES = ("attention", "mlp")
+LEARNED = "learned"
+INIT_STD = 0.02
+CANDIDATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu,
+    "leaky_relu": functional.leaky_relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "elu": functional.elu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """Options of bottleneck adapters. Raises ConfigError for a value that no model could take."""
+
+    r: int = field(default=18, metadata={"help": "Width of the bottleneck."})
+    sites: tuple[str, ...] = field(
+        default=SITES, metadata={"help": f"Sublayers whose outputs are adapted, of {', '.join(SITES)}."}
+    )
+    activation: str = field(default="gelu", metadata={"help": f"{LEARNED}, or one of {', '.join(CANDIDATES)}."})
+
+    target_modules = None  # no field: PEFT reads it, but blocks are found by the table of architectures
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("BOTTLENECK")
+        self.sites = tuple(self.sites)
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0:
+            raise ConfigError(f"r: expected a whole number > 0, got {self.r!r}", param="r")
+        if not self.sites or not all(site in SITES and self.sites.count(site) == 1 for site in self.sites):
+            raise ConfigError(f"sites: expected distinct names of {', '.join(SITES)}, got {self.sites}", param="sites")
+        if self.activation not in (LEARNED, *CANDIDATES):
+            raise ConfigError(
+                f"activation: expected {LEARNED} or one of {', '.join(CANDIDATES)}, got {self.activation!r}",
+                param="activation",
+            )
+
+
+class BottleneckLayer(BlockLayer):
+    """The adapters of one block, by name; `sites` of the config lie along the first axis."""
+
+    adapter_layer_names = (
+        "bottleneck_down",  # [S, D, R]
+        "bottleneck_down_bias",  # [S, R]
+        "bottleneck_up",  # [S, R, D]
+        "bottleneck_up_bias",  # [S, D]
+        "bottleneck_mix",  # [S, C]
+    )
+    bottleneck_down: nn.ParameterDict
+    bottleneck_down_bias: nn.ParameterDict
+    bottleneck_up: nn.ParameterDict
+    bottleneck_up_bias: nn.ParameterDict
+    bottleneck_mix: nn.ParameterDict
+
+    def __init__(self, index: int, places: LayerSites, width: int) -> None:
+        super().__init__(index, places)
+        self.width = width
+        modules = {"attention": places.output, "mlp": places.down}
+        self._handles = [m.register_forward_hook(partial(self._adapt, site)) for site, m in modules.items()]
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
+        """Add a fresh adapter, which changes nothing: W_down ~ N(0, 0.02), all else zero."""
+        fresh, count = self.fresh(), len(config.sites)
+        down = torch.empty(count, self.width, config.r, **fresh).normal_(std=INIT_STD)
+        self.bottleneck_down[adapter_name] = nn.Parameter(down)
+        self.bottleneck_down_bias[adapter_name] = nn.Parameter(torch.zeros(count, config.r, **fresh))
+        self.bottleneck_up[adapter_name] = nn.Parameter(torch.zeros(count, config.r, self.width, **fresh))
+        self.bottleneck_up_bias[adapter_name] = nn.Parameter(torch.zeros(count, self.width, **fresh))
+        if config.activation == LEARNED:
+            self.bottleneck_mix[adapter_name] = nn.Parameter(torch.zeros(count, len(CANDIDATES), **fresh))
+        self.configs[adapter_name] = config
+
+    def forward(self, hidden: torch.Tensor, site: str, adapter_name: str) -> torch.Tensor:
+        """What one adapter adds to a sublayer's output, float32: hidden [B, T, D] -> [B, T, D]."""
+        config = self.configs[adapter_name]
+        place = config.sites.index(site)
+        narrow = hidden @ self.bottleneck_down[adapter_name][place] + self.bottleneck_down_bias[adapter_name][place]
+        if config.activation == LEARNED:
+            weights = self.bottleneck_mix[adapter_name][place].softmax(dim=0)  # [C]
+            narrow = torch.stack([w * act(narrow) for w, act in zip(weights, CANDIDATES.values(), strict=True)]).sum(0)
+        else:
+            narrow = CANDIDATES[config.activation](narrow)
+        return narrow @ self.bottleneck_up[adapter_name][place] + self.bottleneck_up_bias[adapter_name][place]
+
+    def _adapt(self, site: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        names = [name for name in self.live() if site in self.configs[name].sites]
+        if not names:
+            return None
+        hidden = output.float()
+        for name in names:
+            hidden = hidden + self(hidden, site, name)
+        return hidden.to(output.dtype)
+
+
+class BottleneckModel(BlockTuner):
+    """The tuner that PEFT builds for a BottleneckConfig."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    child = CHILD
+    no_merge = "an adapter's activation cannot be folded into a weight"
+
+    def add(self, block: nn.Module, index: int, adapter_name: str, config: BottleneckConfig) -> None:
+        """Give the block a BottleneckLayer if it has none, and the layer a fresh adapter."""
+        if not hasattr(block, CHILD):
+            layer = BottleneckLayer(index, self._architecture.layers[index], self._architecture.hidden_size)
+            setattr(block, CHILD, layer)
+        getattr(block, CHILD).update_layer(adapter_name, config)

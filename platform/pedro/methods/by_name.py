@@ -1,0 +1,83 @@
+"""Any method that PEFT has, by its type and with PEFT's own options. Knows nothing of how they work.
+
+`method: {peft_type: VERA, r: 64}` takes every field of PEFT's config class for that type, and PEFT's own defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from peft import AdaLoraConfig, PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from torch import nn
+
+from pedro.errors import ConfigError
+from pedro.methods.adalora import AdaLora
+from pedro.methods.builders import UNKNOWN_STEPS
+from pedro.methods.companion import Companion
+from pedro.methods.method import Method
+
+NOT_OPTIONS = {field.name for field in dataclasses.fields(PeftConfig)}
+OWN_NAMES = {"PEDRO": "pedro", "LATE_PROMPT": "lpt", "SPARSE_SEARCH": "ssp"}
+# they want more in a batch or a model than rows of tokens: task ids, other adapters, an encoder, two models
+NEED_MORE = ("POLY", "MULTITASK_PROMPT_TUNING", "XLORA", "CPT", "CARTRIDGE", "SHADOW", "SUPERTUNING")
+
+
+class PeftByName(Method):
+    """The method `peft`: its options are those of the config class that `peft_type` names."""
+
+    def known(self, options: dict[str, Any]) -> Sequence[str]:
+        """peft_type and the fields of its config class. Raises ConfigError for a type that is not to be had."""
+        fields = [f.name for f in dataclasses.fields(_config_class(options.get("peft_type"))) if f.init]
+        return ["peft_type", *(name for name in fields if name not in NOT_OPTIONS)]
+
+    def _attach(self, model: nn.Module, config: PeftConfig) -> nn.Module:
+        try:
+            return super()._attach(model, config)
+        except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            raise ConfigError(
+                f"method.peft_type: {config.peft_type.value} cannot be put on this backbone: {error}",  # type: ignore[union-attr]
+                param="method.peft_type",
+            ) from error
+
+
+def build(model_config: Any, *, peft_type: str | None = None, **options: Any) -> PeftConfig:
+    """PEFT's config for a type. Raises ConfigError with PEFT's own words for a wrong value."""
+    config_class = _config_class(peft_type)
+    if issubclass(config_class, AdaLoraConfig):
+        options = {"total_step": UNKNOWN_STEPS, **options}
+    try:
+        return config_class(**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"peft_type: {peft_type} refuses its options: {error}", param="peft_type") from error
+
+
+def accompany(model: Any, steps: int, options: dict[str, Any]) -> Companion | None:
+    """AdaLoRA's companion, by its own schedule, if that is the type."""
+    return AdaLora(model, steps) if isinstance(model.peft_config["default"], AdaLoraConfig) else None
+
+
+def peft_types() -> list[str]:
+    """The types that can be had."""
+    names = (kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind in PEFT_TYPE_TO_TUNER_MAPPING)
+    return sorted(name for name in names if name not in NEED_MORE and name not in OWN_NAMES)
+
+
+def _config_class(peft_type: Any) -> type[PeftConfig]:
+    if peft_type in OWN_NAMES:
+        raise ConfigError(
+            f"method.peft_type: train {peft_type} by its own name: method.name={OWN_NAMES[peft_type]}",
+            param="method.peft_type",
+        )
+    classes = {name: PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)] for name in peft_types()}
+    if peft_type not in classes:
+        near = difflib.get_close_matches(str(peft_type), classes, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"method.peft_type: expected a type of PEFT, got {peft_type!r}; {hint}use one of {', '.join(classes)}",
+            param="method.peft_type",
+        )
+    return classes[peft_type]

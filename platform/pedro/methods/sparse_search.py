@@ -1,0 +1,263 @@
+"""Sparse structure search as a PEFT tuner (SSP; S³Delta, Hu et al. 2022, arXiv 2206.07382). Knows nothing of the loop.
+
+The super-network has two candidates at every linear: a LoRA module and a shift. Each has a gate with a logit α. While
+the search lasts, gates are open with p = σ(α − ζ), with ζ such that the open parameters are expected to be the budget
+(shifted global sigmoid, section 3.3), sampled as binary concrete variables; α is trained on rows of its own as Θ is.
+Then the most open candidates that fit the budget are kept and go on training; only they are saved.
+Shapes: B rows, T tokens, C candidates of all layers, c those of one block [2, targets].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType
+from torch import nn
+
+from pedro.errors import ConfigError
+from pedro.methods.architectures import LINEARS, Architecture, LayerSites, Rows
+from pedro.methods.blocks import BlockLayer, BlockTuner
+
+CHILD = "candidates"
+PREFIX = "sparse_search_"
+PARTS = ("lora", "shift")
+Cuts = list[tuple[str, Rows]]
+
+
+@dataclass
+class SparseSearchConfig(PeftConfig):
+    """Options of the search; `kept` is its result. Raises ConfigError for a value that no model could take."""
+
+    r: int = field(default=8, metadata={"help": "Rank of each LoRA candidate."})
+    alpha: int = field(default=16, metadata={"help": "LoRA's alpha."})
+    targets: tuple[str, ...] = field(
+        default=LINEARS, metadata={"help": f"Linears with candidates, of {', '.join(LINEARS)}."}
+    )
+    budget: float = field(default=0.4, metadata={"help": "Share of the super-network's parameters that is kept."})
+    search: float = field(default=0.5, metadata={"help": "Share of the steps in which the structure is searched."})
+    kept: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "The kept candidates as layer.part.target; None while the search lasts."}
+    )
+
+    target_modules = None  # no field: PEFT reads it, but blocks are found by the table of architectures
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("SPARSE_SEARCH")
+        self.targets = tuple(self.targets)
+        self.kept = None if self.kept is None else tuple(self.kept)
+        for name in ("r", "alpha"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ConfigError(f"{name}: expected a whole number > 0, got {value!r}", param=name)
+        for name, most in (("budget", 1.0), ("search", 0.9)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value <= most:
+                raise ConfigError(f"{name}: expected a share in (0, {most:g}], got {value!r}", param=name)
+        if not self.targets or not all(t in LINEARS and self.targets.count(t) == 1 for t in self.targets):
+            raise ConfigError(
+                f"targets: expected distinct names of {', '.join(LINEARS)}, got {self.targets}", param="targets"
+            )
+
+
+class SparseSearchLayer(BlockLayer):
+    """The candidates of one block, by adapter: at target t, A [r, in], B [width, r] and a shift [width]."""
+
+    adapter_layer_names = (
+        *(f"{PREFIX}{part}_{target}" for target in LINEARS for part in ("a", "b", "shift")),
+        f"{PREFIX}gates",  # [2, targets], logits of the two parts
+    )
+
+    def __init__(self, index: int, places: LayerSites) -> None:
+        super().__init__(index, places)
+        self.open: dict[str, torch.Tensor] = {}  # how far each candidate is open [2, targets]; no entry: fully
+        cuts_of: dict[nn.Module, Cuts] = {}
+        for target, site in places.linears.items():
+            cuts_of.setdefault(site.module, []).append((target, site.rows))
+        self._handles = [m.register_forward_hook(partial(self._add_up, cuts)) for m, cuts in cuts_of.items()]
+
+    def update_layer(self, adapter_name: str, config: SparseSearchConfig) -> None:
+        """Add fresh candidates, which change nothing: all of them, or those that the config says were kept."""
+        fresh = self.fresh()
+        for target in config.targets:
+            module, _, width = self.places.linears[target]
+            weight: Any = module.weight
+            wide = weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0]  # else GPT-2's Conv1D
+            if self._has(config, "lora", target):
+                down = nn.init.kaiming_uniform_(torch.empty(config.r, wide, **fresh), a=5**0.5)
+                self.part("a", target)[adapter_name] = nn.Parameter(down)
+                self.part("b", target)[adapter_name] = nn.Parameter(torch.zeros(width, config.r, **fresh))
+            if self._has(config, "shift", target):
+                self.part("shift", target)[adapter_name] = nn.Parameter(torch.zeros(width, **fresh))
+        if config.kept is None:
+            gates = torch.zeros(len(PARTS), len(config.targets), **fresh)
+            getattr(self, f"{PREFIX}gates")[adapter_name] = nn.Parameter(gates)
+        self.configs[adapter_name] = config
+
+    def part(self, name: str, target: str) -> nn.ParameterDict:
+        """The parameters a, b or shift of one target, by adapter."""
+        return getattr(self, f"{PREFIX}{name}_{target}")
+
+    def gates(self, adapter_name: str) -> nn.Parameter:
+        """The logits [2, targets] of a search that goes on."""
+        return getattr(self, f"{PREFIX}gates")[adapter_name]
+
+    def sizes(self, adapter_name: str) -> torch.Tensor:
+        """Parameters of each candidate [2, targets]."""
+        targets = self.configs[adapter_name].targets
+        lora = [sum(self.part(n, t)[adapter_name].numel() for n in ("a", "b")) for t in targets]
+        return torch.tensor([lora, [self.part("shift", t)[adapter_name].numel() for t in targets]])
+
+    def prune(self, adapter_name: str, config: SparseSearchConfig) -> None:
+        """Delete the gates and what `config.kept` does not name."""
+        for target in config.targets:
+            for names, part in ((("a", "b"), "lora"), (("shift",), "shift")):
+                if not self._has(config, part, target):
+                    for name in names:
+                        del self.part(name, target)[adapter_name]
+        del getattr(self, f"{PREFIX}gates")[adapter_name]
+        self.open.pop(adapter_name, None)
+
+    def _has(self, config: SparseSearchConfig, part: str, target: str) -> bool:
+        return config.kept is None or f"{self.index}.{part}.{target}" in config.kept
+
+    def _add_up(self, cuts: Cuts, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        changed: torch.Tensor | None = None
+        for name in self.live():
+            config = self.configs[name]
+            for target, rows in cuts:
+                if target in config.targets and (added := self._delta(name, target, args[0].float())) is not None:
+                    changed = output.float().clone() if changed is None else changed
+                    place = slice(None) if rows is None else rows
+                    changed[..., place] = changed[..., place] + added
+        return None if changed is None else changed.to(output.dtype)
+
+    def _delta(self, name: str, target: str, x: torch.Tensor) -> torch.Tensor | None:
+        """What the open candidates of one target add to its output: x [B, T, in] -> [B, T, width] or [width]."""
+        config, opened = self.configs[name], self.open.get(name)
+        place, added = config.targets.index(target), None
+        if name in self.part("a", target):
+            added = x @ self.part("a", target)[name].T @ self.part("b", target)[name].T * (config.alpha / config.r)
+            added = added if opened is None else added * opened[0, place]
+        if name in self.part("shift", target):
+            shift = self.part("shift", target)[name]
+            shift = shift if opened is None else shift * opened[1, place]
+            added = shift if added is None else added + shift
+        return added
+
+
+class SparseSearchModel(BlockTuner):
+    """The tuner that PEFT builds for a SparseSearchConfig."""
+
+    prefix = PREFIX
+    tuner_layer_cls = SparseSearchLayer
+    child = CHILD
+    no_merge = "a linear without a bias, as most backbones have, can hold no shift"
+
+    def check(self, config: SparseSearchConfig, architecture: Architecture) -> None:
+        """Raise ConfigError for targets that the backbone lacks."""
+        linears = architecture.layers[0].linears
+        if missing := [target for target in config.targets if target not in linears]:
+            raise ConfigError(
+                f"targets: this backbone has no {', '.join(missing)}; choose from {', '.join(linears)}",
+                param="targets",
+            )
+
+    def add(self, block: nn.Module, index: int, adapter_name: str, config: SparseSearchConfig) -> None:
+        """Give the block a SparseSearchLayer if it has none, and the layer fresh candidates."""
+        if not hasattr(block, CHILD):
+            setattr(block, CHILD, SparseSearchLayer(index, self._architecture.layers[index]))
+        getattr(block, CHILD).update_layer(adapter_name, config)
+
+
+class SparseSearch:
+    """The `Companion` of a search: opens the gates in every forward pass, then decides, then takes the rest off."""
+
+    def __init__(self, model: Any, steps: int) -> None:
+        self.config: SparseSearchConfig = model.peft_config["default"]
+        self.layers: list[SparseSearchLayer] = list(model.base_model.layers())
+        self.last = max(1, round(self.config.search * steps))  # step after which the structure is decided
+        self.sizes = torch.cat([layer.sizes("default").flatten() for layer in self.layers])  # [C]
+        self.decided: torch.Tensor | None = None  # [C] bool
+        self._handle = model.get_base_model().register_forward_pre_hook(self._open_gates)
+
+    def penalty(self) -> None:
+        """Nothing is added to the loss: the budget holds by construction."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Decide, once, when the search has lasted long enough."""
+        if step >= self.last and self.decided is None:
+            self.decided = choose(self._logits().detach().cpu(), self.sizes, self.config.budget)
+
+    def settled(self, step: int) -> bool:
+        """Whether the structure is decided."""
+        return step >= self.last
+
+    def finish(self) -> None:
+        """Delete gates and candidates that are not kept, and write down what is."""
+        assert self.decided is not None, "a run ends after the search"
+        names = [
+            f"{layer.index}.{part}.{target}"
+            for layer in self.layers
+            for part in PARTS
+            for target in self.config.targets
+        ]
+        self.config.kept = tuple(name for name, kept in zip(names, self.decided.tolist(), strict=True) if kept)
+        for layer in self.layers:
+            layer.prune("default", self.config)
+        self._handle.remove()
+
+    def kept(self) -> int:
+        """Parameters of the candidates that were decided for; of all of them before that."""
+        return int(self.sizes.sum() if self.decided is None else self.sizes[self.decided].sum())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was decided, if it was."""
+        return {} if self.decided is None else {"decided": self.decided}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over a decision."""
+        self.decided = state.get("decided")
+
+    def _logits(self) -> torch.Tensor:
+        return torch.cat([layer.gates("default").flatten() for layer in self.layers])  # [C]
+
+    def _open_gates(self, model: nn.Module, args: tuple) -> None:
+        logits = self._logits()
+        if self.decided is not None:
+            opened = self.decided.to(logits)
+        else:
+            logits = logits - balance(logits.detach(), self.sizes.to(logits), self.config.budget)
+            if model.training:  # a binary concrete variable at temperature 1
+                logits = logits + torch.logit(torch.rand_like(logits), eps=1e-6)
+            opened = logits.sigmoid()
+        for layer, part in zip(self.layers, opened.chunk(len(self.layers)), strict=True):
+            layer.open["default"] = part.view(len(PARTS), -1)
+
+
+def balance(logits: torch.Tensor, sizes: torch.Tensor, budget: float) -> float:
+    """ζ such that Σ σ(α − ζ) size = budget · Σ size, by bisection: logits [C], sizes [C]."""
+    if budget >= 1:
+        return float(logits.min()) - 30.0
+    low, high = float(logits.min()) - 30.0, float(logits.max()) + 30.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_much = ((logits - middle).sigmoid() * sizes).sum() > budget * sizes.sum()
+        low, high = (middle, high) if too_much else (low, middle)
+    return (low + high) / 2
+
+
+def choose(logits: torch.Tensor, sizes: torch.Tensor, budget: float) -> torch.Tensor:
+    """Which candidates [C] are kept: the most open ones that fit into the budget together, and at least one."""
+    left, kept = budget * float(sizes.sum()), torch.zeros(len(logits), dtype=torch.bool)
+    for place in logits.argsort(descending=True, stable=True).tolist():
+        if sizes[place] <= left:
+            kept[place] = True
+            left -= float(sizes[place])
+    if not kept.any():
+        kept[int(sizes.argmin())] = True
+    return kept
