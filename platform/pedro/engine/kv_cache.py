@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+MARGIN = 64  # elements after the last: the CPU kernel reads whole strips, and drops what lies outside
+
 
 class KVCache:
     """One tensor of keys and one of values a layer, head-major: [S, K, T, d]."""
@@ -22,8 +24,13 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (slots, kv_heads, length, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        size = slots * kv_heads * length * head_dim
+
+        def make() -> list[torch.Tensor]:
+            whole = [torch.zeros(size + MARGIN, dtype=dtype, device=device) for _ in range(num_layers)]
+            return [tensor[:size].view(shape) for tensor in whole]
+
+        self.keys, self.values = make(), make()
 
     @property
     def nbytes(self) -> int:

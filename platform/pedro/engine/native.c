@@ -136,11 +136,13 @@ typedef struct {            /* one product: rows [m, k] (normed on the way where
   long ldo;
 } Product;
 
-static inline __attribute__((always_inline)) void tile(const int m, long k, const float *x, const float *w, float *out) {
+static inline __attribute__((always_inline)) void tile(const int m, long k, const float *x, long ldx, const float *w,
+                                                        long ldw, float *out, long ldo) {
+  /* out [m, NR] = x' w, with x [k, m] and w [k, NR] */
   vf a[MR], b[MR];
 #pragma GCC unroll 12
   for (int r = 0; r < m; r++) a[r] = b[r] = (vf){0};
-  for (long i = 0; i < k; i++, w += NR, x += m) {
+  for (long i = 0; i < k; i++, w += ldw, x += ldx) {
     vf w0 = load(w), w1 = load(w + VW);
     __builtin_prefetch(w + AHEAD), __builtin_prefetch(w + AHEAD + VW);
 #pragma GCC unroll 12
@@ -151,14 +153,14 @@ static inline __attribute__((always_inline)) void tile(const int m, long k, cons
   }
 #pragma GCC unroll 12
   for (int r = 0; r < m; r++) {
-    store(out + r * NR, a[r]);
-    store(out + r * NR + VW, b[r]);
+    store(out + r * ldo, a[r]);
+    store(out + r * ldo + VW, b[r]);
   }
 }
 
-static void run_tile(int m, long k, const float *x, const float *w, float *out) {
+static void run_tile(int m, long k, const float *x, long ldx, const float *w, long ldw, float *out, long ldo) {
   switch (m) {
-#define CASE(n) case n: tile(n, k, x, w, out); break;
+#define CASE(n) case n: tile(n, k, x, ldx, w, ldw, out, ldo); break;
     CASE(1) CASE(2) CASE(3) CASE(4)
 #if MR > 4
     CASE(5) CASE(6)
@@ -187,39 +189,52 @@ static void pack(const Product *p, long row, int m, float eps, float *packed) { 
       for (int r = 0; r < m; r++) packed[r] = x[r][i] * scale[r] * p->norm[i];
 }
 
-static inline vf modulated(const Model *M, const Batch *B, long l, const Product *p, int at, long row, long col, vf y) {
+typedef struct {            /* what is done to a strip of columns of one site */
+  const float *bias, *scale, *shift, *const *lora;
+  const int *rank;
+  long width, col, low;     /* low: where the site's low-rank terms stand in a row of B->low */
+} Strip;
+
+static inline Strip strip_of(const Model *M, const Batch *B, long l, const Product *p, int at, long col) {
   const Layer *L = M->layer + l;
   const int site = p->first + at;
-  const long width = padded(p->width[at]);
-  if (L->bias[site]) y += load(L->bias[site] + col);
+  const long entry = (l * SITES + site) * M->slots;
+  return (Strip){L->bias[site] ? L->bias[site] + col : 0, L->scale[site] ? L->scale[site] + col : 0,
+                 L->shift[site] ? L->shift[site] + col : 0, B->lora ? M->lora + 2 * entry : 0, M->ranks + entry,
+                 padded(p->width[at]), col, at * M->max_rank};
+}
+
+static inline vf modulated(const Model *M, const Batch *B, const Strip *s, long row, vf y) {
+  if (s->bias) y += load(s->bias);
   const long slot = B->mods[row];
   if (slot < 0) return y;
-  if (L->scale[site]) y *= load(L->scale[site] + slot * width + col);
-  if (L->shift[site]) y += load(L->shift[site] + slot * width + col);
-  if (B->lora) {
-    const long entry = (l * SITES + site) * M->slots + slot;
-    const float *up = M->lora[2 * entry + 1], *low = B->low + (row * 3 + at) * M->max_rank;
-    for (int r = 0; r < M->ranks[entry]; r++) y += low[r] * load(up + r * width + col);
+  if (s->scale) y *= load(s->scale + slot * s->width);
+  if (s->shift) y += load(s->shift + slot * s->width);
+  if (s->lora) {
+    const float *up = s->lora[2 * slot + 1] + s->col, *low = B->low + row * 3 * M->max_rank + s->low;
+    for (int r = 0; r < s->rank[slot]; r++) y += low[r] * load(up + r * s->width);
   }
   return y;
 }
 
 static void finish(const Model *M, const Batch *B, long l, const Product *p, long panel, long row, int m, float *y) {
   if (p->mode == GATED) {
-    for (int r = 0; r < m; r++, y += NR) {
-      vf gate = modulated(M, B, l, p, 0, row + r, panel * VW, load(y));
-      vf up = modulated(M, B, l, p, 1, row + r, panel * VW, load(y + VW));
-      store(p->out + (row + r) * p->ldo + panel * VW, activate(M->activation, gate) * up);
+    const Strip gate = strip_of(M, B, l, p, 0, panel * VW), up = strip_of(M, B, l, p, 1, panel * VW);
+    float *out = p->out + row * p->ldo + panel * VW;
+    for (int r = 0; r < m; r++, y += NR, out += p->ldo) {
+      vf g = modulated(M, B, &gate, row + r, load(y)), u = modulated(M, B, &up, row + r, load(y + VW));
+      store(out, activate(M->activation, g) * u);
     }
     return;
   }
-  for (int half = 0; half < 2; half++) {
-    long col = (2 * panel + half) * VW, start = col, at = 0;
+  for (int half = 0; half < 2; half++, y += VW) {
+    long col = (2 * panel + half) * VW, at = 0;
+    float *out = p->out + row * p->ldo + col;
     while (at < p->count && col >= padded(p->width[at])) col -= padded(p->width[at++]);
     if (at == p->count) return; /* the last panel's second strip may be empty */
-    for (int r = 0; r < m; r++) {
-      vf v = modulated(M, B, l, p, at, row + r, col, load(y + r * NR + half * VW));
-      float *out = p->out + (row + r) * p->ldo + start;
+    const Strip s = strip_of(M, B, l, p, at, col);
+    for (int r = 0; r < m; r++, out += p->ldo) {
+      vf v = modulated(M, B, &s, row + r, load(y + r * NR));
       store(out, p->mode == ADD ? v + load(out) : v);
     }
   }
@@ -266,7 +281,7 @@ static void multiply(const Model *M, const Batch *B, long l, const Product *p, l
       const long row = b * block, stop = g + group < last ? g + group : last;
       const int m = rows_of(B, b, block);
       for (long panel = g; m > 0 && panel < stop; panel++) {
-        run_tile(m, p->k, packed + row * p->k, p->panels + panel * p->k * NR, y);
+        run_tile(m, p->k, packed + row * p->k, m, p->panels + panel * p->k * NR, NR, y, NR);
         if (p->mode == HEAD) finish_head(M, B, panel, row, m, y, thread);
         else finish(M, B, l, p, panel, row, m, y);
       }
@@ -396,60 +411,58 @@ static void attention(const Model *M, const Batch *B, const Layer *L) {
 }
 
 static void attend_prompt(const Model *M, const Batch *B, const Layer *L, long first, long n, long kv) {
-  /* A whole prompt against itself, one key-value head: scores and mixes are products like any other. */
-  const long d = M->head_dim, group = M->heads / M->kv_heads, slot = B->slots[first];
+  /* A whole prompt against itself, one key-value head: scores [keys, NR queries] and mixes are products like any other. */
+  const long d = M->head_dim, group = M->heads / M->kv_heads, at = (B->slots[first] * M->kv_heads + kv) * M->length * d;
   const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
-  const long key_panels = (n + NR - 1) / NR, value_panels = (d + NR - 1) / NR, span = key_panels * NR;
-  const float *keys = L->keys + (slot * M->kv_heads + kv) * M->length * d;
-  const float *values = L->values + (slot * M->kv_heads + kv) * M->length * d;
-  float *key = scratch(span * d + value_panels * n * NR + MR * (2 * span + d + NR)), *value = key + span * d;
-  float *scores = value + value_panels * n * NR, *p = scores + MR * span, *q = p + MR * span, *y = q + MR * d;
-  for (long panel = 0; panel < key_panels; panel++)
-    for (long i = 0; i < d; i++)
-      for (long c = 0; c < NR; c++) {
-        const long t = panel * NR + c;
-        key[(panel * d + i) * NR + c] = t < n ? keys[t * d + i] : 0;
-      }
-  for (long panel = 0; panel < value_panels; panel++)
-    for (long t = 0; t < n; t++)
-      for (long c = 0; c < NR; c++) {
-        const long i = panel * NR + c;
-        value[(panel * n + t) * NR + c] = i < d ? values[t * d + i] : 0;
-      }
+  const float *keys = L->keys + at, *values = L->values + at;
+  float *key = scratch(n * d + n * NR + d * NR + MR * NR), *p = key + n * d, *q = p + n * NR, *y = q + d * NR;
+  for (long t = 0; t < n; t += MR) { /* blocks of keys side by side: [d, keys] */
+    const int m = n - t < MR ? n - t : MR;
+    for (int r = 0; r < m; r++)
+      for (long i = 0; i < d; i++) key[t * d + i * m + r] = keys[(t + r) * d + i];
+  }
+  vf lane[2];
+  for (int c = 0; c < NR; c++) lane[c / VW][c % VW] = c;
   for (long h = kv * group; h < (kv + 1) * group; h++)
-    for (long row = 0; row < n; row += MR) {
-      const int m = n - row < MR ? n - row : MR;
-      const long low = L->window && row >= L->window ? (row + 1 - L->window) / NR * NR : 0, high = row + m;
-      float share[MR];
-      for (long i = 0; i < d; i++)
-        for (int r = 0; r < m; r++) q[i * m + r] = B->qkv[(first + row + r) * width + h * d + i] * M->scaling;
-      for (long panel = low / NR; panel * NR < high; panel++) {
-        run_tile(m, d, q, key + panel * d * NR, y);
-        for (int r = 0; r < m; r++) memcpy(scores + r * span + panel * NR, y + r * NR, NR * sizeof(float));
+    for (long row = 0; row < n; row += NR) {
+      const long queries = n - row < NR ? n - row : NR, high = row + queries;
+      const long low = L->window && row >= L->window ? (row + 1 - L->window) / MR * MR : 0;
+      float share[NR];
+      for (long c = 0; c < queries; c++)
+        for (long i = 0; i < d; i++) q[i * NR + c] = B->qkv[(first + row + c) * width + h * d + i] * M->scaling;
+      for (long t = low; t < high; t += MR) {
+        const int m = n - t < MR ? n - t : MR;
+        run_tile(m, d, key + t * d, m, q, NR, p + t * NR, NR);
       }
-      for (int r = 0; r < m; r++) {
-        float *score = scores + r * span, most = -INFINITY;
-        const long at = row + r, from = L->window && at >= L->window ? at + 1 - L->window : 0;
-        vf top = all(-INFINITY), total = {0};
-        for (long t = low; t < from; t++) score[t] = -INFINITY;
-        for (long t = at + 1; t < (high + NR - 1) / NR * NR; t++) score[t] = -INFINITY;
-        for (long t = low; t < high; t += VW) top = vmax(top, load(score + t));
-        for (int i = 0; i < VW; i++) most = top[i] > most ? top[i] : most;
-        for (long t = low; t < high; t += VW) {
-          vf x = load(score + t), e = pick(x == -INFINITY, (vf){0}, vexp(x - most));
-          store(score + t, e);
+      for (int s = 0; s < 2; s++) {
+        vf most = all(-INFINITY), total = {0};
+        const vf position = lane[s] + (float)row, oldest = L->window ? position - (float)L->window : all(-1);
+        for (long t = low; t < high; t++) {
+          float *score = p + t * NR + s * VW;
+          if (t >= row || L->window) {
+            const vf here = all(t);
+            store(score, pick((here <= position) & (here > oldest), load(score), all(-INFINITY)));
+          }
+          most = vmax(most, load(score));
+        }
+        for (long t = low; t < high; t++) {
+          float *score = p + t * NR + s * VW;
+          const vf x = load(score), e = pick(x == -INFINITY, (vf){0}, vexp(x - most));
+          store(score, e);
           total += e;
         }
-        share[r] = 1.0f / sum(total);
+        store(share + s * VW, 1.0f / total);
       }
-      for (long t = low; t < high; t++)
-        for (int r = 0; r < m; r++) p[(t - low) * m + r] = scores[r * span + t];
-      for (long panel = 0; panel < value_panels; panel++) {
-        run_tile(m, high - low, p, value + (panel * n + low) * NR, y);
-        for (int r = 0; r < m; r++)
-          for (long c = 0; c < NR && panel * NR + c < d; c++)
-            B->mixed[(first + row + r) * M->heads * d + h * d + panel * NR + c] = y[r * NR + c] * share[r];
-      }
+      for (long r = 0; r < queries; r += MR)
+        for (long i = 0; i < d; i += NR) { /* columns past the head's width are read and dropped */
+          const int m = queries - r < MR ? queries - r : MR;
+          const long columns = d - i < NR ? d - i : NR;
+          run_tile(m, high - low, p + low * NR + r, NR, values + low * d + i, d, y, NR);
+          for (int j = 0; j < m; j++) {
+            float *out = B->mixed + (first + row + r + j) * M->heads * d + h * d + i;
+            for (long c = 0; c < columns; c++) out[c] = y[j * NR + c] * share[r + j];
+          }
+        }
     }
 }
 
