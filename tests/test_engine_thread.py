@@ -157,3 +157,44 @@ def test_served_requests_leave_no_memory_behind(model, tmp_path):
     serve(5)
     before = serve(5)
     assert serve(40) - before < 200
+
+
+def test_one_call_a_step_carries_the_outputs_of_all_requests(model):
+    steps, answers, done = [], {}, threading.Event()
+
+    def take(outputs):
+        steps.append({output.request_id for output in outputs})
+        for output in outputs:
+            answers.setdefault(output.request_id, Answer()).take(output)
+        if len(answers) == 3 and all(answer.last.finish_reason for answer in answers.values()):
+            done.set()
+
+    requests = [request(f"r{i}", prompt(5, i), 12) for i in range(3)]
+    with EngineThread(make_engine(model), take) as thread:
+        for one in requests:
+            thread.submit(one)
+        assert done.wait(20)
+    assert any(len(step) == 3 for step in steps)
+    assert len(steps) < 36, "fewer calls than tokens"
+    alone = run(make_engine(model), *requests)
+    assert {name: answer.token_ids for name, answer in answers.items()} == {n: a.token_ids for n, a in alone.items()}
+
+
+def test_a_consumer_of_steps_that_breaks_ends_what_it_was_given_and_nothing_else(model):
+    taken, done = [], threading.Event()
+
+    def take(outputs):
+        if any(output.request_id == "bad" and not output.finish_reason for output in outputs):
+            raise RuntimeError("connection lost")
+        taken.extend(outputs)
+        if outputs[-1].finish_reason:
+            done.set()
+
+    with EngineThread(make_engine(model), take) as thread:
+        thread.submit(request("bad", prompt(4), 100))
+        assert done.wait(20)
+        assert [(output.request_id, output.finish_reason) for output in taken] == [("bad", "cancelled")]
+        done.clear()
+        thread.submit(request("good", prompt(4), 5))
+        assert done.wait(20)
+        assert taken[-1].finish_reason == "length"

@@ -6,6 +6,7 @@ while the model runs or an adapter loads.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -15,11 +16,12 @@ from pathlib import Path
 
 from pedro.engine.adapter import Adapter
 from pedro.engine.adapters import AdapterPool, Entry
+from pedro.engine.beam import BeamSequence
 from pedro.engine.formats import load_adapter
-from pedro.engine.runner import DecodeRow, PrefillRow, Runner
-from pedro.engine.sampler import Sampled, SampleRow, sample
-from pedro.engine.scheduler import Limits, Plan, PrefillSlice, Scheduler
+from pedro.engine.runner import PrefillRow, Runner
+from pedro.engine.scheduler import Group, Limits, PrefillSlice, Scheduler
 from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
+from pedro.engine.steps import first_tokens, next_tokens
 from pedro.errors import ConfigError, OverloadedError, PedroError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -37,12 +39,13 @@ class EngineConfig:
     loaders: int = 4  # adapters that load at the same time
     max_waiting: int = 1024
     max_waiting_per_tenant: int = 256
+    preempt_after: int = 1024  # weighted tokens that a running tenant may be ahead of a waiting one
     tenant_weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wrong = [
             f"engine.{name}: expected > 0, got {getattr(self, name)!r}"
-            for name in ("max_batch", "prefill_tokens", "adapter_bytes", "loaders", "max_waiting")
+            for name in ("max_batch", "prefill_tokens", "adapter_bytes", "loaders", "max_waiting", "preempt_after")
             if getattr(self, name) <= 0
         ]
         wrong += [
@@ -76,6 +79,7 @@ class Engine:
                 prefill_tokens=config.prefill_tokens,
                 max_waiting=config.max_waiting,
                 max_waiting_per_tenant=config.max_waiting_per_tenant,
+                preempt_after=config.preempt_after,
                 weights=config.tenant_weights,
             )
         )
@@ -85,12 +89,15 @@ class Engine:
                 load(ref), self._runner.architecture, backbone_digest, self._runner.device, self._runner.strip
             )
 
-        self.adapters = AdapterPool(fetch, config.adapter_bytes, self._notify, config.loaders)
+        self.adapters = AdapterPool(fetch, config.adapter_bytes, self._adapters_changed, config.loaders)
         self._lock = threading.Lock()
         self._live: dict[str, list[Sequence]] = {}  # unfinished sequences by request id
-        self._pins: dict[Sequence, Entry[Adapter]] = {}  # adapters that the prefill under way holds
+        self._pins: dict[Sequence, Entry[Adapter]] = {}  # adapters that sequences hold
+        self._left: list[Sequence] = []  # those whose slots and pins are still to be let go
+        self._looked_at_adapters = True  # whether nothing came or went in the pool since the last step
         self._outbox: list[Output] = []
-        self._counts = {"steps": 0, "prompt_tokens": 0, "completion_tokens": 0, "finished": 0, "failed": 0}
+        names = ("steps", "prompt_tokens", "completion_tokens", "finished", "failed", "preempted")
+        self._counts = dict.fromkeys(names, 0)
         self.idle = True  # whether the last step found nothing to run
         self.on_change: Callable[[], None] = lambda: None  # called when there may be new work, from any thread
 
@@ -120,26 +127,35 @@ class Engine:
         """End a request; its sequences give a last output "cancelled". Unknown and finished ones are left alone."""
         with self._lock:
             for sequence in list(self._live.get(request_id, ())):
-                self._finish(sequence, finish_reason="cancelled")
+                self._finish(sequence, "cancelled")
         self._notify()
 
     def step(self) -> list[Output]:
         """One turn: decide who runs, run them, give out what came of it. Empty if nothing could run."""
         with self._lock:
-            self.idle = True
+            self._let_go()
             self._drop_failed_and_late()
+            if not self._looked_at_adapters:
+                self._looked_at_adapters = True
+                self._scheduler.unpark()
             plan = self._scheduler.schedule(self._admit)
             self.idle = not plan
+        for sequence in plan.preempted:
+            sequence.kept = self._runner.keep(sequence.slot)
+            self._runner.release(sequence.slot)
+            sequence.slots = []
         if plan.prefill:
             self._run_prefill(plan.prefill)
         if plan.decode:
-            self._run_decode(plan)
+            self._run_decode(plan.decode)
         self._counts["steps"] += bool(plan)
+        self._counts["preempted"] += len(plan.preempted)
         return self.take_outputs()
 
     def take_outputs(self) -> list[Output]:
         """What was made since the last call; `step` gives this out, and after a step that raised it is still here."""
         with self._lock:
+            self._let_go()
             outputs, self._outbox = self._outbox, []
         return outputs
 
@@ -158,7 +174,7 @@ class Engine:
         with self._lock:
             for sequences in list(self._live.values()):
                 for sequence in list(sequences):
-                    self._finish(sequence, finish_reason="error", error=error)
+                    self._finish(sequence, "error", error=error)
 
     def stats(self) -> dict:
         """What runs and waits now, totals since the start, and the adapter pool's figures."""
@@ -197,7 +213,18 @@ class Engine:
         most = room if wanted is None else wanted
         if request.resumed_ids and len(request.resumed_ids) >= most:
             raise PedroError(f"resumed_ids: all {most} tokens of the answer were made already", param="resumed_ids")
-        return [Sequence(request, i, most, self._tokenizer, self._eos_ids) for i in range(request.n)]
+        beams = request.params.num_beams
+        if beams > self.config.max_batch:
+            raise PedroError(
+                f"num_beams: {beams} beams run at once and the engine runs {self.config.max_batch}; ask for fewer",
+                param="num_beams",
+            )
+        if beams > 1:
+            return [BeamSequence(request, most, self._tokenizer, self._eos_ids)]
+        sequences = [Sequence(request, i, most, self._tokenizer, self._eos_ids) for i in range(request.n)]
+        for sequence in sequences:
+            sequence.siblings = tuple(other for other in sequences if other is not sequence)
+        return sequences
 
     def _check_vocabulary(self, param: str, token_ids: Iterable[int]) -> None:
         bad = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
@@ -205,9 +232,9 @@ class Engine:
             raise PedroError(f"{param}: token {bad} is outside the vocabulary of {self._vocab_size}", param=param)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Pin the sequence's adapter for its prefill; False while that loads."""
-        ref = sequence.request.adapter
-        if ref is not None:
+        """Pin the adapter that the sequence's prefill needs; False while that loads."""
+        ref = sequence.awaits
+        if ref is not None and sequence not in self._pins:
             entry = self.adapters.pin(ref)
             if entry is None:
                 return False
@@ -215,122 +242,164 @@ class Engine:
             self.adapters.unwant(ref)
         return True
 
+    def _let_go(self) -> None:
+        """Release what ended sequences held. On the step thread only: till then the model may be using it."""
+        for sequence in self._left:
+            for slot in sequence.slots:
+                self._runner.release(slot)
+            sequence.slots = []
+            self._unpin(sequence)
+        self._left.clear()
+
+    def _unpin(self, sequence: Sequence) -> None:
+        entry = self._pins.pop(sequence, None)
+        if entry is not None:
+            self.adapters.unpin(entry)
+
     def _drop_failed_and_late(self) -> None:
         for ref, error in self.adapters.take_failures():
             for sequence in self._scheduler.waiting_for(ref):
-                self._finish(sequence, finish_reason="error", error=error)
+                self._finish(sequence, "error", error=error)
         for sequence in self._scheduler.expired(time.monotonic()):
             error = OverloadedError(
                 f"the deadline of {sequence.request.deadline_s:g} s passed after {len(sequence.output_ids)} tokens of "
                 "answer; allow more time or ask for fewer tokens",
                 code="deadline_exceeded",
             )
-            self._finish(sequence, finish_reason="error", error=error)
+            self._finish(sequence, "error", error=error)
 
     def _run_prefill(self, part: PrefillSlice) -> None:
+        leaders = [group[0] for group in part.groups]
         try:
             if part.begins:
-                self._runner.begin([self._prefill_row(sequence) for sequence in part.sequences])
+                self._runner.begin([self._prefill_row(sequence) for sequence in leaders])
             self._runner.advance(part.last_layer)
             if not part.ends:
                 return
             logits, prompt_logprobs = self._runner.end()
-            sampled = sample(logits.values, [_sample_row(sequence) for sequence in part.sequences])
+            made = first_tokens(self._runner, logits, part.groups)
         except Exception:  # whatever the model raised, it ends these requests and no others
-            log.exception("prefill failed for requests %s", ", ".join(s.request.id for s in part.sequences))
+            log.exception("prefill failed for requests %s", ", ".join(s.request.id for s in leaders))
             with self._lock:
                 self._runner.abandon()
                 self._fail(part.sequences)
-                self._release_prefill(part.sequences)
+                self._end_prefill(part.groups)
             return
         with self._lock:
-            self._counts["prompt_tokens"] += sum(len(s.request.prompt_ids) for s in part.sequences)
-            self._release_prefill(part.sequences)
-            for sequence, token, logprobs in zip(part.sequences, sampled, prompt_logprobs, strict=True):
-                prompt = None if logprobs is None else logprobs[: len(sequence.request.prompt_ids)]
-                self._accept(sequence, token, prompt)
+            self._end_prefill(part.groups)
+            for group, logprobs in zip(made, prompt_logprobs, strict=True):
+                leader = group[0][0]
+                prompt = len(leader.request.prompt_ids)
+                self._counts["prompt_tokens"] += 0 if leader.resumes else prompt
+                for one in group:
+                    self._accept(*one, None if logprobs is None else logprobs[:prompt])
 
-    def _run_decode(self, plan: Plan) -> None:
-        sequences = plan.decode
+    def _run_decode(self, sequences: tuple[Sequence, ...]) -> None:
         try:
-            rows = [DecodeRow(s.slot, s.output_ids[-1], s.length - 1) for s in sequences]
-            sampled = sample(self._runner.decode(rows).values, [_sample_row(sequence) for sequence in sequences])
+            made = next_tokens(self._runner, sequences)
         except Exception:  # as above
             log.exception("decoding failed for requests %s", ", ".join(s.request.id for s in sequences))
             with self._lock:
                 self._fail(sequences)
             return
         with self._lock:
-            for sequence, token in zip(sequences, sampled, strict=True):
-                self._accept(sequence, token)
+            for one in made:
+                self._accept(*one)
 
     def _prefill_row(self, sequence: Sequence) -> PrefillRow:
         entry = self._pins.get(sequence)
+        kept, sequence.kept = sequence.kept, None
         return PrefillRow(
             slot=sequence.slot,
             token_ids=sequence.prefill_ids,
             conditioning_length=sequence.conditioning_length,
-            adapter=entry.adapter if entry is not None else None,
-            prompt_logprobs=sequence.params.prompt_logprobs,
+            adapter=entry.adapter if entry is not None and kept is None else None,
+            kept=kept,
+            prompt_logprobs=None if sequence.resumes else sequence.params.prompt_logprobs,
         )
 
-    def _release_prefill(self, sequences: tuple[Sequence, ...]) -> None:
-        """The vectors are made: the adapters are not needed any more."""
-        for sequence in sequences:
-            entry = self._pins.pop(sequence, None)
-            if entry is not None:
-                self.adapters.unpin(entry)
-        self._scheduler.prefilled(sequences)
+    def _end_prefill(self, groups: tuple[Group, ...]) -> None:
+        """The vectors are made: adapters are not needed any more, but for those that act on every token."""
+        for sequence in itertools.chain.from_iterable(groups):
+            entry = self._pins.get(sequence)
+            if sequence.state is State.FINISHED:
+                self._left.append(sequence)
+            elif entry is not None and not (entry.adapter is not None and entry.adapter.holds):
+                self._unpin(sequence)
+        self._scheduler.prefilled(groups)
 
-    def _accept(self, sequence: Sequence, token: Sampled, prompt_logprobs: PromptLogprobs = None) -> None:
+    def _accept(
+        self,
+        sequence: Sequence,
+        token_id: int,
+        logprob: TokenLogprob | None = None,
+        prompt_logprobs: PromptLogprobs = None,
+    ) -> None:
         """Give a running sequence its token; one that was finished meanwhile gets nothing."""
-        if not token.finite:
+        if token_id < 0:
             log.error("request %s: the model's logits are not finite", sequence.request.id)
-            self._runner.cache.wipe(sequence.slot)
+            for slot in sequence.slots:
+                self._runner.cache.wipe(slot)
             self._fail((sequence,))
         if sequence.state is State.FINISHED:
             return
         if sequence.max_tokens == 0:
-            self._finish(sequence, finish_reason="length", prompt_logprobs=prompt_logprobs)
+            self._finish(sequence, "length", prompt_logprobs=prompt_logprobs)
             return
-        self._counts["completion_tokens"] += 1
-        self._scheduler.charge(sequence)
-        text, reason = sequence.append(token.token_id)
-        fields = {
-            "token_ids": [token.token_id],
-            "text": text,
-            "logprobs": None if token.logprob is None else [token.logprob],
-            "prompt_logprobs": prompt_logprobs,
-        }
+        self._counts["completion_tokens"] += sequence.width
+        self._scheduler.charge(sequence, sequence.width)
+        if isinstance(sequence, BeamSequence):
+            sequence.prompt_logprobs = prompt_logprobs or sequence.prompt_logprobs
+            if sequence.done:
+                self._finish(sequence, "length")
+            return
+        text, reason = sequence.append(token_id)
+        logprobs = None if logprob is None else [logprob]
         if reason is None:
-            self._outbox.append(sequence.output(**fields))
+            self._outbox.append(
+                Output(
+                    sequence.request.id,
+                    sequence.index,
+                    [token_id],
+                    text,
+                    None,
+                    logprobs,
+                    prompt_logprobs,
+                    len(sequence.request.prompt_ids),
+                    len(sequence.output_ids),
+                )
+            )
         else:
-            self._finish(sequence, finish_reason=reason, **fields)
+            fields = {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+            self._finish(sequence, reason, token_ids=[token_id], text=text, **fields)
 
-    def _fail(self, sequences: tuple[Sequence, ...]) -> None:
+    def _fail(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
             if sequence.state is not State.FINISHED:
                 error = UnavailableError("the engine failed on this request; try again", code="engine_error")
-                self._finish(sequence, finish_reason="error", error=error)
+                self._finish(sequence, "error", error=error)
 
-    def _finish(self, sequence: Sequence, **fields) -> None:
+    def _finish(self, sequence: Sequence, reason: str, **fields) -> None:
         """End a sequence, wherever it is, with its last output."""
-        if sequence.state is State.WAITING and sequence.request.adapter is not None:
-            self.adapters.unwant(sequence.request.adapter)
+        was = sequence.state
+        if was is State.WAITING and sequence.awaits is not None:
+            self.adapters.unwant(sequence.awaits)
         self._scheduler.finish(sequence)
+        if was is not State.PREFILLING:
+            self._left.append(sequence)
         self._counts["failed" if fields.get("error") else "finished"] += 1
-        self._outbox.append(sequence.output(**fields))
+        self._outbox += sequence.last_outputs(reason, **fields)
         siblings = self._live[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:
             del self._live[sequence.request.id]
 
+    def _adapters_changed(self) -> None:
+        self._looked_at_adapters = False
+        self._notify()
+
     def _notify(self) -> None:
         self.on_change()
-
-
-def _sample_row(sequence: Sequence) -> SampleRow:
-    return SampleRow(sequence.params, sequence.seed, sequence.index, sequence.request.prompt_ids, sequence.output_ids)
 
 
 def _context_length(config) -> int:

@@ -1,18 +1,22 @@
 """Chooses tokens from logits. Knows nothing of models, queues or text.
 
 Randomness is a function of (seed, choice, position) alone: one uniform number a token, so that neighbours,
-preemption and failover change nothing. Greedy rows are a plain argmax.
-Legend: R rows, V vocabulary.
+preemption and failover change nothing. Greedy rows are a plain argmax, and cost nothing where the model gave it.
+Legend: R rows, V vocabulary, C candidates, N (row, token) pairs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from pedro.engine.sequence import SamplingParams, TokenLogprob
+
+CANDIDATES = 256  # likeliest tokens that top-k and top-p look at first; all of them only where that is too few
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,10 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A chosen token; `finite` is False where the logits were not numbers, and the token then means nothing."""
+    """A chosen token, -1 where the logits were not numbers, and its log-probability where asked for."""
 
     token_id: int
     logprob: TokenLogprob | None
-    finite: bool
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -42,26 +45,32 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 @torch.inference_mode()
+def greedy(logits: torch.Tensor) -> list[int]:
+    """The likeliest token of each row of [R, V]; -1 where the row holds numbers that are not finite."""
+    best, tokens = logits.max(-1)  # NaN and infinity both win
+    return [token if math.isfinite(value) else -1 for token, value in zip(tokens.tolist(), best.tolist(), strict=True)]
+
+
+@torch.inference_mode()
 def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[Sampled]:
     """One token for each of `rows` from logits [R, V] in float32."""
-    finite = torch.isfinite(logits).all(-1)
     wants = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    raw = logits[wants] if wants else None
-    scores = _penalised(logits, rows)
-    chosen = scores.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    scores = penalised(logits, rows)
+    tokens = greedy(scores)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and tokens[i] >= 0]
     if drawn:
-        chosen[drawn] = _draw(scores[drawn], [rows[i] for i in drawn])
-    tokens, good = chosen.tolist(), finite.tolist()
+        part = scores if len(drawn) == len(rows) else scores[drawn]
+        for i, token in zip(drawn, _draw(part, [rows[i] for i in drawn]), strict=True):
+            tokens[i] = token
     logprobs: dict[int, TokenLogprob] = {}
-    if raw is not None:
+    if wants:
         most = max(rows[i].params.logprobs or 0 for i in wants)
-        picked = token_logprobs(raw, [tokens[i] for i in wants], most)
+        picked = token_logprobs(logits[wants], [max(0, tokens[i]) for i in wants], most)
         logprobs = {
             i: TokenLogprob(lp.token_id, lp.logprob, lp.top[: rows[i].params.logprobs])
             for i, lp in zip(wants, picked, strict=True)
         }
-    return [Sampled(token, logprobs.get(i), ok) for i, (token, ok) in enumerate(zip(tokens, good, strict=True))]
+    return [Sampled(token, logprobs.get(i)) for i, token in enumerate(tokens)]
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: list[int], top: int) -> list[TokenLogprob]:
@@ -74,51 +83,105 @@ def token_logprobs(logits: torch.Tensor, token_ids: list[int], top: int) -> list
     return [TokenLogprob(t, o, best) for t, o, best in zip(token_ids, own, tops, strict=True)]
 
 
-def _penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """Logits after the bias and the repetition, presence and frequency penalties; untouched where no row has any.
+def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """Logits [R, V] after the bias and the repetition, presence and frequency penalties; the same where there is none.
 
     Repetition as in CTRL (arXiv 1909.05858, section 4.1); presence and frequency as in the OpenAI API reference.
     """
-    scores = logits
-    for i, row in enumerate(rows):
-        params = row.params
-        flat = params.repetition_penalty == 1 and not params.presence_penalty and not params.frequency_penalty
-        if flat and not params.logit_bias:
-            continue
-        scores = logits.clone() if scores is logits else scores
-        if params.repetition_penalty != 1:
-            seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), device=logits.device)
-            part = scores[i, seen]
-            scores[i, seen] = torch.where(part > 0, part / params.repetition_penalty, part * params.repetition_penalty)
-        if row.output_ids and (params.presence_penalty or params.frequency_penalty):
-            ids, counts = torch.tensor(row.output_ids, device=logits.device).unique(return_counts=True)
-            scores[i, ids] -= params.presence_penalty + params.frequency_penalty * counts
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            scores[i, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if not any(row.params.penalised for row in rows):
+        return logits
+    scores, params = logits.clone(), [row.params for row in rows]
+    repeated = [[*r.prompt_ids, *r.output_ids] if p.repetition_penalty != 1 else [] for r, p in zip(rows, params)]  # noqa: B905
+    if any(repeated):
+        at, ids, _ = _pairs(repeated, logits)
+        part, penalty = scores[at, ids], _column([p.repetition_penalty for p in params], scores)[at]
+        scores[at, ids] = torch.where(part > 0, part / penalty, part * penalty)
+    said = [r.output_ids if p.presence_penalty or p.frequency_penalty else [] for r, p in zip(rows, params)]  # noqa: B905
+    if any(said):
+        at, ids, counts = _pairs(said, logits)
+        presence, frequency = (
+            _column([getattr(p, name) for p in params], scores) for name in ("presence_penalty", "frequency_penalty")
+        )
+        scores[at, ids] -= presence[at] + frequency[at] * counts
+    for i, bias in enumerate(p.logit_bias for p in params):
+        if bias:
+            ids = torch.tensor(list(bias), device=logits.device)
+            scores[i, ids] += _column(list(bias.values()), scores)
     return scores
 
 
-def _draw(scores: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """Tokens [R] drawn from scores [R, V]: temperature, then top-k, top-p and min-p, each on what the last left."""
+def _pairs(token_ids: list[list[int]], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The distinct pairs of a row and a token [N] in it, and how often each occurs."""
+    vocabulary = logits.shape[-1]
+    flat = torch.cat([torch.tensor(ids, dtype=torch.long) + i * vocabulary for i, ids in enumerate(token_ids)])
+    keys, counts = flat.to(logits.device).unique(return_counts=True)
+    return keys // vocabulary, keys % vocabulary, counts
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=scores.device)[:, None]
 
-    temperature = column([row.params.temperature for row in rows])
-    probs = torch.softmax(torch.nan_to_num(scores).double() / temperature, -1)
-    if any(row.params.top_k or row.params.top_p < 1 for row in rows):
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(probs.shape[-1], device=probs.device)[None, :]
-        top_k = column([row.params.top_k or probs.shape[-1] for row in rows])
-        ordered = ordered.where(rank < top_k, 0.0)
-        ordered /= ordered.sum(-1, keepdim=True)
-        before = ordered.cumsum(-1) - ordered  # the likeliest token always stays
-        ordered = ordered.where(before < column([row.params.top_p for row in rows]), 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-    if any(row.params.min_p for row in rows):
-        least = probs.max(-1, keepdim=True).values * column([row.params.min_p for row in rows])
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+def _draw(scores: torch.Tensor, rows: list[SampleRow]) -> list[int]:
+    """Tokens drawn from scores [R, V]: temperature, then top-k, top-p and min-p, each on what the last left."""
+    scores = scores.double()
+    probs = torch.softmax(scores / _column([row.params.temperature for row in rows], scores)[:, None], -1)
+    points = _column([uniform(row.seed, row.choice, len(row.output_ids)) for row in rows], scores)
+    tokens = [0] * len(rows)
+    for places, ordered, ids in _ordered(probs, [row.params for row in rows]):
+        total = _filtered(ordered, [rows[i].params for i in places]).cumsum(-1)
+        reached = torch.searchsorted(total, points[places, None] * total[:, -1:], right=True)
+        reached = reached.clamp_max(total.shape[-1] - 1)
+        drawn = reached if ids is None else ids.gather(1, reached)
+        for i, token in zip(places, drawn[:, 0].tolist(), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _ordered(
+    probs: torch.Tensor, params: list[SamplingParams]
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
+    """The rows of probs [R, V] in parts: which they are, their probabilities [r, C] and those's tokens.
+
+    Where top-k or top-p ask for an order, the likeliest come first and equals by token; else all are as they were.
+    A row's own numbers alone decide in which part it is, so that neighbours cannot change what is drawn.
+    """
+    ranked = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
+    if len(ranked) < len(params):
+        free = sorted(set(range(len(params))) - set(ranked))
+        yield free, probs[free] if ranked else probs, None
+    if not ranked:
+        return
+    probs = probs[ranked]
+    if probs.shape[-1] > CANDIDATES:
+        ids = probs.topk(CANDIDATES, sorted=False).indices.sort(-1).values
+        values, order = probs.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+        sure = values > values[:, -1:]  # what is left out may equal the last
+        counts, masses = sure.sum(-1).tolist(), values.where(sure, 0.0).sum(-1).tolist()
+        enough = [
+            p.top_k <= count if p.top_k else mass >= p.top_p
+            for p, count, mass in zip((params[i] for i in ranked), counts, masses, strict=True)
+        ]
+        some = [j for j, good in enumerate(enough) if good]
+        if some:
+            yield [ranked[j] for j in some], values[some], ids.gather(1, order)[some]
+        rest = [j for j, good in enumerate(enough) if not good]
+        if not rest:
+            return
+        probs, ranked = probs[rest], [ranked[j] for j in rest]
+    yield ranked, *probs.sort(dim=-1, descending=True, stable=True)
+
+
+def _filtered(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """probs [R, C] with zeros where a filter drops a token; the likeliest always stays."""
+    if any(p.top_k or p.top_p < 1 for p in params):
+        rank = torch.arange(probs.shape[-1], device=probs.device)
+        top_k = _column([p.top_k or math.inf for p in params], probs)[:, None]
+        kept = probs.where(rank < top_k, 0.0)
+        share = kept / kept.sum(-1, keepdim=True).where(top_k < math.inf, 1.0)
+        top_p = _column([p.top_p if p.top_p < 1 else math.inf for p in params], probs)[:, None]
+        probs = kept.where(share.cumsum(-1) - share < top_p, 0.0)
+    if any(p.min_p for p in params):
+        least = probs.amax(-1, keepdim=True) * _column([p.min_p for p in params], probs)[:, None]
         probs = probs.where(probs >= least, 0.0)
-    total = probs.cumsum(-1)
-    points = column([uniform(row.seed, row.choice, len(row.output_ids)) for row in rows]) * total[:, -1:]
-    return torch.searchsorted(total, points, right=True)[:, 0].clamp_max(probs.shape[-1] - 1)
+    return probs

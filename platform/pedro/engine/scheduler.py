@@ -2,7 +2,10 @@
 
 Tenants are served fairly by virtual token counters (Sheng et al., "Fairness in Serving Large Language Models",
 OSDI 2024): a tenant's counter grows with the tokens it is given, and the tenant with the least is admitted next.
-A tenant that comes back after a pause starts at the least counter of those waiting, so idling earns no credit.
+A tenant that comes back after a pause starts at the least counter of those active, so idling earns no credit.
+Where no slot is free and a waiting tenant has fallen too far behind a running one, the latter's youngest sequence
+waits again. No step costs more than a glance at the queues: tenants and sequences wait in heaps, and what waits
+for an adapter is parked until `unpark`.
 """
 
 from __future__ import annotations
@@ -10,33 +13,39 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from pedro.engine.sequence import Sequence, State
-from pedro.errors import OverloadedError
+from pedro.errors import OverloadedError, RateLimitError
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
+Group = tuple[Sequence, ...]  # share one prefill: the first is read, the others copy it
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the schedule. `prefill_tokens` is the prompt work of one step, in tokens through all layers."""
+    """Bounds of the schedule. `prefill_tokens` is the prompt work of one step, in tokens through all layers.
+
+    A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
+    """
 
     slots: int
     num_layers: int
     prefill_tokens: int = 2048
     max_waiting: int = 1024
     max_waiting_per_tenant: int = 256
+    preempt_after: int = 1024
     weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 where not named
 
 
 @dataclass(frozen=True)
 class PrefillSlice:
-    """Layers [first, last) of the prefill of `sequences`; `last` equal to the number of layers ends it."""
+    """Layers [first, last) of the prefill of `groups`; `last` equal to the number of layers ends it."""
 
-    sequences: tuple[Sequence, ...]
+    groups: tuple[Group, ...]
     first_layer: int
     last_layer: int
     ends: bool
@@ -45,86 +54,152 @@ class PrefillSlice:
     def begins(self) -> bool:
         return self.first_layer == 0
 
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [sequence for group in self.groups for sequence in group]
+
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: at most one slice of one prefill, and a token for every running sequence."""
+    """One step: at most one slice of one prefill, and a token for every running sequence.
+
+    Before all that the slots of `preempted` must be saved: each sequence still names the slots it lost.
+    """
 
     prefill: PrefillSlice | None
     decode: tuple[Sequence, ...]
+    preempted: tuple[Sequence, ...] = ()
 
     def __bool__(self) -> bool:
         return self.prefill is not None or bool(self.decode)
 
 
+class _Tenant:
+    """One tenant's counter, how many of its sequences wait and run, and those that can start now, oldest first."""
+
+    def __init__(self, name: str, weight: float) -> None:
+        self.name = name
+        self.weight = weight
+        self.counter = 0.0
+        self.waiting = 0
+        self.running = 0  # or in a prefill
+        self.ready: list[tuple[int, int, Sequence]] = []  # a heap; what does not wait any more is skipped
+        self.has_turn = False  # whether it stands in the heap of turns
+        self.has_floor = False  # and in that of floors
+
+
+class _ByCounter:
+    """Tenants by their counters, each once. Counters only grow, so an entry is put right when it comes up."""
+
+    def __init__(self, flag: str, keep: Callable[[_Tenant], bool]) -> None:
+        self._flag, self._keep = flag, keep
+        self._heap: list[tuple[float, int, _Tenant]] = []
+        self._ties = itertools.count()
+
+    def add(self, tenant: _Tenant) -> None:
+        if not getattr(tenant, self._flag):
+            setattr(tenant, self._flag, True)
+            heapq.heappush(self._heap, (tenant.counter, next(self._ties), tenant))
+
+    def least(self) -> _Tenant | None:
+        """The tenant with the least counter; those that `keep` refuses are dropped on the way."""
+        while self._heap:
+            counter, _, tenant = self._heap[0]
+            if not self._keep(tenant):
+                heapq.heappop(self._heap)
+                setattr(tenant, self._flag, False)
+            elif counter < tenant.counter:
+                heapq.heapreplace(self._heap, (tenant.counter, next(self._ties), tenant))
+            else:
+                return tenant
+        return None
+
+
 class Scheduler:
-    """Queues by tenant and adapter, slots of the KV cache, and the running set. Not thread-safe: the engine locks."""
+    """Queues by tenant, slots of the KV cache, and the running set. Not thread-safe: the engine locks."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.num_waiting = 0
-        self.running: list[Sequence] = []
-        self._queues: dict[str, dict[str | None, deque[Sequence]]] = {}
-        self._waiting_of: dict[str, int] = {}
-        self._counters: dict[str, float] = {}
+        self.running: list[Sequence] = []  # by slot
+        self._tenants: dict[str, _Tenant] = {}
+        self._turns = _ByCounter("has_turn", _drop_gone)
+        self._floors = _ByCounter("has_floor", lambda tenant: bool(tenant.waiting or tenant.running))
+        self._parked: dict[str, list[Sequence]] = {}  # by the adapter they wait for
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = itertools.count()
         self._free = list(range(limits.slots))  # a heap: low slots first keeps the running set dense
-        self._prefill: tuple[tuple[Sequence, ...], int] | None = None  # sequences, next layer
+        self._prefill: tuple[tuple[Group, ...], int] | None = None  # and the next layer
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Queue the sequences of one request, all or none. Raises OverloadedError where a queue is full."""
-        tenant, count = sequences[0].request.tenant, len(sequences)
-        waiting = self._waiting_of.get(tenant, 0)
+        """Queue the sequences of one request, all or none.
+
+        Raises RateLimitError where the tenant's own queue is full, OverloadedError where the server's is.
+        """
+        name, count = sequences[0].request.tenant, len(sequences)
+        tenant = self._tenants.get(name)
+        waiting = tenant.waiting if tenant else 0
         if waiting + count > self.limits.max_waiting_per_tenant:
-            raise OverloadedError(
+            raise RateLimitError(
                 f"{waiting} of your requests are waiting and the limit is {self.limits.max_waiting_per_tenant}; "
                 f"try again later or send fewer at once"
             )
         if self.num_waiting + count > self.limits.max_waiting:
             raise OverloadedError(f"the server's queue of {self.limits.max_waiting} is full; try again later")
-        busy = [self._counters[t] for t in self._active_tenants() if t != tenant]
-        if not busy and not waiting and not self.running:
-            self._counters.clear()
-        if not waiting:
-            self._counters[tenant] = max(self._counters.get(tenant, 0.0), min(busy, default=0.0))
+        floor = self._floors.least()
+        if floor is None:
+            self._tenants.clear()
+        tenant = self._tenants.get(name) or _Tenant(name, self.limits.weights.get(name, 1.0))
+        self._tenants[name] = tenant
+        if floor is not None and not tenant.waiting and not tenant.running:
+            tenant.counter = max(tenant.counter, floor.counter)
         for sequence in sequences:
-            self._queues.setdefault(tenant, {}).setdefault(sequence.request.adapter, deque()).append(sequence)
+            sequence.order = next(self._order)
+            self._queue(sequence)
             if sequence.deadline is not None:
                 heapq.heappush(self._deadlines, (sequence.deadline, next(self._order), sequence))
-        self._count_waiting(tenant, count)
 
     def schedule(self, admit: Callable[[Sequence], bool]) -> Plan:
-        """The next step. `admit(sequence)` says whether its adapter can be used now, and if so holds on to it."""
-        if self._prefill is None:
-            batch = self._admit(admit)
-            if batch:
-                self._prefill = (batch, 0)
-        return Plan(prefill=self._slice(), decode=tuple(self.running))
+        """The next step. `admit(sequence)` says whether its adapter can be used now, and if so holds on to it, once."""
+        preempted: list[Sequence] = []
+        if self._prefill is None and self.num_waiting:
+            groups = self._admit(admit, preempted)
+            if groups:
+                self._prefill = (groups, 0)
+        return Plan(self._slice(), tuple(self.running), tuple(preempted))
 
-    def prefilled(self, sequences: tuple[Sequence, ...]) -> None:
-        """The prefill of `sequences` ended: those not finished meanwhile run, the slots of the others are free."""
+    def unpark(self) -> None:
+        """Adapters came or went: all that wait for one are looked at again."""
+        parked, self._parked = self._parked, {}
+        for sequences in parked.values():
+            for sequence in sequences:
+                if sequence.state is State.WAITING:
+                    self._make_ready(sequence)
+
+    def prefilled(self, groups: tuple[Group, ...]) -> None:
+        """The prefill of `groups` ended: those not finished meanwhile run, the slots of the others are free."""
         self._prefill = None
-        for sequence in sequences:
+        for sequence in itertools.chain.from_iterable(groups):
             if sequence.state is State.FINISHED:
-                self._free_slot(sequence)
+                self._leave(sequence)
             else:
                 sequence.to(State.RUNNING)
-                self.running.append(sequence)
+                insort(self.running, sequence, key=attrgetter("slot"))
 
     def charge(self, sequence: Sequence, tokens: int = 1) -> None:
         """Count answer tokens against the sequence's tenant."""
-        self._charge(sequence.request.tenant, tokens * ANSWER_WEIGHT)
+        tenant = self._tenants[sequence.request.tenant]
+        tenant.counter += tokens * ANSWER_WEIGHT / tenant.weight
 
     def finish(self, sequence: Sequence) -> None:
-        """Take the sequence out, wherever it is. Its slot is free at once, or when the prefill it is part of ends."""
+        """Take the sequence out, wherever it is. Its slots are free at once, or when the prefill it is part of ends."""
         was = sequence.state
         sequence.to(State.FINISHED)
         if was is State.WAITING:
-            self._dequeue(sequence)
+            self._forget(sequence)
         elif was is State.RUNNING:
             self.running.remove(sequence)
-            self._free_slot(sequence)
+            self._leave(sequence)
 
     def expired(self, now: float) -> Iterator[Sequence]:
         """The unfinished sequences whose deadline has passed; each is given once."""
@@ -142,81 +217,139 @@ class Scheduler:
 
     def waiting_for(self, adapter: str) -> list[Sequence]:
         """The sequences that wait with this adapter, of every tenant."""
-        queues = (queue.get(adapter, ()) for queue in self._queues.values())
-        return [s for queue in queues for s in queue if s.state is State.WAITING]
+        ready = (entry[-1] for tenant in self._tenants.values() for entry in tenant.ready)
+        found = itertools.chain(ready, self._parked.get(adapter, ()))
+        return list(dict.fromkeys(s for s in found if s.state is State.WAITING and s.awaits == adapter))
 
     def waiting_by_tenant(self) -> dict[str, int]:
         """How many sequences wait, by tenant."""
-        return dict(self._waiting_of)
+        return {name: tenant.waiting for name, tenant in self._tenants.items() if tenant.waiting}
 
     @property
     def slots_free(self) -> int:
         return len(self._free)
 
-    def _admit(self, admit: Callable[[Sequence], bool]) -> tuple[Sequence, ...]:
-        batch: list[Sequence] = []
-        blocked: set[tuple[str, str | None]] = set()
-        tokens = 0
-        while self._free:
-            head = self._next(blocked)
-            if head is None:
-                break
-            size = len(head.prefill_ids)
-            if batch and tokens + size > self.limits.prefill_tokens:
-                break
-            tenant, adapter = head.request.tenant, head.request.adapter
-            if not admit(head):
-                blocked.add((tenant, adapter))
-                continue
-            self._dequeue(head)
-            head.slot = heapq.heappop(self._free)
-            head.to(State.PREFILLING)
-            self._charge(tenant, size * PROMPT_WEIGHT)
-            tokens += size
-            batch.append(head)
-        return tuple(batch)
+    def _admit(self, admit: Callable[[Sequence], bool], preempted: list[Sequence]) -> tuple[Group, ...]:
+        """Start what the slots and the prefill budget allow, the tenant with the least counter first.
 
-    def _next(self, blocked: set[tuple[str, str | None]]) -> Sequence | None:
-        """The oldest admissible head of the tenant with the least counter."""
-        for tenant in sorted(self._queues, key=self._counters.__getitem__):
-            heads = [q[0] for adapter, q in self._queues[tenant].items() if (tenant, adapter) not in blocked]
-            if heads:
-                return min(heads, key=lambda s: s.arrived)
-        return None
+        What needs more slots than are free keeps its turn: others do not pass it, so that it starts in the end.
+        """
+        groups: list[Group] = []
+        tokens = 0
+        while (tenant := self._turns.least()) is not None:
+            head = tenant.ready[0][-1]
+            if head.awaits in self._parked or (head.width > 1 and not admit(head)):
+                self._park(tenant)  # what needs many slots holds up nobody before its adapter is there
+                continue
+            if head in preempted or (groups and tokens + head.length > self.limits.prefill_tokens):
+                break
+            victims = self._victims(tenant, head.width - len(self._free))
+            if victims is None:
+                break
+            if not admit(head):
+                self._park(tenant)
+                continue
+            for victim in victims:
+                self._preempt(victim)
+            preempted += victims
+            groups.append(self._start(tenant, head, admit))
+            tokens += head.length
+        return tuple(groups)
+
+    def _start(self, tenant: _Tenant, head: Sequence, admit: Callable[[Sequence], bool]) -> Group:
+        """Give slots to `head`, and to its siblings that can share its prefill as far as there are some."""
+        group = [head]
+        self._occupy(tenant, head)
+        for sibling in head.siblings if not head.resumes else ():
+            fresh = sibling.state is State.WAITING and not sibling.resumes
+            if fresh and self._free and admit(sibling):
+                self._occupy(tenant, sibling)
+                group.append(sibling)
+        if not head.resumes:  # a preempted one pays for its prompt once
+            tenant.counter += head.length * PROMPT_WEIGHT / tenant.weight
+        return tuple(group)
+
+    def _occupy(self, tenant: _Tenant, sequence: Sequence) -> None:
+        self._count_waiting(tenant, -1)
+        tenant.running += 1
+        sequence.take([heapq.heappop(self._free) for _ in range(sequence.width)])
+        sequence.turn = next(self._order)
+        sequence.to(State.PREFILLING)
+
+    def _victims(self, tenant: _Tenant, missing: int) -> list[Sequence] | None:
+        """`missing` running sequences that must make room for `tenant`; None if there are not as many."""
+        if missing <= 0:
+            return []
+        most = tenant.counter + self.limits.preempt_after
+        found = []
+        for sequence in self.running:
+            counter = self._tenants[sequence.request.tenant].counter
+            if counter > most and sequence.preemptible:
+                found.append((counter, sequence.turn, sequence))
+        return [s for _, _, s in heapq.nlargest(missing, found)] if len(found) >= missing else None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._leave(sequence)
+        sequence.to(State.WAITING)
+        self._queue(sequence)
 
     def _slice(self) -> PrefillSlice | None:
         """As many layers of the prefill as the step's budget allows; all of them where nobody waits for a token."""
         if self._prefill is None:
             return None
-        sequences, first = self._prefill
+        groups, first = self._prefill
         last = layers = self.limits.num_layers
         if self.running:
-            tokens = sum(len(s.prefill_ids) for s in sequences)
+            tokens = sum(group[0].length for group in groups)
             last = min(layers, first + max(1, math.floor(layers * self.limits.prefill_tokens / tokens)))
-        self._prefill = (sequences, last)
-        return PrefillSlice(sequences, first, last, ends=last == layers)
+        self._prefill = (groups, last)
+        return PrefillSlice(groups, first, last, ends=last == layers)
 
-    def _dequeue(self, sequence: Sequence) -> None:
-        """Take a waiting sequence out of its queue, and drop the queue if that empties it."""
-        tenant, adapter = sequence.request.tenant, sequence.request.adapter
-        self._queues[tenant][adapter].remove(sequence)
-        if not self._queues[tenant][adapter]:
-            del self._queues[tenant][adapter]
-        if not self._queues[tenant]:
-            del self._queues[tenant]
+    def _queue(self, sequence: Sequence) -> None:
+        tenant = self._tenants[sequence.request.tenant]
+        self._count_waiting(tenant, 1)
+        self._make_ready(sequence)
+        self._floors.add(tenant)
+
+    def _make_ready(self, sequence: Sequence) -> None:
+        tenant = self._tenants[sequence.request.tenant]
+        heapq.heappush(tenant.ready, (sequence.order, next(self._order), sequence))
+        self._turns.add(tenant)
+
+    def _park(self, tenant: _Tenant) -> None:
+        """Set the tenant's oldest sequence aside until adapters came or went."""
+        sequence = heapq.heappop(tenant.ready)[-1]
+        adapter = sequence.awaits
+        assert adapter is not None, "only an adapter can be waited for"
+        self._parked.setdefault(adapter, []).append(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """A waiting sequence ended. Queues are cleaned once most of what they hold has."""
+        tenant = self._tenants[sequence.request.tenant]
         self._count_waiting(tenant, -1)
+        parked = self._parked.get(sequence.awaits or "", [])
+        if sequence in parked:
+            parked.remove(sequence)
+            if not parked:
+                del self._parked[sequence.awaits or ""]
+        if len(tenant.ready) > 2 * tenant.waiting + 16:
+            tenant.ready = [entry for entry in tenant.ready if entry[-1].state is State.WAITING]
+            heapq.heapify(tenant.ready)
 
-    def _active_tenants(self) -> set[str]:
-        return set(self._waiting_of) | {s.request.tenant for s in self.running}
+    def _leave(self, sequence: Sequence) -> None:
+        """The sequence runs no more: its slots are free. It still names them, so that they can be saved."""
+        self._tenants[sequence.request.tenant].running -= 1
+        for slot in sequence.slots:
+            heapq.heappush(self._free, slot)
 
-    def _count_waiting(self, tenant: str, change: int) -> None:
+    def _count_waiting(self, tenant: _Tenant, change: int) -> None:
         self.num_waiting += change
-        self._waiting_of[tenant] = self._waiting_of.get(tenant, 0) + change
-        if not self._waiting_of[tenant]:
-            del self._waiting_of[tenant]
+        tenant.waiting += change
 
-    def _charge(self, tenant: str, cost: float) -> None:
-        self._counters[tenant] = self._counters.get(tenant, 0.0) + cost / self.limits.weights.get(tenant, 1.0)
 
-    def _free_slot(self, sequence: Sequence) -> None:
-        heapq.heappush(self._free, sequence.slot)
+def _drop_gone(tenant: _Tenant) -> bool:
+    """Take what does not wait any more from the top of the tenant's queue; whether anything is left in it."""
+    while tenant.ready and tenant.ready[0][-1].state is not State.WAITING:
+        heapq.heappop(tenant.ready)
+    return bool(tenant.ready)

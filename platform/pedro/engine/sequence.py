@@ -1,7 +1,7 @@
 """A request, the sequences it becomes, and what comes back. Knows nothing of tensors, queues or threads.
 
 Every change of a sequence's state goes through `Sequence.to`, so that the life cycle is this one table:
-waiting → prefilling → running → finished, and finished from anywhere.
+waiting → prefilling → running → finished, finished from anywhere, and waiting again where it is preempted.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pedro.engine.detokenizer import Detokenizer
 from pedro.errors import PedroError
 
+if TYPE_CHECKING:
+    from pedro.engine.modulation import Kept
+
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_BEAMS = 64
+MIN_TURN_TOKENS = 16  # that a sequence makes before it may be preempted (again)
 
 
 def _require(good: bool, name: str, expected: str, value: object) -> None:
@@ -30,7 +36,8 @@ class SamplingParams:
     """How tokens are chosen and when to stop. Raises PedroError naming the field that is out of range.
 
     Temperature 0 is greedy. `max_tokens=None` means whatever room the context leaves. Log-probabilities are the
-    model's own, before penalties and temperature.
+    model's own, before penalties and temperature. With `num_beams` above 1 the answers are those of beam search with
+    transformers' meaning of `length_penalty` and `early_stopping`, and come whole when all are done.
     """
 
     max_tokens: int | None = None
@@ -48,6 +55,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives beside the chosen token
     prompt_logprobs: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -67,11 +77,27 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}", value)
+        _require(1 <= self.num_beams <= MAX_BEAMS, "num_beams", f"1 to {MAX_BEAMS}", self.num_beams)
+        _require(abs(self.length_penalty) <= 10, "length_penalty", "-10 to 10", self.length_penalty)
+        if self.num_beams > 1:
+            _require(self.temperature == 0, "temperature", "0 where num_beams is above 1", self.temperature)
+            _require(self.logprobs is None, "logprobs", "none where num_beams is above 1", self.logprobs)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether scores are anything but the model's own."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a token is the model's likeliest and nothing else is asked of the logits."""
+        return self.temperature == 0 and self.logprobs is None and not self.penalised
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call: a prompt, an adapter and how to sample. `n` answers are sampled apart, indexed 0 to n-1.
+    """One call: a prompt, an adapter and how to sample. `n` answers are sampled apart, indexed 0 to n-1; with beams
+    they are the best n of `num_beams`, best first.
 
     `adapter` is the ref handed to the engine's `load` (None: the bare backbone); it must name one immutable version.
     `conditioning_length` is how many leading prompt tokens the vectors may see (None: the whole prompt).
@@ -96,6 +122,9 @@ class Request:
         _require(self.deadline_s is None or self.deadline_s > 0, "deadline_s", "above 0", self.deadline_s)
         _require(1 <= self.n <= 128, "n", "1 to 128", self.n)
         _require(self.n == 1 or not self.resumed_ids, "n", "1 where an answer is resumed", self.n)
+        beams = self.params.num_beams
+        _require(beams == 1 or self.n <= beams, "n", f"up to num_beams = {beams}", self.n)
+        _require(beams == 1 or not self.resumed_ids, "num_beams", "1 where an answer is resumed", beams)
 
 
 @dataclass(frozen=True)
@@ -116,7 +145,7 @@ class Timing:
     total_s: float
 
 
-@dataclass
+@dataclass(slots=True)
 class Output:
     """What one step gave one answer. `text` may lag `token_ids` while a character or a stop text is incomplete.
 
@@ -149,7 +178,7 @@ class State(enum.Enum):
 _NEXT = {
     State.WAITING: {State.PREFILLING, State.FINISHED},
     State.PREFILLING: {State.RUNNING, State.FINISHED},
-    State.RUNNING: {State.FINISHED},
+    State.RUNNING: {State.WAITING, State.FINISHED},
     State.FINISHED: set(),
 }
 
@@ -157,20 +186,30 @@ _NEXT = {
 class Sequence:
     """One answer in the making: tokens so far, its slot in the KV cache, its text."""
 
+    width = 1  # slots that it takes
+
     def __init__(self, request: Request, index: int, max_tokens: int, tokenizer, eos_ids: frozenset[int]) -> None:
         self.request = request
         self.index = index
         self.params = request.params
+        self.plain = request.params.plain
         self.seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         self.max_tokens = max_tokens
         self.state = State.WAITING
-        self.slot = -1  # set at admission; stays when the slot is given back
+        self.order = -1  # its place among all arrivals; kept when it waits again
+        self.slots: list[int] = []  # of the KV cache, while it has them; `slot` is the first
+        self.slot = -1
+        self.siblings: tuple[Sequence, ...] = ()  # the other answers to the same request
+        self.kept: Kept | None = None  # what the runner kept of it when it was last preempted
+        self.resumes = False  # whether it ran before: its vectors are made, its prompt is counted and given out
+        self.turn = 0  # its place among all starts and resumptions
+        self.turn_length = 0  # tokens of answer when it last started
         self.output_ids: list[int] = list(request.resumed_ids)
         self.arrived = time.monotonic()
         self.deadline = None if request.deadline_s is None else self.arrived + request.deadline_s
         self.started: float | None = None
         self.first_token: float | None = None
-        self._stop_ids = frozenset(request.params.stop_token_ids) | (
+        self.stop_ids = frozenset(request.params.stop_token_ids) | (
             frozenset() if request.params.ignore_eos else eos_ids
         )
         self._text = Detokenizer(tokenizer, request.prompt_ids, request.params.stop)
@@ -192,19 +231,35 @@ class Sequence:
         """How many leading tokens the vectors may see: never a token of the answer."""
         return self.request.conditioning_length or len(self.request.prompt_ids)
 
+    @property
+    def awaits(self) -> str | None:
+        """The adapter that must be resident before this can start; None where there is none, or its work is done."""
+        return None if self.resumes else self.request.adapter
+
+    @property
+    def preemptible(self) -> bool:
+        """Whether it has run long enough since it last started for a preemption to be worth its price."""
+        return len(self.output_ids) - self.turn_length >= MIN_TURN_TOKENS
+
     def to(self, state: State) -> None:
         """Move to `state`; a move that the table does not hold is a bug of the engine."""
         assert state in _NEXT[self.state], f"sequence {self.request.id}: {self.state} → {state}"
-        if state is State.PREFILLING:
+        if state is State.PREFILLING and self.started is None:
             self.started = time.monotonic()
+        self.resumes = self.resumes or state is State.WAITING
         self.state = state
+
+    def take(self, slots: list[int]) -> None:
+        """Hold these slots from here on."""
+        self.slots, self.slot = slots, slots[0]
+        self.turn_length = len(self.output_ids)
 
     def append(self, token_id: int) -> tuple[str, str | None]:
         """Take a sampled token. Returns the text that became certain and the finish reason, if this ends it."""
         self.output_ids.append(token_id)
         if self.first_token is None:
             self.first_token = time.monotonic()
-        if token_id in self._stop_ids:
+        if token_id in self.stop_ids:
             return self._text.flush(), "stop"
         text, stopped = self._text.add(token_id)
         if stopped:
@@ -213,12 +268,20 @@ class Sequence:
             return text + self._text.flush(), "length"
         return text, None
 
-    def output(self, **fields) -> Output:
-        """An Output of this answer with its counts, and its timing where it finishes."""
-        made = Output(request_id=self.request.id, index=self.index, **fields)
-        made.prompt_tokens, made.completion_tokens = len(self.request.prompt_ids), len(self.output_ids)
-        if made.finish_reason is not None:
-            now = time.monotonic()
-            began, first = self.started or now, self.first_token or now
-            made.timing = Timing(began - self.arrived, first - self.arrived, now - self.arrived)
-        return made
+    def last_outputs(self, finish_reason: str, **fields) -> list[Output]:
+        """The Output that ends this answer, with its timing."""
+        return [self.output(self.index, len(self.output_ids), finish_reason, **fields)]
+
+    def output(self, index: int, completion_tokens: int, finish_reason: str, **fields) -> Output:
+        """A last Output with its counts and timing."""
+        now = time.monotonic()
+        began, first = self.started or now, self.first_token or now
+        return Output(
+            request_id=self.request.id,
+            index=index,
+            finish_reason=finish_reason,
+            prompt_tokens=len(self.request.prompt_ids),
+            completion_tokens=completion_tokens,
+            timing=Timing(began - self.arrived, first - self.arrived, now - self.arrived),
+            **fields,
+        )

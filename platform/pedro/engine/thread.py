@@ -1,7 +1,8 @@
-"""Runs an engine on a thread of its own and hands each output to the request's callback. Knows no event loop.
+"""Runs an engine on a thread of its own and hands its outputs over: a step's all at once, or each to its request's
+callback. Knows no event loop.
 
 A callback runs on the step thread and must return at once (an asyncio server hands over with
-`loop.call_soon_threadsafe`); one that raises ends its own request only.
+`loop.call_soon_threadsafe`); one that raises ends only the requests whose outputs it was given.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from pedro.errors import PedroError, UnavailableError
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.5  # wakes anyway, in case a deadline moved or a notice was missed
 OnOutput = Callable[[Output], None]
+OnOutputs = Callable[[list[Output]], None]
 
 
 class EngineThread:
-    """Steps `engine` while there is work. Use as a context manager, or `start` and `stop`."""
+    """Steps `engine` while there is work. Use as a context manager, or `start` and `stop`.
 
-    def __init__(self, engine: Engine) -> None:
+    `on_outputs`, where given, is called once a step with all outputs of that step, instead of callbacks by request.
+    """
+
+    def __init__(self, engine: Engine, on_outputs: OnOutputs | None = None) -> None:
         self.engine = engine
+        self._on_outputs = on_outputs
         self._callbacks: dict[str, tuple[OnOutput, set[int]]] = {}  # and the indices still to finish
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -57,18 +63,22 @@ class EngineThread:
         """Whether the thread runs: what a health check asks."""
         return self._thread.is_alive()
 
-    def submit(self, request: Request, on_output: OnOutput) -> None:
+    def submit(self, request: Request, on_output: OnOutput | None = None) -> None:
         """Queue a request; `on_output` gets each of its outputs, the last of each answer with a finish reason.
+
+        It is left out where the thread hands over whole steps.
 
         Raises what `Engine.add` raises, and UnavailableError once the thread stops.
         """
+        assert (on_output is None) != (self._on_outputs is None), "outputs go to the thread's callback or to requests'"
         with self._lock:
             if self._stopping:
                 raise UnavailableError("the engine is shutting down; try again on another replica")
             if request.id in self._callbacks:
                 raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
             self.engine.add(request)
-            self._callbacks[request.id] = (on_output, set(range(request.n)))
+            if on_output is not None:
+                self._callbacks[request.id] = (on_output, set(range(request.n)))
 
     def cancel(self, request_id: str) -> None:
         """End a request; its callback gets "cancelled"."""
@@ -78,13 +88,11 @@ class EngineThread:
         while not self._stopping:
             self._wake.clear()
             outputs = self._step()
-            for output in outputs:
-                self._deliver(output)
+            self._hand_over(outputs)
             if self.engine.idle and not outputs and not self._stopping:
                 self._wait()
         self.engine.fail_all(UnavailableError("the engine is shutting down; try again on another replica"))
-        for output in self._step():
-            self._deliver(output)
+        self._hand_over(self._step())
 
     def _step(self) -> list[Output]:
         try:
@@ -99,6 +107,18 @@ class EngineThread:
         deadline = self.engine.next_deadline()
         wait_s = IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.0, deadline - time.monotonic()))
         self._wake.wait(wait_s)
+
+    def _hand_over(self, outputs: list[Output]) -> None:
+        if self._on_outputs is None:
+            for output in outputs:
+                self._deliver(output)
+        elif outputs:
+            try:
+                self._on_outputs(outputs)
+            except Exception:  # what was not taken cannot be given again: those requests end
+                log.exception("the consumer of %d outputs failed", len(outputs))
+                for request_id in {output.request_id for output in outputs}:
+                    self.engine.cancel(request_id)
 
     def _deliver(self, output: Output) -> None:
         with self._lock:

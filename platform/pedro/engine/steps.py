@@ -1,0 +1,93 @@
+"""Takes sequences through one call of the runner: rows in, a token for each out. Knows no queues, locks or adapters.
+
+A sequence costs what it asks for: one that wants the likeliest token touches no tensor where the runner named it.
+"""
+
+from __future__ import annotations
+
+from pedro.engine.beam import BeamSequence
+from pedro.engine.executor import Logits
+from pedro.engine.runner import DecodeRow, Runner
+from pedro.engine.sampler import SampleRow, greedy, sample
+from pedro.engine.scheduler import Group
+from pedro.engine.sequence import Sequence, State, TokenLogprob
+
+Made = tuple[Sequence, int, TokenLogprob | None]  # the token: -1 where the logits were not numbers; of beams only that
+
+
+def first_tokens(runner: Runner, logits: Logits, groups: tuple[Group, ...]) -> list[list[Made]]:
+    """The first token of every answer, each from its group's one row of logits; then all its slots hold the prompt."""
+    rows = [row for row, group in enumerate(groups) for _ in group]
+    sequences = [sequence for group in groups for sequence in group]
+    plain = [i for i, sequence in enumerate(sequences) if not isinstance(sequence, BeamSequence)]
+    made: dict[Sequence, Made] = {
+        one[0]: one for one in _choose(logits, [sequences[i] for i in plain], [rows[i] for i in plain])
+    }
+    for row, sequence in zip(rows, sequences, strict=True):
+        if isinstance(sequence, BeamSequence):
+            made[sequence] = (sequence, _advance(sequence, logits.values[row : row + 1])[0], None)
+    for group in groups:
+        slots = [slot for sequence in group for slot in sequence.slots]
+        source = group[0].slot
+        if len(slots) > 1:
+            runner.copy(source, [slot for slot in slots if slot != source], group[0].length)
+    return [[made[sequence] for sequence in group] for group in groups]
+
+
+def next_tokens(runner: Runner, sequences: tuple[Sequence, ...]) -> list[Made]:
+    """One decode step: the next token of every sequence."""
+    singles: list[Sequence] = []
+    beams: list[BeamSequence] = []
+    for sequence in sequences:
+        beams.append(sequence) if isinstance(sequence, BeamSequence) else singles.append(sequence)
+    rows = [DecodeRow(s.slot, s.output_ids[-1], len(s.request.prompt_ids) + len(s.output_ids) - 1) for s in singles]
+    for beam in beams:
+        position = len(beam.request.prompt_ids) + beam.num_made - 1
+        rows += [DecodeRow(slot, token_id, position) for slot, token_id in beam.last_tokens()]
+    logits = runner.decode(rows)
+    made = _choose(logits, singles, None)
+    moves, row = [], len(singles)
+    for beam in beams:
+        start = len(beam.request.prompt_ids)
+        stop = start + beam.num_made
+        finite, pairs = _advance(beam, logits.values[row : row + beam.width])
+        made.append((beam, finite, None))
+        moves.append((pairs, start, stop))
+        row += beam.width
+    for pairs, start, stop in moves:
+        if pairs:
+            runner.reorder(pairs, start, stop)
+    return made
+
+
+def _choose(logits: Logits, sequences: list[Sequence], rows: list[int] | None) -> list[Made]:
+    """A token for each of `sequences` from its row of logits (None: the first rows, in order)."""
+    picky = [i for i, sequence in enumerate(sequences) if not sequence.plain]
+    tokens = logits.best
+    if tokens is None and len(picky) < len(sequences):
+        tokens = greedy(logits.values)
+    if tokens is None:
+        made: list[Made] = [(sequence, -1, None) for sequence in sequences]
+    elif rows is None:
+        made = [(sequence, token, None) for sequence, token in zip(sequences, tokens, strict=False)]
+    else:
+        made = [(sequence, tokens[row], None) for sequence, row in zip(sequences, rows, strict=True)]
+    if picky:
+        places = picky if rows is None else [rows[i] for i in picky]
+        values = logits.values if places == list(range(len(logits.values))) else logits.values[places]
+        for i, one in zip(picky, sample(values, [_sample_row(sequences[i]) for i in picky]), strict=True):
+            made[i] = (sequences[i], one.token_id, one.logprob)
+    return made
+
+
+def _advance(beam: BeamSequence, logits) -> tuple[int, list[tuple[int, int]]]:
+    """A step of a beam search over its rows of logits: 0, or -1 where they are no numbers, and what moves where."""
+    if min(greedy(logits)) < 0:
+        return -1, []
+    if beam.state is State.FINISHED:
+        return 0, []
+    return 0, beam.advance(logits)
+
+
+def _sample_row(sequence: Sequence) -> SampleRow:
+    return SampleRow(sequence.params, sequence.seed, sequence.index, sequence.request.prompt_ids, sequence.output_ids)
