@@ -104,6 +104,18 @@ def test_decoding_counts_from_when_every_request_has_its_first_token():
     assert sorted(timeline.gaps_ms()) == [1000.0] * 5
 
 
+def test_the_client_counts_every_token_of_a_slice_and_raises_what_the_server_reports():
+    from pedro.evaluation.benchmarks.workers.http import _take
+
+    timeline = Timeline()
+    _take({"choices": [{"text": "w7 w8"}, {"text": ""}]}, "a", timeline)
+    _take({"choices": [{"text": " w9"}]}, "a", timeline)
+    _take({"choices": []}, "a", timeline)
+    assert len(timeline.moments["a"]) == 3
+    with pytest.raises(RuntimeError, match="engine_error"):
+        _take({"error": {"code": "engine_error"}}, "a", timeline)
+
+
 def test_percentiles_are_values_that_occurred():
     assert percentile(range(1, 101), 0.99) == 99
     assert percentile([5.0], 0.99) == 5.0

@@ -20,7 +20,7 @@ from typing import Any
 
 from pedro.evaluation.benchmarks.shapes import bench_folder
 
-START_S, RUN_S = 300, 600
+START_S, RUN_S = 600, 600
 SOURCE = Path(__file__).parents[3]  # what PYTHONPATH needs for another Python to find this package
 TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
 Say = Callable[[str], None]
