@@ -106,6 +106,7 @@ class Modulation:
                 made = adapter.generator.targets if adapter.generator is not None else ()
                 self._set(slot, self._constants(adapter), adapter if adapter.low_rank else None, made)
                 if adapter.generator is not None:
+                    self._reserve(adapter.generator)
                     by_form.setdefault(adapter.generator.form, []).append(row)
             else:
                 self._hold(slot, None)
@@ -176,6 +177,12 @@ class Modulation:
             else:
                 buffer[slot, : len(row)] = row
         self._hold(slot, low_rank)
+
+    def _reserve(self, generator: Generator) -> None:
+        """Make the buffers that the generator writes to."""
+        for layer in range(len(generator.layers)):
+            for site in generator.targets:
+                self._buffer((SCALE, layer, site))
 
     def _hold(self, slot: int, adapter: Adapter | None) -> None:
         if self.low_rank.get(slot) is adapter:

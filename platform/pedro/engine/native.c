@@ -34,6 +34,8 @@ typedef int vi __attribute__((vector_size(VW * 4)));
 
 enum { Q, K, V, O, GATE, UP, DOWN, SITES };
 enum { SILU, GELU_TANH };
+enum { RATIONAL, GELU, RELU };
+enum { LAST, MEAN, MAX };
 
 typedef struct {
   const float *norm1, *norm2, *q_norm, *k_norm;   /* q_norm, k_norm: [d] or null */
@@ -55,13 +57,20 @@ typedef struct {
   long max_rank;
 } Model;
 
+typedef struct {                                  /* one layer of a PEDRO or PARA adapter: R(pooled down) up + bias */
+  const float *down, *up, *bias, *a, *b;          /* [dim, rank], [rank, width], [width]; a, b: of the rational */
+  long rank, width, above, below;                 /* above, below: how many a and b */
+  long activation, pool, residual, sites, site[SITES];
+} Generator;
+
 typedef struct {
   long rows, lora;                                /* lora: whether any row has a low-rank term */
   const int *ids, *positions, *slots, *mods;      /* [rows]; mods: the slot whose scales apply, -1 for none */
   float *x, *qkv, *mixed, *act, *low;             /* [rows, …]: dim, qkv, heads * d, padded ffn, 3 * max_rank */
   float *packed;                                  /* rows times the widest input, scratch; for many rows only */
   long prompts;                                   /* of a prefill; starts: [prompts + 1], in rows */
-  const int *starts;
+  const int *starts, *conditioned;                /* conditioned: tokens of the prompt that its vectors may see */
+  const Generator *const *generators;             /* [prompts]: one a layer, or null */
   float *logits;                                  /* [rows, vocab] */
   int *best;                                      /* [rows]: the likeliest token, -1 where logits are not finite */
   float *best_value;                              /* [threads, rows], scratch; best_at likewise */
@@ -480,6 +489,51 @@ static void prompt_attention(const Model *M, const Batch *B, const Layer *L) {
   }
 }
 
+/* ---- vectors ---- */
+
+static float activated(const Generator *G, float x) {
+  if (G->activation == RELU) return x > 0 ? x : 0;
+  if (G->activation == GELU) return 0.5f * x * (1 + erff(x * 0.70710678f));
+  float above = 0, below = 0;
+  for (long j = G->above - 1; j >= 0; j--) above = above * x + G->a[j];
+  for (long i = G->below - 1; i >= 0; i--) below = (below + G->b[i]) * x;
+  return above / (1 + fabsf(below));
+}
+
+static void generate(const Model *M, const Batch *B, long l) { /* each prompt's scales of layer l, into its slot */
+  const long dim = M->dim;
+#pragma omp for schedule(dynamic, 1)
+  for (long prompt = 0; prompt < B->prompts; prompt++) {
+    if (!B->generators[prompt]) continue;
+    const Generator *G = B->generators[prompt] + l;
+    const long first = B->starts[prompt], stop = first + B->conditioned[prompt], slot = B->slots[first];
+    float *pooled = scratch(dim + G->rank + G->width), *low = pooled + dim, *made = low + G->rank;
+    for (long row = G->pool == LAST ? stop - 1 : first, begun = 0; row < stop; row++, begun = 1) {
+      const float *x = B->x + row * padded(dim), scale = G->residual ? 1 : rms(x, dim, M->eps);
+      for (long i = 0; i < dim; i++) {
+        const float v = G->residual ? x[i] : x[i] * scale * M->layer[l].norm1[i];
+        pooled[i] = !begun ? v : G->pool == MEAN ? pooled[i] + v : v > pooled[i] ? v : pooled[i];
+      }
+    }
+    if (G->pool == MEAN)
+      for (long i = 0; i < dim; i++) pooled[i] /= stop - first;
+    memset(low, 0, G->rank * sizeof(float));
+    for (long i = 0; i < dim; i++)
+      for (long r = 0; r < G->rank; r++) low[r] += pooled[i] * G->down[i * G->rank + r];
+    memcpy(made, G->bias, G->width * sizeof(float));
+    for (long r = 0; r < G->rank; r++) {
+      const float h = activated(G, low[r]);
+      for (long i = 0; i < G->width; i++) made[i] += h * G->up[r * G->width + i];
+    }
+    const long q = M->heads * M->head_dim, kv = M->kv_heads * M->head_dim;
+    const long widths[SITES] = {q, kv, kv, dim, M->ffn, M->ffn, dim};
+    for (long s = 0; s < G->sites; made += widths[G->site[s++]]) {
+      const long width = widths[G->site[s]];
+      memcpy((float *)M->layer[l].scale[G->site[s]] + slot * padded(width), made, width * sizeof(float));
+    }
+  }
+}
+
 /* ---- the parts of a layer ---- */
 
 static void into_attention(const Model *M, const Batch *B, long l, int thread) {
@@ -532,13 +586,16 @@ void pedro_embed(const Model *M, const Batch *B) {
   embed(M, B);
 }
 
-void pedro_prefill(const Model *M, const Batch *B, long l) { /* layer l of whole prompts */
+void pedro_prefill(const Model *M, const Batch *B, long first, long last) { /* layers [first, last) of whole prompts */
 #pragma omp parallel num_threads(M->threads)
   {
     const int thread = omp_get_thread_num();
-    into_attention(M, B, l, thread);
-    prompt_attention(M, B, M->layer + l);
-    out_of_attention(M, B, l, thread);
+    for (long l = first; l < last; l++) {
+      generate(M, B, l);
+      into_attention(M, B, l, thread);
+      prompt_attention(M, B, M->layer + l);
+      out_of_attention(M, B, l, thread);
+    }
   }
 }
 

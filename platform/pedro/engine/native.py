@@ -51,6 +51,16 @@ class Model(ctypes.Structure):
     ]
 
 
+class Generator(ctypes.Structure):
+    """`Generator` of native.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("down", "up", "bias", "a", "b")),
+        *((name, c_long) for name in ("rank", "width", "above", "below", "activation", "pool", "residual", "sites")),
+        ("site", c_long * len(SITES)),
+    ]
+
+
 class Batch(ctypes.Structure):
     """`Batch` of native.c."""
 
@@ -60,7 +70,7 @@ class Batch(ctypes.Structure):
         *((name, c_void_p) for name in ("ids", "positions", "slots", "mods")),
         *((name, c_void_p) for name in ("x", "qkv", "mixed", "act", "low", "packed")),
         ("prompts", c_long),
-        ("starts", c_void_p),
+        *((name, c_void_p) for name in ("starts", "conditioned", "generators")),
         ("logits", c_void_p),
         ("best", POINTER(c_int)),
         ("best_value", c_void_p),
@@ -82,7 +92,7 @@ def load_kernel() -> ctypes.CDLL | None:
         log.warning("the CPU kernel could not be built, so the engine decodes with PyTorch alone: %s", detail)
         return None
     kernel.pedro_strip.restype = c_long
-    for name, last in {"embed": (), "prefill": (c_long,), "logits": (), "decode": ()}.items():
+    for name, last in {"embed": (), "prefill": (c_long, c_long), "logits": (), "decode": ()}.items():
         function = getattr(kernel, f"pedro_{name}")
         function.argtypes, function.restype = (POINTER(Model), POINTER(Batch), *last), None
     return kernel

@@ -6,14 +6,16 @@ Legend: N tokens of a packed batch, B rows, D model width, W output width, K inp
 
 from __future__ import annotations
 
-from ctypes import POINTER, c_int, cast, pointer
+from ctypes import POINTER, addressof, c_int, c_void_p, cast, pointer
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pedro.engine import native
-from pedro.engine.adapter import Adapter
+from pedro.engine.adapter import Adapter, Generator
 from pedro.engine.executor import Logits
 from pedro.engine.kv_cache import KVCache
 from pedro.engine.modulation import Conditioned, Modulation
@@ -21,6 +23,8 @@ from pedro.engine.native import SITES
 from pedro.methods.architectures import Architecture
 
 MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+GENERATOR_ACTIVATIONS = ("rational", "gelu", "relu")  # the order of native.c's enums
+POOLS = ("last", "mean", "max")
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 
@@ -47,8 +51,11 @@ def strip() -> int:
 class Flow:
     """A prefill under way: its rows and activations. `layer` is the next one to run."""
 
-    def __init__(self, rows: list[Conditioned], batch: native.Batch, buffers: dict[str, torch.Tensor]) -> None:
-        self.rows = rows
+    def __init__(
+        self, rows: list[Conditioned], batch: native.Batch, buffers: dict[str, torch.Tensor], generators: Any
+    ) -> None:
+        self.rows = rows  # and with them the adapters whose weights the kernel reads
+        self.generators = generators
         self.batch = batch
         self.buffers = buffers
         self.layer = 0
@@ -100,7 +107,7 @@ class NativeModel:
         _release(head)
         if tied:
             _release(embedding)
-        self._norms = [layer.norm for layer in architecture.layers]
+        self._structs: WeakKeyDictionary[Generator, Any] = WeakKeyDictionary()
         for layer, place, keys, values in zip(layers, architecture.layers, cache.keys, cache.values, strict=True):
             self._pack(layer, place, keys, values)
         self._lora = torch.zeros(self.num_parts, len(SITES), slots, 2, dtype=torch.int64)
@@ -127,19 +134,19 @@ class NativeModel:
         for name, values in columns.items():
             buffers[name][: len(flat)] = torch.tensor(values, dtype=torch.int32)
         buffers["starts"] = torch.tensor([*(row.segment.start for row in rows), len(flat)], dtype=torch.int32)
+        buffers["conditioned"] = torch.tensor([row.conditioning_length for row in rows], dtype=torch.int32)
         batch.prompts, batch.starts = len(rows), buffers["starts"].data_ptr()
+        batch.conditioned = buffers["conditioned"].data_ptr()
+        generators = (c_void_p * len(rows))(*(self._generators(row.adapter) for row in rows))
+        batch.generators = cast(generators, c_void_p)
         batch.lora = any(slot in self._modulation.low_rank for slot in mods)
         self._make_low(batch, buffers)
         self._kernel.pedro_embed(pointer(self._model), pointer(batch))
-        return Flow(rows, batch, buffers)
+        return Flow(rows, batch, buffers, generators)
 
     def advance(self, flow: Flow, last: int) -> None:
         """Run the layers up to `last`."""
-        hidden = flow.buffers["x"][:, : self._sizes["dim"]]
-        for layer in range(flow.layer, last):
-            if self._modulation.generating:
-                self._modulation.generate(layer, hidden, self._norms[layer])
-            self._kernel.pedro_prefill(pointer(self._model), pointer(flow.batch), layer)
+        self._kernel.pedro_prefill(pointer(self._model), pointer(flow.batch), flow.layer, last)
         flow.layer = last
 
     def logits(self, flow: Flow, index: list[int]) -> Logits:
@@ -161,6 +168,26 @@ class NativeModel:
             self._make_low(batch, self._buffers)
         self._kernel.pedro_decode(pointer(self._model), pointer(batch))
         return Logits(self._buffers["logits"][:rows], batch.best[:rows])
+
+    def _generators(self, adapter: Adapter | None) -> int | None:
+        """Where the kernel finds the adapter's generators, one a layer; None where it has none."""
+        generator = None if adapter is None else adapter.generator
+        if generator is None:
+            return None
+        known = self._structs.get(generator)
+        if known is None:
+            known = self._structs[generator] = (native.Generator * self.num_parts)()
+            for struct, part, widths in zip(known, generator.layers, generator.widths, strict=True):
+                for name in ("down", "up", "bias", "a", "b"):
+                    tensor = getattr(part, name)
+                    setattr(struct, name, None if tensor is None else tensor.data_ptr())
+                struct.rank, struct.width = part.down.shape[1], sum(widths)
+                struct.above, struct.below = (0 if t is None else len(t) for t in (part.a, part.b))
+                struct.activation = GENERATOR_ACTIVATIONS.index(part.activation)
+                struct.pool, struct.residual = POOLS.index(generator.pool), generator.pool_source == "residual"
+                struct.sites = len(generator.targets)
+                struct.site[: struct.sites] = [SITES.index(site) for site in generator.targets]
+        return addressof(known)
 
     def _pack(self, layer: native.Layer, place, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Point `layer` at packed weights; the modules' own are released."""
