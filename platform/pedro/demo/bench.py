@@ -6,6 +6,7 @@ Knows the platform from outside: a home of its own, two registered versions of o
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,7 @@ def standing(options: Options, say: Say) -> Iterator[Standing]:
     shape = SHAPES[(options.models or ("S",))[0]]
     home = bench_folder() / "home"
     settings = Settings.from_env({"PEDRO_HOME": str(home)})
+    before = dict(os.environ)
     try:
         end(settings)  # of a run that was killed
         shutil.rmtree(home, ignore_errors=True)
@@ -105,12 +107,20 @@ def standing(options: Options, say: Say) -> Iterator[Standing]:
         _, admin_key = store.create_key("operator", ["admin"], "benchmark")
         config = ServeConfig(backbone=str(backbone.directory), served_name=shape.name, threads=options.threads)
         served = deploy(settings, config, port=0, say=say)
+        _restore(before)
         model = f"{TENANT}.{ADAPTER}"
         server = http.Server(shape.name, served.url, key, model, str(adapters[0]), str(backbone.directory))
         yield Standing(server, admin_key, tuple(versions))
     finally:
         end(settings)
         shutil.rmtree(home, ignore_errors=True)
+        _restore(before)
+
+
+def _restore(environment: dict[str, str]) -> None:
+    """Undo what deploying set: the benchmark's own files stay in the user's home, not in the server's."""
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def backbone_with_words(shape: Shape) -> Path:

@@ -27,6 +27,7 @@ from pedro.evaluation.benchmarks.shapes import (
 from pedro.evaluation.benchmarks.stats import Ratio, paired_ratio
 
 QUICK_S = 22
+SHORT_WORK, SHORT_ROUNDS = 20_000_000, 3  # weights times rows: a run of a few tenths of a second needs more of them
 LORA_TENANTS = 8  # in a mixed batch of the peers: more only slows them further
 QUICK: dict[str, Sequence[int]] = {"S": (8,)}
 FULL: dict[str, Sequence[int]] = {"S": (1, 8, 32), "M": (1, 8)}
@@ -193,7 +194,8 @@ def _rounds(
     """The figures of every contender, round by round; the first round warms up and does not count."""
     runs: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in field_}
     began = time.monotonic()
-    for number in range(plan.rounds + 1):
+    rounds = plan.rounds * (SHORT_ROUNDS if shape.read_parameters * batch < SHORT_WORK else 1)
+    for number in range(rounds + 1):
         if number > 1 and time.monotonic() - began > plan.most_s:
             break
         for contender in list(runs)[:: -1 if number % 2 else 1]:
@@ -214,7 +216,7 @@ def _rounds(
                 continue
             if number:
                 runs[contender].append({**figures, "tenants": order["tenants"] if order["adapters"] else 0})
-        said = f"  {shape.name} B={batch} round {number} of {plan.rounds}, {time.monotonic() - began:.0f} s"
+        said = f"  {shape.name} B={batch} round {number} of {rounds}, {time.monotonic() - began:.0f} s"
         say(said + "".join(f", {c.key} {r[-1]['tok_s']:.0f}/{r[-1]['decode_tok_s']:.0f}" for c, r in runs.items() if r))
     return runs
 
