@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pedro.cli import adapters, chat, data, doctor, jobs, keys, serve, tenants
+from pedro.cli import adapters, chat, data, doctor, jobs, keys, methods, serve, tenants
 from pedro.cli.output import fail
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ app.command("eval")(adapters.evaluate)
 app.command("serve")(serve.serve)
 app.command("down")(serve.down)
 app.command("chat")(chat.chat)
+app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(serve.demo)
 

@@ -1,0 +1,55 @@
+"""`pedro methods`: what can be trained, and what can be done with the result."""
+
+from __future__ import annotations
+
+import typer
+
+from pedro.cli.output import AsJson, emit, table
+
+COLUMNS = (
+    "name",
+    "method",
+    "trained on LLaMA-2 7B",
+    "mixed batches",
+    "mergeable",
+    "identity at init",
+    "changes",
+    "from",
+)
+ANSWERS = {True: "yes", False: "no", None: "depends"}
+
+
+def methods(
+    counts: bool = typer.Option(
+        True, help="Count the trained parameters at the settings of the paper's table 1, on LLaMA-2 7B shapes."
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """List the methods: trained parameters, serving in batches that mix adapters, merging, and where they are from.
+
+    Any of them goes into a spec as `method: {name: red}`, with its options beside the name; any method of PEFT as
+    `method: {peft_type: VERA, r: 64}`.
+
+    Examples: pedro methods; pedro methods --json; pedro methods --no-counts
+    """
+    from pedro.methods.capabilities import capabilities
+
+    found = capabilities(counts)
+    rows = [
+        (
+            entry["name"],
+            entry["title"],
+            _millions(entry["trained_parameters"]),
+            ANSWERS[entry["mixed_batches"]],
+            ANSWERS[entry["mergeable"]],
+            ANSWERS[entry["identity_at_init"]],
+            entry["equation"],
+            entry["source"],
+        )
+        for entry in found
+    ]
+    emit(found, as_json, lambda: table(COLUMNS, rows))
+
+
+def _millions(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:,.2f} M"

@@ -1,0 +1,59 @@
+"""What each method says it can do, as plain records, and how many parameters it trains on LLaMA-2 7B.
+
+Knows nothing of how they are shown. Only shapes are made for the counts: no memory stands behind them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pedro.methods.method import Method
+from pedro.methods.registry import METHODS, count_parameters
+
+LLAMA_2_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+}
+
+
+def capabilities(counts: bool = True) -> list[dict[str, Any]]:
+    """One record a method, in the registry's order; a capability that depends on the options is None.
+
+    `trained_parameters` (without bias vectors, as the paper counts) is None without `counts`, and for `peft`.
+    """
+    return [
+        {
+            "name": method.name,
+            "title": method.title,
+            "source": method.source,
+            "equation": method.equation,
+            "options": method.options,
+            "paper_options": method.paper,
+            "trained_parameters": _trained(method) if counts and method.name != "peft" else None,
+            "mixed_batches": method.engine,
+            "mergeable": method.mergeable,
+            "identity_at_init": method.identity_at_init,
+            "conditions_on_prompt": method.conditions_on_prompt,
+        }
+        for method in METHODS.values()
+    ]
+
+
+def llama_2_7b(method: Method, options: dict[str, Any] | None = None, layers: int = 32) -> torch.nn.Module:
+    """LLaMA-2 7B, or its first layers, with a fresh adapter of `method`, on the meta device."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_2_7B, num_hidden_layers=layers))
+        return method.apply(model.requires_grad_(False), options)
+
+
+def _trained(method: Method) -> int:
+    """Counted on 2 and on 4 layers: every method trains equally much in each pair of layers."""
+    two, four = (
+        count_parameters(llama_2_7b(method, method.paper, layers))["trainable_without_bias"] for layers in (2, 4)
+    )
+    return two + (four - two) * 15
