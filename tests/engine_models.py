@@ -151,7 +151,8 @@ def run(engine: Engine, *requests: Request) -> dict:
 @torch.no_grad()
 def reference_logits(model, ids: list[int], prompt_length: int) -> torch.Tensor:
     """The logits of all positions [T, V] by one uncached forward, conditioned on the first `prompt_length` tokens."""
-    lens = {"prompt_lens": torch.tensor([prompt_length])} if hasattr(model, "peft_config") else {}
+    conditioned = any(config.peft_type == "PEDRO" for config in getattr(model, "peft_config", {}).values())
+    lens = {"prompt_lens": torch.tensor([prompt_length])} if conditioned else {}
     return model(input_ids=torch.tensor([ids]), **lens).logits[0]
 
 

@@ -18,7 +18,7 @@ from pedro.engine.adapter import Adapter
 from pedro.engine.adapters import AdapterPool, Entry
 from pedro.engine.beam import BeamSequence
 from pedro.engine.formats import load_adapter
-from pedro.engine.runner import PrefillRow, Runner
+from pedro.engine.runner import KERNELS, PrefillRow, Runner
 from pedro.engine.scheduler import Group, Limits, PrefillSlice, Scheduler
 from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
 from pedro.engine.steps import first_tokens, next_tokens
@@ -41,6 +41,7 @@ class EngineConfig:
     max_waiting_per_tenant: int = 256
     preempt_after: int = 1024  # weighted tokens that a running tenant may be ahead of a waiting one
     tenant_weights: dict[str, float] = field(default_factory=dict)
+    kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native where it fits
 
     def __post_init__(self) -> None:
         wrong = [
@@ -51,6 +52,8 @@ class EngineConfig:
         wrong += [
             f"engine.tenant_weights.{t}: expected > 0, got {w!r}" for t, w in self.tenant_weights.items() if w <= 0
         ]
+        if self.kernel not in KERNELS:
+            wrong.append(f"engine.kernel: expected one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if wrong:
             raise ConfigError("\n".join(wrong))
 
@@ -71,7 +74,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._vocab_size = model.get_input_embeddings().num_embeddings
         self._eos_ids = _eos_ids(model, tokenizer)
-        self._runner = Runner(model, config.max_batch, self.max_length)
+        self._runner = Runner(model, config.max_batch, self.max_length, config.kernel)
         self._scheduler = Scheduler(
             Limits(
                 slots=config.max_batch,
@@ -185,6 +188,7 @@ class Engine:
                 "waiting": self._scheduler.num_waiting,
                 "waiting_by_tenant": self._scheduler.waiting_by_tenant(),
                 "slots": self.config.max_batch,
+                "kernel": self._runner.kernel,
                 "slots_free": self._scheduler.slots_free,
                 "kv_cache_bytes": self._runner.cache.nbytes,
                 "max_length": self.max_length,

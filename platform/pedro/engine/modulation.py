@@ -143,7 +143,7 @@ class Modulation:
             self._hold(slot, self.low_rank.get(source))
         if self.modulated[source]:
             for buffer in self.buffers.values():
-                buffer[targets] = buffer[source]
+                buffer[targets] = buffer[source].clone()
 
     def release(self, slot: int) -> None:
         """The slot's sequence left: drop what it holds."""

@@ -23,6 +23,7 @@ from pedro.engine.torch_model import TorchModel, refuse_unfit
 from pedro.errors import BackboneError
 from pedro.methods.architectures import describe
 
+KERNELS = ("auto", "native", "torch")
 HEAD_CHUNK = 256  # prompt positions whose logits exist at once
 
 
