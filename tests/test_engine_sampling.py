@@ -7,7 +7,7 @@ import torch
 from engine_models import Letters, drain, make_engine, prompt, random_backbone, request, run, stories
 
 from pedro.engine import SamplingParams
-from pedro.engine.sampler import SampleRow, sample, uniform
+from pedro.engine.sampler import SampleRow, greedy, sample, uniform
 from pedro.errors import PedroError
 
 
@@ -190,3 +190,33 @@ def test_a_parameter_out_of_range_is_named(wrong):
         SamplingParams(**wrong)
     assert caught.value.param == next(iter(wrong))
     assert next(iter(wrong)) in caught.value.message
+
+
+def test_what_top_k_and_top_p_keep_is_the_same_whether_few_candidates_are_sorted_or_all(monkeypatch):
+    """Ties included: a model in bfloat16 has many, and the order among them must not depend on the way taken."""
+    logits = torch.randn(12, 1000, generator=torch.Generator().manual_seed(3)).mul(4).bfloat16().float()
+    options = [{"top_k": k} for k in (1, 40, 255, 256, 300)] + [{"top_p": p} for p in (0.1, 0.9, 0.999)]
+    options += [{"top_k": 60, "top_p": 0.8}, {"top_k": 60, "min_p": 0.05}, {"top_p": 0.9, "min_p": 0.02}, {}]
+    params = [SamplingParams(temperature=1.3, **option) for option in options]
+
+    def draw_all(order):
+        drawn = [[] for _ in params]
+        for seed in range(60):
+            made = sample(logits[order], [SampleRow(params[i], seed, 0, [], []) for i in order])
+            for i, one in zip(order, made, strict=True):
+                drawn[i].append(one.token_id)
+        return drawn
+
+    few = draw_all(list(range(12)))
+    assert few == draw_all([7, 3, 11, 0, 5, 9, 1, 10, 2, 8, 4, 6]), "neighbours and their order change nothing"
+    monkeypatch.setattr("pedro.engine.sampler.CANDIDATES", 1000)
+    assert few == draw_all(list(range(12)))
+
+
+def test_a_temperature_near_zero_is_greedy_and_rows_without_numbers_say_so():
+    logits = torch.tensor(
+        [[0.0, 9.0, 8.9], [float("nan"), 1.0, 0.0], [0.0, float("inf"), 1.0], [float("-inf"), 1.0, 0.0]]
+    )
+    rows = [SampleRow(SamplingParams(temperature=t), 1, 0, [], []) for t in (1e-30, 1.0, 1.0, 1e-30)]
+    assert [one.token_id for one in sample(logits, rows)] == [1, -1, -1, 1]
+    assert greedy(logits) == [1, -1, -1, 1]

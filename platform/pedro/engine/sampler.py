@@ -16,6 +16,7 @@ import torch
 
 from pedro.engine.sequence import SamplingParams, TokenLogprob
 
+LEAST_TEMPERATURE = 1e-6  # below it float32 would divide by zero
 CANDIDATES = 256  # likeliest tokens that top-k and top-p look at first; all of them only where that is too few
 
 
@@ -124,13 +125,15 @@ def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
 
 def _draw(scores: torch.Tensor, rows: list[SampleRow]) -> list[int]:
     """Tokens drawn from scores [R, V]: temperature, then top-k, top-p and min-p, each on what the last left."""
-    scores = scores.double()
-    probs = torch.softmax(scores / _column([row.params.temperature for row in rows], scores)[:, None], -1)
-    points = _column([uniform(row.seed, row.choice, len(row.output_ids)) for row in rows], scores)
+    temperature = _column([max(row.params.temperature, LEAST_TEMPERATURE) for row in rows], scores)[:, None]
+    probs = (scores - scores.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
+    points = [uniform(row.seed, row.choice, len(row.output_ids)) for row in rows]
     tokens = [0] * len(rows)
     for places, ordered, ids in _ordered(probs, [row.params for row in rows]):
-        total = _filtered(ordered, [rows[i].params for i in places]).cumsum(-1)
-        reached = torch.searchsorted(total, points[places, None] * total[:, -1:], right=True)
+        total = _filtered(ordered, [rows[i].params for i in places]).double().cumsum(-1)
+        reached = torch.searchsorted(
+            total, _column([points[i] for i in places], total)[:, None] * total[:, -1:], right=True
+        )
         reached = reached.clamp_max(total.shape[-1] - 1)
         drawn = reached if ids is None else ids.gather(1, reached)
         for i, token in zip(places, drawn[:, 0].tolist(), strict=True):

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pedro.engine.detokenizer import Detokenizer
@@ -83,12 +84,12 @@ class SamplingParams:
             _require(self.temperature == 0, "temperature", "0 where num_beams is above 1", self.temperature)
             _require(self.logprobs is None, "logprobs", "none where num_beams is above 1", self.logprobs)
 
-    @property
+    @cached_property
     def penalised(self) -> bool:
         """Whether scores are anything but the model's own."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether a token is the model's likeliest and nothing else is asked of the logits."""
         return self.temperature == 0 and self.logprobs is None and not self.penalised
