@@ -229,7 +229,7 @@ class SparseSearch:
     def _open_gates(self, model: nn.Module, args: tuple) -> None:
         logits = self._logits()
         if self.decided is not None:
-            opened = self.decided.to(logits)
+            opened = self.decided.to(logits) + 0.0 * logits  # Θ steps go on, and find nothing left to move
         else:
             logits = logits - balance(logits.detach(), self.sizes.to(logits), self.config.budget)
             if model.training:  # a binary concrete variable at temperature 1
