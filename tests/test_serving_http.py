@@ -21,6 +21,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, settings_at, tokenizer
 
 from pedro import cluster
+from pedro.demo.swap import swap
 from pedro.errors import BackboneError, ConflictError, UnavailableError
 from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
@@ -302,62 +303,24 @@ def test_a_new_version_of_one_tenant_leaves_anothers_answers_unchanged_to_the_bi
 # hot swap
 
 
-class Traffic:
-    """Streams of one tenant, one after the other on each of several threads, until left."""
-
-    def __init__(self, client, model, threads=4):
-        self.answers = []  # (when it began, the fingerprints of its chunks, its text)
-        self.errors = []
-        self._client, self._model, self._threads = client, model, threads
-        self._stop = threading.Event()
-
-    def __enter__(self):
-        self._pool = ThreadPoolExecutor(self._threads)
-        self._runs = [self._pool.submit(self._run) for _ in range(self._threads)]
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._pool.shutdown()
-
-    def _run(self):
-        while not self._stop.is_set():
-            began = time.monotonic()
-            try:
-                chunks = list(
-                    complete(self._client, self._model, stream=True, max_tokens=48, extra_body={"ignore_eos": True})
-                )
-                text = "".join(chunk.choices[0].text for chunk in chunks)
-                self.answers.append((began, {chunk.system_fingerprint for chunk in chunks}, text))
-                assert chunks[-1].choices[0].finish_reason == "length"
-            except Exception as error:  # noqa: BLE001 - counted, whatever it is
-                self.errors.append(error)
-
-
-def test_a_hot_swap_under_load_fails_nothing_mixes_nothing_and_is_seen_within_2_s(served, client):
+def test_swaps_under_load_fail_nothing_mix_nothing_and_are_seen_within_2_s(served, client):
     old, new = served.add("acme.swap", 11), served.add("acme.swap", 12, promote=False)
     wait_for(lambda: "acme.swap" in [model.id for model in client().models.list()])
-    texts = {}
-    for version in (old, new):
-        options = {"max_tokens": 48, "extra_body": {"ignore_eos": True}}
-        texts[fingerprint(version)] = complete(client(), version.ref, **options).choices[0].text
-    assert len(set(texts.values())) == 2
-    with Traffic(client(), "acme.swap") as traffic:
-        wait_for(lambda: len(traffic.answers) >= 4, 30)
-        served.registry.promote("acme.swap", new.version)
-        moved = time.monotonic()
-        seen = wait_for(lambda: any(fingerprint(new) in prints for _, prints, _ in list(traffic.answers)), 20)
-        first = min(began for began, prints, _ in list(traffic.answers) if fingerprint(new) in prints)
-        wait_for(lambda: sum(began > moved + 2 for began, _, _ in list(traffic.answers)) >= 4, 30)
-    assert not traffic.errors
-    assert all(len(prints) == 1 for _, prints, _ in traffic.answers)
-    assert all(text == texts[prints.pop()] for _, prints, text in traffic.answers)
-    assert first - moved < 2
-    late = [prints for began, prints, _ in traffic.answers if began > moved + 2]
-    assert late
-    print(
-        f"hot swap: {len(traffic.answers)} streams, new version asked {first - moved:.2f} s, answered {seen:.2f} s on"
-    )
+    slow, quick = swap(
+        served.url,
+        served.keys["acme"],
+        served.keys["admin"],
+        "acme.swap",
+        [old.version, new.version],
+        streams=8,
+        phases=((1.0, 3.0), (0.3, 1.5)),
+    )["phases"]
+    for phase in (slow, quick):
+        print(phase)
+        assert phase["answers"] > 20
+        assert (phase["failed"], phase["mixed"], phase["stale"]) == (0, 0, 0), phase
+        assert phase["last_version_wins"], phase
+        assert phase["first_served_s"]["max"] < 2
 
 
 def test_an_operator_promotes_and_rolls_back_over_http(served, client):
@@ -415,6 +378,83 @@ def test_many_requests_at_once_all_get_their_own_answer(client):
     with ThreadPoolExecutor(len(jobs) * 2) as pool:
         together = list(pool.map(lambda job: complete(tenant, *job).choices[0].text, jobs * 2))
     assert together == [alone[job] for job in jobs * 2]
+
+
+def test_the_engine_tells_prometheus_and_an_operator_where_adapters_are(served, client):
+    complete(client(), "acme.faq", max_tokens=2)
+    with http(served, "admin") as admin, http(served) as acme:
+        (pinned,) = admin.post("/v1/adapters/acme.faq/pin").json()["residence"]
+        assert (pinned["version"], pinned["pinned"], pinned["state"]) == (2, True, "ready")
+        text = admin.get("/metrics").text
+        assert (
+            f'pedro_requests_total{{adapter="acme.faq",finish_reason="length",replica="{pinned["replica"]}"}}' in text
+        )
+        assert f'pedro_adapters_pinned{{replica="{pinned["replica"]}"}} 1.0' in text
+        assert acme.get("/metrics").status_code == 403
+        assert acme.post("/v1/adapters/acme.faq/unpin").status_code == 403
+        (unpinned,) = admin.post("/v1/adapters/acme.faq/unpin").json()["residence"]
+        assert not unpinned["pinned"]
+        told = acme.post("/tokenize", json={"model": "acme.faq", "prompt": PROMPT}).json()
+        assert told["tokens"] == tokenizer()(PROMPT).input_ids
+
+
+class Traffic:
+    """Streams of one tenant, one after the other on each of several threads, until left."""
+
+    def __init__(self, client, model, threads=4):
+        self.answers, self.errors = [], []
+        self._client, self._model, self._threads = client, model, threads
+        self._stop = threading.Event()
+
+    def __enter__(self):
+        self._pool = ThreadPoolExecutor(self._threads)
+        self._runs = [self._pool.submit(self._run) for _ in range(self._threads)]
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._pool.shutdown()
+
+    def _run(self):
+        options = {"stream": True, "max_tokens": 100, "extra_body": {"ignore_eos": True}}
+        while not self._stop.is_set():
+            try:
+                chunks = list(complete(self._client, self._model, **options))
+                self.answers.append("".join(chunk.choices[0].text for chunk in chunks))
+                assert chunks[-1].choices[0].finish_reason == "length"
+            except Exception as error:  # noqa: BLE001 - counted, whatever it is
+                self.errors.append(error)
+
+
+@pytest.mark.slow
+def test_replicas_come_and_go_and_die_while_a_hot_adapter_streams_and_no_client_notices(served, client):
+    def scale(replicas):
+        config = ServeConfig(max_batch=16, watch_interval_s=0.3, replicas=replicas)
+        serve.run(build_app(config.model_dump()), name="pedro", route_prefix="/", blocking=False)
+
+    def served_by(admin):
+        """The replicas that answered with the hot adapter so far, and how many tokens each gave."""
+        lines = [line for line in admin.get("/metrics").text.splitlines() if "pedro_completion_tokens_total{" in line]
+        return {line.partition('replica="')[2].partition('"')[0]: line for line in lines if "acme.faq" in line}
+
+    from ray import serve
+
+    from pedro.serving.app import build_app
+
+    with http(served, "admin") as admin, Traffic(client(), "acme.faq") as traffic:
+        wait_for(lambda: len(traffic.answers) > 4, 60)
+        first = served_by(admin).keys()
+        scale(2)
+        wait_for(lambda: len(served_by(admin)) == 2 and not served_by(admin).keys() & first, 120)
+        second = served_by(admin).keys()
+        kill_replica(served)
+        wait_for(lambda: len(served_by(admin)) == 2 and served_by(admin).keys() != second, 120)
+        so_far = len(traffic.answers)
+        scale(1)
+        wait_for(lambda: len(served_by(admin)) == 1, 120)
+        wait_for(lambda: len(traffic.answers) > so_far + 8, 60)
+    assert not traffic.errors
+    assert len(set(traffic.answers)) == 1, "whoever answered, and whoever took over"
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from ray import serve
@@ -128,6 +128,8 @@ class Gateway:
 
         LIVE.listen(become)
         first = self._engine.stats.remote()  # the first request of a handle makes its router, which tells of replicas
+        with suppress(Exception):  # the watcher says so, and tries again
+            await self._catalog.refresh()  # before the first request comes, as in place of another ingress
         self._starting = [asyncio.ensure_future(first), asyncio.create_task(self._catalog.watch())]
         backend = ServeBackend(self._config.model_name, self._longest, self._catalog, self._registry, fleet)
         settings = GatewaySettings(
@@ -154,9 +156,8 @@ def build_app(args: dict[str, Any]) -> Application:
     settings = Settings.from_env()
     replica: Any = EngineReplica
     gateway: Any = Gateway
-    told = config.model_dump(exclude={"replicas"})  # another number of replicas is no reason to restart those there are
     engine = replica.options(
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
-    ).bind(told, settings)
-    return gateway.bind(told, settings, engine)
+    ).bind(config.model_dump(), settings)
+    return gateway.bind(config.model_dump(), settings, engine)

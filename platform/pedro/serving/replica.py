@@ -72,7 +72,7 @@ class Replica:
             backbone.digest,
         )
         self._metrics = ReplicaMetrics(name, config.model_name, self._engine.stats)
-        self._thread = EngineThread(self._engine)
+        self._thread = EngineThread(self._engine, on_outputs=self._hand_out)
         self._thread.start()
 
     # calls
@@ -114,7 +114,7 @@ class Replica:
             self._refs[request.id] = (posted.ref, request.n)
             outlet.open(number, request.id, request.n, deltas)
             try:
-                self._thread.submit(request, lambda output: self._hand_out([output]))
+                self._thread.submit(request)
             except BaseException:
                 del self._refs[request.id]
                 raise
