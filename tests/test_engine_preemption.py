@@ -143,6 +143,24 @@ def test_a_preempted_request_continues_exactly(model, tmp_path):
         assert [output.completion_tokens for output in disturbed.outputs] == list(range(1, 91))
 
 
+def test_a_preempted_request_of_lora_keeps_its_adapter_pinned_until_it_ends(model, tmp_path):
+    make_adapter(model, tmp_path / "a", seed=1, method="lora")
+    one = request("r", prompt(9), 90, adapter="a", tenant="long")
+    engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=1, preempt_after=8)
+    expected = run(make_engine(model, load=lambda ref: tmp_path / ref), one)["r"].token_ids
+    engine.add(one)
+    drain(engine, until=lambda answers: "r" in answers and len(answers["r"].token_ids) > 30)
+    engine.add(request("rival", prompt(5), 30, tenant="t"))
+    drain(engine, until=lambda answers: "rival" in answers)
+    assert engine.adapters.residents()["a"]["pins"] == 1
+    (waiting,) = engine._live["r"]
+    assert waiting.state is State.WAITING
+    begun = waiting.output_ids[:]
+    assert begun + drain(engine)["r"].token_ids == expected
+    assert engine.adapters.residents()["a"]["pins"] == 0
+    assert engine.stats()["preempted"] >= 1
+
+
 def test_a_preempted_request_needs_its_adapter_no_more(model, tmp_path):
     make_adapter(model, tmp_path / "a", seed=1)
     one = request("r", prompt(9), 90, adapter="a", tenant="long")

@@ -4,7 +4,8 @@
 sampler chooses tokens, the engine hands out what came of it. `EngineThread` does that on a thread for a server.
 """
 
-from pedro.engine.engine import Engine, EngineConfig
+from pedro.engine.config import EngineConfig
+from pedro.engine.engine import Engine
 from pedro.engine.sequence import Output, Request, SamplingParams, Timing, TokenLogprob
 from pedro.engine.thread import EngineThread
 

@@ -11,51 +11,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from pedro.engine.adapter import Adapter
 from pedro.engine.adapters import AdapterPool, Entry
 from pedro.engine.beam import BeamSequence
+from pedro.engine.config import EngineConfig
 from pedro.engine.formats import load_adapter
-from pedro.engine.runner import KERNELS, PrefillRow, Runner
+from pedro.engine.runner import PrefillRow, Runner
 from pedro.engine.scheduler import Group, Limits, PrefillSlice, Scheduler
 from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
 from pedro.engine.steps import first_tokens, next_tokens
-from pedro.errors import ConfigError, OverloadedError, PedroError, UnavailableError
+from pedro.errors import OverloadedError, PedroError, UnavailableError
 
 log = logging.getLogger(__name__)
 PromptLogprobs = list[TokenLogprob | None] | None
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes and bounds. `max_length` is prompt and answer together; None takes the backbone's context."""
-
-    max_batch: int = 16  # sequences that run at once, each with its room in the KV cache
-    max_length: int | None = None
-    prefill_tokens: int = 2048  # prompt work of one step while others wait for their next token
-    adapter_bytes: int = 256 << 20
-    loaders: int = 4  # adapters that load at the same time
-    max_waiting: int = 1024
-    max_waiting_per_tenant: int = 256
-    preempt_after: int = 1024  # weighted tokens that a running tenant may be ahead of a waiting one
-    tenant_weights: dict[str, float] = field(default_factory=dict)
-    kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native where it fits
-
-    def __post_init__(self) -> None:
-        wrong = [
-            f"engine.{name}: expected > 0, got {getattr(self, name)!r}"
-            for name in ("max_batch", "prefill_tokens", "adapter_bytes", "loaders", "max_waiting", "preempt_after")
-            if getattr(self, name) <= 0
-        ]
-        wrong += [
-            f"engine.tenant_weights.{t}: expected > 0, got {w!r}" for t, w in self.tenant_weights.items() if w <= 0
-        ]
-        if self.kernel not in KERNELS:
-            wrong.append(f"engine.kernel: expected one of {', '.join(KERNELS)}, got {self.kernel!r}")
-        if wrong:
-            raise ConfigError("\n".join(wrong))
 
 
 class Engine:

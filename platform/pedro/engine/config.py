@@ -1,0 +1,38 @@
+"""Sizes and bounds of an engine. Knows nothing of models or requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pedro.engine.runner import KERNELS
+from pedro.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and bounds. `max_length` is prompt and answer together; None takes the backbone's context."""
+
+    max_batch: int = 16  # sequences that run at once, each with its room in the KV cache
+    max_length: int | None = None
+    prefill_tokens: int = 2048  # prompt work of one step while others wait for their next token
+    adapter_bytes: int = 256 << 20
+    loaders: int = 4  # adapters that load at the same time
+    max_waiting: int = 1024
+    max_waiting_per_tenant: int = 256
+    preempt_after: int = 1024  # weighted tokens that a running tenant may be ahead of a waiting one
+    tenant_weights: dict[str, float] = field(default_factory=dict)
+    kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native where it fits
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"engine.{name}: expected > 0, got {getattr(self, name)!r}"
+            for name in ("max_batch", "prefill_tokens", "adapter_bytes", "loaders", "max_waiting", "preempt_after")
+            if getattr(self, name) <= 0
+        ]
+        wrong += [
+            f"engine.tenant_weights.{t}: expected > 0, got {w!r}" for t, w in self.tenant_weights.items() if w <= 0
+        ]
+        if self.kernel not in KERNELS:
+            wrong.append(f"engine.kernel: expected one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        if wrong:
+            raise ConfigError("\n".join(wrong))
