@@ -90,7 +90,7 @@ class DecodeStep:
         rows = queries[0].transpose(0, 1).reshape(batch, keys.shape[1], -1, width)  # [B, K, G, d]
         if self._scattered:
             rows = rows.new_zeros(self._reach, *rows.shape[1:]).index_copy_(0, self.slots, rows)
-        out = _attention(rows, keys, values, self._mask(window), False, scaling, softcap)
+        out = masked_attention(rows, keys, values, self._mask(window), scaling, softcap)
         if self._scattered:
             out = out.index_select(0, self.slots)
         return out.reshape(1, batch, heads, width)
@@ -107,6 +107,11 @@ class DecodeStep:
                 mask &= at[None, :] > last[:, None] - window
             self._masks[window] = mask[:, None, None, :]
         return self._masks[window]
+
+
+def masked_attention(queries, keys, values, mask, scaling, softcap) -> torch.Tensor:
+    """Queries [B, K, G, d] over keys and values [B, K, T, d], where `mask` [B, 1, 1, T] says."""
+    return _attention(queries, keys, values, mask, False, scaling, softcap)
 
 
 def _attention(queries, keys, values, mask, causal, scaling, softcap) -> torch.Tensor:

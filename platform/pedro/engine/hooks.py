@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from pedro.engine.adapter import Adapter
 from pedro.engine.attention import DecodeStep
 from pedro.engine.modulation import SCALE, SHIFT, Conditioned, Modulation
 from pedro.methods.architectures import Architecture, Rows
+
+if TYPE_CHECKING:
+    from pedro.engine.graphs import StaticStep
 
 
 @dataclass
@@ -28,10 +33,14 @@ class Hooks:
     """The hooks on one model. `prefilling` and `decoding` arm them."""
 
     def __init__(self, architecture: Architecture, modulation: Modulation) -> None:
+        self.version = 0  # changes when buffers do
         self._modulation = modulation
+        self._dtype = next(architecture.decoder.parameters()).dtype
         self._prefill: list[Conditioned] = []
-        self._decode: DecodeStep | None = None
+        self._decode: DecodeStep | StaticStep | None = None
+        self._low_rank: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}  # ([S, in, R], [S, R, W])
         self._handles = []
+        modulation.on_low_rank = self._use_low_rank
         for number, layer in enumerate(architecture.layers):
             projections: dict[int, _Projection] = {}
             sites = {site: (found.module, found.rows) for site, found in layer.sites.items()}
@@ -52,9 +61,9 @@ class Hooks:
             self._prefill = []
 
     @contextmanager
-    def decoding(self, step: DecodeStep):
-        """While this lasts, forwards apply the modulation of the step's slots, one token each."""
-        self._decode = step if any(self._modulation.modulated[slot] for slot in step.slot_ids) else None
+    def decoding(self, step: DecodeStep | StaticStep, modulated: bool):
+        """While this lasts, forwards apply the modulation of the step's slots, one token each, if `modulated`."""
+        self._decode = step if modulated else None
         try:
             yield
         finally:
@@ -104,10 +113,15 @@ class Hooks:
         return output
 
     def _modulate_step(
-        self, layer: int, projection: _Projection, inputs: torch.Tensor, output: torch.Tensor, step: DecodeStep
+        self,
+        layer: int,
+        projection: _Projection,
+        inputs: torch.Tensor,
+        output: torch.Tensor,
+        step: DecodeStep | StaticStep,
     ) -> torch.Tensor:
         """output [1, B, W], one row a slot."""
-        buffers, low_rank = self._modulation.buffers, self._modulation.low_rank
+        buffers = self._modulation.buffers
         for site, place in projection.places.items():
             scale, shift = buffers.get((SCALE, layer, site)), buffers.get((SHIFT, layer, site))
             part = _part(output[0], place)
@@ -116,8 +130,10 @@ class Hooks:
                 made = made * step.of_slots(scale)
             if shift is not None:
                 made = made + step.of_slots(shift)
-            if low_rank:
-                made = self._add_low_rank(layer, site, inputs[0], made, step)
+            terms = self._low_rank.get((layer, site))
+            if terms is not None:
+                down, up = (step.of_slots(term) for term in terms)
+                made = made + torch.bmm(torch.bmm(inputs[0].to(down.dtype)[:, None], down), up)[:, 0]
             if made is not part:
                 if place is None:
                     output = made.to(output.dtype)[None]
@@ -125,22 +141,32 @@ class Hooks:
                     _put(output[0], place, made)
         return output
 
-    def _add_low_rank(self, layer: int, site: str, inputs: torch.Tensor, made: torch.Tensor, step: DecodeStep):
-        """Low-rank terms gathered over the rows that have one: made [B, W] + (inputs [B, in] · down) · up."""
-        held = self._modulation.low_rank
-        terms = {
-            row: held[slot].low_rank[layer][site]
-            for row, slot in enumerate(step.slot_ids)
-            if slot in held and site in held[slot].low_rank[layer]
-        }
-        if not terms:
-            return made
-        rank = max(term.down.shape[1] for term in terms.values())
-        rows = torch.tensor(list(terms), device=made.device)
-        down = torch.stack([_widen(term.down, 1, rank) for term in terms.values()])  # [b, in, R]
-        up = torch.stack([_widen(term.up, 0, rank) for term in terms.values()])  # [b, R, W]
-        low = torch.bmm(inputs[rows].float()[:, None], down)
-        return made.float().index_add(0, rows, torch.bmm(low, up)[:, 0])
+    def _use_low_rank(self, slot: int, adapter: Adapter | None) -> None:
+        """Set the slot's low-rank terms: gathered decoding reads them from buffers, zeros where there are none."""
+        for terms in self._low_rank.values():
+            for buffer in terms:
+                buffer[slot] = 0
+        for layer, sites in enumerate(adapter.low_rank if adapter is not None else ()):
+            for site, term in sites.items():
+                rank = term.down.shape[1]
+                down, up = self._low_rank_buffers(layer, site, term.down, term.up)
+                down[slot, :, :rank], up[slot, :rank] = term.down, term.up
+
+    def _low_rank_buffers(self, layer: int, site: str, down: torch.Tensor, up: torch.Tensor):
+        """The site's buffers, made or widened if this rank needs it."""
+        slots, rank = len(self._modulation.modulated), down.shape[1]
+        old = self._low_rank.get((layer, site))
+        if old is None or old[0].shape[2] < rank:
+            dtype = self._dtype
+            made = (
+                down.new_zeros(slots, down.shape[0], rank, dtype=dtype),
+                up.new_zeros(slots, rank, up.shape[1], dtype=dtype),
+            )
+            if old is not None:
+                made[0][:, :, : old[0].shape[2]], made[1][:, : old[1].shape[1]] = old
+            self._low_rank[(layer, site)] = made
+            self.version += 1
+        return self._low_rank[(layer, site)]
 
 
 def _part(output: torch.Tensor, place: Rows) -> torch.Tensor:
@@ -149,8 +175,3 @@ def _part(output: torch.Tensor, place: Rows) -> torch.Tensor:
 
 def _put(output: torch.Tensor, place: Rows, made: torch.Tensor) -> None:
     output[..., slice(None) if place is None else place] = made.to(output.dtype)
-
-
-def _widen(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    missing = size - tensor.shape[dim]
-    return torch.nn.functional.pad(tensor, (0, missing) if dim == 1 else (0, 0, 0, missing)) if missing else tensor

@@ -5,13 +5,19 @@ Legend: S slots, K key-value heads, T positions, d head width, N tokens of a pac
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+PAGE = 256  # positions of a page
 MARGIN = 64  # elements after the last: the CPU kernel reads whole strips, and drops what lies outside
 
 
 class KVCache:
-    """One tensor of keys and one of values a layer, head-major: [S, K, T, d]."""
+    """One tensor of keys and one of values a layer, [S, K, T, d]: head-major in memory, or in pages for CUDA.
+
+    Paged, a slot is a run of pages [page, K, d], T is rounded up to whole ones, and slot `spare` is nobody's.
+    """
 
     def __init__(
         self,
@@ -22,15 +28,26 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        paged: bool = False,
     ) -> None:
-        shape = (slots, kv_heads, length, head_dim)
-        size = slots * kv_heads * length * head_dim
+        self.spare = slots
+        self.pages_per_slot = -(-length // PAGE) if paged else 0
+        positions = self.pages_per_slot * PAGE if paged else length
+        shape = (slots + paged, positions, kv_heads, head_dim) if paged else (slots, kv_heads, positions, head_dim)
 
         def make() -> list[torch.Tensor]:
+            size = math.prod(shape)
             whole = [torch.zeros(size + MARGIN, dtype=dtype, device=device) for _ in range(num_layers)]
-            return [tensor[:size].view(shape) for tensor in whole]
+            return [tensor[:size].view(shape).transpose(1, 2 if paged else 1) for tensor in whole]
 
         self.keys, self.values = make(), make()
+
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as pages, [pages, PAGE, K, d]; the pages of slot s begin at s · pages_per_slot."""
+        keys, values = (
+            t[layer].transpose(1, 2).flatten(0, 1).unflatten(0, (-1, PAGE)) for t in (self.keys, self.values)
+        )
+        return keys, values
 
     @property
     def nbytes(self) -> int:

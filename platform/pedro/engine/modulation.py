@@ -99,17 +99,17 @@ class Modulation:
         by_form: dict[tuple, list[Conditioned]] = {}
         for row in rows:
             slot, adapter = row.segment.slot, row.adapter
-            self.modulated[slot] = row.modulated
+            was, self.modulated[slot] = self.modulated[slot], row.modulated
             if row.kept is not None:
                 self._set(slot, row.kept.rows, row.kept.low_rank)
             elif adapter is not None:
-                made = adapter.generator.targets if adapter.generator is not None else ()
-                self._set(slot, self._constants(adapter), adapter if adapter.low_rank else None, made)
+                generated = adapter.generator.targets if adapter.generator is not None else ()
+                self._set(slot, self._constants(adapter), adapter if adapter.low_rank else None, generated)
                 if adapter.generator is not None:
                     self._reserve(adapter.generator)
                     by_form.setdefault(adapter.generator.form, []).append(row)
-            else:
-                self._hold(slot, None)
+            elif was:
+                self._set(slot, {}, None)
         self._batches = []
         for batch in by_form.values():
             made = _Batch(batch, [row.adapter.generator for row in batch])  # type: ignore[union-attr, misc]
@@ -163,13 +163,13 @@ class Modulation:
         }
 
     def _set(
-        self, slot: int, rows: dict[Key, torch.Tensor], low_rank: Adapter | None, made: tuple[str, ...] = ()
+        self, slot: int, rows: dict[Key, torch.Tensor], low_rank: Adapter | None, generated: tuple[str, ...] = ()
     ) -> None:
-        """Write the slot's rows, neutral where `rows` has none; the scales of the sites `made` are generated later."""
+        """Write the slot's rows, neutral where `rows` has none; the scales of the sites `generated` come later."""
         for key in rows:
             self._buffer(key)
         for key, buffer in self.buffers.items():
-            if key[0] == SCALE and key[2] in made:
+            if key[0] == SCALE and key[2] in generated:
                 continue
             row = rows.get(key)
             if row is None:

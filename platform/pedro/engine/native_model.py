@@ -28,12 +28,12 @@ POOLS = ("last", "mean", "max")
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 
-def supported(model: nn.Module) -> bool:
+def supported(model: Any) -> bool:
     """Whether the kernel exists here and can run this model."""
     weight = next(model.parameters())
     config = model.config
     return (
-        config.model_type in MODELS  # type: ignore[union-attr]
+        config.model_type in MODELS
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and _activation(config) in ACTIVATIONS
@@ -116,7 +116,7 @@ class NativeModel:
         self._batch, self._buffers = self._make_batch(slots)
         self._prompts: tuple[native.Batch, dict[str, torch.Tensor]] | None = None
         ids, positions, slot_ids, mods = (self._buffers[name] for name in ("ids", "positions", "slots", "mods"))
-        self._inputs = [(c_int * slots).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
+        self._inputs: list[Any] = [(c_int * slots).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
         modulation.on_buffer = self._use_buffer
         modulation.on_low_rank = self._use_low_rank
 
@@ -306,17 +306,17 @@ def _weights(site) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight[rows], None if bias is None else bias[rows]
 
 
-def _own(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _own(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     bias = module.bias
-    return module.weight.data, None if bias is None else bias.data  # type: ignore[union-attr, return-value]
+    return module.weight.data, None if bias is None else bias.data
 
 
-def _window(attention: nn.Module) -> int:
+def _window(attention: Any) -> int:
     """How many positions a token sees; 0 for all. Mistral and Phi-3 say it in their config alone."""
     if hasattr(attention, "sliding_window"):
-        return attention.sliding_window or 0  # type: ignore[return-value]
+        return attention.sliding_window or 0
     config = attention.config
-    return getattr(config, "sliding_window", None) or 0 if config.model_type in ("mistral", "phi3") else 0  # type: ignore[union-attr]
+    return getattr(config, "sliding_window", None) or 0 if config.model_type in ("mistral", "phi3") else 0
 
 
 def _activation(config) -> str:

@@ -14,12 +14,13 @@ import torch
 from pedro.engine import native_model
 from pedro.engine.adapter import Adapter
 from pedro.engine.executor import Executor, Logits
+from pedro.engine.graphs import capture_graph, find_paged_attention, uses_graphs
 from pedro.engine.kv_cache import KVCache
 from pedro.engine.modulation import Conditioned, Kept, Modulation, Segment
 from pedro.engine.native_model import NativeModel
 from pedro.engine.sampler import token_logprobs
 from pedro.engine.sequence import TokenLogprob
-from pedro.engine.torch_model import TorchModel, refuse_unfit
+from pedro.engine.torch_model import TorchModel, refuse_unfit, softcapped
 from pedro.errors import BackboneError
 from pedro.methods.architectures import describe
 
@@ -70,6 +71,8 @@ class Runner:
         config, weight = model.config, next(model.parameters())
         self.device = weight.device
         heads = config.num_attention_heads
+        graphs = uses_graphs(self.device)
+        paged = find_paged_attention(weight.dtype) if graphs and not softcapped(model) else None
         self.cache = KVCache(
             config.num_hidden_layers,
             slots,
@@ -78,6 +81,7 @@ class Runner:
             getattr(config, "head_dim", None) or config.hidden_size // heads,
             weight.dtype,
             self.device,
+            paged=graphs,
         )
         fits = kernel != "torch" and native_model.supported(model)
         if kernel == "native" and not fits:
@@ -95,11 +99,13 @@ class Runner:
             }
             for layer in self.architecture.layers
         ]
-        self.modulation = Modulation(widths, slots, self.device, self.strip)
+        self.modulation = Modulation(widths, slots + graphs, self.device, self.strip)
         self._executor: Executor = (
             NativeModel(model, self.architecture, self.cache, self.modulation, slots)
             if fits
-            else TorchModel(model, self.architecture, self.cache, self.modulation)
+            else TorchModel(
+                model, self.architecture, self.cache, self.modulation, capture_graph if graphs else None, paged
+            )
         )
         self.num_parts = self._executor.num_parts
         self._prefill: _Prefill | None = None
@@ -163,6 +169,7 @@ class Runner:
         """What must outlive a preemption of the sequence in `slot`, in memory of its own."""
         return self.modulation.keep(slot)
 
+    @torch.inference_mode()
     def release(self, slot: int) -> None:
         """The sequence in `slot` ended or was preempted: nothing of it is needed any more."""
         self.modulation.release(slot)

@@ -7,6 +7,8 @@ Legend: N tokens of the packed batch, B rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +16,14 @@ import torch
 from pedro.engine import attention
 from pedro.engine.attention import DecodeStep, PrefillStep
 from pedro.engine.executor import Logits
+from pedro.engine.graphs import Capture, GraphedDecoder, StaticStep
 from pedro.engine.hooks import Hooks
 from pedro.engine.kv_cache import KVCache
 from pedro.engine.modulation import Conditioned, Modulation
 from pedro.errors import BackboneError
 from pedro.methods.architectures import Architecture
 
+log = logging.getLogger(__name__)
 DRIVEN = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
@@ -39,13 +43,29 @@ class Flow:
 class TorchModel:
     """The executor of `Runner` on any device and architecture."""
 
-    def __init__(self, model, architecture: Architecture, cache: KVCache, modulation: Modulation) -> None:
+    def __init__(
+        self,
+        model,
+        architecture: Architecture,
+        cache: KVCache,
+        modulation: Modulation,
+        capture: Capture | None = None,
+        paged: Callable | None = None,
+    ) -> None:
         self._trunk = make_trunk(model)
         self._head = Head(model)
         self._cache = cache
         self._hooks = Hooks(architecture, modulation)
+        self._modulation = modulation
         self._device = next(model.parameters()).device
         self.num_parts = self._trunk.num_parts
+        self._graphs = None
+        if capture is not None:
+
+            def version() -> tuple[int, int]:
+                return len(modulation.buffers), self._hooks.version
+
+            self._graphs = GraphedDecoder(cache, self._run_static, version, paged, self._device, capture)
 
     def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Flow:
         """Take up a prefill of these rows."""
@@ -65,11 +85,18 @@ class TorchModel:
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
         """One step: the last token of each row."""
+        modulated = any(self._modulation.modulated[slot] for slot in slots)
+        if self._graphs is not None:
+            try:
+                return self._graphs.decode(slots, token_ids, positions, modulated)
+            except RuntimeError:  # a model that cannot be captured decodes step by step
+                log.warning("decode steps of this backbone cannot be captured as CUDA graphs", exc_info=True)
+                self._graphs = None
         order = sorted(range(len(slots)), key=slots.__getitem__)
         ids = torch.tensor([[token_ids[i] for i in order]], device=self._device)
         step = DecodeStep(self._cache, [slots[i] for i in order], [positions[i] for i in order], self._device)
         flow = Flow(ids, step.positions[None])
-        with self._hooks.decoding(step):
+        with self._hooks.decoding(step, modulated):
             self._trunk.advance(flow, step, self.num_parts)
         logits = self._head(self._trunk.finish(flow))
         if order == list(range(len(order))):
@@ -77,6 +104,12 @@ class TorchModel:
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         return Logits(logits[back.to(self._device)])
+
+    def _run_static(self, step: StaticStep, modulated: bool) -> torch.Tensor:
+        flow = Flow(step.ids, step.positions[None])
+        with self._hooks.decoding(step, modulated):
+            self._trunk.advance(flow, step, self.num_parts)
+        return self._head(self._trunk.finish(flow))
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -162,6 +195,11 @@ def refuse_unfit(model) -> None:
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise BackboneError("backbone: bidirectional attention cannot be decoded from a cache", param="backbone")
+
+
+def softcapped(model) -> bool:
+    """Whether attention scores are squashed (Gemma 2), which fused attention kernels cannot."""
+    return getattr(model.config, "attn_logit_softcapping", None) is not None
 
 
 def make_trunk(model) -> LayerTrunk | WholeTrunk:
