@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pedro.evaluation.benchmarks.adapters import adapter_directories
 from pedro.evaluation.benchmarks.main import Benchmark, Options
 from pedro.evaluation.benchmarks.report import Report, Target, exactly
 from pedro.evaluation.benchmarks.rivals import Say
-from pedro.evaluation.benchmarks.shapes import SHAPES, Shape, bench_folder, saved_model
+from pedro.evaluation.benchmarks.shapes import PROMPT_TOKENS, SHAPES, Shape, bench_folder, prompts, saved_model
 
 TENANT, ADAPTER = "bench", "demo"
 
@@ -55,6 +56,7 @@ def swap_report(options: Options, say: Say) -> Report:
             list(stand.versions),
             streams=8 if options.quick else 32,
             phases=phases,
+            prompts=prompts(SHAPES[stand.server.shape], 8, PROMPT_TOKENS, seed=0),
         )
     report = Report("swap", {"model": stand.server.shape, "phases": phases})
     for phase in seen["phases"]:
@@ -112,6 +114,8 @@ def standing(options: Options, say: Say) -> Iterator[Standing]:
         server = http.Server(shape.name, served.url, key, model, str(adapters[0]), str(backbone.directory))
         yield Standing(server, admin_key, tuple(versions))
     finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()  # a driver whose head is gone hangs before it shows any error
         end(settings)
         shutil.rmtree(home, ignore_errors=True)
         _restore(before)
@@ -143,12 +147,23 @@ def backbone_with_words(shape: Shape) -> Path:
 
 
 def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
-    """A copy of a random adapter that belongs to the served backbone, as one trained on it would."""
+    """A random adapter that belongs to the served backbone, so strong that versions answer differently."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     from pedro.data.formats import FORMATS
+    from pedro.methods.adapter_files import WEIGHTS, weights_digest
 
     target = home / "made" / source.name
     shutil.copytree(source, target)
+    weights = load_file(target / WEIGHTS)
+    noise = torch.Generator().manual_seed(int(source.name) + 1)
+    for name, tensor in weights.items():
+        if name.endswith("pedro_bias"):
+            tensor += torch.randn(tensor.shape, generator=noise)
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
     manifest = json.loads((target / "pedro_adapter.json").read_text())
+    manifest["digest"] = weights_digest(target)
     manifest["backbone"] = {
         "id": backbone.id,
         "digest": backbone.digest,
