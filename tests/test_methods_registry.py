@@ -91,7 +91,7 @@ def test_only_prompt_conditioned_methods_heed_the_prompt(name):
     assert torch.equal(short, long) != method.conditions_on_prompt
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "phi3", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("name", ["pedro", *TUNERS, "full"])
 def test_every_method_runs_on_every_backbone(name, model_type):
     if name == "lpt" and model_type in ("mistral", "gemma2", "gemma3_text"):

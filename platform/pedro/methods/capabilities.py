@@ -34,7 +34,11 @@ def capabilities(counts: bool = True) -> list[dict[str, Any]]:
             "equation": method.equation,
             "options": method.options,
             "paper_options": method.paper,
-            "trained_parameters": _trained(method) if counts and method.name != "peft" else None,
+            "trained_parameters": (
+                count_on_llama_2_7b(method, method.paper)["trainable_without_bias"]
+                if counts and method.name != "peft"
+                else None
+            ),
             "mixed_batches": method.engine,
             "mergeable": method.mergeable,
             "identity_at_init": method.identity_at_init,
@@ -51,9 +55,7 @@ def llama_2_7b(method: Method, options: dict[str, Any] | None = None, layers: in
         return method.apply(model.requires_grad_(False), options)
 
 
-def _trained(method: Method) -> int:
-    """Counted on 2 and on 4 layers: every method trains equally much in each pair of layers."""
-    two, four = (
-        count_parameters(llama_2_7b(method, method.paper, layers))["trainable_without_bias"] for layers in (2, 4)
-    )
-    return two + (four - two) * 15
+def count_on_llama_2_7b(method: Method, options: dict[str, Any]) -> dict[str, int]:
+    """`count_parameters` of LLaMA-2 7B, from 2 and 4 of its layers: each pair of layers has equally many of each."""
+    two, four = (count_parameters(llama_2_7b(method, options, layers)) for layers in (2, 4))
+    return {kind: two[kind] + (four[kind] - two[kind]) * 15 for kind in two}
