@@ -66,7 +66,7 @@ def test_graphed_steps_equal_the_reference_for_any_rows_kinds_and_lengths(model_
     for order in ([1, 5], range(7)):  # bare rows alone, before any adapter's buffers exist
         rows = [PrefillRow(slots[i], tokens[i], lengths[i], adapters[kinds[i]]) for i in order]
         runner.begin(rows)
-        runner.advance(runner.num_parts)
+        runner.advance()
         runner.end()
         for step in range(3):
             running = [i for i in order if step != 1 or i % 2]  # some pause
@@ -84,7 +84,7 @@ def test_graphed_steps_equal_the_reference_for_any_rows_kinds_and_lengths(model_
 def test_a_graph_is_captured_once_for_steps_of_one_size(graphed):
     runner = Runner(random_backbone("llama"), slots=8, length=64, kernel="torch")
     runner.begin([PrefillRow(slot, prompt(4, slot), 4) for slot in range(3)])
-    runner.advance(runner.num_parts)
+    runner.advance()
     runner.end()
     for step in range(5):
         runner.decode([DecodeRow(slot, 7, 4 + step) for slot in range(3)])
@@ -97,7 +97,7 @@ def test_a_row_that_is_not_finite_is_marked(graphed):
         model.get_input_embeddings().weight[50] = float("nan")
     runner = Runner(model, slots=2, length=32, kernel="torch")
     runner.begin([PrefillRow(slot, [3, 4, 5], 3) for slot in range(2)])
-    runner.advance(runner.num_parts)
+    runner.advance()
     runner.end()
     made = runner.decode([DecodeRow(0, 50, 3), DecodeRow(1, 7, 3)])
     assert made.best[0] == -1

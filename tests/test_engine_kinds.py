@@ -57,8 +57,8 @@ def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
     rows.append(PrefillRow(11, prompt(6), 6))
     references.append(model)
     runner.begin(rows)
-    for part in range(runner.num_parts):
-        runner.advance(part + 1)
+    for until in (1, 9, 20, None):
+        runner.advance(until)
     logits, _ = runner.end()
     tokens = [list(row.token_ids) for row in rows]
     for step in range(4):
@@ -84,7 +84,7 @@ def test_a_slot_forgets_the_kind_it_held(kernel, tmp_path):
             adapter = load_adapter(directory, runner.architecture, DIGEST, runner.device, runner.strip)
         ids = prompt(6, number)
         runner.begin([PrefillRow(0, ids, len(ids), adapter)])
-        runner.advance(runner.num_parts)
+        runner.advance()
         first, _ = runner.end()
         torch.testing.assert_close(first.values[0], reference_logits(reference, ids, 6)[-1], atol=1e-4, rtol=1e-4)
         then = runner.decode([DecodeRow(0, 17, 6)])
@@ -102,12 +102,12 @@ def test_what_a_preempted_request_kept_stands_in_for_its_adapter(name, kernel, t
     adapter = load_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.strip)
     ids = prompt(9)
     runner.begin([PrefillRow(0, ids, 5, adapter)])
-    runner.advance(runner.num_parts)
+    runner.advance()
     runner.end()
     kept = runner.keep(0)
     runner.release(0)
     runner.begin([PrefillRow(0, prompt(4), 4), PrefillRow(2, [*ids, 33], 5, kept=kept)])
-    runner.advance(runner.num_parts)
+    runner.advance()
     logits, _ = runner.end()
     torch.testing.assert_close(logits.values[1], reference_logits(tuned, [*ids, 33], 5)[-1], atol=1e-4, rtol=1e-4)
     runner.copy(2, [1], len(ids) + 1)

@@ -22,7 +22,7 @@ SIZES = {  # none a multiple of a strip, several prompts longer than a block of 
 
 def prefill(runner, *rows):
     runner.begin([PrefillRow(slot, ids, len(ids), adapter) for slot, ids, adapter in rows])
-    runner.advance(runner.num_parts)
+    runner.advance()
     return runner.end()[0]
 
 

@@ -29,7 +29,7 @@ class Clock:
     """Runs a scheduler without a model: every running sequence gets a token a step."""
 
     def __init__(self, **limits) -> None:
-        self.scheduler = Scheduler(Limits(**{"slots": 2, "num_layers": 1, "preempt_after": 40, **limits}))
+        self.scheduler = Scheduler(Limits(**{"slots": 2, "preempt_after": 40, **limits}))
         self.given: Counter = Counter()
         self.preempted = 0
 

@@ -22,7 +22,7 @@ def sequence(tenant, length=10, adapter=None, deadline_s=None, numbers=itertools
 
 
 def make_scheduler(**limits):
-    return Scheduler(Limits(**{"slots": 4, "num_layers": 4, **limits}))
+    return Scheduler(Limits(**{"slots": 4, **limits}))
 
 
 def admitted(scheduler, admit=lambda _: True):

@@ -14,7 +14,8 @@ class EngineConfig:
 
     max_batch: int = 16  # sequences that run at once, each with its room in the KV cache
     max_length: int | None = None
-    prefill_tokens: int = 2048  # prompt work of one step while others wait for their next token
+    prefill_tokens: int = 2048  # prompts read in one prefill, and the most of it in one step while others wait
+    prefill_stall: float = 1.5  # how many decode steps' time a step may give to a prefill while others wait
     adapter_bytes: int = 256 << 20
     loaders: int = 4  # adapters that load at the same time
     max_waiting: int = 1024
@@ -26,7 +27,15 @@ class EngineConfig:
     def __post_init__(self) -> None:
         wrong = [
             f"engine.{name}: expected > 0, got {getattr(self, name)!r}"
-            for name in ("max_batch", "prefill_tokens", "adapter_bytes", "loaders", "max_waiting", "preempt_after")
+            for name in (
+                "max_batch",
+                "prefill_tokens",
+                "adapter_bytes",
+                "loaders",
+                "max_waiting",
+                "preempt_after",
+                "prefill_stall",
+            )
             if getattr(self, name) <= 0
         ]
         wrong += [

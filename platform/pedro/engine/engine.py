@@ -10,7 +10,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pedro.engine.adapter import Adapter
@@ -18,6 +19,7 @@ from pedro.engine.adapters import AdapterPool, Entry
 from pedro.engine.beam import BeamSequence
 from pedro.engine.config import EngineConfig
 from pedro.engine.formats import load_adapter
+from pedro.engine.pace import Pace
 from pedro.engine.runner import PrefillRow, Runner
 from pedro.engine.scheduler import Group, Limits, PrefillSlice, Scheduler
 from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
@@ -48,7 +50,6 @@ class Engine:
         self._scheduler = Scheduler(
             Limits(
                 slots=config.max_batch,
-                num_layers=self._runner.num_parts,
                 prefill_tokens=config.prefill_tokens,
                 max_waiting=config.max_waiting,
                 max_waiting_per_tenant=config.max_waiting_per_tenant,
@@ -56,6 +57,8 @@ class Engine:
                 weights=config.tenant_weights,
             )
         )
+
+        self._pace = Pace(config.prefill_stall) if self._runner.synchronous else None
 
         def fetch(ref: str) -> Adapter:
             return load_adapter(
@@ -71,6 +74,7 @@ class Engine:
         self._outbox: list[Output] = []
         names = ("steps", "prompt_tokens", "completion_tokens", "finished", "failed", "preempted")
         self._counts = dict.fromkeys(names, 0)
+        self._prefilled = 0  # tokens' worth of the prefill under way that are done
         self.idle = True  # whether the last step found nothing to run
         self.on_change: Callable[[], None] = lambda: None  # called when there may be new work, from any thread
 
@@ -247,7 +251,8 @@ class Engine:
         try:
             if part.begins:
                 self._runner.begin([self._prefill_row(sequence) for sequence in leaders])
-            self._runner.advance(part.last_layer)
+            with self._timed_prefill(part):
+                self._runner.advance(part.until)
             if not part.ends:
                 return
             logits, prompt_logprobs = self._runner.end()
@@ -269,6 +274,7 @@ class Engine:
                     self._accept(*one, None if logprobs is None else logprobs[:prompt])
 
     def _run_decode(self, sequences: tuple[Sequence, ...]) -> None:
+        began = time.perf_counter()
         try:
             made = next_tokens(self._runner, sequences)
         except Exception:  # as above
@@ -276,9 +282,21 @@ class Engine:
             with self._lock:
                 self._fail(sequences)
             return
+        if self._pace is not None:
+            self._pace.decoded(time.perf_counter() - began)
         with self._lock:
             for one in made:
                 self._accept(*one)
+
+    @contextmanager
+    def _timed_prefill(self, part: PrefillSlice) -> Iterator[None]:
+        """Learn what the slice cost, and from that how large the next may be."""
+        began, before = time.perf_counter(), 0 if part.begins else self._prefilled
+        yield
+        self._prefilled = part.until
+        if self._pace is not None:
+            self._pace.prefilled(part.until - before, time.perf_counter() - began)
+            self._scheduler.slice_tokens = self._pace.slice_tokens(self.config.prefill_tokens)
 
     def _prefill_row(self, sequence: Sequence) -> PrefillRow:
         entry = self._pins.get(sequence)

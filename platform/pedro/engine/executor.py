@@ -22,18 +22,16 @@ class Logits(NamedTuple):
 class Executor(Protocol):
     """Runs the layers. A prefill's state (`start`) is the executor's own; one may be under way between decode steps."""
 
-    num_parts: int
-
     def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Any:
         """Take up a prefill whose rows the modulation has begun."""
         ...
 
-    def advance(self, flow: Any, last: int) -> None:
-        """Run the parts up to `last`."""
+    def advance(self, flow: Any, until: int) -> None:
+        """Run on until at least `until` tokens' worth of the prefill, through all layers, is done."""
         ...
 
     def logits(self, flow: Any, index: list[int]) -> Logits:
-        """What comes after the tokens `index` of the packed prompts, once all parts ran."""
+        """What comes after the tokens `index` of the packed prompts, once all of it ran."""
         ...
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:

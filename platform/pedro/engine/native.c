@@ -419,60 +419,63 @@ static void attention(const Model *M, const Batch *B, const Layer *L) {
   }
 }
 
-static void attend_prompt(const Model *M, const Batch *B, const Layer *L, long first, long n, long kv) {
-  /* A whole prompt against itself, one key-value head: scores [keys, NR queries] and mixes are products like any other. */
-  const long d = M->head_dim, group = M->heads / M->kv_heads, at = (B->slots[first] * M->kv_heads + kv) * M->length * d;
+static void attend_prompt(const Model *M, const Batch *B, const Layer *L, long first, long n, long h) {
+  /* Rows [first, first + n) are consecutive tokens of one prompt, whose keys up to them are in the cache; one head.
+     Scores [keys, NR queries] and mixes are products like any other. */
+  const long d = M->head_dim, kv = h / (M->heads / M->kv_heads), begin = B->positions[first], count = begin + n;
   const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
+  const long at = (B->slots[first] * M->kv_heads + kv) * M->length * d;
+  const long oldest_key = L->window && begin >= L->window ? (begin + 1 - L->window) / MR * MR : 0;
   const float *keys = L->keys + at, *values = L->values + at;
-  float *key = scratch(n * d + n * NR + d * NR + MR * NR), *p = key + n * d, *q = p + n * NR, *y = q + d * NR;
-  for (long t = 0; t < n; t += MR) { /* blocks of keys side by side: [d, keys] */
-    const int m = n - t < MR ? n - t : MR;
+  float *key = scratch(count * d + count * NR + d * NR + MR * NR), *p = key + count * d, *q = p + count * NR;
+  float *y = q + d * NR;
+  for (long t = oldest_key; t < count; t += MR) { /* blocks of keys side by side: [d, keys] */
+    const int m = count - t < MR ? count - t : MR;
     for (int r = 0; r < m; r++)
       for (long i = 0; i < d; i++) key[t * d + i * m + r] = keys[(t + r) * d + i];
   }
   vf lane[2];
   for (int c = 0; c < NR; c++) lane[c / VW][c % VW] = c;
-  for (long h = kv * group; h < (kv + 1) * group; h++)
-    for (long row = 0; row < n; row += NR) {
-      const long queries = n - row < NR ? n - row : NR, high = row + queries;
-      const long low = L->window && row >= L->window ? (row + 1 - L->window) / MR * MR : 0;
-      float share[NR];
-      for (long c = 0; c < queries; c++)
-        for (long i = 0; i < d; i++) q[i * NR + c] = B->qkv[(first + row + c) * width + h * d + i] * M->scaling;
-      for (long t = low; t < high; t += MR) {
-        const int m = n - t < MR ? n - t : MR;
-        run_tile(m, d, key + t * d, m, q, NR, p + t * NR, NR);
-      }
-      for (int s = 0; s < 2; s++) {
-        vf most = all(-INFINITY), total = {0};
-        const vf position = lane[s] + (float)row, oldest = L->window ? position - (float)L->window : all(-1);
-        for (long t = low; t < high; t++) {
-          float *score = p + t * NR + s * VW;
-          if (t >= row || L->window) {
-            const vf here = all(t);
-            store(score, pick((here <= position) & (here > oldest), load(score), all(-INFINITY)));
-          }
-          most = vmax(most, load(score));
-        }
-        for (long t = low; t < high; t++) {
-          float *score = p + t * NR + s * VW;
-          const vf x = load(score), e = pick(x == -INFINITY, (vf){0}, vexp(x - most));
-          store(score, e);
-          total += e;
-        }
-        store(share + s * VW, 1.0f / total);
-      }
-      for (long r = 0; r < queries; r += MR)
-        for (long i = 0; i < d; i += NR) { /* columns past the head's width are read and dropped */
-          const int m = queries - r < MR ? queries - r : MR;
-          const long columns = d - i < NR ? d - i : NR;
-          run_tile(m, high - low, p + low * NR + r, NR, values + low * d + i, d, y, NR);
-          for (int j = 0; j < m; j++) {
-            float *out = B->mixed + (first + row + r + j) * M->heads * d + h * d + i;
-            for (long c = 0; c < columns; c++) out[c] = y[j * NR + c] * share[r + j];
-          }
-        }
+  for (long row = 0; row < n; row += NR) {
+    const long queries = n - row < NR ? n - row : NR, here = begin + row, high = here + queries;
+    const long low = L->window && here >= L->window ? (here + 1 - L->window) / MR * MR : 0;
+    float share[NR];
+    for (long c = 0; c < queries; c++)
+      for (long i = 0; i < d; i++) q[i * NR + c] = B->qkv[(first + row + c) * width + h * d + i] * M->scaling;
+    for (long t = low; t < high; t += MR) {
+      const int m = count - t < MR ? count - t : MR;
+      run_tile(m, d, key + t * d, m, q, NR, p + t * NR, NR);
     }
+    for (int s = 0; s < 2; s++) {
+      vf most = all(-INFINITY), total = {0};
+      const vf position = lane[s] + (float)here, oldest = L->window ? position - (float)L->window : all(-1);
+      for (long t = low; t < high; t++) {
+        float *score = p + t * NR + s * VW;
+        if (t >= here || L->window) {
+          const vf place = all(t);
+          store(score, pick((place <= position) & (place > oldest), load(score), all(-INFINITY)));
+        }
+        most = vmax(most, load(score));
+      }
+      for (long t = low; t < high; t++) {
+        float *score = p + t * NR + s * VW;
+        const vf x = load(score), e = pick(x == -INFINITY, (vf){0}, vexp(x - most));
+        store(score, e);
+        total += e;
+      }
+      store(share + s * VW, 1.0f / total);
+    }
+    for (long r = 0; r < queries; r += MR)
+      for (long i = 0; i < d; i += NR) { /* columns past the head's width are read and dropped */
+        const int m = queries - r < MR ? queries - r : MR;
+        const long columns = d - i < NR ? d - i : NR;
+        run_tile(m, high - low, p + low * NR + r, NR, values + low * d + i, d, y, NR);
+        for (int j = 0; j < m; j++) {
+          float *out = B->mixed + (first + row + r + j) * M->heads * d + h * d + i;
+          for (long c = 0; c < columns; c++) out[c] = y[j * NR + c] * share[r + j];
+        }
+      }
+  }
 }
 
 static void prompt_attention(const Model *M, const Batch *B, const Layer *L) {
@@ -483,9 +486,9 @@ static void prompt_attention(const Model *M, const Batch *B, const Layer *L) {
     for (long h = 0; h < M->heads; h++) rotate(M, L->q_norm, B->positions[row], B->qkv + row * width + h * d);
   }
 #pragma omp for schedule(dynamic, 1)
-  for (long unit = 0; unit < B->prompts * M->kv_heads; unit++) {
-    const long prompt = unit / M->kv_heads, first = B->starts[prompt];
-    attend_prompt(M, B, L, first, B->starts[prompt + 1] - first, unit % M->kv_heads);
+  for (long unit = 0; unit < B->prompts * M->heads; unit++) {
+    const long prompt = unit / M->heads, first = B->starts[prompt];
+    attend_prompt(M, B, L, first, B->starts[prompt + 1] - first, unit % M->heads);
   }
 }
 
@@ -586,16 +589,18 @@ void pedro_embed(const Model *M, const Batch *B) {
   embed(M, B);
 }
 
-void pedro_prefill(const Model *M, const Batch *B, long first, long last) { /* layers [first, last) of whole prompts */
+void pedro_generate(const Model *M, const Batch *B, long l) { /* the prompts' vectors of layer l, from its inputs */
+#pragma omp parallel num_threads(M->threads)
+  generate(M, B, l);
+}
+
+void pedro_prefill(const Model *M, const Batch *B, long l) { /* layer l of the next rows of prompts, all before them done */
 #pragma omp parallel num_threads(M->threads)
   {
     const int thread = omp_get_thread_num();
-    for (long l = first; l < last; l++) {
-      generate(M, B, l);
-      into_attention(M, B, l, thread);
-      prompt_attention(M, B, M->layer + l);
-      out_of_attention(M, B, l, thread);
-    }
+    into_attention(M, B, l, thread);
+    prompt_attention(M, B, M->layer + l);
+    out_of_attention(M, B, l, thread);
   }
 }
 

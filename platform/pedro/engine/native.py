@@ -92,7 +92,7 @@ def load_kernel() -> ctypes.CDLL | None:
         log.warning("the CPU kernel could not be built, so the engine decodes with PyTorch alone: %s", detail)
         return None
     kernel.pedro_strip.restype = c_long
-    for name, last in {"embed": (), "prefill": (c_long, c_long), "logits": (), "decode": ()}.items():
+    for name, last in {"embed": (), "generate": (c_long,), "prefill": (c_long,), "logits": (), "decode": ()}.items():
         function = getattr(kernel, f"pedro_{name}")
         function.argtypes, function.restype = (POINTER(Model), POINTER(Batch), *last), None
     return kernel

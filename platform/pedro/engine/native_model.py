@@ -24,6 +24,7 @@ from pedro.methods.architectures import Architecture
 
 MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GENERATOR_ACTIVATIONS = ("rational", "gelu", "relu")  # the order of native.c's enums
+PART_ROWS, PART_STEP = 512, 64  # rows that go through a layer together: at most, and a multiple of
 POOLS = ("last", "mean", "max")
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
@@ -49,16 +50,14 @@ def strip() -> int:
 
 
 class Flow:
-    """A prefill under way: its rows and activations. `layer` is the next one to run."""
+    """A prefill under way: its rows and their hidden states. `done` counts tokens times layers."""
 
-    def __init__(
-        self, rows: list[Conditioned], batch: native.Batch, buffers: dict[str, torch.Tensor], generators: Any
-    ) -> None:
+    def __init__(self, rows: list[Conditioned], batch: native.Batch, buffers: dict[str, torch.Tensor]) -> None:
         self.rows = rows  # and with them the adapters whose weights the kernel reads
-        self.generators = generators
         self.batch = batch
         self.buffers = buffers
-        self.layer = 0
+        self.generators: Any = None
+        self.done = 0
 
 
 class NativeModel:
@@ -68,13 +67,13 @@ class NativeModel:
         kernel = native.load_kernel()
         assert kernel is not None, "asked for only where it is supported"
         config = model.config
-        self.num_parts = len(architecture.layers)
+        self._num_layers = len(architecture.layers)
         self._kernel, self._modulation, self._cache = kernel, modulation, cache
         self._strip = strip()
         self._held: list[torch.Tensor] = []  # what the kernel points at
         heads = config.num_attention_heads
         kv_heads, width = cache.keys[0].shape[1], cache.keys[0].shape[3]
-        layers = (native.Layer * self.num_parts)()
+        layers = (native.Layer * self._num_layers)()
         cos, sin = _rotations(model.base_model, cache.keys[0].shape[2])
         self._sizes = {
             "dim": config.hidden_size,
@@ -88,7 +87,7 @@ class NativeModel:
         tied = head.weight.data_ptr() == embedding.weight.data_ptr()
         self._model = native.Model(
             **self._sizes,
-            layers=self.num_parts,
+            layers=self._num_layers,
             rotary=cos.shape[1],
             length=cache.keys[0].shape[2],
             slots=slots,
@@ -110,10 +109,11 @@ class NativeModel:
         self._structs: WeakKeyDictionary[Generator, Any] = WeakKeyDictionary()
         for layer, place, keys, values in zip(layers, architecture.layers, cache.keys, cache.values, strict=True):
             self._pack(layer, place, keys, values)
-        self._lora = torch.zeros(self.num_parts, len(SITES), slots, 2, dtype=torch.int64)
-        self._ranks = torch.zeros(self.num_parts, len(SITES), slots, dtype=torch.int32)
+        self._lora = torch.zeros(self._num_layers, len(SITES), slots, 2, dtype=torch.int64)
+        self._ranks = torch.zeros(self._num_layers, len(SITES), slots, dtype=torch.int32)
         self._model.lora, self._model.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
         self._batch, self._buffers = self._make_batch(slots)
+        self._part, self._part_buffers = self._make_batch(PART_ROWS, logits=False)
         self._prompts: tuple[native.Batch, dict[str, torch.Tensor]] | None = None
         ids, positions, slot_ids, mods = (self._buffers[name] for name in ("ids", "positions", "slots", "mods"))
         self._inputs: list[Any] = [(c_int * slots).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
@@ -137,17 +137,24 @@ class NativeModel:
         buffers["conditioned"] = torch.tensor([row.conditioning_length for row in rows], dtype=torch.int32)
         batch.prompts, batch.starts = len(rows), buffers["starts"].data_ptr()
         batch.conditioned = buffers["conditioned"].data_ptr()
-        generators = (c_void_p * len(rows))(*(self._generators(row.adapter) for row in rows))
-        batch.generators = cast(generators, c_void_p)
         batch.lora = any(slot in self._modulation.low_rank for slot in mods)
-        self._make_low(batch, buffers)
+        flow = Flow(rows, batch, buffers)
+        if any(row.adapter is not None and row.adapter.generator is not None for row in rows):
+            flow.generators = (c_void_p * len(rows))(*(self._generators(row.adapter) for row in rows))
+            batch.generators = cast(flow.generators, c_void_p)
         self._kernel.pedro_embed(pointer(self._model), pointer(batch))
-        return Flow(rows, batch, buffers, generators)
+        return flow
 
-    def advance(self, flow: Flow, last: int) -> None:
-        """Run the layers up to `last`."""
-        self._kernel.pedro_prefill(pointer(self._model), pointer(flow.batch), flow.layer, last)
-        flow.layer = last
+    def advance(self, flow: Flow, until: int) -> None:
+        """Run on, layer by layer and a few rows at a time, until so many tokens' worth of it is done."""
+        count = int(flow.batch.rows)
+        while (left := min(until, count) * self._num_layers - flow.done) > 0:
+            layer, row = divmod(flow.done, count)
+            if row == 0 and flow.generators is not None:
+                self._kernel.pedro_generate(pointer(self._model), pointer(flow.batch), layer)
+            size = min(count - row, PART_ROWS, -(-left // PART_STEP) * PART_STEP)
+            self._kernel.pedro_prefill(pointer(self._model), pointer(self._part_of(flow, row, size)), layer)
+            flow.done += size
 
     def logits(self, flow: Flow, index: list[int]) -> Logits:
         """What comes after the tokens `index` of a prefill whose layers all ran."""
@@ -169,6 +176,19 @@ class NativeModel:
         self._kernel.pedro_decode(pointer(self._model), pointer(batch))
         return Logits(self._buffers["logits"][:rows], batch.best[:rows])
 
+    def _part_of(self, flow: Flow, row: int, size: int) -> native.Batch:
+        """Rows [row, row + size) of the prefill as a batch: its hidden states, and room that all parts share."""
+        part, buffers = self._part, flow.buffers
+        part.rows, part.lora = size, flow.batch.lora
+        for name in ("x", "ids", "positions", "slots", "mods"):
+            setattr(part, name, buffers[name][row:].data_ptr())
+        spans = [(max(r.segment.start, row), min(r.segment.stop, row + size)) for r in flow.rows]
+        starts = [start - row for start, stop in spans if start < stop]
+        self._part_buffers["starts"] = torch.tensor([*starts, size], dtype=torch.int32)
+        part.prompts, part.starts = len(starts), self._part_buffers["starts"].data_ptr()
+        self._make_low(part, self._part_buffers)
+        return part
+
     def _generators(self, adapter: Adapter | None) -> int | None:
         """Where the kernel finds the adapter's generators, one a layer; None where it has none."""
         generator = None if adapter is None else adapter.generator
@@ -176,7 +196,7 @@ class NativeModel:
             return None
         known = self._structs.get(generator)
         if known is None:
-            known = self._structs[generator] = (native.Generator * self.num_parts)()
+            known = self._structs[generator] = (native.Generator * self._num_layers)()
             for struct, part, widths in zip(known, generator.layers, generator.widths, strict=True):
                 for name in ("down", "up", "bias", "a", "b"):
                     tensor = getattr(part, name)
@@ -259,9 +279,11 @@ class NativeModel:
         return batch, buffers
 
     def _prefill_batch(self, rows: int) -> tuple[native.Batch, dict[str, torch.Tensor]]:
-        """The batch that all prefills share, since one is under way at a time; it grows with the longest."""
+        """Inputs and hidden states that all prefills share, since one is under way at a time; they grow."""
         if self._prompts is None or len(self._prompts[1]["ids"]) < rows:
-            self._prompts = self._make_batch(rows, logits=False)
+            buffers = {"x": torch.empty(rows, self._round(self._sizes["dim"]))}
+            buffers |= {name: torch.empty(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods")}
+            self._prompts = native.Batch(**{name: buffer.data_ptr() for name, buffer in buffers.items()}), buffers
         batch, buffers = self._prompts
         batch.rows = rows
         return batch, buffers

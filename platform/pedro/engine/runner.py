@@ -107,7 +107,6 @@ class Runner:
                 model, self.architecture, self.cache, self.modulation, capture_graph if graphs else None, paged
             )
         )
-        self.num_parts = self._executor.num_parts
         self._prefill: _Prefill | None = None
 
     @torch.inference_mode()
@@ -125,10 +124,15 @@ class Runner:
         self._prefill = _Prefill(rows, segments, self._executor.start(conditioned, [row.token_ids for row in rows]))
 
     @torch.inference_mode()
-    def advance(self, last: int) -> None:
-        """Run the prefill's layers up to `last`."""
+    def advance(self, until: int | None = None) -> None:
+        """Run the prefill on until at least `until` tokens' worth of it, through all layers, is done (None: all)."""
         assert self._prefill is not None, "no prefill is under way"
-        self._executor.advance(self._prefill.flow, last)
+        self._executor.advance(self._prefill.flow, self._prefill.segments[-1].stop if until is None else until)
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether a call's duration is its cost."""
+        return self.device.type == "cpu"
 
     @torch.inference_mode()
     def end(self) -> tuple[Logits, list[list[TokenLogprob | None] | None]]:

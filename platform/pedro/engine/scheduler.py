@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,13 +26,12 @@ Group = tuple[Sequence, ...]  # share one prefill: the first is read, the others
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the schedule. `prefill_tokens` is the prompt work of one step, in tokens through all layers.
+    """Bounds of the schedule. `prefill_tokens` is the most prompt work of one step, in tokens through all layers.
 
     A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
     """
 
     slots: int
-    num_layers: int
     prefill_tokens: int = 2048
     max_waiting: int = 1024
     max_waiting_per_tenant: int = 256
@@ -43,16 +41,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class PrefillSlice:
-    """Layers [first, last) of the prefill of `groups`; `last` equal to the number of layers ends it."""
+    """The next part of the prefill of `groups`: until so many tokens' worth of work, through all layers, is done."""
 
     groups: tuple[Group, ...]
-    first_layer: int
-    last_layer: int
+    begins: bool
+    until: int
     ends: bool
-
-    @property
-    def begins(self) -> bool:
-        return self.first_layer == 0
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -129,7 +123,8 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = itertools.count()
         self._free = list(range(limits.slots))  # a heap: low slots first keeps the running set dense
-        self._prefill: tuple[tuple[Group, ...], int] | None = None  # and the next layer
+        self._prefill: tuple[tuple[Group, ...], int] | None = None  # and the tokens' worth of work done
+        self.slice_tokens = limits.prefill_tokens  # the engine lowers it to what the running ones can bear
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue the sequences of one request, all or none.
@@ -295,16 +290,15 @@ class Scheduler:
         self._queue(sequence)
 
     def _slice(self) -> PrefillSlice | None:
-        """As many layers of the prefill as the step's budget allows; all of them where nobody waits for a token."""
+        """As much of the prefill as the step's budget allows; all of it where nobody waits for a token."""
         if self._prefill is None:
             return None
-        groups, first = self._prefill
-        last = layers = self.limits.num_layers
+        groups, done = self._prefill
+        until = tokens = sum(group[0].length for group in groups)
         if self.running:
-            tokens = sum(group[0].length for group in groups)
-            last = min(layers, first + max(1, math.floor(layers * self.limits.prefill_tokens / tokens)))
-        self._prefill = (groups, last)
-        return PrefillSlice(groups, first, last, ends=last == layers)
+            until = min(tokens, done + min(self.limits.prefill_tokens, self.slice_tokens))
+        self._prefill = (groups, until)
+        return PrefillSlice(groups, done == 0, until, ends=until == tokens)
 
     def _queue(self, sequence: Sequence) -> None:
         tenant = self._tenants[sequence.request.tenant]

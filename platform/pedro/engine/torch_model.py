@@ -58,7 +58,6 @@ class TorchModel:
         self._hooks = Hooks(architecture, modulation)
         self._modulation = modulation
         self._device = next(model.parameters()).device
-        self.num_parts = self._trunk.num_parts
         self._graphs = None
         if capture is not None:
 
@@ -73,10 +72,13 @@ class TorchModel:
         positions = torch.tensor([[p for ids in token_ids for p in range(len(ids))]], device=self._device)
         return Flow(flat, positions, rows=rows, step=PrefillStep(self._cache, [row.segment for row in rows]))
 
-    def advance(self, flow: Flow, last: int) -> None:
-        """Run the layers up to `last`."""
-        with self._hooks.prefilling(flow.rows):
-            self._trunk.advance(flow, flow.step, last)
+    def advance(self, flow: Flow, until: int) -> None:
+        """Run whole layers until at least `until` tokens' worth of the prefill is done."""
+        count = flow.ids.shape[1]
+        last = -(-min(until, count) * self._trunk.num_parts // count)
+        if last > flow.layer:
+            with self._hooks.prefilling(flow.rows):
+                self._trunk.advance(flow, flow.step, last)
 
     def logits(self, flow: Flow, index: list[int]) -> Logits:
         """What comes after the tokens `index` of a prefill whose layers all ran."""
@@ -97,7 +99,7 @@ class TorchModel:
         step = DecodeStep(self._cache, [slots[i] for i in order], [positions[i] for i in order], self._device)
         flow = Flow(ids, step.positions[None])
         with self._hooks.decoding(step, modulated):
-            self._trunk.advance(flow, step, self.num_parts)
+            self._trunk.advance(flow, step, self._trunk.num_parts)
         logits = self._head(self._trunk.finish(flow))
         if order == list(range(len(order))):
             return Logits(logits)
@@ -108,7 +110,7 @@ class TorchModel:
     def _run_static(self, step: StaticStep, modulated: bool) -> torch.Tensor:
         flow = Flow(step.ids, step.positions[None])
         with self._hooks.decoding(step, modulated):
-            self._trunk.advance(flow, step, self.num_parts)
+            self._trunk.advance(flow, step, self._trunk.num_parts)
         return self._head(self._trunk.finish(flow))
 
     def close(self) -> None:

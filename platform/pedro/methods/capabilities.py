@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pedro.methods.method import Method
 from pedro.methods.registry import METHODS, count_parameters
 
-LLAMA_2_7B = {
+LLAMA_2_7B: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
