@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig
+from peft import PeftConfig
 from safetensors.torch import load_file
 
 from pedro.engine.adapter import Adapter, Generator, LowRank
 from pedro.errors import AdapterError
-from pedro.methods import PedroConfig
 from pedro.methods.adapter_files import verify_adapter
 from pedro.methods.architectures import Architecture, LayerSites
-from pedro.methods.constants import ConstantConfig, constant_vectors
+from pedro.methods.constants import constant_vectors
 from pedro.methods.constants.model import CHILD as CONSTANT_CHILD
 from pedro.methods.pedro.generator import GeneratorWeights
 from pedro.methods.pedro.model import CHILD as PEDRO_CHILD
@@ -63,14 +62,14 @@ def load_adapter(
     directory = Path(directory)
     digest = verify_adapter(directory, backbone_digest)["digest"]
     config = PeftConfig.from_pretrained(str(directory))
-    read = next((reader for kind, reader in _READERS.items() if isinstance(config, kind)), None)
-    if read is None:
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind not in _READERS:
         raise AdapterError(
-            f"adapter: the engine serves {', '.join(NAMES)} adapters in mixed batches, not "
-            f"{getattr(config.peft_type, 'value', config.peft_type)}; train with method.name: pedro"
+            f"adapter: the engine serves {', '.join(NAMES)} adapters in mixed batches, not {kind}; "
+            "train with method.name: pedro"
         )
     tensors = _Tensors(directory, device)
-    parts = read(config, tensors, architecture, strip)
+    parts = _READERS[kind](config, tensors, architecture, strip)
     tensors.finish()
     return Adapter(digest=digest, **parts)
 
@@ -183,10 +182,10 @@ def _inputs(place: LayerSites, sites: list[str], hidden_size: int) -> int:
     return place.linears["q"].width if "o" in sites else hidden_size
 
 
-_READERS: dict[type, Callable[[Any, _Tensors, Architecture, int], dict[str, Any]]] = {
-    PedroConfig: _read_generator,
-    ConstantConfig: _read_constants,
-    IA3Config: _read_ia3,
-    LoraConfig: _read_lora,
+_READERS: dict[str, Callable[[Any, _Tensors, Architecture, int], dict[str, Any]]] = {
+    "PEDRO": _read_generator,
+    "CONSTANT": _read_constants,
+    "IA3": _read_ia3,
+    "LORA": _read_lora,
 }
 NAMES = ("PEDRO", "PARA", "(IA)³", "RED", "BitFit", "LoRA")

@@ -13,6 +13,7 @@ import shutil
 import struct
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,12 +92,13 @@ def weights_digest(directory: str | Path) -> str:
         (tensor for file in _weight_files(Path(directory)) for tensor in _tensors(file)), key=lambda t: t[0]
     )
     total = hashlib.sha256()
-    for name, dtype, shape, file, begin, end in tensors:
-        total.update(json.dumps([name, dtype, shape]).encode())
-        with file.open("rb") as stream:
-            stream.seek(begin)
+    with ExitStack() as stack:
+        streams = {file: stack.enter_context(file.open("rb")) for file in {tensor[3] for tensor in tensors}}
+        for name, dtype, shape, file, begin, end in tensors:
+            total.update(json.dumps([name, dtype, shape]).encode())
+            streams[file].seek(begin)
             while begin < end:
-                piece = stream.read(min(CHUNK_BYTES, end - begin))
+                piece = streams[file].read(min(CHUNK_BYTES, end - begin))
                 total.update(piece)
                 begin += len(piece)
     return f"sha256:{total.hexdigest()}"
