@@ -15,7 +15,7 @@ class EngineConfig:
     max_batch: int = 16  # sequences that run at once, each with its room in the KV cache
     max_length: int | None = None
     prefill_tokens: int = 2048  # prompts read in one prefill, and the most of it in one step while others wait
-    prefill_stall: float = 1.5  # how many decode steps' time a step may give to a prefill while others wait
+    prefill_stall: float = 1.25  # how many decode steps' time a step may give to a prefill while others wait
     adapter_bytes: int = 256 << 20
     loaders: int = 4  # adapters that load at the same time
     max_waiting: int = 1024

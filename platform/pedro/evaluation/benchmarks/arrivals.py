@@ -31,7 +31,7 @@ def run(options: Options, say: Say) -> Report:
     use_threads(options.threads)
     rounds = options.rounds or (2 if options.quick else 7)
     batch = (options.batches or (8,))[0]
-    requests = 2 * batch if options.quick else 8 * batch
+    requests = (2 if options.quick else 16) * batch
     report = Report("arrivals", {"batch": batch, "requests": requests, "rounds": rounds, "offered": OFFERED})
     for name in options.models or ("S",):
         shape = SHAPES[name]
