@@ -155,6 +155,8 @@ def prepare_environment(settings: Settings) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Serve and Train are many small actors; Ray's limit of one start a core only delays them and warns about it
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+    # Threads that wait spin for long by default, which starves whoever shares the cores: gateway, proxy, clients
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.update(settings.env())
 
 

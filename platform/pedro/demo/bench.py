@@ -1,4 +1,4 @@
-"""Stands up a server on a random backbone for the benchmarks that need one: the cost of HTTP, and hot swap under load.
+"""The benchmarks that need the platform around the engine: HTTP, hot swap under load, the registry's part of a miss.
 
 Knows the platform from outside: a home of its own, two registered versions of one adapter, keys, a local Ray head.
 """
@@ -9,10 +9,12 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from pedro.backbone import Backbone, resolve_backbone
 from pedro.config import Settings
@@ -24,6 +26,7 @@ from pedro.evaluation.benchmarks.rivals import Say
 from pedro.evaluation.benchmarks.shapes import PROMPT_TOKENS, SHAPES, Shape, bench_folder, prompts, saved_model
 
 TENANT, ADAPTER = "bench", "demo"
+REGISTRY_COLUMNS = ("case", "median_ms", "longest_ms")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,44 @@ def swap_report(options: Options, say: Say) -> Report:
     return report
 
 
+def registry_report(options: Options, say: Say) -> Report:
+    """What a miss costs before the engine's loader has a directory: the version looked up, its files fetched."""
+    from pedro.registry import Registry
+
+    shape = SHAPES[(options.models or ("S",))[0]]
+    count = options.rounds or (3 if options.quick else 20)
+    home = bench_folder() / "registry"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    try:
+        settings = Settings.from_env({"PEDRO_HOME": str(home)})
+        backbone = resolve_backbone(str(backbone_with_words(shape)))
+        registry = Registry.open(settings)
+        say(f"registering {count} adapters of {shape.name}")
+        for source in adapter_directories(shape, "pedro", count):
+            _register(registry, _adapted(source, backbone, home))
+        seen: dict[str, list[float]] = {"look up": [], "fetch": [], "fetch again": []}
+        for number in range(1, count + 1):
+            for case, work in (
+                ("look up", lambda n: registry.get(f"{TENANT}.{ADAPTER}", n)),
+                ("fetch", lambda n: registry.download(registry.get(f"{TENANT}.{ADAPTER}", n))),
+                ("fetch again", lambda n: registry.download(registry.get(f"{TENANT}.{ADAPTER}", n))),
+            ):
+                began = time.perf_counter()
+                work(number)
+                seen[case].append((time.perf_counter() - began) * 1000)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    report = Report("registry", {"model": shape.name, "adapters": count})
+    for case, times in seen.items():
+        report.rows.append({"case": case, "median_ms": round(median(times), 2), "longest_ms": round(max(times), 2)})
+    return report
+
+
 SERVER_BENCHMARKS = {
+    "registry": Benchmark(
+        "what a miss costs in the registry, before the engine's loader", registry_report, REGISTRY_COLUMNS
+    ),
     "http": Benchmark("streaming through Ray Serve against the engine in process", http_report, http.COLUMNS),
     "swap": Benchmark(
         "an alias that moves under load: nothing fails, nothing is mixed",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -81,13 +82,21 @@ def main(benchmarks: Mapping[str, Benchmark], results: Path, arguments: Sequence
     except KeyboardInterrupt:
         _say("interrupted; nothing is left running")
         return 130
-    report.facts |= {"seconds": round(time.monotonic() - began, 1), "command": f"jobs.bench {shlex.join(words)}"}
+    report.facts |= {"seconds": round(time.monotonic() - began, 1), "command": _command(words)}
     folder = bench_folder() / "results" if options.quick else results
     path = parsed.out or folder / f"{parsed.benchmark}{'-quick' if options.quick else ''}.json"
     report.save(path)
     _say(f"\n{report.show(chosen.columns)}\n\n{report.facts['seconds']:.0f} s; saved to {path}\n")
     print(json.dumps(report.as_dict()), flush=True)
     return 0
+
+
+def _command(words: Sequence[str]) -> str:
+    """What was typed, without the places of this machine."""
+    shown = [re.sub(r"^(vllm)=.*", r"\1=PYTHON", word) for word in words]
+    if "--out" in shown:
+        shown[shown.index("--out") + 1] = "FILE"
+    return f"jobs.bench {shlex.join(shown)}"
 
 
 def _say(line: str) -> None:

@@ -73,7 +73,7 @@ class Plan:
     peers: Mapping[str, str] = field(default_factory=dict)
     engines: Sequence[str] = ("generate", "ours", "peft", "vllm")
     floor: bool = True
-    most_s: float = float("inf")  # no round begins after so long, once one was counted
+    most_s: float | None = None  # no round begins after so long, once one was counted
 
     @property
     def hosts(self) -> list[str]:
@@ -96,7 +96,7 @@ def run(options: Options, say: Say) -> Report:
             peers=options.peers,
             engines=options.engines or Plan.engines,
             floor=not quick,
-            most_s=QUICK_S if quick else float("inf"),
+            most_s=QUICK_S if quick else None,
         ),
         say,
     )
@@ -104,7 +104,7 @@ def run(options: Options, say: Say) -> Report:
 
 def measure(plan: Plan, say: Say) -> Report:
     """Measure every shape of the plan and judge the targets that its rows allow."""
-    report = Report("serving", vars(plan))
+    report = Report("serving", {**vars(plan), "peers": sorted(plan.peers)})
     if "vllm" in plan.engines and "vllm" not in plan.peers:
         report.skipped["vllm"] = "not asked for; give --peer vllm=/path/to/python"
     if plan.floor:
@@ -196,7 +196,7 @@ def _rounds(
     began = time.monotonic()
     rounds = plan.rounds * (SHORT_ROUNDS if shape.read_parameters * batch < SHORT_WORK else 1)
     for number in range(rounds + 1):
-        if number > 1 and time.monotonic() - began > plan.most_s:
+        if plan.most_s is not None and number > 1 and time.monotonic() - began > plan.most_s:
             break
         for contender in list(runs)[:: -1 if number % 2 else 1]:
             order = {
