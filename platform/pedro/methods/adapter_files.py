@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +34,6 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"
 REQUIRED = ("format_version", "digest", "backbone", "method")
 PACKAGES = ("pedro-platform", "torch", "transformers", "peft", "safetensors")
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors format
-CHUNK_BYTES = 1 << 20
 
 
 def save_adapter(model: nn.Module, directory: str | Path, manifest: dict[str, Any]) -> str:
@@ -93,14 +93,10 @@ def weights_digest(directory: str | Path) -> str:
     )
     total = hashlib.sha256()
     with ExitStack() as stack:
-        streams = {file: stack.enter_context(file.open("rb")) for file in {tensor[3] for tensor in tensors}}
+        views = {file: stack.enter_context(_mapped(file)) for file in {tensor[3] for tensor in tensors}}
         for name, dtype, shape, file, begin, end in tensors:
             total.update(json.dumps([name, dtype, shape]).encode())
-            streams[file].seek(begin)
-            while begin < end:
-                piece = streams[file].read(min(CHUNK_BYTES, end - begin))
-                total.update(piece)
-                begin += len(piece)
+            total.update(views[file][begin:end])
     return f"sha256:{total.hexdigest()}"
 
 
@@ -165,6 +161,12 @@ def _write(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+@contextmanager
+def _mapped(file: Path) -> Iterator[mmap.mmap]:
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        yield view
 
 
 def _weight_files(directory: Path) -> list[Path]:
