@@ -1,0 +1,169 @@
+"""SNIPS, CLINC150 by domain, Banking77: which intent a short utterance has, as the packaged demo asks it.
+
+The packaged rows are the demo's (short prompts, one word an intent). A directory with the public sources gives all
+their rows, in the same words; of Banking77 only the demo's ten intents.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pedro.data.demo import demo_tenant
+from pedro.data.shapes import parse_line
+from pedro.data.tasks.parsers import parse_label
+from pedro.data.tasks.sources import HubSource, Part, Record, read_csv, read_text
+from pedro.data.tasks.task import Task, TaskRow, Wording
+
+SNIPS = {
+    "AddToPlaylist": "add",
+    "BookRestaurant": "book",
+    "GetWeather": "weather",
+    "PlayMusic": "play",
+    "RateBook": "rate",
+    "SearchCreativeWork": "find",
+    "SearchScreeningEvent": "movie",
+}
+CLINC150 = {
+    "banking": "bank",
+    "credit_cards": "card",
+    "kitchen_and_dining": "kitchen",
+    "home": "home",
+    "auto_and_commute": "auto",
+    "travel": "travel",
+    "utility": "utility",
+    "work": "work",
+    "small_talk": "small talk",
+    "meta": "meta",
+}
+BANKING77 = {
+    "card_arrival": "delivery",
+    "change_pin": "pin",
+    "exchange_rate": "rate",
+    "lost_or_stolen_card": "lost",
+    "age_limit": "age",
+    "terminate_account": "close",
+    "apple_pay_or_google_pay": "wallet",
+    "transfer_timing": "timing",
+    "edit_personal_details": "edit",
+    "getting_spare_card": "spare",
+}
+PACKAGED = {"train": Part(("train.jsonl",)), "test": Part(("test.jsonl",))}
+
+
+def make(record: Record, words: Wording, shots: str) -> TaskRow | None:
+    """Intents that the task does not ask for are left out."""
+    text, intent = " ".join(record["text"].split()), record["intent"]
+    if not text or intent not in words.labels:
+        return None
+    return TaskRow(words.prompt({"text": text}, shots), words.label(intent))
+
+
+def read_packaged(path: Path, intents: dict[str, str]) -> Iterator[Record]:
+    """The demo's files, whatever their shape."""
+    names = {word: intent for intent, word in intents.items()}
+    with read_text(path) as stream:
+        for number, line in enumerate(stream, 1):
+            for example in parse_line(line, number):
+                yield {"text": example.messages[-1]["content"], "intent": names[example.completion]}
+
+
+def read_snips(path: Path) -> Iterator[Record]:
+    if path.suffix == ".jsonl":
+        yield from read_packaged(path, SNIPS)
+        return
+    raw = path.read_bytes()
+    try:
+        found = json.loads(raw.decode())
+    except UnicodeDecodeError:  # train_PlayMusic.json is published in Latin-1
+        found = json.loads(raw.decode("latin-1"))
+    for intent, rows in found.items():
+        for row in rows:
+            yield {"text": "".join(piece["text"] for piece in row["data"]), "intent": intent}
+
+
+def read_clinc(path: Path) -> Iterator[Record]:
+    """data_full.json has its splits in one file; `split` says which a record is of. Out-of-scope rows have none."""
+    if path.suffix == ".jsonl":
+        yield from read_packaged(path, CLINC150)
+        return
+    domains = json.loads(path.with_name("domains.json").read_text())
+    domain_of = {intent: domain for domain, intents in domains.items() for intent in intents}
+    for split, rows in json.loads(path.read_text()).items():
+        for text, intent in rows:
+            yield {"text": text, "intent": domain_of.get(intent, intent), "split": split}
+
+
+def read_banking(path: Path) -> Iterator[Record]:
+    if path.suffix == ".jsonl":
+        yield from read_packaged(path, BANKING77)
+        return
+    for record in read_csv(path):
+        yield {"text": record["text"], "intent": record["category"]}
+
+
+def make_from_hub(record: Record, words: Wording, shots: str) -> TaskRow | None:
+    """The hub's columns are `category` (SNIPS) or `label_text` (Banking77)."""
+    intent = record.get("intent") or record.get("category") or record["label_text"]
+    return make({"text": record["text"], "intent": intent}, words, shots)
+
+
+def _wordings(intents: dict[str, str]) -> dict[str, Wording]:
+    ask = "Which intent is it: " + ", ".join(intents.values()) + "?"
+    return {"full": Wording("{text}", intents), "asked": Wording("{text}\n" + ask + "\nAnswer:", intents)}
+
+
+SNIPS_TASK = Task(
+    name="snips",
+    title="SNIPS: 7 intents of voice commands",
+    metric="accuracy",
+    licence=demo_tenant("acme").licence,
+    source="https://github.com/sonos/nlu-benchmark",
+    wordings=_wordings(SNIPS),
+    make=make_from_hub,
+    parser=parse_label,
+    read=read_snips,
+    layouts=({"train": Part(("train_*.json",)), "test": Part(("validate_*.json",))}, PACKAGED),
+    hub=HubSource("benayas/snips", {"train": "train", "test": "test"}, rows={"train": 13084, "test": 1400}),
+    packaged=demo_tenant("acme").train.parent,
+    max_new_tokens=8,
+    stops=("\n",),
+)
+CLINC_TASK = Task(
+    name="clinc_domains",
+    folder="clinc150",
+    title="CLINC150: 10 domains of queries",
+    metric="accuracy",
+    licence=demo_tenant("globex").licence,
+    source="https://github.com/clinc/oos-eval",
+    wordings=_wordings(CLINC150),
+    make=make,
+    parser=parse_label,
+    read=read_clinc,
+    layouts=(
+        {
+            "train": Part(("data_full.json",), only=("split", "train")),
+            "validation": Part(("data_full.json",), only=("split", "val")),
+            "test": Part(("data_full.json",), only=("split", "test")),
+        },
+        PACKAGED,
+    ),
+    packaged=demo_tenant("globex").train.parent,
+    max_new_tokens=8,
+    stops=("\n",),
+)
+BANKING_TASK = Task(
+    name="banking77",
+    title="Banking77: 10 of its intents",
+    metric="accuracy",
+    licence=demo_tenant("initech").licence,
+    source="https://github.com/PolyAI-LDN/task-specific-datasets",
+    wordings=_wordings(BANKING77),
+    make=make_from_hub,
+    parser=parse_label,
+    read=read_banking,
+    layouts=({"train": Part(("train.csv",)), "test": Part(("test.csv",))}, PACKAGED),
+    hub=HubSource("mteb/banking77", {"train": "train", "test": "test"}),
+    packaged=demo_tenant("initech").train.parent,
+    max_new_tokens=8,
+    stops=("\n",),
+)

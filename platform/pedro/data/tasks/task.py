@@ -1,0 +1,227 @@
+"""What a benchmark task is: its words, its answers, where its rows come from. Knows nothing of models or metrics.
+
+A row of a source (a record) becomes a `TaskRow`: the prompt, what training teaches as its answer, and every answer
+that counts as right. `Task.write` puts rows into JSONL that `load_rows` and `pedro submit` read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pedro.data.shapes import Shape
+from pedro.data.tasks.sources import HubSource, Layout, Part, Record, Source, open_source
+from pedro.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One question. `prompt` conditions the answer, `completion` is what training teaches.
+
+    `references` are all the answers that count as right, in the form that the task's parser gives (the completion
+    if there are none). `input` is Alpaca's second field; `group` is the subject or sub-task; `extra` is what a
+    metric needs besides.
+    """
+
+    prompt: str
+    completion: str
+    references: tuple[str, ...] = ()
+    input: str = ""
+    group: str = ""
+    id: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The answers that count as right; never empty."""
+        return self.references or (self.completion,)
+
+    @property
+    def messages(self) -> tuple[dict[str, str], ...]:
+        """What `PromptFormat.render` takes, so that a row can be asked in the format of any adapter."""
+        if self.input.strip():
+            return ({"role": "system", "content": self.prompt}, {"role": "user", "content": self.input})
+        return ({"role": "user", "content": self.prompt},)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a record is put into words: `str.format` templates over its fields.
+
+    A prompt is `head`, then worked examples if any are asked for, then `body`. `labels` are the words for the
+    source's classes. `reasons` says that answers spell out their reasoning.
+    """
+
+    body: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    head: str = ""
+    reasons: bool = False
+
+    def prompt(self, fields: Mapping[str, Any], shots: str = "") -> str:
+        """The prompt, up to where the answer begins."""
+        return self.head.format_map(fields) + shots + self.body.format_map(fields)
+
+    def label(self, name: str) -> str:
+        """The word for a class of the source. Raises DataError for a class that the task does not have."""
+        try:
+            return self.labels[name]
+        except KeyError:
+            known = ", ".join(self.labels)
+            raise DataError(f"label: {name!r} is not a class of this task; expected one of {known}") from None
+
+
+Make = Callable[[Record, Wording, str], TaskRow | None]
+"""(record, wording, worked examples) -> its row, or None for a record that the task leaves out."""
+Parse = Callable[[str, TaskRow, Wording], str]
+"""(generated text, row, wording) -> the answer in it; "" if there is none."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark. `metric` names one of `pedro.evaluation.metrics`; `average` says over what it is taken.
+
+    `layouts` are the file trees that are known, the most specific first, under `folder` of a data directory (the name
+    if not given); `read` turns one of their files into records of the hub's form. `packaged` is a folder of the
+    package with data of its own. `cut_by` is the field by which one file is cut into several splits; records that
+    share its value stay together.
+    """
+
+    name: str
+    title: str
+    metric: str
+    licence: str
+    source: str
+    wordings: Mapping[str, Wording]
+    make: Make
+    parser: Parse
+    read: Callable[[Path], Iterable[Record]]
+    layouts: tuple[Layout, ...]
+    folder: str = ""
+    hub: HubSource | None = None
+    packaged: Path | None = None
+    cut_by: str = ""
+    shape: Shape = Shape.COMPLETION
+    max_new_tokens: int = 16
+    stops: tuple[str, ...] = ()
+    shots_from: str = "train"
+    average: Literal["rows", "groups"] = "rows"
+    wording: str = "full"
+    shots: int = 0
+
+    def configured(self, wording: str = "full", shots: int = 0) -> Task:
+        """The same task in other words or with worked examples. Raises ConfigError for what it does not have."""
+        if wording not in self.wordings:
+            known = ", ".join(self.wordings)
+            raise ConfigError(f"wording: {self.name} has no {wording!r}; choose one of: {known}", param="wording")
+        if shots < 0:
+            raise ConfigError(f"shots: expected 0 or more, got {shots}", param="shots")
+        return replace(self, wording=wording, shots=shots)
+
+    @property
+    def words(self) -> Wording:
+        return self.wordings[self.wording]
+
+    def open(self, data: str | Path | None = None) -> Source:
+        """Where the rows are: a directory, "hub", or None for data that the package carries. Raises DataError."""
+        return open_source(self, data)
+
+    def splits(self, data: str | Path | None = None) -> tuple[str, ...]:
+        """The parts that `data` has (train, validation, test). Raises DataError if it has none."""
+        return tuple(name for name in self.open(data).splits if name != "shots")
+
+    def rows(self, split: str, data: str | Path | None = None, limit: int | None = None) -> Iterator[TaskRow]:
+        """The rows of a split, read as they are needed, in the source's order.
+
+        With `limit`, a fair sample of so many: those with the smallest hashes, in the source's order. Raises
+        DataError if the data or the split is missing, or a record cannot be read.
+        """
+        source = self.open(data)
+        source.part(split)
+        rows = self._rows(source, split)
+        if limit is None:
+            return rows
+        numbered = ((_share(row.prompt + row.input, b"pedro limit"), place, row) for place, row in enumerate(rows))
+        kept = heapq.nsmallest(limit, numbered, key=lambda item: item[:2])
+        return iter([row for _, _, row in sorted(kept, key=lambda item: item[1])])
+
+    def parse(self, text: str, row: TaskRow) -> str:
+        """The answer in a generated text, comparable with `row.accepted`; "" if it holds none."""
+        for stop in self.stops:
+            before, _, _ = text.partition(stop)
+            text = before if before.strip() else text
+        return self.parser(text, row, self.words)
+
+    def line(self, row: TaskRow) -> dict[str, str]:
+        """The row as a line of a training file."""
+        if self.shape is Shape.ALPACA:
+            return {"instruction": row.prompt, "input": row.input, "output": row.completion}
+        return {"prompt": row.prompt, "completion": row.completion}
+
+    def write(self, split: str, path: Path, data: str | Path | None = None, limit: int | None = None) -> int:
+        """Writes a split as JSONL for training; how many rows it has. Line n is the n-th row of `rows`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = 0
+        with path.open("w", encoding="utf-8") as stream:
+            for row in self.rows(split, data, limit):
+                stream.write(json.dumps(self.line(row), ensure_ascii=False) + "\n")
+                count += 1
+        return count
+
+    def _rows(self, source: Source, split: str) -> Iterator[TaskRow]:
+        part = source.part(split)
+        shots = self._shots(source) if self.shots else {}
+        for number, record in enumerate(source.records(split)):
+            try:
+                row = self._row(record, part, shots)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                raise DataError(
+                    f"{self.name}: record {number + 1} of {split} in {source.name} lacks or garbles {error}; "
+                    f"compare it with {self.source}",
+                    param="data",
+                ) from None
+            if row is not None:
+                yield row if row.id else replace(row, id=f"{split}-{number}")
+
+    def _row(self, record: Record, part: Part, shots: Mapping[str, str]) -> TaskRow | None:
+        """The record's row with its group's worked examples; None if it is of another share or left out."""
+        cut = self.cut_by and (part.low, part.high) != (0.0, 1.0)
+        if cut and not part.low <= _share(str(record[self.cut_by]), b"pedro task") < part.high:
+            return None
+        row = self.make(record, self.words, "")
+        if row is None or not self.shots:
+            return row
+        if row.group not in shots:
+            raise ConfigError(f"shots: {self.name} has no worked examples for {row.group!r}; set 0", param="shots")
+        return self.make(record, self.words, shots[row.group])
+
+    def _shots(self, source: Source) -> dict[str, str]:
+        """The first `shots` worked examples of each group, as text."""
+        split = "shots" if "shots" in source.splits else self.shots_from
+        if split not in source.splits:
+            raise ConfigError(f"shots: {self.name} has no worked examples in {source.name}; set 0", param="shots")
+        plain = replace(self.words, head="")
+        texts: dict[str, list[str]] = defaultdict(list)
+        for record in source.records(split):
+            row = self.make(record, plain, "")
+            if row is None:
+                continue
+            found = texts[row.group]
+            if len(found) < self.shots:
+                found.append(f"{row.prompt} {row.completion}\n\n")
+            if not row.group and len(found) == self.shots:
+                break  # one group, and it is full
+        short = [group or self.name for group, found in texts.items() if len(found) < self.shots]
+        if short or not texts:
+            raise ConfigError(f"shots: {', '.join(short[:3])} has fewer than {self.shots} of them", param="shots")
+        return {group: "".join(found) for group, found in texts.items()}
+
+
+def _share(text: str, key: bytes) -> float:
+    """A fraction from a hash. Its key differs from that of `split`, so cuts by one leave the other's shares fair."""
+    return (int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()) >> 11) / 2**53
