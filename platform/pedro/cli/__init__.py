@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pedro.cli import adapters, chat, data, doctor, jobs, keys, methods, serve, tenants
+from pedro.cli import adapters, chat, data, doctor, jobs, keys, methods, serve, sweep, tasks, tenants
 from pedro.cli.output import fail
 
 if TYPE_CHECKING:
@@ -36,11 +36,13 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tenants.app, name="tenants")
 app.command("submit")(jobs.submit)
+app.command("sweep")(sweep.sweep)
 app.command("eval")(adapters.evaluate)
 app.command("serve")(serve.serve)
 app.command("down")(serve.down)
 app.command("chat")(chat.chat)
 app.command("methods")(methods.methods)
+app.command("tasks")(tasks.tasks)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(serve.demo)
 
