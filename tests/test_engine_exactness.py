@@ -174,6 +174,21 @@ def test_a_prefill_cut_between_layers_equals_one_in_a_piece():
     assert answers["short"] == whole["short"].token_ids[1:]
 
 
+def test_a_prefill_that_was_abandoned_leaves_nothing_behind():
+    model = random_backbone("llama")
+    runner = Runner(copy.deepcopy(model), slots=2, length=64, kernel="torch")
+    runner.begin([PrefillRow(0, prompt(40), 40)])
+    runner.advance(20)
+    runner.cache.values[0][0, :, 20] = float("nan")  # as of an adapter that makes numbers overflow
+    runner.abandon()
+    runner.begin([PrefillRow(0, prompt(5), 5), PrefillRow(1, prompt(30), 30)])
+    runner.advance()
+    runner.end()
+    made = runner.decode([DecodeRow(0, 40, 5), DecodeRow(1, 40, 30)])
+    for logits, ids in zip(made.values, (prompt(5), prompt(30)), strict=True):
+        torch.testing.assert_close(logits, reference_logits(model, [*ids, 40], len(ids))[-1], **CLOSE)
+
+
 def test_the_conditioning_length_keeps_the_answer_out_of_the_vectors(tmp_path):
     model = random_backbone("llama")
     tuned = make_adapter(model, tmp_path / "a", seed=1)

@@ -58,7 +58,7 @@ class Engine:
             )
         )
 
-        self._pace = Pace(config.prefill_stall) if self._runner.synchronous else None
+        self._pace = Pace(config.prefill_stall) if self._runner.paced else None
 
         def fetch(ref: str) -> Adapter:
             return load_adapter(
@@ -248,6 +248,11 @@ class Engine:
 
     def _run_prefill(self, part: PrefillSlice) -> None:
         leaders = [group[0] for group in part.groups]
+        if all(sequence.state is State.FINISHED for sequence in part.sequences):  # nobody waits for it any more
+            with self._lock:
+                self._runner.abandon()
+                self._end_prefill(part.groups)
+            return
         try:
             if part.begins:
                 self._runner.begin([self._prefill_row(sequence) for sequence in leaders])

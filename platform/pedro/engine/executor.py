@@ -22,6 +22,8 @@ class Logits(NamedTuple):
 class Executor(Protocol):
     """Runs the layers. A prefill's state (`start`) is the executor's own; one may be under way between decode steps."""
 
+    whole: bool  # whether a prefill cannot be cut
+
     def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Any:
         """Take up a prefill whose rows the modulation has begun."""
         ...

@@ -78,7 +78,8 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[targets, :, start:stop] = tensor[sources, :, start:stop]
 
-    def wipe(self, slot: int) -> None:
-        """Zero a slot that holds numbers that are not finite: masked out, they would still poison what comes next."""
+    def wipe(self, slot: int, length: int | None = None) -> None:
+        """Zero a slot, or its first positions, that may hold numbers that are not finite: masked out, they would still
+        poison what comes next."""
         for tensor in (*self.keys, *self.values):
-            tensor[slot].zero_()
+            tensor[slot, :, :length].zero_()

@@ -63,6 +63,8 @@ class Flow:
 class NativeModel:
     """The executor of `Runner` where the kernel fits."""
 
+    whole = False
+
     def __init__(self, model, architecture: Architecture, cache: KVCache, modulation: Modulation, slots: int) -> None:
         kernel = native.load_kernel()
         assert kernel is not None, "asked for only where it is supported"

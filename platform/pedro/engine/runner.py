@@ -130,9 +130,9 @@ class Runner:
         self._executor.advance(self._prefill.flow, self._prefill.segments[-1].stop if until is None else until)
 
     @property
-    def synchronous(self) -> bool:
-        """Whether a call's duration is its cost."""
-        return self.device.type == "cpu"
+    def paced(self) -> bool:
+        """Whether a prefill can be cut, and a call's duration is its cost."""
+        return self.device.type == "cpu" and not self._executor.whole
 
     @torch.inference_mode()
     def end(self) -> tuple[Logits, list[list[TokenLogprob | None] | None]]:
@@ -146,8 +146,10 @@ class Runner:
         return self._executor.logits(prefill.flow, [segment.stop - 1 for segment in prefill.segments]), logprobs
 
     def abandon(self) -> None:
-        """Forget the prefill under way."""
-        self._prefill = None
+        """Forget the prefill under way. What it wrote may be anything, so it is wiped."""
+        prefill, self._prefill = self._prefill, None
+        for row in prefill.rows if prefill is not None else ():
+            self.cache.wipe(row.slot, len(row.token_ids))
 
     @torch.inference_mode()
     def decode(self, rows: list[DecodeRow]) -> Logits:

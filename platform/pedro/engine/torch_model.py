@@ -53,6 +53,7 @@ class TorchModel:
         paged: Callable | None = None,
     ) -> None:
         self._trunk = make_trunk(model)
+        self.whole = self._trunk.num_parts == 1
         self._head = Head(model)
         self._cache = cache
         self._hooks = Hooks(architecture, modulation)
