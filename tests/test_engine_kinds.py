@@ -116,6 +116,24 @@ def test_what_a_preempted_request_kept_stands_in_for_its_adapter(name, kernel, t
     torch.testing.assert_close(made.values[0], wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+def test_a_bare_copy_into_a_slot_that_held_an_adapter_is_bare(kernel, tmp_path):
+    model = random_backbone("llama")
+    tuned = make_adapter(model, tmp_path / "a", seed=1)
+    runner = Runner(copy.deepcopy(model), slots=3, length=64, kernel=kernel)
+    adapter = load_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.strip)
+    ids = prompt(9)
+    for rows in ([PrefillRow(1, prompt(5), 5, adapter), PrefillRow(2, ids, 9, adapter)], [PrefillRow(0, ids, 9)]):
+        runner.begin(rows)
+        runner.advance()
+        runner.end()
+    runner.release(1)
+    runner.copy(0, [1], 9)
+    made = runner.decode([DecodeRow(slot, 40, 9) for slot in range(3)])
+    for got, reference in zip(made.values, (model, model, tuned), strict=True):
+        torch.testing.assert_close(got, reference_logits(reference, [*ids, 40], 9)[-1], atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_whose_form_is_not_served_is_refused_by_name(tmp_path):
     model = random_backbone("llama")
     dora = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))

@@ -4,7 +4,7 @@ import itertools
 import time
 
 import pytest
-from engine_models import Letters, drain, make_engine, prompt, random_backbone, request, run
+from engine_models import Letters, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
 from pedro.engine.scheduler import Limits, Scheduler
 from pedro.engine.sequence import Request, SamplingParams, Sequence, State
@@ -200,6 +200,44 @@ def test_a_deadline_ends_waiting_and_running_requests_with_an_error(model):
         assert answers[name].last.error.code == "deadline_exceeded"
     assert engine.stats()["slots_free"] == 1
     assert run(engine, request("after", prompt(6), 4, deadline_s=60))["after"].last.finish_reason == "length"
+
+
+def test_what_takes_the_slot_of_one_past_its_deadline_keeps_its_low_rank_terms(model, tmp_path):
+    make_adapter(model, tmp_path / "a", seed=1, method="lora")
+    one = request("lora", prompt(6), 8, adapter="a")
+    engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=1)
+    expected = run(engine, one)["lora"].token_ids
+    engine.add(request("late", prompt(6), 110, deadline_s=30.0))
+    engine.step()
+    engine.add(one)
+    engine._scheduler._deadlines[0] = (0.0, *engine._scheduler._deadlines[0][1:])
+    answers = drain(engine)
+    assert answers["late"].last.error.code == "deadline_exceeded"
+    assert answers["lora"].token_ids == expected
+
+
+def test_a_long_prompt_that_nobody_waits_for_is_not_read_on(model):
+    engine = make_engine(model, max_batch=2, prefill_tokens=16)
+    engine.add(request("running", prompt(6), 30))
+    engine.step()
+    engine.add(request("long", prompt(100), 8))
+    engine.step()
+    assert engine.stats()["slots_free"] == 0
+    engine.cancel("long")
+    engine.step()
+    assert engine.stats()["slots_free"] == 1
+    assert drain(engine)["running"].last.finish_reason == "length"
+    assert run(engine, request("long", prompt(100), 8)).keys() == {"long"}
+
+
+def test_a_prompt_that_cannot_be_cut_is_answered_in_the_step_that_read_it():
+    engine = make_engine(random_backbone("gpt_neox"), max_batch=2)
+    for name in ("first", "second"):
+        engine.add(request(name, prompt(6), 60 if name == "first" else 2))
+        for _ in range(3):
+            engine.step()
+    engine.add(request("long", prompt(90), 8))
+    assert "long" in {output.request_id for output in engine.step()}
 
 
 def test_full_queues_refuse_at_once_and_say_whose_they_are(model):

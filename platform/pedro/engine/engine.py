@@ -110,8 +110,8 @@ class Engine:
     def step(self) -> list[Output]:
         """One turn: decide who runs, run them, give out what came of it. Empty if nothing could run."""
         with self._lock:
-            self._let_go()
             self._drop_failed_and_late()
+            self._let_go()  # before slots are given out again
             if not self._looked_at_adapters:
                 self._looked_at_adapters = True
                 self._scheduler.unpark()

@@ -138,10 +138,11 @@ class Modulation:
 
     def copy(self, source: int, targets: list[int]) -> None:
         """Give the slots `targets` the rows of `source`."""
+        differ = any(self.modulated[slot] for slot in (source, *targets))  # rows of all others are neutral
         for slot in targets:
             self.modulated[slot] = self.modulated[source]
             self._hold(slot, self.low_rank.get(source))
-        if self.modulated[source]:
+        if differ:
             for buffer in self.buffers.values():
                 buffer[targets] = buffer[source].clone()
 
