@@ -6,13 +6,14 @@ import pytest
 import torch
 from engine_models import DIGEST, make_adapter, prompt, random_backbone, reference_logits
 
+from pedro.engine import graphs
 from pedro.engine import runner as runner_module
 from pedro.engine.formats import load_adapter
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 
 
 def capture(run):
-    """As `capture_graph`: replaying writes to the tensor that was given out."""
+    """As `GraphCapture`: replaying writes to the tensor that was given out."""
     made = run()
     captured.append(made.shape[0])
     return lambda: made.copy_(run()), made
@@ -45,7 +46,7 @@ def paged_attention(
 def graphed(request, monkeypatch):
     captured.clear()
     monkeypatch.setattr(runner_module, "uses_graphs", lambda device: True)
-    monkeypatch.setattr(runner_module, "capture_graph", capture)
+    monkeypatch.setattr(runner_module, "GraphCapture", lambda: capture)
     paged = paged_attention if request.param == "paged" else None
     monkeypatch.setattr(runner_module, "find_paged_attention", lambda dtype: paged)
     return request.param
@@ -89,6 +90,17 @@ def test_a_graph_is_captured_once_for_steps_of_one_size(graphed):
     for step in range(5):
         runner.decode([DecodeRow(slot, 7, 4 + step) for slot in range(3)])
     assert captured == [4], "three rows, rounded up"
+
+
+def test_the_graphs_used_least_recently_give_way(graphed, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    runner = Runner(random_backbone("llama"), slots=8, length=64, kernel="torch")
+    runner.begin([PrefillRow(slot, prompt(4, slot), 4) for slot in range(3)])
+    runner.advance()
+    runner.end()
+    for rows in (1, 2, 1, 3, 1, 2):
+        runner.decode([DecodeRow(slot, 7, 4) for slot in range(rows)])
+    assert captured == [1, 2, 4, 2], "one row's stays, two rows' went"
 
 
 def test_a_row_that_is_not_finite_is_marked(graphed):

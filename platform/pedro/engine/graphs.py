@@ -19,6 +19,7 @@ from pedro.engine.executor import Logits
 from pedro.engine.kv_cache import PAGE, KVCache
 
 LENGTH_STEP = 256  # positions by which the masked form rounds up
+MAX_GRAPHS = 64  # the least recently used gives way
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 
@@ -38,18 +39,26 @@ def find_paged_attention(dtype: torch.dtype) -> Callable | None:
     return varlen_attn if fits and dtype in (torch.float16, torch.bfloat16) else None
 
 
-def capture_graph(run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-    """Record `run` after two warm-ups. Loader threads may use the device meanwhile."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        made = run()
-    return graph.replay, made
+class GraphCapture:
+    """Records graphs that work in the same memory: they are replayed in turn, and only their outputs stay apart."""
+
+    def __init__(self) -> None:
+        self._pool = None
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        """Record `run` after two warm-ups. Loader threads may use the device meanwhile."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            made = run()
+        return graph.replay, made
 
 
 class StaticStep:
@@ -134,11 +143,11 @@ class GraphedDecoder:
         version: Callable[[], Hashable],
         paged: Callable | None,
         device: torch.device,
-        capture: Capture = capture_graph,
+        capture: Capture,
     ) -> None:
         self._cache, self._run, self._version = cache, run, version
         self._paged, self._device, self._capture = paged, device, capture
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graphs: dict[tuple, _Graph] = {}
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int], modulated: bool) -> Logits:
         """One step of every row."""
@@ -146,10 +155,12 @@ class GraphedDecoder:
         whole = self._cache.keys[0].shape[2]
         length = whole if self._paged is not None else min(whole, -(-(max(positions) + 1) // LENGTH_STEP) * LENGTH_STEP)
         key = (rows, length, modulated, self._version())
-        graph = self._graphs.get(key)
+        graph = self._graphs.pop(key, None)
         if graph is None:
-            self._graphs = {k: g for k, g in self._graphs.items() if k[-1] == key[-1]}  # type: ignore[index]
-            graph = self._graphs[key] = self._make(rows, length, modulated)
+            graph = self._make(rows, length, modulated)  # before others go: what shares no graph loses its memory
+            kept = [(k, g) for k, g in self._graphs.items() if k[-1] == key[-1]]
+            self._graphs = dict(kept[-(MAX_GRAPHS - 1) :])
+        self._graphs[key] = graph  # last: used most recently
         at = graph.step.fill(slots, token_ids, positions)
         graph.replay()
         made = graph.logits[torch.tensor(at, device=self._device)]

@@ -14,7 +14,7 @@ import torch
 from pedro.engine import native_model
 from pedro.engine.adapter import Adapter
 from pedro.engine.executor import Executor, Logits
-from pedro.engine.graphs import capture_graph, find_paged_attention, uses_graphs
+from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
 from pedro.engine.kv_cache import KVCache
 from pedro.engine.modulation import Conditioned, Kept, Modulation, Segment
 from pedro.engine.native_model import NativeModel
@@ -104,7 +104,7 @@ class Runner:
             NativeModel(model, self.architecture, self.cache, self.modulation, slots)
             if fits
             else TorchModel(
-                model, self.architecture, self.cache, self.modulation, capture_graph if graphs else None, paged
+                model, self.architecture, self.cache, self.modulation, GraphCapture() if graphs else None, paged
             )
         )
         self._prefill: _Prefill | None = None
