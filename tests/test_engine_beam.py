@@ -116,6 +116,7 @@ def test_more_beams_than_slots_are_refused(model):
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 2, "temperature": 1.0}, "temperature"),
         ({"num_beams": 2, "logprobs": 1}, "logprobs"),
+        ({"num_beams": 2, "max_tokens": 0, "prompt_logprobs": 0}, "max_tokens"),
         ({"length_penalty": float("inf")}, "length_penalty"),
     ],
 )

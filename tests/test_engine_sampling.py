@@ -177,7 +177,7 @@ def test_logits_that_are_no_numbers_fail_their_request_and_poison_no_other(model
         {"top_k": -1},
         {"min_p": 2.0},
         {"max_tokens": 0},
-        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
         {"presence_penalty": 3.0},
         {"frequency_penalty": -3.0},
         {"stop": ("",)},

@@ -33,6 +33,7 @@ class EngineConfig:
                 "adapter_bytes",
                 "loaders",
                 "max_waiting",
+                "max_waiting_per_tenant",
                 "preempt_after",
                 "prefill_stall",
             )

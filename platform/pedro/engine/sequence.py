@@ -63,13 +63,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        least = 0 if self.prompt_logprobs is not None else 1
+        least = 0 if self.prompt_logprobs is not None and self.num_beams == 1 else 1
         _require(self.max_tokens is None or self.max_tokens >= least, "max_tokens", f"≥ {least}", self.max_tokens)
         _require(0 <= self.temperature <= 100, "temperature", "0 to 100", self.temperature)
         _require(self.top_k >= 0, "top_k", "≥ 0 (0 keeps every token)", self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
-        _require(0 < self.repetition_penalty <= 10, "repetition_penalty", "0 to 10", self.repetition_penalty)
+        _require(0.01 <= self.repetition_penalty <= 10, "repetition_penalty", "0.01 to 10", self.repetition_penalty)
         _require(abs(self.presence_penalty) <= 2, "presence_penalty", "-2 to 2", self.presence_penalty)
         _require(abs(self.frequency_penalty) <= 2, "frequency_penalty", "-2 to 2", self.frequency_penalty)
         _require(len(self.stop) <= MAX_STOPS and all(self.stop), "stop", f"≤ {MAX_STOPS} non-empty texts", self.stop)
