@@ -92,6 +92,15 @@ def test_weights_exist_once():
     assert runner.kernel == "native"
 
 
+def test_a_user_without_a_home_gets_a_kernel_all_the_same(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", no_home)
+    assert native._cache_directory().is_dir()
+
+
 def test_without_a_compiler_the_engine_runs_on_torch_and_says_so(monkeypatch, caplog):
     native.load_kernel.cache_clear()
     monkeypatch.setenv("CC", "/nonexistent/cc")

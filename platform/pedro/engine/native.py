@@ -114,12 +114,12 @@ def _built(compiler: str) -> Path:
 
 def _cache_directory() -> Path:
     """The user's own cache, else a private temporary directory: what is loaded from it is code."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pedro" / "kernels"
     try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pedro" / "kernels"
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(root, os.W_OK) and root.stat().st_uid == os.getuid():
             return root
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         pass
     return Path(tempfile.mkdtemp(prefix="pedro-kernels-"))
 

@@ -37,7 +37,7 @@ def supported(model: Any) -> bool:
         config.model_type in MODELS
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and _activation(config) in ACTIVATIONS
+        and config.hidden_act in ACTIVATIONS
         and native.load_kernel() is not None
     )
 
@@ -94,7 +94,7 @@ class NativeModel:
             length=cache.keys[0].shape[2],
             slots=slots,
             threads=torch.get_num_threads(),
-            activation=ACTIVATIONS[_activation(config)],
+            activation=ACTIVATIONS[config.hidden_act],
             eps=config.rms_norm_eps,
             scaling=architecture.layers[0].attention.scaling,
             embed_scale=float(getattr(embedding, "embed_scale", 1.0)),
@@ -341,10 +341,6 @@ def _window(attention: Any) -> int:
         return attention.sliding_window or 0
     config = attention.config
     return getattr(config, "sliding_window", None) or 0 if config.model_type in ("mistral", "phi3") else 0
-
-
-def _activation(config) -> str:
-    return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
 def _release(module: nn.Module) -> None:
