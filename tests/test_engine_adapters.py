@@ -120,6 +120,19 @@ def test_a_pinned_adapter_is_never_evicted():
     assert pool.stats()["bytes"] <= 20
 
 
+def test_an_adapter_taken_out_before_its_turn_to_load_is_told_of_to_those_who_wait():
+    shelf, changes = Shelf(), []
+    gate = shelf.hold("slow")
+    pool = AdapterPool(shelf, 30, lambda: changes.append(1), 1)
+    pool.want("slow")
+    pool.want("a")
+    assert pool.evict("a")
+    gate.set()
+    wait_for(lambda: len(changes) == 2)
+    assert shelf.loads == ["slow"]
+    wait_for(lambda: pool.pin("a"))
+
+
 def test_the_least_recently_used_goes_first():
     pool = make_pool(Shelf(), budget=30)
     for ref in ("a", "b", "c", "a"):

@@ -104,6 +104,22 @@ def test_beams_wait_for_their_slots_and_are_not_passed_over(model):
     assert order.index("r") < 12, "the flood did not keep taking the slots that came free"
 
 
+def test_a_search_cancelled_before_it_had_slots_leaves_the_wants_of_others_alone(model, tmp_path):
+    make_adapter(model, tmp_path / "a", seed=1)
+    engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=4)
+    engine.adapters.load("a", timeout_s=30.0)
+    engine.add(request("running", prompt(5), 60))
+    engine.step()
+    engine.add(request("beams", prompt(6), 5, num_beams=4, adapter="a"))
+    engine.add(request("behind", prompt(6), 5, adapter="a"))
+    engine.step()
+    assert engine.adapters.residents()["a"]["pins"] == 1
+    engine.cancel("beams")
+    assert engine.adapters._wants["a"] == 1
+    engine.step()
+    assert (engine.adapters.residents()["a"]["pins"], engine.adapters._wants["a"]) == (0, 0)
+
+
 def test_more_beams_than_slots_are_refused(model):
     with pytest.raises(PedroError, match=r"5 beams .* runs 4") as caught:
         make_engine(model).add(request("r", prompt(6), 5, num_beams=5))

@@ -112,11 +112,11 @@ class AdapterPool(Generic[A]):
         for thread in self._threads:
             thread.start()
 
-    def want(self, ref: str) -> None:
-        """Say that a request waits for `ref`; its load starts. Raises the last load's error while it backs off."""
+    def want(self, ref: str, times: int = 1) -> None:
+        """Say that so many wait for `ref`; its load starts. Raises the last load's error while it backs off."""
         with self._changed:
             self._raise_failure(ref)
-            self._wants[ref] += 1
+            self._wants[ref] += times
             self._ensure(ref)
             self._place(ref)
 
@@ -270,11 +270,9 @@ class AdapterPool(Generic[A]):
 
     def _serve(self) -> None:
         while (entry := self._todo.get()) is not None:
-            if not self._wanted(entry):  # evicted before its turn
-                continue
             try:
-                adapter = self._load(entry.ref)
-                self._settle(entry, adapter)
+                if self._wanted(entry):  # else it was evicted before its turn
+                    self._settle(entry, self._load(entry.ref))
             except PedroError as error:
                 self._fail(entry, error)
             except Exception:  # a loader meets networks and disks: whatever it is, it fails this adapter only

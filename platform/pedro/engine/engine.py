@@ -91,8 +91,7 @@ class Engine:
             self._scheduler.add(sequences)
             try:
                 if request.adapter is not None:
-                    for _ in sequences:
-                        self.adapters.want(request.adapter)
+                    self.adapters.want(request.adapter, len(sequences))
             except PedroError:
                 for sequence in sequences:
                     self._scheduler.finish(sequence)
@@ -379,7 +378,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: str, **fields) -> None:
         """End a sequence, wherever it is, with its last output."""
         was = sequence.state
-        if was is State.WAITING and sequence.awaits is not None:
+        if was is State.WAITING and sequence.awaits is not None and sequence not in self._pins:
             self.adapters.unwant(sequence.awaits)
         self._scheduler.finish(sequence)
         if was is not State.PREFILLING:
