@@ -19,6 +19,7 @@ from pedro.engine.adapters import AdapterPool, Entry
 from pedro.engine.beam import BeamSequence
 from pedro.engine.config import EngineConfig
 from pedro.engine.formats import load_adapter
+from pedro.engine.intake import Intake
 from pedro.engine.pace import Pace
 from pedro.engine.runner import PrefillRow, Runner
 from pedro.engine.scheduler import Group, Limits, PrefillSlice, Scheduler
@@ -40,12 +41,9 @@ class Engine:
     def __init__(
         self, model, tokenizer, config: EngineConfig, load: Callable[[str], Path], backbone_digest: str
     ) -> None:
-        context = _context_length(model.config)
         self.config = config
-        self.max_length = min(config.max_length or context, context)
-        self._tokenizer = tokenizer
-        self._vocab_size = model.get_input_embeddings().num_embeddings
-        self._eos_ids = _eos_ids(model, tokenizer)
+        self._intake = Intake(model, tokenizer, config)
+        self.max_length = self._intake.max_length
         self._runner = Runner(model, config.max_batch, self.max_length, config.kernel)
         self._scheduler = Scheduler(
             Limits(
@@ -84,7 +82,7 @@ class Engine:
         Raises PedroError for what can never run (too long, a token outside the vocabulary, an id in use) or whose
         adapter just failed to load, and OverloadedError where the queue is full.
         """
-        sequences = self._check(request)
+        sequences = self._intake.sequences(request)
         with self._lock:
             if request.id in self._live:
                 raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
@@ -172,41 +170,6 @@ class Engine:
         """Stop loading adapters and take the engine's hooks off the model."""
         self.adapters.close()
         self._runner.close()
-
-    def _check(self, request: Request) -> list[Sequence]:
-        """The request's sequences, or PedroError for what can never run."""
-        prompt, wanted = len(request.prompt_ids), request.params.max_tokens
-        room = self.max_length - prompt
-        if room < (1 if wanted is None else wanted):
-            asked = "at least one token of answer" if wanted is None else f"max_tokens = {wanted}"
-            raise PedroError(
-                f"the prompt has {prompt} tokens and with {asked} exceeds the context of {self.max_length} tokens; "
-                "shorten the prompt or lower max_tokens",
-                param="max_tokens" if prompt < self.max_length else "prompt",
-                code="context_length_exceeded",
-            )
-        self._check_vocabulary("prompt", (*request.prompt_ids, *request.resumed_ids))
-        self._check_vocabulary("logit_bias", request.params.logit_bias)
-        most = room if wanted is None else wanted
-        if request.resumed_ids and len(request.resumed_ids) >= most:
-            raise PedroError(f"resumed_ids: all {most} tokens of the answer were made already", param="resumed_ids")
-        beams = request.params.num_beams
-        if beams > self.config.max_batch:
-            raise PedroError(
-                f"num_beams: {beams} beams run at once and the engine runs {self.config.max_batch}; ask for fewer",
-                param="num_beams",
-            )
-        if beams > 1:
-            return [BeamSequence(request, most, self._tokenizer, self._eos_ids)]
-        sequences = [Sequence(request, i, most, self._tokenizer, self._eos_ids) for i in range(request.n)]
-        for sequence in sequences:
-            sequence.siblings = tuple(other for other in sequences if other is not sequence)
-        return sequences
-
-    def _check_vocabulary(self, param: str, token_ids: Iterable[int]) -> None:
-        bad = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
-        if bad is not None:
-            raise PedroError(f"{param}: token {bad} is outside the vocabulary of {self._vocab_size}", param=param)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Pin the adapter that the sequence's prefill needs; False while that loads."""
@@ -396,15 +359,3 @@ class Engine:
 
     def _notify(self) -> None:
         self.on_change()
-
-
-def _context_length(config) -> int:
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
-
-
-def _eos_ids(model, tokenizer) -> frozenset[int]:
-    """Every id that ends an answer: the tokenizer's, and those of the model's generation config."""
-    generation = getattr(model, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    ids = ids if isinstance(ids, (list, tuple)) else [ids]
-    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)

@@ -1,0 +1,69 @@
+"""Turns a request into its sequences. Refuses what can never run, before it waits for anything. Knows no queues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pedro.engine.beam import BeamSequence
+from pedro.engine.config import EngineConfig
+from pedro.engine.sequence import Request, Sequence
+from pedro.errors import PedroError
+
+
+class Intake:
+    """What requests are checked against: the backbone's vocabulary and context, and the engine's sizes."""
+
+    def __init__(self, model, tokenizer, config: EngineConfig) -> None:
+        context = _context_length(model.config)
+        self.max_length = min(config.max_length or context, context)
+        self._max_batch = config.max_batch
+        self._tokenizer = tokenizer
+        self._vocab_size = model.get_input_embeddings().num_embeddings
+        self._eos_ids = _eos_ids(model, tokenizer)
+
+    def sequences(self, request: Request) -> list[Sequence]:
+        """The request's sequences, or PedroError for what can never run."""
+        prompt, wanted = len(request.prompt_ids), request.params.max_tokens
+        room = self.max_length - prompt
+        if room < (1 if wanted is None else wanted):
+            asked = "at least one token of answer" if wanted is None else f"max_tokens = {wanted}"
+            raise PedroError(
+                f"the prompt has {prompt} tokens and with {asked} exceeds the context of {self.max_length} tokens; "
+                "shorten the prompt or lower max_tokens",
+                param="max_tokens" if prompt < self.max_length else "prompt",
+                code="context_length_exceeded",
+            )
+        self._check_vocabulary("prompt", (*request.prompt_ids, *request.resumed_ids))
+        self._check_vocabulary("logit_bias", request.params.logit_bias)
+        most = room if wanted is None else wanted
+        if request.resumed_ids and len(request.resumed_ids) >= most:
+            raise PedroError(f"resumed_ids: all {most} tokens of the answer were made already", param="resumed_ids")
+        beams = request.params.num_beams
+        if beams > self._max_batch:
+            raise PedroError(
+                f"num_beams: {beams} beams run at once and the engine runs {self._max_batch}; ask for fewer",
+                param="num_beams",
+            )
+        if beams > 1:
+            return [BeamSequence(request, most, self._tokenizer, self._eos_ids)]
+        sequences = [Sequence(request, i, most, self._tokenizer, self._eos_ids) for i in range(request.n)]
+        for sequence in sequences:
+            sequence.siblings = tuple(other for other in sequences if other is not sequence)
+        return sequences
+
+    def _check_vocabulary(self, param: str, token_ids: Iterable[int]) -> None:
+        bad = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
+        if bad is not None:
+            raise PedroError(f"{param}: token {bad} is outside the vocabulary of {self._vocab_size}", param=param)
+
+
+def _context_length(config) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+
+
+def _eos_ids(model, tokenizer) -> frozenset[int]:
+    """Every id that ends an answer: the tokenizer's, and those of the model's generation config."""
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    ids = ids if isinstance(ids, (list, tuple)) else [ids]
+    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
