@@ -204,6 +204,28 @@ def test_columns_are_plain_identifiers():
     assert column_name("To") == "c_to"
 
 
+@pytest.mark.parametrize(
+    ("template", "query"),
+    [
+        ("SELECT MIN TABLEalias0.1ST_PRIZE_FIELD FROM TABLE AS TABLEalias0 ;", "SELECT MIN( c_1st_prize ) FROM t"),
+        ("SELECT COUNT( TABLEalias0.NO_FIELD ) FROM TABLE AS TABLEalias0 ;", "SELECT COUNT( no ) FROM t"),
+        (
+            'SELECT WOMEN\'S_SINGLES_FIELD FROM table WHERE YEAR_FIELD = var0 AND MIXED_FIELD = "var1"',
+            "SELECT women_s_singles FROM t WHERE year = '1984' AND mixed = 'O''Neil AND Ann'",
+        ),
+    ],
+)
+def test_wikisqls_several_spellings_become_one(tmp_path, template, query):
+    variables = {"var0": "1984", "var1": "O'Neil AND Ann"}
+    entry = {
+        "sql": [template],
+        "variables": [{"name": name, "example": value} for name, value in variables.items()],
+        "sentences": [{"text": "Who?", "table-id": "1", "question-split": "test", "variables": {}}],
+    }
+    (tmp_path / "wikisql.json").write_text(json.dumps([entry]))
+    assert first("wikisql", "test", tmp_path).completion == query
+
+
 def test_alpaca_trains_in_its_own_format_and_leaves_out_empty_answers(data, tmp_path):
     task = get_task("alpaca")
     assert task.write("train", tmp_path / "train.jsonl", data) == 2

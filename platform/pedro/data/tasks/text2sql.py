@@ -21,7 +21,13 @@ from pedro.data.tasks.task import Task, TaskRow, Wording
 AGGREGATES = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<")
 TABLE = "t"  # what WikiSQL's only table is called
-COLUMN = re.compile(r"TABLEalias0\.(\S+?)_FIELD(?=[\s)]|$)")
+COLUMN = re.compile(r"(?:TABLEalias0\.)?(\S+?)_FIELD(?=[\s)]|$)")
+ONE_TABLE = re.compile(  # WikiSQL's queries are all of this form, give or take brackets and quotes
+    r"SELECT (?:(?P<aggregate>MAX|MIN|COUNT|SUM|AVG) ?\(? ?)?(?P<wanted>\S+)_FIELD(?: ?\))? FROM TABLE"
+    r"(?: AS TABLEalias0)?(?: WHERE (?P<where>.+?))? ?;?",
+    re.IGNORECASE,
+)
+CONDITION = re.compile(r"(\S+)_FIELD (=|<|>) (.+)")
 ALIASED = re.compile(r"\b(\w+?) AS \1alias(\d+)\b")
 RESERVED = re.findall(  # words that sqlite takes for no name
     r"\w+",
@@ -37,13 +43,13 @@ def read(path: Path) -> Iterator[Record]:
     columns: dict[str, set[str]] = defaultdict(set)
     for entry in read_array(path):
         found = set(COLUMN.findall(entry["sql"][0]))
-        if found:
-            for sentence in entry["sentences"]:
-                columns[sentence["table-id"]] |= found
+        for sentence in entry["sentences"] if found else ():
+            columns[sentence["table-id"]] |= found
     for entry in read_array(path):
-        defaults = {variable["name"]: variable["example"] for variable in entry["variables"]}
+        examples = {variable["name"]: variable["example"] for variable in entry["variables"]}
         for sentence in entry["sentences"]:
-            values = {name: sentence["variables"].get(name) or example for name, example in defaults.items()}
+            given = {name: value for name, value in sentence["variables"].items() if value}
+            values = {**examples, **given}
             yield {
                 "question": _fill(sentence["text"], values),
                 "sql": [_statement(query, values) for query in entry["sql"]],
@@ -54,22 +60,39 @@ def read(path: Path) -> Iterator[Record]:
 
 def column_name(name: str) -> str:
     """A column as a plain SQL identifier: `STATE/TERRITORY` is state_territory."""
-    plain = re.sub(r"\W+", "_", name.lower()).strip("_")
+    plain = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
     return f"c_{plain}" if not plain or plain[0].isdigit() or plain in RESERVED else plain
 
 
 def _statement(template: str, values: dict[str, str]) -> str:
     """The query with its values, as one would write it."""
-    if COLUMN.search(template):
-        query = COLUMN.sub(lambda found: column_name(found[1]), template)
-        query = query.replace("TABLE AS TABLEalias0", TABLE)
-    else:
-        query = _without_aliases(template)
+    plain = " ".join(template.replace("TABLEalias0.", "").split())
+    found = ONE_TABLE.fullmatch(plain)
+    if found is None:
+        return _many_tables(template, values)
+    conditions = []
+    for condition in re.split(r" AND (?=\S+_FIELD )", found["where"]) if found["where"] else ():
+        parts = CONDITION.fullmatch(condition)
+        if parts is None:
+            raise ValueError(f"condition {condition!r}")
+        conditions.append((column_name(parts[1]), parts[2], _fill(parts[3].strip('"'), values)))
+    return _one_table(column_name(found["wanted"]), (found["aggregate"] or "").upper(), conditions)
+
+
+def _one_table(wanted: str, aggregate: str, conditions: list[tuple[str, str, str]]) -> str:
+    """WikiSQL's form of a query: (column, operator, value) of each condition; values are texts."""
+    chosen = f"{aggregate}( {wanted} )" if aggregate else wanted
+    texts = [f"{column} {operator} '" + value.replace("'", "''") + "'" for column, operator, value in conditions]
+    return f"SELECT {chosen} FROM {TABLE}" + (f" WHERE {' AND '.join(texts)}" if texts else "")  # noqa: S608
+
+
+def _many_tables(template: str, values: dict[str, str]) -> str:
+    """Advising's: texts in single quotes, values in place, no alias that is not needed."""
+    query = _without_aliases(template)
     quoted = re.sub(r'"([^"]*)"', lambda found: "'" + _fill(found[1], values).replace("'", "''") + "'", query)
-    outside = "".join(
-        piece if piece.startswith("'") else _fill(piece, values) for piece in re.split(r"('(?:[^']|'')*')", quoted)
-    )
-    return " ".join(outside.rstrip().rstrip(";").split())
+    pieces = re.split(r"('(?:[^']|'')*')", quoted)
+    filled = "".join(piece if piece.startswith("'") else _fill(piece, values) for piece in pieces)
+    return " ".join(filled.rstrip().rstrip(";").split())
 
 
 def _without_aliases(query: str) -> str:
@@ -91,18 +114,12 @@ def from_hub(record: Record) -> Record:
     """Salesforce/wikisql's record, which holds the table and the query in parts."""
     table, parts = record["table"], record["sql"]
     names = _distinct([column_name(name) for name in table["header"]])
-    conditions = parts["conds"]
-    wheres = [
-        f"{names[column]} {OPERATORS[operator]} '" + str(value).replace("'", "''") + "'"
-        for column, operator, value in zip(
-            conditions["column_index"], conditions["operator_index"], conditions["condition"], strict=True
-        )
-    ]
-    wanted, aggregate = names[parts["sel"]], AGGREGATES[parts["agg"]]
-    query = f"SELECT {f'{aggregate}( {wanted} )' if aggregate else wanted} FROM {TABLE}"  # noqa: S608 - a reference
+    found = parts["conds"]
+    triples = zip(found["column_index"], found["operator_index"], found["condition"], strict=True)
+    conditions = [(names[column], OPERATORS[operator], str(value)) for column, operator, value in triples]
+    query = _one_table(names[parts["sel"]], AGGREGATES[parts["agg"]], conditions)
     database = {TABLE: {"columns": names, "types": table["types"], "rows": table["rows"]}}
-    where = f" WHERE {' AND '.join(wheres)}" if wheres else ""
-    return {"question": record["question"], "sql": [query + where], "columns": names, "database": database}
+    return {"question": record["question"], "sql": [query], "columns": names, "database": database}
 
 
 def _distinct(names: list[str]) -> list[str]:
