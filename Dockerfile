@@ -10,6 +10,9 @@ ENV PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
 
+# The engine compiles its CPU kernel for the processor that it finds.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 RUN useradd --uid 10001 --user-group --home-dir /var/lib/pedro --create-home pedro
 
 WORKDIR /opt/pedro
