@@ -208,6 +208,7 @@ BAD_COMPLETIONS = [
     ({"max_tokens": "5"}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 10**4000}, "max_tokens"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"top_p": 0}, "top_p"),
@@ -221,6 +222,7 @@ BAD_COMPLETIONS = [
     ({"stop": [""]}, "stop"),
     ({"stop": [1]}, "stop"),
     ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": ["x", "y" * 257]}, "stop"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"stream": "yes"}, "stream"),
@@ -229,8 +231,10 @@ BAD_COMPLETIONS = [
     ({"stream": True, "stream_options": 5}, "stream_options"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ({"top_k": -2}, "top_k"),
+    ({"top_k": 2**31}, "top_k"),
     ({"min_p": 2}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-40}, "repetition_penalty"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
     ({"conditioning_length": 0}, "conditioning_length"),
     ({"conditioning_length": [1, 2]}, "conditioning_length"),
@@ -243,6 +247,7 @@ BAD_COMPLETIONS = [
     ({"use_beam_search": True, "stream": True}, "stream"),
     ({"use_beam_search": True, "temperature": 0.7}, "temperature"),
     ({"use_beam_search": 3}, "use_beam_search"),
+    ({"use_beam_search": True, "max_tokens": 0, "echo": True}, "max_tokens"),
     ({"length_penalty": 2.0}, "length_penalty"),
     ({"early_stopping": True}, "early_stopping"),
     ({"use_beam_search": True, "early_stopping": "never"}, "early_stopping"),
@@ -251,6 +256,7 @@ BAD_COMPLETIONS = [
     ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
     ({"logit_bias": {"five": 1}}, "logit_bias"),
     ({"logit_bias": [5]}, "logit_bias"),
+    ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
     ({"temprature": 1}, "temprature"),
 ]
 
@@ -283,6 +289,7 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+    ({"max_completion_tokens": 2**31}, "max_completion_tokens"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"use_beam_search": True, "stream": True}, "stream"),
     ({"best_of": 2}, "best_of"),
@@ -312,6 +319,14 @@ def test_every_mistake_of_a_body_is_told_at_once(http):
     assert "temperature: expected <= 2.0, got 9" in message
     assert "n: expected a whole number, got 'two'" in message
     assert "Unrecognized request argument supplied: hue" in message
+
+
+def test_more_mistakes_than_anybody_reads_are_counted_and_not_described(http):
+    error = error_of(complete(http, **{f"x{number}": 1 for number in range(1200)}))
+    assert (error["code"], error["param"]) == ("invalid_value", None)
+    assert "1,200 mistakes" in error["message"]
+    listed = error_of(http.post("/detokenize", json={"tokens": [-1] * 3000}))
+    assert listed["param"] == "tokens[0]", "the first wrong token is enough"
 
 
 def test_documented_fields_at_rest_are_accepted(http):
@@ -519,7 +534,7 @@ def test_promote_and_roll_back_move_the_champion(admin):
     assert [version["version"] for version in listed["data"][0]["versions"]] == [2, 1]
 
 
-@pytest.mark.parametrize("body", [{}, {"version": 0}, {"version": "2"}, {"version": 1, "x": 2}])
+@pytest.mark.parametrize("body", [{}, {"version": 0}, {"version": 2**31}, {"version": "2"}, {"version": 1, "x": 2}])
 def test_a_promotion_that_makes_no_sense_is_a_400(admin, body):
     assert admin.post("/v1/adapters/acme.support/promote", json=body).status_code == 400
 

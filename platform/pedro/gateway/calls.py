@@ -27,8 +27,8 @@ def completion_calls(
             f"{field}: {len(prompts)} prompts × {wide} exceed {max_choices} choices a request", param=field
         )
     max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-    if max_tokens == 0 and not request.echo:
-        raise PedroError("max_tokens: expected >= 1 unless echo is true, got 0", param="max_tokens")
+    if max_tokens == 0 and (request.use_beam_search or not request.echo):
+        raise PedroError("max_tokens: expected >= 1 unless echo is true without beam search, got 0", param="max_tokens")
     params = _params(request) | {"max_tokens": max_tokens}
     if request.logprobs is not None:
         params["logprobs"] = request.logprobs

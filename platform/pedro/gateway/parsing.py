@@ -13,6 +13,7 @@ from pedro.gateway.schemas import Body
 MAX_ITEMS = 4096  # of a list of bodies, messages for one
 MAX_SHOWN_VALUE = 80
 MAX_SHOWN_ERRORS = 5
+MAX_LISTED_ERRORS = 1000  # each costs memory and time to describe, shown or not
 
 Model = TypeVar("Model", bound=Body)
 
@@ -74,6 +75,9 @@ _EXPECTED: dict[str, Callable[[dict], str]] = {
 
 
 def _user_error(error: ValidationError) -> PedroError:
+    if error.error_count() > MAX_LISTED_ERRORS:
+        message = f"The request body has {error.error_count():,} mistakes, too many to list."
+        return PedroError(message, code="invalid_value")
     problems = error.errors(include_url=False)
     lines = []
     for problem in problems[:MAX_SHOWN_ERRORS]:

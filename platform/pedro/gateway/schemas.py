@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
-INT64 = 2**63
+INT32, INT64 = 2**31, 2**63
+MAX_STOP_LENGTH = 256  # characters; each is sought at every token
+MAX_BIASES = 1024
 
 
 def _stop(value: Any) -> Any:
@@ -23,6 +25,8 @@ def _stop(value: Any) -> Any:
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
         raise ValueError("expected a non-empty string or a list of them")
+    if any(len(item) > MAX_STOP_LENGTH for item in items):
+        raise ValueError(f"expected at most {MAX_STOP_LENGTH} characters each")
     return tuple(items)
 
 
@@ -41,7 +45,7 @@ def _prompts(value: Any) -> Any:
 
 
 def _token_ids(value: list) -> bool:
-    return bool(value) and all(type(item) is int and 0 <= item < 2**31 for item in value)
+    return bool(value) and all(type(item) is int and 0 <= item < INT32 for item in value)
 
 
 def _lengths(value: Any) -> Any:
@@ -68,9 +72,11 @@ def _biases(value: Any) -> Any:
     """Token ids are strings in JSON."""
     if value is None:
         return {}
-    if isinstance(value, dict) and all(key.isascii() and key.isdigit() and len(key) < 11 for key in value):
-        return {int(key): bias for key, bias in value.items()}
-    raise ValueError("expected an object of token ids and biases")
+    if not isinstance(value, dict) or not all(key.isascii() and key.isdigit() and len(key) < 11 for key in value):
+        raise ValueError("expected an object of token ids and biases")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"expected at most {MAX_BIASES} token ids")
+    return {int(key): bias for key, bias in value.items()}
 
 
 Stop = Annotated[tuple[str, ...], BeforeValidator(_stop), Field(max_length=16)]
@@ -78,10 +84,8 @@ Prompts = Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)
 Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]
 Content = Annotated[str, BeforeValidator(_content)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
-Biases = Annotated[
-    dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases), Field(max_length=1024)
-]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Biases = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases)]
+TokenId = Annotated[int, Field(ge=0, lt=INT32)]
 
 
 class Body(BaseModel):
@@ -121,9 +125,9 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None  # OpenAI's mark for abuse reports: has no effect on the answer
     # extensions
-    top_k: Annotated[int | None, Field(ge=-1)] = None  # 0 and -1: off
+    top_k: Annotated[int | None, Field(ge=-1, lt=INT32)] = None  # 0 and -1: off
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=64)] = None
     ignore_eos: bool | None = None
     use_beam_search: bool | None = None
@@ -137,7 +141,7 @@ class SamplingFields(Body):
 class CompletionRequest(SamplingFields):
     harmless = {"suffix": ("",)}
     prompt: Prompts
-    max_tokens: Annotated[int | None, Field(ge=0)] = None
+    max_tokens: Annotated[int | None, Field(ge=0, lt=INT32)] = None
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     echo: bool | None = None
     conditioning_length: Lengths | None = None  # extension: how many first tokens of each prompt condition the vectors
@@ -177,8 +181,8 @@ class ChatRequest(SamplingFields):
         "web_search_options": (),
     }
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_tokens: Annotated[int | None, Field(ge=1, lt=INT32)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, lt=INT32)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     # For OpenAI's bookkeeping, not for the answer:
@@ -210,8 +214,8 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: ModelName | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], FailFast()]
 
 
 class PromoteRequest(Body):
-    version: Annotated[int, Field(ge=1)]
+    version: Annotated[int, Field(ge=1, lt=INT32)]
