@@ -17,6 +17,7 @@ import torch
 from pedro.engine.sequence import SamplingParams, TokenLogprob
 
 LEAST_TEMPERATURE = 1e-6  # below it float32 would divide by zero
+LEAST_TOP_P = 1e-6  # float32 has no place for the least of floats: as zero it would drop every token
 CANDIDATES = 256  # likeliest tokens that top-k and top-p look at first; all of them only where that is too few
 
 
@@ -179,10 +180,10 @@ def _filtered(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor
     """probs [R, C] with zeros where a filter drops a token; the likeliest always stays."""
     if any(p.top_k or p.top_p < 1 for p in params):
         rank = torch.arange(probs.shape[-1], device=probs.device)
-        top_k = _column([p.top_k or math.inf for p in params], probs)[:, None]
+        top_k = _column([p.top_k if 0 < p.top_k < len(rank) else math.inf for p in params], probs)[:, None]
         kept = probs.where(rank < top_k, 0.0)
         share = kept / kept.sum(-1, keepdim=True).where(top_k < math.inf, 1.0)
-        top_p = _column([p.top_p if p.top_p < 1 else math.inf for p in params], probs)[:, None]
+        top_p = _column([max(p.top_p, LEAST_TOP_P) if p.top_p < 1 else math.inf for p in params], probs)[:, None]
         probs = kept.where(share.cumsum(-1) - share < top_p, 0.0)
     if any(p.min_p for p in params):
         least = probs.amax(-1, keepdim=True) * _column([p.min_p for p in params], probs)[:, None]
