@@ -234,12 +234,14 @@ def test_a_kept_adapter_survives_whatever_others_load_until_it_is_let_go():
     assert set(pool.residents()) == {"e", "f"}
 
 
-def test_more_kept_than_the_budget_holds_is_refused_with_the_numbers_and_undoes_nothing():
+def test_more_kept_than_the_budget_holds_is_refused_and_undoes_nothing(caplog):
     pool = make_pool(Shelf(), budget=25)
     pool.load("a", keep=True)
     pool.load("b", keep=True)
-    with pytest.raises(UnavailableError, match="pinned adapters hold 20 of the 25"):
+    with pytest.raises(UnavailableError, match="'c' has no room beside the pinned ones") as caught:
         pool.load("c")
+    assert "pinned adapters hold 20 of the 25" in caplog.text
+    assert "25" not in caught.value.message, "tenants meet this error: the figures are of others"
     pool.let_go("b")
     pool.load("c")
     held = pool.pin("c")
@@ -271,6 +273,18 @@ def test_unloading_a_kept_adapter_gives_its_room_back_at_once_or_once_nobody_hol
     assert held.adapter is not None
     pool.unpin(held)
     assert (pool.residents(), pool.stats()["bytes"]) == ({}, 0)
+
+
+def test_an_error_that_many_meet_does_not_gather_their_traces():
+    shelf = Shelf()
+    shelf.errors["a"] = AdapterError("damaged")
+    pool = make_pool(shelf)
+    depths = []
+    for _ in range(5):
+        with pytest.raises(AdapterError) as caught:
+            pool.load("a")
+        depths.append(len(caught.traceback))
+    assert len(set(depths[1:])) == 1
 
 
 def test_waiting_for_a_load_that_fails_raises_its_error():

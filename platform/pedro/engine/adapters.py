@@ -210,7 +210,7 @@ class AdapterPool(Generic[A]):
     def _raise_failure(self, ref: str) -> None:
         failure = self._failures.get(ref)
         if failure is not None and time.monotonic() < failure.retry_at:
-            raise failure.error
+            raise failure.error.with_traceback(None)  # else it would gather those of all whom it is raised for
 
     def _serve(self) -> None:
         while (entry := self._todo.get()) is not None:
@@ -234,7 +234,12 @@ class AdapterPool(Generic[A]):
                 )
             while self._wanted(entry) and not self._make_room(adapter.nbytes):
                 if self._kept_bytes + adapter.nbytes > self.budget_bytes:  # waiting would not help
-                    raise UnavailableError(self._no_room(adapter.nbytes, entry.ref), code=NO_ROOM)
+                    log.warning(self._no_room(adapter.nbytes, entry.ref))  # tenants are told no figures of others
+                    raise UnavailableError(
+                        f"adapter {entry.ref!r} has no room beside the pinned ones; an operator must unpin or unload "
+                        "one of them",
+                        code=NO_ROOM,
+                    )
                 self._changed.wait()
             if not self._wanted(entry):
                 return
