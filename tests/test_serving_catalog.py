@@ -9,8 +9,9 @@ import pytest
 from serving_adapters import OTHER_BACKBONE, register, settings_at, stub_adapter
 
 from pedro.errors import AdapterError, NotFoundError, UnavailableError, model_not_found
+from pedro.gateway.backend import ALL_TENANTS
 from pedro.registry import Registry
-from pedro.serving.catalog import EVERYONE, Catalog
+from pedro.serving.catalog import Catalog
 
 OURS = "sha256:" + "a" * 64
 _count = itertools.count()
@@ -103,8 +104,8 @@ def test_an_admin_sees_every_tenant_and_a_tenant_only_its_own(catalog, add):
 
     assert asyncio.run(names("acme")) >= {"acme.mine"}
     assert all(name.startswith("acme.") for name in asyncio.run(names("acme")))
-    assert asyncio.run(names(EVERYONE)) >= {"acme.mine", "globex.theirs"}
-    assert resolve(catalog, EVERYONE, "globex.theirs").tenant == "globex"
+    assert asyncio.run(names(ALL_TENANTS)) >= {"acme.mine", "globex.theirs"}
+    assert resolve(catalog, ALL_TENANTS, "globex.theirs").tenant == "globex"
 
 
 def test_a_tenant_whose_name_begins_with_anothers_is_a_stranger(catalog, add):

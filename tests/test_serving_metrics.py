@@ -1,5 +1,7 @@
 """What a replica tells Prometheus: read back by Prometheus's own parser."""
 
+import threading
+
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
 from pedro.engine.sequence import Output, Timing
@@ -44,6 +46,20 @@ def test_an_answer_counts_under_its_adapter_whatever_the_version():
     assert found["pedro_running", at[1]] == 3
     assert found["pedro_kv_cache_usage_ratio", at[1]] == 3 / 8
     assert found["pedro_adapter_evictions_total", at[1]] == 2
+
+
+def test_a_reader_of_the_figures_holds_up_no_engine():
+    def stats():
+        engine = threading.Thread(target=metrics.finished, args=(None, ended()))  # ends an answer while it is read
+        engine.start()
+        engine.join(5)
+        waited.append(engine.is_alive())
+        return STATS
+
+    waited = []
+    metrics = ReplicaMetrics("r1", "stories", stats)
+    metrics.text()
+    assert waited == [False]
 
 
 def test_ten_thousand_adapters_make_no_more_series_than_a_hundred():

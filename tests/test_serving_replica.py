@@ -392,6 +392,29 @@ def test_two_tenants_in_flight_at_once_each_get_their_own_answer(served):
     assert mixed[0].token_ids != mixed[4].token_ids
 
 
+def test_a_call_whose_outputs_cannot_be_written_ends_alone(served, monkeypatch):
+    def broken(token_id):
+        raise RuntimeError("no text for it")
+
+    monkeypatch.setattr(served.replica, "_texts", broken)
+
+    async def go():
+        scored = completion("One day", max_tokens=60, logprobs=1, ignore_eos=True)
+        async with linked(served.replica) as link:
+            other = link.call(completion(max_tokens=60, ignore_eos=True), None, ())
+            received = list(await anext(other))
+            with pytest.raises(UnavailableError) as caught:
+                async for _ in link.call(scored, None, ()):
+                    pass
+            async for batch in other:
+                received += batch
+            return received, caught.value
+
+    received, error = asyncio.run(go())
+    assert sum(len(delta.token_ids) for delta in received) == 60
+    assert error.code == "engine_error"
+
+
 def test_a_request_id_in_use_is_refused_and_the_first_request_goes_on(served):
     async def go():
         call = completion(max_tokens=60, ignore_eos=True)

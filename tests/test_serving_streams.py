@@ -10,13 +10,15 @@ import torch
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
 from serving_peers import LocalPeer
 
+from pedro.engine.sequence import Output
 from pedro.errors import ConflictError, NotFoundError, PedroError, ScopeError, UnavailableError
-from pedro.gateway.backend import GenerateCall
+from pedro.gateway.backend import ALL_TENANTS, GenerateCall
 from pedro.registry import Registry
 from pedro.serving.backend import ServeBackend
-from pedro.serving.catalog import EVERYONE, Catalog
+from pedro.serving.catalog import Catalog
 from pedro.serving.config import ServeConfig
 from pedro.serving.fleet import Fleet
+from pedro.serving.outlet import Outlet
 from pedro.serving.replica import Replica
 from pedro.serving.wire import LONGEST_SLICE_S, SLICE_S, slice_s
 
@@ -103,12 +105,21 @@ def test_all_calls_share_one_stream_and_their_tokens_travel_in_slices(served):
     assert max(piece.load for piece in slices) == max(piece.mine for piece in slices) == 4
 
 
-def test_the_first_token_leaves_alone_and_at_once(served):
-    async def go():
-        async with ingress(served, "r0") as at, aclosing(at.backend.generate(call(max_tokens=200))) as deltas:
-            return await anext(deltas)
+def test_the_first_token_leaves_at_once_and_others_wait_for_the_slice_or_the_last(monkeypatch):
+    monkeypatch.setattr("pedro.serving.outlet.slice_s", lambda calls: 3600.0)
 
-    assert len(run(go()).token_ids) == 1
+    async def go():
+        outlet = Outlet(lambda: 1, lambda request_id: None)
+        outlet.open(7, "r", 1, lambda outputs: [output.token_ids for output in outputs])
+        async with aclosing(outlet.slices()) as slices:
+            await anext(slices)
+            outlet.take([Output("r", token_ids=[1])])
+            first = await anext(slices)
+            outlet.take([Output("r", token_ids=[2])])
+            outlet.take([Output("r", token_ids=[3], finish_reason="length")])
+            return first.parts, (await anext(slices)).parts
+
+    assert run(go()) == (((7, [[1]]),), ((7, [[2], [3]]),))
 
 
 def test_slices_grow_with_the_calls_that_share_them():
@@ -305,8 +316,8 @@ def test_operators_load_pin_unpin_and_unload_on_every_replica(served):
     async def go():
         async with ingress(served, "r0") as at:
             backend = at.backend
-            await backend.unload_adapter(EVERYONE, "globex.faq")
-            (loaded,) = await backend.load_adapter(EVERYONE, "globex.faq")
+            await backend.unload_adapter(ALL_TENANTS, "globex.faq")
+            (loaded,) = await backend.load_adapter(ALL_TENANTS, "globex.faq")
             assert (loaded.name, loaded.version, loaded.replica, loaded.state) == ("globex.faq", 1, "r0", "ready")
             assert (loaded.pinned, loaded.uses, loaded.bytes > 0) == (False, 0, True)
             (pinned,) = await backend.pin_adapter("globex", "globex.faq@champion")
@@ -320,7 +331,19 @@ def test_operators_load_pin_unpin_and_unload_on_every_replica(served):
             with pytest.raises(NotFoundError):
                 await backend.pin_adapter("acme", "globex.faq")
             with pytest.raises(ScopeError):
-                await backend.load_adapter(EVERYONE, "stories260K")
+                await backend.load_adapter(ALL_TENANTS, "stories260K")
+            with pytest.raises(ScopeError):
+                await backend.promote(ALL_TENANTS, "stories260K", 1)
+            for tenant, name in ((ALL_TENANTS, "nonsense"), ("acme", "globex.faq"), (ALL_TENANTS, "acme.none")):
+                with pytest.raises(NotFoundError):
+                    await backend.promote(tenant, name, 1)
+                with pytest.raises(NotFoundError):
+                    await backend.rollback(tenant, name)
+            at.fleet.become([])
+            for act in (backend.load_adapter, backend.pin_adapter):
+                with pytest.raises(UnavailableError) as caught:
+                    await act("globex", "globex.faq")
+                assert caught.value.code == "no_replica", "nothing was loaded anywhere"
 
     run(go())
 
@@ -348,7 +371,7 @@ def test_one_adapter_is_shown_with_its_versions_and_a_foreign_one_is_not_found(s
         async with ingress(served, "r0") as at:
             card = await at.backend.get_adapter("acme", "acme.faq")
             assert [version.version for version in card.versions] == [2, 1]
-            for tenant, name in (("acme", "globex.faq"), ("acme", "acme.none"), (EVERYONE, "nonsense")):
+            for tenant, name in (("acme", "globex.faq"), ("acme", "acme.none"), (ALL_TENANTS, "nonsense")):
                 with pytest.raises(NotFoundError) as caught:
                     await at.backend.get_adapter(tenant, name)
                 assert caught.value.code == "model_not_found"

@@ -14,6 +14,7 @@ from typing import Any
 
 from pedro.errors import NotFoundError, PedroError, ScopeError, UnavailableError, model_not_found
 from pedro.gateway.backend import (
+    ALL_TENANTS,
     AdapterCard,
     AdapterResidence,
     Delta,
@@ -23,7 +24,7 @@ from pedro.gateway.backend import (
     VersionCard,
 )
 from pedro.registry import Registry, Version
-from pedro.serving.catalog import EVERYONE, Catalog
+from pedro.serving.catalog import Catalog, visible
 from pedro.serving.fleet import Fleet
 from pedro.serving.metrics import merged
 from pedro.serving.wire import ReplicaLost
@@ -77,13 +78,16 @@ class ServeBackend:
                             yield last
                 return
             except ReplicaLost as error:
-                if call.n == 1 and last is not None and last.finish_reason is not None:
-                    return
-                if attempt == ATTEMPTS or (call.n > 1 and sent):
+                if attempt == ATTEMPTS or (call.n > 1 and last is not None):
                     raise UnavailableError(
                         "the engine that answered was lost; try again", code="replica_lost"
                     ) from error
-                log.warning("request %s: its replica was lost after %d tokens; issued again", name, len(sent))
+                log.warning(
+                    "request %s (%s): its replica was lost after %d tokens; issued again",
+                    call.trace_id,
+                    name,
+                    len(sent),
+                )
                 call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
 
     def _check_size(self, prompt: str | tuple[int, ...] | None) -> None:
@@ -97,7 +101,7 @@ class ServeBackend:
 
     async def list_adapters(self, tenant: str) -> list[AdapterCard]:
         """Every adapter with its versions, for operators."""
-        names = await asyncio.to_thread(self._registry.models, None if tenant == EVERYONE else tenant)
+        names = await asyncio.to_thread(self._registry.models, None if tenant == ALL_TENANTS else tenant)
         return [await self._adapter(name) for name in names]
 
     async def promote(self, tenant: str, name: str, version: int) -> AdapterCard:
@@ -117,7 +121,7 @@ class ServeBackend:
     async def get_adapter(self, tenant: str, name: str) -> AdapterCard:
         """One adapter with its versions, for operators; the uniform 404 otherwise."""
         try:
-            card = await self._adapter(name) if tenant in (EVERYONE, name.partition(".")[0]) else None
+            card = await self._adapter(name) if visible(name, tenant) else None
         except NotFoundError:  # no name of an adapter at all
             card = None
         if card is None or not card.versions:
@@ -143,15 +147,15 @@ class ServeBackend:
     async def residents(self, tenant: str) -> list[AdapterResidence]:
         """Every adapter version of `tenant` that a replica holds now."""
         found = await self._ask_all("residents")
-        return [at for at in found if tenant in (EVERYONE, at.name.partition(".")[0])]
+        return [at for at in found if visible(at.name, tenant)]
 
     async def load_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
         """Make a version resident on every replica."""
-        return await self._ask_all("load", await self._version_ref(tenant, ref), False)
+        return await self._load(tenant, ref, keep=False)
 
     async def pin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
         """Load it and keep it from being evicted; a replica that comes later starts without pins."""
-        return await self._ask_all("load", await self._version_ref(tenant, ref), True)
+        return await self._load(tenant, ref, keep=True)
 
     async def unpin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
         """Make it one that may be evicted."""
@@ -181,14 +185,20 @@ class ServeBackend:
             raise ScopeError(f"'{model}' is the backbone, which is always loaded")
         return ref
 
+    async def _load(self, tenant: str, ref: str, *, keep: bool) -> list[AdapterResidence]:
+        found = await self._ask_all("load", await self._version_ref(tenant, ref), keep)
+        if not found:
+            raise UnavailableError("no engine replica answers; try again later", code="no_replica")
+        return found
+
     async def _ask_all(self, method: str, *arguments: Any) -> list[AdapterResidence]:
         return [at for of_replica in await self._fleet.ask_all(method, *arguments) for at in of_replica]
 
     def _own(self, tenant: str, name: str) -> None:
-        if tenant != EVERYONE and name.partition(".")[0] != tenant:
-            raise model_not_found(name)
-        if "." not in name:
+        if name == self._model_name:
             raise ScopeError(f"'{name}' is the backbone, which has no versions")
+        if not visible(name, tenant):
+            raise model_not_found(name)
 
     def _backbone_card(self) -> ModelCard:
         return ModelCard(self._model_name, self._started, "pedro", self._model_name, max_model_len=self.max_model_len)

@@ -13,9 +13,9 @@ import time
 from functools import partial
 
 from pedro.errors import AdapterError, NotFoundError, UnavailableError, model_not_found
+from pedro.gateway.backend import ALL_TENANTS
 from pedro.registry import CHAMPION, Entry, Registry, Version
 
-EVERYONE = "*"
 STALE_AFTER_S = 30.0
 PATIENCE_S = 1.0  # how long a request waits to hear that a version it names by number still exists
 _NAME = re.compile(
@@ -78,7 +78,7 @@ class Catalog:
         was never read, AdapterError for an adapter of another backbone.
         """
         match = _NAME.fullmatch(model)
-        if match is None or not _visible(match["name"], tenant):
+        if match is None or not visible(match["name"], tenant):
             raise model_not_found(model)
         if self._read_at is None:
             raise UnavailableError("the model catalogue is not loaded yet; try again in a moment")
@@ -104,7 +104,7 @@ class Catalog:
         """The champions that `tenant` may call, by name, those of other backbones left out."""
         found = []
         for name, entry in sorted(self._entries.items()):
-            if _visible(name, tenant) and CHAMPION in entry.aliases:
+            if visible(name, tenant) and CHAMPION in entry.aliases:
                 try:
                     version = await self._version(name, entry, entry.aliases[CHAMPION], float("inf"), name)
                 except NotFoundError:  # deleted since the last reading
@@ -153,5 +153,6 @@ class Catalog:
             asking.exception()  # it may be that nobody waits for it any more
 
 
-def _visible(name: str, tenant: str) -> bool:
-    return tenant in (EVERYONE, name.partition(".")[0])
+def visible(name: str, tenant: str) -> bool:
+    """Whether the adapter `name` is one of `tenant`'s."""
+    return tenant in (ALL_TENANTS, name.partition(".")[0])

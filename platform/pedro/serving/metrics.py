@@ -101,9 +101,8 @@ class ReplicaMetrics:
                 self._each.labels(*at).observe(each_s)
 
     def text(self) -> str:
-        """The Prometheus text of this replica."""
-        with self._lock:
-            return generate_latest(self._registry).decode()
+        """The Prometheus text of this replica. Takes no lock: the engine's thread must not wait for a reader."""
+        return generate_latest(self._registry).decode()
 
     def gauges(self) -> Iterator[Metric]:
         """What the engine says of itself, as of now."""

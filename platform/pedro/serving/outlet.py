@@ -7,16 +7,19 @@ tokens of a call and its last. All else waits for the end of the slice.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pedro.engine.sequence import Output
-from pedro.errors import PedroError
+from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import Delta
 from pedro.serving.deltas import Deltas
 from pedro.serving.wire import HEARTBEAT_S, Slice, slice_s
+
+log = logging.getLogger("pedro.serving")
 
 
 @dataclass
@@ -135,7 +138,12 @@ class Outlet:
             outputs, held.pending = held.pending, []
             made = [output for output in outputs if output.error is None]
             if made:
-                parts.append((held.number, held.deltas(made)))
+                try:
+                    parts.append((held.number, held.deltas(made)))
+                except Exception:  # whatever it is, it ends this call and not the stream of all
+                    log.exception("the outputs of request %s could not be written", request_id)
+                    error = UnavailableError("the engine failed on this request; try again", code="engine_error")
+                    held.failed = held.failed or error
             if held.failed is not None:
                 parts.append((held.number, held.failed))
                 self.cancel(held.number)

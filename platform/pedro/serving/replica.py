@@ -121,7 +121,7 @@ class Replica:
         except PedroError as error:
             outlet.refuse(number, error)
         except Exception:
-            log.exception("request %s could not be started", call.request_id)
+            log.exception("request %s (%s) could not be started", call.trace_id, call.request_id)
             outlet.refuse(number, UnavailableError("the engine failed on this request; try again", code="engine_error"))
 
     def _hand_out(self, outputs: list[Output]) -> None:
