@@ -17,7 +17,9 @@ app = typer.Typer(help="API keys: a key belongs to one tenant; its secret is sho
 @app.command()
 def create(
     tenant: Annotated[str, typer.Argument(help="The tenant that the key speaks for.")],
-    scope: Annotated[list[str] | None, typer.Option(help="infer, train or admin; repeat for several.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="infer, train, or admin: an operator of all tenants; repeat for several.")
+    ] = None,
     name: Annotated[str, typer.Option(help="A note to tell keys apart.")] = "",
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,

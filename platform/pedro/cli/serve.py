@@ -20,6 +20,7 @@ def serve(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
     max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    adapter_budget_mb: Annotated[float, typer.Option(help="Memory of a replica for resident adapters.")] = 512,
     detach: Annotated[bool, typer.Option("--detach", help="Return once it answers; `pedro down` ends it.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -43,6 +44,7 @@ def serve(
         "num_gpus": 1 if device.startswith("cuda") else 0,
         "max_batch": max_batch,
         "max_length": max_length,
+        "adapter_budget_mb": adapter_budget_mb,
     }
     served = deploy(settings, validate_spec(options, ServeConfig, source="serve"), host, port, say)
 
