@@ -168,6 +168,8 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{path}: required, but not given"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if isinstance(item["input"], dict):  # of a whole section: its message says which values do not go together
+        return f"{path}: {message}"
     return f"{path}: {message}, got {item['input']!r}"
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +65,27 @@ class Database:
                         f"database {where}: cannot be opened ({error.orig}); check PEDRO_DATABASE_URL", code="database"
                     ) from error
                 time.sleep(0.2)
+
+
+class FileWatch:
+    """Tells whether an sqlite file changed, without reading its tables. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: tuple[tuple[int, int], sqlite3.Connection] | None = None  # the file's identity, and a look at it
+
+    def stamp(self, path: str) -> object:
+        """A value that changes with every commit (https://www.sqlite.org/pragma.html#pragma_data_version).
+
+        Raises OSError or sqlite3.Error where the file is gone.
+        """
+        with self._lock:
+            file = os.stat(path)
+            if self._open is None or self._open[0] != (file.st_dev, file.st_ino):
+                uri = f"{Path(path).absolute().as_uri()}?mode=ro"
+                self._open = (file.st_dev, file.st_ino), sqlite3.connect(uri, uri=True, check_same_thread=False)
+            identity, link = self._open
+            return identity, link.execute("PRAGMA data_version").fetchone()[0]
 
 
 def _parse(text: str) -> URL:

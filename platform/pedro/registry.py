@@ -14,15 +14,16 @@ import os
 import shutil
 import sqlite3
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pedro.config import Settings, check_name
+from pedro.database import FileWatch
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
@@ -75,8 +76,7 @@ class Registry:
         self.tracking_uri = tracking_uri
         self.artifact_root = artifact_root
         self.cache_dir = Path(cache_dir)
-        self._stamping = threading.Lock()
-        self._watched: tuple[tuple[int, int], sqlite3.Connection] | None = None  # the file, and a look at it
+        self._watch = FileWatch()
 
     @classmethod
     def open(cls, settings: Settings) -> Registry:
@@ -113,19 +113,25 @@ class Registry:
 
     # Runs
 
-    def start_run(self, *, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-        """Open a run and return its id; a process anywhere may `log` to it."""
+    def start_run(
+        self,
+        *,
+        experiment: str,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        parent: str | None = None,
+    ) -> str:
+        """Open a run, under the run `parent` if one is given, and return its id; a process anywhere may `log` to it."""
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
             local = self.tracking_uri.startswith("sqlite:")
             location = (Path(self.artifact_root) / experiment).as_uri() if local else None
-            try:
-                experiment_id = self._client.create_experiment(experiment, artifact_location=location)
-            except self._mlflow_error():  # somebody else was first
-                experiment_id = self._client.get_experiment_by_name(experiment).experiment_id
-        else:
-            experiment_id = found.experiment_id
-        run = self._client.create_run(experiment_id, run_name=name, tags=dict(tags))
+            with suppress(self._mlflow_error()):  # somebody else was first
+                self._client.create_experiment(experiment, artifact_location=location)
+            found = self._client.get_experiment_by_name(experiment)
+        family = {"mlflow.parentRunId": parent} if parent else {}
+        run = self._client.create_run(found.experiment_id, run_name=name, tags={**tags, **family})
         from mlflow.entities import Param
 
         entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
@@ -149,14 +155,20 @@ class Registry:
         """Copy a directory's files into the run, under `path`."""
         self._client.log_artifacts(run_id, str(directory), path)
 
+    def artifacts(self, run_id: str, path: str, into: Path, of: str = "run") -> Path:
+        """Copy what `log_artifacts` put under `path` into a directory; where it is then. AdapterError if it is gone."""
+        try:
+            return Path(self._client.download_artifacts(run_id, path, str(into)))
+        except (self._mlflow_error(), OSError) as error:
+            raise AdapterError(f"{of}: its files are gone from the registry's artifact store") from error
+
     def finish_run(self, run_id: str, status: str = "FINISHED") -> None:
         """Close a run as FINISHED, FAILED or KILLED."""
         self._client.set_terminated(run_id, status)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """One curve of a run: (step, value), in the order of steps."""
-        points = self._client.get_metric_history(run_id, metric)
-        return sorted((point.step, point.value) for point in points)
+        return sorted((point.step, point.value) for point in self._client.get_metric_history(run_id, metric))
 
     # Versions
 
@@ -222,23 +234,14 @@ class Registry:
         }
 
     def stamp(self) -> object | None:
-        """Changes whenever the store does, at a hundredth of `catalog`'s cost; None where there is no such thing.
+        """Changes whenever an sqlite store does, at a hundredth of `catalog`'s cost; None for a tracking server.
 
-        An sqlite store has one (https://www.sqlite.org/pragma.html#pragma_data_version), a tracking server has not.
         Raises UnavailableError where the store is gone.
         """
         if not self.tracking_uri.startswith("sqlite:///"):
             return None
-        path = self.tracking_uri.removeprefix("sqlite:///")
         try:
-            with self._stamping:
-                file = os.stat(path)
-                if self._watched is None or self._watched[0] != (file.st_dev, file.st_ino):
-                    uri = f"{Path(path).absolute().as_uri()}?mode=ro"
-                    link = sqlite3.connect(uri, uri=True, check_same_thread=False)
-                    self._watched = (file.st_dev, file.st_ino), link
-                identity, link = self._watched
-                return identity, link.execute("PRAGMA data_version").fetchone()[0]
+            return self._watch.stamp(self.tracking_uri.removeprefix("sqlite:///"))
         except (OSError, sqlite3.Error) as error:
             raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
 
@@ -291,9 +294,8 @@ class Registry:
     def download(self, version: Version) -> Path:
         """The version's adapter directory on this host, from a cache keyed by its digest and its run.
 
-        The digest covers the weights alone: equal weights may come with another prompt format.
-
-        Raises AdapterError if what the store holds is not what was registered.
+        The digest covers the weights alone: equal weights may come with another prompt format. Raises AdapterError
+        if what the store holds is not what was registered.
         """
         target = self.cache_dir / "adapters" / f"{version.digest.removeprefix('sha256:')}-{version.run_id}"
         if (target / MANIFEST).is_file():
@@ -301,10 +303,7 @@ class Registry:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".loading-", dir=target.parent))
         try:
-            try:
-                source = Path(self._client.download_artifacts(version.run_id, "adapter", str(scratch)))
-            except (self._mlflow_error(), OSError) as error:
-                raise AdapterError(f"{version.ref}: its files are gone from the registry's artifact store") from error
+            source = self.artifacts(version.run_id, "adapter", scratch, of=version.ref)
             if _read_manifest(source)["digest"] != version.digest:
                 raise AdapterError(f"{version.ref}: the stored files are not those that were registered")
             try:

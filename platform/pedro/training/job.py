@@ -77,7 +77,7 @@ def run_job(
             _log_spec(registry, run_id, spec, Path(scratch))
             version = registry.register(run_id, trained.directory, spec.tenant, spec.adapter)
         decision = judge(spec, trained, registry)
-        alias = _move_alias(registry, version, decision)
+        alias = move_alias(registry, version, decision)
         registry.tag_run(run_id, {"pedro.version": version.ref, "pedro.alias": alias, "pedro.gate": decision.reason})
         status = "FINISHED"
     finally:
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings.from_env()
     try:
         spec = stage(read_spec(options.spec, settings.cache, options.overrides), settings.storage)
-        _connect()
+        connect()
         result = run_job(spec, settings, Registry.open(settings), options.job_id, say=_print)
     except PedroError as error:
         return _fail(error.message)
@@ -191,7 +191,7 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _connect() -> None:
+def connect(log_to_driver: bool = True) -> None:
     """Join the cluster that runs this as a job, or the one of RAY_ADDRESS, or (with neither) start one that ends here.
 
     Ray Train's own actors look the cluster up by RAY_ADDRESS; without it they search this host and may find another.
@@ -205,7 +205,7 @@ def _connect() -> None:
             address=address or "local",
             namespace="pedro",
             logging_level=logging.ERROR,
-            log_to_driver=True,
+            log_to_driver=log_to_driver,
             runtime_env={"env_vars": variables},
         )
 
@@ -217,7 +217,8 @@ def _champion(registry: Registry, name: str) -> int | None:
         return None
 
 
-def _move_alias(registry: Registry, version: Version, decision: GateDecision) -> str:
+def move_alias(registry: Registry, version: Version, decision: GateDecision) -> str:
+    """Make the version champion, or candidate if its gate refused; which of the two it is."""
     registry.tag_gate(version, f"{'passed' if decision.passed else 'refused'}: {decision.reason}")
     if decision.passed:
         registry.promote(version.name, version.version)

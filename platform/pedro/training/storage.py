@@ -52,6 +52,17 @@ def write_text(location: str, text: str) -> None:
         _copy(scratch.name, location)
 
 
+def read_text(location: str) -> str | None:
+    """What `write_text` wrote last; None if there is no such file."""
+    try:
+        if "://" not in location:
+            return Path(location).read_text(encoding="utf-8")
+        system, path = _filesystem(location)
+        return system.cat_file(path).decode()
+    except FileNotFoundError:
+        return None
+
+
 def exists(location: str) -> bool:
     """Whether a stored file is there."""
     if "://" not in location:

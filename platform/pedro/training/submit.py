@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from pedro.config import Settings
@@ -61,24 +61,37 @@ def submit(
         staged = stage(spec, settings.storage)
         location = join(settings.storage, "jobs", job_id, "spec.json")
         write_text(location, json.dumps(staged.to_dict(), indent=2))
-        _client(dashboard_url).submit_job(
-            entrypoint=f"{_python(dashboard_url)} -m pedro.training.job --spec '{location}' --job-id {job_id}",
-            submission_id=job_id,
-            runtime_env={"env_vars": {**settings.env(), **ENVIRONMENT}},
-            entrypoint_num_cpus=0,  # the driver waits; the CPUs are for the workers
-            metadata={"tenant": spec.tenant, "adapter": spec.adapter},
-        )
     except PedroError as error:
         if store:
             store.update_job(job_id, status="failed", message=error.message)
         raise
-    except (RuntimeError, OSError) as error:
+    try:
+        words = f"pedro.training.job --spec '{location}' --job-id {job_id}"
+        launch(words, job_id, settings, dashboard_url, {"tenant": spec.tenant, "adapter": spec.adapter})
+    except PedroError:
         if store:
             store.update_job(job_id, status="failed", message="the cluster did not take the job")
-        raise UnavailableError(f"the Ray cluster at {dashboard_url} did not take the job: {_line(error)}") from error
+        raise
     if store:
         store.update_job(job_id, submission_id=job_id)
     return job_id
+
+
+def launch(module: str, job_id: str, settings: Settings, dashboard_url: str, metadata: dict[str, str]) -> None:
+    """Have the cluster run `python -m module` (arguments included) as the job `job_id`, with these settings.
+
+    Raises UnavailableError if the cluster does not take it.
+    """
+    try:
+        _client(dashboard_url).submit_job(
+            entrypoint=f"{_python(dashboard_url)} -m {module}",
+            submission_id=job_id,
+            runtime_env={"env_vars": {**settings.env(), **ENVIRONMENT}},
+            entrypoint_num_cpus=0,  # the driver waits; the CPUs are for the workers
+            metadata=metadata,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UnavailableError(f"the Ray cluster at {dashboard_url} did not take the job: {_line(error)}") from error
 
 
 def wait(
@@ -88,6 +101,22 @@ def wait(
 
     Raises TrainingError with the job's own error line if it failed or was stopped.
     """
+    state, text = until_end(job_id, dashboard_url, say)
+    if state == "SUCCEEDED":
+        result = JobResult(**json.loads(text))
+        _record(store, job_id, "succeeded", result=result.to_dict())
+        return result
+    if state == "STOPPED":
+        _record(store, job_id, "cancelled", message="stopped")
+    else:
+        _record(store, job_id, "failed", message=text)
+    raise TrainingError(text)
+
+
+def until_end(
+    job_id: str, dashboard_url: str, say: Callable[[str], None] = lambda line: None
+) -> tuple[Literal["SUCCEEDED", "STOPPED", "FAILED"], str]:
+    """Follow a job to its end and `say` its lines: how it ended, with its result as JSON or with what went wrong."""
     last, failure = "", ""
     for line in follow(job_id, dashboard_url):
         if line.startswith("{"):
@@ -98,15 +127,10 @@ def wait(
             say(line)
     state = status(job_id, dashboard_url)
     if state == "SUCCEEDED":
-        result = JobResult(**json.loads(last))
-        _record(store, job_id, "succeeded", result=result.to_dict())
-        return result
+        return "SUCCEEDED", last
     if state == "STOPPED":
-        _record(store, job_id, "cancelled", message="stopped")
-        raise TrainingError(f"job {job_id} was stopped")
-    failure = failure or f"job {job_id} failed; `pedro jobs logs {job_id}` shows everything it wrote"
-    _record(store, job_id, "failed", message=failure)
-    raise TrainingError(failure)
+        return "STOPPED", f"job {job_id} was stopped"
+    return "FAILED", failure or f"job {job_id} failed; `pedro jobs logs {job_id}` shows everything it wrote"
 
 
 def follow(job_id: str, dashboard_url: str) -> Iterator[str]:
@@ -180,7 +204,10 @@ def jobs(dashboard_url: str) -> list[dict[str, Any]]:
 def _record(store: Store | None, job_id: str, state: str, **fields: Any) -> None:
     if store is None:
         return
-    record = store.get_job(job_id)
+    try:
+        record = store.get_job(job_id)
+    except NotFoundError:  # a sweep, which keeps its own records
+        return
     if record.status.final:
         return
     if state == "succeeded" and record.status == "queued":

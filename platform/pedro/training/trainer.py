@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,10 +64,25 @@ class Result:
     directory: Path
 
 
-def fit(spec: FineTuneSpec, settings: Settings, run_id: str, job_id: str, scratch: Path) -> Result:
+class WorkersLost(TrainingError):
+    """Workers died too often; the same job may well succeed another time."""
+
+
+def fit(
+    spec: FineTuneSpec,
+    settings: Settings,
+    run_id: str,
+    job_id: str,
+    scratch: Path,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Result:
     """Train on the cluster that this process is connected to; the adapter is then in `scratch`.
 
-    Raises the PedroError of the workers, or TrainingError if they were lost more often than `max_failures`.
+    A run of the same `job_id` that was interrupted goes on from its last checkpoint. `extra` goes into the adapter's
+    manifest; `callbacks` are Ray Train's, and see the report of every checkpoint: step, steps, and dev_loss if known.
+    Raises the PedroError of the workers, or WorkersLost if they were lost more often than `max_failures`.
     """
     os.environ.update(ENVIRONMENT)
     import ray.train
@@ -81,7 +96,12 @@ def fit(spec: FineTuneSpec, settings: Settings, run_id: str, job_id: str, scratc
     loop: Any = work
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"spec": spec.to_dict(), "settings": _plain(settings), "run_id": run_id},
+        train_loop_config={
+            "spec": spec.to_dict(),
+            "settings": pack_settings(settings),
+            "run_id": run_id,
+            "extra": dict(extra or {}),
+        },
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
@@ -92,12 +112,13 @@ def fit(spec: FineTuneSpec, settings: Settings, run_id: str, job_id: str, scratc
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            callbacks=list(callbacks),
         ),
     )
     try:
         result: Any = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(
+        raise WorkersLost(
             f"training: workers failed more than {resources.max_failures} times (resources.max_failures): "
             f"{_innermost(error)}"
         ) from error
@@ -130,20 +151,27 @@ def _work(config: dict[str, Any]) -> None:
     if _finished(ray.train.get_checkpoint()):
         return
     spec = FineTuneSpec.model_validate(config["spec"])
-    settings = _settings(config["settings"])
+    settings = unpack_settings(config["settings"])
     context = ray.train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
     registry = Registry.open(settings)
     curves = Curves(lambda: _log_to(registry, config["run_id"])) if team.rank == 0 else None
     try:
-        _train(spec, settings, registry, team, curves)
+        _train(spec, settings, registry, team, curves, config["extra"])
     finally:
         if curves:
             curves.close()
 
 
-def _train(spec: FineTuneSpec, settings: Settings, registry: Registry, team: Team, curves: Curves | None) -> None:
+def _train(
+    spec: FineTuneSpec,
+    settings: Settings,
+    registry: Registry,
+    team: Team,
+    curves: Curves | None,
+    extra: Mapping[str, Any],
+) -> None:
     """Train, score, save, and report the adapter as the run's last checkpoint."""
     import ray.train
 
@@ -151,13 +179,13 @@ def _train(spec: FineTuneSpec, settings: Settings, registry: Registry, team: Tea
     from pedro.training.session import deepspeed_engine, open_session
 
     session = open_session(spec, settings.cache, deepspeed_engine(spec), team)
-    reporter = RayReporter(curves)
+    reporter = RayReporter(curves, session.plan.steps)
     if team.rank == 0:
         what = f"{session.trainable_parameters:,} parameters on {len(session.data.train):,} rows"
         reporter.line(f"training {what}, {session.plan.steps:,} steps")
     trained = worker.run_session(session, reporter)
     with tempfile.TemporaryDirectory() as folder:
-        digest = worker.save(session, trained, Path(folder) / ADAPTER)
+        digest = worker.save(session, trained, Path(folder) / ADAPTER, extra)
         checkpoint = None
         if team.rank == 0:
             finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
@@ -170,17 +198,17 @@ def _train(spec: FineTuneSpec, settings: Settings, registry: Registry, team: Tea
             }
             (Path(folder) / ANSWER).write_text(json.dumps(answer))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        _report(trained.outcome.steps, checkpoint, team)
+        _report({"step": trained.outcome.steps, "steps": session.plan.steps}, checkpoint, team)
 
 
-def _report(step: int, checkpoint: Any, team: Team) -> None:
+def _report(metrics: dict[str, Any], checkpoint: Any, team: Team) -> None:
     """Hand a checkpoint to Ray Train. With one worker, a full disk is an error that is not retried."""
     import ray.train
 
     from pedro.training.checkpoints import cannot_write
 
     try:
-        ray.train.report({"step": step}, checkpoint=checkpoint)
+        ray.train.report(metrics, checkpoint=checkpoint)
     except OSError as error:
         if team.world > 1:
             raise  # the others wait in Ray's barrier: only a restart frees them
@@ -190,8 +218,8 @@ def _report(step: int, checkpoint: Any, team: Team) -> None:
 class RayReporter:
     """Checkpoints through Ray Train, lines to standard output, which the job's log collects."""
 
-    def __init__(self, curves: Curves | None) -> None:
-        self._curves = curves
+    def __init__(self, curves: Curves | None, steps: int) -> None:
+        self._curves, self._steps = curves, steps
 
     def resume(self, engine: StepEngine, team: Team) -> tuple[Progress, Mapping[str, torch.Tensor]] | None:
         import ray.train
@@ -211,7 +239,10 @@ class RayReporter:
 
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder) / STATE, engine, team, progress, best)
-            _report(progress.step, ray.train.Checkpoint.from_directory(folder), team)
+            metrics: dict[str, Any] = {"step": progress.step, "steps": self._steps}
+            if progress.validations:
+                metrics["dev_loss"] = progress.validations[-1][1]
+            _report(metrics, ray.train.Checkpoint.from_directory(folder), team)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         if self._curves:
@@ -248,11 +279,13 @@ def _log_to(registry: Registry, run_id: str) -> Any:
     return lambda step, values: registry.log(run_id, step, values)
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
+def pack_settings(settings: Settings) -> dict[str, Any]:
+    """Settings as plain values, for a process on another host."""
     return {**asdict(settings), "home": str(settings.home)}
 
 
-def _settings(plain: dict[str, Any]) -> Settings:
+def unpack_settings(plain: dict[str, Any]) -> Settings:
+    """What `pack_settings` packed."""
     return Settings(**{**plain, "home": Path(plain["home"])})
 
 

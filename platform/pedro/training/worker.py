@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,15 @@ def run_session(session: Session, reporter: Reporter) -> Trained:
     outcome = train(session.engine, session.alternation, session.plan, session.data, reporter)
     if team.rank == 0:
         reporter.line(f"trained {outcome.steps:,} steps in {outcome.seconds:.0f} s; scoring")
-    counts = {
+    counts: dict[str, Any] = {
         "train_rows": len(session.data.train),
         "steps": outcome.steps,
         "optimizer_steps": outcome.optimizer_steps,
         "best_step": outcome.best_step,
         "seconds": round(outcome.seconds, 2),
     }
+    if outcome.validation_loss is not None and math.isfinite(outcome.validation_loss):
+        counts["validation_loss"] = outcome.validation_loss
     return Trained(outcome, {**evaluate(session, team), **counts})
 
 
@@ -74,15 +78,15 @@ def _score(session: Session, model: nn.Module, rows: Any, team: Team) -> Score:
     return mine if together else sum(team.gather(mine), Score())
 
 
-def save(session: Session, trained: Trained, directory: Path) -> str | None:
-    """Write the adapter directory from rank 0 and return its digest there.
+def save(session: Session, trained: Trained, directory: Path, extra: Mapping[str, Any] | None = None) -> str | None:
+    """Write the adapter directory from rank 0 and return its digest there; `extra` goes into its manifest as well.
 
     Raises UnavailableError on every worker if it cannot be written.
     """
     from pedro.methods.adapter_files import save_adapter
 
     team = Team(session.engine.rank, session.engine.world)
-    manifest = _manifest(session, trained)
+    manifest = {**_manifest(session, trained), **(extra or {})}
 
     def write() -> str | None:
         return save_adapter(session.model, directory, manifest) if team.rank == 0 else None
