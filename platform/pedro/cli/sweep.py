@@ -1,0 +1,125 @@
+"""`pedro sweep`: many fine-tuning jobs over a space of settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pedro.cli.output import AsJson, emit, percent, say, table
+
+if TYPE_CHECKING:
+    from pedro.training.sweep.spec import SweepSpec
+
+
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="A YAML file: name, base (a job as `pedro submit` takes it), space.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change, for instance base.training.max_steps=100")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the sweep to its end; exit 1 if it fails.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Start nothing; check everything, show the trials and their cost.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the last sweep of this spec; what has ended is not run again."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try a space of settings as trials of one Ray Tune job, and register the best as a new version.
+
+    Trials are compared by their validation loss; ASHA stops the worse ones early.
+
+    Examples: `pedro sweep jobs/configs/nano_sweep_r.yaml --wait`,
+    `pedro sweep jobs/configs/nano_sweep_r.yaml base.training.max_steps=100 --dry-run`
+    """
+    from pedro.config import Settings
+    from pedro.training.sweep.spec import load_sweep_spec
+    from pedro.training.sweep.variants import check
+
+    wanted = load_sweep_spec(spec, overrides or [])
+    check(wanted)
+    if dry_run:
+        _dry_run(wanted, as_json)
+        return
+    from pedro.cluster import connect
+    from pedro.training.sweep import launch
+
+    settings = Settings.from_env()
+    url = connect(settings, say).dashboard_url
+    entry = launch.reopen(wanted, settings, url) if resume else launch.prepare(wanted, settings)
+    launch.start(entry, settings, url)
+    if not wait:
+        follow = f"follow it:  pedro jobs logs {entry.submission_id} --follow"
+        emit(
+            {"sweep": entry.id, "job_id": entry.submission_id, "model": wanted.base.name},
+            as_json,
+            lambda: typer.echo(f"{entry.id}\n{follow}"),
+        )
+        return
+    say(f"{entry.id} {'goes on with' if resume else 'sweeps'} {wanted.base.name}")
+    try:
+        result = json.loads(launch.wait(entry, url, say))
+    except KeyboardInterrupt:
+        say(f"the sweep goes on; `pedro jobs stop {entry.submission_id}` ends it")
+        raise
+    emit(result, as_json, lambda: _show(result, list(wanted.space)))
+
+
+def _show(result: dict[str, Any], keys: list[str]) -> None:
+    table(
+        ["trial", "state", *keys, "parameters", "dev loss", "accuracy", "steps", "seconds", "message"],
+        [
+            [
+                f"{row['trial']} *" if row["trial"] == result["best"]["trial"] else row["trial"],
+                row["state"],
+                *(row[key] for key in keys),
+                f"{row['trainable_parameters']:,}" if row["trainable_parameters"] else "-",
+                "-" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
+                percent(row["accuracy"]),
+                row["steps"],
+                row["seconds"],
+                row["message"],
+            ]
+            for row in result["trials"]
+        ],
+    )
+    typer.echo(f"best: trial {result['best']['trial']} is {result['model']}, {result['alias']}")
+    typer.echo(f"gate: {result['gate']}")
+    typer.echo(f"table and figure: {result['directory']}")
+
+
+def _dry_run(wanted: SweepSpec, as_json: bool) -> None:
+    """Show what would be tried, and what the first trial costs."""
+    from pedro.backbone import quiet
+    from pedro.training.estimate import dry_run
+    from pedro.training.sweep.planner import make_planner
+    from pedro.training.sweep.variants import plan, variant
+
+    quiet()
+    planned = plan(wanted)
+    planner = make_planner(wanted, [])
+    first = planned[0] if planned else planner.propose(0)
+    report = dry_run(variant(wanted, first))
+    seconds = report.seconds * planner.total
+    shown: dict[str, Any] = {
+        "spec": wanted.to_dict(),
+        "trials": planned,
+        "count": planner.total,
+        "first": report.to_dict(),
+        "seconds": seconds,
+    }
+
+    def show() -> None:
+        typer.echo(f"sweep {wanted.name}: {planner.total} trials by {wanted.search.algorithm}, {wanted.scheduler.name}")
+        if planned:
+            table(["trial", *wanted.space], [[n, *each.values()] for n, each in enumerate(planned)])
+        else:
+            table(["key", "kind", "values"], [[k, d.kind, list(d.values)] for k, d in wanted.space.items()])
+        typer.echo(f"the first trial:\n{report}")
+        typer.echo(f"all of them: at most {seconds / 60:,.1f} min of training, one after the other; less where stopped")
+
+    emit(shown, as_json, show)

@@ -1,0 +1,214 @@
+"""One sweep, from spec to version: `python -m pedro.training.sweep.job --sweep ID`, or `--spec FILE [key=value …]`.
+
+The outline: check, prepare, run the trials, register the best, report. The last line on standard output is the result
+as one JSON object. Killed at any point, the same command with `--sweep ID` goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pedro.config import Settings
+from pedro.errors import ConfigError, PedroError, TrainingError
+from pedro.provenance import provenance
+from pedro.registry import CHAMPION, Registry, Version
+from pedro.training.job import Say, check_data, connect, flat, judge, move_alias
+from pedro.training.sweep.board import Board
+from pedro.training.sweep.launch import prepare
+from pedro.training.sweep.planner import make_planner
+from pedro.training.sweep.records import Entry, Records, State, Trial
+from pedro.training.sweep.report import Progress, rows_of, write_report
+from pedro.training.sweep.spec import SweepSpec, load_sweep_spec
+from pedro.training.sweep.variants import check, variant
+from pedro.training.trainer import Champion, Result
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """How a sweep ended, as `pedro sweep --wait --json` prints it."""
+
+    sweep: str
+    name: str
+    model: str
+    """The version that the best trial became, `tenant.adapter:version`."""
+    alias: str
+    gate: str
+    digest: str
+    best: dict[str, Any]
+    """trial, parameters, metrics."""
+    counts: dict[str, int]
+    """Trials by state."""
+    kept: int
+    """Trials that had ended before this driver was started, and were not run again."""
+    trials: list[dict[str, Any]]
+    directory: str
+    """summary.json, trials.csv and parallel.png, on the driver's host; the run holds them as well."""
+    run_id: str
+    seconds: float
+    """Of this driver."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_sweep(sweep_id: str, settings: Settings, registry: Registry, say: Say = print) -> SweepResult:
+    """Run a sweep on the Ray cluster that this process is connected to, or what is left of it.
+
+    Raises PedroError; then what was trained stays, and the same call goes on from there.
+    """
+    from pedro.training.sweep.tuning import capacity, run_trials
+
+    started = time.monotonic()
+    records = Records(settings.storage, sweep_id)
+    spec = records.spec()
+    check_data(spec.base, settings, say)
+    run_id = _own_run(records, spec, registry)
+    status = "FAILED"
+    try:
+        board = Board(records, spec, make_planner(spec, records.trials()), registry, run_id)
+        if board.waiting:
+            concurrency = min(spec.concurrency or capacity(spec.base.resources), board.waiting)
+            kept = f"{board.kept} of {board.planner.total} trials have ended before; " if board.kept else ""
+            say(f"sweep {sweep_id}: {kept}{board.waiting} trials to run, {concurrency} at a time")
+            entry = records.entry()
+            assert entry is not None
+            run_trials(board, settings, entry.submission_id, concurrency, Progress(board, say).show)
+        result = _finish(board, settings, registry, started, say)
+        status = "FINISHED"
+        return result
+    finally:
+        registry.finish_run(run_id, status)
+
+
+def _own_run(records: Records, spec: SweepSpec, registry: Registry) -> str:
+    """The sweep's run in MLflow, the parent of its trials'; made once."""
+    entry = records.entry()
+    assert entry is not None
+    if entry.run_id:
+        return entry.run_id
+    space = {f"space.{key}": f"{dimension.kind} {list(dimension.values)}" for key, dimension in spec.space.items()}
+    how = flat({"search": spec.search.model_dump(), "scheduler": spec.scheduler.model_dump()})
+    run_id = registry.start_run(
+        experiment=spec.base.name,
+        name=records.sweep_id,
+        params={**space, **how, **flat(spec.base.to_dict(), "base.")},
+        tags={"pedro.sweep": records.sweep_id, "pedro.sweep_name": spec.name, "pedro.model": spec.base.name},
+    )
+    records.write_entry(replace(entry, run_id=run_id))
+    return run_id
+
+
+def _finish(board: Board, settings: Settings, registry: Registry, started: float, say: Say) -> SweepResult:
+    best = board.best
+    if best is None or best.outcome is None:
+        last = next((trial for trial in reversed(board.trials) if trial.message), None)
+        why = f"; trial {last.number}: {last.message}" if last else ""
+        raise TrainingError(f"sweep {board.records.sweep_id}: none of its {len(board.trials)} trials finished{why}")
+    version, alias, gate = _register(board, best, registry)
+    outcome, counts = best.outcome, board.counts()
+    chosen = {"trial": best.number, "parameters": best.parameters, "metrics": outcome.metrics}
+    folder = settings.home / "sweeps" / board.records.sweep_id
+    result = SweepResult(
+        sweep=board.records.sweep_id,
+        name=board.spec.name,
+        model=version.ref,
+        alias=alias,
+        gate=gate,
+        digest=version.digest,
+        best={**chosen, "trainable_parameters": outcome.trainable_parameters, "run_id": best.run_id},
+        counts=counts,
+        kept=board.kept,
+        trials=rows_of(board.trials),
+        directory=str(folder),
+        run_id=board.run_id,
+        seconds=round(time.monotonic() - started, 2),
+    )
+    summary = {**result.to_dict(), "spec": board.spec.to_dict(), "provenance": provenance()}
+    write_report(board, folder, summary)
+    registry.log_artifacts(board.run_id, folder, "sweep")
+    scores = {f"best/{name}": value for name, value in outcome.metrics.items() if isinstance(value, (int, float))}
+    registry.log(board.run_id, len(board.trials), {**scores, **{f"trials/{k}": v for k, v in counts.items()}})
+    registry.tag_run(board.run_id, {"pedro.version": version.ref, "pedro.best_trial": str(best.number)})
+    say(f"{version.ref} is {'the champion' if alias == CHAMPION else 'kept as candidate'}: {gate}")
+    if counts[State.LOST]:
+        say(f"{counts[State.LOST]} trials were lost; `pedro sweep … --resume` runs them again")
+    return result
+
+
+def _register(board: Board, best: Trial, registry: Registry) -> tuple[Version, str, str]:
+    """The best trial's adapter as a version, through the gate: it, its alias and why. Asked again, the same."""
+    job = variant(board.spec, best.parameters)
+    for version in registry.versions(job.name):
+        if version.run_id == best.run_id and version.gate:
+            alias = CHAMPION if version.gate.startswith("passed") else "candidate"
+            return version, alias, version.gate.partition(": ")[2]
+    assert best.outcome is not None
+    champion = Champion(**best.outcome.champion) if best.outcome.champion else None
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = registry.artifacts(best.run_id, "adapter", Path(scratch), of=f"trial {best.number}")
+        version = registry.register(best.run_id, directory, job.tenant, job.adapter)
+        trained = Result(
+            best.outcome.digest, best.outcome.metrics, best.outcome.trainable_parameters, champion, directory
+        )
+    decision = judge(job, trained, registry)
+    return version, move_alias(registry, version, decision), decision.reason
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point of the Ray job."""
+    parser = argparse.ArgumentParser(prog="pedro.training.sweep.job", description="Run one sweep, or go on with it.")
+    parser.add_argument("--sweep", help="the id of a sweep that `pedro sweep` has prepared, or that was interrupted")
+    parser.add_argument("--spec", help="a YAML spec, for a new sweep")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the spec")
+    options = parser.parse_args(arguments)
+    settings = Settings.from_env()
+    try:
+        entry = _entry(options, settings)
+        connect(log_to_driver=False)
+        result = run_sweep(entry.id, settings, Registry.open(settings), say=_print)
+    except PedroError as error:
+        return _fail(error.message)
+    except Exception as error:  # noqa: BLE001 - the edge of the process: one line for people, the rest for the log
+        for line in traceback.format_exc().splitlines():
+            print(f"(driver pid={os.getpid()}) {line}", file=sys.stderr)
+        return _fail(f"the sweep broke ({type(error).__name__}); `pedro jobs logs` shows where; --resume goes on")
+    print(json.dumps(result.to_dict()), flush=True)
+    return 0
+
+
+def _entry(options: argparse.Namespace, settings: Settings) -> Entry:
+    if bool(options.sweep) == bool(options.spec):
+        raise ConfigError("give either --sweep ID or --spec FILE", param="--sweep")
+    if options.spec:
+        spec = load_sweep_spec(options.spec, options.overrides)
+        check(spec)
+        entry = prepare(spec, settings)
+        _print(f"sweep {entry.id}; if it is interrupted: --sweep {entry.id}")
+        return entry
+    known = Records(settings.storage, options.sweep).entry()
+    if known is None:
+        raise ConfigError(f"--sweep: {options.sweep!r} is not known in {settings.storage}", param="--sweep")
+    return known
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What the next trial tries: the next of a list, or what Optuna learnt from those before. Knows nothing of Ray.
+
+A planner is made anew when a sweep is resumed, from the trials that were begun until then; it has no state of its own
+that a kill could lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from pedro.training.sweep.records import State, Trial
+from pedro.training.sweep.space import Dimension, Parameters, rounded
+from pedro.training.sweep.spec import SweepSpec
+from pedro.training.sweep.variants import plan
+
+
+class Planner(Protocol):
+    """Where parameters come from."""
+
+    total: int
+    """Trials in all."""
+
+    def propose(self, number: int) -> Parameters:
+        """Parameters for the trial `number`, counted from 0 and less than `total`."""
+
+    def learn(self, trial: Trial) -> None:
+        """Take note of a trial that has ended."""
+
+
+def make_planner(spec: SweepSpec, begun: Iterable[Trial]) -> Planner:
+    """The planner of a spec that knows of the trials that were begun before."""
+    planned = plan(spec)
+    return OptunaPlanner(spec, begun) if planned is None else Listed(planned)
+
+
+class Listed:
+    """Goes through a list."""
+
+    def __init__(self, planned: list[Parameters]) -> None:
+        self._planned, self.total = planned, len(planned)
+
+    def propose(self, number: int) -> Parameters:
+        return self._planned[number]
+
+    def learn(self, trial: Trial) -> None:
+        """A list does not change."""
+
+
+class OptunaPlanner:
+    """Optuna's TPE sampler (https://optuna.readthedocs.io, `TPESampler`), by ask and tell."""
+
+    def __init__(self, spec: SweepSpec, begun: Iterable[Trial]) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        begun = list(begun)
+        self.total = spec.draws
+        self._space = spec.space
+        self._distributions = {key: _distribution(dimension) for key, dimension in spec.space.items()}
+        # a resumed sampler must not repeat the draws of the first one
+        sampler = optuna.samplers.TPESampler(seed=spec.search.seed * 1_000_003 + len(begun))
+        self._study = optuna.create_study(direction="minimize", sampler=sampler)
+        self._asked: dict[int, Any] = {}
+        for trial in begun:
+            if trial.state.final:
+                self._study.add_trial(self._as_told(trial))
+
+    def propose(self, number: int) -> Parameters:
+        asked = self._study.ask(self._distributions)
+        self._asked[number] = asked
+        return {key: _value(dimension, asked.params[key]) for key, dimension in self._space.items()}
+
+    def learn(self, trial: Trial) -> None:
+        asked = self._asked.pop(trial.number, None)
+        if asked is None:  # begun before a kill, so that this study never asked for it
+            self._study.add_trial(self._as_told(trial))
+            return
+        from optuna.trial import TrialState
+
+        loss = _told(trial)
+        self._study.tell(asked, loss, state=TrialState.FAIL if loss is None else TrialState.COMPLETE)
+
+    def _as_told(self, trial: Trial) -> Any:
+        from optuna.trial import TrialState, create_trial
+
+        loss = _told(trial)
+        inside = {key: _inside(dimension, trial.parameters[key]) for key, dimension in self._space.items()}
+        state = TrialState.FAIL if loss is None else TrialState.COMPLETE
+        return create_trial(state=state, value=loss, params=inside, distributions=self._distributions)
+
+
+def _told(trial: Trial) -> float | None:
+    """The loss that Optuna hears; None for a failure. A trial that was stopped early says how far it had come."""
+    return trial.loss if trial.state in (State.FINISHED, State.STOPPED) else None
+
+
+def _distribution(dimension: Dimension) -> Any:
+    """Lists go by position, since Optuna knows scalars alone and `orders` are pairs."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if dimension.listed:
+        return CategoricalDistribution(tuple(range(len(dimension.values))))
+    low, high = dimension.values
+    if dimension.kind == "randint":
+        return IntDistribution(low, high)
+    return FloatDistribution(low, high, log=dimension.kind == "loguniform")
+
+
+def _value(dimension: Dimension, inside: Any) -> Any:
+    if dimension.listed:
+        return dimension.values[inside]
+    return inside if dimension.kind == "randint" else rounded(inside, *dimension.values)
+
+
+def _inside(dimension: Dimension, value: Any) -> Any:
+    return dimension.values.index(value) if dimension.listed else value

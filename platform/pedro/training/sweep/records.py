@@ -1,0 +1,178 @@
+"""What of a sweep must outlive a kill: its spec, and one small file for each trial. Knows nothing of Ray or MLflow.
+
+Under `sweeps/<id>/` of the storage. `trials/<n>.json` is written by the sweep's driver alone, `results/<n>.json` by the
+trial alone, so that no two processes ever write one file; a trial that has a result is never run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from pedro.training.storage import join, read_text, write_text
+from pedro.training.sweep.space import Parameters
+from pedro.training.sweep.spec import SweepSpec
+
+
+class State(StrEnum):
+    """How a trial stands. RUNNING → FINISHED | STOPPED | FAILED | LOST; a resume runs RUNNING and LOST ones again."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    """By the scheduler, for others were better."""
+    FAILED = "failed"
+    """By itself, for instance because it diverged; it would only do so again."""
+    LOST = "lost"
+    """By its surroundings: a worker was killed, a disk was full."""
+
+    @property
+    def final(self) -> bool:
+        return self in (State.FINISHED, State.STOPPED, State.FAILED)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial says of its own end."""
+
+    state: State
+    attempt: int
+    message: str = ""
+    digest: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    trainable_parameters: int = 0
+    champion: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial, as the driver knows it."""
+
+    number: int
+    parameters: Parameters
+    run_id: str
+    state: State = State.RUNNING
+    attempt: int = 1
+    """Counts up when a lost trial is started anew; one that was only interrupted goes on as the same attempt."""
+    reports: tuple[tuple[int, float], ...] = ()
+    """(step, validation loss), as the scheduler saw them."""
+    steps: int = 0
+    """How many there will be; 0 before the first report."""
+    message: str = ""
+    outcome: Outcome | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The validation loss that counts: of the kept checkpoint if it finished, else the last finite one seen."""
+        if self.outcome and "validation_loss" in self.outcome.metrics:
+            return self.outcome.metrics["validation_loss"]
+        return next((loss for _, loss in reversed(self.reports) if math.isfinite(loss)), None)
+
+    @property
+    def step(self) -> int:
+        """How far it got."""
+        return self.reports[-1][0] if self.reports else 0
+
+    def job_id(self, sweep_id: str) -> str:
+        """The name of its Ray Train run; the same name goes on where it was interrupted."""
+        again = f"-{self.attempt}" if self.attempt > 1 else ""
+        return f"{sweep_id}-trial-{self.number:03d}{again}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sweep as such."""
+
+    id: str
+    spec: dict[str, Any]
+    submissions: int = 1
+    """How often a driver was started for it."""
+    run_id: str = ""
+    """Its run in MLflow, once there is one."""
+
+    @property
+    def submission_id(self) -> str:
+        """The Ray job of its last driver."""
+        return self.id if self.submissions == 1 else f"{self.id}-again-{self.submissions - 1}"
+
+
+class Records:
+    """The files of one sweep."""
+
+    def __init__(self, storage: str, sweep_id: str) -> None:
+        self.sweep_id = sweep_id
+        self.location = join(storage, "sweeps", sweep_id)
+
+    def entry(self) -> Entry | None:
+        """The sweep itself; None if there is none of this id."""
+        text = read_text(join(self.location, "sweep.json"))
+        return None if text is None else Entry(**json.loads(text))
+
+    def write_entry(self, entry: Entry) -> None:
+        self._write("sweep.json", asdict(entry))
+
+    def spec(self) -> SweepSpec:
+        """The resolved spec, its data in the storage."""
+        entry = self.entry()
+        assert entry is not None, f"{self.sweep_id} has no record; the caller looks first"
+        return SweepSpec.model_validate(entry.spec)
+
+    def trials(self) -> list[Trial]:
+        """All trials that were ever begun, in order, with their own words on how they ended."""
+        found: list[Trial] = []
+        while (text := read_text(self._trial(len(found)))) is not None:
+            found.append(self._with_outcome(_trial(json.loads(text))))
+        return found
+
+    def write_trial(self, trial: Trial) -> None:
+        """For the driver."""
+        self._write(f"trials/{trial.number:03d}.json", {**asdict(trial), "outcome": None})
+
+    def write_outcome(self, number: int, outcome: Outcome) -> None:
+        """For the trial."""
+        self._write(f"results/{number:03d}.json", asdict(outcome))
+
+    def outcome(self, trial: Trial) -> Outcome | None:
+        """What this attempt of the trial said of its end, if it came so far."""
+        text = read_text(join(self.location, f"results/{trial.number:03d}.json"))
+        if text is None:
+            return None
+        tree = json.loads(text)
+        outcome = Outcome(**{**tree, "state": State(tree["state"])})
+        return outcome if outcome.attempt == trial.attempt else None
+
+    def _with_outcome(self, trial: Trial) -> Trial:
+        outcome = self.outcome(trial)
+        return replace(trial, state=outcome.state, message=outcome.message, outcome=outcome) if outcome else trial
+
+    def _trial(self, number: int) -> str:
+        return join(self.location, f"trials/{number:03d}.json")
+
+    def _write(self, name: str, tree: dict[str, Any]) -> None:
+        write_text(join(self.location, name), json.dumps(tree, indent=1))
+
+
+def remember(storage: str, spec: SweepSpec, sweep_id: str) -> None:
+    """Make `sweep_id` the one that `recall` finds for this spec."""
+    write_text(_by_spec(storage, spec), json.dumps({"id": sweep_id}))
+
+
+def recall(storage: str, spec: SweepSpec) -> str | None:
+    """The last sweep of exactly this spec, data included."""
+    text = read_text(_by_spec(storage, spec))
+    return None if text is None else json.loads(text)["id"]
+
+
+def _by_spec(storage: str, spec: SweepSpec) -> str:
+    digest = hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode()).hexdigest()
+    return join(storage, "sweeps", "by-spec", f"{digest[:32]}.json")
+
+
+def _trial(tree: dict[str, Any]) -> Trial:
+    reports = tuple((int(step), float(loss)) for step, loss in tree["reports"])
+    return Trial(**{**tree, "state": State(tree["state"]), "reports": reports})

@@ -1,0 +1,110 @@
+"""What a sweep is asked to do: the YAML of `pedro sweep`, frozen and checked. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pedro.config import Frozen, check_name, load_spec
+from pedro.errors import ConfigError
+from pedro.training.spec import FineTuneSpec
+from pedro.training.sweep.space import Dimension
+
+DRAWS = 10
+FIXED = {
+    "tenant": "a sweep trains versions of one adapter",
+    "adapter": "a sweep trains versions of one adapter",
+    "data.train": "trials are compared on the same rows",
+    "data.validation": "trials are compared on the same rows",
+    "data.test": "trials are compared on the same rows",
+    "gate": "trials are compared on the same rows, and the gate judges the best alone",
+}
+
+
+class SearchSpec(Frozen):
+    """What is tried."""
+
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    """random: `trials` draws, each with every combination of the grids; grid: every combination of grids and choices;
+    optuna: Optuna's TPE sampler, which learns from the trials before."""
+    trials: int | None = Field(None, ge=1)
+    """How many draws; 10 if not given, and 1 where the space has grids alone. Not for algorithm grid."""
+    seed: int = Field(0, ge=0)
+    """Of the draws; each trial's own seed is training.seed."""
+
+
+class SchedulerSpec(Frozen):
+    """Which trials are stopped early."""
+
+    name: Literal["asha", "none"] = "asha"
+    """asha (Li et al. 2020, arXiv 1810.05934): at each rung the best 1/reduction of the trials go on."""
+    grace_steps: int | None = Field(None, ge=1)
+    """Steps that every trial gets; base.training.eval_every if not given. Rungs lie at grace_steps × reduction^k."""
+    reduction: float = Field(3, gt=1)
+
+
+class SweepSpec(Frozen):
+    """One sweep: a fine-tuning job, and the keys of it that vary."""
+
+    name: str
+    """What the sweep is called among those of its adapter."""
+    base: FineTuneSpec
+    """The job, as `pedro submit` takes it."""
+    space: dict[str, Dimension] = Field(min_length=1)
+    """Dotted keys of the job, each with the values that it may take."""
+    search: SearchSpec = SearchSpec()
+    scheduler: SchedulerSpec = SchedulerSpec()
+    concurrency: int | None = Field(None, ge=1)
+    """Most trials at a time; as many as the cluster's CPUs and GPUs allow if not given."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        try:
+            return check_name("name", value)
+        except ConfigError as error:
+            raise ValueError(error.message.partition(": ")[2]) from error
+
+    @model_validator(mode="after")
+    def _possible(self) -> SweepSpec:
+        for key in self.space:
+            for fixed, why in FIXED.items():
+                if key == fixed or key.startswith(f"{fixed}."):
+                    raise ValueError(f"space.{key}: cannot vary: {why}")
+        if self.base.data.validation == 0:
+            raise ValueError("base.data.validation: trials are compared by their loss on it; give a share or a file")
+        grids = [key for key, dimension in self.space.items() if dimension.kind == "grid"]
+        algorithm, trials = self.search.algorithm, self.search.trials
+        if trials is not None and algorithm == "grid":
+            raise ValueError("search.trials: algorithm grid tries every combination; leave it out")
+        if trials is not None and algorithm == "random" and len(grids) == len(self.space):
+            raise ValueError("search.trials: the space has grids alone, and every combination is tried; leave it out")
+        if algorithm == "optuna" and grids:
+            raise ValueError(f"space.{grids[0]}: optuna chooses what it tries; give a choice instead of a grid")
+        if self.scheduler.name == "asha" and not (self.scheduler.grace_steps or self.base.training.eval_every):
+            raise ValueError("scheduler.grace_steps: needed where base.training.eval_every is 0 (once an epoch)")
+        return self
+
+    @property
+    def draws(self) -> int:
+        """How many draws the search makes."""
+        only_grids = all(dimension.kind == "grid" for dimension in self.space.values())
+        return self.search.trials or (1 if only_grids else DRAWS)
+
+    @property
+    def grace_steps(self) -> int:
+        """Steps before the first rung."""
+        return self.scheduler.grace_steps or self.base.training.eval_every
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved spec as JSON holds it; `SweepSpec.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+
+def load_sweep_spec(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpec:
+    """Read a spec file; relative data paths start from its folder. Raises one ConfigError that lists every mistake."""
+    spec = load_spec(path, overrides, SweepSpec)
+    return spec.model_copy(update={"base": spec.base.located(Path(path).absolute().parent)})

@@ -1,0 +1,169 @@
+"""Ray Tune at work: who is next, who is stopped early, how many at a time. The board keeps what must outlive it.
+
+A resumed sweep is a new experiment of Tune's for the trials that have not ended; the scheduler is told what the others
+reported. So nothing depends on when Tune last saved its own state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search import Searcher
+
+from pedro.config import Settings
+from pedro.training.spec import ResourcesSpec
+from pedro.training.storage import join
+from pedro.training.sweep.board import Board
+from pedro.training.sweep.records import State
+from pedro.training.sweep.spec import SweepSpec
+from pedro.training.sweep.trial import run_trial
+from pedro.training.trainer import ENVIRONMENT, pack_settings
+
+LOSS, STEP, STEPS = "dev_loss", "step", "steps"
+UNBOUNDED_STEPS = 10**9
+# A trial's own process waits for its workers. It takes a sliver of what only the head has, so that however many wait,
+# none of them keeps a CPU from the workers it waits for.
+WAITS_ON_HEAD = {"node:__internal_head__": 0.0001}
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the report of a finished adapter comes without a validation
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def run_trials(board: Board, settings: Settings, name: str, concurrency: int, show: Callable[[bool], None]) -> None:
+    """Run all trials that have not ended, at most `concurrency` at a time.
+
+    `show` is called all the time, with whether a trial ended just now.
+    """
+    os.environ.update({**ENVIRONMENT, **TUNE_ENVIRONMENT})
+    scheduler = make_scheduler(board.spec)
+    tell(scheduler, board)
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, tune.PlacementGroupFactory([WAITS_ON_HEAD])),
+        param_space={"sweep": board.records.sweep_id, "settings": pack_settings(settings), "run_id": board.run_id},
+        tune_config=tune.TuneConfig(
+            search_alg=Next(board, scheduler),
+            scheduler=scheduler,
+            num_samples=board.waiting,
+            max_concurrent_trials=concurrency,
+            trial_name_creator=lambda trial: f"trial-{trial.config['number']:03d}",
+            trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:03d}",
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=join(settings.storage, "tune"),
+            callbacks=[Watch(board, show)],
+            failure_config=tune.FailureConfig(max_failures=0),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def capacity(resources: ResourcesSpec) -> int:
+    """How many trials' workers fit on the cluster at a time; at least 1, for a cluster may grow."""
+    import ray
+
+    there = ray.cluster_resources()
+    needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    fits = [int(there.get(name, 0) // (need * resources.workers)) for name, need in needs.items() if need]
+    return max(1, min(fits))
+
+
+class Halving(ASHAScheduler):
+    """ASHA, but a trial that has trained to its end is let be: what is left is to score it."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get(STEP, 0) >= result.get(STEPS, UNBOUNDED_STEPS):
+            return self.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+
+def make_scheduler(spec: SweepSpec) -> Any:
+    """ASHA over Ω steps and the validation loss, or none."""
+    if spec.scheduler.name == "none":
+        return FIFOScheduler()
+    longest = spec.base.training.max_steps or UNBOUNDED_STEPS
+    return Halving(
+        time_attr=STEP,
+        metric=LOSS,
+        mode="min",
+        grace_period=spec.grace_steps,
+        max_t=max(longest, spec.grace_steps),
+        reduction_factor=spec.scheduler.reduction,
+        stop_last_trials=False,
+    )
+
+
+def tell(scheduler: Any, board: Board) -> None:
+    """Let the scheduler know what trials reported that have ended before."""
+    for trial in board.trials:
+        if trial.state in (State.FINISHED, State.STOPPED):
+            _replay(scheduler, f"before-{trial.number}", trial.reports)
+
+
+def _replay(scheduler: Any, trial_id: str, reports: tuple[tuple[int, float], ...]) -> None:
+    stand_in: Any = SimpleNamespace(trial_id=trial_id)
+    scheduler.on_trial_add(None, stand_in)
+    for step, loss in reports:
+        scheduler.on_trial_result(None, stand_in, {STEP: step, LOSS: loss})
+
+
+class _OfThisProcess:
+    """Tune pickles what it is given, to restore it some day; the records do that here."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Next(_OfThisProcess, Searcher):
+    """Hands the board's trials to Tune."""
+
+    def __init__(self, board: Board, scheduler: Any) -> None:
+        super().__init__(metric=LOSS, mode="min")
+        self._board, self._scheduler = board, scheduler
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self._board.next()
+        if trial is None:
+            return Searcher.FINISHED
+        _replay(self._scheduler, trial_id, trial.reports)
+        return {"number": trial.number}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """The board hears of it from `Watch`, and tells the planner."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """There is nothing to save."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """There is nothing to restore."""
+
+
+class Watch(_OfThisProcess, tune.Callback):
+    """Tells the board what happens."""
+
+    def __init__(self, board: Board, show: Callable[[bool], None]) -> None:
+        self._board, self._show = board, show
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        if LOSS in result:
+            self._board.report(trial.config["number"], result[STEP], result[STEPS], result[LOSS])
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._board.ended(trial.config["number"])
+        self._show(True)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        text = str(trial.get_error() or "").strip()
+        self._board.ended(trial.config["number"], broke=text.splitlines()[-1] if text else "its process died")
+        self._show(True)
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        self._show(False)

@@ -1,0 +1,109 @@
+"""A trial's job: the base spec with the trial's parameters in it, and whether all of a space makes sensible jobs.
+
+Starts nothing. The methods' own checks need torch and peft, which are imported only then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pedro.backbone import EMBEDDED
+from pedro.config import validate_spec
+from pedro.errors import BackboneError, ConfigError
+from pedro.training.spec import FineTuneSpec
+from pedro.training.sweep.space import Parameters, drawn, every
+from pedro.training.sweep.spec import SweepSpec
+
+
+def variant(spec: SweepSpec, parameters: Parameters) -> FineTuneSpec:
+    """The job of a trial. Raises ConfigError for a key that a job has not, or a value that it cannot take."""
+    tree = copy.deepcopy(spec.base.to_dict())
+    for key, value in parameters.items():
+        _put(tree, key, value)
+    return validate_spec(tree, FineTuneSpec, source="space")
+
+
+def plan(spec: SweepSpec) -> list[Parameters] | None:
+    """What will be tried, in order; None where each trial depends on the ones before."""
+    if spec.search.algorithm == "optuna":
+        return None
+    if spec.search.algorithm == "grid":
+        return every(spec.space)
+    return drawn(spec.space, spec.draws, spec.search.seed)
+
+
+def count(spec: SweepSpec) -> int:
+    """How many trials there will be."""
+    planned = plan(spec)
+    return spec.draws if planned is None else len(planned)
+
+
+def check(spec: SweepSpec) -> None:
+    """Raise one ConfigError with all that is wrong with the space, method options included, before anything starts."""
+    mistakes: dict[str, str] = {}
+    for label, parameters in _probes(spec):
+        try:
+            job = variant(spec, parameters)
+        except ConfigError as error:
+            head, *lines = error.message.split("\n  ")
+            for line in lines or [head]:
+                mistakes.setdefault(line, label)
+            continue
+        for line in _method_mistakes(job):
+            mistakes.setdefault(line, label)
+    if mistakes:
+        lines = [f"{label}: {line}" for line, label in mistakes.items()]
+        head = f"sweep {spec.name}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+        raise ConfigError("\n  ".join([head, *lines]), param=next(iter(mistakes.values())))
+
+
+def _probes(spec: SweepSpec) -> Iterator[tuple[str, Parameters]]:
+    """The base alone, every listed value and both ends of every range alone, then the combinations that are planned."""
+    yield "base", {}
+    for key, dimension in spec.space.items():
+        for value in dimension.values:
+            yield f"space.{key}", {key: value}
+    for parameters in plan(spec) or []:
+        yield f"space ({', '.join(f'{key}={value}' for key, value in parameters.items())})", parameters
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {parent!r} is no section, so nothing can be set inside it", param=key)
+    tree[leaf] = value
+
+
+def _method_mistakes(job: FineTuneSpec) -> list[str]:
+    """What the method says of its options: of their names, and of their values too where the backbone is at hand."""
+    from pedro.methods.registry import get_method
+
+    options = job.method.options
+    try:
+        method = get_method(job.method.name)
+        known = method.known(options)
+        unknown = [name for name in options if name not in known]
+        config = None if unknown else _model_config(job.backbone)
+        if config is not None or unknown:
+            method.config(config, options)
+    except ConfigError as error:
+        return error.message.split("; method.")
+    except BackboneError as error:
+        return [error.message]
+    return []
+
+
+@cache
+def _model_config(backbone: str) -> Any:
+    """The config of a backbone on this host; None for a hub id, whose job checks for itself."""
+    from transformers import AutoConfig
+
+    places = (EMBEDDED / backbone, Path(backbone).expanduser())
+    directory = next((place for place in places if (place / "config.json").is_file()), None)
+    return None if directory is None else AutoConfig.from_pretrained(directory, local_files_only=True)
