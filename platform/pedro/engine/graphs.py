@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class GraphCapture:
     """Records graphs that work in the same memory: they are replayed in turn, and only their outputs stay apart."""
 
     def __init__(self) -> None:
-        self._pool = None
+        self._pool: Any = None
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
         """Record `run` after two warm-ups. Loader threads may use the device meanwhile."""
