@@ -429,6 +429,14 @@ def test_a_request_id_in_use_is_refused_and_the_first_request_goes_on(served):
     assert len(choice.token_ids) == 60
 
 
+def test_an_operators_shares_reach_the_engine_and_nonsense_is_refused(served, tmp_path):
+    weighted = Replica(ServeConfig(max_batch=1, tenant_weights={"acme": 2.0}), settings_at(tmp_path / "home"))
+    assert weighted._engine.config.tenant_weights == {"acme": 2.0}
+    weighted.close()
+    with pytest.raises(PedroError, match=r"tenant_weights\.acme"):
+        Replica(ServeConfig(max_batch=1, tenant_weights={"acme": 0.0}), settings_at(tmp_path / "home"))
+
+
 def test_a_full_queue_is_a_503_that_says_when_to_come_back(served, tmp_path):
     small = Replica(ServeConfig(max_batch=1, max_waiting=1), settings_at(tmp_path / "home"))
 

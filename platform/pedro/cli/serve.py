@@ -21,6 +21,9 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
     max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     adapter_budget_mb: Annotated[float, typer.Option(help="Memory of a replica for resident adapters.")] = 512,
+    tenant_weight: Annotated[
+        list[str] | None, typer.Option(help="TENANT=SHARE of a busy engine, 1 where not named; repeat for more.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once it answers; `pedro down` ends it.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,6 +48,7 @@ def serve(
         "max_batch": max_batch,
         "max_length": max_length,
         "adapter_budget_mb": adapter_budget_mb,
+        "tenant_weights": dict(_share(text) for text in tenant_weight or ()),
     }
     served = deploy(settings, validate_spec(options, ServeConfig, source="serve"), host, port, say)
 
@@ -97,3 +101,13 @@ def demo(
 
     result = run_demo(Settings.from_env(), keep=keep, port=port, say=say if as_json else typer.echo)
     emit(result, as_json, lambda: None)
+
+
+def _share(text: str) -> tuple[str, float]:
+    from pedro.errors import ConfigError
+
+    tenant, _, share = text.partition("=")
+    try:
+        return tenant, float(share)
+    except ValueError:
+        raise ConfigError(f"--tenant-weight: expected TENANT=NUMBER, got {text!r}") from None

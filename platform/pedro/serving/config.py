@@ -32,6 +32,8 @@ class ServeConfig(Frozen):
     """Tokens of prompt and answer together; the backbone's context if not given."""
     max_waiting: int = Field(1024, ge=1)
     """Requests that may queue at a replica; more are answered 503."""
+    tenant_weights: dict[str, float] = Field(default_factory=dict)
+    """Shares of a busy engine by tenant, 1 where not named: {acme: 2} gives acme two tokens for another's one."""
     adapter_budget_mb: float = Field(512, gt=0)
     """Memory for resident adapters of a replica."""
     watch_interval_s: float = Field(0.5, gt=0, le=10)

@@ -67,6 +67,7 @@ class Replica:
                 max_length=min(config.max_length or longest, longest),
                 adapter_bytes=int(config.adapter_budget_mb * 2**20),
                 max_waiting=config.max_waiting,
+                tenant_weights=config.tenant_weights,
             ),
             self._fetch,
             backbone.digest,
