@@ -323,7 +323,8 @@ def test_down_where_nothing_runs_is_no_error(pedro):
 
 def test_serve_refuses_wrong_settings_before_anything_starts(pedro, home):
     one_error(pedro("serve", "--backbone", "nothere", "--port", "0"), "nothere", "stories260K")
-    one_error(pedro("serve", "--dtype", "int3", "--replicas", "0"), "dtype", "int3", "replicas")
+    options = ("--dtype", "int3", "--replicas", "0", "--adapter-budget-mb", "0")
+    one_error(pedro("serve", *options), "dtype", "int3", "replicas", "adapter_budget_mb")
     assert not (home / "ray").exists()
 
 
