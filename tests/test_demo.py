@@ -69,4 +69,4 @@ def run(env):
         [sys.executable, "-m", "pedro.cli", "demo", "--json"], env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
