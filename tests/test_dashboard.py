@@ -6,15 +6,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from dashboard_app import DASHBOARD, opener, words
 from dashboard_home import make_home, result, write_result
 
 from pedro.config import Settings
-
-DASHBOARD = Path(__file__).resolve().parents[1] / "dashboard"
-APP = DASHBOARD / "app.py"
 
 
 @pytest.fixture(scope="module")
@@ -31,32 +28,23 @@ def home(made, tmp_path):
 @pytest.fixture
 def data(monkeypatch):
     monkeypatch.syspath_prepend(str(DASHBOARD))
-    import data
+    from sources import demo
 
-    return data
+    return demo
+
+
+@pytest.fixture
+def versions_of(monkeypatch):
+    monkeypatch.syspath_prepend(str(DASHBOARD))
+    from sources import versions
+
+    return versions
 
 
 @pytest.fixture
 def page(monkeypatch):
     """Run the page for a home."""
-    streamlit = pytest.importorskip("streamlit")
-    testing = pytest.importorskip("streamlit.testing.v1")
-
-    def run(home, tracking_uri=None):
-        monkeypatch.setenv("PEDRO_HOME", str(home))
-        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        if tracking_uri:
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
-        streamlit.cache_data.clear()
-        shown = testing.AppTest.from_file(str(APP), default_timeout=60).run()
-        assert not shown.exception, shown.exception
-        return shown
-
-    return run
-
-
-def words(elements) -> str:
-    return "\n".join(element.value for element in elements)
+    return opener(monkeypatch)
 
 
 def test_the_page_shows_adapters_gains_curves_and_the_swap(page, home):
@@ -145,7 +133,7 @@ def test_a_registry_that_does_not_answer_is_told_and_the_result_is_still_shown(p
 def test_data_is_read_without_streamlit(home):
     code = (
         "import sys; sys.modules['streamlit'] = None; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; import data; print(len(data.read_demo(Path(sys.argv[2])).tenants))"
+        "from pathlib import Path; from sources import demo; print(len(demo.read_demo(Path(sys.argv[2])).tenants))"
     )
     done = subprocess.run([sys.executable, "-c", code, DASHBOARD, home], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "3"
@@ -158,17 +146,20 @@ def test_the_chart_has_three_bars_for_each_tenant_on_the_same_rows(data, home):
     assert len(rows) == 9
 
 
-def test_champions_and_newest_versions_are_what_is_drawn_by_default(data, home):
-    versions = data.read_adapters(Settings.from_env({"PEDRO_HOME": str(home)})).versions
+def test_champions_and_newest_versions_are_what_is_drawn_by_default(versions_of, home):
+    versions = versions_of.read_adapters(Settings.from_env({"PEDRO_HOME": str(home)})).versions
     assert [version.ref for version in versions][:2] == ["acme.intents:2", "acme.intents:1"]
-    assert [version.ref for version in data.newest_and_champions(versions)][:2] == ["acme.intents:2", "globex.topics:1"]
+    assert [version.ref for version in versions_of.newest_and_champions(versions)][:2] == [
+        "acme.intents:2",
+        "globex.topics:1",
+    ]
 
 
-def test_curves_come_from_the_runs_in_the_order_of_steps(data, home):
+def test_curves_come_from_the_runs_in_the_order_of_steps(versions_of, home):
     settings = Settings.from_env({"PEDRO_HOME": str(home)})
-    (newest, *_) = data.read_adapters(settings).versions
-    points = data.curves_of(settings, [newest])
-    assert {point["metric"] for point in points} == set(data.CURVES)
+    (newest, *_) = versions_of.read_adapters(settings).versions
+    points = versions_of.curves_of(settings, [newest])
+    assert {point["metric"] for point in points} == set(versions_of.CURVES)
     steps = [point["step"] for point in points if point["metric"] == "train/loss"]
     assert steps == list(range(10, 301, 10))
 

@@ -1,4 +1,4 @@
-"""What the dashboard shows, read from the registry and from the demo's result. Knows nothing of Streamlit.
+"""The demo's result, `<PEDRO_HOME>/demo/result.json`. Knows nothing of Streamlit.
 
 Nothing here raises for what a person may find on disk: what cannot be read comes back as a reason in words.
 """
@@ -12,18 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from pedro.config import Settings
-from pedro.errors import PedroError
-from pedro.registry import CHAMPION, Registry, Version
-
-CURVES = {
-    "dev/loss": "Validation loss",
-    "train/loss": "Training loss",
-    "train/theta_loss": "Loss of the Θ steps",
-    "train/tokens_per_second": "Tokens per second",
-}
-"""The curves that training logs, in the order in which they tell most."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -87,15 +75,6 @@ class Demo:
     problems: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """Every version in the registry, or the reason why the registry cannot be read."""
-
-    source: str
-    versions: tuple[Version, ...] = ()
-    problem: str | None = None
-
-
 def read_demo(home: Path) -> Demo:
     """`<home>/demo/result.json`; a part that is broken is left out and named in `problems`."""
     path = home / "demo" / "result.json"
@@ -126,38 +105,6 @@ def read_demo(home: Path) -> Demo:
     )
 
 
-def read_adapters(settings: Settings) -> Adapters:
-    """All versions of all adapters, newest first within each. Looking never creates a store."""
-    source = settings.tracking_uri
-    if source.startswith("sqlite:///") and not Path(source.removeprefix("sqlite:///")).is_file():
-        return Adapters(source)
-    registry = Registry.open(settings)
-    try:
-        found = [version for name in registry.models() for version in reversed(registry.versions(name))]
-    except PedroError as error:
-        return Adapters(source, problem=error.message)
-    return Adapters(source, versions=tuple(found))
-
-
-def adapter_rows(versions: Iterable[Version]) -> list[dict[str, Any]]:
-    """The adapters table: one row a version, with what identifies it and what its job measured."""
-    return [
-        {
-            "tenant": version.tenant,
-            "adapter": version.adapter,
-            "version": version.version,
-            "aliases": list(version.aliases),
-            "method": version.method,
-            "digest": version.digest.removeprefix("sha256:")[:12],
-            "parameters": version.trainable_parameters,
-            "accuracy": _number(version.metrics.get("accuracy")),
-            "backbone": version.backbone_id,
-            "created": version.created,
-        }
-        for version in versions
-    ]
-
-
 def accuracy_rows(tenants: Iterable[TenantResult]) -> list[dict[str, Any]]:
     """The accuracy chart: three bars a tenant, on the same held-out rows."""
     return [
@@ -177,27 +124,6 @@ def mean_accuracy(tenants: Sequence[TenantResult]) -> tuple[float, float]:
     return backbone, sum(tenant.accuracy for tenant in tenants) / len(tenants)
 
 
-def curves_of(settings: Settings, versions: Iterable[Version]) -> list[dict[str, Any]]:
-    """The learning curves of the versions' runs, as one row a point; a run that is gone has no points."""
-    registry = Registry.open(settings)
-    return [
-        {"adapter": version.ref, "metric": metric, "step": step, "value": value}
-        for version in versions
-        for metric in CURVES
-        for step, value in registry.history(version.run_id, metric)
-    ]
-
-
-def newest_and_champions(versions: Iterable[Version]) -> list[Version]:
-    """What is worth a curve by default: of each adapter its champion and its newest version."""
-    kept, seen = [], set()
-    for version in versions:
-        if version.name not in seen or CHAMPION in version.aliases:
-            kept.append(version)
-        seen.add(version.name)
-    return kept
-
-
 Part = TypeVar("Part", bound=_Read)
 
 
@@ -209,7 +135,3 @@ def _parse(kind: type[Part], value: Any, where: str, problems: list[str]) -> Par
             place = ".".join([where, *(str(part) for part in item["loc"])])
             problems.append(f"{place}: {item['msg'].replace('Input should be', 'expected')}, got {item['input']!r:.80}")
         return None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
