@@ -1,0 +1,111 @@
+"""`pedro compare`: methods side by side, on the same rows, with seeds and intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pedro.cli.output import AsJson, emit, say, table
+
+if TYPE_CHECKING:
+    from pedro.comparison.run import Prepared
+    from pedro.comparison.spec import ComparisonSpec, EfficiencySpec
+
+
+def compare(
+    spec: Annotated[Path, typer.Argument(help="A YAML file: tasks, methods, seeds, training, tune, budgets …")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change, for instance training.max_steps=50")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the results; PEDRO_HOME/comparisons/NAME if not given.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Start nothing; check everything, list the runs.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Start nothing; write tables and figures of the runs that are there.")
+    ] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train and score methods × tasks × backbones × budgets × seeds, and print the table a paper would show.
+
+    Every finished run is a file of its own; interrupted or changed, the same command does only what is missing.
+    Tables (text, Markdown, CSV, LaTeX) and figures (PNG) stand beside the runs. Tasks that the package does not carry
+    are read below PEDRO_TASK_DATA or `data:` of the spec (a directory, or hub).
+
+    Examples: `pedro compare jobs/configs/nano_table1.yaml`,
+    `pedro compare jobs/configs/nano_table1.yaml --out jobs/results/nano_table1 --report`,
+    `pedro compare jobs/configs/paper_table1.yaml --dry-run`
+    """
+    from pedro.comparison.spec import EfficiencySpec, load_comparison_spec
+    from pedro.config import Settings
+
+    wanted = load_comparison_spec(spec, overrides or [])
+    if isinstance(wanted, EfficiencySpec):
+        _efficiency(wanted, out, dry_run, as_json)
+        return
+    from pedro.comparison.report import print_report, write_report
+    from pedro.comparison.results import read_comparison
+    from pedro.comparison.run import compare as run
+    from pedro.comparison.run import folder_of, prepare
+
+    settings = Settings.from_env()
+    folder = folder_of(wanted, settings, out)
+    if report:
+        comparison = read_comparison(folder)
+        write_report(comparison)
+    else:
+        prepared = prepare(wanted, settings, folder, retry_failed, say)
+        if dry_run:
+            _show_plan(wanted, prepared, folder, as_json)
+            return
+        from pedro.cluster import connect
+
+        connect(settings, say, attach=True)
+        comparison = run(wanted, settings, folder, prepared, say)
+    for problem in comparison.problems:
+        say(f"left out: {problem}")
+    summary = folder / "summary.json"
+    shown = json.loads(summary.read_text()) if summary.is_file() else {}
+    emit(shown, as_json, lambda: typer.echo(f"{print_report(comparison)}\n\ntables, figures and runs: {folder}"))
+
+
+def _show_plan(spec: ComparisonSpec, prepared: Prepared, folder: Path, as_json: bool) -> None:
+    """The runs, and how many of them are done."""
+    from pedro.comparison.cells import count_parameters_of
+
+    planner = prepared.planner
+    rows = []
+    for group in planner.groups:
+        options = dict(group.options)
+        count = count_parameters_of(group.method, json.dumps(options, sort_keys=True), group.backbone)
+        rows.append([group.label, group.task, group.backbone, group.budget or "-", f"{count:,}"])
+    done = len(prepared.kept)
+    shown: dict[str, Any] = {
+        "name": spec.name,
+        "runs": planner.count(),
+        "done": done,
+        "directory": str(folder),
+        "spec": spec.to_dict(),
+    }
+
+    def show() -> None:
+        table(["method", "task", "backbone", "budget", "trained parameters"], rows)
+        searched = f", learning rate from {', '.join(f'{lr:g}' for lr in spec.tune.lr)}" if spec.tune else ""
+        typer.echo(f"{spec.name}: {planner.count()} runs, {done} done; seeds {list(spec.seeds)}{searched}")
+
+    emit(shown, as_json, show)
+
+
+def _efficiency(spec: EfficiencySpec, out: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Table 3 is a benchmark of the engine."""
+    from pedro.comparison.efficiency import run_efficiency
+
+    if dry_run:
+        emit(spec.model_dump(mode="json"), as_json, lambda: typer.echo(f"{spec.name}: {spec.models} on {spec.device}"))
+        return
+    result, text, path = run_efficiency(spec, out, say)
+    emit(result, as_json, lambda: typer.echo(f"{text}\n\nsaved to {path}"))

@@ -1,0 +1,234 @@
+"""One run of a comparison: train by the one loop, answer the test rows, score. Knows nothing of Ray, files or grids."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pedro.comparison.cells import Plan
+from pedro.comparison.data import TaskData, TestSet
+from pedro.comparison.results import SCHEMA, Cell
+from pedro.comparison.spec import JudgeSpec, ResourcesSpec
+from pedro.data.formats import PromptFormat, encode_prompts
+from pedro.data.tasks import Task, TaskRow
+from pedro.errors import PedroError
+from pedro.evaluation.metrics import ELSEWHERE, score_answers
+from pedro.evaluation.scoring import generate
+from pedro.provenance import provenance
+from pedro.training.loop import Progress, train
+from pedro.training.session import Session, open_session
+from pedro.training.spec import FineTuneSpec
+
+STATUS = Path("/proc/self/status")
+RESET = Path("/proc/self/clear_refs")
+
+
+class Curves:
+    """A reporter that keeps the curves and nothing else: runs are short, and start anew when they are interrupted."""
+
+    def __init__(self) -> None:
+        self.points: dict[str, list[list[float]]] = defaultdict(list)
+
+    def resume(self, engine: Any, team: Any) -> None:
+        return None
+
+    def checkpoint(self, engine: Any, team: Any, progress: Progress, best: Mapping[str, Any]) -> None:
+        """Nothing is kept."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        for name in ("train/loss", "dev/loss"):
+            if name in values:
+                self.points[name].append([step, round(values[name], 5)])
+
+    def line(self, text: str) -> None:
+        """Nobody reads it: many runs go at once."""
+
+
+def run_cell(plan: Plan, data: TaskData, resources: ResourcesSpec, judge: JudgeSpec | None, cache: Path) -> Cell:
+    """Train and score; a run that cannot be trained (it diverges, or its options do not fit) is a failed cell."""
+    curves = Curves()
+    _reset_peak()
+    try:
+        session = open_session(_job(plan, data, resources), cache)
+        outcome = train(session.engine, session.alternation, session.plan, session.data, curves)
+    except PedroError as error:
+        return failed(plan, error.message, dict(curves.points))
+    session.model.eval()
+    started = time.monotonic()
+    validation = _validation(session, plan, data, outcome.validation_loss)
+    scores = [_score(session, plan, test, data.train, judge, cache) for test in data.tests]
+    spent = time.monotonic() - started
+    trained = [parameter for parameter in session.model.parameters() if parameter.requires_grad]
+    return _cell(
+        plan,
+        state="finished",
+        scores=[score for score in scores if score],
+        validation=validation,
+        trainable_parameters=session.trainable_parameters,
+        trainable_without_bias=_without_bias(session),
+        adapter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        steps=outcome.steps,
+        optimizer_steps=outcome.optimizer_steps,
+        best_step=outcome.best_step,
+        tokens=outcome.tokens,
+        seconds=round(outcome.seconds, 2),
+        scoring_seconds=round(spent, 2),
+        tokens_per_second=round(outcome.tokens / max(outcome.seconds, 1e-9), 1),
+        peak_memory_bytes=_peak(session),
+        curves=dict(curves.points),
+        activations=_activations(session),
+        provenance=provenance(),
+    )
+
+
+def failed(plan: Plan, message: str, curves: Mapping[str, Any] | None = None) -> Cell:
+    """The cell of a run that gave no model."""
+    return _cell(plan, state="failed", message=message, curves=dict(curves or {}), provenance=provenance())
+
+
+def _cell(plan: Plan, **found: Any) -> Cell:
+    group = plan.group
+    return Cell.from_dict(
+        {
+            "schema": SCHEMA,
+            "id": plan.id,
+            "stage": plan.stage,
+            "comparison": plan.comparison,
+            "method": group.method,
+            "label": group.label,
+            "options": plan.options,
+            "task": group.task,
+            "wording": plan.wording,
+            "backbone": group.backbone,
+            "budget": group.budget,
+            "seed": plan.seed,
+            "lr": plan.lr,
+            "training": plan.training,
+            "message": "",
+            **found,
+        }
+    )
+
+
+def _job(plan: Plan, data: TaskData, resources: ResourcesSpec) -> FineTuneSpec:
+    """The run as a fine-tuning job, which is what the loop and its preparation understand."""
+    return FineTuneSpec.model_validate(
+        {
+            "tenant": "comparison",
+            "adapter": plan.group.method,
+            "backbone": plan.group.backbone,
+            "data": {"train": data.train, "validation": data.validation, "theta": plan.theta},
+            "method": {"name": plan.group.method, **plan.options},
+            "training": plan.training,
+            "resources": {"cpus_per_worker": resources.cpus, "gpus_per_worker": resources.gpus},
+        }
+    )
+
+
+def _validation(session: Session, plan: Plan, data: TaskData, loss: float | None) -> dict[str, Any]:
+    """The task's own metric on the validation rows; minus the loss, where it has none for answers."""
+    if data.task.metric in ELSEWHERE:
+        return {"metric": "loss", "value": -(loss or 0.0), "loss": loss, "rows": len(data.validation_rows)}
+    rows, prompts = _fitting(session, data.task, data.validation_rows)
+    result = score_answers(data.task, rows, _answers(session, plan, data.task, prompts))
+    return {"metric": data.task.metric, "value": result.value, "loss": loss, "rows": result.rows}
+
+
+def _score(
+    session: Session, plan: Plan, test: TestSet, train_file: str, judge: JudgeSpec | None, cache: Path
+) -> dict[str, Any] | None:
+    """The score on a test set; None for a task that has no metric of its own (Alpaca)."""
+    if test.task.metric == "judge":
+        from pedro.comparison.judged import judged_score
+
+        return judged_score(session, plan, test, judge, cache)
+    if test.task.metric in ELSEWHERE:
+        return None
+    rows, prompts = _fitting(session, test.task, test.rows)
+    result = score_answers(test.task, rows, _answers(session, plan, test.task, prompts))
+    guess = session.prepared.majority()
+    return {
+        **{key: value for key, value in result.to_dict().items() if key != "per_row"},
+        "per_row": [round(value, 4) for value in result.per_row],
+        "majority": score_answers(test.task, rows, [guess] * len(rows)).value,
+        "left_out": len(test.rows) - len(rows),
+    }
+
+
+def _fitting(session: Session, task: Task, rows: Sequence[TaskRow]) -> tuple[list[TaskRow], list[list[int]]]:
+    """The rows whose prompt fits, as in training, and their prompts' token ids."""
+    from pedro.backbone import context_length
+
+    room = context_length(session.backbone) - task.max_new_tokens
+    prompts = encode_prompts(session.tokenizer, [_prompt(session.prepared.format, row) for row in rows])
+    kept = [place for place, ids in enumerate(prompts) if len(ids) < session.prepared.max_length and len(ids) <= room]
+    if not kept:
+        raise PedroError(f"{task.name}: no test prompt fits into {session.prepared.max_length} tokens")
+    return [rows[place] for place in kept], [prompts[place] for place in kept]
+
+
+def _prompt(form: PromptFormat, row: TaskRow) -> str:
+    return form.render(row.messages)
+
+
+def _answers(session: Session, plan: Plan, task: Task, prompts: list[list[int]]) -> list[str]:
+    rows = [{"input_ids": ids, "prompt_len": len(ids)} for ids in prompts]
+    return generate(
+        session.model,
+        session.tokenizer,
+        rows,
+        max_new_tokens=task.max_new_tokens,
+        batch_size=plan.eval_batch_size,
+        num_beams=plan.num_beams,
+    )
+
+
+def _activations(session: Session) -> dict[str, Any] | None:
+    """The learned coefficients of eq. 7, layer by layer; None where the method has none."""
+    theta = {name: p.detach().float().cpu().tolist() for name, p in session.method.parameter_groups(session.model)[1]}
+    tops = [values for name, values in theta.items() if ".pedro_a." in f"{name}."]
+    bottoms = [values for name, values in theta.items() if ".pedro_b." in f"{name}."]
+    if not tops:
+        return None
+    layers = [{"a": _rounded(a), "b": _rounded(b)} for a, b in zip(tops, bottoms, strict=True)]
+    return {"kind": "rational", "layers": layers}
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 6) for value in values]
+
+
+def _without_bias(session: Session) -> int:
+    from pedro.methods.registry import count_parameters
+
+    return count_parameters(session.model)["trainable_without_bias"]
+
+
+def _reset_peak() -> None:
+    """Forget the peaks of the runs that this process made before."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        RESET.write_text("5")  # Linux: VmHWM starts anew (proc(5))
+    except OSError:
+        return
+
+
+def _peak(session: Session) -> int:
+    """The run's peak: of the GPU's memory there, else of the process's."""
+    import torch
+
+    if session.engine.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

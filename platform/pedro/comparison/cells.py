@@ -1,0 +1,217 @@
+"""From a spec to its runs: which there are, what each is called, which learning rate a search chose.
+
+A run's id is a hash of everything that its result depends on, so that a comparison which was killed or changed only
+does what is missing. Trains nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+from pedro.comparison.results import FINAL, TUNE, Cell
+from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, label_of
+from pedro.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs that share a learning rate: a method at a budget, on a task and a backbone."""
+
+    method: str
+    label: str
+    options: tuple[tuple[str, Any], ...]
+    task: str
+    backbone: str
+    budget: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run."""
+
+    id: str
+    stage: str
+    comparison: str
+    group: Group
+    wording: str
+    seed: int
+    training: dict[str, Any]
+    num_beams: int
+    eval_batch_size: int
+    theta: float
+
+    @property
+    def lr(self) -> float:
+        return self.training["lr"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's."""
+        return json.loads(json.dumps(dict(self.group.options)))
+
+    def __str__(self) -> str:
+        budget = f" at {self.group.budget:,}" if self.group.budget else ""
+        return f"{self.group.label}{budget} · {self.group.task} · lr {self.lr:g} · seed {self.seed}"
+
+
+class Planner:
+    """Lists the runs of a spec. `digests` are those of the tasks' data."""
+
+    def __init__(self, spec: ComparisonSpec, digests: dict[str, str]) -> None:
+        self.spec, self._digests = spec, digests
+        self._methods = {label_of(method): method for method in spec.methods}
+        self.groups = list(self._groups())
+
+    def tuning(self, group: Group) -> list[Plan]:
+        """The runs that choose the group's learning rate; none where it is given or taken from another group."""
+        if self.spec.tune is None or self.teacher(group) != group:
+            return []
+        return [self._plan(group, TUNE, lr, self.spec.tune.seed) for lr in self.spec.tune.lr]
+
+    def teacher(self, group: Group) -> Group:
+        """The group whose learning rate this one takes; mostly itself."""
+        task = self.spec.task(group.task).tune_like or group.task
+        once = self.spec.tune is not None and self.spec.tune.once and bool(self.spec.budgets)
+        like = [
+            other
+            for other in self.groups
+            if (other.label, other.task, other.backbone) == (group.label, task, group.backbone)
+            and (once or other.budget == group.budget)
+        ]
+        return like[len(like) // 2]
+
+    def finals(self, group: Group, lr: float | None) -> list[Plan]:
+        """The runs that tables show."""
+        return [self._plan(group, FINAL, lr, seed) for seed in self.spec.seeds]
+
+    def count(self) -> int:
+        """How many runs there are, those counted once that serve both ends."""
+        tune = self.spec.tune
+        tunes = len(tune.lr) * sum(self.teacher(group) == group for group in self.groups) if tune else 0
+        shared = sum(self.teacher(group) == group for group in self.groups) if tune and self._shared else 0
+        return tunes + len(self.groups) * len(self.spec.seeds) - shared
+
+    @property
+    def _shared(self) -> bool:
+        return self.spec.tune is not None and self.spec.tune.seed in self.spec.seeds
+
+    def _groups(self) -> Iterator[Group]:
+        for backbone in self.spec.backbones:
+            for task in self.spec.tasks:
+                for method in self.spec.methods:
+                    for budget, options in self._sizes(method, backbone):
+                        pairs = tuple(sorted((key, _frozen(value)) for key, value in options.items()))
+                        yield Group(method.name, label_of(method), pairs, task.task, backbone, budget)
+
+    def _sizes(self, method: MethodChoice, backbone: str) -> Iterator[tuple[int | None, dict[str, Any]]]:
+        if not self.spec.budgets:
+            yield None, method.options
+            return
+        for budget in self.spec.budgets:
+            yield budget, sized(method, backbone, budget)
+
+    def _plan(self, group: Group, stage: str, lr: float | None, seed: int) -> Plan:
+        task = self.spec.task(group.task)
+        training = self.spec.training_of(self._method(group), task, lr, seed).model_dump(mode="json")
+        depends = {
+            **asdict(group),
+            "label": None,
+            "wording": task.wording,
+            "training": training,
+            "num_beams": self.spec.num_beams,
+            "theta": self.spec.theta,
+            "data": self._digests[group.task],
+        }
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+        return Plan(
+            digest,
+            stage,
+            self.spec.name,
+            group,
+            task.wording,
+            seed,
+            training,
+            self.spec.num_beams,
+            self.spec.eval_batch_size,
+            self.spec.theta,
+        )
+
+    def _method(self, group: Group) -> MethodChoice:
+        return self._methods[group.label]
+
+
+def choose(cells: Sequence[Cell]) -> float | None:
+    """The learning rate whose run has the best score on validation, then the least loss; None if every run failed."""
+    ended = [cell for cell in cells if cell.state == "finished"]
+    if not ended:
+        return None
+    return max(ended, key=lambda cell: (cell.validation["value"], -cell.validation["loss"])).lr
+
+
+def check(spec: ComparisonSpec) -> None:
+    """Raise one ConfigError with all that is wrong with methods and backbones, before anything starts."""
+    mistakes: dict[str, None] = {}
+    for backbone in spec.backbones:
+        for method in spec.methods:
+            for budget in spec.budgets or (None,):
+                try:
+                    options = sized(method, backbone, budget) if budget else method.options
+                    count_parameters_of(method.name, _key(options), backbone)
+                except ConfigError as error:
+                    mistakes[f"{label_of(method)}: {error.message}"] = None
+    if mistakes:
+        head = f"{spec.name}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+        raise ConfigError("\n  ".join([head, *mistakes]), param="methods")
+
+
+def sized(method: MethodChoice, backbone: str, budget: int) -> dict[str, Any]:
+    """The method's options with its size set so that its trained parameters come nearest to `budget`.
+
+    A method without a size (full, RED) keeps its options. Raises ConfigError for options that do not fit.
+    """
+    from pedro.methods.registry import get_method
+
+    known = get_method(method.name).known(method.options)
+    size = next((name for name in SIZES if name in known), None)
+    if size is None:
+        return method.options
+
+    def count(value: int) -> int:
+        return count_parameters_of(method.name, _key({**method.options, size: value}), backbone)
+
+    one, two = count(1), count(2)
+    if two == one:
+        return {**method.options, size: 1}
+    guess = max(1, 1 + round((budget - one) / (two - one)))
+    near = range(max(1, guess - 1), guess + 2)
+    return {**method.options, size: min(near, key=lambda value: (abs(count(value) - budget), value))}
+
+
+@cache
+def count_parameters_of(method: str, options: str, backbone: str) -> int:
+    """Trained parameters of a method on a backbone's shapes, on the meta device; `options` as JSON."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pedro.backbone import quiet, resolve_backbone
+    from pedro.methods.registry import count_parameters, get_method
+
+    quiet()
+    config = AutoConfig.from_pretrained(resolve_backbone(backbone).directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        adapted = get_method(method).apply(model.requires_grad_(False), json.loads(options))
+    return count_parameters(adapted)["trainable"]
+
+
+def _key(options: dict[str, Any]) -> str:
+    return json.dumps(options, sort_keys=True)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,259 @@
+"""What a comparison is asked to do: the YAML of `pedro compare`, frozen and checked. Knows nothing of Ray or tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pedro.config import Frozen, check_name, load_spec
+from pedro.data.tasks import TASKS, get_task
+from pedro.errors import ConfigError
+from pedro.training.spec import TrainingSpec
+
+DATA_VARIABLE = "PEDRO_TASK_DATA"
+SIZES = ("r", "tokens")  # the option that a budget of parameters decides, the first that a method has
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Evaluation(Frozen):
+    """A task that trained models are scored on."""
+
+    task: str
+    wording: str = "full"
+    shots: int = Field(0, ge=0)
+    data: str | None = None
+    test_rows: Positive | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Evaluation:
+        _checked(lambda: get_task(self.task, self.wording, self.shots))
+        return self
+
+
+class TaskChoice(Evaluation):
+    """A task that models are trained on. All its rows are used where no number is given."""
+
+    train_rows: Positive | None = None
+    validation_rows: Positive | None = 500
+    """Rows that choose the learning rate and the best checkpoint; 15 % of train where the task has no such split."""
+    training: dict[str, Any] = {}
+    """Laid over the comparison's `training` for this task."""
+    evaluate: tuple[Evaluation, ...] = ()
+    """Other tasks that the trained model is scored on in place of this one (Alpaca, then MMLU)."""
+    tune_like: str | None = None
+    """The learning rate that was chosen on another task of the comparison is taken here, and none is searched."""
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """What is scored after training."""
+        return self.evaluate or (self,)
+
+
+class MethodChoice(BaseModel):
+    """A method with its options beside its name, as in a fine-tuning job; a name alone will do.
+
+    `label` is what tables call it (the method's title if not given); `training` is laid over the comparison's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    name: str
+    label: str = ""
+    training: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": "peft", **value} if isinstance(value, dict) and "peft_type" in value else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is neither name, label nor training."""
+        return dict(self.model_extra or {})
+
+
+class TuneSpec(Frozen):
+    """The learning rate of each method on each task: every value is tried once, and the best on validation is kept."""
+
+    lr: tuple[float, ...] = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+    """Of these runs; where it is among `seeds`, the winning run counts as that seed's."""
+    once: bool = False
+    """Search at the middle budget alone, and take its learning rate for the others."""
+
+
+class JudgeSpec(Frozen):
+    """Who marks MT-Bench: an endpoint of the OpenAI API. Without one the answers are written and not marked."""
+
+    base_url: str
+    model: str
+    api_key_variable: str = "OPENAI_API_KEY"
+
+
+class ResourcesSpec(Frozen):
+    """What one run takes of the cluster."""
+
+    cpus: float = Field(1, gt=0)
+    gpus: float = Field(0, ge=0)
+
+
+class ComparisonSpec(Frozen):
+    """Methods × tasks × backbones × budgets × seeds."""
+
+    kind: Literal["comparison"] = "comparison"
+    name: str
+    title: str = ""
+    backbones: tuple[str, ...] = Field(("stories260K",), min_length=1)
+    tasks: tuple[TaskChoice, ...] = Field(min_length=1)
+    methods: tuple[MethodChoice, ...] = Field(min_length=1)
+    budgets: tuple[Positive, ...] = ()
+    """Numbers of trained parameters: each method's size (r, or tokens) is set so that it comes nearest."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2, 3, 4), min_length=1)
+    equal: Literal["compute", "parameters"] = "compute"
+    """What all methods have alike, for the table to say: steps and rows, or (also) the number of parameters."""
+    baseline: str = ""
+    """The label that differences are taken from; the first method's if not given."""
+    data: str | None = None
+    """Where tasks find their files: a directory or "hub". PEDRO_TASK_DATA, or what the package carries, if not given."""
+    theta: float = Field(0.1, ge=0, lt=1)
+    """Share of the training rows for Θ steps, for methods that have them."""
+    training: dict[str, Any] = {}
+    """As `training` of a fine-tuning job; `lr` is only used without `tune`."""
+    tune: TuneSpec | None = None
+    num_beams: Positive = 1
+    eval_batch_size: Positive = 64
+    judge: JudgeSpec | None = None
+    resources: ResourcesSpec = ResourcesSpec()
+    concurrency: Positive | None = None
+    """Runs at a time; as many as the cluster has room for if not given."""
+    paper: dict[str, Any] | None = None
+    """What a paper reports for these columns, shown beside: source, table, rows."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _checked(lambda: check_name("name", value))
+
+    @model_validator(mode="after")
+    def _possible(self) -> ComparisonSpec:
+        names = [task.task for task in self.tasks]
+        for listed, what in ((names, "tasks"), (self.labels, "methods"), (self.seeds, "seeds")):
+            if twice := [item for item in dict.fromkeys(listed) if list(listed).count(item) > 1]:
+                hint = "; give the second a label" if what == "methods" else ""
+                raise ValueError(f"{what}: {twice[0]!r} stands there twice{hint}")
+        if self.baseline and self.baseline not in self.labels:
+            raise ValueError(f"baseline: {self.baseline!r} is none of {', '.join(self.labels)}")
+        for task in self.tasks:
+            other = task.tune_like
+            if other and (self.tune is None or other == task.task or other not in names):
+                raise ValueError(f"tasks.{task.task}.tune_like: expected another task of `tasks`, with `tune` given")
+            if other and self.task(other).tune_like:
+                raise ValueError(f"tasks.{task.task}.tune_like: {other} takes its own from elsewhere; name that one")
+        for method in self.methods:
+            for task in self.tasks:
+                self.training_of(method, task, None)
+        return self
+
+    @property
+    def labels(self) -> list[str]:
+        """What tables call the methods."""
+        return [label_of(method) for method in self.methods]
+
+    def task(self, name: str) -> TaskChoice:
+        """The task called so."""
+        return next(task for task in self.tasks if task.task == name)
+
+    def training_of(self, method: MethodChoice, task: TaskChoice, lr: float | None, seed: int = 0) -> TrainingSpec:
+        """What one run trains with: the comparison's settings, the task's over them, then the method's."""
+        tree = {**self.training, **task.training, **method.training, "seed": seed}
+        if lr is not None:
+            tree["lr"] = lr
+        try:
+            return TrainingSpec.model_validate(tree)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"training.{where} ({method.name}, {task.task}): {first['msg']}") from None
+
+    def data_of(self, choice: Evaluation) -> str | None:
+        """Where a task's rows are."""
+        place = choice.data or self.data or os.environ.get(DATA_VARIABLE)
+        if TASKS[choice.task].packaged is not None and choice.data is None:
+            return None  # the same rows for everybody
+        return place
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved spec as JSON holds it."""
+        return self.model_dump(mode="json")
+
+
+class EfficiencySpec(Frozen):
+    """The paper's table 3: tokens per second and peak memory, by `jobs/bench.py efficiency`."""
+
+    kind: Literal["efficiency"]
+    name: str
+    title: str = ""
+    device: Literal["cpu", "cuda"] = "cpu"
+    models: tuple[str, ...] = ("S",)
+    batches: tuple[Positive, ...] | None = None
+    rounds: Positive | None = None
+    threads: Positive | None = None
+    paper: dict[str, Any] | None = None
+
+
+def label_of(method: MethodChoice) -> str:
+    """What tables call a method: its label, or its title with the options that were given."""
+    if method.label:
+        return method.label
+    from pedro.methods.registry import METHODS
+
+    title = METHODS[method.name].title.partition(":")[0] if method.name in METHODS else method.name
+    if method.name == "peft":
+        title = str(method.options.get("peft_type", "PEFT"))
+    given = ", ".join(f"{key}={value}" for key, value in method.options.items() if key != "peft_type")
+    return f"{title} ({given})" if given else title
+
+
+def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> ComparisonSpec | EfficiencySpec:
+    """Read a spec file; relative data paths start from its folder. Raises one ConfigError that lists every mistake."""
+    words = list(overrides)
+    spec: ComparisonSpec | EfficiencySpec
+    if _kind(path) == "efficiency":
+        return load_spec(path, words, EfficiencySpec)
+    spec = load_spec(path, words, ComparisonSpec)
+    base = Path(path).absolute().parent
+    tasks = [_located(task, base) for task in spec.tasks]
+    return spec.model_copy(update={"data": _place(spec.data, base), "tasks": tuple(tasks)})
+
+
+def _located(task: TaskChoice, base: Path) -> TaskChoice:
+    evaluate = tuple(other.model_copy(update={"data": _place(other.data, base)}) for other in task.evaluate)
+    return task.model_copy(update={"data": _place(task.data, base), "evaluate": evaluate})
+
+
+def _place(data: str | None, base: Path) -> str | None:
+    return data if data in (None, "hub") else str(base / Path(data).expanduser())  # type: ignore[arg-type]
+
+
+def _kind(path: str | Path) -> str:
+    import yaml
+
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return "comparison"  # `load_spec` says what is wrong
+    return str(tree.get("kind", "comparison")) if isinstance(tree, Mapping) else "comparison"
+
+
+def _checked(check: Any) -> Any:
+    """A ConfigError as the ValueError that pydantic collects."""
+    try:
+        return check()
+    except ConfigError as error:
+        raise ValueError(error.message.partition(": ")[2]) from error
