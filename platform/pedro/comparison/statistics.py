@@ -4,14 +4,18 @@ A *run* is the scores of one trained model on each test row; the runs of a metho
 on the same rows. The number that is reported is the **median over the runs** of a run's mean over its rows. Its
 interval is the 95 % percentile interval of the hierarchical bootstrap of that same number. Each of 2,000 times, test
 rows are drawn with replacement, the same ones for all runs and all methods; runs are drawn with replacement, for each
-method by itself, since equal seeds of two methods share nothing that would make them a pair; and the median of the
-drawn runs on the drawn rows is taken. So the interval speaks of other seeds and of other rows of the same kind, and
+method by itself, since an equal seed does not make two different methods a pair; and the median of the drawn runs on
+the drawn rows is taken. So the interval speaks of other seeds and of other rows of the same kind, and
 not of other training data, learning rates or tasks. A difference of two methods has the interval of the differences
 of their medians, draw by draw: rows that both find hard or easy cancel.
 
-What few seeds can give (simulated: 400 rows, standard deviation over seeds from 0 to 12 points):
-  seeds  holds the true value in   "differs" where nothing does
-  1      SIMULATED   rows alone are drawn, so seeds go unseen: no claim should rest on it
+What few seeds can give, simulated with 400 rows and a standard deviation over seeds of 0, 1.5, 4.4 and 8.5 points:
+
+  seeds  how often it holds the true value   how often two equal methods "differ"
+  1      93 %, 88 %, 65 %, 40 %              5 %, 14 %, 42 %, 65 %   (rows alone are drawn: no claim may rest on it)
+  2      98 %, 99 %, 89 %, 79 %              0 %,  0 %, 10 %, 14 %
+  3      99 %, 99 %, 95 %, 91 %              0 %,  0 %,  4 %,  6 %
+  5      99 %, 99 %, 99 %, 97 %              0 %,  0 %,  1 %,  1 %
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ DRAWS = 2000
 LEVEL = 0.95
 SEED = 20240917
 DIGITS = 12  # beyond these a difference is rounding, not a finding
+FEWEST = 2  # seeds for a claim that two methods differ
 AT_ONCE = 4_000_000  # numbers of the largest array that is made
 
 Runs = Sequence[Sequence[float]]
@@ -37,7 +42,7 @@ Draws = NDArray[np.float64]
 
 def median(values: Sequence[float]) -> float:
     """The middle value, or the mean of the two in the middle. Raises ValueError if there is none."""
-    if not values:
+    if len(values) == 0:
         raise ValueError("the median of no values")
     return float(np.median(values))
 
