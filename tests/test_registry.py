@@ -56,6 +56,14 @@ def test_the_bare_name_means_champion_and_is_not_found_without_one(registry, reg
     assert registry.get("acme.two").version == 1
 
 
+def test_a_version_says_when_it_last_became_champion(registry, register):
+    version = register("acme", "dated", "sha256:d1")
+    assert version.promoted == ""
+    promoted = registry.promote("acme.dated", 1).promoted
+    assert promoted >= version.created
+    assert registry.versions("acme.dated")[0].promoted == promoted
+
+
 def test_promote_sets_previous_and_rollback_swaps_the_two(registry, register):
     register("acme", "three", "sha256:31")
     register("acme", "three", "sha256:32")

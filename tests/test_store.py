@@ -203,6 +203,24 @@ def test_jobs_are_listed_newest_first_by_tenant_and_status(store):
     assert store.list_jobs(status="running") == [running]
 
 
+def test_jobs_are_paged_counted_and_found_by_when_they_ended(store):
+    jobs = [store.create_job("acme", "support", {}, f"job-{number}") for number in range(5)]
+    other = store.create_job("globex", "tone", {})
+    newest_first = [other.id, *(job.id for job in reversed(jobs))]
+    pages = [store.list_jobs(limit=4), store.list_jobs(limit=4, offset=4), store.list_jobs(limit=4, offset=8)]
+    assert [[job.id for job in page] for page in pages] == [newest_first[:4], newest_first[4:], []]
+    store.update_job(jobs[0].id, status="running")
+    ended = store.update_job(jobs[1].id, status="cancelled")
+    assert store.count_jobs() == {
+        ("acme", "queued"): 3,
+        ("acme", "running"): 1,
+        ("acme", "cancelled"): 1,
+        ("globex", "queued"): 1,
+    }
+    assert store.list_jobs(ended_since=ended.created) == [ended]
+    assert store.list_jobs(ended_since=ended.finished + 1) == []
+
+
 def test_records_cannot_be_changed(store):
     record, _ = store.create_key("acme")
     with pytest.raises(FrozenInstanceError):

@@ -445,7 +445,7 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     assert manifest["sweep"]["id"] == entry.id
     assert manifest["sweep"]["trial"] == best.number
     assert manifest["sweep"]["parameters"] == best.parameters
-    parents = {registry._client.get_run(trial.run_id).data.tags["mlflow.parentRunId"] for trial in after}
+    parents = {registry.client.get_run(trial.run_id).data.tags["mlflow.parentRunId"] for trial in after}
     assert parents == {result["run_id"]}
     kept = registry.artifacts(result["run_id"], "sweep", tmp_path)
     assert {path.name for path in kept.iterdir()} == {"summary.json", "trials.csv", "parallel.png"}

@@ -25,40 +25,11 @@ from typing import Any
 from pedro.config import Settings, check_name
 from pedro.database import FileWatch
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
+from pedro.versions import Version, read_version, utc
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 MANIFEST = "pedro_adapter.json"
 _PAGE = 1000
-
-
-@dataclass(frozen=True)
-class Version:
-    """One immutable version of an adapter; `aliases` is as of the reading."""
-
-    tenant: str
-    adapter: str
-    version: int
-    digest: str
-    backbone_id: str
-    backbone_digest: str
-    method: str
-    trainable_parameters: int
-    metrics: dict[str, Any]
-    spec: dict[str, Any]
-    gate: str
-    run_id: str
-    created: str
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """`tenant.adapter`, as the registry and the API call it."""
-        return f"{self.tenant}.{self.adapter}"
-
-    @property
-    def ref(self) -> str:
-        """`tenant.adapter:7`, which always means these weights."""
-        return f"{self.name}:{self.version}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +55,8 @@ class Registry:
         return cls(settings.tracking_uri, settings.artifact_root, settings.cache)
 
     @cached_property
-    def _client(self) -> Any:
+    def client(self) -> Any:
+        """MLflow's own client, connected when it is first wanted. Raises UnavailableError."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -123,20 +95,20 @@ class Registry:
         parent: str | None = None,
     ) -> str:
         """Open a run, under the run `parent` if one is given, and return its id; a process anywhere may `log` to it."""
-        found = self._client.get_experiment_by_name(experiment)
+        found = self.client.get_experiment_by_name(experiment)
         if found is None:
             local = self.tracking_uri.startswith("sqlite:")
             location = (Path(self.artifact_root) / experiment).as_uri() if local else None
-            with suppress(self._mlflow_error()):  # somebody else was first
-                self._client.create_experiment(experiment, artifact_location=location)
-            found = self._client.get_experiment_by_name(experiment)
+            with suppress(self.error):  # somebody else was first
+                self.client.create_experiment(experiment, artifact_location=location)
+            found = self.client.get_experiment_by_name(experiment)
         family = {"mlflow.parentRunId": parent} if parent else {}
-        run = self._client.create_run(found.experiment_id, run_name=name, tags={**tags, **family})
+        run = self.client.create_run(found.experiment_id, run_name=name, tags={**tags, **family})
         from mlflow.entities import Param
 
         entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
         for start in range(0, len(entries), 100):
-            self._client.log_batch(run.info.run_id, params=entries[start : start + 100])
+            self.client.log_batch(run.info.run_id, params=entries[start : start + 100])
         return run.info.run_id
 
     def log(self, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -144,31 +116,31 @@ class Registry:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
 
     def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
         for key, value in tags.items():
-            self._client.set_tag(run_id, key, value)
+            self.client.set_tag(run_id, key, value)
 
     def log_artifacts(self, run_id: str, directory: str | Path, path: str | None = None) -> None:
         """Copy a directory's files into the run, under `path`."""
-        self._client.log_artifacts(run_id, str(directory), path)
+        self.client.log_artifacts(run_id, str(directory), path)
 
     def artifacts(self, run_id: str, path: str, into: Path, of: str = "run") -> Path:
         """Copy what `log_artifacts` put under `path` into a directory; where it is then. AdapterError if it is gone."""
         try:
-            return Path(self._client.download_artifacts(run_id, path, str(into)))
-        except (self._mlflow_error(), OSError) as error:
+            return Path(self.client.download_artifacts(run_id, path, str(into)))
+        except (self.error, OSError) as error:
             raise AdapterError(f"{of}: its files are gone from the registry's artifact store") from error
 
     def finish_run(self, run_id: str, status: str = "FINISHED") -> None:
         """Close a run as FINISHED, FAILED or KILLED."""
-        self._client.set_terminated(run_id, status)
+        self.client.set_terminated(run_id, status)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """One curve of a run: (step, value), in the order of steps."""
-        return sorted((point.step, point.value) for point in self._client.get_metric_history(run_id, metric))
+        return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, metric))
 
     # Versions
 
@@ -179,11 +151,11 @@ class Registry:
         """
         name = _model_name(tenant, adapter)
         manifest = _read_manifest(Path(directory))
-        self._client.log_artifacts(run_id, str(directory), "adapter")
+        self.client.log_artifacts(run_id, str(directory), "adapter")
         try:
-            self._client.create_registered_model(name, tags={"pedro.tenant": tenant, "pedro.adapter": adapter})
-        except self._mlflow_error():  # exists already
-            self._client.get_registered_model(name)
+            self.client.create_registered_model(name, tags={"pedro.tenant": tenant, "pedro.adapter": adapter})
+        except self.error:  # exists already
+            self.client.get_registered_model(name)
         tags = {
             "pedro.digest": manifest["digest"],
             "pedro.backbone": manifest["backbone"]["id"],
@@ -195,27 +167,27 @@ class Registry:
             "pedro.data_digest": str(manifest.get("data_digest") or ""),
             "pedro.gate": gate,
         }
-        made = self._client.create_model_version(name, source=f"runs:/{run_id}/adapter", run_id=run_id, tags=tags)
+        made = self.client.create_model_version(name, source=f"runs:/{run_id}/adapter", run_id=run_id, tags=tags)
         return self.get(name, int(made.version))
 
     def get(self, name: str, which: str | int = CHAMPION) -> Version:
         """A version of `tenant.adapter` by number or alias; NotFoundError (the uniform 404) if there is none."""
         try:
             if isinstance(which, int) or which.isdigit():
-                entity = self._client.get_model_version(name, str(which))
+                entity = self.client.get_model_version(name, str(which))
             else:
-                entity = self._client.get_model_version_by_alias(name, which)
-        except self._mlflow_error() as error:
+                entity = self.client.get_model_version_by_alias(name, which)
+        except self.error as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
             raise model_not_found(name if which == CHAMPION else f"{name}@{which}") from error
-        return _version(entity)
+        return read_version(entity)
 
     def versions(self, name: str) -> list[Version]:
         """All versions of `tenant.adapter`, oldest first; empty if there is no such adapter."""
-        found = self._pages(self._client.search_model_versions, filter_string=f"name = '{_quotable(name)}'")
+        found = self.pages(self.client.search_model_versions, filter_string=f"name = '{_quotable(name)}'")
         aliases = self._aliases(name)
-        return sorted((_version(entity, aliases) for entity in found), key=lambda version: version.version)
+        return sorted((read_version(entity, aliases) for entity in found), key=lambda version: version.version)
 
     def models(self, tenant: str | None = None) -> list[str]:
         """Names of the registered adapters, of one tenant or of all."""
@@ -223,7 +195,7 @@ class Registry:
 
     def catalog(self) -> dict[str, Entry]:
         """Every registered adapter with its aliases: the one query that a watcher repeats."""
-        models = self._pages(self._client.search_registered_models, filter_string=None)
+        models = self.pages(self.client.search_registered_models, filter_string=None)
         return {
             model.name: Entry(
                 created=int(model.creation_timestamp),
@@ -248,22 +220,22 @@ class Registry:
     def set_alias(self, name: str, alias: str, version: int) -> Version:
         """Point `alias` at a version that exists."""
         self.get(name, version)
-        self._client.set_registered_model_alias(name, alias, str(version))
+        self.client.set_registered_model_alias(name, alias, str(version))
         return self.get(name, version)
 
     def tag_gate(self, version: Version, gate: str) -> None:
         """Record on a version what its gate decided and why."""
-        self._client.set_model_version_tag(version.name, str(version.version), "pedro.gate", gate)
+        self.client.set_model_version_tag(version.name, str(version.version), "pedro.gate", gate)
 
     def promote(self, name: str, version: int) -> Version:
         """Make a version champion; the champion until now becomes `previous`."""
         self.get(name, version)
         champion = self._aliases(name).get(CHAMPION)
         if champion is not None and champion != version:
-            self._client.set_registered_model_alias(name, PREVIOUS, str(champion))
-        self._client.set_registered_model_alias(name, CHAMPION, str(version))
+            self.client.set_registered_model_alias(name, PREVIOUS, str(champion))
+        self._crown(name, version)
         if self._aliases(name).get(CANDIDATE) == version:
-            self._client.delete_registered_model_alias(name, CANDIDATE)
+            self.client.delete_registered_model_alias(name, CANDIDATE)
         return self.get(name, version)
 
     def rollback(self, name: str) -> Version:
@@ -273,8 +245,8 @@ class Registry:
             raise model_not_found(name)
         if PREVIOUS not in aliases or CHAMPION not in aliases:
             raise ConflictError(f"{name}: no previous version to roll back to; `promote` one of its versions instead")
-        self._client.set_registered_model_alias(name, CHAMPION, str(aliases[PREVIOUS]))
-        self._client.set_registered_model_alias(name, PREVIOUS, str(aliases[CHAMPION]))
+        self._crown(name, aliases[PREVIOUS])
+        self.client.set_registered_model_alias(name, PREVIOUS, str(aliases[CHAMPION]))
         return self.get(name, aliases[PREVIOUS])
 
     def delete(self, name: str, version: int | None = None) -> None:
@@ -282,14 +254,14 @@ class Registry:
         if version is None:
             if name not in self.catalog():
                 raise model_not_found(name)
-            self._client.delete_registered_model(name)
+            self.client.delete_registered_model(name)
             return
         found = self.get(name, version)
         if CHAMPION in found.aliases:
             raise ConflictError(f"{found.ref} is the champion; promote another version first, or delete all of {name}")
         for alias in found.aliases:
-            self._client.delete_registered_model_alias(name, alias)
-        self._client.delete_model_version(name, str(version))
+            self.client.delete_registered_model_alias(name, alias)
+        self.client.delete_model_version(name, str(version))
 
     def download(self, version: Version) -> Path:
         """The version's adapter directory on this host, from a cache keyed by its digest and its run.
@@ -315,21 +287,27 @@ class Registry:
             shutil.rmtree(scratch, ignore_errors=True)
         return target
 
+    def _crown(self, name: str, version: int) -> None:
+        self.client.set_registered_model_alias(name, CHAMPION, str(version))
+        self.client.set_model_version_tag(name, str(version), "pedro.promoted", utc(time.time()))
+
     def _aliases(self, name: str) -> dict[str, int]:
         try:
-            model = self._client.get_registered_model(name)
-        except self._mlflow_error():
+            model = self.client.get_registered_model(name)
+        except self.error:
             return {}
         return {alias: int(version) for alias, version in (model.aliases or {}).items()}
 
-    @staticmethod
-    def _mlflow_error() -> Any:
+    @property
+    def error(self) -> Any:
+        """What MLflow raises."""
         from mlflow.exceptions import MlflowException
 
         return MlflowException
 
     @staticmethod
-    def _pages(search: Any, **arguments: Any) -> Iterable[Any]:
+    def pages(search: Any, **arguments: Any) -> Iterable[Any]:
+        """Everything that one of the client's searches finds, page by page."""
         token = None
         while True:
             page = search(max_results=_PAGE, page_token=token, **arguments)
@@ -372,29 +350,3 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{directory.name}: no readable {MANIFEST}, so this is no adapter directory") from error
-
-
-def _version(entity: Any, aliases: Mapping[str, int] | None = None) -> Version:
-    tenant, _, adapter = entity.name.partition(".")
-    tags = entity.tags
-    number = int(entity.version)
-    if aliases is None:
-        held: Iterable[str] = entity.aliases or ()
-    else:
-        held = (alias for alias, version in aliases.items() if version == number)
-    return Version(
-        tenant=tenant,
-        adapter=adapter,
-        version=number,
-        digest=tags.get("pedro.digest", ""),
-        backbone_id=tags.get("pedro.backbone", ""),
-        backbone_digest=tags.get("pedro.backbone_digest", ""),
-        method=tags.get("pedro.method", ""),
-        trainable_parameters=int(tags.get("pedro.trainable_parameters") or 0),
-        metrics=json.loads(tags.get("pedro.metrics") or "{}"),
-        spec=json.loads(tags.get("pedro.spec") or "{}"),
-        gate=tags.get("pedro.gate", ""),
-        run_id=entity.run_id,
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entity.creation_timestamp / 1000)),
-        aliases=tuple(sorted(held)),
-    )

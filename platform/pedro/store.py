@@ -304,16 +304,30 @@ class Store:
         return _job_record(row)
 
     def list_jobs(
-        self, tenant: str | None = None, *, status: JobStatus | str | None = None, limit: int | None = None
+        self,
+        tenant: str | None = None,
+        *,
+        status: JobStatus | str | None = None,
+        ended_since: float | None = None,
+        limit: int | None = None,
+        offset: int = 0,
     ) -> list[JobRecord]:
-        """Jobs, newest first."""
-        query = sa.select(_jobs).order_by(_jobs.c.created.desc(), _jobs.c.id.desc()).limit(limit)
+        """Jobs, newest first; `limit` of them after the first `offset`."""
+        query = sa.select(_jobs).order_by(_jobs.c.created.desc(), _jobs.c.id.desc()).limit(limit).offset(offset)
         if tenant is not None:
             query = query.where(_jobs.c.tenant == tenant)
         if status is not None:
             query = query.where(_jobs.c.status == _job_status(status).value)
+        if ended_since is not None:
+            query = query.where(_jobs.c.finished >= ended_since)
         with self._database.transaction() as connection:
             return [_job_record(row) for row in connection.execute(query)]
+
+    def count_jobs(self) -> dict[tuple[str, JobStatus], int]:
+        """How many jobs each tenant has in each status; what it has none of is left out."""
+        query = sa.select(_jobs.c.tenant, _jobs.c.status, sa.func.count()).group_by(_jobs.c.tenant, _jobs.c.status)
+        with self._database.transaction() as connection:
+            return {(tenant, JobStatus(status)): count for tenant, status, count in connection.execute(query)}
 
 
 def _job_status(status: JobStatus | str) -> JobStatus:

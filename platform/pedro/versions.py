@@ -1,0 +1,73 @@
+"""What a version of an adapter is, and how the tags of MLflow's model versions spell it. Knows nothing of stores."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable version of an adapter; `aliases` is as of the reading."""
+
+    tenant: str
+    adapter: str
+    version: int
+    digest: str
+    backbone_id: str
+    backbone_digest: str
+    method: str
+    trainable_parameters: int
+    metrics: dict[str, Any]
+    spec: dict[str, Any]
+    gate: str
+    run_id: str
+    created: str
+    aliases: tuple[str, ...] = ()
+    promoted: str = ""  # when it last became champion
+
+    @property
+    def name(self) -> str:
+        """`tenant.adapter`, as the registry and the API call it."""
+        return f"{self.tenant}.{self.adapter}"
+
+    @property
+    def ref(self) -> str:
+        """`tenant.adapter:7`, which always means these weights."""
+        return f"{self.name}:{self.version}"
+
+
+def read_version(entity: Any, aliases: Mapping[str, int] | None = None) -> Version:
+    """What MLflow says of a model version; `aliases` are its adapter's, if the entity does not know its own."""
+    tenant, _, adapter = entity.name.partition(".")
+    tags = entity.tags
+    number = int(entity.version)
+    if aliases is None:
+        held: Iterable[str] = entity.aliases or ()
+    else:
+        held = (alias for alias, version in aliases.items() if version == number)
+    return Version(
+        tenant=tenant,
+        adapter=adapter,
+        version=number,
+        digest=tags.get("pedro.digest", ""),
+        backbone_id=tags.get("pedro.backbone", ""),
+        backbone_digest=tags.get("pedro.backbone_digest", ""),
+        method=tags.get("pedro.method", ""),
+        trainable_parameters=int(tags.get("pedro.trainable_parameters") or 0),
+        metrics=json.loads(tags.get("pedro.metrics") or "{}"),
+        spec=json.loads(tags.get("pedro.spec") or "{}"),
+        gate=tags.get("pedro.gate", ""),
+        run_id=entity.run_id,
+        created=utc(entity.creation_timestamp / 1000),
+        aliases=tuple(sorted(held)),
+        promoted=tags.get("pedro.promoted", ""),
+    )
+
+
+def utc(seconds: float) -> str:
+    """Unix seconds as people and tags write them."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
