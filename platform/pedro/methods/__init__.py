@@ -4,23 +4,12 @@ Importing this package registers its tuners with PEFT, after which get_peft_mode
 AutoPeftModel and transformers' load_adapter know their `peft_type`.
 """
 
-from pedro.methods import peft_registration
-
-peft_registration.add_members("PEDRO", "CONSTANT", "BOTTLENECK", "LATE_PROMPT", "SPARSE_SEARCH")
-
-from pedro.methods.bottleneck import BottleneckConfig, BottleneckModel  # noqa: E402 - needs the members
-from pedro.methods.constants import ConstantConfig, ConstantModel  # noqa: E402
-from pedro.methods.late_prompt import LatePromptConfig, LatePromptModel  # noqa: E402
-from pedro.methods.pedro import PedroConfig, PedroModel  # noqa: E402
-from pedro.methods.sparse_search import SparseSearchConfig, SparseSearchModel  # noqa: E402
-
-peft_registration.register("PEDRO", PedroConfig, PedroModel)
-peft_registration.register("CONSTANT", ConstantConfig, ConstantModel)
-peft_registration.register("BOTTLENECK", BottleneckConfig, BottleneckModel)
-peft_registration.register("LATE_PROMPT", LatePromptConfig, LatePromptModel)
-peft_registration.register("SPARSE_SEARCH", SparseSearchConfig, SparseSearchModel)
-
-from pedro.methods.registry import METHODS, Method, count_parameters, get_method  # noqa: E402
+from pedro.methods.bottleneck import BottleneckConfig
+from pedro.methods.constants import ConstantConfig
+from pedro.methods.late_prompt import LatePromptConfig
+from pedro.methods.pedro import PedroConfig, PedroModel
+from pedro.methods.registry import METHODS, Method, count_parameters, get_method
+from pedro.methods.sparse_search import SparseSearchConfig
 
 __all__ = [
     "METHODS",

@@ -14,8 +14,11 @@ from peft import AdaLoraConfig
 from torch import nn
 
 from pedro.errors import ConfigError
+from pedro.methods.method import Method
+from pedro.methods.options import Targets, expect, expect_count, expect_share, paths_of
 
 LEAST_STEPS = 4
+UNKNOWN_STEPS = 1_000_000_000  # PEFT's config wants a number early; the companion sets the real one
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 PATTERN = "rank_pattern"
 
@@ -113,3 +116,51 @@ class AdaLora:
                 self._grads[name] = parameter.grad
 
         return keep
+
+
+def _build(
+    model_config: Any,
+    *,
+    r: int = 8,
+    target_r: int = 4,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    targets: Targets = None,
+    start: float = 0.1,
+    end: float = 0.5,
+    orthogonality: float = 0.1,
+) -> AdaLoraConfig:
+    """`start` and `end`: shares of the steps between which ranks are pruned, read by the companion."""
+    expect_count("r", r)
+    expect_count("target_r", target_r)
+    expect(target_r <= r, "target_r", f"at most r = {r}", target_r)
+    expect_count("alpha", alpha)
+    expect_share("dropout", dropout)
+    expect_share("start", start)
+    expect_share("end", end)
+    expect(start < end, "end", f"more than start = {start}", end)
+    good = isinstance(orthogonality, (int, float)) and orthogonality >= 0
+    expect(good, "orthogonality", "a number >= 0", orthogonality)
+    return AdaLoraConfig(
+        init_r=r,
+        target_r=target_r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        orth_reg_weight=orthogonality,
+        total_step=UNKNOWN_STEPS,
+        target_modules=paths_of(model_config, targets),
+        fan_in_fan_out=model_config.model_type == "gpt2",
+    )
+
+
+METHOD = Method(
+    name="adalora",
+    title="AdaLoRA",
+    source="Zhang et al. 2023, arXiv 2303.10512",
+    equation="y ← y + (α/r) P Λ Q x, half of Λ pruned",
+    build=_build,
+    engine=False,
+    mergeable=True,
+    identity_at_init=True,
+    accompany=lambda model, steps, options: AdaLora(model, steps, options["start"], options["end"]),
+)

@@ -1,22 +1,37 @@
 """What our PEFT tuners share: one layer object as a child of each decoder block, hooks instead of replaced modules.
 
-Knows nothing of any method. A method gives a `BlockLayer` (parameters by adapter name, hooks on the block's modules)
-and a `BlockTuner` that says under which name the layer hangs in the block. The child's name must not start with the
-tuner's prefix: transformers' `load_adapter` would misplace the keys.
+Knows nothing of any method. A method gives a `TunerConfig`, a `BlockLayer` (parameters by adapter name, hooks on the
+block's modules) and a `BlockTuner` that says under which name the layer hangs in the block. The child's name must not
+start with the tuner's prefix: transformers' `load_adapter` would misplace the keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import Architecture, LayerSites, describe
+
+
+@dataclass
+class TunerConfig(PeftConfig):
+    """The config of one of our methods: `kind` is its `peft_type`, and its tuner's prefix in lower case."""
+
+    kind: ClassVar[str]
+
+    target_modules = None  # no field: PEFT reads it, but blocks are found by the table of architectures
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(self.kind)
 
 
 class BlockLayer(nn.Module, BaseTunerLayer):

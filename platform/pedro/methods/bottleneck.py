@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftType
 from torch import nn
 from torch.nn import functional
 
 from pedro.errors import ConfigError
-from pedro.methods.architectures import LayerSites
-from pedro.methods.blocks import BlockLayer, BlockTuner
+from pedro.methods.architectures import LayerSites, projection_paths
+from pedro.methods.blocks import BlockLayer, BlockTuner, TunerConfig
+from pedro.methods.method import Method
+from pedro.methods.options import expect_count
+from pedro.methods.peft_registration import register
 
 CHILD = "adapters"
 SITES = ("attention", "mlp")
@@ -37,8 +40,10 @@ CANDIDATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(TunerConfig):
     """Options of bottleneck adapters. Raises ConfigError for a value that no model could take."""
+
+    kind: ClassVar[str] = "BOTTLENECK"
 
     r: int = field(default=18, metadata={"help": "Width of the bottleneck."})
     sites: tuple[str, ...] = field(
@@ -46,14 +51,10 @@ class BottleneckConfig(PeftConfig):
     )
     activation: str = field(default="gelu", metadata={"help": f"{LEARNED}, or one of {', '.join(CANDIDATES)}."})
 
-    target_modules = None  # no field: PEFT reads it, but blocks are found by the table of architectures
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("BOTTLENECK")
         self.sites = tuple(self.sites)
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0:
-            raise ConfigError(f"r: expected a whole number > 0, got {self.r!r}", param="r")
+        expect_count("r", self.r)
         if not self.sites or not all(site in SITES and self.sites.count(site) == 1 for site in self.sites):
             raise ConfigError(f"sites: expected distinct names of {', '.join(SITES)}, got {self.sites}", param="sites")
         if self.activation not in (LEARNED, *CANDIDATES):
@@ -133,3 +134,38 @@ class BottleneckModel(BlockTuner):
             layer = BottleneckLayer(index, self._architecture.layers[index], self._architecture.hidden_size)
             setattr(block, CHILD, layer)
         getattr(block, CHILD).update_layer(adapter_name, config)
+
+
+def _build_houlsby(model_config: Any, *, r: int = 18, activation: str = "gelu") -> BottleneckConfig:
+    projection_paths(model_config)
+    return BottleneckConfig(r=r, activation=activation)
+
+
+def _build_learned(model_config: Any, *, r: int = 36) -> BottleneckConfig:
+    projection_paths(model_config)
+    return BottleneckConfig(r=r, sites=("mlp",), activation=LEARNED)
+
+
+register(BottleneckConfig, BottleneckModel)
+
+HOULSBY = Method(
+    name="houlsby",
+    title="Houlsby adapter",
+    source="Houlsby et al. 2019, arXiv 1902.00751",
+    equation="h ← h + σ(h W_down) W_up, two a layer",
+    build=_build_houlsby,
+    engine=False,
+    mergeable=False,
+    identity_at_init=True,
+)
+LEARNED_ADAPTER = Method(
+    name="learned-adapter",
+    title="Learned-Adapter",
+    source="Zhang et al. 2023, Findings of ACL",
+    equation="h ← h + σ(h W_down) W_up, σ a learned mixture",
+    build=_build_learned,
+    engine=False,
+    mergeable=False,
+    identity_at_init=True,
+    theta=(".bottleneck_mix.",),
+)

@@ -15,13 +15,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 from pedro.errors import ConfigError
-from pedro.methods.adalora import AdaLora
-from pedro.methods.builders import UNKNOWN_STEPS
+from pedro.methods.adalora import UNKNOWN_STEPS, AdaLora
 from pedro.methods.companion import Companion
 from pedro.methods.method import Method
+from pedro.methods.peft_registration import OWN_NAMES
 
 NOT_OPTIONS = {field.name for field in dataclasses.fields(PeftConfig)}
-OWN_NAMES = {"PEDRO": "pedro", "LATE_PROMPT": "lpt", "SPARSE_SEARCH": "ssp"}
 # they want more in a batch or a model than rows of tokens: task ids, other adapters, an encoder, two models
 NEED_MORE = ("POLY", "MULTITASK_PROMPT_TUNING", "XLORA", "CPT", "CARTRIDGE", "SHADOW", "SUPERTUNING")
 
@@ -44,7 +43,7 @@ class PeftByName(Method):
             ) from error
 
 
-def build(model_config: Any, *, peft_type: str | None = None, **options: Any) -> PeftConfig:
+def _build(model_config: Any, *, peft_type: str | None = None, **options: Any) -> PeftConfig:
     """PEFT's config for a type. Raises ConfigError with PEFT's own words for a wrong value."""
     config_class = _config_class(peft_type)
     if issubclass(config_class, AdaLoraConfig):
@@ -55,7 +54,7 @@ def build(model_config: Any, *, peft_type: str | None = None, **options: Any) ->
         raise ConfigError(f"peft_type: {peft_type} refuses its options: {error}", param="peft_type") from error
 
 
-def accompany(model: Any, steps: int, options: dict[str, Any]) -> Companion | None:
+def _accompany(model: Any, steps: int, options: dict[str, Any]) -> Companion | None:
     """AdaLoRA's companion, by its own schedule, if that is the type."""
     return AdaLora(model, steps) if isinstance(model.peft_config["default"], AdaLoraConfig) else None
 
@@ -81,3 +80,16 @@ def _config_class(peft_type: Any) -> type[PeftConfig]:
             param="method.peft_type",
         )
     return classes[peft_type]
+
+
+METHOD = PeftByName(
+    name="peft",
+    title="Any method of PEFT by its peft_type",
+    source="huggingface/peft",
+    equation="as peft_type says",
+    build=_build,
+    engine=None,
+    mergeable=None,
+    identity_at_init=None,
+    accompany=_accompany,
+)

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftType
 from torch import nn
 from torch.nn import functional
 
 from pedro.errors import BackboneError, ConfigError
-from pedro.methods.architectures import Architecture
-from pedro.methods.blocks import BlockLayer
+from pedro.methods.architectures import Architecture, projection_paths
+from pedro.methods.blocks import BlockLayer, TunerConfig
 from pedro.methods.conditioned import ConditionedTuner
+from pedro.methods.method import Method
+from pedro.methods.options import expect_count
+from pedro.methods.peft_registration import register
 from pedro.methods.prompt import PromptPass
 
 CHILD = "prompts"
@@ -30,8 +32,10 @@ CACHES = ("past_key_values", "layer_past")  # what blocks call their KV cache
 
 
 @dataclass
-class LatePromptConfig(PeftConfig):
+class LatePromptConfig(TunerConfig):
     """Options of late prompt tuning. Raises ConfigError for a value that no model could take."""
+
+    kind: ClassVar[str] = "LATE_PROMPT"
 
     r: int = field(default=1024, metadata={"help": "Width of the generator's bottleneck."})
     tokens: int = field(default=64, metadata={"help": "Number of soft tokens."})
@@ -39,17 +43,12 @@ class LatePromptConfig(PeftConfig):
         default=None, metadata={"help": "The layer that reads them first, from 1; None: the middle one."}
     )
 
-    target_modules = None  # no field: PEFT reads it, but blocks are found by the table of architectures
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("LATE_PROMPT")
-        for name in ("r", "tokens", "layer"):
-            value = getattr(self, name)
-            if name == "layer" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"{name}: expected a whole number > 0, got {value!r}", param=name)
+        expect_count("r", self.r)
+        expect_count("tokens", self.tokens)
+        if self.layer is not None:
+            expect_count("layer", self.layer)
 
     def place(self, num_layers: int) -> int:
         """Index of the layer that reads the soft tokens first. Raises ConfigError where the backbone has no such."""
@@ -199,3 +198,25 @@ class LatePromptModel(ConditionedTuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return self._blocks.get(key) == peft_config.place(len(self._blocks))
+
+
+def _build(model_config: Any, *, r: int = 1024, tokens: int = 64, layer: int | None = None) -> LatePromptConfig:
+    projection_paths(model_config)
+    config = LatePromptConfig(r=r, tokens=tokens, layer=layer)
+    config.place(model_config.num_hidden_layers)
+    return config
+
+
+register(LatePromptConfig, LatePromptModel, "lpt")
+
+METHOD = Method(
+    name="lpt",
+    title="LPT: late prompt tuning",
+    source="Liu et al. 2022, arXiv 2210.11292",
+    equation="H ← [relu(pool(H W_down)) W_up; H] at the middle layer",
+    build=_build,
+    engine=False,
+    mergeable=False,
+    identity_at_init=False,
+    conditions_on_prompt=True,
+)

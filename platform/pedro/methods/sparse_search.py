@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftType
 from torch import nn
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import LINEARS, Architecture, LayerSites, Rows
-from pedro.methods.blocks import BlockLayer, BlockTuner
+from pedro.methods.blocks import BlockLayer, BlockTuner, TunerConfig
+from pedro.methods.method import Method
+from pedro.methods.options import Targets, expect, expect_count, expect_names, targets_of
+from pedro.methods.peft_registration import register
 
 CHILD = "candidates"
 PREFIX = "sparse_search_"
@@ -28,8 +30,10 @@ Cuts = list[tuple[str, Rows]]
 
 
 @dataclass
-class SparseSearchConfig(PeftConfig):
+class SparseSearchConfig(TunerConfig):
     """Options of the search; `kept` is its result. Raises ConfigError for a value that no model could take."""
+
+    kind: ClassVar[str] = "SPARSE_SEARCH"
 
     r: int = field(default=8, metadata={"help": "Rank of each LoRA candidate."})
     alpha: int = field(default=16, metadata={"help": "LoRA's alpha."})
@@ -42,25 +46,17 @@ class SparseSearchConfig(PeftConfig):
         default=None, metadata={"help": "The kept candidates as layer.part.target; None while the search lasts."}
     )
 
-    target_modules = None  # no field: PEFT reads it, but blocks are found by the table of architectures
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("SPARSE_SEARCH")
         self.targets = tuple(self.targets)
         self.kept = None if self.kept is None else tuple(self.kept)
-        for name in ("r", "alpha"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"{name}: expected a whole number > 0, got {value!r}", param=name)
+        expect_count("r", self.r)
+        expect_count("alpha", self.alpha)
         for name, most in (("budget", 1.0), ("search", 0.9)):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value <= most:
-                raise ConfigError(f"{name}: expected a share in (0, {most:g}], got {value!r}", param=name)
-        if not self.targets or not all(t in LINEARS and self.targets.count(t) == 1 for t in self.targets):
-            raise ConfigError(
-                f"targets: expected distinct names of {', '.join(LINEARS)}, got {self.targets}", param="targets"
-            )
+            good = isinstance(value, (int, float)) and 0 < value <= most
+            expect(good, name, f"a share in (0, {most:g}]", value)
+        expect_names("targets", self.targets, LINEARS)
 
 
 class SparseSearchLayer(BlockLayer):
@@ -261,3 +257,31 @@ def choose(logits: torch.Tensor, sizes: torch.Tensor, budget: float) -> torch.Te
     if not kept.any():
         kept[int(sizes.argmin())] = True
     return kept
+
+
+def _build(
+    model_config: Any,
+    *,
+    r: int = 8,
+    alpha: int = 16,
+    targets: Targets = None,
+    budget: float = 0.4,
+    search: float = 0.5,
+) -> SparseSearchConfig:
+    return SparseSearchConfig(r=r, alpha=alpha, targets=targets_of(model_config, targets), budget=budget, search=search)
+
+
+register(SparseSearchConfig, SparseSearchModel, "ssp")
+
+METHOD = Method(
+    name="ssp",
+    title="SSP: sparse structure search",
+    source="Hu et al. 2022, arXiv 2206.07382",
+    equation="y ← y + z₁ (α/r) B A x + z₂ b, gates z at a budget",
+    build=_build,
+    engine=False,
+    mergeable=False,
+    identity_at_init=True,
+    theta=(f".{PREFIX}gates.",),
+    accompany=lambda model, steps, options: SparseSearch(model, steps),
+)

@@ -13,19 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from peft import PeftConfig, PeftType
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import LINEARS
-
-NAME = "CONSTANT"
+from pedro.methods.blocks import TunerConfig
+from pedro.methods.options import is_count
 
 
 @dataclass
-class ConstantConfig(PeftConfig):
+class ConstantConfig(TunerConfig):
     """Options of constant vectors; PEFT saves them in adapter_config.json. Raises ConfigError for an impossible one."""
+
+    kind: ClassVar[str] = "CONSTANT"
 
     scale: tuple[str, ...] = field(
         default=(), metadata={"help": f"Projections whose outputs are scaled, of {', '.join(LINEARS)}."}
@@ -35,18 +37,15 @@ class ConstantConfig(PeftConfig):
     )
     r: int | None = field(default=None, metadata={"help": "Learn each vector in r dimensions; None: as it is."})
 
-    target_modules = None  # no field: PEFT reads it, but blocks are found by the table of architectures
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType(NAME)
         self.scale, self.shift = tuple(self.scale), tuple(self.shift)
         for name, targets in (("scale", self.scale), ("shift", self.shift)):
             if not all(target in LINEARS and targets.count(target) == 1 for target in targets):
                 raise ConfigError(f"{name}: expected distinct names of {', '.join(LINEARS)}, got {targets}", param=name)
         if not self.scale and not self.shift:
             raise ConfigError("scale: expected at least one target of scale or shift, got none", param="scale")
-        if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0):
+        if self.r is not None and (not is_count(self.r) or self.r <= 0):
             raise ConfigError(f"r: expected a whole number > 0 or null, got {self.r!r}", param="r")
 
     def shapes(self, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from peft import PeftConfig, PeftType
-
-from pedro.errors import ConfigError
 from pedro.methods.architectures import TARGETS
+from pedro.methods.blocks import TunerConfig
+from pedro.methods.options import expect, expect_count, expect_names, is_count
 from pedro.methods.pedro.generator import ACTIVATIONS
 
 POOLS = ("last", "mean", "max")
@@ -15,12 +15,14 @@ POOL_SOURCES = ("normed", "residual")
 
 
 @dataclass
-class PedroConfig(PeftConfig):
+class PedroConfig(TunerConfig):
     """Options of PEDRO (arXiv 2409.17834); PEFT saves them in adapter_config.json.
 
     Raises ConfigError for a value that no model could take; what depends on the model (an MLP without a gate, the
     number of layers) is checked when the adapter meets it.
     """
+
+    kind: ClassVar[str] = "PEDRO"
 
     r: int = field(default=12, metadata={"help": "Width of the generator's bottleneck."})
     targets: tuple[str, ...] = field(
@@ -35,11 +37,8 @@ class PedroConfig(PeftConfig):
         default="normed", metadata={"help": "Pool after the attention's norm (normed) or before it (residual)."}
     )
 
-    target_modules = None  # no field: PEFT reads it, but blocks are found by the table of architectures
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("PEDRO")
         self.targets, self.orders = _as_tuple(self.targets), _as_tuple(self.orders)
         if not isinstance(self.activation, str):
             self.activation = _as_tuple(self.activation)
@@ -47,36 +46,29 @@ class PedroConfig(PeftConfig):
 
     def _check(self) -> None:
         names = (self.activation,) if isinstance(self.activation, str) else self.activation
-        _require(_is_count(self.r) and self.r > 0, "r", "a whole number > 0", self.r)
-        _require(
-            isinstance(self.targets, tuple)
-            and len(self.targets) > 0
-            and all(name in TARGETS and self.targets.count(name) == 1 for name in self.targets),
-            "targets",
-            f"distinct names of {', '.join(TARGETS)}",
-            self.targets,
-        )
-        _require(
+        expect_count("r", self.r)
+        expect_names("targets", self.targets, TARGETS)
+        expect(
             isinstance(names, tuple) and len(names) > 0 and all(name in ACTIVATIONS for name in names),
             "activation",
             f"one of {', '.join(ACTIVATIONS)}, or a list of one name a layer",
             self.activation,
         )
-        pair = isinstance(self.orders, tuple) and len(self.orders) == 2 and all(map(_is_count, self.orders))
-        _require(
+        pair = isinstance(self.orders, tuple) and len(self.orders) == 2 and all(map(is_count, self.orders))
+        expect(
             pair and 1 <= self.orders[0] <= 12 and 0 <= self.orders[1] <= 12,
             "orders",
             "two whole numbers (m, n) with 1 <= m <= 12 and 0 <= n <= 12",
             self.orders,
         )
-        _require(self.pool in POOLS, "pool", f"one of {', '.join(POOLS)}", self.pool)
-        _require(self.pool_source in POOL_SOURCES, "pool_source", f"one of {', '.join(POOL_SOURCES)}", self.pool_source)
+        expect(self.pool in POOLS, "pool", f"one of {', '.join(POOLS)}", self.pool)
+        expect(self.pool_source in POOL_SOURCES, "pool_source", f"one of {', '.join(POOL_SOURCES)}", self.pool_source)
 
     def activations(self, num_layers: int) -> tuple[str, ...]:
         """One activation a layer. Raises ConfigError where a list of them has another length than the model."""
         if isinstance(self.activation, str):
             return (self.activation,) * num_layers
-        _require(
+        expect(
             len(self.activation) == num_layers,
             "activation",
             f"one name for each of the backbone's {num_layers} layers",
@@ -93,7 +85,7 @@ class PedroConfig(PeftConfig):
 def variant_options(number: int, num_layers: int | None = None) -> dict:
     """What the paper's variant changes: -1, -2 pooling; -3, -4 targets; -5, -6, -7 the activation."""
     if number == 7:
-        _require(num_layers is not None, "num_layers", "the backbone's number of layers for PEDRO-7", None)
+        expect(num_layers is not None, "num_layers", "the backbone's number of layers for PEDRO-7", None)
         assert num_layers is not None
         half = num_layers // 2
         return {"activation": ("relu",) * half + ("gelu",) * (num_layers - half)}
@@ -105,18 +97,9 @@ def variant_options(number: int, num_layers: int | None = None) -> dict:
         5: {"activation": "relu"},
         6: {"activation": "gelu"},
     }
-    _require(number in changes, "variant", "a number from 1 to 7", number)
+    expect(number in changes, "variant", "a number from 1 to 7", number)
     return changes[number]
 
 
 def _as_tuple(value):
     return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(good: bool, name: str, expected: str, got: object) -> None:
-    if not good:
-        raise ConfigError(f"{name}: expected {expected}, got {got!r}", param=name)

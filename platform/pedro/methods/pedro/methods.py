@@ -1,0 +1,98 @@
+"""PEDRO, its variants and PARA as methods: names, options, capabilities. Knows nothing of tensors."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from pedro.methods.architectures import projection_paths
+from pedro.methods.method import Method
+from pedro.methods.options import expect
+from pedro.methods.pedro.config import PedroConfig, variant_options
+from pedro.methods.pedro.model import PedroModel
+from pedro.methods.peft_registration import register
+
+PAPER = "Zhu et al. 2024, arXiv 2409.17834"
+
+
+def _build(
+    variant: int | None,
+    model_config: Any,
+    *,
+    r: int | None = None,
+    targets: list[str] | None = None,
+    activation: str | list[str] | None = None,
+    orders: list[int] | None = None,
+    pool: str | None = None,
+    pool_source: str | None = None,
+) -> PedroConfig:
+    given = {
+        "r": r,
+        "targets": targets,
+        "activation": activation,
+        "orders": orders,
+        "pool": pool,
+        "pool_source": pool_source,
+    }
+    changes = variant_options(variant, model_config.num_hidden_layers) if variant else {}
+    return _checked(PedroConfig(**{**changes, **{k: v for k, v in given.items() if v is not None}}), model_config)
+
+
+def _build_para(
+    model_config: Any,
+    *,
+    r: int = 12,
+    targets: list[str] | tuple[str, ...] = ("q", "v", "up"),
+    activation: str = "gelu",
+    pool: str = "last",
+) -> PedroConfig:
+    expect(activation in ("gelu", "relu"), "activation", "gelu or relu (PARA's is fixed)", activation)
+    return _checked(PedroConfig(r=r, targets=tuple(targets), activation=activation, pool=pool), model_config)
+
+
+def _checked(config: PedroConfig, model_config: Any) -> PedroConfig:
+    paths = projection_paths(model_config)
+    missing = [target for target in config.targets if target not in paths]
+    expect(not missing, "targets", f"names that {model_config.model_type} has ({', '.join(paths)})", missing)
+    config.activations(model_config.num_hidden_layers)
+    return config
+
+
+def _entry(variant: int | None, title: str) -> Method:
+    return Method(
+        name=f"pedro-{variant}" if variant else "pedro",
+        title=title,
+        source=PAPER,
+        equation="y ← l ⊙ y, l = R(pool(x) W_down) W_up + b",
+        build=partial(_build, variant),
+        engine=True,
+        mergeable=False,
+        identity_at_init=True,
+        conditions_on_prompt=True,
+        theta=(".pedro_a.", ".pedro_b."),
+    )
+
+
+register(PedroConfig, PedroModel, "pedro")
+
+METHODS = (
+    _entry(None, "PEDRO"),
+    _entry(1, "PEDRO-1: mean pooling"),
+    _entry(2, "PEDRO-2: max pooling"),
+    _entry(3, "PEDRO-3: q, k, v, gate and up, r = 8"),
+    _entry(4, "PEDRO-4: q and v, r = 24"),
+    _entry(5, "PEDRO-5: ReLU"),
+    _entry(6, "PEDRO-6: GELU"),
+    _entry(7, "PEDRO-7: ReLU in the first half of the layers, GELU in the rest"),
+    Method(
+        name="para",
+        title="PARA",
+        source="arXiv 2502.01033",
+        equation="PEDRO's with a fixed activation",
+        build=_build_para,
+        engine=True,
+        mergeable=False,
+        identity_at_init=True,
+        conditions_on_prompt=True,
+    ),
+)
