@@ -26,8 +26,8 @@ demo: install ## train, register, serve, hot-swap and measure three tenants (ARG
 serve: install ## serve every registered adapter on 127.0.0.1:8000
 	@$(BIN)/pedro serve $(ARGS)
 
-dashboard: install ## open the dashboard on 127.0.0.1:8501
-	@$(BIN)/streamlit run dashboard/app.py $(ARGS)
+dashboard: install ## open the dashboard on 127.0.0.1:8501 (ARGS="--port N")
+	@$(BIN)/pedro dashboard $(ARGS)
 
 test: install ## the fast tests
 	@echo "== tests without the slow ones"

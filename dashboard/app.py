@@ -1,16 +1,21 @@
-"""The operators' dashboard: its pages and what they share. Drawing only.
+"""The operators' dashboard: its pages, and the door where it is open to others than this machine. Drawing only.
 
-Start it with `pedro dashboard` (or `streamlit run dashboard/app.py`). A page is a file of `views/`, what it shows comes
-from `sources/`, which imports without Streamlit.
+Start it with `pedro dashboard`. A page is a file of `views/`; what it shows comes from `sources/`, which imports
+without Streamlit.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import streamlit as st
 
+from pedro.config import Settings
+from sources import gate
+
 HERE = Path(__file__).parent
+ICON = str(HERE / "icon.png")
 PAGES = (
     ("overview", "Overview", ":material/dashboard:"),
     ("compare", "Compare", ":material/compare_arrows:"),
@@ -21,17 +26,40 @@ PAGES = (
     ("serving", "Serving", ":material/speed:"),
     ("playground", "Playground", ":material/forum:"),
 )
+WRONG_KEY_S = 1.0  # a guess is answered late
 
 
 def main() -> None:
-    st.set_page_config(page_title="pedro", page_icon=str(HERE / "icon.png"), layout="wide")
-    st.logo(str(HERE / "icon.png"), size="large")
+    st.set_page_config(page_title="pedro", page_icon=ICON, layout="wide")
+    st.logo(ICON, size="large")
+    if gate.wanted() and not st.session_state.get("admitted"):
+        st.navigation([st.Page(door, title="pedro", url_path="overview", default=True)], position="hidden").run()
+        return
     pages = [
         st.Page(HERE / "views" / f"{name}.py", title=title, icon=icon, url_path=name, default=name == "overview")
         for name, title, icon in PAGES
         if (HERE / "views" / f"{name}.py").is_file()
     ]
     st.navigation(pages).run()
+
+
+def door() -> None:
+    """Asks for an admin key: what is behind shows every tenant."""
+    st.title("pedro", anchor=False)
+    with st.form("door", width=460):
+        key = st.text_input("Admin key", type="password", autocomplete="current-password", placeholder="sk-pedro-…")
+        st.caption("These pages show every tenant. `pedro keys create ops --scope admin` makes a key.")
+        asked = st.form_submit_button("Open", type="primary")
+    if not asked:
+        return
+    problem = gate.refusal(key, Settings.from_env())
+    if problem:
+        time.sleep(WRONG_KEY_S)
+        st.error(problem, icon=":material/lock:")
+        return
+    st.session_state["admitted"] = True
+    st.session_state["kept_gateway_key"] = key.strip()  # the pages that ask the gateway use it too
+    st.rerun()
 
 
 main()

@@ -72,6 +72,7 @@ def test_every_policy_names_pods_that_exist():
         ("finetune", "finetune", 8265),
         ("mlflow", "postgres", 5432),
         ("dashboard", "mlflow", 5000),
+        ("dashboard", "serving", 8000),
     ],
 )
 def test_what_must_talk_can(policies, source, target, port):

@@ -13,7 +13,21 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pedro.cli import adapters, chat, compare, data, doctor, jobs, keys, methods, serve, sweep, tasks, tenants
+from pedro.cli import (
+    adapters,
+    chat,
+    compare,
+    dashboard,
+    data,
+    doctor,
+    jobs,
+    keys,
+    methods,
+    serve,
+    sweep,
+    tasks,
+    tenants,
+)
 from pedro.cli.output import fail
 
 if TYPE_CHECKING:
@@ -38,6 +52,7 @@ app.add_typer(tenants.app, name="tenants")
 app.command("submit")(jobs.submit)
 app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)
+app.command("dashboard")(dashboard.dashboard)
 app.command("eval")(adapters.evaluate)
 app.command("serve")(serve.serve)
 app.command("down")(serve.down)

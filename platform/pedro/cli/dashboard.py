@@ -1,0 +1,99 @@
+"""`pedro dashboard`: the operators' pages in a browser."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pedro.cli.output import say
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+
+REQUIRE_KEY = "PEDRO_DASHBOARD_REQUIRE_KEY"
+
+
+def dashboard(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but loopback asks each reader for an admin key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8501,
+    browser: Annotated[bool, typer.Option("--browser", help="Open it in this machine's browser.")] = False,
+) -> None:
+    """Show comparisons, runs, sweeps, adapters and the server in a browser, until Ctrl-C.
+
+    Example: `pedro dashboard`, then open http://127.0.0.1:8501
+    """
+    from pedro.cluster import port_is_free
+    from pedro.config import Settings
+    from pedro.errors import NotFoundError, UnavailableError
+
+    app = find_app()
+    try:
+        from streamlit.web import cli
+    except ImportError as error:
+        raise NotFoundError("Streamlit is not installed: pip install 'pedro-platform[dashboard]'") from error
+    settings = Settings.from_env()
+    if ":" not in host and not port_is_free(port, host):
+        raise UnavailableError(
+            f"port: {port} on {host} is in use, perhaps by another dashboard; choose another with --port", param="port"
+        )
+    os.environ.update(settings.env())
+    words = [f"--server.address={host}", f"--server.port={port}", f"--server.headless={str(not browser).lower()}"]
+    if not is_loopback(host):
+        os.environ[REQUIRE_KEY] = "1"
+        words.append("--server.allowedHosts=*")  # known by whatever name leads here
+    say(
+        f"dashboard of {settings.home}: http://{host}:{port}"
+        + ("" if is_loopback(host) else " (asks for an admin key)")
+    )
+    threading.Thread(target=_warm_up, args=(settings,), name="warm-up", daemon=True).start()
+    sys.argv = ["streamlit", "run", str(app), *words]
+    cli.main()
+
+
+def find_app() -> Path:
+    """`dashboard/app.py` of the checkout that this package belongs to, or of the working directory.
+
+    Raises NotFoundError where there is none: pages are no part of the wheel.
+    """
+    from pedro.errors import NotFoundError
+
+    for root in (Path(__file__).parents[3], Path.cwd()):
+        app = root / "dashboard" / "app.py"
+        if app.is_file():
+            return app
+    raise NotFoundError(
+        "dashboard/app.py is neither beside the package nor in the working directory; run this in a checkout of pedro"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _warm_up(settings: Settings) -> None:
+    """Import what takes seconds while the reader still opens the browser."""
+    from pedro.errors import PedroError
+    from pedro.registry import Registry
+
+    with suppress(ImportError):
+        import altair  # noqa: F401
+        import pandas  # noqa: F401
+    sqlite = settings.tracking_uri.removeprefix("sqlite:///")
+    if sqlite == settings.tracking_uri or Path(sqlite).is_file():  # looking creates nothing
+        with suppress(PedroError):
+            Registry.open(settings).client  # noqa: B018
