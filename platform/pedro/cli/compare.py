@@ -47,7 +47,6 @@ def compare(
     if isinstance(wanted, EfficiencySpec):
         _efficiency(wanted, out, dry_run, as_json)
         return
-    from pedro.comparison.report import print_report, write_report
     from pedro.comparison.results import read_comparison
     from pedro.comparison.run import compare as run
     from pedro.comparison.run import folder_of, prepare
@@ -55,6 +54,8 @@ def compare(
     settings = Settings.from_env()
     folder = folder_of(wanted, settings, out)
     if report:
+        from pedro.comparison.report import write_report
+
         comparison = read_comparison(folder)
         write_report(comparison)
     else:
@@ -66,6 +67,8 @@ def compare(
 
         connect(settings, say, attach=True)
         comparison = run(wanted, settings, folder, prepared, say)
+    from pedro.comparison.report import print_report
+
     for problem in comparison.problems:
         say(f"left out: {problem}")
     summary = folder / "summary.json"
