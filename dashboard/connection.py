@@ -1,0 +1,73 @@
+"""The sidebar's way to the gateway: its address, a key for this session, and how we stand with it. Drawing only."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from sources.gateway import MAKE_KEY, START, Access, Gateway, Standing, connect, default_url
+
+ASK_AGAIN_S = 5
+WORDS = {
+    Access.NONE: ":orange[:material/key_off:] answers; no key",
+    Access.UNKNOWN: ":red[:material/key_off:] answers; unknown or revoked key",
+    Access.TENANT: ":green[:material/key:] answers; a tenant's key",
+    Access.ADMIN: ":green[:material/verified_user:] answers; admin key",
+}
+
+
+def sidebar() -> tuple[Gateway, Standing]:
+    """Draw it, and say where the gateway is and how we stand with it. The key stays in the session."""
+    with st.sidebar:
+        st.subheader("Gateway", anchor=False)
+        url = _kept("gateway_url", default_url(), "Address", help="PEDRO_GATEWAY_URL sets what stands here at first.")
+        typed = _kept(
+            "gateway_key",
+            "",
+            "API key",
+            type="password",
+            placeholder="PEDRO_ADMIN_KEY is set" if connect(url).key else "sk-pedro-…",
+            help=f"An admin key (`{MAKE_KEY}`) moves aliases and sees every tenant; a tenant's own key is enough for "
+            "the Playground. It stays in this session. PEDRO_ADMIN_KEY, if set, goes to PEDRO_GATEWAY_URL alone.",
+        )
+        gateway = connect(url, typed)
+        standing = _standing(gateway.url, gateway.key)
+        if not standing.answers:
+            st.caption(f":red[:material/cloud_off:] {standing.problem}")
+        elif standing.problem:
+            st.caption(f":orange[:material/warning:] {standing.problem}")
+        else:
+            st.caption(WORDS[standing.access] + ("" if standing.ready else "; not ready yet"))
+    return gateway, standing
+
+
+def missing(gateway: Gateway, standing: Standing, what: str) -> None:
+    """Says which command brings what a page lacks; nothing where it lacks nothing."""
+    if not standing.answers:
+        st.info(
+            f"{what} needs the gateway, and {gateway.url} does not answer. Start it with `{START}`, or give another "
+            "address in the sidebar.",
+            icon=":material/cloud_off:",
+        )
+    elif standing.access is not Access.ADMIN:
+        st.info(
+            f"{what} needs an admin key. `{MAKE_KEY}` makes one; paste it in the sidebar.",
+            icon=":material/key:",
+        )
+
+
+def forget() -> None:
+    """Ask the gateway anew how we stand with it."""
+    _standing.clear()
+
+
+@st.cache_data(ttl=ASK_AGAIN_S, show_spinner=False, max_entries=100)
+def _standing(url: str, key: str) -> Standing:
+    return Gateway(url, key).standing()
+
+
+def _kept(name: str, default: str, label: str, **options) -> str:
+    """A text input whose text outlives a change of pages, which ends widgets."""
+    kept = f"kept_{name}"
+    text = st.text_input(label, value=st.session_state.get(kept, default), key=name, autocomplete="off", **options)
+    st.session_state[kept] = text
+    return text or ""

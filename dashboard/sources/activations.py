@@ -1,0 +1,158 @@
+"""The learned activations of a PEDRO adapter: R(x) of each layer, and how far layers and adapters lie apart.
+
+Reads adapter files and computes in numpy, so that nothing waits for PyTorch. Knows nothing of Streamlit or prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from pedro.errors import AdapterError
+
+WEIGHTS = "adapter_model.safetensors"
+COEFFICIENT = re.compile(r"\.(?P<layer>\d+)\.[^.]+\.pedro_(?P<letter>[ab])(?:\.|$)")
+GENERATOR = re.compile(r"\.(?P<layer>\d+)\.[^.]+\.pedro_down(?:\.|$)")
+REACH = 5.0  # of x, on either side: the initial fit is good there
+POINTS = 121
+_fits: dict[tuple[int, int], Layer] = {}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's activation: learned, with coefficients of eq. 7, or fixed by name."""
+
+    index: int
+    activation: str
+    a: tuple[float, ...] = ()
+    b: tuple[float, ...] = ()
+
+    @property
+    def learned(self) -> bool:
+        return bool(self.a)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """R(x), eq. 7 of arXiv 2409.17834."""
+        if not self.learned:
+            return np.maximum(x, 0.0) if self.activation == "relu" else gelu(x)
+        above = np.polynomial.polynomial.polyval(x, self.a)
+        return above / (1 + np.abs(np.polynomial.polynomial.polyval(x, (0.0, *self.b))))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Those of one adapter, by layer, and what its configuration says of them."""
+
+    layers: tuple[Layer, ...]
+    orders: tuple[int, int]
+    targets: tuple[str, ...]
+    r: int
+    pool: str
+
+    @property
+    def learned(self) -> bool:
+        return any(layer.learned for layer in self.layers)
+
+
+def read_activations(directory: Path) -> Activations:
+    """Those of an adapter directory. Raises AdapterError where it holds no PEDRO adapter, or a damaged one."""
+    config = _config(directory)
+    if config.get("peft_type") != "PEDRO":
+        kind = str(config.get("peft_type") or "no PEFT method")
+        raise AdapterError(f"it is {kind}: only PEDRO and PARA generate vectors by an activation")
+    found: dict[tuple[int, str], tuple[float, ...]] = {}
+    layers: set[int] = set()
+    try:
+        with safe_open(directory / WEIGHTS, framework="numpy") as weights:
+            for name in weights.keys():  # noqa: SIM118 (a handle, no mapping)
+                if match := COEFFICIENT.search(name):
+                    values = weights.get_tensor(name).astype(float).tolist()
+                    found[int(match["layer"]), match["letter"]] = tuple(values)
+                elif match := GENERATOR.search(name):
+                    layers.add(int(match["layer"]))
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise AdapterError(f"{WEIGHTS} cannot be read ({type(error).__name__}); fetch the adapter again") from error
+    if not layers:
+        raise AdapterError(f"{WEIGHTS} holds no generator; fetch the adapter again")
+    names = config.get("activation") or "rational"
+    listed = [names] * len(layers) if isinstance(names, str) else list(names)
+    m, n = config.get("orders") or (6, 5)
+    return Activations(
+        tuple(
+            Layer(layer, str(name), found.get((layer, "a"), ()), found.get((layer, "b"), ()))
+            for layer, name in zip(sorted(layers), listed, strict=False)
+        ),
+        (int(m), int(n)),
+        tuple(config.get("targets") or ("q", "v", "up")),
+        int(config.get("r") or 0),
+        str(config.get("pool") or "last"),
+    )
+
+
+def initial(m: int, n: int) -> Layer:
+    """R(x) as a fresh adapter has it, the fit of GELU; layer -1. Loads PyTorch, which takes seconds, once."""
+    if (m, n) not in _fits:
+        from pedro.methods.pedro.rational import fit_gelu
+
+        a, b = fit_gelu(m, n)
+        _fits[m, n] = Layer(-1, "rational", tuple(a.tolist()), tuple(b.tolist()))
+    return _fits[m, n]
+
+
+def known_initial(m: int, n: int) -> Layer | None:
+    """The same if it was made before: at once."""
+    return _fits.get((m, n))
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """The exact one, by the error function."""
+    return 0.5 * x * (1 + np.array([math.erf(value) for value in np.ravel(x / math.sqrt(2))]).reshape(np.shape(x)))
+
+
+def grid(reach: float = REACH) -> np.ndarray:
+    return np.linspace(-reach, reach, POINTS)
+
+
+def curve_rows(
+    curves: Mapping[str, Callable[[np.ndarray], np.ndarray]], x: np.ndarray, minus: Layer | None = None
+) -> list[dict[str, Any]]:
+    """One row a named curve and x: its value, or how much it lies above another activation."""
+    under = np.zeros_like(x) if minus is None else minus(x)
+    return [
+        {"curve": name, "x": float(at), "y": float(value)}
+        for name, curve in curves.items()
+        for at, value in zip(x, curve(x) - under, strict=True)
+    ]
+
+
+def distance(one: Layer, other: Layer, reach: float = REACH) -> float:
+    """Root mean square of the difference on [-reach, reach]."""
+    x = grid(reach)
+    return float(np.sqrt(np.mean((one(x) - other(x)) ** 2)))
+
+
+def distance_rows(one: Sequence[Layer], other: Sequence[Layer], reach: float = REACH) -> list[dict[str, Any]]:
+    """Every layer of `one` against every layer of `other`."""
+    return [
+        {"layer": mine.index, "other": theirs.index, "distance": distance(mine, theirs, reach)}
+        for mine in one
+        for theirs in other
+    ]
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError("it has no adapter_config.json: a fully fine-tuned model has no generator") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError("adapter_config.json cannot be read; fetch the adapter again") from error
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,276 @@
+"""Adapters as an operator looks them up: the catalogue, one adapter's versions, one version's lineage.
+
+Reads the registry and changes nothing: aliases move through the gateway. What cannot be read comes back as a reason
+in words, and looking never creates a store. Knows nothing of Streamlit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pedro.config import Settings
+from pedro.errors import PedroError
+from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
+
+PAGE = 25
+STATES = ("All", "In service", "With a candidate", "Without a champion")
+SQLITE = "sqlite:///"
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter in the catalogue: the version numbers of its aliases, None where it has none."""
+
+    name: str
+    champion: int | None
+    candidate: int | None
+    previous: int | None
+    created: str
+
+    @property
+    def tenant(self) -> str:
+        return self.name.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Every adapter by name, or the reason why the registry cannot be read."""
+
+    source: str
+    rows: tuple[Row, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """The versions of one adapter, newest first."""
+
+    versions: tuple[Version, ...] = ()
+    problem: str = ""
+
+    def holding(self, alias: str) -> Version | None:
+        """The version that has the alias."""
+        return next((version for version in self.versions if alias in version.aliases), None)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A version's files on this host and its manifest."""
+
+    directory: Path | None = None
+    manifest: Mapping[str, Any] | None = None
+    problem: str = ""
+
+
+def read_catalogue(settings: Settings) -> Catalogue:
+    """One query, however many adapters there are."""
+
+    def read(registry: Registry) -> tuple[Row, ...]:
+        return tuple(
+            Row(
+                name=name,
+                champion=entry.aliases.get(CHAMPION),
+                candidate=entry.aliases.get(CANDIDATE),
+                previous=entry.aliases.get(PREVIOUS),
+                created=datetime.fromtimestamp(entry.created / 1000, UTC).isoformat(timespec="seconds"),
+            )
+            for name, entry in sorted(registry.catalog().items())
+        )
+
+    rows, problem = _ask(settings, read)
+    return Catalogue(shown_source(settings), rows or (), problem)
+
+
+def read_champions(settings: Settings) -> dict[str, int]:
+    """The champions of all adapters; empty while the registry does not answer."""
+    found, _ = _ask(settings, lambda registry: registry.catalog())
+    return {name: entry.aliases[CHAMPION] for name, entry in (found or {}).items() if CHAMPION in entry.aliases}
+
+
+def read_versions(settings: Settings, name: str) -> Versions:
+    found, problem = _ask(settings, lambda registry: tuple(reversed(registry.versions(name))))
+    return Versions(found or (), problem)
+
+
+def read_stored(settings: Settings, version: Version) -> Stored:
+    """The version's files, fetched into the cache if they are not there, and what its manifest says."""
+
+    def read(registry: Registry) -> Stored:
+        directory = registry.download(version)
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{MANIFEST} holds no object")
+        return Stored(directory, manifest)
+
+    stored, problem = _ask(settings, read)
+    return stored or Stored(problem=problem)
+
+
+def search(rows: Iterable[Row], text: str = "", tenants: Sequence[str] = (), state: str = STATES[0]) -> list[Row]:
+    """Those whose name holds every word of `text`, of these tenants (all, if none is named), in this state."""
+    words = text.lower().split()
+    kept: dict[str, Callable[[Row], bool]] = {
+        "In service": lambda row: row.champion is not None,
+        "With a candidate": lambda row: row.candidate is not None,
+        "Without a champion": lambda row: row.champion is None,
+    }
+    fits = kept.get(state, lambda row: True)
+    return [
+        row
+        for row in rows
+        if all(word in row.name for word in words) and (not tenants or row.tenant in tenants) and fits(row)
+    ]
+
+
+def pages_of(rows: Sequence[Row], size: int = PAGE) -> int:
+    return max(1, math.ceil(len(rows) / size))
+
+
+def page_rows(rows: Sequence[Row], number: int, size: int = PAGE) -> list[dict[str, Any]]:
+    """The table's rows of one page, counted from 1; a page that is not there is the last one."""
+    number = min(max(1, number), pages_of(rows, size))
+    return [
+        {
+            "tenant": row.tenant,
+            "adapter": row.name.partition(".")[2],
+            "champion": row.champion,
+            "candidate": row.candidate,
+            "previous": row.previous,
+            "created": row.created,
+        }
+        for row in rows[(number - 1) * size : number * size]
+    ]
+
+
+def version_rows(versions: Iterable[Version]) -> list[dict[str, Any]]:
+    """The table of one adapter's versions."""
+    return [
+        {
+            "version": version.version,
+            "aliases": list(version.aliases),
+            "gate": gate_of(version)[0],
+            "method": version.method,
+            "accuracy": number_of(version.metrics, "accuracy"),
+            "backbone_accuracy": number_of(version.metrics, "backbone_accuracy"),
+            "loss": number_of(version.metrics, "loss"),
+            "parameters": version.trainable_parameters,
+            "digest": short(version.digest),
+            "created": version.created,
+        }
+        for version in versions
+    ]
+
+
+def gate_of(version: Version) -> tuple[str, str]:
+    """What the gate decided, in a word, and why."""
+    verdict, colon, reason = version.gate.partition(":")
+    if not colon or verdict not in ("passed", "refused", "imported"):
+        return "not gated", version.gate or "no gate judged this version"
+    return verdict, reason.strip()
+
+
+def lineage(version: Version, manifest: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Where a version comes from, as label and value; what is not recorded is left out."""
+    tree = manifest or {}
+    backbone, sweep, format_ = (_dict(tree.get(key)) for key in ("backbone", "sweep", "prompt_format"))
+    data = _dict(_dict(tree.get("spec") or version.spec).get("data"))
+    facts = [
+        ("Weights", version.digest),
+        ("Method", " ".join([version.method, _options(_dict(_dict(tree.get("method")).get("options")))]).strip()),
+        ("Run", version.run_id),
+        ("Sweep", " · ".join(str(sweep[key]) for key in ("name", "id") if sweep.get(key))),
+        ("Trial", _trial(sweep)),
+        ("Data", str(tree.get("data_digest") or "")),
+        ("Training file", str(data.get("train") or "")),
+        ("Backbone", version.backbone_id),
+        ("Backbone digest", version.backbone_digest),
+        ("Tokenizer digest", str(backbone.get("tokenizer_digest") or "")),
+        ("Prompt format", str(format_.get("id") or "")),
+        ("Made", str(tree.get("created") or version.created)),
+        ("With", ", ".join(f"{name} {made}" for name, made in sorted(_dict(tree.get("versions")).items()))),
+    ]
+    return [(label, value) for label, value in facts if value]
+
+
+def spec_text(version: Version, manifest: Mapping[str, Any] | None) -> str:
+    """The specification that made the version, as YAML; empty where none is recorded."""
+    spec = _dict(_dict(manifest).get("spec")) or _dict(version.spec)
+    return yaml.safe_dump(spec, sort_keys=False, allow_unicode=True) if spec else ""
+
+
+def metric_rows(version: Version) -> list[dict[str, Any]]:
+    """What the job measured on the rows that it names."""
+    return [
+        {"metric": name, "value": value if isinstance(value, str) else f"{value:,.4g}"}
+        for name, value in sorted(_dict(version.metrics).items())
+        if isinstance(value, int | float | str) and not isinstance(value, bool)
+    ]
+
+
+def number_of(metrics: Any, name: str) -> float | None:
+    """A metric that is a number."""
+    value = _dict(metrics).get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def short(digest: str) -> str:
+    """Enough of a digest to tell it from others."""
+    return digest.removeprefix("sha256:")[:12]
+
+
+def shown_source(settings: Settings) -> str:
+    """Where the registry is, without a password that its address may hold."""
+    head, at, host = settings.tracking_uri.rpartition("@")
+    return f"{head.partition('://')[0]}://…@{host}" if at and "://" in head else settings.tracking_uri
+
+
+def _ask(settings: Settings, read: Callable[[Registry], Found]) -> tuple[Found | None, str]:
+    """What `read` finds; None where there is no registry yet, or with the reason why it cannot be read."""
+    uri = settings.tracking_uri
+    identity: object = None
+    if uri.startswith(SQLITE):
+        try:
+            file = Path(uri.removeprefix(SQLITE)).stat()
+        except OSError:
+            return None, ""
+        identity = file.st_dev, file.st_ino
+    try:
+        return read(_registry(settings, identity)), ""
+    except PedroError as error:
+        return None, error.message
+    except Exception as error:  # noqa: BLE001 (whatever a store holds or its client raises, the page says so)
+        return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+@lru_cache(maxsize=8)
+def _registry(settings: Settings, identity: object) -> Registry:
+    """One connection a store; a file that is another one now is another store."""
+    return Registry.open(settings)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items())
+
+
+def _trial(sweep: Mapping[str, Any]) -> str:
+    if "trial" not in sweep:
+        return ""
+    chosen = ", ".join(f"{key} = {value}" for key, value in _dict(sweep.get("parameters")).items())
+    return f"{sweep['trial']}: {chosen}" if chosen else str(sweep["trial"])
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

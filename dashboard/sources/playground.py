@@ -1,0 +1,132 @@
+"""Asks several models the same at the same time and follows each answer as it streams. Knows nothing of Streamlit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pedro.errors import PedroError
+from sources.gateway import Gateway
+
+MOST_COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; None is the server's default."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """What a request has to say: what is off is left out."""
+        off = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": None}
+        return {name: value for name, value in asdict(self).items() if name not in off or value != off[name]}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One column as of a moment. Times are seconds since the request was sent."""
+
+    model: str
+    text: str = ""
+    done: bool = False
+    error: str = ""
+    first_token_s: float | None = None
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    finish_reason: str = ""
+    version: str = ""  # which one answered: `tenant.adapter:7`
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the tokens after the first, while they came."""
+        if self.first_token_s is None or self.tokens < 2 or self.seconds <= self.first_token_s:
+            return None
+        return (self.tokens - 1) / (self.seconds - self.first_token_s)
+
+
+class Race:
+    """The same prompt to several models, a thread each: one that fails or is slow holds up no other."""
+
+    def __init__(self, gateway: Gateway, models: Iterable[str], prompt: str, chat: bool, sampling: Sampling) -> None:
+        self._gateway = gateway
+        self._path = "/v1/chat/completions" if chat else "/v1/completions"
+        words = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+        self._body = {**words, **sampling.fields(), "stream_options": {"include_usage": True}}
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+        self._answers = [Answer(model) for model in models]
+        self._threads = [
+            threading.Thread(target=self._run, args=(column,), daemon=True) for column in range(len(self._answers))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def answers(self) -> list[Answer]:
+        """Every column as it is now."""
+        with self._lock:
+            return list(self._answers)
+
+    @property
+    def done(self) -> bool:
+        return all(answer.done for answer in self.answers())
+
+    def cancel(self) -> None:
+        """Ends what still streams at its next token; the gateway frees its slot as the connection closes."""
+        self._cancelled.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until every column is done, or the time is up; whether they are."""
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return self.done
+
+    def _run(self, column: int) -> None:
+        begun = time.monotonic()
+        try:
+            for event in self._gateway.stream(self._path, {**self._body, "model": self._answers[column].model}):
+                self._take(column, event, time.monotonic() - begun)
+                if self._cancelled.is_set():
+                    self._change(column, finish_reason="cancelled")
+                    break
+        except PedroError as error:
+            self._change(column, error=error.message)
+        except Exception as error:  # noqa: BLE001 (a column of its own: the others go on)
+            self._change(column, error=f"the answer cannot be read ({type(error).__name__})")
+        answer = self._answers[column]
+        self._change(column, done=True, seconds=answer.seconds or time.monotonic() - begun)
+
+    def _take(self, column: int, event: Mapping[str, Any], seconds: float) -> None:
+        """One event: text, how it ended, or at last the counts."""
+        answer = self._answers[column]
+        changed: dict[str, Any] = {"version": str(event.get("system_fingerprint") or answer.version).partition("#")[0]}
+        for choice in event.get("choices") or ():
+            text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+            if text:
+                changed |= {"text": answer.text + text, "seconds": seconds}
+                changed |= {} if answer.first_token_s is not None else {"first_token_s": seconds}
+            if choice.get("finish_reason"):
+                changed |= {"finish_reason": choice["finish_reason"], "seconds": seconds}
+        if usage := event.get("usage"):
+            changed |= {"prompt_tokens": usage["prompt_tokens"], "tokens": usage["completion_tokens"]}
+        self._change(column, **changed)
+
+    def _change(self, column: int, **changed: Any) -> None:
+        with self._lock:
+            self._answers[column] = replace(self._answers[column], **changed)
+
+
+def model_names(models: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names to choose from: adapters first, the backbone last."""
+    listed = [str(model["id"]) for model in models if isinstance(model, Mapping) and model.get("id")]
+    return sorted(listed, key=lambda name: ("." not in name, name))

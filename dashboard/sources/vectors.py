@@ -1,0 +1,143 @@
+"""What an adapter makes of a prompt: the vectors l of eq. 6, layer by layer, from the real adapter on its backbone.
+
+Loads PyTorch and the backbone into this process, on the CPU. Knows nothing of Streamlit, or of the registry.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LONGEST = 2000  # characters of a prompt
+BINS = 40
+NAMES = {"q": "l_q", "k": "l_k", "v": "l_v", "gate": "l_gate", "up": "l_up (l_u)"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One prompt's vectors {layer: {target: values}}, and what each layer's activation was given."""
+
+    prompt: str
+    tokens: int
+    vectors: Mapping[int, Mapping[str, np.ndarray]]
+    inputs: Mapping[int, np.ndarray]
+
+
+class Generator:
+    """An adapter on its backbone, ready to read prompts. One prompt at a time; safe to share between sessions."""
+
+    def __init__(self, directory: Path) -> None:
+        from pedro.backbone import context_length, load_tokenizer, quiet, resolve_backbone
+        from pedro.data.formats import PromptFormat
+        from pedro.evaluation.saved import load_saved
+        from pedro.methods.adapter_files import read_manifest, verify_adapter
+
+        quiet()
+        backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
+        manifest = verify_adapter(directory, backbone.digest)
+        self._tokenizer = load_tokenizer(backbone)
+        self._form = PromptFormat.from_dict(manifest.get("prompt_format") or {})
+        self._model = load_saved(directory, manifest, backbone, "float32", "cpu")
+        self._longest = context_length(backbone)
+        self._lock = threading.Lock()
+
+    def read(self, prompt: str, *, chat: bool = True) -> Reading:
+        """The vectors of one prompt: as a chat message in the adapter's own format, or as it stands.
+
+        Of a prompt beyond the context only the last tokens are read.
+        """
+        import torch
+
+        from pedro.data.formats import encode_prompt
+        from pedro.methods.prompt import KEPT
+
+        text = self._form.render([{"role": "user", "content": prompt}]) if chat else prompt
+        ids = encode_prompt(self._tokenizer, text)[-self._longest :]
+        seen: dict[int, np.ndarray] = {}
+        with self._lock, torch.inference_mode():
+            handles = [layer.register_forward_hook(_keep_inputs(seen)) for layer in _layers(self._model)]
+            try:
+                output = self._model(input_ids=torch.tensor([ids]), use_cache=True)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        kept = getattr(output.past_key_values, KEPT)
+        vectors = {
+            layer: {target: made[0].float().numpy() for target, made in of_layer.items()}
+            for layer, of_layer in kept.items()
+        }
+        return Reading(prompt, len(ids), vectors, seen)
+
+
+def spread_rows(readings: Sequence[Reading], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Where the values of each vector lie: extremes, 5 %, quartiles, median, 95 %; one row a prompt, target, layer."""
+    rows = []
+    for name, reading in zip(names, readings, strict=True):
+        for layer, of_layer in sorted(reading.vectors.items()):
+            for target, values in of_layer.items():
+                low, p5, p25, p50, p75, p95, high = np.quantile(values, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]).tolist()
+                rows.append(
+                    {
+                        "prompt": name, "layer": layer, "target": NAMES[target], "low": low, "p5": p5, "p25": p25,
+                        "p50": p50, "p75": p75, "p95": p95, "high": high, "width": len(values),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def histogram_rows(
+    readings: Sequence[Reading], names: Sequence[str], layer: int, target: str, bins: int = BINS
+) -> list[dict[str, Any]]:
+    """The values of one vector, counted in equal bins that all prompts share: shares of the vector's width."""
+    held = [reading.vectors[layer][target] for reading in readings]
+    edges = np.histogram_bin_edges(np.concatenate(held), bins=bins)
+    return [
+        {"prompt": name, "left": float(left), "right": float(right), "share": float(count) / len(values)}
+        for name, values in zip(names, held, strict=True)
+        for left, right, count in zip(edges[:-1], edges[1:], np.histogram(values, edges)[0], strict=True)
+    ]
+
+
+def dependence_rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
+    """Of each layer and target: how far the vectors lie from 1, and how far from each other's mean over the prompts.
+
+    Both are root mean squares; the second is zero where the prompt changes nothing.
+    """
+    rows = []
+    for layer in sorted(readings[0].vectors):
+        for target in readings[0].vectors[layer]:
+            stacked = np.stack([reading.vectors[layer][target] for reading in readings])  # [prompts, width]
+            rows.append(
+                {
+                    "layer": layer,
+                    "target": NAMES[target],
+                    "from_one": float(np.sqrt(np.mean((stacked - 1) ** 2))),
+                    "between_prompts": float(np.sqrt(np.mean((stacked - stacked.mean(axis=0)) ** 2))),
+                }
+            )
+    return rows
+
+
+def _layers(model: Any) -> list[Any]:
+    from pedro.methods.pedro import PedroLayer
+
+    return [module for module in model.modules() if isinstance(module, PedroLayer)]
+
+
+def _keep_inputs(seen: dict[int, np.ndarray]) -> Any:
+    """A hook that keeps what a layer's activation is given: pooled W_down."""
+    from pedro.methods.pedro.layer import pool
+
+    def keep(layer: Any, args: tuple, output: Any) -> None:
+        hidden, prompt, adapter = args
+        config = layer.configs[adapter]
+        norm = layer.places.norm if config.pool_source == "normed" else None
+        pooled = pool(hidden, prompt, config.pool, norm).float()
+        seen[layer.index] = (pooled @ layer.generator(adapter).down.float())[0].numpy()
+
+    return keep
