@@ -117,7 +117,11 @@ class Grid:
                 f"{self.spec.name}: {len(lost)} runs were lost with their workers {TRIES} times, first {lost[0]}; "
                 "give them more memory (resources, concurrency) and run the same command again: the others are kept"
             )
-        for cell in list(self.cells.values()):  # of an earlier wording of the spec: no table shows it
+        self.settle()
+
+    def settle(self) -> None:
+        """Let tables forget the final runs of an earlier wording of the spec."""
+        for cell in list(self.cells.values()):
             if cell.stage == FINAL and cell.id not in self._shown:
                 self._keep(replace(cell, stage=TUNE))
 

@@ -1,0 +1,268 @@
+"""A comparison's spec, its runs, their order, one real run, and a grid that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pedro.comparison.cell import failed, run_cell
+from pedro.comparison.cells import Planner, check, choose, count_parameters_of, sized
+from pedro.comparison.data import gather
+from pedro.comparison.grid import Grid, usable
+from pedro.comparison.results import FAILED, FINAL, FINISHED, TUNE, Cell, read_comparison
+from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, MethodChoice, load_comparison_spec
+from pedro.config import validate_spec
+from pedro.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "jobs/configs").glob("*_[tf]*.yaml"))
+RATES = [1e-3, 1e-2]
+TINY = {
+    "name": "tiny",
+    "tasks": [{"task": "snips", "train_rows": 64, "validation_rows": 12, "test_rows": 12}],
+    "methods": [{"name": "pedro", "label": "PEDRO", "r": 2}, {"name": "lora", "label": "LoRA", "r": 1}],
+    "seeds": [0, 1],
+    "tune": {"lr": RATES, "seed": 0},
+    "training": {"epochs": 100, "max_steps": 3, "batch_size": 4, "eval_every": 3},
+}
+
+
+def spec_of(**changes) -> ComparisonSpec:
+    return validate_spec({**TINY, **changes}, ComparisonSpec)
+
+
+def planner_of(spec: ComparisonSpec, digest: str = "d") -> Planner:
+    return Planner(spec, {task.task: digest for task in spec.tasks})
+
+
+def finished(plan, value: float = 0.5) -> Cell:
+    """What a worker hands back; the policy of the grid looks at no more than this."""
+    return replace(failed(plan, ""), state=FINISHED, validation={"metric": "accuracy", "value": value, "loss": 1.0})
+
+
+def grid_of(spec: ComparisonSpec, folder: Path, kept: dict[str, Cell] | None = None) -> Grid:
+    (folder / "comparison.json").write_text(json.dumps({"name": spec.name}))
+    return Grid(spec, planner_of(spec), {}, folder, kept or {})
+
+
+def play(grid: Grid, value_of=lambda plan: 0.5) -> list:
+    """Run a grid's queue in this process, in its order, with made-up scores."""
+    ran = []
+    grid._begin()
+    while grid._queue:
+        plan = grid._queue.popleft()
+        ran.append(plan)
+        grid._ended(plan, finished(plan, value_of(plan)))
+    return ran
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_comparison_loads(path):
+    spec = load_comparison_spec(path)
+    assert spec.name == path.stem
+    if path.stem.startswith("paper"):
+        assert "assumed" in path.read_text(), "a paper's experiment lists its assumptions"
+    assert isinstance(spec, EfficiencySpec) == path.stem.endswith("table3")
+
+
+def test_all_mistakes_of_a_spec_are_told_with_field_and_remedy(tmp_path):
+    tree = {**TINY, "tasks": [{"task": "snip", "rows": 3}], "methods": ["pedro", "pedro"], "seeds": [0, 0]}
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError) as caught:
+        load_comparison_spec(path)
+    assert "rows: unknown key" in caught.value.message
+    for change, words in (
+        ({"methods": ["pedro", "pedro"]}, "'PEDRO' stands there twice; give the second a label"),
+        ({"seeds": [1, 1]}, "seeds: 1 stands there twice"),
+        ({"baseline": "LORA"}, "baseline: 'LORA' is none of PEDRO, LoRA"),
+        ({"training": {"max_steps": 0}}, "training.max_steps (pedro, snips)"),
+        ({"tasks": [{"task": "snip"}]}, "did you mean 'snips'"),
+        ({"tasks": [{"task": "snips", "tune_like": "rte"}]}, "tune_like: expected another task"),
+    ):
+        with pytest.raises(ConfigError, match=None) as caught:
+            spec_of(**change)
+        assert words in caught.value.message
+
+
+def test_wrong_options_are_found_before_anything_starts():
+    spec = spec_of(methods=["pedro", {"name": "lora", "rank": 3}, {"name": "ia3", "label": "x", "r": -1}])
+    with pytest.raises(ConfigError) as caught:
+        check(spec)
+    assert "2 mistakes" in caught.value.message
+    assert "method.rank: unknown option" in caught.value.message
+
+
+@pytest.mark.parametrize(("method", "budget"), [("pedro", 10_000), ("lora", 20_000), ("houlsby", 5_000)])
+def test_a_budget_sets_the_size_that_comes_nearest(method, budget):
+    choice = MethodChoice(name=method)
+    options = sized(choice, "stories260K", budget)
+
+    def off(r: int) -> int:
+        return abs(count_parameters_of(method, json.dumps({**options, "r": r}, sort_keys=True), "stories260K") - budget)
+
+    assert off(options["r"]) <= min(off(options["r"] + 1), off(max(1, options["r"] - 1)))
+
+
+def test_a_run_is_named_by_what_its_result_depends_on():
+    spec = spec_of()
+    group = planner_of(spec).groups[0]
+    (one, *_), (again, *_) = planner_of(spec).finals(group, 1e-2), planner_of(spec).finals(group, 1e-2)
+    assert one.id == again.id
+    relabelled = spec_of(methods=[{"name": "pedro", "label": "Ours", "r": 2}])
+    assert planner_of(relabelled).finals(planner_of(relabelled).groups[0], 1e-2)[0].id == one.id
+    for other in (planner_of(spec, "other rows"), planner_of(spec_of(num_beams=3))):
+        assert other.finals(other.groups[0], 1e-2)[0].id != one.id
+    assert planner_of(spec).finals(group, 1e-3)[0].id != one.id
+    assert len({plan.id for plan in planner_of(spec).finals(group, 1e-2)}) == 2
+
+
+def test_the_best_on_validation_is_chosen_and_failed_runs_never():
+    plans = planner_of(spec_of()).tuning(planner_of(spec_of()).groups[0])
+    good, better = finished(plans[0], 0.4), finished(plans[1], 0.6)
+    assert choose([good, better]) == plans[1].lr
+    assert choose([replace(better, state=FAILED), good]) == plans[0].lr
+    assert choose([replace(good, state=FAILED)]) is None
+
+
+def test_final_runs_take_the_learning_rate_that_won_and_repeat_none_of_the_search(tmp_path):
+    spec = spec_of()
+    grid = grid_of(spec, tmp_path)
+    ran = play(grid, lambda plan: plan.lr)
+    assert len(ran) == planner_of(spec).count() == 2 * (2 + 1)
+    shown = [cell for cell in read_comparison(tmp_path).cells if cell.stage == FINAL]
+    assert len(shown) == 4
+    assert {cell.lr for cell in shown} == {max(RATES)}
+
+
+def test_a_task_may_take_the_learning_rate_of_another(tmp_path):
+    tasks = [{"task": "snips"}, {"task": "banking77", "tune_like": "snips"}]
+    spec = spec_of(tasks=tasks)
+    ran = play(grid_of(spec, tmp_path), lambda plan: plan.lr)
+    assert len(ran) == planner_of(spec).count()
+    assert [plan for plan in ran if plan.stage == TUNE and plan.group.task == "banking77"] == []
+    assert {plan.lr for plan in ran if plan.group.task == "banking77"} == {max(RATES)}
+
+
+def test_budgets_may_share_one_search(tmp_path):
+    spec = spec_of(budgets=[2_000, 4_000, 8_000], tune={"lr": RATES, "once": True})
+    ran = play(grid_of(spec, tmp_path))
+    assert len(ran) == planner_of(spec).count()
+    assert {plan.group.budget for plan in ran if plan.stage == TUNE} == {4_000}
+
+
+def test_a_resumed_grid_only_does_what_is_missing(tmp_path):
+    spec = spec_of()
+    grid = grid_of(spec, tmp_path)
+    grid._begin()
+    for _ in range(3):
+        plan = grid._queue.popleft()
+        grid._ended(plan, finished(plan, plan.lr))
+    kept = {cell.id: cell for cell in read_comparison(tmp_path).cells}
+    again = grid_of(spec, tmp_path, kept)
+    ran = play(again, lambda plan: plan.lr)
+    assert len(ran) == planner_of(spec).count() - 3
+    assert not kept.keys() & {plan.id for plan in ran}
+    whole = {cell.id: cell for cell in read_comparison(tmp_path).cells}
+    assert play(grid_of(spec, tmp_path, whole)) == []
+
+
+def test_failed_runs_stay_unless_asked_for(tmp_path):
+    plan = planner_of(spec_of()).tuning(planner_of(spec_of()).groups[0])[0]
+    cells = {plan.id: failed(plan, "the loss is nan")}
+    assert usable(cells, retry_failed=False) == cells
+    assert usable(cells, retry_failed=True) == {}
+
+
+def test_runs_of_an_earlier_wording_leave_the_table(tmp_path):
+    play(grid_of(spec_of(), tmp_path))
+    kept = {cell.id: cell for cell in read_comparison(tmp_path).cells}
+    longer = spec_of(training={**TINY["training"], "max_steps": 5})
+    grid = grid_of(longer, tmp_path, kept)
+    play(grid)
+    grid.settle()
+    steps = {cell.training["max_steps"] for cell in read_comparison(tmp_path).cells if cell.stage == FINAL}
+    assert steps == {5}
+
+
+def test_every_method_sees_the_same_rows_and_none_twice(tmp_path):
+    spec = spec_of(tasks=[{"task": "snips"}])
+    data = gather(spec, spec.tasks[0], str(tmp_path))
+    train = [json.loads(line)["prompt"] for line in Path(data.train).read_text().splitlines()]
+    held = {row.prompt for row in data.validation_rows}
+    assert len(held) > 0.1 * len(train)
+    assert not held & set(train)
+    assert gather(spec, spec.tasks[0], str(tmp_path)).digest == data.digest
+    fewer = spec_of(tasks=[{"task": "snips", "train_rows": 100}])
+    assert gather(fewer, fewer.tasks[0], str(tmp_path)).digest != data.digest
+
+
+def test_a_run_trains_scores_and_says_what_it_cost(tmp_path):
+    spec = spec_of(training={**TINY["training"], "max_steps": 12, "eval_every": 6})
+    data = gather(spec, spec.tasks[0], str(tmp_path / "storage"))
+    planner = planner_of(spec, data.digest)
+    cell = run_cell(planner.finals(planner.groups[0], 1e-2)[0], data, spec.resources, None, tmp_path / "cache")
+    assert cell.state == FINISHED
+    (score,) = cell.scores
+    assert len(score.per_row) == score.rows == 12
+    assert score.value == pytest.approx(sum(score.per_row) / 12)
+    assert 0 < score.majority < 1
+    assert cell.trainable_parameters == cell.adapter_bytes / 4
+    assert [step for step, _ in cell.curves["dev/loss"]] == [6, 12]
+    assert len(cell.activations["layers"]) == 5
+    assert cell.peak_memory_bytes > 0
+    assert cell.provenance["versions"]["torch"]
+    assert Cell.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell
+
+
+def test_a_run_that_diverges_is_a_failed_cell(tmp_path):
+    spec = spec_of(training={**TINY["training"], "clip": 0, "warmup": 0, "max_steps": 20})
+    data = gather(spec, spec.tasks[0], str(tmp_path / "storage"))
+    planner = planner_of(spec, data.digest)
+    cell = run_cell(planner.finals(planner.groups[1], 1e30)[0], data, spec.resources, None, tmp_path / "cache")
+    assert cell.state == FAILED
+    assert "the loss is" in cell.message
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_grid_repeats_nothing_and_ends_with_tables(tmp_path):
+    training = {**TINY["training"], "max_steps": 20, "eval_every": 10, "clip": 0, "warmup": 0}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "training": training, "tune": {"lr": [1e30, 1e-2], "seed": 0}}))
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PEDRO_", "MLFLOW_"))}
+    env |= {"PEDRO_HOME": str(tmp_path / "home"), "RAY_USAGE_STATS_ENABLED": "0"}
+    pedro = [sys.executable, "-m", "pedro.cli"]
+    folder = tmp_path / "out"
+    words = [*pedro, "compare", str(path), "--out", str(folder), "--json"]
+    try:
+        driver = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while len(list(folder.glob("cells/*.json"))) < 2:
+            assert driver.poll() is None, driver.stderr.read()
+            time.sleep(0.2)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        before = {file: file.read_text() for file in folder.glob("cells/*.json")}
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "of them done before" in done.stderr
+        for file, text in before.items():
+            old, new = json.loads(text), json.loads(file.read_text())
+            assert {**old, "stage": ""} == {**new, "stage": ""}, "a finished run is not made again"
+        comparison = read_comparison(folder)
+        assert len(comparison.cells) == planner_of(spec_of()).count()
+        assert sum(cell.state == FAILED for cell in comparison.cells) == 2, "the runs that diverged, and no others"
+        assert all(cell.lr == 1e-2 for cell in comparison.cells if cell.stage == FINAL)
+        for name in ("table.txt", "table.md", "table.csv", "table.tex", "table.png", "activations.png", "summary.json"):
+            assert (folder / name).stat().st_size > 0
+        assert json.loads(done.stdout.splitlines()[-1])["name"] == "tiny"
+    finally:
+        subprocess.run([*pedro, "down"], env=env, capture_output=True, check=False)
