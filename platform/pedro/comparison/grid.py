@@ -132,10 +132,11 @@ class Grid:
         count = min(self.spec.concurrency or capacity(self.spec), len(self._queue))
         say(f"{progress.total} runs, {progress.kept} of them done before; {count} at a time")
         needs = {"num_cpus": self.spec.resources.cpus, "num_gpus": self.spec.resources.gpus}
-        kind = ray.remote(**needs)(Worker)
+        kind: Any = ray.remote(**needs)(Worker)  # type: ignore[call-overload]
         hire = partial(kind.remote, pack_settings(settings), max(1, int(self.spec.resources.cpus)))
         shared, spec = {name: ray.put(item) for name, item in self.data.items()}, ray.put(self.spec)
-        idle, running = [hire() for _ in range(count)], {}
+        idle = [hire() for _ in range(count)]
+        running: dict[Any, tuple[Any, Plan]] = {}
         tries: Counter[str] = Counter()
         lost = []
         while running or self._queue:

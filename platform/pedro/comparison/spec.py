@@ -1,4 +1,4 @@
-"""What a comparison is asked to do: the YAML of `pedro compare`, frozen and checked. Knows nothing of Ray or tensors."""
+"""What a comparison is asked to do: the YAML of `pedro compare`, frozen and checked. Knows nothing of tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TaskChoice(Evaluation):
     train_rows: Positive | None = None
     validation_rows: Positive | None = 500
     """Rows that choose the learning rate and the best checkpoint; 15 % of train where the task has no such split."""
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     """Laid over the comparison's `training` for this task."""
     evaluate: tuple[Evaluation, ...] = ()
     """Other tasks that the trained model is scored on in place of this one (Alpaca, then MMLU)."""
@@ -63,7 +63,7 @@ class MethodChoice(BaseModel):
 
     name: str
     label: str = ""
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -120,10 +120,10 @@ class ComparisonSpec(Frozen):
     baseline: str = ""
     """The label that differences are taken from; the first method's if not given."""
     data: str | None = None
-    """Where tasks find their files: a directory or "hub". PEDRO_TASK_DATA, or what the package carries, if not given."""
+    """Where tasks find their files: a directory, or "hub"; PEDRO_TASK_DATA, or what the package carries, without it."""
     theta: float = Field(0.1, ge=0, lt=1)
     """Share of the training rows for Θ steps, for methods that have them."""
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     """As `training` of a fine-tuning job; `lr` is only used without `tune`."""
     tune: TuneSpec | None = None
     num_beams: Positive = 1
