@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,18 @@ TENANTS = (
     ("globex", "topics", "Topic of a question", 0.13, 0.02, 0.62),
     ("initech", "tone", "Tone of a review", 0.51, 0.00, 0.78),
 )
+
+
+def copy_of_home(home: Path) -> Path:
+    """A copy of a home as `make_home` leaves it, which a test may break; the first one is made, which takes seconds."""
+    return shutil.copytree(_made(), home)
+
+
+@cache
+def _made() -> Path:
+    folder = tempfile.mkdtemp(prefix="pedro-dashboard-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make_home(Path(folder) / "home").home
 
 
 def make_home(home: Path) -> Settings:

@@ -1,4 +1,4 @@
-"""Overview: adapters, what they gained, how they learned, what a hot swap cost. Drawing only."""
+"""Overview: what there is, what runs, what changed in the last day, what the demo measured. Drawing only."""
 
 from __future__ import annotations
 
@@ -8,53 +8,93 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import DASHES, INK, SERIES, number
+from drawing import BLUE, GREY, INK, ORANGE, number
 from pedro.config import Settings
-from pedro.registry import Version
 from sources import demo as data
-from sources import versions as registry
+from sources.overview import Overview, read_overview
+from sources.services import Service, State, health
 
-REFRESH_S = 5
-# Okabe and Ito's palette, told apart by colour-blind readers too; grey and orange are the baselines.
-ANSWERS = {"Backbone alone": "#999999", "Majority class": "#E69F00", "With adapter": "#0072B2"}
+REFRESH_S = 10
+ANSWERS = {"Backbone alone": GREY, "Majority class": ORANGE, "With adapter": BLUE}
+SIGNS = {
+    State.UP: ":green[:material/check_circle:]",
+    State.OFF: ":gray[:material/radio_button_unchecked:]",
+    State.DOWN: ":red[:material/error:]",
+}
 
 read_demo = st.cache_data(ttl=REFRESH_S, show_spinner=False)(data.read_demo)
-read_adapters = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the registry …")(registry.read_adapters)
-read_curves = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the learning curves …")(registry.curves_of)
+read_health = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(health)
+read_counts = st.cache_data(ttl=REFRESH_S / 2, show_spinner="Reading the registry …")(read_overview)
 
 
 def page() -> None:
     settings = Settings.from_env()
-    demo, adapters = read_demo(settings.home), read_adapters(settings)
-    head(demo)
-    troubles(demo, adapters)
-    if demo.tenants:
-        figures(demo.tenants, demo.swap)
-    left, right = st.columns([5, 6], gap="large")
-    with left:
-        accuracy(demo)
-    with right:
-        curves(settings, adapters.versions)
-    table(adapters)
-    swap(demo)
-    foot(settings, adapters)
-
-
-def head(demo: data.Demo) -> None:
     title, action = st.columns([8, 1], vertical_alignment="bottom")
     with title:
         st.title("pedro", anchor=False)
-        measured = f" Measured {demo.created.replace('T', ' ').replace('Z', ' UTC')}." if demo.created else ""
-        st.caption(f"One frozen backbone, many tenants, one tiny adapter each.{measured}")
+        st.caption(f"One frozen backbone, many tenants, one tiny adapter each. Home `{settings.home}`.")
     if action.button("Reload", icon=":material/refresh:", width="stretch"):
         st.cache_data.clear()
         st.rerun()
+    now(settings)
+    demo_result(settings)
 
 
-def troubles(demo: data.Demo, adapters: registry.Adapters) -> None:
-    """What is missing or broken, and what to do about it."""
-    if adapters.problem:
-        st.warning(f"The registry cannot be read.\n\n```\n{adapters.problem}\n```", icon=":material/database_off:")
+@st.fragment(run_every=REFRESH_S)
+def now(settings: Settings) -> None:
+    """What changes while one looks; drawn anew every few seconds."""
+    seen = read_counts(settings)
+    if seen.problems:
+        listed = "\n".join(seen.problems)
+        st.warning(f"Parts of the platform cannot be read.\n\n```\n{listed}\n```", icon=":material/database_off:")
+    counts(seen)
+    services(read_health(settings))
+    news(seen)
+
+
+def counts(seen: Overview) -> None:
+    places = st.columns(5)
+    number(places[0], "Tenants", f"{len(seen.tenants):,}", "with a key or an adapter")
+    number(places[1], "Adapters", f"{seen.adapters:,}", f"{seen.adapters - seen.in_service:,} without a champion")
+    number(places[2], "Versions in service", f"{seen.in_service:,}", "the champions")
+    lost = f"{seen.lost:,} lost with their cluster" if seen.lost else "fine-tuning and sweeps"
+    number(places[3], "Jobs running", f"{seen.running:,}", lost)
+    number(places[4], "Jobs queued", f"{seen.queued:,}", "waiting for the cluster")
+
+
+def services(found: Sequence[Service]) -> None:
+    st.subheader("Services", anchor=False)
+    for place, service in zip(st.columns(len(found)), found, strict=True):
+        with place.container(border=True, height="stretch", gap="small"):
+            st.markdown(f"{SIGNS[service.state]} **{service.name}** {service.state}")
+            st.caption(service.found + (f"  \n{service.remedy}" if service.remedy else ""))
+
+
+def news(seen: Overview) -> None:
+    st.subheader("In the last day", anchor=False)
+    if not seen.news:
+        st.caption("No version was registered or promoted, and no job ended.")
+        return
+    rows = [
+        {"at": int(event.at * 1000), "what": event.what, "name": event.name, "detail": event.detail}
+        for event in seen.news
+    ]
+    st.dataframe(
+        pd.DataFrame(rows).assign(at=lambda frame: pd.to_datetime(frame["at"], unit="ms")),
+        hide_index=True,
+        height=min(38 + 35 * len(rows), 320),
+        column_config={
+            "at": st.column_config.DatetimeColumn("When (UTC)", format="YYYY-MM-DD HH:mm:ss", width="medium"),
+            "what": st.column_config.TextColumn("What", width="small"),
+            "name": st.column_config.TextColumn("Which", width="medium"),
+            "detail": st.column_config.TextColumn("Why", width="large"),
+        },
+    )
+
+
+def demo_result(settings: Settings) -> None:
+    demo = read_demo(settings.home)
+    st.subheader("The demo", anchor=False)
     if demo.problems:
         listed = "\n".join(demo.problems)
         st.warning(
@@ -68,6 +108,18 @@ def troubles(demo: data.Demo, adapters: registry.Adapters) -> None:
             "them, measures them and writes it.",
             icon=":material/play_circle:",
         )
+        return
+    if demo.created:
+        st.caption(f"Measured {demo.created.replace('T', ' ').replace('Z', ' UTC')}.")
+    if demo.tenants:
+        figures(demo.tenants, demo.swap)
+        left, right = st.columns(2, gap="large")
+        with left:
+            accuracy(demo)
+        with right:
+            swap(demo)
+    else:
+        swap(demo)
 
 
 def figures(tenants: Sequence[data.TenantResult], swapped: data.SwapResult | None) -> None:
@@ -88,10 +140,7 @@ def figures(tenants: Sequence[data.TenantResult], swapped: data.SwapResult | Non
 
 
 def accuracy(demo: data.Demo) -> None:
-    st.subheader("Accuracy", anchor=False)
-    if not demo.tenants:
-        st.caption("Appears when the demo has measured its adapters: `make demo`.")
-        return
+    st.markdown("**Accuracy**")
     frame = pd.DataFrame(data.accuracy_rows(demo.tenants))
     base = alt.Chart(frame).encode(
         x=alt.X("adapter:N", title=None, sort=None, axis=alt.Axis(labelAngle=0, labelLimit=160)),
@@ -114,86 +163,13 @@ def accuracy(demo: data.Demo) -> None:
         )
     )
     values = base.mark_text(dy=-7, fontSize=12, color=INK).encode(text=alt.Text("accuracy:Q", format=".0%"))
-    st.altair_chart((bars + values).properties(height=360), width="stretch")
+    st.altair_chart((bars + values).properties(height=300), width="stretch")
     rows = ", ".join(f"{tenant.name} {tenant.test_rows:,}" for tenant in demo.tenants)
     st.caption(f"Share of held-out rows answered exactly, from the prompt alone, over HTTP. Rows: {rows}.")
 
 
-def curves(settings: Settings, versions: Sequence[Version]) -> None:
-    st.subheader("Learning curves", anchor=False)
-    if not versions:
-        st.caption("Appear when an adapter has been trained: `make demo`, or `pedro submit SPEC.yaml`.")
-        return
-    by_ref = {version.ref: version for version in versions}
-    chosen = st.multiselect(
-        "Versions", list(by_ref), default=[version.ref for version in registry.newest_and_champions(versions)]
-    )
-    points = pd.DataFrame(
-        read_curves(settings, [by_ref[ref] for ref in chosen]), columns=["adapter", "metric", "step", "value"]
-    )
-    logged = [metric for metric in registry.CURVES if metric in set(points["metric"])]
-    if not logged:
-        st.caption("The runs of these versions logged no curves." if chosen else "Choose a version.")
-        return
-    metric = st.segmented_control(
-        "Curve", logged, default=logged[0], format_func=registry.CURVES.__getitem__, label_visibility="collapsed"
-    )
-    metric = metric or logged[0]
-    frame = points[points["metric"] == metric]
-    refs = [ref for ref in chosen if ref in set(frame["adapter"])]
-    legend = alt.Legend(title=None, orient="top", columns=3, labelLimit=220, symbolType="stroke", symbolStrokeWidth=3)
-    line = (
-        alt.Chart(frame)
-        .mark_line(strokeWidth=2.5, interpolate="monotone", point=alt.OverlayMarkDef(size=28))
-        .encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, tickCount=7, grid=False)),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-            color=alt.Color("adapter:N", scale=alt.Scale(domain=refs, range=SERIES), sort=refs, legend=legend),
-            strokeDash=alt.StrokeDash(
-                "adapter:N", scale=alt.Scale(domain=refs, range=DASHES), sort=refs, legend=legend
-            ),
-            tooltip=[
-                alt.Tooltip("adapter:N"),
-                alt.Tooltip("step:Q", format=","),
-                alt.Tooltip("value:Q", title=registry.CURVES[metric], format=",.4~g"),
-            ],
-        )
-    )
-    st.altair_chart(line.properties(height=285), width="stretch")
-
-
-def table(adapters: registry.Adapters) -> None:
-    st.subheader("Adapters", anchor=False)
-    if not adapters.versions:
-        if adapters.problem is None:
-            st.caption(
-                "The registry holds no adapters yet. `make demo` trains three; `pedro submit SPEC.yaml` trains yours."
-            )
-        return
-    tenants = sorted({version.tenant for version in adapters.versions})
-    kept = set(st.pills("Tenants", tenants, selection_mode="multi", label_visibility="collapsed") or tenants)
-    rows = registry.adapter_rows(version for version in adapters.versions if version.tenant in kept)
-    st.dataframe(
-        pd.DataFrame(rows),
-        hide_index=True,
-        width="stretch",
-        column_config={
-            "tenant": st.column_config.TextColumn("Tenant"),
-            "adapter": st.column_config.TextColumn("Adapter"),
-            "version": st.column_config.NumberColumn("Version", format="v%d", width="small"),
-            "aliases": st.column_config.ListColumn("Aliases"),
-            "method": st.column_config.TextColumn("Method"),
-            "digest": st.column_config.TextColumn("Digest", help="The first 12 digits of the weights' sha256"),
-            "parameters": st.column_config.NumberColumn("Trained parameters", format="localized"),
-            "accuracy": st.column_config.ProgressColumn("Accuracy", min_value=0, max_value=1, format="percent"),
-            "backbone": st.column_config.TextColumn("Backbone"),
-            "created": st.column_config.DatetimeColumn("Registered (UTC)", format="YYYY-MM-DD HH:mm"),
-        },
-    )
-
-
 def swap(demo: data.Demo) -> None:
-    st.subheader("Hot swap", anchor=False)
+    st.markdown("**Hot swap**")
     seen = demo.swap
     if seen is None:
         st.caption("Appears when the demo has moved an alias under load: `make demo`.")
@@ -202,7 +178,7 @@ def swap(demo: data.Demo) -> None:
         f"The champion of `{seen.model}` moved from v{seen.old_version} to v{seen.new_version} under load. Each "
         "request is answered by one version, from its first token to its last."
     )
-    facts = st.columns(4)
+    facts = [*st.columns(2), *st.columns(2)]
     number(facts[0], "Requests", f"{seen.requests:,}", f"{seen.in_flight} in flight at the switch")
     number(facts[1], "Failed", f"{seen.failed:,}", f"{seen.mixed:,} answered by two versions")
     first = "–" if seen.seconds_to_first_new is None else f"{seen.seconds_to_first_new:.2f} s"
@@ -247,11 +223,6 @@ def swap(demo: data.Demo) -> None:
         )
     )
     st.altair_chart(bar.properties(height=130), width="stretch")
-
-
-def foot(settings: Settings, adapters: registry.Adapters) -> None:
-    st.divider()
-    st.caption(f"Home `{settings.home}` · registry `{adapters.source}` · read again every {REFRESH_S} s on use.")
 
 
 if __name__ == "__main__":

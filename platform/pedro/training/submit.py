@@ -184,20 +184,20 @@ def stop(job_id: str, dashboard_url: str, store: Store | None = None) -> None:
 
 
 def jobs(dashboard_url: str) -> list[dict[str, Any]]:
-    """The fine-tuning jobs that the cluster knows, newest first: id, tenant, adapter, status, message, start, end."""
-    found = [(job, job.metadata or {}) for job in _client(dashboard_url).list_jobs()]
+    """The jobs of the platform that the cluster knows, newest first: id, metadata (tenant and adapter, or tenant,
+    model and sweep), status, message, started, ended."""
+    found = sorted(_client(dashboard_url).list_jobs(), key=lambda job: job.start_time or 0, reverse=True)
     return [
         {
             "id": job.submission_id,
-            "tenant": metadata["tenant"],
-            "adapter": metadata["adapter"],
+            "metadata": job.metadata,
             "status": str(job.status.value),
             "message": job.message or "",
             "started": (job.start_time or 0) / 1000,
             "ended": job.end_time / 1000 if job.end_time else None,
         }
-        for job, metadata in sorted(found, key=lambda pair: pair[0].start_time or 0, reverse=True)
-        if "adapter" in metadata
+        for job in found
+        if job.submission_id and job.metadata
     ]
 
 

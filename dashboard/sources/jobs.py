@@ -1,0 +1,235 @@
+"""Jobs, as the platform's records and Ray know them: what is under way, what ended, logs, curves, and ending one.
+
+Knows nothing of Streamlit. What does not answer comes back as a reason in words; only `cancel` changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from pedro import runs
+from pedro.config import Settings
+from pedro.errors import PedroError
+from pedro.registry import Registry
+from pedro.store import JobRecord, JobStatus, Store
+from pedro.training import submit
+from sources.services import find_ray
+from sources.stores import ask_registry, ask_store
+
+FINE_TUNING, SWEEP = "fine-tuning", "sweep"
+LOST = "lost"
+RAY_SAYS = {
+    "PENDING": JobStatus.QUEUED,
+    "RUNNING": JobStatus.RUNNING,
+    "SUCCEEDED": JobStatus.SUCCEEDED,
+    "FAILED": JobStatus.FAILED,
+    "STOPPED": JobStatus.CANCELLED,
+}
+OPEN = (JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.PAUSED)
+CURVES = {"train/loss": "Training loss", "dev/loss": "Validation loss"}
+LOG_LINES = 300
+MOST_LIVE = 100
+MOST_RUNS = 12  # of a sweep, drawn together
+
+Asked = TypeVar("Asked")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job. `status` is the cluster's word while it is not over, else that of the records."""
+
+    id: str
+    kind: str
+    tenant: str
+    adapter: str
+    status: str
+    created: float
+    ended: float | None = None
+    message: str = ""
+    sweep: str = ""
+    record: JobRecord | None = None
+
+    @property
+    def model(self) -> str:
+        """`tenant.adapter`."""
+        return f"{self.tenant}.{self.adapter}"
+
+    @property
+    def live(self) -> bool:
+        return self.status in (JobStatus.QUEUED, JobStatus.RUNNING)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster's jobs by id, or why it cannot be asked. `gone`: this home has no cluster, so nothing runs."""
+
+    jobs: dict[str, dict[str, Any]]
+    url: str = ""
+    gone: bool = False
+    problem: str = ""
+
+
+NO_CLUSTER = Cluster({})
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Some jobs, newest first; how many there are in all, by status; what could not be asked."""
+
+    jobs: tuple[Job, ...] = ()
+    counts: dict[str, int] | None = None
+    cluster: Cluster = NO_CLUSTER
+    problem: str = ""
+
+
+def live_jobs(settings: Settings) -> Jobs:
+    """What is under way: open jobs of the records, and the cluster's other jobs (sweeps) that have not ended."""
+    cluster = ask_cluster(settings)
+
+    def read(store: Store) -> list[JobRecord]:
+        return [record for status in OPEN for record in store.list_jobs(status=status, limit=MOST_LIVE)]
+
+    records, problem = ask_store(settings, read, [])
+    known = {record.id for record in records}
+    others = (_of_cluster(job) for job in cluster.jobs.values() if job["id"] not in known)
+    found = [*(_of_record(record, cluster) for record in records), *(job for job in others if job.live)]
+    return Jobs(tuple(sorted(found, key=lambda job: -job.created)), None, cluster, problem)
+
+
+def past_jobs(settings: Settings, status: str | None = None, limit: int = 25, offset: int = 0) -> Jobs:
+    """A page of the records' jobs in a status, or of all of them."""
+    cluster = ask_cluster(settings)
+
+    def read(store: Store) -> tuple[list[JobRecord], dict[str, int]]:
+        counts: dict[str, int] = {}
+        for (_, state), count in store.count_jobs().items():
+            counts[state] = counts.get(state, 0) + count
+        return store.list_jobs(status=status, limit=limit, offset=offset), counts
+
+    found, problem = ask_store(settings, read, ([], {}))
+    return Jobs(tuple(_of_record(record, cluster) for record in found[0]), found[1], cluster, problem)
+
+
+def ask_cluster(settings: Settings) -> Cluster:
+    """The cluster's own list of jobs."""
+    ray = find_ray(settings)
+    if not ray.url:
+        return Cluster({}, gone=settings.ray_address is None, problem=ray.problem)
+    found, problem = _ask(partial(submit.jobs, ray.url))
+    return Cluster({job["id"]: job for job in found or ()}, ray.url, problem=problem)
+
+
+def log_tail(settings: Settings, job_id: str, lines: int = LOG_LINES) -> tuple[list[str], str]:
+    """The last lines of a job's log for people, or why there are none."""
+    ray = find_ray(settings)
+    if not ray.url:
+        return [], f"{ray.problem}; a job's log ends with its cluster"
+    text, problem = _ask(partial(submit.logs, job_id, ray.url))
+    return list(submit.readable((text or "").splitlines()))[-lines:], problem
+
+
+def cancel(settings: Settings, job_id: str) -> str:
+    """End a job; why it could not be ended, or nothing."""
+    ray = find_ray(settings)
+    if not ray.url:
+        return ray.problem
+
+    def stop(store: Store | None) -> str:
+        return _ask(partial(submit.stop, job_id, ray.url, store))[1]
+
+    problem, unread = ask_store(settings, stop, None)
+    return unread or (stop(None) if problem is None else problem)  # None: there are no records
+
+
+def job_runs(settings: Settings, job: Job) -> tuple[tuple[runs.Run, ...], str]:
+    """The runs in MLflow that a job writes to: its own, or the trials of a sweep, the last ones first."""
+
+    def read(registry: Registry) -> tuple[runs.Run, ...]:
+        if job.sweep:
+            found = runs.page_of_runs(registry, [job.model], tags={"pedro.sweep": job.sweep}, limit=MOST_RUNS + 1)
+            return tuple(run for run in found.runs if "pedro.trial" in run.tags)[:MOST_RUNS]
+        run = runs.run_of_job(registry, job.model, job.id)
+        return (run,) if run else ()
+
+    return ask_registry(settings, read, ())
+
+
+def curve_rows(settings: Settings, drawn: Sequence[runs.Run]) -> list[dict[str, Any]]:
+    """One row a point of the runs' losses."""
+    names = {run.id: f"trial {run.tags['pedro.trial']}" if "pedro.trial" in run.tags else run.name for run in drawn}
+    points, _ = ask_registry(settings, lambda registry: runs.curves(registry, list(names), list(CURVES)), [])
+    return [
+        {"run": names[run], "curve": CURVES[metric], "step": step, "value": value}
+        for run, metric, step, value in points
+    ]
+
+
+def job_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """The table of jobs."""
+    return [
+        {
+            "status": job.status,
+            "model": job.model,
+            "kind": job.kind,
+            "created": int(job.created * 1000),
+            "minutes": (job.ended - job.created) / 60 if job.ended else None,
+            "version": result_of(job).get("model", ""),
+            "accuracy": (result_of(job).get("metrics") or {}).get("accuracy"),
+            "message": job.message or result_of(job).get("gate", ""),
+            "job": job.id,
+        }
+        for job in jobs
+    ]
+
+
+def result_of(job: Job) -> dict[str, Any]:
+    """What the job said at its end."""
+    return (job.record.result if job.record else None) or {}
+
+
+def _of_record(record: JobRecord, cluster: Cluster) -> Job:
+    status: str = record.status
+    message = record.message
+    if not record.status.final and record.status != JobStatus.PAUSED:
+        told = cluster.jobs.get(record.id)
+        if told:
+            status = RAY_SAYS.get(told["status"], status)
+        elif record.submission_id and (cluster.gone or (cluster.url and not cluster.problem)):
+            status, message = LOST, "its cluster was ended"
+    return Job(
+        id=record.id,
+        kind=FINE_TUNING,
+        tenant=record.tenant,
+        adapter=record.adapter,
+        status=str(status),
+        created=record.created,
+        ended=record.finished,
+        message=message,
+        record=record,
+    )
+
+
+def _of_cluster(told: dict[str, Any]) -> Job:
+    metadata = told["metadata"]
+    tenant, _, adapter = str(metadata.get("model", "")).partition(".")
+    return Job(
+        id=told["id"],
+        kind=SWEEP if "sweep" in metadata else FINE_TUNING,
+        tenant=metadata.get("tenant", tenant),
+        adapter=metadata.get("adapter", adapter),
+        status=str(RAY_SAYS.get(told["status"], told["status"].lower())),
+        created=told["started"],
+        ended=told["ended"],
+        message=told["message"] if told["status"] == "FAILED" else "",
+        sweep=metadata.get("sweep", ""),
+    )
+
+
+def _ask(question: Callable[[], Asked]) -> tuple[Asked | None, str]:
+    try:
+        return question(), ""
+    except (PedroError, OSError, RuntimeError) as error:
+        return None, error.message if isinstance(error, PedroError) else str(error).strip().partition("\n")[0]

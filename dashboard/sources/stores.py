@@ -1,0 +1,69 @@
+"""The registry and the platform's records, as pages ask them. Knows nothing of Streamlit.
+
+Looking never creates a store, and one that does not answer comes back as a reason in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+from pedro.config import Settings
+from pedro.errors import PedroError
+from pedro.registry import Registry
+from pedro.store import Store
+
+SQLITE = "sqlite:///"
+Found = TypeVar("Found")
+Nothing = TypeVar("Nothing")
+
+
+def ask_registry(
+    settings: Settings, read: Callable[[Registry], Found], nothing: Nothing
+) -> tuple[Found | Nothing, str]:
+    """What `read` finds, or `nothing` and why not; no reason where there simply is no registry yet."""
+    return _ask(settings.tracking_uri, lambda file: read(_registry(settings, file)), nothing)
+
+
+def ask_store(settings: Settings, read: Callable[[Store], Found], nothing: Nothing) -> tuple[Found | Nothing, str]:
+    """What `read` finds, or `nothing` and why not; no reason where there simply are no records yet."""
+    return _ask(settings.database_url, lambda file: read(_store(settings.database_url, file)), nothing)
+
+
+def is_there(url: str) -> bool:
+    """Whether a store could answer: its file exists, or it is a server."""
+    return not url.startswith(SQLITE) or Path(url.removeprefix(SQLITE)).is_file()
+
+
+def shown(url: str) -> str:
+    """A store's address without the password that it may hold."""
+    head, at, host = url.rpartition("@")
+    return f"{head.partition('://')[0]}://…@{host}" if at and "://" in head else url
+
+
+def _ask(url: str, read: Callable[[object], Found], nothing: Nothing) -> tuple[Found | Nothing, str]:
+    file: object = None
+    if url.startswith(SQLITE):
+        try:
+            stat = Path(url.removeprefix(SQLITE)).stat()
+        except OSError:
+            return nothing, ""
+        file = stat.st_dev, stat.st_ino  # a file that is another one now is another store
+    try:
+        return read(file), ""
+    except PedroError as error:
+        return nothing, error.message
+    except Exception as error:  # noqa: BLE001 (whatever a store holds or its client raises, the page says so)
+        return nothing, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+@lru_cache(maxsize=8)
+def _registry(settings: Settings, file: object) -> Registry:
+    return Registry.open(settings)
+
+
+@lru_cache(maxsize=8)
+def _store(url: str, file: object) -> Store:
+    return Store(url)
