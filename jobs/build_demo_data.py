@@ -24,43 +24,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pedro.data.tasks.intents import BANKING77, CLINC150, SNIPS
+
 TARGET = Path(__file__).resolve().parents[1] / "platform" / "pedro" / "assets" / "demo"
 MAX_CHARS = 50
-
-# The answer for each class of the source. First tokens differ within a tenant (in stories260K's vocabulary).
-SNIPS = {
-    "AddToPlaylist": "add",
-    "BookRestaurant": "book",
-    "GetWeather": "weather",
-    "PlayMusic": "play",
-    "RateBook": "rate",
-    "SearchCreativeWork": "find",
-    "SearchScreeningEvent": "movie",
-}
-CLINC150 = {
-    "banking": "bank",
-    "credit_cards": "card",
-    "kitchen_and_dining": "kitchen",
-    "home": "home",
-    "auto_and_commute": "auto",
-    "travel": "travel",
-    "utility": "utility",
-    "work": "work",
-    "small_talk": "small talk",
-    "meta": "meta",
-}
-BANKING77 = {
-    "card_arrival": "delivery",
-    "change_pin": "pin",
-    "exchange_rate": "rate",
-    "lost_or_stolen_card": "lost",
-    "age_limit": "age",
-    "terminate_account": "close",
-    "apple_pay_or_google_pay": "wallet",
-    "transfer_timing": "timing",
-    "edit_personal_details": "edit",
-    "getting_spare_card": "spare",
-}
 
 Pair = tuple[str, str]  # a prompt and its answer
 

@@ -14,6 +14,7 @@ from pedro.data.tasks.parsers import parse_label
 from pedro.data.tasks.sources import HubSource, Part, Record, read_csv, read_text
 from pedro.data.tasks.task import Task, TaskRow, Wording
 
+# The answer for each class of the source. First tokens differ within a task (in stories260K's vocabulary).
 SNIPS = {
     "AddToPlaylist": "add",
     "BookRestaurant": "book",
