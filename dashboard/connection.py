@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import streamlit as st
 
-from sources.gateway import MAKE_KEY, START, Access, Gateway, Standing, connect, default_url
+from pedro.config import Settings
+from sources.gateway import MAKE_KEY, START, Access, Gateway, Standing, connect
+from sources.services import gateway_url
 
 ASK_AGAIN_S = 5
 WORDS = {
@@ -19,17 +21,18 @@ def sidebar() -> tuple[Gateway, Standing]:
     """Draw it, and say where the gateway is and how we stand with it. The key stays in the session."""
     with st.sidebar:
         st.subheader("Gateway", anchor=False)
-        url = _kept("gateway_url", default_url(), "Address", help="PEDRO_GATEWAY_URL sets what stands here at first.")
+        own = gateway_url(Settings.from_env())
+        url = _kept("gateway_url", own, "Address", help="At first PEDRO_GATEWAY_URL, else where this home serves.")
         typed = _kept(
             "gateway_key",
             "",
             "API key",
             type="password",
-            placeholder="PEDRO_ADMIN_KEY is set" if connect(url).key else "sk-pedro-…",
+            placeholder="PEDRO_ADMIN_KEY is set" if connect(url, "", own).key else "sk-pedro-…",
             help=f"An admin key (`{MAKE_KEY}`) moves aliases and sees every tenant; a tenant's own key is enough for "
-            "the Playground. It stays in this session. PEDRO_ADMIN_KEY, if set, goes to PEDRO_GATEWAY_URL alone.",
+            "the Playground. It stays in this session. PEDRO_ADMIN_KEY, if set, goes to this home's own gateway alone.",
         )
-        gateway = connect(url, typed)
+        gateway = connect(url, typed, own)
         standing = _standing(gateway.url, gateway.key)
         if not standing.answers:
             st.caption(f":red[:material/cloud_off:] {standing.problem}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "dashboard"
+if str(DASHBOARD) not in sys.path:
+    sys.path.append(str(DASHBOARD))  # its modules, as Streamlit finds them
 
 
 def opener(monkeypatch: pytest.MonkeyPatch, view: str = "overview") -> Callable[..., Any]:

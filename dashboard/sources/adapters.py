@@ -11,21 +11,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from pedro.config import Settings
-from pedro.errors import PedroError
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
+from pedro.runs import promotions
+from sources.stores import ask_registry, shown
 
 PAGE = 25
 STATES = ("All", "In service", "With a candidate", "Without a champion")
-SQLITE = "sqlite:///"
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -88,19 +85,30 @@ def read_catalogue(settings: Settings) -> Catalogue:
             for name, entry in sorted(registry.catalog().items())
         )
 
-    rows, problem = _ask(settings, read)
-    return Catalogue(shown_source(settings), rows or (), problem)
+    rows, problem = ask_registry(settings, read, ())
+    return Catalogue(shown(settings.tracking_uri), rows, problem)
 
 
-def read_champions(settings: Settings) -> dict[str, int]:
-    """The champions of all adapters; empty while the registry does not answer."""
-    found, _ = _ask(settings, lambda registry: registry.catalog())
-    return {name: entry.aliases[CHAMPION] for name, entry in (found or {}).items() if CHAMPION in entry.aliases}
+def read_champions(settings: Settings) -> dict[str, int] | None:
+    """The champions of all adapters; None while the registry does not answer."""
+    found, problem = ask_registry(settings, Registry.catalog, {})
+    if problem:
+        return None
+    return {name: entry.aliases[CHAMPION] for name, entry in found.items() if CHAMPION in entry.aliases}
+
+
+def read_promotions(settings: Settings, since: float) -> list[tuple[float, str, int]]:
+    """When (Unix seconds) which adapter got which champion since then, the first first."""
+    found, _ = ask_registry(settings, lambda registry: promotions(registry, since), [])
+    return [
+        (datetime.fromisoformat(version.promoted).timestamp(), version.name, version.version)
+        for version in reversed(found)
+    ]
 
 
 def read_versions(settings: Settings, name: str) -> Versions:
-    found, problem = _ask(settings, lambda registry: tuple(reversed(registry.versions(name))))
-    return Versions(found or (), problem)
+    found, problem = ask_registry(settings, lambda registry: tuple(reversed(registry.versions(name))), ())
+    return Versions(found, problem)
 
 
 def read_stored(settings: Settings, version: Version) -> Stored:
@@ -113,8 +121,8 @@ def read_stored(settings: Settings, version: Version) -> Stored:
             raise ValueError(f"{MANIFEST} holds no object")
         return Stored(directory, manifest)
 
-    stored, problem = _ask(settings, read)
-    return stored or Stored(problem=problem)
+    stored, problem = ask_registry(settings, read, None)
+    return stored or Stored(problem=problem or "there is no registry")
 
 
 def search(rows: Iterable[Row], text: str = "", tenants: Sequence[str] = (), state: str = STATES[0]) -> list[Row]:
@@ -198,6 +206,7 @@ def lineage(version: Version, manifest: Mapping[str, Any] | None) -> list[tuple[
         ("Tokenizer digest", str(backbone.get("tokenizer_digest") or "")),
         ("Prompt format", str(format_.get("id") or "")),
         ("Made", str(tree.get("created") or version.created)),
+        ("Champion since", version.promoted if CHAMPION in version.aliases else ""),
         ("With", ", ".join(f"{name} {made}" for name, made in sorted(_dict(tree.get("versions")).items()))),
     ]
     return [(label, value) for label, value in facts if value]
@@ -229,36 +238,6 @@ def number_of(metrics: Any, name: str) -> float | None:
 def short(digest: str) -> str:
     """Enough of a digest to tell it from others."""
     return digest.removeprefix("sha256:")[:12]
-
-
-def shown_source(settings: Settings) -> str:
-    """Where the registry is, without a password that its address may hold."""
-    head, at, host = settings.tracking_uri.rpartition("@")
-    return f"{head.partition('://')[0]}://…@{host}" if at and "://" in head else settings.tracking_uri
-
-
-def _ask(settings: Settings, read: Callable[[Registry], Found]) -> tuple[Found | None, str]:
-    """What `read` finds; None where there is no registry yet, or with the reason why it cannot be read."""
-    uri = settings.tracking_uri
-    identity: object = None
-    if uri.startswith(SQLITE):
-        try:
-            file = Path(uri.removeprefix(SQLITE)).stat()
-        except OSError:
-            return None, ""
-        identity = file.st_dev, file.st_ino
-    try:
-        return read(_registry(settings, identity)), ""
-    except PedroError as error:
-        return None, error.message
-    except Exception as error:  # noqa: BLE001 (whatever a store holds or its client raises, the page says so)
-        return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-@lru_cache(maxsize=8)
-def _registry(settings: Settings, identity: object) -> Registry:
-    """One connection a store; a file that is another one now is another store."""
-    return Registry.open(settings)
 
 
 def _options(options: Mapping[str, Any]) -> str:

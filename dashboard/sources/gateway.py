@@ -167,14 +167,14 @@ def default_url(env: Mapping[str, str] = os.environ) -> str:
     return (env.get("PEDRO_GATEWAY_URL") or DEFAULT_URL).rstrip("/")
 
 
-def connect(url: str, typed_key: str = "", env: Mapping[str, str] = os.environ) -> Gateway:
-    """The gateway at `url`. The key that the environment holds goes to the environment's own gateway alone.
+def connect(url: str, typed_key: str, own_url: str, env: Mapping[str, str] = os.environ) -> Gateway:
+    """The gateway at `url`. The key that the environment holds (`PEDRO_ADMIN_KEY`) goes to `own_url` alone.
 
     Otherwise whoever opens the dashboard could have that key sent wherever they like.
     """
-    url = url.strip().rstrip("/").removesuffix("/v1") or default_url(env)
-    kept = env.get("PEDRO_ADMIN_KEY", "") if url == default_url(env).removesuffix("/v1") else ""
-    return Gateway(url, (typed_key or kept).strip())
+    url, own = (address.strip().rstrip("/").removesuffix("/v1") for address in (url, own_url))
+    kept = env.get("PEDRO_ADMIN_KEY", "") if not url or url == own else ""
+    return Gateway(url or own, (typed_key or kept).strip())
 
 
 def checked_url(url: str) -> str:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pedro.config import Settings
 from pedro.errors import PedroError
+from sources.adapters import read_champions, read_promotions
 from sources.gateway import Gateway
 from sources.metrics import Histogram, Scrape, Source, Traffic, gained, increase, read
 
 INTERVAL_S = 5.0
-KEPT = 720  # intervals: an hour
+LONGEST_S = 3600.0  # that can be looked back
+KEPT = int(LONGEST_S / INTERVAL_S)  # intervals
 FORGOTTEN_S = 900.0  # a series unseen for so long starts anew
 PERCENTILES = (0.5, 0.95, 0.99)
 POINTS = 90  # of a line, however long its time
@@ -27,12 +30,12 @@ OWN = ""  # what no adapter gained: loads, evictions, refusals
 
 @dataclass(frozen=True)
 class Swap:
-    """A champion that moved; `old` is None where there was none."""
+    """A champion that moved; `old` is None where there was none, or where nobody saw which it was."""
 
     at: float
     name: str
-    old: int | None
     new: int
+    old: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,15 @@ class History:
         with self._lock:
             return self._last, self._gauges
 
-    def follow(self, now: float, champions: Mapping[str, int]) -> None:
-        """Compare the champions with those of the last time; what moved is a swap."""
+    def follow(self, now: float, champions: Mapping[str, int], earlier: Callable[[], Iterable[Swap]]) -> None:
+        """Compare the champions with those of the last time: what moved is a swap. `earlier` is asked once."""
         with self._lock:
-            if self._champions is not None:
+            if self._champions is None:
+                self._swaps.extend(earlier())
+            else:
                 for name, version in champions.items():
                     if self._champions.get(name) != version:
-                        self._swaps.append(Swap(now, name, self._champions.get(name), version))
+                        self._swaps.append(Swap(now, name, version, self._champions.get(name)))
             self._champions = dict(champions)
 
     def window(self, now: float, seconds: float) -> tuple[list[Interval], list[Swap]]:
@@ -114,17 +119,23 @@ class History:
             )
 
 
-def scrape_into(history: History, gateway: Gateway, champions: Mapping[str, int] | None, now: float) -> str:
-    """Read the gateway's figures into the history; why that failed, or nothing. None of champions: not known."""
+def scrape_into(history: History, gateway: Gateway, now: float) -> str:
+    """Read the gateway's figures into the history; why that failed, or nothing."""
     try:
         history.add(now, read(gateway.metrics()))
     except PedroError as error:
         return error.message
     except ValueError as error:
         return f"{gateway.url}/metrics gave no Prometheus text: {str(error)[:200]}"
-    if champions is not None:
-        history.follow(now, champions)
     return ""
+
+
+def follow_registry(history: History, settings: Settings, now: float) -> None:
+    """Let the history know which champions there are; nothing happens while the registry does not answer."""
+    champions = read_champions(settings)
+    if champions is not None:
+        since = now - LONGEST_S
+        history.follow(now, champions, lambda: [Swap(*moved) for moved in read_promotions(settings, since)])
 
 
 def adapters_of(intervals: Iterable[Interval]) -> list[str]:
@@ -230,8 +241,8 @@ def total(intervals: Iterable[Interval], what: str, name: str = OWN) -> float:
 
 def marks(intervals: Iterable[Interval], swaps: Iterable[Swap]) -> list[dict[str, Any]]:
     """What happened at a moment: swaps, evictions, refusals, failed loads."""
-    rows = [
-        {"at": swap.at, "event": "Swap", "text": f"{swap.name}: {_version(swap.old)} → v{swap.new}"} for swap in swaps
+    rows: list[dict[str, Any]] = [
+        {"at": swap.at, "event": "Swap", "text": f"{swap.name}: {_version(swap.old)}→ v{swap.new}"} for swap in swaps
     ]
     shown = {"evictions": "Eviction", "refused": "429", "load_failures": "Failed load"}
     for interval in intervals:
@@ -259,4 +270,4 @@ def _count(interval: Interval, name: str, what: str) -> float:
 
 
 def _version(number: int | None) -> str:
-    return "none" if number is None else f"v{number}"
+    return "" if number is None else f"v{number} "

@@ -1,0 +1,108 @@
+"""Promote and roll back: two buttons, a dialog that asks once more, and the gateway that does it. Drawing only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+import connection
+from pedro.registry import CHAMPION, Version
+from sources import adapters as data
+from sources.gateway import Gateway, GatewayError
+
+SAID = "moves_said"  # in the session: how the last change ended
+YES, NO = "move_yes", "move_no"
+Act = Callable[[], Mapping[str, Any]]
+
+
+def buttons(
+    gateway: Gateway | None,
+    chosen: Version,
+    champion: Version | None,
+    previous: Version | None,
+    moved: Callable[[], None],
+) -> None:
+    """Both are off without a gateway that may do it; `moved` is called when an alias has moved, or may have."""
+    promote, rollback, _ = st.columns([2, 2, 3])
+    is_champion = champion is not None and chosen.version == champion.version
+    promotes = promote.button(
+        f"Promote v{chosen.version}",
+        icon=":material/arrow_upward:",
+        type="primary",
+        disabled=gateway is None or is_champion,
+        help="It is the champion already." if is_champion else None,
+        width="stretch",
+    )
+    returns = rollback.button(
+        f"Roll back to v{previous.version}" if previous else "Roll back",
+        icon=":material/undo:",
+        disabled=gateway is None or previous is None,
+        help=None if previous else "There is no previous champion.",
+        width="stretch",
+    )
+    if gateway is None:
+        return
+    name = chosen.name
+    if promotes:
+        title = f"Promote {name} to v{chosen.version}?"
+        confirm(title, gateway, champion, chosen, lambda: gateway.promote(name, chosen.version), moved)
+    elif returns and previous is not None:
+        title = f"Roll {name} back to v{previous.version}?"
+        confirm(title, gateway, champion, previous, lambda: gateway.rollback(name), moved)
+
+
+def confirm(
+    title: str, gateway: Gateway, old: Version | None, new: Version, act: Act, moved: Callable[[], None]
+) -> None:
+    """A dialog that says what would change; the alias moves only from its button."""
+
+    @st.dialog(title, width="medium")
+    def ask() -> None:
+        st.markdown("Requests that run end on the version that they began with; later ones get the new champion.")
+        st.dataframe(pd.DataFrame([row("Now", old), row("Then", new)]), hide_index=True, width="stretch")
+        verdict, reason = data.gate_of(new)
+        if verdict == "refused":
+            st.warning(f"The gate refused v{new.version}: {reason}", icon=":material/block:")
+        st.caption(f"Through {gateway.url}/v1/adapters")
+        yes, no = st.columns(2)
+        yes.button("Yes, move it", type="primary", width="stretch", key=YES, on_click=carry_out, args=(act, moved))
+        no.button("Cancel", width="stretch", key=NO)
+        if st.session_state.get(YES) or st.session_state.get(NO):
+            st.rerun()
+
+    ask()
+
+
+def carry_out(act: Act, moved: Callable[[], None]) -> None:
+    """Move the alias; `tell` says how it ended."""
+    try:
+        adapter = act()
+        champion = (adapter.get("aliases") or {}).get(CHAMPION)
+        st.session_state[SAID] = (True, f"{adapter.get('name')}: v{champion} is the champion now.")
+    except GatewayError as error:
+        st.session_state[SAID] = (False, error.message)
+        connection.forget()
+    moved()
+
+
+def tell() -> None:
+    """How the last change ended, once."""
+    good, text = st.session_state.pop(SAID, (True, ""))
+    if text:
+        (st.success if good else st.error)(text, icon=":material/check:" if good else ":material/error:")
+
+
+def row(when: str, version: Version | None) -> dict[str, Any]:
+    if version is None:
+        return {"": when, "version": "none", "accuracy": "–", "method": "–", "digest": "–"}
+    accuracy = data.number_of(version.metrics, "accuracy")
+    return {
+        "": when,
+        "version": f"v{version.version}",
+        "accuracy": "–" if accuracy is None else f"{accuracy:.1%}",
+        "method": version.method,
+        "digest": data.short(version.digest),
+    }

@@ -1,0 +1,266 @@
+"""Activations: what each layer's R(x) became (the paper's figure 2), and the vectors it makes of typed prompts.
+
+The curves are computed from the adapter's files alone; only prompts need PyTorch and the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from drawing import DASHES, GREY, INK, SERIES
+from parts import prompts
+from pedro.config import Settings
+from pedro.errors import PedroError
+from pedro.registry import CHAMPION, Version
+from sources import activations as data
+from sources import adapters as registry
+
+REFRESH_S = 5
+COLOURS = [colour for colour in SERIES if colour != GREY]
+MOST_LAYERS = len(COLOURS)
+
+read_catalogue = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the registry …")(registry.read_catalogue)
+read_versions = st.cache_data(ttl=REFRESH_S, show_spinner=False)(registry.read_versions)
+read_stored = st.cache_data(ttl=60, show_spinner="Fetching the adapter …", max_entries=200)(registry.read_stored)
+read_activations = st.cache_data(show_spinner=False, max_entries=200)(data.read_activations)
+Seen = tuple[float, float] | None  # the x that typed prompts gave to R: from, to
+
+
+class Chosen(NamedTuple):
+    """An adapter version that has activations."""
+
+    version: Version
+    directory: Path
+    activations: data.Activations
+
+    @property
+    def ref(self) -> str:
+        return self.version.ref
+
+
+def page() -> None:
+    settings = Settings.from_env()
+    st.title("Activations", anchor=False)
+    st.caption(
+        "PEDRO makes its vectors by l = R(pool(x) W_down) W_up + b, with a rational R(x) that each layer learns from "
+        "its start, a fit of GELU (arXiv 2409.17834, eq. 6 and 7)."
+    )
+    catalogue = read_catalogue(settings)
+    if catalogue.problem:
+        st.warning(f"The registry cannot be read.\n\n```\n{catalogue.problem}\n```", icon=":material/database_off:")
+    if not catalogue.rows:
+        if not catalogue.problem:
+            st.info(
+                "The registry holds no adapters yet. `make demo` trains three; `pedro submit SPEC.yaml` trains yours.",
+                icon=":material/extension_off:",
+            )
+        return
+    names = [row.name for row in catalogue.rows]
+    places = st.columns([3, 2, 3, 2])
+    one = choose(settings, places[:2], names, "Adapter", "one")
+    other = choose(settings, places[2:], ["none", *names], "Compared with", "other")
+    if one is None:
+        return
+    seen = prompts.inputs_seen(one.ref)
+    functions(one, other, seen)
+    apart(one, other)
+    prompts.section(one.version, one.directory)
+
+
+def choose(settings: Settings, places: Sequence, names: list[str], label: str, key: str) -> Chosen | None:
+    """An adapter and one of its versions; None where there are no activations to show, which is said."""
+    asked = st.query_params.get(key)
+    name = places[0].selectbox(label, names, index=names.index(asked) if asked in names else 0, key=f"{key}_name")
+    if name == "none":
+        st.query_params.pop(key, None)
+        return None
+    st.query_params[key] = name
+    found = read_versions(settings, name)
+    if not found.versions:
+        st.warning(f"{name} has no version that can be read. {found.problem}", icon=":material/broken_image:")
+        return None
+    by_number = {version.version: version for version in found.versions}
+    champion = found.holding(CHAMPION) or found.versions[0]
+    number = places[1].selectbox(
+        "Version",
+        list(by_number),
+        index=list(by_number).index(champion.version),
+        format_func=lambda held: " ".join([f"v{held}", *by_number[held].aliases]),
+        key=f"{key}_version_{name}",
+    )
+    version = by_number[number]
+    stored = read_stored(settings, version)
+    if stored.directory is None:
+        st.warning(f"{version.ref} cannot be read: {stored.problem}", icon=":material/broken_image:")
+        return None
+    try:
+        return Chosen(version, stored.directory, read_activations(stored.directory))
+    except PedroError as error:
+        st.info(f"{version.ref} has no activations to show: {error.message}.", icon=":material/show_chart:")
+        return None
+
+
+def functions(one: Chosen, other: Chosen | None, seen: Seen) -> None:
+    """Figure 2: R(x) over GELU and its fit, and what training moved."""
+    numbers = [layer.index for layer in one.activations.layers]
+    picked, width = st.columns([3, 2])
+    shown = picked.multiselect(
+        "Layers",
+        numbers,
+        default=sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]}),
+        max_selections=MOST_LAYERS,
+        key=f"layers_{one.ref}",
+    )
+    reach = float(width.slider("Range of x", 1, 10, 5, format="±%d"))
+    place = st.empty()
+    orders = one.activations.orders
+    if not one.activations.learned:
+        st.caption(f"{one.ref} has fixed activations: nothing of them was learned.")
+        start = None
+    else:
+        start = data.known_initial(*orders)
+        if start is None:  # the curves need not wait for PyTorch
+            with place.container():
+                draw(one, other, shown, reach, None, seen)
+            with st.spinner("Fitting GELU, for the start of R(x) …"):
+                start = data.initial(*orders)
+    with place.container():
+        draw(one, other, shown, reach, start, seen)
+
+
+def draw(
+    one: Chosen, other: Chosen | None, shown: Sequence[int], reach: float, start: data.Layer | None, seen: Seen
+) -> None:
+    """The two charts side by side; `start` is the initial fit, None while it is not known."""
+    x = data.grid(reach)
+    curves: dict[str, Curve] = {"GELU": Curve(data.gelu, GREY, DASHES[0])}
+    if start is not None:
+        curves["initial fit"] = Curve(start, GREY, DASHES[2])
+    for place, chosen in enumerate(filter(None, (one, other))):
+        by_index = {layer.index: layer for layer in chosen.activations.layers}
+        for colour, layer in zip(COLOURS, sorted(shown), strict=False):
+            if layer in by_index:
+                name = f"layer {layer}" if other is None else f"layer {layer}, {chosen.ref}"
+                curves[name] = Curve(by_index[layer], colour, DASHES[place])
+    left, right = st.columns(2, gap="medium")
+    with left:
+        st.subheader("R(x) over GELU", anchor=False)
+        st.altair_chart(lines(curves, x, None, reach, seen), width="stretch")
+    with right:
+        st.subheader("What training moved", anchor=False)
+        if start is None:
+            st.caption("R(x) less its start, the fit of GELU." if one.activations.learned else "Nothing.")
+        elif not shown:
+            st.caption("Choose a layer.")
+        else:
+            moved = {name: curve for name, curve in curves.items() if curve.colour != GREY}
+            st.altair_chart(lines(moved, x, start, reach, seen), width="stretch")
+
+
+class Curve(NamedTuple):
+    """A function and how its line looks."""
+
+    function: Callable[[np.ndarray], np.ndarray]
+    colour: str
+    dash: list[int]
+
+
+def lines(curves: dict[str, Curve], x: np.ndarray, minus: data.Layer | None, reach: float, seen: Seen) -> Any:
+    """The curves, and behind them the x that the prompts below gave to R."""
+    frame = pd.DataFrame(data.curve_rows({name: curve.function for name, curve in curves.items()}, x, minus))
+    names = list(curves)
+    legend = alt.Legend(
+        title=None, orient="bottom", columns=2, labelLimit=260, symbolType="stroke", symbolStrokeWidth=3
+    )
+    chart = (
+        alt.Chart(frame)
+        .mark_line(strokeWidth=2.2)
+        .encode(
+            x=alt.X("x:Q", title="x", scale=alt.Scale(domain=[-reach, reach]), axis=alt.Axis(grid=False)),
+            y=alt.Y("y:Q", title="R(x)" if minus is None else "R(x) − fit"),
+            color=alt.Color(
+                "curve:N", sort=names, legend=legend,
+                scale=alt.Scale(domain=names, range=[curve.colour for curve in curves.values()]),
+            ),
+            strokeDash=alt.StrokeDash(
+                "curve:N", sort=names, legend=legend,
+                scale=alt.Scale(domain=names, range=[curve.dash for curve in curves.values()]),
+            ),
+            tooltip=["curve:N", alt.Tooltip("x:Q", format=".2f"), alt.Tooltip("y:Q", format=".4f")],
+        )
+    )  # fmt: skip
+    if seen is None:
+        return alt.layer(chart).properties(height=340)
+    band = pd.DataFrame([{"low": max(seen[0], -reach), "high": min(seen[1], reach)}])
+    behind = alt.Chart(band).mark_rect(color=INK, opacity=0.13).encode(x="low:Q", x2="high:Q")
+    return alt.layer(behind, chart).properties(height=340)
+
+
+def apart(one: Chosen, other: Chosen | None) -> None:
+    """How far layers lie from each other, and from where they began."""
+    left, right = st.columns(2, gap="medium")
+    against = one if other is None else other
+    with left:
+        st.subheader("Between layers" if other is None else f"{one.ref} against {other.ref}", anchor=False)
+        rows = pd.DataFrame(data.distance_rows(one.activations.layers, against.activations.layers))
+        base = alt.Chart(rows).encode(
+            x=alt.X("other:O", title=f"layer of {against.ref}", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("layer:O", title=f"layer of {one.ref}"),
+            tooltip=["layer:O", "other:O", alt.Tooltip("distance:Q", format=".4f")],
+        )
+        cells = base.mark_rect().encode(
+            color=alt.Color(
+                "distance:Q", scale=alt.Scale(scheme="cividis"), legend=alt.Legend(title=None, format=".2g")
+            )
+        )
+        chart = cells
+        if len(rows) <= 64:
+            middle = float(rows["distance"].max()) / 2
+            chart = cells + base.mark_text(fontSize=11).encode(
+                text=alt.Text("distance:Q", format=".2f"),
+                color=alt.condition(f"datum.distance > {middle}", alt.value("black"), alt.value("white")),
+            )
+        st.altair_chart(chart.properties(height=300), width="stretch")
+    with right:
+        st.subheader("From the start", anchor=False)
+        start = data.known_initial(*one.activations.orders)
+        if start is None:
+            st.caption("Nothing of these activations was learned.")
+        else:
+            began = pd.DataFrame(
+                [
+                    {"adapter": chosen.ref, "layer": layer.index, "distance": data.distance(layer, start)}
+                    for chosen in filter(None, (one, other))
+                    for layer in chosen.activations.layers
+                ]
+            )
+            refs = list(dict.fromkeys(began["adapter"]))
+            bars = (
+                alt.Chart(began)
+                .mark_bar(cornerRadiusTopLeft=2, cornerRadiusTopRight=2)
+                .encode(
+                    x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
+                    xOffset=alt.XOffset("adapter:N", sort=refs),
+                    y=alt.Y("distance:Q", title=None),
+                    color=alt.Color(
+                        "adapter:N",
+                        sort=refs,
+                        scale=alt.Scale(domain=refs, range=COLOURS),
+                        legend=alt.Legend(title=None, orient="top", labelLimit=260),
+                    ),
+                    tooltip=["adapter:N", "layer:O", alt.Tooltip("distance:Q", format=".4f")],
+                )
+            )
+            st.altair_chart(bars.properties(height=300), width="stretch")
+    st.caption(f"Root mean square of the difference for x in ±{data.REACH:g}.")
+
+
+if __name__ == "__main__":
+    page()

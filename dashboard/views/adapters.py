@@ -1,0 +1,256 @@
+"""Adapters: versions, lineage, gate, and the champion moved through the gateway. Drawing only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+import connection
+from drawing import BLUE, GREY, number
+from parts import moves
+from pedro.config import Settings
+from pedro.registry import CANDIDATE, CHAMPION, PREVIOUS, Version
+from sources import adapters as data
+from sources.gateway import Access, Gateway, GatewayError
+
+REFRESH_S = 5
+DATE = "YYYY-MM-DD HH:mm"
+VERDICTS = {
+    "passed": ":green[:material/check_circle:] passed the gate",
+    "refused": ":orange[:material/block:] refused by the gate",
+    "imported": ":gray[:material/download:] imported",
+    "not gated": ":gray[:material/help:] not gated",
+}
+
+read_catalogue = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the registry …")(data.read_catalogue)
+read_versions = st.cache_data(ttl=REFRESH_S, show_spinner=False)(data.read_versions)
+read_stored = st.cache_data(ttl=60, show_spinner="Fetching the adapter …", max_entries=200)(data.read_stored)
+
+
+def page() -> None:
+    settings = Settings.from_env()
+    gateway, standing = connection.sidebar()
+    st.title("Adapters", anchor=False)
+    moves.tell()
+    catalogue = read_catalogue(settings)
+    if catalogue.problem:
+        st.warning(f"The registry cannot be read.\n\n```\n{catalogue.problem}\n```", icon=":material/database_off:")
+    if not catalogue.rows:
+        if not catalogue.problem:
+            st.info(
+                "The registry holds no adapters yet. `make demo` trains three; `pedro submit SPEC.yaml` trains yours.",
+                icon=":material/extension_off:",
+            )
+        st.caption(f"Registry `{catalogue.source}`")
+        return
+    name = choose(catalogue)
+    if name is not None:
+        able = standing.answers and standing.access is Access.ADMIN
+        detail(settings, name, gateway if able else None)
+        if not able:
+            connection.missing(gateway, standing, "Moving a champion")
+    st.caption(f"Registry `{catalogue.source}`, read again every {REFRESH_S} s on use.")
+
+
+def read_anew() -> None:
+    """What was read before an alias moved is of the past."""
+    read_catalogue.clear()
+    read_versions.clear()
+
+
+def choose(catalogue: data.Catalogue) -> str | None:
+    """The catalogue, searched and paged; the adapter that is looked at."""
+    rows = catalogue.rows
+    sought, tenant, state = st.columns([3, 3, 3])
+    text = sought.text_input("Search", placeholder="part of a name", icon=":material/search:")
+    tenants = tenant.multiselect("Tenants", sorted({row.tenant for row in rows}), placeholder="all")
+    kept = data.search(rows, text, tenants, state.selectbox("Show", data.STATES))
+    if not kept:
+        st.caption(f"None of {len(rows):,} adapters fits.")
+        return None
+    pages = data.pages_of(kept)
+    page = 1
+    if pages > 1:
+        left, right = st.columns([1, 5], vertical_alignment="bottom")
+        page = int(left.number_input("Page", 1, pages, 1))
+        right.caption(f"of {pages}: {len(kept):,} of {len(rows):,} adapters, {data.PAGE} a page")
+    shown = data.page_rows(kept, page)
+    table = st.dataframe(
+        pd.DataFrame(shown),
+        hide_index=True,
+        width="stretch",
+        height=min(400, 37 + 35 * len(shown)),
+        on_select="rerun",
+        selection_mode="single-row",
+        key=f"catalogue_{page}",
+        column_config={
+            "tenant": st.column_config.TextColumn("Tenant"),
+            "adapter": st.column_config.TextColumn("Adapter"),
+            "champion": st.column_config.NumberColumn("Champion", format="v%d"),
+            "candidate": st.column_config.NumberColumn("Candidate", format="v%d"),
+            "previous": st.column_config.NumberColumn("Previous", format="v%d"),
+            "created": st.column_config.DatetimeColumn("Registered (UTC)", format=DATE),
+        },
+    )
+    names = [row.name for row in kept]
+    follow_table(table, shown)
+    asked = st.query_params.get("adapter")
+    if st.session_state.get("adapter") not in names:
+        st.session_state["adapter"] = asked if asked in names else names[0]
+    name = st.selectbox(
+        "Adapter", names, key="adapter", help="Type to search. A click on a row of the table does it too."
+    )
+    st.query_params["adapter"] = name
+    return name
+
+
+def follow_table(table: Any, shown: list[dict[str, Any]]) -> None:
+    """A row that was just selected is the adapter that is looked at."""
+    selected = list(table.selection.rows) if table else []
+    row = shown[selected[0]] if selected and selected[0] < len(shown) else None
+    name = f"{row['tenant']}.{row['adapter']}" if row else None
+    if name is not None and name != st.session_state.get("adapters_clicked"):
+        st.session_state["adapter"] = name
+    st.session_state["adapters_clicked"] = name
+
+
+def detail(settings: Settings, name: str, gateway: Gateway | None) -> None:
+    found = read_versions(settings, name)
+    if found.problem:
+        st.warning(f"{name} cannot be read.\n\n```\n{found.problem}\n```", icon=":material/broken_image:")
+    if not found.versions:
+        st.caption(f"`{name}` has no versions.")
+        return
+    st.header(name, anchor=False)
+    champion, previous, candidate = (found.holding(alias) for alias in (CHAMPION, PREVIOUS, CANDIDATE))
+    facts = st.columns(4)
+    number(facts[0], "Champion", *aliased(champion, "what the bare name answers with"))
+    number(facts[1], "Previous", *aliased(previous, "what a roll back returns to"))
+    number(facts[2], "Candidate", *aliased(candidate, "the newest that its gate refused"))
+    residence(facts[3], name, gateway, found)
+    versions_table(found)
+    by_number = {version.version: version for version in found.versions}
+    at = st.selectbox(
+        "Version", list(by_number), format_func=lambda held: label(by_number[held]), key=f"version_{name}"
+    )
+    chosen = by_number[at]
+    moves.buttons(gateway, chosen, champion, previous, read_anew)
+    verdict, reason = data.gate_of(chosen)
+    st.markdown(f"**v{chosen.version}** · {VERDICTS[verdict]}: {reason}")
+    origin(settings, chosen)
+
+
+def aliased(version: Version | None, note: str) -> tuple[str, str]:
+    if version is None:
+        return "–", note
+    accuracy = data.number_of(version.metrics, "accuracy")
+    return f"v{version.version}", note if accuracy is None else f"{note}: {accuracy:.1%}"
+
+
+def residence(place: Any, name: str, gateway: Gateway | None, found: data.Versions) -> None:
+    """Where the gateway's engines hold the adapter now."""
+    if gateway is None:
+        number(place, "Resident", "–", "known with an admin key")
+        return
+    try:
+        adapter = gateway.adapter(name)
+    except GatewayError as error:
+        number(place, "Resident", "–", error.message)
+        return
+    held = adapter.get("residence")
+    places = [entry for entry in held if isinstance(entry, Mapping)] if isinstance(held, list) else []
+    if held is None:
+        number(place, "Resident", "–", "the engine does not answer")
+    elif not places:
+        number(place, "Resident", "no", "the next request loads it")
+    else:
+        versions = ", ".join(sorted({f"v{entry.get('version')}" for entry in places}))
+        size = sum(int(entry.get("bytes") or 0) for entry in places)
+        number(place, "Resident", versions, f"{len(places)} of the engines' places, {size / 1e3:,.0f} kB")
+    champion = found.holding(CHAMPION)
+    if champion and (adapter.get("aliases") or {}).get(CHAMPION) != champion.version:
+        st.warning(
+            f"The gateway at {gateway.url} answers with another champion of {name} than this registry names. Does it "
+            "read another registry?",
+            icon=":material/difference:",
+        )
+
+
+def versions_table(found: data.Versions) -> None:
+    rows = pd.DataFrame(data.version_rows(found.versions))
+    left, right = st.columns([3, 1], gap="medium")
+    with left:
+        st.dataframe(
+            rows,
+            hide_index=True,
+            width="stretch",
+            height=min(320, 37 + 35 * len(rows)),
+            column_config={
+                "version": st.column_config.NumberColumn("Version", format="v%d", width="small"),
+                "aliases": st.column_config.ListColumn("Aliases"),
+                "gate": st.column_config.TextColumn("Gate"),
+                "method": st.column_config.TextColumn("Method"),
+                "accuracy": st.column_config.ProgressColumn("Accuracy", min_value=0, max_value=1, format="percent"),
+                "backbone_accuracy": st.column_config.NumberColumn("Backbone alone", format="percent"),
+                "loss": st.column_config.NumberColumn("Loss", format="%.4f"),
+                "parameters": st.column_config.NumberColumn("Parameters", format="localized"),
+                "digest": st.column_config.TextColumn("Digest", help="The first 12 digits of the weights' sha256"),
+                "created": st.column_config.DatetimeColumn("Registered (UTC)", format=DATE),
+            },
+        )
+    measured = rows.dropna(subset=["accuracy"])
+    if len(measured) > 1:
+        with right:
+            line = (
+                alt.Chart(measured)
+                .mark_line(color=GREY, strokeWidth=1.5)
+                .encode(
+                    x=alt.X("version:O", title="version", axis=alt.Axis(labelAngle=0)),
+                    y=alt.Y(
+                        "accuracy:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format=".0%", tickCount=4)
+                    ),
+                )
+            )
+            points = line.mark_point(filled=True, size=70, color=BLUE, opacity=1).encode(
+                tooltip=[alt.Tooltip("version:O"), alt.Tooltip("accuracy:Q", format=".1%"), alt.Tooltip("gate:N")]
+            )
+            st.altair_chart((line + points).properties(height=min(240, 37 + 35 * len(rows) + 40)), width="stretch")
+
+
+def origin(settings: Settings, version: Version) -> None:
+    """Lineage, measurements and specification of one version."""
+    stored = read_stored(settings, version)
+    if stored.problem:
+        st.warning(
+            f"The files of {version.ref} cannot be read; what the registry itself knows is shown.\n\n"
+            f"```\n{stored.problem}\n```",
+            icon=":material/broken_image:",
+        )
+    facts, measured, spec = st.tabs(["Lineage", "Measurements", "Specification"])
+    with facts:
+        st.table(pd.DataFrame(data.lineage(version, stored.manifest), columns=["", "value"]).set_index(""))
+    with measured:
+        rows = data.metric_rows(version)
+        if rows:
+            st.table(pd.DataFrame(rows).set_index("metric"))
+        else:
+            st.caption("Nothing was measured.")
+    with spec:
+        text = data.spec_text(version, stored.manifest)
+        if text:
+            st.code(text, language="yaml")
+        else:
+            st.caption("No specification is recorded.")
+
+
+def label(version: Version) -> str:
+    held = f" ({', '.join(version.aliases)})" if version.aliases else ""
+    return f"v{version.version}{held} · {version.created.replace('T', ' ').removesuffix('Z')} UTC"
+
+
+if __name__ == "__main__":
+    page()

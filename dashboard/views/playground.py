@@ -1,0 +1,145 @@
+"""Playground: one prompt to up to three models at once, their answers side by side as they stream. Drawing only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import streamlit as st
+
+import connection
+from pedro.config import Settings
+from sources import adapters as registry
+from sources import playground as data
+from sources.gateway import Access, Gateway, GatewayError
+
+LOOK_S = 0.08  # between two looks at what has come
+LONGEST_S = 300.0
+CHAT, RAW = "Chat", "Raw"
+HELD = "playground_answers"
+REFRESH_S = 5
+ENDS = {"stop": "ended by itself", "length": "as long as allowed", "cancelled": "stopped", "": ""}
+
+
+def page() -> None:
+    gateway, standing = connection.sidebar()
+    st.title("Playground", anchor=False)
+    able = standing.answers and standing.access in (Access.TENANT, Access.ADMIN)
+    if not able:
+        connection.missing(gateway, standing, "The Playground")
+    names = model_names(gateway.url, gateway.key) if able else []
+    models = st.multiselect(
+        "Models",
+        names,
+        default=names[: data.MOST_COLUMNS - 1],
+        max_selections=data.MOST_COLUMNS,
+        accept_new_options=True,
+        placeholder="an adapter, a version of one, or the backbone",
+        help="Up to three: adapters, a version (`acme.support:2`), an alias (`acme.support@candidate`), the backbone. "
+        "What is not listed can be typed.",
+    )
+    sampling, shape = options()
+    with st.form("ask", border=False):
+        prompt = st.text_area("Prompt", "play some jazz music", height=100)
+        send, stop, _ = st.columns([2, 2, 5])
+        pressed = send.form_submit_button(
+            "Send", icon=":material/send:", type="primary", width="stretch", disabled=not able
+        )
+        stop.form_submit_button("Stop", icon=":material/stop:", width="stretch", help="Ends answers that still stream.")
+    if pressed and not prompt.strip():
+        st.warning("Type a prompt.", icon=":material/edit:")
+    elif pressed and not models:
+        st.warning("Choose a model.", icon=":material/checklist:")
+    elif pressed:
+        stream(gateway, models, prompt, shape == CHAT, sampling)
+        return
+    draw(st.session_state.get(HELD, ()))
+
+
+def options() -> tuple[data.Sampling, str]:
+    """How to ask, and how answers are drawn."""
+    with st.expander("Sampling", icon=":material/tune:"):
+        one, two, three = st.columns(3)
+        shape = one.radio(
+            "Prompt as",
+            (CHAT, RAW),
+            horizontal=True,
+            help="Chat: a message, in the format that the adapter was trained on. Raw: the text as it stands.",
+        )
+        max_tokens = one.number_input("Tokens at most", 1, 4096, 64)
+        temperature = two.slider("Temperature", 0.0, 2.0, 0.0, 0.1, help="0 is greedy.")
+        top_p = two.slider("Top-p", 0.05, 1.0, 1.0, 0.05)
+        top_k = three.number_input("Top-k", 0, 1000, 0, help="0 is off.")
+        seed = three.number_input("Seed", min_value=0, max_value=2**31, value=None, placeholder="by chance")
+        penalty = two.slider("Repetition penalty", 1.0, 2.0, 1.0, 0.05)
+    chosen = data.Sampling(
+        int(max_tokens), temperature, top_p, int(top_k), penalty, None if seed is None else int(seed)
+    )
+    return chosen, shape or CHAT
+
+
+@st.cache_data(ttl=REFRESH_S, show_spinner=False, max_entries=50)
+def model_names(url: str, key: str) -> list[str]:
+    """What the key may ask for; with it the candidates and previous versions that the registry names."""
+    try:
+        served = data.model_names(Gateway(url, key).models())
+    except GatewayError:
+        return []
+    rows = {row.name: row for row in registry.read_catalogue(Settings.from_env()).rows}
+    others = [
+        f"{name}@{alias}"
+        for name in served
+        if name in rows
+        for alias, version in (("candidate", rows[name].candidate), ("previous", rows[name].previous))
+        if version is not None
+    ]
+    return data.model_names({"id": name} for name in [*served, *others])
+
+
+def stream(gateway: Gateway, models: Sequence[str], prompt: str, chat: bool, sampling: data.Sampling) -> None:
+    """Ask, and draw what comes until all have ended. A press of any button ends this run, and with it the answers."""
+    st.session_state[HELD] = ()
+    race = data.Race(gateway, models, prompt, chat, sampling)
+    place = st.empty()
+    deadline = time.monotonic() + LONGEST_S
+    try:
+        while not race.wait(LOOK_S) and time.monotonic() < deadline:
+            with place.container():
+                draw(race.answers())
+    finally:
+        race.cancel()
+        st.session_state[HELD] = tuple(race.answers())
+    with place.container():
+        draw(race.answers())
+
+
+def draw(answers: Sequence[data.Answer]) -> None:
+    """A column an answer."""
+    if not answers:
+        return
+    for place, answer in zip(st.columns(len(answers), gap="medium"), answers, strict=True):
+        with place.container(border=True):
+            st.markdown(f"**{answer.model}**")
+            st.caption(answer.version if answer.version not in ("", answer.model) else " ")
+            if answer.error:
+                st.error(answer.error, icon=":material/error:")
+            st.code(answer.text or ("" if answer.done else "…"), language=None, wrap_lines=True)
+            st.caption(timing(answer))
+
+
+def timing(answer: data.Answer) -> str:
+    """What is known of its times so far."""
+    if answer.first_token_s is None:
+        return "" if answer.done else "waiting for the first token …"
+    words = [f"first token {1000 * answer.first_token_s:,.0f} ms", f"latency {1000 * answer.seconds:,.0f} ms"]
+    if answer.tokens:
+        words.append(f"{answer.tokens:,} tokens")
+    if answer.tokens_per_s is not None:
+        words.append(f"**{answer.tokens_per_s:,.0f} tokens/s**")
+    if ENDS.get(answer.finish_reason, answer.finish_reason):
+        words.append(ENDS.get(answer.finish_reason, answer.finish_reason))
+    return " · ".join(words)
+
+
+if __name__ == "__main__":
+    page()

@@ -1,0 +1,257 @@
+"""Serving: requests, tokens, latencies and residence as they happen, swaps as marks on the time line. Drawing only.
+
+The figures are the gateway's /metrics, read every few seconds while somebody looks; what was read is kept for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+import connection
+from drawing import BLUE, DASHES, GREEN, GREY, ORANGE, PINK, SERIES, SKY, VERMILION, number
+from pedro.config import Settings
+from sources import serving as data
+from sources.gateway import MAKE_KEY, Gateway
+
+WINDOWS = {"5 minutes": 300.0, "15 minutes": 900.0, "1 hour": 3600.0}
+MOST_LINES = 6
+PERCENTILES = {"p50": BLUE, "p95": ORANGE, "p99": PINK}
+EVENTS = {"Swap": VERMILION, "Eviction": SKY, "429": GREY, "Failed load": PINK}
+HEIGHT = 230
+MS = "%.1f ms"
+
+
+def page() -> None:
+    gateway, standing = connection.sidebar()
+    st.title("Serving", anchor=False)
+    span, which, live = st.columns([3, 5, 2], vertical_alignment="bottom")
+    seconds = WINDOWS[span.segmented_control("Time", list(WINDOWS), default="15 minutes") or "15 minutes"]
+    history = history_of(gateway.url, hashlib.sha256(gateway.key.encode()).hexdigest())
+    known = data.adapters_of(history.window(time.time(), seconds)[0])
+    names = which.multiselect("Adapters", known, placeholder="the busiest")
+    running = live.toggle("Live", True, help=f"Read every {data.INTERVAL_S:g} s while this page is open.")
+    every = data.INTERVAL_S if running and standing.answers else None
+    st.fragment(show, run_every=every)(gateway, history, seconds, names)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def history_of(url: str, key_digest: str) -> data.History:
+    """One a gateway and key, for all sessions: what a key opened is shown only to those who hold it."""
+    return data.History()
+
+
+def show(gateway: Gateway, history: data.History, seconds: float, names: list[str]) -> None:
+    """Everything that changes by itself: read, then draw."""
+    now = time.time()
+    problem = ""
+    if history.due(now):
+        problem = data.scrape_into(history, gateway, now)
+        data.follow_registry(history, Settings.from_env(), now)
+        st.session_state["serving_problem"] = problem
+    problem = problem or st.session_state.get("serving_problem", "")
+    if problem:
+        st.info(
+            f"{problem}. `pedro serve` starts a gateway; one on another machine shows its figures to an admin key "
+            f"(`{MAKE_KEY}`).",
+            icon=":material/cloud_off:",
+        )
+    intervals, swaps = history.window(now, seconds)
+    figures(history, intervals)
+    if not intervals:
+        if not problem:
+            st.caption(f"The first figures come with the second reading, in {data.INTERVAL_S:g} s.")
+        return
+    coarse = data.coarser(intervals)
+    chosen = names or sorted(data.adapters_of(intervals)[:MOST_LINES])
+    kept = names or None
+    happened = pd.DataFrame(data.marks(coarse, swaps), columns=["at", "event", "text"])
+    one, two = st.columns(2, gap="medium")
+    with one:
+        throughput(coarse, chosen, happened, only=bool(names))
+        latency("Time to first token", coarse, "first", kept, happened)
+        resident(coarse)
+    with two:
+        requests(coarse, happened)
+        latency("Time per token", coarse, "each", kept, happened)
+        events(happened)
+    table(intervals, names)
+
+
+def figures(history: data.History, intervals: Sequence[data.Interval]) -> None:
+    """As of the last reading."""
+    read_at, gauges = history.latest
+    facts = st.columns(6)
+    if read_at is None:
+        for place, name in zip(
+            facts, ("Running", "Waiting", "Tokens", "First token", "Resident", "Evicted"), strict=True
+        ):
+            number(place, name, "–", "no figures yet")
+        return
+    last = intervals[-6:]
+    spent = sum(interval.seconds for interval in last)
+    tokens = sum(sum(part.counts.get("completion_tokens", 0) for part in each.traffic.values()) for each in last)
+    first = data.histogram(intervals, "first").quantile(0.95)
+    budget = gauges.get("adapter_budget_bytes", 0) / 2**20
+    number(
+        facts[0], "Running", f"{gauges.get('running', 0):,.0f}", f"{gauges.get('open_requests', 0):,.0f} requests open"
+    )
+    number(
+        facts[1], "Waiting", f"{gauges.get('waiting', 0):,.0f}", f"KV cache {gauges.get('kv_cache_usage', 0):.0%} used"
+    )
+    number(facts[2], "Tokens a second", f"{tokens / spent:,.0f}" if spent else "–", f"over {spent:.0f} s")
+    number(facts[3], "First token, p95", "–" if first is None else f"{1000 * first:,.0f} ms", "of the time shown")
+    number(
+        facts[4],
+        "Adapters resident",
+        f"{gauges.get('resident', 0):,.0f}",
+        f"{gauges.get('adapter_bytes', 0) / 2**20:,.1f} of {budget:,.0f} MiB",
+    )
+    evicted, loaded = data.total(intervals, "evictions"), data.total(intervals, "loads")
+    number(facts[5], "Evicted", f"{evicted:,.0f}", f"{loaded:,.0f} loaded")
+
+
+def throughput(intervals: Sequence[data.Interval], names: list[str], happened: pd.DataFrame, *, only: bool) -> None:
+    st.subheader("Tokens a second", anchor=False)
+    rows = pd.DataFrame(data.rate_rows(intervals, names), columns=["at", "adapter", "value"])
+    if only:
+        rows = rows[rows["adapter"] != data.REST]
+    shown = [*names, *([data.REST] if (rows["adapter"] == data.REST).any() else [])]
+    colours = [*(colour for colour in SERIES if colour != GREY)][: len(names)]
+    draw(rows, "adapter", dict(zip(shown, [*colours, GREY], strict=False)), happened, "tokens/s", ",.0f")
+
+
+def requests(intervals: Sequence[data.Interval], happened: pd.DataFrame) -> None:
+    st.subheader("Requests", anchor=False)
+    shown = {"running": "running", "waiting": "waiting", "open_streams": "open streams"}
+    rows = pd.DataFrame(data.gauge_rows(intervals, shown)).rename(columns={"what": "adapter"})
+    draw(rows, "adapter", {"running": BLUE, "waiting": VERMILION, "open streams": GREEN}, happened, "requests", ",.0f")
+
+
+def latency(
+    title: str, intervals: Sequence[data.Interval], which: str, names: list[str] | None, happened: pd.DataFrame
+) -> None:
+    st.subheader(title, anchor=False)
+    rows = pd.DataFrame(data.percentile_rows(intervals, which, names), columns=["at", "percentile", "value"])
+    if rows.empty:
+        st.caption("No answer ended in this time.")
+        return
+    rows["value"] *= 1000
+    draw(rows, "percentile", PERCENTILES, happened, "ms", ",.1f", points=True)
+
+
+def resident(intervals: Sequence[data.Interval]) -> None:
+    st.subheader("Adapters resident", anchor=False)
+    rows = pd.DataFrame(data.gauge_rows(intervals, {"resident": "resident", "pinned": "pinned"}))
+    nothing = pd.DataFrame(columns=["at", "event", "text"])
+    draw(rows, "what", {"resident": BLUE, "pinned": ORANGE}, nothing, "adapters", ",.0f")
+
+
+def draw(
+    rows: pd.DataFrame,
+    by: str,
+    colours: dict[str, str],
+    happened: pd.DataFrame,
+    title: str,
+    form: str,
+    *,
+    points: bool = False,
+) -> None:
+    """Lines over time, and the marks of what happened behind them."""
+    names = list(colours)
+    rows = rows.assign(at=pd.to_datetime(rows["at"], unit="s", utc=True))
+    legend = alt.Legend(
+        title=None, orient="bottom", columns=3, labelLimit=180, symbolType="stroke", symbolStrokeWidth=3
+    )
+    dashes = [DASHES[place % len(DASHES)] for place in range(len(names))]
+    lines = (
+        alt.Chart(rows)
+        .mark_line(
+            strokeWidth=2,
+            interpolate="monotone" if points else "step-before",
+            point=alt.OverlayMarkDef(size=18) if points else False,
+        )
+        .encode(
+            x=alt.X("at:T", title=None, axis=alt.Axis(grid=False, tickCount=6, labelOverlap=True)),
+            y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=4, format=",~g")),
+            color=alt.Color(
+                f"{by}:N", sort=names, scale=alt.Scale(domain=names, range=list(colours.values())), legend=legend
+            ),
+            strokeDash=alt.StrokeDash(
+                f"{by}:N", sort=names, scale=alt.Scale(domain=names, range=dashes), legend=legend
+            ),
+            tooltip=[
+                alt.Tooltip(f"{by}:N"),
+                alt.Tooltip("at:T", format="%H:%M:%S"),
+                alt.Tooltip("value:Q", format=form),
+            ],
+        )
+    )
+    layers: list[Any] = [lines]
+    if len(happened):
+        layers.insert(0, event_marks(happened))
+    st.altair_chart(alt.layer(*layers).resolve_scale(color="independent").properties(height=HEIGHT), width="stretch")
+
+
+def event_marks(happened: pd.DataFrame) -> alt.Chart:
+    frame = happened.assign(at=pd.to_datetime(happened["at"], unit="s", utc=True))
+    return (
+        alt.Chart(frame)
+        .mark_rule(strokeWidth=1.5, opacity=0.8)
+        .encode(
+            x="at:T",
+            color=alt.Color("event:N", scale=alt.Scale(domain=list(EVENTS), range=list(EVENTS.values())), legend=None),
+            strokeDash=alt.condition("datum.event == 'Swap'", alt.value([1, 0]), alt.value([2, 3])),
+            tooltip=[alt.Tooltip("event:N"), alt.Tooltip("text:N"), alt.Tooltip("at:T", format="%H:%M:%S")],
+        )
+    )
+
+
+def events(happened: pd.DataFrame) -> None:
+    st.subheader("What happened", anchor=False)
+    if happened.empty:
+        st.caption("No swap, no eviction, no refusal in this time.")
+        return
+    latest = happened.iloc[::-1].assign(at=pd.to_datetime(happened["at"], unit="s", utc=True))
+    st.dataframe(
+        latest,
+        hide_index=True,
+        width="stretch",
+        height=HEIGHT,
+        column_config={
+            "at": st.column_config.DatetimeColumn("At (UTC)", format="HH:mm:ss"),
+            "event": st.column_config.TextColumn("Event", width="small"),
+            "text": st.column_config.TextColumn("What"),
+        },
+    )
+
+
+def table(intervals: Sequence[data.Interval], names: list[str]) -> None:
+    st.subheader("By adapter", anchor=False)
+    rows = [row for row in data.adapter_table(intervals) if not names or row["adapter"] in names]
+    if not rows:
+        st.caption("No answer ended in this time.")
+        return
+    config: dict[str, Any] = {
+        "adapter": st.column_config.TextColumn("Adapter", pinned=True),
+        "requests": st.column_config.NumberColumn("Answers", format="localized"),
+        "failed": st.column_config.NumberColumn("Failed", format="localized"),
+        "requests_per_s": st.column_config.NumberColumn("Answers/s", format="%.2f"),
+        "tokens_per_s": st.column_config.NumberColumn("Tokens/s", format="%.1f"),
+        "prompt_tokens_per_s": st.column_config.NumberColumn("Prompt tokens/s", format="%.1f"),
+    }
+    for which, words in (("first", "First token"), ("each", "Per token"), ("queued", "Queued")):
+        for q in data.PERCENTILES:
+            config[f"{which}_p{100 * q:g}"] = st.column_config.NumberColumn(f"{words} p{100 * q:g}", format=MS)
+    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=config)
+    st.caption("Percentiles come from histogram buckets, as Prometheus's histogram_quantile reads them.")
+
+
+if __name__ == "__main__":
+    page()
