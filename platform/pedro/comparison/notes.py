@@ -50,13 +50,18 @@ def _equal(comparison: Comparison, cells: Sequence[Cell], tasks: Sequence[Entry]
         return f"Equal for all methods: {comparison.equal}. No run has finished yet."
     batches = _range({cell.training.get("batch_size") for cell in ended} - {None})
     steps = _by_task(ended, lambda cell: cell.steps)
-    compute = f"the same training rows, {steps} steps" + (f" of {batches} rows" if batches else "")
+    compute = f"the same training rows; steps: {steps}" + (f"; rows a step: {batches}" if batches else "")
     more = {cell.label for cell in ended if cell.optimizer_steps > cell.steps}
-    extra = f"; {_names(more)} took more, for the parameters that are trained on rows of their own" if more else ""
+    took = ", ".join(f"{label} up to {max(c.optimizer_steps for c in ended if c.label == label):,}" for label in more)
+    extra = f"; counting those for parameters that learn from rows of their own, {took}" if more else ""
     sizes = _range({entry.parameters for entry in tasks if entry.parameters})
     budget = next((cell.budget for cell in ended if cell.budget), None)
     if comparison.equal == "parameters":
-        near = f", as near to {budget:,} as its size allows" if budget else ""
+        near = f", as near to {budget:,} as a method's size allows" if budget else ""
+        far = {
+            e.label: e.parameters for e in tasks if budget and e.parameters and abs(e.parameters - budget) > budget / 10
+        }
+        near += f"; not near it: {', '.join(f'{label} {count:,}' for label, count in far.items())}" if far else ""
         return (
             f"Equal for all methods: the number of trained parameters ({sizes}{near}) and compute ({compute}{extra})."
         )
@@ -67,19 +72,14 @@ def _equal(comparison: Comparison, cells: Sequence[Cell], tasks: Sequence[Entry]
 def _values(entries: Sequence[Entry], average: str) -> str:
     """What the numbers are, and of how many seeds."""
     seeds = sorted({seed for entry in entries for seed, _ in entry.values})
-    fewest, most = _ends({entry.seeds for entry in entries if entry.values} or {0})
+    most = max((entry.seeds for entry in entries), default=0)
+    few = [f"; {e.label} on {e.task}: {e.seeds}" for e in entries if 0 < e.seeds < most and e.task != average]
     count = f"{most} seeds" if most != 1 else "one seed"
-    text = f"Values: median of {count} ({', '.join(map(str, seeds))})"
-    if fewest != most:
-        few = [
-            f"{entry.label} on {entry.task} {entry.seeds}" for entry in entries if entry.values and entry.seeds < most
-        ]
-        text += f"; fewer: {', '.join(few)}"
-    metrics = {entry.metric for entry in entries}
-    scale = "percent" if "judge" not in metrics else "percent, a judge's marks from 1 to 10"
-    averaged = any(entry.task == average for entry in entries)
-    over = "; Avg.: mean of the medians, of methods that have them all" if averaged else ""
-    return f"{text}, {scale}{over}."
+    scale = "percent (a judge's marks: 1 to 10)" if any(entry.metric == "judge" for entry in entries) else "percent"
+    text = f"Values in {scale}: median of {count} ({', '.join(map(str, seeds))}{''.join(few)})."
+    if any(entry.task == average for entry in entries):
+        text += f" {average}: mean of the medians, for methods that have them all."
+    return text
 
 
 def _learning_rates(comparison: Comparison, cells: Sequence[Cell]) -> str:
@@ -133,19 +133,31 @@ def _best(entries: Sequence[Entry]) -> str:
 def _chance(tasks: Sequence[Entry]) -> str:
     if not any(entry.at_chance for entry in tasks):
         return ""
+    order = dict.fromkeys(entry.task for entry in tasks)
     rates = {entry.task: entry.majority for entry in tasks if entry.at_chance and entry.majority is not None}
-    text = ", ".join(f"{task} {100 * rate:.1f}" for task, rate in rates.items())
+    text = ", ".join(f"{task} {100 * rates[task]:.1f}" for task in order if task in rates)
     return (
         f"† at chance: the interval holds, or lies below, what always giving the most frequent answer scores ({text})."
     )
 
 
 def _rows(tasks: Sequence[Entry]) -> str:
-    rows = {entry.task: max(other.rows for other in tasks if other.task == entry.task) for entry in tasks}
-    text = ", ".join(f"{task} {count:,}" for task, count in rows.items() if count)
-    out = [f"{entry.left_out:,} of {entry.task} for {entry.label}" for entry in tasks if entry.left_out]
-    left = f"; too long and left out: {', '.join(out)}" if out else ""
-    return f"Test rows: {text}{left}." if text else ""
+    """How many rows each task has, and how many did not fit: once where that is the same for all methods."""
+    parts = []
+    for task in dict.fromkeys(entry.task for entry in tasks):
+        found = [entry for entry in tasks if entry.task == task and entry.rows]
+        out = {entry.left_out for entry in found}
+        if not found:
+            continue
+        text = f"{task} {_range({entry.rows for entry in found})}"
+        if out == {0}:
+            parts.append(text)
+        elif len(out) == 1:
+            parts.append(f"{text} ({max(out):,} more are too long)")
+        else:
+            each = ", ".join(f"{entry.label} {entry.left_out:,}" for entry in found)
+            parts.append(f"{text} (too long and left out: {each})")
+    return f"Test rows: {', '.join(parts)}." if parts else ""
 
 
 def _failures(tasks: Sequence[Entry]) -> Iterable[str]:

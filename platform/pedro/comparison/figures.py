@@ -1,0 +1,269 @@
+"""A comparison in pictures: every method with its interval, scores against budgets (the paper's figure 3), learned
+activations (its figure 2). Draws what `tables.py` found; decides nothing.
+
+matplotlib is imported where it is used, by its objects alone, so that nothing here depends on a display.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pedro.comparison.layout import columns_of, current, position, row_order
+from pedro.comparison.results import Cell, Comparison
+from pedro.comparison.tables import BEST, JUDGE, Entry, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito: told apart by people who do not tell all colours apart. Yellow is left out: too pale for a line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+PLAIN, STRONG, PALE = "#4D4D4D", "#0072B2", "0.85"
+X = np.linspace(-5.0, 5.0, 401)
+MIDDLE = 2.0  # the differences' axis is fitted to |x| up to here; beyond, where few inputs are, they may leave it
+DPI = 150
+ACROSS = 5  # panels beside each other
+AT_MOST = 15  # runs whose activations are drawn
+Place = tuple[int, int]
+"""Row and column of a panel."""
+
+
+def draw_table(tables: Sequence[Table], path: Path) -> None:
+    """A panel for each task: the methods' medians, intervals and single seeds; a dashed line at the majority rate."""
+    places: list[Place] = []
+    for table in tables:  # each begins a line of its own
+        first = 1 + max((row for row, _ in places), default=-1)
+        places += [(first + place // ACROSS, place % ACROSS) for place in range(len(table.columns))]
+    tall = max(len(table.rows) for table in tables)
+    figure, axes = _panels(places, (2.9, 0.9 + 0.24 * tall))
+    panels = [(table, task) for table in tables for task in table.columns]
+    several = len({table.backbone for table in tables}) > 1
+    first_of: dict[str, Axes] = {}
+    for (table, task), plot in zip(panels, axes, strict=True):
+        _forest(plot, table, task)
+        if first_of.setdefault(task, plot) is not plot:
+            plot.sharex(first_of[task])  # so that tables can be compared
+        budget = [f"{table.budget:,} parameters"] if table.budget else []
+        plot.set_title(" · ".join([task, *budget, *([table.backbone] if several else [])]), fontsize=10)
+        if not _leftmost(plot):
+            plot.tick_params(axis="y", labelleft=False)
+    if len(tables) == 1:
+        figure.suptitle(tables[0].title, fontsize=11)
+    _legend(
+        figure,
+        [
+            ("median over seeds, 95 % interval", {"color": PLAIN, "marker": "o"}),
+            ("best", {"color": STRONG, "marker": "D"}),
+            ("at chance", {"color": PLAIN, "marker": "o", "markerfacecolor": "white"}),
+            ("one seed", {"color": PLAIN, "marker": "|", "linestyle": "none"}),
+            ("majority rate", {"color": PLAIN, "linestyle": "--"}),
+        ],
+    )
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_budgets(tables: Sequence[Table], path: Path) -> None:
+    """A panel for each task (and backbone): score against the number of trained parameters, a line a method."""
+    panels = list(dict.fromkeys((table.backbone, task) for table in tables for task in table.columns))
+    labels = list(dict.fromkeys(label for table in tables for label in table.rows))
+    several = len({backbone for backbone, _ in panels}) > 1
+    figure, axes = _panels([divmod(place, ACROSS - 1) for place in range(len(panels))], (3.6, 3.1))
+    for (backbone, task), plot in zip(panels, axes, strict=True):
+        mine = [table for table in tables if table.backbone == backbone]
+        for label in labels:
+            found = [table.cells[label, task] for table in mine if (label, task) in table.cells]
+            _curve(plot, [entry for entry in found if entry.value is not None], _look(label, labels))
+        _majority(plot, [entry for table in mine for at, entry in table.cells.items() if at[1] == task], across=True)
+        _count_axis(plot)
+        plot.set_title(f"{task} · {backbone}" if several else task, fontsize=10)
+        plot.grid(color=PALE, linewidth=0.6)
+    for plot in axes:
+        if _leftmost(plot):
+            plot.set_ylabel("score (%)")
+    keys = [(label, _look(label, labels)) for label in labels]
+    _legend(figure, [*keys, ("majority rate", {"color": PLAIN, "linestyle": "--"})])
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_activations(comparison: Comparison, path: Path) -> None:
+    """For each method and task that has them: R(x) of every layer beside GELU (above), and minus GELU (below).
+
+    Of several seeds the first is drawn, of several budgets the largest.
+    """
+    from matplotlib import colormaps
+
+    cells = _with_activations(comparison)[:AT_MOST]
+    blocks = [divmod(place, ACROSS) for place in range(len(cells))]
+    figure, axes = _panels([(2 * row + part, column) for row, column in blocks for part in (0, 1)], (2.9, 2.3))
+    furthest = 0.0
+    for above, below, cell in zip(axes[::2], axes[1::2], cells, strict=True):
+        layers = (cell.activations or {}).get("layers", [])
+        for depth, layer in enumerate(layers):
+            colour = colormaps["viridis"](0.9 * depth / max(1, len(layers) - 1))
+            values = rational(X, layer["a"], layer["b"])
+            above.plot(X, values, color=colour, linewidth=1.4)
+            below.plot(X, values - gelu(X), color=colour, linewidth=1.4)
+            furthest = max(furthest, float(np.abs(values - gelu(X))[np.abs(X) <= MIDDLE].max()))
+        above.plot(X, gelu(X), color="black", linestyle="--", linewidth=1.2)
+        below.axhline(0, color="black", linestyle="--", linewidth=1.2)
+        above.set_title(f"{cell.label} · {cell.task}", fontsize=10)
+        above.set_ylim(-1.5, 5.5)
+        below.set_xlabel("x")
+        if _leftmost(above):
+            above.set_ylabel("R(x)")
+            below.set_ylabel("R(x) − GELU(x)")
+    for below in axes[1::2]:
+        below.set_ylim(-1.1 * furthest or -1, 1.1 * furthest or 1)
+    for plot in axes:
+        plot.set_xticks([-4, -2, 0, 2, 4])
+        plot.grid(color=PALE, linewidth=0.6)
+    deepest = max((len((cell.activations or {}).get("layers", [])) for cell in cells), default=1)
+    shades = [
+        (f"layer {depth + 1}", {"color": colormaps["viridis"](0.9 * depth / max(1, deepest - 1))})
+        for depth in _few(deepest)
+    ]
+    _legend(figure, [("GELU", {"color": "black", "linestyle": "--"}), *shades])
+    figure.savefig(path, dpi=DPI)
+
+
+def rational(x: NDArray[np.float64], a: Sequence[float], b: Sequence[float]) -> NDArray[np.float64]:
+    """PEDRO eq. 7: sum of a_j x^j over 1 + |sum of b_i x^i|, with j from 0 and i from 1."""
+    above = np.polynomial.polynomial.polyval(x, a)
+    below = np.polynomial.polynomial.polyval(x, [0.0, *b])
+    return above / (1 + np.abs(below))
+
+
+def gelu(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return x * 0.5 * (1 + np.array([math.erf(value / math.sqrt(2)) for value in x]))
+
+
+def _forest(plot: Axes, table: Table, task: str) -> None:
+    for height, label in enumerate(reversed(table.rows)):
+        entry = table.cells.get((label, task))
+        if entry is None:
+            continue
+        if entry.value is None or entry.low is None or entry.high is None:
+            plot.text(0.5, height, "failed", transform=plot.get_yaxis_transform(), ha="center", va="center", fontsize=8)
+            continue
+        scale, best = _scale(entry), entry.mark == BEST
+        colour = STRONG if best else PLAIN
+        plot.plot([scale * entry.low, scale * entry.high], [height, height], color=colour, linewidth=1.6)
+        plot.plot(
+            scale * entry.value,
+            height,
+            marker="D" if best else "o",
+            markersize=5.5,
+            color=colour,
+            markerfacecolor="white" if entry.at_chance else colour,
+        )
+        seeds = [scale * value for _, value in entry.values]
+        plot.plot(seeds, [height] * len(seeds), marker="|", markersize=8, linestyle="none", color=colour, alpha=0.6)
+    _majority(plot, [entry for at, entry in table.cells.items() if at[1] == task], across=False)
+    plot.set_yticks(range(len(table.rows)), list(reversed(table.rows)), fontsize=8.5)
+    plot.set_ylim(-0.7, len(table.rows) - 0.3)
+    plot.tick_params(axis="x", labelsize=8.5)
+    plot.tick_params(axis="y", length=0)
+    plot.grid(axis="x", color=PALE, linewidth=0.6)
+
+
+def _curve(plot: Axes, entries: Sequence[Entry], look: dict[str, Any]) -> None:
+    """A method over its budgets; one that has a single size is a point."""
+    points: dict[int, Entry] = {}
+    for entry in entries:
+        points.setdefault(entry.parameters, entry)
+    found = [points[count] for count in sorted(points)]
+    if not found:
+        return
+    x = [entry.parameters for entry in found]
+    value, low, high = (
+        [_scale(entry) * (part(entry) or 0.0) for entry in found]
+        for part in (lambda e: e.value, lambda e: e.low, lambda e: e.high)
+    )
+    if len(found) > 1:
+        plot.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)
+    else:
+        plot.vlines(x, low, high, color=look["color"], linewidth=1.2)
+    plot.plot(x, value, linewidth=1.6, markersize=4.5, **look)
+
+
+def _majority(plot: Axes, entries: Sequence[Entry], across: bool) -> None:
+    rates = {round(entry.majority * _scale(entry), 4) for entry in entries if entry.majority is not None}
+    for rate in rates:
+        line = plot.axhline if across else plot.axvline
+        line(rate, color=PLAIN, linestyle="--", linewidth=1, zorder=0)
+
+
+def _with_activations(comparison: Comparison) -> list[Cell]:
+    """One run for each label, task and backbone: the first seed at the largest budget."""
+    cells = [cell for cell in current(comparison)[0] if cell.activations]
+    first: dict[tuple[str, str, str], Cell] = {}
+    for cell in sorted(cells, key=lambda cell: (-(cell.budget or 0), cell.seed)):
+        first.setdefault((cell.label, cell.task, cell.backbone), cell)
+    labels = row_order(comparison)
+    tasks = list(columns_of(comparison))
+    return sorted(first.values(), key=lambda cell: (position(cell.label, labels), position(cell.task, tasks)))
+
+
+def _scale(entry: Entry) -> float:
+    return 1.0 if entry.metric == JUDGE else 100.0
+
+
+def _look(label: str, labels: Sequence[str]) -> dict[str, Any]:
+    place = labels.index(label)
+    solid = place < len(COLOURS)
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": "-" if solid else "-.",
+    }
+
+
+def _few(count: int) -> list[int]:
+    """At most six of so many layers, the first and the last among them."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, 6))})
+
+
+def _count_axis(plot: Axes) -> None:
+    """Numbers of parameters, by their logarithm."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    plot.set_xscale("log")
+    plot.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plot.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+    plot.xaxis.set_minor_formatter(NullFormatter())
+    plot.tick_params(axis="x", labelsize=8.5)
+    plot.set_xlabel("trained parameters")
+
+
+def _panels(places: Sequence[Place], size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel of this size (inches) at each place."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    down, across = 1 + max(row for row, _ in places), 1 + max(column for _, column in places)
+    figure = Figure(figsize=(size[0] * across + 1.2, size[1] * down + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(down, across, row * across + column + 1) for row, column in places]
+    for plot in axes:
+        plot.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _leftmost(plot: Axes) -> bool:
+    place = plot.get_subplotspec()
+    return place is not None and place.is_first_col()
+
+
+def _legend(figure: Figure, keys: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """One legend below all panels."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], label=label, **look) for label, look in keys]
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 7), frameon=False, fontsize=9)

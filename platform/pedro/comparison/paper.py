@@ -1,0 +1,56 @@
+"""What a paper reports for the same methods and tasks, as the spec carries it: shown beside, never mixed with ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pedro.comparison.results import Comparison
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Numbers as printed in `table` of `source`; None where the paper has none."""
+
+    source: str
+    table: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, Mapping[str, float | None]]
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"As reported in the paper ({', '.join(part for part in (self.source, self.table) if part)})"
+
+    def value(self, label: str, column: str) -> float | None:
+        """The paper's number; None where it has none."""
+        return self.rows.get(label, {}).get(column)
+
+
+def read_paper(comparison: Comparison) -> Paper | None:
+    """The `paper` block of comparison.json: source, table, columns, rows by label. None if there is none.
+
+    Raises ValueError that says what is wrong with it.
+    """
+    tree = comparison.head.get("paper")
+    if tree is None:
+        return None
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("rows"), Mapping):
+        raise ValueError("paper: expected source, table, columns and rows by method")
+    rows = {str(label): _row(label, row) for label, row in tree["rows"].items()}
+    named = dict.fromkeys(column for row in rows.values() for column in row)
+    columns = tuple(map(str, tree.get("columns") or named))
+    if unknown := [column for column in named if column not in columns]:
+        raise ValueError(f"paper.rows: {', '.join(unknown)} not in paper.columns ({', '.join(columns)})")
+    source, table, note = (str(tree.get(key) or "") for key in ("source", "table", "note"))
+    return Paper(source, table, columns, rows, note)
+
+
+def _row(label: Any, row: Any) -> dict[str, float | None]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"paper.rows.{label}: expected a number for each column")
+    for column, value in row.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"paper.rows.{label}.{column}: expected a number or null, got {value!r}")
+    return {str(column): value for column, value in row.items()}

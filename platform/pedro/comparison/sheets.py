@@ -1,0 +1,239 @@
+"""Tables as text: for a terminal, Markdown, LaTeX and CSV. Decides nothing: numbers and marks come from `tables.py`.
+
+A sheet is a table of strings. A cell has one or two of them: the number, and its interval, which stands behind the
+number or below it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pedro.comparison.paper import Paper
+from pedro.comparison.tables import AVERAGE, BEST, JUDGE, SECOND, Difference, Entry, Table
+
+NOTHING = ("-", "")
+HEADS = ("method", "parameters")
+ESCAPES = re.compile("\033\\[[0-9]*m")
+LATEX = {
+    **{sign: f"\\{sign}" for sign in "%&#_${}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"³": "$^3$", "†": r"$\dagger$", "×": r"$\times$", "Θ": r"$\Theta$", "Ω": r"$\Omega$", "·": r"$\cdot$"},
+    **{"–": "--", "→": r"$\to$", "*": "$*$", "<": "$<$", ">": "$>$", "|": "$|$"},
+}
+CSV_COLUMNS = (
+    *("backbone", "budget", "label", "method", "task", "metric", "value", "low", "high", "seeds", "failed"),
+    *("values", "parameters", "lr", "mark", "proven", "at_chance", "majority", "rows"),
+    *("baseline", "gain", "gain_low", "gain_high", "gain_proven", "paper"),
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the marks look: each a pattern around a number."""
+
+    proven: str
+    best: str
+    second: str
+    chance: str
+    broken: str
+
+
+PLAIN = Style("**{}**", "{}*", "_{}_", "{}†", "{}!")
+ANSI = Style("\033[1m{}\033[0m", "{}*", "\033[4m{}\033[0m", "{}†", "{}!")
+MARKDOWN = Style("**{}**", r"{}\*", "<u>{}</u>", "{}†", "{}!")
+TEX = Style(r"\textbf{{{}}}", "{}$^*$", r"\underline{{{}}}", r"{}$^\dagger$", "{}$^!$")
+
+Text = tuple[str, str]
+"""A number, and its interval or nothing."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Text, ...], ...]
+
+
+def number(value: float, metric: str, sign: bool = False) -> str:
+    """A fraction in percent with one decimal, a judge's mark with two."""
+    scale, digits = (1, 2) if metric == JUDGE else (100, 1)
+    text = f"{value * scale:{'+' if sign else ''}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
+def scores(table: Table, style: Style) -> Sheet:
+    """Medians with intervals and marks."""
+    rows = [
+        (
+            (label, ""),
+            (_sizes(table, label), ""),
+            *(_score(table.cells.get((label, at)), style) for at in table.columns),
+        )
+        for label in table.rows
+    ]
+    return Sheet(table.title, (*HEADS, *table.columns), tuple(rows))
+
+
+def differences(table: Table, style: Style) -> Sheet | None:
+    """Every method minus the baseline; None where the baseline is not in the table."""
+    others = [label for label in table.rows if label != table.baseline]
+    if table.baseline not in table.rows or not others:
+        return None
+    rows = [((label, ""), *(_gain(table.cells.get((label, at)), style) for at in table.columns)) for label in others]
+    title = f"{table.title}: difference to {table.baseline} in points, bold where its interval excludes zero"
+    return Sheet(title, ("method", *table.columns), tuple(rows))
+
+
+def reported(paper: Paper) -> Sheet:
+    """What the paper prints, as it prints it."""
+    rows = []
+    for label in paper.rows:
+        values = [paper.value(label, column) for column in paper.columns]
+        rows.append(((label, ""), *(NOTHING if value is None else (f"{value}", "") for value in values)))
+    return Sheet(paper.title, ("method", *paper.columns), tuple(rows))
+
+
+def as_text(sheet: Sheet, width: int) -> str:
+    """Columns of equal width; where `width` is too small for numbers and intervals in a line, these stand below."""
+    beside = [[[" ".join(filter(None, cell))] for cell in row] for row in sheet.rows]
+    below = [[list(cell) for cell in row] for row in sheet.rows]
+    head = [[name] for name in sheet.head]
+    text = _aligned([head, *beside])
+    if max(map(_visible, text)) > width and any(cell[1] for row in sheet.rows for cell in row):
+        text = _aligned([head, *below])
+    return "\n".join(line.rstrip() for line in text)
+
+
+def as_markdown(sheet: Sheet) -> str:
+    """A table of GitHub's Markdown."""
+    rows = [[" ".join(filter(None, cell)).replace("|", r"\|") for cell in row] for row in sheet.rows]
+    line = ["---", *["---:"] * (len(sheet.head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (list(sheet.head), line, *rows))
+
+
+def as_latex(sheet: Sheet, notes: Sequence[str]) -> str:
+    """A table environment for booktabs and graphicx, with the title and the notes as its caption."""
+    caption = " ".join(escaped(text) for text in (f"{sheet.title}.", *notes))
+    head = " & ".join(escaped(name) for name in sheet.head)
+    rows = [" & ".join(_latex_cell(cell, first=not place) for place, cell in enumerate(row)) for row in sheet.rows]
+    return "\n".join(
+        [
+            r"\begin{table*}",
+            r"\centering\small",
+            r"\resizebox{\linewidth}{!}{%",
+            rf"\begin{{tabular}}{{l{'r' * (len(sheet.head) - 1)}}}",
+            r"\toprule",
+            rf"{head} \\",
+            r"\midrule",
+            *(rf"{row} \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}}",
+            rf"\caption{{{caption}}}",
+            r"\end{table*}",
+        ]
+    )
+
+
+def as_csv(tables: Sequence[Table], paper: Paper | None) -> str:
+    """A line for each method and task of each table, numbers unrounded (fractions, not percent)."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for table in tables:
+        for label in table.rows:
+            for task in table.columns:
+                if entry := table.cells.get((label, task)):
+                    writer.writerow(_csv_row(entry, table, paper))
+    return stream.getvalue()
+
+
+def escaped(text: str) -> str:
+    """Text that LaTeX prints as it stands."""
+    return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+def _score(entry: Entry | None, style: Style) -> Text:
+    if entry is None:
+        return NOTHING
+    if entry.value is None or entry.low is None or entry.high is None:
+        return (f"failed {entry.failed}/{entry.failed + entry.seeds}", "")
+    text = number(entry.value, entry.metric)
+    if entry.mark == BEST:
+        text = (style.proven if entry.proven else style.best).format(text)
+    elif entry.mark == SECOND:
+        text = style.second.format(text)
+    if entry.at_chance:
+        text = style.chance.format(text)
+    if entry.failed:
+        text = style.broken.format(text)
+    return (text, f"[{number(entry.low, entry.metric)}, {number(entry.high, entry.metric)}]")
+
+
+def _gain(entry: Entry | None, style: Style) -> Text:
+    if entry is None or entry.gain is None:
+        return NOTHING
+    gain: Difference = entry.gain
+    value, low, high = (number(part, entry.metric, sign=True) for part in (gain.value, gain.low, gain.high))
+    return (style.proven.format(value) if gain.proven else value, f"[{low}, {high}]")
+
+
+def _sizes(table: Table, label: str) -> str:
+    low, high = table.parameters[label]
+    if not high:
+        return "-"
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def _aligned(rows: Sequence[Sequence[Sequence[str]]]) -> list[str]:
+    """Rows of cells of lines as lines of text: the first column to the left, the others to the right."""
+    widths = [max(_visible(line) for row in rows for line in row[at]) for at in range(len(rows[0]))]
+    lines = []
+    for place, row in enumerate(rows):
+        for part in range(max(map(len, row))):
+            texts = [cell[part] if part < len(cell) else "" for cell in row]
+            lines.append("  ".join(_padded(text, widths[at], left=not at) for at, text in enumerate(texts)))
+        if not place:
+            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return lines
+
+
+def _padded(text: str, width: int, left: bool) -> str:
+    space = " " * (width - _visible(text))
+    return text + space if left else space + text
+
+
+def _visible(text: str) -> int:
+    return len(ESCAPES.sub("", text))
+
+
+def _latex_cell(cell: Text, first: bool) -> str:
+    text, span = cell
+    if first or text.startswith("failed"):
+        return escaped(text)
+    minus = re.sub(r"-(?=\d)", "$-$", text).replace("–", "--")
+    return minus + (rf" {{\scriptsize {re.sub(r'-(?=[0-9])', '$-$', span)}}}" if span else "")
+
+
+def _csv_row(entry: Entry, table: Table, paper: Paper | None) -> list[object]:
+    gain = entry.gain
+    return [
+        *(entry.backbone, entry.budget, entry.label, entry.method, entry.task, entry.metric),
+        *(entry.value, entry.low, entry.high, entry.seeds, entry.failed),
+        _by_seed(entry.values),
+        entry.parameters or None,
+        _by_seed(entry.lrs),
+        *(entry.mark, entry.proven, entry.at_chance, entry.majority),
+        entry.rows if entry.task != AVERAGE else None,
+        table.baseline,
+        *((gain.value, gain.low, gain.high, gain.proven) if gain else ("", "", "", "")),
+        paper.value(entry.label, entry.task) if paper else None,
+    ]
+
+
+def _by_seed(values: Sequence[tuple[int, float]]) -> str:
+    """`0:0.71 1:0.72`."""
+    return " ".join(f"{seed}:{value:.6g}" for seed, value in values)

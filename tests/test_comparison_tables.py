@@ -1,0 +1,415 @@
+"""What a comparison's tables say is what its runs hold: medians, intervals, marks, notes, in every form they print."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comparisons import cell, rows_of, whole, write_comparison
+
+from pedro.comparison.report import print_report, write_report
+from pedro.comparison.results import Cell, Comparison, read_comparison, read_comparisons, write_cell
+from pedro.comparison.statistics import bootstrap_interval, median, paired_interval
+from pedro.comparison.tables import AVERAGE, entries, make_table, tables
+
+SKILLS = {"PEDRO": 1.2, "LoRA": 1.1, "Full": 3.0}
+TASKS = {"sst2": 1.0, "rte": 0.0}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Comparison:
+    """Three methods, a task on which one is far better, a task on which nobody learns anything; with its report."""
+    found = read_comparison(whole(tmp_path_factory.mktemp("made"), SKILLS, TASKS, rows=300))
+    write_report(found)
+    return found
+
+
+def of(folder: Path, *cells: Cell, **head: object) -> Comparison:
+    return read_comparison(write_comparison(folder, cells, **head))
+
+
+def entry(comparison: Comparison, label: str, task: str = "sst2"):
+    (found,) = [one for one in entries(comparison) if (one.label, one.task) == (label, task)]
+    return found
+
+
+# results
+
+
+def test_a_cell_comes_back_from_its_file_as_it_was_written(tmp_path):
+    cells = [cell("PEDRO", "sst2", 0, [1, 0, 1], budget=20_000), cell("LoRA", "sst2", 0)]
+    back = {one.id: one for one in of(tmp_path, *cells).cells}
+    assert back == {one.id: one for one in cells}
+    assert not list((tmp_path / "cells").glob("*.new")), "a scratch file was left"
+
+
+def test_a_failed_cell_is_written_with_null_for_what_was_not_measured(tmp_path):
+    write_cell(tmp_path, replace(cell("LoRA", "sst2", 0), trainable_parameters=0, seconds=0.0))
+    (path,) = (tmp_path / "cells").iterdir()
+    tree = json.loads(path.read_text())
+    assert tree["state"] == "failed"
+    assert tree["scores"] == []
+    assert tree["trainable_parameters"] is None
+    assert tree["seconds"] is None
+    assert tree["validation"] is None
+
+
+def test_a_loss_that_is_no_number_makes_no_broken_json(tmp_path):
+    of(tmp_path, replace(cell("LoRA", "sst2", 0), curves={"dev/loss": [[50, float("nan")]]}))
+    (path,) = (tmp_path / "cells").iterdir()
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["curves"] == {"dev/loss": [[50, None]]}
+    assert np.isnan(read_comparison(tmp_path).cells[0].curves["dev/loss"][0][1])
+
+
+def test_a_cell_of_another_version_with_unknown_and_missing_keys_still_reads(tmp_path):
+    one = cell("LoRA", "sst2", 0, [1, 0])
+    tree = {**one.to_dict(), "weather": "fine", "scores": [{**one.scores[0].to_dict(), "mood": 3}]}
+    del tree["curves"], tree["scoring_seconds"], tree["title"]
+    assert Cell.from_dict(tree) == replace(one, curves={}, scoring_seconds=0.0, title="")
+
+
+def test_broken_files_are_listed_with_their_reason_and_the_rest_is_read(tmp_path):
+    good = cell("LoRA", "sst2", 0, [1, 0])
+    write_comparison(tmp_path, [good])
+    tree = good.to_dict()
+    broken = {
+        "half": '{"schema": 1, "id": ',
+        "list": "[]",
+        "newer": json.dumps({**tree, "schema": 2}),
+        "nameless": json.dumps({**tree, "label": None}),
+        "odd": json.dumps({**tree, "state": "asleep"}),
+        "typed": json.dumps({**tree, "seed": "zero"}),
+        "scored": json.dumps({**tree, "scores": [{"task": "sst2", "metric": "accuracy"}]}),
+    }
+    for name, text in broken.items():
+        (tmp_path / "cells" / f"{name}.json").write_text(text)
+    found = read_comparison(tmp_path)
+    assert found.cells == (good,)
+    problems = dict(problem.split(": ", 1) for problem in found.problems)
+    assert set(problems) == {f"cells/{name}.json" for name in broken}
+    assert "not JSON" in problems["cells/half.json"]
+    assert "schema: 2 is newer" in problems["cells/newer.json"]
+    assert problems["cells/nameless.json"] == "cell: label missing"
+    assert "expected finished or failed, got 'asleep'" in problems["cells/odd.json"]
+    assert "cell.seed: expected a whole number" in problems["cells/typed.json"]
+    assert problems["cells/scored.json"] == "score: value missing"
+    assert "7 files could not be read" in print_report(found)
+
+
+def test_comparisons_are_found_in_every_root_and_a_broken_one_has_problems_and_no_cells(tmp_path):
+    write_comparison(tmp_path / "a" / "one", [cell("LoRA", "sst2", 0, [1])])
+    write_comparison(tmp_path / "b" / "two", [cell("LoRA", "sst2", 0, [1])])
+    (tmp_path / "b" / "two" / "comparison.json").write_text("{")
+    (tmp_path / "b" / "other").mkdir()
+    one, two = read_comparisons(tmp_path / "a", tmp_path / "b", tmp_path / "missing")
+    assert len(one.cells) == 1
+    assert not one.problems
+    assert not two.cells
+    assert two.problems
+    assert "No run has finished yet" in print_report(two)
+
+
+# statistics
+
+
+def test_the_median_is_the_middle_or_the_mean_of_the_two_in_the_middle():
+    assert median([0.7, 0.9, 0.2]) == 0.7
+    assert median([0.7, 0.9, 0.2, 0.8]) == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="no values"):
+        median([])
+
+
+def test_the_interval_is_that_of_a_plain_loop_over_drawn_seeds_and_rows():
+    runs = np.array([rows_of("sst2", seed, 0.5, 60, spread=0.5) for seed in range(3)])
+    random, medians = np.random.default_rng(7), []
+    for _ in range(2500):
+        rows = random.integers(0, 60, 60)
+        medians.append(np.median([runs[seed][rows].mean() for seed in random.integers(0, 3, 3)]))
+    assert bootstrap_interval(runs) == pytest.approx(np.quantile(medians, [0.025, 0.975]), abs=0.02)
+    assert bootstrap_interval(runs) == bootstrap_interval(runs.tolist())
+
+
+def test_a_paired_difference_is_found_where_the_methods_own_intervals_overlap():
+    better = [rows_of("sst2", seed, 0.0, 400, spread=0.0) for seed in range(3)]
+    worse = [np.where(np.arange(400) % 20 == 0, 0.0, rows) for rows in better]  # loses what it had on 5 % of the rows
+    low, _ = bootstrap_interval(better)
+    _, high = bootstrap_interval(worse)
+    assert low < high
+    low, high = paired_interval([better[0]] * 3, [worse[0]] * 3)
+    assert 0 < low < better[0].mean() - worse[0].mean() < high
+
+
+def test_equal_methods_have_a_paired_interval_that_holds_zero():
+    a, b = ([rows_of("sst2", seed, 0.5, 400, label=label) for seed in range(3)] for label in "ab")
+    low, high = paired_interval(a, b)
+    assert low < 0 < high
+    assert paired_interval(a[:1], a[:1]) == (0.0, 0.0)
+
+
+def test_the_interval_holds_the_true_value_about_as_often_as_it_says():
+    truth = np.mean([rows_of("sst2", seed, 0.5, 200, spread=0.2).mean() for seed in range(1000, 1400)])
+    held = 0
+    for trial in range(60):
+        runs = [rows_of("sst2", 3 * trial + seed, 0.5, 200, spread=0.2) for seed in range(3)]
+        low, high = bootstrap_interval(runs)
+        held += low <= truth <= high
+    assert held >= 54
+
+
+# tables
+
+
+def test_values_are_medians_over_seeds_and_the_average_is_their_mean(tmp_path):
+    def runs(label, task, *correct):
+        return [cell(label, task, seed, [1] * n + [0] * (10 - n)) for seed, n in enumerate(correct)]
+
+    found = of(tmp_path, *runs("A", "sst2", 9, 5, 6), *runs("A", "rte", 4, 4, 8), *runs("B", "sst2", 2, 3, 2))
+    (table,) = tables(found)
+    assert table.cells["A", "sst2"].value == 0.6
+    assert table.cells["A", "sst2"].values == ((0, 0.9), (1, 0.5), (2, 0.6))
+    assert table.cells["A", "rte"].value == 0.4
+    assert table.cells["A", AVERAGE].value == pytest.approx(0.5)
+    assert ("B", AVERAGE) not in table.cells, "B did not run on every task"
+    assert table.rows == ("A", "B")
+    assert table.columns == ("sst2", "rte", AVERAGE)
+
+
+def test_the_order_is_that_of_the_spec_and_a_view_may_be_narrower(made):
+    (table,) = tables(made)
+    assert table.rows == tuple(SKILLS)
+    assert table.columns == (*TASKS, AVERAGE)
+    narrow = make_table(entries(made, tasks=["sst2"], labels=["LoRA", "PEDRO"]), made)
+    assert narrow.rows == ("PEDRO", "LoRA")
+    assert narrow.columns == ("sst2",)
+    assert {one.mark for one in narrow.cells.values()} == {"best", "second"}, "marks are those among what is shown"
+    assert narrow.cells["LoRA", "sst2"].low == table.cells["LoRA", "sst2"].low, "intervals do not depend on the others"
+
+
+def test_the_best_is_proven_only_where_its_differences_to_all_others_exclude_zero(made):
+    full, best = entry(made, "Full"), max(entries(made, tasks=["rte"]), key=lambda one: one.value or 0)
+    assert (full.mark, full.proven) == ("best", True)
+    assert (best.mark, best.proven) == ("best", False)
+    assert [one.label for one in entries(made, tasks=["sst2"]) if one.mark == "second"] != ["Full"]
+
+
+def test_one_seed_proves_nothing(made, tmp_path):
+    alone = of(tmp_path, *(one for one in made.cells if one.seed == 0))
+    assert entry(alone, "Full").mark == "best"
+    assert not any(one.proven or (one.gain and one.gain.proven) for one in entries(alone))
+    assert "with one seed of rows alone" in print_report(alone)
+
+
+def test_an_entry_is_at_chance_where_its_interval_holds_the_majority_rate_or_lies_below(tmp_path):
+    def runs(label, share):
+        return [cell(label, "rte", seed, [1] * share + [0] * (100 - share), majority=0.53) for seed in range(3)]
+
+    found = of(tmp_path, *runs("Good", 80), *runs("Guess", 55), *runs("Worse", 20))
+    assert [entry(found, label, "rte").at_chance for label in ("Good", "Guess", "Worse")] == [False, True, True]
+    text = print_report(found, width=1000)
+    assert "_55.0_†" in text
+    assert "† at chance" in text
+    assert "rte 53.0" in text
+
+
+def test_failed_runs_are_counted_and_their_reason_told(tmp_path):
+    cells = [cell("A", "sst2", seed, rows_of("sst2", seed, 3.0, 200)) for seed in range(3)]
+    cells += [cell("B", "sst2", 0, rows_of("sst2", 0, 0.0, 200)), cell("B", "sst2", 1), cell("B", "sst2", 2)]
+    cells += [cell("C", "sst2", seed) for seed in range(3)]
+    found = of(tmp_path, *cells)
+    assert (entry(found, "B").failed, entry(found, "B").seeds) == (2, 1)
+    assert entry(found, "C").value is None
+    text = print_report(found, width=1000)
+    assert "failed 3/3" in text
+    assert "B on sst2: 2 of 3 runs failed (training: the loss is nan at step 30)" in text
+    assert "B on sst2: 1)" in text
+
+
+def test_a_best_whose_runs_failed_in_part_is_not_proven(tmp_path):
+    cells = [cell("A", "sst2", seed, rows_of("sst2", seed, 3.0, 200)) for seed in range(2)] + [cell("A", "sst2", 2)]
+    cells += [cell("B", "sst2", seed, rows_of("sst2", seed, 0.0, 200)) for seed in range(3)]
+    found = entry(of(tmp_path, *cells), "A")
+    assert (found.mark, found.proven) == ("best", False)
+
+
+def test_differences_to_the_baseline_are_taken_on_the_same_rows(made):
+    assert entry(made, "PEDRO").gain is None
+    full, lora = entry(made, "Full"), entry(made, "LoRA")
+    assert full.gain.value == pytest.approx(full.value - entry(made, "PEDRO").value)
+    assert full.gain.proven
+    assert full.gain.low > 0
+    assert not lora.gain.proven
+    assert lora.gain.low < 0 < lora.gain.high
+    assert "difference to PEDRO in points" in print_report(made)
+
+
+def test_runs_of_an_older_spec_are_left_out_and_said(tmp_path):
+    new, old = [1] * 8 + [0] * 2, [1] * 2 + [0] * 8
+    cells = [cell("A", "sst2", 0, new, created="2025-02-02T00:00:00Z"), cell("A", "sst2", 0, old)]
+    gone = [cell("B", "sst2", 0, old), cell("A", "sst2", 1, old), replace(cell("A", "sst2", 2, old), stage="tune")]
+    found = of(tmp_path, *cells, *gone)
+    head = {**found.head, "labels": ["A"], "spec": {**found.head["spec"], "seeds": [0]}}
+    (only,) = entries(replace(found, head=head))
+    assert (only.label, only.value, only.seeds) == ("A", 0.8, 1)
+    assert "3 earlier runs with other settings" in print_report(replace(found, head=head))
+
+
+def test_seeds_trained_with_different_settings_are_called_mixed(tmp_path):
+    one = cell("A", "sst2", 0, [1, 0])
+    other = replace(cell("A", "sst2", 1, [1, 0]), training={**one.training, "seed": 1, "max_steps": 10})
+    assert "different settings are mixed in A on sst2" in print_report(of(tmp_path, one, other))
+
+
+def test_a_mean_over_groups_keeps_its_value_and_has_an_interval_around_it(tmp_path):
+    runs = [cell("A", "mmlu", seed, [1] * 60 + [0] * 40) for seed in range(3)]
+    found = of(tmp_path, *(replace(run, scores=(replace(run.scores[0], value=0.5),)) for run in runs))
+    assert entry(found, "A", "mmlu").value == 0.5
+    assert entry(found, "A", "mmlu").low == pytest.approx(0.4, abs=0.02)
+
+
+def test_one_training_may_be_scored_on_several_tasks_and_marks_of_a_judge_are_no_percentages(tmp_path):
+    runs = [cell("A", "alpaca", seed, [1, 0, 1, 1]) for seed in range(3)]
+    scored = [
+        replace(run, scores=(replace(run.scores[0], task="mmlu"), replace(judged(run), task="mt_bench")))
+        for run in runs
+    ]
+    spec = {"tasks": [{"task": "alpaca", "evaluate": [{"task": "mt_bench"}, {"task": "mmlu"}]}], "seeds": [0, 1, 2]}
+    (table,) = tables(of(tmp_path, *scored, cell("B", "alpaca", 0), spec=spec))
+    assert table.columns == ("mt_bench", "mmlu"), "in the spec's order, and no average over marks"
+    assert table.cells["B", "mt_bench"].failed == 1
+    text = print_report(read_comparison(tmp_path))
+    assert "6.25 [" in text
+    assert "75.0† [" in text
+
+
+def judged(run: Cell):
+    return replace(run.scores[0], metric="judge", value=6.25, per_row=(5.0, 7.5), majority=None)
+
+
+def test_notes_say_which_budget_is_equal_and_how_the_learning_rate_was_chosen(made, tmp_path):
+    text = print_report(made, width=1000)
+    assert "Equal for all methods: compute (the same training rows; steps: 150; rows a step: 16; counting those" in text
+    assert "learn from rows of their own, PEDRO up to 180)" in text
+    assert "Not equal: trained parameters, 18,000 to 19,400." in text
+    assert "median of 3 seeds (0, 1, 2)" in text
+    assert "best of 0.001, 0.003, 0.01, 0.03 on validation rows (seed 0), whose run counts as that seed's" in text
+    assert "Here proven: sst2 (Full)" in text
+    sized = of(tmp_path, cell("A", "sst2", 0, [1], budget=20_000, parameters=19_900), equal="parameters")
+    assert "the number of trained parameters (19,900, as near to 20,000 as a method's size allows)" in print_report(
+        sized, width=1000
+    )
+
+
+def test_rows_that_did_not_fit_are_told_once_where_they_are_the_same_for_all(tmp_path):
+    def run(label, task, out):
+        one = cell(label, task, 0, [1, 0])
+        return replace(one, scores=(replace(one.scores[0], left_out=out),))
+
+    runs = [run("A", "sst2", 0), run("B", "sst2", 0), run("A", "rte", 7), run("B", "rte", 7), run("A", "copa", 1)]
+    text = print_report(of(tmp_path, *runs, run("B", "copa", 3)), width=1000)
+    wanted = "sst2 2, rte 2 (7 more are too long), copa 2 (too long and left out: A 1, B 3)"
+    assert f"Test rows: {wanted}." in text
+
+
+def test_each_budget_has_its_table(tmp_path):
+    cells = [cell("A", "sst2", 0, [1, 0], budget=budget, parameters=budget) for budget in (40_000, 10_000)]
+    found = of(tmp_path, *cells)
+    assert [table.budget for table in tables(found)] == [10_000, 40_000]
+    with pytest.raises(ValueError, match="one backbone and budget"):
+        make_table(entries(found), found)
+
+
+# forms
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"-?\d+\.\d", text)
+
+
+def test_the_csv_holds_the_printed_table_number_by_number(made):
+    with (made.folder / "table.csv").open() as stream:
+        lines = list(csv.DictReader(stream))
+    (table,) = tables(made)
+    printed = print_report(made, width=500).splitlines()
+    for label in table.rows:
+        (shown, *gains) = [numbers(line) for line in printed if line.startswith(f"{label} ") and "[" in line]
+        mine = [line for line in lines if line["label"] == label]
+        assert [line["task"] for line in mine] == list(table.columns)
+        assert shown == [f"{100 * float(line[key]):.1f}" for line in mine for key in ("value", "low", "high")]
+        if label != made.baseline:
+            keys = ("gain", "gain_low", "gain_high")
+            assert gains == [[f"{100 * float(line[key]):.1f}" for line in mine for key in keys]]
+    assert {line["lr"] for line in lines if line["task"] == "sst2"} == {"0:0.003 1:0.003 2:0.003"}
+
+
+def test_latex_and_markdown_are_bold_only_where_the_best_is_proven(made):
+    tex, md = ((made.folder / f"table.{kind}").read_text() for kind in ("tex", "md"))
+    (table,) = tables(made)
+    proven = [f"{100 * one.value:.1f}" for one in table.cells.values() if one.proven]
+    first = tex.partition(r"\end{table*}")[0]
+    assert re.findall(r"\\textbf\{([\d.]+)\}", first) == proven
+    assert r"\underline{" in first
+    assert r"$^\dagger$" in first
+    assert r"\toprule" in first
+    assert r"95 \% hierarchical bootstrap" in first
+    rows = md.partition("difference to")[0].partition("---:")[2]
+    assert re.findall(r"\*\*([\d.]+)\*\*", rows) == proven
+
+
+def test_the_terminal_gets_bold_only_when_asked_and_lines_that_fit(made):
+    assert "\033[" not in print_report(made)
+    assert "\033[1m" in print_report(made, ansi=True)
+    rows = [
+        line for line in print_report(made, width=60).splitlines() if line.startswith(("PEDRO", "LoRA", "Full", " "))
+    ]
+    assert max(map(len, rows)) <= 60
+
+
+def test_the_papers_numbers_stand_beside_and_a_broken_block_is_a_note(made, tmp_path):
+    rows = {"LoRA": {"sst2": 94.5, "rte": None}, "PEDRO": {"sst2": 95.4}}
+    paper = {"source": "arXiv 2409.17834v1", "table": "Table 1", "columns": ["sst2", "rte"], "rows": rows}
+    text = print_report(replace(made, head={**made.head, "paper": paper}))
+    assert "As reported in the paper (arXiv 2409.17834v1, Table 1)" in text
+    assert re.search(r"LoRA +94\.5 +-\n", text)
+    broken = {**made.head, "paper": {**paper, "rows": {"LoRA": {"sst2": "high"}}}}
+    assert "paper.rows.LoRA.sst2: expected a number or null, got 'high'" in print_report(replace(made, head=broken))
+
+
+def test_figures_are_drawn_where_they_apply(made, tmp_path):
+    png = {path.name for path in made.folder.glob("*.png") if path.read_bytes().startswith(b"\x89PNG")}
+    assert png == {"table.png", "activations.png"}
+    sizes = [(label, budget) for label in ("A", "B") for budget in (10_000, 40_000)]
+    found = of(tmp_path, *(cell(label, "sst2", 0, [1, 0], budget=size, parameters=size) for label, size in sizes))
+    write_report(found)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"table.png", "budget.png"}
+
+
+def test_the_drawn_activation_is_the_one_that_is_trained():
+    torch = pytest.importorskip("torch")
+    from pedro.comparison.figures import X, rational
+    from pedro.methods.pedro.rational import rational as trained
+
+    a, b = [0.1, 0.5, 0.3, -0.2], [0.4, -0.7]
+    wanted = trained(torch.tensor(X)[:, None], torch.tensor(a), torch.tensor(b))[:, 0]
+    assert rational(X, a, b) == pytest.approx(wanted.numpy(), abs=1e-5)
+
+
+def test_a_report_written_twice_is_the_same(made):
+    files = [path for path in made.folder.iterdir() if path.is_file()]
+    before = {path.name: path.read_bytes() for path in files}
+    write_report(read_comparison(made.folder))
+    assert {path.name: path.read_bytes() for path in files} == before
+    summary = json.loads(before["summary.json"])
+    assert summary["runs"] == {"finished": 18, "failed": 0, "left_out": 0}
+    assert summary["provenance"]["versions"]
+
+
+def test_reading_and_tabulating_load_neither_torch_nor_ray():
+    heavy = "'torch', 'ray', 'mlflow', 'matplotlib'"
+    code = f"import sys, pedro.comparison.report; print([name for name in ({heavy}) if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
