@@ -16,6 +16,7 @@ from pedro.comparison.report import print_report, write_report
 from pedro.comparison.results import Cell, Comparison, read_comparison, read_comparisons, write_cell
 from pedro.comparison.statistics import bootstrap_interval, median, paired_interval
 from pedro.comparison.tables import AVERAGE, entries, make_table, tables
+from pedro.errors import ConfigError
 
 SKILLS = {"PEDRO": 1.2, "LoRA": 1.1, "Full": 3.0}
 TASKS = {"sst2": 1.0, "rte": 0.0}
@@ -112,6 +113,8 @@ def test_comparisons_are_found_in_every_root_and_a_broken_one_has_problems_and_n
     assert not two.cells
     assert two.problems
     assert "No run has finished yet" in print_report(two)
+    with pytest.raises(ConfigError, match=r"holds no comparison: comparison\.json: not JSON"):
+        write_report(two)
 
 
 # statistics
@@ -298,6 +301,10 @@ def test_notes_say_which_budget_is_equal_and_how_the_learning_rate_was_chosen(ma
     assert "median of 3 seeds (0, 1, 2)" in text
     assert "best of 0.001, 0.003, 0.01, 0.03 on validation rows (seed 0), whose run counts as that seed's" in text
     assert "Here proven: sst2 (Full)" in text
+    tuned = {**made.head["spec"], "tune": {"lr": [0.001, 0.003], "seed": 7}}
+    tuned["tasks"] = [{"task": "sst2"}, {"task": "rte", "tune_like": "sst2"}]
+    text = print_report(replace(made, head={**made.head, "spec": tuned}), width=1000)
+    assert "(seed 7); rte as on sst2; 3 of 3 times it is the smallest or the largest of them." in text
     sized = of(tmp_path, cell("A", "sst2", 0, [1], budget=20_000, parameters=19_900), equal="parameters")
     assert "the number of trained parameters (19,900, as near to 20,000 as a method's size allows)" in print_report(
         sized, width=1000

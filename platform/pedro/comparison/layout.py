@@ -15,7 +15,7 @@ Group = tuple[str, int | None]
 
 
 def current(comparison: Comparison) -> tuple[list[Cell], int]:
-    """The final runs that tables show, and how many others were left out.
+    """The final runs that tables show, in the order of the spec, and how many others were left out.
 
     Left out are those whose label, task, backbone, budget or seed the spec does not name any more, and of several runs
     in one place (the spec was changed in between) all but the newest.
@@ -30,7 +30,13 @@ def current(comparison: Comparison) -> tuple[list[Cell], int]:
         named = all(getattr(cell, name) in names for names, name in allowed if names)
         if named and (not spec or (cell.budget in (spec.get("budgets") or [None]))):
             newest[cell.label, cell.task, cell.backbone, cell.budget, cell.seed] = cell
-    return list(newest.values()), len(finals) - len(newest)
+    groups, rows, columns = group_order(comparison), row_order(comparison), list(columns_of(comparison))
+
+    def place(cell: Cell) -> tuple[int, ...]:
+        group = position((cell.backbone, cell.budget), groups)
+        return (group, position(cell.label, rows), position(cell.task, columns), cell.seed)
+
+    return sorted(newest.values(), key=place), len(finals) - len(newest)
 
 
 def row_order(comparison: Comparison) -> list[str]:

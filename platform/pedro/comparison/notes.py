@@ -51,7 +51,7 @@ def _equal(comparison: Comparison, cells: Sequence[Cell], tasks: Sequence[Entry]
     batches = _range({cell.training.get("batch_size") for cell in ended} - {None})
     steps = _by_task(ended, lambda cell: cell.steps)
     compute = f"the same training rows; steps: {steps}" + (f"; rows a step: {batches}" if batches else "")
-    more = {cell.label for cell in ended if cell.optimizer_steps > cell.steps}
+    more = dict.fromkeys(cell.label for cell in ended if cell.optimizer_steps > cell.steps)
     took = ", ".join(f"{label} up to {max(c.optimizer_steps for c in ended if c.label == label):,}" for label in more)
     extra = f"; counting those for parameters that learn from rows of their own, {took}" if more else ""
     sizes = _range({entry.parameters for entry in tasks if entry.parameters})
@@ -98,9 +98,14 @@ def _learning_rates(comparison: Comparison, cells: Sequence[Cell]) -> str:
     for task in spec.get("tasks") or ():
         if task.get("tune_like"):
             like[task["tune_like"]].append(task["task"])
-    taken = "".join(f"; {_names(others, in_order=True)} take that of {task}" for task, others in like.items())
-    once = "; chosen at the first budget for all" if tune.get("once") and spec.get("budgets") else ""
-    return f"{text}{taken}{once}."
+    text += "".join(f"; {', '.join(others)} as on {task}" for task, others in like.items())
+    if tune.get("once") and spec.get("budgets"):
+        text += "; searched at the first budget alone"
+    borrowed = [task for others in like.values() for task in others]
+    chosen = {(cell.label, cell.task): cell.lr for cell in cells if cell.task not in borrowed}
+    if edge := sum(lr in _ends(tune["lr"]) for lr in chosen.values()) if tune.get("lr") else 0:
+        text += f"; {edge} of {len(chosen)} times it is the smallest or the largest of them"
+    return f"{text}."
 
 
 def _intervals(tasks: Sequence[Entry]) -> str:
@@ -207,8 +212,3 @@ def _ends(values: Iterable[Any]) -> tuple[Any, Any]:
 
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
-def _names(names: Iterable[str], in_order: bool = False) -> str:
-    listed = list(names) if in_order else sorted(names)
-    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"

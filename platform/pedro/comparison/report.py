@@ -17,6 +17,7 @@ from pedro.comparison.paper import Paper, read_paper
 from pedro.comparison.results import SCHEMA, Comparison
 from pedro.comparison.sheets import Sheet, Style
 from pedro.comparison.tables import Difference, Entry, Table, tables
+from pedro.errors import ConfigError
 
 WIDTH, FILE_WIDTH = 160, 200
 SIGNS = "**proven best**   best without a claim*   _second_   † at chance   ! some runs failed"
@@ -36,7 +37,12 @@ def print_report(comparison: Comparison, *, width: int = WIDTH, ansi: bool = Fal
 
 
 def write_report(comparison: Comparison) -> None:
-    """Write tables (text, Markdown, CSV, LaTeX), figures and summary.json into the comparison's folder."""
+    """Write tables (text, Markdown, CSV, LaTeX), figures and summary.json into the comparison's folder.
+
+    Raises ConfigError if there is no comparison in it.
+    """
+    if not comparison.head:
+        raise ConfigError(f"{comparison.folder} holds no comparison: {'; '.join(comparison.problems)}")
     from pedro.comparison.figures import draw_activations, draw_budgets, draw_table
 
     folder, found = comparison.folder, tables(comparison)
