@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +75,13 @@ def compare(
         say(f"left out: {problem}")
     summary = folder / "summary.json"
     shown = json.loads(summary.read_text()) if summary.is_file() else {}
-    emit(shown, as_json, lambda: typer.echo(f"{print_report(comparison)}\n\ntables, figures and runs: {folder}"))
+    person = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if person else 160
+
+    def show() -> None:
+        typer.echo(f"{print_report(comparison, width, person)}\n\ntables, figures and runs: {folder}")
+
+    emit(shown, as_json, show)
 
 
 def _show_plan(spec: ComparisonSpec, prepared: Prepared, folder: Path, as_json: bool) -> None:

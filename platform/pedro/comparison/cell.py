@@ -13,7 +13,7 @@ from pedro.comparison.data import TaskData, TestSet
 from pedro.comparison.results import SCHEMA, Cell
 from pedro.comparison.spec import JudgeSpec, ResourcesSpec
 from pedro.data.formats import PromptFormat, encode_prompts
-from pedro.data.tasks import Task, TaskRow
+from pedro.data.tasks import TASKS, Task, TaskRow
 from pedro.errors import PedroError
 from pedro.evaluation.metrics import ELSEWHERE, score_answers
 from pedro.evaluation.scoring import generate
@@ -102,6 +102,7 @@ def _cell(plan: Plan, **found: Any) -> Cell:
             "options": plan.options,
             "task": group.task,
             "wording": plan.wording,
+            "title": TASKS[group.task].title,
             "backbone": group.backbone,
             "budget": group.budget,
             "seed": plan.seed,

@@ -244,6 +244,7 @@ def head_of(spec: ComparisonSpec, seconds: float, baseline: str, provenance: Map
         "title": spec.title or spec.name,
         "equal": spec.equal,
         "baseline": baseline,
+        "labels": spec.labels,
         "spec": json.loads(spec.model_dump_json()),
         "paper": spec.paper,
         "seconds": round(seconds, 1),

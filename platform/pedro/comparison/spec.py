@@ -143,7 +143,9 @@ class ComparisonSpec(Frozen):
     @model_validator(mode="after")
     def _possible(self) -> ComparisonSpec:
         names = [task.task for task in self.tasks]
-        for listed, what in ((names, "tasks"), (self.labels, "methods"), (self.seeds, "seeds")):
+        scored = [other.task for task in self.tasks for other in task.evaluations]
+        lists = ((names, "tasks"), (scored, "tasks.evaluate"), (self.labels, "methods"), (self.seeds, "seeds"))
+        for listed, what in lists:
             if twice := [item for item in dict.fromkeys(listed) if list(listed).count(item) > 1]:
                 hint = "; give the second a label" if what == "methods" else ""
                 raise ValueError(f"{what}: {twice[0]!r} stands there twice{hint}")
