@@ -79,7 +79,7 @@ def compare(
     width = shutil.get_terminal_size().columns if person else 160
 
     def show() -> None:
-        typer.echo(f"{print_report(comparison, width, person)}\n\ntables, figures and runs: {folder}")
+        typer.echo(f"{print_report(comparison, width=width, ansi=person)}\n\ntables, figures and runs: {folder}")
 
     emit(shown, as_json, show)
 
