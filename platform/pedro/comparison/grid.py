@@ -63,7 +63,8 @@ class Progress:
     """What is done, and how long the rest will take."""
 
     total: int
-    kept: int
+    kept: set[str]
+    """Runs of this comparison that were done before; more of them are found as learning rates are chosen."""
     say: Say
     done: int = 0
     failed: int = 0
@@ -74,13 +75,13 @@ class Progress:
         self.done += 1
         self.failed += cell.state == FAILED
         spent = time.monotonic() - self.started
-        left = max(0, self.total - self.kept - self.done) * spent / self.done
+        left = max(0, self.total - len(self.kept) - self.done) * spent / self.done
         if cell.state == FAILED:
             what = f"failed: {cell.message}"
         else:
             scores = ", ".join(f"{100 * score.value:.1f}" for score in cell.scores)
             what = f"validation {100 * cell.validation['value']:.1f} · test {scores or '-'} · {cell.seconds:.0f} s"
-        place = f"[{self.kept + self.done}/{self.total}]"
+        place = f"[{len(self.kept) + self.done}/{self.total}]"
         self.say(f"{place} {plan} · {what} · {_clock(left)} left")
 
 
@@ -104,14 +105,14 @@ class Grid:
         self._shown: set[str] = set()
         self._queue: deque[Plan] = deque()
         self._seen: set[str] = set()
+        self._kept: set[str] = set()
         self._waits: dict[Group, list[Plan]] = {}
         self._decided: set[Group] = set()
 
     def run(self, settings: Settings, say: Say) -> None:
         """Run everything that is missing. Raises TrainingError if runs were lost with their workers."""
-        kept = len(self.cells)
         self._begin()
-        lost = self._drain(settings, say, Progress(self.planner.count(), kept, say)) if self._queue else []
+        lost = self._drain(settings, say, Progress(self.planner.count(), self._kept, say)) if self._queue else []
         if lost:
             raise TrainingError(
                 f"{self.spec.name}: {len(lost)} runs were lost with their workers {TRIES} times, first {lost[0]}; "
@@ -130,7 +131,7 @@ class Grid:
         import ray
 
         count = min(self.spec.concurrency or capacity(self.spec), len(self._queue))
-        say(f"{progress.total} runs, {progress.kept} of them done before; {count} at a time")
+        say(f"{progress.total} runs, {len(progress.kept)} of them done before; {count} at a time")
         needs = {"num_cpus": self.spec.resources.cpus, "num_gpus": self.spec.resources.gpus}
         kind: Any = ray.remote(**needs)(Worker)  # type: ignore[call-overload]
         hire = partial(kind.remote, pack_settings(settings), max(1, int(self.spec.resources.cpus)))
@@ -183,6 +184,8 @@ class Grid:
             self._shown.add(plan.id)
         done = self.cells.get(plan.id)
         if done is not None:
+            if plan.id not in self._seen:
+                self._kept.add(plan.id)
             stage = FINAL if plan.id in self._shown else plan.stage
             mine = replace(done, stage=stage, label=plan.group.label, comparison=plan.comparison)
             if mine != done:

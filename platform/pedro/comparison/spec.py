@@ -240,7 +240,7 @@ def _located(task: TaskChoice, base: Path) -> TaskChoice:
 
 
 def _place(data: str | None, base: Path) -> str | None:
-    return data if data in (None, "hub") else str(base / Path(data).expanduser())  # type: ignore[arg-type]
+    return data if data in (None, "hub") else str(base / Path(data).expanduser())
 
 
 def _kind(path: str | Path) -> str:
