@@ -10,15 +10,14 @@ Shapes: B rows, T tokens, C candidates of all layers, c those of one block [2, t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from pedro.errors import ConfigError
-from pedro.methods.architectures import LINEARS, Architecture, LayerSites, Rows
-from pedro.methods.blocks import BlockLayer, BlockTuner, TunerConfig
+from pedro.methods.architectures import LINEARS, LayerSites
+from pedro.methods.blocks import TunerConfig
+from pedro.methods.deltas import DeltaLayer, DeltaTuner
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_names, targets_of
 from pedro.methods.peft_registration import register
@@ -26,7 +25,6 @@ from pedro.methods.peft_registration import register
 CHILD = "candidates"
 PREFIX = "sparse_search_"
 PARTS = ("lora", "shift")
-Cuts = list[tuple[str, Rows]]
 
 
 @dataclass
@@ -59,7 +57,7 @@ class SparseSearchConfig(TunerConfig):
         expect_names("targets", self.targets, LINEARS)
 
 
-class SparseSearchLayer(BlockLayer):
+class SparseSearchLayer(DeltaLayer):
     """The candidates of one block, by adapter: at target t, A [r, in], B [width, r] and a shift [width]."""
 
     adapter_layer_names = (
@@ -67,21 +65,15 @@ class SparseSearchLayer(BlockLayer):
         f"{PREFIX}gates",  # [2, targets], logits of the two parts
     )
 
-    def __init__(self, index: int, places: LayerSites) -> None:
-        super().__init__(index, places)
+    def __init__(self, index: int, places: LayerSites, first: DeltaLayer | None = None) -> None:
+        super().__init__(index, places, first)
         self.open: dict[str, torch.Tensor] = {}  # how far each candidate is open [2, targets]; no entry: fully
-        cuts_of: dict[nn.Module, Cuts] = {}
-        for target, site in places.linears.items():
-            cuts_of.setdefault(site.module, []).append((target, site.rows))
-        self._handles = [m.register_forward_hook(partial(self._add_up, cuts)) for m, cuts in cuts_of.items()]
 
     def update_layer(self, adapter_name: str, config: SparseSearchConfig) -> None:
         """Add fresh candidates, which change nothing: all of them, or those that the config says were kept."""
         fresh = self.fresh()
         for target in config.targets:
-            module, _, width = self.places.linears[target]
-            weight: Any = module.weight
-            wide = weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0]  # else GPT-2's Conv1D
+            wide, width = self.inputs(target), self.places.linears[target].width
             if self._has(config, "lora", target):
                 down = nn.init.kaiming_uniform_(torch.empty(config.r, wide, **fresh), a=5**0.5)
                 self.part("a", target)[adapter_name] = nn.Parameter(down)
@@ -120,18 +112,7 @@ class SparseSearchLayer(BlockLayer):
     def _has(self, config: SparseSearchConfig, part: str, target: str) -> bool:
         return config.kept is None or f"{self.index}.{part}.{target}" in config.kept
 
-    def _add_up(self, cuts: Cuts, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        changed: torch.Tensor | None = None
-        for name in self.live():
-            config = self.configs[name]
-            for target, rows in cuts:
-                if target in config.targets and (added := self._delta(name, target, args[0].float())) is not None:
-                    changed = output.float().clone() if changed is None else changed
-                    place = slice(None) if rows is None else rows
-                    changed[..., place] = changed[..., place] + added
-        return None if changed is None else changed.to(output.dtype)
-
-    def _delta(self, name: str, target: str, x: torch.Tensor) -> torch.Tensor | None:
+    def delta(self, name: str, target: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         """What the open candidates of one target add to its output: x [B, T, in] -> [B, T, width] or [width]."""
         config, opened = self.configs[name], self.open.get(name)
         place, added = config.targets.index(target), None
@@ -145,28 +126,13 @@ class SparseSearchLayer(BlockLayer):
         return added
 
 
-class SparseSearchModel(BlockTuner):
+class SparseSearchModel(DeltaTuner):
     """The tuner that PEFT builds for a SparseSearchConfig."""
 
     prefix = PREFIX
     tuner_layer_cls = SparseSearchLayer
     child = CHILD
     no_merge = "a linear without a bias, as most backbones have, can hold no shift"
-
-    def check(self, config: SparseSearchConfig, architecture: Architecture) -> None:
-        """Raise ConfigError for targets that the backbone lacks."""
-        linears = architecture.layers[0].linears
-        if missing := [target for target in config.targets if target not in linears]:
-            raise ConfigError(
-                f"targets: this backbone has no {', '.join(missing)}; choose from {', '.join(linears)}",
-                param="targets",
-            )
-
-    def add(self, block: nn.Module, index: int, adapter_name: str, config: SparseSearchConfig) -> None:
-        """Give the block a SparseSearchLayer if it has none, and the layer fresh candidates."""
-        if not hasattr(block, CHILD):
-            setattr(block, CHILD, SparseSearchLayer(index, self._architecture.layers[index]))
-        getattr(block, CHILD).update_layer(adapter_name, config)
 
 
 class SparseSearch:

@@ -1,0 +1,119 @@
+"""What low-rank methods share: tensors by projection, and two factors made of them. Knows no single method.
+
+A method gives a `LowRankConfig`: which tensors a projection has, how they start, and how they become `down` and `up`.
+The engine reads adapters by the same config, so that what is served is what was trained.
+Shapes: B rows, T tokens, R rank of a projection's change, W its output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
+
+from pedro.methods.architectures import LINEARS, LayerSites
+from pedro.methods.blocks import TunerConfig
+from pedro.methods.deltas import DeltaLayer
+from pedro.methods.options import expect_names
+
+Tensors = Mapping[str, torch.Tensor]
+Factors = tuple[torch.Tensor, torch.Tensor]  # down [in, R], up [R, W]
+
+
+class Linear(NamedTuple):
+    """A projection as a low-rank term sees it. `weight` makes its [W, in]; None where nobody has it any more."""
+
+    target: str
+    layer: int
+    inputs: int
+    width: int
+    weight: Callable[[], torch.Tensor] | None = None
+
+
+@dataclass
+class LowRankConfig(TunerConfig):
+    """Options of a low-rank method. Tensors go by the names of `shapes`; with `shared`, all blocks have the same."""
+
+    shared: ClassVar[bool] = False
+
+    targets: tuple[str, ...] = field(
+        default=LINEARS, metadata={"help": f"Projections that are changed, of {', '.join(LINEARS)}."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.targets = tuple(self.targets)
+        expect_names("targets", self.targets, LINEARS)
+
+    def shapes(self, linear: Linear) -> dict[str, tuple[int, ...]]:
+        """The tensors of one projection, by name. Raises ConfigError for a projection that the method cannot change."""
+        raise NotImplementedError
+
+    def start(self, name: str, tensor: torch.Tensor) -> None:
+        """Fill a new tensor, which is zero, with what it starts from."""
+        raise NotImplementedError
+
+    def factors(self, tensors: Tensors, linear: Linear) -> Factors:
+        """`down` and `up` of one projection, from its tensors, float32."""
+        raise NotImplementedError
+
+
+def names(prefix: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """`adapter_layer_names` of tensors that every target has of its own: "<prefix><part>_<target>"."""
+    return tuple(f"{prefix}{part}_{target}" for target in LINEARS for part in parts)
+
+
+class LowRankLayer(DeltaLayer):
+    """One block's tensors by adapter. A subclass names them, those that are not trained in `frozen_names`."""
+
+    frozen_names: ClassVar[tuple[str, ...]] = ()
+    prefix: ClassVar[str]
+
+    def __init__(self, index: int, places: LayerSites, first: DeltaLayer | None = None) -> None:
+        super().__init__(index, places, first)
+        self.other_param_names = (*self.other_param_names, *self.frozen_names)
+        for name in self.frozen_names:
+            setattr(self, name, BufferDict({}, persistent=True))
+
+    def update_layer(self, adapter_name: str, config: LowRankConfig) -> None:
+        """Add a fresh adapter."""
+        holder = self.first if config.shared else self
+        for target in config.targets:
+            for name, shape in config.shapes(self.linear(target)).items():
+                held = getattr(holder, self.prefix + name)
+                if adapter_name in held and config.shared:
+                    continue
+                tensor = torch.zeros(shape, **self.fresh())
+                config.start(name, tensor)
+                held[adapter_name] = tensor if self.prefix + name in self.frozen_names else nn.Parameter(tensor)
+        self.configs[adapter_name] = config
+
+    def linear(self, target: str) -> Linear:
+        """One of the block's projections."""
+        width = self.places.linears[target].width
+        return Linear(target, self.index, self.inputs(target), width, lambda: self.weight(target))
+
+    def tensors(self, adapter_name: str, target: str) -> dict[str, torch.Tensor]:
+        """An adapter's tensors of one target, by the config's names."""
+        config = self.configs[adapter_name]
+        holder = self.first if config.shared else self
+        named = config.shapes(self.linear(target))
+        return {name: getattr(holder, self.prefix + name)[adapter_name] for name in named}
+
+    def factors(self, adapter_name: str, target: str) -> Factors:
+        """An adapter's `down` and `up` of one target."""
+        return self.configs[adapter_name].factors(self.tensors(adapter_name, target), self.linear(target))
+
+    def delta(self, name: str, target: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """x [B, T, in] -> [B, T, W]."""
+        down, up = self.factors(name, target)
+        return (x @ down) @ up
+
+    def weight_change(self, name: str, target: str) -> torch.Tensor:
+        """The change [W, in] of one target's weight."""
+        down, up = self.factors(name, target)
+        return (down @ up).T
