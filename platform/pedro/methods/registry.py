@@ -13,6 +13,7 @@ from torch import nn
 from pedro.errors import ConfigError
 from pedro.methods import adalora, bottleneck, by_name, late_prompt, peft_own, sparse_search
 from pedro.methods.constants import methods as constants
+from pedro.methods.low_rank import melora
 from pedro.methods.method import Method
 from pedro.methods.pedro import methods as pedro
 
@@ -30,6 +31,7 @@ METHODS: dict[str, Method] = {
         bottleneck.LEARNED_ADAPTER,
         peft_own.P_TUNING_V2,
         late_prompt.METHOD,
+        melora.METHOD,
         by_name.METHOD,
         peft_own.FULL,
     )
