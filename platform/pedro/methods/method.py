@@ -39,6 +39,7 @@ class Method:
     mergeable: bool | None  # can be folded into the backbone's weights
     identity_at_init: bool | None  # a fresh adapter changes nothing
     conditions_on_prompt: bool = False
+    reads_weights: bool = False  # multiplies the backbone's weights at every step, so they must be whole on each worker
     theta: tuple[str, ...] = ()  # parts of the names of what Θ steps train (eq. 8); the rest is Ω
     paper: dict[str, Any] = field(default_factory=dict)  # options of the PEDRO paper's table 1, where not the defaults
     accompany: Callable[[Any, int, dict[str, Any]], Companion | None] | None = None  # model, steps, options

@@ -67,6 +67,11 @@ def open_session(spec: FineTuneSpec, cache: Path, make_engine: MakeEngine | None
             f"resources.zero_stage: {method.name} changes its parameters between steps, which ZeRO shards; use 0",
             param="resources.zero_stage",
         )
+    if method.reads_weights and spec.resources.zero_stage == 3:
+        raise ConfigError(
+            f"resources.zero_stage: {method.name} reads the backbone's weights, which stage 3 shards; use at most 2",
+            param="resources.zero_stage",
+        )
     data = Data(
         train=train,
         theta=theta_rows if theta_rows is not None else [],
