@@ -13,7 +13,7 @@ from torch import nn
 from pedro.errors import ConfigError
 from pedro.methods import adalora, bottleneck, by_name, late_prompt, peft_own, sparse_search
 from pedro.methods.constants import methods as constants
-from pedro.methods.low_rank import lora_dash, lorta, melora
+from pedro.methods.low_rank import gift, lora_dash, lorta, melora
 from pedro.methods.method import Method
 from pedro.methods.pedro import methods as pedro
 
@@ -34,6 +34,7 @@ METHODS: dict[str, Method] = {
         melora.METHOD,
         lora_dash.METHOD,
         lorta.METHOD,
+        gift.METHOD,
         by_name.METHOD,
         peft_own.FULL,
     )
