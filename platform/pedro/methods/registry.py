@@ -11,7 +11,7 @@ import difflib
 from torch import nn
 
 from pedro.errors import ConfigError
-from pedro.methods import adalora, bottleneck, by_name, late_prompt, peft_own, sparse_search
+from pedro.methods import adalora, bottleneck, by_name, ether, late_prompt, peft_own, sparse_search
 from pedro.methods.constants import methods as constants
 from pedro.methods.low_rank import gift, lora_dash, lorta, melora
 from pedro.methods.method import Method
@@ -35,6 +35,8 @@ METHODS: dict[str, Method] = {
         lora_dash.METHOD,
         lorta.METHOD,
         gift.METHOD,
+        ether.ETHER,
+        ether.ETHER_PLUS,
         by_name.METHOD,
         peft_own.FULL,
     )
