@@ -11,7 +11,7 @@ import difflib
 from torch import nn
 
 from pedro.errors import ConfigError
-from pedro.methods import adalora, bottleneck, by_name, ether, late_prompt, mode, peft_own, sibo, sparse_search
+from pedro.methods import adalora, bottleneck, by_name, ether, late_prompt, loretta, mode, peft_own, sibo, sparse_search
 from pedro.methods.constants import methods as constants
 from pedro.methods.low_rank import gift, lora_dash, lorta, melora
 from pedro.methods.method import Method
@@ -39,6 +39,7 @@ METHODS: dict[str, Method] = {
         ether.ETHER_PLUS,
         sibo.METHOD,
         mode.METHOD,
+        loretta.METHOD,
         by_name.METHOD,
         peft_own.FULL,
     )
