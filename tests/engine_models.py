@@ -71,6 +71,8 @@ def make_adapter(model, directory: Path, seed: int, method: str = "pedro", diges
     """Save an adapter with random weights for `model`; gives the PEFT model that carries it, the slow reference."""
     torch.manual_seed(seed)
     tuned = get_method(method).apply(copy.deepcopy(model), options)
+    for layer in tuned.base_model.layers() if method == "lora-dash" else ():
+        layer.launch("default")
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if parameter.requires_grad:

@@ -22,7 +22,13 @@ KINDS = {
     "bitfit": ("bitfit", {}),
     "lora": ("lora", {"r": 4}),
     "lora-wide": ("lora", {"r": 20}),
+    "melora": ("melora", {"r": 3, "n": 2}),
+    "lora-dash": ("lora-dash", {"r": 4, "directions": 3}),
+    "lorta": ("lorta", {"r": 8}),
+    "grouped": ("pedro", {"group_size": "head", "pool": "mean", "window": 3}),
+    "by-layer": ("pedro", {"r": [4, 6, 12], "orders": [[4, 3], [6, 5], [2, 2]]}),
 }
+LOW_RANK = ("lora", "melora", "lora-dash", "lorta")
 BACKBONES = {
     "llama": ("native", "torch"),
     "qwen2": ("native",),  # its q, k and v have biases
@@ -40,7 +46,7 @@ UNSERVED = {("gpt2", "ia3"), ("gpt_neox", "ia3")}  # after an ungated MLP's acti
 @pytest.mark.parametrize(("model_type", "kernel"), CASES)
 def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
     model = random_backbone(model_type)
-    runner = Runner(copy.deepcopy(model), slots=12, length=64, kernel=kernel)
+    runner = Runner(copy.deepcopy(model), slots=16, length=64, kernel=kernel)
     assert runner.kernel == kernel
     rows, references = [], []
     for number, (name, (method, options)) in enumerate(KINDS.items()):
@@ -50,11 +56,11 @@ def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
         bare, made = (reference_logits(m, prompt(7), 7) for m in (model, tuned))
         assert (made - bare).abs().max() > 0.01, f"{name} has an effect to compare"
         adapter = load_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
-        assert adapter.holds == (method == "lora")
+        assert adapter.holds == (method in LOW_RANK)
         ids = prompt(5 + number, number)
         rows.append(PrefillRow(number, ids, len(ids), adapter))
         references.append(tuned)
-    rows.append(PrefillRow(11, prompt(6), 6))
+    rows.append(PrefillRow(15, prompt(6), 6))
     references.append(model)
     runner.begin(rows)
     for until in (1, 9, 20, None):

@@ -10,8 +10,15 @@ from pedro.methods import METHODS, count_parameters, get_method
 
 PEDROS = ["pedro", *(f"pedro-{n}" for n in range(1, 8))]
 TUNERS = ["para", "lora", "ia3", "bitfit", "red", "adalora", "ssp", "houlsby", "learned-adapter", "p-tuning-v2", "lpt"]
-ALL = [*PEDROS, *TUNERS, "peft", "full"]
-SMALL = {"p-tuning-v2": {"tokens": 4}, "lpt": {"tokens": 4, "r": 8}, "peft": {"peft_type": "VERA", "r": 4}}
+FIELD = ["melora", "lora-dash", "lorta", "gift", "ether", "ether-plus", "sibo", "mode", "loretta"]
+ALL = [*PEDROS, *TUNERS, *FIELD, "peft", "full"]
+SMALL = {
+    "p-tuning-v2": {"tokens": 4},
+    "lpt": {"tokens": 4, "r": 8},
+    "lora-dash": {"launch": 1, "directions": 4},
+    "loretta": {"r": 4, "rank": 2},
+    "peft": {"peft_type": "VERA", "r": 4},
+}
 EXPLICIT = [name for name in ALL if name != "peft"]  # whose capabilities do not depend on the options
 
 
@@ -33,17 +40,19 @@ def test_the_registry_holds_the_methods_of_the_comparison():
 def test_every_method_trains_one_step_through_the_same_forward_call(name):
     method = get_method(name)
     model = method.apply(tiny_backbone(), SMALL.get(name)).train()
-    method.companion(model, SMALL.get(name, {}), steps=10)
+    companion = method.companion(model, SMALL.get(name, {}), steps=10)
     omega, theta = method.parameter_groups(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for _, p in omega + theta], lr=1e-2)
     losses = []
-    for _ in range(3):
+    for step in (1, 2, 3):
         loss = model(**batch(), prompt_mask=None).loss
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if name == "lora-dash":  # its directions are trained from the launch on
+            companion.after_step(step)
     assert losses[-1] < losses[0]
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     trained = {n for n, _ in omega + theta}
@@ -92,7 +101,7 @@ def test_only_prompt_conditioned_methods_heed_the_prompt(name):
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2", "phi3", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize("name", ["pedro", *TUNERS, "full"])
+@pytest.mark.parametrize("name", ["pedro", *TUNERS, *FIELD, "full"])
 def test_every_method_runs_on_every_backbone(name, model_type):
     if name == "lpt" and model_type in ("mistral", "gemma2", "gemma3_text"):
         with pytest.raises(BackboneError, match="sliding windows"):
@@ -149,7 +158,7 @@ def test_counting_leaves_out_bias_vectors_when_asked():
         ("para", {"orders": [6, 5]}, r"method\.orders: unknown option; para takes"),
         ("lora", {"lora_alpha": 2, "x": 1}, r"method\.lora_alpha: .*did you mean alpha\?.*; method\.x: unknown option"),
         ("full", {"r": 4}, r"method\.r: unknown option; full takes no options"),
-        ("pedro", {"r": -1}, r"method\.r: expected a whole number > 0, got -1"),
+        ("pedro", {"r": -1}, r"method\.r: expected a whole number > 0, or a list of one a layer, got -1"),
         ("pedro", {"orders": [6, 5, 4]}, r"method\.orders: expected two whole numbers"),
         (
             "pedro",
@@ -215,7 +224,7 @@ def test_peft_says_in_its_own_words_what_does_not_fit_the_backbone():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["adalora", "ssp", "houlsby", "learned-adapter", "p-tuning-v2", "lpt", "peft"])
+@pytest.mark.parametrize("name", ["adalora", "ssp", "houlsby", "learned-adapter", "p-tuning-v2", "lpt", "peft", *FIELD])
 def test_an_adapter_comes_back_from_its_directory_to_the_bit(tmp_path, name):
     model = get_method(name).apply(tiny_backbone(), SMALL.get(name)).eval()
     generator = torch.Generator().manual_seed(0)

@@ -25,8 +25,15 @@ OPTIONS = {
     "p-tuning-v2": {"tokens": 16},
     "lpt": {"tokens": 8, "r": 32},
     "ssp": {"search": 0.3},
+    "lora-dash": {"launch": 10},
+    "lorta": {"r": 16},
+    "gift": {"targets": ["q", "v", "up", "down"]},
+    "ether": {"targets": ["q", "v", "up", "down"]},
+    "ether-plus": {"targets": ["q", "v", "up", "down"]},
+    "loretta": {"r": 16},
     "peft": {"peft_type": "VERA", "r": 16, "d_initial": 1.0},
 }
+LONGER = ("red", "peft", "lorta", "ether", "ether-plus")
 RATES = {"red": 0.1, "ia3": 0.2, "bitfit": 0.1, "p-tuning-v2": 0.2, "peft": 0.1, "adalora": 0.05, "full": 0.003}
 
 
@@ -99,7 +106,7 @@ def recalled(model, rows: list[dict]) -> float:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_32_rows_by_heart(name):
     rows = by_heart()
-    model, _ = train_on(name, rows, steps=60 if name in ("red", "peft") else 40)
+    model, _ = train_on(name, rows, steps=60 if name in LONGER else 40)
     assert recalled(model, rows) >= 0.9
 
 
@@ -120,9 +127,9 @@ class DiesAfterCheckpoint(LocalReporter):
             raise Interrupted
 
 
-@pytest.mark.parametrize("name", SHAPE_CHANGING)
-def test_a_method_that_changes_its_shape_resumes_with_the_same_bits_before_and_after_the_change(tmp_path, name):
-    spec = spec_for(tmp_path, name, max_steps=8, eval_every=2, checkpoint_every=1)
+@pytest.mark.parametrize("method", [*SHAPE_CHANGING, {"name": "lora-dash", "launch": 4}])
+def test_a_method_that_changes_its_shape_resumes_with_the_same_bits_before_and_after_the_change(tmp_path, method):
+    spec = spec_for(tmp_path, method, max_steps=8, eval_every=2, checkpoint_every=1)
     whole = session_for(spec, tmp_path)
     outcome = run(whole, tmp_path / "whole")
     for died in (3, 6):

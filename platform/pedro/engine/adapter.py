@@ -35,14 +35,16 @@ class Generator:
     pool: str
     pool_source: str
     layers: tuple[GeneratorWeights, ...]
+    window: int | None = None  # pool only so many of the prompt's last tokens
 
     @property
     def form(self) -> tuple:
         """Generators of one form can be run in one batch, their weights stacked."""
-        first = self.layers[0]
-        orders = (None if first.a is None else len(first.a), None if first.b is None else len(first.b))
-        activations = tuple(layer.activation for layer in self.layers)
-        return self.targets, self.pool, self.pool_source, first.down.shape[-1], orders, activations
+        layers = tuple(
+            (layer.activation, layer.down.shape[-1], *(None if t is None else len(t) for t in (layer.a, layer.b)))
+            for layer in self.layers
+        )
+        return self.targets, self.pool, self.pool_source, self.window, layers
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ Legend: D model width, R bottleneck or rank, W output width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from pedro.methods.adapter_files import verify_adapter
 from pedro.methods.architectures import Architecture, LayerSites
 from pedro.methods.constants import constant_vectors
 from pedro.methods.constants.model import CHILD as CONSTANT_CHILD
+from pedro.methods.deltas import DeltaTuner
+from pedro.methods.low_rank.base import Linear
+from pedro.methods.low_rank.lora_dash import LoraDashModel
+from pedro.methods.low_rank.lorta import LortaModel
+from pedro.methods.low_rank.melora import MeloraModel
 from pedro.methods.pedro.generator import GeneratorWeights
 from pedro.methods.pedro.model import CHILD as PEDRO_CHILD
 
@@ -75,25 +81,31 @@ def load_adapter(
 
 
 def _read_generator(config: Any, tensors: _Tensors, architecture: Architecture, _strip: int) -> dict[str, Any]:
-    """PEDRO and PARA: a generator a layer, with a learned or a fixed activation."""
+    """PEDRO and PARA: a generator a layer, with a learned or a fixed activation; an entry of a group once a channel."""
     layers, widths = [], []
-    for place, activation in zip(architecture.layers, config.activations(len(architecture.layers)), strict=True):
+    by_layer = config.by_layer(len(architecture.layers))
+    for place, (activation, r, orders) in zip(architecture.layers, by_layer, strict=True):
         missing = [target for target in config.targets if target not in place.sites]
         if missing:
             raise AdapterError(f"adapter: the backbone's blocks have no {', '.join(missing)}")
         width = [place.sites[target].width for target in config.targets]
+        entries = sum(config.entries(width))
         shapes: dict[str, tuple[int, ...]] = {
-            "down": (architecture.hidden_size, config.r),
-            "up": (config.r, sum(width)),
-            "bias": (sum(width),),
+            "down": (architecture.hidden_size, r),
+            "up": (r, entries),
+            "bias": (entries,),
         }
         if activation == "rational":
-            shapes |= {"a": (config.orders[0] + 1,), "b": (config.orders[1],)}
+            shapes |= {"a": (orders[0] + 1,), "b": (orders[1],)}
         prefix = f"{ROOT}{place.name}.{PEDRO_CHILD}.pedro_"
         parts = {name: tensors.take(prefix + name, shape) for name, shape in shapes.items()}
+        if config.group_size != 1:
+            parts |= {name: parts[name].repeat_interleave(config.group_size, dim=-1) for name in ("up", "bias")}
         layers.append(GeneratorWeights(**parts, activation=activation))
         widths.append(width)
-    made = Generator(tuple(config.targets), tuple(widths), config.pool, config.pool_source, tuple(layers))
+    made = Generator(
+        tuple(config.targets), tuple(widths), config.pool, config.pool_source, tuple(layers), config.window
+    )
     return {"generator": made}
 
 
@@ -138,7 +150,6 @@ def _read_lora(config: Any, tensors: _Tensors, architecture: Architecture, strip
     if extra:
         raise AdapterError(f"adapter: LoRA with {', '.join(extra)} is not served in mixed batches; train without")
     rank = config.r
-    padding = (0, -rank % strip)
     scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
     layers = []
     for place in architecture.layers:
@@ -149,15 +160,44 @@ def _read_lora(config: Any, tensors: _Tensors, architecture: Architecture, strip
                 continue
             inputs = _inputs(place, sites, architecture.hidden_size)
             down = tensors.take(f"{prefix}A.weight", (rank, inputs)).T
-            down = torch.nn.functional.pad(down, padding).contiguous()
             outputs = sum(place.linears[site].width for site in sites)
             up = tensors.take(f"{prefix}B.weight", (outputs, rank)) * scaling
-            for site in sites:
-                part = _cut(up, place, site).T  # [R, W]
-                part = torch.nn.functional.pad(part, (0, -part.shape[1] % strip, *padding))
-                terms[site] = LowRank(down, part.contiguous())
+            terms |= {site: _padded(down, _cut(up, place, site).T, strip) for site in sites}
         layers.append(terms)
     return {"low_rank": tuple(layers)}
+
+
+def _read_low_rank(
+    tuner: type[DeltaTuner], config: Any, tensors: _Tensors, architecture: Architecture, strip: int
+) -> dict[str, Any]:
+    """MELoRA, LoRA-Dash, LoRTA: the factors that their config makes of their tensors, one set of them if shared."""
+    shared: dict[str, torch.Tensor] = {}
+    layers = []
+    for index, place in enumerate(architecture.layers):
+        if missing := [target for target in config.targets if target not in place.linears]:
+            raise AdapterError(f"adapter: the backbone's blocks have no {', '.join(missing)}")
+        terms: dict[str, LowRank] = {}
+        for target in config.targets:
+            inputs = _inputs(place, [target], architecture.hidden_size)
+            linear = Linear(target, index, inputs, place.linears[target].width)
+            prefix = (
+                f"{ROOT}{architecture.layers[0].name if config.shared else place.name}.{tuner.child}.{tuner.prefix}"
+            )
+            shapes = config.shapes(linear)
+            taken = {name: tensors.take(prefix + name, shape) for name, shape in shapes.items() if name not in shared}
+            if config.shared:
+                shared |= taken
+                taken = {name: shared[name] for name in shapes}
+            terms[target] = _padded(*config.factors(taken, linear), strip)
+        layers.append(terms)
+    return {"low_rank": tuple(layers)}
+
+
+def _padded(down: torch.Tensor, up: torch.Tensor, strip: int) -> LowRank:
+    """down [in, R] and up [R, W] with R and W rounded up to whole strips."""
+    rank = (0, -len(up) % strip)
+    up = torch.nn.functional.pad(up, (0, -up.shape[1] % strip, *rank))
+    return LowRank(torch.nn.functional.pad(down, rank).contiguous(), up.contiguous())
 
 
 def _modules(place: LayerSites) -> dict[str, list[str]]:
@@ -187,5 +227,8 @@ _READERS: dict[str, Callable[[Any, _Tensors, Architecture, int], dict[str, Any]]
     "CONSTANT": _read_constants,
     "IA3": _read_ia3,
     "LORA": _read_lora,
+    "MELORA": partial(_read_low_rank, MeloraModel),
+    "LORA_DASH": partial(_read_low_rank, LoraDashModel),
+    "LORTA": partial(_read_low_rank, LortaModel),
 }
-NAMES = ("PEDRO", "PARA", "(IA)³", "RED", "BitFit", "LoRA")
+NAMES = ("PEDRO", "PARA", "(IA)³", "RED", "BitFit", "LoRA", "MELoRA", "LoRA-Dash", "LoRTA")

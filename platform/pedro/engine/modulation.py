@@ -121,7 +121,8 @@ class Modulation:
         the attention reads."""
         for batch in self._batches:
             first = batch.generators[0]
-            pooled = _pool(residual, batch.rows, first.pool, None if first.pool_source == "residual" else norm)
+            normed = None if first.pool_source == "residual" else norm
+            pooled = _pool(residual, batch.rows, first.pool, normed, first.window)
             made = generate_vectors(pooled, batch.weights(layer))  # [B, sum of widths]
             for site, part in zip(first.targets, made.split(first.widths[layer], -1), strict=True):
                 self._buffer((SCALE, layer, site))[batch.slots, : part.shape[-1]] = part
@@ -209,15 +210,17 @@ def _pool(
     rows: list[Conditioned],
     pool: str,
     norm: Callable[[torch.Tensor], torch.Tensor] | None,
+    window: int | None,
 ) -> torch.Tensor:
-    """The pooled prompts [B, D]: each row's last conditioning token, or their mean or maximum."""
+    """The pooled prompts [B, D]: each row's last conditioning token, or the mean or maximum of them or the last few."""
     if pool == "last":
         last = [row.segment.start + row.conditioning_length - 1 for row in rows]
         picked = residual[torch.tensor(last, device=residual.device)]
         return (picked if norm is None else norm(picked)).float()
     pooled = []
     for row in rows:
-        prompt = residual[row.segment.start : row.segment.start + row.conditioning_length]
+        stop = row.segment.start + row.conditioning_length
+        prompt = residual[stop - min(row.conditioning_length, window or row.conditioning_length) : stop]
         prompt = (prompt if norm is None else norm(prompt)).float()
         pooled.append(prompt.mean(0) if pool == "mean" else prompt.amax(0))
     return torch.stack(pooled)

@@ -60,7 +60,7 @@ typedef struct {
 typedef struct {                                  /* one layer of a PEDRO or PARA adapter: R(pooled down) up + bias */
   const float *down, *up, *bias, *a, *b;          /* [dim, rank], [rank, width], [width]; a, b: of the rational */
   long rank, width, above, below;                 /* above, below: how many a and b */
-  long activation, pool, residual, sites, site[SITES];
+  long activation, pool, residual, window, sites, site[SITES]; /* window: pool so many last tokens; 0: all */
 } Generator;
 
 typedef struct {
@@ -509,7 +509,8 @@ static void generate(const Model *M, const Batch *B, long l) { /* each prompt's 
   for (long prompt = 0; prompt < B->prompts; prompt++) {
     if (!B->generators[prompt]) continue;
     const Generator *G = B->generators[prompt] + l;
-    const long first = B->starts[prompt], stop = first + B->conditioned[prompt], slot = B->slots[first];
+    const long start = B->starts[prompt], stop = start + B->conditioned[prompt], slot = B->slots[start];
+    const long first = G->window && stop - G->window > start ? stop - G->window : start;
     float *pooled = scratch(dim + G->rank + G->width), *low = pooled + dim, *made = low + G->rank;
     for (long row = G->pool == LAST ? stop - 1 : first, begun = 0; row < stop; row++, begun = 1) {
       const float *x = B->x + row * padded(dim), scale = G->residual ? 1 : rms(x, dim, M->eps);

@@ -56,7 +56,10 @@ class Generator(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("down", "up", "bias", "a", "b")),
-        *((name, c_long) for name in ("rank", "width", "above", "below", "activation", "pool", "residual", "sites")),
+        *(
+            (name, c_long)
+            for name in ("rank", "width", "above", "below", "activation", "pool", "residual", "window", "sites")
+        ),
         ("site", c_long * len(SITES)),
     ]
 

@@ -207,6 +207,7 @@ class NativeModel:
                 struct.above, struct.below = (0 if t is None else len(t) for t in (part.a, part.b))
                 struct.activation = GENERATOR_ACTIVATIONS.index(part.activation)
                 struct.pool, struct.residual = POOLS.index(generator.pool), generator.pool_source == "residual"
+                struct.window = generator.window or 0
                 struct.sites = len(generator.targets)
                 struct.site[: struct.sites] = [SITES.index(site) for site in generator.targets]
         return addressof(known)

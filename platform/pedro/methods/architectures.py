@@ -75,14 +75,15 @@ class Layout:
     cuts: tuple[tuple[str, Cut], ...] = ()  # module path -> how to cut it, for the fused ones
 
 
-def _head_width(config: Any) -> int:
+def head_width(config: Any) -> int:
+    """How many channels a head has."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _cut_qkv(config: Any) -> dict[str, Rows]:
     """[q | k | v]; fewer key-value heads than heads are allowed."""
-    q = config.num_attention_heads * _head_width(config)
-    kv = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * _head_width(config)
+    q = config.num_attention_heads * head_width(config)
+    kv = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width(config)
     return {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}
 
 
@@ -92,7 +93,7 @@ def _cut_gate_up(config: Any) -> dict[str, Rows]:
 
 def _cut_qkv_by_head(config: Any) -> dict[str, Rows]:
     """GPT-NeoX: head by head, each [q | k | v]."""
-    width = _head_width(config)
+    width = head_width(config)
     rows = torch.arange(3 * config.hidden_size, device="cpu").view(config.num_attention_heads, 3, width)
     return {name: rows[:, i].reshape(-1) for i, name in enumerate("qkv")}
 

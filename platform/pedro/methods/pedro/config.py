@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pedro.methods.architectures import TARGETS
 from pedro.methods.blocks import TunerConfig
-from pedro.methods.options import expect, expect_count, expect_names, is_count
+from pedro.methods.options import expect, expect_names, is_count
 from pedro.methods.pedro.generator import ACTIVATIONS
 
 POOLS = ("last", "mean", "max")
 POOL_SOURCES = ("normed", "residual")
+HEAD = "head"
 
 
 @dataclass
@@ -24,29 +26,43 @@ class PedroConfig(TunerConfig):
 
     kind: ClassVar[str] = "PEDRO"
 
-    r: int = field(default=12, metadata={"help": "Width of the generator's bottleneck."})
+    r: int | tuple[int, ...] = field(
+        default=12, metadata={"help": "Width of the generator's bottleneck, or one width a layer."}
+    )
     targets: tuple[str, ...] = field(
         default=("q", "v", "up"), metadata={"help": f"Projections whose outputs are scaled, of {', '.join(TARGETS)}."}
     )
     activation: str | tuple[str, ...] = field(
         default="rational", metadata={"help": f"One of {', '.join(ACTIVATIONS)}, or one name a layer."}
     )
-    orders: tuple[int, int] = field(default=(6, 5), metadata={"help": "(m, n) of the rational activation, eq. 7."})
+    orders: tuple[int, int] | tuple[tuple[int, int], ...] = field(
+        default=(6, 5), metadata={"help": "(m, n) of the rational activation, eq. 7, or one pair a layer."}
+    )
     pool: str = field(default="last", metadata={"help": "How the prompt becomes one vector: last, mean or max."})
+    window: int | None = field(
+        default=None, metadata={"help": "Pool only so many of the prompt's last tokens; None: all of them."}
+    )
     pool_source: str = field(
         default="normed", metadata={"help": "Pool after the attention's norm (normed) or before it (residual)."}
     )
 
+    group_size: int | str = field(
+        default=1,
+        metadata={"help": f"Neighbouring channels that share one entry of a vector; {HEAD}: as many as a head has."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.targets, self.orders = _as_tuple(self.targets), _as_tuple(self.orders)
+        self.targets, self.orders, self.r = _as_tuple(self.targets), _as_tuple(self.orders), _as_tuple(self.r)
         if not isinstance(self.activation, str):
             self.activation = _as_tuple(self.activation)
         self._check()
 
     def _check(self) -> None:
         names = (self.activation,) if isinstance(self.activation, str) else self.activation
-        expect_count("r", self.r)
+        widths = self.r if isinstance(self.r, tuple) else (self.r,)
+        good = len(widths) > 0 and all(is_count(r) and r > 0 for r in widths)
+        expect(good, "r", "a whole number > 0, or a list of one a layer", self.r)
         expect_names("targets", self.targets, TARGETS)
         expect(
             isinstance(names, tuple) and len(names) > 0 and all(name in ACTIVATIONS for name in names),
@@ -54,27 +70,45 @@ class PedroConfig(TunerConfig):
             f"one of {', '.join(ACTIVATIONS)}, or a list of one name a layer",
             self.activation,
         )
-        pair = isinstance(self.orders, tuple) and len(self.orders) == 2 and all(map(is_count, self.orders))
+        pairs = self.orders if _has_pairs(self.orders) else (self.orders,)
         expect(
-            pair and 1 <= self.orders[0] <= 12 and 0 <= self.orders[1] <= 12,
+            len(pairs) > 0 and all(map(_is_pair, pairs)),
             "orders",
-            "two whole numbers (m, n) with 1 <= m <= 12 and 0 <= n <= 12",
+            "two whole numbers (m, n) with 1 <= m <= 12 and 0 <= n <= 12, or a list of one pair a layer",
             self.orders,
         )
         expect(self.pool in POOLS, "pool", f"one of {', '.join(POOLS)}", self.pool)
         expect(self.pool_source in POOL_SOURCES, "pool_source", f"one of {', '.join(POOL_SOURCES)}", self.pool_source)
 
-    def activations(self, num_layers: int) -> tuple[str, ...]:
-        """One activation a layer. Raises ConfigError where a list of them has another length than the model."""
-        if isinstance(self.activation, str):
-            return (self.activation,) * num_layers
+        window = self.window is None or (is_count(self.window) and self.window > 0)
+        expect(window, "window", "a whole number of tokens > 0, or null", self.window)
         expect(
-            len(self.activation) == num_layers,
-            "activation",
-            f"one name for each of the backbone's {num_layers} layers",
-            f"{len(self.activation)} names",
+            self.window is None or self.pool != "last", "window", "null with pool: last; use pool: mean", self.window
         )
-        return self.activation
+        group = self.group_size == HEAD or (is_count(self.group_size) and self.group_size > 0)  # type: ignore[operator]
+        expect(group, "group_size", f"a whole number of channels > 0, or {HEAD}", self.group_size)
+
+    def by_layer(self, num_layers: int) -> list[tuple[str, int, tuple[int, int]]]:
+        """Activation, r and orders of each layer. Raises ConfigError where a list has another length than the model."""
+        orders = self.orders if _has_pairs(self.orders) else (self.orders,) * num_layers
+        ranks = self.r if isinstance(self.r, tuple) else (self.r,) * num_layers
+        names = (self.activation,) * num_layers if isinstance(self.activation, str) else self.activation
+        for option, values, each in (("activation", names, "name"), ("r", ranks, "width"), ("orders", orders, "pair")):
+            expect(
+                len(values) == num_layers,
+                option,
+                f"one {each} for each of the backbone's {num_layers} layers",
+                f"{len(values)} {each}{'s' * (len(values) != 1)}",
+            )
+        return list(zip(names, ranks, orders, strict=True))  # type: ignore[arg-type]
+
+    def entries(self, widths: Sequence[int]) -> list[int]:
+        """Entries of the vectors of projections of these widths. Raises ConfigError where groups do not divide them."""
+        size = self.group_size
+        assert isinstance(size, int), "the tuner puts a number in place of a head"
+        for width in widths:
+            expect(width % size == 0, "group_size", f"a divisor of {width}, the width of a projection", size)
+        return [width // size for width in widths]
 
     @classmethod
     def variant(cls, number: int, num_layers: int | None = None, **options) -> PedroConfig:
@@ -102,4 +136,18 @@ def variant_options(number: int, num_layers: int | None = None) -> dict:
 
 
 def _as_tuple(value):
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+    return tuple(map(_as_tuple, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _has_pairs(orders: object) -> bool:
+    return isinstance(orders, tuple) and all(isinstance(pair, tuple) for pair in orders)
+
+
+def _is_pair(orders: object) -> bool:
+    return (
+        isinstance(orders, tuple)
+        and len(orders) == 2
+        and all(map(is_count, orders))
+        and 1 <= orders[0] <= 12
+        and 0 <= orders[1] <= 12
+    )

@@ -3,7 +3,7 @@
 The layer is a child of the block and replaces nothing. A hook before the block makes the vectors and hands them down
 as a keyword argument, so that they belong to this very call (and to its recomputation under gradient checkpointing,
 which repeats the block with the same arguments); a hook before the attention takes them off again; hooks after the
-projections scale. Shapes: B rows, T tokens, D model width, R bottleneck, W all targets' widths together.
+projections scale. Shapes: B rows, T tokens, D model width, R bottleneck, W all targets' entries together.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ class PedroLayer(BlockLayer):
         self._vectors: Vectors | None = None
         self._handles = self._hook()
 
-    def update_layer(self, adapter_name: str, config: PedroConfig, activation: str) -> None:
+    def update_layer(self, adapter_name: str, config: PedroConfig, num_layers: int) -> None:
         """Add a fresh adapter, which changes nothing: W_down ~ N(0, 0.02), W_up = 0, b_up = 1, R = GELU."""
-        total = sum(self.places.sites[target].width for target in config.targets)
+        activation, r, orders = config.by_layer(num_layers)[self.index]
+        total = sum(self._entries(config))
         fresh = self.fresh()
-        self.pedro_down[adapter_name] = nn.Parameter(torch.empty(self.width, config.r, **fresh).normal_(std=INIT_STD))
-        self.pedro_up[adapter_name] = nn.Parameter(torch.zeros(config.r, total, **fresh))
+        self.pedro_down[adapter_name] = nn.Parameter(torch.empty(self.width, r, **fresh).normal_(std=INIT_STD))
+        self.pedro_up[adapter_name] = nn.Parameter(torch.zeros(r, total, **fresh))
         self.pedro_bias[adapter_name] = nn.Parameter(torch.ones(total, **fresh))
         if activation == "rational":
-            a, b = fit_gelu(*config.orders)
+            a, b = fit_gelu(*orders)
             self.pedro_a[adapter_name] = nn.Parameter(a.to(**fresh))
             self.pedro_b[adapter_name] = nn.Parameter(b.to(**fresh))
         self.configs[adapter_name], self.activations[adapter_name] = config, activation
@@ -74,9 +75,14 @@ class PedroLayer(BlockLayer):
         """The vectors {target: [B, width]} of the rows' prompts: hidden [B, T, D], prompt [B, T] bool."""
         config = self.configs[adapter_name]
         norm = self.places.norm if config.pool_source == "normed" else None
-        vectors = generate_vectors(pool(hidden, prompt, config.pool, norm), self.generator(adapter_name))  # [B, W]
-        widths = [self.places.sites[target].width for target in config.targets]
-        return dict(zip(config.targets, vectors.split(widths, dim=-1), strict=True))
+        pooled = pool(hidden, prompt, config.pool, norm, config.window)
+        made = generate_vectors(pooled, self.generator(adapter_name)).split(self._entries(config), dim=-1)
+        if config.group_size != 1:
+            made = tuple(vector.repeat_interleave(config.group_size, dim=-1) for vector in made)
+        return dict(zip(config.targets, made, strict=True))
+
+    def _entries(self, config: PedroConfig) -> list[int]:
+        return config.entries([self.places.sites[target].width for target in config.targets])
 
     def _hook(self) -> list:
         places = self.places
@@ -157,11 +163,16 @@ class PedroLayer(BlockLayer):
         return (output * scale[:, None]).to(output.dtype)  # float32 product, then the model's dtype
 
 
-def pool(hidden: torch.Tensor, prompt: torch.Tensor, how: str, norm: nn.Module | None) -> torch.Tensor:
+def pool(
+    hidden: torch.Tensor, prompt: torch.Tensor, how: str, norm: nn.Module | None, window: int | None = None
+) -> torch.Tensor:
     """The prompt as one vector a row: hidden [B, T, D], prompt [B, T] bool -> [B, D], float32 for mean and max.
 
-    `norm` is applied token by token before pooling; for `last`, to that token only.
+    `norm` is applied token by token before pooling; for `last`, to that token only. With `window`, only so many of
+    the prompt's last tokens are pooled.
     """
+    if window is not None:
+        prompt = prompt & (prompt.flip(1).cumsum(1).flip(1) <= window)
     if how == "last":
         position = (prompt * torch.arange(prompt.shape[1], device=prompt.device)).argmax(dim=1)  # [B]
         hidden = hidden[torch.arange(len(hidden), device=hidden.device), position, None]  # [B, 1, D]

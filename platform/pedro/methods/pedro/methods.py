@@ -19,12 +19,14 @@ def _build(
     variant: int | None,
     model_config: Any,
     *,
-    r: int | None = None,
+    r: int | list[int] | None = None,
     targets: list[str] | None = None,
     activation: str | list[str] | None = None,
-    orders: list[int] | None = None,
+    orders: list[int] | list[list[int]] | None = None,
     pool: str | None = None,
     pool_source: str | None = None,
+    window: int | None = None,
+    group_size: int | str | None = None,
 ) -> PedroConfig:
     given = {
         "r": r,
@@ -33,6 +35,8 @@ def _build(
         "orders": orders,
         "pool": pool,
         "pool_source": pool_source,
+        "window": window,
+        "group_size": group_size,
     }
     changes = variant_options(variant, model_config.num_hidden_layers) if variant else {}
     return _checked(PedroConfig(**{**changes, **{k: v for k, v in given.items() if v is not None}}), model_config)
@@ -54,7 +58,7 @@ def _checked(config: PedroConfig, model_config: Any) -> PedroConfig:
     paths = projection_paths(model_config)
     missing = [target for target in config.targets if target not in paths]
     expect(not missing, "targets", f"names that {model_config.model_type} has ({', '.join(paths)})", missing)
-    config.activations(model_config.num_hidden_layers)
+    config.by_layer(model_config.num_hidden_layers)
     return config
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from pedro.errors import ConfigError
-from pedro.methods.architectures import Architecture
+from pedro.methods.architectures import Architecture, head_width
 from pedro.methods.conditioned import ConditionedTuner
-from pedro.methods.pedro.config import PedroConfig
+from pedro.methods.pedro.config import HEAD, PedroConfig
 from pedro.methods.pedro.layer import BASE, PedroLayer
 
 CHILD = "modulation"
@@ -25,21 +25,28 @@ class PedroModel(ConditionedTuner):
     child = CHILD
     no_merge = "PEDRO's vectors depend on the prompt, so no weights can hold them"
 
+    def _prepare_adapter_config(self, peft_config: PedroConfig, model_config: dict) -> PedroConfig:
+        if peft_config.group_size == HEAD:
+            peft_config.group_size = head_width(self.model.config)
+        return peft_config
+
     def check(self, config: PedroConfig, architecture: Architecture) -> None:
-        """Raise ConfigError for targets that the backbone lacks, or for another number of activations than layers."""
+        """Raise ConfigError for targets that the backbone lacks, for lists of another length than it has layers, and
+        for groups that do not divide its projections."""
         sites = architecture.layers[0].sites
         if missing := [target for target in config.targets if target not in sites]:
             raise ConfigError(
                 f"targets: this backbone has no {', '.join(missing)}; choose from {', '.join(sites)}", param="targets"
             )
-        config.activations(len(architecture.layers))
+        config.by_layer(len(architecture.layers))
+        config.entries([sites[target].width for target in config.targets])
 
     def add(self, block: nn.Module, index: int, adapter_name: str, config: PedroConfig) -> None:
         """Give the block a PedroLayer if it has none, and the layer a fresh adapter."""
         layers = self._architecture.layers
         if not hasattr(block, CHILD):
             setattr(block, CHILD, PedroLayer(index, layers[index], self._architecture.hidden_size, self._prompts))
-        getattr(block, CHILD).update_layer(adapter_name, config, config.activations(len(layers))[index])
+        getattr(block, CHILD).update_layer(adapter_name, config, len(layers))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
