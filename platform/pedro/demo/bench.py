@@ -18,6 +18,7 @@ from statistics import median
 
 from pedro.backbone import Backbone, resolve_backbone
 from pedro.config import Settings
+from pedro.demo import bench_dashboard
 from pedro.evaluation.benchmarks import http
 from pedro.evaluation.benchmarks.adapters import adapter_directories
 from pedro.evaluation.benchmarks.main import Benchmark, Options
@@ -110,6 +111,11 @@ def registry_report(options: Options, say: Say) -> Report:
 
 
 SERVER_BENCHMARKS = {
+    "dashboard": Benchmark(
+        "the dashboard's pages among 10,000 runs and 500 adapters",
+        bench_dashboard.dashboard_report,
+        bench_dashboard.COLUMNS,
+    ),
     "registry": Benchmark(
         "what a miss costs in the registry, before the engine's loader", registry_report, REGISTRY_COLUMNS
     ),

@@ -71,6 +71,18 @@ def exists(location: str) -> bool:
     return system.exists(path)
 
 
+def folders(location: str) -> list[str]:
+    """Names of the folders inside a stored folder, in order; none if it is not there."""
+    try:
+        if "://" not in location:
+            return sorted(path.name for path in Path(location).iterdir() if path.is_dir())
+        system, path = _filesystem(location)
+        found = system.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory")
+
+
 def join(storage: str, *parts: str) -> str:
     """A location inside the storage."""
     return "/".join([storage.rstrip("/"), *parts])

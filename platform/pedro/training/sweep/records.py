@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from pedro.training.storage import join, read_text, write_text
+from pedro.training.storage import folders, join, read_text, write_text
 from pedro.training.sweep.space import Parameters
 from pedro.training.sweep.spec import SweepSpec
+
+BY_SPEC = "by-spec"
 
 
 class State(StrEnum):
@@ -125,9 +127,14 @@ class Records:
     def trials(self) -> list[Trial]:
         """All trials that were ever begun, in order, with their own words on how they ended."""
         found: list[Trial] = []
-        while (text := read_text(self._trial(len(found)))) is not None:
-            found.append(self._with_outcome(_trial(json.loads(text))))
+        while (trial := self.trial(len(found))) is not None:
+            found.append(trial)
         return found
+
+    def trial(self, number: int) -> Trial | None:
+        """One trial with its own word on how it ended; None if it was never begun."""
+        text = read_text(self._trial(number))
+        return None if text is None else self._with_outcome(_trial(json.loads(text)))
 
     def write_trial(self, trial: Trial) -> None:
         """For the driver."""
@@ -157,6 +164,11 @@ class Records:
         write_text(join(self.location, name), json.dumps(tree, indent=1))
 
 
+def sweep_ids(storage: str) -> list[str]:
+    """The sweeps that a storage holds."""
+    return [name for name in folders(join(storage, "sweeps")) if name != BY_SPEC]
+
+
 def remember(storage: str, spec: SweepSpec, sweep_id: str) -> None:
     """Make `sweep_id` the one that `recall` finds for this spec."""
     write_text(_by_spec(storage, spec), json.dumps({"id": sweep_id}))
@@ -170,7 +182,7 @@ def recall(storage: str, spec: SweepSpec) -> str | None:
 
 def _by_spec(storage: str, spec: SweepSpec) -> str:
     digest = hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode()).hexdigest()
-    return join(storage, "sweeps", "by-spec", f"{digest[:32]}.json")
+    return join(storage, "sweeps", BY_SPEC, f"{digest[:32]}.json")
 
 
 def _trial(tree: dict[str, Any]) -> Trial:

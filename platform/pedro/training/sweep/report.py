@@ -84,9 +84,9 @@ def rows_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
             "state": trial.state.value,
             **trial.parameters,
             "validation_loss": trial.loss,
-            **{name: _metric(trial, name) for name in SCORES},
+            **{name: metric(trial, name) for name in SCORES},
             "trainable_parameters": trial.outcome.trainable_parameters if trial.outcome else None,
-            "steps": _metric(trial, "steps") or trial.step,
+            "steps": metric(trial, "steps") or trial.step,
             "seconds": trial.outcome.seconds if trial.outcome else None,
             "message": trial.message,
             "run_id": trial.run_id,
@@ -123,9 +123,9 @@ def draw(drawn: Sequence[Trial], keys: list[str], best: Trial | None, path: Path
 
     columns = [(key, [trial.parameters[key] for trial in drawn]) for key in keys]
     columns.append(("validation loss", [trial.loss for trial in drawn]))
-    if any(_metric(trial, "accuracy") is not None for trial in drawn):
-        columns.append(("accuracy", [_metric(trial, "accuracy") for trial in drawn]))
-    axes = [_axis(values) for _, values in columns]
+    if any(metric(trial, "accuracy") is not None for trial in drawn):
+        columns.append(("accuracy", [metric(trial, "accuracy") for trial in drawn]))
+    axes = [axis(values) for _, values in columns]
     figure = Figure(figsize=(2.2 * max(3, len(columns)), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     plot = figure.add_subplot()
@@ -169,9 +169,11 @@ def draw(drawn: Sequence[Trial], keys: list[str], best: Trial | None, path: Path
 Height = Callable[[Any], float | None]
 
 
-def _axis(values: list[Any]) -> tuple[Height, list[tuple[float, str]]]:
-    """Where values lie between 0 and 1, and the ticks: numbers by size (by its logarithm over wide ranges), the rest
-    in the order in which they come."""
+def axis(values: Sequence[Any]) -> tuple[Height, list[tuple[float, str]]]:
+    """Where values lie between 0 and 1 on an axis of their own, and its ticks.
+
+    Numbers lie by size (by its logarithm over wide ranges), the rest in the order in which they come.
+    """
     known = [value for value in values if value is not None]
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known):
         names = list(dict.fromkeys(map(_value, known)))
@@ -194,7 +196,8 @@ def _axis(values: list[Any]) -> tuple[Height, list[tuple[float, str]]]:
     return height, ticks
 
 
-def _metric(trial: Trial, name: str) -> Any:
+def metric(trial: Trial, name: str) -> Any:
+    """What a trial that came to its end measured."""
     return trial.outcome.metrics.get(name) if trial.outcome else None
 
 

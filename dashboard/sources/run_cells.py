@@ -1,0 +1,131 @@
+"""Runs of MLflow as runs of a comparison, so that jobs are compared as grids are. Knows nothing of Streamlit.
+
+An adapter is a task, a method is told from others of its kind by the parameters in which they differ, and runs that
+differ in their seed alone are the seeds of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pedro import runs
+from pedro.comparison.results import FINAL, FINISHED, Cell, Comparison, TaskResult
+from pedro.config import Settings
+from pedro.registry import Registry
+from pedro.runs import Run
+from pedro.versions import utc
+from sources.compare import CURVES
+from sources.stores import ask_registry
+
+NAME = "mlflow/runs"  # beside results/… and home/…
+TITLE = "Runs in MLflow"
+OF_COMPARISONS = "comparison."  # experiments that a comparison's folder holds already
+MOST = 200
+MOST_CURVES = 60
+KEPT = ("method.", "training.", "backbone", "resources.zero_stage")
+SEED = "training.seed"
+
+
+def read_models(settings: Settings) -> tuple[list[str], str]:
+    """The adapters that have runs, the last used first; and what went wrong."""
+    found, problem = ask_registry(settings, runs.models_with_runs, [])
+    return [name for name in found if not name.startswith(OF_COMPARISONS)], problem
+
+
+def read_runs(settings: Settings, models: Sequence[str]) -> tuple[Comparison, str]:
+    """The newest finished runs of some adapters as a comparison; and what went wrong."""
+
+    def read(registry: Registry) -> tuple[tuple[Run, ...], dict[str, int]]:
+        page = runs.page_of_runs(registry, models, status="FINISHED", limit=MOST)
+        sizes = {v.run_id: v.trainable_parameters for model in models for v in registry.versions(model)}
+        return page.runs, sizes
+
+    (found, sizes), problem = ask_registry(settings, read, ((), {}))
+    scored = [run for run in found if "final/accuracy" in run.metrics]
+    cells = tuple(_cell(run, label, sizes.get(run.id, 0)) for run, label in zip(scored, _labels(scored), strict=True))
+    return Comparison(Path(NAME), "runs", TITLE, "compute", "", cells, (), {}), problem
+
+
+def with_curves(settings: Settings, cells: Iterable[Cell], task: str) -> list[Cell]:
+    """The runs of one adapter with their curves; the newest of them, where there are many."""
+    mine = [cell for cell in cells if cell.task == task][:MOST_CURVES]
+    points, _ = ask_registry(settings, lambda registry: runs.curves(registry, [c.id for c in mine], list(CURVES)), [])
+    drawn: dict[str, dict[str, list[list[float]]]] = {}
+    for run_id, metric, step, value in points:
+        drawn.setdefault(run_id, {}).setdefault(metric, []).append([step, value])
+    return [replace(cell, curves=drawn.get(cell.id, {})) for cell in mine]
+
+
+def _labels(found: Sequence[Run]) -> list[str]:
+    """The method's name, and the parameters in which runs of that method differ, the seed apart."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for run in found:
+        for key, value in _asked(run).items():
+            values.setdefault(_method(run), {}).setdefault(key, set()).add(value)
+    labels = []
+    for run in found:
+        mine = _asked(run)
+        apart = [key for key, seen in values[_method(run)].items() if len(seen) > 1 and key in mine]
+        labels.append(" ".join([_method(run), *(f"{key.rpartition('.')[2]}={mine[key]}" for key in apart)]))
+    return labels
+
+
+def _cell(run: Run, label: str, parameters: int) -> Cell:
+    asked, metrics = _asked(run), run.metrics
+    majority = metrics.get("final/majority_accuracy")
+    score = TaskResult(run.model, "accuracy", metrics["final/accuracy"], majority=majority)
+    return Cell(
+        id=run.id,
+        stage=FINAL,
+        comparison="runs",
+        method=_method(run),
+        label=label,
+        task=run.model,
+        backbone=run.params.get("backbone", "?"),
+        seed=int(_number(run.params.get(SEED, "0"))),
+        state=FINISHED,
+        lr=_number(asked.get("training.lr", "nan")),
+        options={
+            key.removeprefix("method."): _plain(value) for key, value in asked.items() if key.startswith("method.")
+        },
+        training={k.removeprefix("training."): _plain(v) for k, v in asked.items() if k.startswith("training.")},
+        scores=(score,),
+        trainable_parameters=parameters,
+        seconds=metrics.get("final/seconds", 0.0),
+        tokens_per_second=metrics.get("train/tokens_per_second", 0.0),
+        peak_memory_bytes=int(metrics.get("system/memory_mb", 0.0) * 2**20),
+        provenance={"created": utc(run.started)},
+    )
+
+
+def _asked(run: Run) -> dict[str, str]:
+    """The parameters that make a run comparable to others."""
+    return {
+        key: value
+        for key, value in run.params.items()
+        if key.startswith(KEPT) and key not in (SEED, "method.name") and value != "None"
+    }
+
+
+def _method(run: Run) -> str:
+    return run.params.get("method.name", "?")
+
+
+def _number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return 0.0
+
+
+def _plain(text: str) -> Any:
+    """A parameter as it was before MLflow made it text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

@@ -1,0 +1,266 @@
+"""Compare: methods × tasks × backbones with intervals, what differs, Pareto fronts, budgets, curves. Drawing only."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from drawing import colours, dashes
+from parts.costs import costs
+from pedro.comparison.results import Cell, Comparison
+from pedro.config import Settings
+from sources import compare as data
+from sources import run_cells
+from sources.compare import Selection
+
+REFRESH_S = 60
+Names = tuple[str, ...]
+MOST_LINES = 12
+STYLE = """<style>
+.pedro-table {overflow-x: auto; max-width: 100%;}
+.pedro-table table {border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.95rem;}
+.pedro-table caption {text-align: left; font-weight: 600; padding: 0.25rem 0 0.5rem;}
+.pedro-table th, .pedro-table td {padding: 0.35rem 0.7rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid rgba(128, 132, 149, 0.3);}
+.pedro-table th[scope=row], .pedro-table th:first-child {text-align: left;}
+.pedro-table th {font-weight: 500;}
+.pedro-table td small {display: block; opacity: 0.65; font-size: 0.75rem;}
+.pedro-table u {text-underline-offset: 3px;}
+</style>"""
+
+list_all = st.cache_data(ttl=5, show_spinner=False)(data.list_comparisons)
+read_models = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the experiments …")(run_cells.read_models)
+read_runs = st.cache_resource(ttl=REFRESH_S, show_spinner="Reading the runs …", max_entries=20)(run_cells.read_runs)
+read_one = st.cache_resource(show_spinner="Reading the runs …", max_entries=10)(data.read)
+
+
+@st.cache_resource(ttl=600, show_spinner="Computing the intervals …", max_entries=50)
+def select(_comparison: Comparison, stamp: str, tasks: Names, labels: Names, backbones: Names) -> Selection:
+    """The bootstrap takes a moment, and its outcome changes with the runs and the filters alone."""
+    return data.select(_comparison, tasks, labels, backbones)
+
+
+@st.cache_resource(ttl=REFRESH_S, show_spinner="Reading the curves …", max_entries=50)
+def with_curves(settings: Settings, _cells: tuple[Cell, ...], stamp: str, task: str) -> list[Cell]:
+    return run_cells.with_curves(settings, _cells, task)
+
+
+def page() -> None:
+    settings = Settings.from_env()
+    st.title("Compare", anchor=False)
+    comparison, stamp = chosen(settings)
+    if comparison is None:
+        return
+    problems(comparison)
+    selection = filtered(comparison, stamp)
+    if not selection.tables:
+        st.caption("No finished run fits. Choose other tasks or methods, or wait for the first one.")
+        return
+    table(selection)
+    downloads(selection)
+    beside_the_paper(selection)
+    costs(selection)
+    budgets(selection)
+    curves(settings, selection, stamp)
+    parameters(selection)
+
+
+def chosen(settings: Settings) -> tuple[Comparison | None, str]:
+    """The comparison that is looked at, and what changes with it."""
+    found = {listed.key: listed for listed in list_all(settings)}
+    models, problem = read_models(settings)
+    if problem:
+        st.warning(f"The registry cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
+    options = [*found, *([run_cells.NAME] if models else [])]
+    if not options:
+        st.info(
+            "Nothing to compare yet. `pedro compare jobs/configs/nano_table1.yaml` runs a grid of methods; jobs of "
+            "`pedro submit` can be compared as well.",
+            icon=":material/compare_arrows:",
+        )
+        return None, ""
+    key = st.selectbox("Comparison", options, key="comparison", bind="query-params")
+    if key in found:
+        listed = found[key]
+        return read_one(listed), f"{key} {listed.stamp}"
+    wanted = st.multiselect(
+        "Adapters", models, default=models[:3], key="models", bind="query-params", max_selections=25
+    )
+    comparison, problem = read_runs(settings, tuple(wanted))
+    if problem:
+        st.warning(f"The runs cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
+    return comparison, f"{run_cells.NAME} {[cell.id for cell in comparison.cells]}"
+
+
+def problems(comparison: Comparison) -> None:
+    if comparison.problems:
+        listed = "\n".join(comparison.problems)
+        st.warning(
+            f"These files of `{comparison.folder}` cannot be read and are left out:\n\n```\n{listed}\n```",
+            icon=":material/broken_image:",
+        )
+
+
+def filtered(comparison: Comparison, stamp: str) -> Selection:
+    """What the filters leave; they stand in the URL."""
+    open_to = data.choices(comparison)
+    several = len(open_to.backbones) > 1
+    places = st.columns(3 if several else 2)
+    tasks = places[0].multiselect("Tasks", open_to.tasks, key="tasks", bind="query-params", placeholder="all tasks")
+    labels = places[1].multiselect(
+        "Methods", open_to.labels, key="methods", bind="query-params", placeholder="all methods"
+    )
+    backbones = (
+        places[2].multiselect("Backbones", open_to.backbones, key="backbones", bind="query-params", placeholder="all")
+        if several
+        else []
+    )
+    return select(comparison, stamp, tuple(tasks), tuple(labels), tuple(backbones))
+
+
+def table(selection: Selection) -> None:
+    st.html(STYLE + "".join(data.table_html(table) for table in selection.tables))
+    st.caption(data.LEGEND)
+    notes = dict.fromkeys(note for table in selection.tables for note in table.notes)
+    with st.expander("What the numbers are", icon=":material/info:"):
+        st.markdown("\n".join(f"- {_literal(note)}" for note in notes))
+
+
+def downloads(selection: Selection) -> None:
+    """Exactly what is shown, as files; figures are drawn when they are asked for."""
+    name = selection.comparison.name
+    places = st.columns(4)
+    for place, label, make, ending, kind in (
+        (places[0], "CSV", data.as_csv, "csv", "text/csv"),
+        (places[1], "LaTeX", data.as_latex, "tex", "text/x-tex"),
+        (places[2], "PNG", data.as_png, "png", "image/png"),
+        (places[3], "PNG of budgets", data.budgets_as_png, "budget.png", "image/png"),
+    ):
+        if make is data.budgets_as_png and not data.budget_rows(selection, selection.tasks[0]):
+            continue
+        place.download_button(
+            label,
+            partial(make, selection),
+            f"{name}.{ending}",
+            kind,
+            icon=":material/download:",
+            on_click="ignore",
+            width="stretch",
+        )
+
+
+def beside_the_paper(selection: Selection) -> None:
+    if selection.complaint:
+        st.caption(f":orange[:material/warning:] The paper's numbers cannot be shown: {selection.complaint}")
+    rows = data.paper_rows(selection)
+    if not rows or selection.paper is None:
+        return
+    st.subheader("Beside the paper", anchor=False)
+    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+    st.caption(f"{selection.paper.title}. {selection.paper.note}")
+
+
+def budgets(selection: Selection) -> None:
+    if not data.budget_rows(selection, selection.tasks[0]):
+        return
+    st.subheader("Score against parameters", anchor=False)
+    task = st.selectbox("Task", selection.tasks, index=len(selection.tasks) - 1, key="budget_task", bind="query-params")
+    frame = pd.DataFrame(data.budget_rows(selection, task or selection.tasks[-1]))
+    if frame.empty:
+        st.caption("No method has a score there.")
+        return
+    methods = list(dict.fromkeys(frame["method"]))
+    base = alt.Chart(frame).encode(
+        x=alt.X("parameters:Q", title="trained parameters", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s")),
+        color=colours("method", methods),
+        tooltip=[
+            *("method:N", "backbone:N"),
+            alt.Tooltip("parameters:Q", format=","),
+            *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("score", "low", "high")),
+        ],
+    )
+    y = alt.Y("score:Q", title="score", scale=alt.Scale(zero=False), axis=alt.Axis(format=".0%"))
+    lines = base.mark_line(strokeWidth=2.2, point=alt.OverlayMarkDef(size=45)).encode(
+        y=y, strokeDash=dashes("method", methods), detail="backbone:N"
+    )
+    spans = base.mark_rule(strokeWidth=1.2, opacity=0.6).encode(y="low:Q", y2="high:Q", detail="backbone:N")
+    st.altair_chart((spans + lines).properties(height=380), width="stretch")
+    st.caption("Medians over seeds with their 95 % intervals; the number of parameters on a logarithmic axis.")
+
+
+def curves(settings: Settings, selection: Selection, stamp: str) -> None:
+    st.subheader("Learning curves", anchor=False)
+    trained = list(dict.fromkeys(cell.task for cell in selection.cells))
+    if not trained:
+        st.caption("No run has a curve.")
+        return
+    left, right = st.columns([1, 2], vertical_alignment="bottom")
+    task = left.selectbox("Trained on", trained, key="curve_task", bind="query-params") or trained[0]
+    curve = right.segmented_control(
+        "Curve",
+        list(data.CURVES),
+        default="dev/loss",
+        required=True,
+        format_func=data.CURVES.__getitem__,
+        key="curve",
+        bind="query-params",
+    )
+    cells = selection.cells
+    if stamp.startswith(run_cells.NAME):
+        cells = tuple(with_curves(settings, cells, stamp, task))
+    frame = pd.DataFrame(data.curve_rows(cells, task, curve))
+    if frame.empty:
+        st.caption("These runs logged no such curve.")
+        return
+    best = data.best_values(cells, task, curve)
+    methods = [row["method"] for row in best][:MOST_LINES]
+    frame = frame[frame["method"].isin(methods)]
+    base = alt.Chart(frame).encode(
+        x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1, grid=False)), color=colours("method", methods)
+    )
+    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
+    lines = base.mark_line(strokeWidth=2.2, point=alt.OverlayMarkDef(size=22)).encode(
+        y=y,
+        strokeDash=dashes("method", methods),
+        tooltip=["method:N", "step:Q", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high"))],
+    )
+    bands = base.mark_area(opacity=0.12).encode(y="low:Q", y2="high:Q")
+    left, right = st.columns([3, 2], gap="large")
+    left.altair_chart((bands + lines).properties(height=340), width="stretch")
+    left.caption("Medians over seeds; the shade reaches from the least to the most of them.")
+    right.dataframe(
+        pd.DataFrame(best),
+        hide_index=True,
+        width="stretch",
+        column_config={
+            "method": st.column_config.TextColumn("Method"),
+            "best": st.column_config.NumberColumn("Best", format="%.4f", width="small"),
+            "step": st.column_config.NumberColumn("At step", format="localized", width="small"),
+            "last": st.column_config.NumberColumn("Last", format="%.4f", width="small"),
+            "seeds": st.column_config.NumberColumn("Seeds", width="small"),
+        },
+    )
+    if len(best) > MOST_LINES:
+        right.caption(f"Drawn are the best {MOST_LINES} of {len(best)}.")
+
+
+def parameters(selection: Selection) -> None:
+    st.subheader("Parameters that differ", anchor=False)
+    rows = data.differing(selection.cells)
+    if len(rows) < 2 or len(rows[0]) < 2:
+        st.caption("None, the seed apart.")
+        return
+    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+    st.caption("What is equal for all methods that are shown is left out. Several values: they differ between runs.")
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it stands."""
+    return text.replace("*", r"\*").replace("_", r"\_").replace("$", r"\$").replace("~", r"\~")
+
+
+if __name__ == "__main__":
+    page()

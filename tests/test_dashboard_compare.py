@@ -1,0 +1,247 @@
+"""The dashboard's comparisons: the same numbers as `pedro compare`, filters, fronts, curves, exports."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from dashboard_app import DASHBOARD, healthy, opener, words
+from dashboard_home import copy_of_home
+from dashboard_results import add_comparison
+
+from pedro.comparison.report import print_report
+from pedro.comparison.results import read_comparison
+from pedro.comparison.sheets import number
+from pedro.comparison.tables import tables
+from pedro.config import Settings
+from pedro.registry import Registry
+
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+TINY, FIGURE = "home/tiny_table1", "home/tiny_figure3"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Two comparisons; tests that change something copy them."""
+    folder = tmp_path_factory.mktemp("compare") / "comparisons"
+    add_comparison(folder)
+    add_comparison(folder, "tiny_figure3", (5000, 20000, 80000))
+    return folder.parent
+
+
+@pytest.fixture
+def sources(monkeypatch):
+    """The data functions, as the page imports them."""
+    monkeypatch.syspath_prepend(str(DASHBOARD))
+    import sources.compare
+    import sources.pareto
+    import sources.run_cells
+
+    return sources
+
+
+@pytest.fixture
+def page(monkeypatch):
+    return opener(monkeypatch, "compare")
+
+
+class Tables(html.parser.HTMLParser):
+    """The rows of HTML tables as texts of their cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "small":
+            self.rows[-1][-1] += " "
+
+    def handle_data(self, data):
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def shown_rows(shown) -> list[list[str]]:
+    """The rows of the page's tables."""
+    (drawn,) = shown.get("html")
+    return Tables(drawn.proto.body.partition("</style>")[2]).rows
+
+
+def test_the_table_is_the_one_that_pedro_compare_prints_number_by_number(page, made):
+    seen = [row for row in shown_rows(page(made, comparison=TINY)) if row[0] != "method"]
+    printed = print_report(read_comparison(made / "comparisons" / "tiny_table1"), width=10_000).splitlines()
+    assert [row[0] for row in seen] == ["PEDRO", "LoRA", "(IA)³", "BitFit"]
+    for row in seen:
+        line = next(line for line in printed if line.startswith(row[0]))
+        assert NUMBER.findall(" ".join(row[1:])) == NUMBER.findall(line.removeprefix(row[0])), row[0]
+        assert row[-1].count("[") == 1
+
+
+def test_marks_are_those_of_the_table(page, made):
+    (drawn,) = page(made, comparison=TINY).get("html")
+    (table,) = tables(read_comparison(made / "comparisons" / "tiny_table1"))
+    marked = [entry for entry in table.cells.values() if entry.mark == "best"]
+    assert {entry.label for entry in marked} == {"PEDRO"}
+    assert drawn.proto.body.count("<b>") == sum(entry.proven for entry in marked)
+    assert drawn.proto.body.count("<u>") == sum(entry.mark == "second" for entry in table.cells.values())
+    assert "!" in next(row for row in shown_rows(page(made, comparison=TINY)) if row[0] == "BitFit")[3]
+
+
+def test_filters_come_from_the_url_and_hold_for_everything(page, made):
+    shown = page(made, comparison=TINY, tasks="sst2", methods=["LoRA", "PEDRO"])
+    assert [row[0] for row in shown_rows(shown)] == ["method", "PEDRO", "LoRA"]
+    assert shown_rows(shown)[0] == ["method", "parameters", "sst2"]
+    assert shown.multiselect(key="tasks").value == ["sst2"]
+    healthy(shown.multiselect(key="methods").set_value(["LoRA"]).run())
+    assert [row[0] for row in shown_rows(shown)] == ["method", "LoRA"]
+    healthy(shown.selectbox(key="comparison").select(FIGURE).run())
+    assert len(shown_rows(shown)) == 3 * 2, "a table for each budget; what is filtered stays"
+
+
+def test_only_parameters_that_differ_are_listed(sources, made):
+    rows = sources.compare.differing(read_comparison(made / "comparisons" / "tiny_table1").cells)
+    by_label = {row["method"]: row for row in rows}
+    assert by_label["PEDRO"] == {"method": "PEDRO", "kind": "pedro", "r": "12", "lr": "0.01"}
+    assert by_label["BitFit"]["lr"] == "0.003"
+    assert "training.batch_size" not in by_label["PEDRO"]
+
+
+def test_the_best_value_of_a_curve_is_told_beside_the_last(sources, made):
+    cells = read_comparison(made / "comparisons" / "tiny_table1").cells
+    rows = {row["method"]: row for row in sources.compare.best_values(cells, "sst2", "dev/loss")}
+    assert rows["PEDRO"]["step"] == 125
+    assert rows["PEDRO"]["best"] < rows["PEDRO"]["last"]
+    assert rows["PEDRO"]["seeds"] == 3
+    drawn = [row for row in sources.compare.curve_rows(cells, "sst2", "dev/loss") if row["method"] == "PEDRO"]
+    assert [row["step"] for row in drawn] == list(range(25, 151, 25))
+    assert all(row["low"] <= row["value"] <= row["high"] for row in drawn)
+
+
+def test_a_method_is_unbeaten_unless_another_is_as_good_in_all_and_better_in_one(sources):
+    pareto = sources.pareto
+
+    def point(label, score, parameters, **more):
+        return pareto.Point(label, "b", None, {"score": score, "parameters": parameters, **more})
+
+    points = [point("a", 0.9, 100), point("b", 0.8, 50), point("c", 0.8, 60), point("d", 0.9, 100), point("e", 0.7, 40)]
+    assert pareto.undominated(points, ["score", "parameters"]) == [True, True, False, True, True]
+    assert [one.label for one in pareto.front(points, "parameters", "score")] == ["e", "b", "a", "d"]
+    assert pareto.undominated(points, ["score"]) == [True, False, False, True, False]
+    points.append(pareto.Point("f", "b", None, {"score": 1.0}))
+    assert pareto.undominated(points, ["score", "parameters"])[-1] is False, "who lacks a metric cannot be compared"
+
+
+def test_a_third_metric_keeps_what_two_would_drop(sources, made):
+    selection = sources.compare.select(read_comparison(made / "comparisons" / "tiny_table1"))
+    points = {point.label: point for point in sources.pareto.points_of(selection)}
+    assert points["PEDRO"].values["parameters"] == 20260
+    assert points["PEDRO"].values["adapter_bytes"] == 4 * 20260
+    table = selection.tables[0]
+    assert points["LoRA"].values["score"] == table.cells["LoRA", "Avg."].value
+    listed = list(points.values())
+    two = sources.pareto.undominated(listed, ["score", "parameters"])
+    three = sources.pareto.undominated(listed, ["score", "parameters", "tokens_per_second"])
+    assert sum(three) >= sum(two)
+    assert all(mark for mark, before in zip(three, two, strict=True) if before)
+
+
+def test_scores_stand_against_budgets_where_there_are_several(page, sources, made):
+    shown = page(made, comparison=FIGURE)
+    assert "Score against parameters" in words(shown.subheader)
+    selection = sources.compare.select(read_comparison(made / "comparisons" / "tiny_figure3"), ["sst2"], ["PEDRO"])
+    rows = sources.compare.budget_rows(selection, "sst2")
+    assert [row["parameters"] for row in rows] == [5000, 20000, 80000]
+    assert "Score against parameters" not in words(page(made, comparison=TINY).subheader)
+
+
+def test_exports_hold_exactly_what_is_filtered(sources, made):
+    selection = sources.compare.select(
+        read_comparison(made / "comparisons" / "tiny_table1"), ["sst2"], ["PEDRO", "LoRA"]
+    )
+    rows = list(csv.DictReader(io.StringIO(sources.compare.as_csv(selection))))
+    assert [(row["label"], row["task"]) for row in rows] == [("PEDRO", "sst2"), ("LoRA", "sst2")]
+    assert float(rows[0]["value"]) == selection.tables[0].cells["PEDRO", "sst2"].value
+    tex = sources.compare.as_latex(selection)
+    assert r"\begin{tabular}{lrr}" in tex
+    assert "BitFit" not in tex
+    assert sources.compare.as_png(selection).startswith(b"\x89PNG")
+
+
+def test_the_papers_numbers_stand_beside_ours(page, made, tmp_path):
+    home = copied(made, tmp_path)
+    head = home / "comparisons" / "tiny_table1" / "comparison.json"
+    tree = json.loads(head.read_text())
+    tree["paper"] = {"source": "arXiv 2409.17834", "table": "table 1", "rows": {"PEDRO": {"sst2": 95.9}}}
+    head.write_text(json.dumps(tree))
+    shown = page(home, comparison=TINY)
+    frame = next(d.value for d in shown.dataframe if "sst2, paper" in d.value.columns)
+    assert frame["sst2, paper"][0] == 95.9
+    (table,) = tables(read_comparison(head.parent))
+    assert f"{frame['sst2, ours'][0]:.1f}" == number(table.cells["PEDRO", "sst2"].value, "accuracy")
+    tree["paper"] = {"rows": 3}
+    head.write_text(json.dumps(tree))
+    assert "cannot be shown" in words(page(home, comparison=TINY).caption)
+
+
+def test_broken_files_are_named_with_the_reason_and_the_rest_is_shown(page, made, tmp_path):
+    home = copied(made, tmp_path)
+    cells = sorted((home / "comparisons" / "tiny_table1" / "cells").glob("*.json"))
+    cells[0].write_text('{"id": 3')
+    cells[1].write_text('{"state": "finished"}')
+    (home / "comparisons" / "tiny_figure3" / "comparison.json").write_text("{")
+    shown = page(home, comparison=TINY)
+    assert cells[0].name in words(shown.warning)
+    assert "missing" in words(shown.warning)
+    assert len(shown_rows(shown)) == 5
+    assert "comparison.json" in words(page(home, comparison=FIGURE).warning)
+
+
+def test_runs_of_jobs_are_compared_by_seeds_and_by_what_differs(page, tmp_path):
+    home = copy_of_home(tmp_path / "home")
+    registry = Registry.open(Settings.from_env({"PEDRO_HOME": str(home)}))
+    for lr, seed, accuracy in [(0.01, 0, 0.7), (0.01, 1, 0.74), (0.01, 2, 0.9), (0.001, 0, 0.5)]:
+        spec = {
+            "backbone": "stories260K",
+            "method.name": "pedro",
+            "method.r": 12,
+            "training.lr": lr,
+            "training.seed": seed,
+        }
+        run = registry.start_run(experiment="acme.support", name=f"job-{lr}-{seed}", params=spec, tags={})
+        registry.log(run, 10, {"dev/loss": 1 - accuracy, "final/accuracy": accuracy, "final/seconds": 9.0})
+        registry.finish_run(run)
+    shown = page(home, comparison="mlflow/runs", models="acme.support")
+    rows = {row[0]: row[2] for row in shown_rows(shown)}
+    assert set(rows) == {"method", "pedro lr=0.01", "pedro lr=0.001"}
+    assert rows["pedro lr=0.01"].startswith("74.0")
+    assert rows["pedro lr=0.001"].startswith("50.0")
+
+
+def test_a_home_without_results_says_how_to_make_some(page, tmp_path, monkeypatch, sources):
+    monkeypatch.setattr(sources.compare, "CHECKOUT", tmp_path)
+    assert "pedro compare" in words(page(tmp_path / "nothing").info)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_committed_results_can_all_be_read(sources, tmp_path):
+    listed = sources.compare.list_comparisons(Settings.from_env({"PEDRO_HOME": str(tmp_path)}))
+    for one in listed:
+        comparison = sources.compare.read(one)
+        assert comparison.problems == (), one.key
+        assert sources.compare.choices(comparison).labels
+
+
+def copied(made: Path, target: Path) -> Path:
+    import shutil
+
+    return shutil.copytree(made, target / "home")
