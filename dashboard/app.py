@@ -11,6 +11,7 @@ from pathlib import Path
 
 import streamlit as st
 
+import connection
 from pedro.config import Settings
 from sources import gate
 
@@ -58,7 +59,7 @@ def door() -> None:
         st.error(problem, icon=":material/lock:")
         return
     st.session_state["admitted"] = True
-    st.session_state["kept_gateway_key"] = key.strip()  # the pages that ask the gateway use it too
+    st.session_state[connection.KEY] = key.strip()  # the pages that ask the gateway use it too
     st.rerun()
 
 

@@ -9,6 +9,7 @@ from sources.gateway import MAKE_KEY, START, Access, Gateway, Standing, connect
 from sources.services import gateway_url
 
 ASK_AGAIN_S = 5
+KEY = "gateway_key"  # in the session; the door of app.py puts the key there that it was opened with
 WORDS = {
     Access.NONE: ":orange[:material/key_off:] answers; no key",
     Access.UNKNOWN: ":red[:material/key_off:] answers; unknown or revoked key",
@@ -22,12 +23,19 @@ def sidebar() -> tuple[Gateway, Standing]:
     with st.sidebar:
         st.subheader("Gateway", anchor=False)
         own = gateway_url(Settings.from_env())
-        url = _kept("gateway_url", own, "Address", help="At first PEDRO_GATEWAY_URL, else where this home serves.")
-        typed = _kept(
-            "gateway_key",
-            "",
+        url = st.text_input(
+            "Address",
+            own,
+            key="gateway_url",
+            persist_state="session",
+            help="At first PEDRO_GATEWAY_URL, else where this home serves.",
+        )
+        typed = st.text_input(
             "API key",
+            key=KEY,
+            persist_state="session",
             type="password",
+            autocomplete="off",
             placeholder="PEDRO_ADMIN_KEY is set" if connect(url, "", own).key else "sk-pedro-…",
             help=f"An admin key (`{MAKE_KEY}`) moves aliases and sees every tenant; a tenant's own key is enough for "
             "the Playground. It stays in this session. PEDRO_ADMIN_KEY, if set, goes to this home's own gateway alone.",
@@ -66,11 +74,3 @@ def forget() -> None:
 @st.cache_data(ttl=ASK_AGAIN_S, show_spinner=False, max_entries=100)
 def _standing(url: str, key: str) -> Standing:
     return Gateway(url, key).standing()
-
-
-def _kept(name: str, default: str, label: str, **options) -> str:
-    """A text input whose text outlives a change of pages, which ends widgets."""
-    kept = f"kept_{name}"
-    text = st.text_input(label, value=st.session_state.get(kept, default), key=name, autocomplete="off", **options)
-    st.session_state[kept] = text
-    return text or ""

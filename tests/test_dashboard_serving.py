@@ -9,7 +9,7 @@ import dashboard_gateway
 import httpx
 import numpy as np
 import pytest
-from dashboard_app import healthy, opener, words
+from dashboard_app import DASHBOARD, healthy, opener, words
 
 from pedro.engine.sequence import Output, Timing
 from pedro.serving.metrics import ReplicaMetrics, merged
@@ -330,7 +330,7 @@ def test_a_page_opened_later_sees_what_was_read_before(page, served, monkeypatch
     monkeypatch.setenv("PEDRO_GATEWAY_URL", served.url)
     page(served.settings.home)
     ask(served, "acme.faq")
-    again = AppTest.from_file(str(dashboard_gateway.DASHBOARD / "app.py"), default_timeout=60)
+    again = AppTest.from_file(str(DASHBOARD / "app.py"), default_timeout=60)
     again = healthy(again.switch_page("views/serving.py").run())
     assert list(again.dataframe[-1].value["adapter"]) == ["acme.faq"]
 

@@ -68,33 +68,23 @@ def read_activations(directory: Path) -> Activations:
     if config.get("peft_type") != "PEDRO":
         kind = str(config.get("peft_type") or "no PEFT method")
         raise AdapterError(f"it is {kind}: only PEDRO and PARA generate vectors by an activation")
-    found: dict[tuple[int, str], tuple[float, ...]] = {}
-    layers: set[int] = set()
+    layers, found = _coefficients(directory)
     try:
-        with safe_open(directory / WEIGHTS, framework="numpy") as weights:
-            for name in weights.keys():  # noqa: SIM118 (a handle, no mapping)
-                if match := COEFFICIENT.search(name):
-                    values = weights.get_tensor(name).astype(float).tolist()
-                    found[int(match["layer"]), match["letter"]] = tuple(values)
-                elif match := GENERATOR.search(name):
-                    layers.add(int(match["layer"]))
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise AdapterError(f"{WEIGHTS} cannot be read ({type(error).__name__}); fetch the adapter again") from error
-    if not layers:
-        raise AdapterError(f"{WEIGHTS} holds no generator; fetch the adapter again")
-    names = config.get("activation") or "rational"
-    listed = [names] * len(layers) if isinstance(names, str) else list(names)
-    m, n = config.get("orders") or (6, 5)
-    return Activations(
-        tuple(
-            Layer(layer, str(name), found.get((layer, "a"), ()), found.get((layer, "b"), ()))
-            for layer, name in zip(sorted(layers), listed, strict=False)
-        ),
-        (int(m), int(n)),
-        tuple(config.get("targets") or ("q", "v", "up")),
-        int(config.get("r") or 0),
-        str(config.get("pool") or "last"),
-    )
+        names = config.get("activation") or "rational"
+        listed = [names] * len(layers) if isinstance(names, str) else list(names)
+        m, n = config.get("orders") or (6, 5)
+        return Activations(
+            tuple(
+                Layer(layer, str(name), found.get((layer, "a"), ()), found.get((layer, "b"), ()))
+                for layer, name in zip(layers, listed, strict=True)
+            ),
+            (int(m), int(n)),
+            tuple(config.get("targets") or ("q", "v", "up")),
+            int(config.get("r") or 0),
+            str(config.get("pool") or "last"),
+        )
+    except (TypeError, ValueError) as error:
+        raise AdapterError("adapter_config.json does not fit the weights; fetch the adapter again") from error
 
 
 def initial(m: int, n: int) -> Layer:
@@ -146,6 +136,25 @@ def distance_rows(one: Sequence[Layer], other: Sequence[Layer], reach: float = R
         for mine in one
         for theirs in other
     ]
+
+
+def _coefficients(directory: Path) -> tuple[list[int], dict[tuple[int, str], tuple[float, ...]]]:
+    """The layers that have a generator, and a and b of those that learn their activation."""
+    layers: list[int] = []
+    found: dict[tuple[int, str], tuple[float, ...]] = {}
+    try:
+        with safe_open(directory / WEIGHTS, framework="numpy") as weights:
+            for name in weights.keys():  # noqa: SIM118 (a handle, no mapping)
+                if match := COEFFICIENT.search(name):
+                    values = weights.get_tensor(name).astype(float).tolist()
+                    found[int(match["layer"]), match["letter"]] = tuple(values)
+                elif match := GENERATOR.search(name):
+                    layers.append(int(match["layer"]))
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise AdapterError(f"{WEIGHTS} cannot be read ({type(error).__name__}); fetch the adapter again") from error
+    if not layers:
+        raise AdapterError(f"{WEIGHTS} holds no generator; fetch the adapter again")
+    return sorted(layers), found
 
 
 def _config(directory: Path) -> dict[str, Any]:

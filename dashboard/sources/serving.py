@@ -23,6 +23,7 @@ LONGEST_S = 3600.0  # that can be looked back
 KEPT = int(LONGEST_S / INTERVAL_S)  # intervals
 FORGOTTEN_S = 900.0  # a series unseen for so long starts anew
 PERCENTILES = (0.5, 0.95, 0.99)
+UNSEEN_S = 60.0  # between two scrapes: nobody looked
 POINTS = 90  # of a line, however long its time
 REST = "all others"
 OWN = ""  # what no adapter gained: loads, evictions, refusals
@@ -174,12 +175,17 @@ def rate_rows(intervals: Iterable[Interval], names: Sequence[str], what: str = "
 
 
 def gauge_rows(intervals: Iterable[Interval], names: Mapping[str, str]) -> list[dict]:
-    """Gauges by the names under which they are shown, one row an interval and gauge."""
-    return [
-        {"at": interval.end, "what": shown, "value": interval.gauges.get(gauge, 0.0)}
-        for interval in intervals
-        for gauge, shown in names.items()
-    ]
+    """Gauges by the names under which they are shown, one row an interval and gauge.
+
+    Nothing is known of a time when nobody looked: a row without a value stands before it.
+    """
+    rows: list[dict[str, Any]] = []
+    for interval in intervals:
+        for gauge, shown in names.items():
+            if interval.seconds > UNSEEN_S:
+                rows.append({"at": interval.start + 1e-3, "what": shown, "value": None})
+            rows.append({"at": interval.end, "what": shown, "value": interval.gauges.get(gauge, 0.0)})
+    return rows
 
 
 def percentile_rows(intervals: Iterable[Interval], which: str, names: Iterable[str] | None = None) -> list[dict]:

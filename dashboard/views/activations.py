@@ -25,6 +25,7 @@ from sources import adapters as registry
 REFRESH_S = 5
 COLOURS = [colour for colour in SERIES if colour != GREY]
 MOST_LAYERS = len(COLOURS)
+NONE = "none"
 
 read_catalogue = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the registry …")(registry.read_catalogue)
 read_versions = st.cache_data(ttl=REFRESH_S, show_spinner=False)(registry.read_versions)
@@ -64,8 +65,8 @@ def page() -> None:
         return
     names = [row.name for row in catalogue.rows]
     places = st.columns([3, 2, 3, 2])
-    one = choose(settings, places[:2], names, "Adapter", "one")
-    other = choose(settings, places[2:], ["none", *names], "Compared with", "other")
+    one = choose(settings, places[:2], names, "Adapter", "adapter")
+    other = choose(settings, places[2:], [NONE, *names], "Compared with", "other")
     if one is None:
         return
     seen = prompts.inputs_seen(one.ref)
@@ -76,12 +77,9 @@ def page() -> None:
 
 def choose(settings: Settings, places: Sequence, names: list[str], label: str, key: str) -> Chosen | None:
     """An adapter and one of its versions; None where there are no activations to show, which is said."""
-    asked = st.query_params.get(key)
-    name = places[0].selectbox(label, names, index=names.index(asked) if asked in names else 0, key=f"{key}_name")
-    if name == "none":
-        st.query_params.pop(key, None)
+    name = places[0].selectbox(label, names, key=key, bind="query-params")
+    if name == NONE:
         return None
-    st.query_params[key] = name
     found = read_versions(settings, name)
     if not found.versions:
         st.warning(f"{name} has no version that can be read. {found.problem}", icon=":material/broken_image:")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import altair as alt
 import pandas as pd
 import streamlit as st
 
 import connection
-from drawing import BLUE, GREY, number
+from drawing import number
 from parts import moves
 from pedro.config import Settings
 from pedro.registry import CANDIDATE, CHAMPION, PREVIOUS, Version
@@ -67,7 +66,7 @@ def choose(catalogue: data.Catalogue) -> str | None:
     rows = catalogue.rows
     sought, tenant, state = st.columns([3, 3, 3])
     text = sought.text_input("Search", placeholder="part of a name", icon=":material/search:")
-    tenants = tenant.multiselect("Tenants", sorted({row.tenant for row in rows}), placeholder="all")
+    tenants = tenant.multiselect("Tenants", sorted({row.tenant for row in rows}), key="tenants", placeholder="all")
     kept = data.search(rows, text, tenants, state.selectbox("Show", data.STATES))
     if not kept:
         st.caption(f"None of {len(rows):,} adapters fits.")
@@ -84,6 +83,7 @@ def choose(catalogue: data.Catalogue) -> str | None:
         hide_index=True,
         width="stretch",
         height=min(400, 37 + 35 * len(shown)),
+        placeholder="–",
         on_select="rerun",
         selection_mode="single-row",
         key=f"catalogue_{page}",
@@ -98,14 +98,13 @@ def choose(catalogue: data.Catalogue) -> str | None:
     )
     names = [row.name for row in kept]
     follow_table(table, shown)
-    asked = st.query_params.get("adapter")
-    if st.session_state.get("adapter") not in names:
-        st.session_state["adapter"] = asked if asked in names else names[0]
-    name = st.selectbox(
-        "Adapter", names, key="adapter", help="Type to search. A click on a row of the table does it too."
+    return st.selectbox(
+        "Adapter",
+        names,
+        key="adapter",
+        bind="query-params",
+        help="Type to search. A click on a row of the table does it too.",
     )
-    st.query_params["adapter"] = name
-    return name
 
 
 def follow_table(table: Any, shown: list[dict[str, Any]]) -> None:
@@ -128,9 +127,9 @@ def detail(settings: Settings, name: str, gateway: Gateway | None) -> None:
     st.header(name, anchor=False)
     champion, previous, candidate = (found.holding(alias) for alias in (CHAMPION, PREVIOUS, CANDIDATE))
     facts = st.columns(4)
-    number(facts[0], "Champion", *aliased(champion, "what the bare name answers with"))
-    number(facts[1], "Previous", *aliased(previous, "what a roll back returns to"))
-    number(facts[2], "Candidate", *aliased(candidate, "the newest that its gate refused"))
+    number(facts[0], "Champion", *aliased(champion, "none yet"))
+    number(facts[1], "Previous", *aliased(previous, "no roll back"))
+    number(facts[2], "Candidate", *aliased(candidate, "none refused"))
     residence(facts[3], name, gateway, found)
     versions_table(found)
     by_number = {version.version: version for version in found.versions}
@@ -144,33 +143,34 @@ def detail(settings: Settings, name: str, gateway: Gateway | None) -> None:
     origin(settings, chosen)
 
 
-def aliased(version: Version | None, note: str) -> tuple[str, str]:
+def aliased(version: Version | None, none: str) -> tuple[str, str]:
     if version is None:
-        return "–", note
+        return "–", none
     accuracy = data.number_of(version.metrics, "accuracy")
-    return f"v{version.version}", note if accuracy is None else f"{note}: {accuracy:.1%}"
+    return f"v{version.version}", "not measured" if accuracy is None else f"accuracy {accuracy:.1%}"
 
 
 def residence(place: Any, name: str, gateway: Gateway | None, found: data.Versions) -> None:
     """Where the gateway's engines hold the adapter now."""
     if gateway is None:
-        number(place, "Resident", "–", "known with an admin key")
+        number(place, "Resident", "–", "needs a key")
         return
     try:
         adapter = gateway.adapter(name)
     except GatewayError as error:
-        number(place, "Resident", "–", error.message)
+        number(place, "Resident", "–", "unknown")
+        st.warning(error.message, icon=":material/cloud_off:")
         return
     held = adapter.get("residence")
     places = [entry for entry in held if isinstance(entry, Mapping)] if isinstance(held, list) else []
     if held is None:
-        number(place, "Resident", "–", "the engine does not answer")
+        number(place, "Resident", "–", "engine away")
     elif not places:
-        number(place, "Resident", "no", "the next request loads it")
+        number(place, "Resident", "no", "until asked for")
     else:
         versions = ", ".join(sorted({f"v{entry.get('version')}" for entry in places}))
         size = sum(int(entry.get("bytes") or 0) for entry in places)
-        number(place, "Resident", versions, f"{len(places)} of the engines' places, {size / 1e3:,.0f} kB")
+        number(place, "Resident", versions, f"{size / 1e3:,.0f} kB in all")
     champion = found.holding(CHAMPION)
     if champion and (adapter.get("aliases") or {}).get(CHAMPION) != champion.version:
         st.warning(
@@ -181,44 +181,26 @@ def residence(place: Any, name: str, gateway: Gateway | None, found: data.Versio
 
 
 def versions_table(found: data.Versions) -> None:
-    rows = pd.DataFrame(data.version_rows(found.versions))
-    left, right = st.columns([3, 1], gap="medium")
-    with left:
-        st.dataframe(
-            rows,
-            hide_index=True,
-            width="stretch",
-            height=min(320, 37 + 35 * len(rows)),
-            column_config={
-                "version": st.column_config.NumberColumn("Version", format="v%d", width="small"),
-                "aliases": st.column_config.ListColumn("Aliases"),
-                "gate": st.column_config.TextColumn("Gate"),
-                "method": st.column_config.TextColumn("Method"),
-                "accuracy": st.column_config.ProgressColumn("Accuracy", min_value=0, max_value=1, format="percent"),
-                "backbone_accuracy": st.column_config.NumberColumn("Backbone alone", format="percent"),
-                "loss": st.column_config.NumberColumn("Loss", format="%.4f"),
-                "parameters": st.column_config.NumberColumn("Parameters", format="localized"),
-                "digest": st.column_config.TextColumn("Digest", help="The first 12 digits of the weights' sha256"),
-                "created": st.column_config.DatetimeColumn("Registered (UTC)", format=DATE),
-            },
-        )
-    measured = rows.dropna(subset=["accuracy"])
-    if len(measured) > 1:
-        with right:
-            line = (
-                alt.Chart(measured)
-                .mark_line(color=GREY, strokeWidth=1.5)
-                .encode(
-                    x=alt.X("version:O", title="version", axis=alt.Axis(labelAngle=0)),
-                    y=alt.Y(
-                        "accuracy:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format=".0%", tickCount=4)
-                    ),
-                )
-            )
-            points = line.mark_point(filled=True, size=70, color=BLUE, opacity=1).encode(
-                tooltip=[alt.Tooltip("version:O"), alt.Tooltip("accuracy:Q", format=".1%"), alt.Tooltip("gate:N")]
-            )
-            st.altair_chart((line + points).properties(height=min(240, 37 + 35 * len(rows) + 40)), width="stretch")
+    rows = pd.DataFrame(data.version_rows(found.versions)).dropna(axis="columns", how="all")
+    st.dataframe(
+        rows,
+        hide_index=True,
+        width="stretch",
+        height=min(320, 37 + 35 * len(rows)),
+        placeholder="–",
+        column_config={
+            "version": st.column_config.NumberColumn("Version", format="v%d", width="small"),
+            "aliases": st.column_config.ListColumn("Aliases"),
+            "gate": st.column_config.TextColumn("Gate"),
+            "method": st.column_config.TextColumn("Method"),
+            "accuracy": st.column_config.ProgressColumn("Accuracy", min_value=0, max_value=1, format="percent"),
+            "backbone_accuracy": st.column_config.NumberColumn("Backbone alone", format="percent"),
+            "loss": st.column_config.NumberColumn("Loss", format="%.4f"),
+            "parameters": st.column_config.NumberColumn("Parameters", format="localized"),
+            "digest": st.column_config.TextColumn("Digest", help="The first 12 digits of the weights' sha256"),
+            "created": st.column_config.DatetimeColumn("Registered (UTC)", format=DATE),
+        },
+    )
 
 
 def origin(settings: Settings, version: Version) -> None:
@@ -232,11 +214,19 @@ def origin(settings: Settings, version: Version) -> None:
         )
     facts, measured, spec = st.tabs(["Lineage", "Measurements", "Specification"])
     with facts:
-        st.table(pd.DataFrame(data.lineage(version, stored.manifest), columns=["", "value"]).set_index(""))
+        st.dataframe(
+            pd.DataFrame(data.lineage(version, stored.manifest), columns=["what", "is"]),
+            hide_index=True,
+            width="stretch",
+            column_config={
+                "what": st.column_config.TextColumn("", width="small"),
+                "is": st.column_config.TextColumn("Lineage", width="large"),
+            },
+        )
     with measured:
         rows = data.metric_rows(version)
         if rows:
-            st.table(pd.DataFrame(rows).set_index("metric"))
+            st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
         else:
             st.caption("Nothing was measured.")
     with spec:

@@ -32,6 +32,8 @@ def page() -> None:
         "Models",
         names,
         default=names[: data.MOST_COLUMNS - 1],
+        key="playground_models",
+        persist_state="session",
         max_selections=data.MOST_COLUMNS,
         accept_new_options=True,
         placeholder="an adapter, a version of one, or the backbone",
@@ -40,7 +42,9 @@ def page() -> None:
     )
     sampling, shape = options()
     with st.form("ask", border=False):
-        prompt = st.text_area("Prompt", "play some jazz music", height=100)
+        prompt = st.text_area(
+            "Prompt", "play some jazz music", key="playground_prompt", persist_state="session", height=100
+        )
         send, stop, _ = st.columns([2, 2, 5])
         pressed = send.form_submit_button(
             "Send", icon=":material/send:", type="primary", width="stretch", disabled=not able

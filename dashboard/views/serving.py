@@ -22,20 +22,22 @@ from sources.gateway import MAKE_KEY, Gateway
 
 WINDOWS = {"5 minutes": 300.0, "15 minutes": 900.0, "1 hour": 3600.0}
 MOST_LINES = 6
+LATELY_S = 30.0
 PERCENTILES = {"p50": BLUE, "p95": ORANGE, "p99": PINK}
 EVENTS = {"Swap": VERMILION, "Eviction": SKY, "429": GREY, "Failed load": PINK}
 HEIGHT = 230
+CHOSEN = "serving_adapters"
 MS = "%.1f ms"
 
 
 def page() -> None:
     gateway, standing = connection.sidebar()
     st.title("Serving", anchor=False)
-    span, which, live = st.columns([3, 5, 2], vertical_alignment="bottom")
+    span, which, live = st.columns([5, 5, 2], vertical_alignment="bottom")
     seconds = WINDOWS[span.segmented_control("Time", list(WINDOWS), default="15 minutes") or "15 minutes"]
     history = history_of(gateway.url, hashlib.sha256(gateway.key.encode()).hexdigest())
-    known = data.adapters_of(history.window(time.time(), seconds)[0])
-    names = which.multiselect("Adapters", known, placeholder="the busiest")
+    known = {*data.adapters_of(history.window(time.time(), seconds)[0]), *st.session_state.get(CHOSEN, ())}
+    names = which.multiselect("Adapters", sorted(known), key=CHOSEN, persist_state="session", placeholder="the busiest")
     running = live.toggle("Live", True, help=f"Read every {data.INTERVAL_S:g} s while this page is open.")
     every = data.INTERVAL_S if running and standing.answers else None
     st.fragment(show, run_every=every)(gateway, history, seconds, names)
@@ -72,49 +74,39 @@ def show(gateway: Gateway, history: data.History, seconds: float, names: list[st
     chosen = names or sorted(data.adapters_of(intervals)[:MOST_LINES])
     kept = names or None
     happened = pd.DataFrame(data.marks(coarse, swaps), columns=["at", "event", "text"])
+    seen = happened[happened["at"] >= intervals[0].start]  # the lines begin there
     one, two = st.columns(2, gap="medium")
     with one:
-        throughput(coarse, chosen, happened, only=bool(names))
-        latency("Time to first token", coarse, "first", kept, happened)
+        throughput(coarse, chosen, seen, only=bool(names))
+        latency("Time to first token", coarse, "first", kept, seen)
         resident(coarse)
     with two:
-        requests(coarse, happened)
-        latency("Time per token", coarse, "each", kept, happened)
+        requests(coarse, seen)
+        latency("Time per token", coarse, "each", kept, seen)
         events(happened)
     table(intervals, names)
 
 
 def figures(history: data.History, intervals: Sequence[data.Interval]) -> None:
-    """As of the last reading."""
+    """As of the last reading, and over the time shown."""
     read_at, gauges = history.latest
-    facts = st.columns(6)
-    if read_at is None:
-        for place, name in zip(
-            facts, ("Running", "Waiting", "Tokens", "First token", "Resident", "Evicted"), strict=True
-        ):
-            number(place, name, "–", "no figures yet")
-        return
-    last = intervals[-6:]
-    spent = sum(interval.seconds for interval in last)
-    tokens = sum(sum(part.counts.get("completion_tokens", 0) for part in each.traffic.values()) for each in last)
+    lately = [interval for interval in intervals if interval.end > intervals[-1].end - LATELY_S]
+    spent = sum(interval.seconds for interval in lately)
+    tokens = sum(part.counts.get("completion_tokens", 0) for each in lately for part in each.traffic.values())
     first = data.histogram(intervals, "first").quantile(0.95)
-    budget = gauges.get("adapter_budget_bytes", 0) / 2**20
-    number(
-        facts[0], "Running", f"{gauges.get('running', 0):,.0f}", f"{gauges.get('open_requests', 0):,.0f} requests open"
-    )
-    number(
-        facts[1], "Waiting", f"{gauges.get('waiting', 0):,.0f}", f"KV cache {gauges.get('kv_cache_usage', 0):.0%} used"
-    )
-    number(facts[2], "Tokens a second", f"{tokens / spent:,.0f}" if spent else "–", f"over {spent:.0f} s")
-    number(facts[3], "First token, p95", "–" if first is None else f"{1000 * first:,.0f} ms", "of the time shown")
-    number(
-        facts[4],
-        "Adapters resident",
-        f"{gauges.get('resident', 0):,.0f}",
-        f"{gauges.get('adapter_bytes', 0) / 2**20:,.1f} of {budget:,.0f} MiB",
-    )
+    room = f"{gauges.get('adapter_bytes', 0) / 2**20:,.1f} of {gauges.get('adapter_budget_bytes', 0) / 2**20:,.0f} MiB"
     evicted, loaded = data.total(intervals, "evictions"), data.total(intervals, "loads")
-    number(facts[5], "Evicted", f"{evicted:,.0f}", f"{loaded:,.0f} loaded")
+    facts = {
+        "Running": (f"{gauges.get('running', 0):,.0f}", f"{gauges.get('open_requests', 0):,.0f} requests open"),
+        "Waiting": (f"{gauges.get('waiting', 0):,.0f}", f"KV cache {gauges.get('kv_cache_usage', 0):.0%} used"),
+        "Tokens a second": (f"{tokens / spent:,.0f}" if spent else "–", f"in the last {spent:.0f} s"),
+        "First token, p95": ("–" if first is None else f"{1000 * first:,.0f} ms", "of the time shown"),
+        "Adapters resident": (f"{gauges.get('resident', 0):,.0f}", room),
+        "Evicted": (f"{evicted:,.0f}", f"{loaded:,.0f} loaded"),
+    }
+    for row in (list(facts)[:3], list(facts)[3:]):
+        for place, name in zip(st.columns(3), row, strict=True):
+            number(place, name, *(("–", "no figures yet") if read_at is None else facts[name]))
 
 
 def throughput(intervals: Sequence[data.Interval], names: list[str], happened: pd.DataFrame, *, only: bool) -> None:
@@ -165,7 +157,7 @@ def draw(
 ) -> None:
     """Lines over time, and the marks of what happened behind them."""
     names = list(colours)
-    rows = rows.assign(at=pd.to_datetime(rows["at"], unit="s", utc=True))
+    rows = rows.assign(at=moments(rows["at"]))
     legend = alt.Legend(
         title=None, orient="bottom", columns=3, labelLimit=180, symbolType="stroke", symbolStrokeWidth=3
     )
@@ -174,17 +166,17 @@ def draw(
         alt.Chart(rows)
         .mark_line(
             strokeWidth=2,
-            interpolate="monotone" if points else "step-before",
+            interpolate="step-before",
             point=alt.OverlayMarkDef(size=18) if points else False,
         )
         .encode(
             x=alt.X("at:T", title=None, axis=alt.Axis(grid=False, tickCount=6, labelOverlap=True)),
-            y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=4, format=",~g")),
+            y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=4, format=",.2~f")),
             color=alt.Color(
-                f"{by}:N", sort=names, scale=alt.Scale(domain=names, range=list(colours.values())), legend=legend
+                f"{by}:N", sort=names, legend=legend, scale=alt.Scale(domain=names, range=list(colours.values()))
             ),
             strokeDash=alt.StrokeDash(
-                f"{by}:N", sort=names, scale=alt.Scale(domain=names, range=dashes), legend=legend
+                f"{by}:N", sort=names, legend=legend, scale=alt.Scale(domain=names, range=dashes)
             ),
             tooltip=[
                 alt.Tooltip(f"{by}:N"),
@@ -193,24 +185,29 @@ def draw(
             ],
         )
     )
-    layers: list[Any] = [lines]
-    if len(happened):
-        layers.insert(0, event_marks(happened))
-    st.altair_chart(alt.layer(*layers).resolve_scale(color="independent").properties(height=HEIGHT), width="stretch")
+    st.altair_chart(alt.layer(*event_marks(happened), lines).properties(height=HEIGHT), width="stretch")
 
 
-def event_marks(happened: pd.DataFrame) -> alt.Chart:
-    frame = happened.assign(at=pd.to_datetime(happened["at"], unit="s", utc=True))
-    return (
-        alt.Chart(frame)
-        .mark_rule(strokeWidth=1.5, opacity=0.8)
-        .encode(
-            x="at:T",
-            color=alt.Color("event:N", scale=alt.Scale(domain=list(EVENTS), range=list(EVENTS.values())), legend=None),
-            strokeDash=alt.condition("datum.event == 'Swap'", alt.value([1, 0]), alt.value([2, 3])),
-            tooltip=[alt.Tooltip("event:N"), alt.Tooltip("text:N"), alt.Tooltip("at:T", format="%H:%M:%S")],
-        )
-    )
+def event_marks(happened: pd.DataFrame) -> list[alt.Chart]:
+    """Upright lines: one for each moment, by kind."""
+    marks = []
+    for event, colour in EVENTS.items():
+        kind = happened[happened["event"] == event]
+        if len(kind):
+            marks.append(
+                alt.Chart(kind.assign(at=moments(kind["at"])))
+                .mark_rule(color=colour, strokeWidth=2, opacity=0.8, strokeDash=[1, 0] if event == "Swap" else [2, 3])
+                .encode(
+                    x="at:T",
+                    tooltip=[alt.Tooltip("event:N"), alt.Tooltip("text:N"), alt.Tooltip("at:T", format="%H:%M:%S")],
+                )
+            )
+    return marks
+
+
+def moments(seconds: pd.Series) -> pd.Series:
+    """As a browser counts time, which shows it in its reader's own zone."""
+    return seconds * 1000
 
 
 def events(happened: pd.DataFrame) -> None:
@@ -218,12 +215,12 @@ def events(happened: pd.DataFrame) -> None:
     if happened.empty:
         st.caption("No swap, no eviction, no refusal in this time.")
         return
-    latest = happened.iloc[::-1].assign(at=pd.to_datetime(happened["at"], unit="s", utc=True))
+    latest = happened.iloc[::-1].assign(at=pd.to_datetime(happened["at"], unit="s"))
     st.dataframe(
         latest,
         hide_index=True,
         width="stretch",
-        height=HEIGHT,
+        height=min(HEIGHT, 37 + 35 * len(latest)),
         column_config={
             "at": st.column_config.DatetimeColumn("At (UTC)", format="HH:mm:ss"),
             "event": st.column_config.TextColumn("Event", width="small"),
