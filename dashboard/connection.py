@@ -51,18 +51,17 @@ def sidebar() -> tuple[Gateway, Standing]:
     return gateway, standing
 
 
-def missing(gateway: Gateway, standing: Standing, what: str) -> None:
-    """Says which command brings what a page lacks; nothing where it lacks nothing."""
-    if not standing.answers:
+def missing(
+    gateway: Gateway, standing: Standing, what: str, key: str = f"an admin key (`{MAKE_KEY}` makes one)"
+) -> None:
+    """Says which command brings what a page lacks."""
+    if standing.answers:
+        st.info(f"{what} needs {key}. Paste it in the sidebar.", icon=":material/key:")
+    else:
         st.info(
             f"{what} needs the gateway, and {gateway.url} does not answer. Start it with `{START}`, or give another "
             "address in the sidebar.",
             icon=":material/cloud_off:",
-        )
-    elif standing.access is not Access.ADMIN:
-        st.info(
-            f"{what} needs an admin key. `{MAKE_KEY}` makes one; paste it in the sidebar.",
-            icon=":material/key:",
         )
 
 

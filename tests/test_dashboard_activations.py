@@ -13,7 +13,7 @@ from dashboard_home import make_home
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
 
 from pedro.backbone import load_model
-from pedro.errors import AdapterError
+from pedro.errors import AdapterError, BackboneError
 from pedro.methods import get_method
 from pedro.methods.adapter_files import save_adapter
 from pedro.methods.pedro import PedroLayer, fit_gelu, rational
@@ -166,6 +166,21 @@ def test_the_first_layer_sees_the_last_token_alone_and_later_ones_the_prompt(gen
 
 def test_a_prompt_beyond_the_context_is_cut_to_its_end(generator):
     assert generator.read("word " * 2000, chat=False).tokens == 512
+
+
+def test_a_backbone_that_does_not_fit_is_refused_before_it_is_loaded(made, monkeypatch):
+    monkeypatch.setattr(vectors, "free_memory", lambda: 1000)
+    with pytest.raises(BackboneError, match="stories260K would take"):
+        vectors.Generator(made[0])
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    for name, text in (("max", "5000000\n"), ("current", "4000000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert vectors.free_memory(tmp_path) == 1_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert vectors.free_memory(tmp_path) > 1_000_000
+    assert vectors.free_memory(tmp_path / "none") > 1_000_000
 
 
 def test_spread_and_histogram_count_every_value(generator):

@@ -40,6 +40,13 @@ def end(metrics, adapter="acme.faq", reason="stop", tokens=5, first_s=0.2, total
     )
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    settings = dashboard_gateway.make_adapters(tmp_path_factory.mktemp("serving"))
+    with dashboard_gateway.running(settings) as gateway:
+        yield gateway
+
+
 # percentiles, as histogram_quantile computes them
 
 
@@ -216,6 +223,18 @@ def test_a_champion_that_moves_is_a_swap():
     assert [row["text"] for row in serving.marks([], swaps)][1] == "acme.faq: v1 → v2"
 
 
+def test_a_registry_that_did_not_change_is_not_read_again(served, monkeypatch):
+    history, readings = History(), []
+    read_champions = serving.read_champions
+    monkeypatch.setattr(serving, "read_champions", lambda settings: readings.append(1) or read_champions(settings))
+    for now in (100, 105, 110):
+        serving.follow_registry(history, served.settings, now)
+    assert len(readings) == 1
+    served.registry.promote("globex.faq", 1)
+    serving.follow_registry(history, served.settings, 115)
+    assert len(readings) == 2
+
+
 def test_coarser_intervals_hold_the_same_in_all():
     traffic = {"a": Traffic({"requests": 1.0, "completion_tokens": 2.0}, {"first": Histogram((0.1, INF), (1, 1))})}
     fine = [Interval(5.0 * i, 5.0 * i + 5, {"running": float(i)}, traffic) for i in range(720)]
@@ -273,13 +292,6 @@ def test_sources_of_the_text_are_told_apart_by_metric_replica_and_adapter():
 
 
 # the page
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    settings = dashboard_gateway.make_adapters(tmp_path_factory.mktemp("serving"))
-    with dashboard_gateway.running(settings) as gateway:
-        yield gateway
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ from typing import Any
 
 from pedro.config import Settings
 from pedro.errors import PedroError
+from pedro.registry import Registry
 from sources.adapters import read_champions, read_promotions
 from sources.gateway import Gateway
 from sources.metrics import Histogram, Scrape, Source, Traffic, gained, increase, read
+from sources.stores import ask_registry
 
 INTERVAL_S = 5.0
 LONGEST_S = 3600.0  # that can be looked back
@@ -58,6 +60,7 @@ class History:
     """The last hour of one gateway. Shared by every session that looks at it; thread-safe."""
 
     kept: int = KEPT
+    stamp: object | None = None  # of the registry, as of the champions that are known
     _intervals: deque[Interval] = field(init=False)
     _swaps: deque[Swap] = field(default_factory=lambda: deque(maxlen=200), init=False)
     _seen: dict[Source, tuple[float, dict[str, float]]] = field(default_factory=dict, init=False)
@@ -132,11 +135,15 @@ def scrape_into(history: History, gateway: Gateway, now: float) -> str:
 
 
 def follow_registry(history: History, settings: Settings, now: float) -> None:
-    """Let the history know which champions there are; nothing happens while the registry does not answer."""
+    """Let the history know which champions there are, if the registry changed since; not while it does not answer."""
+    stamp, _ = ask_registry(settings, Registry.stamp, None)
+    if stamp is not None and stamp == history.stamp:
+        return
     champions = read_champions(settings)
     if champions is not None:
         since = now - LONGEST_S
         history.follow(now, champions, lambda: [Swap(*moved) for moved in read_promotions(settings, since)])
+        history.stamp = stamp  # older than what was read, never newer
 
 
 def adapters_of(intervals: Iterable[Interval]) -> list[str]:

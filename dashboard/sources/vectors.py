@@ -29,7 +29,10 @@ class Reading:
 
 
 class Generator:
-    """An adapter on its backbone, ready to read prompts. One prompt at a time; safe to share between sessions."""
+    """An adapter on its backbone, ready to read prompts. One prompt at a time; safe to share between sessions.
+
+    Raises AdapterError or BackboneError for what cannot be loaded, or would take more memory than is free.
+    """
 
     def __init__(self, directory: Path) -> None:
         from pedro.backbone import context_length, load_tokenizer, quiet, resolve_backbone
@@ -39,6 +42,7 @@ class Generator:
 
         quiet()
         backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
+        _check_room(backbone.id, backbone.directory)
         manifest = verify_adapter(directory, backbone.digest)
         self._tokenizer = load_tokenizer(backbone)
         self._form = PromptFormat.from_dict(manifest.get("prompt_format") or {})
@@ -121,6 +125,31 @@ def dependence_rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _check_room(name: str, directory: Path) -> None:
+    """The backbone becomes float32 here: from 16 bits, twice its files."""
+    from pedro.errors import BackboneError
+
+    needed, free = 2 * sum(file.stat().st_size for file in directory.glob("*.safetensors")), free_memory()
+    if needed > free:
+        raise BackboneError(
+            f"backbone: {name} would take up to {needed / 1e9:,.1f} GB here and {free / 1e9:,.1f} GB are free; run the "
+            "dashboard where there is more",
+            param="backbone",
+        )
+
+
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take: of the machine, and of its container where that has a limit."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no cgroup here, or "max": no limit
+        return free
 
 
 def _layers(model: Any) -> list[Any]:

@@ -26,7 +26,7 @@ def page() -> None:
     st.title("Playground", anchor=False)
     able = standing.answers and standing.access in (Access.TENANT, Access.ADMIN)
     if not able:
-        connection.missing(gateway, standing, "The Playground")
+        connection.missing(gateway, standing, "The Playground", "a key (`pedro keys create TENANT` makes one)")
     names = model_names(gateway.url, gateway.key) if able else []
     models = st.multiselect(
         "Models",

@@ -31,7 +31,7 @@ MS = "%.1f ms"
 
 
 def page() -> None:
-    gateway, standing = connection.sidebar()
+    gateway, _ = connection.sidebar()
     st.title("Serving", anchor=False)
     span, which, live = st.columns([5, 5, 2], vertical_alignment="bottom")
     seconds = WINDOWS[span.segmented_control("Time", list(WINDOWS), default="15 minutes") or "15 minutes"]
@@ -39,8 +39,7 @@ def page() -> None:
     known = {*data.adapters_of(history.window(time.time(), seconds)[0]), *st.session_state.get(CHOSEN, ())}
     names = which.multiselect("Adapters", sorted(known), key=CHOSEN, persist_state="session", placeholder="the busiest")
     running = live.toggle("Live", True, help=f"Read every {data.INTERVAL_S:g} s while this page is open.")
-    every = data.INTERVAL_S if running and standing.answers else None
-    st.fragment(show, run_every=every)(gateway, history, seconds, names)
+    st.fragment(show, run_every=data.INTERVAL_S if running else None)(gateway, history, seconds, names)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
