@@ -318,8 +318,8 @@ def test_a_sequence_classifier_conditions_on_the_whole_text():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r: expected a whole number > 0, got 0"),
-        ({"r": True}, "r: expected a whole number > 0, got True"),
+        ({"r": 0}, "r: expected a whole number > 0, or a list of one a layer, got 0"),
+        ({"r": True}, "r: expected a whole number > 0, or a list of one a layer, got True"),
         ({"targets": ("q", "o")}, r"targets: expected distinct names of q, k, v, gate, up, got \('q', 'o'\)"),
         ({"targets": "q"}, "targets: expected distinct names"),
         ({"targets": ()}, "targets: expected distinct names"),

@@ -73,13 +73,17 @@ class PedroLayer(BlockLayer):
 
     def forward(self, hidden: torch.Tensor, prompt: torch.Tensor, adapter_name: str) -> Vectors:
         """The vectors {target: [B, width]} of the rows' prompts: hidden [B, T, D], prompt [B, T] bool."""
-        config = self.configs[adapter_name]
-        norm = self.places.norm if config.pool_source == "normed" else None
-        pooled = pool(hidden, prompt, config.pool, norm, config.window)
+        config, pooled = self.configs[adapter_name], self.pooled(hidden, prompt, adapter_name)
         made = generate_vectors(pooled, self.generator(adapter_name)).split(self._entries(config), dim=-1)
         if config.group_size != 1:
             made = tuple(vector.repeat_interleave(config.group_size, dim=-1) for vector in made)
         return dict(zip(config.targets, made, strict=True))
+
+    def pooled(self, hidden: torch.Tensor, prompt: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """The rows' prompts [B, D] as one adapter's generator reads them: hidden [B, T, D], prompt [B, T] bool."""
+        config = self.configs[adapter_name]
+        norm = self.places.norm if config.pool_source == "normed" else None
+        return pool(hidden, prompt, config.pool, norm, config.window)
 
     def _entries(self, config: PedroConfig) -> list[int]:
         return config.entries([self.places.sites[target].width for target in config.targets])
