@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from drawing import GREY, INK, SERIES
+from drawing import INK, SERIES, colours
 from pedro.errors import PedroError
 from pedro.registry import Version
 from sources import vectors
 
-COLOURS = [colour for colour in SERIES if colour != GREY]
 MOST_PROMPTS = 6
 PROMPTS = "play some jazz music\nwhat is the weather like tomorrow\nbook a table for two at eight"
 CHAT, RAW = "As a chat message", "As it stands"
@@ -62,7 +61,7 @@ def read(version: Version, directory: Path, lines: list[str], chat: bool) -> Non
         st.warning("Type a prompt.", icon=":material/edit:")
         return
     if len(lines) > MOST_PROMPTS:
-        st.warning(f"Only the first {MOST_PROMPTS} prompts are read.", icon=":material/format_list_numbered:")
+        st.toast(f"Only the first {MOST_PROMPTS} prompts are read.", icon=":material/format_list_numbered:")
     texts = list(dict.fromkeys(line[: vectors.LONGEST] for line in lines))[:MOST_PROMPTS]
     try:
         generator = load_generator(directory)
@@ -81,19 +80,13 @@ def read(version: Version, directory: Path, lines: list[str], chat: bool) -> Non
 
 def show(names: list[str], readings: list[vectors.Reading]) -> None:
     """Where the vectors' values lie, layer by layer, and how much of that the prompt decides."""
-    colours = alt.Color(
-        "prompt:N",
-        sort=names,
-        scale=alt.Scale(domain=names, range=COLOURS),
-        legend=alt.Legend(title=None, orient="top", columns=3, labelLimit=280),
-    )
     spread = pd.DataFrame(vectors.spread_rows(readings, names))
     targets = list(dict.fromkeys(spread["target"]))
     for place, target in zip(st.columns(len(targets), gap="medium"), targets, strict=True):
         base = alt.Chart(spread[spread["target"] == target]).encode(
             x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
             xOffset=alt.XOffset("prompt:N", sort=names),
-            color=alt.Color("prompt:N", sort=names, scale=alt.Scale(domain=names, range=COLOURS), legend=None),
+            color=alt.Color("prompt:N", sort=names, scale=alt.Scale(domain=names, range=SERIES), legend=None),
             tooltip=["prompt:N", "layer:O", *(alt.Tooltip(f"{at}:Q", format=".3f") for at in SPREAD)],
         )
         whiskers = base.mark_rule(strokeWidth=1.5).encode(
@@ -119,7 +112,7 @@ def show(names: list[str], readings: list[vectors.Reading]) -> None:
             .encode(
                 x=alt.X("left:Q", title="value", scale=alt.Scale(zero=False)),
                 y=alt.Y("share:Q", title="share of its values", axis=alt.Axis(format=".0%")),
-                color=colours,
+                color=colours("prompt", names),
                 tooltip=["prompt:N", alt.Tooltip("left:Q", format=".3f"), alt.Tooltip("share:Q", format=".1%")],
             )
         )

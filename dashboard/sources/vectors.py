@@ -22,7 +22,6 @@ NAMES = {"q": "l_q", "k": "l_k", "v": "l_v", "gate": "l_gate", "up": "l_up (l_u)
 class Reading:
     """One prompt's vectors {layer: {target: values}}, and what each layer's activation was given."""
 
-    prompt: str
     tokens: int
     vectors: Mapping[int, Mapping[str, np.ndarray]]
     inputs: Mapping[int, np.ndarray]
@@ -75,7 +74,7 @@ class Generator:
             layer: {target: made[0].float().numpy() for target, made in of_layer.items()}
             for layer, of_layer in kept.items()
         }
-        return Reading(prompt, len(ids), vectors, seen)
+        return Reading(len(ids), vectors, seen)
 
 
 def spread_rows(readings: Sequence[Reading], names: Sequence[str]) -> list[dict[str, Any]]:
