@@ -163,14 +163,35 @@ def import_adapter(
 
 def evaluate(
     name: Annotated[str, typer.Argument(help="tenant.adapter[@alias|:version]", metavar="MODEL")],
-    file: Annotated[Path, typer.Option("--data", help="JSONL with the rows to answer.")],
+    file: Annotated[Path | None, typer.Option("--data", help="JSONL with the rows to answer.")] = None,
     rows: Annotated[int | None, typer.Option(help="Only the first so many.")] = None,
+    harness: Annotated[str | None, typer.Option(help="lm-eval: ask --tasks of it, instead of --data.")] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of the harness, by commas.")] = "",
+    shots: Annotated[int | None, typer.Option(help="Worked examples before each of the harness's prompts.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with more task files for the harness.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask the harness's prompts in the adapter's format.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score an adapter and its bare backbone on a file: exact-match accuracy, answers generated from the prompts alone.
 
-    Example: `pedro eval acme.support --data test.jsonl`
+    With --harness lm-eval, score any of lm-eval's tasks; then MODEL may be an adapter's directory or a backbone too.
+
+    Examples: `pedro eval acme.support --data test.jsonl`;
+    `pedro eval acme.support --harness lm-eval --tasks pedro_snips,arc_easy --rows 200`
     """
+    if file is not None and harness is None:
+        if tasks or shots is not None or include_path or chat:
+            raise typer.BadParameter("--tasks, --shots, --include-path and --chat go with --harness lm-eval")
+        _evaluate_file(name, file, rows, as_json)
+        return
+    if harness is None or file is not None:
+        raise typer.BadParameter("give either --data FILE or --harness lm-eval --tasks NAMES")
+    from pedro.cli.harness import evaluate_by_harness
+
+    evaluate_by_harness(name, harness, tasks, rows, shots, include_path, chat, as_json)
+
+
+def _evaluate_file(name: str, file: Path, rows: int | None, as_json: bool) -> None:
     registry = _registry()
     plain, which = split_name(name)
     version = registry.get(plain, which or "champion")

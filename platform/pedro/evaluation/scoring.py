@@ -8,13 +8,14 @@ would look perfect.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pedro.data.dataset import IGNORED_LABEL, collate
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 Row = Mapping[str, Any]
@@ -66,10 +67,11 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     num_beams: int = 1,
+    stops: Sequence[str] = (),
 ) -> list[str]:
     """Each row's answer, decoded greedily (or by beams, as in the paper) from its prompt, in the order of rows.
 
-    Rows of like length share a batch; prompts are padded on the left.
+    Rows of like length share a batch; prompts are padded on the left. An answer ends with the first of `stops` in it.
     """
     import torch
 
@@ -92,6 +94,7 @@ def generate(
                 num_beams=num_beams,
                 pad_token_id=pad,
                 eos_token_id=tokenizer.eos_token_id,
+                **({"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}),
             )
         for place, row in zip(places, out[:, width:].tolist(), strict=True):
             texts[place] = tokenizer.decode(row, skip_special_tokens=True)
@@ -102,8 +105,33 @@ def answer_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_siz
     """Summed cross entropy (nats) of the answers' tokens given their prompts, and how many tokens that is."""
     import torch
 
-    device = next(model.parameters()).device
     total, count = 0.0, 0
+    for logits, wanted, _ in _answer_logits(model, tokenizer, rows, batch_size):
+        total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+        count += len(wanted)
+    return total, count
+
+
+def answer_logprobs(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int = 32
+) -> list[tuple[float, bool]]:
+    """Each row's log-likelihood (nats) of its answer given its prompt, and whether greedy decoding would give it."""
+    found: list[tuple[float, bool]] = []
+    for logits, wanted, lengths in _answer_logits(model, tokenizer, rows, batch_size):
+        picked = logits.log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1)  # [answer tokens of the batch]
+        greedy = logits.argmax(-1) == wanted
+        for nats, same in zip(picked.split(lengths), greedy.split(lengths), strict=True):
+            found.append((float(nats.double().sum()), bool(same.all())))
+    return found
+
+
+def _answer_logits(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
+    """Batch by batch: the logits [N, V] at the answers' tokens, row after row, these tokens [N], how many a row has."""
+    import torch
+
+    device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):
         columns = collate(list(rows[start : start + batch_size]), tokenizer.pad_token_id)
         batch = {name: torch.tensor(values, device=device) for name, values in columns.items()}
@@ -111,9 +139,7 @@ def answer_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_siz
         chosen = wanted != IGNORED_LABEL
         with torch.no_grad():
             logits = model(**batch).logits[:, :-1][chosen].float()
-        total += torch.nn.functional.cross_entropy(logits, wanted[chosen], reduction="sum").item()
-        count += int(chosen.sum())
-    return total, count
+        yield logits, wanted[chosen], chosen.sum(1).tolist()
 
 
 def exact_match(answer: str, wanted: str) -> bool:
