@@ -12,7 +12,7 @@ import torch
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.data.formats import encode_completion, encode_prompt
 from pedro.training.pretrain import corpus
-from pedro.training.pretrain.loop import CHECKPOINT, Settings, State, train
+from pedro.training.pretrain.loop import CHECKPOINT, Settings, train
 from pedro.training.pretrain.main import PRESETS, build, main
 from pedro.training.pretrain.optimizer import orthogonal
 from pedro.training.pretrain.quality import measure
@@ -241,7 +241,3 @@ def test_a_small_run_publishes_a_backbone_with_its_provenance(data, tmp_path, ca
 def test_a_budget_is_required(data, tmp_path):
     with pytest.raises(SystemExit, match="--tokens or --minutes"):
         main(["--data", str(data), "--out", str(tmp_path)])
-
-
-def test_states_are_plain_data():
-    assert State(**State(step=3).__dict__) == State(step=3)
