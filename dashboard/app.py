@@ -12,6 +12,7 @@ from pathlib import Path
 import streamlit as st
 
 import connection
+from drawing import STYLE
 from pedro.config import Settings
 from sources import gate
 
@@ -33,13 +34,13 @@ WRONG_KEY_S = 1.0  # a guess is answered late
 def main() -> None:
     st.set_page_config(page_title="pedro", page_icon=ICON, layout="wide")
     st.logo(ICON, size="large")
+    st.html(STYLE)
     if gate.wanted() and not st.session_state.get("admitted"):
         st.navigation([st.Page(door, title="pedro", url_path="overview", default=True)], position="hidden").run()
         return
     pages = [
         st.Page(HERE / "views" / f"{name}.py", title=title, icon=icon, url_path=name, default=name == "overview")
         for name, title, icon in PAGES
-        if (HERE / "views" / f"{name}.py").is_file()
     ]
     st.navigation(pages).run()
 

@@ -18,6 +18,13 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY = (
 SERIES = [BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY]
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]
 INK = "#808495"  # readable on the light and on the dark page
+STYLE = """<style>
+[data-testid="stMainBlockContainer"] {padding: 3.2rem clamp(1rem, 3.5vw, 4rem) 4rem;}
+[data-testid="stMetricLabel"] *, [data-testid="stMetricDelta"], [data-testid="stMetricDelta"] * {
+  white-space: normal !important; overflow: visible !important; text-overflow: clip !important;}
+[data-testid="stMetricDelta"] {height: auto; max-width: 100%;}
+</style>"""
+"""Less margin, and figures whose notes wrap instead of ending in dots."""
 
 
 def number(place: DeltaGenerator, label: str, value: str, note: str) -> None:
@@ -28,12 +35,24 @@ def number(place: DeltaGenerator, label: str, value: str, note: str) -> None:
 def colours(field: str, names: list[str]) -> alt.Color:
     """A colour for each of the names of a field, with a legend above the chart."""
     wide = [SERIES[place % len(SERIES)] for place in range(len(names))]
-    legend = alt.Legend(title=None, orient="top", columns=4, symbolType="stroke", symbolStrokeWidth=3, labelLimit=240)
-    return alt.Color(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=wide), legend=legend)
+    return alt.Color(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=wide), legend=_legend())
 
 
 def dashes(field: str, names: list[str]) -> alt.StrokeDash:
-    """Another dash for each time round the palette, so that no two lines look alike."""
-    wide = [DASHES[(place // len(SERIES) + place) % len(DASHES)] for place in range(len(names))]
-    legend = alt.Legend(title=None, orient="top", columns=4, symbolType="stroke", symbolStrokeWidth=3, labelLimit=240)
-    return alt.StrokeDash(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=wide), legend=legend)
+    """Dashes that are others each time round the palette, so that no two lines look alike."""
+    wide = [DASHES[(2 * (place // len(SERIES)) + place) % len(DASHES)] for place in range(len(names))]
+    return alt.StrokeDash(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=wide), legend=_legend())
+
+
+def _legend() -> alt.Legend:
+    """The same for colours and dashes, so that they become one."""
+    return alt.Legend(
+        title=None,
+        orient="top",
+        columns=3,
+        symbolType="stroke",
+        symbolStrokeWidth=3,
+        symbolSize=250,
+        symbolOpacity=1,
+        labelLimit=240,
+    )

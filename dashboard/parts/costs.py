@@ -13,6 +13,8 @@ from sources import pareto
 from sources.compare import Selection
 from sources.pareto import METRICS
 
+USUAL = ("score", "parameters", "seconds")
+
 
 def costs(selection: Selection) -> None:
     st.subheader("What it costs", anchor=False)
@@ -22,6 +24,7 @@ def costs(selection: Selection) -> None:
         st.caption("Appears when two methods have finished runs.")
         return
     titles = {name: METRICS[name].title for name in measured}
+    usual = [name for name in USUAL if name in measured]
     left, middle, right = st.columns([1, 1, 2])
     x = left.selectbox(
         "Across",
@@ -33,7 +36,7 @@ def costs(selection: Selection) -> None:
     )
     y = middle.selectbox("Up", measured, format_func=titles.__getitem__, key="y", bind="query-params")
     over = right.multiselect(
-        "Unbeaten over", measured, default=measured, format_func=titles.__getitem__, key="over", bind="query-params"
+        "Unbeaten over", measured, default=usual, format_func=titles.__getitem__, key="over", bind="query-params"
     )
     x, y = x or measured[0], y or measured[0]
     chosen = over or [x, y]
@@ -46,7 +49,7 @@ def costs(selection: Selection) -> None:
     line = [_point(point, x, y, True) for point in pareto.front([point for point, _ in shown], x, y)]
     _draw_front(pd.DataFrame(rows), pd.DataFrame(line), x, y)
     beaten = [row["method"] for row in rows if not row["unbeaten"]]
-    listed = ", ".join(titles[name].lower() for name in chosen)
+    listed = ", ".join(titles[name] for name in chosen)
     st.caption(
         f"Filled: no other method is at least as good in all of {listed}, and better in one. Beaten in that sense: "
         f"{', '.join(beaten) or 'none'}. The line is the front of the two that are drawn. Costs are medians over runs."
@@ -77,7 +80,7 @@ def _draw_front(frame: pd.DataFrame, line: pd.DataFrame, x: str, y: str) -> None
         alt.Chart(line).mark_line(color=BLUE, strokeDash=[5, 4], strokeWidth=1.5, opacity=0.8).encode(x=across, y=up)
     )
     base = alt.Chart(frame).encode(x=across, y=up, tooltip=tooltip)
-    dots = base.mark_point(size=110, strokeWidth=2).encode(
+    dots = base.mark_point(size=110, strokeWidth=2, opacity=1).encode(
         color=alt.condition("datum.unbeaten", alt.value(BLUE), alt.value(GREY)),
         fill=alt.condition("datum.unbeaten", alt.value(BLUE), alt.value("transparent")),
         shape=alt.condition("datum.unbeaten", alt.value("circle"), alt.value("square")),
@@ -101,7 +104,7 @@ def _named(point: pareto.Point) -> str:
 
 def _axis(name: str, field: str) -> dict[str, Any]:
     metric = METRICS[name]
-    scale = alt.Scale(type="log", nice=True, padding=12) if metric.log else alt.Scale(zero=False, padding=12)
+    scale = alt.Scale(type="log", nice=False, padding=30) if metric.log else alt.Scale(zero=False, padding=20)
     axis = alt.Axis(format="~s" if metric.log else metric.format, grid=field == "y", tickCount=6)
     return {"title": metric.title, "scale": scale, "axis": axis}
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import httpx
 
@@ -56,7 +57,7 @@ def registry_health(settings: Settings) -> Service:
     if not is_there(uri):
         return Service("MLflow", State.OFF, "no registry yet", "`make demo` or `pedro submit SPEC.yaml` makes one")
     if not uri.startswith("http"):
-        return Service("MLflow", State.UP, f"{'file' if uri.startswith(SQLITE) else 'database'} `{shown(uri)}`")
+        return Service("MLflow", State.UP, _database(settings, uri))
     if _answers(f"{uri.rstrip('/')}/health"):
         return Service("MLflow", State.UP, f"server `{shown(uri)}`")
     remedy = "start it (`mlflow server`), or unset MLFLOW_TRACKING_URI to use the file in PEDRO_HOME"
@@ -67,7 +68,7 @@ def records_health(settings: Settings) -> Service:
     url = settings.database_url
     if not is_there(url):
         return Service("Records", State.OFF, "no keys and no jobs yet", "`pedro keys create TENANT` makes the first")
-    return Service("Records", State.UP, f"`{shown(url)}`")
+    return Service("Records", State.UP, _database(settings, url))
 
 
 def ray_health(settings: Settings) -> Service:
@@ -118,6 +119,14 @@ def gateway_url(settings: Settings, env: Mapping[str, str] = os.environ) -> str:
         return str(json.loads((settings.home / "serve.json").read_text())["url"])
     except (OSError, ValueError, TypeError, KeyError):
         return DEFAULT_URL
+
+
+def _database(settings: Settings, url: str) -> str:
+    """In words; a file of the home by its name."""
+    path = Path(url.removeprefix(SQLITE))
+    if url.startswith(SQLITE) and path.is_relative_to(settings.home):
+        return f"`{path.relative_to(settings.home)}` in the home"
+    return f"`{shown(url)}`"
 
 
 def _answers(url: str) -> bool:

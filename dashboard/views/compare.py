@@ -20,18 +20,20 @@ REFRESH_S = 60
 Names = tuple[str, ...]
 MOST_LINES = 12
 STYLE = """<style>
-.pedro-table {overflow-x: auto; max-width: 100%;}
-.pedro-table table {border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.95rem;}
+.pedro-table {overflow-x: auto; max-width: 100%%;}
+.pedro-table table {border-collapse: collapse; width: 100%%; font-variant-numeric: tabular-nums; font-size: 0.9rem;}
 .pedro-table caption {text-align: left; font-weight: 600; padding: 0.25rem 0 0.5rem;}
-.pedro-table th, .pedro-table td {padding: 0.35rem 0.7rem; text-align: right; white-space: nowrap;
+.pedro-table th, .pedro-table td {padding: 0.3rem 0.4rem; text-align: right;
   border-bottom: 1px solid rgba(128, 132, 149, 0.3);}
-.pedro-table th[scope=row], .pedro-table th:first-child {text-align: left;}
-.pedro-table th {font-weight: 500;}
-.pedro-table td small {display: block; opacity: 0.65; font-size: 0.75rem;}
+.pedro-table td {white-space: nowrap;}
+.pedro-table th {font-weight: 500; vertical-align: bottom; overflow-wrap: anywhere;}
+.pedro-table th:first-child {text-align: left; vertical-align: middle; position: sticky; left: 0; background: %s;
+  min-width: 5.5rem;}
+.pedro-table td small {display: block; opacity: 0.7; font-size: 0.7rem;}
 .pedro-table u {text-underline-offset: 3px;}
 </style>"""
 
-list_all = st.cache_data(ttl=5, show_spinner=False)(data.list_comparisons)
+list_all = st.cache_resource(ttl=5, show_spinner=False)(data.list_comparisons)
 read_models = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the experiments …")(run_cells.read_models)
 read_runs = st.cache_resource(ttl=REFRESH_S, show_spinner="Reading the runs …", max_entries=20)(run_cells.read_runs)
 read_one = st.cache_resource(show_spinner="Reading the runs …", max_entries=10)(data.read)
@@ -122,8 +124,11 @@ def filtered(comparison: Comparison, stamp: str) -> Selection:
 
 
 def table(selection: Selection) -> None:
-    st.html(STYLE + "".join(data.table_html(table) for table in selection.tables))
-    st.caption(data.LEGEND)
+    behind = st.get_option(f"theme.{st.context.theme.type or 'light'}.backgroundColor") or "transparent"
+    style = STYLE % behind  # of the first column, which stays while the others scroll
+    st.html(style + "".join(data.table_html(table) for table in selection.tables))
+    heads = {table.notes[0] for table in selection.tables if table.notes}  # which budget is equal
+    st.caption("  \n".join([data.LEGEND, *(map(_literal, heads) if len(heads) == 1 else ())]))
     notes = dict.fromkeys(note for table in selection.tables for note in table.notes)
     with st.expander("What the numbers are", icon=":material/info:"):
         st.markdown("\n".join(f"- {_literal(note)}" for note in notes))
@@ -174,7 +179,12 @@ def budgets(selection: Selection) -> None:
         return
     methods = list(dict.fromkeys(frame["method"]))
     base = alt.Chart(frame).encode(
-        x=alt.X("parameters:Q", title="trained parameters", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s")),
+        x=alt.X(
+            "parameters:Q",
+            title="trained parameters",
+            scale=alt.Scale(type="log", nice=False, padding=30),
+            axis=alt.Axis(format="~s"),
+        ),
         color=colours("method", methods),
         tooltip=[
             *("method:N", "backbone:N"),
@@ -228,7 +238,7 @@ def curves(settings: Settings, selection: Selection, stamp: str) -> None:
         tooltip=["method:N", "step:Q", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high"))],
     )
     bands = base.mark_area(opacity=0.12).encode(y="low:Q", y2="high:Q")
-    left, right = st.columns([3, 2], gap="large")
+    left, right = st.columns([5, 4], gap="medium")
     left.altair_chart((bands + lines).properties(height=340), width="stretch")
     left.caption("Medians over seeds; the shade reaches from the least to the most of them.")
     right.dataframe(
@@ -237,10 +247,10 @@ def curves(settings: Settings, selection: Selection, stamp: str) -> None:
         width="stretch",
         column_config={
             "method": st.column_config.TextColumn("Method"),
-            "best": st.column_config.NumberColumn("Best", format="%.4f", width="small"),
-            "step": st.column_config.NumberColumn("At step", format="localized", width="small"),
-            "last": st.column_config.NumberColumn("Last", format="%.4f", width="small"),
-            "seeds": st.column_config.NumberColumn("Seeds", width="small"),
+            "best": st.column_config.NumberColumn("Best", format="%.4f", width=70),
+            "step": st.column_config.NumberColumn("At step", format="localized", width=60),
+            "last": st.column_config.NumberColumn("Last", format="%.4f", width=70),
+            "seeds": st.column_config.NumberColumn("Seeds", width=50),
         },
     )
     if len(best) > MOST_LINES:

@@ -22,19 +22,20 @@ SIGNS = {
     State.DOWN: ":red[:material/error:]",
 }
 
-read_demo = st.cache_data(ttl=REFRESH_S, show_spinner=False)(data.read_demo)
-read_health = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(health)
-read_counts = st.cache_data(ttl=REFRESH_S / 2, show_spinner="Reading the registry …")(read_overview)
+read_demo = st.cache_resource(ttl=REFRESH_S, show_spinner=False)(data.read_demo)
+read_health = st.cache_resource(ttl=REFRESH_S / 2, show_spinner=False)(health)
+read_counts = st.cache_resource(ttl=REFRESH_S / 2, show_spinner="Reading the registry …")(read_overview)
 
 
 def page() -> None:
     settings = Settings.from_env()
-    title, action = st.columns([8, 1], vertical_alignment="bottom")
+    title, action = st.columns([6, 1], vertical_alignment="bottom")
     with title:
         st.title("pedro", anchor=False)
         st.caption(f"One frozen backbone, many tenants, one tiny adapter each. Home `{settings.home}`.")
     if action.button("Reload", icon=":material/refresh:", width="stretch"):
         st.cache_data.clear()
+        st.cache_resource.clear()
         st.rerun()
     now(settings)
     demo_result(settings)
@@ -84,8 +85,8 @@ def news(seen: Overview) -> None:
         hide_index=True,
         height=min(38 + 35 * len(rows), 320),
         column_config={
-            "at": st.column_config.DatetimeColumn("When (UTC)", format="YYYY-MM-DD HH:mm:ss", width="medium"),
-            "what": st.column_config.TextColumn("What", width="small"),
+            "at": st.column_config.DatetimeColumn("When (UTC)", format="YYYY-MM-DD HH:mm", width=130),
+            "what": st.column_config.TextColumn("What", width=120),
             "name": st.column_config.TextColumn("Which", width="medium"),
             "detail": st.column_config.TextColumn("Why", width="large"),
         },

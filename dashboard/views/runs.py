@@ -31,7 +31,7 @@ SIGNS = {
 COLUMNS: dict[str, Any] = {
     "status": st.column_config.TextColumn("Status", width="small"),
     "model": st.column_config.TextColumn("Adapter"),
-    "kind": st.column_config.TextColumn("Kind", width="small"),
+    "kind": st.column_config.TextColumn("Kind"),
     "created": st.column_config.DatetimeColumn("Created (UTC)", format="YYYY-MM-DD HH:mm"),
     "minutes": st.column_config.NumberColumn("Minutes", format="%.1f", width="small"),
     "version": st.column_config.TextColumn("Became"),
@@ -40,9 +40,9 @@ COLUMNS: dict[str, Any] = {
     "job": st.column_config.TextColumn("Job"),
 }
 
-read_live = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.live_jobs)
-read_past = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the jobs …")(data.past_jobs)
-read_runs = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.job_runs)
+read_live = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner=False)(data.live_jobs)
+read_past = st.cache_resource(max_entries=100, ttl=REFRESH_S, show_spinner="Reading the jobs …")(data.past_jobs)
+read_runs = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner=False)(data.job_runs)
 read_curves = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.curve_rows)
 read_log = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.log_tail)
 
@@ -153,7 +153,8 @@ def _ask(job_id: str | None) -> None:
 def _end(settings: Settings, job_id: str) -> None:
     problem = data.cancel(settings, job_id)
     st.session_state["ending"] = None
-    st.cache_data.clear()
+    read_live.clear()
+    read_past.clear()
     st.toast(problem or f"{job_id} is ended", icon=":material/error:" if problem else ":material/check:")
 
 
@@ -180,7 +181,7 @@ def past(settings: Settings) -> None:
     )
     frame = pd.DataFrame(data.job_rows(seen.jobs), columns=list(COLUMNS))
     frame["created"] = pd.to_datetime(frame["created"], unit="ms")
-    st.dataframe(frame, hide_index=True, width="stretch", column_config=COLUMNS)
+    st.dataframe(frame, hide_index=True, width="stretch", column_config=COLUMNS, placeholder="")
     by_id = {job.id: job for job in seen.jobs}
     chosen = st.selectbox(
         "Look at", list(by_id), index=None, format_func=lambda job_id: title(by_id[job_id]), placeholder="Choose a job"

@@ -6,16 +6,17 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import BLUE, GREY, INK, VERMILION, number
+from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, number
 from pedro.config import Settings
 from pedro.training.sweep.records import State
 from sources import sweeps as data
 
 REFRESH_S = 10
+SHADES = [BLUE, SKY, ORANGE]  # from the least loss to the largest, on the light and on the dark page
 STEPS = [State.RUNNING, State.FINISHED, State.STOPPED, State.FAILED, State.LOST]
 
-read_all = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the sweeps …")(data.read_sweeps)
-read_one = st.cache_data(ttl=REFRESH_S / 2, show_spinner="Reading the trials …")(data.read_sweep)
+read_all = st.cache_resource(max_entries=100, ttl=REFRESH_S, show_spinner="Reading the sweeps …")(data.read_sweeps)
+read_one = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner="Reading the trials …")(data.read_sweep)
 
 
 def page() -> None:
@@ -92,8 +93,8 @@ def coordinates(sweep: data.Sweep) -> None:
     lines = done.mark_line(strokeWidth=1.8, opacity=0.85, point=alt.OverlayMarkDef(size=24)).encode(
         color=alt.Color(
             "loss:Q",
-            scale=alt.Scale(scheme="viridis", reverse=True),
-            legend=alt.Legend(title="validation loss", orient="bottom", gradientLength=220, format=".3~g"),
+            scale=alt.Scale(range=SHADES, interpolate="rgb"),
+            legend=alt.Legend(title="validation loss", orient="bottom", type="gradient", gradientLength=220),
         )
     )
     best = base.transform_filter("datum.best").mark_line(color=VERMILION, strokeWidth=4)
@@ -102,9 +103,9 @@ def coordinates(sweep: data.Sweep) -> None:
         .mark_text(align="right", dx=-7, fontSize=11, color=INK)
         .encode(x=alt.X("axis:N", sort=axes), y="height:Q", text="tick:N")
     )
-    st.altair_chart((others + lines + best + text).properties(height=380), width="stretch")
+    st.altair_chart((others + lines + best + text).properties(height=460), width="stretch")
     st.caption(
-        "A line a trial. Finished trials are coloured by their validation loss, dark is better; the best is thick and "
+        "A line a trial. Finished trials are coloured by their validation loss, blue is better; the best is thick and "
         "red, those that were stopped or still run are dashed. Failed and lost ones have nothing to compare."
     )
 
@@ -143,13 +144,12 @@ def orders(sweep: data.Sweep) -> bool:
         y=alt.Y("n:O", title="n, order of the denominator", sort="descending"),
         tooltip=["m:O", "n:O", alt.Tooltip("loss:Q", title="validation loss", format=".4f"), "trials:Q"],
     )
-    cells = base.mark_rect(cornerRadius=3).encode(
-        color=alt.Color("loss:Q", scale=alt.Scale(scheme="viridis", reverse=True), legend=None)
-    )
-    middle = (min(row["loss"] for row in rows) + max(row["loss"] for row in rows)) / 2
+    cells = base.mark_rect(cornerRadius=3).encode(color=alt.Color("loss:Q", scale=alt.Scale(range=SHADES, interpolate="rgb"), legend=None))
+    least, most = min(row["loss"] for row in rows), max(row["loss"] for row in rows)
+    dark = least + 0.3 * (most - least)  # of the shades
     text = base.mark_text(fontSize=13).encode(
         text=alt.Text("loss:Q", format=".3f"),
-        color=alt.condition(f"datum.loss < {middle}", alt.value("white"), alt.value("black")),
+        color=alt.condition(f"datum.loss < {dark}", alt.value("white"), alt.value("black")),
     )
     st.altair_chart((cells + text).properties(height=280), width="stretch")
     st.caption("Validation loss, the median of the finished trials of each pair; the paper's orders are (6, 5).")
@@ -185,6 +185,7 @@ def trials(sweep: data.Sweep) -> None:
         frame,
         hide_index=True,
         width="stretch",
+        placeholder="",
         column_config={
             "trial": st.column_config.NumberColumn("Trial", width="small"),
             "state": st.column_config.TextColumn("State", width="small"),
