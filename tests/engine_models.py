@@ -67,16 +67,44 @@ def random_backbone(model_type: str = "llama", seed: int = 0, **changes):
     return model.requires_grad_(False)
 
 
+def _launch(tuned) -> None:
+    """LoRA-Dash after its launch."""
+    for layer in tuned.base_model.layers():
+        layer.launch("default")
+
+
+def _prune(tuned) -> None:
+    """AdaLoRA after its pruning: of each module other ranks are kept, of one none."""
+    pattern = {}
+    for number, (name, p) in enumerate((n, p) for n, p in tuned.base_model.model.named_parameters() if "lora_E" in n):
+        kept = torch.arange(len(p)) < number % len(p)
+        p.mul_(20 * kept[:, None])  # large enough to be seen
+        pattern[name] = kept.tolist()
+    tuned.peft_config["default"].rank_pattern = pattern
+
+
+def _decide(tuned) -> None:
+    """A structure search that has ended: every third candidate is kept."""
+    config = tuned.peft_config["default"]
+    layers = list(tuned.base_model.layers())
+    names = [f"{layer.index}.{part}.{t}" for layer in layers for part in ("lora", "shift") for t in config.targets]
+    config.kept = tuple(names[::3])
+    for layer in layers:
+        layer.prune("default", config)
+
+
+SETTLED = {"lora-dash": _launch, "adalora": _prune, "ssp": _decide}  # what the end of their training does
+
+
 def make_adapter(model, directory: Path, seed: int, method: str = "pedro", digest: str = DIGEST, **options):
     """Save an adapter with random weights for `model`; gives the PEFT model that carries it, the slow reference."""
     torch.manual_seed(seed)
     tuned = get_method(method).apply(copy.deepcopy(model), options)
-    for layer in tuned.base_model.layers() if method == "lora-dash" else ():
-        layer.launch("default")
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if parameter.requires_grad:
                 parameter += torch.randn_like(parameter) * (0.3 if "pedro_up" in name else 0.05)
+        SETTLED.get(method, lambda model: None)(tuned)
     manifest = {"backbone": {"id": "test", "digest": digest}, "method": {"name": method, "options": options}}
     save_adapter(tuned, directory, manifest)
     return tuned.eval()

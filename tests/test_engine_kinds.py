@@ -22,13 +22,15 @@ KINDS = {
     "bitfit": ("bitfit", {}),
     "lora": ("lora", {"r": 4}),
     "lora-wide": ("lora", {"r": 20}),
+    "adalora": ("adalora", {"r": 6, "target_r": 3}),
+    "ssp": ("ssp", {"r": 4}),
     "melora": ("melora", {"r": 3, "n": 2}),
     "lora-dash": ("lora-dash", {"r": 4, "directions": 3}),
     "lorta": ("lorta", {"r": 8}),
     "grouped": ("pedro", {"group_size": "head", "pool": "mean", "window": 3}),
     "by-layer": ("pedro", {"r": [4, 6, 12], "orders": [[4, 3], [6, 5], [2, 2]]}),
 }
-LOW_RANK = ("lora", "melora", "lora-dash", "lorta")
+LOW_RANK = ("lora", "adalora", "ssp", "melora", "lora-dash", "lorta")
 BACKBONES = {
     "llama": ("native", "torch"),
     "qwen2": ("native",),  # its q, k and v have biases
@@ -46,7 +48,7 @@ UNSERVED = {("gpt2", "ia3"), ("gpt_neox", "ia3")}  # after an ungated MLP's acti
 @pytest.mark.parametrize(("model_type", "kernel"), CASES)
 def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
     model = random_backbone(model_type)
-    runner = Runner(copy.deepcopy(model), slots=16, length=64, kernel=kernel)
+    runner = Runner(copy.deepcopy(model), slots=18, length=64, kernel=kernel)
     assert runner.kernel == kernel
     rows, references = [], []
     for number, (name, (method, options)) in enumerate(KINDS.items()):
@@ -60,7 +62,7 @@ def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
         ids = prompt(5 + number, number)
         rows.append(PrefillRow(number, ids, len(ids), adapter))
         references.append(tuned)
-    rows.append(PrefillRow(15, prompt(6), 6))
+    rows.append(PrefillRow(17, prompt(6), 6))
     references.append(model)
     runner.begin(rows)
     for until in (1, 9, 20, None):

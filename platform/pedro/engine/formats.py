@@ -28,6 +28,8 @@ from pedro.methods.low_rank.lorta import LortaModel
 from pedro.methods.low_rank.melora import MeloraModel
 from pedro.methods.pedro.generator import GeneratorWeights
 from pedro.methods.pedro.model import CHILD as PEDRO_CHILD
+from pedro.methods.sparse_search import CHILD as SEARCH_CHILD
+from pedro.methods.sparse_search import PREFIX as SEARCH_PREFIX
 
 WEIGHTS = "adapter_model.safetensors"
 ROOT = "base_model.model."
@@ -53,6 +55,10 @@ class _Tensors:
         if not torch.isfinite(tensor.float().sum()):
             raise AdapterError(f"adapter weights: {key} holds numbers that are not finite; the training diverged")
         return tensor.to(self._device, torch.float32)
+
+    def rows(self, key: str) -> int:
+        """The length of a tensor's first axis."""
+        return len(self._tensors[key])
 
     def finish(self) -> None:
         """Refuse weights that the config does not explain."""
@@ -167,6 +173,50 @@ def _read_lora(config: Any, tensors: _Tensors, architecture: Architecture, strip
     return {"low_rank": tuple(layers)}
 
 
+def _read_adalora(config: Any, tensors: _Tensors, architecture: Architecture, strip: int) -> dict[str, Any]:
+    """AdaLoRA as PEFT saves it: each module has the ranks that were kept, and singular values between its factors."""
+    if config.use_dora or config.bias != "none" or config.lora_bias:
+        raise AdapterError("adapter: AdaLoRA with use_dora or bias is not served in mixed batches; train without")
+    scaling = config.lora_alpha / (config.init_r + 1e-5)  # PEFT keeps to the first rank after pruning
+    layers = []
+    for place in architecture.layers:
+        terms: dict[str, LowRank] = {}
+        for path, sites in _modules(place).items():
+            prefix = f"{ROOT}{place.name}.{path}.lora_"
+            if f"{prefix}A" not in tensors:
+                continue
+            rank, inputs = tensors.rows(f"{prefix}A"), _inputs(place, sites, architecture.hidden_size)
+            outputs = sum(place.linears[site].width for site in sites)
+            down = tensors.take(f"{prefix}A", (rank, inputs)) * tensors.take(f"{prefix}E", (rank, 1))
+            up = tensors.take(f"{prefix}B", (outputs, rank)) * scaling
+            if rank:
+                terms |= {site: _padded(down.T, _cut(up, place, site).T, strip) for site in sites}
+        layers.append(terms)
+    return {"low_rank": tuple(layers)}
+
+
+def _read_sparse_search(config: Any, tensors: _Tensors, architecture: Architecture, strip: int) -> dict[str, Any]:
+    """The LoRA modules and shifts that a structure search kept."""
+    if config.kept is None:
+        raise AdapterError("adapter: its structure search has not ended; train it to the end")
+    low_rank, shifts = [], []
+    for index, place in enumerate(architecture.layers):
+        terms: dict[str, LowRank] = {}
+        shift: dict[str, torch.Tensor] = {}
+        prefix = f"{ROOT}{place.name}.{SEARCH_CHILD}.{SEARCH_PREFIX}"
+        for target in (target for target in config.targets if target in place.linears):
+            inputs, width = _inputs(place, [target], architecture.hidden_size), place.linears[target].width
+            if f"{index}.lora.{target}" in config.kept:
+                down = tensors.take(f"{prefix}a_{target}", (config.r, inputs)).T
+                up = tensors.take(f"{prefix}b_{target}", (width, config.r)).T * (config.alpha / config.r)
+                terms[target] = _padded(down, up, strip)
+            if f"{index}.shift.{target}" in config.kept:
+                shift[target] = tensors.take(f"{prefix}shift_{target}", (width,))
+        low_rank.append(terms)
+        shifts.append(shift)
+    return {"low_rank": tuple(low_rank), "shift": tuple(shifts)}
+
+
 def _read_low_rank(
     tuner: type[DeltaTuner], config: Any, tensors: _Tensors, architecture: Architecture, strip: int
 ) -> dict[str, Any]:
@@ -188,7 +238,8 @@ def _read_low_rank(
             if config.shared:
                 shared |= taken
                 taken = {name: shared[name] for name in shapes}
-            terms[target] = _padded(*config.factors(taken, linear), strip)
+            down, up = config.factors(taken, linear)
+            terms[target] = _padded(down, up, strip)
         layers.append(terms)
     return {"low_rank": tuple(layers)}
 
@@ -227,8 +278,10 @@ _READERS: dict[str, Callable[[Any, _Tensors, Architecture, int], dict[str, Any]]
     "CONSTANT": _read_constants,
     "IA3": _read_ia3,
     "LORA": _read_lora,
+    "ADALORA": _read_adalora,
+    "SPARSE_SEARCH": _read_sparse_search,
     "MELORA": partial(_read_low_rank, MeloraModel),
     "LORA_DASH": partial(_read_low_rank, LoraDashModel),
     "LORTA": partial(_read_low_rank, LortaModel),
 }
-NAMES = ("PEDRO", "PARA", "(IA)³", "RED", "BitFit", "LoRA", "MELoRA", "LoRA-Dash", "LoRTA")
+NAMES = ("PEDRO", "PARA", "(IA)³", "RED", "BitFit", "LoRA", "AdaLoRA", "SSP", "MELoRA", "LoRA-Dash", "LoRTA")
