@@ -84,7 +84,7 @@ def test_lora_dash_launches_along_the_directions_of_the_highest_change_rate():
     layer = next(model.base_model.layers())
     with torch.no_grad():
         layer.lora_dash_b_up["default"].normal_()
-        weight, b, a = layer.weight("up"), layer.lora_dash_b_up["default"], layer.lora_dash_a_up["default"]
+        weight, b, a = layer.base_weight("up"), layer.lora_dash_b_up["default"], layer.lora_dash_a_up["default"]
         layer.launch("default")
         left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
         rates = torch.diag(left.T @ (4.0 * b @ a) @ right.T).abs() / sigma

@@ -51,12 +51,12 @@ class DeltaLayer(BlockLayer):
         """The change [W, in] of one target's weight that does what the adapter does, float32."""
         raise NotImplementedError
 
-    def weight(self, target: str) -> torch.Tensor:
+    def base_weight(self, target: str) -> torch.Tensor:
         """The backbone's weight [W, in] of one target, float32."""
         module, rows, _ = self.places.linears[target]
         return _oriented(module)[slice(None) if rows is None else rows].detach().float()
 
-    def bias(self, target: str) -> torch.Tensor | None:
+    def base_bias(self, target: str) -> torch.Tensor | None:
         """The backbone's bias [W] of one target, float32, if it has one."""
         module, rows, _ = self.places.linears[target]
         bias: Any = module.bias
@@ -98,7 +98,8 @@ class DeltaTuner(BlockTuner):
         """Give the block a layer if it has none, and the layer a fresh adapter."""
         if not hasattr(block, self.child):
             first = getattr(self._architecture.layers[0].block, self.child, None)
-            setattr(block, self.child, self.tuner_layer_cls(index, self._architecture.layers[index], first))
+            layer_cls: Any = self.tuner_layer_cls
+            setattr(block, self.child, layer_cls(index, self._architecture.layers[index], first))
         getattr(block, self.child).update_layer(adapter_name, config)
 
     @torch.no_grad()

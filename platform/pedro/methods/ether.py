@@ -73,16 +73,16 @@ class EtherLayer(DeltaLayer):
     def delta(self, name: str, target: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What the reflections change: W (H x − x), and of ETHER+ what H̃ does to the sum. The bias stays as it is."""
         moved = self._moved(name, target, x, "")
-        change = functional.linear(moved, self.weight(target))
+        change = functional.linear(moved, self.base_weight(target))
         if not self.configs[name].plus:
             return change
-        bias = self.bias(target)
+        bias = self.base_bias(target)
         product = output.float() if bias is None else output.float() - bias
         return change + self._moved(name, target, product + change, "out_")
 
     def weight_change(self, name: str, target: str) -> torch.Tensor:
         """H̃ W H − W."""
-        weight = self.weight(target)
+        weight = self.base_weight(target)
         change = self._moved(name, target, weight, "")  # H is symmetric, so rows of W are reflected as inputs are
         if self.configs[name].plus:
             change = change + self._moved(name, target, (weight + change).T, "out_").T

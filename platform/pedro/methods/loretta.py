@@ -125,7 +125,7 @@ class LorettaLayer(DeltaLayer):
         """An adapter behind the projection adds to its output; one before it, through its weight."""
         if target == "down":
             return self.adapted(name, target, output.float())
-        return functional.linear(self.adapted(name, target, x), self.weight(target))
+        return functional.linear(self.adapted(name, target, x), self.base_weight(target))
 
     def adapted(self, name: str, target: str, hidden: torch.Tensor) -> torch.Tensor:
         """What one adapter makes of a hidden state [B, T, D], without the residual."""

@@ -95,7 +95,7 @@ class LowRankLayer(DeltaLayer):
     def linear(self, target: str) -> Linear:
         """One of the block's projections."""
         width = self.places.linears[target].width
-        return Linear(target, self.index, self.inputs(target), width, lambda: self.weight(target))
+        return Linear(target, self.index, self.inputs(target), width, lambda: self.base_weight(target))
 
     def tensors(self, adapter_name: str, target: str) -> dict[str, torch.Tensor]:
         """An adapter's tensors of one target, by the config's names."""

@@ -73,7 +73,7 @@ class LoraDashLayer(LowRankLayer):
     def launch(self, adapter_name: str) -> None:
         """Choose the directions by what A and B have learned until now."""
         for target in self.configs[adapter_name].targets:
-            left, sigma, right = torch.linalg.svd(self.weight(target), full_matrices=False)  # [W, k], [k], [k, in]
+            left, sigma, right = torch.linalg.svd(self.base_weight(target), full_matrices=False)  # [W, k], [k], [k, in]
             tensors = self.tensors(adapter_name, target)
             learned = (left.T @ tensors[f"b_{target}"]) * (right @ tensors[f"a_{target}"].T)  # [k, r]
             rate = learned.sum(1).abs() / sigma  # the scaling α/r is the same for all

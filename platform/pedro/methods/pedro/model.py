@@ -25,7 +25,7 @@ class PedroModel(ConditionedTuner):
     child = CHILD
     no_merge = "PEDRO's vectors depend on the prompt, so no weights can hold them"
 
-    def _prepare_adapter_config(self, peft_config: PedroConfig, model_config: dict) -> PedroConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.group_size == HEAD:
             peft_config.group_size = head_width(self.model.config)
         return peft_config
