@@ -144,7 +144,9 @@ def orders(sweep: data.Sweep) -> bool:
         y=alt.Y("n:O", title="n, order of the denominator", sort="descending"),
         tooltip=["m:O", "n:O", alt.Tooltip("loss:Q", title="validation loss", format=".4f"), "trials:Q"],
     )
-    cells = base.mark_rect(cornerRadius=3).encode(color=alt.Color("loss:Q", scale=alt.Scale(range=SHADES, interpolate="rgb"), legend=None))
+    cells = base.mark_rect(cornerRadius=3).encode(
+        color=alt.Color("loss:Q", scale=alt.Scale(range=SHADES, interpolate="rgb"), legend=None)
+    )
     least, most = min(row["loss"] for row in rows), max(row["loss"] for row in rows)
     dark = least + 0.3 * (most - least)  # of the shades
     text = base.mark_text(fontSize=13).encode(

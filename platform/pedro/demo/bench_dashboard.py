@@ -20,7 +20,7 @@ from pedro.evaluation.benchmarks.report import Report, Target, exactly
 from pedro.evaluation.benchmarks.rivals import Say
 from pedro.evaluation.benchmarks.shapes import bench_folder
 
-COLUMNS = ("home", "page", "first_s", "again_s", "failed")
+COLUMNS = ("home", "page", "first_s", "cpu_s", "again_s", "failed")
 HOMES = {"demo": (12, 3), "crowd": (10_000, 500)}  # runs, adapters
 QUICK = {"demo": (12, 3), "crowd": (500, 50)}
 OPEN_S, AGAIN_S = 3.0, 1.0
