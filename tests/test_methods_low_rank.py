@@ -186,9 +186,12 @@ def test_counts_on_llama_2_7b_are_those_of_the_papers_formulas(name, options, co
         ("lorta", {"targets": ["up"]}, r"method\.targets: expected distinct names of q, k, v, o"),
     ],
 )
-def test_what_does_not_fit_the_backbone_is_told(name, options, message):
+def test_what_does_not_fit_the_backbone_is_told_before_anything_is_changed(name, options, message):
+    backbone = tiny_backbone()
+    modules = [n for n, _ in backbone.named_modules()]
     with pytest.raises(ConfigError, match=message):
-        get_method(name).apply(tiny_backbone(), options)
+        get_method(name).apply(backbone, options)
+    assert [n for n, _ in backbone.named_modules()] == modules
 
 
 def test_a_launch_after_the_last_step_is_refused():

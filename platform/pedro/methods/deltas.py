@@ -64,7 +64,7 @@ class DeltaLayer(BlockLayer):
 
     def inputs(self, target: str) -> int:
         """How many inputs a target has."""
-        return _oriented(self.places.linears[target].module).shape[1]
+        return inputs_of(self.places.linears[target].module)
 
     def _add_up(self, cuts: Cuts, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         changed: torch.Tensor | None = None
@@ -120,6 +120,11 @@ class DeltaTuner(BlockTuner):
         """Always raises ConfigError: what is merged cannot be taken apart without rounding."""
         self._check_merge_allowed()
         raise ConfigError("merge: these changes are merged for good; use merge_and_unload")
+
+
+def inputs_of(module: nn.Module) -> int:
+    """How many inputs a linear has."""
+    return _oriented(module).shape[1]
 
 
 def _oriented(module: Any) -> torch.Tensor:

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pedro.methods.architectures import LINEARS
+from pedro.methods.architectures import LINEARS, Architecture
 from pedro.methods.blocks import TunerConfig
-from pedro.methods.deltas import DeltaLayer, DeltaTuner
+from pedro.methods.deltas import DeltaLayer, DeltaTuner, inputs_of
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_names, targets_of
 from pedro.methods.peft_registration import register
@@ -61,8 +61,6 @@ class EtherLayer(DeltaLayer):
             if config.plus:
                 sides["out_"] = self.places.linears[target].width
             for side, width in sides.items():
-                whole = width % config.blocks == 0
-                expect(whole, "blocks", f"a divisor of {width}, a side of {target}", config.blocks)
                 u = torch.empty(config.blocks, width // config.blocks, **self.fresh())
                 nn.init.kaiming_uniform_(u, a=5**0.5)
                 self._part(f"{side}u", target)[adapter_name] = nn.Parameter(u.flatten())
@@ -109,6 +107,15 @@ class EtherModel(DeltaTuner):
     prefix = PREFIX
     tuner_layer_cls = EtherLayer
     child = "mirrors"
+
+    def check(self, config: EtherConfig, architecture: Architecture) -> None:
+        """Raise ConfigError for targets that the backbone lacks, or whose sides cannot be cut into so many blocks."""
+        super().check(config, architecture)
+        for target in config.targets:
+            site = architecture.layers[0].linears[target]
+            for width in (inputs_of(site.module), *([site.width] if config.plus else [])):
+                whole = width % config.blocks == 0
+                expect(whole, "blocks", f"a divisor of {width}, a side of {target}", config.blocks)
 
 
 def _build(plus: bool, model_config: Any, *, blocks: int = 1, targets: Targets = ("q", "v")) -> EtherConfig:

@@ -15,9 +15,9 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
-from pedro.methods.architectures import LINEARS, LayerSites
+from pedro.methods.architectures import LINEARS, Architecture, LayerSites
 from pedro.methods.blocks import TunerConfig
-from pedro.methods.deltas import DeltaLayer
+from pedro.methods.deltas import DeltaLayer, DeltaTuner, inputs_of
 from pedro.methods.options import expect_names
 
 Tensors = Mapping[str, torch.Tensor]
@@ -117,3 +117,15 @@ class LowRankLayer(DeltaLayer):
         """The change [W, in] of one target's weight."""
         down, up = self.factors(name, target)
         return (down @ up).T
+
+
+class LowRankTuner(DeltaTuner):
+    """Puts LowRankLayers into the blocks."""
+
+    def check(self, config: LowRankConfig, architecture: Architecture) -> None:
+        """Raise ConfigError for targets that the backbone lacks, or that the method cannot change."""
+        super().check(config, architecture)
+        for index, place in enumerate(architecture.layers):
+            for target in config.targets:
+                site = place.linears[target]
+                config.shapes(Linear(target, index, inputs_of(site.module), site.width))

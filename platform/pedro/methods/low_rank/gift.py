@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pedro.methods.deltas import DeltaTuner
-from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, Tensors, names
+from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, LowRankTuner, Tensors, names
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect_count, targets_of
 from pedro.methods.peft_registration import register
@@ -56,7 +55,7 @@ class GiftLayer(LowRankLayer):
     adapter_layer_names = names(PREFIX, ("phi", "psi"))
 
 
-class GiftModel(DeltaTuner):
+class GiftModel(LowRankTuner):
     """The tuner that PEFT builds for a GiftConfig."""
 
     prefix = PREFIX

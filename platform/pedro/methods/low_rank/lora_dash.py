@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pedro.methods.deltas import DeltaTuner
-from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, Tensors, names
+from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, LowRankTuner, Tensors, names
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, targets_of
 from pedro.methods.peft_registration import register
@@ -82,7 +81,7 @@ class LoraDashLayer(LowRankLayer):
             tensors[f"v_{target}"].copy_(right[chosen])
 
 
-class LoraDashModel(DeltaTuner):
+class LoraDashModel(LowRankTuner):
     """The tuner that PEFT builds for a LoraDashConfig."""
 
     prefix = PREFIX

@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from pedro.methods.architectures import projection_paths
-from pedro.methods.deltas import DeltaTuner
-from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, Tensors
+from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, LowRankTuner, Tensors
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_names
 from pedro.methods.peft_registration import register
@@ -85,7 +84,7 @@ class LortaLayer(LowRankLayer):
     adapter_layer_names = tuple(PREFIX + name for name in ("input", "width", "head", "layer", "matrix"))
 
 
-class LortaModel(DeltaTuner):
+class LortaModel(LowRankTuner):
     """The tuner that PEFT builds for a LortaConfig."""
 
     prefix = PREFIX

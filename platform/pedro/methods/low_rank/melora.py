@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pedro.methods.deltas import DeltaTuner
-from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, Tensors, names
+from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, LowRankTuner, Tensors, names
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, targets_of
 from pedro.methods.peft_registration import register
@@ -70,7 +69,7 @@ class MeloraLayer(LowRankLayer):
         return torch.einsum("...nr,nor->...no", narrow, b).flatten(-2) * (config.alpha / config.r)
 
 
-class MeloraModel(DeltaTuner):
+class MeloraModel(LowRankTuner):
     """The tuner that PEFT builds for a MeloraConfig."""
 
     prefix = PREFIX
