@@ -1,4 +1,4 @@
-"""Runs a comparison, as `pedro compare` does it: `python jobs/compare.py SPEC.yaml [key=value …]`, on a cluster as well."""
+"""Runs a comparison as `pedro compare` does: `python jobs/compare.py SPEC.yaml [key=value …]`, on a cluster as well."""
 
 import sys
 

@@ -57,7 +57,8 @@ text alone; a transformers directory.
 | | |
 |---|---|
 | shape | {shape["layers"]} layers, width {shape["width"]}, {shape["heads"]} heads, \
-{shape["kv_heads"]} key/value heads, feed-forward {shape["ffn"]}, context {shape["context"]}, tied embeddings, bfloat16 |
+{shape["kv_heads"]} key/value heads, feed-forward {shape["ffn"]}, context {shape["context"]}, \
+tied embeddings, bfloat16 |
 | tokenizer | {shape["vocabulary"]:,} byte-level BPE entries, made from the same text; digits stand alone; \
 `<unk>` 0, `<s>` 1, `</s>` 2 (every text ended with it), `<pad>` 3 |
 | training | {run["tokens"]:,} tokens ({run["epochs"]:.2f} epochs), {run["steps"]:,} steps, seed {run["seed"]}, \
