@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from comparisons import cell, rows_of, whole, write_comparison
 
+from pedro.comparison.figures import grouped
 from pedro.comparison.report import print_report, write_report
 from pedro.comparison.results import Cell, Comparison, read_comparison, read_comparisons, write_cell
 from pedro.comparison.statistics import bootstrap_interval, median, paired_interval
@@ -393,6 +394,18 @@ def test_figures_are_drawn_where_they_apply(made, tmp_path):
     found = of(tmp_path, *(cell(label, "sst2", 0, [1, 0], budget=size, parameters=size) for label, size in sizes))
     write_report(found)
     assert {path.name for path in tmp_path.glob("*.png")} == {"table.png", "budget.png"}
+
+
+def test_scores_by_group_are_drawn_for_tasks_of_a_few_groups_in_their_natural_order(tmp_path):
+    lengths = {"128 words": 0.4, "16 words": 0.8}
+    runs = [cell(label, "long", seed, [1, 0]) for label in ("A", "B") for seed in (0, 1)]
+    runs = [replace(run, scores=(replace(run.scores[0], groups=lengths),)) for run in runs]
+    found = of(tmp_path, *runs, *(cell("A", "plain", seed, [1, 0]) for seed in (0, 1)))
+    ((panel, names),) = grouped(found).items()
+    assert panel[1] == "long"
+    assert names == ["16 words", "128 words"]
+    write_report(found)
+    assert (tmp_path / "groups.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_drawn_activation_is_the_one_that_is_trained():

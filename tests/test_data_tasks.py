@@ -123,6 +123,23 @@ def test_the_demos_tasks_need_no_files(name):
     assert all(task.parse(row.completion, row) == row.completion for row in rows)
 
 
+@pytest.mark.parametrize(("name", "command_first"), [("snips_talk_first", False), ("snips_command_first", True)])
+def test_a_command_among_other_talk_keeps_its_answer_and_its_group_is_the_talks_length(name, command_first):
+    plain, among = list(get_task("snips").rows("test")), list(get_task(name).rows("test"))
+    assert [row.completion for row in among] == [row.completion for row in plain]
+    lengths = set()
+    for short, long in zip(plain, among, strict=True):
+        if long.group == "0 words":
+            assert long.prompt == short.prompt
+        else:
+            parts = long.prompt.split("\n")
+            command, talk = parts if command_first else reversed(parts)
+            assert command == short.prompt
+            assert long.group == f"{len(talk.split())} words"
+        lengths.add(long.group)
+    assert lengths == {"0 words", "16 words", "32 words", "64 words", "128 words"}
+
+
 def test_a_worded_reference_is_what_the_parser_makes_of_the_answer(data):
     for task in TASKS.values():
         split = "test" if task.name not in ("alpaca", "wikisql") else "train"

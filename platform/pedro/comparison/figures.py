@@ -1,5 +1,5 @@
-"""A comparison in pictures: every method with its interval, scores against budgets (the paper's figure 3), learned
-activations (its figure 2). Draws what `tables.py` found; decides nothing.
+"""A comparison in pictures: every method with its interval, scores against budgets (the paper's figure 3), scores by
+group, learned activations (its figure 2). Draws what `tables.py` found; decides nothing.
 
 matplotlib is imported where it is used, by its objects alone, so that nothing here depends on a display.
 """
@@ -7,6 +7,7 @@ matplotlib is imported where it is used, by its objects alone, so that nothing h
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,11 @@ MIDDLE = 2.0  # the differences' axis is fitted to |x| up to here; beyond, where
 DPI = 150
 ACROSS = 5  # panels beside each other
 AT_MOST = 15  # runs whose activations are drawn
+FEW_GROUPS = 12  # that one panel can hold
 Place = tuple[int, int]
 """Row and column of a panel."""
+Panel = tuple[str, str]
+"""Backbone and task."""
 
 
 def draw_table(tables: Sequence[Table], path: Path) -> None:
@@ -92,6 +96,43 @@ def draw_budgets(tables: Sequence[Table], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
+def grouped(comparison: Comparison) -> dict[Panel, list[str]]:
+    """The (backbone, task) whose score falls into a few groups (prompt lengths, sub-tasks), and those in their order.
+
+    None where there are several budgets: lines would be too many.
+    """
+    cells = current(comparison)[0]
+    found: dict[Panel, set[str]] = defaultdict(set)
+    if len({cell.budget for cell in cells}) > 1:
+        return {}
+    for cell in cells:
+        for score in cell.scores:
+            found[cell.backbone, score.task].update(score.groups)
+    return {panel: sorted(names, key=_natural) for panel, names in found.items() if 1 < len(names) <= FEW_GROUPS}
+
+
+def draw_groups(comparison: Comparison, path: Path) -> None:
+    """A panel for each task that has a few groups: the score in each, a line a method, its seeds as dots."""
+    panels, labels = grouped(comparison), row_order(comparison)
+    several = len({backbone for backbone, _ in panels}) > 1
+    figure, axes = _panels([divmod(place, ACROSS - 1) for place in range(len(panels))], (4.2, 3.3))
+    for ((backbone, task), names), plot in zip(panels.items(), axes, strict=True):
+        for label in labels:
+            look, seeds = _look(label, labels), _group_scores(comparison, label, backbone, task)
+            values = [[100 * groups[name] for groups in seeds if name in groups] for name in names]
+            shown = [(place, found) for place, found in enumerate(values) if found]
+            plot.plot([x for x, _ in shown], [np.median(y) for _, y in shown], linewidth=1.6, markersize=4.5, **look)
+            for x, y in shown:
+                plot.plot([x] * len(y), y, color=look["color"], marker=".", linestyle="none", alpha=0.4)
+        plot.set_xticks(range(len(names)), names, fontsize=8.5)
+        plot.set_title(f"{task} · {backbone}" if several else task, fontsize=10)
+        plot.grid(color=PALE, linewidth=0.6)
+        if _leftmost(plot):
+            plot.set_ylabel("score (%)")
+    _legend(figure, [(label, _look(label, labels)) for label in labels])
+    figure.savefig(path, dpi=DPI)
+
+
 def draw_activations(comparison: Comparison, path: Path) -> None:
     """For each method and task that has them: R(x) of every layer beside GELU (above), and minus GELU (below).
 
@@ -142,6 +183,18 @@ def rational(x: NDArray[np.float64], a: Sequence[float], b: Sequence[float]) -> 
 
 def gelu(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return x * 0.5 * (1 + np.array([math.erf(value / math.sqrt(2)) for value in x]))
+
+
+def _natural(name: str) -> tuple[float, str]:
+    """Names that begin with a number in its order, the others after them."""
+    number = name.split(" ", 1)[0]
+    return (float(number) if number.isdecimal() else math.inf, name)
+
+
+def _group_scores(comparison: Comparison, label: str, backbone: str, task: str) -> list[dict[str, float]]:
+    """Of each seed."""
+    cells = [cell for cell in current(comparison)[0] if (cell.label, cell.backbone) == (label, backbone)]
+    return [score.groups for cell in cells for score in cell.scores if score.task == task]
 
 
 def _forest(plot: Axes, table: Table, task: str) -> None:

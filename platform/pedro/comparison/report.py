@@ -43,7 +43,7 @@ def write_report(comparison: Comparison) -> None:
     """
     if not comparison.head:
         raise ConfigError(f"{comparison.folder} holds no comparison: {'; '.join(comparison.problems)}")
-    from pedro.comparison.figures import draw_activations, draw_budgets, draw_table
+    from pedro.comparison.figures import draw_activations, draw_budgets, draw_groups, draw_table, grouped
 
     folder, found = comparison.folder, tables(comparison)
     _write(folder / "table.txt", _printed(comparison, found, FILE_WIDTH, ansi=False))
@@ -56,6 +56,8 @@ def write_report(comparison: Comparison) -> None:
     draw_table(found, folder / "table.png")
     if len({table.budget for table in found}) > 1:
         draw_budgets(found, folder / "budget.png")
+    if grouped(comparison):
+        draw_groups(comparison, folder / "groups.png")
     if any(cell.activations for cell in current(comparison)[0]):
         draw_activations(comparison, folder / "activations.png")
 

@@ -20,6 +20,7 @@ from pedro.data.tasks import (
     qnli,
     record,
     rte,
+    snips_context,
     squad,
     sst2,
     text2sql,
@@ -49,6 +50,8 @@ TASKS: dict[str, Task] = {
         intents.SNIPS_TASK,
         intents.CLINC_TASK,
         intents.BANKING_TASK,
+        snips_context.TALK_FIRST_TASK,
+        snips_context.COMMAND_FIRST_TASK,
     )
 }
 
