@@ -227,11 +227,12 @@ def test_a_registry_that_did_not_change_is_not_read_again(served, monkeypatch):
     history, readings = History(), []
     read_champions = serving.read_champions
     monkeypatch.setattr(serving, "read_champions", lambda settings: readings.append(1) or read_champions(settings))
-    for now in (100, 105, 110):
-        serving.follow_registry(history, served.settings, now)
+    now = time.time()
+    for seconds in (0, 5, 10):
+        serving.follow_registry(history, served.settings, now + seconds)
     assert len(readings) == 1
     served.registry.promote("globex.faq", 1)
-    serving.follow_registry(history, served.settings, 115)
+    serving.follow_registry(history, served.settings, now + 15)
     assert len(readings) == 2
 
 
