@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import altair as alt
+import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; series are told apart by dashes or shapes as well.
@@ -32,10 +33,15 @@ def number(place: DeltaGenerator, label: str, value: str, note: str) -> None:
     place.metric(label, value, note, delta_color="off", delta_arrow="off", border=True, height="stretch")
 
 
-def colours(field: str, names: list[str]) -> alt.Color:
-    """A colour for each of the names of a field, with a legend above the chart."""
+def behind() -> str:
+    """The page's own colour in the reader's theme, for what hides what is under it."""
+    return st.get_option(f"theme.{st.context.theme.type or 'light'}.backgroundColor") or "white"
+
+
+def colours(field: str, names: list[str], columns: int = 3) -> alt.Color:
+    """A colour for each of the names of a field, with a legend of so many columns above the chart."""
     wide = [SERIES[place % len(SERIES)] for place in range(len(names))]
-    return alt.Color(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=wide), legend=_legend())
+    return alt.Color(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=wide), legend=_legend(columns))
 
 
 def dashes(field: str, names: list[str]) -> alt.StrokeDash:
@@ -44,12 +50,12 @@ def dashes(field: str, names: list[str]) -> alt.StrokeDash:
     return alt.StrokeDash(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=wide), legend=_legend())
 
 
-def _legend() -> alt.Legend:
+def _legend(columns: int = 3) -> alt.Legend:
     """The same for colours and dashes, so that they become one."""
     return alt.Legend(
         title=None,
         orient="top",
-        columns=3,
+        columns=columns,
         symbolType="stroke",
         symbolStrokeWidth=3,
         symbolSize=250,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html.parser
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -22,6 +23,7 @@ from pedro.config import Settings
 from pedro.registry import Registry
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+RESULTS = DASHBOARD.parent / "jobs" / "results"
 TINY, FIGURE = "home/tiny_table1", "home/tiny_figure3"
 
 
@@ -56,6 +58,7 @@ class Tables(html.parser.HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
+        self.inside = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -63,11 +66,15 @@ class Tables(html.parser.HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
+            self.inside = True
         elif tag == "small":
             self.rows[-1][-1] += " "
 
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in ("td", "th")
+
     def handle_data(self, data):
-        if self.rows and self.rows[-1]:
+        if self.inside:
             self.rows[-1][-1] += data
 
 
@@ -84,12 +91,28 @@ def body_of(shown) -> str:
 
 def test_the_table_is_the_one_that_pedro_compare_prints_number_by_number(page, made):
     seen = [row for row in shown_rows(page(made, comparison=TINY)) if row[0] != "method"]
-    printed = print_report(read_comparison(made / "comparisons" / "tiny_table1"), width=10_000).splitlines()
     assert [row[0] for row in seen] == ["PEDRO", "LoRA", "(IA)³", "BitFit"]
+    assert all(row[-1].count("[") == 1 for row in seen)
+    numbers_agree(seen, print_report(read_comparison(made / "comparisons" / "tiny_table1"), width=10_000))
+
+
+@pytest.mark.parametrize("name", ["nano_table1", "nano_table4", "nano_figure3"])
+def test_a_committed_comparison_is_shown_as_it_was_printed(page, tmp_path, name):
+    shown = page(tmp_path / "home", comparison=f"results/{name}")
+    seen = [row for row in shown_rows(shown) if row[0] != "method"]
+    assert len(seen) > 1
+    numbers_agree(seen, (RESULTS / name / "table.txt").read_text())
+    assert not shown.warning
+    assert "Learning curves" in words(shown.subheader)
+
+
+def numbers_agree(seen: list[list[str]], printed: str) -> None:
+    """Every row stands in the text, with its intervals beside the values or, in a wide table, on the line below."""
+    lines = [NUMBER.findall(line) for line in printed.splitlines()]
+    below = [one + two for one, two in itertools.pairwise([*lines, []])]
     for row in seen:
-        line = next(line for line in printed if line.startswith(row[0]))
-        assert NUMBER.findall(" ".join(row[1:])) == NUMBER.findall(line.removeprefix(row[0])), row[0]
-        assert row[-1].count("[") == 1
+        values, spans = ([found for cell in row for found in NUMBER.findall(cell.partition("[")[at])] for at in (0, 2))
+        assert NUMBER.findall(" ".join(row)) in lines or values + spans in below, row
 
 
 def test_marks_are_those_of_the_table(page, made):
@@ -197,6 +220,14 @@ def test_the_papers_numbers_stand_beside_ours(page, made, tmp_path):
     tree["paper"] = {"rows": 3}
     head.write_text(json.dumps(tree))
     assert "cannot be shown" in words(page(home, comparison=TINY).caption)
+
+
+def test_a_small_twin_stands_beside_what_the_papers_own_experiment_carries(page, tmp_path):
+    shown = page(tmp_path / "home", comparison="results/nano_table1")
+    frame = next(d.value for d in shown.dataframe if "parameters (M), paper" in d.value.columns)
+    row = frame[frame["method"] == "PEDRO"].iloc[0]
+    assert (row["parameters (M), ours"], row["parameters (M), paper"]) == (0.02132, 8.9)
+    assert "Llama-2-7b" in words(shown.caption)
 
 
 def test_broken_files_are_named_with_the_reason_and_the_rest_is_shown(page, made, tmp_path):

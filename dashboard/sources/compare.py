@@ -10,16 +10,18 @@ import html
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import yaml
 
 from pedro.comparison import sheets
 from pedro.comparison.layout import columns_of, current, group_order, row_order
 from pedro.comparison.paper import Paper, read_paper
 from pedro.comparison.results import Cell, Comparison, read_comparison
-from pedro.comparison.tables import Entry, Table, tables
+from pedro.comparison.tables import Table, tables
 from pedro.config import Settings
 
 CHECKOUT = Path(__file__).parents[2]
@@ -27,6 +29,8 @@ HEAD = "comparison.json"
 HTML = sheets.Style("<b>{}</b>", "{}*", "<u>{}</u>", "{}†", "{}!")
 LEGEND = "**bold**: best, and proven so · *: best without a claim · underlined: second · †: at chance · !: runs failed"
 CURVES = {"dev/loss": "Validation loss", "train/loss": "Training loss"}
+TWIN = "nano_"  # how a small twin's name begins; the paper's own experiment is called paper_…
+MILLIONS = "parameters (M)"  # a column that is no task
 Wanted = Sequence[str]
 """Names that are asked for; none means all."""
 
@@ -71,12 +75,12 @@ class Selection:
 
 
 def list_comparisons(settings: Settings) -> tuple[Listed, ...]:
-    """Those of the checkout, then those of the home; nothing is read yet."""
+    """Those of the checkout, then those of the home, the ones with the most runs first; nothing is read yet."""
     roots = (("results", CHECKOUT / "jobs" / "results"), ("home", settings.home / "comparisons"))
     return tuple(
         Listed(f"{root}/{head.parent.name}", head.parent, _stamp(head))
         for root, folder in roots
-        for head in sorted(folder.glob(f"*/{HEAD}"))
+        for head in sorted(folder.glob(f"*/{HEAD}"), key=lambda head: (-_runs(head), head))
     )
 
 
@@ -108,10 +112,20 @@ def select(comparison: Comparison, tasks: Wanted = (), labels: Wanted = (), back
         if any((cell.backbone, cell.budget, cell.label, at) in shown for at in places.get(cell.task, [cell.task]))
     ]
     try:
-        paper, complaint = read_paper(comparison), ""
-    except ValueError as error:
+        paper, complaint = paper_of(comparison), ""
+    except (ValueError, OSError, yaml.YAMLError) as error:
         paper, complaint = None, str(error)
     return Selection(comparison, tuple(found), tuple(cells), paper, complaint)
+
+
+def paper_of(comparison: Comparison) -> Paper | None:
+    """What the comparison carries of a paper; a small twin of a paper's experiment, what that experiment carries."""
+    if comparison.head.get("paper") is not None or not comparison.name.startswith(TWIN):
+        return read_paper(comparison)
+    twin = CHECKOUT / "jobs" / "configs" / f"paper_{comparison.name.removeprefix(TWIN)}.yaml"
+    tree = yaml.safe_load(twin.read_text(encoding="utf-8")) if twin.is_file() else {}
+    paper = read_paper(replace(comparison, head={"paper": tree.get("paper")}))
+    return paper and replace(paper, note=f"{paper.note} Theirs on {', '.join(tree['backbones'])}.".strip())
 
 
 def table_html(table: Table) -> str:
@@ -141,7 +155,7 @@ def paper_rows(selection: Selection) -> list[dict[str, Any]]:
     for label in dict.fromkeys([*selection.labels, *paper.rows]):
         row: dict[str, Any] = {"method": label}
         for column in columns:
-            row[f"{column}, ours"] = _printed(_entry(selection, label, column))
+            row[f"{column}, ours"] = _ours(selection, label, column)
             row[f"{column}, paper"] = paper.value(label, column)
         rows.append(row)
     return rows
@@ -159,6 +173,11 @@ def differing(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     return [
         {"method": label, **{key: ", ".join(row.get(key, {"-": None})) for key in kept}} for label, row in seen.items()
     ]
+
+
+def most_validated(cells: Iterable[Cell]) -> str:
+    """The task whose curves of validation have the most points."""
+    return max(cells, key=lambda cell: len(cell.curves.get("dev/loss", ()))).task
 
 
 def curve_rows(cells: Iterable[Cell], task: str, curve: str) -> list[dict[str, Any]]:
@@ -249,21 +268,23 @@ def _figure(draw: Callable[[Path], None]) -> bytes:
         return path.read_bytes()
 
 
+def _runs(head: Path) -> int:
+    return sum(1 for _ in (head.parent / "cells").glob("*.json"))
+
+
 def _stamp(head: Path) -> float:
     """The newest of what changes when a run is added."""
     cells = head.parent / "cells"
     return max((path.stat().st_mtime for path in (head, cells) if path.exists()), default=0.0)
 
 
-def _entry(selection: Selection, label: str, task: str) -> Entry | None:
-    found = (table.cells.get((label, task)) for table in selection.tables)
-    return next((entry for entry in found if entry is not None), None)
-
-
-def _printed(entry: Entry | None) -> float | None:
-    if entry is None or entry.value is None:
-        return None
-    return float(sheets.number(entry.value, entry.metric))
+def _ours(selection: Selection, label: str, column: str) -> float | None:
+    """The number of ours that belongs beside the paper's, as it is printed."""
+    found = [table.cells.get((label, at)) for table in selection.tables for at in table.columns]
+    if column == MILLIONS:
+        return next((entry.parameters / 1e6 for entry in found if entry is not None and entry.parameters), None)
+    mine = next((entry for entry in found if entry is not None and entry.task == column), None)
+    return None if mine is None or mine.value is None else float(sheets.number(mine.value, mine.metric))
 
 
 def _parameters(cell: Cell) -> dict[str, Any]:

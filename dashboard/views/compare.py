@@ -8,7 +8,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import colours, dashes
+from drawing import behind, colours, dashes
 from parts.costs import costs
 from pedro.comparison.results import Cell, Comparison
 from pedro.config import Settings
@@ -124,8 +124,7 @@ def filtered(comparison: Comparison, stamp: str) -> Selection:
 
 
 def table(selection: Selection) -> None:
-    behind = st.get_option(f"theme.{st.context.theme.type or 'light'}.backgroundColor") or "transparent"
-    style = STYLE % behind  # of the first column, which stays while the others scroll
+    style = STYLE % behind()  # of the first column, which stays while the others scroll
     st.html(style + "".join(data.table_html(table) for table in selection.tables))
     heads = {table.notes[0] for table in selection.tables if table.notes}  # which budget is equal
     st.caption("  \n".join([data.LEGEND, *(map(_literal, heads) if len(heads) == 1 else ())]))
@@ -208,7 +207,8 @@ def curves(settings: Settings, selection: Selection, stamp: str) -> None:
         st.caption("No run has a curve.")
         return
     left, right = st.columns([1, 2], vertical_alignment="bottom")
-    task = left.selectbox("Trained on", trained, key="curve_task", bind="query-params") or trained[0]
+    most = data.most_validated(selection.cells)
+    task = left.selectbox("Trained on", trained, trained.index(most), key="curve_task", bind="query-params") or most
     curve = right.segmented_control(
         "Curve",
         list(data.CURVES),
