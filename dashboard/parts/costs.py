@@ -85,7 +85,8 @@ def _draw_front(frame: pd.DataFrame, line: pd.DataFrame, x: str, y: str) -> None
         fill=alt.condition("datum.unbeaten", alt.value(BLUE), alt.value("transparent")),
         shape=alt.condition("datum.unbeaten", alt.value("circle"), alt.value("square")),
     )
-    names = base.mark_text(align="left", dx=9, dy=-7, fontSize=12, color=INK).encode(text="method:N")
+    rises = METRICS[x].more_is_better != METRICS[y].more_is_better  # the front; names stand on its free side
+    names = base.mark_text(align="left", dx=8, dy=12 if rises else -9, fontSize=12, color=INK).encode(text="method:N")
     st.altair_chart((drawn + dots + names).properties(height=380), width="stretch")
 
 

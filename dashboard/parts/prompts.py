@@ -112,11 +112,11 @@ def show(names: list[str], readings: list[vectors.Reading]) -> None:
             .encode(
                 x=alt.X("left:Q", title="value", scale=alt.Scale(zero=False)),
                 y=alt.Y("share:Q", title="share of its values", axis=alt.Axis(format=".0%")),
-                color=colours("prompt", names),
+                color=colours("prompt", names, columns=1),
                 tooltip=["prompt:N", alt.Tooltip("left:Q", format=".3f"), alt.Tooltip("share:Q", format=".1%")],
             )
         )
-        st.altair_chart(steps.properties(height=260), width="stretch")
+        st.altair_chart(steps.properties(height=300), width="stretch")
     with right:
         st.subheader("What the prompt decides", anchor=False)
         if len(readings) < 2:

@@ -160,6 +160,8 @@ def draw(
         else:
             moved = {name: curve for name, curve in curves.items() if curve.colour != GREY}
             st.altair_chart(lines(moved, x, start, reach, seen), width="stretch")
+    if seen is not None:
+        st.caption(f"Grey: where the x of your prompts lay, {seen[0]:.2g} to {seen[1]:.2g}.")
 
 
 class Curve(NamedTuple):

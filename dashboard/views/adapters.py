@@ -189,16 +189,22 @@ def versions_table(found: data.Versions) -> None:
         height=min(320, 37 + 35 * len(rows)),
         placeholder="–",
         column_config={
-            "version": st.column_config.NumberColumn("Version", format="v%d", width="small"),
+            "version": st.column_config.NumberColumn("Version", format="v%d", width=60),
             "aliases": st.column_config.ListColumn("Aliases"),
-            "gate": st.column_config.TextColumn("Gate"),
-            "method": st.column_config.TextColumn("Method"),
-            "accuracy": st.column_config.ProgressColumn("Accuracy", min_value=0, max_value=1, format="percent"),
-            "backbone_accuracy": st.column_config.NumberColumn("Backbone alone", format="percent"),
-            "loss": st.column_config.NumberColumn("Loss", format="%.4f"),
-            "parameters": st.column_config.NumberColumn("Parameters", format="localized"),
-            "digest": st.column_config.TextColumn("Digest", help="The first 12 digits of the weights' sha256"),
-            "created": st.column_config.DatetimeColumn("Registered (UTC)", format=DATE),
+            "gate": st.column_config.TextColumn("Gate", width=65),
+            "method": st.column_config.TextColumn("Method", width=65),
+            "accuracy": st.column_config.ProgressColumn(
+                "Accuracy", min_value=0, max_value=1, format="percent", width=120
+            ),
+            "backbone_accuracy": st.column_config.NumberColumn(
+                "Backbone", format="percent", help="Accuracy of the backbone alone", width=75
+            ),
+            "loss": st.column_config.NumberColumn("Loss", format="%.4f", width=65),
+            "parameters": st.column_config.NumberColumn("Parameters", format="localized", width=85),
+            "digest": st.column_config.TextColumn(
+                "Digest", help="The first 12 digits of the weights' sha256", width=105
+            ),
+            "created": st.column_config.DatetimeColumn("Registered (UTC)", format=DATE, width=130),
         },
     )
 
@@ -214,19 +220,21 @@ def origin(settings: Settings, version: Version) -> None:
         )
     facts, measured, spec = st.tabs(["Lineage", "Measurements", "Specification"])
     with facts:
+        rows = data.lineage(version, stored.manifest)
         st.dataframe(
-            pd.DataFrame(data.lineage(version, stored.manifest), columns=["what", "is"]),
+            pd.DataFrame(rows, columns=["what", "is"]),
             hide_index=True,
             width="stretch",
+            height=37 + 35 * len(rows),
             column_config={
-                "what": st.column_config.TextColumn("", width="small"),
-                "is": st.column_config.TextColumn("Lineage", width="large"),
+                "what": st.column_config.TextColumn("What", width=130),
+                "is": st.column_config.TextColumn("Of this version", width="large"),
             },
         )
     with measured:
-        rows = data.metric_rows(version)
-        if rows:
-            st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+        metrics = data.metric_rows(version)
+        if metrics:
+            st.dataframe(pd.DataFrame(metrics), hide_index=True, width="content")
         else:
             st.caption("Nothing was measured.")
     with spec:

@@ -93,7 +93,8 @@ def details(settings: Settings, job: data.Job) -> None:
     left, right = st.columns([3, 2], gap="large")
     with left:
         drawn, problem = read_runs(settings, job)
-        curves(settings, drawn, problem or "No curve yet: it appears with the first training steps.")
+        nothing = "No curve yet: it appears with the first training steps." if job.live else "It left no curve."
+        curves(settings, drawn, problem or nothing)
     with right:
         lines, problem = read_log(settings, job.id)
         st.markdown("**Log**")

@@ -96,7 +96,7 @@ def figures(history: data.History, intervals: Sequence[data.Interval]) -> None:
     room = f"{gauges.get('adapter_bytes', 0) / 2**20:,.1f} of {gauges.get('adapter_budget_bytes', 0) / 2**20:,.0f} MiB"
     evicted, loaded = data.total(intervals, "evictions"), data.total(intervals, "loads")
     facts = {
-        "Running": (f"{gauges.get('running', 0):,.0f}", f"{gauges.get('open_requests', 0):,.0f} requests open"),
+        "Running": (f"{gauges.get('running', 0):,.0f}", f"open streams: {gauges.get('open_streams', 0):,.0f}"),
         "Waiting": (f"{gauges.get('waiting', 0):,.0f}", f"KV cache {gauges.get('kv_cache_usage', 0):.0%} used"),
         "Tokens a second": (f"{tokens / spent:,.0f}" if spent else "–", f"in the last {spent:.0f} s"),
         "First token, p95": ("–" if first is None else f"{1000 * first:,.0f} ms", "of the time shown"),
@@ -111,6 +111,9 @@ def figures(history: data.History, intervals: Sequence[data.Interval]) -> None:
 def throughput(intervals: Sequence[data.Interval], names: list[str], happened: pd.DataFrame, *, only: bool) -> None:
     st.subheader("Tokens a second", anchor=False)
     rows = pd.DataFrame(data.rate_rows(intervals, names), columns=["at", "adapter", "value"])
+    if rows.empty:
+        st.caption("No token was made in this time.")
+        return
     if only:
         rows = rows[rows["adapter"] != data.REST]
     shown = [*names, *([data.REST] if (rows["adapter"] == data.REST).any() else [])]
@@ -166,10 +169,10 @@ def draw(
         .mark_line(
             strokeWidth=2,
             interpolate="step-before",
-            point=alt.OverlayMarkDef(size=18) if points else False,
+            point=alt.OverlayMarkDef(size=18) if points or rows["at"].nunique() == 1 else False,
         )
         .encode(
-            x=alt.X("at:T", title=None, axis=alt.Axis(grid=False, tickCount=6, labelOverlap=True)),
+            x=alt.X("at:T", title=None, axis=alt.Axis(grid=False, tickCount=5, format="%H:%M:%S")),
             y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=4, format=",.2~f")),
             color=alt.Color(
                 f"{by}:N", sort=names, legend=legend, scale=alt.Scale(domain=names, range=list(colours.values()))

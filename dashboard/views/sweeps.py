@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, number
+from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, behind, number
 from pedro.config import Settings
 from pedro.training.sweep.records import State
 from sources import sweeps as data
@@ -98,12 +98,11 @@ def coordinates(sweep: data.Sweep) -> None:
         )
     )
     best = base.transform_filter("datum.best").mark_line(color=VERMILION, strokeWidth=4)
-    text = (
-        alt.Chart(marks)
-        .mark_text(align="right", dx=-7, fontSize=11, color=INK)
-        .encode(x=alt.X("axis:N", sort=axes), y="height:Q", text="tick:N")
-    )
-    st.altair_chart((others + lines + best + text).properties(height=460), width="stretch")
+    ticks = alt.Chart(marks).encode(x=alt.X("axis:N", sort=axes), y="height:Q", text="tick:N")
+    place = {"align": "right", "dx": -7, "fontSize": 11}
+    halo = ticks.mark_text(**place, stroke=behind(), strokeWidth=4, strokeJoin="round", color=behind())
+    text = ticks.mark_text(**place, color=INK)
+    st.altair_chart((others + lines + best + halo + text).properties(height=460), width="stretch")
     st.caption(
         "A line a trial. Finished trials are coloured by their validation loss, blue is better; the best is thick and "
         "red, those that were stopped or still run are dashed. Failed and lost ones have nothing to compare."
