@@ -49,13 +49,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Activations:
-    """Those of one adapter, by layer, and what its configuration says of them."""
+    """Those of one adapter, by layer, and the orders (m, n) of its R(x)."""
 
     layers: tuple[Layer, ...]
     orders: tuple[int, int]
-    targets: tuple[str, ...]
-    r: int
-    pool: str
 
     @property
     def learned(self) -> bool:
@@ -79,9 +76,6 @@ def read_activations(directory: Path) -> Activations:
                 for layer, name in zip(layers, listed, strict=True)
             ),
             (int(m), int(n)),
-            tuple(config.get("targets") or ("q", "v", "up")),
-            int(config.get("r") or 0),
-            str(config.get("pool") or "last"),
         )
     except (TypeError, ValueError) as error:
         raise AdapterError("adapter_config.json does not fit the weights; fetch the adapter again") from error

@@ -227,7 +227,6 @@ def budget_rows(selection: Selection, task: str) -> list[dict[str, Any]]:
             "score": entry.value,
             "low": entry.low,
             "high": entry.high,
-            "majority": entry.majority,
         }
         for table in selection.tables
         for label in table.rows

@@ -71,7 +71,6 @@ class Demo:
     tenants: tuple[TenantResult, ...] = ()
     swap: SwapResult | None = None
     created: str = ""
-    seconds: float | None = None
     problems: tuple[str, ...] = ()
 
 
@@ -93,14 +92,12 @@ def read_demo(home: Path) -> Demo:
         listed = []
     tenants = [_parse(TenantResult, item, f"tenants[{index}]", problems) for index, item in enumerate(listed)]
     swap = _parse(SwapResult, tree["swap"], "swap", problems) if tree.get("swap") else None
-    seconds = tree.get("seconds")
     return Demo(
         path,
         exists=True,
         tenants=tuple(tenant for tenant in tenants if tenant is not None),
         swap=swap,
         created=str(tree.get("created") or ""),
-        seconds=float(seconds) if isinstance(seconds, int | float) else None,
         problems=tuple(problems),
     )
 

@@ -37,7 +37,6 @@ GAUGES = {
     "pedro_adapter_bytes": "adapter_bytes",
     "pedro_adapter_budget_bytes": "adapter_budget_bytes",
     "pedro_kv_cache_usage_ratio": "kv_cache_usage",
-    "pedro_gateway_open_requests": "open_requests",
     "pedro_gateway_open_streams": "open_streams",
 }
 FAILED = ("error",)
@@ -57,7 +56,6 @@ class Scrape:
 
     totals: dict[Source, dict[str, float]]
     gauges: dict[str, float]
-    replicas: int
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,6 @@ def read(text: str) -> Scrape:
     """The samples that the dashboard shows. Raises ValueError for what is no Prometheus text."""
     totals: dict[Source, dict[str, float]] = {}
     gauges: dict[str, list[float]] = {}
-    replicas = set()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             name, labels, value = sample.name, sample.labels, float(sample.value)
@@ -141,12 +138,10 @@ def read(text: str) -> Scrape:
                 series[label] = series.get(label, 0.0) + value
             elif name in GAUGES:
                 gauges.setdefault(GAUGES[name], []).append(value)
-            if "replica" in labels:
-                replicas.add(labels["replica"])
     merged = {name: sum(values) for name, values in gauges.items()}
     if "kv_cache_usage" in merged:
         merged["kv_cache_usage"] /= len(gauges["kv_cache_usage"])
-    return Scrape(totals, merged, len(replicas))
+    return Scrape(totals, merged)
 
 
 def increase(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:

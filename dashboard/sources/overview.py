@@ -10,7 +10,7 @@ from pedro import runs
 from pedro.config import Settings
 from pedro.registry import CHAMPION, Registry
 from pedro.store import JobRecord, JobStatus, Store
-from sources.jobs import NO_CLUSTER, Cluster, live_jobs
+from sources.jobs import live_jobs
 from sources.stores import ask_registry, ask_store
 
 MOST_NEWS = 200
@@ -37,7 +37,6 @@ class Overview:
     queued: int = 0
     lost: int = 0
     news: tuple[Event, ...] = ()
-    cluster: Cluster = NO_CLUSTER
     problems: tuple[str, ...] = ()
 
 
@@ -58,7 +57,6 @@ def read_overview(settings: Settings, now: float | None = None) -> Overview:
         queued=statuses.count(JobStatus.QUEUED),
         lost=statuses.count("lost"),
         news=tuple(sorted([*versions, *map(_ended, ended)], key=lambda event: -event.at))[:MOST_NEWS],
-        cluster=live.cluster,
         problems=tuple(filter(None, (problem, unread))),
     )
 

@@ -31,8 +31,6 @@ class Sweep:
     model: str
     keys: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
-    submission: str = ""
-    """The Ray job of its last driver."""
     problems: tuple[str, ...] = ()
 
     @property
@@ -61,7 +59,7 @@ class Importance:
 
 
 def read_sweeps(settings: Settings) -> tuple[tuple[Sweep, ...], str]:
-    """Every sweep without its trials, the last begun first where ids do not tell: by name; and what went wrong."""
+    """Every sweep without its trials, by adapter and name; and what went wrong."""
     try:
         ids = sweep_ids(settings.storage)
         heads = [read_head(settings, sweep_id) for sweep_id in ids]
@@ -78,7 +76,7 @@ def read_head(settings: Settings, sweep_id: str) -> Sweep:
             return Sweep(sweep_id, sweep_id, "", problems=("sweep.json: it is not there",))
         base = entry.spec["base"]
         model = f"{base['tenant']}.{base['adapter']}"
-        return Sweep(sweep_id, str(entry.spec["name"]), model, tuple(entry.spec["space"]), (), entry.submission_id)
+        return Sweep(sweep_id, str(entry.spec["name"]), model, tuple(entry.spec["space"]))
     except BROKEN as error:
         return Sweep(sweep_id, sweep_id, "", problems=(f"sweep.json: {_why(error)}",))
 
@@ -100,7 +98,7 @@ def read_sweep(settings: Settings, sweep_id: str) -> Sweep:
             trials.append(trial)
         number += 1
     keys = head.keys or tuple(dict.fromkeys(key for trial in trials for key in trial.parameters))
-    return Sweep(head.id, head.name, head.model, keys, tuple(trials), head.submission, tuple(problems))
+    return Sweep(head.id, head.name, head.model, keys, tuple(trials), tuple(problems))
 
 
 def importances(sweep: Sweep) -> list[Importance]:
