@@ -31,6 +31,7 @@ STYLE = """<style>
   min-width: 5.5rem;}
 .pedro-table td small {display: block; opacity: 0.7; font-size: 0.7rem;}
 .pedro-table u {text-underline-offset: 3px;}
+@media (max-width: 640px) {.pedro-table th {overflow-wrap: normal;}}
 </style>"""
 
 list_all = st.cache_resource(ttl=5, show_spinner=False)(data.list_comparisons)
@@ -163,7 +164,7 @@ def beside_the_paper(selection: Selection) -> None:
     if not rows or selection.paper is None:
         return
     st.subheader("Beside the paper", anchor=False)
-    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", placeholder="–")
     st.caption(f"{selection.paper.title}. {selection.paper.note}")
 
 

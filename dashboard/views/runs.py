@@ -100,7 +100,7 @@ def details(settings: Settings, job: data.Job) -> None:
         st.markdown("**Log**")
         if lines:
             st.code("\n".join(reversed(lines)), language=None, wrap_lines=True, height=300)
-            st.caption(f"The last {len(lines)} lines, newest first. `pedro jobs logs {job.id}` shows all.")
+            st.caption(f"The newest lines, the last first. `pedro jobs logs {job.id}` shows all.")
         else:
             st.caption(problem or "Nothing written yet.")
 
@@ -178,7 +178,7 @@ def past(settings: Settings) -> None:
         return
     told = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items(), key=lambda pair: -pair[1]))
     st.caption(
-        f"{(number - 1) * PAGE + 1:,} to {min(number * PAGE, total):,} of {total:,}, newest first. In all: {told}."
+        f"{(number - 1) * PAGE + 1:,} to {min(number * PAGE, total):,} of {total:,}, newest first. Recorded: {told}."
     )
     frame = pd.DataFrame(data.job_rows(seen.jobs), columns=list(COLUMNS))
     frame["created"] = pd.to_datetime(frame["created"], unit="ms")
