@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +20,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pedro.errors import ConfigError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+PLAIN_WORDS = {  # pydantic's words: ours
+    r"^Value error, ": "",
+    r"Input should be": "expected",
+    r"a valid tuple": "a list",
+    r"a valid dictionary( or instance of \w+)?": "a mapping (key: value)",
+    r"^(Tuple|List|Dictionary) should have at least (\d+) items? after validation, not \d+": r"expected at least \2",
+}
 
 
 class Frozen(BaseModel):
@@ -128,9 +135,22 @@ def validate_spec(tree: dict[str, Any], kind: type[Spec], source: str = "spec") 
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(item, kind) for item in error.errors(include_url=False)]
+        problems = mistakes(error, kind)
         head = f"{source}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}"
         raise ConfigError("\n  ".join([head, *problems]), param=str(error.errors()[0]["loc"])) from error
+
+
+def mistakes(error: ValidationError, kind: type[BaseModel]) -> list[str]:
+    """What is wrong with a tree that should have been a `kind`: one line a mistake, with field, value and remedy."""
+    items = error.errors(include_url=False)
+    places = [item["loc"] for item in items]
+
+    def follows(item: Any) -> bool:
+        """Whether a list is too short only because what stands in it is wrong."""
+        at = item["loc"]
+        return item["type"] == "too_short" and any(len(p) > len(at) and p[: len(at)] == at for p in places)
+
+    return [_explain(item, kind) for item in items if not follows(item)]
 
 
 def _override(tree: dict[str, Any], word: str) -> None:
@@ -167,14 +187,22 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
         return f"{path}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{path}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = item["msg"]
+    for theirs, ours in PLAIN_WORDS.items():
+        message = re.sub(theirs, ours, message)
+    if not item["loc"]:  # of the whole: its message names the fields
+        return message
     if isinstance(item["input"], dict):  # of a whole section: its message says which values do not go together
         return f"{path}: {message}"
     return f"{path}: {message}, got {item['input']!r}"
 
 
 def _fields(kind: Any, path: tuple) -> list[str]:
+    """The keys that the section at `path` takes; a number in a path is a place in a list."""
     for part in path:
-        field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
-        kind = field.annotation if field else None
+        if isinstance(part, str):
+            field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
+            kind = field.annotation if field else None
+        while kind is not None and not hasattr(kind, "model_fields"):  # X of tuple[X, ...] and of X | None
+            kind = next(iter(get_args(kind)), None)
     return list(kind.model_fields) if hasattr(kind, "model_fields") else []
