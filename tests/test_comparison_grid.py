@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pedro.backbone import EMBEDDED
 from pedro.comparison.cell import failed, run_cell
-from pedro.comparison.cells import Planner, check, choose, count_parameters_of, sized
+from pedro.comparison.cells import Planner, check, choose, count_parameters_of, far_from_budget, sized
 from pedro.comparison.data import gather
-from pedro.comparison.grid import Grid, usable
+from pedro.comparison.grid import Grid, lacking, usable
 from pedro.comparison.results import FAILED, FINAL, FINISHED, TUNE, Cell, read_comparison
+from pedro.comparison.run import open_folder, prepare
 from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, MethodChoice, load_comparison_spec
-from pedro.config import validate_spec
+from pedro.config import Settings, validate_spec
 from pedro.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs/configs").glob("*_[tf]*.yaml"))
 RATES = [1e-3, 1e-2]
+SIZELESS = [{"name": "pedro", "label": "PEDRO"}, {"name": "lora", "label": "LoRA"}]
 TINY = {
     "name": "tiny",
     "tasks": [{"task": "snips", "train_rows": 64, "validation_rows": 12, "test_rows": 12}],
@@ -84,13 +89,38 @@ def test_all_mistakes_of_a_spec_are_told_with_field_and_remedy(tmp_path):
         ({"methods": ["pedro", "pedro"]}, "'PEDRO' stands there twice; give the second a label"),
         ({"seeds": [1, 1]}, "seeds: 1 stands there twice"),
         ({"baseline": "LORA"}, "baseline: 'LORA' is none of PEDRO, LoRA"),
-        ({"training": {"max_steps": 0}}, "training.max_steps (pedro, snips)"),
+        (
+            {"training": {"max_steps": 0}},
+            "training.max_steps: expected greater than or equal to 1, got 0 (PEDRO on snips",
+        ),
+        ({"training": {"step": 1}}, "training.step: unknown key; did you mean 'max_steps'"),
+        ({"training": {"seed": 1}}, "training.seed: `seeds` of the comparison says which"),
+        ({"training": {"lr": 1}}, "training.lr: `tune` searches the learning rate"),
+        ({"tune": {"lr": [0]}}, "tune.lr.0: expected greater than 0, got 0"),
+        ({"tune": {"lr": [1, 1]}}, "tune.lr: 1.0 stands there twice"),
+        ({"budgets": [9, 9]}, "budgets: 9 stands there twice"),
+        ({"backbones": ["a", "a"]}, "backbones: 'a' stands there twice"),
+        ({"seeds": [2**70]}, "seeds.0: expected less than"),
+        ({"methods": [{"name": "pedro", "label": "A"}, {"name": "pedro", "label": "B"}]}, "'A' and 'B' are the same"),
+        ({"methods": [{"name": "pedro", "r": date(2024, 1, 1)}]}, "pedro: expected text, numbers, lists"),
+        ({"paper": {"rows": 3}}, "paper: expected source, table, columns and rows by method"),
+        ({"tasks": [{"task": "snips", "rows": 3}]}, "tasks.0.rows: unknown key; did you mean 'test_rows'?"),
+        ({"tasks": [{"task": "snips", "x": 3}]}, "tasks.0.x: unknown key; known: task, wording, shots"),
+        ({"methods": [{"name": "pedro", "label": "a\nb"}]}, "label: expected one line without control characters"),
+        ({"title": "\033[31mred"}, "title: expected one line without control characters"),
         ({"tasks": [{"task": "snip"}]}, "did you mean 'snips'"),
         ({"tasks": [{"task": "snips", "tune_like": "rte"}]}, "tune_like: expected another task"),
     ):
-        with pytest.raises(ConfigError, match=None) as caught:
+        with pytest.raises(ConfigError, match=": 1 mistake\n") as caught:
             spec_of(**change)
         assert words in caught.value.message
+    path.write_text(yaml.safe_dump({**TINY, "kind": "nothing"}))
+    with pytest.raises(ConfigError, match="kind: expected comparison or efficiency, got 'nothing'"):
+        load_comparison_spec(path)
+
+
+def test_a_task_may_be_given_by_its_name_alone():
+    assert spec_of(tasks=["snips"]).tasks[0].task == "snips"
 
 
 def test_wrong_options_are_found_before_anything_starts():
@@ -112,6 +142,14 @@ def test_a_budget_sets_the_size_that_comes_nearest(method, budget):
     assert off(options["r"]) <= min(off(options["r"] + 1), off(max(1, options["r"] - 1)))
 
 
+def test_a_size_that_a_budget_decides_is_not_given_and_a_budget_out_of_reach_is_told():
+    with pytest.raises(ConfigError, match=r"PEDRO: method\.r: `budgets` sets it; leave it out"):
+        check(spec_of(budgets=[4_000]))
+    spec = spec_of(methods=SIZELESS, budgets=[100, 20_000])
+    (line,) = far_from_budget(spec, [group for group in planner_of(spec).groups if group.label == "PEDRO"])
+    assert line == "budget 100 on stories260K: PEDRO has 3,060 at the nearest"
+
+
 def test_a_run_is_named_by_what_its_result_depends_on():
     spec = spec_of()
     group = planner_of(spec).groups[0]
@@ -125,12 +163,42 @@ def test_a_run_is_named_by_what_its_result_depends_on():
     assert len({plan.id for plan in planner_of(spec).finals(group, 1e-2)}) == 2
 
 
+def test_a_run_is_named_by_the_backbones_files_and_by_who_marks_its_answers(tmp_path):
+    here = tmp_path / "backbone"
+    shutil.copytree(EMBEDDED / "stories260K", here)
+
+    def named(**changes) -> str:
+        planner = planner_of(spec_of(tune=None, **changes))
+        return planner.finals(planner.groups[0], None)[0].id
+
+    before = named(backbones=[str(here)])
+    assert named(backbones=[str(here)]) == before
+    config = json.loads((here / "config.json").read_text())
+    (here / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert named(backbones=[str(here)]) != before
+    marked = {"task": "alpaca", "evaluate": [{"task": "mt_bench"}]}
+    judges = [None, {"base_url": "http://a", "model": "x"}, {"base_url": "http://a", "model": "y"}]
+    assert len({named(tasks=[marked], judge=judge) for judge in judges}) == 3
+    assert len({named(judge=judge) for judge in judges}) == 1, "nobody marks intents"
+    elsewhere = {"base_url": "http://b", "model": "x"}
+    assert named(tasks=[marked], judge=elsewhere) == named(tasks=[marked], judge=judges[1])
+
+
+def test_options_of_a_method_may_be_mappings(tmp_path):
+    spec = spec_of(methods=[{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}}])
+    ran = play(grid_of(spec, tmp_path))
+    assert len(ran) == planner_of(spec).count()
+    assert ran[0].options["rank_pattern"] == {"q_proj": 4}
+
+
 def test_the_best_on_validation_is_chosen_and_failed_runs_never():
     plans = planner_of(spec_of()).tuning(planner_of(spec_of()).groups[0])
     good, better = finished(plans[0], 0.4), finished(plans[1], 0.6)
     assert choose([good, better]) == plans[1].lr
     assert choose([replace(better, state=FAILED), good]) == plans[0].lr
     assert choose([replace(good, state=FAILED)]) is None
+    no_number = replace(better, validation={"metric": "accuracy", "value": None, "loss": None})
+    assert choose([no_number, good]) == plans[0].lr
 
 
 def test_final_runs_take_the_learning_rate_that_won_and_repeat_none_of_the_search(tmp_path):
@@ -153,7 +221,7 @@ def test_a_task_may_take_the_learning_rate_of_another(tmp_path):
 
 
 def test_budgets_may_share_one_search(tmp_path):
-    spec = spec_of(budgets=[2_000, 4_000, 8_000], tune={"lr": RATES, "once": True})
+    spec = spec_of(methods=SIZELESS, budgets=[2_000, 4_000, 8_000], tune={"lr": RATES, "once": True})
     ran = play(grid_of(spec, tmp_path))
     assert len(ran) == planner_of(spec).count()
     assert {plan.group.budget for plan in ran if plan.stage == TUNE} == {4_000}
@@ -173,6 +241,36 @@ def test_a_resumed_grid_only_does_what_is_missing(tmp_path):
     assert not kept.keys() & {plan.id for plan in ran}
     whole = {cell.id: cell for cell in read_comparison(tmp_path).cells}
     assert play(grid_of(spec, tmp_path, whole)) == []
+
+
+def test_a_folder_that_cannot_be_gone_on_with_is_refused_and_a_broken_run_is_done_again(tmp_path):
+    spec, settings, told = spec_of(tune=None), Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")}), []
+    folder = tmp_path / "out"
+    folder.mkdir()
+    ran = play(grid_of(spec, folder))
+    (folder / "cells" / f"{ran[0].id}.json").write_text('{"id": ')
+    (folder / "cells" / "elsewhere.json").write_text((folder / "cells" / f"{ran[1].id}.json").read_text())
+    prepared = prepare(spec, settings, folder, False, told.append)
+    assert len(prepared.kept) == len(ran) - 1
+    assert sum("counts as not done" in line for line in told) == 2
+    with pytest.raises(ConfigError, match=r"--out: .* holds the comparison 'tiny', not 'other'"):
+        prepare(spec_of(name="other"), settings, folder, False, told.append)
+    for broken in ("", "[]", "{}", '{"name": '):
+        (folder / "comparison.json").write_text(broken)
+        with pytest.raises(ConfigError, match=r"comparison\.json cannot be read .*delete that file: the runs .* kept"):
+            prepare(spec, settings, folder, False, told.append)
+    (folder / "comparison.json").unlink()
+    assert len(prepare(spec, settings, folder, False, told.append).kept) == len(ran) - 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out: .*file/out cannot be written"):
+        open_folder(tmp_path / "file" / "out")
+
+
+def test_what_no_node_has_is_named():
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 1.0}}]
+    assert lacking(spec_of(), nodes) == ""
+    told = lacking(spec_of(resources={"cpus": 4, "gpus": 1}), nodes)
+    assert told == "resources.cpus: 4, resources.gpus: 1: no node has so much (the largest: 2 CPU, 0 GPU)"
 
 
 def test_failed_runs_stay_unless_asked_for(tmp_path):

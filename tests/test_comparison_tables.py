@@ -87,6 +87,7 @@ def test_broken_files_are_listed_with_their_reason_and_the_rest_is_read(tmp_path
         "odd": json.dumps({**tree, "state": "asleep"}),
         "typed": json.dumps({**tree, "seed": "zero"}),
         "scored": json.dumps({**tree, "scores": [{"task": "sst2", "metric": "accuracy"}]}),
+        "copied": json.dumps(tree),
     }
     for name, text in broken.items():
         (tmp_path / "cells" / f"{name}.json").write_text(text)
@@ -100,7 +101,17 @@ def test_broken_files_are_listed_with_their_reason_and_the_rest_is_read(tmp_path
     assert "expected finished or failed, got 'asleep'" in problems["cells/odd.json"]
     assert "cell.seed: expected a whole number" in problems["cells/typed.json"]
     assert problems["cells/scored.json"] == "score: value missing"
-    assert "7 files could not be read" in print_report(found)
+    assert problems["cells/copied.json"].startswith("cell.id: expected copied, as the file is called, got")
+    assert "8 files could not be read" in print_report(found)
+
+
+def test_what_is_broken_in_the_head_is_listed_and_left_out(tmp_path):
+    odd = {"spec": "x", "labels": "LoRA", "seconds": "long", "provenance": 3, "baseline": 0, "equal": "all"}
+    found = of(tmp_path, cell("LoRA", "sst2", 0, [1, 0]), **odd)
+    assert {problem.split(": ")[1] for problem in found.problems} == set(odd)
+    assert "comparison.json: seconds: expected a number, got 'long'" in found.problems
+    assert "LoRA" in print_report(found)
+    write_report(found)
 
 
 def test_comparisons_are_found_in_every_root_and_a_broken_one_has_problems_and_no_cells(tmp_path):
@@ -366,6 +377,25 @@ def test_latex_and_markdown_are_bold_only_where_the_best_is_proven(made):
     assert r"95 \% hierarchical bootstrap" in first
     rows = md.partition("difference to")[0].partition("---:")[2]
     assert re.findall(r"\*\*([\d.]+)\*\*", rows) == proven
+
+
+def test_labels_and_titles_are_printed_as_they_are_and_computed_nowhere(tmp_path):
+    signs = r"[b] 100 % of $5 & a_b \textbf{x} ^ # ~ | `c` <i> *d* [e](f) $\x$"
+    labels = [f"={signs}", f"[{signs}", "@SUM(A1)", "-x/../y"]
+    cells = [cell(label, "sst2", 0, rows_of("sst2", 0, 1.0, label=label)) for label in labels]
+    made = read_comparison(write_comparison(tmp_path / "signs", cells, title=f"T {signs}"))
+    write_report(made)
+    with (made.folder / "table.csv").open() as stream:
+        assert [row["label"] for row in csv.DictReader(stream)] == [f"'={signs}", f"[{signs}", "'@SUM(A1)", "'-x/../y"]
+    tex = (made.folder / "table.tex").read_text()
+    assert r"[b] 100 \% of \$5 \& a\_b \textbackslash{}textbf\{x\}" in tex
+    assert not re.search(r"(?m)^\[", tex), "a row that begins with [ is read as an option of the line before it"
+    markdown = (made.folder / "table.md").read_text()
+    assert r"\| \`c\` \<i> \*d\* \[e](f)" in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows[:5]} == {4}
+    assert f"T {signs}" in (made.folder / "table.txt").read_text()
+    assert (made.folder / "table.png").stat().st_size > 0
 
 
 def test_the_terminal_gets_bold_only_when_asked_and_lines_that_fit(made):

@@ -49,16 +49,15 @@ def compare(
     if isinstance(wanted, EfficiencySpec):
         _efficiency(wanted, out, dry_run, as_json)
         return
-    from pedro.comparison.results import read_comparison
     from pedro.comparison.run import compare as run
-    from pedro.comparison.run import folder_of, prepare
+    from pedro.comparison.run import folder_of, open_folder, prepare, read
 
     settings = Settings.from_env()
     folder = folder_of(wanted, settings, out)
     if report:
         from pedro.comparison.report import write_report
 
-        comparison = read_comparison(folder)
+        comparison = read(folder, wanted)
         write_report(comparison)
     else:
         prepared = prepare(wanted, settings, folder, retry_failed, say)
@@ -67,6 +66,7 @@ def compare(
             return
         from pedro.cluster import connect
 
+        open_folder(folder)
         connect(settings, say, attach=True)
         comparison = run(wanted, settings, folder, prepared, say)
     from pedro.comparison.report import print_report

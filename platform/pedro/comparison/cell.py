@@ -54,13 +54,13 @@ def run_cell(plan: Plan, data: TaskData, resources: ResourcesSpec, judge: JudgeS
     try:
         session = open_session(_job(plan, data, resources), cache)
         outcome = train(session.engine, session.alternation, session.plan, session.data, curves)
+        session.model.eval()
+        started = time.monotonic()
+        validation = _validation(session, plan, data, outcome.validation_loss)
+        scores = [_score(session, plan, test, judge, cache) for test in data.tests]
+        spent = time.monotonic() - started
     except PedroError as error:
         return failed(plan, error.message, dict(curves.points))
-    session.model.eval()
-    started = time.monotonic()
-    validation = _validation(session, plan, data, outcome.validation_loss)
-    scores = [_score(session, plan, test, data.train, judge, cache) for test in data.tests]
-    spent = time.monotonic() - started
     trained = [parameter for parameter in session.model.parameters() if parameter.requires_grad]
     return _cell(
         plan,
@@ -132,15 +132,14 @@ def _job(plan: Plan, data: TaskData, resources: ResourcesSpec) -> FineTuneSpec:
 def _validation(session: Session, plan: Plan, data: TaskData, loss: float | None) -> dict[str, Any]:
     """The task's own metric on the validation rows; minus the loss, where it has none for answers."""
     if data.task.metric in ELSEWHERE:
-        return {"metric": "loss", "value": -(loss or 0.0), "loss": loss, "rows": len(data.validation_rows)}
+        value = None if loss is None else -loss
+        return {"metric": "loss", "value": value, "loss": loss, "rows": len(data.validation_rows)}
     rows, prompts = _fitting(session, data.task, data.validation_rows)
     result = score_answers(data.task, rows, _answers(session, plan, data.task, prompts))
     return {"metric": data.task.metric, "value": result.value, "loss": loss, "rows": result.rows}
 
 
-def _score(
-    session: Session, plan: Plan, test: TestSet, train_file: str, judge: JudgeSpec | None, cache: Path
-) -> dict[str, Any] | None:
+def _score(session: Session, plan: Plan, test: TestSet, judge: JudgeSpec | None, cache: Path) -> dict[str, Any] | None:
     """The score on a test set; None for a task that has no metric of its own (Alpaca)."""
     if test.task.metric == "judge":
         from pedro.comparison.judged import judged_score

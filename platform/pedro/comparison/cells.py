@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
+from pedro.backbone import embedded_backbones, resolve_backbone
+from pedro.comparison.notes import NEAR
 from pedro.comparison.results import FINAL, TUNE, Cell
-from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, label_of
+from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, label_of
+from pedro.data.tasks import TASKS
 from pedro.errors import ConfigError
 
 
@@ -24,7 +28,7 @@ class Group:
 
     method: str
     label: str
-    options: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...] = field(hash=False)  # values may be mappings
     task: str
     backbone: str
     budget: int | None
@@ -126,6 +130,7 @@ class Planner:
             "num_beams": self.spec.num_beams,
             "theta": self.spec.theta,
             "data": self._digests[group.task],
+            **self._elsewhere(group, task),
         }
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         return Plan(
@@ -141,6 +146,15 @@ class Planner:
             self.spec.theta,
         )
 
+    def _elsewhere(self, group: Group, task: TaskChoice) -> dict[str, Any]:
+        """What a result depends on besides: who marks answers, and a backbone's files if they are not the package's."""
+        found: dict[str, Any] = {}
+        if self.spec.judge and any(TASKS[other.task].metric == "judge" for other in task.evaluations):
+            found["judge"] = self.spec.judge.model
+        if group.backbone not in embedded_backbones():
+            found["backbone_digest"] = resolve_backbone(group.backbone).digest
+        return found
+
     def _method(self, group: Group) -> MethodChoice:
         return self._methods[group.label]
 
@@ -150,7 +164,12 @@ def choose(cells: Sequence[Cell]) -> float | None:
     ended = [cell for cell in cells if cell.state == "finished"]
     if not ended:
         return None
-    return max(ended, key=lambda cell: (cell.validation["value"], -cell.validation["loss"])).lr
+
+    def worth(cell: Cell) -> tuple[float, float]:
+        value, loss = cell.validation.get("value"), cell.validation.get("loss")  # null where it was no number
+        return (-math.inf if value is None else value, -math.inf if loss is None else -loss)
+
+    return max(ended, key=worth).lr
 
 
 def check(spec: ComparisonSpec) -> None:
@@ -180,6 +199,8 @@ def sized(method: MethodChoice, backbone: str, budget: int) -> dict[str, Any]:
     size = next((name for name in SIZES if name in known), None)
     if size is None:
         return method.options
+    if size in method.options:
+        raise ConfigError(f"method.{size}: `budgets` sets it; leave it out", param=f"method.{size}")
 
     def count(value: int) -> int:
         return count_parameters_of(method.name, _key({**method.options, size: value}), backbone)
@@ -198,7 +219,7 @@ def count_parameters_of(method: str, options: str, backbone: str) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pedro.backbone import quiet, resolve_backbone
+    from pedro.backbone import quiet
     from pedro.methods.registry import count_parameters, get_method
 
     quiet()
@@ -207,6 +228,17 @@ def count_parameters_of(method: str, options: str, backbone: str) -> int:
         model = AutoModelForCausalLM.from_config(config)
         adapted = get_method(method).apply(model.requires_grad_(False), json.loads(options))
     return count_parameters(adapted)["trainable"]
+
+
+def far_from_budget(spec: ComparisonSpec, groups: Iterable[Group]) -> list[str]:
+    """A line for each method that cannot come near a budget, as its table will say."""
+    lines: dict[str, None] = {}
+    for group in groups:
+        if group.budget is not None:
+            count = count_parameters_of(group.method, _key(dict(group.options)), group.backbone)
+            if abs(count - group.budget) > NEAR * group.budget:
+                lines[f"budget {group.budget:,} on {group.backbone}: {group.label} has {count:,} at the nearest"] = None
+    return list(lines)
 
 
 def _key(options: dict[str, Any]) -> str:

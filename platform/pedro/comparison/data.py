@@ -65,7 +65,10 @@ def _training_rows(task: Task, place: str | None, choice: TaskChoice) -> tuple[l
 
 def _test_set(spec: ComparisonSpec, choice: Evaluation) -> TestSet:
     task = get_task(choice.task, choice.wording, choice.shots)
-    return TestSet(task, tuple(task.rows("test", spec.data_of(choice), choice.test_rows)))
+    rows = tuple(task.rows("test", spec.data_of(choice), choice.test_rows))
+    if not rows:
+        raise DataError(f"{task.name}: there are no test rows to score on; look at its files", param="data")
+    return TestSet(task, rows)
 
 
 def _stored(task: Task, rows: Sequence[TaskRow], storage: str) -> str:

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Any
 from pedro.comparison.cells import Group, Plan, Planner, choose
 from pedro.comparison.data import TaskData
 from pedro.comparison.results import FAILED, FINAL, TUNE, Cell, write_cell
+from pedro.comparison.sheets import number
 from pedro.comparison.spec import ComparisonSpec
 from pedro.config import Settings
-from pedro.errors import TrainingError
+from pedro.errors import ConfigError, TrainingError
 from pedro.training.trainer import ENVIRONMENT, pack_settings, unpack_settings
 
 Say = Callable[[str], None]
@@ -79,8 +80,8 @@ class Progress:
         if cell.state == FAILED:
             what = f"failed: {cell.message}"
         else:
-            scores = ", ".join(f"{100 * score.value:.1f}" for score in cell.scores)
-            what = f"validation {100 * cell.validation['value']:.1f} · test {scores or '-'} · {cell.seconds:.0f} s"
+            scores = ", ".join(number(score.value, score.metric) for score in cell.scores)
+            what = f"validation {_validation(cell)} · test {scores or '-'} · {cell.seconds:.0f} s"
         place = f"[{len(self.kept) + self.done}/{self.total}]"
         self.say(f"{place} {plan} · {what} · {_clock(left)} left")
 
@@ -130,6 +131,12 @@ class Grid:
         """Keep every worker busy until nothing is queued; the runs that were lost with their workers."""
         import ray
 
+        if lack := lacking(self.spec, ray.nodes()):
+            if settings.ray_address is None:
+                raise ConfigError(
+                    f"{lack}; ask for less, or set RAY_ADDRESS to a cluster that has it", param="resources"
+                )
+            say(f"{lack}; waiting for one that has it (ask for less if none will come)")
         count = min(self.spec.concurrency or capacity(self.spec), len(self._queue))
         say(f"{progress.total} runs, {len(progress.kept)} of them done before; {count} at a time")
         needs = {"num_cpus": self.spec.resources.cpus, "num_gpus": self.spec.resources.gpus}
@@ -230,9 +237,27 @@ def capacity(spec: ComparisonSpec) -> int:
     return max(1, min(math.floor(there.get(name, 0) / need) for name, need in needs.items() if need))
 
 
+def lacking(spec: ComparisonSpec, nodes: Iterable[Mapping[str, Any]]) -> str:
+    """What a run wants and no node of the cluster has, with its field and value; nothing where it can start."""
+    wants = {"CPU": ("cpus", spec.resources.cpus), "GPU": ("gpus", spec.resources.gpus)}
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(all(node.get(kind, 0) >= amount for kind, (_, amount) in wants.items()) for node in there):
+        return ""
+    asked = ", ".join(f"resources.{name}: {amount:g}" for name, amount in wants.values() if amount)
+    most = ", ".join(f"{max((node.get(kind, 0) for node in there), default=0):g} {kind}" for kind in wants)
+    return f"{asked}: no node has so much (the largest: {most})"
+
+
 def usable(cells: Mapping[str, Cell], retry_failed: bool) -> dict[str, Cell]:
     """The kept runs that are not done again."""
     return {name: cell for name, cell in cells.items() if not (retry_failed and cell.state == FAILED)}
+
+
+def _validation(cell: Cell) -> str:
+    value, metric = cell.validation.get("value"), str(cell.validation.get("metric"))
+    if value is None:
+        return "-"
+    return f"loss {-value:.3f}" if metric == "loss" else number(value, metric)
 
 
 def _clock(seconds: float) -> str:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pedro.comparison.tables import Entry
 
 
+NEAR = 0.1  # of a budget: what is farther from it is told
+
+
 def notes_of(comparison: Comparison, entries: Sequence[Entry], average: str) -> tuple[str, ...]:
     """Sentences for the caption of the table that holds `entries`; `average` is its column over the tasks."""
     labels = {entry.label for entry in entries}
@@ -59,7 +62,9 @@ def _equal(comparison: Comparison, cells: Sequence[Cell], tasks: Sequence[Entry]
     if comparison.equal == "parameters":
         near = f", as near to {budget:,} as a method's size allows" if budget else ""
         far = {
-            e.label: e.parameters for e in tasks if budget and e.parameters and abs(e.parameters - budget) > budget / 10
+            e.label: e.parameters
+            for e in tasks
+            if budget and e.parameters and abs(e.parameters - budget) > NEAR * budget
         }
         near += f"; not near it: {', '.join(f'{label} {count:,}' for label, count in far.items())}" if far else ""
         return (
@@ -100,7 +105,7 @@ def _learning_rates(comparison: Comparison, cells: Sequence[Cell]) -> str:
             like[task["tune_like"]].append(task["task"])
     text += "".join(f"; {', '.join(others)} as on {task}" for task, others in like.items())
     if tune.get("once") and spec.get("budgets"):
-        text += "; searched at the first budget alone"
+        text += "; searched at the middle budget alone"
     borrowed = [task for others in like.values() for task in others]
     chosen = {(cell.label, cell.task): cell.lr for cell in cells if cell.task not in borrowed}
     if edge := sum(lr in _ends(tune["lr"]) for lr in chosen.values()) if tune.get("lr") else 0:

@@ -29,11 +29,12 @@ class Paper:
 
 
 def read_paper(comparison: Comparison) -> Paper | None:
-    """The `paper` block of comparison.json: source, table, columns, rows by label. None if there is none.
+    """The `paper` block of comparison.json; None if there is none. Raises ValueError as `parse_paper` does."""
+    return parse_paper(comparison.head.get("paper"))
 
-    Raises ValueError that says what is wrong with it.
-    """
-    tree = comparison.head.get("paper")
+
+def parse_paper(tree: Any) -> Paper | None:
+    """A `paper` block: source, table, columns, rows by label. Raises ValueError that says what is wrong with it."""
     if tree is None:
         return None
     if not isinstance(tree, Mapping) or not isinstance(tree.get("rows"), Mapping):

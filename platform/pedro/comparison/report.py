@@ -42,7 +42,8 @@ def write_report(comparison: Comparison) -> None:
     Raises ConfigError if there is no comparison in it.
     """
     if not comparison.head:
-        raise ConfigError(f"{comparison.folder} holds no comparison: {'; '.join(comparison.problems)}")
+        why = "; ".join(comparison.problems)
+        raise ConfigError(f"{comparison.folder} holds no comparison: {why}; name the folder of one, or run it first")
     from pedro.comparison.figures import draw_activations, draw_budgets, draw_groups, draw_table, grouped
 
     folder, found = comparison.folder, tables(comparison)
@@ -53,13 +54,16 @@ def write_report(comparison: Comparison) -> None:
     _write(folder / "table.md", _markdown(comparison, found))
     _write(folder / "table.tex", _latex(comparison, found))
     _write(folder / "table.csv", sheets.as_csv(found, _paper(comparison)[0]))
-    draw_table(found, folder / "table.png")
-    if len({table.budget for table in found}) > 1:
-        draw_budgets(found, folder / "budget.png")
-    if grouped(comparison):
-        draw_groups(comparison, folder / "groups.png")
-    if any(cell.activations for cell in current(comparison)[0]):
-        draw_activations(comparison, folder / "activations.png")
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a label is a dollar
+        draw_table(found, folder / "table.png")
+        if len({table.budget for table in found}) > 1:
+            draw_budgets(found, folder / "budget.png")
+        if grouped(comparison):
+            draw_groups(comparison, folder / "groups.png")
+        if any(cell.activations for cell in current(comparison)[0]):
+            draw_activations(comparison, folder / "activations.png")
 
 
 def _printed(comparison: Comparison, found: Sequence[Table], width: int, ansi: bool) -> str:
@@ -144,16 +148,16 @@ def _paper(comparison: Comparison) -> tuple[Paper | None, str]:
 
 def _markdown(comparison: Comparison, found: Sequence[Table]) -> str:
     paper, complaint = _paper(comparison)
-    parts = [f"# {comparison.title}", _headline(comparison)]
+    parts = [f"# {sheets.literal(comparison.title)}", _headline(comparison)]
     own, shared = _notes(found, complaint)
     for table, notes in zip(found, own, strict=True):
         for sheet in _sheets(table, sheets.MARKDOWN):
-            parts += [f"**{sheet.title}**", sheets.as_markdown(sheet)]
-        parts.append(_listed(notes).replace("*", r"\*"))
-    parts.append(_listed(shared).replace("*", r"\*"))
+            parts += [f"**{sheets.literal(sheet.title)}**", sheets.as_markdown(sheet)]
+        parts.append(_listed(map(sheets.literal, notes)))
+    parts.append(_listed(map(sheets.literal, shared)))
     if paper:
         sheet = sheets.reported(paper)
-        parts += [f"**{sheet.title}**", sheets.as_markdown(sheet), paper.note]
+        parts += [f"**{sheets.literal(sheet.title)}**", sheets.as_markdown(sheet), sheets.literal(paper.note)]
     return "\n\n".join(filter(None, parts))
 
 

@@ -144,18 +144,11 @@ def read_comparison(folder: Path) -> Comparison:
     folder = Path(folder)
     problems: list[str] = []
     head = _read(folder / HEAD, problems)
-    if head and head.get("equal", "compute") not in BUDGETS:
-        problems.append(f"{HEAD}: equal: expected {' or '.join(BUDGETS)}, got {head['equal']!r}")
-    cells = []
-    for path in sorted((folder / CELLS).glob("*.json")) if head is not None else ():
-        place = f"{CELLS}/{path.name}"
-        tree = _read(path, problems, place)
-        if tree is None:
-            continue
-        try:
-            cells.append(Cell.from_dict(tree))
-        except (ValueError, TypeError) as error:
-            problems.append(f"{place}: {error}")
+    cells: list[Cell] = []
+    if head is not None:
+        head = {key: value for key, value in head.items() if _fits(key, value, problems)}
+        cells, broken = read_cells(folder)
+        problems += broken
     head = head or {}
     name = str(head.get("name") or folder.name)
     return Comparison(
@@ -168,6 +161,25 @@ def read_comparison(folder: Path) -> Comparison:
         problems=tuple(problems),
         head=head,
     )
+
+
+def read_cells(folder: Path) -> tuple[list[Cell], list[str]]:
+    """The runs in a comparison's folder, and for each file that could not be read its name and the reason."""
+    cells: list[Cell] = []
+    problems: list[str] = []
+    for path in sorted((Path(folder) / CELLS).glob("*.json")):
+        place = f"{CELLS}/{path.name}"
+        tree = _read(path, problems, place)
+        if tree is None:
+            continue
+        try:
+            cell = Cell.from_dict(tree)
+            if cell.id != path.stem:
+                raise ValueError(f"cell.id: expected {path.stem}, as the file is called, got {cell.id!r:.60}")
+            cells.append(cell)
+        except (ValueError, TypeError, AttributeError) as error:
+            problems.append(f"{place}: {error}")
+    return cells, problems
 
 
 def read_comparisons(*roots: Path) -> list[Comparison]:
@@ -198,6 +210,17 @@ def _read(path: Path, problems: list[str], place: str = "") -> dict[str, Any] | 
         problems.append(f"{place}: expected an object, got {type(tree).__name__}")
         return None
     return tree
+
+
+def _fits(key: str, value: Any, problems: list[str]) -> bool:
+    """Whether a value of comparison.json is of the kind that its readers take; another is a problem, and left out."""
+    kind, expected = _HEAD_KINDS.get(key, (object, ""))
+    good = value is None or (isinstance(value, kind) and not (kind is not object and isinstance(value, bool)))
+    if key == "equal":
+        good, expected = value in BUDGETS, " or ".join(BUDGETS)
+    if not good:
+        problems.append(f"{HEAD}: {key}: expected {expected}, got {value!r:.60}")
+    return good
 
 
 def _json(value: Any) -> str:
@@ -245,6 +268,11 @@ def _known(kind: type, tree: Any, where: str, required: Sequence[str]) -> dict[s
     return found
 
 
+_HEAD_KINDS: dict[str, tuple[Any, str]] = {
+    **{key: (str, "text") for key in ("name", "title", "baseline")},
+    **{key: (dict, "an object") for key in ("spec", "provenance")},
+    **{"labels": (list, "a list"), "seconds": ((int, float), "a number")},
+}
 _KINDS: dict[str, tuple[Any, str]] = {
     "str": (str, "text"),
     "int": (int, "a whole number"),

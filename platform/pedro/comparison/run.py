@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pedro.comparison.cells import Planner, check
+from pedro.comparison.cells import Planner, check, far_from_budget
 from pedro.comparison.data import gather
 from pedro.comparison.grid import Grid, head_of, usable
-from pedro.comparison.results import Cell, Comparison, read_comparison
+from pedro.comparison.results import Cell, Comparison, read_cells, read_comparison
 from pedro.comparison.spec import ComparisonSpec
 from pedro.config import Settings
 from pedro.errors import ConfigError, PedroError
@@ -41,14 +42,19 @@ def folder_of(spec: ComparisonSpec, settings: Settings, out: Path | None) -> Pat
 def prepare(spec: ComparisonSpec, settings: Settings, folder: Path, retry_failed: bool, say: Say) -> Prepared:
     """Check methods and backbones, read the tasks' rows, find what is done. Raises PedroError."""
     check(spec)
+    read(folder, spec)
     data = {}
     for choice in spec.tasks:
         data[choice.task] = gather(spec, choice, settings.storage)
         tests = ", ".join(f"{len(test.rows):,} of {test.task.name}" for test in data[choice.task].tests)
         say(f"{choice.task}: tested on {tests}")
     planner = Planner(spec, {name: rows.digest for name, rows in data.items()})
-    known = {cell.id: cell for cell in _read(folder, spec).cells} if (folder / HEAD).is_file() else {}
-    return Prepared(planner, data, usable(known, retry_failed))
+    for line in far_from_budget(spec, planner.groups):
+        say(line)
+    cells, broken = read_cells(folder)
+    for problem in broken:
+        say(f"cannot be read, so it counts as not done: {problem}")
+    return Prepared(planner, data, usable({cell.id: cell for cell in cells}, retry_failed))
 
 
 def compare(spec: ComparisonSpec, settings: Settings, folder: Path, prepared: Prepared, say: Say) -> Comparison:
@@ -57,9 +63,9 @@ def compare(spec: ComparisonSpec, settings: Settings, folder: Path, prepared: Pr
     Raises TrainingError for runs that were lost; what was done is kept, and the same call goes on from there.
     """
     started = time.monotonic()
-    before = _read(folder, spec).head if (folder / HEAD).is_file() else {}
+    before = read(folder, spec).head
     baseline = spec.baseline or spec.labels[0]
-    folder.mkdir(parents=True, exist_ok=True)
+    open_folder(folder)
 
     def write_head() -> None:
         seconds = float(before.get("seconds") or 0.0) + time.monotonic() - started
@@ -128,20 +134,42 @@ class _Log:
             registry.log(run, int(step), {"dev/loss": value})
         if cell.state == "finished":
             numbers = {f"test/{score.task}": score.value for score in cell.scores}
-            numbers |= {"validation": cell.validation["value"], "trainable_parameters": cell.trainable_parameters}
+            numbers |= {"trainable_parameters": cell.trainable_parameters}
+            if cell.validation.get("value") is not None:
+                numbers |= {"validation": cell.validation["value"]}
             numbers |= {"seconds": cell.seconds, "tokens_per_second": cell.tokens_per_second}
             registry.log(run, cell.steps, numbers)
         registry.finish_run(run, "FINISHED" if cell.state == "finished" else "FAILED")
 
 
-def _read(folder: Path, spec: ComparisonSpec) -> Comparison:
+def read(folder: Path, spec: ComparisonSpec) -> Comparison:
+    """What is in the folder. Raises ConfigError for another comparison's, or one that cannot be told."""
     found = read_comparison(folder)
-    if found.name and found.name != spec.name:
+    if (folder / HEAD).exists() and not found.head:
+        why = "; ".join(found.problems) or "it is empty"
+        raise ConfigError(
+            f"--out: {folder / HEAD} cannot be read ({why}); delete that file: the runs beside it are kept",
+            param="--out",
+        )
+    if found.head and found.name != spec.name:
         raise ConfigError(
             f"--out: {folder} holds the comparison {found.name!r}, not {spec.name!r}; name another folder",
             param="--out",
         )
     return found
+
+
+def open_folder(folder: Path) -> None:
+    """Make the folder of the results. Raises ConfigError where nothing can be written, before anything is started."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(
+            f"--out: {folder} cannot be written ({reason}); name another folder", param="--out"
+        ) from error
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from pedro.comparison.tables import AVERAGE, BEST, JUDGE, SECOND, Difference, En
 
 NOTHING = ("-", "")
 HEADS = ("method", "parameters")
+MARKDOWN_SIGNS = re.compile(r"[\\`*<|]|\[(?=[^\]]*\]\()")  # as for "[", only where a link would begin
+FORMULA = ("=", "+", "-", "@")  # what a spreadsheet takes for the beginning of one
 ESCAPES = re.compile("\033\\[[0-9]*m")
 LATEX = {
     **{sign: f"\\{sign}" for sign in "%&#_${}"},
@@ -110,9 +112,9 @@ def as_text(sheet: Sheet, width: int) -> str:
 
 def as_markdown(sheet: Sheet) -> str:
     """A table of GitHub's Markdown."""
-    rows = [[" ".join(filter(None, cell)).replace("|", r"\|") for cell in row] for row in sheet.rows]
+    rows = [[literal(row[0][0]), *(" ".join(filter(None, cell)) for cell in row[1:])] for row in sheet.rows]
     line = ["---", *["---:"] * (len(sheet.head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (list(sheet.head), line, *rows))
+    return "\n".join(f"| {' | '.join(row)} |" for row in ([literal(name) for name in sheet.head], line, *rows))
 
 
 def as_latex(sheet: Sheet, notes: Sequence[str]) -> str:
@@ -154,6 +156,11 @@ def as_csv(tables: Sequence[Table], paper: Paper | None) -> str:
 def escaped(text: str) -> str:
     """Text that LaTeX prints as it stands."""
     return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+def literal(text: str) -> str:
+    """Text that Markdown prints as it stands."""
+    return MARKDOWN_SIGNS.sub(r"\\\g<0>", text)
 
 
 def _score(entry: Entry | None, style: Style) -> Text:
@@ -213,7 +220,7 @@ def _visible(text: str) -> int:
 def _latex_cell(cell: Text, first: bool) -> str:
     text, span = cell
     if first or text.startswith("failed"):
-        return escaped(text)
+        return f"{{}}{escaped(text)}" if text.startswith("[") else escaped(text)  # "[" after a line's end is an option
     minus = re.sub(r"-(?=\d)", "$-$", text).replace("–", "--")
     return minus + (rf" {{\scriptsize {re.sub(r'-(?=[0-9])', '$-$', span)}}}" if span else "")
 
@@ -221,17 +228,22 @@ def _latex_cell(cell: Text, first: bool) -> str:
 def _csv_row(entry: Entry, table: Table, paper: Paper | None) -> list[object]:
     gain = entry.gain
     return [
-        *(entry.backbone, entry.budget, entry.label, entry.method, entry.task, entry.metric),
+        *(_cell(entry.backbone), entry.budget, _cell(entry.label), entry.method, entry.task, entry.metric),
         *(entry.value, entry.low, entry.high, entry.seeds, entry.failed),
         _by_seed(entry.values),
         entry.parameters or None,
         _by_seed(entry.lrs),
         *(entry.mark, entry.proven, entry.at_chance, entry.majority),
         entry.rows if entry.task != AVERAGE else None,
-        table.baseline,
+        _cell(table.baseline),
         *((gain.value, gain.low, gain.high, gain.proven) if gain else ("", "", "", "")),
         paper.value(entry.label, entry.task) if paper else None,
     ]
+
+
+def _cell(text: str) -> str:
+    """Text that no spreadsheet computes."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _by_seed(values: Sequence[tuple[int, float]]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pedro.config import Frozen, check_name, load_spec
+from pedro.comparison.paper import parse_paper
+from pedro.config import Frozen, check_name, load_spec, mistakes
 from pedro.data.tasks import TASKS, get_task
 from pedro.errors import ConfigError
 from pedro.training.spec import TrainingSpec
@@ -17,16 +19,33 @@ from pedro.training.spec import TrainingSpec
 DATA_VARIABLE = "PEDRO_TASK_DATA"
 SIZES = ("r", "tokens")  # the option that a budget of parameters decides, the first that a method has
 Positive = Annotated[int, Field(ge=1)]
+KINDS = ("comparison", "efficiency")
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+def _printable(tree: dict[str, Any] | None) -> dict[str, Any] | None:
+    _checked_json("paper", tree)
+    parse_paper(tree)
+    return tree
+
+
+PaperBlock = Annotated[dict[str, Any] | None, AfterValidator(_printable)]
 
 
 class Evaluation(Frozen):
-    """A task that trained models are scored on."""
+    """A task that trained models are scored on; a name alone will do."""
 
     task: str
     wording: str = "full"
     shots: int = Field(0, ge=0)
     data: str | None = None
     test_rows: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        return {"task": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _known(self) -> Evaluation:
@@ -72,6 +91,12 @@ class MethodChoice(BaseModel):
             return {"name": value}
         return {"name": "peft", **value} if isinstance(value, dict) and "peft_type" in value else value
 
+    @model_validator(mode="after")
+    def _plain(self) -> MethodChoice:
+        _checked_json(self.name, self.options)
+        _checked_line("label", self.label)
+        return self
+
     @property
     def options(self) -> dict[str, Any]:
         """What is neither name, label nor training."""
@@ -81,8 +106,8 @@ class MethodChoice(BaseModel):
 class TuneSpec(Frozen):
     """The learning rate of each method on each task: every value is tried once, and the best on validation is kept."""
 
-    lr: tuple[float, ...] = Field(min_length=1)
-    seed: int = Field(0, ge=0)
+    lr: tuple[Rate, ...] = Field(min_length=1)
+    seed: Seed = 0
     """Of these runs; where it is among `seeds`, the winning run counts as that seed's."""
     once: bool = False
     """Search at the middle budget alone, and take its learning rate for the others."""
@@ -114,7 +139,7 @@ class ComparisonSpec(Frozen):
     methods: tuple[MethodChoice, ...] = Field(min_length=1)
     budgets: tuple[Positive, ...] = ()
     """Numbers of trained parameters: each method's size (r, or tokens) is set so that it comes nearest."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2, 3, 4), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2, 3, 4), min_length=1)
     equal: Literal["compute", "parameters"] = "compute"
     """What all methods have alike, for the table to say: steps and rows, or (also) the number of parameters."""
     baseline: str = ""
@@ -124,7 +149,7 @@ class ComparisonSpec(Frozen):
     theta: float = Field(0.1, ge=0, lt=1)
     """Share of the training rows for Θ steps, for methods that have them."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """As `training` of a fine-tuning job; `lr` is only used without `tune`."""
+    """As `training` of a fine-tuning job, without its seed, and without `lr` where `tune` searches it."""
     tune: TuneSpec | None = None
     num_beams: Positive = 1
     eval_batch_size: Positive = 64
@@ -132,8 +157,13 @@ class ComparisonSpec(Frozen):
     resources: ResourcesSpec = ResourcesSpec()
     concurrency: Positive | None = None
     """Runs at a time; as many as the cluster has room for if not given."""
-    paper: dict[str, Any] | None = None
+    paper: PaperBlock = None
     """What a paper reports for these columns, shown beside: source, table, rows."""
+
+    @field_validator("title")
+    @classmethod
+    def _title(cls, value: str) -> str:
+        return _checked_line("title", value)
 
     @field_validator("name")
     @classmethod
@@ -141,14 +171,29 @@ class ComparisonSpec(Frozen):
         return _checked(lambda: check_name("name", value))
 
     @model_validator(mode="after")
-    def _possible(self) -> ComparisonSpec:
+    def _each_once(self) -> ComparisonSpec:
         names = [task.task for task in self.tasks]
         scored = [other.task for task in self.tasks for other in task.evaluations]
-        lists = ((names, "tasks"), (scored, "tasks.evaluate"), (self.labels, "methods"), (self.seeds, "seeds"))
+        lists = (
+            *((names, "tasks"), (scored, "tasks.evaluate"), (self.labels, "methods"), (self.seeds, "seeds")),
+            *((self.backbones, "backbones"), (self.budgets, "budgets"), (self.tune.lr if self.tune else (), "tune.lr")),
+        )
         for listed, what in lists:
             if twice := [item for item in dict.fromkeys(listed) if list(listed).count(item) > 1]:
                 hint = "; give the second a label" if what == "methods" else ""
                 raise ValueError(f"{what}: {twice[0]!r} stands there twice{hint}")
+        same: dict[Any, str] = {}
+        for method in self.methods:
+            runs = [self.training_of(method, task, None).model_dump_json() for task in self.tasks]
+            key = (method.name, json.dumps(method.options, sort_keys=True), *runs)
+            if key in same:
+                raise ValueError(f"methods: {same[key]!r} and {label_of(method)!r} are the same runs; leave one out")
+            same[key] = label_of(method)
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> ComparisonSpec:
+        names = [task.task for task in self.tasks]
         if self.baseline and self.baseline not in self.labels:
             raise ValueError(f"baseline: {self.baseline!r} is none of {', '.join(self.labels)}")
         for task in self.tasks:
@@ -157,10 +202,18 @@ class ComparisonSpec(Frozen):
                 raise ValueError(f"tasks.{task.task}.tune_like: expected another task of `tasks`, with `tune` given")
             if other and self.task(other).tune_like:
                 raise ValueError(f"tasks.{task.task}.tune_like: {other} takes its own from elsewhere; name that one")
-        for method in self.methods:
-            for task in self.tasks:
-                self.training_of(method, task, None)
+        for where, tree in self._trainings():
+            if "seed" in tree:
+                raise ValueError(f"{where}.seed: `seeds` of the comparison says which; leave it out here")
+            if "lr" in tree and self.tune:
+                raise ValueError(f"{where}.lr: `tune` searches the learning rate; leave out one of the two")
         return self
+
+    def _trainings(self) -> list[tuple[str, dict[str, Any]]]:
+        """Every `training` of the spec, and how to call it."""
+        tasks = [(f"tasks.{task.task}.training", task.training) for task in self.tasks]
+        methods = [(f"methods.{label_of(method)}.training", method.training) for method in self.methods]
+        return [("training", self.training), *tasks, *methods]
 
     @property
     def labels(self) -> list[str]:
@@ -179,9 +232,8 @@ class ComparisonSpec(Frozen):
         try:
             return TrainingSpec.model_validate(tree)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"training.{where} ({method.name}, {task.task}): {first['msg']}") from None
+            wrong = "; ".join(f"training.{line}" for line in mistakes(error, TrainingSpec))
+            raise ValueError(f"{wrong} ({label_of(method)} on {task.task})") from None
 
     def data_of(self, choice: Evaluation) -> str | None:
         """Where a task's rows are."""
@@ -206,7 +258,7 @@ class EfficiencySpec(Frozen):
     batches: tuple[Positive, ...] | None = None
     rounds: Positive | None = None
     threads: Positive | None = None
-    paper: dict[str, Any] | None = None
+    paper: PaperBlock = None
 
 
 def label_of(method: MethodChoice) -> str:
@@ -226,7 +278,10 @@ def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> Com
     """Read a spec file; relative data paths start from its folder. Raises one ConfigError that lists every mistake."""
     words = list(overrides)
     spec: ComparisonSpec | EfficiencySpec
-    if _kind(path) == "efficiency":
+    kind = _kind(path, words)
+    if kind not in KINDS:
+        raise ConfigError(f"kind: expected {' or '.join(KINDS)}, got {kind!r}", param="kind")
+    if kind == "efficiency":
         return load_spec(path, words, EfficiencySpec)
     spec = load_spec(path, words, ComparisonSpec)
     base = Path(path).absolute().parent
@@ -243,14 +298,31 @@ def _place(data: str | None, base: Path) -> str | None:
     return data if data in (None, "hub") else str(base / Path(data).expanduser())
 
 
-def _kind(path: str | Path) -> str:
+def _kind(path: str | Path, words: Iterable[str]) -> str:
     import yaml
 
+    if given := [word.removeprefix("kind=") for word in words if word.startswith("kind=")]:
+        return given[-1]
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return "comparison"  # `load_spec` says what is wrong
     return str(tree.get("kind", "comparison")) if isinstance(tree, Mapping) else "comparison"
+
+
+def _checked_line(where: str, text: str) -> str:
+    """Raise ValueError for what tables cannot hold in a line."""
+    if not text.isprintable():
+        raise ValueError(f"{where}: expected one line without control characters, got {text!r:.60}")
+    return text
+
+
+def _checked_json(where: str, tree: Any) -> None:
+    """Raise ValueError for what a result file cannot hold: dates, sets, NaN."""
+    try:
+        json.dumps(tree, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: expected text, numbers, lists and mappings by text ({error})") from None
 
 
 def _checked(check: Any) -> Any:
