@@ -98,10 +98,10 @@ def coordinates(sweep: data.Sweep) -> None:
         )
     )
     best = base.transform_filter("datum.best").mark_line(color=VERMILION, strokeWidth=4)
-    ticks = alt.Chart(marks).encode(x=alt.X("axis:N", sort=axes), y="height:Q", text="tick:N")
+    told = alt.Chart(marks).encode(x=alt.X("axis:N", sort=axes), y="height:Q", text="tick:N")
     place = {"align": "right", "dx": -7, "fontSize": 11}
-    halo = ticks.mark_text(**place, stroke=behind(), strokeWidth=4, strokeJoin="round", color=behind())
-    text = ticks.mark_text(**place, color=INK)
+    halo = told.mark_text(**place, stroke=behind(), strokeWidth=4, strokeJoin="round", color=behind())
+    text = told.mark_text(**place, color=INK)
     st.altair_chart((others + lines + best + halo + text).properties(height=460), width="stretch")
     st.caption(
         "A line a trial. Finished trials are coloured by their validation loss, blue is better; the best is thick and "
