@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import altair as alt
 import pandas as pd
 import streamlit as st
@@ -99,7 +101,7 @@ def coordinates(sweep: data.Sweep) -> None:
     )
     best = base.transform_filter("datum.best").mark_line(color=VERMILION, strokeWidth=4)
     told = alt.Chart(marks).encode(x=alt.X("axis:N", sort=axes), y="height:Q", text="tick:N")
-    place = {"align": "right", "dx": -7, "fontSize": 11}
+    place: dict[str, Any] = {"align": "right", "dx": -7, "fontSize": 11}
     halo = told.mark_text(**place, stroke=behind(), strokeWidth=4, strokeJoin="round", color=behind())
     text = told.mark_text(**place, color=INK)
     st.altair_chart((others + lines + best + halo + text).properties(height=460), width="stretch")
