@@ -289,3 +289,7 @@ def test_pedro_eval_runs_the_harness_on_a_registered_adapter(made, monkeypatch):
     assert both.exit_code == 2
     other = CliRunner().invoke(app, ["eval", "acme.faq", "--harness", "helm", "--tasks", "x"])
     assert isinstance(other.exception, ConfigError)
+    for words in (["--rows", "0"], ["--shots", "-1"], ["--include-path", str(made.settings.home / "nowhere")]):
+        wrong = CliRunner().invoke(app, [*command[:-2], *words])
+        assert wrong.exit_code == 2
+        assert words[0] in wrong.stderr

@@ -11,7 +11,7 @@ import torch
 
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.data.formats import encode_completion, encode_prompt
-from pedro.training.pretrain import corpus
+from pedro.training.pretrain import corpus, publish
 from pedro.training.pretrain.loop import CHECKPOINT, Settings, train
 from pedro.training.pretrain.main import PRESETS, build, main
 from pedro.training.pretrain.optimizer import orthogonal
@@ -238,6 +238,30 @@ def test_a_small_run_publishes_a_backbone_with_its_provenance(data, tmp_path, ca
     assert result_file.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_a_budget_is_required(data, tmp_path):
-    with pytest.raises(SystemExit, match="--tokens or --minutes"):
-        main(["--data", str(data), "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "give a budget: --tokens or --minutes"),
+        (["--minutes", "-1"], "--minutes: expected a number above 0, got -1"),
+        (["--tokens", "many"], "--tokens: invalid number value: 'many'"),
+        (["--tokens", "9", "--lr", "nan"], "--lr: expected a number above 0, got nan"),
+        (["--tokens", "9", "--decay", "1"], "--decay: expected a share from 0 and below 1, got 1"),
+    ],
+)
+def test_a_wrong_setting_is_a_usage_error(tmp_path, capsys, words, told):
+    with pytest.raises(SystemExit) as caught:
+        main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *words])
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_missing_sources_and_a_model_that_is_too_large_are_told_before_any_training(data, tmp_path, monkeypatch):
+    words = ["--preset", "tiny", "--tokens", "9", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"error: \w+: '.*nowhere/\w+' does not hold"):
+        main(["--data", str(tmp_path / "nowhere"), *words])
+    monkeypatch.setattr(publish, "LIMIT_BYTES", 1000)
+    with pytest.raises(SystemExit, match=r"error: preset: .* MB in bf16"):
+        main(["--data", str(data), *words])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"error: .*file/out/data: Not a directory; check the path"):
+        main(["--data", str(data), *words[:-1], str(tmp_path / "file" / "out")])

@@ -164,11 +164,15 @@ def import_adapter(
 def evaluate(
     name: Annotated[str, typer.Argument(help="tenant.adapter[@alias|:version]", metavar="MODEL")],
     file: Annotated[Path | None, typer.Option("--data", help="JSONL with the rows to answer.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Only the first so many.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     harness: Annotated[str | None, typer.Option(help="lm-eval: ask --tasks of it, instead of --data.")] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of the harness, by commas.")] = "",
-    shots: Annotated[int | None, typer.Option(help="Worked examples before each of the harness's prompts.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="A folder with more task files for the harness.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Worked examples before each of the harness's prompts.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A folder with more task files for the harness.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask the harness's prompts in the adapter's format.")] = False,
     as_json: AsJson = False,
 ) -> None:

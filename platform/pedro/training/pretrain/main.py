@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from pedro.backbone import context_length, load_model, load_tokenizer, quiet, resolve_backbone
+from pedro.errors import PedroError
 from pedro.provenance import provenance
 from pedro.training.pretrain import corpus, publish
 from pedro.training.pretrain.loop import Settings, State, train
@@ -55,14 +58,28 @@ PRESETS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.tokens is None and options.minutes is None:
-        raise SystemExit("give a budget: --tokens or --minutes")
+        parser.error("give a budget: --tokens or --minutes")
+    try:
+        return run(options)
+    except PedroError as error:
+        raise SystemExit(f"error: {error.message}") from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise SystemExit(f"error: {error.filename}: {error.strerror}; check the path") from error
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prepare, train, measure, publish; 3 if it was stopped before its end. Raises DataError for missing sources."""
     quiet()
     preset, out = PRESETS[options.preset], Path(options.out)
     prepared = prepare(Path(options.data), out / "data", preset.vocabulary, options.seed)
     texts = corpus.held_out(Path(options.data))
     model, settings = build(preset, options), plan(preset, options)
+    publish.check_size(model)
     state = _train(model, prepared, texts, settings, out, options)
     if not settings.schedule.is_over(state.tokens, state.decay_from):
         print(f"stopped at {state.tokens:,} tokens; run it again to go on, with --decay-now to end it well")
@@ -248,19 +265,37 @@ def describe(
     }
 
 
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    read.__name__ = "number"  # as argparse calls it in its message
+    return read
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 and below 1, got {text}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.pretrain_backbone", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the public sources: squad/, wikitext2/, snips/ ...")
     parser.add_argument("--out", required=True, help="folder of this run; an interrupted one goes on")
     parser.add_argument("--name", default="backbone", help="what the model is called")
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size of the model and of a step")
-    parser.add_argument("--tokens", type=int, help="budget in tokens, decay included")
-    parser.add_argument("--minutes", type=float, help="budget in minutes of training, decay included")
-    parser.add_argument("--decay", type=float, default=0.25, help="share of the tokens in which the rate falls to 0")
+    parser.add_argument("--tokens", type=_positive(int), help="budget in tokens, decay included")
+    parser.add_argument("--minutes", type=_positive(float), help="budget in minutes of training, decay included")
+    parser.add_argument("--decay", type=_share, default=0.25, help="share of the tokens in which the rate falls to 0")
     parser.add_argument("--decay-now", action="store_true", help="go on from the checkpoint and begin the decay")
-    parser.add_argument("--lr", type=float, help="peak learning rate (the preset's)")
+    parser.add_argument("--lr", type=_positive(float), help="peak learning rate (the preset's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint-minutes", type=float, default=2.0)
+    parser.add_argument("--checkpoint-minutes", type=_positive(float), default=2.0)
     parser.add_argument("--compile", action="store_true", help="with torch.compile (a fifth faster on a CPU)")
     parser.add_argument("--result", default="pretrain.json", help="where the result goes; the figure lies beside it")
     parser.add_argument("--note", action="append", default=[], help="a remark that the result carries")

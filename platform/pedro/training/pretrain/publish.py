@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pedro.errors import ConfigError
 from pedro.training.pretrain.corpus import LEFT_OUT, SOURCES
 
 LIMIT_BYTES = 32_000_000
@@ -21,13 +22,19 @@ whole, whether or not weights are an adaptation of the texts that they were trai
 """
 
 
-def publish(model: Any, tokenizer: Any, folder: Path, result: Mapping[str, Any]) -> None:
-    """Write the backbone (bf16 safetensors) with PROVENANCE.md and LICENSE. Raises ValueError if it is too large."""
+def check_size(model: Any) -> None:
+    """Raise ConfigError for a model that is too large to be carried by the package."""
     size = 2 * sum(parameter.numel() for parameter in model.parameters())
     if size > LIMIT_BYTES:
-        raise ValueError(
-            f"preset: {size / 1e6:.1f} MB in bf16, but an embedded backbone may have {LIMIT_BYTES / 1e6:.0f}"
+        raise ConfigError(
+            f"preset: {size / 1e6:.1f} MB in bf16, but an embedded backbone may have {LIMIT_BYTES / 1e6:.0f}",
+            param="preset",
         )
+
+
+def publish(model: Any, tokenizer: Any, folder: Path, result: Mapping[str, Any]) -> None:
+    """Write the backbone (bf16 safetensors) with PROVENANCE.md and LICENSE. Raises ConfigError if it is too large."""
+    check_size(model)
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     model.float()
