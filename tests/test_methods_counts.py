@@ -1,12 +1,15 @@
 """Trained parameters on LLaMA-2 7B shapes against table 1 of the PEDRO paper, and why they differ where they do."""
 
 import json
+import re
 
 import pytest
 import torch
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from pedro.cli import app
+from pedro.cli.methods import methods
 from pedro.methods import METHODS, count_parameters
 from pedro.methods.capabilities import capabilities, count_on_llama_2_7b, llama_2_7b
 from pedro.methods.sparse_search import choose
@@ -96,3 +99,15 @@ def test_the_command_line_prints_the_table():
     assert "depends" in told.output
     as_json = json.loads(CliRunner().invoke(app, ["methods", "--no-counts", "--json"]).output)
     assert [entry["name"] for entry in as_json] == list(METHODS)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_terminal_gets_every_name_whole_and_as_many_columns_as_it_holds(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    methods(counts=False, as_json=False)
+    out, err = capsys.readouterr()
+    out = re.sub("\033\\[[0-9;]*m", "", out)
+    assert {line.split()[0] for line in out.splitlines() if line.strip()} >= set(METHODS)
+    assert max(map(cell_len, out.splitlines())) <= width
+    assert ("2402.15179" in out) == ("with --json" not in err) == (width == 160)

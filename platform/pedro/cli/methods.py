@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+
 import typer
 
-from pedro.cli.output import AsJson, emit, table
+from pedro.cli.output import AsJson, emit, say, table
 
 COLUMNS = (
     "name",
@@ -16,6 +19,7 @@ COLUMNS = (
     "changes",
     "from",
 )
+WIDE = 140  # columns of a terminal that hold the whole table; a narrower one gets the rows' first six
 ANSWERS = {True: "yes", False: "no", None: "depends"}
 
 
@@ -32,8 +36,10 @@ def methods(
 
     Examples: pedro methods; pedro methods --json; pedro methods --no-counts
     """
+    from pedro.backbone import quiet
     from pedro.methods.capabilities import capabilities
 
+    quiet()
     found = capabilities(counts)
     rows = [
         (
@@ -48,7 +54,15 @@ def methods(
         )
         for entry in found
     ]
-    emit(found, as_json, lambda: table(COLUMNS, rows))
+    narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDE
+    shown = len(COLUMNS) - 2 if narrow else len(COLUMNS)
+
+    def show() -> None:
+        table(COLUMNS[:shown], [row[:shown] for row in rows], whole=1)
+        if narrow:
+            say(f"what each changes, and its paper: in {WIDE} columns, with --json, or by `pedro methods | cat`")
+
+    emit(found, as_json, show)
 
 
 def _millions(count: int | None) -> str:

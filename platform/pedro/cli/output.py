@@ -22,17 +22,20 @@ def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str = "nothing here yet") -> None:
-    """Print rows under column heads; `empty` if there are none."""
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str = "nothing here yet", whole: int = 0
+) -> None:
+    """Print rows under column heads; `empty` if there are none. The first `whole` columns are never broken or cut."""
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     rows = [[("" if cell is None else str(cell)) for cell in row] for row in rows]
     if not rows:
         typer.echo(empty)
         return
-    grid = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    heads = [Column(name, no_wrap=place < whole) for place, name in enumerate(columns)]
+    grid = Table(*heads, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         grid.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(grid)
