@@ -15,17 +15,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from pedro.backbone import EMBEDDED
+from pedro.cli import app
 from pedro.comparison.cell import failed, run_cell
 from pedro.comparison.cells import Planner, check, choose, count_parameters_of, far_from_budget, sized
 from pedro.comparison.data import gather
+from pedro.comparison.efficiency import check_efficiency
 from pedro.comparison.grid import Grid, lacking, usable
 from pedro.comparison.results import FAILED, FINAL, FINISHED, TUNE, Cell, read_comparison
 from pedro.comparison.run import open_folder, prepare
 from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, MethodChoice, load_comparison_spec
 from pedro.config import Settings, validate_spec
-from pedro.errors import ConfigError
+from pedro.errors import ConfigError, DataError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs/configs").glob("*_[tf]*.yaml"))
 RATES = [1e-3, 1e-2]
@@ -117,6 +120,31 @@ def test_all_mistakes_of_a_spec_are_told_with_field_and_remedy(tmp_path):
     path.write_text(yaml.safe_dump({**TINY, "kind": "nothing"}))
     with pytest.raises(ConfigError, match="kind: expected comparison or efficiency, got 'nothing'"):
         load_comparison_spec(path)
+
+
+def test_all_that_is_missing_is_told_at_once_backbones_before_rows(tmp_path, monkeypatch):
+    monkeypatch.delenv("PEDRO_TASK_DATA", raising=False)
+    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
+    nowhere = [str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.raises(ConfigError, match="2 mistakes") as caught:
+        prepare(spec_of(backbones=[*nowhere, "stories260K"]), settings, tmp_path / "out", False, print)
+    assert all(f"backbone: {path!r} is no directory" in caught.value.message for path in nowhere)
+    with pytest.raises(DataError, match="rows are missing; name their directory in `data:`") as data:
+        prepare(spec_of(tasks=["snips", "rte", "copa"]), settings, tmp_path / "out", False, print)
+    assert "\n  rte: no data given" in data.value.message
+    assert "\n  copa: no data given" in data.value.message
+
+
+def test_an_efficiency_spec_says_what_is_missing_before_it_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    spec = EfficiencySpec(kind="efficiency", name="speed", device="cuda", models=("7B",))
+    with pytest.raises(ConfigError, match="device: cuda, but torch finds no GPU here"):
+        check_efficiency(spec)
+    with pytest.raises(ConfigError, match="models: '7X' is none of"):
+        check_efficiency(spec.model_copy(update={"models": ("7X",)}))
+    path = tmp_path / "speed.yaml"
+    path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    assert CliRunner().invoke(app, ["compare", str(path), "--report"]).exit_code == 2
 
 
 def test_a_task_may_be_given_by_its_name_alone():

@@ -47,6 +47,8 @@ def compare(
 
     wanted = load_comparison_spec(spec, overrides or [])
     if isinstance(wanted, EfficiencySpec):
+        if report or retry_failed:
+            raise typer.BadParameter("an efficiency spec has no runs to report or to try again; run it as it is")
         _efficiency(wanted, out, dry_run, as_json)
         return
     from pedro.comparison.run import compare as run
@@ -113,10 +115,12 @@ def _show_plan(spec: ComparisonSpec, prepared: Prepared, folder: Path, as_json: 
 
 def _efficiency(spec: EfficiencySpec, out: Path | None, dry_run: bool, as_json: bool) -> None:
     """Table 3 is a benchmark of the engine."""
-    from pedro.comparison.efficiency import run_efficiency
+    from pedro.comparison.efficiency import check_efficiency, run_efficiency
 
     if dry_run:
-        emit(spec.model_dump(mode="json"), as_json, lambda: typer.echo(f"{spec.name}: {spec.models} on {spec.device}"))
+        check_efficiency(spec)
+        line = f"{spec.name}: tokens per second of {', '.join(spec.models)} on {spec.device}"
+        emit(spec.model_dump(mode="json"), as_json, lambda: typer.echo(line))
         return
     result, text, path = run_efficiency(spec, out, say)
     emit(result, as_json, lambda: typer.echo(f"{text}\n\nsaved to {path}"))

@@ -19,7 +19,7 @@ from pedro.comparison.notes import NEAR
 from pedro.comparison.results import FINAL, TUNE, Cell
 from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, label_of
 from pedro.data.tasks import TASKS
-from pedro.errors import ConfigError
+from pedro.errors import BackboneError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,17 @@ def check(spec: ComparisonSpec) -> None:
     """Raise one ConfigError with all that is wrong with methods and backbones, before anything starts."""
     mistakes: dict[str, None] = {}
     for backbone in spec.backbones:
+        try:
+            resolve_backbone(backbone)
+        except BackboneError as error:
+            mistakes[error.message] = None
+            continue
         for method in spec.methods:
             for budget in spec.budgets or (None,):
                 try:
                     options = sized(method, backbone, budget) if budget else method.options
                     count_parameters_of(method.name, _key(options), backbone)
-                except ConfigError as error:
+                except (BackboneError, ConfigError) as error:
                     mistakes[f"{label_of(method)}: {error.message}"] = None
     if mistakes:
         head = f"{spec.name}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"

@@ -8,20 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from pedro.comparison.spec import EfficiencySpec
-from pedro.errors import ConfigError
+from pedro.errors import ConfigError, UnavailableError
+
+
+def check_efficiency(spec: EfficiencySpec) -> None:
+    """Raise ConfigError for unknown models, or a device that is not here."""
+    from pedro.evaluation.benchmarks.shapes import SHAPES
+
+    if unknown := [name for name in spec.models if name not in SHAPES]:
+        raise ConfigError(f"models: {unknown[0]!r} is none of {', '.join(SHAPES)}", param="models")
+    if spec.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "device: cuda, but torch finds no GPU here; run it where there is one, or with device=cpu models=[S]",
+                param="device",
+            )
 
 
 def run_efficiency(
     spec: EfficiencySpec, out: Path | None, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], str, Path]:
-    """Measure; the result as JSON, as text, and the file that holds it. Raises ConfigError for unknown models."""
+    """Measure; the result as JSON, as text, and the file that holds it.
+
+    Raises ConfigError as `check_efficiency` does and for a folder that cannot be written, UnavailableError for an
+    engine that failed.
+    """
+    from pedro.comparison.run import open_folder
     from pedro.config import Settings
     from pedro.evaluation.benchmarks.catalog import BENCHMARKS
     from pedro.evaluation.benchmarks.main import Options
-    from pedro.evaluation.benchmarks.shapes import SHAPES
+    from pedro.evaluation.benchmarks.rivals import RivalError
 
-    if unknown := [name for name in spec.models if name not in SHAPES]:
-        raise ConfigError(f"models: {unknown[0]!r} is none of {', '.join(SHAPES)}", param="models")
+    check_efficiency(spec)
+    folder = out.absolute() if out else Settings.from_env().home / "comparisons" / spec.name
+    open_folder(folder)
     benchmark = BENCHMARKS["efficiency"]
     options = Options(
         quick=False,
@@ -33,10 +55,12 @@ def run_efficiency(
         peers={},
         engines=None,
     )
-    report = benchmark.run(options, say)
+    try:
+        report = benchmark.run(options, say)
+    except RivalError as error:
+        raise UnavailableError(f"{spec.name}: an engine failed: {error}") from error
     if spec.paper:
         report.facts["paper"] = spec.paper
-    path = (out or Settings.from_env().home / "comparisons" / spec.name) / "efficiency.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / "efficiency.json"
     report.save(path)
     return report.as_dict(), report.show(benchmark.columns), path

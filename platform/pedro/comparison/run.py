@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from pedro.comparison.cells import Planner, check, far_from_budget
-from pedro.comparison.data import gather
+from pedro.comparison.data import TaskData, gather
 from pedro.comparison.grid import Grid, head_of, usable
 from pedro.comparison.results import Cell, Comparison, read_cells, read_comparison
-from pedro.comparison.spec import ComparisonSpec
+from pedro.comparison.spec import DATA_VARIABLE, ComparisonSpec
 from pedro.config import Settings
-from pedro.errors import ConfigError, PedroError
+from pedro.data.tasks.sources import HUB
+from pedro.errors import ConfigError, DataError, PedroError
 from pedro.provenance import provenance
 from pedro.registry import Registry
 
@@ -30,7 +31,7 @@ class Prepared:
     """A comparison that can start: its runs, and which of them are done."""
 
     planner: Planner
-    data: dict[str, Any]
+    data: dict[str, TaskData]
     kept: dict[str, Cell]
 
 
@@ -43,11 +44,7 @@ def prepare(spec: ComparisonSpec, settings: Settings, folder: Path, retry_failed
     """Check methods and backbones, read the tasks' rows, find what is done. Raises PedroError."""
     check(spec)
     read(folder, spec)
-    data = {}
-    for choice in spec.tasks:
-        data[choice.task] = gather(spec, choice, settings.storage)
-        tests = ", ".join(f"{len(test.rows):,} of {test.task.name}" for test in data[choice.task].tests)
-        say(f"{choice.task}: tested on {tests}")
+    data = _gather(spec, settings, say)
     planner = Planner(spec, {name: rows.digest for name, rows in data.items()})
     for line in far_from_budget(spec, planner.groups):
         say(line)
@@ -55,6 +52,25 @@ def prepare(spec: ComparisonSpec, settings: Settings, folder: Path, retry_failed
     for problem in broken:
         say(f"cannot be read, so it counts as not done: {problem}")
     return Prepared(planner, data, usable({cell.id: cell for cell in cells}, retry_failed))
+
+
+def _gather(spec: ComparisonSpec, settings: Settings, say: Say) -> dict[str, TaskData]:
+    """The rows of every task. Raises one DataError that names all tasks whose rows cannot be had."""
+    data, missing = {}, []
+    for choice in spec.tasks:
+        try:
+            data[choice.task] = gather(spec, choice, settings.storage)
+        except DataError as error:
+            missing.append(error.message)
+            if spec.data_of(choice) == HUB:
+                break  # a hub that does not answer is asked once
+            continue
+        tests = ", ".join(f"{len(test.rows):,} of {test.task.name}" for test in data[choice.task].tests)
+        say(f"{choice.task}: tested on {tests}")
+    if missing:
+        head = f"{spec.name}: rows are missing; name their directory in `data:` of the spec or {DATA_VARIABLE}"
+        raise DataError("\n  ".join([head, *missing]), param="data")
+    return data
 
 
 def compare(spec: ComparisonSpec, settings: Settings, folder: Path, prepared: Prepared, say: Say) -> Comparison:
