@@ -11,8 +11,10 @@ import psutil
 import pytest
 import yaml
 from training_runs import session_for, spec_for
+from typer.testing import CliRunner
 
 from pedro import cluster
+from pedro.cli import app
 from pedro.config import Settings
 from pedro.errors import ConfigError, ConflictError, NotFoundError
 from pedro.registry import MANIFEST, Registry
@@ -454,3 +456,9 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
 
 def _numbers(trials):
     return [trial.number for trial in trials]
+
+
+def test_a_dry_run_resumes_nothing_and_says_so(tmp_path):
+    told = CliRunner().invoke(app, ["sweep", str(tmp_path / "any.yaml"), "--resume", "--dry-run"])
+    assert told.exit_code == 2
+    assert "give one of" in " ".join(told.stderr.split())

@@ -40,6 +40,10 @@ def sweep(
     from pedro.training.sweep.spec import load_sweep_spec
     from pedro.training.sweep.variants import check
 
+    if resume and dry_run:
+        raise typer.BadParameter(
+            "--dry-run starts nothing, so there is nothing for --resume to go on with; give one of them"
+        )
     wanted = load_sweep_spec(spec, overrides or [])
     check(wanted)
     if dry_run:
