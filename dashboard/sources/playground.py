@@ -12,6 +12,7 @@ from pedro.errors import PedroError
 from sources.gateway import Gateway
 
 MOST_COLUMNS = 3
+SHORTEST_S = 0.02  # that tells a speed: what arrives in one go says nothing of how it was made
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of the tokens after the first, while they came."""
-        if self.first_token_s is None or self.tokens < 2 or self.seconds <= self.first_token_s:
+        """Of the tokens after the first, while they came; None where they came too fast to be timed."""
+        if self.first_token_s is None or self.seconds - self.first_token_s < SHORTEST_S:
             return None
         return (self.tokens - 1) / (self.seconds - self.first_token_s)
 

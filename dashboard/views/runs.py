@@ -34,7 +34,7 @@ COLUMNS: dict[str, Any] = {
     "kind": st.column_config.TextColumn("Kind"),
     "created": st.column_config.DatetimeColumn("Created (UTC)", format="YYYY-MM-DD HH:mm"),
     "minutes": st.column_config.NumberColumn("Minutes", format="%.1f", width="small"),
-    "version": st.column_config.TextColumn("Became"),
+    "version": st.column_config.TextColumn("Became", width=105),
     "accuracy": st.column_config.NumberColumn("Accuracy", format="percent", width="small"),
     "message": st.column_config.TextColumn("Why", width="large"),
     "job": st.column_config.TextColumn("Job"),
