@@ -1,22 +1,35 @@
-"""The dashboard as a reader meets it: served by Streamlit, opened in Chromium."""
+"""The dashboard as a reader meets it: in Chromium, over a platform that trains and serves.
+
+PEDRO_SCREENSHOTS=1 writes a picture of each page to dashboard/screenshots/; PEDRO_SCREENSHOTS=HOME takes them of that
+home, say one on which `make demo` ran, instead of the made-up one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import shutil
 import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from dashboard_home import make_home
+from dashboard_stack import ADAPTER, ROOT, stack
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+PAGES = ("Overview", "Compare", "Runs", "Sweeps", "Activations", "Adapters", "Serving", "Playground")
+SCREENSHOTS = ROOT / "dashboard" / "screenshots"
+SETTLED = """() => document.querySelector('h1')
+  && !document.querySelector('[data-testid=stStatusWidget]')
+  && !document.querySelector('[data-testid=stSkeleton]')
+  && !document.querySelector('[data-testid=stSpinner]')
+  && !document.querySelector('[data-stale=true]')"""
+PROBE = re.compile(r":\d+/\w+/_stcore/(health|host-config)$")  # a page that is reloaded asks there first, in vain
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -26,38 +39,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-CHARTS = "[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg"
-
-
-@pytest.fixture(scope="module")
-def port(tmp_path_factory):
-    """A dashboard over a home with data, started as its users start it, on a free port."""
-    pytest.importorskip("streamlit")
-    home = make_home(tmp_path_factory.mktemp("browser") / "home").home
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "STREAMLIT_"))}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", "dashboard/app.py", f"--server.port={port}"],
-        cwd=ROOT,
-        env={**env, "PEDRO_HOME": str(home)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            assert server.poll() is None, f"streamlit ended with {server.returncode}"
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5).close()
-                break
-            assert time.monotonic() < deadline, "streamlit did not come up in 90 s"
-            time.sleep(0.2)
-        yield port
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
+PATIENCE_MS = 180_000
 
 
 @pytest.fixture(scope="module")
@@ -72,31 +54,217 @@ def browser():
         browser.close()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_draws_everything_without_an_error(browser, port, tmp_path, scheme):
-    page = browser.new_page(viewport={"width": 1400, "height": 1700}, color_scheme=scheme)
+@pytest.fixture(scope="module")
+def platform(browser, tmp_path_factory):
+    pytest.importorskip("streamlit")
+    wanted = os.environ.get("PEDRO_SCREENSHOTS", "")
+    home = Path(wanted).absolute() if wanted not in ("", "1") else None
+    with stack(tmp_path_factory.mktemp("stack"), home) as running:
+        yield running
+
+
+@pytest.fixture
+def open_page(browser, platform) -> Iterator:
+    """A function that opens the dashboard; no page may have logged an error in the end."""
     errors: list[str] = []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("requestfailed", lambda request: errors.append(f"{request.url}: {request.failure}"))
-    page.goto(f"http://127.0.0.1:{port}")
-    page.get_by_text("First answer by the new version").wait_for(timeout=90_000)
-    page.wait_for_function("selector => document.querySelectorAll(selector).length >= 3", arg=CHARTS, timeout=60_000)
-    page.locator("[data-testid=stDataFrame] canvas").first.wait_for(timeout=60_000)
-    page.get_by_role("radio", name="Training loss").or_(page.get_by_text("Training loss")).first.click()
-    page.wait_for_function("() => !document.querySelector('[data-stale=true]')", timeout=60_000)
-    page.wait_for_function("selector => document.querySelectorAll(selector).length >= 3", arg=CHARTS, timeout=60_000)
-    assert page.locator("[data-testid=stException]").count() == 0
-    shot = tmp_path / f"dashboard-{scheme}.png"
-    page.screenshot(path=shot, full_page=True)
-    page.close()
-    assert shot.stat().st_size > 20_000
-    assert errors == []
+    pages = []
+
+    def note(message) -> None:
+        where = message.location.get("url", "")
+        if message.type == "error" and not PROBE.search(where):
+            errors.append(f"{message.text} {where}")
+
+    def open_page(width: int = 1280, height: int = 900, scheme: str = "light"):
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("console", note)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("requestfailed", lambda request: errors.append(f"{request.url}: {request.failure}"))
+        pages.append(page)
+        page.goto(f"http://127.0.0.1:{platform.port}")
+        settled(page)
+        return page
+
+    yield open_page
+    found = list(errors)  # closing a page may break requests off
+    for page in pages:
+        page.close()
+    assert found == []
 
 
-@pytest.mark.slow
+def settled(page) -> None:
+    """Wait until nothing is drawn any more; no exception may be shown."""
+    page.wait_for_function(SETTLED)
+    page.wait_for_timeout(500)
+    page.wait_for_function(SETTLED)
+    assert page.locator("[data-testid=stException]").count() == 0, page.locator(
+        "[data-testid=stException]"
+    ).inner_text()
+
+
+def visit(page, title: str) -> None:
+    page.locator("[data-testid=stSidebarNav]").get_by_role("link", name=title, exact=True).click()
+    heading = "pedro" if title == "Overview" else title
+    page.locator("h1", has_text=re.compile(f"^{heading}$")).wait_for()
+    settled(page)
+
+
+def choose(page, label: str, *texts: str) -> None:
+    """Pick options of a selectbox or multiselect by the keyboard."""
+    for text in texts:
+        box = page.get_by_role("combobox", name=re.compile(rf"{label}$")).first
+        box.click()
+        box.fill(text)
+        page.get_by_role("option", name=re.compile(re.escape(text))).first.wait_for()
+        box.press("Enter")
+        if page.get_by_role("option").count():  # a list of which several may be picked; a closed one would be cleared
+            page.keyboard.press("Escape")
+        settled(page)
+
+
+def type_key(page, platform) -> None:
+    box = page.get_by_label("API key", exact=True)
+    box.fill(platform.admin)
+    box.press("Enter")
+    page.get_by_text("answers; admin key").wait_for()
+    settled(page)
+
+
+def picture(page, name: str) -> None:
+    """The whole page, for the README."""
+    if not os.environ.get("PEDRO_SCREENSHOTS"):
+        return
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.evaluate("document.querySelector('[data-testid=stMain]').scrollTo(0, 0)")
+    height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
+    page.set_viewport_size({"width": 1280, "height": min(int(height), 2400)})
+    page.wait_for_timeout(1500)
+    settled(page)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
+@contextlib.contextmanager
+def requests_all_the_while(platform) -> Iterator[None]:
+    """Somebody else asks, one request after the other; each must be answered, whatever moves meanwhile."""
+    ended, failed = threading.Event(), []
+
+    def ask() -> None:
+        for model in itertools.cycle((ADAPTER, f"{ADAPTER}:1", "stories260K")):
+            body = {"model": model, "prompt": "play some jazz music", "max_tokens": 16}
+            reply = httpx.post(f"{platform.gateway}/v1/completions", json=body, headers=key_of(platform), timeout=120)
+            if reply.status_code != 200:
+                failed.append(reply.text)
+            if ended.wait(0.5):
+                return
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        asking.join()
+    assert failed == []
+
+
+def key_of(platform) -> dict[str, str]:
+    return {"Authorization": f"Bearer {platform.admin}"}
+
+
+def champion(platform) -> int:
+    reply = httpx.get(f"{platform.gateway}/v1/adapters/{ADAPTER}", headers=key_of(platform), timeout=30)
+    return reply.json()["aliases"]["champion"]
+
+
+def test_a_reader_visits_every_page_filters_promotes_and_asks(open_page, platform):
+    watched = open_page()  # its page stays open and sees what follows
+    visit(watched, "Serving")
+    type_key(watched, platform)
+    page = open_page()
+    with requests_all_the_while(platform):
+        picture(page, "overview")
+        look_at_results(page)
+        look_at_vectors(page)
+        move_the_champion_and_back(page, platform)
+        ask_in_the_playground(page)
+    watched.get_by_role("heading", name="By adapter").wait_for()
+    assert watched.locator("[data-testid=stMetric]", has_text="Adapters resident").inner_text()
+    watched.locator("canvas td", has_text=re.compile(f"{ADAPTER}: .*→ v")).first.wait_for(state="attached")
+    picture(watched, "serving")
+
+
+def look_at_results(page) -> None:
+    """Comparisons, filtered; the curves of a job; a sweep."""
+    visit(page, "Compare")
+    rows = page.locator(".pedro-table tbody tr")
+    picture(page, "compare")
+    before = rows.count()
+    choose(page, "Methods", "PEDRO", "LoRA")
+    assert 0 < rows.count() < before
+    assert "methods=" in page.url, "filters stand in the URL"
+    page.reload()
+    settled(page)
+    assert 0 < rows.count() < before, "a reader who is sent the URL sees the same"
+    visit(page, "Runs")
+    choose(page, "Look at", f"{ADAPTER} · fine-tuning · succeeded")
+    page.get_by_text("Specification").wait_for()
+    picture(page, "runs")
+    visit(page, "Sweeps")
+    picture(page, "sweeps")
+
+
+def look_at_vectors(page) -> None:
+    """Figure 2, and what an adapter makes of prompts."""
+    visit(page, "Activations")
+    choose(page, "Adapter", ADAPTER)
+    page.get_by_role("button", name="Make the vectors").click()
+    page.get_by_text("What the prompt decides").wait_for()
+    settled(page)
+    picture(page, "activations")
+
+
+def move_the_champion_and_back(page, platform) -> None:
+    """By the keyboard, and only after a question."""
+    visit(page, "Adapters")
+    type_key(page, platform)
+    choose(page, "Adapter", ADAPTER)
+    picture(page, "adapters")
+    now = champion(platform)
+    other = 1 if now != 1 else 2
+    choose(page, "Version", f"v{other}")
+    for button, then in ((f"Promote v{other}", other), (f"Roll back to v{now}", now)):
+        page.get_by_role("button", name=button).press("Enter")
+        page.get_by_role("dialog").get_by_role("button", name="Yes, move it").press("Enter")
+        page.get_by_text(f"v{then} is the champion now").wait_for()
+        settled(page)
+        assert champion(platform) == then
+
+
+def ask_in_the_playground(page) -> None:
+    """The champion and the one before side by side."""
+    visit(page, "Playground")
+    page.get_by_label("Prompt", exact=True).fill("play some jazz music")
+    page.get_by_role("button", name="Send").click()
+    page.wait_for_function("() => (document.body.innerText.match(/latency/g) || []).length >= 2")
+    settled(page)
+    assert page.locator("[data-testid=stCode]").count() >= 2
+    assert page.locator("[data-testid=stAlert]").count() == 0
+    picture(page, "playground")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_fits_a_phone_without_an_error(open_page, scheme):
+    page = open_page(width=400, height=800, scheme=scheme)
+    for title in PAGES:
+        page.get_by_test_id("stExpandSidebarButton").click()
+        visit(page, title)
+        main = page.locator("[data-testid=stMain]")
+        width = main.evaluate("element => element.scrollWidth - element.clientWidth")
+        assert width <= 1, f"{title} is {width} px wider than a phone"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.1.1 is an address of this machine on Linux only")
-def test_no_other_address_than_loopback_answers(port):
+def test_no_other_address_than_loopback_answers(platform):
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.1.1", port), timeout=5)
+        socket.create_connection(("127.0.1.1", platform.port), timeout=5)
