@@ -87,7 +87,7 @@ def complain(seen: data.Jobs) -> None:
 
 def details(settings: Settings, job: data.Job) -> None:
     """How it stands, its curves, the end of its log."""
-    st.markdown(f"{SIGNS.get(job.status, '')} **{job.status}** since {utc(job.created)} UTC · `{job.id}`")
+    st.markdown(f"{SIGNS.get(job.status, '')} **{job.status}** · begun {utc(job.created)} UTC · `{job.id}`")
     if job.message:
         st.caption(job.message)
     left, right = st.columns([3, 2], gap="large")
