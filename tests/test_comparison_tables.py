@@ -219,6 +219,14 @@ def test_one_seed_proves_nothing(made, tmp_path):
     assert "with one seed of rows alone" in print_report(alone)
 
 
+def test_scores_on_different_rows_prove_nothing(tmp_path):
+    good, bad = [1, 1, 1, 1] * 10, [0, 0, 0, 0] * 10
+    runs = [cell(label, "sst2", seed, rows) for label, rows in (("A", good), ("B", bad)) for seed in (0, 1, 2)]
+    assert entry(of(tmp_path / "same", *runs), "A").proven
+    runs[-3:] = [cell("B", "sst2", seed, bad[:-1]) for seed in (0, 1, 2)]
+    assert not entry(of(tmp_path / "fewer", *runs), "A").proven
+
+
 def test_an_entry_is_at_chance_where_its_interval_holds_the_majority_rate_or_lies_below(tmp_path):
     def runs(label, share):
         return [cell(label, "rte", seed, [1] * share + [0] * (100 - share), majority=0.53) for seed in range(3)]

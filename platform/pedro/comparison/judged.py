@@ -53,7 +53,7 @@ def judged_score(
         "metric": "judge",
         "value": parts.get("score", 0.0),
         "parts": {name: value for name, value in parts.items() if name != "unrated"},
-        "rows": len(test.rows),
+        "rows": len(by_row),
         "unparsed": parts["unrated"],
         "groups": {},
         "per_row": [fmean(values) for values in by_row.values()],

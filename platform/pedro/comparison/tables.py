@@ -274,9 +274,12 @@ def _proven(best: Entry, column: Sequence[Entry]) -> bool:
 
 
 def difference(entry: Entry, other: Entry) -> Difference | None:
-    """`entry` minus `other` with the paired interval; None where one has no value. One seed proves nothing."""
+    """`entry` minus `other` with the paired interval; None where one has no value.
+
+    One seed proves nothing, nor do scores on different rows (of one method, longer prompts were left out).
+    """
     if entry.value is None or other.value is None or entry.draws is None or other.draws is None:
         return None
     low, high = interval(entry.draws - other.draws)
-    enough = min(entry.seeds, other.seeds) >= FEWEST
+    enough = min(entry.seeds, other.seeds) >= FEWEST and entry.rows == other.rows
     return Difference(entry.value - other.value, low, high, enough and (low > 0 or high < 0))
