@@ -75,7 +75,8 @@ class LoraDashLayer(LowRankLayer):
             left, sigma, right = torch.linalg.svd(self.base_weight(target), full_matrices=False)  # [W, k], [k], [k, in]
             tensors = self.tensors(adapter_name, target)
             learned = (left.T @ tensors[f"b_{target}"]) * (right @ tensors[f"a_{target}"].T)  # [k, r]
-            rate = learned.sum(1).abs() / sigma  # the scaling α/r is the same for all
+            floor = torch.finfo(sigma.dtype).eps * sigma[0]  # of a weight whose rank is not full, 0 / 0 is no rate
+            rate = learned.sum(1).abs() / sigma.clamp_min(floor)  # the scaling α/r is the same for all
             chosen = rate.topk(self.configs[adapter_name].directions).indices
             tensors[f"u_{target}"].copy_(left[:, chosen])
             tensors[f"v_{target}"].copy_(right[chosen])
