@@ -48,7 +48,7 @@ def test_the_curves_are_those_of_the_trained_layers(made):
         weights = theirs.generator("default")
         expected = rational(torch.tensor(x), weights.a, weights.b).detach().numpy()
         np.testing.assert_allclose(mine(x), expected, rtol=2e-4, atol=1e-4)
-    assert found.orders == (6, 5)
+    assert activations.learned_orders(found.layers) == [(6, 5)]
 
 
 def test_the_start_is_the_fit_of_gelu_and_a_fresh_adapter_lies_on_it(tmp_path):
@@ -60,6 +60,16 @@ def test_the_start_is_the_fit_of_gelu_and_a_fresh_adapter_lies_on_it(tmp_path):
     assert max(activations.distance(layer, start) for layer in fresh.layers) < 1e-6
     x = activations.grid()
     assert np.abs(start(x) - activations.gelu(x)).max() < 0.06
+
+
+def test_layers_may_differ_in_their_orders(tmp_path):
+    orders = [(6, 5), (5, 4), (4, 3), (3, 2), (4, 3)]
+    fresh = activations.read_activations(saved(tmp_path / "fresh", "pedro", {"orders": orders}))
+    assert [layer.orders for layer in fresh.layers] == orders
+    assert activations.learned_orders(fresh.layers) == orders[:4]
+    x = activations.grid()
+    for layer in fresh.layers:
+        assert np.abs(activations.moved(layer)(x)).max() < 1e-5, "each lies on its own start"
 
 
 def test_gelu_is_the_exact_one():
@@ -109,7 +119,7 @@ def test_damaged_files_are_told_and_not_raised_as_they_come(made, tmp_path, file
         activations.read_activations(broken)
 
 
-@pytest.mark.parametrize("change", [{"activation": 7}, {"orders": "x"}, {"orders": [1]}])
+@pytest.mark.parametrize("change", [{"activation": 7}, {"activation": ["relu"]}])
 def test_a_configuration_of_wrong_types_is_told(made, tmp_path, change):
     broken = shutil.copytree(made[0], tmp_path / "broken")
     config = json.loads((broken / "adapter_config.json").read_text())
@@ -228,6 +238,16 @@ def test_the_page_draws_figure_two_and_the_distances(page, home):
     assert charts(healthy(shown)) == 4
     shown.multiselect(key="layers_acme.voice:1").set_value([]).run()
     assert "Choose a layer" in words(healthy(shown).caption)
+
+
+def test_the_page_draws_orders_by_layer(page, made, tmp_path):
+    settings = settings_at(tmp_path / "home")
+    options = {"orders": [(6, 5), (5, 4), (4, 3), (3, 2), (4, 3)]}
+    register(Registry.open(settings), saved(tmp_path / "by_layer", "pedro", options), "acme.layers")
+    shown = page(settings.home)
+    assert charts(shown) == 4
+    assert not shown.warning
+    assert "initial fit of orders (3, 2)" in str([chart.proto for chart in shown.get("vega_lite_chart")])
 
 
 def test_two_versions_are_laid_over_each_other(page, home):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ class Layer:
     def learned(self) -> bool:
         return bool(self.a)
 
+    @property
+    def orders(self) -> tuple[int, int]:
+        """(m, n) of a learned R(x)."""
+        return len(self.a) - 1, len(self.b)
+
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """R(x), eq. 7 of arXiv 2409.17834."""
         if not self.learned:
@@ -49,10 +54,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Activations:
-    """Those of one adapter, by layer, and the orders (m, n) of its R(x)."""
+    """Those of one adapter, by layer."""
 
     layers: tuple[Layer, ...]
-    orders: tuple[int, int]
 
     @property
     def learned(self) -> bool:
@@ -69,13 +73,11 @@ def read_activations(directory: Path) -> Activations:
     try:
         names = config.get("activation") or "rational"
         listed = [names] * len(layers) if isinstance(names, str) else list(names)
-        m, n = config.get("orders") or (6, 5)
         return Activations(
             tuple(
                 Layer(layer, str(name), found.get((layer, "a"), ()), found.get((layer, "b"), ()))
                 for layer, name in zip(layers, listed, strict=True)
-            ),
-            (int(m), int(n)),
+            )
         )
     except (TypeError, ValueError) as error:
         raise AdapterError("adapter_config.json does not fit the weights; fetch the adapter again") from error
@@ -96,6 +98,22 @@ def known_initial(m: int, n: int) -> Layer | None:
     return _fits.get((m, n))
 
 
+def learned_orders(layers: Iterable[Layer]) -> list[tuple[int, int]]:
+    """The orders of those that are learned, each once; layers may differ in them."""
+    return list(dict.fromkeys(layer.orders for layer in layers if layer.learned))
+
+
+def start_of(layer: Layer) -> Layer:
+    """Where its training began: the fit of GELU by its orders; itself if it is fixed."""
+    return initial(*layer.orders) if layer.learned else layer
+
+
+def moved(layer: Layer) -> Callable[[np.ndarray], np.ndarray]:
+    """R(x) less its start."""
+    start = start_of(layer)
+    return lambda x: layer(x) - start(x)
+
+
 def gelu(x: np.ndarray) -> np.ndarray:
     """The exact one, by the error function."""
     return 0.5 * x * (1 + np.array([math.erf(value) for value in np.ravel(x / math.sqrt(2))]).reshape(np.shape(x)))
@@ -105,15 +123,12 @@ def grid(reach: float = REACH) -> np.ndarray:
     return np.linspace(-reach, reach, POINTS)
 
 
-def curve_rows(
-    curves: Mapping[str, Callable[[np.ndarray], np.ndarray]], x: np.ndarray, minus: Layer | None = None
-) -> list[dict[str, Any]]:
-    """One row a named curve and x: its value, or how much it lies above another activation."""
-    under = np.zeros_like(x) if minus is None else minus(x)
+def curve_rows(curves: Mapping[str, Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> list[dict[str, Any]]:
+    """One row a named curve and x."""
     return [
         {"curve": name, "x": float(at), "y": float(value)}
         for name, curve in curves.items()
-        for at, value in zip(x, curve(x) - under, strict=True)
+        for at, value in zip(x, curve(x), strict=True)
     ]
 
 
@@ -148,6 +163,8 @@ def _coefficients(directory: Path) -> tuple[list[int], dict[tuple[int, str], tup
         raise AdapterError(f"{WEIGHTS} cannot be read ({type(error).__name__}); fetch the adapter again") from error
     if not layers:
         raise AdapterError(f"{WEIGHTS} holds no generator; fetch the adapter again")
+    if any((layer, other) not in found for layer, letter in found for other in "ab"):
+        raise AdapterError(f"{WEIGHTS} holds half of a rational; fetch the adapter again")
     return sorted(layers), found
 
 

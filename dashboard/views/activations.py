@@ -31,6 +31,7 @@ read_catalogue = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the registry
 read_versions = st.cache_data(ttl=REFRESH_S, show_spinner=False)(registry.read_versions)
 read_stored = st.cache_data(ttl=60, show_spinner="Fetching the adapter …", max_entries=200)(registry.read_stored)
 read_activations = st.cache_data(show_spinner=False, max_entries=200)(data.read_activations)
+Orders = tuple[int, int]
 Seen = tuple[float, float] | None  # the x that typed prompts gave to R: from, to
 
 
@@ -118,48 +119,53 @@ def functions(one: Chosen, other: Chosen | None, seen: Seen) -> None:
     )
     reach = float(width.slider("Range of x", 1, 10, 5, format="±%d"))
     place = st.empty()
-    orders = one.activations.orders
+    orders = data.learned_orders(layer for chosen in filter(None, (one, other)) for layer in chosen.activations.layers)
     if not one.activations.learned:
         st.caption(f"{one.ref} has fixed activations: nothing of them was learned.")
-        start = None
-    else:
-        start = data.known_initial(*orders)
-        if start is None:  # the curves need not wait for PyTorch
-            with place.container():
-                draw(one, other, shown, reach, None, seen)
-            with st.spinner("Fitting GELU, for the start of R(x) …"):
-                start = data.initial(*orders)
+    if any(data.known_initial(m, n) is None for m, n in orders):  # the curves need not wait for PyTorch
+        with place.container():
+            draw(one, other, shown, reach, None, seen)
+        with st.spinner("Fitting GELU, for the start of R(x) …"):
+            for m, n in orders:
+                data.initial(m, n)
     with place.container():
-        draw(one, other, shown, reach, start, seen)
+        draw(one, other, shown, reach, orders, seen)
 
 
 def draw(
-    one: Chosen, other: Chosen | None, shown: Sequence[int], reach: float, start: data.Layer | None, seen: Seen
+    one: Chosen, other: Chosen | None, shown: Sequence[int], reach: float, orders: Sequence[Orders] | None, seen: Seen
 ) -> None:
-    """The two charts side by side; `start` is the initial fit, None while it is not known."""
+    """The two charts side by side; `orders` are those of the initial fits, None while they are not known."""
     x = data.grid(reach)
     curves: dict[str, Curve] = {"GELU": Curve(data.gelu, GREY, DASHES[0])}
-    if start is not None:
-        curves["initial fit"] = Curve(start, GREY, DASHES[2])
+    for m, n in orders or ():
+        name = "initial fit" if len(orders or ()) == 1 else f"initial fit of orders ({m}, {n})"
+        curves[name] = Curve(data.initial(m, n), GREY, DASHES[2])
+    chosen_layers: dict[str, tuple[data.Layer, str, list[int]]] = {}
     for place, chosen in enumerate(filter(None, (one, other))):
         by_index = {layer.index: layer for layer in chosen.activations.layers}
         for colour, layer in zip(COLOURS, sorted(shown), strict=False):
             if layer in by_index:
                 name = f"layer {layer}" if other is None else f"layer {layer}, {chosen.ref}"
-                curves[name] = Curve(by_index[layer], colour, DASHES[place])
+                chosen_layers[name] = (by_index[layer], colour, DASHES[place])
+    curves |= {name: Curve(*look) for name, look in chosen_layers.items()}
     left, right = st.columns(2, gap="medium")
     with left:
         st.subheader("R(x) over GELU", anchor=False)
-        st.altair_chart(lines(curves, x, None, reach, seen), width="stretch")
+        st.altair_chart(lines(curves, x, "R(x)", reach, seen), width="stretch")
     with right:
         st.subheader("What training moved", anchor=False)
-        if start is None:
-            st.caption("R(x) less its start, the fit of GELU." if one.activations.learned else "Nothing.")
+        if orders is None:
+            st.caption("R(x) less its start, the fit of GELU.")
+        elif not orders:
+            st.caption("Nothing.")
         elif not shown:
             st.caption("Choose a layer.")
         else:
-            moved = {name: curve for name, curve in curves.items() if curve.colour != GREY}
-            st.altair_chart(lines(moved, x, start, reach, seen), width="stretch")
+            moved = {
+                name: Curve(data.moved(layer), colour, dash) for name, (layer, colour, dash) in chosen_layers.items()
+            }
+            st.altair_chart(lines(moved, x, "R(x) − fit", reach, seen), width="stretch")
     if seen is not None:
         st.caption(f"Grey: where the x of your prompts lay, {seen[0]:.2g} to {seen[1]:.2g}.")
 
@@ -172,9 +178,9 @@ class Curve(NamedTuple):
     dash: list[int]
 
 
-def lines(curves: dict[str, Curve], x: np.ndarray, minus: data.Layer | None, reach: float, seen: Seen) -> Any:
+def lines(curves: dict[str, Curve], x: np.ndarray, title: str, reach: float, seen: Seen) -> Any:
     """The curves, and behind them the x that the prompts below gave to R."""
-    frame = pd.DataFrame(data.curve_rows({name: curve.function for name, curve in curves.items()}, x, minus))
+    frame = pd.DataFrame(data.curve_rows({name: curve.function for name, curve in curves.items()}, x))
     names = list(curves)
     legend = alt.Legend(
         title=None, orient="bottom", columns=2, labelLimit=260, symbolType="stroke", symbolStrokeWidth=3
@@ -184,7 +190,7 @@ def lines(curves: dict[str, Curve], x: np.ndarray, minus: data.Layer | None, rea
         .mark_line(strokeWidth=2.2)
         .encode(
             x=alt.X("x:Q", title="x", scale=alt.Scale(domain=[-reach, reach]), axis=alt.Axis(grid=False)),
-            y=alt.Y("y:Q", title="R(x)" if minus is None else "R(x) − fit"),
+            y=alt.Y("y:Q", title=title),
             color=alt.Color(
                 "curve:N", sort=names, legend=legend,
                 scale=alt.Scale(domain=names, range=[curve.colour for curve in curves.values()]),
@@ -230,13 +236,12 @@ def apart(one: Chosen, other: Chosen | None) -> None:
         st.altair_chart(chart.properties(height=300), width="stretch")
     with right:
         st.subheader("From the start", anchor=False)
-        start = data.known_initial(*one.activations.orders)
-        if start is None:
+        if not one.activations.learned:
             st.caption("Nothing of these activations was learned.")
         else:
             began = pd.DataFrame(
                 [
-                    {"adapter": chosen.ref, "layer": layer.index, "distance": data.distance(layer, start)}
+                    {"adapter": chosen.ref, "layer": layer.index, "distance": data.distance(layer, data.start_of(layer))}
                     for chosen in filter(None, (one, other))
                     for layer in chosen.activations.layers
                 ]

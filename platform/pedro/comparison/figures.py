@@ -113,12 +113,12 @@ def grouped(comparison: Comparison) -> dict[Panel, list[str]]:
 
 def draw_groups(comparison: Comparison, path: Path) -> None:
     """A panel for each task that has a few groups: the score in each, a line a method, its seeds as dots."""
-    panels, labels = grouped(comparison), row_order(comparison)
+    panels, labels, cells = grouped(comparison), row_order(comparison), current(comparison)[0]
     several = len({backbone for backbone, _ in panels}) > 1
     figure, axes = _panels([divmod(place, ACROSS - 1) for place in range(len(panels))], (4.2, 3.3))
     for ((backbone, task), names), plot in zip(panels.items(), axes, strict=True):
         for label in labels:
-            look, seeds = _look(label, labels), _group_scores(comparison, label, backbone, task)
+            look, seeds = _look(label, labels), _group_scores(cells, label, backbone, task)
             values = [[100 * groups[name] for groups in seeds if name in groups] for name in names]
             shown = [(place, found) for place, found in enumerate(values) if found]
             plot.plot([x for x, _ in shown], [np.median(y) for _, y in shown], linewidth=1.6, markersize=4.5, **look)
@@ -191,10 +191,10 @@ def _natural(name: str) -> tuple[float, str]:
     return (float(number) if number.isdecimal() else math.inf, name)
 
 
-def _group_scores(comparison: Comparison, label: str, backbone: str, task: str) -> list[dict[str, float]]:
+def _group_scores(cells: Sequence[Cell], label: str, backbone: str, task: str) -> list[dict[str, float]]:
     """Of each seed."""
-    cells = [cell for cell in current(comparison)[0] if (cell.label, cell.backbone) == (label, backbone)]
-    return [score.groups for cell in cells for score in cell.scores if score.task == task]
+    mine = [cell for cell in cells if (cell.label, cell.backbone) == (label, backbone)]
+    return [score.groups for cell in mine for score in cell.scores if score.task == task]
 
 
 def _forest(plot: Axes, table: Table, task: str) -> None:
