@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from pedro.backbone import EMBEDDED
 from pedro.cli import app
 from pedro.comparison.cell import failed, run_cell
+from pedro.comparison import cells
 from pedro.comparison.cells import Planner, check, choose, count_parameters_of, far_from_budget, sized
 from pedro.comparison.data import gather
 from pedro.comparison.efficiency import check_efficiency
@@ -329,6 +330,19 @@ def test_every_method_sees_the_same_rows_and_none_twice(tmp_path):
     assert gather(spec, spec.tasks[0], str(tmp_path / "elsewhere")).digest == data.digest
     fewer = spec_of(tasks=[{"task": "snips", "train_rows": 100}])
     assert gather(fewer, fewer.tasks[0], str(tmp_path)).digest != data.digest
+
+
+def test_a_run_is_another_one_on_other_weights_of_a_backbone(monkeypatch):
+    def ids(digest):
+        known = cells.resolve_backbone("stories260K")
+        monkeypatch.setattr(cells, "resolve_backbone", lambda name: replace(known, digest=digest or known.digest))
+        planner = planner_of(spec_of())
+        found = [plan.id for plan in planner.finals(planner.groups[0], 1e-2)]
+        monkeypatch.undo()
+        return found
+
+    assert ids("") == ids("")
+    assert not set(ids("")) & set(ids("sha256:other"))
 
 
 def test_a_run_trains_scores_and_says_what_it_cost(tmp_path):

@@ -125,7 +125,8 @@ def paper_of(comparison: Comparison) -> Paper | None:
     twin = CHECKOUT / "jobs" / "configs" / f"paper_{comparison.name.removeprefix(TWIN)}.yaml"
     tree = yaml.safe_load(twin.read_text(encoding="utf-8")) if twin.is_file() else {}
     paper = read_paper(replace(comparison, head={"paper": tree.get("paper")}))
-    return paper and replace(paper, note=f"{paper.note} Theirs on {', '.join(tree['backbones'])}.".strip())
+    theirs = f"Theirs on {', '.join(tree['backbones'])}." if tree.get("backbones") else ""
+    return paper and replace(paper, note=f"{paper.note} {theirs}".strip())
 
 
 def table_html(table: Table) -> str:

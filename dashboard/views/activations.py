@@ -241,7 +241,11 @@ def apart(one: Chosen, other: Chosen | None) -> None:
         else:
             began = pd.DataFrame(
                 [
-                    {"adapter": chosen.ref, "layer": layer.index, "distance": data.distance(layer, data.start_of(layer))}
+                    {
+                        "adapter": chosen.ref,
+                        "layer": layer.index,
+                        "distance": data.distance(layer, data.start_of(layer)),
+                    }
                     for chosen in filter(None, (one, other))
                     for layer in chosen.activations.layers
                 ]

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
-from pedro.backbone import embedded_backbones, resolve_backbone
+from pedro.backbone import resolve_backbone
 from pedro.comparison.notes import NEAR
 from pedro.comparison.results import FINAL, TUNE, Cell
 from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, label_of
@@ -130,7 +130,8 @@ class Planner:
             "num_beams": self.spec.num_beams,
             "theta": self.spec.theta,
             "data": self._digests[group.task],
-            **self._elsewhere(group, task),
+            "backbone_digest": resolve_backbone(group.backbone).digest,
+            **self._judge(task),
         }
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         return Plan(
@@ -146,14 +147,10 @@ class Planner:
             self.spec.theta,
         )
 
-    def _elsewhere(self, group: Group, task: TaskChoice) -> dict[str, Any]:
-        """What a result depends on besides: who marks answers, and a backbone's files if they are not the package's."""
-        found: dict[str, Any] = {}
-        if self.spec.judge and any(TASKS[other.task].metric == "judge" for other in task.evaluations):
-            found["judge"] = self.spec.judge.model
-        if group.backbone not in embedded_backbones():
-            found["backbone_digest"] = resolve_backbone(group.backbone).digest
-        return found
+    def _judge(self, task: TaskChoice) -> dict[str, Any]:
+        """Who marks the answers, where somebody does."""
+        marked = self.spec.judge and any(TASKS[other.task].metric == "judge" for other in task.evaluations)
+        return {"judge": self.spec.judge.model} if self.spec.judge and marked else {}
 
     def _method(self, group: Group) -> MethodChoice:
         return self._methods[group.label]
