@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from pedro.backbone import EMBEDDED
 from pedro.cli import app
-from pedro.comparison.cell import failed, run_cell
 from pedro.comparison import cells
+from pedro.comparison.cell import failed, run_cell
 from pedro.comparison.cells import Planner, check, choose, count_parameters_of, far_from_budget, sized
 from pedro.comparison.data import gather
 from pedro.comparison.efficiency import check_efficiency
