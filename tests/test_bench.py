@@ -75,6 +75,18 @@ def test_the_last_line_is_one_json_object_and_the_file_carries_provenance(quick,
     assert saved.keys() >= {"commit", "hardware", "versions", "settings", "targets"}
 
 
+def test_longer_prompts_are_read_by_every_pooler_beside_no_adapter(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    assert main(BENCHMARKS, tmp_path / "results", ["context", "--quick", "--models", "tiny", "--threads", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    lengths = {row["tokens"] for row in rows}
+    cases = {row["adapters"] for row in rows}
+    assert len(lengths) == 2
+    assert len(rows) == 2 * len(cases)
+    assert cases >= {"none", "PEDRO last", "PEDRO mean", "PEDRO max"}
+    assert all(row["ttft_ms"] > 0 and (row["adapters"] != "none" or row["ratio"] == 1) for row in rows)
+
+
 def test_ratios_are_taken_within_a_round():
     drifting = paired_ratio([20.0, 40.0, 80.0], [10.0, 20.0, 40.0])
     assert (drifting.value, drifting.low, drifting.high) == (2.0, 2.0, 2.0)

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "adapter_model.safetensors"
-OPTIONS: dict[str, dict] = {"pedro": {"r": 12}, "ia3": {}, "lora": {"r": 16, "alpha": 32}}
+OPTIONS: dict[str, dict] = {kind: {"r": 12} for kind in ("pedro", "pedro-1", "pedro-2")} | {
+    "ia3": {},
+    "lora": {"r": 16, "alpha": 32},
+}
 
 
 def adapter_directories(shape: Shape, kind: str, count: int) -> list[Path]:
-    """`count` adapters of `kind` (pedro, ia3, lora) for the shape. What an earlier run made is used again."""
+    """`count` adapters of `kind` (one of OPTIONS) for the shape. What an earlier run made is used again."""
     folder = bench_folder() / shape.name / kind
     first = folder / "00000"
     if not (first / "pedro_adapter.json").is_file():

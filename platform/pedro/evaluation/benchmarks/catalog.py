@@ -36,6 +36,11 @@ BENCHMARKS = {
         "a 2 k-token prompt among decodes (target 5)",
         *("case", "model", "batch", "tokens", "median_ms", "p99_ms", "longest_ms", "ratio", "ttft_ms"),
     ),
+    "context": _entry(
+        "context",
+        "time to the first token by the prompt's length: PEDRO's poolers, LoRA, no adapter",
+        *("adapters", "model", "tokens", "ttft_ms", "ratio", "ratio_interval", "decode_tok_s"),
+    ),
     "arrivals": _entry(
         "arrivals",
         "Poisson arrivals against a static batch; prefill of many tenants against one's (target 4)",
