@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from pedro.cli import app
 from pedro.data import check_file
 from pedro.data.tasks import TASKS
-from pedro.errors import ConfigError
+from pedro.errors import ConfigError, DataError
 
 EXCERPTS = Path(__file__).parent / "fixtures" / "tasks"
 
@@ -43,6 +43,16 @@ def test_rows_are_shown_and_written(tmp_path):
     written = json.loads(pedro("boolq", "--data", EXCERPTS, "--write", tmp_path, "--limit", 2, "--json").stdout)
     assert written["rows"] == {"train": 2, "test": 2}
     assert check_file(tmp_path / "train.jsonl").usable
+
+
+def test_writing_leaves_what_is_there_as_it_is(tmp_path):
+    (tmp_path / "test.jsonl").write_text("mine\n")
+    with pytest.raises(DataError, match=r"write: .*test\.jsonl is there already; remove it"):
+        pedro("boolq", "--data", EXCERPTS, "--write", tmp_path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("test.jsonl", "mine\n")]
+    with pytest.raises(ConfigError, match="fewer than 999999 worked examples"):
+        pedro("snips", "--shots", 999999, "--write", tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_mistakes_are_named():

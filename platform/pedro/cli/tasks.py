@@ -115,6 +115,12 @@ def _show(task: Task, rows: list[TaskRow], as_json: bool) -> None:
 
 
 def _write(task: Task, data: str | None, folder: Path, limit: int | None, as_json: bool) -> None:
-    counts = {split: task.write(split, folder / f"{split}.jsonl", data, limit) for split in task.splits(data)}
+    from pedro.errors import DataError
+
+    files = {split: folder / f"{split}.jsonl" for split in task.splits(data)}
+    for file in files.values():
+        if file.exists():
+            raise DataError(f"write: {file} is there already; remove it or name another directory", param="write")
+    counts = {split: task.write(split, file, data, limit) for split, file in files.items()}
     lines = [f"{folder / split}.jsonl: {count:,} rows" for split, count in counts.items()]
     emit({"task": task.name, "directory": str(folder), "rows": counts}, as_json, lambda: typer.echo("\n".join(lines)))

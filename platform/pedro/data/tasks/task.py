@@ -164,13 +164,18 @@ class Task:
         return {"prompt": row.prompt, "completion": row.completion}
 
     def write(self, split: str, path: Path, data: str | Path | None = None, limit: int | None = None) -> int:
-        """Writes a split as JSONL for training; how many rows it has. Line n is the n-th row of `rows`."""
+        """Writes a split as JSONL for training, whole or not at all; how many rows it has. Line n is the n-th row."""
+        rows = self.rows(split, data, limit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        count = 0
-        with path.open("w", encoding="utf-8") as stream:
-            for row in self.rows(split, data, limit):
-                stream.write(json.dumps(self.line(row), ensure_ascii=False) + "\n")
-                count += 1
+        making, count = path.with_name(f".{path.name}.new"), 0
+        try:
+            with making.open("w", encoding="utf-8") as stream:
+                for row in rows:
+                    stream.write(json.dumps(self.line(row), ensure_ascii=False) + "\n")
+                    count += 1
+            making.replace(path)
+        finally:
+            making.unlink(missing_ok=True)
         return count
 
     def _rows(self, source: Source, split: str) -> Iterator[TaskRow]:
@@ -218,7 +223,8 @@ class Task:
                 break  # one group, and it is full
         short = [group or self.name for group, found in texts.items() if len(found) < self.shots]
         if short or not texts:
-            raise ConfigError(f"shots: {', '.join(short[:3])} has fewer than {self.shots} of them", param="shots")
+            named = ", ".join(map(repr, short[:3]))
+            raise ConfigError(f"shots: fewer than {self.shots} worked examples of {named}", param="shots")
         return {group: "".join(found) for group, found in texts.items()}
 
 
