@@ -177,6 +177,16 @@ def test_counting_leaves_out_bias_vectors_when_asked():
         ("learned-adapter", {"r": 0}, r"method\.r: expected a whole number > 0, got 0"),
         ("p-tuning-v2", {"tokens": 0}, r"method\.tokens: expected a whole number > 0, got 0"),
         ("lpt", {"layer": 3}, r"method\.layer: expected 1 to 2, the backbone's last, got 3"),
+        ("pedro", {"r": 10**30}, r"method\.r: expected at most 1,000,000, got 1000"),
+        ("pedro", {"r": [1, 2, 10**7]}, r"method\.r: expected at most 1,000,000, got 10000000"),
+        ("lora", {"alpha": 10**400}, r"method\.alpha: expected at most 1,000,000"),
+        ("sibo", {"targets": 5}, r"method\.targets: expected a list of names, got 5"),
+        ("lorta", {"targets": "qo"}, r"method\.targets: expected a list of names, got 'qo'"),
+        ("loretta", {"targets": {"q": 1}}, r"method\.targets: expected a list of names"),
+        ("para", {"targets": "q"}, r"method\.targets: expected a list of names, got 'q'"),
+        ("lora", {"targets": [["q"]]}, r"method\.targets: expected a list of names, got \[\['q'\]\]"),
+        ("loretta", {"activation": [8]}, r"method\.activation: expected one of relu.*got \[8\]"),
+        ("peft", {"peft_type": ["LORA"]}, r"method\.peft_type: expected a type of PEFT, got \['LORA'\]"),
         ("peft", {}, r"method\.peft_type: expected a type of PEFT, got None; use one of ADALORA, "),
         ("peft", {"peft_type": "VERE"}, r"method\.peft_type: .* got 'VERE'; did you mean VERA\?"),
         ("peft", {"peft_type": "PEDRO"}, r"method\.peft_type: train PEDRO by its own name: method\.name=pedro"),
@@ -221,6 +231,18 @@ def test_options_override_a_variants_own():
 def test_peft_says_in_its_own_words_what_does_not_fit_the_backbone():
     with pytest.raises(ConfigError, match=r"method\.peft_type: MISS cannot be put on this backbone: `r` \(64\) must"):
         get_method("peft").apply(tiny_backbone(), {"peft_type": "MISS"})
+    for options in ({"peft_type": "VERA", "r": 0}, {"peft_type": "LORA", "target_modules": "(((("}):
+        with pytest.raises(ConfigError, match=rf"method\.peft_type: {options['peft_type']} "):
+            get_method("peft").apply(tiny_backbone(), options)
+
+
+def test_a_mistake_that_only_the_model_shows_is_told_as_the_specs_option():
+    with pytest.raises(ConfigError, match=r"method\.group_size: expected a divisor of \d+, the width of a target"):
+        get_method("pedro").apply(tiny_backbone(), {"group_size": 7})
+    with pytest.raises(
+        ConfigError, match=r"method\.peft_type: expected options that leave something to train, got 'PROMPT_TUNING'"
+    ):
+        get_method("peft").apply(tiny_backbone(), {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 0})
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from pedro.errors import ConfigError
 from pedro.methods.adalora import UNKNOWN_STEPS, AdaLora
 from pedro.methods.companion import Companion
 from pedro.methods.method import Method
+from pedro.methods.options import expect
 from pedro.methods.peft_registration import OWN_NAMES
 
 NOT_OPTIONS = {field.name for field in dataclasses.fields(PeftConfig)}
@@ -35,12 +36,15 @@ class PeftByName(Method):
 
     def _attach(self, model: nn.Module, config: PeftConfig) -> nn.Module:
         try:
-            return super()._attach(model, config)
-        except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            attached = super()._attach(model, config)
+        except Exception as error:  # PEFT's methods raise whatever their formulas meet first
             raise ConfigError(
                 f"method.peft_type: {config.peft_type.value} cannot be put on this backbone: {error}",  # type: ignore[union-attr]
                 param="method.peft_type",
             ) from error
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in attached.parameters() if p.requires_grad)
+        expect(trained > 0, "peft_type", "options that leave something to train", config.peft_type.value)  # type: ignore[union-attr]
+        return attached
 
 
 def _build(model_config: Any, *, peft_type: str | None = None, **options: Any) -> PeftConfig:
@@ -50,7 +54,7 @@ def _build(model_config: Any, *, peft_type: str | None = None, **options: Any) -
         options = {"total_step": UNKNOWN_STEPS, **options}
     try:
         return config_class(**options)
-    except (ValueError, TypeError) as error:
+    except Exception as error:
         raise ConfigError(f"peft_type: {peft_type} refuses its options: {error}", param="peft_type") from error
 
 
@@ -66,13 +70,13 @@ def peft_types() -> list[str]:
 
 
 def _config_class(peft_type: Any) -> type[PeftConfig]:
-    if peft_type in OWN_NAMES:
+    if isinstance(peft_type, str) and peft_type in OWN_NAMES:
         raise ConfigError(
             f"method.peft_type: train {peft_type} by its own name: method.name={OWN_NAMES[peft_type]}",
             param="method.peft_type",
         )
     classes = {name: PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)] for name in peft_types()}
-    if peft_type not in classes:
+    if not isinstance(peft_type, str) or peft_type not in classes:
         near = difflib.get_close_matches(str(peft_type), classes, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(

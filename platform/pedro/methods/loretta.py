@@ -26,7 +26,7 @@ from pedro.methods.blocks import TunerConfig
 from pedro.methods.bottleneck import CANDIDATES
 from pedro.methods.deltas import DeltaLayer, DeltaTuner
 from pedro.methods.method import Method
-from pedro.methods.options import expect, expect_count, expect_names
+from pedro.methods.options import expect, expect_count, expect_names, names_in
 from pedro.methods.peft_registration import register
 
 PREFIX = "loretta_"
@@ -51,7 +51,7 @@ class LorettaConfig(TunerConfig):
         expect_names("targets", self.targets, PLACES)
         expect_count("r", self.r)
         expect_count("rank", self.rank)
-        expect(self.activation in CANDIDATES, "activation", f"one of {', '.join(CANDIDATES)}", self.activation)
+        expect(self.activation in tuple(CANDIDATES), "activation", f"one of {', '.join(CANDIDATES)}", self.activation)
 
 
 def factorized(size: int, most: int) -> tuple[int, ...]:
@@ -195,7 +195,7 @@ def _build(
     model_config: Any, *, r: int = 64, rank: int = 5, activation: str = "relu", targets: list[str] | None = None
 ) -> LorettaConfig:
     paths = projection_paths(model_config)
-    chosen = tuple(place for place in PLACES if place in paths) if targets is None else tuple(targets)
+    chosen = tuple(place for place in PLACES if place in paths) if targets is None else names_in("targets", targets)
     return LorettaConfig(r=r, rank=rank, activation=activation, targets=chosen)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,10 +61,8 @@ class Method:
         known = self.known(options)
         if unknown := [name for name in options if name not in known]:
             raise ConfigError("; ".join(self._explain(name, known) for name in unknown), param=f"method.{unknown[0]}")
-        try:
+        with _named():
             config = self.build(model_config, **options)
-        except ConfigError as error:
-            raise ConfigError(f"method.{error.message}", param=f"method.{error.param}") from error
         if config is not None:
             config.task_type = TaskType.CAUSAL_LM
         return config
@@ -76,7 +75,9 @@ class Method:
         config = self.config(model.config, options)
         if config is None:
             return self.wrap(model.requires_grad_(True))
-        return self.wrap(self._attach(model, config))
+        with _named():
+            attached = self._attach(model, config)
+        return self.wrap(attached)
 
     def _attach(self, model: nn.Module, config: PeftConfig) -> nn.Module:
         attached = get_peft_model(model, config)
@@ -115,6 +116,17 @@ class Method:
         hint = f"did you mean {near[0]}? " if near else ""
         valid = f"{self.name} takes {', '.join(known)}" if known else f"{self.name} takes no options"
         return f"method.{option}: unknown option; {hint}{valid}"
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Mistakes in options are told as those of `method.` in a spec."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.param is None or error.param.startswith("method."):
+            raise
+        raise ConfigError(f"method.{error.message}", param=f"method.{error.param}") from error
 
 
 def _ignore_prompt(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

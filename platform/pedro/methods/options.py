@@ -11,6 +11,7 @@ from pedro.errors import ConfigError
 from pedro.methods.architectures import projection_paths
 
 Targets = list[str] | tuple[str, ...] | None
+LARGEST = 1_000_000  # of any count: more than any backbone is wide, and still a number that tensors can have
 
 
 def expect(good: bool, name: str, expected: str, got: object) -> None:
@@ -25,13 +26,21 @@ def is_count(value: object) -> bool:
 
 
 def expect_count(name: str, value: object) -> None:
-    """A whole number > 0."""
+    """A whole number > 0, and none that no tensor could have."""
     expect(is_count(value) and value > 0, name, "a whole number > 0", value)  # type: ignore[operator]
+    expect(value <= LARGEST, name, f"at most {LARGEST:,}", value)  # type: ignore[operator]
 
 
 def expect_share(name: str, value: object) -> None:
     """A number in [0, 1)."""
     expect(isinstance(value, (int, float)) and 0 <= value < 1, name, "a number in [0, 1)", value)
+
+
+def names_in(name: str, value: object) -> tuple[str, ...]:
+    """A list of names as a tuple; whether they are known is another check."""
+    good = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+    expect(good, name, "a list of names", value)
+    return tuple(value)  # type: ignore[arg-type]
 
 
 def expect_names(name: str, value: object, known: tuple[str, ...]) -> None:
@@ -43,10 +52,10 @@ def expect_names(name: str, value: object, known: tuple[str, ...]) -> None:
 def targets_of(model_config: Any, targets: Targets) -> tuple[str, ...]:
     """`targets`, or all linears of the backbone. Raises BackboneError for an unsupported architecture."""
     paths = projection_paths(model_config)
-    targets = tuple(paths) if targets is None else targets
-    good = isinstance(targets, (list, tuple)) and len(targets) > 0 and all(target in paths for target in targets)
+    chosen = tuple(paths) if targets is None else names_in("targets", targets)
+    good = len(chosen) > 0 and all(target in paths for target in chosen)
     expect(good, "targets", f"a list of {', '.join(paths)}", targets)
-    return tuple(targets)
+    return chosen
 
 
 def paths_of(model_config: Any, targets: Targets) -> list[str]:

@@ -18,7 +18,7 @@ from pedro.methods.architectures import TARGETS, LayerSites, projection_paths
 from pedro.methods.blocks import TunerConfig
 from pedro.methods.deltas import DeltaLayer, DeltaTuner
 from pedro.methods.method import Method
-from pedro.methods.options import expect_count, expect_names, expect_share
+from pedro.methods.options import expect_count, expect_names, expect_share, names_in
 from pedro.methods.peft_registration import register
 
 PREFIX = "sibo_"
@@ -98,7 +98,7 @@ def _build(
     targets: list[str] | None = None,
 ) -> SiboConfig:
     paths = projection_paths(model_config)
-    chosen = tuple(target for target in TARGETS if target in paths) if targets is None else tuple(targets)
+    chosen = tuple(target for target in TARGETS if target in paths) if targets is None else names_in("targets", targets)
     return SiboConfig(r=r, alpha=alpha, residual=residual, targets=chosen)
 
 

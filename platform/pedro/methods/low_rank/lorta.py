@@ -17,7 +17,7 @@ import torch
 from pedro.methods.architectures import projection_paths
 from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, LowRankTuner, Tensors
 from pedro.methods.method import Method
-from pedro.methods.options import Targets, expect, expect_count, expect_names
+from pedro.methods.options import Targets, expect, expect_count, expect_names, names_in
 from pedro.methods.peft_registration import register
 
 PREFIX = "lorta_"
@@ -97,7 +97,7 @@ def _build(model_config: Any, *, r: int = 8, alpha: int = 16, targets: Targets =
     heads = model_config.num_attention_heads
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
     fitting = MATRICES if kv_heads == heads else ("q", "o")
-    chosen = fitting if targets is None else tuple(targets)
+    chosen = fitting if targets is None else names_in("targets", targets)
     expect_names("targets", chosen, MATRICES)
     why = f"matrices with {heads} heads, as q has, which k and v with {kv_heads} have not: {', '.join(fitting)}"
     expect(set(chosen) <= set(fitting), "targets", why, list(chosen))

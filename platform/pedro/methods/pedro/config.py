@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pedro.methods.architectures import TARGETS
 from pedro.methods.blocks import TunerConfig
-from pedro.methods.options import expect, expect_names, is_count
+from pedro.methods.options import expect, expect_count, expect_names, is_count
 from pedro.methods.pedro.generator import ACTIVATIONS
 
 POOLS = ("last", "mean", "max")
@@ -63,6 +63,8 @@ class PedroConfig(TunerConfig):
         widths = self.r if isinstance(self.r, tuple) else (self.r,)
         good = len(widths) > 0 and all(is_count(r) and r > 0 for r in widths)
         expect(good, "r", "a whole number > 0, or a list of one a layer", self.r)
+        for width in widths:
+            expect_count("r", width)
         expect_names("targets", self.targets, TARGETS)
         expect(
             isinstance(names, tuple) and len(names) > 0 and all(name in ACTIVATIONS for name in names),
@@ -107,7 +109,12 @@ class PedroConfig(TunerConfig):
         size = self.group_size
         assert isinstance(size, int), "the tuner puts a number in place of a head"
         for width in widths:
-            expect(width % size == 0, "group_size", f"a divisor of {width}, the width of a projection", size)
+            expect(
+                width % size == 0,
+                "group_size",
+                f"a divisor of {width}, the width of a target; leave that one out or take another size",
+                size,
+            )
         return [width // size for width in widths]
 
     @classmethod

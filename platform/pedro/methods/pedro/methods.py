@@ -7,7 +7,7 @@ from typing import Any
 
 from pedro.methods.architectures import projection_paths
 from pedro.methods.method import Method
-from pedro.methods.options import expect
+from pedro.methods.options import expect, names_in
 from pedro.methods.pedro.config import PedroConfig, variant_options
 from pedro.methods.pedro.model import PedroModel
 from pedro.methods.peft_registration import register
@@ -51,7 +51,9 @@ def _build_para(
     pool: str = "last",
 ) -> PedroConfig:
     expect(activation in ("gelu", "relu"), "activation", "gelu or relu (PARA's is fixed)", activation)
-    return _checked(PedroConfig(r=r, targets=tuple(targets), activation=activation, pool=pool), model_config)
+    return _checked(
+        PedroConfig(r=r, targets=names_in("targets", targets), activation=activation, pool=pool), model_config
+    )
 
 
 def _checked(config: PedroConfig, model_config: Any) -> PedroConfig:
