@@ -43,6 +43,18 @@ def test_a_wrong_method_option_is_told_before_anything_starts(tmp_path):
         dry_run(spec_for(tmp_path, {"name": "pedro", "rr": 3}))
 
 
+def test_an_adapter_too_large_to_be_timed_here_is_counted_alone(tmp_path):
+    report = dry_run(spec_for(tmp_path, {"name": "lora", "r": 1_000_000}))
+    assert report.trainable_parameters > 10**9
+    assert "assumed" in report.time_from
+
+
+def test_what_the_job_would_refuse_is_refused_where_nothing_is_timed(tmp_path):
+    spec = spec_for(tmp_path, {"name": "lora-dash", "launch": 500}, {"gpus_per_worker": 1})
+    with pytest.raises(ConfigError, match=r"method\.launch: expected less than the \d+ steps"):
+        dry_run(spec)
+
+
 def test_a_length_beyond_the_backbones_context_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"training.max_length: 4096 is more than the 512 tokens"):
         dry_run(spec_for(tmp_path, max_length=4096))

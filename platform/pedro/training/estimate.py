@@ -1,7 +1,7 @@
 """What a job would take, before it is started: parameters, memory by part, steps and time. Starts no cluster.
 
-Counts are exact; what activations take and how long a step lasts are estimates, and the report says which. A backbone
-of at most 100 M parameters is loaded and timed on this machine; of a larger one only the shapes are made.
+Counts are exact; what activations take and how long a step lasts are estimates, and the report says which. A model
+of at most 100 M parameters, its adapter included, is timed on this machine; of a larger one only the shapes are made.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
     bilevel = bool(theta) and spec.training.bilevel
     train, theta_rows, validation = prepared.splits(bilevel)
     plan = make_plan(spec.training, len(train), bilevel)
+    method.companion(model, spec.method.options, plan.steps)
     tokens, longest = prepared.lengths()
-    small = backbone_parameters <= TIMED_PARAMETERS and not spec.resources.gpus_per_worker
+    small = counts["total"] <= TIMED_PARAMETERS and not spec.resources.gpus_per_worker
     if small:
         per_step, time_from = _timed(spec, cache), "timed on this machine"
     else:
