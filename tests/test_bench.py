@@ -87,6 +87,15 @@ def test_longer_prompts_are_read_by_every_pooler_beside_no_adapter(tmp_path, mon
     assert all(row["ttft_ms"] > 0 and (row["adapters"] != "none" or row["ratio"] == 1) for row in rows)
 
 
+@pytest.mark.parametrize(
+    "words", [["--rounds", "-1"], ["--rounds", "0"], ["--threads", "0"], ["--device", "tpu"], ["--out", "."]]
+)
+def test_a_wrong_option_is_told_before_anything_is_measured(words, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(BENCHMARKS, tmp_path, ["context", *words])
+    assert f"argument {words[0]}: " in capsys.readouterr().err
+
+
 def test_ratios_are_taken_within_a_round():
     drifting = paired_ratio([20.0, 40.0, 80.0], [10.0, 20.0, 40.0])
     assert (drifting.value, drifting.low, drifting.high) == (2.0, 2.0, 2.0)

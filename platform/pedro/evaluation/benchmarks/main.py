@@ -112,12 +112,12 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
         command.add_argument("--quick", action="store_true", help="small sizes and few rounds; proves that it works")
         command.add_argument("--models", type=_models, metavar="S,M", help=f"of {', '.join(SHAPES)}")
         command.add_argument("--batches", type=_counts, metavar="1,8,32", help="requests at once")
-        command.add_argument("--rounds", type=int, help="interleaved rounds that count (7 or more for a verdict)")
-        command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every engine alike")
-        command.add_argument("--device", default="cpu", help="cpu (float32) or cuda (bfloat16)")
+        command.add_argument("--rounds", type=_count, help="interleaved rounds that count (7 or more for a verdict)")
+        command.add_argument("--threads", type=_count, default=os.cpu_count() or 1, help="of every engine alike")
+        command.add_argument("--device", type=_device, default="cpu", help="cpu (float32) or cuda (bfloat16)")
         command.add_argument("--peer", type=_peer, action="append", default=[], metavar="vllm=PYTHON")
         command.add_argument("--engines", type=_engines, metavar="ours,vllm", help=f"of {', '.join(ENGINES)}")
-        command.add_argument("--out", type=Path, metavar="FILE", help="where the result goes instead")
+        command.add_argument("--out", type=_file, metavar="FILE", help="where the result goes instead")
     return parser
 
 
@@ -146,6 +146,30 @@ def _engines(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in ENGINES]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(ENGINES)}")
     return names
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:NUMBER, got {text!r}")
+    if text != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("no GPU is to be had here; leave it out to measure on the CPU")
+    return text
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory; name a file in it")
+    return path
 
 
 def _counts(text: str) -> tuple[int, ...]:
