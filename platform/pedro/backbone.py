@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.errors import BackboneError
+from pedro.errors import BackboneError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "assets" / "backbones"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -54,26 +57,31 @@ def resolve_backbone(name: str) -> Backbone:
 
 
 def load_tokenizer(backbone: Backbone) -> Any:
-    """The backbone's tokenizer, padded with EOS where it has no pad token of its own."""
+    """The backbone's tokenizer, padded with EOS where it has no pad token of its own. Raises BackboneError."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(backbone.directory, local_files_only=True)
+    with _reading(backbone.id, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(backbone.directory, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") -> torch.nn.Module:
-    """The backbone as a transformers causal LM in `dtype` (float32, bfloat16, float16), in eval mode, frozen."""
+    """The backbone as a transformers causal LM in `dtype` (one of DTYPES), in eval mode, frozen.
+
+    Raises ConfigError for a dtype or device that there is not, BackboneError for files that cannot be read.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}; choose one of them", param="dtype")
+    _check_device(device)
+    with _reading(backbone.id, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             backbone.directory, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"backbone: {backbone.id!r} cannot be loaded: {error}", param="backbone") from error
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -90,8 +98,9 @@ def quiet() -> None:
 
 def context_length(backbone: Backbone) -> int:
     """The most tokens (prompt and answer together) that the backbone was made for."""
-    config = json.loads((backbone.directory / "config.json").read_text())
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+    with _reading(backbone.id, "config.json"):
+        config = json.loads((backbone.directory / "config.json").read_text())
+        return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
 
 
 def _directory(name: str) -> Path:
@@ -118,6 +127,32 @@ def _directory(name: str) -> Path:
         ) from error
 
 
+@contextmanager
+def _reading(name: str, what: str) -> Iterator[None]:
+    """Whatever goes wrong within becomes a BackboneError that says what of the backbone cannot be read."""
+    try:
+        yield
+    except Exception as error:  # transformers, tokenizers and safetensors raise any type for a damaged file
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise BackboneError(
+            f"backbone: the {what} of {name!r} cannot be loaded ({reason}); copy or save the directory again",
+            param="backbone",
+        ) from error
+
+
+def _check_device(device: str) -> None:
+    """Raise ConfigError for a device that torch cannot use here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device: {device!r} cannot be used: {reason}; choose cpu, or cuda where torch has a GPU", param="device"
+        ) from error
+
+
 def _stamp(directory: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of the files: a digest is computed again when one changes."""
     files = {f for pattern in (*WEIGHTS, *TOKENIZER, "tokenizer_config.json") for f in directory.glob(pattern)}
@@ -128,7 +163,8 @@ def _stamp(directory: Path) -> tuple[tuple[str, int, int], ...]:
 def _describe(name: str, directory: Path, stamp: tuple[tuple[str, int, int], ...]) -> Backbone:
     template = ""
     if (directory / "tokenizer_config.json").is_file():
-        template = str(json.loads((directory / "tokenizer_config.json").read_text()).get("chat_template") or "")
+        with _reading(name, "tokenizer_config.json"):
+            template = str(json.loads((directory / "tokenizer_config.json").read_text()).get("chat_template") or "")
     return Backbone(
         id=name,
         directory=directory,
