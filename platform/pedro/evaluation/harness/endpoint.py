@@ -8,10 +8,12 @@ names a backbone that is at hand here.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
@@ -21,6 +23,8 @@ from pedro.evaluation.harness.base import HarnessModel, Scored, Wanted, check_ge
 
 BUSY = (429, 502, 503, 504)
 TRIES = 6
+LONGEST_WAIT_S = 60.0  # between two tries, whatever the server asks for
+PASSING = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)  # a server that restarts
 MAX_STOPS = 16  # that the API takes; `generate_until` cuts at all of them, so more only cost tokens
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,13 +54,13 @@ class EndpointModel(HarnessModel):
         self.model, self.batch_size = model, whole(batch_size, "batch_size")
         self._pool = ThreadPoolExecutor(whole(concurrent, "concurrent"))
         self._http = httpx.Client(
-            base_url=base_url.rstrip("/").removesuffix("/v1"),
-            headers={"authorization": f"Bearer {key}"},
-            timeout=float(timeout_s),
+            base_url=_address(base_url),
+            headers={"authorization": f"Bearer {_sendable(key)}"},
+            timeout=_seconds(timeout_s, "timeout_s"),
         )
-        card = self._ask("GET", f"/v1/models/{model}")
-        self.max_length = int(card["max_model_len"])
-        self._digest = str(card.get("digest") or card["root"])
+        card = self._ask("GET", f"/v1/models/{model}", want="max_model_len")
+        self.max_length = whole(card["max_model_len"], "max_model_len")
+        self._digest = str(card.get("digest") or card.get("root"))
         self._local = _tokenizer(tokenizer) if tokenizer else None
         self.bos = self._special("bos_token")
         self._eos = self._special("eos_token")
@@ -92,9 +96,9 @@ class EndpointModel(HarnessModel):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages as the adapter was trained to read them, by the server."""
         check_generation_prompt(add_generation_prompt)
-        ids = self._ask("POST", "/tokenize", {"model": self.model, "messages": chat_history})["tokens"]
+        ids = self._ask("POST", "/tokenize", {"model": self.model, "messages": chat_history}, "tokens")["tokens"]
         ids = ids[1:] if ids[:1] == [self.bos] else ids
-        return str(self._ask("POST", "/detokenize", {"model": self.model, "tokens": ids})["prompt"])
+        return str(self._ask("POST", "/detokenize", {"model": self.model, "tokens": ids}, "prompt")["prompt"])
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return f"the prompt format of {self.model} {self._digest}"
@@ -105,7 +109,7 @@ class EndpointModel(HarnessModel):
 
     def _ids(self, text: str) -> list[int]:
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
-        return list(self._ask("POST", "/tokenize", body)["tokens"])
+        return list(self._ask("POST", "/tokenize", body, "tokens")["tokens"])
 
     def _special(self, name: str) -> int | None:
         """The id of BOS or EOS."""
@@ -117,7 +121,7 @@ class EndpointModel(HarnessModel):
 
     def _complete(self, prompts: list[tuple[int, ...]], fields: dict[str, Any]) -> list[dict[str, Any]]:
         body = {"model": self.model, "prompt": [list(ids) for ids in prompts], "temperature": 0, **fields}
-        choices = self._ask("POST", "/v1/completions", body)["choices"]
+        choices = self._ask("POST", "/v1/completions", body, "choices")["choices"]
         return sorted(choices, key=lambda choice: choice["index"])
 
     def _in_batches(self, ask: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) -> list[R]:
@@ -127,23 +131,43 @@ class EndpointModel(HarnessModel):
     def _at_once(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return list(self._pool.map(ask, items))
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The answer's body; a busy server is asked again as it says. Raises ConfigError for what it refuses."""
+    def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, want: str | None = None
+    ) -> dict[str, Any]:
+        """The answer's body, which has the field `want`; a busy server is asked again as it says.
+
+        Raises ConfigError for what it refuses or if it is no server of ours, UnavailableError if it does not answer.
+        """
         for attempt in range(1, TRIES + 1):
             try:
                 response = self._http.request(method, path, json=body)
             except httpx.TransportError as error:
-                if attempt == TRIES:
+                if attempt == TRIES or not isinstance(error, PASSING):
                     raise UnavailableError(f"base_url: {self._http.base_url} does not answer: {error}") from error
                 wait = float(attempt)
             else:
                 if response.is_success:
-                    return dict(response.json())
-                if response.status_code not in BUSY or attempt == TRIES:
+                    return self._fields(response, want)
+                final = response.headers.get("x-should-retry") == "false"
+                if response.status_code not in BUSY or final or attempt == TRIES:
                     raise ConfigError(f"{method} {path}: {response.status_code}, {_message(response)}", param="model")
-                wait = float(response.headers.get("retry-after", attempt))
+                wait = wait_s(response.headers.get("retry-after"), attempt)
             time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+    def _fields(self, response: httpx.Response, want: str | None) -> dict[str, Any]:
+        try:
+            found = response.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or (want is not None and want not in found):
+            what = "no JSON object" if not isinstance(found, dict) else f"no {want}"
+            raise ConfigError(
+                f"base_url: {self._http.base_url} answers {response.request.url.path} with {what}, "
+                "so it is no pedro server; give the address of one",
+                param="base_url",
+            )
+        return found
 
 
 def likelihood(choice: dict[str, Any], length: int) -> tuple[float, bool]:
@@ -151,6 +175,53 @@ def likelihood(choice: dict[str, Any], length: int) -> tuple[float, bool]:
     nats = choice["logprobs"]["token_logprobs"][length:]
     likeliest = [max(found.values()) for found in choice["logprobs"]["top_logprobs"][length:]]
     return sum(nats), all(one >= best for one, best in zip(nats, likeliest, strict=True))
+
+
+def wait_s(told: str | None, attempt: int) -> float:
+    """Seconds until the next try: what `Retry-After` says, a number or a date (RFC 9110 section 10.2.3), within reason.
+
+    As many as there were tries if it says nothing that makes sense.
+    """
+    try:
+        wait = float(told or "nan")
+    except ValueError:
+        wait = _until(str(told))
+    return min(wait, LONGEST_WAIT_S) if wait >= 0 else float(attempt)
+
+
+def _until(date: str) -> float:
+    """Seconds from now to a date as HTTP writes it, not a number if it is none."""
+    try:
+        return parsedate_to_datetime(date).timestamp() - time.time()
+    except ValueError:
+        return math.nan
+
+
+def _address(base_url: str) -> str:
+    try:
+        url = httpx.URL(base_url)
+        fits = url.scheme in ("http", "https") and bool(url.host)
+    except (httpx.InvalidURL, TypeError):
+        fits = False
+    if not fits:
+        raise ConfigError(f"base_url: expected http://HOST:PORT, got {base_url!r}", param="base_url")
+    return base_url.rstrip("/").removesuffix("/v1")
+
+
+def _sendable(key: str) -> str:
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError("api_key: holds what no key does (a space, line break or letter beyond ASCII); copy it again")
+    return key
+
+
+def _seconds(value: float | str, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ConfigError(f"{name}: expected seconds above 0, got {value!r}", param=name)
+    return number
 
 
 def _tokenizer(name: str) -> Any:
