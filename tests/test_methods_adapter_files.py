@@ -12,7 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from pedro.errors import AdapterError, UnavailableError
 from pedro.methods import adapter_files, get_method
-from pedro.methods.adapter_files import MANIFEST, WEIGHTS, read_manifest, save_adapter, verify_adapter, weights_digest
+from pedro.methods.adapter_files import (
+    CONFIG,
+    MANIFEST,
+    WEIGHTS,
+    config_digest,
+    read_config,
+    read_manifest,
+    save_adapter,
+    verify_adapter,
+    weights_digest,
+)
 
 BACKBONE = "sha256:" + "a" * 64
 GIVEN = {
@@ -122,6 +132,51 @@ def test_tampered_weights_are_refused_with_both_digests(adapter):
         verify_adapter(adapter, BACKBONE)
     assert expected in caught.value.message
     assert weights_digest(adapter) in caught.value.message
+
+
+def test_a_changed_config_is_refused_with_both_digests(adapter):
+    config = (adapter / CONFIG).read_text()
+    (adapter / CONFIG).write_text(config.replace('"pool": "last"', '"pool": "max"'))
+    assert (adapter / CONFIG).read_text() != config
+    with pytest.raises(AdapterError) as caught:
+        verify_adapter(adapter, BACKBONE)
+    assert caught.value.param == "config_digest"
+    assert read_manifest(adapter)["config_digest"] in caught.value.message
+    assert config_digest(adapter) in caught.value.message
+
+
+def test_an_adapter_of_before_configs_had_digests_is_still_taken(adapter):
+    manifest = read_manifest(adapter)
+    del manifest["config_digest"]
+    (adapter / MANIFEST).write_text(json.dumps(manifest))
+    assert verify_adapter(adapter, BACKBONE) == manifest
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"backbone": {}}, "backbone.id: expected text, got None"),
+        ({"backbone": "tiny"}, "backbone: expected an object, got 'tiny'"),
+        ({"backbone": {"id": ["tiny"], "digest": BACKBONE}}, "backbone.id: expected text"),
+        ({"method": None}, "method: expected an object, got None"),
+        ({"method": {"name": ["pedro"]}}, "method.name: expected text"),
+        ({"method": {"name": "pedro", "options": []}}, "method.options: expected an object"),
+        ({"digest": 3}, "digest: expected text, got 3"),
+        ({"prompt_format": "chat"}, "prompt_format: expected an object"),
+        ({"metrics": [1]}, "metrics: expected an object"),
+    ],
+)
+def test_a_manifest_with_a_field_of_another_type_is_told(adapter, fields, message):
+    (adapter / MANIFEST).write_text(json.dumps(read_manifest(adapter) | fields))
+    with pytest.raises(AdapterError, match=message):
+        verify_adapter(adapter, BACKBONE)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"peft_type": "NONE_SUCH"}', '{"peft_type": []}'])
+def test_a_config_that_peft_does_not_take_is_told(adapter, text):
+    (adapter / CONFIG).write_text(text)
+    with pytest.raises(AdapterError, match=f"{CONFIG}: cannot be read"):
+        read_config(adapter)
 
 
 @pytest.mark.parametrize(

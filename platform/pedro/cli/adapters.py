@@ -143,17 +143,13 @@ def import_adapter(
     as_json: AsJson = False,
 ) -> None:
     """Register an exported adapter directory as a new version, a candidate until `pedro adapters promote`."""
-    from pedro.backbone import resolve_backbone
     from pedro.config import check_name
-    from pedro.data.formats import PromptFormat
-    from pedro.methods.adapter_files import read_manifest, verify_adapter
+    from pedro.evaluation.saved import open_saved
 
     tenant, adapter = name.partition(".")[::2]
     check_name("tenant", tenant)
     check_name("adapter", adapter)
-    backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
-    manifest = verify_adapter(directory, backbone.digest)
-    PromptFormat.from_dict(manifest.get("prompt_format") or {})
+    open_saved(directory)
     registry = _registry()
     run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"pedro.kind": "import"})
     version = registry.register(run, directory, tenant, adapter, gate="imported: not gated")

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from safetensors.torch import load_file
 
 from pedro.engine.adapter import Adapter, Generator, LowRank
 from pedro.errors import AdapterError
-from pedro.methods.adapter_files import verify_adapter
+from pedro.methods.adapter_files import read_config, verify_adapter
 from pedro.methods.architectures import Architecture, LayerSites
 from pedro.methods.constants import constant_vectors
 from pedro.methods.constants.model import CHILD as CONSTANT_CHILD
@@ -73,7 +72,7 @@ def load_adapter(
     for another backbone (both digests are named) or of a method that mixed batches do not serve."""
     directory = Path(directory)
     digest = verify_adapter(directory, backbone_digest)["digest"]
-    config = PeftConfig.from_pretrained(str(directory))
+    config = read_config(directory)
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in _READERS:
         raise AdapterError(

@@ -5,47 +5,107 @@ Knows nothing of registries: it is handed a directory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import Backbone, context_length, load_model, load_tokenizer, resolve_backbone
-from pedro.errors import AdapterError, DataError
+from pedro.errors import AdapterError, DataError, PedroError
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from torch import nn
+
+    from pedro.data import PromptFormat
+
+
+def open_saved(directory: Path) -> tuple[Backbone, dict[str, Any], PromptFormat]:
+    """The backbone of a saved adapter, its manifest and its prompt format, all checked before anything is loaded.
+
+    Raises AdapterError for a damaged adapter or one of another backbone, BackboneError if the backbone is not to be
+    had, DataError for a manifest without a prompt format.
+    """
+    from pedro.data import PromptFormat
+    from pedro.methods.adapter_files import read_manifest, verify_adapter
+
+    backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
+    manifest = verify_adapter(directory, backbone.digest)
+    _read_config(directory, manifest, backbone)
+    return backbone, manifest, PromptFormat.from_dict(manifest.get("prompt_format") or {})
 
 
 def load_saved(directory: Path, manifest: Mapping[str, Any], backbone: Backbone, dtype: str, device: str) -> nn.Module:
-    """A saved adapter on a fresh backbone; for `full`, the saved model itself. Raises AdapterError for neither."""
-    from peft import PeftModel
+    """A saved adapter on a fresh backbone; for `full`, the saved model itself.
 
+    Raises AdapterError if the config is not one of the manifest's method or the weights do not fit it.
+    """
     from pedro.methods.registry import get_method
 
-    method = get_method(manifest["method"]["name"])
-    model: nn.Module
-    if (directory / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(load_model(backbone, dtype, device), directory)
-    elif (directory / "config.json").is_file():
+    config = _read_config(directory, manifest, backbone)
+    if config is None:
         model = load_model(Backbone(backbone.id, directory, "", ""), dtype, device)
     else:
-        raise AdapterError(f"{directory.name}: neither an adapter nor a model")
-    return method.wrap(model).eval()
+        model = _attach(load_model(backbone, dtype, device), directory, config)
+    return get_method(manifest["method"]["name"]).wrap(model).eval()
+
+
+def _read_config(directory: Path, manifest: Mapping[str, Any], backbone: Backbone) -> PeftConfig | None:
+    """The PEFT config of a saved adapter, None for a whole model. Raises AdapterError if its method makes another."""
+    from transformers import AutoConfig
+
+    from pedro.methods.adapter_files import CONFIG, CONFIGS, read_config
+    from pedro.methods.registry import get_method
+
+    if not any((directory / name).is_file() for name in CONFIGS):
+        raise AdapterError(f"{directory.name}: neither an adapter nor a model; fetch it again")
+    found = read_config(directory) if (directory / CONFIG).is_file() else None
+    name, options = manifest["method"]["name"], manifest["method"].get("options")
+    made = get_method(name).config(AutoConfig.from_pretrained(backbone.directory, local_files_only=True), options)
+    if type(found) is not type(made):
+        wanted, given = ("no config" if each is None else type(each).__name__ for each in (made, found))
+        raise AdapterError(f"{CONFIG}: {name} makes {wanted}, but there is {given}; fetch the adapter again")
+    return found
+
+
+def _attach(model: nn.Module, directory: Path, config: PeftConfig) -> nn.Module:
+    """The adapter on `model`. Raises AdapterError where its tensors are not those that its config asks for."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    from pedro.methods.adapter_files import CONFIG, WEIGHTS
+
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        saved = set(file.keys())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+            tuned = PeftModel.from_pretrained(model, directory, config=config)
+        asked = set(get_peft_model_state_dict(tuned, tuned.state_dict(), save_embedding_layers=False))
+    except PedroError:
+        raise
+    except Exception as error:  # PEFT's methods raise whatever their formulas meet first
+        reason = " ".join(str(error).split())[:300]
+        raise AdapterError(f"{CONFIG}: the weights do not fit it ({reason}); fetch the adapter again") from error
+    if asked != saved:
+        what = (
+            f"lack {min(asked - saved)}" if asked - saved else f"hold {min(saved - asked)}, which it does not explain"
+        )
+        raise AdapterError(f"{CONFIG}: the weights do not fit it: they {what}; fetch the adapter again")
+    return tuned
 
 
 def score_file(directory: Path, file: Path, cache: Path, max_rows: int | None = None) -> dict[str, Any]:
     """Accuracy and loss of a saved adapter and of its bare backbone on a JSONL file, prompts as it was trained on.
 
+    A loss that is no number is None.
     Raises DataError for a file that cannot be used or is of another shape, AdapterError for another backbone.
     """
-    from pedro.data import PromptFormat, format_for_shape, load_rows, shape_of
-    from pedro.evaluation.scoring import majority, score
-    from pedro.methods.adapter_files import read_manifest, verify_adapter
+    from pedro.data import format_for_shape, load_rows, shape_of
+    from pedro.evaluation.scoring import finite, majority, score
 
-    backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
-    manifest = verify_adapter(directory, backbone.digest)
+    backbone, manifest, form = open_saved(directory)
     tokenizer = load_tokenizer(backbone)
-    form = PromptFormat.from_dict(manifest["prompt_format"])
     shape = shape_of(file)
     if format_for_shape(shape, tokenizer) != form:
         raise DataError(
@@ -63,6 +123,6 @@ def score_file(directory: Path, file: Path, cache: Path, max_rows: int | None = 
         "accuracy": adapted.accuracy,
         "backbone_accuracy": bare.accuracy,
         "majority_accuracy": sum(row["completion"].strip() == guess for row in rows) / len(rows),
-        "loss": adapted.loss,
-        "backbone_loss": bare.loss,
+        "loss": finite(adapted.loss),
+        "backbone_loss": finite(bare.loss),
     }

@@ -7,6 +7,7 @@ would look perfect.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,11 @@ def _answer_logits(
 def exact_match(answer: str, wanted: str) -> bool:
     """Whether two answers are the same up to white space around them."""
     return answer.strip() == wanted.strip()
+
+
+def finite(value: Any) -> float | None:
+    """A score as JSON can hold it: None for what is no number."""
+    return float(value) if math.isfinite(value) else None
 
 
 def majority(completions: Iterable[str]) -> str:

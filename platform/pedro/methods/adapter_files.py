@@ -20,18 +20,35 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from pedro.errors import AdapterError, UnavailableError
+from pedro.errors import AdapterError, PedroError, UnavailableError
 
 MANIFEST = "pedro_adapter.json"
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+CONFIGS = (CONFIG, "config.json")  # what says how the weights are read: an adapter's, a whole model's
 FORMAT_VERSION = 1
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz")
 REQUIRED = ("format_version", "digest", "backbone", "method")
+TYPES: dict[str, type] = {
+    "digest": str,
+    "config_digest": str,
+    "backbone": dict,
+    "backbone.id": str,
+    "backbone.digest": str,
+    "method": dict,
+    "method.name": str,
+    "method.options": dict,
+    "prompt_format": dict,
+    "metrics": dict,
+    "trainable_parameters": int,
+}
+MAY_LACK = ("config_digest", "method.options", "prompt_format", "metrics", "trainable_parameters")
+SPOKEN = {str: "text", dict: "an object", int: "a whole number"}
 PACKAGES = ("pedro-platform", "torch", "transformers", "peft", "safetensors")
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors format
 
@@ -39,8 +56,9 @@ MAX_HEADER_BYTES = 100_000_000  # as in the safetensors format
 def save_adapter(model: nn.Module, directory: str | Path, manifest: dict[str, Any]) -> str:
     """Write `model`'s adapter named "default" (or the whole model, if it carries none) and return its digest.
 
-    `manifest` gives what only the caller knows (backbone, method, data, metrics...); format_version, digest, created,
-    versions and trainable_parameters are filled in. The directory appears complete, by a rename, or not at all.
+    `manifest` gives what only the caller knows (backbone, method, data, metrics...); created, versions,
+    trainable_parameters and what `write_manifest` adds are filled in. The directory appears complete, by a rename, or
+    not at all.
     Raises AdapterError if it exists with something in it, UnavailableError if it cannot be written.
     """
     directory = Path(directory)
@@ -50,8 +68,7 @@ def save_adapter(model: nn.Module, directory: str | Path, manifest: dict[str, An
     try:
         making.mkdir(parents=True)
         _save_weights(model, making)
-        complete = _complete_manifest(model, manifest, weights_digest(making))
-        _write(making / MANIFEST, json.dumps(complete, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        digest = write_manifest(making, {**_known(model), **manifest})
         making.replace(directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -61,11 +78,25 @@ def save_adapter(model: nn.Module, directory: str | Path, manifest: dict[str, An
         ) from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return complete["digest"]
+    return digest
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> str:
+    """Write the manifest of the weights and the config that lie in `directory`; returns the digest of the weights.
+
+    format_version, digest and config_digest are filled in, whatever `manifest` says they are.
+    """
+    digest = weights_digest(directory)
+    sealed = {"format_version": FORMAT_VERSION, "digest": digest, "config_digest": config_digest(directory)}
+    _write(directory / MANIFEST, json.dumps(manifest | sealed, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    return digest
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The manifest of an adapter directory. Raises AdapterError if it is missing, unreadable or of another format."""
+    """The manifest of an adapter directory.
+
+    Raises AdapterError if it is missing, unreadable, of another format or holds something of another type.
+    """
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +111,24 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             f"{MANIFEST}: format_version {manifest['format_version']!r} is not {FORMAT_VERSION}; "
             "use the release of pedro that wrote it"
         )
+    for field, kind in TYPES.items():
+        _expect(manifest, field, kind)
     return manifest
+
+
+def read_config(directory: str | Path) -> PeftConfig:
+    """The PEFT config of an adapter directory. Raises AdapterError if it is missing or PEFT does not take it."""
+    directory = Path(directory)
+    if not (directory / CONFIG).is_file():
+        raise AdapterError(f"{CONFIG}: not found in {directory}, so this is no PEFT adapter; fetch the adapter again")
+    try:
+        return PeftConfig.from_pretrained(str(directory))
+    except PedroError:
+        raise
+    except Exception as error:  # PEFT raises whatever it meets first
+        raise AdapterError(
+            f"{CONFIG}: cannot be read ({type(error).__name__}: {error}); fetch the adapter again"
+        ) from error
 
 
 def weights_digest(directory: str | Path) -> str:
@@ -100,30 +148,55 @@ def weights_digest(directory: str | Path) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
+def config_digest(directory: str | Path) -> str:
+    """sha256 over the names and bytes of the configs that say how the weights are read."""
+    total = hashlib.sha256()
+    for name in CONFIGS:
+        if (Path(directory) / name).is_file():
+            text = (Path(directory) / name).read_bytes()
+            total.update(f"{name}:{hashlib.sha256(text).hexdigest()}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
 def verify_adapter(directory: str | Path, backbone_digest: str) -> dict[str, Any]:
     """Check that an adapter directory is whole, holds no pickle and belongs to this backbone; return its manifest.
 
-    Raises AdapterError, with both digests where the backbone or the weights are not the expected ones.
+    Raises AdapterError, with both digests where the backbone, the weights or the config are not the expected ones.
+    Manifests of earlier releases have no digest of the config, which is not checked then.
     """
     directory = Path(directory)
     _refuse_foreign_files(directory)
     manifest = read_manifest(directory)
-    backbone = manifest["backbone"]
-    expected = backbone.get("digest") if isinstance(backbone, dict) else None
+    expected = manifest["backbone"]["digest"]
     if expected != backbone_digest:
         raise AdapterError(
             f"backbone: the adapter was trained on {expected}, but the backbone here is {backbone_digest}; "
             "use the adapter's own backbone or train the adapter again",
             param="backbone",
         )
-    digest = weights_digest(directory)
-    if digest != manifest["digest"]:
-        raise AdapterError(
-            f"digest: the weights are {digest}, but the manifest says {manifest['digest']}; "
-            "the adapter is damaged or was changed, fetch it again",
-            param="digest",
-        )
+    _expect_digest(manifest, "digest", "weights are", weights_digest(directory))
+    if manifest.get("config_digest"):
+        _expect_digest(manifest, "config_digest", "config is", config_digest(directory))
     return manifest
+
+
+def _expect(manifest: dict[str, Any], field: str, kind: type) -> None:
+    """Raise AdapterError unless a field of the manifest, `a` or `a.b`, is of this type; some may be missing."""
+    *parents, name = field.split(".")
+    value = (manifest[parents[0]] if parents else manifest).get(name)
+    if not isinstance(value, kind) and not (value is None and field in MAY_LACK):
+        raise AdapterError(
+            f"{MANIFEST}: {field}: expected {SPOKEN[kind]}, got {value!r}; fetch the adapter again", param=field
+        )
+
+
+def _expect_digest(manifest: dict[str, Any], field: str, what: str, found: str) -> None:
+    if found != manifest[field]:
+        raise AdapterError(
+            f"{field}: the {what} {found}, but the manifest says {manifest[field]}; "
+            "the adapter is damaged or was changed, fetch it again",
+            param=field,
+        )
 
 
 def _save_weights(model: nn.Module, directory: Path) -> None:
@@ -136,16 +209,14 @@ def _save_weights(model: nn.Module, directory: Path) -> None:
         model.save_pretrained(str(directory))
 
 
-def _complete_manifest(model: nn.Module, manifest: dict[str, Any], digest: str) -> dict[str, Any]:
+def _known(model: nn.Module) -> dict[str, Any]:
+    """What a manifest tells of any model."""
     from pedro.methods.registry import count_parameters
 
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "trainable_parameters": count_parameters(model)["trainable"],
-        **manifest,
-        "format_version": FORMAT_VERSION,
-        "digest": digest,
     }
 
 
@@ -172,7 +243,7 @@ def _mapped(file: Path) -> Iterator[mmap.mmap]:
 def _weight_files(directory: Path) -> list[Path]:
     """Every weight file that a loader might read: one of an adapter, one or more shards of a whole model."""
     files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    if not files or ((directory / CONFIG).is_file() and directory / WEIGHTS not in files):
         raise AdapterError(f"{WEIGHTS}: not found in {directory}; fetch the adapter again")
     return files
 

@@ -109,9 +109,8 @@ def _scratch(directory: Path) -> Path:
 
 
 def _finish(making: Path, directory: Path, manifest: dict) -> None:
-    """Add the manifest with the weights' own digest and give the directory its name."""
-    from pedro.methods.adapter_files import FORMAT_VERSION, MANIFEST, weights_digest
+    """Add the manifest with the digests of what lies there and give the directory its name."""
+    from pedro.methods.adapter_files import write_manifest
 
-    complete = {**manifest, "format_version": FORMAT_VERSION, "digest": weights_digest(making)}
-    (making / MANIFEST).write_text(json.dumps(complete, indent=2, sort_keys=True))
+    write_manifest(making, manifest)
     making.rename(directory)

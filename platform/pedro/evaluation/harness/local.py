@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
-from pedro.data.formats import FORMATS, PromptFormat, encode_completions
+from pedro.data.formats import FORMATS, encode_completions
 from pedro.errors import ConfigError
 from pedro.evaluation import scoring
 from pedro.evaluation.harness.base import HarnessModel, Scored, Wanted, check_generation_prompt, whole
-from pedro.evaluation.saved import load_saved
-from pedro.methods.adapter_files import read_manifest, verify_adapter
+from pedro.evaluation.saved import load_saved, open_saved
 
 
 class LocalModel(HarnessModel):
@@ -37,10 +36,8 @@ class LocalModel(HarnessModel):
         at = device or "cpu"
         if adapter is not None:
             directory = Path(adapter)
-            found = resolve_backbone(read_manifest(directory)["backbone"]["id"])
-            manifest = verify_adapter(directory, found.digest)
+            found, manifest, self.format = open_saved(directory)
             self.model = load_saved(directory, manifest, found, dtype, at)
-            self.format = PromptFormat.from_dict(manifest["prompt_format"])
         else:
             found = resolve_backbone(str(backbone))
             self.model, self.format = load_model(found, dtype, at), FORMATS["raw"]

@@ -1,0 +1,93 @@
+"""A saved adapter is evaluated and imported only as what its manifest says it is, with all of its weights."""
+
+import json
+import shutil
+
+import pytest
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from serving_adapters import make_adapter, settings_at
+from typer.testing import CliRunner
+
+from pedro.cli import app
+from pedro.errors import AdapterError, DataError
+from pedro.evaluation.saved import load_saved, open_saved
+from pedro.methods.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_digest
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    make_adapter(folder / "adapter", 1, "completion")
+    return folder / "adapter"
+
+
+@pytest.fixture
+def older(made, tmp_path):
+    """A copy without the digest of its config, as earlier releases wrote adapters."""
+    directory = shutil.copytree(made, tmp_path / "older")
+    rewrite(directory, config_digest=None)
+    return directory
+
+
+def rewrite(directory, **fields):
+    (directory / MANIFEST).write_text(json.dumps(read_manifest(directory) | fields))
+
+
+def reconfigure(directory, **fields):
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | fields))
+
+
+def load(directory):
+    backbone, manifest, _ = open_saved(directory)
+    return load_saved(directory, manifest, backbone, "float32", "cpu")
+
+
+def test_an_adapter_is_loaded_with_its_prompt_format(older):
+    assert open_saved(older)[2].id == "raw"
+    assert load(older).peft_config["default"].peft_type == "PEDRO"
+
+
+def test_a_config_of_another_method_is_refused(older):
+    LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(str(older))
+    with pytest.raises(AdapterError, match="pedro makes PedroConfig, but there is LoraConfig"):
+        open_saved(older)
+
+
+def test_a_config_that_the_weights_do_not_fit_is_refused(older):
+    reconfigure(older, r=3)
+    with pytest.raises(AdapterError, match=f"{CONFIG}: the weights do not fit it"):
+        load(older)
+
+
+@pytest.mark.parametrize("change", ["lack", "hold"])
+def test_an_adapter_with_a_tensor_too_few_or_too_many_is_refused(older, change):
+    tensors = load_file(older / WEIGHTS)
+    name = max(tensors)
+    tensors[f"{name}_more"] = tensors[name].clone()
+    if change == "lack":
+        del tensors[name], tensors[f"{name}_more"]
+    save_file(tensors, older / WEIGHTS, metadata={"format": "pt"})
+    rewrite(older, digest=weights_digest(older))
+    with pytest.raises(AdapterError, match=f"they {change} "):
+        load(older)
+
+
+def test_an_adapter_without_a_prompt_format_is_not_evaluated(older):
+    rewrite(older, prompt_format=None)
+    with pytest.raises(DataError, match="prompt_format"):
+        open_saved(older)
+
+
+def test_a_damaged_config_is_not_imported(older, made, tmp_path, monkeypatch):
+    settings = settings_at(tmp_path / "home")
+    monkeypatch.setenv("PEDRO_HOME", str(settings.home))
+    changed = shutil.copytree(made, tmp_path / "changed")
+    reconfigure(changed, pool="max")
+    (older / CONFIG).write_text("{")
+    for directory, message in ((changed, "config_digest"), (older, CONFIG)):
+        outcome = CliRunner().invoke(app, ["adapters", "import", "acme.new", str(directory)])
+        assert isinstance(outcome.exception, AdapterError)
+        assert message in outcome.exception.message
+    assert CliRunner().invoke(app, ["adapters", "list", "--json"]).stdout.strip() == "[]"
