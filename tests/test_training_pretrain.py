@@ -4,6 +4,9 @@ import bz2
 import gzip
 import json
 import math
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,10 +14,12 @@ import torch
 
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.data.formats import encode_completion, encode_prompt
+from pedro.errors import ConfigError, DataError, TrainingError
 from pedro.training.pretrain import corpus, publish
 from pedro.training.pretrain.loop import CHECKPOINT, Settings, train
-from pedro.training.pretrain.main import PRESETS, build, main
+from pedro.training.pretrain.main import PRESETS, build, caught_signals, main
 from pedro.training.pretrain.optimizer import orthogonal
+from pedro.training.pretrain.prepare import RUN, prepare
 from pedro.training.pretrain.quality import measure
 from pedro.training.pretrain.schedule import Schedule
 from pedro.training.pretrain.tokens import Stream, pack, train_tokenizer
@@ -191,13 +196,36 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_run(tmp_path):
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [CHECKPOINT]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_the_remedy(tmp_path):
-    stream = Stream(np.zeros(1000, dtype=np.uint16), 32, seed=0)
+def _diverged():
     model = build(PRESETS["tiny"], type("Options", (), {"seed": 0}))
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="lower --lr"):
-        train(model, stream, _settings(2048), tmp_path, lambda model: {}, say=lambda line: None)
+    return model
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_remedy(tmp_path, tokenizer):
+    stream = Stream(np.zeros(1000, dtype=np.uint16), 32, seed=0)
+    with pytest.raises(TrainingError, match="loss: it is nan at step 1; start again with a lower --lr"):
+        train(_diverged(), stream, _settings(2048), tmp_path, lambda model: {}, say=lambda line: None)
+    with pytest.raises(TrainingError, match="loss: it is nan on held-out text; start again with a lower --lr"):
+        measure(_diverged(), tokenizer, ["the cat sat"], 512)
+
+
+def test_a_damaged_checkpoint_is_told_with_the_remedy(tmp_path):
+    _train(tmp_path, stops_after=1)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TrainingError, match=r"checkpoint: '.*' is damaged \(.*\); delete it to begin again"):
+        _train(tmp_path)
+
+
+def test_stop_signals_are_caught_within_training_alone():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with caught_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert sorted(caught) == [signal.SIGINT, signal.SIGTERM]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_quality_counts_every_token_once_and_agrees_with_the_models_own_loss():
@@ -216,12 +244,23 @@ def test_quality_counts_every_token_once_and_agrees_with_the_models_own_loss():
     assert found.bits_per_char < cut.bits_per_char < 3 * found.bits_per_char
 
 
-def test_a_small_run_publishes_a_backbone_with_its_provenance(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("signal.signal", lambda number, handler: None)
-    result_file = tmp_path / "results" / "pretrain.json"
-    arguments = ["--data", str(data), "--out", str(tmp_path), "--preset", "tiny", "--result", str(result_file)]
-    assert main([*arguments, "--tokens", "45056", "--name", "small"]) == 0
-    backbone = resolve_backbone(str(tmp_path / "final"))
+def _words(data, out):
+    """The command line of a small run."""
+    result = out / "results" / "pretrain.json"
+    return ["--data", str(data), "--out", str(out), "--preset", "tiny", "--tokens", "45056", "--result", str(result)]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The folder of a small run that is over."""
+    out = tmp_path_factory.mktemp("finished")
+    assert main([*_words(data, out), "--name", "small"]) == 0
+    return out
+
+
+def test_a_small_run_publishes_a_backbone_with_its_provenance(data, finished):
+    result_file = finished / "results" / "pretrain.json"
+    backbone = resolve_backbone(str(finished / "final"))
     model, tokenizer = load_model(backbone), load_tokenizer(backbone)
     result = json.loads(result_file.read_text())
     assert 45056 <= result["run"]["tokens"] < 45056 + 2 * 2048  # a step has 2,048
@@ -231,11 +270,129 @@ def test_a_small_run_publishes_a_backbone_with_its_provenance(data, tmp_path, ca
     again = measure(model, tokenizer, text.pieces, 512)
     assert again.bits_per_char == pytest.approx(result["quality"]["squad"]["bits_per_char"], abs=1e-4)
     assert result["curve"]["train_loss"][-1][1] < result["curve"]["train_loss"][0][1]
-    page = (tmp_path / "final" / "PROVENANCE.md").read_text()
+    page = (finished / "final" / "PROVENANCE.md").read_text()
     assert "rajpurkar/SQuAD-explorer" in page
     assert "SQuAD dev" in page
-    assert "CC BY-SA 4.0" in (tmp_path / "final" / "LICENSE").read_text()
+    assert "CC BY-SA 4.0" in (finished / "final" / "LICENSE").read_text()
     assert result_file.with_suffix(".png").stat().st_size > 10_000
+    assert not list(finished.rglob("*.new"))
+
+
+def test_a_finished_run_says_that_it_is_over_and_publishes_the_same_model(data, finished, capsys):
+    digest = resolve_backbone(str(finished / "final")).digest
+    tokens = json.loads((finished / "results" / "pretrain.json").read_text())["run"]["tokens"]
+    assert main([*_words(data, finished), "--tokens", "99999", "--name", "renamed"]) == 0
+    assert f"is over after {tokens:,} tokens; for another one use a new --out" in capsys.readouterr().out
+    assert resolve_backbone(str(finished / "final")).digest == digest
+
+
+def test_publishing_that_fails_leaves_the_former_backbone_whole(finished, tmp_path):
+    result = json.loads((finished / "results" / "pretrain.json").read_text())
+    backbone = resolve_backbone(str(shutil.copytree(finished / "final", tmp_path / "final")))
+    model = build(PRESETS["tiny"], type("Options", (), {"seed": 1}))
+    with pytest.raises(KeyError):
+        publish.publish(model, load_tokenizer(backbone), backbone.directory, {**result, "run": {}})
+    assert resolve_backbone(str(backbone.directory)).digest == backbone.digest
+    publish.publish(model, load_tokenizer(backbone), backbone.directory, result)
+    assert resolve_backbone(str(backbone.directory)).digest != backbone.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+MADE_WITH = {"preset": "tiny", "seed": 0, "lr": 0.02, "decay": 0.25}
+
+
+def _prepare(data, out, context=512, **others):
+    return prepare(data, out, {**MADE_WITH, "data": str(data.resolve()), **others}, 512, context)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--preset", "cpu"], "preset 'tiny', not preset 'cpu'"),
+        (["--seed", "1", "--lr", "0.5"], "seed 0, lr 0.02, not seed 1, lr 0.5"),
+        (["--decay", "0.5"], "decay 0.25, not decay 0.5"),
+    ],
+)
+def test_a_folder_goes_on_only_with_what_it_was_made_with(data, tmp_path, words, told):
+    _prepare(data, tmp_path)
+    with pytest.raises(SystemExit, match=rf"error: out: '.*' was made with {told}; use a new --out"):
+        main([*_words(data, tmp_path), *words])
+    other = shutil.copytree(data, tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"was made with data '.*', not data '.*other'; use a new --out"):
+        main(_words(other, tmp_path))
+
+
+def test_what_was_left_half_made_is_made_again_and_what_is_damaged_is_told(data, tmp_path):
+    ids = np.array(_prepare(data, tmp_path).ids)
+    (tmp_path / RUN).unlink()
+    (tmp_path / "data" / "ids.npy").write_bytes(b"")
+    assert np.array_equal(_prepare(data, tmp_path).ids, ids)
+    (tmp_path / "data" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"out: '.*' is damaged \(.*\); use a new --out"):
+        _prepare(data, tmp_path)
+    (tmp_path / RUN).write_text("")
+    with pytest.raises(DataError, match=r"out: '.*' is damaged \(.*\); use a new --out"):
+        _prepare(data, tmp_path)
+
+
+def test_a_checkpoint_of_unknown_settings_is_not_gone_on_from(data, tmp_path):
+    (tmp_path / CHECKPOINT).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"holds a checkpoint, but no run\.json"):
+        _prepare(data, tmp_path)
+
+
+def test_text_of_less_than_a_window_is_refused_and_leaves_no_mark(data, tmp_path):
+    with pytest.raises(DataError, match=r"has \d+ tokens, but a window takes 1000001; give more text"):
+        _prepare(data, tmp_path, context=1_000_000)
+    assert not (tmp_path / RUN).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("banking77/train.csv", b"words,category\na,b\n", r"banking77 under .* \(KeyError: 'text'\); fetch it again"),
+        ("wikitext2/valid.txt", b"\xff" * 100, r"wikitext2 under .* \(UnicodeDecodeError: .*\); fetch it again"),
+        ("wikitext2/valid.txt", b"", "wikitext2 under .* holds no document; fetch it again"),
+    ],
+)
+def test_a_source_in_another_form_is_told_in_one_line(data, tmp_path, name, content, told):
+    root = shutil.copytree(data, tmp_path / "public")
+    (root / name).write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        corpus.documents(root)
+
+
+def test_a_question_without_answers_is_told_in_one_line(data, tmp_path):
+    root = shutil.copytree(data, tmp_path / "public")
+    whole = gzip.decompress((root / "squad/train-v1.1.json.gz").read_bytes())
+    bare = whole.replace(json.dumps([{"text": "the cat", "answer_start": 0}]).encode(), b"[]")
+    (root / "squad/train-v1.1.json.gz").write_bytes(gzip.compress(bare))
+    with pytest.raises(DataError, match=r"squad under .* is missing or not as published \(IndexError: .*\)"):
+        corpus.documents(root)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100])
+def test_an_unusable_held_out_text_is_told_before_anything_is_made(data, tmp_path, content):
+    root = shutil.copytree(data, tmp_path / "public")
+    (root / "wikitext2/test.txt").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"error: data: .*fetch it again"):
+        main(_words(root, tmp_path / "out"))
+    assert not (tmp_path / "out" / RUN).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("r.png", "is where the figure goes; give it another suffix, such as .json"),
+        ("", "cannot be written: Is a directory; choose another path"),
+        ("file/r.json", "cannot be written: .*; choose another path"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_told_before_anything_is_made(data, tmp_path, name, told):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=f"error: result: '.*' {told}"):
+        main([*_words(data, tmp_path / "out"), "--result", str(tmp_path / name)])
+    assert not (tmp_path / "out" / RUN).exists()
 
 
 @pytest.mark.parametrize(
@@ -245,6 +402,8 @@ def test_a_small_run_publishes_a_backbone_with_its_provenance(data, tmp_path, ca
         (["--minutes", "-1"], "--minutes: expected a number above 0, got -1"),
         (["--tokens", "many"], "--tokens: invalid number value: 'many'"),
         (["--tokens", "9", "--lr", "nan"], "--lr: expected a number above 0, got nan"),
+        (["--tokens", "9", "--seed", "-1"], "--seed: expected a whole number from 0 and below 2**63, got -1"),
+        (["--tokens", "9", "--seed", str(2**70)], "--seed: expected a whole number from 0 and below 2**63"),
         (["--tokens", "9", "--decay", "1"], "--decay: expected a share from 0 and below 1, got 1"),
     ],
 )
@@ -257,11 +416,11 @@ def test_a_wrong_setting_is_a_usage_error(tmp_path, capsys, words, told):
 
 def test_missing_sources_and_a_model_that_is_too_large_are_told_before_any_training(data, tmp_path, monkeypatch):
     words = ["--preset", "tiny", "--tokens", "9", "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match=r"error: \w+: '.*nowhere/\w+' does not hold"):
+    with pytest.raises(SystemExit, match=r"error: data: \w+ under '.*nowhere' is missing"):
         main(["--data", str(tmp_path / "nowhere"), *words])
     monkeypatch.setattr(publish, "LIMIT_BYTES", 1000)
     with pytest.raises(SystemExit, match=r"error: preset: .* MB in bf16"):
         main(["--data", str(data), *words])
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"error: .*file/out/data: Not a directory; check the path"):
+    with pytest.raises(SystemExit, match=r"error: out: '.*file/out/run.json' cannot be written: Not a directory"):
         main(["--data", str(data), *words[:-1], str(tmp_path / "file" / "out")])

@@ -7,13 +7,15 @@ stay unseen. Knows nothing of tokens.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from pedro.data.tasks import get_task
-from pedro.data.tasks.sources import read_array, read_csv
+from pedro.data.tasks.sources import MALFORMED, read_array, read_csv
+from pedro.errors import DataError
 
 HELD_OUT_CHARS = 150_000  # of each held-out text: enough for three digits of bits a character
 LEFT_OUT = (
@@ -151,25 +153,32 @@ SOURCES = (
 
 
 def documents(data: Path) -> dict[str, list[str]]:
-    """The training documents of each source, each once, without what the held-out utterances say."""
-    seen = {key(text) for text in unseen_utterances(data)}
+    """The training documents of each source, each once, without what the held-out utterances say. Raises DataError."""
+    seen = {key(text) for text in _texts("utterances", data, unseen_utterances)}
     found: dict[str, list[str]] = {}
     for source in SOURCES:
         found[source.name] = kept = []
-        for text in source.documents(data):
-            if text and key(text) not in seen:
+        for text in _texts(source.name, data, source.documents):
+            if key(text) not in seen:
                 seen.add(key(text))
                 kept.append(text)
+        if not kept:
+            raise DataError(f"data: {source.name} under {str(data)!r} holds no document; fetch it again", param="data")
     return found
 
 
 def held_out(data: Path) -> tuple[HeldOut, ...]:
-    """The texts that quality is measured on."""
-    return (
-        HeldOut("wikitext2", "WikiText-2 test as plain prose", _some(wikitext("test.txt")(data))),
-        HeldOut("squad", "passages of SQuAD dev", _some(unseen_passages(data))),
-        HeldOut("utterances", "SNIPS, CLINC150, Banking77: validation and test", _some(unseen_utterances(data))),
+    """The texts that quality is measured on. Raises DataError."""
+    texts = (
+        ("wikitext2", "WikiText-2 test as plain prose", wikitext("test.txt")),
+        ("squad", "passages of SQuAD dev", unseen_passages),
+        ("utterances", "SNIPS, CLINC150, Banking77: validation and test", unseen_utterances),
     )
+    found = tuple(HeldOut(name, what, _some(_texts(name, data, read))) for name, what, read in texts)
+    for text in found:
+        if not text.pieces:
+            raise DataError(f"data: {str(data)!r} holds no held-out text ({text.what}); fetch it again", param="data")
+    return found
 
 
 def key(text: str) -> str:
@@ -177,8 +186,19 @@ def key(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower())) or text
 
 
-def _some(texts: Iterator[str]) -> tuple[str, ...]:
+def _texts(name: str, data: Path, read: Callable[[Path], Iterator[str]]) -> list[str]:
+    """All that `read` finds and is not empty. Raises DataError for files in another form than the published one."""
+    try:
+        return [text for text in read(data) if text]
+    except (*MALFORMED, zlib.error) as error:
+        raise DataError(
+            f"data: {name} under {str(data)!r} is missing or not as published ({type(error).__name__}: {error}); "
+            "fetch it again",
+            param="data",
+        ) from error
+
+
+def _some(texts: Sequence[str]) -> tuple[str, ...]:
     """Pieces spread evenly over all of them, `HELD_OUT_CHARS` characters in all."""
-    pieces = [text for text in texts if text]
-    step = max(1, sum(map(len, pieces)) // HELD_OUT_CHARS)
-    return tuple(pieces[::step])
+    step = max(1, sum(map(len, texts)) // HELD_OUT_CHARS)
+    return tuple(texts[::step])

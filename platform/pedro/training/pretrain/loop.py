@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from pedro.errors import TrainingError
+from pedro.training.pretrain.files import replacing
 from pedro.training.pretrain.optimizer import Muon
 from pedro.training.pretrain.schedule import Schedule
 from pedro.training.pretrain.tokens import Stream
@@ -109,11 +111,17 @@ def train(
     stopped: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
 ) -> State:
-    """Train until the schedule is over or `stopped` says so; the state that is also in `folder`'s checkpoint."""
+    """Train until the schedule is over or `stopped` says so; the state that is also in `folder`'s checkpoint.
+
+    Raises TrainingError for a loss that is no number and for a checkpoint that cannot be read.
+    """
     optimizers = Optimizers(model, settings.weight_decay)
     state = read_checkpoint(folder, model, optimizers)
     run: Any = torch.compile(model) if settings.compiled else model
     schedule, recent = settings.schedule, deque([(state.tokens, state.seconds)], maxlen=SPEED_OVER)
+    if schedule.is_over(state.tokens, state.decay_from):
+        say(f"the run in {folder} is over after {state.tokens:,} tokens; for another one use a new --out")
+        return state
     saved = time.monotonic()
     while not schedule.is_over(state.tokens, state.decay_from) and not stopped():
         speed = _speed(recent)
@@ -156,7 +164,9 @@ def _step(model: Any, optimizers: Optimizers, stream: Stream, settings: Settings
         loss.backward()
         total += loss.item()
     if not math.isfinite(total):
-        raise FloatingPointError(f"the loss of step {step + 1} is {total}; start again with a lower --lr")
+        raise TrainingError(
+            f"loss: it is {total} at step {step + 1}; start again with a lower --lr and a new --out", param="lr"
+        )
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     optimizers.step(rate, rate * settings.adamw_ratio)
     return total
@@ -166,19 +176,23 @@ def write_checkpoint(folder: Path, model: torch.nn.Module, optimizers: Optimizer
     """Replace the folder's checkpoint, whole or not at all."""
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{CHECKPOINT}.new"
-    save_file({**tensors, **optimizers.tensors()}, str(temporary), {"state": json.dumps(asdict(state))})
-    temporary.replace(folder / CHECKPOINT)
+    with replacing(folder / CHECKPOINT) as scratch:
+        save_file({**tensors, **optimizers.tensors()}, str(scratch), {"state": json.dumps(asdict(state))})
 
 
 def read_checkpoint(folder: Path, model: torch.nn.Module, optimizers: Optimizers) -> State:
-    """Load the folder's checkpoint; a fresh state where there is none."""
+    """Load the folder's checkpoint; a fresh state where there is none. Raises TrainingError if it is damaged."""
     path = folder / CHECKPOINT
     if not path.is_file():
         return State()
-    with safe_open(str(path), framework="pt") as file:
-        state = State(**json.loads(file.metadata()["state"]))
-    tensors = load_file(str(path))
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            state = State(**json.loads(file.metadata()["state"]))
+        tensors = load_file(str(path))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"checkpoint: {str(path)!r} is damaged ({error}); delete it to begin again", param="out"
+        ) from error
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])

@@ -1,6 +1,6 @@
 """`python -m jobs.pretrain_backbone`: from public text to a backbone directory. Prepares, trains, measures, publishes.
 
-prepare   corpus -> tokenizer and ids in OUT/data (once)
+prepare   corpus -> tokenizer and ids in OUT/data (once); OUT/run.json says what with
 train     until the budget of tokens or minutes is used; SIGTERM or Ctrl-C leaves a checkpoint to go on from
 publish   OUT/final, the result JSON and the figure
 """
@@ -11,24 +11,29 @@ import argparse
 import json
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from pedro.backbone import context_length, load_model, load_tokenizer, quiet, resolve_backbone
-from pedro.errors import PedroError
+from pedro.errors import ConfigError, PedroError
 from pedro.provenance import provenance
 from pedro.training.pretrain import corpus, publish
+from pedro.training.pretrain.files import check_writable
 from pedro.training.pretrain.loop import Settings, State, train
+from pedro.training.pretrain.prepare import RUN, Prepared, prepare
 from pedro.training.pretrain.quality import measure
 from pedro.training.pretrain.schedule import Schedule
-from pedro.training.pretrain.tokens import Stream, load_ids, pack, save_ids, train_tokenizer
+from pedro.training.pretrain.tokens import Stream
 
 BASELINE = "stories260K"
 CONTEXT = 512
+SEEDS = 2**63  # what torch takes
 LOOK_CHARS = 12_000  # of each held-out text, for the curve
 
 
@@ -66,65 +71,55 @@ def main(arguments: list[str] | None = None) -> int:
         return run(options)
     except PedroError as error:
         raise SystemExit(f"error: {error.message}") from error
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise SystemExit(f"error: {error.filename}: {error.strerror}; check the path") from error
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"error: {error}; check the path and the room on its disk") from error
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prepare, train, measure, publish; 3 if it was stopped before its end. Raises DataError for missing sources."""
+    """Prepare, train, measure, publish; 3 if it was stopped before its end. Raises PedroError before any training."""
     quiet()
-    preset, out = PRESETS[options.preset], Path(options.out)
-    prepared = prepare(Path(options.data), out / "data", preset.vocabulary, options.seed)
-    texts = corpus.held_out(Path(options.data))
+    preset, data, out = PRESETS[options.preset], Path(options.data), Path(options.out)
+    result_file, figure = check_outputs(options)
+    texts = corpus.held_out(data)
     model, settings = build(preset, options), plan(preset, options)
     publish.check_size(model)
+    prepared = prepare(data, out, decides(preset, options), preset.vocabulary, CONTEXT)
     state = _train(model, prepared, texts, settings, out, options)
     if not settings.schedule.is_over(state.tokens, state.decay_from):
         print(f"stopped at {state.tokens:,} tokens; run it again to go on, with --decay-now to end it well")
         return 3
     result = describe(options, preset, model, prepared, texts, state)
     publish.publish(model, prepared.tokenizer, out / "final", result)
-    publish.write_result(result, Path(options.result))
-    publish.draw(result, Path(options.result).with_suffix(".png"))
+    publish.write_result(result, result_file)
+    publish.draw(result, figure)
     print(json.dumps({name: found["bits_per_char"] for name, found in result["quality"].items()}))
     return 0
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The tokenizer, the ids of an epoch, and what they were made from."""
+def check_outputs(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The files of the result and of its figure. Raises ConfigError if they or OUT cannot be written."""
+    result = Path(options.result)
+    check_writable("out", Path(options.out) / RUN)
+    check_writable("result", result)
+    figure = result.with_suffix(".png")
+    if figure == result:
+        raise ConfigError(
+            f"result: {options.result!r} is where the figure goes; give it another suffix, such as .json",
+            param="result",
+        )
+    check_writable("result", figure)
+    return result, figure
 
-    tokenizer: Any
-    ids: Any
-    sources: list[dict[str, Any]]
 
-
-def prepare(data: Path, folder: Path, vocabulary: int, seed: int) -> Prepared:
-    """The tokenizer and the ids, made now unless the folder holds them."""
-    from transformers import AutoTokenizer
-
-    if not (folder / "sources.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        found = corpus.documents(data)
-        picked = [source.picked(found[source.name]) for source in corpus.SOURCES]
-        tokenizer = train_tokenizer((text for texts in picked for text in texts), vocabulary)
-        tokenizer.save_pretrained(folder)
-        ids, counts = pack(tokenizer, picked, seed)
-        save_ids(ids, folder / "ids.npy")
-        sources = [
-            {
-                **{name: getattr(source, name) for name in ("name", "what", "origin", "licence", "share")},
-                "documents": len(found[source.name]),
-                "chars": sum(map(len, found[source.name])),
-                "tokens_per_epoch": count,
-            }
-            for source, count in zip(corpus.SOURCES, counts, strict=True)
-        ]
-        (folder / "sources.json").write_text(json.dumps(sources, indent=1))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return Prepared(tokenizer, load_ids(folder / "ids.npy"), json.loads((folder / "sources.json").read_text()))
+def decides(preset: Preset, options: argparse.Namespace) -> dict[str, Any]:
+    """What a run is a function of, but for its budget: a run goes on only with the same."""
+    return {
+        "preset": options.preset,
+        "seed": options.seed,
+        "lr": options.lr or preset.lr,
+        "decay": options.decay,
+        "data": str(Path(options.data).resolve()),
+    }
 
 
 def build(preset: Preset, options: argparse.Namespace) -> torch.nn.Module:
@@ -176,26 +171,38 @@ def _train(
     out: Path,
     options: argparse.Namespace,
 ) -> State:
-    signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda caught, _: signals.append(caught))
-
     def look(model: torch.nn.Module) -> dict[str, float]:
         return bits_per_char(model, prepared.tokenizer, sample(texts), CONTEXT)
 
     stream = Stream(prepared.ids, CONTEXT, options.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters, {len(prepared.ids):,} tokens an epoch, {stream.windows:,} windows", flush=True)
-    return train(
-        model,
-        stream,
-        settings,
-        out,
-        look,
-        decay_now=options.decay_now,
-        stopped=lambda: bool(signals),
-        say=lambda line: print(line, flush=True),
-    )
+    with caught_signals() as signals:
+        return train(
+            model,
+            stream,
+            settings,
+            out,
+            look,
+            decay_now=options.decay_now,
+            stopped=lambda: bool(signals),
+            say=lambda line: print(line, flush=True),
+        )
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are only listed within; afterwards they do what they did before."""
+    caught: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def sample(texts: tuple[corpus.HeldOut, ...]) -> tuple[corpus.HeldOut, ...]:
@@ -236,11 +243,9 @@ def describe(
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
         "run": {
-            "preset": options.preset,
-            "seed": options.seed,
-            "lr": options.lr or preset.lr,
+            **{name: prepared.made_with[name] for name in ("preset", "seed", "lr")},
             "tokens_a_step": preset.rows * CONTEXT,
-            "decay_share": options.decay,
+            "decay_share": prepared.made_with["decay"],
             "tokens": state.tokens,
             "epochs": state.tokens / len(prepared.ids),
             "steps": state.step,
@@ -265,36 +270,36 @@ def describe(
     }
 
 
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def read(text: str) -> float:
+def _number(kind: Callable[[str], float], holds: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """Reads a number of a kind for argparse, which names what was expected of one that does not hold."""
+
+    def number(text: str) -> float:
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
         return value
 
-    read.__name__ = "number"  # as argparse calls it in its message
-    return read
+    return number
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 and below 1, got {text}")
-    return value
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    return _number(kind, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.pretrain_backbone", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the public sources: squad/, wikitext2/, snips/ ...")
-    parser.add_argument("--out", required=True, help="folder of this run; an interrupted one goes on")
+    parser.add_argument("--out", required=True, help="folder of this run; an interrupted one goes on as it began")
     parser.add_argument("--name", default="backbone", help="what the model is called")
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size of the model and of a step")
     parser.add_argument("--tokens", type=_positive(int), help="budget in tokens, decay included")
     parser.add_argument("--minutes", type=_positive(float), help="budget in minutes of training, decay included")
-    parser.add_argument("--decay", type=_share, default=0.25, help="share of the tokens in which the rate falls to 0")
+    share = _number(float, lambda value: 0 <= value < 1, "a share from 0 and below 1")
+    seed = _number(int, lambda value: 0 <= value < SEEDS, "a whole number from 0 and below 2**63")
+    parser.add_argument("--decay", type=share, default=0.25, help="share of the tokens in which the rate falls to 0")
     parser.add_argument("--decay-now", action="store_true", help="go on from the checkpoint and begin the decay")
     parser.add_argument("--lr", type=_positive(float), help="peak learning rate (the preset's)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--checkpoint-minutes", type=_positive(float), default=2.0)
     parser.add_argument("--compile", action="store_true", help="with torch.compile (a fifth faster on a CPU)")
     parser.add_argument("--result", default="pretrain.json", help="where the result goes; the figure lies beside it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from pedro.errors import ConfigError
 from pedro.training.pretrain.corpus import LEFT_OUT, SOURCES
+from pedro.training.pretrain.files import replacing
 
 LIMIT_BYTES = 32_000_000
 LICENCE = """Weights and tokenizer: Creative Commons Attribution-ShareAlike 4.0 International (CC BY-SA 4.0)
@@ -33,14 +35,22 @@ def check_size(model: Any) -> None:
 
 
 def publish(model: Any, tokenizer: Any, folder: Path, result: Mapping[str, Any]) -> None:
-    """Write the backbone (bf16 safetensors) with PROVENANCE.md and LICENSE. Raises ConfigError if it is too large."""
+    """Write the backbone (bf16 safetensors) with PROVENANCE.md and LICENSE; a former one stays until this is whole.
+
+    Raises ConfigError if it is too large.
+    """
     check_size(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    scratch = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    model.to(torch.bfloat16).save_pretrained(scratch)
     model.float()
-    tokenizer.save_pretrained(folder)
-    (folder / "PROVENANCE.md").write_text(provenance_text(result))
-    (folder / "LICENSE").write_text(LICENCE + "\n".join(f"{s.name}: {s.licence}, {s.origin}" for s in SOURCES) + "\n")
+    tokenizer.save_pretrained(scratch)
+    (scratch / "PROVENANCE.md").write_text(provenance_text(result))
+    licences = "\n".join(f"{source.name}: {source.licence}, {source.origin}" for source in SOURCES)
+    (scratch / "LICENSE").write_text(f"{LICENCE}{licences}\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
 
 
 def provenance_text(result: Mapping[str, Any]) -> str:
@@ -113,11 +123,11 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         if decay is not None:
             axes.axvline(decay / 1e6, color="grey", linewidth=0.8, linestyle="--")
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")
     pyplot.close(figure)
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(result, indent=1) + "\n")

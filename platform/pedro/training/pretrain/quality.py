@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from pedro.data.formats import encode_prompts
+from pedro.errors import TrainingError
 
 BATCH_TOKENS = 8192
+MOST_NATS = 700.0  # a token; what a perplexity can still be computed from
 Window = tuple[list[int], int]  # token ids, and from which of them on they count
 
 
@@ -34,7 +36,7 @@ def measure(model: torch.nn.Module, tokenizer: Any, pieces: Sequence[str], conte
     """Quality on pieces of text, each on its own from BOS on.
 
     A piece longer than the context is read in windows that overlap by half, so that all but the first tokens are
-    predicted from at least half a context.
+    predicted from at least half a context. Raises TrainingError for a model whose weights have run away.
     """
     was_training = model.training
     model.eval()
@@ -46,6 +48,10 @@ def measure(model: torch.nn.Module, tokenizer: Any, pieces: Sequence[str], conte
         nats += found
         tokens += sum(len(ids) - start for ids, start in batch)
     model.train(was_training)
+    if not nats / tokens < MOST_NATS:
+        raise TrainingError(
+            f"loss: it is {nats / tokens} on held-out text; start again with a lower --lr and a new --out", param="lr"
+        )
     chars = sum(map(len, pieces))
     return Quality(chars, tokens, round(math.exp(nats / tokens), 4), round(nats / math.log(2) / chars, 5))
 

@@ -52,6 +52,7 @@ class Stream:
     def __init__(self, ids: np.ndarray, context: int, seed: int):
         self.ids, self.context, self.seed = ids, context, seed
         self.windows = (len(ids) - 1) // context
+        assert self.windows > 0, f"{len(ids)} ids are less than a window of {context + 1}"
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def batch(self, first: int, rows: int) -> torch.Tensor:
