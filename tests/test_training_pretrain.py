@@ -335,6 +335,12 @@ def test_what_was_left_half_made_is_made_again_and_what_is_damaged_is_told(data,
         _prepare(data, tmp_path)
 
 
+def test_a_checkpoint_that_cannot_be_written_is_told_in_one_line(data, tmp_path):
+    (tmp_path / f"{CHECKPOINT}.new").mkdir()
+    with pytest.raises(SystemExit, match=r"error: .*; check the path and the room on its disk"):
+        main([*_words(data, tmp_path), "--tokens", "1"])
+
+
 def test_a_checkpoint_of_unknown_settings_is_not_gone_on_from(data, tmp_path):
     (tmp_path / CHECKPOINT).write_bytes(b"")
     with pytest.raises(ConfigError, match=r"holds a checkpoint, but no run\.json"):
