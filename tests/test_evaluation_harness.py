@@ -24,7 +24,7 @@ from pedro.evaluation.harness import __main__ as harness_main
 from pedro.evaluation.harness.base import Scored, limits
 from pedro.evaluation.harness.endpoint import EndpointModel
 from pedro.evaluation.harness.local import LocalModel
-from pedro.evaluation.harness.run import find_tasks, run
+from pedro.evaluation.harness.run import _metrics, find_tasks, run
 from pedro.registry import Registry
 
 ROWS = 24
@@ -258,6 +258,79 @@ def test_the_server_refuses_what_it_does_not_know_and_the_reason_is_told(endpoin
         EndpointModel(model="acme.nothing", base_url=base, api_key=key)
     with pytest.raises(ConfigError, match="api_key"):
         EndpointModel(model="acme.faq", base_url=base)
+
+
+def test_scores_are_those_of_lm_evals_own_steps_to_the_last_digit(made):
+    from lm_eval import simple_evaluate
+
+    tasks = ["pedro_banking77", "pedro_snips"]
+    ours = run({"adapter": made.directory}, tasks, limit=6, shots=2)
+    model, manager = LocalModel(adapter=made.directory), find_tasks(tasks)
+    theirs = simple_evaluate(model, tasks=tasks, task_manager=manager, limit=6, num_fewshot=2, bootstrap_iters=1000)
+    for task in tasks:
+        wanted = {name.removesuffix(",none"): value for name, value in theirs["results"][task].items()}
+        assert ours["tasks"][task].items() <= wanted.items()
+    assert ours["shots"] == theirs["n-shot"] == dict.fromkeys(tasks, 2)
+
+
+def test_a_pattern_names_tasks_and_nothing_is_said_outside_a_checkout(made, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    found = run({"adapter": made.directory}, ["pedro_s*"], limit=2)
+    assert found["rows"] == {"pedro_snips": 2}
+    assert "fatal" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "shots", "reason"),
+    [
+        ({}, None, None, "rows.json"),
+        ({}, 0, None, ""),
+        ({}, 3, 9, "ValueError"),
+        ({'"{{prompt}}"': "!function nowhere.prompt"}, 3, None, "nowhere"),
+        ({'"{{prompt}}"': "!function textwrap.nothing"}, 3, None, "nothing"),
+        ({'"{{prompt}}"': "!function textwrap.dedent"}, 3, None, "TypeError"),
+        ({"max_gen_toks: 6": "max_gen_toks: 0"}, 3, None, "max_gen_toks"),
+    ],
+    ids=["no-data", "no-rows", "too-many-shots", "no-module", "no-function", "failing-function", "no-tokens"],
+)
+def test_a_task_that_cannot_be_asked_is_told_in_one_line(made, tmp_path, changes, rows, shots, reason):
+    written = task_file(tmp_path, [{"prompt": "a", "completion": "b"}] * (rows or 0)) / "two_answers.yaml"
+    text = written.read_text() + "fewshot_split: test\n"
+    for before, after in changes.items():
+        assert before in text
+        text = text.replace(before, after)
+    written.write_text(text)
+    if rows is None:
+        (tmp_path / "rows.json").unlink()
+    with pytest.raises(ConfigError) as caught:
+        run({"adapter": made.directory}, ["two_answers"], include_path=tmp_path, shots=shots)
+    assert reason in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_examples_that_a_task_never_takes_are_refused(made, tmp_path):
+    written = task_file(tmp_path, [{"prompt": "a", "completion": "b"}]) / "two_answers.yaml"
+    written.write_text(written.read_text() + "num_fewshot: 0\n")
+    with pytest.raises(ConfigError, match="shots: the task two_answers"):
+        run({"adapter": made.directory}, ["two_answers"], include_path=tmp_path, shots=3)
+
+
+def test_a_task_file_does_not_take_the_name_of_one_of_ours(tmp_path):
+    written = task_file(tmp_path, []) / "two_answers.yaml"
+    written.write_text(written.read_text().replace("two_answers", "pedro_snips"))
+    with pytest.raises(ConfigError, match=r"include_path: .*pedro_snips"):
+        find_tasks(["pedro_snips"], tmp_path)
+
+
+def test_a_metric_that_is_no_number_is_null_in_json():
+    found = _metrics({"acc,none": float("nan"), "ppl,none": float("inf"), "acc_stderr,none": "N/A", "f1,none": 1})
+    assert found == {"acc": None, "ppl": None, "acc_stderr": "N/A", "f1": 1.0}
+
+
+@pytest.mark.parametrize("most", [0, -5, "x", "nan"])
+def test_an_answer_of_no_possible_length_is_refused(most):
+    with pytest.raises(ConfigError, match="max_gen_toks"):
+        limits({"max_gen_toks": most})
 
 
 @pytest.mark.slow

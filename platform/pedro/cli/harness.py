@@ -60,12 +60,16 @@ def _show(result: dict[str, Any]) -> None:
     lines = []
     for task, metrics in {**result["tasks"], **result["groups"]}.items():
         for metric, value in metrics.items():
-            if "_stderr" in metric or not isinstance(value, float):
+            if "_stderr" in metric or isinstance(value, str):
                 continue
             plain, comma, filtered = metric.partition(",")
             error = metrics.get(f"{plain}_stderr{comma}{filtered}")
             spread = f"± {error:.4f}" if isinstance(error, float) else ""
             lines.append(
-                [task, result["rows"].get(task, ""), result["shots"].get(task, ""), metric, f"{value:.4f}", spread]
+                [task, result["rows"].get(task, ""), result["shots"].get(task, ""), metric, _figure(value), spread]
             )
     table(["task", "rows", "shots", "metric", result["model"], ""], lines)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -159,9 +159,15 @@ class HarnessModel(LM):
 
 def limits(arguments: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     """Stop strings and the most tokens. Raises ConfigError for an argument that greedy decoding has no place for."""
-    wanted: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments)))
+    try:
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"generation_kwargs: expected numbers for max_gen_toks and temperature, got {dict(arguments)}",
+            param="generation_kwargs",
+        ) from error
     stops = tuple(stop for stop in wanted.pop("until") if stop)
-    max_tokens = wanted.pop("max_gen_toks")
+    max_tokens = whole(wanted.pop("max_gen_toks"), "generation_kwargs.max_gen_toks")
     if wanted.pop("do_sample") or wanted.pop("temperature", 0.0):
         raise ConfigError("generation_kwargs: this model decodes greedily; set do_sample=False", param="do_sample")
     for name in WITHOUT_EFFECT:
@@ -174,8 +180,8 @@ def limits(arguments: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
 def whole(value: Any, name: str) -> int:
     """A number from lm-eval's command line, where everything may be text. Raises ConfigError."""
     try:
-        number = int(value)
-    except (TypeError, ValueError):
+        number = int(str(value))
+    except ValueError:
         number = 0
     if number < 1:
         raise ConfigError(f"{name}: expected a whole number above 0, got {value!r}", param=name)
