@@ -25,13 +25,17 @@ from pedro.comparison.cells import Planner, check, choose, count_parameters_of, 
 from pedro.comparison.data import gather
 from pedro.comparison.efficiency import check_efficiency
 from pedro.comparison.grid import Grid, lacking, usable
-from pedro.comparison.results import FAILED, FINAL, FINISHED, TUNE, Cell, read_comparison
-from pedro.comparison.run import open_folder, prepare
+from pedro.comparison.results import FAILED, FINAL, FINISHED, TUNE, Cell, TaskResult, read_comparison, write_cell
+from pedro.comparison.run import compare, open_folder, prepare
 from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, MethodChoice, load_comparison_spec
 from pedro.config import Settings, validate_spec
 from pedro.errors import ConfigError, DataError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "jobs/configs").glob("*_[tf]*.yaml"))
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[1] / "jobs/configs").glob("*.yaml")
+    if path.stem.startswith(("paper_", "nano_")) and "sweep" not in path.stem
+)
 RATES = [1e-3, 1e-2]
 SIZELESS = [{"name": "pedro", "label": "PEDRO"}, {"name": "lora", "label": "LoRA"}]
 TINY = {
@@ -370,6 +374,24 @@ def test_a_run_that_diverges_is_a_failed_cell(tmp_path):
     cell = run_cell(planner.finals(planner.groups[1], 1e30)[0], data, spec.resources, None, tmp_path / "cache")
     assert cell.state == FAILED
     assert "the loss is" in cell.message
+
+
+def test_a_changed_label_is_shown_though_no_run_is_made(tmp_path):
+    settings, folder = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")}), tmp_path / "out"
+    for label in ("PEDRO", "first"):
+        spec = spec_of(tune=None, methods=[{"name": "pedro", "label": label}], tasks=["snips"], baseline=label)
+        planner = prepare(spec, settings, folder, False, print).planner
+        score = TaskResult("snips", "accuracy", 0.5, rows=2, per_row=(0.0, 1.0))
+        for plan in planner.finals(planner.groups[0], None):
+            if not (folder / "cells" / f"{plan.id}.json").exists():
+                write_cell(folder, replace(finished(plan), scores=(score,)))
+        compare(spec, settings, folder, prepare(spec, settings, folder, False, print), print)
+        head = json.loads((folder / "comparison.json").read_text())
+        assert head["labels"] == [label]
+        assert f"\n{label} " in (folder / "table.txt").read_text()
+    made = head["provenance"]
+    compare(spec, settings, folder, prepare(spec, settings, folder, False, print), print)
+    assert json.loads((folder / "comparison.json").read_text())["provenance"] == made, "nothing changed"
 
 
 @pytest.mark.slow

@@ -83,19 +83,21 @@ def compare(spec: ComparisonSpec, settings: Settings, folder: Path, prepared: Pr
     baseline = spec.baseline or spec.labels[0]
     open_folder(folder)
 
-    def write_head() -> None:
+    def write_head(changed: bool) -> None:
+        """comparison.json, where runs were made or the spec says something else than before."""
         seconds = float(before.get("seconds") or 0.0) + time.monotonic() - started
-        _write(folder / HEAD, head_of(spec, seconds, baseline, provenance()))
+        head = json.loads(json.dumps(head_of(spec, seconds, baseline, provenance())))
+        if changed or any(head[key] != before.get(key) for key in head.keys() - {"seconds", "provenance"}):
+            _write(folder / HEAD, head)
 
     if not before:
-        write_head()
+        write_head(True)
     log = _Log(spec, settings, say)
     grid = Grid(spec, prepared.planner, prepared.data, folder, prepared.kept, log.cell)
     try:
         grid.run(settings, say)
     finally:
-        if grid.changed:
-            write_head()
+        write_head(grid.changed)
         log.close()
     from pedro.comparison.report import write_report
 
