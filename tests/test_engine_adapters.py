@@ -21,6 +21,7 @@ from engine_models import (
 
 from pedro.engine.adapters import AdapterPool
 from pedro.errors import AdapterError, ConflictError, PedroError, UnavailableError
+from pedro.methods.adapter_files import read_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -412,11 +413,13 @@ def test_weights_that_do_not_fit_their_config_are_refused(model, store, tmp_path
     shutil.copytree(root / "a0", tmp_path / "a0")
     path = tmp_path / "a0" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 7}))
-    engine = make_engine(model, load=lambda ref: tmp_path / ref)
-    engine.add(request("r", prompt(6), 4, adapter="a0"))
-    error = drain(engine)["r"].last.error
-    assert isinstance(error, AdapterError)
-    assert "expected [32, 7]" in error.message
+    for message in ("config_digest: the config is", "expected [32, 7]"):
+        engine = make_engine(model, load=lambda ref: tmp_path / ref)
+        engine.add(request("r", prompt(6), 4, adapter="a0"))
+        error = drain(engine)["r"].last.error
+        assert isinstance(error, AdapterError)
+        assert message in error.message
+        write_manifest(path.parent, read_manifest(path.parent))
 
 
 def test_a_request_cancelled_while_its_adapter_loads_leaves_nothing_behind(model, store):
