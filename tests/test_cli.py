@@ -402,3 +402,18 @@ def test_a_reader_that_has_had_enough_is_no_error(home):
     run = subprocess.run([*PEDRO, "keys", "list"], stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=60)
     os.close(writing)
     assert (run.returncode, run.stderr) == (1, b"")
+
+
+def test_control_characters_of_others_reach_no_terminal(capsys):
+    from pedro.cli.output import fail, printable, say, table
+    from pedro.errors import DataError
+
+    evil = "a\x1b]0;owned\x07\x9b2J\u202eb\ud800\r\tü 漢\n"
+    assert printable(evil) == "a\\x1b]0;owned\\x07\\x9b2J\\u202eb\\ud800\\r\tü 漢\n"
+    say(evil)
+    table(["name"], [[evil]])
+    with pytest.raises(SystemExit):
+        fail(DataError(evil))
+    shown = "".join(capsys.readouterr())
+    assert "owned" in shown
+    assert not set(shown) & {"\x1b", "\x07", "\x9b", "\u202e", "\ud800", "\r"}

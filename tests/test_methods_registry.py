@@ -236,6 +236,30 @@ def test_peft_says_in_its_own_words_what_does_not_fit_the_backbone():
             get_method("peft").apply(tiny_backbone(), options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"peft_type": "LORA", "target_modules": r"(\w+\.?)+!"},
+        {"peft_type": "LORA", "target_modules": "q_proj", "exclude_modules": r"(.*a?)*!"},
+        {"peft_type": "LORA", "target_modules": ["q_proj"], "rank_pattern": {r"(\w|\d)+(\w+)+!": 4}},
+    ],
+)
+def test_a_pattern_that_would_match_for_years_is_refused_by_field(monkeypatch, options):
+    monkeypatch.setattr("pedro.methods.patterns.LIMIT_S", 0.5)
+    with pytest.raises(ConfigError, match=r"method\.(target_modules|exclude_modules|rank_pattern): .* takes too long"):
+        get_method("peft").apply(tiny_backbone(), options)
+
+
+def test_an_ordinary_pattern_still_names_modules():
+    options = {
+        "peft_type": "LORA",
+        "target_modules": r".*\.layers\.\d+\..*\.(q|v)_proj",
+        "rank_pattern": {"q_proj$": 4},
+    }
+    model = get_method("peft").apply(tiny_backbone(), options)
+    assert {name.rpartition(".")[2] for name in model.targeted_module_names} == {"q_proj", "v_proj"}
+
+
 def test_a_mistake_that_only_the_model_shows_is_told_as_the_specs_option():
     with pytest.raises(ConfigError, match=r"method\.group_size: expected a divisor of \d+, the width of a target"):
         get_method("pedro").apply(tiny_backbone(), {"group_size": 7})

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pedro.errors import ConfigError
+from pedro.yaml_reader import MAX_DEPTH, parse_yaml, read_yaml
 
+SHOWN = 200
+"""Characters of a wrong value that an error repeats."""
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 PLAIN_WORDS = {  # pydantic's words: ours
     r"^Value error, ": "",
@@ -114,15 +116,7 @@ def load_spec(path: str | Path, overrides: Iterable[str], kind: type[Spec]) -> S
 
     Raises one ConfigError that lists every mistake with its field, value and remedy.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read ({reason})", param=str(path)) from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}", param=str(path)) from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}", param=str(path))
     for word in overrides:
@@ -158,6 +152,8 @@ def _override(tree: dict[str, Any], word: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{word!r}: expected key=value, for instance training.lr=1e-3", param=word)
     *parents, leaf = key.split(".")
+    if len(parents) >= MAX_DEPTH:
+        raise ConfigError(f"{word[:SHOWN]!r}: nested more than {MAX_DEPTH} deep", param=key[:SHOWN])
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
@@ -167,9 +163,9 @@ def _override(tree: dict[str, Any], word: str) -> None:
 
 def _scalar(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r}: not a YAML value", param=text) from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{text[:SHOWN]!r}: not a YAML value: {error}", param=text[:SHOWN]) from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text; everybody means the number
         try:
             return float(value)
@@ -194,7 +190,8 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
         return message
     if isinstance(item["input"], dict):  # of a whole section: its message says which values do not go together
         return f"{path}: {message}"
-    return f"{path}: {message}, got {item['input']!r}"
+    given = repr(item["input"])
+    return f"{path}: {message}, got {given if len(given) <= SHOWN else given[:SHOWN] + '…'}"
 
 
 def _fields(kind: Any, path: tuple) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pedro.cli.output import AsJson, emit
+from pedro.cli.output import AsJson, emit, printable
 
 
 def chat(
@@ -49,7 +49,7 @@ def chat(
         for piece in _stream(base, key, body):
             answer += piece
             if not as_json:
-                typer.echo(piece, nl=False)
+                typer.echo(printable(piece), nl=False)
         emit({"model": model, "message": answer}, as_json, typer.echo)
         history.append({"role": "assistant", "content": answer})
         if message is not None:

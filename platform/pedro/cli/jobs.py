@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pedro.cli.output import AsJson, emit, percent, say, table
+from pedro.cli.output import AsJson, emit, percent, printable, say, table
 
 if TYPE_CHECKING:
     from pedro.cluster import Cluster
@@ -134,11 +134,11 @@ def logs(
     url = _cluster().dashboard_url
     if follow and not as_json:
         for line in training.follow(job, url):
-            typer.echo(line)
+            typer.echo(printable(line))
         return
     text = training.logs(job, url)
     lines = text.splitlines() if raw else list(training.readable(text.splitlines()))
-    emit({"job_id": job, "lines": lines}, as_json, lambda: typer.echo("\n".join(lines)))
+    emit({"job_id": job, "lines": lines}, as_json, lambda: typer.echo(printable("\n".join(lines))))
 
 
 @app.command()

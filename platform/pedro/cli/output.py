@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from pedro.errors import PedroError
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 
 
@@ -22,6 +24,11 @@ def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
+def printable(text: str) -> str:
+    """`text` without what could steer a terminal: control characters (but line ends and tabs) as escapes."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str = "nothing here yet", whole: int = 0
 ) -> None:
@@ -30,7 +37,7 @@ def table(
     from rich.console import Console
     from rich.table import Column, Table
 
-    rows = [[("" if cell is None else str(cell)) for cell in row] for row in rows]
+    rows = [[("" if cell is None else printable(str(cell))) for cell in row] for row in rows]
     if not rows:
         typer.echo(empty)
         return
@@ -43,14 +50,14 @@ def table(
 
 def say(line: str) -> None:
     """Tell a person what is going on, on standard error, so that `--json` output stays clean."""
-    typer.echo(line, err=True)
+    typer.echo(printable(line), err=True)
 
 
 def fail(error: PedroError, as_json: bool = False) -> None:
     """Show the error and exit with status 1."""
     if as_json:
         typer.echo(json.dumps(error.body()))
-    typer.echo(f"error: {error.message}", err=True)
+    typer.echo(printable(f"error: {error.message}"), err=True)
     sys.exit(1)
 
 

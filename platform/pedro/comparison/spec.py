@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,13 +16,15 @@ from pedro.config import Frozen, check_name, load_spec, mistakes
 from pedro.data.tasks import TASKS, get_task
 from pedro.errors import ConfigError
 from pedro.training.spec import TrainingSpec
+from pedro.yaml_reader import read_yaml
 
 DATA_VARIABLE = "PEDRO_TASK_DATA"
 SIZES = ("r", "tokens")  # the option that a budget of parameters decides, the first that a method has
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**12)]
+MOST_RUNS = 100_000
 KINDS = ("comparison", "efficiency")
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rate = Annotated[float, Field(gt=0, le=100)]
 
 
 def _printable(tree: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -124,8 +127,8 @@ class JudgeSpec(Frozen):
 class ResourcesSpec(Frozen):
     """What one run takes of the cluster."""
 
-    cpus: float = Field(1, gt=0)
-    gpus: float = Field(0, ge=0)
+    cpus: float = Field(1, gt=0, le=4096)
+    gpus: float = Field(0, ge=0, le=4096)
 
 
 class ComparisonSpec(Frozen):
@@ -169,6 +172,16 @@ class ComparisonSpec(Frozen):
     @classmethod
     def _name(cls, value: str) -> str:
         return _checked(lambda: check_name("name", value))
+
+    @model_validator(mode="after")
+    def _bounded(self) -> ComparisonSpec:
+        factors = (self.backbones, self.tasks, self.methods, self.budgets or (0,), self.seeds)
+        runs = math.prod(map(len, factors))
+        if runs > MOST_RUNS:
+            raise ValueError(
+                f"{runs:,} runs, and a comparison may have {MOST_RUNS:,}; take out seeds, tasks or methods"
+            )
+        return self
 
     @model_validator(mode="after")
     def _each_once(self) -> ComparisonSpec:
@@ -299,13 +312,11 @@ def _place(data: str | None, base: Path) -> str | None:
 
 
 def _kind(path: str | Path, words: Iterable[str]) -> str:
-    import yaml
-
     if given := [word.removeprefix("kind=") for word in words if word.startswith("kind=")]:
         return given[-1]
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        tree = read_yaml(path)
+    except ConfigError:
         return "comparison"  # `load_spec` says what is wrong
     return str(tree.get("kind", "comparison")) if isinstance(tree, Mapping) else "comparison"
 

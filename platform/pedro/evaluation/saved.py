@@ -74,10 +74,12 @@ def _attach(model: nn.Module, directory: Path, config: PeftConfig) -> nn.Module:
     from safetensors import safe_open
 
     from pedro.methods.adapter_files import CONFIG, WEIGHTS
+    from pedro.methods.patterns import check_patterns
 
     with safe_open(directory / WEIGHTS, "pt") as file:
         saved = set(file.keys())
     try:
+        check_patterns(config, (name for name, _ in model.named_modules()))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
             tuned = PeftModel.from_pretrained(model, directory, config=config)

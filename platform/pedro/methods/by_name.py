@@ -14,7 +14,7 @@ from peft import AdaLoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from pedro.errors import ConfigError
+from pedro.errors import ConfigError, PedroError
 from pedro.methods.adalora import UNKNOWN_STEPS, AdaLora
 from pedro.methods.companion import Companion
 from pedro.methods.method import Method
@@ -37,6 +37,8 @@ class PeftByName(Method):
     def _attach(self, model: nn.Module, config: PeftConfig) -> nn.Module:
         try:
             attached = super()._attach(model, config)
+        except PedroError:
+            raise
         except Exception as error:  # PEFT's methods raise whatever their formulas meet first
             raise ConfigError(
                 f"method.peft_type: {config.peft_type.value} cannot be put on this backbone: {error}",  # type: ignore[union-attr]

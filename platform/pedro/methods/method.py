@@ -18,6 +18,7 @@ from torch import nn
 
 from pedro.errors import ConfigError
 from pedro.methods.companion import Companion
+from pedro.methods.patterns import check_patterns
 from pedro.methods.prompt import PROMPT_ARGUMENTS
 
 Parameters = list[tuple[str, nn.Parameter]]
@@ -80,6 +81,7 @@ class Method:
         return self.wrap(attached)
 
     def _attach(self, model: nn.Module, config: PeftConfig) -> nn.Module:
+        check_patterns(config, (name for name, _ in model.named_modules()))
         attached = get_peft_model(model, config)
         for name, parameter in attached.named_parameters():
             if ".ranknum." in name:  # AdaLoRA's counts of ranks: on a bf16 backbone PEFT casts them to weights

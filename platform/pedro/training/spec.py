@@ -74,52 +74,52 @@ class MethodSpec(BaseModel):
 class TrainingSpec(Frozen):
     """The optimisation; defaults are the paper's setup (section 4.3) where it names one."""
 
-    epochs: float = Field(3.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
+    epochs: float = Field(3.0, gt=0, le=100_000)
+    max_steps: int | None = Field(None, ge=1, le=10**9)
     """Ω steps at most, whatever `epochs` says."""
-    lr: float = Field(1e-4, gt=0)
-    batch_size: int = Field(16, ge=1)
+    lr: float = Field(1e-4, gt=0, le=100)
+    batch_size: int = Field(16, ge=1, le=10**6)
     """Rows of one optimizer step, over all workers together."""
-    gradient_accumulation: int = Field(1, ge=1)
+    gradient_accumulation: int = Field(1, ge=1, le=10**6)
     """Into how many slices a worker cuts its share of a batch, to save memory; the result stays the same."""
-    max_length: int | None = Field(None, ge=2)
+    max_length: int | None = Field(None, ge=2, le=10**8)
     """Tokens of prompt and answer together; the backbone's context if not given."""
     warmup: float = Field(0.06, ge=0, lt=1)
     """Share of the steps in which the learning rate climbs; it then falls linearly to zero."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=100)
     """Decoupled (AdamW), on Ω only."""
-    clip: float = Field(1.0, ge=0)
+    clip: float = Field(1.0, ge=0, le=10**6)
     """Largest gradient norm; 0 does not clip."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the frozen backbone. An adapter's own parameters are float32 in either case."""
     bilevel: bool = True
     """Alternate Ω steps on train with Θ steps on theta (eq. 8); false trains both together on both."""
-    theta_every: int = Field(1, ge=1)
+    theta_every: int = Field(1, ge=1, le=10**9)
     """A Θ step follows every so many Ω steps."""
-    theta_lr: float | None = Field(None, gt=0)
+    theta_lr: float | None = Field(None, gt=0, le=100)
     """Learning rate of Θ; `lr` if not given. Where `lr` is above 1e-4, leave Θ there: 1e-3 costs up to 11 points."""
-    eval_every: int = Field(200, ge=0)
+    eval_every: int = Field(200, ge=0, le=10**9)
     """Ω steps between validations; 0 means once an epoch."""
-    eval_rows: int = Field(2000, ge=1)
+    eval_rows: int = Field(2000, ge=1, le=10**9)
     """At most so many validation rows are used."""
-    patience: int = Field(10, ge=1)
+    patience: int = Field(10, ge=1, le=10**9)
     """Training stops after so many validations without a better loss."""
-    checkpoint_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(0, ge=0, le=10**9)
     """Ω steps between checkpoints; 0 means at each validation."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
 class ResourcesSpec(Frozen):
     """What the job takes of the cluster."""
 
-    workers: int = Field(1, ge=1)
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    workers: int = Field(1, ge=1, le=4096)
+    cpus_per_worker: float = Field(1, gt=0, le=4096)
+    gpus_per_worker: float = Field(0, ge=0, le=64)
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards: nothing, optimizer state, gradients too, parameters too."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: int = Field(3, ge=0, le=1000)
     """How often lost workers are replaced, each time from the last checkpoint."""
 
 
@@ -127,11 +127,11 @@ class GateSpec(Frozen):
     """When a new version becomes champion: against the champion on the same rows, or the backbone if there is none."""
 
     metric: Literal["accuracy", "loss"] = "accuracy"
-    min_gain: float = -0.005
+    min_gain: float = Field(-0.005, ge=-1e6, le=1e6)
     """Least improvement over the champion; a small negative number lets an equal version pass."""
     floor: float | None = None
     """The value that is needed in any case (for loss: the largest allowed)."""
-    max_rows: int = Field(1000, ge=1)
+    max_rows: int = Field(1000, ge=1, le=10**9)
     """At most so many rows are scored."""
 
 

@@ -20,6 +20,7 @@ from pedro.errors import ConfigError
 Kind = Literal["grid", "choice", "uniform", "loguniform", "randint"]
 KINDS: tuple[str, ...] = get_args(Kind)
 LISTS = ("grid", "choice")
+MOST = 100_000  # trials
 TRIES = 100  # draws in search of a combination that was not drawn before
 
 
@@ -96,6 +97,7 @@ def every(space: Space) -> list[Parameters]:
                 "search.algorithm to random or optuna",
                 param=f"space.{key}",
             )
+    _bound(space, 1)
     return list(_product(space))
 
 
@@ -105,6 +107,7 @@ def drawn(space: Space, trials: int, seed: int) -> list[Parameters]:
     Raises ConfigError where there are not so many.
     """
     grids = {key: dimension for key, dimension in space.items() if dimension.kind == "grid"}
+    _bound(grids, trials)
     rest = {key: dimension for key, dimension in space.items() if dimension.kind != "grid"}
     generator = random.Random(seed)  # noqa: S311
     seen: dict[str, Parameters] = {}
@@ -120,6 +123,16 @@ def drawn(space: Space, trials: int, seed: int) -> list[Parameters]:
             param="search.trials",
         )
     return [_ordered(space, {**draw, **combination}) for draw in seen.values() for combination in _product(grids)]
+
+
+def _bound(grids: Space, trials: int) -> None:
+    """Raise ConfigError where the grids make more combinations than anybody could train."""
+    combinations = trials * math.prod(len(dimension.values) for dimension in grids.values())
+    if combinations > MOST:
+        raise ConfigError(
+            f"space: {combinations:,} trials, and a sweep may have {MOST:,}; take values out of the grids",
+            param="space",
+        )
 
 
 def rounded(value: float, low: float, high: float) -> float:

@@ -30,9 +30,9 @@ class SearchSpec(Frozen):
     algorithm: Literal["random", "grid", "optuna"] = "random"
     """random: `trials` draws, each with every combination of the grids; grid: every combination of grids and choices;
     optuna: Optuna's TPE sampler, which learns from the trials before."""
-    trials: int | None = Field(None, ge=1)
+    trials: int | None = Field(None, ge=1, le=100_000)
     """How many draws; 10 if not given, and 1 where the space has grids alone. Not for algorithm grid."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of the draws; each trial's own seed is training.seed."""
 
 
@@ -41,9 +41,9 @@ class SchedulerSpec(Frozen):
 
     name: Literal["asha", "none"] = "asha"
     """asha (Li et al. 2020, arXiv 1810.05934): at each rung the best 1/reduction of the trials go on."""
-    grace_steps: int | None = Field(None, ge=1)
+    grace_steps: int | None = Field(None, ge=1, le=10**9)
     """Steps that every trial gets; base.training.eval_every if not given. Rungs lie at grace_steps × reduction^k."""
-    reduction: float = Field(3, gt=1)
+    reduction: float = Field(3, gt=1, le=1000)
 
 
 class SweepSpec(Frozen):
@@ -57,7 +57,7 @@ class SweepSpec(Frozen):
     """Dotted keys of the job, each with the values that it may take."""
     search: SearchSpec = SearchSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
-    concurrency: int | None = Field(None, ge=1)
+    concurrency: int | None = Field(None, ge=1, le=4096)
     """Most trials at a time; as many as the cluster's CPUs and GPUs allow if not given."""
 
     @field_validator("name")
