@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pedro.backbone import Backbone, load_tokenizer, resolve_backbone
+from pedro.training.memory import Sizes, training_memory
 from pedro.training.prepare import Prepared, make_plan, prepare
 from pedro.training.spec import FineTuneSpec
 
 TIMED_PARAMETERS = 100_000_000
 ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only for backbones that are not timed here
-BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -131,31 +131,20 @@ def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
 
 
 def _memory(spec: FineTuneSpec, config: Any, frozen: int, trainable: int, longest: int) -> dict[str, int]:
-    """Bytes on each worker; ZeRO 1 shards optimizer state, 2 gradients as well, 3 parameters as well.
-
-    Activations: per layer and token about 34 widths without attention scores (Korthikanti et al. 2022, section 4,
-    for 16 bit; twice that in 32), one width with gradient checkpointing, and the logits of a slice.
-    """
+    """Bytes on each worker, by part."""
     training, resources = spec.training, spec.resources
-    workers, stage = resources.workers, resources.zero_stage
-    size = BYTES[training.precision]
-    full16 = spec.method.name == "full" and training.precision == "bf16"
-    trained_size = 2 if full16 else 4
-    rows = -(-training.batch_size // (workers * training.gradient_accumulation))
-    tokens = rows * longest
-    per_layer = (1 if training.gradient_checkpointing else 17) * size * config.hidden_size
-    logits = 2 * 4 * config.vocab_size
-    share = {
-        part: workers if stage >= least else 1
-        for part, least in (("parameters", 3), ("gradients", 2), ("optimizer", 1))
-    }
-    return {
-        "backbone": frozen * size // share["parameters"],
-        "adapter": trainable * trained_size // share["parameters"],
-        "gradients": trainable * trained_size // share["gradients"],
-        "optimizer": trainable * (12 if full16 else 8) // share["optimizer"],
-        "activations": int(tokens * (config.num_hidden_layers * per_layer + logits)),
-    }
+    rows = -(-training.batch_size // (resources.workers * training.gradient_accumulation))
+    return training_memory(
+        Sizes(config.hidden_size, config.num_hidden_layers, config.vocab_size),
+        frozen=frozen,
+        trainable=trainable,
+        precision=training.precision,
+        full=spec.method.name == "full",
+        tokens=rows * longest,
+        gradient_checkpointing=training.gradient_checkpointing,
+        workers=resources.workers,
+        zero_stage=resources.zero_stage,
+    )
 
 
 def _timed(spec: FineTuneSpec, cache: Path) -> float:
