@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve dashboard test test-slow test-all check format clean
+.PHONY: help install demo serve dashboard test test-slow test-all check gpu-check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ check: install ## formatting, lint, types, import rules
 	@echo "== ruff"; $(BIN)/ruff check .
 	@echo "== mypy"; $(BIN)/mypy
 	@echo "== import rules"; $(BIN)/lint-imports --no-cache
+
+gpu-check: ## check and measure on a GPU (nine minutes; needs torch, transformers, peft and pytest in PYTHON alone)
+	@PYTHONPATH=platform:. $(PYTHON) -m jobs.gpu_check $(ARGS)
 
 format: install ## rewrite the code as `make check` wants it
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -183,7 +183,8 @@ def reference_logits(model, ids: list[int], prompt_length: int) -> torch.Tensor:
     """The logits of all positions [T, V] by one uncached forward, conditioned on the first `prompt_length` tokens."""
     conditioned = any(config.peft_type == "PEDRO" for config in getattr(model, "peft_config", {}).values())
     lens = {"prompt_lens": torch.tensor([prompt_length])} if conditioned else {}
-    return model(input_ids=torch.tensor([ids]), **lens).logits[0]
+    device = next(model.parameters()).device
+    return model(input_ids=torch.tensor([ids], device=device), **lens).logits[0]
 
 
 def reference_greedy(model, prompt_ids: list[int], count: int, conditioning: int | None = None) -> list[int]:

@@ -1,4 +1,8 @@
-"""The static-shape decode step that CUDA graphs capture, run here on a CPU: a "graph" is the function called again."""
+"""The static-shape decode step that CUDA graphs capture.
+
+On a CPU a "graph" is the function called again, and paged attention is spelled out. Where there is a GPU the same tests
+run on it as well, with what is really captured: in float32 masked, in bfloat16 with torch's own paged attention.
+"""
 
 import copy
 
@@ -9,6 +13,7 @@ from engine_models import DIGEST, make_adapter, prompt, random_backbone, referen
 from pedro.engine import graphs
 from pedro.engine import runner as runner_module
 from pedro.engine.formats import load_adapter
+from pedro.engine.graphs import GraphCapture, find_paged_attention
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 
 
@@ -42,20 +47,45 @@ def paged_attention(
     return out
 
 
-@pytest.fixture(params=["paged", "masked"])
+@pytest.fixture(params=["paged", "masked", *(["cuda-masked", "cuda-paged"] if torch.cuda.is_available() else [])])
 def graphed(request, monkeypatch):
+    """The device and dtype to run on; what is captured is counted."""
     captured.clear()
+    if request.param == "cuda-paged" and find_paged_attention(torch.bfloat16) is None:
+        pytest.skip("the installed torch has no paged varlen_attn")
+    if request.param.startswith("cuda"):
+
+        class Counted(GraphCapture):
+            def __call__(self, run):
+                replay, made = super().__call__(run)
+                captured.append(made.shape[0])
+                return replay, made
+
+        monkeypatch.setattr(runner_module, "GraphCapture", Counted)
+        return "cuda", torch.bfloat16 if request.param == "cuda-paged" else torch.float32
     monkeypatch.setattr(runner_module, "uses_graphs", lambda device: True)
     monkeypatch.setattr(runner_module, "GraphCapture", lambda: capture)
     paged = paged_attention if request.param == "paged" else None
     monkeypatch.setattr(runner_module, "find_paged_attention", lambda dtype: paged)
-    return request.param
+    return "cpu", torch.float32
+
+
+def bound(model, dtype: torch.dtype) -> float:
+    """How far logits may be off: in bfloat16 a few times what the model's own forward is off in it."""
+    if dtype == torch.float32:
+        return 1e-4
+    device = next(model.parameters()).device
+    ids = torch.tensor([prompt(24, 5)], device=device)
+    off = copy.deepcopy(model).to(dtype)(ids).logits.float() - model(ids).logits
+    return 4 * float(off.abs().max())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "phi3"])
 def test_graphed_steps_equal_the_reference_for_any_rows_kinds_and_lengths(model_type, graphed, tmp_path):
-    model = random_backbone(model_type, max_position_embeddings=400)
-    runner = Runner(copy.deepcopy(model), slots=11, length=300, kernel="torch")
+    device, dtype = graphed
+    model = random_backbone(model_type, max_position_embeddings=400).to(device)
+    runner = Runner(copy.deepcopy(model).to(dtype), slots=11, length=300, kernel="torch")
+    off = bound(model, dtype)
     tuned = {None: model}
     adapters = {None: None}
     for number, name in enumerate(["pedro", "red", "lora"]):
@@ -76,14 +106,15 @@ def test_graphed_steps_equal_the_reference_for_any_rows_kinds_and_lengths(model_
             made = runner.decode([DecodeRow(slots[i], tokens[i][-1], len(tokens[i]) - 1) for i in running])
             for got, best, i in zip(made.values, made.best, running, strict=True):
                 wanted = reference_logits(tuned[kinds[i]], tokens[i], lengths[i])[-1]
-                torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(got.cpu(), wanted.cpu(), atol=off, rtol=1e-4)
                 assert best == int(got.argmax())
         tokens = [ids[:n] for ids, n in zip(tokens, lengths, strict=True)]
     assert captured, "steps were captured"
 
 
 def test_a_graph_is_captured_once_for_steps_of_one_size(graphed):
-    runner = Runner(random_backbone("llama"), slots=8, length=64, kernel="torch")
+    device, dtype = graphed
+    runner = Runner(random_backbone("llama").to(device, dtype), slots=8, length=64, kernel="torch")
     runner.begin([PrefillRow(slot, prompt(4, slot), 4) for slot in range(3)])
     runner.advance()
     runner.end()
@@ -94,7 +125,8 @@ def test_a_graph_is_captured_once_for_steps_of_one_size(graphed):
 
 def test_the_graphs_used_least_recently_give_way(graphed, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
-    runner = Runner(random_backbone("llama"), slots=8, length=64, kernel="torch")
+    device, dtype = graphed
+    runner = Runner(random_backbone("llama").to(device, dtype), slots=8, length=64, kernel="torch")
     runner.begin([PrefillRow(slot, prompt(4, slot), 4) for slot in range(3)])
     runner.advance()
     runner.end()
@@ -107,7 +139,8 @@ def test_a_row_that_is_not_finite_is_marked(graphed):
     model = random_backbone("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[50] = float("nan")
-    runner = Runner(model, slots=2, length=32, kernel="torch")
+    device, dtype = graphed
+    runner = Runner(model.to(device, dtype), slots=2, length=32, kernel="torch")
     runner.begin([PrefillRow(slot, [3, 4, 5], 3) for slot in range(2)])
     runner.advance()
     runner.end()

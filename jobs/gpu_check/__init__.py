@@ -1,0 +1,1 @@
+"""`make gpu-check`: what must be seen on a real GPU, in one command, on a machine with torch, transformers and peft."""
