@@ -145,9 +145,27 @@ def test_a_changed_config_is_refused_with_both_digests(adapter):
     assert config_digest(adapter) in caught.value.message
 
 
-def test_an_adapter_of_before_configs_had_digests_is_still_taken(adapter):
+@pytest.mark.parametrize("field", ["prompt_format", "method", "metrics", "data_digest"])
+def test_a_changed_manifest_is_refused_whichever_field_was_changed(adapter, field):
+    changed = json.loads((adapter / MANIFEST).read_text()) | {field: {"id": "raw", "template": "x", "name": "lora"}}
+    (adapter / MANIFEST).write_text(json.dumps(changed))
+    with pytest.raises(AdapterError) as caught:
+        verify_adapter(adapter, BACKBONE)
+    assert caught.value.param == "manifest_digest"
+    assert changed["manifest_digest"] in caught.value.message
+
+
+def test_a_manifest_that_was_only_laid_out_anew_is_taken(adapter):
     manifest = read_manifest(adapter)
-    del manifest["config_digest"]
+    (adapter / MANIFEST).write_text(json.dumps(dict(reversed(manifest.items())), ensure_ascii=False))
+    assert verify_adapter(adapter, BACKBONE) == manifest
+
+
+@pytest.mark.parametrize("earlier", [("manifest_digest",), ("config_digest", "manifest_digest")])
+def test_an_adapter_of_a_release_without_a_digest_is_still_taken(adapter, earlier):
+    manifest = read_manifest(adapter)
+    for field in earlier:
+        del manifest[field]
     (adapter / MANIFEST).write_text(json.dumps(manifest))
     assert verify_adapter(adapter, BACKBONE) == manifest
 

@@ -19,6 +19,7 @@ def adapter_directory(path, digest="sha256:aa", content="weights"):
     (path / "adapter_model.safetensors").write_text(content)
     manifest = {
         "digest": digest,
+        "manifest_digest": "sha256:cc",
         "backbone": {"id": "b", "digest": "sha256:bb"},
         "method": {"name": "pedro"},
         "metrics": {"accuracy": 0.5},
@@ -107,12 +108,13 @@ def test_download_gives_the_registered_files_and_keeps_them(registry, register):
     assert registry.download(version) == directory
 
 
-def test_files_that_changed_in_the_store_are_refused(registry, register):
-    version = register("acme", "eight", "sha256:81")
+@pytest.mark.parametrize("field", ["digest", "manifest_digest"])
+def test_files_that_changed_in_the_store_are_refused(registry, register, field):
+    version = register("acme", "eight", f"sha256:81{field}")
     stored = next(
         path for path in registry.cache_dir.parent.glob(f"artifacts/**/{version.run_id}/**/pedro_adapter.json")
     )
-    stored.write_text(json.dumps({**json.loads(stored.read_text()), "digest": "sha256:99"}))
+    stored.write_text(json.dumps({**json.loads(stored.read_text()), field: "sha256:99"}))
     with pytest.raises(AdapterError, match="not those that were registered"):
         registry.download(version)
     assert not list((registry.cache_dir / "adapters").glob(".loading-*"))

@@ -158,6 +158,7 @@ class Registry:
             self.client.get_registered_model(name)
         tags = {
             "pedro.digest": manifest["digest"],
+            "pedro.manifest_digest": str(manifest.get("manifest_digest") or ""),
             "pedro.backbone": manifest["backbone"]["id"],
             "pedro.backbone_digest": manifest["backbone"]["digest"],
             "pedro.method": manifest["method"]["name"],
@@ -267,7 +268,7 @@ class Registry:
         """The version's adapter directory on this host, from a cache keyed by its digest and its run.
 
         The digest covers the weights alone: equal weights may come with another prompt format. Raises AdapterError
-        if what the store holds is not what was registered.
+        if what the store holds is not what was registered, the prompt format among it.
         """
         target = self.cache_dir / "adapters" / f"{version.digest.removeprefix('sha256:')}-{version.run_id}"
         if (target / MANIFEST).is_file():
@@ -276,7 +277,9 @@ class Registry:
         scratch = Path(tempfile.mkdtemp(prefix=".loading-", dir=target.parent))
         try:
             source = self.artifacts(version.run_id, "adapter", scratch, of=version.ref)
-            if _read_manifest(source)["digest"] != version.digest:
+            manifest = _read_manifest(source)
+            sealed = version.manifest_digest or manifest.get("manifest_digest")  # earlier releases recorded none
+            if manifest["digest"] != version.digest or manifest.get("manifest_digest") != sealed:
                 raise AdapterError(f"{version.ref}: the stored files are not those that were registered")
             try:
                 source.rename(target)

@@ -28,6 +28,7 @@ class Version:
     created: str
     aliases: tuple[str, ...] = ()
     promoted: str = ""  # when it last became champion
+    manifest_digest: str = ""  # of all that pedro_adapter.json says; versions of earlier releases have none
 
     @property
     def name(self) -> str:
@@ -65,6 +66,7 @@ def read_version(entity: Any, aliases: Mapping[str, int] | None = None) -> Versi
         created=utc(entity.creation_timestamp / 1000),
         aliases=tuple(sorted(held)),
         promoted=tags.get("pedro.promoted", ""),
+        manifest_digest=tags.get("pedro.manifest_digest", ""),
     )
 
 

@@ -198,7 +198,7 @@ def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     from pedro.data.formats import FORMATS
-    from pedro.methods.adapter_files import WEIGHTS, weights_digest
+    from pedro.methods.adapter_files import WEIGHTS, write_manifest
 
     target = home / "made" / source.name
     shutil.copytree(source, target)
@@ -209,14 +209,13 @@ def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
             tensor += torch.randn(tensor.shape, generator=noise)
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
     manifest = json.loads((target / "pedro_adapter.json").read_text())
-    manifest["digest"] = weights_digest(target)
     manifest["backbone"] = {
         "id": backbone.id,
         "digest": backbone.digest,
         "tokenizer_digest": backbone.tokenizer_digest,
     }
     manifest |= {"prompt_format": FORMATS["raw"].to_dict(), "metrics": {}}
-    (target / "pedro_adapter.json").write_text(json.dumps(manifest))
+    write_manifest(target, manifest)
     return target
 
 

@@ -37,6 +37,7 @@ REQUIRED = ("format_version", "digest", "backbone", "method")
 TYPES: dict[str, type] = {
     "digest": str,
     "config_digest": str,
+    "manifest_digest": str,
     "backbone": dict,
     "backbone.id": str,
     "backbone.digest": str,
@@ -47,7 +48,7 @@ TYPES: dict[str, type] = {
     "metrics": dict,
     "trainable_parameters": int,
 }
-MAY_LACK = ("config_digest", "method.options", "prompt_format", "metrics", "trainable_parameters")
+MAY_LACK = ("config_digest", "manifest_digest", "method.options", "prompt_format", "metrics", "trainable_parameters")
 SPOKEN = {str: "text", dict: "an object", int: "a whole number"}
 PACKAGES = ("pedro-platform", "torch", "transformers", "peft", "safetensors")
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors format
@@ -84,18 +85,21 @@ def save_adapter(model: nn.Module, directory: str | Path, manifest: dict[str, An
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> str:
     """Write the manifest of the weights and the config that lie in `directory`; returns the digest of the weights.
 
-    format_version, digest and config_digest are filled in, whatever `manifest` says they are.
+    format_version and the three digests are filled in, whatever `manifest` says they are.
     """
     digest = weights_digest(directory)
-    sealed = {"format_version": FORMAT_VERSION, "digest": digest, "config_digest": config_digest(directory)}
-    _write(directory / MANIFEST, json.dumps(manifest | sealed, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    known = {"format_version": FORMAT_VERSION, "digest": digest, "config_digest": config_digest(directory)}
+    sealed = json.loads(json.dumps(manifest | known, allow_nan=False))  # as a reader will find it
+    sealed["manifest_digest"] = manifest_digest(sealed)
+    _write(directory / MANIFEST, json.dumps(sealed, indent=2, sort_keys=True) + "\n")
     return digest
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of an adapter directory.
 
-    Raises AdapterError if it is missing, unreadable, of another format or holds something of another type.
+    Raises AdapterError if it is missing, unreadable, of another format, holds something of another type or was changed
+    since it was written. Manifests of earlier releases lack a digest of themselves, which is not checked then.
     """
     path = Path(directory) / MANIFEST
     try:
@@ -113,6 +117,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         )
     for field, kind in TYPES.items():
         _expect(manifest, field, kind)
+    if manifest.get("manifest_digest"):
+        _expect_digest(manifest, "manifest_digest", "manifest is", manifest_digest(manifest))
     return manifest
 
 
@@ -156,6 +162,13 @@ def config_digest(directory: str | Path) -> str:
             text = (Path(directory) / name).read_bytes()
             total.update(f"{name}:{hashlib.sha256(text).hexdigest()}\n".encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """sha256 over everything that a manifest says, the prompt's template too, but for this digest itself."""
+    said = {key: value for key, value in manifest.items() if key != "manifest_digest"}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def verify_adapter(directory: str | Path, backbone_digest: str) -> dict[str, Any]:
