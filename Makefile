@@ -31,7 +31,7 @@ dashboard: install ## open the dashboard on 127.0.0.1:8501 (ARGS="--port N")
 
 test: install ## the fast tests
 	@echo "== tests without the slow ones"
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --durations 10 $(ARGS)
 
 test-slow: install ## the slow tests: kills, clusters, the demo, the browser
 	@set -e; for file in $$(grep -l 'mark\.slow' tests/test_*.py); do \
