@@ -8,7 +8,7 @@ import pytest
 
 from pedro.backbone import load_tokenizer, resolve_backbone
 from pedro.data import FORMATS, PromptFormat, encode_completion, encode_prompt, format_for_shape, load_rows, shape_of
-from pedro.errors import DataError
+from pedro.errors import BackboneError, DataError
 
 CHATML = (
     "{{ bos_token }}{% for message in messages %}\n"
@@ -96,6 +96,51 @@ def test_a_malicious_template_reaches_nothing(attack):
 def test_a_broken_template_is_a_data_error():
     with pytest.raises(DataError, match="template cannot be read"):
         PromptFormat("broken", "{% for %}").render([USER])
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% if tools is not none or documents is not none %}tools{% endif %}x", "x"),
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}26 Jul{% endif %}", "26 Jul"),
+        ("{{ messages[0] | tojson(separators=(',', ':'), sort_keys=true) }}", '{"content":"Hi","role":"user"}'),
+        ("{{ pad_token }}{{ unk_token }}", "<pad><unk>"),
+    ],
+)
+def test_what_chat_templates_of_the_hub_use_is_there(tokenizer, template, text):
+    tokenizer.chat_template = template
+    tokenizer.pad_token = "<pad>"
+    form = format_for_shape("messages", tokenizer)
+    assert PromptFormat.from_dict(json.loads(json.dumps(form.to_dict()))).render([USER]) == text
+
+
+def test_manifests_of_earlier_releases_are_read_and_those_of_ordinary_templates_have_not_changed(chat_tokenizer):
+    form = format_for_shape("messages", chat_tokenizer)
+    assert form.to_dict().keys() == {"id", "template", "bos_token", "eos_token"}
+    assert PromptFormat.from_dict(form.to_dict()) == form
+
+
+def test_named_templates_without_a_default_are_one_clear_error(tokenizer):
+    tokenizer.chat_template = {"rag": "a", "tool_use": "b"}
+    with pytest.raises(BackboneError, match="named rag, tool_use, and none is named 'default'"):
+        format_for_shape("messages", tokenizer)
+    tokenizer.chat_template = {"rag": "a", "default": "{{ messages[0].content }}"}
+    assert format_for_shape("messages", tokenizer).render([USER]) == "Hi"
+
+
+@pytest.mark.parametrize("field", ["id", "template", "bos_token", "special_tokens_in_content"])
+def test_a_format_with_a_field_of_another_type_is_refused_by_name(field):
+    with pytest.raises(DataError, match=f"prompt_format: {field}"):
+        PromptFormat.from_dict({"id": "raw", "template": "x", field: 3})
+
+
+@pytest.mark.parametrize(
+    "template", ["{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "{{ " + "(" * 900 + "1" + ")" * 900 + " }}"]
+)
+def test_recursion_in_a_template_is_a_data_error(template):
+    with pytest.raises(DataError):
+        PromptFormat("deep", template).render([USER])
 
 
 def test_a_format_survives_its_manifest(chat_tokenizer):

@@ -174,8 +174,14 @@ def test_served_prompt_ids_are_the_training_prompt_ids(served, tmp_path, shape):
     for row, example in zip(rows, examples, strict=True):
         trained = row["input_ids"][: row["prompt_len"]]
         assert prompt_ids(served, chat(list(example.messages)), ref(served, f"acme.{shape}")) == trained
-        assert prompt_ids(served, completion(form.render(example.messages))) == trained
+        assert prompt_ids(served, completion(form.render(example.messages)), ref(served, f"acme.{shape}")) == trained
         assert prompt_ids(served, completion(trained)) == trained
+
+
+def test_a_raw_prompt_for_the_bare_backbone_is_its_senders_own_special_tokens_and_all(served):
+    bos = tokenizer().bos_token
+    assert prompt_ids(served, completion(f"a{bos}b")).count(tokenizer().bos_token_id) == 2
+    assert prompt_ids(served, completion(f"a{bos}b"), ref(served, "acme.completion")).count(1) == 1
 
 
 def test_a_conversation_is_served_as_openai_clients_send_it(served):

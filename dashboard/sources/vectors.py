@@ -59,7 +59,8 @@ class Generator:
         from pedro.data.formats import encode_prompt
         from pedro.methods.prompt import KEPT
 
-        text = self._form.render([{"role": "user", "content": prompt}]) if chat else prompt
+        messages = [{"role": "user", "content": prompt}]
+        text = self._form.prompt(messages, self._tokenizer) if chat else prompt
         ids = encode_prompt(self._tokenizer, text)[-self._longest :]
         seen: dict[int, np.ndarray] = {}
         with self._lock, torch.inference_mode():

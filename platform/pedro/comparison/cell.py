@@ -12,7 +12,7 @@ from pedro.comparison.cells import Plan
 from pedro.comparison.data import TaskData, TestSet
 from pedro.comparison.results import SCHEMA, Cell
 from pedro.comparison.spec import JudgeSpec, ResourcesSpec
-from pedro.data.formats import PromptFormat, encode_prompts
+from pedro.data.formats import encode_prompts
 from pedro.data.tasks import TASKS, Task, TaskRow
 from pedro.errors import PedroError
 from pedro.evaluation.metrics import ELSEWHERE, score_answers
@@ -163,15 +163,12 @@ def _fitting(session: Session, task: Task, rows: Sequence[TaskRow]) -> tuple[lis
     from pedro.backbone import context_length
 
     room = context_length(session.backbone) - task.max_new_tokens
-    prompts = encode_prompts(session.tokenizer, [_prompt(session.prepared.format, row) for row in rows])
+    form = session.prepared.format
+    prompts = encode_prompts(session.tokenizer, [form.prompt(row.messages, session.tokenizer) for row in rows])
     kept = [place for place, ids in enumerate(prompts) if len(ids) < session.prepared.max_length and len(ids) <= room]
     if not kept:
         raise PedroError(f"{task.name}: no test prompt fits into {session.prepared.max_length} tokens")
     return [rows[place] for place in kept], [prompts[place] for place in kept]
-
-
-def _prompt(form: PromptFormat, row: TaskRow) -> str:
-    return form.render(row.messages)
 
 
 def _answers(session: Session, plan: Plan, task: Task, prompts: list[list[int]]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pedro.comparison.cells import Plan
 from pedro.comparison.data import TestSet
 from pedro.comparison.spec import JudgeSpec
-from pedro.data.formats import encode_prompts
+from pedro.data.formats import encode_prompt
 from pedro.evaluation.mt_bench import Judge, Messages, ask_questions, judge_answers, summary, write_records
 from pedro.evaluation.scoring import generate
 
@@ -31,7 +31,7 @@ def judged_score(
 
     def chat(messages: Messages, temperature: float) -> str:
         """Greedy, whatever FastChat's temperature: a run must give the same answers again."""
-        (ids,) = encode_prompts(session.tokenizer, [session.prepared.format.render(messages)])
+        ids = encode_prompt(session.tokenizer, session.prepared.format.prompt(messages, session.tokenizer))
         room = max(1, session.prepared.max_length - len(ids))
         rows = [{"input_ids": ids, "prompt_len": len(ids)}]
         budget = min(room, test.task.max_new_tokens)

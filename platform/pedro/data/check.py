@@ -187,7 +187,7 @@ def show_masks(
             raise bad_lines(path, [item], 1)
         used = format or format_for_shape(item.shape, tokenizer)
         for example in item.examples:
-            prompt = used.render(example.messages)
+            prompt = used.prompt(example.messages, tokenizer)
             before = encode_prompt(tokenizer, prompt)
             after = encode_completion(tokenizer, example.completion)
             ids = [*before, *after][:max_length]
@@ -251,12 +251,17 @@ class _Tally:
             self._measure(texts)
 
     def _render(self, examples: tuple[Example, ...]) -> list[tuple[str, str]]:
-        assert self.format is not None, "a good line sets the format"
         try:
-            return [(self.format.render(example.messages), example.completion) for example in examples]
+            return [(self._prompt(example), example.completion) for example in examples]
         except DataError as error:
             self._count(LineError(examples[0].line, error.param or "messages", error.message))
             return []
+
+    def _prompt(self, example: Example) -> str:
+        assert self.format is not None, "a good line sets the format"
+        if self.tokenizer is None:
+            return self.format.render(example.messages)
+        return self.format.prompt(example.messages, self.tokenizer)
 
     def _measure(self, texts: list[tuple[str, str]]) -> None:
         prompts = encode_prompts(self.tokenizer, [prompt for prompt, _ in texts])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["RowCounts", "Splits", "collate", "data_digest", "load_rows", "row_counts", "split"]
 
 LOG = logging.getLogger(__name__)
-ROWS_VERSION = 2  # raise it when the rows of one file change: old cache entries are then left alone
+ROWS_VERSION = 3  # raise it when the rows of one file change: old cache entries are then left alone
 BATCH = 1000
 STALE_S = 24 * 3600
 IGNORED_LABEL = -100  # torch's cross_entropy skips it
@@ -227,7 +227,7 @@ class _Writer:
                 continue  # nothing will be kept: only count the rest
             for example in item.examples:
                 try:
-                    yield example, self.format.render(example.messages)
+                    yield example, self.format.prompt(example.messages, self.tokenizer)
                 except DataError as error:
                     raise bad_lines(path, [LineError(example.line, "messages", error.message)], 1) from None
         if count:
@@ -235,7 +235,8 @@ class _Writer:
 
     def _columns(self, batch: list[tuple[Example, str]]) -> dict[str, list]:
         prompts = encode_prompts(self.tokenizer, [prompt for _, prompt in batch])
-        completions = encode_completions(self.tokenizer, [example.completion for example, _ in batch])
+        answers = [example.completion for example, _ in batch]
+        completions = encode_completions(self.tokenizer, answers, self.format.special_tokens_in_content)
         columns: dict[str, list] = {name: [] for name in _features()}
         for (example, prompt), before, after in zip(batch, prompts, completions, strict=True):
             if len(before) >= self.max_length:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pedro.data import templates
 from pedro.data.shapes import Shape
-from pedro.errors import DataError
+from pedro.data.special_tokens import Prompt, as_text, encode_cut, marked, unmarked
+from pedro.errors import BackboneError, DataError
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
+Messages = Sequence[Mapping[str, Any]]
+TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+LATER = ("pad_token", "unk_token", "special_tokens_in_content")
 _TEMPLATES = Path(__file__).parents[1] / "assets" / "formats"
 RAW = "{% for message in messages %}{{ message.content }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
 
@@ -27,38 +28,70 @@ class PromptFormat:
     """How messages are written as a prompt: a Jinja template and the special tokens that it may name.
 
     `id` is raw, alpaca or chat. Adapter manifests hold `to_dict()`, so an adapter never depends on what the
-    installed package would choose today.
+    installed package would choose today. Content that spells special tokens is read as text, unless
+    `special_tokens_in_content`.
     """
 
     id: str
     template: str
     bos_token: str = ""
     eos_token: str = ""
+    pad_token: str = ""
+    unk_token: str = ""
+    special_tokens_in_content: bool = False
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt, up to where the answer begins. Raises DataError when the template refuses the messages."""
-        from jinja2 import TemplateError
+    def prompt(self, messages: Messages, tokenizer: Any) -> Prompt:
+        """The prompt for `encode_prompt`, up to where the answer begins. DataError where the template refuses."""
+        if self.special_tokens_in_content:
+            return Prompt(self.render(messages))
+        kept, marker = marked(tokenizer, messages, self.template)
+        return unmarked(tokenizer, self.render(kept), marker)
 
+    def raw_prompt(self, text: str, tokenizer: Any) -> Prompt:
+        """A prompt that its sender rendered, for `encode_prompt`.
+
+        The packaged templates write no control tokens, so all of it is content, as in training. Another template may
+        write some, so its sender has: they are read as such, as vLLM does.
+        """
+        packaged = any(self.template == form.template for form in FORMATS.values())
+        return as_text(tokenizer, text) if packaged and not self.special_tokens_in_content else Prompt(text)
+
+    def render(self, messages: Messages) -> str:
+        """The prompt's text alone. Raises DataError when the template refuses the messages."""
         try:
-            return _compile(self.template).render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                bos_token=self.bos_token,
-                eos_token=self.eos_token,
-            )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise DataError(f"messages: the {self.id} prompt format refuses them: {error}", param="messages") from None
+            return templates.render(self.template, self.variables(messages))
+        except DataError as error:
+            message = error.message.replace("the prompt format", f"the {self.id} prompt format")
+            raise DataError(message, param=error.param) from None
 
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
+    def variables(self, messages: Messages) -> dict[str, Any]:
+        """What the template is told, as transformers' `apply_chat_template` tells it."""
+        return {
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            **{name: getattr(self, name) for name in TOKENS},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As manifests hold it; what is at its default and came later than the first release is left out."""
+        return {name: value for name, value in asdict(self).items() if value or name not in LATER}
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, str]) -> PromptFormat:
-        """The format that a manifest holds. Raises DataError naming a missing field."""
+    def from_dict(cls, fields: Mapping[str, Any]) -> PromptFormat:
+        """The format that a manifest holds. Raises DataError naming a field that is missing or of another type."""
         missing = [name for name in ("id", "template") if not fields.get(name)]
         if missing:
             raise DataError(f"prompt_format: lacks {', '.join(missing)}", param="prompt_format")
-        return cls(fields["id"], fields["template"], fields.get("bos_token") or "", fields.get("eos_token") or "")
+        found = {name: fields[name] for name in ("id", "template", *TOKENS) if fields.get(name) is not None}
+        wrong = [name for name, value in found.items() if not isinstance(value, str)]
+        plain = fields.get("special_tokens_in_content") or False
+        if not isinstance(plain, bool):
+            wrong.append("special_tokens_in_content")
+        if wrong:
+            raise DataError(f"prompt_format: {', '.join(wrong)}: of another type than expected", param="prompt_format")
+        return cls(**found, special_tokens_in_content=plain)
 
 
 FORMATS: dict[str, PromptFormat] = {
@@ -79,8 +112,24 @@ def format_for_shape(shape: Shape | str, tokenizer: Any = None) -> PromptFormat:
     name = FORMAT_OF_SHAPE[Shape(shape)]
     if name != "chat" or tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return FORMATS[name]
-    template = tokenizer.get_chat_template()
-    return PromptFormat("chat", template, tokenizer.bos_token or "", tokenizer.eos_token or "")
+    template = _default_template(tokenizer)
+    named = [name for name in TOKENS if name not in LATER or name in template]
+    return PromptFormat.from_dict(
+        {"id": "chat", "template": template, **{name: getattr(tokenizer, name) for name in named}}
+    )
+
+
+def _default_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template; of several named ones, `default`. Raises BackboneError where none is."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise BackboneError(
+            f"chat_template: the tokenizer has templates named {names}, and none is named 'default'; "
+            "name the one that chats use so",
+            param="backbone",
+        ) from None
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -94,56 +143,37 @@ def encode_completion(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """`encode_prompt` of many texts at once, which the tokenizer spreads over the cores."""
+    """`encode_prompt` of many texts at once, which the tokenizer spreads over the cores.
+
+    A `Prompt` is read as it was made, special tokens in its content as text; in any other text they are themselves.
+    """
     bos = tokenizer.bos_token_id
-    rows = tokenizer(list(texts), add_special_tokens=False).input_ids
-    return [ids if bos is None or ids[:1] == [bos] else [bos, *ids] for ids in rows]
+    return [ids if bos is None or ids[:1] == [bos] else [bos, *ids] for ids in _encode(tokenizer, texts)]
 
 
-def encode_completions(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """`encode_completion` of many texts at once. Raises DataError where the tokenizer has no EOS."""
-    eos = tokenizer.eos_token_id
+def encode_completions(
+    tokenizer: Any, texts: Sequence[str], special_tokens_in_content: bool = False
+) -> list[list[int]]:
+    """`encode_completion` of many texts at once. Raises DataError where the tokenizer has no EOS.
+
+    An EOS that an answer spells at its very end is its EOS; any other special token that it spells is text.
+    """
+    eos, spelled = tokenizer.eos_token_id, tokenizer.eos_token
     if eos is None:
         raise DataError("tokenizer: has no eos_token, so an answer could never end; set one", param="tokenizer")
+    if not special_tokens_in_content:
+        texts = [as_text(tokenizer, text.removesuffix(spelled)) for text in texts]
+    return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in _encode(tokenizer, texts)]
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text with nothing put in front or behind."""
+    return _encode(tokenizer, [text])[0]
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     rows = tokenizer(list(texts), add_special_tokens=False).input_ids
-    return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in rows]
-
-
-@lru_cache(maxsize=256)
-def _compile(source: str) -> Template:
-    """A template as transformers compiles chat templates (utils/chat_template_utils.py), in Jinja's sandbox.
-
-    `strftime_now` is left undefined on purpose: a prompt that holds today's date would differ from the trained one.
-    """
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}...{% endgeneration %}` marks answers for transformers; here it is just its content."""
-
-        tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise DataError(f"prompt_format: the template cannot be read: {error}", param="prompt_format") from None
-
-
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    """Plain JSON; Jinja's own filter escapes for HTML."""
-    import json
-
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+    return [
+        encode_cut(tokenizer, text, text.cuts) if isinstance(text, Prompt) and text.cuts else ids
+        for text, ids in zip(texts, rows, strict=True)
+    ]

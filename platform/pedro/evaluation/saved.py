@@ -109,7 +109,8 @@ def score_file(directory: Path, file: Path, cache: Path, max_rows: int | None = 
     backbone, manifest, form = open_saved(directory)
     tokenizer = load_tokenizer(backbone)
     shape = shape_of(file)
-    if format_for_shape(shape, tokenizer) != form:
+    fresh = format_for_shape(shape, tokenizer)
+    if (fresh.id, fresh.template) != (form.id, form.template):
         raise DataError(
             f"{file}: holds {shape}, but the adapter was trained on prompts of the format {form.id!r}; "
             "bring the rows in the shape of its training data",

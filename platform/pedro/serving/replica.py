@@ -15,12 +15,13 @@ import torch
 
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
 from pedro.config import Settings
-from pedro.data.formats import PromptFormat, encode_prompt, format_for_shape
+from pedro.data.formats import PromptFormat, encode_prompt, encode_text, format_for_shape
 from pedro.data.shapes import Shape
+from pedro.data.special_tokens import special_tokens
 from pedro.engine.engine import Engine, EngineConfig
 from pedro.engine.sequence import Output, Request, SamplingParams
 from pedro.engine.thread import EngineThread
-from pedro.errors import AdapterError, NotFoundError, PedroError, UnavailableError
+from pedro.errors import AdapterError, DataError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
 from pedro.methods.adapter_files import read_manifest
 from pedro.registry import Registry
@@ -146,7 +147,7 @@ class Replica:
     ) -> TokenizeResult:
         """The ids of a text, or of messages as `ref` (None: the bare backbone) was trained to read them."""
         if isinstance(prompt, str):
-            ids = await self._encode(prompt, "prompt", add_special_tokens)
+            ids = await self._encode(await self._raw(prompt, ref), "prompt", add_special_tokens)
         else:
             ids = await self._render(prompt, ref)
         pieces = self._tokenizer.convert_ids_to_tokens(ids)
@@ -234,7 +235,7 @@ class Replica:
         if call.messages is not None:
             ids = await self._render(call.messages, ref)
         elif isinstance(call.prompt, str):
-            ids = await self._encode(call.prompt, "prompt")
+            ids = await self._encode(await self._raw(call.prompt, ref), "prompt")
         else:
             ids = list(call.prompt or ())
         prompt_logprobs = (call.params.get("logprobs") or 0) if call.echo else None
@@ -252,7 +253,16 @@ class Replica:
 
     async def _render(self, messages: tuple[Mapping[str, str], ...], ref: str | None) -> list[int]:
         form = self._plain_format if ref is None else await self._format_of(ref)
-        return await self._encode(form.render(messages), "messages")
+        return await self._encode(form.prompt(messages, self._tokenizer), "messages")
+
+    async def _raw(self, text: str, ref: str | None) -> str:
+        """A rendered prompt: what it spells is text or special tokens, as in the training of `ref`."""
+        if ref is None or not special_tokens(self._tokenizer).cuts(text):
+            return text
+        try:
+            return (await self._format_of(ref)).raw_prompt(text, self._tokenizer)
+        except DataError:  # an adapter without a format: its prompts are all its callers' own
+            return text
 
     async def _encode(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
         """The prompt's ids. A long text is tokenised on a thread, one that cannot fit is refused without being."""
@@ -269,7 +279,7 @@ class Replica:
         def encode() -> list[int]:
             if add_special_tokens:
                 return encode_prompt(self._tokenizer, text)
-            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+            return encode_text(self._tokenizer, text)
 
         if len(text) <= LONG_TEXT:
             return encode()

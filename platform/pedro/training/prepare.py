@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,10 @@ def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenize
         )
     files = {name: fetch(location, cache) for name, location in data.files().items()}
     shapes = {name: shape_of(path) for name, path in files.items()}
-    formats = {name: format_for_shape(shape, tokenizer) for name, shape in shapes.items()}
+    formats = {
+        name: replace(format_for_shape(shape, tokenizer), special_tokens_in_content=data.special_tokens_in_content)
+        for name, shape in shapes.items()
+    }
     for name, form in formats.items():
         if form != formats["train"]:
             raise DataError(

@@ -33,6 +33,9 @@ class DataSpec(Frozen):
     """What stops training and picks the best checkpoint: a share of train or a file; 0 means none."""
     test: str | None = None
     """What the gate and the reported metrics see; validation stands in if there is none."""
+    special_tokens_in_content: bool = False
+    """Whether `</s>` and the like, spelled in a row's text, are the special tokens themselves, in training and serving;
+    else they are plain text."""
 
     @model_validator(mode="after")
     def _something_left(self) -> DataSpec:
