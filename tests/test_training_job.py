@@ -17,6 +17,7 @@ from pedro.errors import NotFoundError, TrainingError
 from pedro.registry import Registry
 from pedro.store import Store
 from pedro.training import submit as jobs
+from pedro.training.job_log import kept_log
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -69,6 +70,8 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, tmp_path, 
     follower.join(300)
     killed = results[0]
     assert any(line.startswith("resumed at step") for line in lines), lines
+    assert any("worker 0 was lost" in line and "1 of at most 3 times" in line for line in lines), lines
+    assert list(jobs.readable(kept_log(settings.storage, job).splitlines()))[:-1] == lines
     assert killed.digest == whole.digest
     assert killed.metrics["accuracy"] == whole.metrics["accuracy"]
     assert (killed.steps, killed.optimizer_steps) == (60, 120)
@@ -83,7 +86,7 @@ def test_a_hopeless_loss_ends_the_job_at_once_and_registers_nothing(home, tmp_pa
     spec = _named(spec_for(tmp_path, lr=1e30, clip=0, warmup=0.0, max_steps=40), "hopeless")
     job = jobs.submit(spec, settings, url, store)
     with pytest.raises(TrainingError, match=r"the loss is .*lower training.lr"):
-        jobs.wait(job, url, store=store)
+        jobs.wait(job, url)
     assert jobs.logs(job, url).count("training 21,320 parameters") == 1
     with pytest.raises(NotFoundError):
         registry.get("acme.hopeless")
@@ -98,13 +101,16 @@ def test_a_bad_line_stops_a_job_before_any_worker_starts(home, tmp_path):
         stream.write('{"prompt": "no answer"}\n')
     job = jobs.submit(spec, settings, url, store)
     with pytest.raises(TrainingError, match=r"data.train: line 73"):
-        jobs.wait(job, url, store=store)
+        jobs.wait(job, url)
+    assert "line 73" in store.get_job(job).message
     assert "RayTrainWorker" not in jobs.logs(job, url)
 
 
 def test_two_jobs_run_side_by_side_and_the_second_version_meets_the_champion(home, tmp_path):
     settings, registry, store, url = home
-    first = jobs.wait(jobs.submit(_named(spec_for(tmp_path), "pair"), settings, url, store), url, store=store)
+    one = jobs.submit(_named(spec_for(tmp_path), "pair"), settings, url, store)
+    first = jobs.wait(one, url)
+    assert (store.get_job(one).status, store.get_job(one).result) == ("succeeded", first.to_dict())
     assert (first.model, first.alias) == ("acme.pair:1", "champion")
     floor = spec_for(tmp_path).gate.model_copy(update={"floor": 1.01})
     refused = _named(spec_for(tmp_path, seed=1), "pair").model_copy(update={"gate": floor})

@@ -1,6 +1,6 @@
 """What a person reads of a job's log."""
 
-from pedro.training.submit import readable
+from pedro.training.submit import for_people, readable
 
 LOG = """\
 2026-01-05 10:00:00,000\tINFO job_manager.py:581 -- Runtime env is setting up.
@@ -12,6 +12,11 @@ acme.voice: examples: 2,800 in train, 334 in test
 \x1b[36m(RayTrainWorker pid=8)\x1b[0m Reporting training result 1: TrainingReport(checkpoint=None)
 (driver pid=6) Traceback (most recent call last):
 error: data.train: line 3: prompt: missing
+\x1b[36m(TrainController pid=7)\x1b[0m worker 0 was lost (The actor died); replaced, 1 of at most 3 times
+[2026-01-05 10:00:09,000 E 6 6] (python-core-driver-01) shutdown.cc:41: *** SIGTERM received at time=1767607209 ***
+PC: @     0x7f0b1c0d4e2e  (unknown)  epoll_wait
+    @     0x7f0b1bfe0520  (unknown)  (unknown)
+*** SIGTERM received at time=1767607209 on cpu 1 ***
 {"model": "acme.voice:1"}
 """
 
@@ -22,5 +27,7 @@ def test_progress_reads_clean_and_frameworks_keep_to_themselves():
         "training 21,320 parameters on 2,228 rows, 300 steps",
         "step 10/300 · loss 2.806 · 574 tokens/s · 0:04 left",
         "error: data.train: line 3: prompt: missing",
+        "worker 0 was lost (The actor died); replaced, 1 of at most 3 times",
         '{"model": "acme.voice:1"}',
     ]
+    assert list(for_people(['{"model": "acme.voice:1"}', "{braces} are no result"])) == ["{braces} are no result"]

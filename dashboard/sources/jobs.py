@@ -16,18 +16,12 @@ from pedro.errors import PedroError
 from pedro.registry import Registry
 from pedro.store import JobRecord, JobStatus, Store
 from pedro.training import submit
+from pedro.training.job_log import kept_log
+from pedro.training.job_record import RAY_SAYS, shown
 from sources.services import find_ray
 from sources.stores import ask_registry, ask_store
 
 FINE_TUNING, SWEEP = "fine-tuning", "sweep"
-LOST = "lost"
-RAY_SAYS = {
-    "PENDING": JobStatus.QUEUED,
-    "RUNNING": JobStatus.RUNNING,
-    "SUCCEEDED": JobStatus.SUCCEEDED,
-    "FAILED": JobStatus.FAILED,
-    "STOPPED": JobStatus.CANCELLED,
-}
 OPEN = (JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.PAUSED)
 CURVES = {"train/loss": "Training loss", "dev/loss": "Validation loss"}
 LOG_LINES = 300
@@ -124,11 +118,13 @@ def ask_cluster(settings: Settings) -> Cluster:
 
 def log_tail(settings: Settings, job_id: str, lines: int = LOG_LINES) -> tuple[list[str], str]:
     """The last lines of a job's log for people, or why there are none."""
-    ray = find_ray(settings)
-    if not ray.url:
-        return [], f"{ray.problem}; a job's log ends with its cluster"
-    text, problem = _ask(partial(submit.logs, job_id, ray.url))
-    return list(submit.readable((text or "").splitlines()))[-lines:], problem
+    text, problem = _ask(partial(kept_log, settings.storage, job_id))
+    if text is None and not problem:
+        ray = find_ray(settings)
+        if not ray.url:
+            return [], f"{ray.problem}; no log of this job was kept"
+        text, problem = _ask(partial(submit.logs, job_id, ray.url))
+    return list(submit.for_people(submit.readable((text or "").splitlines())))[-lines:], problem
 
 
 def cancel(settings: Settings, job_id: str) -> str:
@@ -191,14 +187,8 @@ def result_of(job: Job) -> dict[str, Any]:
 
 
 def _of_record(record: JobRecord, cluster: Cluster) -> Job:
-    status: str = record.status
-    message = record.message
-    if not record.status.final and record.status != JobStatus.PAUSED:
-        told = cluster.jobs.get(record.id)
-        if told:
-            status = RAY_SAYS.get(told["status"], status)
-        elif record.submission_id and (cluster.gone or (cluster.url and not cluster.problem)):
-            status, message = LOST, "its cluster was ended"
+    asked = cluster.gone or bool(cluster.url and not cluster.problem)
+    status, message = shown(record, cluster.jobs.get(record.id), asked=asked)
     return Job(
         id=record.id,
         kind=FINE_TUNING,

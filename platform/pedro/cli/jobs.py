@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from pedro.cli.output import AsJson, emit, percent, printable, say, table
 
 if TYPE_CHECKING:
     from pedro.cluster import Cluster
-    from pedro.store import JobRecord
+    from pedro.config import Settings
 
 app = typer.Typer(help="Fine-tuning jobs: list, logs, stop.", no_args_is_help=True)
 JobId = Annotated[str, typer.Argument(help="The job's id, from `pedro jobs list`.")]
@@ -95,30 +95,29 @@ def submit(
 def list_jobs(
     tenant: Annotated[str | None, typer.Argument(help="Only this tenant's.")] = None, as_json: AsJson = False
 ) -> None:
-    """List fine-tuning jobs, newest first."""
+    """List fine-tuning jobs, newest first. Looking changes nothing: `lost` is a job whose cluster is gone."""
     from pedro.config import Settings
-    from pedro.store import Store
 
-    records = _settled(Store(Settings.from_env().database_url), tenant)
+    rows = _as_they_stand(Settings.from_env(), tenant)
 
     def show() -> None:
         table(
             ["job", "model", "status", "created", "seconds", "message"],
             [
                 [
-                    record.id,
-                    f"{record.tenant}.{record.adapter}",
-                    record.status,
-                    time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created)),
-                    round(record.finished - record.created) if record.finished else "",
-                    record.message or (record.result or {}).get("gate", ""),
+                    row["id"],
+                    f"{row['tenant']}.{row['adapter']}",
+                    row["status"],
+                    time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created"])),
+                    round(row["finished"] - row["created"]) if row["finished"] else "",
+                    row["message"] or (row["result"] or {}).get("gate", ""),
                 ]
-                for record in records
+                for row in rows
             ],
             empty="no jobs yet; `pedro submit SPEC.yaml` starts one",
         )
 
-    emit([asdict(record) for record in records], as_json, show)
+    emit(rows, as_json, show)
 
 
 @app.command()
@@ -128,17 +127,32 @@ def logs(
     raw: Annotated[bool, typer.Option("--raw", help="With every line of Ray.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a job wrote: progress, loss, speed, time left, errors."""
-    from pedro.training import submit as training
+    """Print what a job wrote: progress, loss, speed, time left, errors; also when its cluster is gone."""
+    from contextlib import suppress
 
-    url = _cluster().dashboard_url
-    if follow and not as_json:
-        for line in training.follow(job, url):
-            typer.echo(printable(line))
-        return
-    text = training.logs(job, url)
-    lines = text.splitlines() if raw else list(training.readable(text.splitlines()))
-    emit({"job_id": job, "lines": lines}, as_json, lambda: typer.echo(printable("\n".join(lines))))
+    from pedro.cluster import connect, find_head
+    from pedro.config import Settings
+    from pedro.errors import NotFoundError
+    from pedro.training import submit as training
+    from pedro.training.job_log import kept_log
+
+    settings = Settings.from_env()
+    kept = kept_log(settings.storage, job)
+    there = settings.ray_address is not None or find_head(settings) is not None
+    if follow and not as_json and there:
+        with suppress(NotFoundError):  # a job of an earlier cluster has ended
+            for line in training.for_people(training.follow(job, connect(settings).dashboard_url)):
+                typer.echo(printable(line))
+            return
+    if kept is None or (raw and there):
+        try:
+            kept = training.logs(job, _cluster().dashboard_url)
+        except NotFoundError:
+            if kept is None:
+                raise
+    lines = kept.splitlines() if raw else list(training.readable(kept.splitlines()))
+    shown = lines if raw else list(training.for_people(lines))
+    emit({"job_id": job, "lines": lines}, as_json, lambda: typer.echo(printable("\n".join(shown))))
 
 
 @app.command()
@@ -161,34 +175,32 @@ def _cluster() -> Cluster:
     settings = Settings.from_env()
     if settings.ray_address is None and find_head(settings) is None:
         raise NotFoundError(
-            "no local Ray head runs for this PEDRO_HOME, and its jobs' logs ended with it; `pedro jobs list` shows how "
-            "they ended, MLflow their curves"
+            "no local Ray head runs for this PEDRO_HOME, and no log of this job was kept; `pedro jobs list` shows the "
+            "jobs and how they ended"
         )
     return connect(settings)
 
 
-def _settled(store, tenant: str | None) -> list[JobRecord]:
-    """The jobs; what the cluster knows of the unfinished ones is entered first, or that it is gone."""
+def _as_they_stand(settings: Settings, tenant: str | None) -> list[dict[str, Any]]:
+    """The jobs of the records; of those that have not ended, what the cluster says, or that it is gone."""
     from pedro.cluster import connect, find_head
-    from pedro.config import Settings
-    from pedro.errors import NotFoundError
+    from pedro.errors import UnavailableError
+    from pedro.store import Store
     from pedro.training import submit as training
+    from pedro.training.job_record import shown
 
-    open_jobs = [record for record in store.list_jobs(tenant) if not record.status.final]
-    settings = Settings.from_env()
-    if open_jobs:
-        there = settings.ray_address is not None or find_head(settings) is not None
-        url = connect(settings).dashboard_url if there else None
-        for record in open_jobs:
-            try:
-                state = training.status(record.id, url) if url else "LOST"
-            except NotFoundError:
-                state = "LOST"
-            if url and state == "SUCCEEDED":
-                training.wait(record.id, url, store=store)
-            elif state == "RUNNING" and record.status == "queued":
-                store.update_job(record.id, status="running")
-            elif state in ("FAILED", "STOPPED", "LOST"):
-                message = {"LOST": "its cluster was ended", "STOPPED": "stopped"}.get(state, "its driver died")
-                store.update_job(record.id, status="cancelled" if state == "STOPPED" else "failed", message=message)
-    return store.list_jobs(tenant)
+    store = Store(settings.database_url)
+    told: dict[str, Any] = {}
+    asked = True
+    is_open = any(not record.status.final for record in store.list_jobs(tenant))
+    if is_open and (settings.ray_address is not None or find_head(settings) is not None):
+        try:
+            told = {job["id"]: job for job in training.jobs(connect(settings).dashboard_url)}
+        except UnavailableError as error:
+            asked = False
+            say(f"what runs is as the records have it: {error.message}")
+    rows = []
+    for record in store.list_jobs(tenant):  # read after the cluster was: what has ended there is entered here
+        status, message = shown(record, told.get(record.id), asked=asked)
+        rows.append({**asdict(record), "status": status, "message": message})
+    return rows

@@ -1,7 +1,8 @@
 """One fine-tuning job from spec to champion: `python -m pedro.training.job --spec FILE [--job-id ID] [key=value …]`.
 
 The outline: resolve, prepare the data, train, register, gate, promote. The last line on standard output is the result
-as one JSON object; a failure is one line on standard error and exit code 1, and registers nothing.
+as one JSON object; a failure is one line on standard error and exit code 1, and registers nothing. The job's record
+and its log in the storage are written here, not by who looks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pedro.config import Settings, validate_spec
 from pedro.errors import ConfigError, DataError, NotFoundError, PedroError
 from pedro.registry import CANDIDATE, CHAMPION, Registry, Version
 from pedro.training.gate import GateDecision, decide
+from pedro.training.job_log import keeping_log
+from pedro.training.job_record import OwnRecord
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.storage import fetch, put_dataset
 from pedro.training.trainer import Result, fit
@@ -172,16 +175,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over a YAML spec")
     options = parser.parse_args(arguments)
     settings = Settings.from_env()
+    job_id = options.job_id or new_job_id()
+    with keeping_log(settings.storage, job_id):
+        return _drive(options, settings, job_id)
+
+
+def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
+    """Run the job and enter into its record how it goes."""
+    record = OwnRecord(settings.database_url, job_id, _print)
     try:
+        record.running()
         spec = stage(read_spec(options.spec, settings.cache, options.overrides), settings.storage)
         connect()
-        result = run_job(spec, settings, Registry.open(settings), options.job_id, say=_print)
+        result = run_job(spec, settings, Registry.open(settings), job_id, say=_print)
     except PedroError as error:
+        record.failed(error.message)
         return _fail(error.message)
+    except (KeyboardInterrupt, SystemExit):  # `pedro jobs stop`: Ray turns SIGTERM into an exit
+        record.cancelled()
+        return _fail("the job was stopped")
     except Exception as error:  # noqa: BLE001 - the edge of the process: one line for people, the rest for the log
         for line in traceback.format_exc().splitlines():
             print(f"(driver pid={os.getpid()}) {line}", file=sys.stderr)
-        return _fail(f"the job broke ({type(error).__name__}); `pedro jobs logs` shows where")
+        broke = f"the job broke ({type(error).__name__}); `pedro jobs logs {job_id} --raw` shows where"
+        record.failed(broke)
+        return _fail(broke)
+    record.succeeded(result.to_dict())
     print(json.dumps(result.to_dict()), flush=True)
     return 0
 

@@ -52,6 +52,11 @@ def write_text(location: str, text: str) -> None:
         _copy(scratch.name, location)
 
 
+def put_file(source: str, target: str) -> None:
+    """Store a local file whole or not at all."""
+    _copy(source, target)
+
+
 def read_text(location: str) -> str | None:
     """What `write_text` wrote last; None if there is no such file."""
     try:

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pedro.store import Store
 
+CONTROLLER = "TrainController"
 PREFIX = re.compile(r"^(?:\x1b\[\d+m)*\((?P<actor>[\w.]+)(?:\([^)]*\))? pid=\d+[^)]*\)(?:\x1b\[0m)? ?")
 COLOUR = re.compile(r"\x1b\[\d+m")
 WORKER = "RayTrainWorker"
@@ -36,13 +37,18 @@ NOISE = re.compile(
             r"INFO worker\.py",
             r"Running entrypoint for job",
             r"TrainingReport\(",
+            r"^\[[^]]*\] .*\.cc:\d+: ",  # Ray's C++ parts, and the stacks that they leave
             r"core_worker\.cc",
+            r"^\*\*\* SIG\w+ received",
+            r"^(PC: )?\s*@\s+0x[0-9a-f]+",
+            r"^\S*ray::\S+$",
             r"FutureWarning",
             r"warnings\.warn",
         ]
     )
 )
 POLL_S = 1.0
+STOP_S = 10.0  # Ray kills a driver that does not end within 3
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -149,15 +155,20 @@ def follow(job_id: str, dashboard_url: str) -> Iterator[str]:
         time.sleep(POLL_S)
 
 
-def readable(lines: list[str]) -> Iterator[str]:
+def readable(lines: Iterable[str]) -> Iterator[str]:
     """Lines of a Ray job's log without prefixes and colours, and without those of Ray's own actors."""
     for line in lines:
         match = PREFIX.match(line)
-        if match and match["actor"] != WORKER:
-            continue
         text = COLOUR.sub("", line[match.end() :] if match else line).rstrip()
+        if match and match["actor"] != WORKER and not (match["actor"] == CONTROLLER and text.startswith("worker ")):
+            continue
         if text and not NOISE.search(text):
             yield text
+
+
+def for_people(lines: Iterable[str]) -> Iterator[str]:
+    """The same without a driver's result as JSON, which says in one long line what stands above it."""
+    return (line for line in lines if not line.startswith('{"'))
 
 
 def logs(job_id: str, dashboard_url: str) -> str:
@@ -177,10 +188,18 @@ def status(job_id: str, dashboard_url: str) -> str:
 
 
 def stop(job_id: str, dashboard_url: str, store: Store | None = None) -> None:
-    """End a job; its checkpoints stay. Doing so to one that has ended changes nothing."""
+    """End a job; its checkpoints stay. Doing so to one that has ended changes nothing.
+
+    Its driver enters how it ended, if it lives long enough to: a job may succeed while it is being stopped.
+    """
     status(job_id, dashboard_url)
-    if _client(dashboard_url).stop_job(job_id):
-        _record(store, job_id, "cancelled", message="stopped")
+    client = _client(dashboard_url)
+    if not client.stop_job(job_id):
+        return
+    deadline = time.monotonic() + STOP_S
+    while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    _record(store, job_id, "cancelled", message="stopped")
 
 
 def jobs(dashboard_url: str) -> list[dict[str, Any]]:

@@ -88,6 +88,8 @@ def fit(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pedro.training.lost_workers import TellLosses, reason
+
     resources = spec.resources
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
@@ -112,7 +114,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, TellLosses(resources.max_failures)],
         ),
     )
     try:
@@ -120,7 +122,7 @@ def fit(
     except ray.train.TrainingFailedError as error:
         raise WorkersLost(
             f"training: workers failed more than {resources.max_failures} times (resources.max_failures): "
-            f"{_innermost(error)}"
+            f"{reason(_first_failure(error))}"
         ) from error
     if isinstance(result.return_value, PedroError):
         raise result.return_value
@@ -289,11 +291,9 @@ def unpack_settings(plain: dict[str, Any]) -> Settings:
     return Settings(**{**plain, "home": Path(plain["home"])})
 
 
-def _innermost(error: BaseException) -> str:
+def _first_failure(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", None) or {}
-    first = next(iter(failures.values()), None) or error
-    text = str(getattr(first, "cause", None) or first).strip()
-    return text.splitlines()[-1] if text else type(first).__name__
+    return next(iter(failures.values()), None) or error
 
 
 def _quiet() -> None:

@@ -23,6 +23,7 @@ from pedro.errors import ConfigError, PedroError, TrainingError
 from pedro.provenance import provenance
 from pedro.registry import CHAMPION, Registry, Version
 from pedro.training.job import Say, check_data, connect, flat, judge, move_alias
+from pedro.training.job_log import keeping_log
 from pedro.training.sweep.board import Board
 from pedro.training.sweep.launch import prepare
 from pedro.training.sweep.planner import make_planner
@@ -174,6 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings.from_env()
     try:
         entry = _entry(options, settings)
+    except PedroError as error:
+        return _fail(error.message)
+    with keeping_log(settings.storage, entry.submission_id):
+        return _drive(entry, settings)
+
+
+def _drive(entry: Entry, settings: Settings) -> int:
+    try:
         connect(log_to_driver=False)
         result = run_sweep(entry.id, settings, Registry.open(settings), say=_print)
     except PedroError as error:

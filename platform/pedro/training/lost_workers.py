@@ -1,0 +1,33 @@
+"""Tells a job's log that workers were lost: Ray Train replaces them without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train import UserCallback
+
+
+class TellLosses(UserCallback):
+    """Runs in Ray Train's controller, whose lines that begin with `worker ` `pedro jobs logs` shows."""
+
+    def __init__(self, max_failures: int) -> None:
+        self._max, self._count = max_failures, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """One line a loss, whatever it was that one worker or several met."""
+        self._count += 1
+        ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+        what = f"worker {ranks} was lost" if len(worker_exceptions) == 1 else f"worker processes {ranks} were lost"
+        why = reason(next(iter(worker_exceptions.values())))
+        then = "no more are replaced"
+        if self._count <= self._max:
+            then = f"replaced, {self._count} of at most {self._max} times; training goes on from the last checkpoint"
+        print(f"{what} ({why}); {then}", flush=True)
+
+
+def reason(error: BaseException) -> str:
+    """The last line of what is at the bottom of an error of Ray's."""
+    bottom = getattr(error, "health_check_failure", None) or getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(bottom).splitlines() if line.strip()]
+    died = next((line for line in lines if "died" in line), None)
+    return (died or (lines[-1] if lines else type(bottom).__name__))[:200].rstrip(".")

@@ -1,0 +1,144 @@
+"""A job's record and its log: written by its driver, kept when the cluster is gone, changed by nobody who looks."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+import time
+import uuid
+
+import pytest
+from training_runs import spec_for
+
+from pedro import cli
+from pedro.config import Settings
+from pedro.errors import NotFoundError
+from pedro.store import JobRecord, JobStatus, Store
+from pedro.training import job
+from pedro.training.job_log import keeping_log, kept_log
+from pedro.training.job_record import OwnRecord, shown
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> Settings:
+    """Those of a fresh home, which the environment names."""
+    found = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
+    for name, value in found.env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return found
+
+
+@pytest.fixture
+def store(settings):
+    opened = Store(settings.database_url)
+    yield opened
+    opened.close()
+
+
+def _driver(tmp_path, job_id, train="nowhere.jsonl") -> int:
+    tree = spec_for(tmp_path).to_dict()
+    tree["data"]["train"] = str(tmp_path / train)
+    (tmp_path / "spec.json").write_text(json.dumps(tree))
+    return job.main(["--spec", str(tmp_path / "spec.json"), "--job-id", job_id])
+
+
+def test_a_driver_enters_its_own_failure_with_the_true_reason_and_keeps_its_log(tmp_path, settings, store):
+    made = store.create_job("acme", "colours", {})
+    assert _driver(tmp_path, made.id) == 1
+    record = store.get_job(made.id)
+    assert record.status == "failed"
+    assert "nowhere.jsonl' cannot be read: No such file" in record.message
+    assert kept_log(settings.storage, made.id) == f"error: {record.message}\n"
+
+
+def test_a_job_that_was_cancelled_while_it_waited_does_not_start(tmp_path, store, capsys):
+    made = store.create_job("acme", "colours", {})
+    store.update_job(made.id, status="cancelled", message="stopped")
+    assert _driver(tmp_path, made.id, "train.jsonl") == 1
+    assert "is cancelled and cannot become running" in capsys.readouterr().err
+    assert store.get_job(made.id).message == "stopped"
+
+
+def test_a_record_goes_by_running_to_its_end_and_the_first_end_stays(settings, store):
+    made = store.create_job("acme", "colours", {})
+    own = OwnRecord(settings.database_url, made.id, print)
+    own.running()
+    assert store.get_job(made.id).status == "running"
+    own.succeeded({"model": "acme.colours:1"})
+    own.cancelled()
+    assert store.get_job(made.id).status == "succeeded"
+    assert store.get_job(made.id).result == {"model": "acme.colours:1"}
+    OwnRecord(settings.database_url, "ftjob-unknown", print).running()
+
+
+def _record(status="running", submission_id: str | None = "ftjob-1", age_s=60.0, message="") -> JobRecord:
+    created = time.time() - age_s
+    return JobRecord("ftjob-1", "acme", "a", {}, JobStatus(status), submission_id, created, None, None, message)
+
+
+@pytest.mark.parametrize(
+    ("record", "told", "asked", "status", "message"),
+    [
+        (_record("succeeded", message="x"), None, True, "succeeded", "x"),
+        (_record("queued"), "RUNNING", True, "running", ""),
+        (_record(), "FAILED", True, "failed", "its driver died: exit code 137"),
+        (_record(), None, True, "lost", "its cluster was ended"),
+        (_record(), None, False, "running", ""),
+        (_record("paused"), None, True, "paused", ""),
+        (_record("queued", None), None, True, "queued", ""),
+        (_record("queued", None, age_s=7200), None, True, "lost", "it was never handed to a cluster"),
+    ],
+)
+def test_what_a_record_means_is_computed_from_it_and_the_clusters_word(record, told, asked, status, message):
+    word = told and {"status": told, "message": "exit code 137\nand a page of its log"}
+    assert shown(record, word, asked=asked) == (status, message)
+
+
+def _pedro(monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["pedro", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+
+
+def test_listing_shows_a_lost_job_and_writes_nothing(settings, store, monkeypatch, capsys):
+    made = store.create_job("acme", "colours", {})
+    store.update_job(made.id, status="running", submission_id=made.id)
+    watch = sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))
+    before = watch.execute("PRAGMA data_version").fetchone()
+    _pedro(monkeypatch, "jobs", "list", "--json")
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["status"], row["message"], row["finished"]) == ("lost", "its cluster was ended", None)
+    assert watch.execute("PRAGMA data_version").fetchone() == before
+    assert store.get_job(made.id).status == "running"
+
+
+def test_a_log_is_read_after_its_cluster_is_gone(settings, monkeypatch, capsys):
+    with keeping_log(settings.storage, "ftjob-1"):
+        print("\x1b[36m(RayTrainWorker pid=8)\x1b[0m step 10/300 · loss 2.806")
+        print("(driver pid=6) Traceback (most recent call last):", file=sys.stderr)
+        print('{"model": "acme.colours:1"}')
+    capsys.readouterr()
+    _pedro(monkeypatch, "jobs", "logs", "ftjob-1")
+    assert capsys.readouterr().out == "step 10/300 · loss 2.806\n"
+    _pedro(monkeypatch, "jobs", "logs", "ftjob-1", "--raw")
+    assert "Traceback" in capsys.readouterr().out
+    with pytest.raises(NotFoundError):
+        kept_log(settings.storage, "../../etc/passwd")
+
+
+def test_a_log_behind_a_url_is_whole_at_the_end_and_goes_on_after_a_restart():
+    storage = f"memory://{uuid.uuid4().hex}"
+    for line in ("first driver", "second driver"):
+        with keeping_log(storage, "ftjob-1"):
+            print(line)
+    assert kept_log(storage, "ftjob-1") == "first driver\nsecond driver\n"
+
+
+def test_a_log_that_cannot_be_kept_does_not_stop_the_job(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with keeping_log(str(tmp_path / "file"), "ftjob-1"):
+        print("the job goes on")
+    shown = capsys.readouterr()
+    assert (shown.out, "log is not kept" in shown.err) == ("the job goes on\n", True)
