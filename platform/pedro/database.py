@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sqlite3
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from filelock import FileLock, Timeout
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.schema import CreateIndex, CreateTable
@@ -19,6 +21,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from pedro.errors import ConfigError, UnavailableError
 
 BUSY_TIMEOUT_S = 20
+LOCK, LOCK_TIMEOUT_S = "moves", 60
 
 
 class Database:
@@ -86,6 +89,42 @@ class FileWatch:
                 self._open = (file.st_dev, file.st_ino), sqlite3.connect(uri, uri=True, check_same_thread=False)
             identity, link = self._open
             return identity, link.execute("PRAGMA data_version").fetchone()[0]
+
+
+@contextlib.contextmanager
+def exclusive(url: str, name: str) -> Iterator[None]:
+    """Hold a lock that every process with this database shares, whatever host it is on; it ends with its process.
+
+    Beside an sqlite file it is a file's lock, one for all names; in PostgreSQL an advisory one. Raises
+    UnavailableError if somebody else holds it for too long.
+    """
+    parsed = _parse(url)
+    with contextlib.ExitStack() as held:
+        try:
+            if parsed.get_backend_name() == "sqlite":
+                Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(f"{parsed.database}.{LOCK}.lock", timeout=LOCK_TIMEOUT_S))
+            else:
+                held.enter_context(_advisory_lock(parsed, name))
+        except (sa.exc.OperationalError, Timeout, OSError) as error:
+            raise UnavailableError(
+                f"{name}: somebody else is changing it, or the lock of {parsed.render_as_string()} cannot be had; "
+                "try again",
+                code="database",
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _advisory_lock(url: URL, name: str) -> Iterator[None]:
+    engine = sa.create_engine(
+        url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 5}
+    )
+    key = int.from_bytes(hashlib.sha256(f"{LOCK}:{name}".encode()).digest()[:8], signed=True)
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"SET lock_timeout = '{LOCK_TIMEOUT_S}s'"))
+        connection.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": key})
+        yield  # closing the connection gives the lock back
 
 
 def _parse(text: str) -> URL:

@@ -15,19 +15,20 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pedro.config import Settings, check_name
-from pedro.database import FileWatch
+from pedro.database import FileWatch, exclusive
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
-from pedro.versions import Version, read_version, utc
+from pedro.moves import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, finish, move
+from pedro.versions import Version, read_version
 
-CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
+WHATEVER = -1  # an expected champion that is not compared
 MANIFEST = "pedro_adapter.json"
 _PAGE = 1000
 
@@ -43,8 +44,11 @@ class Entry:
 class Registry:
     """A connection to one MLflow store. Opening it creates the schema of a new sqlite store (some seconds, once)."""
 
-    def __init__(self, tracking_uri: str, artifact_root: str, cache_dir: Path) -> None:
+    def __init__(self, tracking_uri: str, artifact_root: str, cache_dir: Path, database_url: str = "") -> None:
+        """`database_url`: whose lock those who move aliases share. Beside an sqlite store it is the store's own."""
         self.tracking_uri = tracking_uri
+        own = tracking_uri if tracking_uri.startswith("sqlite:///") else f"sqlite:///{Path(cache_dir) / 'registry'}"
+        self._lock = own if own == tracking_uri or not database_url else database_url
         self.artifact_root = artifact_root
         self.cache_dir = Path(cache_dir)
         self._watch = FileWatch()
@@ -52,7 +56,7 @@ class Registry:
     @classmethod
     def open(cls, settings: Settings) -> Registry:
         """The registry that the environment names."""
-        return cls(settings.tracking_uri, settings.artifact_root, settings.cache)
+        return cls(settings.tracking_uri, settings.artifact_root, settings.cache, settings.database_url)
 
     @cached_property
     def client(self) -> Any:
@@ -173,16 +177,14 @@ class Registry:
 
     def get(self, name: str, which: str | int = CHAMPION) -> Version:
         """A version of `tenant.adapter` by number or alias; NotFoundError (the uniform 404) if there is none."""
+        aliases = self._aliases(name)
+        number = which if isinstance(which, int) or which.isdigit() else aliases.get(which, 0)
         try:
-            if isinstance(which, int) or which.isdigit():
-                entity = self.client.get_model_version(name, str(which))
-            else:
-                entity = self.client.get_model_version_by_alias(name, which)
+            return read_version(self.client.get_model_version(name, str(number)), aliases)
         except self.error as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if not _is_missing(error):
                 raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
             raise model_not_found(name if which == CHAMPION else f"{name}@{which}") from error
-        return read_version(entity)
 
     def versions(self, name: str) -> list[Version]:
         """All versions of `tenant.adapter`, oldest first; empty if there is no such adapter."""
@@ -198,10 +200,7 @@ class Registry:
         """Every registered adapter with its aliases: the one query that a watcher repeats."""
         models = self.pages(self.client.search_registered_models, filter_string=None)
         return {
-            model.name: Entry(
-                created=int(model.creation_timestamp),
-                aliases={alias: int(version) for alias, version in (model.aliases or {}).items()},
-            )
+            model.name: Entry(created=int(model.creation_timestamp), aliases=aliases_of(model))
             for model in models
             if "pedro.tenant" in model.tags
         }
@@ -220,49 +219,65 @@ class Registry:
 
     def set_alias(self, name: str, alias: str, version: int) -> Version:
         """Point `alias` at a version that exists."""
-        self.get(name, version)
-        self.client.set_registered_model_alias(name, alias, str(version))
-        return self.get(name, version)
+        with self._moving(name):
+            self.get(name, version)
+            self.client.set_registered_model_alias(name, alias, str(version))
+            return self.get(name, version)
 
     def tag_gate(self, version: Version, gate: str) -> None:
         """Record on a version what its gate decided and why."""
         self.client.set_model_version_tag(version.name, str(version.version), "pedro.gate", gate)
 
-    def promote(self, name: str, version: int) -> Version:
-        """Make a version champion; the champion until now becomes `previous`."""
-        self.get(name, version)
-        champion = self._aliases(name).get(CHAMPION)
-        if champion is not None and champion != version:
-            self.client.set_registered_model_alias(name, PREVIOUS, str(champion))
-        self._crown(name, version)
-        if self._aliases(name).get(CANDIDATE) == version:
-            self.client.delete_registered_model_alias(name, CANDIDATE)
-        return self.get(name, version)
+    def promote(self, name: str, version: int, *, expected: int | None = WHATEVER) -> Version:
+        """Make a version champion; the champion until now becomes `previous`.
+
+        Raises ConflictError if `expected` is given and the champion is another one by now (None: there is one).
+        """
+        with self._moving(name) as aliases:
+            self.get(name, version)
+            champion = aliases.get(CHAMPION)
+            if expected not in (WHATEVER, champion):
+                now, then = (f"version {n}" if n is not None else "none" for n in (champion, expected))
+                raise ConflictError(
+                    f"the champion is {now} by now, not {then}; compare {name}:{version} with it and promote it by hand"
+                )
+            wanted: dict[str, int | None] = {CHAMPION: version}
+            if champion is not None and champion != version:
+                wanted[PREVIOUS] = champion
+            if aliases.get(CANDIDATE) == version:
+                wanted[CANDIDATE] = None
+            move(self.client, name, wanted)
+            return self.get(name, version)
 
     def rollback(self, name: str) -> Version:
         """Swap champion and previous; ConflictError if there is no previous version."""
-        aliases = self._aliases(name)
-        if not aliases and not self.versions(name):
-            raise model_not_found(name)
-        if PREVIOUS not in aliases or CHAMPION not in aliases:
-            raise ConflictError(f"{name}: no previous version to roll back to; `promote` one of its versions instead")
-        self._crown(name, aliases[PREVIOUS])
-        self.client.set_registered_model_alias(name, PREVIOUS, str(aliases[CHAMPION]))
-        return self.get(name, aliases[PREVIOUS])
+        with self._moving(name) as aliases:
+            if not aliases and not self.versions(name):
+                raise model_not_found(name)
+            if PREVIOUS not in aliases or CHAMPION not in aliases:
+                raise ConflictError(
+                    f"{name}: no previous version to roll back to; `promote` one of its versions instead"
+                )
+            self.get(name, aliases[PREVIOUS])
+            move(self.client, name, {CHAMPION: aliases[PREVIOUS], PREVIOUS: aliases[CHAMPION]})
+            return self.get(name, aliases[PREVIOUS])
 
     def delete(self, name: str, version: int | None = None) -> None:
         """Delete one version, or the adapter with all of them; the champion alone is refused (ConflictError)."""
-        if version is None:
-            if name not in self.catalog():
-                raise model_not_found(name)
-            self.client.delete_registered_model(name)
-            return
-        found = self.get(name, version)
-        if CHAMPION in found.aliases:
-            raise ConflictError(f"{found.ref} is the champion; promote another version first, or delete all of {name}")
-        for alias in found.aliases:
-            self.client.delete_registered_model_alias(name, alias)
-        self.client.delete_model_version(name, str(version))
+        with self._moving(name):
+            if version is None:
+                if name not in self.catalog():
+                    raise model_not_found(name)
+                self.client.delete_registered_model(name)
+                return
+            found = self.get(name, version)
+            if CHAMPION in found.aliases:
+                raise ConflictError(
+                    f"{found.ref} is the champion; promote another version first, or delete all of {name}"
+                )
+            for alias in found.aliases:
+                self.client.delete_registered_model_alias(name, alias)
+            self.client.delete_model_version(name, str(version))
 
     def download(self, version: Version) -> Path:
         """The version's adapter directory on this host, from a cache keyed by its digest and its run.
@@ -290,16 +305,22 @@ class Registry:
             shutil.rmtree(scratch, ignore_errors=True)
         return target
 
-    def _crown(self, name: str, version: int) -> None:
-        self.client.set_registered_model_alias(name, CHAMPION, str(version))
-        self.client.set_model_version_tag(name, str(version), "pedro.promoted", utc(time.time()))
+    @contextmanager
+    def _moving(self, name: str) -> Iterator[dict[str, int]]:
+        """Alone among all who move an adapter's aliases: these, after a move that was broken off has been finished."""
+        with exclusive(self._lock, name):
+            with suppress(self.error):  # no such adapter, as what follows will say
+                finish(self.client, self.client.get_registered_model(name))
+            yield self._aliases(name)
 
     def _aliases(self, name: str) -> dict[str, int]:
+        """The adapter's aliases; none if there is no such adapter."""
         try:
-            model = self.client.get_registered_model(name)
-        except self.error:
+            return aliases_of(self.client.get_registered_model(name))
+        except self.error as error:
+            if not _is_missing(error):
+                raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
             return {}
-        return {alias: int(version) for alias, version in (model.aliases or {}).items()}
 
     @property
     def error(self) -> Any:
@@ -318,6 +339,10 @@ class Registry:
             token = page.token
             if not token:
                 return
+
+
+def _is_missing(error: Any) -> bool:
+    return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def _connect(uri: str) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pedro.config import Settings, validate_spec
-from pedro.errors import ConfigError, DataError, NotFoundError, PedroError
+from pedro.errors import AdapterError, ConfigError, ConflictError, DataError, NotFoundError, PedroError
 from pedro.registry import CANDIDATE, CHAMPION, Registry, Version
 from pedro.training.gate import GateDecision, decide
 from pedro.training.job_log import keeping_log
@@ -80,7 +80,8 @@ def run_job(
             _log_spec(registry, run_id, spec, Path(scratch))
             version = registry.register(run_id, trained.directory, spec.tenant, spec.adapter)
         decision = judge(spec, trained, registry)
-        alias = move_alias(registry, version, decision)
+        judged_against = trained.champion.version if trained.champion else None
+        alias, decision = move_alias(registry, version, decision, judged_against)
         registry.tag_run(run_id, {"pedro.version": version.ref, "pedro.alias": alias, "pedro.gate": decision.reason})
         status = "FINISHED"
     finally:
@@ -236,14 +237,23 @@ def _champion(registry: Registry, name: str) -> int | None:
         return None
 
 
-def move_alias(registry: Registry, version: Version, decision: GateDecision) -> str:
-    """Make the version champion, or candidate if its gate refused; which of the two it is."""
+def move_alias(
+    registry: Registry, version: Version, decision: GateDecision, judged_against: int | None
+) -> tuple[str, GateDecision]:
+    """Make the version champion, or candidate if its gate refused: which of the two, and the decision that holds.
+
+    `judged_against` is the champion that the gate compared it with; beside another one the decision means nothing.
+    """
+    if decision.passed:
+        try:
+            registry.promote(version.name, version.version, expected=judged_against)
+        except (ConflictError, AdapterError) as error:
+            decision = GateDecision(False, error.message)
     registry.tag_gate(version, f"{'passed' if decision.passed else 'refused'}: {decision.reason}")
     if decision.passed:
-        registry.promote(version.name, version.version)
-        return CHAMPION
+        return CHAMPION, decision
     registry.set_alias(version.name, CANDIDATE, version.version)
-    return CANDIDATE
+    return CANDIDATE, decision
 
 
 def _log_spec(registry: Registry, run_id: str, spec: FineTuneSpec, scratch: Path) -> None:

@@ -162,7 +162,8 @@ def _register(board: Board, best: Trial, registry: Registry) -> tuple[Version, s
             best.outcome.digest, best.outcome.metrics, best.outcome.trainable_parameters, champion, directory
         )
     decision = judge(job, trained, registry)
-    return version, move_alias(registry, version, decision), decision.reason
+    alias, decision = move_alias(registry, version, decision, champion.version if champion else None)
+    return version, alias, decision.reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,53 @@
+"""How several aliases of one adapter move as one step, although MLflow sets them one by one. Knows no versions.
+
+A move is a tag of the registered model that says where its aliases shall stand: writing it is the move. Who reads
+the aliases reads the tag with them (`aliases_of`), so nobody sees half a move; `finish` then sets the aliases and
+takes the tag away. What a mover that was killed left to do, the next one does. Movers hold the registry's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pedro.versions import utc
+
+MOVE = "pedro.move"
+CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
+
+
+def aliases_of(model: Any) -> dict[str, int]:
+    """The aliases of a registered model of MLflow, a move that is under way included."""
+    aliases = {alias: int(version) for alias, version in (model.aliases or {}).items()}
+    for alias, version in _under_way(model).items():
+        if version is None:
+            aliases.pop(alias, None)
+        else:
+            aliases[alias] = version
+    return aliases
+
+
+def move(client: Any, name: str, wanted: Mapping[str, int | None]) -> None:
+    """Move aliases of an adapter together; None takes one away. A new champion says when it became one."""
+    if CHAMPION in wanted:
+        client.set_model_version_tag(name, str(wanted[CHAMPION]), "pedro.promoted", utc(time.time()))
+    client.set_registered_model_tag(name, MOVE, json.dumps(dict(wanted)))
+    finish(client, client.get_registered_model(name))
+
+
+def finish(client: Any, model: Any) -> None:
+    """Set the aliases as the model's move says, if one is under way; again does no harm."""
+    if MOVE not in model.tags:
+        return
+    for alias, version in _under_way(model).items():
+        if version is not None:
+            client.set_registered_model_alias(model.name, alias, str(version))
+        elif alias in (model.aliases or {}):
+            client.delete_registered_model_alias(model.name, alias)
+    client.delete_registered_model_tag(model.name, MOVE)
+
+
+def _under_way(model: Any) -> dict[str, int | None]:
+    return json.loads(model.tags.get(MOVE) or "{}")
