@@ -1,11 +1,17 @@
 """Backbones: damaged directories, devices and dtypes that there are not, digests that must stay."""
 
+import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from pedro.backbone import EMBEDDED, context_length, load_model, load_tokenizer, resolve_backbone
-from pedro.errors import BackboneError, ConfigError
+from pedro.backbone_files import MODEL_TYPES
+from pedro.errors import AdapterError, BackboneError, ConfigError
+from pedro.methods.adapter_files import check_tokenizer
+from pedro.methods.architectures import LAYOUTS
 
 
 @pytest.fixture
@@ -22,8 +28,8 @@ def _cut(path):
     ("name", "load", "what"),
     [
         ("tokenizer.json", load_tokenizer, "tokenizer"),
-        ("config.json", load_tokenizer, "tokenizer"),
-        ("config.json", load_model, "model"),
+        ("config.json", load_tokenizer, "config.json"),
+        ("config.json", load_model, "config.json"),
         ("config.json", context_length, "config.json"),
         ("model.safetensors", load_model, "model"),
     ],
@@ -68,3 +74,164 @@ def test_the_packaged_backbone_of_committed_results_is_unchanged():
         resolve_backbone("pedro-nano").digest
         == "sha256:f32dc52c7246d30a6ba14d8925507c45d4e8456c3ce4c716dfc4f9d4f7342111"
     )
+
+
+def _edit(directory, file="config.json", **changes):
+    """Change keys of a JSON file; None takes one out."""
+    path = directory / file
+    tree = {**(json.loads(path.read_text()) if path.is_file() else {}), **changes}
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
+def _lfs(directory):
+    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def _pickled(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def _adapter(directory):
+    (directory / "config.json").unlink()
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_lfs, r"a Git LFS pointer in place of model\.safetensors; run `git lfs pull`"),
+        (_pickled, r"holds pytorch_model\.bin \(pickle\), .* python -c \"from transformers .*save_pretrained"),
+        (_adapter, r"is an adapter, not a backbone; give the backbone that it was trained on \(owner/base\)"),
+        (lambda d: _edit(d, auto_map={"AutoModelForCausalLM": "m.M"}), r"needs code of its own \(auto_map in config"),
+        (
+            lambda d: _edit(d, "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]}),
+            r"auto_map in tokeniz",
+        ),
+        (lambda d: _edit(d, quantization_config={"quant_method": "gptq"}), r"is quantised by gptqmodel .*gptq\).* use"),
+        (lambda d: _edit(d, quantization_config={"quant_method": "awq"}), r"is quantised by autoawq"),
+        (lambda d: _edit(d, quantization_config={"quant_method": "bitsandbytes"}), r"is quantised by bitsandbytes"),
+        (
+            lambda d: _edit(d, model_type="mixtral"),
+            r"the architecture 'mixtral', which is not supported; use one of gem",
+        ),
+        (lambda d: _edit(d, model_type="t5"), r"the architecture 't5'"),
+        (lambda d: _edit(d, model_type="from-tomorrow"), r"the architecture 'from-tomorrow'"),
+        (lambda d: _edit(d, model_type=["llama"]), r"the architecture \['llama'\]"),
+        (
+            lambda d: (d / "config.json").write_text("[" * 100_000),
+            r"config\.json .* cannot be loaded \(nested too deep",
+        ),
+        (lambda d: (d / "config.json").write_text("[]"), r"config\.json .*expected an object, got list"),
+        (lambda d: (d / "config.json").write_text(" " * 5_000_000), r"5,000,000 bytes are too many"),
+    ],
+)
+def test_a_directory_that_no_loader_should_be_given_does_not_resolve(directory, damage, message):
+    damage(directory)
+    with pytest.raises(BackboneError, match=message) as told:
+        resolve_backbone(str(directory))
+    assert "\n" not in told.value.message
+
+
+def _tensors(directory, change):
+    path = directory / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+LAYER = "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != LAYER}, rf"lacks the tensor {LAYER}; copy or save"),
+        (
+            lambda t: {k.replace("up_proj", "upward"): v for k, v in t.items()},
+            r"lacks .* and 4 more; it holds .*upward",
+        ),
+        (
+            lambda t: {**t, LAYER: t[LAYER].index_fill(0, torch.tensor([3]), torch.nan)},
+            rf"numbers in {LAYER} that are not",
+        ),
+        (lambda t: {**t, LAYER: t[LAYER] + torch.inf}, rf"numbers in {LAYER} that are not finite"),
+        (
+            lambda t: {**t, LAYER: t[LAYER][:-1].clone()},
+            rf"has {LAYER} of shape \[171, 64\], but .* asks for \[172, 64\]",
+        ),
+    ],
+)
+def test_weights_that_are_not_all_there_are_refused_by_tensor_and_never_made_up(directory, change, message):
+    _tensors(directory, change)
+    with pytest.raises(BackboneError, match=message) as told:
+        load_model(resolve_backbone(str(directory)))
+    assert "\n" not in told.value.message
+
+
+def test_a_doubled_prefix_is_understood_or_refused_but_no_weight_is_made_up(directory):
+    whole = load_model(resolve_backbone(str(directory))).state_dict()
+    _tensors(directory, lambda tensors: {f"model.{key}": tensor for key, tensor in tensors.items()})
+    doubled = load_model(resolve_backbone(str(directory))).state_dict()
+    assert all(torch.equal(doubled[key], tensor) for key, tensor in whole.items())
+    _tensors(directory, lambda tensors: {f"model.{key}": tensor for key, tensor in tensors.items()})
+    with pytest.raises(BackboneError, match=r"lacks the tensor \S+ and \d+ more; it holds model\.model"):
+        load_model(resolve_backbone(str(directory)))
+
+
+def test_a_tied_head_that_is_not_in_the_file_is_not_missing(directory):
+    _tensors(directory, lambda tensors: {k: v for k, v in tensors.items() if not k.startswith("lm_head")})
+    model = load_model(resolve_backbone(str(directory)))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(directory):
+    _edit(directory, vocab_size=500)
+    with pytest.raises(BackboneError, match=r"makes ids up to 511, but the embedding has 500 rows"):
+        load_tokenizer(resolve_backbone(str(directory)))
+
+
+def _swap_two_entries(directory):
+    tree = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = tree["model"]["vocab"]
+    a, b = list(vocabulary)[400:402]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (directory / "tokenizer.json").write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _swap_two_entries,
+        lambda d: _edit(d, "tokenizer_config.json", bos_token="<unk>"),
+        lambda d: _edit(d, "tokenizer_config.json", add_bos_token=True),
+        lambda d: _edit(d, "tokenizer_config.json", chat_template="{{ 1 }}"),
+        lambda d: (d / "chat_template.jinja").write_text("{{ 1 }}"),
+        lambda d: (d / "vocab.json").write_text("{}"),
+        lambda d: (d / "merges.txt").write_text("a b"),
+    ],
+)
+def test_the_tokenizers_digest_covers_all_that_decides_ids(directory, change):
+    before = resolve_backbone(str(directory))
+    change(directory)
+    after = resolve_backbone(str(directory))
+    assert after.tokenizer_digest != before.tokenizer_digest
+    assert after.digest == before.digest
+
+
+def test_an_adapter_of_another_tokenizer_is_refused_with_both_digests_and_old_digests_are_still_known(directory):
+    backbone = resolve_backbone(str(directory))
+    old = {"backbone": {"tokenizer_digest": backbone.tokenizer_digest_v1}}
+    for manifest in (old, {"backbone": {"tokenizer_digest": backbone.tokenizer_digest}}, {"backbone": {}}):
+        check_tokenizer(manifest, backbone.tokenizer_digests)
+    _swap_two_entries(directory)
+    changed = resolve_backbone(str(directory))
+    with pytest.raises(AdapterError, match=rf"{backbone.tokenizer_digest_v1}.*{changed.tokenizer_digest}"):
+        check_tokenizer(old, changed.tokenizer_digests)
+
+
+def test_the_old_tokenizer_digest_of_packaged_backbones_is_what_committed_adapters_say():
+    assert resolve_backbone("stories260K").tokenizer_digest_v1 == (
+        "sha256:8c961496d45a5469e26aa88a4a97a6dd1a7f48bf404f048be51c11b950a0aa67"
+    )
+
+
+def test_what_resolves_is_what_the_methods_know():
+    assert set(MODEL_TYPES) == set(LAYOUTS)

@@ -42,7 +42,7 @@ class Generator:
         quiet()
         backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
         _check_room(backbone.id, backbone.directory)
-        manifest = verify_adapter(directory, backbone.digest)
+        manifest = verify_adapter(directory, backbone.digest, backbone.tokenizer_digests)
         self._tokenizer = load_tokenizer(backbone)
         self._form = PromptFormat.from_dict(manifest.get("prompt_format") or {})
         self._model = load_saved(directory, manifest, backbone, "float32", "cpu")

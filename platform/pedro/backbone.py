@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro.backbone_files import check_files, read_json
 from pedro.errors import BackboneError, ConfigError
 
 if TYPE_CHECKING:
@@ -22,18 +23,32 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parent / "assets" / "backbones"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+TOKENIZER_V1 = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+TOKENIZER = (*TOKENIZER_V1, "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+TOKENIZER_FIELDS = (
+    *("tokenizer_class", "bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space"),
+    *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "legacy", "split_special_tokens"),
+    "chat_template",
+)
+"""What of tokenizer_config.json decides which ids a text gets, or how messages become a prompt."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A backbone on local disk. `digest` covers the weights and the config, `tokenizer_digest` what makes prompts."""
+    """A backbone on local disk. `digest` covers the weights and the config, `tokenizer_digest` all that makes ids."""
 
     id: str
     directory: Path
     digest: str
     tokenizer_digest: str
+    tokenizer_digest_v1: str = ""
+    """As adapters of release 0.1 name it: without the tokens of tokenizer_config.json and without vocabulary files."""
+
+    @property
+    def tokenizer_digests(self) -> tuple[str, ...]:
+        """Both of the tokenizer, this release's first."""
+        return self.tokenizer_digest, self.tokenizer_digest_v1
 
 
 def embedded_backbones() -> list[str]:
@@ -44,24 +59,30 @@ def embedded_backbones() -> list[str]:
 def resolve_backbone(name: str) -> Backbone:
     """The backbone called `name`: an embedded name, a directory, or a hub id, in this order.
 
-    Raises BackboneError if there is none such, it cannot be downloaded, or the directory holds no safetensors.
+    Raises BackboneError if there is none such, it cannot be downloaded, or its files show that it cannot be used.
     """
     directory = _directory(str(name))
-    if not (directory / "config.json").is_file() or not list(directory.glob("*.safetensors")):
-        raise BackboneError(
-            f"backbone: {name!r} holds no config.json with *.safetensors; give a transformers directory "
-            f"saved with safetensors, a hub id, or one of {', '.join(embedded_backbones())}",
-            param="backbone",
-        )
+    check_files(directory, str(name))
     return _describe(str(name), directory.resolve(), _stamp(directory))
 
 
 def load_tokenizer(backbone: Backbone) -> Any:
-    """The backbone's tokenizer, padded with EOS where it has no pad token of its own. Raises BackboneError."""
+    """The backbone's tokenizer, padded with EOS where it has no pad token of its own.
+
+    Raises BackboneError if it cannot be read, or makes ids that the backbone has no embedding for.
+    """
     from transformers import AutoTokenizer
 
     with _reading(backbone.id, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(backbone.directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(backbone.directory, local_files_only=True, trust_remote_code=False)
+        largest = max(tokenizer.get_vocab().values())
+    rows = read_json(backbone.directory / "config.json", backbone.id).get("vocab_size")
+    if isinstance(rows, int) and largest >= rows:
+        raise BackboneError(
+            f"backbone: the tokenizer of {backbone.id!r} makes ids up to {largest}, but the embedding has {rows} rows; "
+            "take the tokenizer that the weights were trained with, or resize the embedding and save the model again",
+            param="backbone",
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -79,10 +100,41 @@ def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") 
         raise ConfigError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}; choose one of them", param="dtype")
     _check_device(device)
     with _reading(backbone.id, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            backbone.directory, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            backbone.directory,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with the shapes
         )
+    model, report = loaded
+    _check_weights(backbone.id, model, report)
     return model.requires_grad_(False).eval().to(device)
+
+
+def _check_weights(name: str, model: torch.nn.Module, report: Mapping[str, Any]) -> None:
+    """Raise BackboneError where a tensor was not in the files, has another shape, or holds what is no number."""
+    import torch
+
+    def refuse(what: str) -> BackboneError:
+        return BackboneError(f"backbone: {name!r} {what}; copy or save the directory again", param="backbone")
+
+    if mismatched := sorted(report.get("mismatched_keys") or (), key=str):
+        key, found, wanted = mismatched[0]
+        raise refuse(f"has {key} of shape {list(found)}, but its config.json asks for {list(wanted)}")
+    if missing := sorted(report.get("missing_keys") or ()):
+        extra = sorted(report.get("unexpected_keys") or ())
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        instead = f"; it holds {extra[0]}, which the model does not have" if extra else ""
+        raise refuse(f"lacks the tensor {missing[0]}{more}{instead}")
+    with torch.inference_mode():
+        for key, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and tensor.numel():
+                low, high = torch.aminmax(tensor)  # NaN passes through both
+                if not (low.isfinite() and high.isfinite()):
+                    raise refuse(f"holds numbers in {key} that are not finite (NaN or infinite)")
 
 
 def quiet() -> None:
@@ -98,8 +150,8 @@ def quiet() -> None:
 
 def context_length(backbone: Backbone) -> int:
     """The most tokens (prompt and answer together) that the backbone was made for."""
+    config = read_json(backbone.directory / "config.json", backbone.id)
     with _reading(backbone.id, "config.json"):
-        config = json.loads((backbone.directory / "config.json").read_text())
         return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
 
 
@@ -161,15 +213,15 @@ def _stamp(directory: Path) -> tuple[tuple[str, int, int], ...]:
 
 @cache
 def _describe(name: str, directory: Path, stamp: tuple[tuple[str, int, int], ...]) -> Backbone:
-    template = ""
-    if (directory / "tokenizer_config.json").is_file():
-        with _reading(name, "tokenizer_config.json"):
-            template = str(json.loads((directory / "tokenizer_config.json").read_text()).get("chat_template") or "")
+    config = read_json(directory / "tokenizer_config.json", name)
+    fields = {field: config[field] for field in TOKENIZER_FIELDS if config.get(field) is not None}
+    v2 = _hash_files(directory, TOKENIZER, json.dumps(fields, sort_keys=True))
     return Backbone(
         id=name,
         directory=directory,
         digest=_hash_files(directory, WEIGHTS),
-        tokenizer_digest=_hash_files(directory, TOKENIZER, template),
+        tokenizer_digest=f"v2:{v2}",
+        tokenizer_digest_v1=_hash_files(directory, TOKENIZER_V1, str(config.get("chat_template") or "")),
     )
 
 

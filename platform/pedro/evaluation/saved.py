@@ -30,7 +30,7 @@ def open_saved(directory: Path) -> tuple[Backbone, dict[str, Any], PromptFormat]
     from pedro.methods.adapter_files import read_manifest, verify_adapter
 
     backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
-    manifest = verify_adapter(directory, backbone.digest)
+    manifest = verify_adapter(directory, backbone.digest, backbone.tokenizer_digests)
     _read_config(directory, manifest, backbone)
     return backbone, manifest, PromptFormat.from_dict(manifest.get("prompt_format") or {})
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -171,11 +171,14 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def verify_adapter(directory: str | Path, backbone_digest: str) -> dict[str, Any]:
+def verify_adapter(
+    directory: str | Path, backbone_digest: str, tokenizer_digests: Collection[str] = ()
+) -> dict[str, Any]:
     """Check that an adapter directory is whole, holds no pickle and belongs to this backbone; return its manifest.
 
-    Raises AdapterError, with both digests where the backbone, the weights or the config are not the expected ones.
-    Manifests of earlier releases have no digest of the config, which is not checked then.
+    `tokenizer_digests` are those of the backbone's tokenizer, by this release's formula and earlier ones; none: not
+    checked. Raises AdapterError, with both digests where backbone, tokenizer, weights or config are not the expected
+    ones. Manifests of earlier releases have no digest of the config, which is not checked then.
     """
     directory = Path(directory)
     _refuse_foreign_files(directory)
@@ -187,10 +190,23 @@ def verify_adapter(directory: str | Path, backbone_digest: str) -> dict[str, Any
             "use the adapter's own backbone or train the adapter again",
             param="backbone",
         )
+    if tokenizer_digests:
+        check_tokenizer(manifest, tokenizer_digests)
     _expect_digest(manifest, "digest", "weights are", weights_digest(directory))
     if manifest.get("config_digest"):
         _expect_digest(manifest, "config_digest", "config is", config_digest(directory))
     return manifest
+
+
+def check_tokenizer(manifest: dict[str, Any], digests: Collection[str]) -> None:
+    """Raise AdapterError where the adapter was trained with another tokenizer; old manifests may not say."""
+    trained = manifest["backbone"].get("tokenizer_digest")
+    if trained is not None and trained not in digests:
+        raise AdapterError(
+            f"backbone: the adapter was trained with the tokenizer {trained}, but the backbone here has "
+            f"{next(iter(digests))}; restore the tokenizer's files, or train the adapter again",
+            param="backbone",
+        )
 
 
 def _expect(manifest: dict[str, Any], field: str, kind: type) -> None:

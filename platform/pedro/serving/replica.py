@@ -23,7 +23,7 @@ from pedro.engine.sequence import Output, Request, SamplingParams
 from pedro.engine.thread import EngineThread
 from pedro.errors import AdapterError, DataError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
-from pedro.methods.adapter_files import read_manifest
+from pedro.methods.adapter_files import check_tokenizer, read_manifest
 from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
 from pedro.serving.deltas import Deltas
@@ -48,6 +48,7 @@ class Replica:
         sys.setswitchinterval(SWITCH_S)
         backbone = resolve_backbone(config.backbone)
         self.name = name
+        self._tokenizer_digests = backbone.tokenizer_digests
         self._registry = Registry.open(settings)
         self._registry.catalog()  # connect now rather than under the first request
         self._bare = f"{config.model_name}#{backbone.digest}"
@@ -226,7 +227,9 @@ class Replica:
         if version.digest != digest:
             raise _gone(ref)
         try:
-            return self._registry.download(version)
+            directory = self._registry.download(version)
+            check_tokenizer(read_manifest(directory), self._tokenizer_digests)
+            return directory
         except AdapterError as error:  # the store's fault, not the caller's
             raise UnavailableError(error.message, param="model", code="adapter_unavailable") from error
 

@@ -99,7 +99,7 @@ def score_directory(session: Session, directory: Path) -> Score:
     """The score of another adapter (the champion) on the same rows, on a fresh copy of the backbone."""
     from pedro.methods.adapter_files import verify_adapter
 
-    manifest = verify_adapter(directory, session.backbone.digest)
+    manifest = verify_adapter(directory, session.backbone.digest, session.backbone.tokenizer_digests)
     _, rows = session.scored_rows()
     if rows is None:
         return Score()
