@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pedro import cluster
+from pedro import cluster, secret_files
 from pedro.config import Settings
 from pedro.errors import ConfigError
 
@@ -42,6 +42,74 @@ def test_every_setting_is_absolute_and_survives_the_way_to_another_process(home,
     assert settings.home == home / "here"
     assert settings.storage == str(home / "there")
     assert Settings.from_env(settings.env()) == settings
+
+
+SECRET = "hunter2"
+SECRETS = {
+    "PEDRO_DATABASE_URL": f"postgresql://pedro:{SECRET}@db/pedro",
+    "MLFLOW_TRACKING_URI": f"https://ops:{SECRET}@mlflow",
+}
+
+
+def test_no_password_is_in_a_jobs_environment_nor_in_a_training_runs_settings(home, monkeypatch):
+    from pedro.training import submit, trainer
+
+    settings = Settings.from_env({"PEDRO_HOME": str(home), **SECRETS})
+    assert settings.database_url == SECRETS["PEDRO_DATABASE_URL"]
+    asked = []
+
+    class Client:
+        def submit_job(self, **options):
+            asked.append(options)
+
+    monkeypatch.setattr(submit, "_client", lambda url: Client())
+    submit.launch("pedro.training.job", "ftjob-1", settings, "http://127.0.0.1:1", {})
+    shown_by_ray = json.dumps([asked, trainer.pack_settings(settings)])
+    assert SECRET not in shown_by_ray + repr(settings)
+    assert "MLFLOW_TRACKING_URI_FILE" in shown_by_ray
+    assert {path.stat().st_mode & 0o777 for path in (home / "secrets").iterdir()} == {0o600}
+    assert trainer.unpack_settings(trainer.pack_settings(settings)) == settings
+    stale = {**os.environ, **settings.env()}
+    plain = Settings.from_env({"PEDRO_HOME": str(home)})
+    assert Settings.from_env({**stale, **plain.env()}) == plain
+
+
+def test_a_secrets_file_that_this_host_lacks_is_told_with_the_remedy_unless_the_variable_is_set(home):
+    env = {"PEDRO_HOME": str(home), "PEDRO_DATABASE_URL_FILE": "/run/secrets/none"}
+    with pytest.raises(ConfigError, match=r"PEDRO_DATABASE_URL_FILE: /run/secrets/none.*set PEDRO_DATABASE_URL on"):
+        Settings.from_env(env)
+    assert Settings.from_env({**env, **SECRETS}).database_url == SECRETS["PEDRO_DATABASE_URL"]
+
+
+def test_a_file_that_the_user_named_is_handed_on_rather_than_copied(home, monkeypatch):
+    file = home / "url"
+    file.write_text(SECRETS["PEDRO_DATABASE_URL"] + "\n")
+    monkeypatch.setenv("PEDRO_DATABASE_URL_FILE", str(file))
+    settings = Settings.from_env({"PEDRO_HOME": str(home), "PEDRO_DATABASE_URL_FILE": str(file)})
+    assert settings.env()["PEDRO_DATABASE_URL_FILE"] == str(file)
+    assert not (home / "secrets").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("postgresql://pedro@db/pedro", False),
+        ("postgresql://pedro:a/b#c@db/pedro", True),
+        ("postgresql://db/pedro?user=a&password=b", True),
+        ("https://token@mlflow", True),
+        ("http://mlflow:5000", False),
+        ("sqlite:////home/a:b@c/pedro.db", False),
+        ("/srv/a@b", False),
+    ],
+)
+def test_what_may_be_a_password_is_taken_for_one_and_not_shown(url, secret):
+    assert secret_files.holds_secret(url) is secret
+    assert (secret_files.shown(url) == url) is not secret
+
+
+def test_a_storage_with_a_key_in_its_url_is_refused_because_manifests_would_hold_it(home):
+    with pytest.raises(ConfigError, match="PEDRO_STORAGE: holds a password"):
+        Settings.from_env({"PEDRO_HOME": str(home), "PEDRO_STORAGE": f"s3://id:{SECRET}@bucket/x"})
 
 
 def test_a_multi_host_cluster_is_refused_with_single_host_storage():

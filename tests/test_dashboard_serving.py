@@ -311,6 +311,7 @@ def ask(served, model, count=1):
 
 def test_the_page_shows_what_an_engine_serves_and_a_swap_as_it_happens(page, served, monkeypatch):
     monkeypatch.setenv("PEDRO_GATEWAY_URL", served.url)
+    monkeypatch.setenv("PEDRO_ADMIN_KEY", served.admin)
     shown = page(served.settings.home)
     assert "The first figures come with the second reading" in words(shown.caption)
     ask(served, "acme.faq", 2), ask(served, "stories260K")
@@ -340,6 +341,7 @@ def test_a_page_opened_later_sees_what_was_read_before(page, served, monkeypatch
     from streamlit.testing.v1 import AppTest
 
     monkeypatch.setenv("PEDRO_GATEWAY_URL", served.url)
+    monkeypatch.setenv("PEDRO_ADMIN_KEY", served.admin)
     page(served.settings.home)
     ask(served, "acme.faq")
     again = AppTest.from_file(str(DASHBOARD / "app.py"), default_timeout=60)
@@ -360,6 +362,7 @@ def test_an_engine_that_is_away_leaves_the_gateways_own_figures(page, tmp_path, 
     with serve(tmp_path) as gateway:
         gateway.backend.engine_answers = False
         monkeypatch.setenv("PEDRO_GATEWAY_URL", gateway.url)
+        monkeypatch.setenv("PEDRO_ADMIN_KEY", gateway.key("ops", ("admin",)))
         shown = page(tmp_path / "nothing")
         healthy(shown.run())
     assert {metric.label: metric.value for metric in shown.metric}["Running"] == "0"

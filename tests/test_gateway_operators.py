@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import httpx
 import pytest
-from gateway_backend import BACKBONE, WordBackend
+from gateway_backend import BACKBONE
 from gateway_server import Gateway, serve
 from prometheus_client.parser import text_string_to_metric_families
-
-from pedro.gateway.app import create_app
-from pedro.store import Store
 
 
 @pytest.fixture
@@ -169,6 +165,10 @@ def test_an_infer_key_may_neither_see_nor_move_adapters(http):
 # metrics
 
 
+def operator(gateway):
+    return gateway.http(gateway.key("ops", ("admin",)))
+
+
 def figures(text: str) -> dict[tuple, float]:
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
@@ -189,8 +189,8 @@ def test_metrics_hold_the_gateways_figures_and_the_engines_in_prometheus_form(ga
     gateway.store.set_quota(tenant="acme", requests_per_minute=1)
     for _ in range(2):
         http.post("/v1/completions", json=body)
-    with gateway.http() as local:
-        reply = local.get("/metrics")
+    with operator(gateway) as ops:
+        reply = ops.get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=")
     found = figures(reply.text)
     counted = "pedro_gateway_requests_total"
@@ -207,7 +207,7 @@ def test_metrics_hold_the_gateways_figures_and_the_engines_in_prometheus_form(ga
 
 
 def test_open_streams_are_counted_while_they_are_open(tmp_path):
-    with serve(tmp_path, token_s=0.01) as gateway, gateway.http(gateway.key()) as http, gateway.http() as local:
+    with serve(tmp_path, token_s=0.01) as gateway, gateway.http(gateway.key()) as http, operator(gateway) as local:
         body = {"model": BACKBONE, "prompt": "a", "max_tokens": 1000, "stream": True}
         with http.stream("POST", "/v1/completions", json=body) as reply:
             next(reply.iter_lines())
@@ -222,41 +222,18 @@ def test_open_streams_are_counted_while_they_are_open(tmp_path):
 
 def test_the_gateways_figures_are_there_while_no_engine_answers(gateway):
     gateway.backend.engine_answers = False
-    with gateway.http() as local:
-        reply = local.get("/metrics")
+    with operator(gateway) as ops:
+        reply = ops.get("/metrics")
     assert reply.status_code == 200
     assert ("pedro_gateway_open_streams",) in figures(reply.text)
 
 
-@pytest.mark.parametrize(
-    ("client", "headers", "status"),
-    [
-        (("127.0.0.1", 5000), {"host": "127.0.0.1:8000"}, 200),
-        (("::1", 5000), {"host": "[::1]:8000"}, 200),
-        (("127.0.0.1", 5000), {"host": "localhost"}, 200),
-        (("10.0.0.7", 5000), {"host": "127.0.0.1:8000"}, 401),
-        (None, {"host": "127.0.0.1:8000"}, 401),
-        (("127.0.0.1", 5000), {"host": "pedro.example"}, 401),
-        (("127.0.0.1", 5000), {"host": "localhost", "x-forwarded-for": "10.0.0.7"}, 401),
-        (("127.0.0.1", 5000), {"host": "localhost", "authorization": "Bearer INFER"}, 403),
-        (("10.0.0.7", 5000), {"host": "pedro.example", "authorization": "Bearer ADMIN"}, 200),
-    ],
-)
-def test_metrics_are_for_this_machine_and_for_admin_keys(tmp_path, client, headers, status):
-    store = Store(f"sqlite:///{tmp_path}/pedro.db")
-    backend = WordBackend()
-    app = create_app(lambda: backend, store)
-    for scope in ("infer", "admin"):
-        secret = store.create_key("acme", (scope,))[1]
-        headers = {name: value.replace(scope.upper(), secret) for name, value in headers.items()}
-
-    async def ask() -> int:
-        transport = httpx.ASGITransport(app, client=client)
-        async with httpx.AsyncClient(transport=transport, base_url="http://unused") as http:
-            return (await http.get("/metrics", headers=headers)).status_code
-
-    assert asyncio.run(ask()) == status
-    store.close()
+@pytest.mark.parametrize(("scope", "status"), [(None, 401), ("infer", 403), ("admin", 200)])
+def test_metrics_need_an_admin_key_from_this_machine_too(gateway, scope, status):
+    with gateway.http(scope and gateway.key("acme", (scope,))) as local:  # as a proxy on this machine would come
+        reply = local.get("/metrics", headers={"host": "127.0.0.1:8000"})
+    assert reply.status_code == status
+    assert ("pedro_" in reply.text) == (status == 200)
 
 
 # headers

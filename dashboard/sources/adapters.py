@@ -19,7 +19,8 @@ import yaml
 from pedro.config import Settings
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
 from pedro.runs import promotions
-from sources.stores import ask_registry, shown
+from pedro.secret_files import shown
+from sources.stores import ask_registry
 
 PAGE = 25
 STATES = ("All", "In service", "With a candidate", "Without a champion")

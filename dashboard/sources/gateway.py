@@ -76,7 +76,7 @@ class Gateway:
             return Standing(True, ready, problem=error.message)
 
     def metrics(self) -> str:
-        """Prometheus's text. On the gateway's own machine no key is needed; any other than an admin key is refused."""
+        """Prometheus's text. The key must be an admin key."""
         with self._sent("GET", "/metrics") as reply:
             return reply.text
 

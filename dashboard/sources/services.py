@@ -15,8 +15,9 @@ from pathlib import Path
 import httpx
 
 from pedro.config import Settings
+from pedro.secret_files import shown
 from sources.gateway import DEFAULT_URL, Gateway
-from sources.stores import SQLITE, is_there, shown
+from sources.stores import SQLITE, is_there
 
 TIMEOUT_S = 2.0
 

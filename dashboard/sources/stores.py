@@ -37,12 +37,6 @@ def is_there(url: str) -> bool:
     return not url.startswith(SQLITE) or Path(url.removeprefix(SQLITE)).is_file()
 
 
-def shown(url: str) -> str:
-    """A store's address without the password that it may hold."""
-    head, at, host = url.rpartition("@")
-    return f"{head.partition('://')[0]}://…@{host}" if at and "://" in head else url
-
-
 def _ask(url: str, read: Callable[[object], Found], nothing: Nothing) -> tuple[Found | Nothing, str]:
     file: object = None
     if url.startswith(SQLITE):

@@ -59,8 +59,7 @@ def show(gateway: Gateway, history: data.History, seconds: float, names: list[st
     problem = problem or st.session_state.get("serving_problem", "")
     if problem:
         st.info(
-            f"{problem}. `pedro serve` starts a gateway; one on another machine shows its figures to an admin key "
-            f"(`{MAKE_KEY}`).",
+            f"{problem}. `pedro serve` starts a gateway, and it shows its figures to an admin key (`{MAKE_KEY}`).",
             icon=":material/cloud_off:",
         )
     intervals, swaps = history.window(now, seconds)

@@ -10,12 +10,13 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pedro import secret_files
 from pedro.errors import ConfigError
 from pedro.yaml_reader import MAX_DEPTH, parse_yaml, read_yaml
 
@@ -46,10 +47,10 @@ class Settings:
 
     home: Path
     """Databases, artifacts, files and Ray's storage (`PEDRO_HOME`, default `.pedro` in the working directory)."""
-    tracking_uri: str
-    """MLflow's store (`MLFLOW_TRACKING_URI`, default sqlite in the home)."""
-    database_url: str
-    """Keys and jobs, an SQLAlchemy URL (`PEDRO_DATABASE_URL`, default sqlite in the home)."""
+    tracking_uri: str = field(repr=False)
+    """MLflow's store (`MLFLOW_TRACKING_URI` or `MLFLOW_TRACKING_URI_FILE`, default sqlite in the home)."""
+    database_url: str = field(repr=False)
+    """Keys and jobs, an SQLAlchemy URL (`PEDRO_DATABASE_URL` or `…_URL_FILE`, default sqlite in the home)."""
     storage: str
     """Data files and checkpoints, a path or fsspec URL (`PEDRO_STORAGE`, default a folder in the home)."""
     ray_address: str | None
@@ -57,15 +58,22 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
-        """Read the environment; create nothing."""
+        """Read the environment; create nothing. Raises ConfigError for a file of a secret that is not there."""
         home = Path(env.get("PEDRO_HOME") or ".pedro").expanduser().absolute()
         storage = env.get("PEDRO_STORAGE") or str(home / "storage")
+        if secret_files.holds_secret(storage):
+            raise ConfigError(
+                "PEDRO_STORAGE: holds a password or a key, which would stand in specs and manifests; give it by the "
+                "provider's own variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) or fsspec's "
+                "(FSSPEC_SFTP_PASSWORD, …) on every node",
+                param="PEDRO_STORAGE",
+            )
         if "://" not in storage:
             storage = str(Path(storage).expanduser().absolute())
         return cls(
             home=home,
-            tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
-            database_url=env.get("PEDRO_DATABASE_URL") or f"sqlite:///{home / 'pedro.db'}",
+            tracking_uri=secret_files.read(env, "MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+            database_url=secret_files.read(env, "PEDRO_DATABASE_URL") or f"sqlite:///{home / 'pedro.db'}",
             storage=storage,
             ray_address=env.get("RAY_ADDRESS") or None,
         )
@@ -81,11 +89,12 @@ class Settings:
         return self.home / "cache"
 
     def env(self) -> dict[str, str]:
-        """The environment variables that hand these settings to another process."""
+        """The environment variables that hand these settings to another process; what holds a password goes by file."""
+        folder = self.home / "secrets"
         return {
             "PEDRO_HOME": str(self.home),
-            "MLFLOW_TRACKING_URI": self.tracking_uri,
-            "PEDRO_DATABASE_URL": self.database_url,
+            **secret_files.variables("MLFLOW_TRACKING_URI", self.tracking_uri, folder),
+            **secret_files.variables("PEDRO_DATABASE_URL", self.database_url, folder),
             "PEDRO_STORAGE": self.storage,
         }
 

@@ -26,6 +26,7 @@ from pedro.config import Settings, check_name
 from pedro.database import FileWatch, exclusive
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
 from pedro.moves import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, finish, move
+from pedro.secret_files import shown
 from pedro.versions import Version, read_version
 
 WHATEVER = -1  # an expected champion that is not compared
@@ -82,7 +83,7 @@ class Registry:
             if self.tracking_uri.startswith("sqlite:"):
                 remedy = "is its disk full, or its directory not writable? See PEDRO_HOME and MLFLOW_TRACKING_URI"
             raise UnavailableError(
-                f"MLFLOW_TRACKING_URI: no registry answers at {self.tracking_uri} "
+                f"MLFLOW_TRACKING_URI: no registry answers at {shown(self.tracking_uri)} "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); {remedy}",
                 param="MLFLOW_TRACKING_URI",
             ) from error

@@ -14,6 +14,7 @@ from typing import Any
 
 from pedro.errors import UnavailableError
 from pedro.registry import Registry
+from pedro.secret_files import shown
 from pedro.versions import Version, read_version
 
 RUNNING = "RUNNING"
@@ -171,7 +172,7 @@ def _answering(registry: Registry) -> Iterator[None]:
         yield
     except registry.error as error:
         raise UnavailableError(
-            f"the registry at {registry.tracking_uri} does not answer ({str(error).partition(chr(10))[0]:.200}); "
-            "check MLFLOW_TRACKING_URI",
+            f"the registry at {shown(registry.tracking_uri)} does not answer "
+            f"({str(error).partition(chr(10))[0]:.200}); check MLFLOW_TRACKING_URI",
             param="MLFLOW_TRACKING_URI",
         ) from error

@@ -162,8 +162,9 @@ def _service(name: str, probe: Callable[[], str], remedy: str) -> Check:
 
 def _registry(settings) -> str:
     from pedro.registry import Registry
+    from pedro.secret_files import shown
 
-    return f"{settings.tracking_uri}, {len(Registry.open(settings).models())} adapters"
+    return f"{shown(settings.tracking_uri)}, {len(Registry.open(settings).models())} adapters"
 
 
 def _database(settings) -> str:

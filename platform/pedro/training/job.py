@@ -175,7 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--job-id", default=None)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over a YAML spec")
     options = parser.parse_args(arguments)
-    settings = Settings.from_env()
+    try:
+        settings = Settings.from_env()
+    except PedroError as error:
+        return _fail(error.message)
     job_id = options.job_id or new_job_id()
     with keeping_log(settings.storage, job_id):
         return _drive(options, settings, job_id)

@@ -281,14 +281,14 @@ def _log_to(registry: Registry, run_id: str) -> Any:
     return lambda step, values: registry.log(run_id, step, values)
 
 
-def pack_settings(settings: Settings) -> dict[str, Any]:
-    """Settings as plain values, for a process on another host."""
-    return {**asdict(settings), "home": str(settings.home)}
+def pack_settings(settings: Settings) -> dict[str, str]:
+    """Settings as plain values, for a process on another host. Ray's pages show them, so they hold no password."""
+    return settings.env()
 
 
-def unpack_settings(plain: dict[str, Any]) -> Settings:
-    """What `pack_settings` packed."""
-    return Settings(**{**plain, "home": Path(plain["home"])})
+def unpack_settings(plain: Mapping[str, str]) -> Settings:
+    """What `pack_settings` packed; a password comes from its file, or from this host's own environment."""
+    return Settings.from_env({**os.environ, **plain})
 
 
 def _first_failure(error: BaseException) -> BaseException:

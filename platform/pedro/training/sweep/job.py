@@ -173,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--spec", help="a YAML spec, for a new sweep")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the spec")
     options = parser.parse_args(arguments)
-    settings = Settings.from_env()
     try:
+        settings = Settings.from_env()
         entry = _entry(options, settings)
     except PedroError as error:
         return _fail(error.message)
