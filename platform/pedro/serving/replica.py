@@ -148,7 +148,8 @@ class Replica:
     ) -> TokenizeResult:
         """The ids of a text, or of messages as `ref` (None: the bare backbone) was trained to read them."""
         if isinstance(prompt, str):
-            ids = await self._encode(await self._raw(prompt, ref), "prompt", add_special_tokens)
+            text = await self._raw(prompt, ref) if add_special_tokens else prompt
+            ids = await self._encode(text, "prompt", add_special_tokens)
         else:
             ids = await self._render(prompt, ref)
         pieces = self._tokenizer.convert_ids_to_tokens(ids)
