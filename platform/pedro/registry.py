@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pedro.config import Settings, check_name
+from pedro.data.formats import PromptFormat, check_format
 from pedro.database import FileWatch, exclusive
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
 from pedro.moves import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, finish, move
@@ -152,10 +153,12 @@ class Registry:
     def register(self, run_id: str, directory: str | Path, tenant: str, adapter: str, *, gate: str = "") -> Version:
         """Make the adapter directory the next version of `tenant.adapter`; no alias moves.
 
-        Raises AdapterError if the directory has no manifest.
+        Raises AdapterError if the directory has no manifest, DataError if its prompt's template exceeds its bounds.
         """
         name = _model_name(tenant, adapter)
         manifest = _read_manifest(Path(directory))
+        if manifest.get("prompt_format"):
+            check_format(PromptFormat.from_dict(manifest["prompt_format"]))
         self.client.log_artifacts(run_id, str(directory), "adapter")
         try:
             self.client.create_registered_model(name, tags={"pedro.tenant": tenant, "pedro.adapter": adapter})
