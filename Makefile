@@ -52,5 +52,5 @@ format: install ## rewrite the code as `make check` wants it
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 clean: ## end what runs and remove the local platform state (.pedro)
-	@test ! -x $(BIN)/pedro || $(BIN)/pedro down
+	@test ! -x $(BIN)/pedro || $(BIN)/pedro down --yes
 	@rm -rf .pedro

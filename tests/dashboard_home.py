@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from serving_adapters import stub_adapter
+
 from pedro.config import Settings
 from pedro.registry import Registry
 
@@ -109,13 +111,11 @@ def write_result(home: Path, tree: Any) -> Path:
 
 
 def _adapter(directory: Path, tenant: str, attempt: int, accuracy: float) -> Path:
-    directory.mkdir(parents=True)
-    manifest = {
-        "digest": f"sha256:{tenant.encode().hex()}{attempt:02d}" + "ab" * 20,
-        "backbone": {"id": "stories260K", "digest": "sha256:bb"},
-        "method": {"name": "pedro"},
-        "metrics": {"accuracy": accuracy - 0.22 * (attempt == 1 and tenant == "acme")},
-        "trainable_parameters": 21320,
-    }
-    (directory / "pedro_adapter.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return directory
+    return stub_adapter(
+        directory,
+        f"{tenant}-{attempt}",
+        "sha256:bb",
+        backbone={"id": "stories260K", "digest": "sha256:bb"},
+        metrics={"accuracy": accuracy - 0.22 * (attempt == 1 and tenant == "acme")},
+        trainable_parameters=21320,
+    )

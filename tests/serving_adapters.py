@@ -9,12 +9,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
 from pedro.config import Settings
 from pedro.data.formats import PromptFormat, format_for_shape
 from pedro.methods import get_method
-from pedro.methods.adapter_files import save_adapter
+from pedro.methods.adapter_files import save_adapter, write_manifest
 from pedro.registry import Registry, Version
 
 OTHER_BACKBONE = "sha256:" + "0" * 64
@@ -77,11 +78,13 @@ def make_adapter(
     return model
 
 
-def stub_adapter(directory: Path, digest: str, backbone_digest: str) -> Path:
-    """A directory that the registry takes for an adapter, for tests that never load one."""
+def stub_adapter(directory: Path, mark: str, backbone_digest: str, **manifest) -> Path:
+    """A directory that the registry takes for an adapter, for tests that never load one; its digest is of `mark`."""
     directory.mkdir(parents=True)
-    manifest = {"digest": digest, "backbone": {"id": "b", "digest": backbone_digest}, "method": {"name": "pedro"}}
-    (directory / "pedro_adapter.json").write_text(json.dumps(manifest))
+    save_file({mark: torch.zeros(1)}, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "PEDRO"}))
+    given = {"backbone": {"id": "b", "digest": backbone_digest}, "method": {"name": "pedro"}}
+    write_manifest(directory, {**given, **manifest})
     return directory
 
 

@@ -253,6 +253,14 @@ def test_a_bad_adapter_name_is_told(pedro, name):
     one_error(pedro("adapters", "show", name))
 
 
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_deleting_an_adapter_says_what_is_served_and_wants_a_yes(pedro, how):
+    told = one_error(pedro("adapters", "delete", "acme.faq", *how), "with all its 2 versions", "give --yes")
+    assert "\n" not in told.strip()
+    assert "version 2 is its champion and is served" in pedro("adapters", "delete", "acme.faq", *how)[2]
+    assert [row["version"] for row in one_value(pedro("adapters", "show", "acme.faq", "--json"))] == [1, 2]
+
+
 def test_the_champion_alone_cannot_be_deleted(pedro):
     one_error(pedro("adapters", "delete", "acme.faq:2", "--yes"), "champion", "promote")
 
@@ -274,7 +282,7 @@ def test_an_export_never_writes_over_anything(pedro, tmp_path):
 
 def test_only_a_whole_adapter_of_a_known_backbone_is_imported(pedro, home, tmp_path):
     good = home / "made" / "1"
-    one_error(pedro("adapters", "import", "acme.new", tmp_path / "nothere"), "pedro_adapter.json")
+    one_error(pedro("adapters", "import", "acme.new", tmp_path / "nothere"), "is no directory")
     one_error(pedro("adapters", "import", "acme", good), "adapter")
     one_error(pedro("adapters", "import", "acme.a.b", good), "'a.b'")
     damaged = shutil.copytree(good, tmp_path / "damaged")

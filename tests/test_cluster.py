@@ -15,7 +15,7 @@ import pytest
 
 from pedro import cluster, secret_files
 from pedro.config import Settings
-from pedro.errors import ConfigError
+from pedro.errors import ConfigError, UnavailableError
 
 PEDRO = [sys.executable, "-m", "pedro.cli"]
 DEMO = Path(__file__).parents[1] / "platform" / "pedro" / "assets" / "demo" / "acme"
@@ -126,6 +126,46 @@ def test_a_recorded_head_that_is_gone_is_not_found(home):
     (home / "ray" / "head.json").write_text(json.dumps(record))
     assert cluster.find_head(settings) is None
     assert cluster.stop_head(settings) is False
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        ("127.0.0.1:1", UnavailableError, "no Ray cluster answers at 127.0.0.1:1 .Connection refused"),
+        ("ray://127.0.0.1:1", UnavailableError, "Connection refused"),
+        ("http://127.0.0.1:8265", ConfigError, "expected host:port"),
+        ("127.0.0.1", ConfigError, "expected host:port"),
+        ("127.0.0.1:99999", ConfigError, "expected host:port"),
+    ],
+)
+def test_a_wrong_ray_address_is_told_at_once(home, address, error, message):
+    settings = Settings.from_env({"PEDRO_HOME": str(home), "RAY_ADDRESS": address})
+    started = time.monotonic()
+    with pytest.raises(error, match=message):
+        cluster.connect(settings)
+    assert time.monotonic() - started < 10
+
+
+STRANGER = """
+import socket
+from pedro import cluster
+from pedro.config import Settings
+from pedro.errors import UnavailableError
+cluster.CONNECT_TIMEOUT_S = 1
+with socket.create_server(("127.0.0.1", 0)) as server:
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+    try:
+        cluster.connect(Settings.from_env({"RAY_ADDRESS": address}))
+    except UnavailableError as error:
+        print(error.message)
+"""
+
+
+def test_what_listens_but_is_no_ray_is_not_waited_for(home):
+    ended = subprocess.run([sys.executable, "-c", STRANGER], cwd=home, capture_output=True, text=True, timeout=60)
+    assert "no Ray cluster answers at 127.0.0.1" in ended.stdout
+    assert "(TimeoutError)" in ended.stdout
+    assert ended.returncode == 0
 
 
 @pytest.mark.slow

@@ -230,14 +230,14 @@ def test_files_that_are_gone_or_broken_are_told_and_the_registrys_part_is_shown(
     shutil.rmtree(made / "artifacts" if not (home / "artifacts").is_dir() else home / "artifacts", ignore_errors=True)
     settings = Settings.from_env({"PEDRO_HOME": str(home)})
     registry = Registry.open(settings)
-    directory = stub_adapter(tmp_path / "new", "sha256:new", "sha256:bb")
+    directory = stub_adapter(tmp_path / "new", "new", "sha256:bb")
     broken = register(registry, directory, "umbrella.odd")
-    cached = settings.cache / "adapters" / f"new-{broken.run_id}"
+    cached = settings.cache / "adapters" / f"{broken.digest.removeprefix('sha256:')}-{broken.run_id}"
     cached.mkdir(parents=True)
     (cached / "pedro_adapter.json").write_text("[]")
     shown = page(home, adapter="umbrella.odd")
     assert "cannot be read" in words(shown.warning)
-    assert "sha256:new" in shown.dataframe[2].value.to_string()
+    assert broken.digest[:19] in shown.dataframe[2].value.to_string()
     (cached / "pedro_adapter.json").write_text(json.dumps({"spec": "x", "sweep": 3}))
     shown = page(home, adapter="umbrella.odd")
     assert not shown.warning

@@ -1,10 +1,16 @@
 """The adapter registry on a real sqlite MLflow store."""
 
 import json
+import os
+import struct
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from serving_adapters import stub_adapter
 
 from pedro.errors import AdapterError, ConflictError, NotFoundError, PedroError
+from pedro.methods.adapter_files import read_manifest, weights_digest, write_manifest
 from pedro.registry import Registry
 
 
@@ -14,36 +20,35 @@ def registry(tmp_path_factory):
     return Registry(f"sqlite:///{home / 'mlflow.db'}", str(home / "artifacts"), home / "cache")
 
 
-def adapter_directory(path, digest="sha256:aa", content="weights"):
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "adapter_model.safetensors").write_text(content)
-    manifest = {
-        "digest": digest,
-        "manifest_digest": "sha256:cc",
-        "backbone": {"id": "b", "digest": "sha256:bb"},
-        "method": {"name": "pedro"},
-        "metrics": {"accuracy": 0.5},
-        "spec": {"tenant": "acme"},
-        "trainable_parameters": 7,
-    }
-    (path / "pedro_adapter.json").write_text(json.dumps(manifest))
-    return path
+def adapter_directory(path, mark):
+    return stub_adapter(
+        path,
+        mark,
+        "sha256:bb",
+        metrics={"accuracy": 0.5},
+        spec={"tenant": "acme"},
+        trainable_parameters=7,
+    )
 
 
 @pytest.fixture
 def register(registry, tmp_path):
-    def make(tenant, adapter, digest):
+    def make(tenant, adapter, mark):
         run = registry.start_run(experiment=tenant, name="job", params={"lr": 1e-3}, tags={})
         registry.log(run, 1, {"loss": 2.0})
         registry.log(run, 2, {"loss": 1.0})
-        return registry.register(run, adapter_directory(tmp_path / digest[-2:], digest), tenant, adapter)
+        return registry.register(run, adapter_directory(tmp_path / mark, mark), tenant, adapter)
 
     return make
 
 
-def test_a_version_carries_what_was_registered_and_its_curve(registry, register):
-    version = register("acme", "one", "sha256:11")
-    assert (version.ref, version.digest, version.method) == ("acme.one:1", "sha256:11", "pedro")
+def test_a_version_carries_what_was_registered_and_its_curve(registry, register, tmp_path):
+    version = register("acme", "one", "11")
+    assert (version.ref, version.digest, version.method) == (
+        "acme.one:1",
+        read_manifest(tmp_path / "11")["digest"],
+        "pedro",
+    )
     assert version.metrics == {"accuracy": 0.5}
     assert version.trainable_parameters == 7
     assert registry.history(version.run_id, "loss") == [(1, 2.0), (2, 1.0)]
@@ -104,7 +109,7 @@ def test_models_of_one_tenant_only(registry, register):
 def test_download_gives_the_registered_files_and_keeps_them(registry, register):
     version = register("acme", "seven", "sha256:71")
     directory = registry.download(version)
-    assert (directory / "adapter_model.safetensors").read_text() == "weights"
+    assert read_manifest(directory)["digest"] == weights_digest(directory) == version.digest
     assert registry.download(version) == directory
 
 
@@ -124,3 +129,64 @@ def test_files_that_changed_in_the_store_are_refused(registry, register, field):
 def test_a_hostile_name_never_reaches_the_store(registry, name):
     with pytest.raises(PedroError, match=r"no adapter name|no valid name"):
         registry.versions(name)
+
+
+def _damage(directory, how):
+    """Make the directory a bad one, with a manifest whose digests fit where that is possible."""
+    weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    deep = '{"a":' * 5000 + "1" + "}" * 5000
+    if how == "link":
+        (directory / "README.md").symlink_to("/etc/passwd")
+    elif how == "unknown file":
+        (directory / "notes.txt").write_text("x")
+    elif how == "folder":
+        (directory / "more").mkdir()
+    elif how == "no file":
+        os.mkfifo(directory / "README.md")
+    elif how == "not finite":
+        save_file({"w": torch.tensor([1.0, float("nan")])}, weights)
+        write_manifest(directory, read_manifest(directory))
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif how == "other weights":
+        save_file({"w": torch.ones(3)}, weights)
+    elif how == "huge":
+        config.write_text('{"peft_type": "LORA", "r": 1000000000}')
+        write_manifest(directory, read_manifest(directory))
+    elif how == "no config":
+        config.unlink()
+        write_manifest(directory, read_manifest(directory))
+    elif how == "deep config":
+        config.write_text(deep)
+    elif how == "deep manifest":
+        (directory / "pedro_adapter.json").write_text(deep)
+    elif how == "deep header":
+        weights.write_bytes(struct.pack("<Q", len(deep)) + deep.encode())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("link", r"README\.md: is a link"),
+        ("unknown file", r"notes\.txt: is no file of an adapter"),
+        ("folder", "more: is no file of an adapter"),
+        ("no file", r"README\.md: is neither"),
+        ("not finite", "w holds numbers that are not finite"),
+        ("truncated", "is damaged"),
+        ("other weights", "the manifest says"),
+        ("huge", "r is 1,000,000,000, but its largest tensor has 1 numbers"),
+        ("no config", r"adapter_config\.json: not found"),
+        ("deep config", r"adapter_config\.json: cannot be read"),
+        ("deep manifest", r"pedro_adapter\.json: .* cannot be read"),
+        ("deep header", "is damaged"),
+    ],
+)
+def test_what_could_not_be_served_or_is_no_adapter_is_not_registered(registry, tmp_path, how, message):
+    directory = adapter_directory(tmp_path / "bad", "bad")
+    _damage(directory, how)
+    run = registry.start_run(experiment="acme", name="job", params={}, tags={})
+    with pytest.raises(AdapterError, match=message) as caught:
+        registry.register(run, directory, "acme", "bad")
+    assert "\n" not in caught.value.message
+    assert registry.versions("acme.bad") == []
+    assert not registry.client.list_artifacts(run)

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -83,7 +85,7 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, tmp_path, 
 
 def test_a_hopeless_loss_ends_the_job_at_once_and_registers_nothing(home, tmp_path):
     settings, registry, store, url = home
-    spec = _named(spec_for(tmp_path, lr=1e30, clip=0, warmup=0.0, max_steps=40), "hopeless")
+    spec = _named(spec_for(tmp_path, lr=100, clip=0, warmup=0.0, max_steps=40), "hopeless")
     job = jobs.submit(spec, settings, url, store)
     with pytest.raises(TrainingError, match=r"the loss is .*lower training.lr"):
         jobs.wait(job, url)
@@ -129,3 +131,21 @@ def test_two_jobs_run_side_by_side_and_the_second_version_meets_the_champion(hom
     assert (lora.model, lora.alias) == ("acme.other:1", "champion")
     assert lora.trainable_parameters == 46_240
     assert json.loads(json.dumps(lora.to_dict())) == lora.to_dict()
+
+
+def test_ending_the_cluster_names_the_jobs_that_run_and_wants_a_yes(home, tmp_path):
+    settings, _, store, url = home
+    job = jobs.submit(_named(spec_for(tmp_path, max_steps=100_000), "ended"), settings, url, store)
+    while store.get_job(job).status != "running":
+        time.sleep(0.2)
+    words = [sys.executable, "-m", "pedro.cli", "down"]
+    env = {**os.environ, **settings.env()}
+    refused = subprocess.run(words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert f"acme.ended ({job})" in refused.stderr
+    assert "give --yes" in refused.stderr
+    assert jobs.status(job, url) == "RUNNING"
+    ended = subprocess.run([*words, "--yes"], env=env, capture_output=True, text=True, check=False)
+    assert ended.stdout == "ended head\n", ended.stderr
+    assert store.get_job(job).status == "cancelled"
+    assert "examples" in kept_log(settings.storage, job)

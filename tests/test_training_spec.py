@@ -1,5 +1,6 @@
 """The spec file: defaults, mistakes told together, and where relative paths start."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from pedro.errors import ConfigError
 from pedro.training.job import flat, stage
+from pedro.training.prepare import make_plan
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 
 SHIPPED = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("finetune*.yaml"))
@@ -95,3 +97,19 @@ def test_staged_data_is_named_by_content_and_does_not_change_with_the_file(tmp_p
     assert '"b"' in Path(first.data.train).read_text()
     assert stage(first, storage) == first
     assert len(list((tmp_path / "storage" / "datasets").iterdir())) == 2
+
+
+def test_steps_that_were_asked_for_are_not_cut_short_by_the_default_of_epochs(tmp_path):
+    spec = load_finetune_spec(_write(tmp_path), ["training.max_steps=2000"])
+    read_back = FineTuneSpec.model_validate(json.loads(json.dumps(spec.to_dict())))
+    assert (spec.training.epochs, read_back) == (None, spec)
+    assert make_plan(spec.training, 2208, has_theta=True).steps == 2000
+
+
+def test_of_epochs_and_steps_that_are_both_given_the_first_to_be_reached_ends_training(tmp_path):
+    both = load_finetune_spec(_write(tmp_path, training={"epochs": 3, "max_steps": 2000}))
+    stored = FineTuneSpec.model_validate({**SMALL, "training": {"epochs": 3.0, "max_steps": 2000}})  # before this rule
+    neither = load_finetune_spec(_write(tmp_path))
+    assert [make_plan(one.training, 2208, True).steps for one in (both, stored, neither)] == [414, 414, 414]
+    with pytest.raises(ConfigError, match="epochs is null and max_steps not given"):
+        load_finetune_spec(_write(tmp_path, training={"epochs": None}))

@@ -15,17 +15,23 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pedro.config import Settings
 from pedro.errors import ConfigError, UnavailableError
 
+Answer = TypeVar("Answer")
+
 START_TIMEOUT_S = 180  # 10 on an idle machine
+PROBE_TIMEOUT_S = 5
+CONNECT_TIMEOUT_S = 60  # 3 on an idle machine
 OBJECT_STORE_BYTES = 256 << 20  # the platform passes paths between processes, not tensors
 
 
@@ -68,17 +74,61 @@ def connect(settings: Settings, say: Callable[[str], None] = lambda line: None, 
     import ray
 
     if not ray.is_initialized():
+        _probe(address)
         try:
-            ray.init(address=address, namespace="pedro", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UnavailableError(
-                f"RAY_ADDRESS: no Ray cluster answers at {address} ({type(error).__name__}); check the address and, "
-                "where the cluster wants a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
-                param="RAY_ADDRESS",
-            ) from error
+            init = partial(ray.init, namespace="pedro", log_to_driver=False, logging_level=logging.ERROR)
+            within(CONNECT_TIMEOUT_S, partial(init, address=address))  # what listens may be no Ray at all
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            raise _no_cluster(address, type(error).__name__) from error
     nodes = [node for node in ray.nodes() if node["Alive"]]
     check_storage(settings, hosts=len({node["NodeManagerHostname"] for node in nodes}))
     return Cluster(address, _dashboard_url(), len(nodes), local=external is None)
+
+
+def _no_cluster(address: str, reason: str) -> UnavailableError:
+    return UnavailableError(
+        f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason}); check the address and, where the cluster wants "
+        "a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+        param="RAY_ADDRESS",
+    )
+
+
+def _probe(address: str) -> None:
+    """See that something listens: Ray itself tries for a quarter of an hour before it gives an address up."""
+    if address == "auto":
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
+        raise ConfigError(
+            f"RAY_ADDRESS: expected host:port of a cluster's head (6379 by default), ray://host:port or auto, "
+            f"got {address!r}",
+            param="RAY_ADDRESS",
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error.strerror or str(error) or type(error).__name__) from error
+
+
+def within(limit_s: float, call: Callable[[], Answer]) -> Answer:
+    """What `call` returns or raises; TimeoutError if that takes too long, and the call is left to itself."""
+    answers: list[Answer] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="within", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(f"no answer within {limit_s:g} s")
+    return answers[0]
 
 
 def check_storage(settings: Settings, hosts: int) -> None:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from pedro.config import Settings, check_name
-from pedro.data.formats import PromptFormat, check_format
 from pedro.database import FileWatch, exclusive
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
 from pedro.moves import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, finish, move
@@ -153,12 +152,12 @@ class Registry:
     def register(self, run_id: str, directory: str | Path, tenant: str, adapter: str, *, gate: str = "") -> Version:
         """Make the adapter directory the next version of `tenant.adapter`; no alias moves.
 
-        Raises AdapterError if the directory has no manifest, DataError if its prompt's template exceeds its bounds.
+        Raises AdapterError, and registers nothing, if it is no whole adapter of known files and finite weights.
         """
+        from pedro.methods.adapter_check import check_adapter
+
         name = _model_name(tenant, adapter)
-        manifest = _read_manifest(Path(directory))
-        if manifest.get("prompt_format"):
-            check_format(PromptFormat.from_dict(manifest["prompt_format"]))
+        manifest = check_adapter(directory)
         self.client.log_artifacts(run_id, str(directory), "adapter")
         try:
             self.client.create_registered_model(name, tags={"pedro.tenant": tenant, "pedro.adapter": adapter})
@@ -380,5 +379,5 @@ def _quotable(name: str) -> str:
 def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{directory.name}: no readable {MANIFEST}, so this is no adapter directory") from error

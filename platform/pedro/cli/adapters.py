@@ -101,13 +101,23 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete one version (`tenant.adapter:7`) or a whole adapter (`tenant.adapter`)."""
+    """Delete one version (`tenant.adapter:7`) or a whole adapter (`tenant.adapter`); says first what is served."""
+    from pedro.cli.output import confirm
+    from pedro.errors import model_not_found
+
     plain, which = split_name(name)
     registry = _registry()
     number = None if which is None else registry.get(plain, which).version
-    what = f"{plain} with all its versions" if number is None else f"{plain}:{number}"
-    if not yes:
-        typer.confirm(f"Delete {what}?", abort=True, err=True)
+    what = f"{plain}:{number}"
+    if number is None:
+        entry = registry.catalog().get(plain)
+        if entry is None:
+            raise model_not_found(plain)
+        count = len(registry.versions(plain))
+        what = f"{plain} with {'its only version' if count == 1 else f'all its {count} versions'}"
+        if champion := entry.aliases.get("champion"):
+            say(f"{plain}: version {champion} is its champion and is served; requests for it will find no model")
+    confirm(f"Delete {what}?", yes, as_json)
     registry.delete(plain, number)
     emit({"deleted": name}, as_json, lambda: typer.echo(f"deleted {what}"))
 
@@ -145,10 +155,12 @@ def import_adapter(
     """Register an exported adapter directory as a new version, a candidate until `pedro adapters promote`."""
     from pedro.config import check_name
     from pedro.evaluation.saved import open_saved
+    from pedro.methods.adapter_check import check_adapter
 
     tenant, adapter = name.partition(".")[::2]
     check_name("tenant", tenant)
     check_name("adapter", adapter)
+    check_adapter(directory)
     open_saved(directory)
     registry = _registry()
     run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"pedro.kind": "import"})

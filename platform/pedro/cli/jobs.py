@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,8 +129,6 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Print what a job wrote: progress, loss, speed, time left, errors; also when its cluster is gone."""
-    from contextlib import suppress
-
     from pedro.cluster import connect, find_head
     from pedro.config import Settings
     from pedro.errors import NotFoundError
@@ -204,3 +203,37 @@ def _as_they_stand(settings: Settings, tenant: str | None) -> list[dict[str, Any
         status, message = shown(record, told.get(record.id), asked=asked)
         rows.append({**asdict(record), "status": status, "message": message})
     return rows
+
+
+def running_jobs(settings: Settings) -> list[tuple[str, str]]:
+    """(id, model) of every job and sweep that would end with this home's own cluster."""
+    from pedro.cluster import connect, find_head, within
+    from pedro.errors import UnavailableError
+    from pedro.training import submit as training
+
+    if settings.ray_address is not None or find_head(settings) is None:
+        return []
+    try:
+        jobs = within(20, lambda: training.jobs(connect(settings).dashboard_url))
+    except (UnavailableError, OSError, RuntimeError) as error:  # a broken head must be ended all the same
+        say(f"which jobs run cannot be told: {error}")
+        return []
+    open_jobs = [job for job in jobs if job["status"] in ("PENDING", "RUNNING")]
+    return [(job["id"], job["metadata"].get("model") or _model(job["metadata"])) for job in open_jobs]
+
+
+def end_of_cluster(settings: Settings, job_ids: list[str]) -> None:
+    """Enter into the records of jobs that their cluster was ended under them; a driver that could say more has."""
+    from pedro.errors import ConflictError, NotFoundError
+    from pedro.store import Store
+
+    if not job_ids:
+        return
+    store = Store(settings.database_url)
+    for job_id in job_ids:
+        with suppress(NotFoundError, ConflictError):  # a sweep keeps its own records; a job may just have ended
+            store.update_job(job_id, status="cancelled", message="its cluster was ended by `pedro down`")
+
+
+def _model(metadata: dict[str, str]) -> str:
+    return f"{metadata.get('tenant', '?')}.{metadata.get('adapter', '?')}"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pedro.errors import PedroError
+from pedro.errors import ConfigError, PedroError
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
@@ -51,6 +51,15 @@ def table(
 def say(line: str) -> None:
     """Tell a person what is going on, on standard error, so that `--json` output stays clean."""
     typer.echo(printable(line), err=True)
+
+
+def confirm(question: str, yes: bool, as_json: bool) -> None:
+    """Ask before something is lost; without a person to ask, only `--yes` will do. Raises ConfigError."""
+    if yes:
+        return
+    if as_json or not sys.stdin.isatty():
+        raise ConfigError(f"{question} Nobody can be asked here: give --yes", param="--yes")
+    typer.confirm(printable(question), abort=True, err=True)
 
 
 def fail(error: PedroError, as_json: bool = False) -> None:

@@ -70,12 +70,23 @@ def serve(
         undeploy(settings)
 
 
-def down(as_json: AsJson = False) -> None:
-    """End what this PEDRO_HOME runs: the server, and the local Ray head with its jobs."""
+def down(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="End running jobs without a question.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """End what this PEDRO_HOME runs: the server, and the local Ray head with its jobs. Asks if a job runs."""
+    from pedro.cli.jobs import end_of_cluster, running_jobs
+    from pedro.cli.output import confirm
     from pedro.config import Settings
     from pedro.serving.deploy import end
 
-    ended = end(Settings.from_env())
+    settings = Settings.from_env()
+    running = running_jobs(settings)
+    if running:
+        say(f"{len(running)} of its jobs have not ended: " + ", ".join(f"{model} ({job})" for job, model in running))
+        confirm("End them? What they have trained since their last checkpoint is lost.", yes, as_json)
+    ended = end(settings)
+    end_of_cluster(settings, [job for job, _ in running])
 
     def show() -> None:
         typer.echo(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
+import stat
 import struct
 import uuid
 from collections.abc import Collection, Iterator
@@ -52,6 +54,8 @@ MAY_LACK = ("config_digest", "manifest_digest", "method.options", "prompt_format
 SPOKEN = {str: "text", dict: "an object", int: "a whole number"}
 PACKAGES = ("pedro-platform", "torch", "transformers", "peft", "safetensors")
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors format
+MAX_JSON_BYTES = 16_000_000
+SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "encoder_hidden_size")  # what PEFT allocates by
 
 
 def save_adapter(model: nn.Module, directory: str | Path, manifest: dict[str, Any]) -> str:
@@ -103,10 +107,10 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = _read_json(path)
     except FileNotFoundError:
         raise AdapterError(f"{MANIFEST}: not found in {directory}; save the adapter with save_adapter") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{MANIFEST}: {directory} holds one that cannot be read; save the adapter again") from error
     if not isinstance(manifest, dict) or any(key not in manifest for key in REQUIRED):
         raise AdapterError(f"{MANIFEST}: expected an object with {', '.join(REQUIRED)}; save the adapter again")
@@ -172,19 +176,20 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 
 def verify_adapter(
-    directory: str | Path, backbone_digest: str, tokenizer_digests: Collection[str] = ()
+    directory: str | Path, backbone_digest: str | None, tokenizer_digests: Collection[str] = ()
 ) -> dict[str, Any]:
     """Check that an adapter directory is whole, holds no pickle and belongs to this backbone; return its manifest.
 
     `tokenizer_digests` are those of the backbone's tokenizer, by this release's formula and earlier ones; none: not
-    checked. Raises AdapterError, with both digests where backbone, tokenizer, weights or config are not the expected
-    ones. Manifests of earlier releases have no digest of the config, which is not checked then.
+    checked, as with None for the backbone. Raises AdapterError, with both digests where backbone, tokenizer, weights
+    or config are not the expected ones. Manifests of earlier releases have no digest of the config, which is not
+    checked then.
     """
     directory = Path(directory)
     _refuse_foreign_files(directory)
     manifest = read_manifest(directory)
     expected = manifest["backbone"]["digest"]
-    if expected != backbone_digest:
+    if backbone_digest is not None and expected != backbone_digest:
         raise AdapterError(
             f"backbone: the adapter was trained on {expected}, but the backbone here is {backbone_digest}; "
             "use the adapter's own backbone or train the adapter again",
@@ -207,6 +212,16 @@ def check_tokenizer(manifest: dict[str, Any], digests: Collection[str]) -> None:
             f"{next(iter(digests))}; restore the tokenizer's files, or train the adapter again",
             param="backbone",
         )
+
+
+def _read_json(path: Path) -> Any:
+    """What a small JSON file holds. Raises ValueError, RecursionError or OSError, whatever the file is."""
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{path.name} is no regular file")
+    if about.st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} has {about.st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _expect(manifest: dict[str, Any], field: str, kind: type) -> None:
@@ -278,19 +293,43 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _refuse_foreign_files(directory: Path) -> None:
-    """Refuse pickles, links, and a shard index that names anything but the directory's own files."""
+    """Refuse pickles, links, what is no file, JSON beyond bounds, and an index that names other files than its own."""
     for path in sorted(directory.rglob("*")):
         if path.suffix.lower() in PICKLES:
             raise AdapterError(f"{path.name}: may hold code (pickle) and is refused; save the adapter as safetensors")
         if path.is_symlink():
             raise AdapterError(f"{path.name}: is a link, which may lead out of the adapter; copy the file instead")
+        if not path.is_file() and not path.is_dir():
+            raise AdapterError(f"{path.name}: is neither a file nor a directory; fetch the adapter again")
+    for name in CONFIGS:
+        if (directory / name).is_file():
+            _refuse_sizes(directory, name)
     for index in directory.glob("*.index.json"):
         try:
-            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            named = {str(name) for name in _read_json(index)["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(f"{index.name}: cannot be read; fetch the adapter again") from error
         if foreign := sorted(named - {file.name for file in directory.glob("*.safetensors")}):
             raise AdapterError(f"{index.name}: names {foreign[0]!r}, which is no file of the adapter; fetch it again")
+
+
+def _refuse_sizes(directory: Path, name: str) -> None:
+    """Refuse a config that cannot be read, or by which more would be allocated than its weights can fill."""
+    try:
+        config = _read_json(directory / name)
+        given = (
+            {field: config[field] for field in SIZES if isinstance(config.get(field), int)} if name == CONFIG else {}
+        )
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise AdapterError(f"{name}: cannot be read ({type(error).__name__}); fetch the adapter again") from error
+    if given:
+        files = _weight_files(directory)
+        most = max((math.prod(shape) for file in files for _, _, shape, *_ in _tensors(file)), default=0)
+        for field, size in given.items():
+            if size > max(most, 1024):  # an adapter without tensors is small in any case
+                raise AdapterError(
+                    f"{name}: {field} is {size:,}, but its largest tensor has {most:,} numbers; fetch the adapter again"
+                )
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
@@ -298,7 +337,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > MAX_HEADER_BYTES:
+            if length > min(MAX_HEADER_BYTES, file.stat().st_size):
                 raise ValueError("header too long")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
@@ -308,5 +347,5 @@ def _tensors(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]
             if not start <= begin <= end <= size:
                 raise ValueError(f"{name} lies outside the file")
             yield name, entry["dtype"], entry["shape"], file, begin, end
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise AdapterError(f"{file.name}: is damaged or no safetensors file; fetch the adapter again") from error

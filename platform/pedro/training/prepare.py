@@ -16,7 +16,6 @@ from filelock import FileLock
 
 from pedro.backbone import Backbone, context_length
 from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, shape_of, split
-from pedro.data.formats import check_format
 from pedro.errors import ConfigError, DataError
 from pedro.evaluation.scoring import majority
 from pedro.training.loop import Plan
@@ -96,7 +95,6 @@ def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenize
         name: replace(format_for_shape(shape, tokenizer), special_tokens_in_content=data.special_tokens_in_content)
         for name, shape in shapes.items()
     }
-    check_format(formats["train"])
     for name, form in formats.items():
         if form != formats["train"]:
             raise DataError(
@@ -125,8 +123,8 @@ def sample(rows: Dataset, most: int) -> Dataset:
 def make_plan(training: TrainingSpec, train_rows: int, has_theta: bool) -> Plan:
     """The numbers that the loop counts with."""
     epoch = train_rows / training.batch_size
-    steps = max(1, math.ceil(training.epochs * epoch))
-    steps = min(steps, training.max_steps or steps)
+    by_epochs = max(1, math.ceil(training.epochs * epoch)) if training.epochs is not None else None
+    steps = min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
     validate_every = training.eval_every or max(1, math.ceil(epoch))
     return Plan(
         steps=steps,

@@ -77,9 +77,10 @@ class MethodSpec(BaseModel):
 class TrainingSpec(Frozen):
     """The optimisation; defaults are the paper's setup (section 4.3) where it names one."""
 
-    epochs: float = Field(3.0, gt=0, le=100_000)
+    epochs: float | None = Field(3.0, gt=0, le=100_000)
+    """Passes over train; without one, and where only `max_steps` is given, `max_steps` alone ends training."""
     max_steps: int | None = Field(None, ge=1, le=10**9)
-    """Ω steps at most, whatever `epochs` says."""
+    """Ω steps at most; beside `epochs`, whichever ends first."""
     lr: float = Field(1e-4, gt=0, le=100)
     batch_size: int = Field(16, ge=1, le=10**6)
     """Rows of one optimizer step, over all workers together."""
@@ -112,6 +113,20 @@ class TrainingSpec(Frozen):
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_alone(cls, value: Any) -> Any:
+        """Steps that were asked for are not cut short by the default of `epochs`; a resolved spec says so itself."""
+        if isinstance(value, dict) and value.get("max_steps") is not None and "epochs" not in value:
+            return {**value, "epochs": None}
+        return value
+
+    @model_validator(mode="after")
+    def _ends(self) -> TrainingSpec:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("epochs is null and max_steps not given, so training would never end; give one of them")
+        return self
 
 
 class ResourcesSpec(Frozen):

@@ -1,0 +1,51 @@
+"""What an adapter directory must be to be registered: whole, finite, of known files. Knows nothing of registries.
+
+Stricter than what is checked at each load (`verify_adapter`, which this includes), since what is registered is
+copied, file by file, to where tenants' adapters are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pedro.errors import AdapterError
+from pedro.methods.adapter_files import CONFIGS, verify_adapter
+
+KNOWN = re.compile(
+    r"adapter_config\.json|adapter_model\.safetensors|pedro_adapter\.json|README\.md"
+    r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+
+
+def check_adapter(directory: str | Path, backbone_digest: str | None = None) -> dict[str, Any]:
+    """The manifest of an adapter that may be registered; of this backbone, if one is given.
+
+    Raises AdapterError that names the file or tensor at fault.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise AdapterError(f"directory: {directory} is no directory; give that of an adapter", param="directory")
+    for path in sorted(directory.iterdir()):
+        if not path.is_symlink() and not KNOWN.fullmatch(path.name):
+            raise AdapterError(f"{path.name}: is no file of an adapter; leave it out of {directory}")
+    manifest = verify_adapter(directory, backbone_digest)
+    if not any((directory / name).is_file() for name in CONFIGS):
+        raise AdapterError(f"{CONFIGS[0]}: not found in {directory}, so this is no adapter; fetch the adapter again")
+    for file in sorted(directory.glob("*.safetensors")):
+        _refuse_infinite(file)
+    return manifest
+
+
+def _refuse_infinite(file: Path) -> None:
+    try:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (it is no dict)
+                if not torch.isfinite(weights.get_tensor(name).float()).all():
+                    raise AdapterError(f"{file.name}: {name} holds numbers that are not finite; the training diverged")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise AdapterError(f"{file.name}: is damaged ({error}); fetch the adapter again") from error
