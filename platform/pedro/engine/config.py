@@ -21,6 +21,9 @@ class EngineConfig:
     max_waiting: int = 1024
     max_waiting_per_tenant: int = 256
     preempt_after: int = 1024  # weighted tokens that a running tenant may be ahead of a waiting one
+    head_room_s: float = (
+        10.0  # after a tenant's last request, how long the next is kept ready for at the others' expense
+    )
     tenant_weights: dict[str, float] = field(default_factory=dict)
     kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native where it fits
 
@@ -35,6 +38,7 @@ class EngineConfig:
                 "max_waiting",
                 "max_waiting_per_tenant",
                 "preempt_after",
+                "head_room_s",
                 "prefill_stall",
             )
             if getattr(self, name) <= 0

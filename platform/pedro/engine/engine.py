@@ -20,14 +20,18 @@ from pedro.engine.beam import BeamSequence
 from pedro.engine.config import EngineConfig
 from pedro.engine.formats import load_adapter
 from pedro.engine.intake import Intake
-from pedro.engine.pace import Pace
+from pedro.engine.pace import LONE_TOKENS, Pace
 from pedro.engine.runner import PrefillRow, Runner
 from pedro.engine.scheduler import Group, Limits, PrefillSlice, Scheduler
 from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
 from pedro.engine.steps import first_tokens, next_tokens
-from pedro.errors import OverloadedError, PedroError, UnavailableError
+from pedro.errors import OverloadedError, PedroError, RateLimitError, UnavailableError
 
 log = logging.getLogger(__name__)
+SHED = (
+    "the server's queue is full and most that waits in it is yours, so your newest request gave way to another "
+    "tenant's; try again later or send fewer at once"
+)
 PromptLogprobs = list[TokenLogprob | None] | None
 
 
@@ -52,11 +56,14 @@ class Engine:
                 max_waiting=config.max_waiting,
                 max_waiting_per_tenant=config.max_waiting_per_tenant,
                 preempt_after=config.preempt_after,
+                head_room_s=config.head_room_s,
                 weights=config.tenant_weights,
             )
         )
 
         self._pace = Pace(config.prefill_stall) if self._runner.paced else None
+        if self._pace is not None:
+            self._scheduler.lone_tokens = min(LONE_TOKENS, config.prefill_tokens)
 
         def fetch(ref: str) -> Adapter:
             return load_adapter(
@@ -72,7 +79,6 @@ class Engine:
         self._outbox: list[Output] = []
         names = ("steps", "prompt_tokens", "completion_tokens", "finished", "failed", "preempted")
         self._counts = dict.fromkeys(names, 0)
-        self._prefilled = 0  # tokens' worth of the prefill under way that are done
         self.idle = True  # whether the last step found nothing to run
         self.on_change: Callable[[], None] = lambda: None  # called when there may be new work, from any thread
 
@@ -80,13 +86,15 @@ class Engine:
         """Queue a request. Its outputs come from `step`.
 
         Raises PedroError for what can never run (too long, a token outside the vocabulary, an id in use) or whose
-        adapter just failed to load, and OverloadedError where the queue is full.
+        adapter just failed to load, and OverloadedError where the queue is full. Where it is full of requests of a
+        tenant that has more waiting, the newest of those ends with RateLimitError instead.
         """
         sequences = self._intake.sequences(request)
         with self._lock:
             if request.id in self._live:
                 raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
-            self._scheduler.add(sequences)
+            for shed in self._scheduler.add(sequences):
+                self._finish(shed, "error", error=RateLimitError(SHED))
             try:
                 if request.adapter is not None:
                     self.adapters.want(request.adapter, len(sequences))
@@ -212,7 +220,8 @@ class Engine:
         leaders = [group[0] for group in part.groups]
         if all(sequence.state is State.FINISHED for sequence in part.sequences):  # nobody waits for it any more
             with self._lock:
-                self._runner.abandon()
+                if not part.begins:
+                    self._runner.abandon()
                 self._end_prefill(part.groups)
             return
         try:
@@ -250,7 +259,8 @@ class Engine:
                 self._fail(sequences)
             return
         if self._pace is not None:
-            self._pace.decoded(time.perf_counter() - began)
+            self._pace.decoded(time.perf_counter() - began, sum(sequence.width for sequence in sequences))
+            self._keep_pace(self._pace)
         with self._lock:
             for one in made:
                 self._accept(*one)
@@ -258,12 +268,19 @@ class Engine:
     @contextmanager
     def _timed_prefill(self, part: PrefillSlice) -> Iterator[None]:
         """Learn what the slice cost, and from that how large the next may be."""
-        began, before = time.perf_counter(), 0 if part.begins else self._prefilled
+        began = time.perf_counter()
         yield
-        self._prefilled = part.until
         if self._pace is not None:
-            self._pace.prefilled(part.until - before, time.perf_counter() - began)
-            self._scheduler.slice_tokens = self._pace.slice_tokens(self.config.prefill_tokens)
+            self._pace.prefilled(part.until - part.since, time.perf_counter() - began)
+            self._keep_pace(self._pace)
+
+    def _keep_pace(self, pace: Pace) -> None:
+        """Tell the scheduler what the next steps may hold, by what the last ones cost."""
+        scheduler, most = self._scheduler, self.config.prefill_tokens
+        scheduler.slice_tokens = pace.slice_tokens(most)
+        if scheduler.newcomer_tokens is not None:
+            scheduler.short_tokens = pace.short_tokens(scheduler.newcomer_tokens, most)
+            scheduler.short_rows = pace.short_rows(scheduler.newcomer_tokens, self.config.max_batch)
 
     def _prefill_row(self, sequence: Sequence) -> PrefillRow:
         entry = self._pins.get(sequence)

@@ -52,7 +52,7 @@ class Conditioned:
 
 
 @dataclass
-class _Batch:
+class Generating:
     """Rows of a prefill whose generators can run as one."""
 
     rows: list[Conditioned]
@@ -92,10 +92,13 @@ class Modulation:
         self._slots = slots
         self._device = device
         self._strip = strip
-        self._batches: list[_Batch] = []
+        self.generating: list[Generating] = []  # what the prefill under way has to generate
 
-    def begin(self, rows: list[Conditioned]) -> None:
-        """Take up the rows of a prefill: all but their generated vectors is in place afterwards."""
+    def begin(self, rows: list[Conditioned]) -> list[Generating]:
+        """Take up the rows of a prefill: all but their generated vectors is in place afterwards.
+
+        Gives what makes those; it must stand in `generating` whenever the prefill runs.
+        """
         by_form: dict[tuple, list[Conditioned]] = {}
         for row in rows:
             slot, adapter = row.segment.slot, row.adapter
@@ -110,27 +113,23 @@ class Modulation:
                     by_form.setdefault(adapter.generator.form, []).append(row)
             elif was:
                 self._set(slot, {}, None)
-        self._batches = []
+        generating = []
         for batch in by_form.values():
-            made = _Batch(batch, [row.adapter.generator for row in batch])  # type: ignore[union-attr, misc]
+            made = Generating(batch, [row.adapter.generator for row in batch])  # type: ignore[union-attr, misc]
             made.slots = torch.tensor([row.segment.slot for row in batch], device=self._device)
-            self._batches.append(made)
+            generating.append(made)
+        return generating
 
     def generate(self, layer: int, residual: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Write this layer's generated vectors. residual [N, D] is the layer's input, `norm` makes [n, D] of it what
         the attention reads."""
-        for batch in self._batches:
+        for batch in self.generating:
             first = batch.generators[0]
             normed = None if first.pool_source == "residual" else norm
             pooled = _pool(residual, batch.rows, first.pool, normed, first.window)
             made = generate_vectors(pooled, batch.weights(layer))  # [B, sum of widths]
             for site, part in zip(first.targets, made.split(first.widths[layer], -1), strict=True):
                 self._buffer((SCALE, layer, site))[batch.slots, : part.shape[-1]] = part
-
-    @property
-    def generating(self) -> bool:
-        """Whether the prefill under way has vectors to generate."""
-        return bool(self._batches)
 
     def keep(self, slot: int) -> Kept:
         """The slot's rows, copied."""

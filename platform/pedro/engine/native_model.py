@@ -6,9 +6,10 @@ Legend: N tokens of a packed batch, B rows, D model width, W output width, K inp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import POINTER, addressof, c_int, c_void_p, cast, pointer
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,7 @@ class NativeModel:
         self._batch, self._buffers = self._make_batch(slots)
         self._part, self._part_buffers = self._make_batch(PART_ROWS, logits=False)
         self._prompts: tuple[native.Batch, dict[str, torch.Tensor]] | None = None
+        self._borrower: Callable[[], Flow | None] = lambda: None  # the prefill that has the shared buffers
         ids, positions, slot_ids, mods = (self._buffers[name] for name in ("ids", "positions", "slots", "mods"))
         self._inputs: list[Any] = [(c_int * slots).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
         modulation.on_buffer = self._use_buffer
@@ -141,6 +143,8 @@ class NativeModel:
         batch.conditioned = buffers["conditioned"].data_ptr()
         batch.lora = any(slot in self._modulation.low_rank for slot in mods)
         flow = Flow(rows, batch, buffers)
+        if self._borrower() is None:
+            self._borrower = ref(flow)
         if any(row.adapter is not None and row.adapter.generator is not None for row in rows):
             flow.generators = (c_void_p * len(rows))(*(self._generators(row.adapter) for row in rows))
             batch.generators = cast(flow.generators, c_void_p)
@@ -282,11 +286,17 @@ class NativeModel:
         return batch, buffers
 
     def _prefill_batch(self, rows: int) -> tuple[native.Batch, dict[str, torch.Tensor]]:
-        """Inputs and hidden states that all prefills share, since one is under way at a time; they grow."""
-        if self._prompts is None or len(self._prompts[1]["ids"]) < rows:
+        """Inputs and hidden states that prefills share one after the other; they grow. One that begins while another is
+        put aside has its own."""
+        shared = self._borrower() is None
+        if not shared or self._prompts is None or len(self._prompts[1]["ids"]) < rows:
             buffers = {"x": torch.empty(rows, self._round(self._sizes["dim"]))}
             buffers |= {name: torch.empty(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods")}
-            self._prompts = native.Batch(**{name: buffer.data_ptr() for name, buffer in buffers.items()}), buffers
+            made = native.Batch(**{name: buffer.data_ptr() for name, buffer in buffers.items()}), buffers
+            if not shared:
+                made[0].rows = rows
+                return made
+            self._prompts = made
         batch, buffers = self._prompts
         batch.rows = rows
         return batch, buffers

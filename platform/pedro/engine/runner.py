@@ -6,7 +6,7 @@ Legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from pedro.engine.adapter import Adapter
 from pedro.engine.executor import Executor, Logits
 from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
 from pedro.engine.kv_cache import KVCache
-from pedro.engine.modulation import Conditioned, Kept, Modulation, Segment
+from pedro.engine.modulation import Conditioned, Generating, Kept, Modulation, Segment
 from pedro.engine.native_model import NativeModel
 from pedro.engine.sampler import token_logprobs
 from pedro.engine.sequence import TokenLogprob
@@ -55,12 +55,14 @@ class DecodeRow:
 @dataclass
 class _Prefill:
     rows: list[PrefillRow]
-    segments: list[Segment]
-    flow: Any  # the executor's
+    segments: list[Segment] = field(default_factory=list)
+    generating: list[Generating] = field(default_factory=list)
+    flow: Any = None  # the executor's
 
 
 class Runner:
-    """A model, its KV cache and the modulation of its slots. One prefill may be under way between decode steps.
+    """A model, its KV cache and the modulation of its slots. A prefill may be under way between decode steps, and be
+    put aside for another: `advance`, `end` and `abandon` act on the one that began last.
 
     `kernel`: "native" is the compiled CPU kernel, "torch" the model's own modules, "auto" the first where it fits.
     """
@@ -107,12 +109,14 @@ class Runner:
                 model, self.architecture, self.cache, self.modulation, GraphCapture() if graphs else None, paged
             )
         )
-        self._prefill: _Prefill | None = None
+        self._prefills: list[_Prefill] = []
 
     @torch.inference_mode()
     def begin(self, rows: list[PrefillRow]) -> None:
         """Take up a prefill; `advance` runs it."""
-        segments, start = [], 0
+        prefill = _Prefill(rows)
+        self._prefills.append(prefill)
+        segments, start = prefill.segments, 0
         for row in rows:
             segments.append(Segment(start, start + len(row.token_ids), row.slot))
             start = segments[-1].stop
@@ -120,14 +124,15 @@ class Runner:
             Conditioned(segment, row.conditioning_length, row.adapter, row.kept)
             for row, segment in zip(rows, segments, strict=True)
         ]
-        self.modulation.begin(conditioned)
-        self._prefill = _Prefill(rows, segments, self._executor.start(conditioned, [row.token_ids for row in rows]))
+        prefill.generating = self.modulation.begin(conditioned)
+        prefill.flow = self._executor.start(conditioned, [row.token_ids for row in rows])
 
     @torch.inference_mode()
     def advance(self, until: int | None = None) -> None:
         """Run the prefill on until at least `until` tokens' worth of it, through all layers, is done (None: all)."""
-        assert self._prefill is not None, "no prefill is under way"
-        self._executor.advance(self._prefill.flow, self._prefill.segments[-1].stop if until is None else until)
+        prefill = self._prefills[-1]
+        self.modulation.generating = prefill.generating
+        self._executor.advance(prefill.flow, prefill.segments[-1].stop if until is None else until)
 
     @property
     def paced(self) -> bool:
@@ -137,8 +142,7 @@ class Runner:
     @torch.inference_mode()
     def end(self) -> tuple[Logits, list[list[TokenLogprob | None] | None]]:
         """The logits after each prompt, and the prompts' own log-probabilities where asked for."""
-        assert self._prefill is not None, "no prefill is under way"
-        prefill, self._prefill = self._prefill, None
+        prefill = self._prefills.pop()
         logprobs = [
             None if row.prompt_logprobs is None else self._prompt_logprobs(prefill.flow, segment, row)
             for row, segment in zip(prefill.rows, prefill.segments, strict=True)
@@ -147,8 +151,7 @@ class Runner:
 
     def abandon(self) -> None:
         """Forget the prefill under way. What it wrote may be anything, so it is wiped."""
-        prefill, self._prefill = self._prefill, None
-        for row in prefill.rows if prefill is not None else ():
+        for row in self._prefills.pop().rows:
             self.cache.wipe(row.slot, len(row.token_ids))
 
     @torch.inference_mode()

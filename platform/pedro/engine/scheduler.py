@@ -4,23 +4,31 @@ Tenants are served fairly by virtual token counters (Sheng et al., "Fairness in 
 OSDI 2024): a tenant's counter grows with the tokens it is given, and the tenant with the least is admitted next.
 A tenant that comes back after a pause starts at the least counter of those active, so idling earns no credit.
 Where no slot is free and a waiting tenant has fallen too far behind a running one, the latter's youngest sequence
-waits again. No step costs more than a glance at the queues: tenants and sequences wait in heaps, and what waits
-for an adapter is parked until `unpark`.
+waits again; at once where a tenant that holds less than its share meets one that holds more.
+
+A tenant that asks for more than its share (`Shares.over`) makes room for the next request of others before it comes:
+some slots stay free, its steps are kept short, its prefills can be put aside, and it sits out the prefills of others.
+Nothing of this happens to a tenant that is alone. No step costs more than a glance at the queues: tenants and
+sequences wait in heaps, and what waits for an adapter is parked until `unpark`.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from pedro.engine.sequence import Sequence, State
+from pedro.engine.shares import ByCounter, Shares, Tenant
 from pedro.errors import OverloadedError, RateLimitError
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
+NEWS = 0.25  # weight of the newest prompt in the mean of their lengths
+MAX_PREFILLS = 2  # one that is read, and one that is put aside
 Group = tuple[Sequence, ...]  # share one prefill: the first is read, the others copy it
 
 
@@ -29,6 +37,7 @@ class Limits:
     """Bounds of the schedule. `prefill_tokens` is the most prompt work of one step, in tokens through all layers.
 
     A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
+    For `head_room_s` after a tenant's last request the next is kept ready for.
     """
 
     slots: int
@@ -36,26 +45,44 @@ class Limits:
     max_waiting: int = 1024
     max_waiting_per_tenant: int = 256
     preempt_after: int = 1024
+    head_room_s: float = 10.0
     weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 where not named
 
 
 @dataclass(frozen=True)
 class PrefillSlice:
-    """The next part of the prefill of `groups`: until so many tokens' worth of work, through all layers, is done."""
+    """A part of the prefill of `groups`: from `since` to `until` tokens' worth of work, through all layers."""
 
     groups: tuple[Group, ...]
-    begins: bool
+    since: int
     until: int
     ends: bool
+
+    @property
+    def begins(self) -> bool:
+        return self.since == 0
 
     @property
     def sequences(self) -> list[Sequence]:
         return [sequence for group in self.groups for sequence in group]
 
 
+@dataclass
+class _Prefill:
+    """A prefill under way, and the tokens' worth of it that are done."""
+
+    groups: tuple[Group, ...]
+    tenants: tuple[Tenant, ...]
+    done: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(group[0].length for group in self.groups)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One step: at most one slice of one prefill, and a token for every running sequence.
+    """One step: at most one slice of one prefill, and a token for running sequences: all, or as many as is right now.
 
     Before all that the slots of `preempted` must be saved: each sequence still names the slots it lost.
     """
@@ -68,66 +95,34 @@ class Plan:
         return self.prefill is not None or bool(self.decode)
 
 
-class _Tenant:
-    """One tenant's counter, how many of its sequences wait and run, and those that can start now, oldest first."""
-
-    def __init__(self, name: str, weight: float) -> None:
-        self.name = name
-        self.weight = weight
-        self.counter = 0.0
-        self.waiting = 0
-        self.running = 0  # or in a prefill
-        self.ready: list[tuple[int, int, Sequence]] = []  # a heap; what does not wait any more is skipped
-        self.has_turn = False  # whether it stands in the heap of turns
-        self.has_floor = False  # and in that of floors
-
-
-class _ByCounter:
-    """Tenants by their counters, each once. Counters only grow, so an entry is put right when it comes up."""
-
-    def __init__(self, flag: str, keep: Callable[[_Tenant], bool]) -> None:
-        self._flag, self._keep = flag, keep
-        self._heap: list[tuple[float, int, _Tenant]] = []
-        self._ties = itertools.count()
-
-    def add(self, tenant: _Tenant) -> None:
-        if not getattr(tenant, self._flag):
-            setattr(tenant, self._flag, True)
-            heapq.heappush(self._heap, (tenant.counter, next(self._ties), tenant))
-
-    def least(self) -> _Tenant | None:
-        """The tenant with the least counter; those that `keep` refuses are dropped on the way."""
-        while self._heap:
-            counter, _, tenant = self._heap[0]
-            if not self._keep(tenant):
-                heapq.heappop(self._heap)
-                setattr(tenant, self._flag, False)
-            elif counter < tenant.counter:
-                heapq.heapreplace(self._heap, (tenant.counter, next(self._ties), tenant))
-            else:
-                return tenant
-        return None
-
-
 class Scheduler:
     """Queues by tenant, slots of the KV cache, and the running set. Not thread-safe: the engine locks."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self.num_waiting = 0
         self.running: list[Sequence] = []  # by slot
-        self._tenants: dict[str, _Tenant] = {}
-        self._turns = _ByCounter("has_turn", _drop_gone)
-        self._floors = _ByCounter("has_floor", lambda tenant: bool(tenant.waiting or tenant.running))
+        self._tenants: dict[str, Tenant] = {}
+        self._shares = Shares(limits.slots, limits.head_room_s, clock)
+        self._turns = ByCounter("has_turn", Tenant.drop_gone)
+        self._floors = ByCounter("has_floor", lambda tenant: bool(tenant.waiting or tenant.running))
         self._parked: dict[str, list[Sequence]] = {}  # by the adapter they wait for
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = itertools.count()
         self._free = list(range(limits.slots))  # a heap: low slots first keeps the running set dense
-        self._prefill: tuple[tuple[Group, ...], int] | None = None  # and the tokens' worth of work done
-        self.slice_tokens = limits.prefill_tokens  # the engine lowers it to what the running ones can bear
+        self._prefills: list[_Prefill] = []  # the last is read, one before it is put aside meanwhile
+        self._steps = 0
+        self._sat_out = False  # whether tenants over their share made no token in the last step
+        self.newcomer_tokens: float | None = None  # a running mean of the prompts that others are kept ready for
+        # the engine lowers these to what those who wait can bear, by what steps cost
+        self.slice_tokens = limits.prefill_tokens  # of a prefill beside running sequences
+        self.lone_tokens = limits.prefill_tokens  # of one beside which nobody makes a token
+        self.short_tokens = limits.prefill_tokens  # of one in a short step
+        self.short_rows = limits.slots  # slots that a short step decodes
 
-    def add(self, sequences: list[Sequence]) -> None:
-        """Queue the sequences of one request, all or none.
+    def add(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Queue the sequences of one request, all or none. Gives those that must end now to make room for them:
+        where the server's queue is full, whole requests from the end of the longest queue of a tenant.
 
         Raises RateLimitError where the tenant's own queue is full, OverloadedError where the server's is.
         """
@@ -139,29 +134,34 @@ class Scheduler:
                 f"{waiting} of your requests are waiting and the limit is {self.limits.max_waiting_per_tenant}; "
                 f"try again later or send fewer at once"
             )
-        if self.num_waiting + count > self.limits.max_waiting:
-            raise OverloadedError(f"the server's queue of {self.limits.max_waiting} is full; try again later")
+        weight = self.limits.weights.get(name, 1.0)
+        missing = self.num_waiting + count - self.limits.max_waiting
+        shed = self._shed(missing, (waiting + count) / weight) if missing > 0 else []
         floor = self._floors.least()
         if floor is None:
-            self._tenants.clear()
-        tenant = self._tenants.get(name) or _Tenant(name, self.limits.weights.get(name, 1.0))
-        self._tenants[name] = tenant
+            self._forget_idle()
+        tenant = self._tenants.setdefault(name, Tenant(name, weight))
         if floor is not None and not tenant.waiting and not tenant.running:
             tenant.counter = max(tenant.counter, floor.counter)
         for sequence in sequences:
             sequence.order = next(self._order)
             self._queue(sequence)
+            self._shares.come(tenant, sequence.width)
             if sequence.deadline is not None:
                 heapq.heappush(self._deadlines, (sequence.deadline, next(self._order), sequence))
+        tenant.requests.append(sequences)
+        return shed
 
     def schedule(self, admit: Callable[[Sequence], bool]) -> Plan:
         """The next step. `admit(sequence)` says whether its adapter can be used now, and if so holds on to it, once."""
+        self._shares.forget()
+        self._steps += 1
         preempted: list[Sequence] = []
-        if self._prefill is None and self.num_waiting:
+        if self.num_waiting and len(self._prefills) < MAX_PREFILLS:
             groups = self._admit(admit, preempted)
             if groups:
-                self._prefill = (groups, 0)
-        return Plan(self._slice(), tuple(self.running), tuple(preempted))
+                self._prefills.append(_Prefill(groups, tuple({self._of(group[0]) for group in groups})))
+        return self._plan(tuple(preempted))
 
     def unpark(self) -> None:
         """Adapters came or went: all that wait for one are looked at again."""
@@ -173,7 +173,8 @@ class Scheduler:
 
     def prefilled(self, groups: tuple[Group, ...]) -> None:
         """The prefill of `groups` ended: those not finished meanwhile run, the slots of the others are free."""
-        self._prefill = None
+        ended = self._prefills.pop()
+        assert ended.groups is groups, "prefills end inside out"
         for sequence in itertools.chain.from_iterable(groups):
             if sequence.state is State.FINISHED:
                 self._leave(sequence)
@@ -183,13 +184,14 @@ class Scheduler:
 
     def charge(self, sequence: Sequence, tokens: int = 1) -> None:
         """Count answer tokens against the sequence's tenant."""
-        tenant = self._tenants[sequence.request.tenant]
+        tenant = self._of(sequence)
         tenant.counter += tokens * ANSWER_WEIGHT / tenant.weight
 
     def finish(self, sequence: Sequence) -> None:
         """Take the sequence out, wherever it is. Its slots are free at once, or when the prefill it is part of ends."""
         was = sequence.state
         sequence.to(State.FINISHED)
+        self._shares.go(self._of(sequence), sequence.width)
         if was is State.WAITING:
             self._forget(sequence)
         elif was is State.RUNNING:
@@ -227,18 +229,28 @@ class Scheduler:
     def _admit(self, admit: Callable[[Sequence], bool], preempted: list[Sequence]) -> tuple[Group, ...]:
         """Start what the slots and the prefill budget allow, the tenant with the least counter first.
 
-        What needs more slots than are free keeps its turn: others do not pass it, so that it starts in the end.
+        What needs more slots than are free keeps its turn: others do not pass it, so that it starts in the end. But a
+        tenant over its share that runs already lets others pass until they are `preempt_after` ahead of it.
         """
         groups: list[Group] = []
         tokens = 0
+        passed: list[Tenant] = []
+        over = False  # whether these groups are of tenants over their share: the two kinds are never read together
         while (tenant := self._turns.least()) is not None:
             head = tenant.ready[0][-1]
+            if passed and tenant.counter > passed[0].counter + self.limits.preempt_after:
+                break
             if head.awaits in self._parked or (head.width > 1 and not admit(head)):
                 self._park(tenant)  # what needs many slots holds up nobody before its adapter is there
                 continue
             if head in preempted or (groups and tokens + head.length > self.limits.prefill_tokens):
                 break
-            victims = self._victims(tenant, head.width - len(self._free))
+            if groups and self._shares.over(tenant) != over:
+                break
+            victims = self._victims(tenant, head) if self._may_interrupt(tenant, head) else None
+            if not victims and self._must_leave_room(tenant) and (victims is None or head.width > self._room(tenant)):
+                passed.append(self._turns.take_least())
+                continue
             if victims is None:
                 break
             if not admit(head):
@@ -247,41 +259,74 @@ class Scheduler:
             for victim in victims:
                 self._preempt(victim)
             preempted += victims
+            over = self._shares.over(tenant)
             groups.append(self._start(tenant, head, admit))
             tokens += head.length
+        for tenant in passed:
+            self._turns.add(tenant)
         return tuple(groups)
 
-    def _start(self, tenant: _Tenant, head: Sequence, admit: Callable[[Sequence], bool]) -> Group:
+    def _may_interrupt(self, tenant: Tenant, head: Sequence) -> bool:
+        """Whether the prefill under way, if any, may be put aside for that of `head`: it is of tenants over their
+        share, or twice as long."""
+        if not self._prefills:
+            return True
+        under_way = self._prefills[-1]
+        favoured = not self._shares.over(tenant) and all(map(self._shares.over, under_way.tenants))
+        most = min(other.counter for other in under_way.tenants) + (self.limits.preempt_after if favoured else 0)
+        if tenant in under_way.tenants or tenant.counter > most:
+            return False
+        return favoured or 2 * head.length <= under_way.tokens - under_way.done
+
+    def _must_leave_room(self, tenant: Tenant) -> bool:
+        """Whether free slots are kept from the tenant for the sake of others. Whoever runs nothing may take any."""
+        return tenant.running > 0 and self._shares.over(tenant)
+
+    def _room(self, tenant: Tenant) -> int:
+        """The free slots that the tenant may take."""
+        return len(self._free) - (self._shares.head_room if self._must_leave_room(tenant) else 0)
+
+    def _start(self, tenant: Tenant, head: Sequence, admit: Callable[[Sequence], bool]) -> Group:
         """Give slots to `head`, and to its siblings that can share its prefill as far as there are some."""
         group = [head]
         self._occupy(tenant, head)
         for sibling in head.siblings if not head.resumes else ():
             fresh = sibling.state is State.WAITING and not sibling.resumes
-            if fresh and self._free and admit(sibling):
+            if fresh and self._room(tenant) > 0 and admit(sibling):
                 self._occupy(tenant, sibling)
                 group.append(sibling)
         if not head.resumes:  # a preempted one pays for its prompt once
             tenant.counter += head.length * PROMPT_WEIGHT / tenant.weight
+            if not self._shares.over(tenant):
+                mean = self.newcomer_tokens or head.length
+                self.newcomer_tokens = mean + NEWS * (head.length - mean)
         return tuple(group)
 
-    def _occupy(self, tenant: _Tenant, sequence: Sequence) -> None:
+    def _occupy(self, tenant: Tenant, sequence: Sequence) -> None:
         self._count_waiting(tenant, -1)
-        tenant.running += 1
+        tenant.running += sequence.width
         sequence.take([heapq.heappop(self._free) for _ in range(sequence.width)])
-        sequence.turn = next(self._order)
         sequence.to(State.PREFILLING)
 
-    def _victims(self, tenant: _Tenant, missing: int) -> list[Sequence] | None:
-        """`missing` running sequences that must make room for `tenant`; None if there are not as many."""
+    def _victims(self, tenant: Tenant, head: Sequence) -> list[Sequence] | None:
+        """The running sequences that must make room for `head`; None if there are not as many.
+
+        Of tenants that are far ahead; or, where `tenant` stays within its share, of those that hold more than theirs.
+        """
+        missing = head.width - len(self._free)
         if missing <= 0:
             return []
         most = tenant.counter + self.limits.preempt_after
+        within = tenant.running + head.width <= self._shares.of(tenant)
         found = []
         for sequence in self.running:
-            counter = self._tenants[sequence.request.tenant].counter
-            if counter > most and sequence.preemptible:
-                found.append((counter, sequence.turn, sequence))
-        return [s for _, _, s in heapq.nlargest(missing, found)] if len(found) >= missing else None
+            owner = self._of(sequence)
+            ahead = owner.counter > most and sequence.preemptible
+            holds_more = owner.counter >= tenant.counter and owner.running - missing >= self._shares.of(owner)
+            settled = sequence.preemptible or not (tenant.running or self._shares.over(tenant))
+            if ahead or (within and holds_more and settled and sequence.width == 1):
+                found.append((sequence.preemptible, owner.counter, sequence.order, sequence))
+        return [s for *_, s in heapq.nlargest(missing, found)] if len(found) >= missing else None
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -289,29 +334,89 @@ class Scheduler:
         sequence.to(State.WAITING)
         self._queue(sequence)
 
-    def _slice(self) -> PrefillSlice | None:
-        """As much of the prefill as the step's budget allows; all of it where nobody waits for a token."""
-        if self._prefill is None:
-            return None
-        groups, done = self._prefill
-        until = tokens = sum(group[0].length for group in groups)
-        if self.running:
-            until = min(tokens, done + min(self.limits.prefill_tokens, self.slice_tokens))
-        self._prefill = (groups, until)
-        return PrefillSlice(groups, done == 0, until, ends=until == tokens)
+    def _shed(self, missing: int, load: float) -> list[Sequence]:
+        """Waiting sequences to end so that `missing` others can wait: the newest requests of the tenants with the
+        longest queues by their weights, as long as those are longer than `load`. Nothing that ever ran."""
+        queues = [(-tenant.waiting / tenant.weight, at, tenant) for at, tenant in enumerate(self._tenants.values())]
+        heapq.heapify(queues)
+        taken: list[tuple[Tenant, list[Sequence]]] = []
+        while missing > 0 and queues and -queues[0][0] > load:
+            length, at, tenant = heapq.heappop(queues)
+            request = tenant.take_newest_request()
+            if request is not None:
+                taken.append((tenant, request))
+                missing -= len(request)
+                heapq.heappush(queues, (length + len(request) / tenant.weight, at, tenant))
+        if missing > 0:
+            for tenant, request in reversed(taken):
+                tenant.requests.append(request)
+            raise OverloadedError(f"the server's queue of {self.limits.max_waiting} is full; try again later")
+        return [sequence for _, request in taken for sequence in request]
+
+    def _plan(self, preempted: tuple[Sequence, ...]) -> Plan:
+        """The step. Those over their share sit out the prefill of one that is not, though never two steps running,
+        and where others are about they get short steps: a few rows in turn, or a part of a prefill."""
+        prefill = self._prefills[-1] if self._prefills else None
+        holding = {self._of(sequence) for sequence in self.running}.union(*(p.tenants for p in self._prefills))
+        over = {tenant for tenant in holding if self._shares.over(tenant)}
+        favoured = prefill is not None and not over.issuperset(prefill.tenants)
+        short = bool(over) and len(self._shares.active) > len(over)  # somebody else may come any moment
+        rows, rest = self.running, []
+        if short:
+            rows, rest = [s for s in rows if self._of(s) not in over], [s for s in rows if self._of(s) in over]
+        self._sat_out = bool(rest) and prefill is not None and not self._sat_out
+        reads = prefill is not None
+        if rest and not self._sat_out:
+            rows = sorted([*rows, *self._in_turn(rest, len(rows))], key=attrgetter("slot"))
+            reads = favoured
+        for sequence in rows:
+            sequence.stepped = self._steps
+        if not reads or prefill is None:
+            return Plan(None, tuple(rows), preempted)
+        until = prefill.tokens
+        if rows:
+            until = min(until, prefill.done + self.slice_tokens)
+        elif favoured or not short:
+            until = min(until, prefill.done + self.lone_tokens)
+        if short and not favoured:
+            until = min(until, prefill.done + self.short_tokens)
+        part = PrefillSlice(prefill.groups, prefill.done, until, ends=until == prefill.tokens)
+        prefill.done = until
+        return Plan(part, tuple(rows), preempted)
+
+    def _in_turn(self, sequences: list[Sequence], others: int) -> list[Sequence]:
+        """As many as a short step can take beside `others`, those that have waited longest for a token first."""
+        room = max(1, self.short_rows - others)
+        chosen = []
+        for sequence in sorted(sequences, key=attrgetter("stepped")):
+            if chosen and sequence.width > room:
+                break
+            chosen.append(sequence)
+            room -= sequence.width
+        return chosen
+
+    def _of(self, sequence: Sequence) -> Tenant:
+        return self._tenants[sequence.request.tenant]
+
+    def _forget_idle(self) -> None:
+        """Nobody waits or runs: counters begin again, and only those seen of late are remembered."""
+        self._turns.least()  # drops all, so that no entry has an old counter
+        self._tenants = dict(self._shares.active)
+        for tenant in self._tenants.values():
+            tenant.counter = 0.0
 
     def _queue(self, sequence: Sequence) -> None:
-        tenant = self._tenants[sequence.request.tenant]
+        tenant = self._of(sequence)
         self._count_waiting(tenant, 1)
         self._make_ready(sequence)
         self._floors.add(tenant)
 
     def _make_ready(self, sequence: Sequence) -> None:
-        tenant = self._tenants[sequence.request.tenant]
+        tenant = self._of(sequence)
         heapq.heappush(tenant.ready, (sequence.order, next(self._order), sequence))
         self._turns.add(tenant)
 
-    def _park(self, tenant: _Tenant) -> None:
+    def _park(self, tenant: Tenant) -> None:
         """Set the tenant's oldest sequence aside until adapters came or went."""
         sequence = heapq.heappop(tenant.ready)[-1]
         adapter = sequence.awaits
@@ -320,30 +425,21 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         """A waiting sequence ended. Queues are cleaned once most of what they hold has."""
-        tenant = self._tenants[sequence.request.tenant]
+        tenant = self._of(sequence)
         self._count_waiting(tenant, -1)
         parked = self._parked.get(sequence.awaits or "", [])
         if sequence in parked:
             parked.remove(sequence)
             if not parked:
                 del self._parked[sequence.awaits or ""]
-        if len(tenant.ready) > 2 * tenant.waiting + 16:
-            tenant.ready = [entry for entry in tenant.ready if entry[-1].state is State.WAITING]
-            heapq.heapify(tenant.ready)
+        tenant.tidy()
 
     def _leave(self, sequence: Sequence) -> None:
         """The sequence runs no more: its slots are free. It still names them, so that they can be saved."""
-        self._tenants[sequence.request.tenant].running -= 1
+        self._of(sequence).running -= sequence.width
         for slot in sequence.slots:
             heapq.heappush(self._free, slot)
 
-    def _count_waiting(self, tenant: _Tenant, change: int) -> None:
+    def _count_waiting(self, tenant: Tenant, change: int) -> None:
         self.num_waiting += change
         tenant.waiting += change
-
-
-def _drop_gone(tenant: _Tenant) -> bool:
-    """Take what does not wait any more from the top of the tenant's queue; whether anything is left in it."""
-    while tenant.ready and tenant.ready[0][-1].state is not State.WAITING:
-        heapq.heappop(tenant.ready)
-    return bool(tenant.ready)

@@ -203,7 +203,7 @@ class Sequence:
         self.siblings: tuple[Sequence, ...] = ()  # the other answers to the same request
         self.kept: Kept | None = None  # what the runner kept of it when it was last preempted
         self.resumes = False  # whether it ran before: its vectors are made, its prompt is counted and given out
-        self.turn = 0  # its place among all starts and resumptions
+        self.stepped = 0  # the last step that it was decoded in
         self.turn_length = 0  # tokens of answer when it last started
         self.output_ids: list[int] = list(request.resumed_ids)
         self.arrived = time.monotonic()
