@@ -260,7 +260,7 @@ class Engine:
             return
         if self._pace is not None:
             self._pace.decoded(time.perf_counter() - began, sum(sequence.width for sequence in sequences))
-            self._keep_pace(self._pace)
+            self._keep_steps_short(self._pace)
         with self._lock:
             for one in made:
                 self._accept(*one)
@@ -272,12 +272,12 @@ class Engine:
         yield
         if self._pace is not None:
             self._pace.prefilled(part.until - part.since, time.perf_counter() - began)
-            self._keep_pace(self._pace)
+            self._scheduler.slice_tokens = self._pace.slice_tokens(self.config.prefill_tokens)
+            self._keep_steps_short(self._pace)
 
-    def _keep_pace(self, pace: Pace) -> None:
-        """Tell the scheduler what the next steps may hold, by what the last ones cost."""
+    def _keep_steps_short(self, pace: Pace) -> None:
+        """Tell the scheduler what a short step may hold, by what the last ones cost."""
         scheduler, most = self._scheduler, self.config.prefill_tokens
-        scheduler.slice_tokens = pace.slice_tokens(most)
         if scheduler.newcomer_tokens is not None:
             scheduler.short_tokens = pace.short_tokens(scheduler.newcomer_tokens, most)
             scheduler.short_rows = pace.short_rows(scheduler.newcomer_tokens, self.config.max_batch)

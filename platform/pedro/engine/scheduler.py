@@ -304,7 +304,7 @@ class Scheduler:
 
     def _occupy(self, tenant: Tenant, sequence: Sequence) -> None:
         self._count_waiting(tenant, -1)
-        tenant.running += sequence.width
+        self._shares.hold(tenant, sequence.width)
         sequence.take([heapq.heappop(self._free) for _ in range(sequence.width)])
         sequence.to(State.PREFILLING)
 
@@ -360,7 +360,7 @@ class Scheduler:
         holding = {self._of(sequence) for sequence in self.running}.union(*(p.tenants for p in self._prefills))
         over = {tenant for tenant in holding if self._shares.over(tenant)}
         favoured = prefill is not None and not over.issuperset(prefill.tenants)
-        short = bool(over) and len(self._shares.active) > len(over)  # somebody else may come any moment
+        short = bool(over) and self._shares.others_about()
         rows, rest = self.running, []
         if short:
             rows, rest = [s for s in rows if self._of(s) not in over], [s for s in rows if self._of(s) in over]
@@ -387,7 +387,7 @@ class Scheduler:
     def _in_turn(self, sequences: list[Sequence], others: int) -> list[Sequence]:
         """As many as a short step can take beside `others`, those that have waited longest for a token first."""
         room = max(1, self.short_rows - others)
-        chosen = []
+        chosen: list[Sequence] = []
         for sequence in sorted(sequences, key=attrgetter("stepped")):
             if chosen and sequence.width > room:
                 break
@@ -436,7 +436,7 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         """The sequence runs no more: its slots are free. It still names them, so that they can be saved."""
-        self._of(sequence).running -= sequence.width
+        self._shares.hold(self._of(sequence), -sequence.width)
         for slot in sequence.slots:
             heapq.heappush(self._free, slot)
 

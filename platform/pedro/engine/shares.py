@@ -96,26 +96,29 @@ class Shares:
     def __init__(self, slots: int, head_room_s: float, clock: Callable[[], float]) -> None:
         self.active: OrderedDict[str, Tenant] = OrderedDict()  # by when they were last seen
         self._slots, self._head_room_s, self._clock = slots, head_room_s, clock
-        self._asking = 0  # how many of them have anything unfinished
+        self._holding = 0  # how many of them hold a slot
         self._weights = 0.0
 
     def come(self, tenant: Tenant, slots: int) -> None:
         """The tenant asks for so many slots more."""
-        self._asking += not tenant.asked
         tenant.asked += slots
         self._see(tenant)
 
     def go(self, tenant: Tenant, slots: int) -> None:
         """Work of the tenant that took so many slots has ended."""
         tenant.asked -= slots
-        self._asking -= not tenant.asked
         self._see(tenant)
+
+    def hold(self, tenant: Tenant, slots: int) -> None:
+        """The tenant takes slots, or gives them back where `slots` is below 0."""
+        before, tenant.running = tenant.running, tenant.running + slots
+        self._holding += bool(tenant.running) - bool(before)
 
     def forget(self) -> None:
         """Drop those that have asked for nothing for long enough."""
         limit = self._clock() - self._head_room_s
         while self.active and (tenant := next(iter(self.active.values()))).seen < limit:
-            if tenant.asked:
+            if tenant.asked or tenant.running:
                 self._see(tenant)
             else:
                 del self.active[tenant.name]
@@ -129,10 +132,14 @@ class Shares:
         """Whether the tenant asks for more than its share while others are active."""
         return len(self.active) > 1 and tenant.asked > self.of(tenant)
 
+    def others_about(self) -> bool:
+        """Whether a tenant that is not over its share asks for something, or may any moment."""
+        return not all(map(self.over, self.active.values()))
+
     @property
     def head_room(self) -> int:
-        """Slots to keep free: one for each active tenant that asks for nothing now, up to a quarter of all."""
-        return min(len(self.active) - self._asking, self._slots // 4)
+        """Slots to keep free: one for each active tenant that holds none, up to a quarter of all."""
+        return min(len(self.active) - self._holding, self._slots // 4)
 
     def _see(self, tenant: Tenant) -> None:
         tenant.seen = self._clock()

@@ -46,6 +46,12 @@ BENCHMARKS = {
         "Poisson arrivals against a static batch; prefill of many tenants against one's (target 4)",
         *("case", "model", "batch", "tenants", "tok_s", "ttft_ms", "ratio", "ratio_interval"),
     ),
+    "fairness": _entry(
+        "fairness",
+        "a quiet tenant's first token beside the floods of another",
+        *("where", "case", "requests", "ttft_p50_ms", "ttft_p95_ms", "ratio", "ratio_interval", "p50_ratio"),
+        *("token_p50_ms", "token_p95_ms", "token_ratio", "flood_tok_s", "flood_alone_tok_s"),
+    ),
     "coldstart": _entry(
         "coldstart", "a fresh process to its first token (target 6)", "case", "model", "seconds", "interval"
     ),

@@ -40,3 +40,15 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` (0 to 1) of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def percentile_ratio(ours: Sequence[float], theirs: Sequence[float], share: float) -> Ratio:
+    """The ratio of a percentile of two samples, and the interval of 95 % of those of resampled ones."""
+    draw = random.Random(0)  # noqa: S311
+
+    def again(values: Sequence[float]) -> float:
+        return percentile(draw.choices(values, k=len(values)), share)
+
+    ratios = sorted(again(ours) / again(theirs) for _ in range(RESAMPLES))
+    low, high = ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1]
+    return Ratio(percentile(ours, share) / percentile(theirs, share), low, high)
