@@ -8,7 +8,7 @@ import pytest
 
 from pedro.backbone import load_tokenizer, resolve_backbone
 from pedro.data import FORMATS, PromptFormat, check_file, shape_of, show_masks
-from pedro.data.lines import MAX_LINE_BYTES
+from pedro.data.records import MAX_LINE_BYTES
 from pedro.errors import DataError
 
 
@@ -62,7 +62,9 @@ def test_every_bad_line_is_listed_with_its_number(write):
 def test_at_most_100_errors_are_kept_and_all_are_counted(write):
     report = check_file(write(["{\n"] * 250))
     assert (len(report.errors), report.error_count) == (100, 250)
-    assert "and 150 more bad lines" in report.text()
+    assert "and 240 more bad lines" in report.text()
+    assert len(report.text().splitlines()) < 25
+    assert 'a good row  {"prompt"' in report.text()
 
 
 def test_an_empty_file_is_not_usable(write):
@@ -129,6 +131,13 @@ def test_the_first_good_line_says_the_shape(write):
         shape_of(write(["{\n"]))
     with pytest.raises(DataError, match="no examples"):
         shape_of(write(b""))
+
+
+def test_the_commonest_answers_are_listed_with_their_counts(write):
+    rows = [row(str(n), "yes" if n % 3 else "no") for n in range(30)] + [row(f"x{n}", f"{n}") for n in range(2000)]
+    report = check_file(write(rows))
+    assert (len(report.answers), report.answers[:2]) == (5, (("yes", 20), ("no", 10)))
+    assert "commonest: 'yes' 20×, 'no' 10×" in report.text()
 
 
 def test_duplicates_repeat_prompt_and_answer(write):

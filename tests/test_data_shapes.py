@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from pedro.data import LineError, Shape, parse_line
-from pedro.data.shapes import read_line
+from pedro.data.shapes import read_line, read_row
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -63,6 +63,43 @@ def test_what_is_not_learnt_from_is_named():
     assert parsed.ignored == ("id", "messages: turns after the last answer", "messages[].name")
 
 
+def test_system_and_history_stand_before_the_turns():
+    """They were ignored with a count, which trained another task than the file says."""
+    pirate, before = {"role": "system", "content": "A pirate."}, [{**USER, "content": "q"}, {**ANSWER, "content": "a"}]
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    assert parse({"conversations": turns, "system": "A pirate."})[0].messages == (pirate, USER)
+    assert parse({"messages": [USER, ANSWER], "system_prompt": "A pirate."})[0].messages == (pirate, USER)
+    assert parse({"prompt": "Hi", "completion": "Hello", "system": "A pirate."})[0].messages == (pirate, USER)
+    alpaca = {"instruction": "Hi", "input": "there", "output": "y", "system": "A pirate.", "history": [["q", "a"]]}
+    asked = {**USER, "content": "Hi\nthere"}
+    parsed = read_line(json.dumps(alpaca), 1)
+    assert (parsed.shape, parsed.examples[0].messages) == (Shape.MESSAGES, (pirate, *before, asked))
+    assert len(parsed.examples) == 1, "history is context, not learnt"
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], "[]"])
+def test_a_blank_system_or_history_is_absent(nothing):
+    row = {"instruction": "Hi", "output": "y", "system": nothing, "history": nothing, "weight": nothing}
+    parsed = read_line(json.dumps(row), 1)
+    assert (parsed.shape, parsed.examples[0].messages, parsed.ignored) == (Shape.ALPACA, (USER,), ())
+
+
+def test_assistants_in_trls_prompt_are_context_and_all_in_its_completion_are_learnt():
+    again = {"role": "assistant", "content": "Ciao"}
+    first, second = parse({"prompt": [USER, ANSWER, USER], "completion": [ANSWER, USER, again]})
+    assert (first.messages, first.completion) == ((USER, ANSWER, USER), "Hello")
+    assert (second.messages[3:], second.completion) == ((ANSWER, USER), "Ciao")
+
+
+def test_columns_are_named_by_a_mapping():
+    row = {"question": "Hi", "answer": "Hello", "input": "unused before"}
+    fields = {"prompt": "question", "completion": "answer", "input": "other"}
+    with pytest.raises(LineError, match="given beside other"):
+        read_row(row, 1, fields)
+    (example,) = read_row({**row, "input": None}, 1, fields).examples
+    assert (example.messages, example.completion) == ((USER,), "Hello")
+
+
 def test_an_empty_answer_is_an_example():
     (example,) = parse({"prompt": "Hi", "completion": ""})
     assert example.completion == ""
@@ -84,9 +121,11 @@ MISTAKES = [
     ({"prompt": "x", "completion": "y", "messages": []}, "line", "messages and completion at once"),
     ({"prompt": "x", "completion": "y", "response": "z"}, "response", "keep one"),
     ({"prompt": 3, "completion": "y"}, "prompt", "got a number; put it in quotes"),
-    ({"prompt": "x", "completion": 1}, "completion", "got a number; put it in quotes"),
+    ({"prompt": "x", "completion": 1.5}, "completion", "got a number; put it in quotes"),
+    ('{"prompt": "x", "a": {"b": 1, "b": 2}, "completion": "y"}', "b", "given twice in one object"),
+    ('{"prompt": "x", "completion": "y"}\r{"prompt": "x"}', "line", "tr '\\r' '\\n'"),
     ({"prompt": "x", "completion": True}, "completion", "got true or false"),
-    ({"prompt": "x", "completion": None}, "completion", "got null or nothing"),
+    ({"prompt": "x", "completion": None}, "completion", "missing or null"),
     ({"prompt": " ", "completion": "y"}, "prompt", "empty"),
     ({"prompt": "x\ud800", "completion": "y"}, "prompt", "surrogate"),
     ({"instruction": "", "output": "y"}, "instruction", "empty"),
@@ -96,14 +135,27 @@ MISTAKES = [
     ({"messages": [USER]}, "messages", "no assistant turn"),
     ({"messages": [ANSWER]}, "messages[0]", "nothing before it"),
     ({"messages": [USER, "Hello"]}, "messages[1]", "expected an object with role and content, got text"),
-    ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "messages[0].role", "got 'tool'"),
+    ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "messages[0].role", "not supported"),
+    ({"messages": [{"role": "narrator", "content": "x"}, ANSWER]}, "messages[0].role", "got 'narrator'"),
     ({"messages": [{"role": ["user"], "content": "x"}, ANSWER]}, "messages[0].role", "got a list"),
     ({"messages": [{"content": "x"}, ANSWER]}, "messages[0].role", "got null or nothing"),
     ({"messages": [{"role": "user"}, ANSWER]}, "messages[0].content", "got null or nothing"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "messages[0].content[0]", "text"),
     ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls", "not supported"),
     ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "messages[1].weight", "expected 0 or 1, got 0.5"),
-    ({"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0].from", "got 'bot'"),
+    ({"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0]", "nothing before it"),
+    ({"conversations": [{"from": "narrator", "value": "x"}]}, "conversations[0].from", "got 'narrator'"),
+    ({"conversations": [{"from": "human", "content": "x"}]}, "conversations[0]", "keep one of the two forms"),
+    ({"messages": [USER, {**ANSWER, "train": False}]}, "messages[1].train", "`weight: 0`"),
+    ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "system", "keep one of the two"),
+    ({"instruction": "x", "output": "y", "history": "z"}, "history", "expected a list of [question, answer] pairs"),
+    ({"instruction": "x", "output": "y", "history": [["z"]]}, "history[0]", "expected a pair"),
+    ({"prompt": "x", "completion": "y", "history": [["q", "a"]]}, "history", "put it into the prompt"),
+    ({"prompt": "x", "completion": "y", "input": "z"}, "input", "put it into the prompt"),
+    ({"prompt": "x", "chosen": "y", "rejected": "z"}, "rejected", "preferences (DPO)"),
+    ({"prompt": "x", "completion": "y", "label": False}, "label", "KTO"),
+    ({"prompt": "x", "completion": "y", "images": ["a.png"]}, "images", "not supported yet"),
+    ({"prompt": [USER], "completion": "y"}, "completion", "expected a list of turns as in prompt"),
     ({"conversations": [{"from": "human", "value": 1}]}, "conversations[0].value", "got a number"),
     ({"conversations": ["x"]}, "conversations[0]", "expected an object with from and value"),
     ({"conversations": {}}, "conversations", "got an object"),
@@ -119,7 +171,7 @@ def test_a_mistake_is_said_by_line_field_and_reason(row, field, reason):
     assert (error.line, error.field) == (12, field)
     assert reason in error.reason
     assert error.message == f"line 12: {field}: {error.reason}"
-    assert len(error.message) < 300
+    assert len(error.message) < 400
 
 
 def test_a_line_error_survives_pickling():

@@ -15,11 +15,18 @@ app = typer.Typer(help="Check a tenant's data before training.", no_args_is_help
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="JSONL: messages, prompt/completion, Alpaca or ShareGPT rows.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Rows of messages, prompt/completion, Alpaca or ShareGPT: JSONL, JSON, CSV, parquet."),
+    ],
     backbone: Annotated[str, typer.Option(help="Whose tokenizer and context length count.")] = "stories260K",
     validation: Annotated[Path | None, typer.Option(help="A validation or test file to check for leakage.")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens a row may have; default: the backbone's context.")
+    ] = None,
+    fields: Annotated[
+        str | None,
+        typer.Option(help="Your columns for our fields: prompt=question,completion=answer (in a spec: data.fields)."),
     ] = None,
     show: Annotated[int, typer.Option(help="Print how the first N rows are masked.")] = 0,
     as_json: AsJson = False,
@@ -30,18 +37,23 @@ def check(
     """
     from pedro.backbone import context_length, load_tokenizer, resolve_backbone
     from pedro.data.check import check_file, show_masks
+    from pedro.data.lines import parse_fields
+    from pedro.data.mistakes import escaped
 
+    named = parse_fields(fields) if fields else None
     found = resolve_backbone(backbone)
     tokenizer = load_tokenizer(found)
-    report = check_file(file, tokenizer, max_length or context_length(found), validation=validation)
-    masks = show_masks(file, tokenizer, show) if show and report.usable else []
+    length = max_length or context_length(found)
+    report = check_file(file, tokenizer, length, validation=validation, fields=named)
+    masks = show_masks(file, tokenizer, show, fields=named) if show and report.usable else []
     value = {**report.to_dict(), "masks": [asdict(mask) for mask in masks]} if show else report.to_dict()
 
     def show_report() -> None:
         typer.echo(report.text())
         for mask in masks:
             pieces = zip(mask.tokens, mask.supervised, strict=True)
-            shown = " ".join(typer.style(token, bold=True, underline=True) if on else token for token, on in pieces)
+            texts = [(escaped(token), learnt) for token, learnt in pieces]
+            shown = " ".join(typer.style(text, bold=True, underline=True) if on else text for text, on in texts)
             typer.echo(f"\nline {mask.line}: {mask.prompt_len} prompt tokens condition the vectors; loss on the rest")
             typer.echo(f"  {shown}")
             typer.echo(f"  prompt {mask.prompt!r}\n  answer {mask.completion!r}")

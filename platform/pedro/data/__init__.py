@@ -11,7 +11,8 @@ from pedro.data.dataset import RowCounts, Splits, collate, data_digest, load_row
 from pedro.data.demo import DEMO_TENANTS, DemoTenant, demo_tenant
 from pedro.data.formats import FORMATS, PromptFormat, encode_completion, encode_prompt, format_for_shape
 from pedro.data.lines import scan, shape_of
-from pedro.data.shapes import Example, LineError, Shape, parse_line
+from pedro.data.mistakes import LineError
+from pedro.data.shapes import Example, Shape, parse_line
 
 __all__ = [
     "DEMO_TENANTS",

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pedro.data.files import Kind
 from pedro.data.formats import (
     PromptFormat,
     encode_completion,
@@ -23,11 +24,17 @@ from pedro.data.formats import (
     encode_prompts,
     format_for_shape,
 )
-from pedro.data.lines import bad_lines, data_digest, empty_file, scan
-from pedro.data.shapes import Example, LineError, ParsedLine, Shape
+from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
+from pedro.data.mistakes import LineError, escaped
+from pedro.data.shapes import Example, Fields, ParsedLine, Shape
 from pedro.errors import DataError
 
 MAX_ERRORS = 100
+SHOWN_ERRORS = 10
+MOST_ANSWERS = 5
+MAX_ANSWERS = 1000  # different ones that are counted, of at most so many characters: labels, not essays
+ANSWER_LENGTH = 100
+GOOD_ROW = '{"prompt": "The film was a delight.", "completion": "positive"}'
 MAX_IGNORED = 20
 BATCH = 1000
 
@@ -50,7 +57,9 @@ class Report:
     `truncated` answers lose their end to fit `max_length`, `dropped` examples have prompts that leave no room for
     one answer token (both None without a tokenizer and a length). `duplicates` repeat an earlier prompt and answer;
     `leaked` have a prompt that the validation file has too. `ignored` counts what is in the lines but not learnt
-    from. Of `error_count` bad lines, the first 100 are in `errors`.
+    from, `answers` are the commonest ones (of the first 1,000 different short ones) with their counts, and `numbers`
+    counts answers that were integers and are learnt as their digits. Of `error_count` bad lines, the first 100 are in
+    `errors`.
     """
 
     path: str
@@ -70,8 +79,12 @@ class Report:
     validation_examples: int | None
     validation_errors: int | None
     ignored: dict[str, int]
+    answers: tuple[tuple[str, int], ...]
+    numbers: int
+    kind: str
     errors: tuple[dict[str, Any], ...]
     error_count: int
+    number_field: str | None = None
 
     @property
     def usable(self) -> bool:
@@ -83,9 +96,11 @@ class Report:
 
     def text(self) -> str:
         """The report as lines for a terminal."""
-        lines = [f"{self.path}: {'usable' if self.usable else 'NOT usable'}"]
-        lines.append(f"  shape       {self.shape or 'unknown'}, prompt format {self.format or 'unknown'}")
-        lines.append(f"  rows        {self.rows:,} lines, {self.examples:,} examples")
+        unit = Kind(self.kind).unit
+        lines = [f"{escaped(self.path)}: {'usable' if self.usable else 'NOT usable'}"]
+        shape = f"{self.shape or 'unknown'}, prompt format {self.format or 'unknown'}, read as {self.kind}"
+        lines.append(f"  shape       {shape}")
+        lines.append(f"  rows        {self.rows:,} {unit}s, {self.examples:,} examples")
         for name, lengths in (("prompt", self.prompt_tokens), ("answer", self.completion_tokens)):
             if lengths:
                 spread = f"min {lengths.min}, median {lengths.median}, 95 % {lengths.p95}, max {lengths.max}"
@@ -93,6 +108,11 @@ class Report:
         if self.max_length is not None and self.truncated is not None:
             cut = f"{self.truncated:,} answers truncated, {self.dropped:,} examples dropped"
             lines.append(f"  length      {cut} at {self.max_length} tokens")
+        if self.answers:
+            commonest = ", ".join(f"{text[:40]!r} {count:,}×" for text, count in self.answers)
+            lines.append(f"  answers     commonest: {commonest}")
+        if self.numbers:
+            lines.append(f"  numbers     {self.numbers_said()}")
         lines.append(f"  duplicates  {self.duplicates:,}")
         lines.append(f"  empty       {self.empty_answers:,} answers are blank")
         if self.leaked is not None:
@@ -102,10 +122,21 @@ class Report:
         if not self.examples and not self.error_count:
             lines.append("  error       no examples in the file; put one JSON object on each line")
         lines += [f"  ignored     {name}: {count:,}" for name, count in self.ignored.items()]
-        lines += [f"  error       line {e['line']}: {e['field']}: {e['reason']}" for e in self.errors]
-        if self.error_count > len(self.errors):
-            lines.append(f"  error       and {self.error_count - len(self.errors):,} more bad lines")
+        lines += [
+            f"  error       {unit} {e['line']}: {escaped(e['field'])}: {escaped(e['reason'])}"
+            for e in self.errors[:SHOWN_ERRORS]
+        ]
+        if self.error_count > SHOWN_ERRORS:
+            more = f"and {self.error_count - SHOWN_ERRORS:,} more bad {unit}s"
+            lines.append(f"  error       {more}; --json holds the first {MAX_ERRORS}")
+        if not self.examples:
+            lines.append(f"  a good row  {GOOD_ROW}")
         return "\n".join(lines)
+
+    def numbers_said(self) -> str:
+        """How many answers were integers, and the command that makes text of them."""
+        fix = f"`jq -c '.{self.number_field} |= tostring' FILE > NEW` writes them so"
+        return f'{self.numbers:,} answers are integers, learnt as their digits ("1"); {fix}'
 
 
 @dataclass(frozen=True)
@@ -134,20 +165,21 @@ def check_file(
     max_length: int | None = None,
     validation: Path | str | None = None,
     format: PromptFormat | None = None,
+    fields: Fields | None = None,
 ) -> Report:
-    """Checks a JSONL file. Token counts need a `tokenizer`, truncation a `max_length` as well.
+    """Checks a data file. Token counts need a `tokenizer`, truncation a `max_length` as well.
 
-    `format` is how prompts are written (the shape's own by default). Raises DataError only if a file cannot be
-    opened: everything wrong inside it is in the report.
+    `format` is how prompts are written (the shape's own by default), `fields` names columns.
+    Raises DataError only if a file cannot be opened: everything wrong inside it is in the report.
     """
     tally = _Tally(tokenizer, max_length, format)
-    for batch in _batches(scan(path), BATCH):
+    for batch in _batches(scan(path, fields), BATCH):
         tally.add(batch)
     validation_prompts = None
     validation_errors = None
     if validation is not None:
         other = _Tally(None, None, tally.format)
-        for batch in _batches(scan(validation), BATCH):
+        for batch in _batches(scan(validation, fields), BATCH):
             other.add(batch)
         validation_prompts, validation_errors = other.prompts, other.error_count
     return Report(
@@ -168,8 +200,12 @@ def check_file(
         validation_examples=None if validation_prompts is None else len(validation_prompts),
         validation_errors=validation_errors,
         ignored=dict(tally.ignored.most_common()),
+        answers=tuple(tally.answers.most_common(MOST_ANSWERS)),
+        numbers=tally.numbers,
+        kind=kind(path, fields),
         errors=tuple(tally.errors),
         error_count=tally.error_count,
+        number_field=tally.number_field,
     )
 
 
@@ -179,10 +215,11 @@ def show_masks(
     n: int = 3,
     format: PromptFormat | None = None,
     max_length: int | None = None,
+    fields: Fields | None = None,
 ) -> list[MaskedRow]:
     """The first `n` examples as training masks them. Raises DataError for a bad line or an empty file."""
     rows: list[MaskedRow] = []
-    for item in scan(path):
+    for item in scan(path, fields):
         if isinstance(item, LineError):
             raise bad_lines(path, [item], 1)
         used = format or format_for_shape(item.shape, tokenizer)
@@ -227,6 +264,9 @@ class _Tally:
     prompt_lengths: array = field(default_factory=lambda: array("I"))
     completion_lengths: array = field(default_factory=lambda: array("I"))
     ignored: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    numbers: int = 0
+    number_field: str | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, items: list[ParsedLine | LineError]) -> None:
@@ -242,11 +282,18 @@ class _Tally:
             for name in item.ignored:
                 known = name in self.ignored or len(self.ignored) < MAX_IGNORED
                 self.ignored[name if known else "other fields"] += 1
+            if item.number_field:
+                self.numbers += 1
+                self.number_field = self.number_field or item.number_field
             texts += self._render(item.examples)
         for prompt, completion in texts:
             self.prompts.append(_hash(prompt))
             self.pairs.append(_hash(prompt, completion))
             self.empty_answers += not completion.strip()
+            if completion in self.answers or (
+                len(self.answers) < MAX_ANSWERS and 0 < len(completion.strip()) <= ANSWER_LENGTH
+            ):
+                self.answers[completion] += 1
         if self.tokenizer is not None and texts:
             self._measure(texts)
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.data.formats import PromptFormat, encode_completions, encode_prompts
-from pedro.data.lines import bad_lines, data_digest, empty_file, scan
-from pedro.data.shapes import Example, LineError
+from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
+from pedro.data.mistakes import LineError
+from pedro.data.shapes import Example, Fields
 from pedro.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ def load_rows(
     format: PromptFormat,
     max_length: int,
     cache_dir: Path | str,
+    fields: Fields | None = None,
 ) -> Dataset:
-    """The file's rows, in its order, memory-mapped.
+    """The file's rows, in its order, memory-mapped. `fields` names its columns where they are not ours.
 
     Columns: `input_ids` (prompt + completion, at most `max_length`), `prompt_len`, `split_hash` (float in [0, 1),
     a function of the prompt text alone), `completion` (text), `line`. A row that is too long loses the end of its
@@ -72,10 +74,11 @@ def load_rows(
     from datasets import Dataset
 
     path = Path(path)
-    key = _key(data_digest(path), tokenizer, format, max_length)
+    read_as = [kind(path, fields), dict(fields or {})]
+    key = _key(data_digest(path), tokenizer, format, max_length, read_as)
     entry = Path(cache_dir) / f"rows-{key}"
     if not (entry / "counts.json").is_file():
-        _build(entry, path, tokenizer, format, max_length)
+        _build(entry, path, fields, _Writer(tokenizer, format, max_length))
     dataset = Dataset.from_file(str(entry / "rows.arrow"))
     counts = row_counts(dataset)
     if counts.truncated or counts.dropped:
@@ -144,16 +147,16 @@ def collate(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], pad
     return batch
 
 
-def _key(digest: str, tokenizer: Any, format_: PromptFormat, max_length: int) -> str:
+def _key(digest: str, tokenizer: Any, format_: PromptFormat, max_length: int, read_as: list[Any]) -> str:
     """Of everything that the rows depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, type(tokenizer).__name__]
-    parts = [ROWS_VERSION, digest, vocabulary, special, format_.to_dict(), max_length]
+    parts = [ROWS_VERSION, digest, vocabulary, special, format_.to_dict(), max_length, read_as]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _build(entry: Path, path: Path, tokenizer: Any, format_: PromptFormat, max_length: int) -> None:
+def _build(entry: Path, path: Path, fields: Fields | None, written: _Writer) -> None:
     """Writes the cache entry beside its place and renames it there; if another process was first, its entry stands."""
     from datasets.arrow_writer import ArrowWriter
 
@@ -161,9 +164,8 @@ def _build(entry: Path, path: Path, tokenizer: Any, format_: PromptFormat, max_l
     _sweep(entry.parent)
     building = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     try:
-        written = _Writer(tokenizer, format_, max_length)
         with ArrowWriter(path=str(building / "rows.arrow"), features=_features()) as writer:
-            for columns in written.batches(path):
+            for columns in written.batches(path, fields):
                 writer.write_batch(columns)
             writer.finalize()
         counts = written.counts()
@@ -171,7 +173,8 @@ def _build(entry: Path, path: Path, tokenizer: Any, format_: PromptFormat, max_l
             raise empty_file(path)
         if not counts.rows:
             raise DataError(
-                f"data: no prompt of {str(path)!r} fits into max_length {max_length}; raise it or shorten the prompts",
+                f"data: no prompt of {str(path)!r} fits into max_length {written.max_length}; raise it or shorten the "
+                "prompts",
                 param="training.max_length",
             )
         (building / "counts.json").write_text(json.dumps(asdict(counts)))
@@ -202,8 +205,8 @@ class _Writer:
         self.tokenizer, self.format, self.max_length = tokenizer, format_, max_length
         self.examples = self.rows = self.truncated = 0
 
-    def batches(self, path: Path) -> Iterator[dict[str, list]]:
-        examples = self._examples(path)
+    def batches(self, path: Path, fields: Fields | None) -> Iterator[dict[str, list]]:
+        examples = self._examples(path, fields)
         while batch := list(islice(examples, BATCH)):
             columns = self._columns(batch)
             self.examples += len(batch)
@@ -214,11 +217,11 @@ class _Writer:
     def counts(self) -> RowCounts:
         return RowCounts(self.examples, self.rows, self.truncated, self.examples - self.rows)
 
-    def _examples(self, path: Path) -> Iterator[tuple[Example, str]]:
+    def _examples(self, path: Path, fields: Fields | None) -> Iterator[tuple[Example, str]]:
         """Each example with its prompt. Bad lines are collected to the end, then raised together."""
         errors: list[LineError] = []
         count = 0
-        for item in scan(path):
+        for item in scan(path, fields):
             if isinstance(item, LineError):
                 count += 1
                 errors += [item][: max(0, 5 - len(errors))]

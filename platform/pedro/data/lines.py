@@ -1,53 +1,59 @@
-"""Reads a JSONL file line by line, whatever is in it. Knows nothing of tokenizers or templates.
-
-Memory stays bounded by one line: a longer one than `MAX_LINE_BYTES` is skipped on disk, never loaded. A bad line
-is yielded as the error it is, so that a check can report all of them and a loader can stop at the first ones.
-"""
+"""The good rows of a file and its bad ones, all of one shape. Knows nothing of tokenizers or templates."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from io import BufferedReader
 from pathlib import Path
 
-from pedro.data.shapes import LineError, ParsedLine, Shape, read_line
-from pedro.errors import DataError
+from pedro.data.files import Kind, open_file
+from pedro.data.mistakes import LineError
+from pedro.data.records import file_kind, read_rows
+from pedro.data.shapes import FIELDS, Fields, ParsedLine, Shape, has_context, read_row
+from pedro.errors import ConfigError, DataError
 
-MAX_LINE_BYTES = 1 << 20
-BOM = b"\xef\xbb\xbf"
 
+def scan(path: Path | str, fields: Fields | None = None) -> Iterator[ParsedLine | LineError]:
+    """Each row of the file that is not blank, parsed, or the error that it is. `fields` names columns.
 
-def scan(path: Path | str) -> Iterator[ParsedLine | LineError]:
-    """Each line of the file that is not blank, parsed, or the error that it is.
-
-    The first good line sets the file's shape; a line of another shape is an error. Raises DataError if the file
-    cannot be opened.
+    The first good row sets the file's shape; a row of another shape is an error. Raises DataError if the file cannot
+    be opened.
     """
+    path = Path(path)
     shape: Shape | None = None
     first = 0
-    for number, line in _lines(Path(path)):
-        if isinstance(line, LineError):
-            yield line
+    chat = False
+    unit = kind(path, fields).unit
+    for number, row in read_rows(path, _columns(fields)):
+        if isinstance(row, LineError):
+            yield row
             continue
         try:
-            parsed = read_line(line, number)
+            parsed = read_row(row, number, fields, chat)
+            if shape is None and parsed.shape is Shape.ALPACA and _has_context(path, fields):
+                chat = True
+                parsed = read_row(row, number, fields, chat)
         except LineError as error:
-            yield error
+            yield error if unit == error.unit else LineError(number, error.field, error.reason, unit)
             continue
         if shape is None:
             shape, first = parsed.shape, number
         if parsed.shape is not shape:
-            reason = f"this is {parsed.shape}, but line {first} is {shape}; a file holds one shape"
-            yield LineError(number, "shape", reason)
+            reason = f"this is {parsed.shape}, but {unit} {first} is {shape}; a file holds one shape"
+            yield LineError(number, "shape", reason, unit)
             continue
         yield parsed
 
 
-def shape_of(path: Path | str) -> Shape:
-    """The shape that the first good line sets. Raises DataError if no line is good."""
+def kind(path: Path | str, fields: Fields | None = None) -> Kind:
+    """What kind of file it is. Raises DataError if it cannot be read."""
+    return file_kind(Path(path), _columns(fields))
+
+
+def shape_of(path: Path | str, fields: Fields | None = None) -> Shape:
+    """The shape that the first good row sets. Raises DataError if no row is good."""
     errors: list[LineError] = []
-    for item in scan(path):
+    for item in scan(path, fields):
         if isinstance(item, ParsedLine):
             return item.shape
         errors.append(item)
@@ -56,18 +62,28 @@ def shape_of(path: Path | str) -> Shape:
     raise bad_lines(path, errors, len(errors)) if errors else empty_file(path)
 
 
+def parse_fields(text: str) -> dict[str, str]:
+    """`prompt=question,completion=answer` as a mapping. Raises ConfigError."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(not equals for _, equals, _ in pairs):
+        raise ConfigError(f"fields: {text!r}: expected prompt=COLUMN,completion=COLUMN", param="fields")
+    return check_fields({field.strip(): column for field, _, column in pairs})
+
+
+def check_fields(fields: Fields) -> dict[str, str]:
+    """`fields` if it maps fields that rows may have to different columns; ConfigError if not."""
+    for field, column in fields.items():
+        if field not in FIELDS:
+            raise ConfigError(f"fields: {field!r} is no field of a row; known: {', '.join(FIELDS)}", param="fields")
+        if not column or list(fields.values()).count(column) > 1:
+            raise ConfigError(f"fields: {field}={column!r}: expected a column of its own", param="fields")
+    return dict(fields)
+
+
 def data_digest(path: Path | str) -> str:
     """ "sha256:..." of the file's bytes. Raises DataError if it cannot be opened."""
     with open_file(Path(path)) as stream:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
-
-
-def open_file(path: Path) -> BufferedReader:
-    """The file for reading. Raises DataError that names it."""
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(f"data: {str(path)!r} cannot be read: {error.strerror}; check the path", param="data") from None
 
 
 def empty_file(path: Path | str) -> DataError:
@@ -82,33 +98,14 @@ def bad_lines(path: Path | str, errors: list[LineError], count: int, shown: int 
     return DataError(f"data: {str(path)!r} has {count} bad line(s): {some}{rest}. {remedy}", param="data")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | LineError]]:
-    with open_file(path) as stream:
-        number = 0
-        while raw := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if number == 1 and raw.startswith(BOM):
-                raw = raw[len(BOM) :]
-            if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                size = len(raw) + _skip_line(stream)
-                yield number, LineError(number, "line", f"{size:,} bytes; a line holds {MAX_LINE_BYTES:,} at most")
-                continue
-            try:
-                line = raw.decode()
-            except UnicodeDecodeError as error:
-                hint = "; this looks like UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
-                reason = f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8{hint}; save it as UTF-8"
-                yield number, LineError(number, "line", reason)
-                continue
-            if line.strip():
-                yield number, line
+def _columns(fields: Fields | None) -> set[str]:
+    return {*FIELDS, *(fields or {}).values()}
 
 
-def _skip_line(stream: BufferedReader) -> int:
-    """Reads on to the end of the line; how many bytes that was."""
-    skipped = 0
-    while raw := stream.readline(MAX_LINE_BYTES):
-        skipped += len(raw)
-        if raw.endswith(b"\n"):
-            break
-    return skipped
+def _has_context(path: Path, fields: Fields | None) -> bool:
+    """Whether any row of an Alpaca file has a system or a history, which makes conversations of all of them."""
+    named = {column: field for field, column in (fields or {}).items()}
+    for _, row in read_rows(path, _columns(fields)):
+        if not isinstance(row, LineError) and has_context({named.get(key, key): row[key] for key in row}):
+            return True
+    return False

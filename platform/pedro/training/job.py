@@ -109,16 +109,20 @@ def check_data(spec: FineTuneSpec, settings: Settings, say: Say) -> None:
     DataError that names the file's role and the first bad line.
     """
     from pedro.data.check import check_file
+    from pedro.data.files import Kind
 
     counts = []
     for role, location in spec.data.files().items():
-        report = check_file(fetch(location, settings.cache))
+        report = check_file(fetch(location, settings.cache), fields=spec.data.fields)
         if not report.usable:
             first = report.errors[0] if report.errors else None
-            why = f"line {first['line']}: {first['field']}: {first['reason']}" if first else "it holds no examples"
+            unit = Kind(report.kind).unit
+            why = f"{unit} {first['line']}: {first['field']}: {first['reason']}" if first else "it holds no examples"
             more = f"; and {report.error_count - 1:,} more bad lines" if report.error_count > 1 else ""
             raise DataError(f"data.{role}: {why}{more}; `pedro data check` lists them", param=f"data.{role}")
         counts.append(f"{report.examples:,} in {role}")
+        if report.numbers:
+            say(f"data.{role}: {report.numbers_said()}")
     say(f"{spec.name}: examples: {', '.join(counts)}")
 
 

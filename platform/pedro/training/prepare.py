@@ -90,7 +90,7 @@ def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenize
             param="training.max_length",
         )
     files = {name: fetch(location, cache) for name, location in data.files().items()}
-    shapes = {name: shape_of(path) for name, path in files.items()}
+    shapes = {name: shape_of(path, data.fields) for name, path in files.items()}
     formats = {
         name: replace(format_for_shape(shape, tokenizer), special_tokens_in_content=data.special_tokens_in_content)
         for name, shape in shapes.items()
@@ -105,7 +105,7 @@ def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenize
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "rows.lock"):  # one worker of a host tokenises, the others find its rows
         rows = {
-            name: load_rows(path, tokenizer, formats["train"], max_length, cache / "rows")
+            name: load_rows(path, tokenizer, formats["train"], max_length, cache / "rows", data.fields)
             for name, path in files.items()
         }
     joined = hashlib.sha256(json.dumps(digests).encode()).hexdigest()

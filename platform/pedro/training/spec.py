@@ -22,8 +22,8 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 class DataSpec(Frozen):
-    """The tenant's files (JSONL): paths, relative ones from the spec's own folder, fsspec URLs, or `pedro://demo/...`
-    for the data that the package carries.
+    """The tenant's files (JSONL, a JSON array, CSV or parquet): paths, relative ones from the spec's own folder, or
+    `pedro://demo/...` for the data that the package carries.
     """
 
     train: str
@@ -36,6 +36,18 @@ class DataSpec(Frozen):
     special_tokens_in_content: bool = False
     """Whether `</s>` and the like, spelled in a row's text, are the special tokens themselves, in training and serving;
     else they are plain text."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Which columns of the files stand for which fields, where their names are others: {prompt: question}."""
+
+    @field_validator("fields")
+    @classmethod
+    def _known_fields(cls, value: dict[str, str]) -> dict[str, str]:
+        from pedro.data.lines import check_fields
+
+        try:
+            return check_fields(value)
+        except ConfigError as error:
+            raise ValueError(error.message.partition(": ")[2]) from error
 
     @model_validator(mode="after")
     def _something_left(self) -> DataSpec:

@@ -13,22 +13,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pedro.errors import DataError, UnavailableError
+from pedro.data import data_digest
+from pedro.data.files import ending
+from pedro.errors import UnavailableError
 
 
 def put_dataset(file: str, storage: str) -> str:
-    """Store a local JSONL file under `datasets/<sha256>.jsonl`; where it is then. URLs stay as they are.
+    """Store a local data file under `datasets/<sha256>` and its ending; where it is then. URLs stay as they are.
 
     Raises DataError if it cannot be read, UnavailableError if it cannot be stored.
     """
     if "://" in file:
         return file
-    try:
-        with Path(file).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"data: {file!r} cannot be read: {error.strerror}; check the path", param="data") from error
-    target = join(storage, "datasets", f"{digest}.jsonl")
+    digest = data_digest(file).removeprefix("sha256:")
+    suffix, packing = ending(file)
+    target = join(storage, "datasets", f"{digest}{suffix or '.jsonl'}{packing}")
     if not exists(target):
         _copy(file, target)
     return target
