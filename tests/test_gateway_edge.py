@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -106,6 +108,72 @@ def test_a_key_without_the_scope_is_a_403_that_names_it(gateway):
 
 def test_an_infer_key_may_not_promote(gateway, http):
     assert http.post("/v1/adapters/acme.support/promote", json={"version": 2}).status_code == 403
+
+
+# doors
+
+
+def talk(gateway: Gateway, head: str, pieces: int, wait_s: float = 0.05) -> tuple[bytes, float]:
+    """Sends a request's head, then pieces of a body for as long as the server listens: its answer, and how long that
+    was."""
+    host, port = gateway.url.removeprefix("http://").split(":")
+    begun, answer = time.monotonic(), b""
+    with socket.create_connection((host, int(port)), timeout=5) as line:
+        line.sendall(head.replace("\n", "\r\n").encode())
+        try:
+            for _ in range(pieces):
+                time.sleep(wait_s)
+                line.sendall(b"1\r\n \r\n")
+        except OSError:  # closed
+            pass
+        with contextlib.suppress(OSError):
+            while piece := line.recv(65536):
+                answer += piece
+    return answer, time.monotonic() - begun
+
+
+@pytest.mark.parametrize("key", [None, "sk-pedro-unknown"], ids=["no key", "an unknown one"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/metrics", "/nowhere"])
+def test_the_body_of_a_stranger_is_not_read_and_the_connection_is_closed(gateway, key, path):
+    bearer = f"Authorization: Bearer {key}\n" if key else ""
+    answer, lasted_s = talk(gateway, f"POST {path} HTTP/1.1\nHost: x\n{bearer}Transfer-Encoding: chunked\n\n", 100)
+    assert answer.partition(b" ")[2][:3] in (b"401", b"404", b"405")
+    assert b"connection: close" in answer
+    assert lasted_s < 2
+
+
+def test_a_body_declared_too_large_is_refused_before_it_is_read_and_one_that_grows_when_it_is(gateway):
+    head = f"POST /v1/completions HTTP/1.1\nHost: x\nAuthorization: Bearer {gateway.key()}\n"
+    declared, _ = talk(gateway, f"{head}Content-Length: 30000000\n\n", 0)
+    grown, _ = talk(gateway, f"{head}Transfer-Encoding: chunked\n\n5000\n" + " " * 0x5000 + "\n", 3)
+    for answer in (declared, grown):
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b"connection: close" in answer
+
+
+def test_a_connection_whose_body_was_read_stays_open(http):
+    assert "connection" not in complete(http).headers
+    assert "connection" not in complete(http, temperature=9).headers
+
+
+def test_one_tenant_takes_half_of_the_open_requests_and_a_newcomer_finds_its_share(tmp_path):
+    settings = GatewaySettings(max_open_requests=8)
+    with serve(tmp_path, token_s=0.05, settings=settings) as gateway, contextlib.ExitStack() as opened:
+
+        def open_one(client: httpx.Client) -> int:
+            body = {"model": BACKBONE, "prompt": "a", "max_tokens": 200, "stream": True}
+            return opened.enter_context(client.stream("POST", "/v1/completions", json=body)).status_code
+
+        first, second, third = (opened.enter_context(gateway.http(gateway.key(f"tenant-{n}"))) for n in range(3))
+        assert [open_one(first) for _ in range(6)] == [200] * 4 + [429] * 2
+        assert [open_one(second) for _ in range(3)] == [200, 200, 429]
+        assert open_one(third) == 200
+        opened.pop_all().close()
+        deadline = time.monotonic() + 5
+        while gateway.backend.running and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with gateway.http(gateway.key("tenant-0")) as again:
+            assert again.get("/v1/models").status_code == 200
 
 
 # isolation

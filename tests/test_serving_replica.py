@@ -13,7 +13,8 @@ import torch
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
 from serving_peers import LocalPeer
 
-from pedro.data import FORMATS, load_rows, parse_line
+from pedro.data import FORMATS, PromptFormat, encode_prompt, load_rows, parse_line
+from pedro.data.template_worker import TemplateBoundsError
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import GenerateCall
 from pedro.gateway.calls import chat_call, completion_calls
@@ -345,6 +346,52 @@ def test_equal_weights_with_another_prompt_format_are_served_by_their_own_format
     first, second = (prompt_ids(served, call, ref_of(version)) for version in versions)
     assert first == tokenizer()("Hi").input_ids
     assert second != first
+
+
+def hostile(served, name, template):
+    """An adapter whose template was found out by nobody before it is served."""
+    make_adapter(served.folder / name, 3, form=PromptFormat("chat", template))
+    return ref_of(register(served.registry, served.folder / name, name))
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("evil", [LOOPS, "{{ 'x' * 2000000000 }}"])
+def test_a_template_without_end_delays_no_other_tenant_and_is_told_to_its_own(served, evil):
+    name = f"evil.{'loops' if evil == LOOPS else 'grows'}"
+    poison = hostile(served, name, "{% if messages[0].content == 'go' %}" + evil + "{% endif %}x")
+
+    async def go():
+        calls = [chat([{"role": "user", "content": "go"}]) for _ in range(8)]
+        refused = [asyncio.create_task(answer(served.replica, call, poison)) for call in calls]
+        longest, began = 0.0, time.monotonic()
+        while not all(task.done() for task in refused):
+            turn = time.monotonic()
+            await asyncio.sleep(0.005)
+            longest = max(longest, time.monotonic() - turn)
+            if turn - began > 20:
+                break
+        errors = await asyncio.gather(*refused, return_exceptions=True)
+        return longest, errors
+
+    longest, errors = asyncio.run(go())
+    assert longest < 0.4
+    assert {(type(error), error.status, error.param) for error in errors} == {
+        (TemplateBoundsError, 400, "prompt_format")
+    }
+    hello = chat([{"role": "user", "content": "Hi"}], max_tokens=2)
+    with pytest.raises(TemplateBoundsError):  # for a while no call of its template is tried
+        ask(served.replica, hello, poison)
+    assert ask(served.replica, hello, ref(served, "acme.messages"))
+
+
+def test_a_strangers_template_is_rendered_in_the_worker_as_in_training(served):
+    form = PromptFormat("chat", "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    own = hostile(served, "globex.own", form.template)
+    messages = [{"role": "user", "content": "Hi <s> é"}]
+    expected = encode_prompt(tokenizer(), form.prompt(messages, tokenizer()))
+    assert prompt_ids(served, chat(messages), own) == expected
 
 
 def test_ending_a_stream_early_frees_its_slot(served):

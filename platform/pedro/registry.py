@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pedro.config import Settings, check_name
+from pedro.data.formats import PromptFormat, check_format
 from pedro.database import FileWatch, exclusive
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
 from pedro.moves import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, finish, move
@@ -152,12 +153,15 @@ class Registry:
     def register(self, run_id: str, directory: str | Path, tenant: str, adapter: str, *, gate: str = "") -> Version:
         """Make the adapter directory the next version of `tenant.adapter`; no alias moves.
 
-        Raises AdapterError, and registers nothing, if it is no whole adapter of known files and finite weights.
+        Raises AdapterError, and registers nothing, if it is no whole adapter of known files and finite weights,
+        DataError if its prompt's template exceeds its bounds.
         """
         from pedro.methods.adapter_check import check_adapter
 
         name = _model_name(tenant, adapter)
         manifest = check_adapter(directory)
+        if manifest.get("prompt_format"):
+            check_format(PromptFormat.from_dict(manifest["prompt_format"]))
         self.client.log_artifacts(run_id, str(directory), "adapter")
         try:
             self.client.create_registered_model(name, tags={"pedro.tenant": tenant, "pedro.adapter": adapter})

@@ -3,7 +3,8 @@
 shapes.py    one JSON line -> examples         lines.py   a file -> its lines, safely
 formats.py   messages -> prompt text -> ids    check.py   what `pedro data check` reports
 dataset.py   a file -> rows on disk, splits    demo.py    the packaged tenants
-templates.py Jinja, in a sandbox               special_tokens.py  content never makes control tokens
+templates.py Jinja, in a sandbox               special_tokens.py   content never makes control tokens
+                                               template_worker.py  strangers' templates, within bounds
 """
 
 from pedro.data.check import MaskedRow, Report, check_file, show_masks

@@ -6,7 +6,7 @@ nothing of files or models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pedro.data.special_tokens import Prompt, as_text, encode_cut, marked, unmar
 from pedro.errors import BackboneError, DataError
 
 Messages = Sequence[Mapping[str, Any]]
+Run = Callable[[str, Mapping[str, Any]], str]
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 LATER = ("pad_token", "unk_token", "special_tokens_in_content")
 _TEMPLATES = Path(__file__).parents[1] / "assets" / "formats"
@@ -40,12 +41,12 @@ class PromptFormat:
     unk_token: str = ""
     special_tokens_in_content: bool = False
 
-    def prompt(self, messages: Messages, tokenizer: Any) -> Prompt:
-        """The prompt for `encode_prompt`, up to where the answer begins. DataError where the template refuses."""
+    def prompt(self, messages: Messages, tokenizer: Any, run: Run = templates.render) -> Prompt:
+        """The prompt for `encode_prompt`, up to where the answer begins. Raises DataError as `render` does."""
         if self.special_tokens_in_content:
-            return Prompt(self.render(messages))
+            return Prompt(self.render(messages, run))
         kept, marker = marked(tokenizer, messages, self.template)
-        return unmarked(tokenizer, self.render(kept), marker)
+        return unmarked(tokenizer, self.render(kept, run), marker)
 
     def raw_prompt(self, text: str, tokenizer: Any) -> Prompt:
         """A prompt that its sender rendered, for `encode_prompt`.
@@ -56,13 +57,17 @@ class PromptFormat:
         packaged = any(self.template == form.template for form in FORMATS.values())
         return as_text(tokenizer, text) if packaged and not self.special_tokens_in_content else Prompt(text)
 
-    def render(self, messages: Messages) -> str:
-        """The prompt's text alone. Raises DataError when the template refuses the messages."""
+    def render(self, messages: Messages, run: Run = templates.render) -> str:
+        """The prompt's text alone. Raises DataError when the template refuses the messages.
+
+        `run` runs the template: here without bounds, which suits those of whom this process is.
+        """
         try:
-            return templates.render(self.template, self.variables(messages))
+            return run(self.template, self.variables(messages))
         except DataError as error:
-            message = error.message.replace("the prompt format", f"the {self.id} prompt format")
-            raise DataError(message, param=error.param) from None
+            error.message = error.message.replace("the prompt format", f"the {self.id} prompt format")
+            error.args = (error.message,)
+            raise
 
     def variables(self, messages: Messages) -> dict[str, Any]:
         """What the template is told, as transformers' `apply_chat_template` tells it."""
@@ -94,6 +99,9 @@ class PromptFormat:
         return cls(**found, special_tokens_in_content=plain)
 
 
+_SYSTEM, _USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which card did I lose?"}
+_TURN = (_USER, {"role": "assistant", "content": "The blue one."})
+SAMPLES = ((_USER,), (_SYSTEM, _USER), (*_TURN, _USER), (_SYSTEM, *_TURN * 20, _USER))
 FORMATS: dict[str, PromptFormat] = {
     "raw": PromptFormat("raw", RAW),
     "alpaca": PromptFormat("alpaca", (_TEMPLATES / "alpaca.jinja").read_text()),
@@ -130,6 +138,29 @@ def _default_template(tokenizer: Any) -> str:
             "name the one that chats use so",
             param="backbone",
         ) from None
+
+
+def check_format(form: PromptFormat) -> PromptFormat:
+    """The format, if its template keeps within bounds on conversations like any other.
+
+    Raises TemplateBoundsError, or DataError for a template that cannot be read. One that refuses all of the
+    conversations is taken: it may want others.
+    """
+    from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
+
+    if any(form.template == packaged.template for packaged in FORMATS.values()):
+        return form
+    worker = TemplateWorker()
+    try:
+        for messages in SAMPLES:
+            try:
+                form.render(messages, worker.render)
+            except DataError as error:
+                if isinstance(error, TemplateBoundsError) or error.param == "prompt_format":
+                    raise
+    finally:
+        worker.close()
+    return form
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,24 +22,37 @@ THE_DAY = datetime(2024, 7, 26)  # Llama 3's own, where it is not told the date
 _ASKS_FOR_DATE = re.compile(r"strftime_now\s+is\s+(not\s+)?defined")
 
 
-def render(template: str, variables: Mapping[str, Any]) -> str:
-    """What the template makes of the variables. Raises DataError where it cannot be read or refuses them."""
+class TooLongError(Exception):
+    """A template wrote more than it may."""
+
+
+def render(template: str, variables: Mapping[str, Any], max_chars: int | None = None) -> str:
+    """What the template makes of the variables.
+
+    Raises DataError where it cannot be read or refuses them, TooLongError where it writes more than `max_chars`.
+    """
     from jinja2 import TemplateError
 
+    compiled = _compile(template)
     try:
-        return _compile(template).render(variables)
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-        MemoryError,
-    ) as error:
-        reason = str(error)[:300] or type(error).__name__
-        raise DataError(f"messages: the prompt format refuses them: {reason}", param="messages") from None
+        if max_chars is None:
+            return compiled.render(variables)
+        return _within(max_chars, compiled.generate(variables))
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        reason = str(error)[:300]
+    except RecursionError:
+        reason = "it calls itself without end"
+    raise DataError(f"messages: the prompt format refuses them: {reason}", param="messages")
+
+
+def _within(max_chars: int, parts: Iterable[str]) -> str:
+    found, size = [], 0
+    for part in parts:
+        size += len(part)
+        if size > max_chars:
+            raise TooLongError
+        found.append(part)
+    return "".join(found)
 
 
 @lru_cache(maxsize=256)
@@ -80,7 +93,7 @@ def _compile(source: str) -> Template:
         )
     try:
         return environment.from_string(source)
-    except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+    except (TemplateError, SyntaxError, RecursionError, ValueError) as error:
         reason = str(error)[:300] or type(error).__name__
         raise DataError(f"prompt_format: the template cannot be read: {reason}", param="prompt_format") from None
 

@@ -26,13 +26,13 @@ def open_saved(directory: Path) -> tuple[Backbone, dict[str, Any], PromptFormat]
     Raises AdapterError for a damaged adapter or one of another backbone, BackboneError if the backbone is not to be
     had, DataError for a manifest without a prompt format.
     """
-    from pedro.data import PromptFormat
+    from pedro.data.formats import PromptFormat, check_format
     from pedro.methods.adapter_files import read_manifest, verify_adapter
 
     backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
     manifest = verify_adapter(directory, backbone.digest, backbone.tokenizer_digests)
     _read_config(directory, manifest, backbone)
-    return backbone, manifest, PromptFormat.from_dict(manifest.get("prompt_format") or {})
+    return backbone, manifest, check_format(PromptFormat.from_dict(manifest.get("prompt_format") or {}))
 
 
 def load_saved(directory: Path, manifest: Mapping[str, Any], backbone: Backbone, dtype: str, device: str) -> nn.Module:

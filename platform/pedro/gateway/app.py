@@ -16,6 +16,7 @@ from pedro.gateway import (
     routes_models,
     routes_tokenizer,
 )
+from pedro.gateway.admission import Places
 from pedro.gateway.auth import Authenticator
 from pedro.gateway.backend import Backend
 from pedro.gateway.edge import Edge
@@ -29,6 +30,7 @@ from pedro.store import Store
 class GatewaySettings:
     max_body_bytes: int = 8 * 2**20  # more is a 413
     body_timeout_s: float = 60.0  # a body that takes longer to arrive is a 408
+    max_open_requests: int = 4096  # a tenant may hold half of them, less while others hold some
     max_choices: int = 256  # prompts × n of one request
     gateways: int = 1  # gateway processes that share the quotas: each gives its part of them
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
@@ -55,6 +57,7 @@ def create_app(
     app.state.backend = backend_provider
     app.state.settings = settings = settings or GatewaySettings()
     app.state.authenticator = authenticator
+    app.state.places = Places(settings.max_open_requests)
     app.state.quotas = Quotas(settings.gateways)
     app.state.metrics = metrics = GatewayMetrics()
     install_error_handlers(app)

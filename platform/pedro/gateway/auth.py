@@ -50,12 +50,16 @@ class Authenticator:
 
 
 def require(scope: str):
-    """A FastAPI dependency: the caller, whose key must have `scope`; admin keys have every scope."""
+    """A FastAPI dependency: the caller, whose key must have `scope`; admin keys have every scope.
+
+    It comes before the body is read, so that a stranger's never is, and takes one of the tenant's places.
+    """
 
     async def caller(request: Request) -> Principal:
         principal = await request.app.state.authenticator(request.headers.get("authorization"))
         if not principal.scopes & {scope, ADMIN}:
             raise ScopeError(f"This API key lacks the scope '{scope}'; use a key that was created with it.")
+        request.app.state.places.enter(principal.tenant, request.scope)
         return principal
 
     return caller

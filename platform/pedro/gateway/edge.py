@@ -1,5 +1,7 @@
 """Around every route: bounds the headers, gives every response its request id and answers what nobody else caught.
 
+A request that is answered before its body was read has its connection closed: nobody reads the rest.
+
 Pure ASGI, so that disconnects and streams pass through untouched. Knows nothing of routes or keys.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from collections.abc import Callable
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -39,6 +42,11 @@ def response_headers(scope: Scope) -> dict[str, str]:
     return scope["state"]["response_headers"]
 
 
+def at_end(scope: Scope, leave: Callable[[], None]) -> None:
+    """Have `leave` called once this request is answered, however that ends."""
+    scope["state"]["at_end"].append(leave)
+
+
 class Edge:
     """`send_request_id`: put the id on the response; off where a server in front, which saw it first, does so."""
 
@@ -52,8 +60,21 @@ class Edge:
             return
         request_id = choose_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
         extra: dict[str, str] = {}
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "response_headers": extra}
-        started = False
+        leaving: list[Callable[[], None]] = []
+        scope["state"] = {
+            **scope.get("state", {}),
+            "request_id": request_id,
+            "response_headers": extra,
+            "at_end": leaving,
+        }
+        started, unread = False, _has_body(Headers(scope=scope))
+
+        async def receive_body() -> Message:
+            nonlocal unread
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                unread = False
+            return message
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
@@ -63,6 +84,8 @@ class Edge:
                 headers.update(extra)
                 if self._send_request_id:
                     headers[REQUEST_ID_HEADER] = request_id
+                if unread:
+                    headers["connection"] = "close"
             await send(message)
 
         if _too_large(scope["headers"]):
@@ -72,7 +95,7 @@ class Edge:
             await error_response(error)(scope, receive, send_with_id)
             return
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive_body, send_with_id)
         except ClientDisconnect:
             log.info("request %s: the client went away", request_id)
         except Exception:  # the HTTP edge: nothing internal may pass it
@@ -80,6 +103,13 @@ class Edge:
             if started:
                 raise  # the server cuts the connection: a broken body must not look whole
             await JSONResponse(internal_error_body(request_id), status_code=500)(scope, receive, send_with_id)
+        finally:
+            for leave in leaving:
+                leave()
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _too_large(headers: list[tuple[bytes, bytes]]) -> bool:

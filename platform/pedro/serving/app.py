@@ -134,6 +134,7 @@ class Gateway:
         backend = ServeBackend(self._config.model_name, self._longest, self._catalog, self._registry, fleet)
         settings = GatewaySettings(
             max_body_bytes=max_body_bytes(self._longest),
+            max_open_requests=MAX_ONGOING,
             send_request_id=False,  # Serve's proxy sends it itself
         )
         return create_app(lambda: backend, self._store, settings)

@@ -29,6 +29,7 @@ from pedro.serving.config import ServeConfig
 from pedro.serving.deltas import Deltas
 from pedro.serving.metrics import ReplicaMetrics
 from pedro.serving.outlet import Outlet
+from pedro.serving.rendering import Rendering
 from pedro.serving.tokens import TokenTexts, tokenizer_info
 from pedro.serving.wire import Posted, ReplicaLost, Slice
 
@@ -57,6 +58,7 @@ class Replica:
         self._longest_piece = max(map(len, self._tokenizer.get_vocab()))
         self._encoding = asyncio.Semaphore(2)
         self._plain_format = format_for_shape(Shape.MESSAGES, self._tokenizer)
+        self._rendering = Rendering(self._tokenizer, [self._plain_format.template])
         self._formats: OrderedDict[str, PromptFormat] = OrderedDict()
         self._outlets: dict[str, Outlet] = {}
         self._refs: dict[str, tuple[str | None, int]] = {}  # of unfinished requests: adapter, choices to finish
@@ -148,7 +150,8 @@ class Replica:
     ) -> TokenizeResult:
         """The ids of a text, or of messages as `ref` (None: the bare backbone) was trained to read them."""
         if isinstance(prompt, str):
-            ids = await self._encode(await self._raw(prompt, ref), "prompt", add_special_tokens)
+            text = await self._raw(prompt, ref) if add_special_tokens else prompt
+            ids = await self._encode(text, "prompt", add_special_tokens)
         else:
             ids = await self._render(prompt, ref)
         pieces = self._tokenizer.convert_ids_to_tokens(ids)
@@ -215,6 +218,7 @@ class Replica:
 
     def close(self) -> None:
         """End the engine; unfinished requests are told."""
+        self._rendering.close()
         self._thread.stop()
 
     def _fetch(self, ref: str) -> Path:
@@ -256,7 +260,7 @@ class Replica:
 
     async def _render(self, messages: tuple[Mapping[str, str], ...], ref: str | None) -> list[int]:
         form = self._plain_format if ref is None else await self._format_of(ref)
-        return await self._encode(form.prompt(messages, self._tokenizer), "messages")
+        return await self._encode(await self._rendering.prompt(form, messages, ref or ""), "messages")
 
     async def _raw(self, text: str, ref: str | None) -> str:
         """A rendered prompt: what it spells is text or special tokens, as in the training of `ref`."""

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from pedro.backbone import Backbone, context_length
 from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, shape_of, split
+from pedro.data.formats import check_format
 from pedro.errors import ConfigError, DataError
 from pedro.evaluation.scoring import majority
 from pedro.training.loop import Plan
@@ -95,6 +96,7 @@ def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenize
         name: replace(format_for_shape(shape, tokenizer), special_tokens_in_content=data.special_tokens_in_content)
         for name, shape in shapes.items()
     }
+    check_format(formats["train"])
     for name, form in formats.items():
         if form != formats["train"]:
             raise DataError(
