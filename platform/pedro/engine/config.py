@@ -25,6 +25,7 @@ class EngineConfig:
         10.0  # after a tenant's last request, how long the next is kept ready for at the others' expense
     )
     tenant_weights: dict[str, float] = field(default_factory=dict)
+    threads: int | None = None  # the most that the native kernel uses; None takes what the machine grants
     kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native where it fits
 
     def __post_init__(self) -> None:
@@ -46,6 +47,8 @@ class EngineConfig:
         wrong += [
             f"engine.tenant_weights.{t}: expected > 0, got {w!r}" for t, w in self.tenant_weights.items() if w <= 0
         ]
+        if self.threads is not None and self.threads < 1:
+            wrong.append(f"engine.threads: expected > 0 or None, got {self.threads!r}")
         if self.kernel not in KERNELS:
             wrong.append(f"engine.kernel: expected one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if wrong:

@@ -48,7 +48,7 @@ class Engine:
         self.config = config
         self._intake = Intake(model, tokenizer, config)
         self.max_length = self._intake.max_length
-        self._runner = Runner(model, config.max_batch, self.max_length, config.kernel)
+        self._runner = Runner(model, config.max_batch, self.max_length, config.kernel, config.threads)
         self._scheduler = Scheduler(
             Limits(
                 slots=config.max_batch,

@@ -8,8 +8,9 @@
    Sites are the seven projections. Each takes a scale and a shift per slot (PEDRO, (IA)3, RED, bias) and a low-rank
    term per slot (LoRA): y = scale * (W x + b) + shift + B (A x). */
 
+#include "team.h"
+
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -55,6 +56,7 @@ typedef struct {
   const float *const *lora;                       /* [layers, SITES, slots, 2]: A [in, rank], B [rank, padded out] */
   const int *ranks;                               /* [layers, SITES, slots], padded to VW; 0: none */
   long max_rank;
+  double spent, lost;                             /* seconds of the last call; lost: to threads that did not run */
 } Model;
 
 typedef struct {                                  /* one layer of a PEDRO or PARA adapter: R(pooled down) up + bias */
@@ -111,16 +113,24 @@ static inline vf activate(long kind, vf x) {
   return x * (1.0f - 1.0f / (vexp(2.0f * y) + 1.0f));
 }
 
-static float *scratch(size_t floats) { /* a thread's own, kept from call to call */
-  static __thread float *memory;
-  static __thread size_t size;
-  if (floats > size) {
-    free(memory);
-    size = floats + floats / 2;
-    memory = aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64);
-    if (!memory) abort();
+typedef struct {
+  float *memory;
+  size_t size;
+} Room;
+
+static float *roomy(Room *room, size_t floats) {
+  if (floats > room->size) {
+    free(room->memory);
+    room->size = floats + floats / 2;
+    room->memory = aligned_alloc(64, (room->size * sizeof(float) + 63) / 64 * 64);
+    if (!room->memory) abort();
   }
-  return memory;
+  return room->memory;
+}
+
+static float *scratch(size_t floats) { /* a thread's own, kept from call to call */
+  static __thread Room room;
+  return roomy(&room, floats);
 }
 
 static inline float rms(const float *x, long n, float eps) {
@@ -273,64 +283,100 @@ static void finish_head(const Model *M, const Batch *B, long panel, long row, in
   }
 }
 
-static void multiply(const Model *M, const Batch *B, long l, const Product *p, long panels, int thread, int threads) {
-  const long first = panels * thread / threads, last = panels * (thread + 1) / threads;
-  const long bytes = p->k * NR * sizeof(float), group = bytes > GROUP_BYTES ? 1 : GROUP_BYTES / bytes;
-  const long blocks = (B->rows + MR - 1) / MR, block = (B->rows + blocks - 1) / blocks;
-  const int few = B->rows <= FEW; /* each thread packs a few rows for itself, all threads share the work of many */
-  float *y = scratch(MR * NR + (few ? B->rows * p->k : 0)), *packed = few ? y + MR * NR : B->packed;
-  if (few) {
-    for (long b = 0; b < blocks; b++) pack(p, b * block, rows_of(B, b, block), M->eps, packed + b * block * p->k);
-  } else {
-#pragma omp for schedule(static)
-    for (long b = 0; b < blocks; b++) pack(p, b * block, rows_of(B, b, block), M->eps, packed + b * block * p->k);
-  }
-  for (long g = first; g < last; g += group)
-    for (long b = 0; b < blocks; b++) {
-      const long row = b * block, stop = g + group < last ? g + group : last;
-      const int m = rows_of(B, b, block);
-      for (long panel = g; m > 0 && panel < stop; panel++) {
-        run_tile(m, p->k, packed + row * p->k, m, p->panels + panel * p->k * NR, NR, y, NR);
-        if (p->mode == HEAD) finish_head(M, B, panel, row, m, y, thread);
-        else finish(M, B, l, p, panel, row, m, y);
-      }
-    }
+typedef struct {            /* a product, cut into tiles of some panels and blocks of rows each */
+  const Model *M;
+  const Batch *B;
+  const Product *p;
+  long l, panels, spans, block, blocks, chunks; /* a block: rows that run_tile takes; tiles: spans * chunks */
+  uint64_t number;          /* of this product among all */
+} Multiplication;
+
+static void pack_block(const void *what, long b, int thread) {
+  const Multiplication *u = what;
+  (void)thread;
+  pack(u->p, b * u->block, rows_of(u->B, b, u->block), u->M->eps, u->B->packed + b * u->block * u->p->k);
 }
 
-static void low_rank(const Model *M, const Batch *B, long l, const Product *p) { /* low = A x of each row and site */
-  float *normed = scratch(p->k);
-#pragma omp for schedule(static)
-  for (long row = 0; row < B->rows; row++) {
-    if (B->mods[row] < 0) continue;
-    const float *x = p->x + row * p->ldx;
-    if (p->norm) {
-      const float scale = rms(x, p->k, M->eps);
-      for (long i = 0; i < p->k; i++) normed[i] = x[i] * scale * p->norm[i];
-      x = normed;
-    }
-    for (int at = 0; at < p->count; at++) {
-      const long entry = (l * SITES + p->first + at) * M->slots + B->mods[row], rank = M->ranks[entry];
-      const float *down = M->lora[2 * entry];
-      for (long r = 0; r < rank; r += VW) {
-        vf a = {0}, b = {0};
-        long i = 0;
-        for (; i + 1 < p->k; i += 2) {
-          a += x[i] * load(down + i * rank + r);
-          b += x[i + 1] * load(down + (i + 1) * rank + r);
-        }
-        if (i < p->k) a += x[i] * load(down + i * rank + r);
-        store(B->low + (row * 3 + at) * M->max_rank + r, a + b);
-      }
+static const float *packed_rows(const Multiplication *u, float **y) { /* of all blocks; y: room for a tile's outputs */
+  static __thread uint64_t packed; /* the product whose few rows this thread has packed for itself */
+  const Batch *B = u->B;
+  const long k = u->p->k;
+  *y = scratch(MR * NR + (B->rows <= FEW ? B->rows * k : 0));
+  if (B->rows > FEW) return B->packed;
+  float *own = *y + MR * NR;
+  if (packed != u->number)
+    for (long b = 0; b < u->blocks; b++) pack(u->p, b * u->block, rows_of(B, b, u->block), u->M->eps, own + b * u->block * k);
+  packed = u->number;
+  return own;
+}
+
+static void multiply_tile(const void *what, long index, int thread) {
+  const Multiplication *u = what;
+  const Product *p = u->p;
+  const long span = index / u->chunks, chunk = index % u->chunks;
+  float *y;
+  const float *packed = packed_rows(u, &y);
+  for (long b = u->blocks * chunk / u->chunks; b < u->blocks * (chunk + 1) / u->chunks; b++) {
+    const long row = b * u->block;
+    const int m = rows_of(u->B, b, u->block);
+    for (long panel = u->panels * span / u->spans; m > 0 && panel < u->panels * (span + 1) / u->spans; panel++) {
+      run_tile(m, p->k, packed + row * p->k, m, p->panels + panel * p->k * NR, NR, y, NR);
+      if (p->mode == HEAD) finish_head(u->M, u->B, panel, row, m, y, thread);
+      else finish(u->M, u->B, u->l, p, panel, row, m, y);
     }
   }
 }
 
-static void project(const Model *M, const Batch *B, long l, Product p, int thread) {
+static void multiply(const Model *M, const Batch *B, long l, const Product *p, long panels) {
+  static _Atomic uint64_t products;
+  const long floats = p->k * NR, group = GROUP_BYTES / sizeof(float) / floats;
+  const long blocks = (B->rows + MR - 1) / MR;
+  Multiplication u = {M, B, p, l, panels, 1, (B->rows + blocks - 1) / blocks, blocks, 1, 1 + atomic_fetch_add(&products, 1)};
+  if (B->rows <= FEW) { /* each thread packs them for itself; a tile is some panels for all rows */
+    const double cost = B->rows < 16 ? 16 : B->rows; /* of few rows memory sets the pace */
+    u.spans = tiles_of(cost * floats * panels, panels);
+  } else { /* all threads share the packing; a tile is panels that the cache holds, for some blocks */
+    share(blocks, pack_block, &u);
+    u.spans = group < 1 ? panels : (panels + group - 1) / group;
+    u.chunks = tiles_of((double)B->rows * floats * panels / u.spans, blocks);
+  }
+  share(u.spans * u.chunks, multiply_tile, &u);
+}
+
+static void low_rank_row(const void *what, long row, int thread) { /* low = A x of a row, for each site */
+  const Multiplication *u = what;
+  const Model *M = u->M;
+  const Batch *B = u->B;
+  const Product *p = u->p;
+  (void)thread;
+  if (B->mods[row] < 0) return;
+  const float *x = p->x + row * p->ldx;
+  if (p->norm) {
+    float *normed = scratch(p->k), scale = rms(x, p->k, M->eps);
+    for (long i = 0; i < p->k; i++) normed[i] = x[i] * scale * p->norm[i];
+    x = normed;
+  }
+  for (int at = 0; at < p->count; at++) {
+    const long entry = (u->l * SITES + p->first + at) * M->slots + B->mods[row], rank = M->ranks[entry];
+    const float *down = M->lora[2 * entry];
+    for (long r = 0; r < rank; r += VW) {
+      vf a = {0}, b = {0};
+      long i = 0;
+      for (; i + 1 < p->k; i += 2) {
+        a += x[i] * load(down + i * rank + r);
+        b += x[i + 1] * load(down + (i + 1) * rank + r);
+      }
+      if (i < p->k) a += x[i] * load(down + i * rank + r);
+      store(B->low + (row * 3 + at) * M->max_rank + r, a + b);
+    }
+  }
+}
+
+static void project(const Model *M, const Batch *B, long l, Product p) {
   long strips = 0;
   for (int at = 0; at < p.count; at++) strips += padded(p.width[at]) / VW;
-  if (B->lora && p.mode != HEAD) low_rank(M, B, l, &p);
-  multiply(M, B, l, &p, (strips + 1) / 2, thread, omp_get_num_threads());
-#pragma omp barrier
+  if (B->lora && p.mode != HEAD) share(B->rows, low_rank_row, &(Multiplication){.M = M, .B = B, .p = &p, .l = l});
+  multiply(M, B, l, &p, (strips + 1) / 2);
 }
 
 /* ---- attention ---- */
@@ -404,39 +450,83 @@ static void attend(const Model *M, const Layer *L, const float *q, long slot, lo
   }
 }
 
-static void attention(const Model *M, const Batch *B, const Layer *L) {
-  const long d = M->head_dim, group = M->heads / M->kv_heads;
+typedef struct {            /* attention of one layer, or the making of vectors from its inputs */
+  const Model *M;
+  const Batch *B;
+  const Layer *L;
+  long l;
+  float *keys;              /* of a prefill: side by side in blocks of MR, [prompts and kv heads, up to the last row] */
+  const long *first_key, *first_tile; /* [prompts + 1]: tokens and tiles of the prompts before */
+} Attention;
+
+static void attend_row(const void *what, long unit, int thread) { /* a token and a kv head */
+  const Attention *u = what;
+  const Model *M = u->M;
+  const Batch *B = u->B;
+  const long d = M->head_dim, group = M->heads / M->kv_heads, row = unit / M->kv_heads, kv = unit % M->kv_heads;
   const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
-#pragma omp for schedule(dynamic, 1)
-  for (long unit = 0; unit < B->rows * M->kv_heads; unit++) {
-    const long row = unit / M->kv_heads, kv = unit % M->kv_heads;
-    keep(M, B, L, row, kv);
-    for (long h = kv * group; h < (kv + 1) * group; h++) {
-      float *q = B->qkv + row * width + h * d;
-      rotate(M, L->q_norm, B->positions[row], q);
-      attend(M, L, q, B->slots[row], kv, B->positions[row], B->mixed + row * M->heads * d + h * d);
-    }
+  (void)thread;
+  keep(M, B, u->L, row, kv);
+  for (long h = kv * group; h < (kv + 1) * group; h++) {
+    float *q = B->qkv + row * width + h * d;
+    rotate(M, u->L->q_norm, B->positions[row], q);
+    attend(M, u->L, q, B->slots[row], kv, B->positions[row], B->mixed + row * M->heads * d + h * d);
   }
 }
 
-static void attend_prompt(const Model *M, const Batch *B, const Layer *L, long first, long n, long h) {
-  /* Rows [first, first + n) are consecutive tokens of one prompt, whose keys up to them are in the cache; one head.
-     Scores [keys, NR queries] and mixes are products like any other. */
-  const long d = M->head_dim, kv = h / (M->heads / M->kv_heads), begin = B->positions[first], count = begin + n;
-  const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
-  const long at = (B->slots[first] * M->kv_heads + kv) * M->length * d;
-  const long oldest_key = L->window && begin >= L->window ? (begin + 1 - L->window) / MR * MR : 0;
-  const float *keys = L->keys + at, *values = L->values + at;
-  float *key = scratch(count * d + count * NR + d * NR + MR * NR), *p = key + count * d, *q = p + count * NR;
-  float *y = q + d * NR;
-  for (long t = oldest_key; t < count; t += MR) { /* blocks of keys side by side: [d, keys] */
+static void attention(const Model *M, const Batch *B, const Layer *L) {
+  share(B->rows * M->kv_heads, attend_row, &(Attention){.M = M, .B = B, .L = L});
+}
+
+static void place_row(const void *what, long row, int thread) { /* turn a row's heads, and keep its keys and values */
+  const Attention *u = what;
+  const Model *M = u->M;
+  const long d = M->head_dim, width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
+  (void)thread;
+  for (long kv = 0; kv < M->kv_heads; kv++) keep(M, u->B, u->L, row, kv);
+  for (long h = 0; h < M->heads; h++) rotate(M, u->L->q_norm, u->B->positions[row], u->B->qkv + row * width + h * d);
+}
+
+static inline float *keys_of(const Attention *u, long prompt, long kv) {
+  const long before = u->first_key[prompt], count = u->first_key[prompt + 1] - before;
+  return u->keys + (before * u->M->kv_heads + kv * count) * u->M->head_dim;
+}
+
+static void pack_keys(const void *what, long unit, int thread) { /* of a prompt and a kv head: [d, keys] a block */
+  const Attention *u = what;
+  const Model *M = u->M;
+  const long d = M->head_dim, prompt = unit / M->kv_heads, kv = unit % M->kv_heads, first = u->B->starts[prompt];
+  const long begin = u->B->positions[first], count = u->first_key[prompt + 1] - u->first_key[prompt];
+  const float *keys = u->L->keys + (u->B->slots[first] * M->kv_heads + kv) * M->length * d;
+  float *key = keys_of(u, prompt, kv);
+  (void)thread;
+  for (long t = u->L->window && begin >= u->L->window ? (begin + 1 - u->L->window) / MR * MR : 0; t < count; t += MR) {
     const int m = count - t < MR ? count - t : MR;
     for (int r = 0; r < m; r++)
       for (long i = 0; i < d; i++) key[t * d + i * m + r] = keys[(t + r) * d + i];
   }
+}
+
+static void attend_prompt(const void *what, long index, int thread) {
+  /* Some queries of one prompt and head; they are consecutive tokens, whose keys up to them are in the cache.
+     Scores [keys, NR queries] and mixes are products like any other. */
+  const Attention *u = what;
+  const Model *M = u->M;
+  const Batch *B = u->B;
+  const Layer *L = u->L;
+  (void)thread;
+  long prompt = 0;
+  while (u->first_tile[prompt + 1] <= index) prompt++;
+  const long tiles = (u->first_tile[prompt + 1] - u->first_tile[prompt]) / M->heads;
+  const long h = (index - u->first_tile[prompt]) / tiles, part = (index - u->first_tile[prompt]) % tiles;
+  const long d = M->head_dim, kv = h / (M->heads / M->kv_heads), first = B->starts[prompt];
+  const long n = B->starts[prompt + 1] - first, begin = B->positions[first], count = begin + n, blocks = (n + NR - 1) / NR;
+  const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
+  const float *values = L->values + (B->slots[first] * M->kv_heads + kv) * M->length * d, *key = keys_of(u, prompt, kv);
+  float *p = scratch(count * NR + d * NR + MR * NR), *q = p + count * NR, *y = q + d * NR;
   vf lane[2];
   for (int c = 0; c < NR; c++) lane[c / VW][c % VW] = c;
-  for (long row = 0; row < n; row += NR) {
+  for (long row = blocks * part / tiles * NR; row < n && row < blocks * (part + 1) / tiles * NR; row += NR) {
     const long queries = n - row < NR ? n - row : NR, here = begin + row, high = here + queries;
     const long low = L->window && here >= L->window ? (here + 1 - L->window) / MR * MR : 0;
     float share[NR];
@@ -479,17 +569,20 @@ static void attend_prompt(const Model *M, const Batch *B, const Layer *L, long f
 }
 
 static void prompt_attention(const Model *M, const Batch *B, const Layer *L) {
-  const long d = M->head_dim, width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
-#pragma omp for schedule(static)
-  for (long row = 0; row < B->rows; row++) {
-    for (long kv = 0; kv < M->kv_heads; kv++) keep(M, B, L, row, kv);
-    for (long h = 0; h < M->heads; h++) rotate(M, L->q_norm, B->positions[row], B->qkv + row * width + h * d);
+  static __thread Room room;
+  long first_key[B->prompts + 1], first_tile[B->prompts + 1];
+  first_key[0] = first_tile[0] = 0;
+  for (long prompt = 0; prompt < B->prompts; prompt++) {
+    const long n = B->starts[prompt + 1] - B->starts[prompt], count = B->positions[B->starts[prompt]] + n;
+    first_key[prompt + 1] = first_key[prompt] + count;
+    first_tile[prompt + 1] =
+        first_tile[prompt] + M->heads * tiles_of(2.0 * n * count * M->head_dim, (n + NR - 1) / NR);
   }
-#pragma omp for schedule(dynamic, 1)
-  for (long unit = 0; unit < B->prompts * M->heads; unit++) {
-    const long prompt = unit / M->heads, first = B->starts[prompt];
-    attend_prompt(M, B, L, first, B->starts[prompt + 1] - first, unit % M->heads);
-  }
+  float *keys = roomy(&room, first_key[B->prompts] * M->kv_heads * M->head_dim);
+  const Attention u = {.M = M, .B = B, .L = L, .keys = keys, .first_key = first_key, .first_tile = first_tile};
+  share(B->rows, place_row, &u);
+  share(B->prompts * M->kv_heads, pack_keys, &u);
+  share(first_tile[B->prompts], attend_prompt, &u);
 }
 
 /* ---- vectors ---- */
@@ -503,81 +596,81 @@ static float activated(const Generator *G, float x) {
   return above / (1 + fabsf(below));
 }
 
-static void generate(const Model *M, const Batch *B, long l) { /* each prompt's scales of layer l, into its slot */
-  const long dim = M->dim;
-#pragma omp for schedule(dynamic, 1)
-  for (long prompt = 0; prompt < B->prompts; prompt++) {
-    if (!B->generators[prompt]) continue;
-    const Generator *G = B->generators[prompt] + l;
-    const long start = B->starts[prompt], stop = start + B->conditioned[prompt], slot = B->slots[start];
-    const long first = G->window && stop - G->window > start ? stop - G->window : start;
-    float *pooled = scratch(dim + G->rank + G->width), *low = pooled + dim, *made = low + G->rank;
-    for (long row = G->pool == LAST ? stop - 1 : first, begun = 0; row < stop; row++, begun = 1) {
-      const float *x = B->x + row * padded(dim), scale = G->residual ? 1 : rms(x, dim, M->eps);
-      for (long i = 0; i < dim; i++) {
-        const float v = G->residual ? x[i] : x[i] * scale * M->layer[l].norm1[i];
-        pooled[i] = !begun ? v : G->pool == MEAN ? pooled[i] + v : v > pooled[i] ? v : pooled[i];
-      }
+static void generate(const void *what, long prompt, int thread) { /* the prompt's scales of a layer, into its slot */
+  const Attention *u = what;
+  const Model *M = u->M;
+  const Batch *B = u->B;
+  const long dim = M->dim, l = u->l;
+  (void)thread;
+  if (!B->generators[prompt]) return;
+  const Generator *G = B->generators[prompt] + l;
+  const long start = B->starts[prompt], stop = start + B->conditioned[prompt], slot = B->slots[start];
+  const long first = G->window && stop - G->window > start ? stop - G->window : start;
+  float *pooled = scratch(dim + G->rank + G->width), *low = pooled + dim, *made = low + G->rank;
+  for (long row = G->pool == LAST ? stop - 1 : first, begun = 0; row < stop; row++, begun = 1) {
+    const float *x = B->x + row * padded(dim), scale = G->residual ? 1 : rms(x, dim, M->eps);
+    for (long i = 0; i < dim; i++) {
+      const float v = G->residual ? x[i] : x[i] * scale * M->layer[l].norm1[i];
+      pooled[i] = !begun ? v : G->pool == MEAN ? pooled[i] + v : v > pooled[i] ? v : pooled[i];
     }
-    if (G->pool == MEAN)
-      for (long i = 0; i < dim; i++) pooled[i] /= stop - first;
-    memset(low, 0, G->rank * sizeof(float));
-    for (long i = 0; i < dim; i++)
-      for (long r = 0; r < G->rank; r++) low[r] += pooled[i] * G->down[i * G->rank + r];
-    memcpy(made, G->bias, G->width * sizeof(float));
-    for (long r = 0; r < G->rank; r++) {
-      const float h = activated(G, low[r]);
-      for (long i = 0; i < G->width; i++) made[i] += h * G->up[r * G->width + i];
-    }
-    const long q = M->heads * M->head_dim, kv = M->kv_heads * M->head_dim;
-    const long widths[SITES] = {q, kv, kv, dim, M->ffn, M->ffn, dim};
-    for (long s = 0; s < G->sites; made += widths[G->site[s++]]) {
-      const long width = widths[G->site[s]];
-      memcpy((float *)M->layer[l].scale[G->site[s]] + slot * padded(width), made, width * sizeof(float));
-    }
+  }
+  if (G->pool == MEAN)
+    for (long i = 0; i < dim; i++) pooled[i] /= stop - first;
+  memset(low, 0, G->rank * sizeof(float));
+  for (long i = 0; i < dim; i++)
+    for (long r = 0; r < G->rank; r++) low[r] += pooled[i] * G->down[i * G->rank + r];
+  memcpy(made, G->bias, G->width * sizeof(float));
+  for (long r = 0; r < G->rank; r++) {
+    const float h = activated(G, low[r]);
+    for (long i = 0; i < G->width; i++) made[i] += h * G->up[r * G->width + i];
+  }
+  const long q = M->heads * M->head_dim, kv = M->kv_heads * M->head_dim;
+  const long widths[SITES] = {q, kv, kv, dim, M->ffn, M->ffn, dim};
+  for (long s = 0; s < G->sites; made += widths[G->site[s++]]) {
+    const long width = widths[G->site[s]];
+    memcpy((float *)M->layer[l].scale[G->site[s]] + slot * padded(width), made, width * sizeof(float));
   }
 }
 
 /* ---- the parts of a layer ---- */
 
-static void into_attention(const Model *M, const Batch *B, long l, int thread) {
+static void into_attention(const Model *M, const Batch *B, long l) {
   const long qd = M->heads * M->head_dim, kd = M->kv_heads * M->head_dim;
   project(M, B, l, (Product){B->x, padded(M->dim), M->dim, M->layer[l].norm1, M->layer[l].qkv, STORE, Q, 3, {qd, kd, kd},
-                             B->qkv, padded(qd) + 2 * padded(kd)}, thread);
+                             B->qkv, padded(qd) + 2 * padded(kd)});
 }
 
-static void out_of_attention(const Model *M, const Batch *B, long l, int thread) {
+static void out_of_attention(const Model *M, const Batch *B, long l) {
   const Layer *L = M->layer + l;
   const long dim = M->dim, ffn = M->ffn, qd = M->heads * M->head_dim;
-  project(M, B, l, (Product){B->mixed, qd, qd, 0, L->o, ADD, O, 1, {dim}, B->x, padded(dim)}, thread);
-  project(M, B, l, (Product){B->x, padded(dim), dim, L->norm2, L->gate_up, GATED, GATE, 2, {ffn, ffn}, B->act,
-                             padded(ffn)}, thread);
-  project(M, B, l, (Product){B->act, padded(ffn), ffn, 0, L->down, ADD, DOWN, 1, {dim}, B->x, padded(dim)}, thread);
+  project(M, B, l, (Product){B->mixed, qd, qd, 0, L->o, ADD, O, 1, {dim}, B->x, padded(dim)});
+  project(M, B, l, (Product){B->x, padded(dim), dim, L->norm2, L->gate_up, GATED, GATE, 2, {ffn, ffn}, B->act, padded(ffn)});
+  project(M, B, l, (Product){B->act, padded(ffn), ffn, 0, L->down, ADD, DOWN, 1, {dim}, B->x, padded(dim)});
 }
 
-static void embed(const Model *M, const Batch *B) {
-#pragma omp for schedule(static)
-  for (long row = 0; row < B->rows; row++) {
-    const long id = B->ids[row];
-    const float *from = M->embed ? M->embed + id * M->dim : M->head + id / NR * M->dim * NR + id % NR;
-    const long step = M->embed ? 1 : NR;
-    for (long i = 0; i < M->dim; i++) B->x[row * padded(M->dim) + i] = from[i * step] * M->embed_scale;
-  }
+static void embed_row(const void *what, long row, int thread) {
+  const Attention *u = what;
+  const Model *M = u->M;
+  const long id = u->B->ids[row], step = M->embed ? 1 : NR;
+  const float *from = M->embed ? M->embed + id * M->dim : M->head + id / NR * M->dim * NR + id % NR;
+  (void)thread;
+  for (long i = 0; i < M->dim; i++) u->B->x[row * padded(M->dim) + i] = from[i * step] * M->embed_scale;
 }
 
-static void logits(const Model *M, const Batch *B, int thread) {
-  for (long row = 0; row < B->rows; row++)
-    B->best_value[thread * B->rows + row] = -INFINITY, B->best_at[thread * B->rows + row] = 0;
-  project(M, B, 0, (Product){B->x, padded(M->dim), M->dim, M->final_norm, M->head, HEAD, 0, 1, {M->vocab}, 0, 0},
-          thread);
-#pragma omp for schedule(static)
+static void embed(const Model *M, const Batch *B) { share(B->rows, embed_row, &(Attention){.M = M, .B = B}); }
+
+static void logits(const Model *M, const Batch *B) {
+  for (long i = 0; i < call.threads * B->rows; i++) B->best_value[i] = -INFINITY, B->best_at[i] = 0;
+  const int used = call.threads;
+  project(M, B, 0, (Product){B->x, padded(M->dim), M->dim, M->final_norm, M->head, HEAD, 0, 1, {M->vocab}, 0, 0});
   for (long row = 0; row < B->rows; row++) {
     float best = -INFINITY;
     int at = 0;
-    for (long t = 0; t < omp_get_num_threads() && at >= 0; t++) {
+    for (long t = 0; t < used && at >= 0; t++) { /* of equals the first, whoever found it */
       const int found = B->best_at[t * B->rows + row];
+      const float value = B->best_value[t * B->rows + row];
       if (found == -2) at = -1;
-      else if (B->best_value[t * B->rows + row] > best) best = B->best_value[t * B->rows + row], at = found;
+      else if (value > best || (value == best && found < at)) best = value, at = found;
     }
     B->best[row] = at;
   }
@@ -585,43 +678,40 @@ static void logits(const Model *M, const Batch *B, int thread) {
 
 /* ---- what native.py calls ---- */
 
-void pedro_embed(const Model *M, const Batch *B) {
-#pragma omp parallel num_threads(M->threads)
+void pedro_embed(Model *M, const Batch *B) {
+  enter(M->threads);
   embed(M, B);
+  leave(&M->spent, &M->lost);
 }
 
-void pedro_generate(const Model *M, const Batch *B, long l) { /* the prompts' vectors of layer l, from its inputs */
-#pragma omp parallel num_threads(M->threads)
-  generate(M, B, l);
+void pedro_generate(Model *M, const Batch *B, long l) { /* the prompts' vectors of layer l, from its inputs */
+  enter(M->threads);
+  share(B->prompts, generate, &(Attention){.M = M, .B = B, .l = l});
+  leave(&M->spent, &M->lost);
 }
 
-void pedro_prefill(const Model *M, const Batch *B, long l) { /* layer l of the next rows of prompts, all before them done */
-#pragma omp parallel num_threads(M->threads)
-  {
-    const int thread = omp_get_thread_num();
-    into_attention(M, B, l, thread);
-    prompt_attention(M, B, M->layer + l);
-    out_of_attention(M, B, l, thread);
+void pedro_prefill(Model *M, const Batch *B, long l) { /* layer l of the next rows of prompts, all before them done */
+  enter(M->threads);
+  into_attention(M, B, l);
+  prompt_attention(M, B, M->layer + l);
+  out_of_attention(M, B, l);
+  leave(&M->spent, &M->lost);
+}
+
+void pedro_logits(Model *M, const Batch *B) {
+  enter(M->threads);
+  logits(M, B);
+  leave(&M->spent, &M->lost);
+}
+
+void pedro_decode(Model *M, const Batch *B) {
+  enter(M->threads);
+  embed(M, B);
+  for (long l = 0; l < M->layers; l++) {
+    into_attention(M, B, l);
+    attention(M, B, M->layer + l);
+    out_of_attention(M, B, l);
   }
-}
-
-void pedro_logits(const Model *M, const Batch *B) {
-#pragma omp parallel num_threads(M->threads)
-  {
-    logits(M, B, omp_get_thread_num());
-  }
-}
-
-void pedro_decode(const Model *M, const Batch *B) {
-#pragma omp parallel num_threads(M->threads)
-  {
-    const int thread = omp_get_thread_num();
-    embed(M, B);
-    for (long l = 0; l < M->layers; l++) {
-      into_attention(M, B, l, thread);
-      attention(M, B, M->layer + l);
-      out_of_attention(M, B, l, thread);
-    }
-    logits(M, B, thread);
-  }
+  logits(M, B);
+  leave(&M->spent, &M->lost);
 }

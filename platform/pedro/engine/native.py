@@ -1,4 +1,4 @@
-"""Compiles, caches and loads `native.c`. Knows nothing of models: `native_model.py` packs them for it.
+"""Compiles, caches and loads `native.c` (and `team.h`, its threads). Knows nothing of models: `native_model.py` packs them for it.
 
 The first engine of a machine compiles the kernel (about two seconds) into the user's cache directory, under the hash
 of source, compiler, flags and processor. Where there is no compiler the engine runs on PyTorch alone, and says so.
@@ -14,13 +14,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, c_float, c_int, c_long, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_long, c_void_p
 from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "team.h"))
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-shared", "-fPIC")
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -48,6 +48,8 @@ class Model(ctypes.Structure):
         ("lora", c_void_p),
         ("ranks", c_void_p),
         ("max_rank", c_long),
+        ("spent", c_double),
+        ("lost", c_double),
     ]
 
 
@@ -104,12 +106,12 @@ def load_kernel() -> ctypes.CDLL | None:
 def _built(compiler: str) -> Path:
     """The shared library, compiled now if this machine has not done so before."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\0".join((SOURCE.read_text(), compiler, version, *FLAGS, _processor()))
+    key = "\0".join((*(source.read_text() for source in SOURCES), compiler, version, *FLAGS, _processor()))
     target = _cache_directory() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / "kernel.so"
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, "-o", str(made), str(SOURCES[0]), "-lm"]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
             made.replace(target)
     return target

@@ -21,6 +21,7 @@ from pedro.engine.executor import Logits
 from pedro.engine.kv_cache import KVCache
 from pedro.engine.modulation import Conditioned, Modulation
 from pedro.engine.native import SITES
+from pedro.engine.threads import Threads
 from pedro.methods.architectures import Architecture
 
 MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -66,12 +67,15 @@ class NativeModel:
 
     whole = False
 
-    def __init__(self, model, architecture: Architecture, cache: KVCache, modulation: Modulation, slots: int) -> None:
+    def __init__(
+        self, model, architecture: Architecture, cache: KVCache, modulation: Modulation, slots: int, threads: int
+    ) -> None:
         kernel = native.load_kernel()
         assert kernel is not None, "asked for only where it is supported"
         config = model.config
         self._num_layers = len(architecture.layers)
         self._kernel, self._modulation, self._cache = kernel, modulation, cache
+        self.threads = Threads(threads)
         self._strip = strip()
         self._held: list[torch.Tensor] = []  # what the kernel points at
         heads = config.num_attention_heads
@@ -94,7 +98,7 @@ class NativeModel:
             rotary=cos.shape[1],
             length=cache.keys[0].shape[2],
             slots=slots,
-            threads=torch.get_num_threads(),
+            threads=threads,
             activation=ACTIVATIONS[config.hidden_act],
             eps=config.rms_norm_eps,
             scaling=architecture.layers[0].attention.scaling,
@@ -148,7 +152,7 @@ class NativeModel:
         if any(row.adapter is not None and row.adapter.generator is not None for row in rows):
             flow.generators = (c_void_p * len(rows))(*(self._generators(row.adapter) for row in rows))
             batch.generators = cast(flow.generators, c_void_p)
-        self._kernel.pedro_embed(pointer(self._model), pointer(batch))
+        self._run("embed", batch)
         return flow
 
     def advance(self, flow: Flow, until: int) -> None:
@@ -157,16 +161,16 @@ class NativeModel:
         while (left := min(until, count) * self._num_layers - flow.done) > 0:
             layer, row = divmod(flow.done, count)
             if row == 0 and flow.generators is not None:
-                self._kernel.pedro_generate(pointer(self._model), pointer(flow.batch), layer)
+                self._run("generate", flow.batch, layer)
             size = min(count - row, PART_ROWS, -(-left // PART_STEP) * PART_STEP)
-            self._kernel.pedro_prefill(pointer(self._model), pointer(self._part_of(flow, row, size)), layer)
+            self._run("prefill", self._part_of(flow, row, size), layer)
             flow.done += size
 
     def logits(self, flow: Flow, index: list[int]) -> Logits:
         """What comes after the tokens `index` of a prefill whose layers all ran."""
         batch, buffers = self._make_batch(len(index))
         buffers["x"].copy_(flow.buffers["x"][torch.tensor(index)])
-        self._kernel.pedro_logits(pointer(self._model), pointer(batch))
+        self._run("logits", batch)
         return Logits(buffers["logits"], batch.best[: len(index)])
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
@@ -179,8 +183,14 @@ class NativeModel:
         batch.lora = bool(state.low_rank) and any(slot in state.low_rank for slot in slots)
         if batch.lora:
             self._make_low(batch, self._buffers)
-        self._kernel.pedro_decode(pointer(self._model), pointer(batch))
+        self._run("decode", batch)
         return Logits(self._buffers["logits"][:rows], batch.best[:rows])
+
+    def _run(self, call: str, batch: native.Batch, *layer: int) -> None:
+        """One call of the kernel, with as many threads as the machine lets run."""
+        self._model.threads = self.threads.count
+        getattr(self._kernel, f"pedro_{call}")(pointer(self._model), pointer(batch), *layer)
+        self.threads.note(self._model.spent, self._model.lost)
 
     def _part_of(self, flow: Flow, row: int, size: int) -> native.Batch:
         """Rows [row, row + size) of the prefill as a batch: its hidden states, and room that all parts share."""
@@ -267,7 +277,7 @@ class NativeModel:
 
     def _make_batch(self, rows: int, logits: bool = True) -> tuple[native.Batch, dict[str, torch.Tensor]]:
         """A batch of `rows`, and the tensors behind it: `dim` and so on are the widths of native.c's `Batch`."""
-        sizes, threads = self._sizes, self._model.threads
+        sizes, threads = self._sizes, self.threads.limit
         q, kv = (self._round(sizes[name] * sizes["head_dim"]) for name in ("heads", "kv_heads"))
         mixed, act = sizes["heads"] * sizes["head_dim"], self._round(sizes["ffn"])
         widths = {"x": self._round(sizes["dim"]), "qkv": q + 2 * kv, "mixed": mixed, "act": act}

@@ -20,6 +20,7 @@ from pedro.engine.modulation import Conditioned, Generating, Kept, Modulation, S
 from pedro.engine.native_model import NativeModel
 from pedro.engine.sampler import token_logprobs
 from pedro.engine.sequence import TokenLogprob
+from pedro.engine.threads import granted_threads
 from pedro.engine.torch_model import TorchModel, refuse_unfit, softcapped
 from pedro.errors import BackboneError
 from pedro.methods.architectures import describe
@@ -65,9 +66,12 @@ class Runner:
     put aside for another: `advance`, `end` and `abandon` act on the one that began last.
 
     `kernel`: "native" is the compiled CPU kernel, "torch" the model's own modules, "auto" the first where it fits.
+    `threads`: the most that the native kernel uses; None takes what the machine grants.
     """
 
-    def __init__(self, model, slots: int, length: int, kernel: str = "auto") -> None:
+    def __init__(
+        self, model, slots: int, length: int, kernel: str = "auto", threads: int | None = None
+    ) -> None:
         self.architecture = describe(model)
         refuse_unfit(model)
         config, weight = model.config, next(model.parameters())
@@ -103,7 +107,7 @@ class Runner:
         ]
         self.modulation = Modulation(widths, slots + graphs, self.device, self.strip)
         self._executor: Executor = (
-            NativeModel(model, self.architecture, self.cache, self.modulation, slots)
+            NativeModel(model, self.architecture, self.cache, self.modulation, slots, threads or granted_threads())
             if fits
             else TorchModel(
                 model, self.architecture, self.cache, self.modulation, GraphCapture() if graphs else None, paged

@@ -1,0 +1,184 @@
+/* Shares the tiles of a phase of work among threads. Knows nothing of models.
+
+   The caller goes from phase to phase; helpers only take tiles. A tile goes to whichever thread runs, so a helper that
+   the scheduler has put aside holds up the one tile that it has, and one that has none holds up nobody. Who waits
+   spins for a short while, then sleeps on a futex. `leave` tells how long the call took and how much of that was lost
+   to threads that did not run: what `threads.py` decides by.
+
+   One team a process: a call that finds it in use runs alone, as does a child after fork(), which has no helpers. */
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <time.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define MOST_THREADS 256
+#define CALLER_SPINS 50e-6   /* seconds; then its core is free for the helper that it waits for */
+#define HELPER_SPINS 300e-6  /* long enough to outlast what happens between two calls of a busy engine */
+#define TILE (1 << 20)       /* multiply-adds: a tile takes 20 to 200 microseconds */
+#define GIVE_UP 10e-3        /* a call that lost so much, and a quarter of its time, goes on alone */
+
+typedef void (*Work)(const void *what, long tile, int thread);
+
+static struct {
+  _Alignas(64) _Atomic uint64_t ticket;           /* how many threads may claim << 32 | tiles left */
+  _Alignas(64) _Atomic uint32_t undone;           /* tiles not finished */
+  _Atomic uint32_t caller_sleeps;
+  _Alignas(64) Work work;                         /* of the phase; who holds a tile may read them */
+  const void *what;
+  long count;
+  _Alignas(64) _Atomic int in_use;
+  int helpers;
+  struct { _Alignas(64) _Atomic uint32_t sleeps; } helper[MOST_THREADS];
+} team;
+
+static __thread struct {                          /* the call that this thread makes */
+  int threads, leads;                             /* leads: whether the team is its own */
+  double began, began_cpu, waited, slept;         /* seconds */
+} call;
+
+static inline double seconds(clockid_t clock) {
+  struct timespec t;
+  clock_gettime(clock, &t);
+  return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+static inline void pause_briefly(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+static void sleep_while(_Atomic uint32_t *word, uint32_t value) {
+#if defined(__linux__)
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, 0, 0, 0);
+#else
+  (void)word, (void)value, sched_yield();
+#endif
+}
+
+static void wake(_Atomic uint32_t *word) {
+#if defined(__linux__)
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0);
+#else
+  (void)word;
+#endif
+}
+
+static inline int may_claim(uint64_t ticket, int thread) {
+  return (uint64_t)thread < ticket >> 32 && (uint32_t)ticket;
+}
+
+static inline int take_tile(int thread) { /* and do it; 0: there is none left */
+  uint64_t ticket = atomic_load_explicit(&team.ticket, memory_order_relaxed);
+  do
+    if (!may_claim(ticket, thread)) return 0;
+  while (!atomic_compare_exchange_weak_explicit(&team.ticket, &ticket, ticket - 1, memory_order_acquire,
+                                                memory_order_relaxed));
+#ifdef PEDRO_ODD_SCHEDULES /* for a test: whoever has a tile may be put aside */
+  static _Atomic uint32_t draws;
+  const uint32_t draw = atomic_fetch_add(&draws, 1) * 2654435761u >> 28;
+  for (uint32_t i = 0; i < draw; i++) sched_yield();
+#endif
+  team.work(team.what, team.count - (uint32_t)ticket, thread);
+  if (atomic_fetch_sub(&team.undone, 1) == 1 && thread && atomic_load(&team.caller_sleeps)) wake(&team.undone);
+  return 1;
+}
+
+static void *help(void *number) {
+  const int thread = (int)(intptr_t)number;
+  _Atomic uint32_t *sleeps = &team.helper[thread].sleeps;
+  for (;;) {
+    for (double until = 0; !until || seconds(CLOCK_MONOTONIC) < until;) {
+      while (take_tile(thread)) until = 0;
+      if (!until) until = seconds(CLOCK_MONOTONIC) + HELPER_SPINS;
+      for (int i = 0; i < 64 && !may_claim(atomic_load_explicit(&team.ticket, memory_order_relaxed), thread); i++)
+        pause_briefly();
+    }
+    atomic_store(sleeps, 1);
+    if (may_claim(atomic_load(&team.ticket), thread)) atomic_store(sleeps, 0);
+    while (atomic_load(sleeps)) sleep_while(sleeps, 1);
+  }
+  return 0;
+}
+
+static void enter(long wanted) { /* a call of this thread begins; `wanted` threads at most */
+  int nobody = 0;
+  call.leads = wanted > 1 && atomic_compare_exchange_strong(&team.in_use, &nobody, 1);
+  call.threads = !call.leads ? 1 : wanted < MOST_THREADS ? wanted : MOST_THREADS;
+  for (pthread_t id; team.helpers < call.threads - 1; team.helpers++) {
+    sigset_t every, before; /* signals are for the program's own threads */
+    sigfillset(&every);
+    pthread_sigmask(SIG_SETMASK, &every, &before);
+    const int failed = pthread_create(&id, 0, help, (void *)(intptr_t)(team.helpers + 1));
+    pthread_sigmask(SIG_SETMASK, &before, 0);
+    if (failed) {
+      call.threads = team.helpers + 1;
+      break;
+    }
+    pthread_detach(id);
+  }
+  call.waited = call.slept = 0;
+  call.began_cpu = seconds(CLOCK_THREAD_CPUTIME_ID);
+  call.began = seconds(CLOCK_MONOTONIC);
+}
+
+static void leave(double *spent, double *lost) { /* the call ends; seconds that it took, and lost to its threads' absence */
+  *spent = seconds(CLOCK_MONOTONIC) - call.began;
+  const double absent = *spent - (seconds(CLOCK_THREAD_CPUTIME_ID) - call.began_cpu) - call.slept;
+  *lost = call.leads ? call.waited + (absent > 0 ? absent : 0) : 0;
+  if (call.leads) atomic_store(&team.in_use, 0);
+}
+
+static void wait_for_helpers(void) { /* who hold the last tiles */
+  if (!atomic_load_explicit(&team.undone, memory_order_acquire)) return;
+  const double began = seconds(CLOCK_MONOTONIC);
+  double now = began;
+  while (atomic_load_explicit(&team.undone, memory_order_acquire) && now - began < CALLER_SPINS) {
+    for (int i = 0; i < 16 && atomic_load_explicit(&team.undone, memory_order_acquire); i++) pause_briefly();
+    now = seconds(CLOCK_MONOTONIC);
+  }
+  if (atomic_load_explicit(&team.undone, memory_order_acquire)) {
+    atomic_store(&team.caller_sleeps, 1);
+    for (uint32_t left; (left = atomic_load(&team.undone));) sleep_while(&team.undone, left);
+    atomic_store(&team.caller_sleeps, 0);
+    const double slept_from = now;
+    now = seconds(CLOCK_MONOTONIC);
+    call.slept += now - slept_from;
+  }
+  call.waited += now - began;
+  if (call.waited > GIVE_UP && 4 * call.waited > now - call.began) call.threads = 1;
+}
+
+static void share(long tiles, Work work, const void *what) { /* one phase: returns once all its tiles are done */
+  if (call.threads == 1 || tiles == 1) {
+    for (long tile = 0; tile < tiles; tile++) work(what, tile, 0);
+    return;
+  }
+  team.work = work, team.what = what, team.count = tiles;
+  atomic_store_explicit(&team.undone, tiles, memory_order_relaxed);
+  atomic_store(&team.ticket, (uint64_t)call.threads << 32 | (uint32_t)tiles);
+  for (int thread = 1; thread < call.threads && thread < tiles; thread++)
+    if (atomic_load(&team.helper[thread].sleeps)) {
+      atomic_store(&team.helper[thread].sleeps, 0);
+      wake(&team.helper[thread].sleeps);
+    }
+  while (take_tile(0)) {}
+  wait_for_helpers();
+}
+
+static long tiles_of(double work, long most) { /* how many tiles of about TILE for so much work; whole rounds if few */
+  double tiles = work / TILE + 1;
+  if (tiles < 8 * call.threads) tiles = (long)(tiles + call.threads - 1) / call.threads * call.threads;
+  return most < 1 ? 1 : tiles < most ? (long)tiles : most;
+}

@@ -1,0 +1,93 @@
+"""How many threads the CPU kernel uses: what the machine grants, and fewer while others keep them from running.
+
+A thread that the scheduler has put aside while it holds a tile makes all others wait. The kernel measures what a call
+lost to that; where it is too much, fewer threads are faster. Knows nothing of what they compute.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+WINDOW_S = 0.02  # of the kernel's time, by which it is judged
+LOST = 0.25  # of a window: more, and fewer threads are faster, memory-bound as decoding is
+HOLD_S, LONGEST_HOLD_S = 0.25, 2.0  # until more threads are tried again; doubled each time that it was in vain
+SETTLED_S = 1.0  # a number of threads that did well for so long was not tried in vain
+
+
+def granted_threads() -> int:
+    """As many as PyTorch uses, or fewer where affinity or a cgroup's quota allow the process less."""
+    return max(1, min(torch.get_num_threads(), granted_cores()))
+
+
+def granted_cores() -> int:
+    """Whole cores that this process may use at once."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Cores' worth of time that the process' cgroup (v2 or v1) and those above it grant; None where none is set."""
+    try:
+        lines = of.read_text().splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for base in (root,) if not controllers else (root / "cpu", root / controllers):
+            place = base / path.lstrip("/")
+            for folder in (place, *place.parents):
+                quotas.append(_quota_of(folder))
+                if folder == base:
+                    break
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota_of(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(quota) / float(period) if float(quota) > 0 else None
+    except (OSError, ValueError):  # "max", or none here
+        return None
+
+
+class Threads:
+    """`count` is how many to use next, at most `limit`; `note` what each call took and lost."""
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit = self.count = limit
+        self._clock = clock
+        self._spent = self._lost = 0.0
+        self._hold = HOLD_S
+        self._changed = self._retry = clock()
+
+    def note(self, spent: float, lost: float) -> None:
+        """A call took `spent` seconds, of which `lost` went by without all its threads."""
+        if self.limit == 1:
+            return
+        self._spent += spent
+        self._lost += lost
+        if self._spent < WINDOW_S:
+            return
+        share = self._lost / self._spent
+        self._spent = self._lost = 0.0
+        now = self._clock()
+        if self.count > 1 and share > LOST:
+            settled = now - self._changed > SETTLED_S
+            self._hold = HOLD_S if settled else min(2 * self._hold, LONGEST_HOLD_S)
+            self.count -= (self.count + 3) // 4
+            self._changed, self._retry = now, now + self._hold
+        elif self.count < self.limit and now >= self._retry:
+            self.count += 1
+            self._changed = now
