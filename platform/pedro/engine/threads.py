@@ -15,7 +15,7 @@ import torch
 
 WINDOW_S = 0.02  # of the kernel's time, by which it is judged
 LOST = 0.25  # of a window: more, and fewer threads are faster, memory-bound as decoding is
-HOLD_S, LONGEST_HOLD_S = 0.25, 2.0  # until more threads are tried again; doubled each time that it was in vain
+HOLD_S, LONGEST_HOLD_S = 0.25, 1.0  # until more threads are tried again; doubled each time that it was in vain
 SETTLED_S = 1.0  # a number of threads that did well for so long was not tried in vain
 
 

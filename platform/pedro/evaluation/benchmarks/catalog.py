@@ -52,6 +52,11 @@ BENCHMARKS = {
         *("where", "case", "requests", "ttft_p50_ms", "ttft_p95_ms", "ratio", "ratio_interval", "p50_ratio"),
         *("token_p50_ms", "token_p95_ms", "token_ratio", "flood_tok_s", "flood_alone_tok_s"),
     ),
+    "contention": _entry(
+        "contention",
+        "one thread, several and auto beside 0, 1 and 2 busy processes: decoding and prefill",
+        *("phase", "model", "batch", "neighbours", "threads", "tok_s", "ratio", "ratio_interval"),
+    ),
     "coldstart": _entry(
         "coldstart", "a fresh process to its first token (target 6)", "case", "model", "seconds", "interval"
     ),

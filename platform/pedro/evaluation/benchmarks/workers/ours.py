@@ -11,13 +11,14 @@ from pedro.evaluation.benchmarks.shapes import SHAPES, prompts
 
 
 class Ours:
-    """Set-up: shape, device, dtype, threads, max_batch, length; `adapters`: directories by kind.
+    """Set-up: shape, device, dtype, threads (None: auto), max_batch, length; `adapters`: directories by kind.
 
     With a `tokenizer` (a directory) tokens become text, as in a server; `digest` is the backbone's if not the shape's.
     """
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        torch.set_num_threads(setup["threads"])
+        if setup["threads"] is not None:
+            torch.set_num_threads(setup["threads"])
         self._shape = SHAPES[setup["shape"]]
         self._refs: dict[str, list[str]] = setup["adapters"]
         self._engine = BenchEngine(
@@ -26,6 +27,7 @@ class Ours:
             dtype=setup["dtype"],
             max_batch=setup["max_batch"],
             max_length=setup["length"],
+            threads=setup["threads"],
             tokenizer=_tokenizer(setup.get("tokenizer")),
             digest=setup.get("digest"),
         )
