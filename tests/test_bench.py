@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from pedro.evaluation.benchmarks import serving
+from pedro.evaluation.benchmarks import contention, serving
 from pedro.evaluation.benchmarks.adapters import adapter_directories
 from pedro.evaluation.benchmarks.catalog import BENCHMARKS
 from pedro.evaluation.benchmarks.efficiency import copy_limit_tok_s
@@ -94,6 +94,20 @@ def test_a_wrong_option_is_told_before_anything_is_measured(words, tmp_path, cap
     with pytest.raises(SystemExit):
         main(BENCHMARKS, tmp_path, ["context", *words])
     assert f"argument {words[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_engine_is_measured_beside_neighbours_which_are_ended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    monkeypatch.setattr(contention, "SETTLE_S", 0.1)
+    before = {process.pid for process in psutil.Process().children()}
+    words = ["contention", "--quick", "--models", "tiny", "--rounds", "1", "--batches", "2", "--threads", "2"]
+    assert main(BENCHMARKS, tmp_path / "results", words) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    seen = {(row["phase"], row["neighbours"], row["threads"]) for row in rows}
+    assert len(rows) == len(seen) == 2 * 3 * 3
+    assert all(row["tok_s"] > 0 and (row["threads"] != "1" or row["ratio"] == 1) for row in rows)
+    assert {process.pid for process in psutil.Process().children()} <= before
 
 
 def test_ratios_are_taken_within_a_round():

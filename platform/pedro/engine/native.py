@@ -1,4 +1,5 @@
-"""Compiles, caches and loads `native.c` (and `team.h`, its threads). Knows nothing of models: `native_model.py` packs them for it.
+"""Compiles, caches and loads `native.c`, whose threads are `team.h`. Knows nothing of models: `native_model.py` packs
+them for it.
 
 The first engine of a machine compiles the kernel (about two seconds) into the user's cache directory, under the hash
 of source, compiler, flags and processor. Where there is no compiler the engine runs on PyTorch alone, and says so.

@@ -23,10 +23,12 @@
 #define MOST_THREADS 256
 #define CALLER_SPINS 50e-6   /* seconds; then its core is free for the helper that it waits for */
 #define HELPER_SPINS 300e-6  /* long enough to outlast what happens between two calls of a busy engine */
+#ifndef TILE
 #define TILE (1 << 20)       /* multiply-adds: a tile takes 20 to 200 microseconds */
+#endif
 #define GIVE_UP 10e-3        /* a call that lost so much, and a quarter of its time, goes on alone */
 
-typedef void (*Work)(const void *what, long tile, int thread);
+typedef void (*Work)(const void *what, long item, int thread);
 
 static struct {
   _Alignas(64) _Atomic uint64_t ticket;           /* how many threads may claim << 32 | tiles left */
@@ -34,7 +36,7 @@ static struct {
   _Atomic uint32_t caller_sleeps;
   _Alignas(64) Work work;                         /* of the phase; who holds a tile may read them */
   const void *what;
-  long count;
+  long items, grain;
   _Alignas(64) _Atomic int in_use;
   int helpers;
   struct { _Alignas(64) _Atomic uint32_t sleeps; } helper[MOST_THREADS];
@@ -87,10 +89,12 @@ static inline int take_tile(int thread) { /* and do it; 0: there is none left */
                                                 memory_order_relaxed));
 #ifdef PEDRO_ODD_SCHEDULES /* for a test: whoever has a tile may be put aside */
   static _Atomic uint32_t draws;
-  const uint32_t draw = atomic_fetch_add(&draws, 1) * 2654435761u >> 28;
-  for (uint32_t i = 0; i < draw; i++) sched_yield();
+  const uint32_t draw = atomic_fetch_add(&draws, 1) * 2654435761u >> 26;
+  if (!draw) sched_yield();
+  for (uint32_t i = 0; i < 8 * draw; i++) pause_briefly();
 #endif
-  team.work(team.what, team.count - (uint32_t)ticket, thread);
+  const long stop = team.items - ((long)(uint32_t)ticket - 1) * team.grain; /* the first tile may be a short one */
+  for (long item = stop > team.grain ? stop - team.grain : 0; item < stop; item++) team.work(team.what, item, thread);
   if (atomic_fetch_sub(&team.undone, 1) == 1 && thread && atomic_load(&team.caller_sleeps)) wake(&team.undone);
   return 1;
 }
@@ -160,12 +164,14 @@ static void wait_for_helpers(void) { /* who hold the last tiles */
   if (call.waited > GIVE_UP && 4 * call.waited > now - call.began) call.threads = 1;
 }
 
-static void share(long tiles, Work work, const void *what) { /* one phase: returns once all its tiles are done */
-  if (call.threads == 1 || tiles == 1) {
-    for (long tile = 0; tile < tiles; tile++) work(what, tile, 0);
+static void share(long items, long grain, Work work, const void *what) {
+  /* One phase: returns once all items are done. A tile is `grain` of them. */
+  const long tiles = (items + grain - 1) / grain;
+  if (call.threads == 1 || tiles <= 1) {
+    for (long item = 0; item < items; item++) work(what, item, 0);
     return;
   }
-  team.work = work, team.what = what, team.count = tiles;
+  team.work = work, team.what = what, team.items = items, team.grain = grain;
   atomic_store_explicit(&team.undone, tiles, memory_order_relaxed);
   atomic_store(&team.ticket, (uint64_t)call.threads << 32 | (uint32_t)tiles);
   for (int thread = 1; thread < call.threads && thread < tiles; thread++)
@@ -177,8 +183,11 @@ static void share(long tiles, Work work, const void *what) { /* one phase: retur
   wait_for_helpers();
 }
 
-static long tiles_of(double work, long most) { /* how many tiles of about TILE for so much work; whole rounds if few */
-  double tiles = work / TILE + 1;
-  if (tiles < 8 * call.threads) tiles = (long)(tiles + call.threads - 1) / call.threads * call.threads;
-  return most < 1 ? 1 : tiles < most ? (long)tiles : most;
+static long tiles_of(double work, long most) { /* how many tiles of about TILE: as many for every thread */
+  const long tiles = ((long)(work / TILE) + call.threads) / call.threads * call.threads;
+  return most < 1 ? 1 : tiles < most ? tiles : most;
+}
+
+static long grain_of(double work) { /* items of so much work each that make a tile, where each is small */
+  return work * 2 < TILE ? TILE / 2 / work : 1;
 }

@@ -15,8 +15,7 @@ import torch
 
 WINDOW_S = 0.02  # of the kernel's time, by which it is judged
 LOST = 0.25  # of a window: more, and fewer threads are faster, memory-bound as decoding is
-HOLD_S, LONGEST_HOLD_S = 0.25, 1.0  # until more threads are tried again; doubled each time that it was in vain
-SETTLED_S = 1.0  # a number of threads that did well for so long was not tried in vain
+HOLD_S, LONGEST_HOLD_S = 0.04, 1.0  # until more threads are tried again; doubled where that was in vain, else halved
 
 
 def granted_threads() -> int:
@@ -84,9 +83,9 @@ class Threads:
         self._spent = self._lost = 0.0
         now = self._clock()
         if self.count > 1 and share > LOST:
-            settled = now - self._changed > SETTLED_S
-            self._hold = HOLD_S if settled else min(2 * self._hold, LONGEST_HOLD_S)
-            self.count -= (self.count + 3) // 4
+            did_well = now - self._changed > self._hold
+            self._hold = max(self._hold / 2, HOLD_S) if did_well else min(2 * self._hold, LONGEST_HOLD_S)
+            self.count -= (self.count + 7) // 8
             self._changed, self._retry = now, now + self._hold
         elif self.count < self.limit and now >= self._retry:
             self.count += 1

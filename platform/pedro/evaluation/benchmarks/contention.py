@@ -17,7 +17,6 @@ from typing import Any
 from pedro.evaluation.benchmarks.main import Options
 from pedro.evaluation.benchmarks.report import Report, Target
 from pedro.evaluation.benchmarks.rivals import RivalError, Say, Stable
-from pedro.evaluation.benchmarks.shapes import SHAPES
 from pedro.evaluation.benchmarks.stats import paired_ratio, spread
 
 NEIGHBOURS = (0, 1, 2)
