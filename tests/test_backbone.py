@@ -1,13 +1,16 @@
 """Backbones: damaged directories, devices and dtypes that there are not, digests that must stay."""
 
 import json
+import shlex
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pedro.backbone import EMBEDDED, context_length, load_model, load_tokenizer, resolve_backbone
+from pedro.backbone import EMBEDDED, context_length, load_model, load_tokenizer, locate_backbone, resolve_backbone
 from pedro.backbone_files import MODEL_TYPES
 from pedro.errors import AdapterError, BackboneError, ConfigError
 from pedro.methods.adapter_files import check_tokenizer
@@ -92,7 +95,6 @@ def _pickled(directory):
 
 
 def _adapter(directory):
-    (directory / "config.json").unlink()
     (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
 
 
@@ -100,21 +102,40 @@ def _adapter(directory):
     ("damage", "message"),
     [
         (_lfs, r"a Git LFS pointer in place of model\.safetensors; run `git lfs pull`"),
-        (_pickled, r"holds pytorch_model\.bin \(pickle\), .* python -c \"from transformers .*save_pretrained"),
+        (_pickled, r"holds pytorch_model\.bin \(pickle\), .* python -c \"import sys; .*save_pretrained"),
         (_adapter, r"is an adapter, not a backbone; give the backbone that it was trained on \(owner/base\)"),
         (lambda d: _edit(d, auto_map={"AutoModelForCausalLM": "m.M"}), r"needs code of its own \(auto_map in config"),
         (
             lambda d: _edit(d, "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]}),
             r"auto_map in tokeniz",
         ),
-        (lambda d: _edit(d, quantization_config={"quant_method": "gptq"}), r"is quantised by gptqmodel .*gptq\).* use"),
-        (lambda d: _edit(d, quantization_config={"quant_method": "awq"}), r"is quantised by autoawq"),
-        (lambda d: _edit(d, quantization_config={"quant_method": "bitsandbytes"}), r"is quantised by bitsandbytes"),
+        (
+            lambda d: _edit(d, quantization_config={"quant_method": "gptq"}),
+            r"is quantised by gptq, which needs gptqmodel, .* use",
+        ),
+        (lambda d: _edit(d, quantization_config={"quant_method": "awq"}), r"by awq, which needs gptqmodel"),
+        (lambda d: _edit(d, quantization_config={"quant_method": "bitsandbytes"}), r"which needs bitsandbytes"),
         (
             lambda d: _edit(d, model_type="mixtral"),
             r"the architecture 'mixtral', which is not supported; use one of gem",
         ),
-        (lambda d: _edit(d, model_type="t5"), r"the architecture 't5'"),
+        (lambda d: _edit(d, model_type="t5", is_encoder_decoder=True), r"'t5' \(an encoder-decoder\), which is not"),
+        (lambda d: _edit(d, model_type=None), r"the architecture None"),
+        (lambda d: _edit(d, hidden_size=10**12), r"hidden_size 1000000000000 .* from 1 to 131,072"),
+        (lambda d: _edit(d, num_hidden_layers=10**9), r"num_hidden_layers"),
+        (lambda d: _edit(d, vocab_size="512"), r"vocab_size '512'"),
+        (
+            lambda d: (d / "config.json").write_text('{"a":' + "[" * 100 + "]" * 100 + "}"),
+            r"config\.json .* cannot be loaded \(nested too deep",
+        ),
+        (
+            lambda d: (d / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1"),
+            r"pointer in place of tokenizer\.json",
+        ),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "consolidated.safetensors"),
+            r"holds no config\.json with model\.safetensors or",
+        ),
         (lambda d: _edit(d, model_type="from-tomorrow"), r"the architecture 'from-tomorrow'"),
         (lambda d: _edit(d, model_type=["llama"]), r"the architecture \['llama'\]"),
         (
@@ -157,6 +178,14 @@ LAYER = "model.layers.2.mlp.up_proj.weight"
             lambda t: {**t, LAYER: t[LAYER][:-1].clone()},
             rf"has {LAYER} of shape \[171, 64\], but .* asks for \[172, 64\]",
         ),
+        (
+            lambda t: {**t, LAYER.replace("weight", "bias"): t[LAYER][:, 0].clone()},
+            r"holds the tensor \S+up_proj\.bias, ",
+        ),
+        (
+            lambda t: {**t, LAYER.replace("2", "5"): t[LAYER].clone()},
+            r"holds the tensor model\.layers\.5\S+, for which",
+        ),
     ],
 )
 def test_weights_that_are_not_all_there_are_refused_by_tensor_and_never_made_up(directory, change, message):
@@ -182,6 +211,76 @@ def test_a_tied_head_that_is_not_in_the_file_is_not_missing(directory):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+def test_a_tied_head_may_be_in_the_file_too_and_an_old_rotary_buffer(directory):
+    def more(tensors):
+        head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        return {**tensors, **head, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+
+    _tensors(directory, more)
+    load_model(resolve_backbone(str(directory)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_weights_are_checked_like_whole_ones(tmp_path, tied):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied)
+    made = LlamaForCausalLM(config)
+    made.save_pretrained(tmp_path, max_shard_size="10KB")
+    loaded = load_model(resolve_backbone(str(tmp_path)))
+    assert all(torch.equal(there, here) for there, here in zip(made.parameters(), loaded.parameters(), strict=True))
+    shard = min(tmp_path.glob("*.safetensors"))
+    shard.unlink()
+    with pytest.raises(BackboneError, match=rf"lacks {shard.name} of model\.safetensors\.index\.json"):
+        resolve_backbone(str(tmp_path))
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(directory):
+    _tensors(directory, lambda t: {**t, LAYER: t[LAYER].index_fill(0, torch.tensor([3]), 1e30)})
+    load_model(resolve_backbone(str(directory)), "bfloat16")
+    with pytest.raises(BackboneError, match=rf"numbers in {LAYER} that are not finite .* as float16"):
+        load_model(resolve_backbone(str(directory)), "float16")
+
+
+def test_the_command_that_converts_a_pickle_does(directory, monkeypatch):
+    directory = directory.rename(directory.parent / "it's mine")
+    before = load_model(resolve_backbone(str(directory)))
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match="pickle") as told:
+        resolve_backbone(str(directory))
+    python, option, code, argument = shlex.split(told.value.message.partition("trust it: ")[2])
+    assert (python, option) == ("python", "-c")
+    monkeypatch.setattr(sys, "argv", [option, argument])
+    exec(code, {})
+    after = load_model(resolve_backbone(str(directory)))
+    assert all(torch.equal(there, here) for there, here in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_a_token_added_without_an_embedding_is_refused(directory):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(BackboneError, match="ids up to 512, but the embedding has 512 rows"):
+        load_tokenizer(resolve_backbone(str(directory)))
+
+
+def test_a_tokenizer_without_a_token_that_ends_or_pads_is_refused(directory):
+    _edit(directory, "tokenizer_config.json", eos_token=None, pad_token=None)
+    with pytest.raises(BackboneError, match="neither an eos_token nor a pad_token"):
+        load_tokenizer(resolve_backbone(str(directory)))
+
+
+def test_a_path_is_located_and_a_name_is_not(tmp_path):
+    for place in ("specs/models/mine", "here/models/mine", "here/other"):
+        (tmp_path / place).mkdir(parents=True)
+    bases = (tmp_path / "specs", tmp_path / "here")
+    for name in ("stories260K", "owner/name", "nothere"):
+        assert locate_backbone(name, *bases) == name
+    assert locate_backbone("models/mine", *bases) == str(tmp_path / "specs/models/mine")
+    assert locate_backbone("other", *bases) == str(tmp_path / "here/other")
+    assert locate_backbone("./nothere", *bases) == str(tmp_path / "specs/nothere")
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(directory):
     _edit(directory, vocab_size=500)
     with pytest.raises(BackboneError, match=r"makes ids up to 511, but the embedding has 500 rows"):
@@ -202,6 +301,7 @@ def _swap_two_entries(directory):
         _swap_two_entries,
         lambda d: _edit(d, "tokenizer_config.json", bos_token="<unk>"),
         lambda d: _edit(d, "tokenizer_config.json", add_bos_token=True),
+        lambda d: _edit(d, "tokenizer_config.json", pad_token="<unk>"),
         lambda d: _edit(d, "tokenizer_config.json", chat_template="{{ 1 }}"),
         lambda d: (d / "chat_template.jinja").write_text("{{ 1 }}"),
         lambda d: (d / "vocab.json").write_text("{}"),
@@ -214,6 +314,12 @@ def test_the_tokenizers_digest_covers_all_that_decides_ids(directory, change):
     after = resolve_backbone(str(directory))
     assert after.tokenizer_digest != before.tokenizer_digest
     assert after.digest == before.digest
+
+
+def test_what_decides_no_ids_is_not_in_the_tokenizers_digest(directory):
+    before = resolve_backbone(str(directory)).tokenizer_digest
+    _edit(directory, "tokenizer_config.json", model_max_length=7, padding_side="right", name_or_path="x")
+    assert resolve_backbone(str(directory)).tokenizer_digest == before
 
 
 def test_an_adapter_of_another_tokenizer_is_refused_with_both_digests_and_old_digests_are_still_known(directory):

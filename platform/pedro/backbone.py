@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.backbone_files import check_files, read_json
+from pedro.backbone_files import VOCABULARIES, check_files, read_json
 from pedro.errors import BackboneError, ConfigError
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 TOKENIZER_V1 = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 TOKENIZER = (*TOKENIZER_V1, "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 TOKENIZER_FIELDS = (
-    *("tokenizer_class", "bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space"),
+    *("tokenizer_class", "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token"),
     *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "legacy", "split_special_tokens"),
-    "chat_template",
+    *("add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "chat_template"),
 )
 """What of tokenizer_config.json decides which ids a text gets, or how messages become a prompt."""
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
+"""What older releases of transformers saved beside the weights, and compute today."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -66,6 +69,27 @@ def resolve_backbone(name: str) -> Backbone:
     return _describe(str(name), directory.resolve(), _stamp(directory))
 
 
+def locate_backbone(name: str, *bases: Path) -> str:
+    """`name` as it means the same in every process: a path is taken from the first of `bases` that has it.
+
+    Embedded names and hub ids stay as they are.
+    """
+    if (EMBEDDED / name / "config.json").is_file():
+        return name
+    places = [base.absolute() / Path(name).expanduser() for base in bases]
+    found = next((place for place in places if place.is_dir()), None)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return str(found or places[0]) if found or is_path else name
+
+
+def load_config(backbone: Backbone) -> Any:
+    """The backbone's transformers config. Raises BackboneError for one that transformers does not take."""
+    from transformers import AutoConfig
+
+    with _reading(backbone.id, "config.json"):
+        return AutoConfig.from_pretrained(backbone.directory, local_files_only=True, trust_remote_code=False)
+
+
 def load_tokenizer(backbone: Backbone) -> Any:
     """The backbone's tokenizer, padded with EOS where it has no pad token of its own.
 
@@ -75,7 +99,13 @@ def load_tokenizer(backbone: Backbone) -> Any:
 
     with _reading(backbone.id, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(backbone.directory, local_files_only=True, trust_remote_code=False)
-        largest = max(tokenizer.get_vocab().values())
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+    if not any((backbone.directory / file).is_file() for file in VOCABULARIES) or largest < 0:
+        raise BackboneError(
+            f"backbone: {backbone.id!r} has no tokenizer, or an empty one; copy the files that came with the weights "
+            f"({', '.join(VOCABULARIES[:2])}, …)",
+            param="backbone",
+        )
     rows = read_json(backbone.directory / "config.json", backbone.id).get("vocab_size")
     if isinstance(rows, int) and largest >= rows:
         raise BackboneError(
@@ -85,6 +115,12 @@ def load_tokenizer(backbone: Backbone) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise BackboneError(
+            f"backbone: the tokenizer of {backbone.id!r} has neither an eos_token nor a pad_token; set eos_token in "
+            "tokenizer_config.json",
+            param="backbone",
+        )
     return tokenizer
 
 
@@ -96,9 +132,7 @@ def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") 
     import torch
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}; choose one of them", param="dtype")
-    _check_device(device)
+    check_place(dtype, device)
     with _reading(backbone.id, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             backbone.directory,
@@ -114,8 +148,18 @@ def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") 
     return model.requires_grad_(False).eval().to(device)
 
 
+def check_place(dtype: str, device: str) -> None:
+    """Raise ConfigError for a dtype that there is not, or a device that torch cannot use here."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}; choose one of them", param="dtype")
+    _check_device(device)
+
+
 def _check_weights(name: str, model: torch.nn.Module, report: Mapping[str, Any]) -> None:
-    """Raise BackboneError where a tensor was not in the files, has another shape, or holds what is no number."""
+    """Raise BackboneError where the files lack a tensor, hold one too many or of another shape, or what is no number.
+
+    `report` is `output_loading_info` of transformers, which leaves out tied tensors.
+    """
     import torch
 
     def refuse(what: str) -> BackboneError:
@@ -124,17 +168,22 @@ def _check_weights(name: str, model: torch.nn.Module, report: Mapping[str, Any])
     if mismatched := sorted(report.get("mismatched_keys") or (), key=str):
         key, found, wanted = mismatched[0]
         raise refuse(f"has {key} of shape {list(found)}, but its config.json asks for {list(wanted)}")
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    extra = sorted(key for key in report.get("unexpected_keys") or () if not BUFFERS.search(key) and key not in tied)
     if missing := sorted(report.get("missing_keys") or ()):
-        extra = sorted(report.get("unexpected_keys") or ())
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         instead = f"; it holds {extra[0]}, which the model does not have" if extra else ""
         raise refuse(f"lacks the tensor {missing[0]}{more}{instead}")
+    if extra:
+        more = f" and {len(extra) - 1:,} more" if len(extra) > 1 else ""
+        raise refuse(f"holds the tensor {extra[0]}{more}, for which the model of its config.json has no place")
     with torch.inference_mode():
         for key, tensor in model.state_dict().items():
             if tensor.is_floating_point() and tensor.numel():
                 low, high = torch.aminmax(tensor)  # NaN passes through both
                 if not (low.isfinite() and high.isfinite()):
-                    raise refuse(f"holds numbers in {key} that are not finite (NaN or infinite)")
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    raise refuse(f"holds numbers in {key} that are not finite (NaN or infinite) as {dtype}")
 
 
 def quiet() -> None:
@@ -184,6 +233,8 @@ def _reading(name: str, what: str) -> Iterator[None]:
     """Whatever goes wrong within becomes a BackboneError that says what of the backbone cannot be read."""
     try:
         yield
+    except BackboneError:
+        raise
     except Exception as error:  # transformers, tokenizers and safetensors raise any type for a damaged file
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise BackboneError(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
-from pedro.backbone import resolve_backbone
+from pedro.backbone import load_config, resolve_backbone
 from pedro.comparison.notes import NEAR
 from pedro.comparison.results import FINAL, TUNE, Cell
 from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, label_of
@@ -219,13 +219,13 @@ def sized(method: MethodChoice, backbone: str, budget: int) -> dict[str, Any]:
 def count_parameters_of(method: str, options: str, backbone: str) -> int:
     """Trained parameters of a method on a backbone's shapes, on the meta device; `options` as JSON."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from pedro.backbone import quiet
     from pedro.methods.registry import count_parameters, get_method
 
     quiet()
-    config = AutoConfig.from_pretrained(resolve_backbone(backbone).directory)
+    config = load_config(resolve_backbone(backbone))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         adapted = get_method(method).apply(model.requires_grad_(False), json.loads(options))

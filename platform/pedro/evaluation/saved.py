@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.backbone import Backbone, context_length, load_model, load_tokenizer, resolve_backbone
+from pedro.backbone import Backbone, context_length, load_config, load_model, load_tokenizer, resolve_backbone
 from pedro.errors import AdapterError, DataError, PedroError
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ def load_saved(directory: Path, manifest: Mapping[str, Any], backbone: Backbone,
 
 def _read_config(directory: Path, manifest: Mapping[str, Any], backbone: Backbone) -> PeftConfig | None:
     """The PEFT config of a saved adapter, None for a whole model. Raises AdapterError if its method makes another."""
-    from transformers import AutoConfig
-
     from pedro.methods.adapter_files import CONFIG, CONFIGS, read_config
     from pedro.methods.registry import get_method
 
@@ -61,7 +59,7 @@ def _read_config(directory: Path, manifest: Mapping[str, Any], backbone: Backbon
         raise AdapterError(f"{directory.name}: neither an adapter nor a model; fetch it again")
     found = read_config(directory) if (directory / CONFIG).is_file() else None
     name, options = manifest["method"]["name"], manifest["method"].get("options")
-    made = get_method(name).config(AutoConfig.from_pretrained(backbone.directory, local_files_only=True), options)
+    made = get_method(name).config(load_config(backbone), options)
     if type(found) is not type(made):
         wanted, given = ("no config" if each is None else type(each).__name__ for each in (made, found))
         raise AdapterError(f"{CONFIG}: {name} makes {wanted}, but there is {given}; fetch the adapter again")

@@ -2,7 +2,7 @@
 
 One table by `config.model_type`. A projection is *apart* (a module of its own) or *fused* (some of the outputs of a
 shared module, named by a slice or, where heads interleave, by an index). "up" of an MLP without a gate is its first
-projection. Supporting one more backbone is one more line of `LAYOUTS`.
+projection. Supporting one more backbone is one more line of `LAYOUTS`, and its name in `backbone_files.MODEL_TYPES`.
 """
 
 from __future__ import annotations

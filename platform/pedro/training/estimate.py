@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pedro.backbone import Backbone, load_tokenizer, resolve_backbone
+from pedro.backbone import Backbone, load_config, load_tokenizer, resolve_backbone
 from pedro.training.memory import Sizes, training_memory
 from pedro.training.prepare import Prepared, make_plan, prepare
 from pedro.training.spec import FineTuneSpec
@@ -120,11 +120,11 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
 def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
     """The model with its adapter, without memory behind its parameters."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from pedro.methods.registry import get_method
 
-    config = AutoConfig.from_pretrained(backbone.directory, local_files_only=True)
+    config = load_config(backbone)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
         return get_method(spec.method.name).apply(model, spec.method.options)

@@ -81,7 +81,7 @@ def _read(out: Path) -> Prepared:
 
     try:
         run = json.loads((out / RUN).read_text())
-        tokenizer = AutoTokenizer.from_pretrained(out / DATA, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(out / DATA, local_files_only=True, trust_remote_code=False)
         return Prepared(tokenizer, load_ids(out / DATA / "ids.npy"), run["sources"], run["made_with"])
     except Exception as error:  # transformers and tokenizers raise any type for a damaged file
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]

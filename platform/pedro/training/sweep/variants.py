@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pedro.backbone import EMBEDDED
+from pedro.backbone import EMBEDDED, load_config, resolve_backbone
 from pedro.config import validate_spec
 from pedro.errors import BackboneError, ConfigError
 from pedro.training.spec import FineTuneSpec
@@ -102,8 +102,6 @@ def _method_mistakes(job: FineTuneSpec) -> list[str]:
 @cache
 def _model_config(backbone: str) -> Any:
     """The config of a backbone on this host; None for a hub id, whose job checks for itself."""
-    from transformers import AutoConfig
-
     places = (EMBEDDED / backbone, Path(backbone).expanduser())
     directory = next((place for place in places if (place / "config.json").is_file()), None)
-    return None if directory is None else AutoConfig.from_pretrained(directory, local_files_only=True)
+    return None if directory is None else load_config(resolve_backbone(str(directory)))
