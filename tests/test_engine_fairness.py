@@ -322,3 +322,29 @@ def test_a_short_step_takes_a_share_of_the_time_that_a_newcomers_prompt_takes():
     assert 0.8 * 0.15 * 400 * 1e-4 <= 0.002 + 0.0005 * rows <= 0.15 * 400 * 1e-4
     assert pace.short_rows(1, 32) == LEAST_ROWS
     assert pace.short_rows(1, 2) == LEAST_ROWS or pace.short_rows(1, 2) == 2
+
+
+def test_choices_whose_turn_has_not_come_keep_their_prompt_when_its_slot_is_given_away(model, tmp_path):
+    make_adapter(model, tmp_path / "a", seed=1)
+    fields = {"adapter": "a", "tenant": "flood", "n": 6, "temperature": 1.0, "seed": 3}
+
+    def engine():
+        made = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=6)
+        made.adapters.load("a", timeout_s=30.0)
+        made._pace = None
+        made._scheduler.short_rows = 1
+        return made
+
+    first = run(engine(), request("r", prompt(30), 1, **fields))["r"].token_ids
+    one = request("r", prompt(30), 12, stop_token_ids=tuple(first), **fields)  # ends what holds the prompt
+    expected = run(engine(), one)
+    disturbed = engine()
+    run(disturbed, request("seen", prompt(5), 1, tenant="quiet"))
+    disturbed.add(one)
+    answers = drain(disturbed, until=lambda seen: bool(seen))
+    for name in ("q0", "q1", "q2", "q3"):  # more than there are free slots
+        disturbed.add(request(name, prompt(40), 8, tenant=name))
+    for name, answer in drain(disturbed).items():
+        answers.setdefault(name, answer).token_ids += [] if answers[name] is answer else answer.token_ids
+    assert disturbed.stats()["preempted"] >= 1
+    assert {name: answers[name].token_ids for name in expected} == {n: a.token_ids for n, a in expected.items()}

@@ -19,8 +19,9 @@ from statistics import median
 from pedro.backbone import Backbone, resolve_backbone
 from pedro.config import Settings
 from pedro.demo import bench_dashboard
-from pedro.evaluation.benchmarks import http
+from pedro.evaluation.benchmarks import fairness, fairness_http, http
 from pedro.evaluation.benchmarks.adapters import adapter_directories
+from pedro.evaluation.benchmarks.catalog import FAIRNESS_COLUMNS
 from pedro.evaluation.benchmarks.main import Benchmark, Options
 from pedro.evaluation.benchmarks.report import Report, Target, exactly
 from pedro.evaluation.benchmarks.rivals import Say
@@ -36,6 +37,7 @@ class Standing:
 
     server: http.Server
     admin_key: str
+    other_key: str  # of another tenant
     versions: tuple[int, ...]
 
 
@@ -43,6 +45,14 @@ def http_report(options: Options, say: Say) -> Report:
     """The cost of gateway and Serve."""
     with standing(options, say) as stand:
         return http.run(options, stand.server, say)
+
+
+def fairness_report(options: Options, say: Say) -> Report:
+    """Floods beside a quiet tenant: on the engine in process, then through the server."""
+    report = fairness.run(options, say)
+    with standing(options, say) as stand:
+        fairness_http.add(report, options, stand.server, stand.other_key, say)
+    return report
 
 
 def swap_report(options: Options, say: Say) -> Report:
@@ -111,6 +121,11 @@ def registry_report(options: Options, say: Say) -> Report:
 
 
 SERVER_BENCHMARKS = {
+    "fairness": Benchmark(
+        "a quiet tenant's first token beside the floods of another, in process and over HTTP",
+        fairness_report,
+        FAIRNESS_COLUMNS,
+    ),
     "dashboard": Benchmark(
         "the dashboard's pages among 10,000 runs and 500 adapters",
         bench_dashboard.dashboard_report,
@@ -152,13 +167,14 @@ def standing(options: Options, say: Say) -> Iterator[Standing]:
         registry.promote(f"{TENANT}.{ADAPTER}", versions[0])
         store = Store(settings.database_url)
         _, key = store.create_key(TENANT, ["infer"], "benchmark")
+        _, other_key = store.create_key("other", ["infer"], "benchmark")
         _, admin_key = store.create_key("operator", ["admin"], "benchmark")
         config = ServeConfig(backbone=str(backbone.directory), served_name=shape.name, threads=options.threads)
         served = deploy(settings, config, port=0, say=say)
         _restore(before)
         model = f"{TENANT}.{ADAPTER}"
         server = http.Server(shape.name, served.url, key, model, str(adapters[0]), str(backbone.directory))
-        yield Standing(server, admin_key, tuple(versions))
+        yield Standing(server, admin_key, other_key, tuple(versions))
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a driver whose head is gone hangs before it shows any error

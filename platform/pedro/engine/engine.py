@@ -24,7 +24,7 @@ from pedro.engine.pace import LONE_TOKENS, Pace
 from pedro.engine.runner import PrefillRow, Runner
 from pedro.engine.scheduler import Group, Limits, PrefillSlice, Scheduler
 from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
-from pedro.engine.steps import first_tokens, next_tokens
+from pedro.engine.steps import first_tokens, next_tokens, settle
 from pedro.errors import OverloadedError, PedroError, RateLimitError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,8 @@ class Engine:
             plan = self._scheduler.schedule(self._admit)
             self.idle = not plan
         for sequence in plan.preempted:
+            settle(self._runner, (*sequence.lends_to, sequence))
+        for sequence in plan.preempted:
             sequence.kept = self._runner.keep(sequence.slot)
             self._runner.release(sequence.slot)
             sequence.slots = []
@@ -193,6 +195,7 @@ class Engine:
     def _let_go(self) -> None:
         """Release what ended sequences held. On the step thread only: till then the model may be using it."""
         for sequence in self._left:
+            settle(self._runner, sequence.lends_to)
             for slot in sequence.slots:
                 self._runner.release(slot)
             sequence.slots = []
@@ -314,6 +317,7 @@ class Engine:
         """Give a running sequence its token; one that was finished meanwhile gets nothing."""
         if token_id < 0:
             log.error("request %s: the model's logits are not finite", sequence.request.id)
+            settle(self._runner, sequence.lends_to)
             for slot in sequence.slots:
                 self._runner.cache.wipe(slot)
             self._fail((sequence,))

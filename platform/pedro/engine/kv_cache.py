@@ -78,6 +78,12 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[targets, :, start:stop] = tensor[sources, :, start:stop]
 
+    def spread(self, source: int, targets: list[int], length: int) -> None:
+        """Give each target slot the first `length` positions of `source`."""
+        for tensor in (*self.keys, *self.values):
+            for target in targets:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
     def wipe(self, slot: int, length: int | None = None) -> None:
         """Zero a slot, or its first positions, that may hold numbers that are not finite: masked out, they would still
         poison what comes next."""

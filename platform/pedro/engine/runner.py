@@ -166,7 +166,7 @@ class Runner:
     @torch.inference_mode()
     def copy(self, source: int, targets: list[int], length: int) -> None:
         """Give the slots `targets` the first `length` positions of `source`, and its modulation."""
-        self.cache.move([source] * len(targets), targets, 0, length)
+        self.cache.spread(source, targets, length)
         self.modulation.copy(source, targets)
 
     @torch.inference_mode()

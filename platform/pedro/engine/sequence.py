@@ -201,6 +201,8 @@ class Sequence:
         self.slots: list[int] = []  # of the KV cache, while it has them; `slot` is the first
         self.slot = -1
         self.siblings: tuple[Sequence, ...] = ()  # the other answers to the same request
+        self.prompt_in: Sequence | None = None  # the sibling whose slot holds the prompt until this one's own does
+        self.lends_to: list[Sequence] = []  # the other way round
         self.kept: Kept | None = None  # what the runner kept of it when it was last preempted
         self.resumes = False  # whether it ran before: its vectors are made, its prompt is counted and given out
         self.stepped = 0  # the last step that it was decoded in

@@ -5,6 +5,8 @@ A sequence costs what it asks for: one that wants the likeliest token touches no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pedro.engine.beam import BeamSequence
 from pedro.engine.executor import Logits
 from pedro.engine.runner import DecodeRow, Runner
@@ -16,7 +18,11 @@ Made = tuple[Sequence, int, TokenLogprob | None]  # the token: -1 where the logi
 
 
 def first_tokens(runner: Runner, logits: Logits, groups: tuple[Group, ...]) -> list[list[Made]]:
-    """The first token of every answer, each from its group's one row of logits; then all its slots hold the prompt."""
+    """The first token of every answer, each from its group's one row of logits.
+
+    Then all slots of a beam search hold the prompt. Other answers of a group get it before their next token (`settle`),
+    since copies for many at once would hold up everybody.
+    """
     rows = [row for row, group in enumerate(groups) for _ in group]
     sequences = [sequence for group in groups for sequence in group]
     plain = [i for i, sequence in enumerate(sequences) if not isinstance(sequence, BeamSequence)]
@@ -27,15 +33,26 @@ def first_tokens(runner: Runner, logits: Logits, groups: tuple[Group, ...]) -> l
         if isinstance(sequence, BeamSequence):
             made[sequence] = (sequence, _advance(sequence, logits.values[row : row + 1])[0], None)
     for group in groups:
-        slots = [slot for sequence in group for slot in sequence.slots]
-        source = group[0].slot
-        if len(slots) > 1:
-            runner.copy(source, [slot for slot in slots if slot != source], group[0].length)
+        leader, *others = group
+        if leader.width > 1:
+            runner.copy(leader.slot, leader.slots[1:], leader.length)
+        for sequence in others:
+            sequence.prompt_in = leader
+        leader.lends_to = others
     return [[made[sequence] for sequence in group] for group in groups]
+
+
+def settle(runner: Runner, sequences: Iterable[Sequence]) -> None:
+    """Have the slots of `sequences` hold their prompts."""
+    for sequence in sequences:
+        leader, sequence.prompt_in = sequence.prompt_in, None
+        if leader is not None and sequence.state is not State.FINISHED:
+            runner.copy(leader.slot, [sequence.slot], len(sequence.request.prompt_ids))
 
 
 def next_tokens(runner: Runner, sequences: tuple[Sequence, ...]) -> list[Made]:
     """One decode step: the next token of every sequence."""
+    settle(runner, sequences)
     singles: list[Sequence] = []
     beams: list[BeamSequence] = []
     for sequence in sequences:

@@ -17,8 +17,9 @@ from pedro.engine.sequence import Output
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import Delta
 from pedro.serving.deltas import Deltas
-from pedro.serving.wire import HEARTBEAT_S, Slice, slice_s
+from pedro.serving.wire import HEARTBEAT_S, SLICE_S, Slice, slice_s
 
+TURNS = 4  # every part costs an item of the stream
 log = logging.getLogger("pedro.serving")
 
 
@@ -101,7 +102,7 @@ class Outlet:
         yield self._slice([])
         sent = ticked = self._loop.time()
         while True:
-            due = ticked + (slice_s(len(self)) if self._calls else HEARTBEAT_S)
+            due = ticked + (slice_s(len(self)) / self._turns if self._calls else HEARTBEAT_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
                     await self._wake.wait()
@@ -116,7 +117,10 @@ class Outlet:
                 yield self._slice(parts)
 
     def _collect(self, tick: bool) -> list[tuple[int, list[Delta] | PedroError]]:
-        """What leaves now: at the end of a slice everything, before it only first and last outputs."""
+        """What leaves now: first and last outputs at once, all else at the end of the call's slice of time.
+
+        Where there are many calls their slices end in turns, so that a first token never stands behind them all.
+        """
         parts, self._refused = self._refused, []
         due: dict[str, _Open] = {}
         while self._arrived:
@@ -131,7 +135,10 @@ class Outlet:
             if output.finish_reason is not None or not held.opened:
                 due[output.request_id] = held
         if tick:
-            due = {request_id: held for request_id, held in self._calls.items() if held.pending}
+            for request_id in list(self._calls)[: -(-len(self._calls) // self._turns)]:
+                held = self._calls[request_id] = self._calls.pop(request_id)  # the last of the next turns
+                if held.pending:
+                    due[request_id] = held
         for request_id, held in due.items():
             self._urgent.discard(request_id)
             held.opened = True
@@ -150,6 +157,11 @@ class Outlet:
             elif not held.unfinished:
                 self._forget(held.number)
         return parts
+
+    @property
+    def _turns(self) -> int:
+        """In how many parts the calls' slices end."""
+        return max(1, min(TURNS, int(slice_s(len(self)) / SLICE_S)))
 
     def _slice(self, parts: list[tuple[int, list[Delta] | PedroError]]) -> Slice:
         return Slice(self._count(), len(self), tuple(parts))

@@ -13,6 +13,10 @@ SERVING_COLUMNS = (
     *("engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"),
     *("ratio", "ratio_interval", "decode_ratio", "decode_ratio_interval"),
 )
+FAIRNESS_COLUMNS = (
+    *("where", "case", "requests", "ttft_p50_ms", "ttft_p95_ms", "ratio", "ratio_interval", "p50_ratio"),
+    *("token_p50_ms", "token_p95_ms", "token_ratio", "flood_tok_s", "flood_alone_tok_s"),
+)
 
 
 def _run(module: str, options: Options, say: Say) -> Report:
@@ -49,8 +53,7 @@ BENCHMARKS = {
     "fairness": _entry(
         "fairness",
         "a quiet tenant's first token beside the floods of another",
-        *("where", "case", "requests", "ttft_p50_ms", "ttft_p95_ms", "ratio", "ratio_interval", "p50_ratio"),
-        *("token_p50_ms", "token_p95_ms", "token_ratio", "flood_tok_s", "flood_alone_tok_s"),
+        *FAIRNESS_COLUMNS,
     ),
     "contention": _entry(
         "contention",

@@ -122,7 +122,15 @@ class Stable:
 
     def run(self, name: str, order: Mapping[str, Any]) -> dict[str, Any]:
         """One engine's figures. Raises RivalError from an engine that cannot do it."""
+        self.send(name, order)
+        return self.receive(name)
+
+    def send(self, name: str, order: Mapping[str, Any]) -> None:
+        """Have one engine begin, beside others."""
         self._rivals[name].send(order)
+
+    def receive(self, name: str) -> dict[str, Any]:
+        """The figures of what `send` began."""
         return self._rivals[name].receive(RUN_S)
 
     def skip(self, name: str, reason: str) -> None:

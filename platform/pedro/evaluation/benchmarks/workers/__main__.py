@@ -19,6 +19,7 @@ KINDS = {
     "continuous": ("pedro.evaluation.benchmarks.workers.transformers", "Continuous"),
     "peft": ("pedro.evaluation.benchmarks.workers.peft", "Peft"),
     "http": ("pedro.evaluation.benchmarks.workers.http", "Http"),
+    "tenant": ("pedro.evaluation.benchmarks.workers.tenant", "Tenant"),
     "floor": ("pedro.evaluation.benchmarks.workers.floor", "Floor"),
     "vllm": ("pedro.evaluation.benchmarks.workers.vllm", "Vllm"),
 }
