@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pedro import PedroConfig
+from pedro.methods import get_method
 
 VOCABULARY = 64
 SIZES = {
@@ -64,6 +65,18 @@ def tuned(model_type: str = "llama", seed: int = 1, changes: dict | None = None,
     """A tiny backbone with one random PEDRO adapter, in eval mode."""
     model = get_peft_model(tiny_backbone(model_type, **(changes or {})), PedroConfig(task_type="CAUSAL_LM", **options))
     return randomize(model, seed).eval()
+
+
+def late_prompt(model_type: str = "llama", attention: str = "sdpa", **options) -> nn.Module:
+    """A tiny backbone with soft tokens that matter, in eval mode."""
+    backbone = tiny_backbone(model_type)
+    backbone.set_attn_implementation(attention)
+    model = get_method("lpt").apply(backbone, {"r": 8, "tokens": 4, **options}).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, p in get_method("lpt").parameter_groups(model)[0]:
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.3)
+    return model
 
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 3) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from methods_models import late_prompt as tuned
 from methods_models import tiny_backbone, tokens
 
 from pedro.errors import BackboneError, ConfigError
@@ -9,18 +10,6 @@ from pedro.methods import get_method
 from pedro.methods.late_prompt import LatePromptLayer, extend_mask
 
 BACKBONES = ["llama", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox"]
-
-
-def tuned(model_type: str = "llama", attention: str = "sdpa", **options):
-    """A tiny backbone with soft tokens that matter."""
-    backbone = tiny_backbone(model_type)
-    backbone.set_attn_implementation(attention)
-    model = get_method("lpt").apply(backbone, {"r": 8, "tokens": 4, **options}).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, p in get_method("lpt").parameter_groups(model)[0]:
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.3)
-    return model
 
 
 @torch.no_grad()

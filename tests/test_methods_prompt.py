@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from methods_models import randomize, tiny_backbone, tokens, tuned
+from methods_models import late_prompt, randomize, tiny_backbone, tokens, tuned
 from peft import get_peft_model
-from transformers import StaticCache
+from transformers import GenerationConfig, StaticCache
 
 from pedro import PedroConfig
 from pedro.errors import ConfigError
@@ -36,6 +36,26 @@ def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Ten
         (f, torch.ones_like(r)) if side == "left" else (torch.ones_like(r), f) for f, r in zip(fill, rows, strict=True)
     ]
     return torch.stack([torch.cat(p) for p in pairs]), torch.stack([torch.cat(m) for m in masks])
+
+
+def contrast(model, input_ids, generation_config=None, **given) -> torch.Tensor:
+    """A search that is not transformers': looks at the two best next tokens, takes the one with the surer follower."""
+    use_cache, attention_mask = given["use_cache"], given["attention_mask"]
+    for _ in range(generation_config.max_new_tokens):
+        mask = torch.ones_like(input_ids)
+        mask[:, : attention_mask.shape[1]] = attention_mask
+        first = model(input_ids, attention_mask=mask, use_cache=use_cache)
+        best = first.logits[:, -1].topk(2).indices.flatten()  # [2 B]
+        mask = torch.cat([mask, mask[:, -1:]], dim=1).repeat_interleave(2, dim=0)
+        if use_cache:
+            first.past_key_values.batch_repeat_interleave(2)
+            tried = model(best[:, None], attention_mask=mask, past_key_values=first.past_key_values)
+        else:
+            rows = torch.cat([input_ids.repeat_interleave(2, dim=0), best[:, None]], dim=1)
+            tried = model(rows, attention_mask=mask, use_cache=False)
+        sure = tried.logits[:, -1].softmax(-1).amax(-1).view(-1, 2).argmax(-1, keepdim=True)
+        input_ids = torch.cat([input_ids, best.view(-1, 2).gather(1, sure)], dim=1)
+    return input_ids
 
 
 def boundary(kind: str, ids: torch.Tensor, mask: torch.Tensor, prompts: list[int], side: str) -> dict:
@@ -232,20 +252,104 @@ def test_a_wrong_boundary_is_refused_with_what_was_expected():
         model(ids, prompt_mask=torch.ones(2, 7))
 
 
-def test_reading_a_prompt_in_chunks_is_refused():
-    model, ids = tuned(), tokens(1, 8)
-    with pytest.raises(ConfigError, match="prefill_chunk_size: PEDRO reads a prompt in one piece"):
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, prefill_chunk_size=4)
+@pytest.mark.parametrize("make", [tuned, late_prompt])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size: (PEDRO|late prompt tuning) reads a prompt in one piece"),
+        ({"token_healing": True}, "token_healing: .* cannot tell a prompt that changes from its answer"),
+        ({"guidance_scale": 1.5}, "guidance_scale: .* guidance reads a second one"),
+        ({"negative_prompt_ids": tokens(1, 3)}, "negative_prompt_ids: "),
+        ({"cache_implementation": "paged"}, "cache_implementation: .* takes one sequence a row"),
+    ],
+)
+def test_what_reads_a_prompt_in_another_way_is_refused_by_name(make, option, message):
+    model, ids = make(), tokens(1, 8)
+    with pytest.raises(ConfigError, match=message):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **option)
+    if "negative_prompt_ids" not in option:  # no field of a generation config
+        config = GenerationConfig(max_new_tokens=2, **option)
+        with pytest.raises(ConfigError, match=message):
+            model.get_base_model().generate(ids, generation_config=config)
 
 
-def test_training_without_a_boundary_warns_of_the_leak():
-    model, ids = tuned().train(), tokens(1, 8)
-    with pytest.warns(UserWarning, match="training without labels, prompt_lens or prompt_mask"):
-        model(ids)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(ids, prompt_lens=torch.tensor([4]))
-        model.eval()(ids)
+def test_packed_rows_are_refused():
+    with pytest.raises(ConfigError, match="cu_seq_lens_q: PEDRO takes one sequence a row, and these are packed"):
+        tuned()(tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 3, 8]))
+
+
+CONDITIONED = {"pedro": tuned, "para": lambda: tuned(activation="gelu", pool="mean"), "lpt": late_prompt}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"custom_generate": contrast}]
+)
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_generation_without_a_cache_gives_the_tokens_of_generation_with_one(name, options):
+    model = CONDITIONED[name]()
+    ids, mask = padded([tokens(1, length, seed=length)[0] for length in (8, 5)], "left")
+    common = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, **options}
+    with_cache, without = (
+        model.generate(input_ids=ids, attention_mask=mask, use_cache=cached, **common) for cached in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_drafts_of_an_assistant_or_of_the_prompt_change_no_token(name):
+    model, ids = CONDITIONED[name](), tokens(1, 4).repeat(1, 3)
+    common = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(input_ids=ids, **common)
+    for draft in (
+        {"assistant_model": tiny_backbone()},
+        {"assistant_model": model},
+        {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1},
+    ):
+        assert torch.equal(model.generate(input_ids=ids, **common, **draft), plain), draft
+
+
+@torch.no_grad()
+def test_a_conversation_on_an_old_cache_keeps_the_first_prompts_vectors_and_warns():
+    model, ids = tuned(), tokens(1, 12)
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    with pytest.warns(UserWarning, match="past_key_values: .* vectors stay those of its first prompt"):
+        made = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    logits = model(made, prompt_lens=torch.tensor([6])).logits
+    assert torch.equal(logits[:, 11:-1].argmax(-1), made[:, 12:])
+
+
+@torch.no_grad()
+def test_an_adapter_that_transformers_loaded_has_the_same_boundary(tmp_path):
+    tuned().save_pretrained(tmp_path)
+    model, ids = tiny_backbone(), tokens(2, 8)
+    model.load_adapter(str(tmp_path))
+    made = [model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*made)
+
+
+def test_unloading_gives_the_backbones_own_generate_back():
+    assert "generate" not in vars(tuned().unload())
+
+
+def test_a_forward_call_without_a_boundary_warns_of_the_leak():
+    for make in (tuned, late_prompt):
+        model, ids = make().train(), tokens(1, 8)
+        with pytest.warns(UserWarning, match="training without labels, prompt_lens or prompt_mask"):
+            model(ids)
+        model.eval()
+        with pytest.warns(UserWarning, match="a forward call without labels, .*; pass prompt_lens"), torch.no_grad():
+            model(ids)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(ids, prompt_lens=torch.tensor([4]))
+            model(ids, labels=ids)
+            model(ids, use_cache=True)
+            model.generate(input_ids=ids, max_new_tokens=2, use_cache=False)
+            with model.disable_adapter():
+                model(ids)
 
 
 def test_a_failed_forward_pass_leaves_nothing_for_the_next():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -13,16 +13,18 @@ from pedro.methods.prompt import PromptPass
 class ConditionedTuner(BlockTuner):
     """A BlockTuner with one PromptPass, which follows every forward pass of the model and is shared by all layers."""
 
+    title: ClassVar[str]  # the method's, for messages
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
         present = next(self.layers(), None)
         if present is not None:
             self._prompts = present.prompts
         else:
-            self._prompts = PromptPass()
+            self._prompts = PromptPass(self.title)
             self._prompts.attach(model)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        self._prompts.detach()
+        self._prompts.detach(model)
         return model

@@ -107,7 +107,8 @@ class LatePromptLayer(BlockLayer):
         names = list(inspect.signature(block.forward).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden, first = given.pop(names[0]), block is self.places.block
-        if self.prompts.prompt is None:  # decoding: the soft tokens lie in this layer's cache
+        prompt = self.prompts.read() if first else self.prompts.prompt
+        if prompt is None:  # decoding: the soft tokens lie in this layer's cache
             cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
             assert cache is not None, "decoding without a cache"
             behind = cache.get_seq_length(self._numbers[id(block)]) - (cache.get_seq_length(0) - hidden.shape[1])
@@ -115,7 +116,7 @@ class LatePromptLayer(BlockLayer):
             return (hidden,), given
         if first:
             (name,) = self.live()[:1]
-            soft = self(hidden, self.prompts.prompt.to(hidden.device), name)
+            soft = self(hidden, prompt.to(hidden.device), name)
             self._added = soft.shape[1]
             hidden = torch.cat([soft.to(hidden.dtype), hidden], dim=1)
         given["attention_mask"] = extend_mask(given.get("attention_mask"), self._added, rows=True)
@@ -176,6 +177,7 @@ class LatePromptModel(ConditionedTuner):
     prefix = "late_prompt_"
     tuner_layer_cls = LatePromptLayer
     child = CHILD
+    title = "late prompt tuning"
     no_merge = "soft tokens depend on the prompt, so no weights can hold them"
 
     def check(self, config: LatePromptConfig, architecture: Architecture) -> None:

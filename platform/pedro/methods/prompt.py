@@ -1,8 +1,10 @@
 """Which tokens of a batch are prompt, and the vectors' life on the KV cache. Knows nothing of adapters' weights.
 
 The answer must never condition the vectors, or training leaks it. So the boundary is, in this order: `prompt_mask`,
-`prompt_lens`, the labels (a batch with labels never falls through), and only without any of them, as in generation,
-everything that is attended. Shapes: B rows, T tokens of this call.
+`prompt_lens`, the labels (a batch with labels never falls through), within `generate()` the columns that it was called
+with, and only without any of them everything that is attended. That last is a guess, and warned of, unless the call
+keeps a KV cache (`use_cache=True` or `past_key_values`), as one that reads a prompt does. A call that goes on from a
+filled cache keeps the vectors that lie with it: those of its first prompt. Shapes: B rows, T tokens of this call.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pedro.errors import ConfigError
+from pedro.methods.generation import check_generation, prompt_width
 
 IGNORED = -100  # the label of a token without supervision, as in transformers
 PROMPT_ARGUMENTS = ("prompt_lens", "prompt_mask")
+PACKED = ("cu_seq_lens_q", "block_table")  # what comes with several sequences in one row
 KEPT = "pedro_vectors"
 
 Vectors = dict[str, torch.Tensor]  # target -> [B, width], of one layer
@@ -31,36 +35,76 @@ class PromptPass:
     Shared by the hooks on the model, which open and close it, and by every layer, which reads or fills it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, title: str) -> None:
+        self.title = title  # the method's, for messages
         self.prompt: torch.Tensor | None = None  # [B, T] bool; None while decoding with kept vectors
         self.adapter_names: list[str] | None = None  # one a row, set for the length of a mixed-batch call
         self.vectors: dict[int, Vectors] = {}  # by layer
         self.open = False
+        self._width: int | None = None  # columns of the prompt, for the length of a call of generate()
+        self._guess = ""  # why `prompt` is no more than a guess
         self._handles: list[RemovableHandle] = []
 
-    def attach(self, model: nn.Module) -> None:
-        """Follow every forward pass of `model`, from before its first module to after its last."""
+    def attach(self, model: Any) -> None:
+        """Follow every forward pass of `model`, from before its first module to after its last, and its generate()."""
         self._handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
             model.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
+        if hasattr(model, "generate"):
+            self._model, self._generate = model, model.generate
+            model.generate = self.generate
 
-    def detach(self) -> None:
-        """Take the hooks of `attach` off again."""
+    def detach(self, model: Any) -> None:
+        """Take off again what `attach` put on."""
         for handle in self._handles:
             handle.remove()
+        if vars(model).get("generate") == self.generate:
+            del model.generate
 
-    def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's generate(): what it is called with is the prompt, whatever is generated after it.
+
+        A call within a call, as of a model that assists itself, keeps the outer one's prompt. Raises ConfigError for
+        what reads a prompt in another way.
+        """
+        given = inspect.signature(type(self._model).generate).bind(self._model, *args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        outer = self._width
+        if outer is None:
+            check_generation(self.title, given, self._model.generation_config)
+            self._width = prompt_width(given)
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._width = outer
+
+    def before(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Find the prompt of this call, or the vectors kept since the prompt was read. Takes our arguments off."""
         given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
         kwargs = {name: value for name, value in kwargs.items() if name not in PROMPT_ARGUMENTS}
         cache = given.get("past_key_values")
-        self.open = True
+        self.open, self._guess = True, ""
         if cache is not None and cache.get_seq_length() > 0:
             self.prompt, self.vectors = None, getattr(cache, KEPT, {})
-        else:
-            self.prompt, self.vectors = find_prompt(given, model.training), {}
+            return args, kwargs
+        if packed := [name for name in PACKED if given.get(name) is not None]:
+            raise ConfigError(
+                f"{packed[0]}: {self.title} takes one sequence a row, and these are packed; pad them instead "
+                "(generate() in place of generate_batch())",
+                param=packed[0],
+            )
+        self.prompt, self.vectors = find_prompt(given, self._width), {}
+        if self._width is None:
+            self._guess = _guessed(model, given)
         return args, kwargs
+
+    def read(self) -> torch.Tensor | None:
+        """`prompt`, for a layer that now makes something of it; warns where it is a guess."""
+        if self._guess:
+            warnings.warn(self._guess, stacklevel=2)
+            self._guess = ""
+        return self.prompt
 
     def after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Keep the vectors with the KV cache that they belong to, and forget this pass."""
@@ -72,8 +116,8 @@ class PromptPass:
         self.prompt, self.vectors, self.open = None, {}, False
 
 
-def find_prompt(given: dict[str, Any], training: bool) -> torch.Tensor:
-    """Which positions [B, T] condition the vectors, from the arguments of a forward call.
+def find_prompt(given: dict[str, Any], width: int | None = None) -> torch.Tensor:
+    """Which positions [B, T] condition the vectors, from the arguments of a forward call, or the columns of a prompt.
 
     A row's first attended token always counts as prompt: nothing before it could have predicted it; in a row of
     padding only, the first token does. Raises ConfigError for a `prompt_mask` or `prompt_lens` that does not fit.
@@ -98,15 +142,27 @@ def find_prompt(given: dict[str, Any], training: bool) -> torch.Tensor:
     elif labels is not None and labels.shape == attended.shape:
         supervised = (labels.to(attended.device) != IGNORED) & attended
         prompt = attended & (supervised.cumsum(dim=1) == 0)
+    elif width is not None:
+        prompt = attended & (torch.arange(attended.shape[1], device=attended.device) < width)
     else:
-        if training and labels is None and torch.is_grad_enabled():
-            warnings.warn(
-                "training without labels, prompt_lens or prompt_mask: every attended token conditions the vectors, "
-                "the answer's too if there is one; pass prompt_lens",
-                stacklevel=2,
-            )
         return attended
     return prompt | (attended & (rank == 1))
+
+
+def _guessed(model: Any, given: dict[str, Any]) -> str:
+    """What to say of a call that takes all of a row for the prompt though nobody said so; empty where it is clear.
+
+    A model without generate(), as a classifier, has no answer in its rows, and who keeps a cache reads a prompt.
+    """
+    told = any(given.get(name) is not None for name in (*PROMPT_ARGUMENTS, "labels", "past_key_values"))
+    if told or given.get("use_cache") or not getattr(model, "can_generate", lambda: False)():
+        return ""
+    learning = model.training and torch.is_grad_enabled()
+    return (
+        f"{'training' if learning else 'a forward call'} without labels, prompt_lens or prompt_mask: every attended "
+        "token conditions the vectors, the answer's too if there is one; pass prompt_lens"
+        + ("" if learning else " (or use_cache=True where all of it is prompt)")
+    )
 
 
 def find_attended(given: dict[str, Any]) -> torch.Tensor:

@@ -108,7 +108,7 @@ class PedroLayer(BlockLayer):
             raise RuntimeError(
                 "call the model that carries the adapter, not a part of it: its prompts are unknown here"
             )
-        prompt = self.prompts.prompt
+        prompt = self.prompts.read()
         if prompt is None:
             vectors = self.prompts.vectors.get(self.index)
             if vectors is None:

@@ -23,6 +23,7 @@ class PedroModel(ConditionedTuner):
     prefix = "pedro_"
     tuner_layer_cls = PedroLayer
     child = CHILD
+    title = "PEDRO"
     no_merge = "PEDRO's vectors depend on the prompt, so no weights can hold them"
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
@@ -51,12 +52,6 @@ class PedroModel(ConditionedTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Mixed batches: `adapter_names`, one a row, "__base__" for none; repeated for beams and returned sequences."""
-        if _option("prefill_chunk_size", kwargs):
-            raise ConfigError(
-                "prefill_chunk_size: PEDRO reads a prompt in one piece, since its last token makes the vectors; "
-                "leave it out",
-                param="prefill_chunk_size",
-            )
         names = kwargs.get("adapter_names")
         if names is None:
             yield
