@@ -279,25 +279,28 @@ BAD_COMPLETIONS = [
     ({"max_tokens": 10**4000}, "max_tokens"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
     ({"n": 0}, "n"),
     ({"n": 9}, "n"),
     ({"n": 5, "prompt": ["a", "b"]}, "n"),
     ({"seed": 2**63}, "seed"),
     ({"seed": "x"}, "seed"),
-    ({"stop": ""}, "stop"),
-    ({"stop": [""]}, "stop"),
     ({"stop": [1]}, "stop"),
     ({"stop": ["x"] * 17}, "stop"),
     ({"stop": ["x", "y" * 257]}, "stop"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"stream": "yes"}, "stream"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
     ({"stream": True, "stream_options": 5}, "stream_options"),
-    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"min_tokens": 3}, "min_tokens"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
+    ({"guided_json": {"type": "object"}}, "guided_json"),
+    ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+    ({"request_id": "x"}, "request_id"),
+    ({"priority": 1}, "priority"),
+    ({"seed": 1.5}, "seed"),
     ({"top_k": -2}, "top_k"),
     ({"top_k": 2**31}, "top_k"),
     ({"min_p": 2}, "min_p"),
@@ -355,6 +358,10 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages[0].name"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
     ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    ({"add_generation_prompt": False}, "add_generation_prompt"),
+    ({"continue_final_message": True}, "continue_final_message"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
     ({"max_completion_tokens": 2**31}, "max_completion_tokens"),
@@ -385,8 +392,94 @@ def test_a_bad_chat_is_a_400_that_names_the_field(http, change, param):
 def test_every_mistake_of_a_body_is_told_at_once(http):
     message = error_of(complete(http, temperature=9, n="two", hue=1))["message"]
     assert "temperature: expected <= 2.0, got 9" in message
-    assert "n: expected a whole number, got 'two'" in message
+    assert 'n: expected a whole number, got "two"' in message
     assert "Unrecognized request argument supplied: hue" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"temprature": 1}, "(did you mean temperature?)"),
+        ({"stream": True, "stream_options": {"include_usag": True}}, "(did you mean include_usage?)"),
+        ({"ignore_eos": None, "echo": [True, None]}, "got [true, null]"),
+        ({"min_tokens": 3}, "got 3; an answer ends where the model ends it"),
+    ],
+)
+def test_a_mistake_is_told_in_jsons_words_with_what_was_meant_or_why(http, change, told):
+    assert told in error_of(complete(http, **change))["message"]
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"role": "user", "content": "a", "name": "bob"}, "write it into the content"),
+        ({"role": "tool", "content": "a", "tool_call_id": "call_1"}, "tool calling is not supported"),
+        ({"role": "tool", "content": "a"}, "tool calling is not supported"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "call_1"}]}, "tool calling is not supported"),
+    ],
+    ids=["name", "tool", "tool without an id", "tool_calls"],
+)
+def test_what_a_prompt_format_cannot_carry_is_refused_with_the_reason(http, message, told):
+    assert told in error_of(chat(http, messages=[{"role": "user", "content": "a"}, message]))["message"]
+
+
+VLLM = [
+    "use_beam_search",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "length_penalty",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "prompt_logprobs",
+    "allowed_token_ids",
+    "bad_words",
+    "add_special_tokens",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding_backend",
+    "guided_whitespace_pattern",
+    "structural_tag",
+    "priority",
+    "request_id",
+    "session_id",
+    "logits_processors",
+    "return_tokens_as_token_ids",
+    "return_token_ids",
+    "return_token_offsets",
+    "cache_salt",
+    "kv_transfer_params",
+    "vllm_xargs",
+    "repetition_detection",
+]
+VLLM_CHAT = [
+    "echo",
+    "add_generation_prompt",
+    "continue_final_message",
+    "documents",
+    "chat_template",
+    "chat_template_kwargs",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "include_reasoning",
+    "reasoning_effort",
+    "thinking_token_budget",
+]
+
+
+@pytest.mark.parametrize(("kind", "names"), [(CompletionRequest, VLLM), (ChatRequest, VLLM + VLLM_CHAT)])
+def test_every_field_that_vllms_server_documents_is_known(kind, names):
+    assert not set(names) - kind.model_fields.keys() - kind.harmless.keys()
 
 
 def test_more_mistakes_than_anybody_reads_are_counted_and_not_described(http):

@@ -134,6 +134,45 @@ def test_beam_search_is_asked_for_as_of_vllms_server(gateway, client, asked, n, 
     assert (last_call(gateway).n, last_call(gateway).params) == (n, greedy | params)
 
 
+@pytest.mark.parametrize(
+    ("asked", "params"),
+    [
+        ({"top_p": 0}, {"top_p": 1.0, "top_k": 1}),
+        ({"seed": 1.0}, {"seed": 1}),
+        ({"top_logprobs": 0}, {}),
+        ({"stop": ""}, {}),
+        ({"stop": ["", "x"]}, {"stop": ("x",)}),
+        ({"stream_options": {}}, {}),
+        ({"stream_options": {"include_usage": True}}, {}),
+        ({"extra_body": {"min_tokens": 0, "skip_special_tokens": True, "chat_template_kwargs": {}}}, {}),
+        ({"extra_body": {"add_generation_prompt": True, "continue_final_message": False, "cache_salt": "x"}}, {}),
+    ],
+    ids=str,
+)
+def test_what_openai_and_vllm_accept_is_accepted(gateway, client, asked, params):
+    parts = [{"type": "input_text", "text": "a "}, {"type": "text", "text": "b"}]
+    client.chat.completions.create(model=BACKBONE, messages=[{"role": "user", "content": parts}], max_tokens=1, **asked)
+    assert last_call(gateway).params == {"temperature": 1.0, "top_p": 1.0, "max_tokens": 1} | params
+    assert last_call(gateway).messages[0]["content"] == "a b"
+
+
+def test_usage_so_far_is_in_every_chunk_where_asked_for(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        client.completions.create(model=BACKBONE, prompt="a b", max_tokens=3, stream=True, stream_options=options)
+    )
+    assert [chunk.usage.completion_tokens for chunk in chunks] == [1, 2, 3, 3]
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {2}
+
+
+def test_obfuscation_makes_chunks_of_whole_blocks(gateway):
+    body = {"model": BACKBONE, "prompt": "a bbbbbbbbb ccc", "max_tokens": 3, "stream": True}
+    frames = events(gateway, "/v1/completions", {**body, "stream_options": {"include_obfuscation": True}})
+    assert all(json.loads(frame)["obfuscation"] for frame in frames[:-1])
+    assert len({len(frame) for frame in frames[:-2]}) == 1
+    assert "obfuscation" not in "".join(events(gateway, "/v1/completions", body))
+
+
 def test_sampling_fields_and_extensions_reach_the_backend_under_the_engines_names(gateway, client):
     client.completions.create(
         model=BACKBONE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,12 @@ from pedro.gateway.backend import Backend, Delta, GenerateCall
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.errors import stream_error_body
 from pedro.gateway.quotas import Ticket, prompt_estimate
+from pedro.gateway.schemas import StreamOptions
 from pedro.gateway.shapes import Choice, Shape, envelope, usage
 from pedro.gateway.streams import FanIn, while_connected
 
+BLOCK = 64  # bytes
+NO_OPTIONS = StreamOptions()
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -32,7 +36,7 @@ STREAM_HEADERS = [
 
 
 class Answer(Response):
-    """An ASGI response. `stream`: send events; `include_usage`: with a last chunk that counts tokens.
+    """An ASGI response. `stream`: send events, with what `options` adds to them.
 
     `ticket` is settled with the tokens used, however the response ends.
     """
@@ -45,11 +49,11 @@ class Answer(Response):
         ticket: Ticket,
         *,
         stream: bool = False,
-        include_usage: bool = False,
+        options: StreamOptions = NO_OPTIONS,
     ) -> None:
         super().__init__()
         self._backend, self._calls, self._shape, self._ticket = backend, calls, shape, ticket
-        self._stream, self._include_usage = stream, include_usage
+        self._stream, self._options = stream, options
         self._choices = [
             [Choice(number * call.n + index) for index in range(call.n)] for number, call in enumerate(calls)
         ]
@@ -88,7 +92,7 @@ class Answer(Response):
                     if events:
                         await send({"type": "http.response.body", "body": events, "more_body": True})
                 self._check_finished()
-                last = self._usage_event() if self._include_usage else b""
+                last = self._usage_event() if self._options.include_usage else b""
             except Exception as error:  # noqa: BLE001 (the status is sent: the stream itself must tell)
                 last = _event(stream_error_body(error, request_id))
         await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
@@ -98,9 +102,13 @@ class Answer(Response):
         return b"".join(self._chunk([entry]) for entry in self._shape.chunks(choice, delta))
 
     def _chunk(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
-        if self._include_usage:
-            extra = {"usage": None, **extra}
-        return _event({**envelope(self._shape, self._shape.chunk_object, choices, self._fingerprint), **extra})
+        if self._options.include_usage:
+            so_far = usage(self._choices) if self._options.continuous_usage_stats else None
+            extra = {"usage": so_far, **extra}
+        body = {**envelope(self._shape, self._shape.chunk_object, choices, self._fingerprint), **extra}
+        if self._options.include_obfuscation:  # fills up to whole blocks: a chunk's size does not tell its text
+            body["obfuscation"] = secrets.token_hex(BLOCK // 2)[: BLOCK - len(_event(body)) % BLOCK]
+        return _event(body)
 
     def _usage_event(self) -> bytes:
         return self._chunk([], usage=usage(self._choices))

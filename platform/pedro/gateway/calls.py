@@ -56,7 +56,7 @@ def chat_call(request: ChatRequest, *, tenant: str, trace_id: str, max_choices: 
     if wide > max_choices:
         field = "n" if wide == n else "best_of"
         raise PedroError(f"{field}: {wide} exceeds {max_choices} choices a request", param=field)
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise PedroError("top_logprobs: needs logprobs to be true", param="top_logprobs")
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) > 1:
@@ -86,8 +86,6 @@ def plain_messages(messages: Sequence[Message]) -> tuple[Mapping[str, str], ...]
 
 
 def _check_shared(request: SamplingFields) -> None:
-    if request.stream_options is not None and not request.stream:
-        raise PedroError("stream_options: needs stream to be true", param="stream_options")
     n, width = request.n or 1, request.best_of
     if request.use_beam_search:
         if request.stream:
@@ -133,6 +131,8 @@ def _params(request: SamplingFields) -> dict[str, Any]:
         params["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.top_k is not None and request.top_k > 0:
         params["top_k"] = request.top_k
+    if params["top_p"] == 0:  # the smallest set of tokens that there is: the likeliest one
+        params |= {"top_p": 1.0, "top_k": 1}
     if request.use_beam_search:
         params |= {"temperature": 0.0, "num_beams": _width(request)}
         params |= {name: getattr(request, name) for name in _BEAMS if getattr(request, name) is not None}

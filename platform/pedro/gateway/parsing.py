@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +11,7 @@ from pydantic import ValidationError
 
 from pedro.errors import PedroError
 from pedro.gateway.schemas import Body
+from pedro.gateway.vllm_fields import REASONS
 
 MAX_ITEMS = 4096  # of a list of bodies, messages for one
 MAX_SHOWN_VALUE = 80
@@ -43,7 +46,7 @@ def parse(kind: type[Model], body: bytes) -> Model:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise _user_error(error) from None
+        raise _user_error(error, kind) from None
 
 
 def _drop_harmless(kind: type[Body], value: dict, prefix: str) -> None:
@@ -51,7 +54,9 @@ def _drop_harmless(kind: type[Body], value: dict, prefix: str) -> None:
         given = value.pop(name)
         if given is not None and not any(type(given) is type(ok) and given == ok for ok in kind.harmless[name]):
             field = prefix + name
-            raise PedroError(f"{field}: not supported, got {_shown(given)}", param=field, code="unsupported_parameter")
+            reason = f"; {REASONS[name]}" if name in REASONS else ""
+            message = f"{field}: not supported, got {_shown(given)}{reason}"
+            raise PedroError(message, param=field, code="unsupported_parameter")
 
 
 _EXPECTED: dict[str, Callable[[dict], str]] = {
@@ -63,7 +68,7 @@ _EXPECTED: dict[str, Callable[[dict], str]] = {
     "list_type": lambda ctx: "expected a list",
     "dict_type": lambda ctx: "expected an object",
     "model_type": lambda ctx: "expected an object",
-    "literal_error": lambda ctx: f"expected {ctx['expected']}",
+    "literal_error": lambda ctx: "expected " + ctx["expected"].replace("'", '"'),
     "value_error": lambda ctx: str(ctx["error"]),
     "greater_than_equal": lambda ctx: f"expected >= {ctx['ge']}",
     "greater_than": lambda ctx: f"expected > {ctx['gt']}",
@@ -74,7 +79,7 @@ _EXPECTED: dict[str, Callable[[dict], str]] = {
 }
 
 
-def _user_error(error: ValidationError) -> PedroError:
+def _user_error(error: ValidationError, kind: type[Body]) -> PedroError:
     if error.error_count() > MAX_LISTED_ERRORS:
         message = f"The request body has {error.error_count():,} mistakes, too many to list."
         return PedroError(message, code="invalid_value")
@@ -83,7 +88,7 @@ def _user_error(error: ValidationError) -> PedroError:
     for problem in problems[:MAX_SHOWN_ERRORS]:
         field = _field(problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"Unrecognized request argument supplied: {field}")
+            lines.append(f"Unrecognized request argument supplied: {field}{_nearest(kind, problem['loc'])}")
         elif problem["type"] == "missing":
             lines.append(f"{field}: is required")
         else:
@@ -100,6 +105,16 @@ def _user_error(error: ValidationError) -> PedroError:
     )
 
 
+def _nearest(kind: type[Body], location: tuple[int | str, ...]) -> str:
+    """The known field that an unknown one may be meant for."""
+    for part in location[:-1]:
+        if isinstance(part, str):
+            kind = kind.parts.get(part, kind)
+    known = [*kind.model_fields, *kind.harmless]
+    close = difflib.get_close_matches(str(location[-1])[:64], known, n=1, cutoff=0.7)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 def _field(location: tuple[int | str, ...]) -> str:
     """("messages", 0, "content") is "messages[0].content"."""
     name = ""
@@ -109,5 +124,6 @@ def _field(location: tuple[int | str, ...]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    """As JSON writes it, which is how the client wrote it."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= MAX_SHOWN_VALUE else text[: MAX_SHOWN_VALUE - 3] + "..."

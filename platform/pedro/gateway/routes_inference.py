@@ -15,7 +15,7 @@ from pedro.gateway.calls import chat_call, completion_calls
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.parsing import parse
 from pedro.gateway.quotas import reservation
-from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields
+from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields, StreamOptions
 from pedro.gateway.shapes import ChatShape, CompletionShape
 from pedro.store import INFER
 
@@ -50,4 +50,4 @@ def _context(request: Request, caller: Principal) -> dict:
 
 def _delivery(wanted: SamplingFields) -> dict:
     options = wanted.stream_options
-    return {"stream": bool(wanted.stream), "include_usage": bool(options and options.include_usage)}
+    return {"stream": bool(wanted.stream), "options": options or StreamOptions()}

@@ -1,8 +1,9 @@
 """The bodies of requests: what is read, with which bounds, and what is refused. Knows nothing of models.
 
-Every field that OpenAI documents is recognised. One that cannot be honoured is refused by name unless it asks for
-what happens anyway; an unknown one is refused by name too: no setting is dropped in silence. Fields OpenAI does not
-have (`top_k`, `conditioning_length`, ...) are marked as extensions; the `openai` client sends them by `extra_body`.
+Every field that OpenAI or vLLM's server documents is recognised. One that cannot be honoured is refused by name unless
+it asks for what happens anyway; an unknown one is refused by name too: no setting is dropped in silence. Fields OpenAI
+does not have (`top_k`, `conditioning_length`, ...) are marked as extensions; the `openai` client sends them by
+`extra_body`.
 Beam search has the names of vLLM's server, and so do the tokenizer's requests.
 Reference: https://platform.openai.com/docs/api-reference/completions and .../chat,
 https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
@@ -10,24 +11,34 @@ https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
+from pedro.gateway import vllm_fields
+
 INT32, INT64 = 2**31, 2**63
 MAX_STOP_LENGTH = 256  # characters; each is sought at every token
 MAX_BIASES = 1024
+TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 def _stop(value: Any) -> Any:
     if value is None:
         return ()
+    """An empty text stops nothing."""
     items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
-        raise ValueError("expected a non-empty string or a list of them")
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise ValueError("expected a string or a list of strings")
     if any(len(item) > MAX_STOP_LENGTH for item in items):
         raise ValueError(f"expected at most {MAX_STOP_LENGTH} characters each")
-    return tuple(items)
+    return tuple(item for item in items if item)
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 1.0 is 1."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def _prompts(value: Any) -> Any:
@@ -61,8 +72,8 @@ def _content(value: Any) -> Any:
         return value
     if isinstance(value, list) and value:
         for part in value:
-            if isinstance(part, dict) and part.get("type") not in (None, "text"):
-                raise ValueError(f"only text parts are supported, found type '{part['type']}'")
+            if isinstance(part, dict) and part.get("type") not in TEXT_PARTS:
+                raise ValueError(f"only text parts are supported, found type {json.dumps(part['type'])}")
         if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
             return "".join(part["text"] for part in value)
     raise ValueError("expected a string or a list of text parts")
@@ -79,6 +90,7 @@ def _biases(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
+Whole = BeforeValidator(_whole)
 Stop = Annotated[tuple[str, ...], BeforeValidator(_stop), Field(max_length=16)]
 Prompts = Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
 Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]
@@ -100,8 +112,9 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    harmless = {"include_obfuscation": (False,)}
-    include_usage: bool | None = None
+    include_usage: bool | None = None  # a whole answer always has it
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None  # extension: with include_usage, the usage so far in every chunk
 
 
 class SamplingFields(Body):
@@ -111,12 +124,13 @@ class SamplingFields(Body):
     sent whole: `stream`, and a temperature above 0, are refused.
     """
 
+    harmless = vllm_fields.SHARED
     parts = {"stream_options": StreamOptions}
     model: ModelName
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    n: Annotated[int | None, Field(ge=1, le=128)] = None
-    seed: Annotated[int | None, Field(ge=-INT64, lt=INT64)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None  # 0: the likeliest token alone
+    n: Annotated[int | None, Field(ge=1, le=128), Whole] = None
+    seed: Annotated[int | None, Field(ge=-INT64, lt=INT64), Whole] = None
     stop: Stop = ()
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
@@ -124,14 +138,18 @@ class SamplingFields(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # OpenAI's mark for abuse reports: has no effect on the answer
+    cache_salt: str | None = None  # vLLM's: nothing is shared between prompts, so there is nothing to salt
+    session_id: str | None = None  # vLLM's: has no effect on the answer
     # extensions
-    top_k: Annotated[int | None, Field(ge=-1, lt=INT32)] = None  # 0 and -1: off
+    top_k: Annotated[int | None, Field(ge=-1, lt=INT32), Whole] = None  # 0 and -1: off
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=64)] = None
     ignore_eos: bool | None = None
     use_beam_search: bool | None = None
-    best_of: Annotated[int | None, Field(ge=1, le=128)] = None  # beams kept; without beam search it must equal `n`
+    best_of: Annotated[int | None, Field(ge=1, le=128), Whole] = (
+        None  # beams kept; without beam search it must equal `n`
+    )
     length_penalty: Annotated[float | None, Field(ge=-10, le=10)] = (
         None  # power of the length that divides a beam's score
     )
@@ -139,12 +157,18 @@ class SamplingFields(Body):
 
 
 class CompletionRequest(SamplingFields):
-    harmless = {"suffix": ("",)}
+    harmless = {**SamplingFields.harmless, **vllm_fields.COMPLETION, "suffix": ("",)}
     prompt: Prompts
-    max_tokens: Annotated[int | None, Field(ge=0, lt=INT32)] = None
-    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    max_tokens: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None
+    logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None
     echo: bool | None = None
     conditioning_length: Lengths | None = None  # extension: how many first tokens of each prompt condition the vectors
+
+
+def _role(value: Any) -> Any:
+    if value in ("tool", "function"):
+        raise ValueError(f"{vllm_fields.REASONS['tools']}; expected system, developer, user or assistant")
+    return value
 
 
 class Message(Body):
@@ -157,13 +181,15 @@ class Message(Body):
         "tool_call_id": (),
         "function_call": (),
     }
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_role)]
     content: Content
 
 
 class ChatRequest(SamplingFields):
     parts = {**SamplingFields.parts, "messages": Message}
     harmless = {
+        **SamplingFields.harmless,
+        **vllm_fields.CHAT,
         "audio": (),
         "function_call": ("none", "auto"),
         "functions": ([],),
@@ -181,10 +207,10 @@ class ChatRequest(SamplingFields):
         "web_search_options": (),
     }
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int | None, Field(ge=1, lt=INT32)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1, lt=INT32)] = None
+    max_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None
     # For OpenAI's bookkeeping, not for the answer:
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
@@ -198,11 +224,7 @@ class TokenizeRequest(Body):
 
     parts = {"messages": Message}
     harmless = {
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "mm_processor_kwargs": ({},),
+        **{name: ok for name, ok in vllm_fields.CHAT_PROMPT.items() if name != "add_special_tokens"},
         "tools": ([],),
     }
     model: ModelName | None = None  # the backbone's tokenizer if not given

@@ -1,0 +1,86 @@
+"""The request fields of vLLM's server that this one does not honour: which values ask for nothing, and why not others.
+
+Fields that it does honour stand in the schemas. Knows nothing of how requests are read.
+Reference: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html ("Extra parameters")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Harmless = dict[str, tuple[Any, ...]]
+
+SHARED: Harmless = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "detokenize": (True,),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "request_id": (),
+    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),  # none are shown
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "vllm_xargs": ({},),
+    **{f"guided_{name}": () for name in ("json", "regex", "choice", "grammar", "decoding_backend")},
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
+}
+COMPLETION: Harmless = {
+    "add_special_tokens": (True,),
+    "prompt_embeds": (),
+    "response_format": ({"type": "text"},),
+}
+CHAT_PROMPT: Harmless = {  # how messages become a prompt; /tokenize has these too
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+}
+CHAT: Harmless = {
+    **CHAT_PROMPT,
+    "documents": ([],),
+    "echo": (False,),
+    "include_reasoning": (True, False),  # there is no reasoning to include
+    "thinking_token_budget": (),
+}
+
+_STRUCTURED = "answers are not held to a grammar or a schema"
+_FORMAT = "the prompt's format is the adapter's own, the one that it was trained with"
+_TOOLS = "tool calling is not supported, since prompt formats have no place for it"
+REASONS: dict[str, str] = {
+    **dict.fromkeys(
+        (name for name in SHARED if name.startswith(("guided_", "struct"))),
+        _STRUCTURED,
+    ),
+    **dict.fromkeys((*CHAT_PROMPT, "documents", "reasoning_effort"), _FORMAT),
+    **dict.fromkeys(("tools", "tool_choice", "tool_calls", "tool_call_id", "functions", "function_call"), _TOOLS),
+    "name": "prompt formats have no place for a speaker's name; write it into the content",
+    "response_format": _STRUCTURED,
+    "min_tokens": "an answer ends where the model ends it; ignore_eos makes it go on to max_tokens",
+    "skip_special_tokens": "special tokens are never shown; logprobs name every token",
+    "include_stop_str_in_output": "the stop text is never part of the answer",
+    "request_id": "send it as the x-request-id header",
+    "priority": "a busy engine is shared by tenant, not by request",
+    "prompt_logprobs": "use echo with logprobs on /v1/completions",
+    "truncate_prompt_tokens": "shorten the prompt before sending it",
+    "allowed_token_ids": "use logit_bias",
+    "bad_words": "use logit_bias",
+    "logits_processors": "code of callers is not run",
+    "mm_processor_kwargs": "prompts are text",
+    "media_io_kwargs": "prompts are text",
+    "prompt_embeds": "send text or token ids",
+}
