@@ -9,15 +9,16 @@ import sys
 import psutil
 import pytest
 
-from pedro.evaluation.benchmarks import contention, serving
+from pedro.evaluation.benchmarks import contention, fairness, serving
 from pedro.evaluation.benchmarks.adapters import adapter_directories
+from pedro.evaluation.benchmarks.bench_engine import BenchEngine
 from pedro.evaluation.benchmarks.catalog import BENCHMARKS
 from pedro.evaluation.benchmarks.efficiency import copy_limit_tok_s
 from pedro.evaluation.benchmarks.main import main
 from pedro.evaluation.benchmarks.report import Report, Target, exactly
 from pedro.evaluation.benchmarks.rivals import RivalError, Stable
 from pedro.evaluation.benchmarks.shapes import SHAPES, make_model, prompts
-from pedro.evaluation.benchmarks.stats import Ratio, paired_ratio, percentile
+from pedro.evaluation.benchmarks.stats import Ratio, paired_ratio, percentile, percentile_ratio
 from pedro.evaluation.benchmarks.timeline import Timeline
 
 ROW_KEYS = {"engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"}
@@ -149,6 +150,35 @@ def test_the_client_counts_every_token_of_a_slice_and_raises_what_the_server_rep
     assert len(timeline.moments["a"]) == 3
     with pytest.raises(RuntimeError, match="engine_error"):
         _take({"error": {"code": "engine_error"}}, "a", timeline)
+
+
+def test_a_flood_goes_on_while_a_quiet_tenant_asks_and_both_stand_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    monkeypatch.setattr(fairness, "THINK_S", 0.01)
+    ref = str(adapter_directories(SHAPES["tiny"], "pedro", 1)[0])
+    engine = BenchEngine(SHAPES["tiny"], max_batch=4, max_length=400)
+    flood = fairness.Flood("a flood", streams=4, prompt=20, new=40, n=3)
+    lone = {"a flood": fairness._segment(engine, ref, flood, None, 0, 0.02)}
+    cases = (("alone", None), ("a flood", flood))
+    seen = {name: fairness._segment(engine, ref, case, ref, 3, 0.02) for name, case in cases}
+    assert not engine.engine.has_work(), "nothing of a segment is left for the next"
+    engine.close()
+    report = Report("fairness", {})
+    fairness.add_rows(report, "engine", seen, lone, 1.2)
+    alone, beside = report.rows
+    assert (alone["requests"], beside["requests"], "ratio" in alone) == (3, 3, False)
+    assert beside["ratio"] == pytest.approx(beside["ttft_p95_ms"] / alone["ttft_p95_ms"], rel=0.05)
+    assert beside["flood_tok_s"] > 0
+    assert [target.name for target in report.targets] == [
+        "engine, a flood: first token p95 / alone",
+        "engine, a flood: the flood's tokens/s / by itself",
+    ]
+
+
+def test_the_ratio_of_two_percentiles_has_the_interval_of_resampled_ones():
+    ratio = percentile_ratio([float(i) for i in range(2, 202, 2)], [float(i) for i in range(1, 101)], 0.95)
+    assert ratio.value == 2.0
+    assert 1.8 < ratio.low <= 2.0 <= ratio.high < 2.2
 
 
 def test_percentiles_are_values_that_occurred():
