@@ -56,7 +56,7 @@ def test_whoever_computes_a_tile_the_numbers_are_the_same_to_the_bit(odd_schedul
     make_adapter(model, tmp_path / "a", seed=1)
     make_adapter(model, tmp_path / "b", seed=2, r=5, orders=(4, 3))
     alone = answers(model, 1, tmp_path)
-    for count in (2, 3, 5):
+    for count in (2, 3):
         for left, right in zip(alone, answers(model, count, tmp_path), strict=True):
             assert torch.equal(left, right)
 

@@ -332,15 +332,15 @@ static void multiply(const Model *M, const Batch *B, long l, const Product *p, l
   const long floats = p->k * NR, group = GROUP_BYTES / sizeof(float) / floats;
   const long blocks = (B->rows + MR - 1) / MR;
   Multiplication u = {M, B, p, l, panels, 1, (B->rows + blocks - 1) / blocks, blocks, 1, 1 + atomic_fetch_add(&products, 1)};
+  const double work = (double)(B->rows < 16 ? 16 : B->rows) * floats * panels; /* of few rows memory sets the pace */
   if (B->rows <= FEW) { /* each thread packs them for itself; a tile is some panels for all rows */
-    const double cost = B->rows < 16 ? 16 : B->rows; /* of few rows memory sets the pace */
-    u.spans = tiles_of(cost * floats * panels, panels);
+    u.spans = tiles_of(work, panels);
   } else { /* all threads share the packing; a tile is panels that the cache holds, for some blocks */
-    share(blocks, grain_of(16.0 * p->k * u.block), pack_block, &u);
+    share(blocks, 32.0 * p->k * u.block, pack_block, &u);
     u.spans = group < 1 ? panels : (panels + group - 1) / group;
-    u.chunks = tiles_of((double)B->rows * floats * panels / u.spans, blocks);
+    u.chunks = tiles_of(work / u.spans, blocks);
   }
-  share(u.spans * u.chunks, 1, multiply_tile, &u);
+  share(u.spans * u.chunks, B->rows <= FEW ? work / u.spans : TILE, multiply_tile, &u);
 }
 
 static void low_rank_row(const void *what, long row, int thread) { /* low = A x of a row, for each site */
@@ -375,7 +375,7 @@ static void low_rank_row(const void *what, long row, int thread) { /* low = A x 
 static void project(const Model *M, const Batch *B, long l, Product p) {
   long strips = 0;
   for (int at = 0; at < p.count; at++) strips += padded(p.width[at]) / VW;
-  if (B->lora && p.mode != HEAD) share(B->rows, 1, low_rank_row, &(Multiplication){.M = M, .B = B, .p = &p, .l = l});
+  if (B->lora && p.mode != HEAD) share(B->rows, 4.0 * p.k * M->max_rank, low_rank_row, &(Multiplication){.M = M, .B = B, .p = &p, .l = l});
   multiply(M, B, l, &p, (strips + 1) / 2);
 }
 
@@ -478,7 +478,7 @@ static void attention(const Model *M, const Batch *B, const Layer *L) {
   double seen = 0;
   for (long row = 0; row < B->rows; row++) seen += B->positions[row] + 1;
   const double work = 8 * seen / B->rows * M->head_dim * M->heads / M->kv_heads;
-  share(B->rows * M->kv_heads, grain_of(work), attend_row, &(Attention){.M = M, .B = B, .L = L});
+  share(B->rows * M->kv_heads, work, attend_row, &(Attention){.M = M, .B = B, .L = L});
 }
 
 static void place_row(const void *what, long row, int thread) { /* turn a row's heads, and keep its keys and values */
@@ -583,9 +583,9 @@ static void prompt_attention(const Model *M, const Batch *B, const Layer *L) {
   }
   float *keys = roomy(&room, first_key[B->prompts] * M->kv_heads * M->head_dim);
   const Attention u = {.M = M, .B = B, .L = L, .keys = keys, .first_key = first_key, .first_tile = first_tile};
-  share(B->rows, grain_of(32.0 * (M->heads + 2 * M->kv_heads) * M->head_dim), place_row, &u);
-  share(B->prompts * M->kv_heads, 1, pack_keys, &u);
-  share(first_tile[B->prompts], 1, attend_prompt, &u);
+  share(B->rows, 32.0 * (M->heads + 2 * M->kv_heads) * M->head_dim, place_row, &u);
+  share(B->prompts * M->kv_heads, TILE, pack_keys, &u);
+  share(first_tile[B->prompts], TILE, attend_prompt, &u);
 }
 
 /* ---- vectors ---- */
@@ -660,7 +660,7 @@ static void embed_row(const void *what, long row, int thread) {
   for (long i = 0; i < M->dim; i++) u->B->x[row * padded(M->dim) + i] = from[i * step] * M->embed_scale;
 }
 
-static void embed(const Model *M, const Batch *B) { share(B->rows, grain_of(32.0 * M->dim), embed_row, &(Attention){.M = M, .B = B}); }
+static void embed(const Model *M, const Batch *B) { share(B->rows, 32.0 * M->dim, embed_row, &(Attention){.M = M, .B = B}); }
 
 static void logits(const Model *M, const Batch *B) {
   for (long i = 0; i < call.threads * B->rows; i++) B->best_value[i] = -INFINITY, B->best_at[i] = 0;
@@ -689,7 +689,7 @@ void pedro_embed(Model *M, const Batch *B) {
 
 void pedro_generate(Model *M, const Batch *B, long l) { /* the prompts' vectors of layer l, from its inputs */
   enter(M->threads);
-  share(B->prompts, 1, generate, &(Attention){.M = M, .B = B, .l = l});
+  share(B->prompts, TILE, generate, &(Attention){.M = M, .B = B, .l = l});
   leave(&M->spent, &M->lost);
 }
 

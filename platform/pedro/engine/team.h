@@ -26,7 +26,7 @@
 #ifndef TILE
 #define TILE (1 << 20)       /* multiply-adds: a tile takes 20 to 200 microseconds */
 #endif
-#define GIVE_UP 10e-3        /* a call that lost so much, and a quarter of its time, goes on alone */
+#define GIVE_UP 10e-3        /* a call that lost so much, and a third of its time, goes on alone */
 
 typedef void (*Work)(const void *what, long item, int thread);
 
@@ -161,13 +161,19 @@ static void wait_for_helpers(void) { /* who hold the last tiles */
     call.slept += now - slept_from;
   }
   call.waited += now - began;
-  if (call.waited > GIVE_UP && 4 * call.waited > now - call.began) call.threads = 1;
+  if (call.waited > GIVE_UP && 3 * call.waited > now - call.began) call.threads = 1;
 }
 
-static void share(long items, long grain, Work work, const void *what) {
-  /* One phase: returns once all items are done. A tile is `grain` of them. */
-  const long tiles = (items + grain - 1) / grain;
-  if (call.threads == 1 || tiles <= 1) {
+static long tiles_of(double cost, long most) { /* how many tiles of about TILE: as many for every thread */
+  const long tiles = ((long)(cost / TILE) + call.threads) / call.threads * call.threads;
+  return most < 1 ? 1 : tiles < most ? tiles : most;
+}
+
+static void share(long items, double cost, Work work, const void *what) {
+  /* One phase: returns once all items are done. `cost`: of an item, in multiply-adds; small ones share a tile. */
+  const long most = tiles_of(cost * items, items), grain = (items + most - 1) / most;
+  const long tiles = grain ? (items + grain - 1) / grain : 0;
+  if (call.threads == 1 || tiles <= 1 || cost * items * 8 < TILE) {
     for (long item = 0; item < items; item++) work(what, item, 0);
     return;
   }
@@ -181,13 +187,4 @@ static void share(long items, long grain, Work work, const void *what) {
     }
   while (take_tile(0)) {}
   wait_for_helpers();
-}
-
-static long tiles_of(double work, long most) { /* how many tiles of about TILE: as many for every thread */
-  const long tiles = ((long)(work / TILE) + call.threads) / call.threads * call.threads;
-  return most < 1 ? 1 : tiles < most ? tiles : most;
-}
-
-static long grain_of(double work) { /* items of so much work each that make a tile, where each is small */
-  return work * 2 < TILE ? TILE / 2 / work : 1;
 }

@@ -7,6 +7,7 @@ lost to that; where it is too much, fewer threads are faster. Knows nothing of w
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 WINDOW_S = 0.02  # of the kernel's time, by which it is judged
-LOST = 0.25  # of a window: more, and fewer threads are faster, memory-bound as decoding is
+LOST = 0.35  # of a window: more, and one thread is faster than two, even where memory sets the pace
 HOLD_S, LONGEST_HOLD_S = 0.04, 1.0  # until more threads are tried again; doubled where that was in vain, else halved
 
 
@@ -25,7 +26,11 @@ def granted_threads() -> int:
 
 def granted_cores() -> int:
     """Whole cores that this process may use at once."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len({_siblings(number) for number in os.sched_getaffinity(0)})
+        if sys.platform == "linux"
+        else os.cpu_count() or 1
+    )
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
@@ -48,6 +53,14 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/c
                 if folder == base:
                     break
     return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _siblings(number: int) -> str:
+    """What the logical processors of one core have in common."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(number)
 
 
 def _quota_of(folder: Path) -> float | None:

@@ -24,8 +24,9 @@ class ServeConfig(Frozen):
     num_cpus: float = Field(0, ge=0)
     """CPUs that Ray sets aside for an engine replica; 0 shares them with training, which suits a laptop."""
     num_gpus: float = Field(0, ge=0)
-    threads: int = Field(1, ge=1)
-    """Threads of an engine replica's matrix products."""
+    threads: int | None = Field(None, ge=1)
+    """The most threads of an engine replica; if not given, the cores that affinity and the cgroup's quota grant it.
+    On a CPU it uses fewer while busy neighbours keep some from running."""
     max_batch: int = Field(32, ge=1)
     """Sequences decoded together."""
     max_length: int | None = Field(None, ge=2)

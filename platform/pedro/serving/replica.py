@@ -21,6 +21,7 @@ from pedro.data.special_tokens import special_tokens
 from pedro.engine.engine import Engine, EngineConfig
 from pedro.engine.sequence import Output, Request, SamplingParams
 from pedro.engine.thread import EngineThread
+from pedro.engine.threads import granted_cores
 from pedro.errors import AdapterError, DataError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
 from pedro.methods.adapter_files import check_tokenizer, read_manifest
@@ -45,7 +46,8 @@ class Replica:
     """Loads the backbone once and serves it with every adapter of the registry. `name` tells it from other replicas."""
 
     def __init__(self, config: ServeConfig, settings: Settings, name: str = "local") -> None:
-        torch.set_num_threads(config.threads)
+        threads = config.threads or granted_cores()
+        torch.set_num_threads(threads)
         sys.setswitchinterval(SWITCH_S)
         backbone = resolve_backbone(config.backbone)
         self.name = name
@@ -72,10 +74,13 @@ class Replica:
                 adapter_bytes=int(config.adapter_budget_mb * 2**20),
                 max_waiting=config.max_waiting,
                 tenant_weights=config.tenant_weights,
+                threads=threads,
             ),
             self._fetch,
             backbone.digest,
         )
+        if self._engine.stats()["kernel"] == "native":
+            torch.set_num_threads(1)  # what is left to PyTorch is small, and its threads wait for those put aside
         self._metrics = ReplicaMetrics(name, config.model_name, self._engine.stats)
         self._thread = EngineThread(self._engine, on_outputs=self._hand_out)
         self._thread.start()
