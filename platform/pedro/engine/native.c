@@ -305,7 +305,8 @@ static const float *packed_rows(const Multiplication *u, float **y) { /* of all 
   if (B->rows > FEW) return B->packed;
   float *own = *y + MR * NR;
   if (packed != u->number)
-    for (long b = 0; b < u->blocks; b++) pack(u->p, b * u->block, rows_of(B, b, u->block), u->M->eps, own + b * u->block * k);
+    for (long b = 0, row = 0; b < u->blocks; b++, row += u->block)
+      pack(u->p, row, rows_of(B, b, u->block), u->M->eps, own + row * k);
   packed = u->number;
   return own;
 }
@@ -331,7 +332,8 @@ static void multiply(const Model *M, const Batch *B, long l, const Product *p, l
   static _Atomic uint64_t products;
   const long floats = p->k * NR, group = GROUP_BYTES / sizeof(float) / floats;
   const long blocks = (B->rows + MR - 1) / MR;
-  Multiplication u = {M, B, p, l, panels, 1, (B->rows + blocks - 1) / blocks, blocks, 1, 1 + atomic_fetch_add(&products, 1)};
+  Multiplication u = {M, B, p, l, panels, 1, (B->rows + blocks - 1) / blocks, blocks, 1, 0};
+  u.number = 1 + atomic_fetch_add(&products, 1);
   const double work = (double)(B->rows < 16 ? 16 : B->rows) * floats * panels; /* of few rows memory sets the pace */
   if (B->rows <= FEW) { /* each thread packs them for itself; a tile is some panels for all rows */
     u.spans = tiles_of(work, panels);
@@ -375,7 +377,8 @@ static void low_rank_row(const void *what, long row, int thread) { /* low = A x 
 static void project(const Model *M, const Batch *B, long l, Product p) {
   long strips = 0;
   for (int at = 0; at < p.count; at++) strips += padded(p.width[at]) / VW;
-  if (B->lora && p.mode != HEAD) share(B->rows, 4.0 * p.k * M->max_rank, low_rank_row, &(Multiplication){.M = M, .B = B, .p = &p, .l = l});
+  const Multiplication u = {.M = M, .B = B, .p = &p, .l = l};
+  if (B->lora && p.mode != HEAD) share(B->rows, 4.0 * p.k * M->max_rank, low_rank_row, &u);
   multiply(M, B, l, &p, (strips + 1) / 2);
 }
 
@@ -523,7 +526,8 @@ static void attend_prompt(const void *what, long index, int thread) {
   const long tiles = (u->first_tile[prompt + 1] - u->first_tile[prompt]) / M->heads;
   const long h = (index - u->first_tile[prompt]) / tiles, part = (index - u->first_tile[prompt]) % tiles;
   const long d = M->head_dim, kv = h / (M->heads / M->kv_heads), first = B->starts[prompt];
-  const long n = B->starts[prompt + 1] - first, begin = B->positions[first], count = begin + n, blocks = (n + NR - 1) / NR;
+  const long n = B->starts[prompt + 1] - first, begin = B->positions[first], count = begin + n;
+  const long blocks = (n + NR - 1) / NR;
   const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
   const float *values = L->values + (B->slots[first] * M->kv_heads + kv) * M->length * d, *key = keys_of(u, prompt, kv);
   float *p = scratch(count * NR + d * NR + MR * NR), *q = p + count * NR, *y = q + d * NR;
@@ -647,7 +651,8 @@ static void out_of_attention(const Model *M, const Batch *B, long l) {
   const Layer *L = M->layer + l;
   const long dim = M->dim, ffn = M->ffn, qd = M->heads * M->head_dim;
   project(M, B, l, (Product){B->mixed, qd, qd, 0, L->o, ADD, O, 1, {dim}, B->x, padded(dim)});
-  project(M, B, l, (Product){B->x, padded(dim), dim, L->norm2, L->gate_up, GATED, GATE, 2, {ffn, ffn}, B->act, padded(ffn)});
+  project(M, B, l, (Product){B->x, padded(dim), dim, L->norm2, L->gate_up, GATED, GATE, 2, {ffn, ffn}, B->act,
+                             padded(ffn)});
   project(M, B, l, (Product){B->act, padded(ffn), ffn, 0, L->down, ADD, DOWN, 1, {dim}, B->x, padded(dim)});
 }
 
@@ -660,7 +665,9 @@ static void embed_row(const void *what, long row, int thread) {
   for (long i = 0; i < M->dim; i++) u->B->x[row * padded(M->dim) + i] = from[i * step] * M->embed_scale;
 }
 
-static void embed(const Model *M, const Batch *B) { share(B->rows, 32.0 * M->dim, embed_row, &(Attention){.M = M, .B = B}); }
+static void embed(const Model *M, const Batch *B) {
+  share(B->rows, 32.0 * M->dim, embed_row, &(Attention){.M = M, .B = B});
+}
 
 static void logits(const Model *M, const Batch *B) {
   for (long i = 0; i < call.threads * B->rows; i++) B->best_value[i] = -INFINITY, B->best_at[i] = 0;

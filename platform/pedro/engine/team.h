@@ -137,7 +137,7 @@ static void enter(long wanted) { /* a call of this thread begins; `wanted` threa
   call.began = seconds(CLOCK_MONOTONIC);
 }
 
-static void leave(double *spent, double *lost) { /* the call ends; seconds that it took, and lost to its threads' absence */
+static void leave(double *spent, double *lost) { /* the call ends; seconds that it took, and lost to absent threads */
   *spent = seconds(CLOCK_MONOTONIC) - call.began;
   const double absent = *spent - (seconds(CLOCK_THREAD_CPUTIME_ID) - call.began_cpu) - call.slept;
   *lost = call.leads ? call.waited + (absent > 0 ? absent : 0) : 0;
