@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from engine_models import make_adapter, make_engine, request, run
 
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.data import encode_completion, encode_prompt
@@ -75,3 +76,31 @@ def test_the_majority_answer_is_the_most_frequent_and_ties_go_to_the_alphabet():
     assert majority(["b", "a", "b "]) == "b"
     assert majority(["b", "a"]) == "a"
     assert majority([]) == ""
+
+
+@pytest.mark.parametrize(
+    "habits",
+    [
+        {"repetition_penalty": 1.3, "eos_token_id": [2, 400], "suppress_tokens": [5, 8, 13], "max_length": 3},
+        {"use_cache": False, "num_beams": 3, "do_sample": True, "temperature": 3.0},
+    ],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_scoring_decodes_as_the_engine_serves_whatever_the_backbones_generation_config_says(
+    backbone, tmp_path, habits, adapted
+):
+    _, tokenizer = backbone
+    found = resolve_backbone("stories260K")
+    bare = load_model(found)
+    bare.generation_config.update(**habits)
+    bare.config.use_cache = habits.get("use_cache", True)
+    before = bare.generation_config.to_dict()
+    model = make_adapter(bare, tmp_path / "adapter", 1, digest=found.digest) if adapted else bare
+    rows = _rows(tokenizer, ["a"] * 4)
+    scored = generate(model, tokenizer, rows, 12)
+    assert bare.generation_config.to_dict() == before
+    engine = make_engine(bare, tokenizer, lambda ref: tmp_path / ref, digest=found.digest)
+    adapter = {"adapter": "adapter"} if adapted else {}
+    asked = [request(str(i), row["input_ids"][: row["prompt_len"]], 12, **adapter) for i, row in enumerate(rows)]
+    answers = run(engine, *asked)
+    assert [text.strip() for text in scored] == [answers[str(i)].text.strip() for i in range(len(rows))]

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from pedro.backbone import Backbone, load_config
 from pedro.engine.adapter import Adapter, Generator, LowRank
 from pedro.errors import AdapterError
-from pedro.methods.adapter_files import read_config, verify_adapter
-from pedro.methods.architectures import Architecture, LayerSites
+from pedro.methods.adapter_files import CONFIG, read_config, verify_adapter
+from pedro.methods.architectures import Architecture, LayerSites, describe
+from pedro.methods.config_check import not_served
 from pedro.methods.constants import constant_vectors
 from pedro.methods.constants.model import CHILD as CONSTANT_CHILD
 from pedro.methods.deltas import DeltaTuner
@@ -79,10 +82,24 @@ def load_adapter(
             f"adapter: the engine serves {', '.join(NAMES)} adapters in mixed batches, not {kind}; "
             "train with method.name: pedro"
         )
+    if extra := not_served(config):
+        raise AdapterError(f"adapter: {kind} with {', '.join(extra)} is not served in mixed batches; train without")
     tensors = _Tensors(directory, device)
     parts = _READERS[kind](config, tensors, architecture, strip)
     tensors.finish()
     return Adapter(digest=digest, **parts)
+
+
+def check_servable(directory: str | Path, backbone: Backbone) -> None:
+    """Open a saved adapter as the engine would, over the backbone's shapes alone; no weights of it are read.
+
+    Raises AdapterError that says why it cannot be served in mixed batches, BackboneError for an unsupported backbone.
+    """
+    if not (Path(directory) / CONFIG).is_file():
+        raise AdapterError("adapter: a whole model is not served in mixed batches; train with method.name: pedro")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(load_config(backbone))
+    load_adapter(Path(directory), describe(skeleton), backbone.digest, torch.device("cpu"))
 
 
 def _read_generator(config: Any, tensors: _Tensors, architecture: Architecture, _strip: int) -> dict[str, Any]:
@@ -149,11 +166,6 @@ def _read_ia3(_config: Any, tensors: _Tensors, architecture: Architecture, _stri
 
 def _read_lora(config: Any, tensors: _Tensors, architecture: Architecture, strip: int) -> dict[str, Any]:
     """LoRA as PEFT saves it, alpha over the rank folded into the second factor."""
-    used = {"use_dora": config.use_dora, "bias": config.bias != "none", "lora_bias": config.lora_bias}
-    used |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-    extra = [name for name, value in used.items() if value]
-    if extra:
-        raise AdapterError(f"adapter: LoRA with {', '.join(extra)} is not served in mixed batches; train without")
     rank = config.r
     scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
     layers = []
@@ -174,8 +186,6 @@ def _read_lora(config: Any, tensors: _Tensors, architecture: Architecture, strip
 
 def _read_adalora(config: Any, tensors: _Tensors, architecture: Architecture, strip: int) -> dict[str, Any]:
     """AdaLoRA as PEFT saves it: each module has the ranks that were kept, and singular values between its factors."""
-    if config.use_dora or config.bias != "none" or config.lora_bias:
-        raise AdapterError("adapter: AdaLoRA with use_dora or bias is not served in mixed batches; train without")
     scaling = config.lora_alpha / (config.init_r + 1e-5)  # PEFT keeps to the first rank after pruning
     layers = []
     for place in architecture.layers:

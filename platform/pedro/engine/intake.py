@@ -19,7 +19,7 @@ class Intake:
         self._max_batch = config.max_batch
         self._tokenizer = tokenizer
         self._vocab_size = model.get_input_embeddings().num_embeddings
-        self._eos_ids = _eos_ids(model, tokenizer)
+        self._eos_ids = eos_ids(model, tokenizer)
 
     def sequences(self, request: Request) -> list[Sequence]:
         """The request's sequences, or PedroError for what can never run."""
@@ -61,7 +61,7 @@ def _context_length(config) -> int:
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
 
 
-def _eos_ids(model, tokenizer) -> frozenset[int]:
+def eos_ids(model, tokenizer) -> frozenset[int]:
     """Every id that ends an answer: the tokenizer's, and those of the model's generation config."""
     generation = getattr(model, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)

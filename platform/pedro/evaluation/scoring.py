@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,20 +87,45 @@ def generate(
         pad = tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        with torch.no_grad():
+        with torch.no_grad(), _decoding(model, tokenizer, max_new_tokens, num_beams):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=num_beams,
-                pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
                 **({"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}),
             )
         for place, row in zip(places, out[:, width:].tolist(), strict=True):
             texts[place] = tokenizer.decode(row, skip_special_tokens=True)
     return texts
+
+
+@contextmanager
+def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int) -> Iterator[None]:
+    """For its length, `model` decodes as the engine does: of the backbone's generation config, its ends alone count.
+
+    Whatever a generation config leaves open is taken from the model's own, so that one is replaced.
+    """
+    from transformers import GenerationConfig
+
+    from pedro.engine.intake import eos_ids
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holders = [each for each in (model, inner) if "generation_config" in vars(each)]
+    kept = [each.generation_config for each in holders]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=num_beams,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(eos_ids(inner, tokenizer)) or None,
+    )
+    for holder in holders:
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, kept, strict=True):
+            holder.generation_config = own
 
 
 def answer_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int = 32) -> tuple[float, int]:

@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pedro.errors import AdapterError, PedroError, UnavailableError
+from pedro.methods.config_check import changed_backbone, unknown_keys
 
 MANIFEST = "pedro_adapter.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -127,18 +128,31 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 
 
 def read_config(directory: str | Path) -> PeftConfig:
-    """The PEFT config of an adapter directory. Raises AdapterError if it is missing or PEFT does not take it."""
+    """The PEFT config of an adapter directory.
+
+    Raises AdapterError if it is missing, PEFT does not take it, or it asks for what nothing here would heed: a key
+    that PEFT's class does not know, a start from other weights than the backbone's.
+    """
     directory = Path(directory)
     if not (directory / CONFIG).is_file():
         raise AdapterError(f"{CONFIG}: not found in {directory}, so this is no PEFT adapter; fetch the adapter again")
     try:
-        return PeftConfig.from_pretrained(str(directory))
+        config = PeftConfig.from_pretrained(str(directory))
+        unknown = unknown_keys(config, json.loads((directory / CONFIG).read_text(encoding="utf-8")))
     except PedroError:
         raise
     except Exception as error:  # PEFT raises whatever it meets first
         raise AdapterError(
             f"{CONFIG}: cannot be read ({type(error).__name__}: {error}); fetch the adapter again"
         ) from error
+    if unknown:
+        raise AdapterError(
+            f"{CONFIG}: {unknown[0]}: PEFT {version('peft')} knows no such field of {type(config).__name__}, so it "
+            "would be ignored; train without it"
+        )
+    if changed := changed_backbone(config):
+        raise AdapterError(f"{CONFIG}: {changed}")
+    return config
 
 
 def weights_digest(directory: str | Path) -> str:

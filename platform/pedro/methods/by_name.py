@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft import AdaLoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
@@ -35,6 +36,7 @@ class PeftByName(Method):
         return ["peft_type", *(name for name in fields if name not in NOT_OPTIONS)]
 
     def _attach(self, model: nn.Module, config: PeftConfig) -> nn.Module:
+        before = [(p, _checksum(p)) for p in model.parameters()]
         try:
             attached = super()._attach(model, config)
         except PedroError:
@@ -44,6 +46,8 @@ class PeftByName(Method):
                 f"method.peft_type: {config.peft_type.value} cannot be put on this backbone: {error}",  # type: ignore[union-attr]
                 param="method.peft_type",
             ) from error
+        same = all(_checksum(p) == found for p, found in before)
+        expect(same, "peft_type", "options that leave the backbone's weights as they are", config.peft_type.value)  # type: ignore[union-attr]
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in attached.parameters() if p.requires_grad)
         expect(trained > 0, "peft_type", "options that leave something to train", config.peft_type.value)  # type: ignore[union-attr]
         return attached
@@ -69,6 +73,11 @@ def peft_types() -> list[str]:
     """The types that can be had."""
     names = (kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind in PEFT_TYPE_TO_TUNER_MAPPING)
     return sorted(name for name in names if name not in NEED_MORE and name not in OWN_NAMES)
+
+
+def _checksum(weight: torch.Tensor) -> float:
+    """A number that changes with a weight; the same for all that have no data here."""
+    return 0.0 if weight.is_meta or not weight.numel() else float(weight.detach().double().norm())
 
 
 def _config_class(peft_type: Any) -> type[PeftConfig]:

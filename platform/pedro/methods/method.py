@@ -18,6 +18,7 @@ from torch import nn
 
 from pedro.errors import ConfigError
 from pedro.methods.companion import Companion
+from pedro.methods.config_check import changed_backbone
 from pedro.methods.patterns import check_patterns
 from pedro.methods.prompt import PROMPT_ARGUMENTS
 
@@ -64,6 +65,8 @@ class Method:
             raise ConfigError("; ".join(self._explain(name, known) for name in unknown), param=f"method.{unknown[0]}")
         with _named():
             config = self.build(model_config, **options)
+            if config is not None and (changed := changed_backbone(config)):
+                raise ConfigError(changed, param=changed.partition(":")[0])
         if config is not None:
             config.task_type = TaskType.CAUSAL_LM
         return config

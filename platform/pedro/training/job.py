@@ -127,7 +127,10 @@ def check_data(spec: FineTuneSpec, settings: Settings, say: Say) -> None:
 
 
 def judge(spec: FineTuneSpec, trained: Result, registry: Registry) -> GateDecision:
-    """The gate's decision; a champion that could not be compared, or that moved meanwhile, keeps its place."""
+    """The gate's decision. What cannot be served does not pass, and a champion that could not be compared, or that
+    moved meanwhile, keeps its place."""
+    if trained.unservable:
+        return GateDecision(False, f"it cannot be served: {trained.unservable}")
     champion = trained.champion
     if _champion(registry, spec.name) != (champion.version if champion else None):
         return GateDecision(False, "the champion changed while this version was scored; compare and promote it by hand")

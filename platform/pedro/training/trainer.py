@@ -24,6 +24,7 @@ from pedro.training.storage import join
 if TYPE_CHECKING:
     import torch
 
+    from pedro.backbone import Backbone
     from pedro.training.engines import StepEngine
     from pedro.training.loop import Progress
     from pedro.training.reporters import Curves
@@ -62,6 +63,8 @@ class Result:
     trainable_parameters: int
     champion: Champion | None
     directory: Path
+    unservable: str = ""
+    """Why the engine would not serve the adapter; empty if it would."""
 
 
 class WorkersLost(TrainingError):
@@ -197,6 +200,7 @@ def _train(
                 "metrics": trained.metrics,
                 "trainable_parameters": session.trainable_parameters,
                 "champion": _score_champion(session, registry),
+                "unservable": unservable(Path(folder) / ADAPTER, session.backbone),
             }
             (Path(folder) / ANSWER).write_text(json.dumps(answer))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -275,6 +279,17 @@ def _score_champion(session: Session, registry: Registry) -> dict[str, Any] | No
     except PedroError as error:
         return asdict(Champion(version.version, None, error.message))
     return asdict(Champion(version.version, {"accuracy": score.accuracy, "loss": score.loss}))
+
+
+def unservable(directory: Path, backbone: Backbone) -> str:
+    """Why the engine would not serve the adapter; empty if it would."""
+    from pedro.engine.formats import check_servable
+
+    try:
+        check_servable(directory, backbone)
+    except PedroError as error:
+        return error.message
+    return ""
 
 
 def _log_to(registry: Registry, run_id: str) -> Any:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pedro.backbone import resolve_backbone
 from pedro.config import Settings
 from pedro.errors import ConfigError, PedroError, TrainingError
 from pedro.provenance import provenance
@@ -31,7 +32,7 @@ from pedro.training.sweep.records import Entry, Records, State, Trial
 from pedro.training.sweep.report import Progress, rows_of, write_report
 from pedro.training.sweep.spec import SweepSpec, load_sweep_spec
 from pedro.training.sweep.variants import check, variant
-from pedro.training.trainer import Champion, Result
+from pedro.training.trainer import Champion, Result, unservable
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,12 @@ def _register(board: Board, best: Trial, registry: Registry) -> tuple[Version, s
         directory = registry.artifacts(best.run_id, "adapter", Path(scratch), of=f"trial {best.number}")
         version = registry.register(best.run_id, directory, job.tenant, job.adapter)
         trained = Result(
-            best.outcome.digest, best.outcome.metrics, best.outcome.trainable_parameters, champion, directory
+            best.outcome.digest,
+            best.outcome.metrics,
+            best.outcome.trainable_parameters,
+            champion,
+            directory,
+            unservable(directory, resolve_backbone(job.backbone)),
         )
     decision = judge(job, trained, registry)
     alias, decision = move_alias(registry, version, decision, champion.version if champion else None)
