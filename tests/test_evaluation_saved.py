@@ -4,15 +4,17 @@ import json
 import shutil
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from serving_adapters import make_adapter, settings_at
 from typer.testing import CliRunner
 
+from pedro.backbone import load_model, resolve_backbone
 from pedro.cli import app
-from pedro.errors import AdapterError, DataError
+from pedro.data.formats import FORMATS
+from pedro.errors import AdapterError, BackboneError, DataError
 from pedro.evaluation.saved import load_saved, open_saved
-from pedro.methods.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_digest
+from pedro.methods.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_digest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,39 @@ def load(directory):
 def test_an_adapter_is_loaded_with_its_prompt_format(older):
     assert open_saved(older)[2].id == "raw"
     assert load(older).peft_config["default"].peft_type == "PEDRO"
+
+
+def test_a_backbone_that_was_moved_is_named_anew_and_must_be_the_same(older, tmp_path):
+    manifest = read_manifest(older)
+    rewrite(older, backbone=manifest["backbone"] | {"id": str(tmp_path / "gone")})
+    with pytest.raises(BackboneError, match=r"gone.*--backbone"):
+        open_saved(older)
+    moved = shutil.copytree(resolve_backbone("stories260K").directory, tmp_path / "moved")
+    assert open_saved(older, str(moved))[0].directory == moved
+    with pytest.raises(AdapterError, match="was trained on sha256"):
+        open_saved(older, "pedro-nano")
+    config = json.loads((moved / "tokenizer_config.json").read_text())
+    (moved / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<unk>"}))
+    with pytest.raises(AdapterError, match=r"was trained with the tokenizer v2:sha256:\w+, but .* v2:sha256:"):
+        open_saved(older, str(moved))
+
+
+def test_what_the_error_for_a_stock_peft_adapter_says_works(tmp_path):
+    backbone = resolve_backbone("stories260K")
+    tuned = get_peft_model(load_model(backbone), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    tuned.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"adapters that PEFT saved lack it.* or write it") as told:
+        open_saved(tmp_path)
+    assert "write_manifest(directory, {'backbone'" in told.value.message
+    write_manifest(
+        tmp_path,
+        {
+            "backbone": {"id": backbone.id, "digest": backbone.digest},
+            "method": {"name": "lora", "options": {}},
+            "prompt_format": FORMATS["raw"].to_dict(),
+        },
+    )
+    assert load(tmp_path).peft_config["default"].r == 4
 
 
 def test_a_config_of_another_method_is_refused(older):

@@ -22,7 +22,7 @@ from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, s
 
 from pedro import cluster
 from pedro.demo.swap import swap
-from pedro.errors import BackboneError, ConflictError, UnavailableError
+from pedro.errors import BackboneError, ConfigError, ConflictError, UnavailableError
 from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
 from pedro.serving.deploy import deploy, find, undeploy
@@ -498,5 +498,12 @@ def test_a_port_in_use_is_told_and_nothing_is_started(here):
             deploy(settings, ServeConfig(), port=port)
     with pytest.raises(BackboneError, match="nothere"):
         deploy(settings, ServeConfig(backbone="nothere"), port=0)
+    with pytest.raises(ConfigError, match="device: 'cuda:99' cannot be used"):
+        deploy(settings, ServeConfig(device="cuda:99"), port=0)
+    broken = shutil.copytree(backbone().directory, here / "broken")
+    for file in broken.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(BackboneError, match="tokenizer"):
+        deploy(settings, ServeConfig(backbone=str(broken)), port=0)
     assert cluster.find_head(settings) is None
     assert sorted(path.name for path in settings.home.iterdir()) == ["mlflow.db"]

@@ -99,10 +99,10 @@ def chat(messages, **fields):
     return chat_call(parse(ChatRequest, json.dumps(body).encode()), tenant="acme", trace_id="t", max_choices=256)
 
 
-async def answer(replica, call, ref=None):
+async def answer(replica, call, ref=None, **known):
     """The choices of one call, whole; raises the error that the stream ends in."""
     choices = {}
-    async with linked(replica) as link, aclosing(link.call(call, ref, ())) as batches:
+    async with linked(replica, **known) as link, aclosing(link.call(call, ref, ())) as batches:
         async for batch in batches:
             for delta in batch:
                 choice = choices.setdefault(
@@ -118,10 +118,10 @@ async def answer(replica, call, ref=None):
 
 
 @asynccontextmanager
-async def linked(replica):
+async def linked(replica, **known):
     """An ingress's link with the replica, ready."""
     changed = asyncio.Event()
-    link = Link(replica.name, LocalPeer(replica), changed.set)
+    link = Link(replica.name, LocalPeer(replica), changed.set, **known)
     try:
         async with asyncio.timeout(10):
             while not link.ready:
@@ -218,6 +218,16 @@ def test_the_bare_backbone_answers_without_any_adapter(served):
     (choice,) = ask(served.replica, call)
     assert choice.token_ids == expected
     assert choice.deltas[0].fingerprint == f"stories260K#{backbone().digest}"
+
+
+def test_a_replica_answers_no_call_that_means_another_backbone(served):
+    """As while the server's backbone is replaced in place: the old model must not answer under the new name."""
+    own = backbone().digest
+    (choice,) = asyncio.run(answer(served.replica, completion(max_tokens=4), backbone=own))
+    assert choice.deltas[0].fingerprint.endswith(own)
+    with pytest.raises(UnavailableError, match="being replaced; ask again") as told:
+        asyncio.run(answer(served.replica, completion(max_tokens=4), backbone="sha256:another"))
+    assert told.value.status == 503
 
 
 def test_every_delta_carries_the_version_and_digest_that_answered(served):

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pedro.comparison.spec import load_comparison_spec
 from pedro.errors import ConfigError
 from pedro.training.job import flat, stage
 from pedro.training.prepare import make_plan
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
+from pedro.training.sweep.spec import load_sweep_spec
 
 SHIPPED = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("finetune*.yaml"))
 SMALL = {"tenant": "acme", "adapter": "support", "data": {"train": "train.jsonl"}}
@@ -63,6 +65,30 @@ def test_relative_paths_start_from_the_spec_and_those_of_overrides_from_the_work
     assert spec.data.test == str(tmp_path / "held_out.jsonl")
     assert spec.data.validation == 0.3
     assert spec.training.lr == 1e-3
+
+
+def test_a_backbones_path_means_the_same_in_every_process(tmp_path, monkeypatch):
+    for place in ("specs/mine", "here/mine"):
+        (tmp_path / place).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    beside, here = str(tmp_path / "specs" / "mine"), str(tmp_path / "here" / "mine")
+    path = _write(tmp_path / "specs", backbone="./mine")
+    assert load_finetune_spec(path).backbone == beside
+    assert load_finetune_spec(path, ["backbone=mine"]).backbone == here
+    assert load_finetune_spec(_write(tmp_path / "specs", backbone="owner/name")).backbone == "owner/name"
+
+    sweep = {
+        "name": "s",
+        "base": {**SMALL, "backbone": "mine"},
+        "space": {"backbone": {"grid": ["mine", "stories260K"]}},
+    }
+    path.write_text(yaml.safe_dump(sweep))
+    loaded = load_sweep_spec(path)
+    assert (loaded.base.backbone, loaded.space["backbone"].values) == (beside, (beside, "stories260K"))
+
+    compared = {"name": "c", "backbones": ["stories260K", "mine"], "tasks": ["snips"], "methods": ["pedro"]}
+    path.write_text(yaml.safe_dump(compared))
+    assert load_comparison_spec(path).backbones == ("stories260K", beside)
 
 
 def test_urls_stay_and_packaged_data_is_found(tmp_path):

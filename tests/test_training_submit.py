@@ -1,5 +1,13 @@
 """What a person reads of a job's log."""
 
+import shlex
+from types import SimpleNamespace
+
+import pytest
+
+from pedro.config import Settings
+from pedro.training import submit
+from pedro.training.spec import FineTuneSpec
 from pedro.training.submit import for_people, readable
 
 LOG = """\
@@ -31,3 +39,19 @@ def test_progress_reads_clean_and_frameworks_keep_to_themselves():
         '{"model": "acme.voice:1"}',
     ]
     assert list(for_people(['{"model": "acme.voice:1"}', "{braces} are no result"])) == ["{braces} are no result"]
+
+
+@pytest.mark.parametrize("home", ["it's mine", 'a "b" $HOME; c'])
+def test_no_path_breaks_the_line_that_starts_a_job(tmp_path, monkeypatch, home):
+    sent = []
+    python = "/opt/my tools/python"
+    monkeypatch.setattr(submit, "_client", lambda url: SimpleNamespace(submit_job=lambda **job: sent.append(job)))
+    monkeypatch.setattr(submit, "_python", lambda url: python)
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / home)})
+    spec = FineTuneSpec(tenant="acme", adapter="support", data={"train": str(data)})
+    submit.submit(spec, settings, "http://127.0.0.1:1", job_id="ftjob-1")
+    words = shlex.split(sent[0]["entrypoint"])
+    location = f"{settings.storage}/jobs/ftjob-1/spec.json"
+    assert words == [python, "-m", "pedro.training.job", "--spec", location, "--job-id", "ftjob-1"]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pedro.registry import Registry, Version
 
 app = typer.Typer(help="Adapter versions: list, promote, roll back, delete, export, import.", no_args_is_help=True)
+Moved = Annotated[
+    str | None, typer.Option("--backbone", help="Where the adapter's backbone is now, if it was renamed or moved.")
+]
 Name = Annotated[str, typer.Argument(help="tenant.adapter, also with @alias or :version", metavar="MODEL")]
 
 
@@ -150,6 +153,7 @@ def export_adapter(
 def import_adapter(
     name: Annotated[str, typer.Argument(help="tenant.adapter to register it as.", metavar="MODEL")],
     directory: Annotated[Path, typer.Argument(help="An adapter directory with pedro_adapter.json.")],
+    backbone: Moved = None,
     as_json: AsJson = False,
 ) -> None:
     """Register an exported adapter directory as a new version, a candidate until `pedro adapters promote`."""
@@ -161,7 +165,7 @@ def import_adapter(
     check_name("tenant", tenant)
     check_name("adapter", adapter)
     check_adapter(directory)
-    open_saved(directory)
+    open_saved(directory, backbone)
     registry = _registry()
     run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"pedro.kind": "import"})
     version = registry.register(run, directory, tenant, adapter, gate="imported: not gated")
@@ -182,6 +186,7 @@ def evaluate(
         Path | None, typer.Option(exists=True, file_okay=False, help="A folder with more task files for the harness.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask the harness's prompts in the adapter's format.")] = False,
+    backbone: Moved = None,
     as_json: AsJson = False,
 ) -> None:
     """Score an adapter and its bare backbone on a file: exact-match accuracy, answers generated from the prompts alone.
@@ -194,8 +199,10 @@ def evaluate(
     if file is not None and harness is None:
         if tasks or shots is not None or include_path or chat:
             raise typer.BadParameter("--tasks, --shots, --include-path and --chat go with --harness lm-eval")
-        _evaluate_file(name, file, rows, as_json)
+        _evaluate_file(name, file, rows, backbone, as_json)
         return
+    if backbone is not None:
+        raise typer.BadParameter("--backbone goes with --data")
     if harness is None or file is not None:
         raise typer.BadParameter("give either --data FILE or --harness lm-eval --tasks NAMES")
     from pedro.cli.harness import evaluate_by_harness
@@ -203,7 +210,7 @@ def evaluate(
     evaluate_by_harness(name, harness, tasks, rows, shots, include_path, chat, as_json)
 
 
-def _evaluate_file(name: str, file: Path, rows: int | None, as_json: bool) -> None:
+def _evaluate_file(name: str, file: Path, rows: int | None, backbone: str | None, as_json: bool) -> None:
     registry = _registry()
     plain, which = split_name(name)
     version = registry.get(plain, which or "champion")
@@ -213,7 +220,7 @@ def _evaluate_file(name: str, file: Path, rows: int | None, as_json: bool) -> No
     from pedro.evaluation.saved import score_file
 
     quiet()
-    report = score_file(registry.download(version), file, Settings.from_env().cache, rows)
+    report = score_file(registry.download(version), file, Settings.from_env().cache, rows, backbone)
     result = {"model": version.ref, "digest": version.digest, **report}
 
     def print_report() -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pedro.backbone import locate_backbone
 from pedro.comparison.paper import parse_paper
 from pedro.config import Frozen, check_name, load_spec, mistakes
 from pedro.data.tasks import TASKS, get_task
@@ -288,7 +289,7 @@ def label_of(method: MethodChoice) -> str:
 
 
 def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> ComparisonSpec | EfficiencySpec:
-    """Read a spec file; relative data paths start from its folder. Raises one ConfigError that lists every mistake."""
+    """Read a spec file; relative paths start from its folder. Raises one ConfigError that lists every mistake."""
     words = list(overrides)
     spec: ComparisonSpec | EfficiencySpec
     kind = _kind(path, words)
@@ -299,7 +300,8 @@ def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> Com
     spec = load_spec(path, words, ComparisonSpec)
     base = Path(path).absolute().parent
     tasks = [_located(task, base) for task in spec.tasks]
-    return spec.model_copy(update={"data": _place(spec.data, base), "tasks": tuple(tasks)})
+    backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
+    return spec.model_copy(update={"backbones": backbones, "data": _place(spec.data, base), "tasks": tuple(tasks)})
 
 
 def _located(task: TaskChoice, base: Path) -> TaskChoice:

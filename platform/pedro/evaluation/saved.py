@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import Backbone, context_length, load_config, load_model, load_tokenizer, resolve_backbone
-from pedro.errors import AdapterError, DataError, PedroError
+from pedro.errors import AdapterError, BackboneError, DataError, PedroError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -20,16 +20,24 @@ if TYPE_CHECKING:
     from pedro.data import PromptFormat
 
 
-def open_saved(directory: Path) -> tuple[Backbone, dict[str, Any], PromptFormat]:
+def open_saved(directory: Path, name: str | None = None) -> tuple[Backbone, dict[str, Any], PromptFormat]:
     """The backbone of a saved adapter, its manifest and its prompt format, all checked before anything is loaded.
 
+    `name` is where the backbone is now, where it was renamed or moved since; its digest must be the same.
     Raises AdapterError for a damaged adapter or one of another backbone, BackboneError if the backbone is not to be
     had, DataError for a manifest without a prompt format.
     """
     from pedro.data.formats import PromptFormat, check_format
     from pedro.methods.adapter_files import read_manifest, verify_adapter
 
-    backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])
+    trained_on = read_manifest(directory)["backbone"]["id"]
+    try:
+        backbone = resolve_backbone(name or trained_on)
+    except BackboneError as error:
+        if name is not None:
+            raise
+        moved = f"{error.message} (the adapter's own; if it was moved, say where it is with --backbone)"
+        raise BackboneError(moved, param="backbone") from error
     manifest = verify_adapter(directory, backbone.digest, backbone.tokenizer_digests)
     _read_config(directory, manifest, backbone)
     return backbone, manifest, check_format(PromptFormat.from_dict(manifest.get("prompt_format") or {}))
@@ -95,7 +103,9 @@ def _attach(model: nn.Module, directory: Path, config: PeftConfig) -> nn.Module:
     return tuned
 
 
-def score_file(directory: Path, file: Path, cache: Path, max_rows: int | None = None) -> dict[str, Any]:
+def score_file(
+    directory: Path, file: Path, cache: Path, max_rows: int | None = None, backbone_name: str | None = None
+) -> dict[str, Any]:
     """Accuracy and loss of a saved adapter and of its bare backbone on a JSONL file, prompts as it was trained on.
 
     A loss that is no number is None.
@@ -104,7 +114,7 @@ def score_file(directory: Path, file: Path, cache: Path, max_rows: int | None = 
     from pedro.data import format_for_shape, load_rows, shape_of
     from pedro.evaluation.scoring import finite, majority, score
 
-    backbone, manifest, form = open_saved(directory)
+    backbone, manifest, form = open_saved(directory, backbone_name)
     tokenizer = load_tokenizer(backbone)
     shape = shape_of(file)
     fresh = format_for_shape(shape, tokenizer)

@@ -110,7 +110,11 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     try:
         manifest = _read_json(path)
     except FileNotFoundError:
-        raise AdapterError(f"{MANIFEST}: not found in {directory}; save the adapter with save_adapter") from None
+        raise AdapterError(
+            f"{MANIFEST}: not found in {directory}: adapters that PEFT saved lack it; train it with `pedro submit`, or "
+            "write it: pedro.methods.adapter_files.write_manifest(directory, {'backbone': {'id': …, 'digest': …}, "
+            "'method': {'name': 'lora', 'options': {}}, 'prompt_format': {'id': …, 'template': …}})"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{MANIFEST}: {directory} holds one that cannot be read; save the adapter again") from error
     if not isinstance(manifest, dict) or any(key not in manifest for key in REQUIRED):

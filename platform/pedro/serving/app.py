@@ -108,6 +108,7 @@ class Gateway:
         self._config = ServeConfig(**config)
         backbone = resolve_backbone(self._config.backbone)
         self._registry = Registry.open(settings)
+        self._backbone_digest = backbone.digest
         self._catalog = Catalog(self._registry, self._config.model_name, backbone.digest, self._config.watch_interval_s)
         self._longest = min(self._config.max_length or context_length(backbone), context_length(backbone))
         self._store = Store(settings.database_url)
@@ -121,7 +122,7 @@ class Gateway:
         from pedro.serving.live import LIVE  # here: Serve ships this class by value, and a global of its with it
 
         loop = asyncio.get_running_loop()
-        fleet = Fleet(lambda replica: HandlePeer(self._engine, replica))
+        fleet = Fleet(lambda replica: HandlePeer(self._engine, replica), self._backbone_digest)
 
         def become(replicas: frozenset[str]) -> None:  # on the router's thread
             loop.call_soon_threadsafe(fleet.become, replicas)

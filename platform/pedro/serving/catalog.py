@@ -95,7 +95,8 @@ class Catalog:
         if version.backbone_digest != self._backbone_digest:
             raise AdapterError(
                 f"model: '{model}' was trained on backbone {version.backbone_id} ({version.backbone_digest}), but this "
-                f"server runs {self._backbone_id} ({self._backbone_digest}); train it again on this one",
+                f"server runs {self._backbone_id} ({self._backbone_digest}); serve that one (`pedro serve --backbone "
+                f"{version.backbone_id}`) or train it again on this one",
                 param="model",
             )
         return version

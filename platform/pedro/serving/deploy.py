@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pedro.config import Settings
-from pedro.errors import ConflictError, UnavailableError
+from pedro.errors import ConflictError, PedroError, UnavailableError
 from pedro.serving.config import ServeConfig
 
 APP_NAME = "pedro"
@@ -33,13 +34,15 @@ def deploy(
 ) -> Served:
     """Serve `config` on the cluster of `settings` and wait until it answers.
 
-    Raises BackboneError for a backbone that cannot be had, UnavailableError if the port is taken or the application
-    does not come up, ConflictError if this home serves already; nothing is left half started.
+    Raises BackboneError for a backbone that cannot be had or loaded, ConfigError for a device that there is not,
+    UnavailableError if the port is taken or the application does not come up, ConflictError if this home serves
+    already; nothing is left half started.
     """
     from pedro import cluster
-    from pedro.backbone import resolve_backbone
+    from pedro.backbone import locate_backbone
 
-    resolve_backbone(config.backbone)
+    config = config.model_copy(update={"backbone": locate_backbone(config.backbone, Path.cwd())})
+    _check(config, here=settings.ray_address is None)
     running = find(settings)
     if running is not None:
         raise ConflictError(
@@ -73,7 +76,10 @@ def deploy(
         serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
         _wait_ready(served.url)
     except RuntimeError as error:
+        own = _error_of_a_replica()
         _take_down(settings)
+        if own is not None:
+            raise own from error
         raise UnavailableError(f"the server did not start: {_last_line(error)}; its log is in Ray's session") from error
     except BaseException:
         _take_down(settings)
@@ -151,6 +157,29 @@ def _wait_ready(url: str) -> None:
             pass
         time.sleep(0.2)
     raise UnavailableError(f"the server at {url} did not get ready within {READY_TIMEOUT_S} s")
+
+
+def _check(config: ServeConfig, here: bool) -> None:
+    """Raise what a replica would fail on, before anything starts; `here`: replicas run on this host."""
+    from pedro.backbone import check_place, load_tokenizer, resolve_backbone
+
+    backbone = resolve_backbone(config.backbone)
+    if here:
+        check_place(config.dtype, config.device)
+        load_tokenizer(backbone)
+
+
+def _error_of_a_replica() -> PedroError | None:
+    """The error of ours that a replica ended with, of those that Serve quotes in its status."""
+    from ray import serve
+
+    from pedro import errors
+
+    app = serve.status().applications.get(APP_NAME)
+    said = "\n".join(deployment.message for deployment in app.deployments.values()) if app else ""
+    found = re.findall(r"pedro\.errors\.(\w+): (.+)", said)
+    kind = getattr(errors, found[-1][0], None) if found else None
+    return kind(found[-1][1]) if isinstance(kind, type) and issubclass(kind, PedroError) else None
 
 
 def _last_line(error: Exception) -> str:

@@ -19,11 +19,12 @@ PATIENCE_S = 120.0  # how long a call waits for a replica where there is none, a
 class Fleet:
     """The replicas of one engine deployment. `reach(replica)` gives the peer of a replica by its id.
 
-    All on one event loop; `become` says which replicas there are.
+    `backbone` is the digest of the one that calls mean. All on one event loop; `become` says which replicas there are.
     """
 
-    def __init__(self, reach: Callable[[str], Peer]) -> None:
+    def __init__(self, reach: Callable[[str], Peer], backbone: str = "") -> None:
         self._reach = reach
+        self._backbone = backbone
         self._links: dict[str, Link] = {}
         self._leaving: list[Link] = []  # their last calls still run
         self._changed = asyncio.Event()
@@ -42,7 +43,7 @@ class Fleet:
             link.drain()
             self._leaving.append(link)
         for replica in wanted - self._links.keys():
-            self._links[replica] = Link(replica, self._reach(replica), self._changed.set)
+            self._links[replica] = Link(replica, self._reach(replica), self._changed.set, self._backbone)
 
     async def generate(
         self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...] = ()

@@ -26,11 +26,12 @@ class Link:
     `on_change` is called whenever `ready` changes. All on one event loop.
     """
 
-    def __init__(self, replica: str, peer: Peer, on_change: Callable[[], None]) -> None:
+    def __init__(self, replica: str, peer: Peer, on_change: Callable[[], None], backbone: str = "") -> None:
         self.replica = replica
         self.peer = peer
         self.ready = False
         self._on_change = on_change
+        self._backbone = backbone
         self._id = ""
         self._others = 0  # calls of other ingresses, as of the last slice
         self._numbers = iter(range(1, 2**62))
@@ -58,7 +59,7 @@ class Link:
             raise ReplicaLost(self.replica)
         number = next(self._numbers)
         inbox = self._inboxes[number] = _Inbox(call.n)
-        self._to_post.append(Posted(number, call, ref, resumed))
+        self._to_post.append(Posted(number, call, ref, resumed, self._backbone))
         self._something_to_post.set()
         try:
             while not inbox.finished:

@@ -54,6 +54,7 @@ class Replica:
         self._tokenizer_digests = backbone.tokenizer_digests
         self._registry = Registry.open(settings)
         self._registry.catalog()  # connect now rather than under the first request
+        self._backbone_digest = backbone.digest
         self._bare = f"{config.model_name}#{backbone.digest}"
         self._tokenizer = load_tokenizer(backbone)
         self._texts = TokenTexts(self._tokenizer)
@@ -117,6 +118,10 @@ class Replica:
         """Give the call to the engine, or tell why not."""
         call, number = posted.call, posted.number
         try:
+            if posted.backbone not in ("", self._backbone_digest):
+                raise UnavailableError(
+                    "the server's backbone is being replaced; ask again in a moment", code="backbone_changed"
+                )
             request = await self._request(call, posted.ref, posted.resumed)
             if request.id in self._refs:
                 raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")

@@ -25,12 +25,14 @@ class Posted:
     """A call on its way to a replica. `number` is the ingress's own name for it on this stream.
 
     `ref` is the adapter version (None: the bare backbone); `resumed` are answer tokens that the client has already.
+    `backbone` is the digest of the one that the ingress knows, empty where it does not say.
     """
 
     number: int
     call: GenerateCall
     ref: str | None = None
     resumed: tuple[int, ...] = ()
+    backbone: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pedro.backbone import locate_backbone
 from pedro.config import Frozen, check_name, load_spec
 from pedro.errors import ConfigError
 
@@ -201,8 +202,9 @@ class FineTuneSpec(Frozen):
         return f"{self.tenant}.{self.adapter}"
 
     def located(self, base: Path) -> FineTuneSpec:
-        """The same spec with absolute data paths."""
-        return self.model_copy(update={"data": self.data.located(base)})
+        """The same spec with absolute paths; a backbone may also lie in the working directory."""
+        backbone = locate_backbone(self.backbone, base, Path.cwd())
+        return self.model_copy(update={"data": self.data.located(base), "backbone": backbone})
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved spec as JSON holds it; `FineTuneSpec.model_validate` reads it back."""
@@ -226,6 +228,8 @@ def _located(base: Path, file: str) -> str:
 
 def _locate_override(word: str) -> str:
     key, _, value = word.partition("=")
+    if key == "backbone":
+        return f"{key}={locate_backbone(value, Path.cwd())}"
     if key not in {f"data.{name}" for name in FILES} or value in ("", "null"):
         return word
     try:

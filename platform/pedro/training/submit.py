@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -72,7 +73,7 @@ def submit(
             store.update_job(job_id, status="failed", message=error.message)
         raise
     try:
-        words = f"pedro.training.job --spec '{location}' --job-id {job_id}"
+        words = f"pedro.training.job --spec {shlex.quote(location)} --job-id {job_id}"
         launch(words, job_id, settings, dashboard_url, {"tenant": spec.tenant, "adapter": spec.adapter})
     except PedroError:
         if store:
@@ -90,7 +91,7 @@ def launch(module: str, job_id: str, settings: Settings, dashboard_url: str, met
     """
     try:
         _client(dashboard_url).submit_job(
-            entrypoint=f"{_python(dashboard_url)} -m {module}",
+            entrypoint=f"{shlex.quote(_python(dashboard_url))} -m {module}",  # a line for a shell
             submission_id=job_id,
             runtime_env={"env_vars": {**settings.env(), **ENVIRONMENT}},
             entrypoint_num_cpus=0,  # the driver waits; the CPUs are for the workers

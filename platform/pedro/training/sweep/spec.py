@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pedro.backbone import locate_backbone
 from pedro.config import Frozen, check_name, load_spec
 from pedro.errors import ConfigError
 from pedro.training.spec import FineTuneSpec
@@ -105,6 +106,11 @@ class SweepSpec(Frozen):
 
 
 def load_sweep_spec(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpec:
-    """Read a spec file; relative data paths start from its folder. Raises one ConfigError that lists every mistake."""
+    """Read a spec file; relative paths start from its folder. Raises one ConfigError that lists every mistake."""
     spec = load_spec(path, overrides, SweepSpec)
-    return spec.model_copy(update={"base": spec.base.located(Path(path).absolute().parent)})
+    base = Path(path).absolute().parent
+    space = dict(spec.space)
+    if (tried := space.get("backbone")) is not None and tried.listed:
+        values = tuple(locate_backbone(str(value), base, Path.cwd()) for value in tried.values)
+        space["backbone"] = tried.model_copy(update={"values": values})
+    return spec.model_copy(update={"base": spec.base.located(base), "space": space})
