@@ -23,10 +23,10 @@ NEIGHBOURS = (0, 1, 2)
 LEAST = 0.9  # of one thread's speed, whatever is beside
 SETTLE_S = 1.2  # after neighbours came or went: longer than the engine's memory of them (threads.py)
 ORDERS = {  # phase and model: what is asked of a batch of 1 and of more
-    ("decode", 1): {"prompt": 16, "new": 25},
+    ("decode", 1): {"prompt": 16, "new": 17},
     ("decode", 8): {"prompt": 16, "new": 13},
     ("prefill", 1): {"prompt": 128, "new": 1},
-    ("prefill", 8): {"prompt": 48, "new": 1},
+    ("prefill", 8): {"prompt": 32, "new": 1},
 }
 LONGER = {"tiny": 1, "S": 4, "M": 1}  # new tokens are multiplied by it, where a step is short
 Cell = tuple[str, int, int, str]  # phase, batch, neighbours, threads
