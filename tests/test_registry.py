@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import struct
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from serving_adapters import stub_adapter
+from serving_adapters import settings_at, stub_adapter
 
+from pedro.config import Settings
 from pedro.errors import AdapterError, ConflictError, NotFoundError, PedroError
 from pedro.methods.adapter_files import read_manifest, weights_digest, write_manifest
 from pedro.registry import Registry
@@ -190,3 +192,21 @@ def test_what_could_not_be_served_or_is_no_adapter_is_not_registered(registry, t
     assert "\n" not in caught.value.message
     assert registry.versions("acme.bad") == []
     assert not registry.client.list_artifacts(run)
+
+
+@pytest.mark.parametrize("carry", [shutil.copytree, shutil.move], ids=["copied", "moved"])
+def test_a_home_that_was_carried_elsewhere_finds_its_own_artifacts(tmp_path, carry):
+    there = Registry.open(settings_at(tmp_path / "there"))
+    run = there.start_run(experiment="acme.faq", name="job", params={}, tags={})
+    version = there.register(run, adapter_directory(tmp_path / "made", "moved"), "acme", "faq")
+    here = tmp_path / "it's here"
+    carry(tmp_path / "there", here)
+    registry = Registry.open(Settings.from_env({"PEDRO_HOME": str(here)}))
+    if carry is shutil.copytree:
+        shutil.rmtree(tmp_path / "there" / "artifacts")
+    assert registry.download(registry.get("acme.faq", 1)).is_relative_to(here)
+    run = registry.start_run(experiment="acme.faq", name="job", params={}, tags={})
+    again = registry.register(run, adapter_directory(tmp_path / "made again", "again"), "acme", "faq")
+    assert list(here.glob(f"artifacts/**/{again.run_id}/**/pedro_adapter.json"))
+    assert not (tmp_path / "there" / "artifacts").exists()
+    assert version.digest != again.digest

@@ -20,22 +20,45 @@ def test_the_dry_run_counts_what_the_run_then_does(tmp_path):
         "theta": len(session.data.theta),
         "validation": len(session.data.validation),
     }
-    assert report.seconds == pytest.approx(4 * report.seconds_per_step)
+    parts = report.seconds_by_part
+    assert parts["of steps"] == pytest.approx(4 * report.seconds_per_step)
+    assert report.seconds == pytest.approx(sum(parts.values()))
+    assert all(value > 0 for value in parts.values())
     assert report.memory_bytes["backbone"] == 4 * 260_032
     assert report.memory_bytes["optimizer"] == 8 * 21_320
     assert report.to_dict()["spec"] == spec.to_dict()
     text = str(report)
-    for piece in ("21,320 parameters", "8.20 %", "6 optimizer steps", "timed on this machine", "activations"):
-        assert piece in text
+    for piece in (
+        "21,320 parameters",
+        "8.20 %",
+        "4 on Ω and 2 on Θ (6 optimizer steps) of 8 rows, ended by max_steps (4), before epochs (100)",
+        "theta (for the steps on Θ)",
+        "timed on this machine",
+        "s to start, ",
+        "of tensors, about ",
+        "activations",
+    ):
+        assert piece in text, text
 
 
-def test_zero_and_bf16_show_in_the_memory(tmp_path):
-    plain = dry_run(spec_for(tmp_path, "lora")).memory_bytes
+def test_zero_and_bf16_show_in_the_memory_and_stage_3_promises_no_more_than_it_keeps(tmp_path):
+    plain = dry_run(spec_for(tmp_path, "lora"))
     spec = spec_for(tmp_path, "lora", {"workers": 2, "zero_stage": 3}, precision="bf16")
-    sharded = dry_run(spec).memory_bytes
-    assert sharded["backbone"] * 4 == plain["backbone"]
-    for part in ("adapter", "gradients", "optimizer"):
-        assert sharded[part] * 2 == plain[part]
+    report = dry_run(spec)
+    sharded = report.memory_bytes
+    assert sharded["backbone"] * 2 == plain.memory_bytes["backbone"]
+    assert sharded["adapter"] == plain.memory_bytes["adapter"]
+    for part in ("gradients", "optimizer"):
+        assert sharded[part] * 2 == plain.memory_bytes[part]
+    assert report.process_bytes > plain.process_bytes > 500e6
+    assert "stage 3 saves no memory" in str(report)
+    assert "stage 3" not in str(plain)
+
+
+def test_a_dry_run_says_what_ends_training(tmp_path):
+    assert dry_run(spec_for(tmp_path, epochs=None, max_steps=7)).ends_by == "max_steps (7)"
+    assert dry_run(spec_for(tmp_path, epochs=1, max_steps=700)).ends_by == "epochs (1), before max_steps (700)"
+    assert dry_run(spec_for(tmp_path, epochs=2, max_steps=None)).ends_by == "epochs (2)"
 
 
 def test_a_wrong_method_option_is_told_before_anything_starts(tmp_path):

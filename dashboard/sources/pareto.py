@@ -25,7 +25,7 @@ class Metric:
 METRICS = {
     "score": Metric("Score (%)", more_is_better=True, unit=0.01, format=".1f"),
     "parameters": Metric("Trained parameters", log=True),
-    "tokens_per_second": Metric("Tokens per second in training", more_is_better=True),
+    "tokens_per_second": Metric("Answer tokens per second in training", more_is_better=True),
     "peak_memory": Metric("Peak memory (MiB)", unit=2**20),
     "seconds": Metric("Training time (s)", format=",.1f"),
     "adapter_bytes": Metric("Adapter (kB)", unit=1000.0, format=",.1f", log=True),

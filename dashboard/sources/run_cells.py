@@ -98,7 +98,7 @@ def _cell(run: Run, label: str, parameters: int) -> Cell:
         scores=(score,),
         trainable_parameters=parameters,
         seconds=metrics.get("final/seconds", 0.0),
-        tokens_per_second=metrics.get("train/tokens_per_second", 0.0),
+        tokens_per_second=metrics.get("train/answer_tokens_per_second", metrics.get("train/tokens_per_second", 0.0)),
         peak_memory_bytes=int(metrics.get("system/memory_mb", 0.0) * 2**20),
         provenance={"created": utc(run.started)},
     )

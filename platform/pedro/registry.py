@@ -26,6 +26,7 @@ from pedro.config import Settings, check_name
 from pedro.data.formats import PromptFormat, check_format
 from pedro.database import FileWatch, exclusive
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
+from pedro.moved_home import follow
 from pedro.moves import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, finish, move
 from pedro.secret_files import shown
 from pedro.versions import Version, read_version
@@ -78,6 +79,7 @@ class Registry:
             with FileLock(f"{database}.lock"):  # two processes must not both make the schema
                 if not database.exists() or not database.stat().st_size:
                     _make_schema(database)
+                follow(database, Path(self.artifact_root))
                 return _connect(self.tracking_uri)
         except Exception as error:
             remedy = "start it, or unset the variable to use the sqlite store in PEDRO_HOME"

@@ -48,6 +48,11 @@ def supervised_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
     return sum(len(row["input_ids"]) - row["prompt_len"] for row in rows)
 
 
+def passed_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens of the rows that go through the model, prompts and answers."""
+    return sum(len(row["input_ids"]) for row in rows)
+
+
 def slices(rows: Sequence[Mapping[str, Any]], rank: int, world: int, accumulation: int) -> list[Sequence]:
     """This worker's share of a batch, cut in `accumulation` slices; one may be empty at the end of a data set."""
     mine = rows[rank::world]

@@ -18,6 +18,10 @@ from pedro.training.prepare import Prepared, make_plan, prepare
 from pedro.training.spec import FineTuneSpec
 
 TIMED_PARAMETERS = 100_000_000
+STARTUP_S = 20.0
+PROCESS_BYTES = {0: 1e9, 1: 1e9, 2: 1e9, 3: 1.3e9}
+ROLES = {"theta": "theta (for the steps on Θ)"}
+SCORED_ROWS = 8  # that are timed
 ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only for backbones that are not timed here
 
 
@@ -32,10 +36,16 @@ class DryRun:
     rows: dict[str, int]
     tokens_per_row: float
     memory_bytes: dict[str, int]
+    process_bytes: int
+    """What a worker's process takes beside its tensors: libraries, and DeepSpeed's own for a ZeRO stage."""
     steps: int
     optimizer_steps: int
+    ends_by: str
+    """Which of `epochs` and `max_steps` ends training, unless it stops improving before."""
     seconds_per_step: float
     seconds: float
+    """Of the whole job: start-up, steps, validations, scoring."""
+    seconds_by_part: dict[str, float]
     time_from: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,20 +53,32 @@ class DryRun:
 
     def __str__(self) -> str:
         spec, share = self.spec, 100 * self.trainable_parameters / max(1, self.backbone_parameters)
-        rows = ", ".join(f"{count:,} {name}" for name, count in self.rows.items())
+        rows = ", ".join(f"{count:,} {ROLES.get(name, name)}" for name, count in self.rows.items())
         trainable = f"{self.trainable_parameters:,} parameters, {self.trainable_without_bias:,} without biases"
-        time_needed = f"about {_duration(self.seconds)}: {self.seconds_per_step:.3f} s a step"
+        training = spec["training"]
+        steps = f"{self.steps:,} of {training['batch_size']} rows, ended by {self.ends_by}"
+        if (theta := self.optimizer_steps - self.steps) > 0:
+            steps = f"{self.steps:,} on Ω and {theta:,} on Θ ({self.optimizer_steps:,} optimizer steps)" + (
+                f" of {training['batch_size']} rows, ended by {self.ends_by}"
+            )
+        parts = ", ".join(f"{_duration(value)} {name}" for name, value in self.seconds_by_part.items())
+        tensors = sum(self.memory_bytes.values())
         lines = [
             f"{spec['tenant']}.{spec['adapter']}: {spec['method']['name']} on {spec['backbone']}",
             f"trainable    {trainable}; {share:.2f} % of the backbone's {self.backbone_parameters:,}",
             f"rows         {rows}; {self.tokens_per_row:.0f} tokens each",
-            f"steps        {self.steps:,} ({self.optimizer_steps:,} optimizer steps)",
-            f"time         {time_needed}, {self.time_from}",
-            "memory       of each worker",
+            f"steps        {steps}",
+            f"time         about {_duration(self.seconds)}: {parts}",
+            f"             {self.seconds_per_step:.3f} s a step, {self.time_from}",
+            f"memory       of each worker: {_size(tensors)} of tensors, "
+            f"about {_size(tensors + self.process_bytes)} as a process",
         ]
         for name, size in self.memory_bytes.items():
             lines.append(f"  {name:<12}{_size(size):>10}{' (estimate)' if name == 'activations' else ''}")
-        return "\n".join([*lines, f"  {'together':<12}{_size(sum(self.memory_bytes.values())):>10}"])
+        lines.append(f"  {'process':<12}{_size(self.process_bytes):>10} (estimate)")
+        if spec["resources"]["zero_stage"] == 3:
+            lines.append("  stage 3 saves no memory of a worker's process here: each loads the whole backbone first")
+        return "\n".join(lines)
 
 
 def dry_run(spec: FineTuneSpec) -> DryRun:
@@ -84,23 +106,34 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
     plan = make_plan(spec.training, len(train), bilevel)
     method.companion(model, spec.method.options, plan.steps)
     tokens, longest = prepared.lengths()
+    split, scored = prepared.scored(spec.gate.max_rows)
+    validations = -(-plan.steps // plan.validate_every) if validation is not None else 0
+    validated = validations * min(len(validation), spec.training.eval_rows) if validation is not None else 0
+    to_score = 2 * len(scored) if scored is not None else 0  # with the adapter and without
     small = counts["total"] <= TIMED_PARAMETERS and not spec.resources.gpus_per_worker
     if small:
-        per_step, time_from = _timed(spec, cache), "timed on this machine"
+        (per_step, a_validated, a_scored), time_from = _timed(spec, cache), "timed on this machine"
     else:
         device = "gpu" if spec.resources.gpus_per_worker else "cpu"
         work = (6 if method.name == "full" else 4) * backbone_parameters * tokens * spec.training.batch_size
         rate = ASSUMED_FLOPS[device] * spec.resources.workers
         per_step = work / rate * (1 + (1 / plan.theta_every if bilevel else 0))
+        a_validated = a_scored = 2 * backbone_parameters * tokens / ASSUMED_FLOPS[device]
         time_from = f"from {work:.1e} operations a step at an assumed {ASSUMED_FLOPS[device]:.0e}/s for each worker"
     rows = {"train": len(train)}
     if theta_rows is not None:
         rows["theta"] = len(theta_rows)
     if validation is not None:
         rows["validation"] = len(validation)
-    split, scored = prepared.scored(spec.gate.max_rows)
     if split == "test" and scored is not None:
         rows["test"] = len(scored)
+    workers = spec.resources.workers
+    parts = {
+        "to start": STARTUP_S,
+        "of steps": per_step * plan.steps,
+        "of validation": a_validated * validated / workers,
+        "of scoring": a_scored * to_score / workers,
+    }
     return DryRun(
         spec=spec.to_dict(),
         trainable_parameters=counts["trainable"],
@@ -109,11 +142,25 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
         rows=rows,
         tokens_per_row=tokens,
         memory_bytes=_memory(spec, model.config, frozen, counts["trainable"], longest),
+        process_bytes=PROCESS_BYTES[spec.resources.zero_stage],
         steps=plan.steps,
         optimizer_steps=plan.optimizer_steps(plan.steps),
+        ends_by=_ends_by(spec, plan.steps),
         seconds_per_step=per_step,
-        seconds=per_step * plan.steps,
+        seconds=sum(parts.values()),
+        seconds_by_part=parts,
         time_from=time_from,
+    )
+
+
+def _ends_by(spec: FineTuneSpec, steps: int) -> str:
+    training = spec.training
+    if training.epochs is None:
+        return f"max_steps ({training.max_steps:,})"
+    if training.max_steps is not None and steps == training.max_steps:
+        return f"max_steps ({training.max_steps:,}), before epochs ({training.epochs:g})"
+    return f"epochs ({training.epochs:g})" + (
+        f", before max_steps ({training.max_steps:,})" if training.max_steps is not None else ""
     )
 
 
@@ -147,12 +194,16 @@ def _memory(spec: FineTuneSpec, config: Any, frozen: int, trainable: int, longes
     )
 
 
-def _timed(spec: FineTuneSpec, cache: Path) -> float:
-    """Seconds of one step (Ω, and Θ where it has its turn) on one worker's share, measured in this process."""
+def _timed(spec: FineTuneSpec, cache: Path) -> tuple[float, float, float]:
+    """Seconds of one step (Ω, and Θ where it has its turn) on one worker's share, of one row that is validated, and of
+    one that is scored, measured in this process.
+    """
+    from pedro.evaluation.scoring import score
     from pedro.training.batches import RowStream
     from pedro.training.bilevel import OMEGA, THETA
-    from pedro.training.loop import batch_step
+    from pedro.training.loop import batch_step, mean_loss
     from pedro.training.session import open_session
+    from pedro.training.team import ALONE
 
     share = max(1, spec.training.batch_size // spec.resources.workers)
     accumulation = min(spec.training.gradient_accumulation, share)
@@ -176,7 +227,20 @@ def _timed(spec: FineTuneSpec, cache: Path) -> float:
         for k in (1, 2):
             batch_step(engine, stream.batch(k), plan, data.pad_id, salt=k)
         total += turns * (time.perf_counter() - started) / 2
-    return total
+    a_validated = a_scored = 0.0
+    if len(data.validation):
+        some = [data.validation[i] for i in range(min(len(data.validation), share))]
+        started = time.perf_counter()
+        mean_loss(engine, some, share, data.pad_id, ALONE)
+        a_validated = (time.perf_counter() - started) / len(some)
+    _, scored = session.scored_rows()
+    if scored is not None:
+        some = [scored[i] for i in range(min(len(scored), SCORED_ROWS))]
+        engine.mode(training=False)
+        started = time.perf_counter()
+        score(session.model, session.tokenizer, some)
+        a_scored = (time.perf_counter() - started) / len(some)
+    return total, a_validated, a_scored
 
 
 def _size(size: float) -> str:

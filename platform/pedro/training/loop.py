@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from pedro.errors import TrainingError
-from pedro.training.batches import Rows, RowStream, slices, supervised_tokens, tensors, token_loss
+from pedro.training.batches import Rows, RowStream, passed_tokens, slices, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA, Alternation, learning_rate
 from pedro.training.engines import StepEngine
 from pedro.training.team import Team
@@ -65,6 +65,7 @@ class Progress:
     best_step: int = 0
     without_gain: int = 0
     tokens: int = 0
+    """Of answers, which the loss is taken of."""
     seconds: float = 0.0
     validations: list[tuple[int, float]] = field(default_factory=list)
 
@@ -122,11 +123,13 @@ def train(engine: StepEngine, alternation: Alternation, plan: Plan, data: Data, 
             learning_rate(k, plan.steps, plan.lr, plan.warmup), learning_rate(k, plan.steps, plan.theta_lr, plan.warmup)
         )
         alternation.activate(*((OMEGA,) if theta_rows else (OMEGA, THETA)))
-        meter.omega(*batch_step(engine, omega_rows.batch(k), plan, data.pad_id, salt=2 * k))
+        rows = omega_rows.batch(k)
+        meter.omega(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k), passed_tokens(rows))
         if theta_rows and (k + 1) % plan.theta_every == 0:
             alternation.activate(THETA)
             place = (k + 1) // plan.theta_every - 1
-            meter.theta(*batch_step(engine, theta_rows.batch(place), plan, data.pad_id, salt=2 * k + 1))
+            rows = theta_rows.batch(place)
+            meter.theta(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k + 1), passed_tokens(rows))
         progress.step = k + 1
         if engine.companion:
             engine.companion.after_step(progress.step)
@@ -243,19 +246,21 @@ class Meter:
 
     def _clear(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._counts, self._tokens, self._since = [0, 0], 0, time.monotonic()
+        self._counts, self._passed, self._answers, self._since = [0, 0], 0, 0, time.monotonic()
 
-    def omega(self, loss: torch.Tensor, tokens: int) -> None:
-        self._add(0, loss, tokens)
+    def omega(self, loss: torch.Tensor, answers: int, passed: int) -> None:
+        """A step on Ω: its loss, and how many tokens of answers and of all were in its batch."""
+        self._add(0, loss, answers, passed)
 
-    def theta(self, loss: torch.Tensor, tokens: int) -> None:
-        self._add(1, loss, tokens)
+    def theta(self, loss: torch.Tensor, answers: int, passed: int) -> None:
+        self._add(1, loss, answers, passed)
 
-    def _add(self, which: int, loss: torch.Tensor, tokens: int) -> None:
+    def _add(self, which: int, loss: torch.Tensor, answers: int, passed: int) -> None:
         self._sums[which] += loss.double()
         self._counts[which] += 1
-        self._tokens += tokens
-        self.progress.tokens += tokens
+        self._passed += passed
+        self._answers += answers
+        self.progress.tokens += answers
 
     def look(self, team: Team, reporter: Reporter) -> None:
         """Report the mean losses since the last look. Raises TrainingError on every worker if one is no number."""
@@ -273,12 +278,14 @@ class Meter:
                 param="training.lr",
             )
         if team.rank == 0:
-            speed = self._tokens / max(1e-9, now - self._since)
+            took = max(1e-9, now - self._since)
+            speed, answers = self._passed / took, self._answers / took
             values = {"train/loss": loss, "train/tokens_per_second": speed, "train/lr": self._lr()}
+            values["train/answer_tokens_per_second"] = answers
             if self._counts[1]:
                 values["train/theta_loss"] = theta / self._counts[1]
             reporter.metrics(self.progress.step, values)
-            reporter.line(self._line(loss, speed, now))
+            reporter.line(self._line(loss, speed, answers, now))
         self._clear()
 
     def validated(self, loss: float, team: Team, reporter: Reporter) -> None:
@@ -296,10 +303,11 @@ class Meter:
     def _lr(self) -> float:
         return learning_rate(self.progress.step - 1, self.plan.steps, self.plan.lr, self.plan.warmup)
 
-    def _line(self, loss: float, speed: float, now: float) -> str:
+    def _line(self, loss: float, speed: float, answers: float, now: float) -> str:
         done = self.progress.step - self._started
         self._spent += now - self._since
         left = self._spent / max(1, done) * (self.plan.steps - self.progress.step)
         dev = f" · dev {self._last_dev:.3f}" if self._last_dev is not None else ""
         step = f"step {self.progress.step:,}/{self.plan.steps:,} · loss {loss:.3f}{dev}"
-        return f"{step} · {speed:,.0f} tokens/s · {int(left) // 60}:{int(left) % 60:02d} left"
+        rate = f"{speed:,.0f} tokens/s ({answers:,.0f} of answers)"
+        return f"{step} · {rate} · {int(left) // 60}:{int(left) % 60:02d} left"

@@ -31,7 +31,10 @@ def training_memory(
     workers: int = 1,
     zero_stage: int = 0,
 ) -> dict[str, int]:
-    """Bytes on each worker by part; ZeRO 1 shards optimizer state, 2 gradients as well, 3 parameters as well.
+    """Bytes on each worker by part; ZeRO 1 shards optimizer state, 2 gradients as well.
+
+    Stage 3 is not counted as sharding parameters: each worker loads the whole backbone before it gives its share away,
+    and on two ranks it takes more memory than stage 0.
 
     `frozen` and `trainable` count parameters; `tokens` are those of one slice, padding included; `full` says that the
     backbone itself is trained. Activations: per layer and token about 34 widths without attention scores (Korthikanti
@@ -42,13 +45,10 @@ def training_memory(
     trained_size = 2 if full16 else 4
     per_layer = (1 if gradient_checkpointing else 17) * size * sizes.hidden_size
     logits = 2 * 4 * sizes.vocab_size
-    share = {
-        part: workers if zero_stage >= least else 1
-        for part, least in (("parameters", 3), ("gradients", 2), ("optimizer", 1))
-    }
+    share = {part: workers if zero_stage >= least else 1 for part, least in (("gradients", 2), ("optimizer", 1))}
     return {
-        "backbone": frozen * size // share["parameters"],
-        "adapter": trainable * trained_size // share["parameters"],
+        "backbone": frozen * size,
+        "adapter": trainable * trained_size,
         "gradients": trainable * trained_size // share["gradients"],
         "optimizer": trainable * (12 if full16 else 8) // share["optimizer"],
         "activations": int(tokens * (sizes.num_layers * per_layer + logits)),
