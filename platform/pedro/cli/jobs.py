@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,17 +223,19 @@ def running_jobs(settings: Settings) -> list[tuple[str, str]]:
     return [(job["id"], job["metadata"].get("model") or _model(job["metadata"])) for job in open_jobs]
 
 
-def end_of_cluster(settings: Settings, job_ids: list[str]) -> None:
-    """Enter into the records of jobs that their cluster was ended under them; a driver that could say more has."""
-    from pedro.errors import ConflictError, NotFoundError
+def stop_jobs(settings: Settings, job_ids: list[str]) -> None:
+    """Stop jobs one by one, so that each enters how it ended; a driver that does not answer is told of and left."""
+    from pedro.cluster import connect, within
+    from pedro.errors import PedroError
     from pedro.store import Store
+    from pedro.training import submit as training
 
-    if not job_ids:
-        return
     store = Store(settings.database_url)
     for job_id in job_ids:
-        with suppress(NotFoundError, ConflictError):  # a sweep keeps its own records; a job may just have ended
-            store.update_job(job_id, status="cancelled", message="its cluster was ended by `pedro down`")
+        try:
+            within(30, partial(training.stop, job_id, connect(settings).dashboard_url, store))
+        except (PedroError, OSError, RuntimeError) as error:
+            say(f"{job_id} could not be stopped first: {error}")
 
 
 def _model(metadata: dict[str, str]) -> str:

@@ -75,7 +75,7 @@ def down(
     as_json: AsJson = False,
 ) -> None:
     """End what this PEDRO_HOME runs: the server, and the local Ray head with its jobs. Asks if a job runs."""
-    from pedro.cli.jobs import end_of_cluster, running_jobs
+    from pedro.cli.jobs import running_jobs, stop_jobs
     from pedro.cli.output import confirm
     from pedro.config import Settings
     from pedro.serving.deploy import end
@@ -85,8 +85,8 @@ def down(
     if running:
         say(f"{len(running)} of its jobs have not ended: " + ", ".join(f"{model} ({job})" for job, model in running))
         confirm("End them? What they have trained since their last checkpoint is lost.", yes, as_json)
+        stop_jobs(settings, [job for job, _ in running])
     ended = end(settings)
-    end_of_cluster(settings, [job for job, _ in running])
 
     def show() -> None:
         typer.echo(
