@@ -66,6 +66,7 @@ def test_a_record_goes_by_running_to_its_end_and_the_first_end_stays(settings, s
     own = OwnRecord(settings.database_url, made.id, print)
     own.running()
     assert store.get_job(made.id).status == "running"
+    store.update_job(made.id, status="queued")  # as if the database had not answered at the start
     own.succeeded({"model": "acme.colours:1"})
     own.cancelled()
     assert store.get_job(made.id).status == "succeeded"

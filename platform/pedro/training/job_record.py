@@ -6,6 +6,7 @@ what such a row means beside what the cluster tells, for the command line and th
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,6 +38,8 @@ class OwnRecord:
         self._write(status=JobStatus.RUNNING)
 
     def succeeded(self, result: dict[str, Any]) -> None:
+        with contextlib.suppress(ConflictError):  # it runs, even if the database did not answer when it began
+            self._write(status=JobStatus.RUNNING)
         self._end(JobStatus.SUCCEEDED, result=result)
 
     def failed(self, reason: str) -> None:
