@@ -297,3 +297,34 @@ def test_a_database_that_cannot_be_opened_is_told_without_the_password(tmp_path)
     with pytest.raises(PedroError) as caught:
         Store("postgresql://user:hunter2@127.0.0.1:1/pedro")
     assert "hunter2" not in caught.value.message
+
+
+# databases of earlier releases
+
+
+def without(path, table, column):
+    with sqlite3.connect(path) as link:
+        link.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+
+
+def test_a_column_that_may_be_empty_is_added_to_a_table_that_lacks_it(tmp_path):
+    url = f"sqlite:///{tmp_path}/old.db"
+    store = Store(url)
+    _, secret = store.create_key("acme")
+    job = store.create_job("acme", "support", {})
+    store.close()
+    for table, column in (("pedro_quotas", "tokens_per_minute"), ("pedro_jobs", "result")):
+        without(tmp_path / "old.db", table, column)
+    store = Store(url)
+    assert store.authenticate(secret)[0].tenant == "acme"
+    assert store.get_job(job.id).result is None
+    assert store.set_quota(tenant="acme", tokens_per_minute=5).tokens_per_minute == 5
+    store.close()
+
+
+def test_a_column_that_no_row_may_be_without_is_told_by_name_and_not_to_be_tried_again(tmp_path):
+    url = f"sqlite:///{tmp_path}/old.db"
+    Store(url).close()
+    without(tmp_path / "old.db", "pedro_keys", "hint")
+    with pytest.raises(ConfigError, match=r"pedro_keys lacks the column hint.*restore a backup"):
+        Store(url)

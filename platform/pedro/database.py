@@ -25,9 +25,10 @@ LOCK, LOCK_TIMEOUT_S = "moves", 60
 
 
 class Database:
-    """The tables of `metadata` behind one URL, made where they are missing.
+    """The tables of `metadata` behind one URL, made where they are missing, as are columns that may be empty.
 
-    Raises ConfigError for a URL that cannot be used, UnavailableError when the database does not answer.
+    Raises ConfigError for a URL that cannot be used and for tables that lack another column, UnavailableError when the
+    database does not answer.
     """
 
     def __init__(self, url: str, metadata: sa.MetaData) -> None:
@@ -58,6 +59,7 @@ class Database:
                 with self._engine.begin() as connection:
                     for table in metadata.sorted_tables:
                         connection.execute(CreateTable(table, if_not_exists=True))
+                        self._complete(connection, table)
                         for index in table.indexes:
                             connection.execute(CreateIndex(index, if_not_exists=True))
                 return
@@ -68,6 +70,25 @@ class Database:
                         f"database {where}: cannot be opened ({error.orig}); check PEDRO_DATABASE_URL", code="database"
                     ) from error
                 time.sleep(0.2)
+
+    def _complete(self, connection: Connection, table: sa.Table) -> None:
+        """Add the columns that a table of an earlier release lacks, if its rows may be without them."""
+        there = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+        for column in table.columns:
+            if column.name in there:
+                continue
+            if not column.nullable:
+                where = self._engine.url.render_as_string(hide_password=True)
+                raise ConfigError(
+                    f"database {where}: its table {table.name} lacks the column {column.name}: another release, or "
+                    "another program, made it; restore a backup, or point PEDRO_DATABASE_URL at another database",
+                    param="database_url",
+                )
+            quoted = connection.dialect.identifier_preparer
+            kind = column.type.compile(connection.dialect)
+            connection.execute(
+                sa.text(f"ALTER TABLE {quoted.format_table(table)} ADD COLUMN {quoted.format_column(column)} {kind}")
+            )
 
 
 class FileWatch:
