@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from gateway_backend import BACKBONE
 from gateway_server import Gateway, serve
 from prometheus_client.parser import text_string_to_metric_families
+
+from pedro.cli.serve import follow
+from pedro.gateway.access_log import write_to
 
 
 @pytest.fixture
@@ -234,6 +239,44 @@ def test_metrics_need_an_admin_key_from_this_machine_too(gateway, scope, status)
         reply = local.get("/metrics", headers={"host": "127.0.0.1:8000"})
     assert reply.status_code == status
     assert ("pedro_" in reply.text) == (status == 200)
+
+
+# the access log
+
+
+def test_every_request_is_one_line_without_its_content(tmp_path):
+    file = tmp_path / "logs" / "requests.log"
+    write_to(file)
+    with serve(tmp_path) as gateway, gateway.http(gateway.key()) as http, gateway.http() as nobody:
+        body = {"model": BACKBONE, "prompt": "hush now", "max_tokens": 3}
+        ids = [
+            http.post("/v1/completions", json=asked).headers["x-request-id"]
+            for asked in (body, {**body, "stream": True}, {**body, "model": "no\nsuch\x1b", "n": 2})
+        ]
+        nobody.get("/v1/models"), nobody.get("/health"), http.post("/v1/completions", json={"a": "hush"})
+    whole, streamed, unknown, stranger, wrong = file.read_text().splitlines()
+    for line, request_id in zip((whole, streamed), ids, strict=False):
+        assert f" {request_id} acme POST /v1/completions 200 " in line
+        assert f'model="{BACKBONE}" prompt_tokens=2 completion_tokens=3 ' in line
+        assert re.search(r" first=\d\.\d{3}s total=\d\.\d{3}s$", line)
+    assert f"{ids[2]} acme POST /v1/completions 404 model=" in unknown
+    assert " - GET /v1/models 401 total=" in stranger
+    assert " acme POST /v1/completions 400 total=" in wrong
+    assert "hush" not in file.read_text()
+
+
+def test_the_log_is_followed_from_now_on_also_when_it_begins_anew(tmp_path):
+    file = tmp_path / "requests.log"
+    file.write_text("old\n")
+    lines = follow(file, poll_s=0.01)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, lines)
+        time.sleep(0.1)
+        with file.open("a") as log:
+            log.write("new\npart")
+        assert first.result(5) == "new"
+        file.write_text("a\n")
+        assert pool.submit(next, lines).result(5).endswith("a")
 
 
 # headers

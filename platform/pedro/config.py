@@ -88,6 +88,11 @@ class Settings:
         """This host's copies of what the registry and the data room made; safe to delete at any time."""
         return self.home / "cache"
 
+    @property
+    def requests_log(self) -> Path:
+        """One line a request of the server, on the host of its gateway."""
+        return self.home / "logs" / "requests.log"
+
     def env(self) -> dict[str, str]:
         """The environment variables that hand these settings to another process; what holds a password goes by file."""
         folder = self.home / "secrets"

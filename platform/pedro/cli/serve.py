@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,14 +60,15 @@ def serve(
         typer.echo(f"serving {served.backbone} at {served.url}/v1")
         typer.echo(f'try:  curl {served.url}/v1/models -H "Authorization: Bearer $(pedro keys create TENANT)"')
         if not detach:
-            typer.echo("Ctrl-C ends it", err=True)
+            typer.echo(f"requests, as {settings.requests_log} has them; Ctrl-C ends the server", err=True)
 
     emit({"url": served.url, "backbone": served.backbone}, as_json, show)
     if detach:
         return
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
-        signal.pause()
+        for line in follow(settings.requests_log):
+            say(line)
     except KeyboardInterrupt:
         say("ending the server")
     finally:
@@ -112,6 +117,23 @@ def demo(
 
     result = run_demo(Settings.from_env(), keep=keep, port=port, say=say if as_json else typer.echo)
     emit(result, as_json, lambda: None)
+
+
+def follow(path: Path, poll_s: float = 0.5) -> Iterator[str]:
+    """The lines that a log gains from now on, for ever; it may be made, or begin anew, meanwhile."""
+    at = path.stat().st_size if path.is_file() else 0
+    rest = b""
+    while True:
+        with suppress(OSError), path.open("rb") as log:
+            size = log.seek(0, 2)
+            if at > size:
+                at, rest = 0, b""
+            log.seek(at)
+            gained = log.read()
+            at += len(gained)
+            *whole, rest = (rest + gained).split(b"\n")
+            yield from (line.decode("utf-8", "replace") for line in whole)
+        time.sleep(poll_s)
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pedro.gateway.access_log import note
 from pedro.gateway.backend import Backend, Delta, GenerateCall
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.errors import stream_error_body
@@ -58,6 +60,8 @@ class Answer(Response):
             [Choice(number * call.n + index) for index in range(call.n)] for number, call in enumerate(calls)
         ]
         self._fingerprint: str | None = None
+        self._begun = time.monotonic()
+        self._first_s: float | None = None  # until the first delta
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -71,6 +75,7 @@ class Answer(Response):
             raise
         finally:
             self._ticket.settle(self._used(unseen_prompts=False))
+            note(scope, **self._facts())
 
     async def _collect(self) -> dict[str, Any]:
         async with FanIn(self._backend, self._calls) as deltas:
@@ -114,10 +119,24 @@ class Answer(Response):
         return self._chunk([], usage=usage(self._choices))
 
     def _accept(self, number: int, delta: Delta, *, keep: bool) -> Choice:
+        if self._first_s is None:
+            self._first_s = time.monotonic() - self._begun
         choice = self._choices[number][delta.index]
         choice.accept(delta, keep=keep)
         self._fingerprint = delta.fingerprint or self._fingerprint
         return choice
+
+    def _facts(self) -> dict[str, Any]:
+        """What the access log tells of this answer."""
+        counted = usage(self._choices)
+        waits = [choice.queue_s for of_call in self._choices for choice in of_call if choice.queue_s is not None]
+        return {
+            "model": self._shape.model,
+            "prompt_tokens": counted["prompt_tokens"],
+            "completion_tokens": counted["completion_tokens"],
+            "queue": max(waits, default=None),
+            "first": self._first_s,
+        }
 
     def _used(self, *, unseen_prompts: bool) -> int:
         """Tokens of prompts and answers so far; `unseen_prompts`: also a guess of those that gave nothing yet."""

@@ -16,6 +16,7 @@ from pedro.gateway import (
     routes_models,
     routes_tokenizer,
 )
+from pedro.gateway.access_log import Logged
 from pedro.gateway.admission import Places
 from pedro.gateway.auth import Authenticator
 from pedro.gateway.backend import Backend
@@ -63,6 +64,7 @@ def create_app(
     install_error_handlers(app)
     app.add_middleware(Edge, send_request_id=settings.send_request_id)
     app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(Logged)
     for routes in (
         routes_inference,
         routes_tokenizer,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from pedro.errors import AuthenticationError, ScopeError
+from pedro.gateway.access_log import note
 from pedro.gateway.backend import ALL_TENANTS
 from pedro.store import ADMIN, NO_QUOTA, Quota, Store
 
@@ -59,6 +60,7 @@ def require(scope: str):
         principal = await request.app.state.authenticator(request.headers.get("authorization"))
         if not principal.scopes & {scope, ADMIN}:
             raise ScopeError(f"This API key lacks the scope '{scope}'; use a key that was created with it.")
+        note(request.scope, tenant=principal.tenant)
         request.app.state.places.enter(principal.tenant, request.scope)
         return principal
 

@@ -110,6 +110,7 @@ class Delta:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     fingerprint: str | None = None
+    queue_s: float | None = None  # on the last one: how long the choice waited in the engine
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,13 @@ class Choice:
     completion_tokens: int = 0
     offset: int = 0
     started: bool = False
+    queue_s: float | None = None
 
     def accept(self, delta: Delta, *, keep: bool) -> None:
         """Takes what is new; `keep` it for a whole answer."""
         assert self.finish_reason is None, f"choice {self.index} went on after its finish_reason"
         self.finish_reason = delta.finish_reason
+        self.queue_s = delta.queue_s
         self.prompt_tokens = max(self.prompt_tokens, delta.prompt_tokens)
         self.completion_tokens = max(self.completion_tokens, delta.completion_tokens)
         if keep:

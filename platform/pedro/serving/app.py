@@ -113,14 +113,17 @@ class Gateway:
         self._longest = min(self._config.max_length or context_length(backbone), context_length(backbone))
         self._store = Store(settings.database_url)
         self._engine = engine
+        self._requests_log = settings.requests_log
         self._starting: list[asyncio.Task[Any]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
+        from pedro.gateway.access_log import write_to
         from pedro.gateway.app import GatewaySettings, create_app
         from pedro.serving.backend import ServeBackend
         from pedro.serving.fleet import Fleet
         from pedro.serving.live import LIVE  # here: Serve ships this class by value, and a global of its with it
 
+        write_to(self._requests_log)
         loop = asyncio.get_running_loop()
         fleet = Fleet(lambda replica: HandlePeer(self._engine, replica), self._backbone_digest)
 

@@ -47,6 +47,7 @@ class Deltas:
             prompt_tokens=last.prompt_tokens,
             completion_tokens=last.completion_tokens,
             fingerprint=self._fingerprint,
+            queue_s=last.timing.queue_s if last.timing else None,
         )
         if index in self._unopened:
             self._unopened.discard(index)

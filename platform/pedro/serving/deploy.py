@@ -46,7 +46,8 @@ def deploy(
     running = find(settings)
     if running is not None:
         raise ConflictError(
-            f"already serving {running.backbone} at {running.url}; `pedro down` ends it, then serve again"
+            f"already serving {running.backbone} at {running.url}: one server serves one backbone per PEDRO_HOME; "
+            "`pedro down` ends it, or another PEDRO_HOME holds another server"
         )
     port = port or cluster.free_port()
     if not cluster.port_is_free(port, host):
