@@ -122,6 +122,24 @@ def test_the_first_token_leaves_at_once_and_others_wait_for_the_slice_or_the_las
     assert run(go()) == (((7, [[1]]),), ((7, [[2], [3]]),))
 
 
+def test_the_slices_of_many_calls_end_in_turns(monkeypatch):
+    monkeypatch.setattr("pedro.serving.outlet.slice_s", lambda calls: 0.12 if calls > 1 else SLICE_S)
+
+    async def go():
+        outlet = Outlet(lambda: 1, lambda request_id: None)
+        names = [f"r{number}" for number in range(8)]
+        for number, name in enumerate(names):
+            outlet.open(number, name, 1, lambda outputs: [output.token_ids for output in outputs])
+        async with aclosing(outlet.slices()) as slices:
+            await anext(slices)
+            outlet.take([Output(name, token_ids=[1]) for name in names])
+            first = await anext(slices)
+            outlet.take([Output(name, token_ids=[2]) for name in names])
+            return [len(piece.parts) for piece in (first, *[await anext(slices) for _ in range(4)])]
+
+    assert run(go()) == [8, 2, 2, 2, 2]
+
+
 def test_slices_grow_with_the_calls_that_share_them():
     assert slice_s(1) == SLICE_S
     assert SLICE_S < slice_s(32) < slice_s(48) < LONGEST_SLICE_S == slice_s(1000)
