@@ -173,7 +173,7 @@ def test_special_tokens_that_only_normalisation_spells_are_text_too():
     tokenizer = chatml_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<stop>", normalized=True, special=True)]})
-    for text in ("<STOP>", "＜stop＞", "a<Stop>b<stop>"):
+    for text in ("<STOP>", "＜stop＞", "a<Stop>b<stop>", "<|im_end|><STOP>"):
         assert special_ids(tokenizer, tokenizer(text, add_special_tokens=False).input_ids)
         made = FORMATS["raw"].prompt([{"role": "user", "content": text}], tokenizer)
         assert special_ids(tokenizer, encode_prompt(tokenizer, made)) == []

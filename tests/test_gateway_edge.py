@@ -703,3 +703,21 @@ def test_a_promotion_that_makes_no_sense_is_a_400(admin, body):
 def test_promoting_what_does_not_exist_is_a_404(admin):
     assert admin.post("/v1/adapters/acme.support/promote", json={"version": 99}).status_code == 404
     assert admin.post("/v1/adapters/acme.nope/promote", json={"version": 1}).status_code == 404
+
+
+def test_the_time_that_a_client_gives_its_request_reaches_the_backend(gateway, http):
+    for post, body in (("/v1/completions", {"prompt": ["a", "b"]}), ("/v1/chat/completions", {"messages": USER})):
+        http.post(post, json={"model": BACKBONE, "max_tokens": 1, **body}, headers={"x-request-timeout": "2.5"})
+        assert gateway.backend.calls[-1].timeout_s == 2.5
+    complete(http)
+    assert gateway.backend.calls[-1].timeout_s is None
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "soon", ""])
+def test_a_time_that_is_none_is_refused_by_name(http, given):
+    body = {"model": BACKBONE, "prompt": "a", "max_tokens": 1}
+    reply = http.post("/v1/completions", json=body, headers={"x-request-timeout": given})
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "x-request-timeout")
+
+
+USER = [{"role": "user", "content": "a"}]

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,15 @@ from serving_adapters import backbone, make_adapter, register, settings_at, toke
 from serving_peers import LocalPeer
 
 from pedro.engine.sequence import Output
-from pedro.errors import ConflictError, NotFoundError, PedroError, ScopeError, UnavailableError
+from pedro.errors import (
+    AdapterUnusableError,
+    ConflictError,
+    DeadlineError,
+    NotFoundError,
+    PedroError,
+    ScopeError,
+    UnavailableError,
+)
 from pedro.gateway.backend import ALL_TENANTS, GenerateCall
 from pedro.registry import Registry
 from pedro.serving.backend import ServeBackend
@@ -36,21 +45,23 @@ def served(tmp_path_factory):
         make_adapter(folder / str(seed), seed, "completion")
         register(registry, folder / str(seed), name)
     replica = Replica(ServeConfig(max_batch=8), settings, "r0")
-    yield SimpleNamespace(replica=replica, registry=registry)
+    yield SimpleNamespace(replica=replica, registry=registry, folder=folder)
     replica.close()
 
 
 @asynccontextmanager
-async def ingress(served, *names):
+async def ingress(served, *names, peer=LocalPeer, timeout_s=600.0):
     """The backend of an ingress whose replicas are `names`: all the one real replica, each reached on its own way."""
     peers = {}
-    fleet = Fleet(lambda name: peers.setdefault(name, LocalPeer(served.replica)))
+    fleet = Fleet(lambda name: peers.setdefault(name, peer(served.replica)))
     catalog = Catalog(served.registry, "stories260K", backbone().digest, 0.05)
     await catalog.refresh()
     fleet.become(names)
     try:
         yield SimpleNamespace(
-            backend=ServeBackend("stories260K", 512, catalog, served.registry, fleet), fleet=fleet, peers=peers
+            backend=ServeBackend("stories260K", 512, catalog, served.registry, fleet, timeout_s),
+            fleet=fleet,
+            peers=peers,
         )
     finally:
         await fleet.close()
@@ -406,3 +417,107 @@ def test_metrics_tell_what_was_served_by_replica_and_adapter(served):
     text = run(go())
     assert 'pedro_requests_total{adapter="acme.faq",finish_reason="length",replica="r0"}' in text
     assert 'pedro_adapters_resident{replica="r0"}' in text
+
+
+def text_call(prompt, model="acme.faq", **fields):
+    return replace(call(prompt, model, max_tokens=4), **fields)
+
+
+async def fingerprint(backend, asked):
+    async with aclosing(backend.generate(asked)) as deltas:
+        return [delta.fingerprint async for delta in deltas][-1].partition("#")[0]
+
+
+def damaged(served, name):
+    """A version whose weights are not those that were registered."""
+    version = register(served.registry, served.folder / "1", name, promote=False)
+    for path in served.folder.glob(f"home/artifacts/**/{version.run_id}/**/adapter_model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    return version
+
+
+def test_a_champion_that_cannot_be_loaded_leaves_the_last_good_version_on_the_air_and_operators_are_told(served):
+    register(served.registry, served.folder / "1", "acme.mine")
+
+    async def go():
+        async with ingress(served, "r0") as at:
+            assert await fingerprint(at.backend, text_call("a", "acme.mine")) == "acme.mine:1"
+            for number in (2, 3):  # the second time, `previous` is one that cannot be served
+                version = damaged(served, "acme.mine")
+                await at.backend.promote("acme", "acme.mine", version.version)
+                for name in ("acme.mine", "acme.mine", "acme.mine@champion"):
+                    if number == 2 or name == "acme.mine":
+                        assert await fingerprint(at.backend, text_call("a", name)) == "acme.mine:1"
+                with pytest.raises(AdapterUnusableError, match=f"acme.mine:{number} cannot be served") as caught:
+                    await answer(at.backend, text_call("a", f"acme.mine:{number}"))
+                assert (caught.value.status, caught.value.type) == (500, "server_error")
+            card = await at.backend.get_adapter("acme", "acme.mine")
+            assert [("damaged" in (v.fault or ""), v.version) for v in card.versions] == [(1, 3), (1, 2), (0, 1)]
+            assert "pedro_adapter_versions_set_aside 2" in await at.backend.metrics()
+
+    run(go())
+
+
+def test_without_a_version_that_worked_the_failure_is_ours_and_said_so(served):
+    version = damaged(served, "acme.never")
+    served.registry.promote("acme.never", version.version)
+
+    async def go():
+        async with ingress(served, "r0") as at:
+            for _ in range(2):
+                with pytest.raises(AdapterUnusableError):
+                    await answer(at.backend, text_call("a", "acme.never"))
+
+    run(go())
+
+
+class Mortal(LocalPeer):
+    """Dies of the prompt "kill"."""
+
+    async def post(self, link, calls, cancelled):
+        if any(posted.call.prompt == "kill" for posted in calls):
+            self.killed = True
+            self.lost.set()
+        await super().post(link, calls, cancelled)
+
+
+def test_a_request_that_kills_replicas_is_issued_twice_at_most_and_its_adapter_alone_is_set_aside(served):
+    async def go():
+        async with ingress(served, "r0", "r1", "r2", peer=Mortal) as at:
+            long = asyncio.create_task(answer(at.backend, call("Once", "globex.faq", tenant="globex", max_tokens=200)))
+            with pytest.raises(UnavailableError) as caught:
+                await answer(at.backend, text_call("kill"))
+            assert caught.value.code == "replica_lost"
+            assert sum(hasattr(peer, "killed") for peer in at.peers.values()) == 2
+            assert await fingerprint(at.backend, text_call("a")) == "acme.faq:1"  # the former champion
+            with pytest.raises(UnavailableError, match="is set aside") as caught:
+                await answer(at.backend, text_call("a", "acme.faq:2"))
+            assert caught.value.code == "adapter_quarantined"
+            _, ids, _ = await long
+            assert len(ids) == 200
+            assert await fingerprint(at.backend, text_call("a", "globex.faq", tenant="globex")) == "globex.faq:1"
+            card = await at.backend.get_adapter("acme", "acme.faq")
+            assert "set aside" in card.versions[0].fault
+
+    run(go())
+
+
+@pytest.mark.parametrize(("asked_s", "default_s"), [(0.2, 600.0), (None, 0.2), (600.0, 0.2)])
+def test_a_request_ends_at_its_deadline_and_leaves_the_engine(served, asked_s, default_s):
+    async def go():
+        async with ingress(served, "r0", timeout_s=default_s) as at:
+            with pytest.raises(DeadlineError) as caught:
+                await answer(
+                    at.backend,
+                    text_call(
+                        "a",
+                        "stories260K",
+                        timeout_s=asked_s,
+                        params={"max_tokens": 500, "num_beams": 8, "ignore_eos": True},
+                    ),
+                )
+            await until(lambda: idle(served))
+            return caught.value
+
+    error = run(go())
+    assert (error.status, error.code, error.type) == (504, "deadline_exceeded", "timeout_error")

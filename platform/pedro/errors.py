@@ -64,6 +64,14 @@ class AdapterError(PedroError):
     code = "invalid_adapter"
 
 
+class AdapterUnusableError(AdapterError):
+    """A registered adapter version cannot be served: no fault of who asks for it, and asking again does not help."""
+
+    type = "server_error"
+    code = "adapter_unusable"
+    status = 500
+
+
 class TrainingError(PedroError):
     """Training cannot go on, for instance because the loss is not a number."""
 
@@ -103,12 +111,20 @@ class ConflictError(PedroError):
 
 
 class OverloadedError(PedroError):
-    """A bounded queue is full or a deadline passed; try again after `retry_after_s`."""
+    """A bounded queue is full; try again after `retry_after_s`."""
 
     type = "overloaded_error"
     code = "overloaded"
     status = 503
     retry_after_s: float | None = 1.0  # None: waiting does not help
+
+
+class DeadlineError(PedroError):
+    """The time that a request may take has passed."""
+
+    type = "timeout_error"
+    code = "deadline_exceeded"
+    status = 504
 
 
 class RateLimitError(OverloadedError):

@@ -33,6 +33,7 @@ from pedro.versions import Version, read_version
 
 WHATEVER = -1  # an expected champion that is not compared
 MANIFEST = "pedro_adapter.json"
+DAMAGED = "adapter_damaged"  # the code of an error that fetching again does not mend
 _PAGE = 1000
 
 
@@ -304,7 +305,7 @@ class Registry:
             manifest = _read_manifest(source)
             sealed = version.manifest_digest or manifest.get("manifest_digest")  # earlier releases recorded none
             if manifest["digest"] != version.digest or manifest.get("manifest_digest") != sealed:
-                raise AdapterError(f"{version.ref}: the stored files are not those that were registered")
+                raise AdapterError(f"{version.ref}: the stored files are not those that were registered", code=DAMAGED)
             try:
                 source.rename(target)
             except OSError:  # another process was first with the same content
@@ -386,4 +387,5 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{directory.name}: no readable {MANIFEST}, so this is no adapter directory") from error
+        message = f"{directory.name}: no readable {MANIFEST}, so this is no adapter directory"
+        raise AdapterError(message, code=DAMAGED) from error

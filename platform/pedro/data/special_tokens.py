@@ -103,9 +103,9 @@ class SpecialTokens:
 
     def _spells_when_normalized(self, text: str) -> bool:
         """Whether the tokenizer's normalisation (case, full width) would make special tokens of other characters."""
-        if self._each_folded is None or self._each is None:
+        if self._each_folded is None:
             return False
-        return len(self._each_folded.findall(self._fold(text))) > len(self._each.findall(text))
+        return len(self._each_folded.findall(self._fold(text))) > len(self._each_folded.findall(text))
 
     def _fold(self, text: str) -> str:
         return self._normalizer.normalize_str(text).lstrip("▁ ") if self._normalizer else text

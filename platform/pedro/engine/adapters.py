@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Generic
 
 from pedro.engine.residence import A, Entry, Failure, Residence
-from pedro.errors import AdapterError, ConflictError, PedroError, UnavailableError
+from pedro.errors import AdapterError, AdapterUnusableError, ConflictError, PedroError, UnavailableError
 
 log = logging.getLogger(__name__)
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 60.0
@@ -218,7 +218,7 @@ class AdapterPool(Generic[A]):
                 if self._wanted(entry):  # else it was evicted before its turn
                     self._settle(entry, self._load(entry.ref))
             except PedroError as error:
-                self._fail(entry, error)
+                self._fail(entry, error if error.status >= 500 else unusable(entry.ref, error))
             except Exception:  # a loader meets networks and disks: whatever it is, it fails this adapter only
                 log.exception("adapter %s could not be loaded", entry.ref)
                 self._fail(entry, UnavailableError(f"adapter {entry.ref!r} could not be loaded now; try again later"))
@@ -331,3 +331,9 @@ class AdapterPool(Generic[A]):
         """Nobody holds it any more."""
         self._used_bytes -= entry.nbytes
         entry.to(Residence.GONE)
+
+
+def unusable(ref: str, error: PedroError) -> AdapterUnusableError:
+    """What a request is told whose adapter version cannot be served: that is at fault, and not the request."""
+    named = ref.partition("#")[0]
+    return AdapterUnusableError(f"model: {named} cannot be served: {error.message}", param="model")

@@ -25,7 +25,7 @@ from pedro.engine.runner import PrefillRow, Runner
 from pedro.engine.scheduler import Group, Limits, PrefillSlice, Scheduler
 from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
 from pedro.engine.steps import first_tokens, next_tokens, settle
-from pedro.errors import OverloadedError, PedroError, RateLimitError, UnavailableError
+from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError
 
 log = logging.getLogger(__name__)
 SHED = (
@@ -212,10 +212,9 @@ class Engine:
             for sequence in self._scheduler.waiting_for(ref):
                 self._finish(sequence, "error", error=error)
         for sequence in self._scheduler.expired(time.monotonic()):
-            error = OverloadedError(
+            error = DeadlineError(
                 f"the deadline of {sequence.request.deadline_s:g} s passed after {len(sequence.output_ids)} tokens of "
-                "answer; allow more time or ask for fewer tokens",
-                code="deadline_exceeded",
+                "answer; allow more time or ask for fewer tokens"
             )
             self._finish(sequence, "error", error=error)
 

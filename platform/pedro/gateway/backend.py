@@ -37,6 +37,7 @@ class VersionCard:
     method: str = ""
     status: str = ""
     aliases: tuple[str, ...] = ()
+    fault: str | None = None  # why the server cannot serve it, as far as it has tried
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -61,6 +62,7 @@ class GenerateCall:
     temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos, logprobs (number of alternatives; 0
     is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty, logit_bias (by token id).
     `conditioning_length`: so many first tokens of the prompt condition the vectors; None is the whole prompt.
+    `timeout_s`: the call ends in a DeadlineError after so long; None and more than the server's own mean that.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
     """
 
@@ -73,6 +75,7 @@ class GenerateCall:
     n: int = 1
     conditioning_length: int | None = None
     echo: bool = False
+    timeout_s: float | None = None
     trace_id: str = ""
 
 

@@ -16,7 +16,7 @@ _SHARED = ("seed", "presence_penalty", "frequency_penalty", "min_p", "repetition
 
 
 def completion_calls(
-    request: CompletionRequest, *, tenant: str, trace_id: str, max_choices: int
+    request: CompletionRequest, *, tenant: str, trace_id: str, max_choices: int, timeout_s: float | None = None
 ) -> tuple[GenerateCall, ...]:
     """One call a prompt, in the order of the prompts. Raises PedroError for fields that contradict each other."""
     _check_shared(request)
@@ -43,13 +43,16 @@ def completion_calls(
             n=n,
             conditioning_length=length,
             echo=bool(request.echo),
+            timeout_s=timeout_s,
             trace_id=trace_id,
         )
         for number, (prompt, length) in enumerate(zip(prompts, _conditioning(request), strict=True))
     )
 
 
-def chat_call(request: ChatRequest, *, tenant: str, trace_id: str, max_choices: int) -> GenerateCall:
+def chat_call(
+    request: ChatRequest, *, tenant: str, trace_id: str, max_choices: int, timeout_s: float | None = None
+) -> GenerateCall:
     """Raises PedroError for fields that contradict each other."""
     _check_shared(request)
     n, wide = request.n or 1, _width(request)
@@ -73,6 +76,7 @@ def chat_call(request: ChatRequest, *, tenant: str, trace_id: str, max_choices: 
         messages=plain_messages(request.messages),
         params=params,
         n=n,
+        timeout_s=timeout_s,
         trace_id=trace_id,
     )
 

@@ -48,7 +48,7 @@ def error_response(error: PedroError) -> JSONResponse:
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    elif error.status == 429:
+    elif error.status in (429, 504):
         headers["x-should-retry"] = "false"  # OpenAI's clients would try again on their own
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from pedro.errors import PedroError
 from pedro.gateway.admission import admit
 from pedro.gateway.answer import Answer
 from pedro.gateway.auth import Principal, require
@@ -19,6 +21,7 @@ from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields
 from pedro.gateway.shapes import ChatShape, CompletionShape
 from pedro.store import INFER
 
+TIMEOUT = "x-request-timeout"
 router = APIRouter()
 
 
@@ -45,7 +48,22 @@ def _context(request: Request, caller: Principal) -> dict:
         "tenant": caller.view,
         "trace_id": request_id_of(request.scope),
         "max_choices": request.app.state.settings.max_choices,
+        "timeout_s": _timeout_s(request),
     }
+
+
+def _timeout_s(request: Request) -> float | None:
+    """The header `x-request-timeout`, in seconds: how long the answer may take, within what the server allows."""
+    given = request.headers.get(TIMEOUT)
+    if given is None:
+        return None
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise PedroError(f"{TIMEOUT}: expected seconds above 0, got {given[:40]!r}", param=TIMEOUT)
+    return timeout_s
 
 
 def _delivery(wanted: SamplingFields) -> dict:

@@ -135,7 +135,14 @@ class Gateway:
         with suppress(Exception):  # the watcher says so, and tries again
             await self._catalog.refresh()  # before the first request comes, as in place of another ingress
         self._starting = [asyncio.ensure_future(first), asyncio.create_task(self._catalog.watch())]
-        backend = ServeBackend(self._config.model_name, self._longest, self._catalog, self._registry, fleet)
+        backend = ServeBackend(
+            self._config.model_name,
+            self._longest,
+            self._catalog,
+            self._registry,
+            fleet,
+            self._config.request_timeout_s,
+        )
         settings = GatewaySettings(
             max_body_bytes=max_body_bytes(self._longest),
             max_open_requests=MAX_ONGOING,

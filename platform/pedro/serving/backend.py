@@ -7,12 +7,12 @@ import calendar
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from pedro.errors import NotFoundError, PedroError, ScopeError, UnavailableError, model_not_found
+from pedro.errors import DeadlineError, NotFoundError, PedroError, ScopeError, UnavailableError, model_not_found
 from pedro.gateway.backend import (
     ALL_TENANTS,
     AdapterCard,
@@ -23,25 +23,39 @@ from pedro.gateway.backend import (
     TokenizeResult,
     VersionCard,
 )
-from pedro.registry import Registry, Version
+from pedro.registry import CHAMPION, PREVIOUS, Registry, Version
 from pedro.serving.catalog import Catalog, visible
+from pedro.serving.faults import SET_ASIDE_S, Faults
 from pedro.serving.fleet import Fleet
 from pedro.serving.metrics import merged
 from pedro.serving.wire import ReplicaLost
 
 ATTEMPTS = 3
+GRACE_S = 0.5
+TOO_LATE = "the time that this request may take has passed; allow more or ask for fewer tokens"
 log = logging.getLogger("pedro.serving")
 
 
 class ServeBackend:
     """Conforms to `pedro.gateway.backend.Backend`."""
 
-    def __init__(self, model_name: str, max_model_len: int, catalog: Catalog, registry: Registry, fleet: Fleet) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        max_model_len: int,
+        catalog: Catalog,
+        registry: Registry,
+        fleet: Fleet,
+        timeout_s: float = 600.0,
+    ) -> None:
         self._model_name = model_name
         self.max_model_len = max_model_len
         self._catalog = catalog
         self._registry = registry
         self._fleet = fleet
+        self._timeout_s = timeout_s
+        self._faults = Faults()
+        self._probing = asyncio.Lock()
         self._started = int(time.time())
 
     async def list_models(self, tenant: str) -> list[ModelCard]:
@@ -57,20 +71,65 @@ class ServeBackend:
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Delta, None]:
         """Deltas of the call, in slices of time as the replica sends them.
 
-        A call whose replica dies is issued again, from the token it had come to: the same version, conditioning and
-        seed, so the answer is the one it would have been. Several choices begin again, unless some were sent already.
+        Where a name means a version that cannot be served, the last version that answered as that name does; one
+        asked for by its number is never another. Raises DeadlineError once the call's time is over.
         """
-        ref = await self._ref(call.tenant, call.model)
         self._check_size(call.prompt)
         if "seed" not in call.params:
             call = replace(call, params={**call.params, "seed": secrets.randbits(63)})
+        until = time.monotonic() + min(call.timeout_s or self._timeout_s, self._timeout_s)
+        version = await self._version(call.tenant, call.model)
+        if version is None:
+            async with aclosing(self._answer(call, None, until)) as deltas:
+                async for delta in deltas:
+                    yield delta
+            return
+        answered = False
+        ref = ref_of(version)
+        fault = self._faults.current(ref)
+        if fault is None:
+            try:
+                async with aclosing(self._answer(call, ref, until)) as deltas:
+                    async for delta in deltas:
+                        if not answered:
+                            answered = True
+                            self._faults.served(call.model, version, ref)
+                        yield delta
+                return
+            except PedroError as error:
+                if answered or error.code not in SET_ASIDE_S:
+                    raise
+                self._faults.add(ref, error)
+                fault = error
+        other = await self._stand_in(call, version)
+        if other is None:
+            raise fault.with_traceback(None)
+        call = replace(call, request_id=f"{call.request_id}~other")
+        async with aclosing(self._answer(call, ref_of(other), until)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _answer(self, call: GenerateCall, ref: str | None, until: float) -> AsyncGenerator[Delta, None]:
+        """The deltas of one version.
+
+        A call whose replica dies is issued again, from the token it had come to: the same version, conditioning and
+        seed, so the answer is the one it would have been. Several choices begin again, unless some were sent already.
+        One that was lost before its first token may be why: it is issued again alone among its like, and if it is lost
+        so again, its version is set aside.
+        """
         sent: list[int] = []
         name = call.request_id
+        suspected, lost_at = False, 0.0
         for attempt in range(1, ATTEMPTS + 1):
             last: Delta | None = None
+            call = replace(call, timeout_s=_left(until))
             try:
-                async with aclosing(self._fleet.generate(call, ref, tuple(sent))) as batches:
-                    async for batch in batches:
+                async with (
+                    self._alone(ref if suspected else None, lost_at) as begun,
+                    aclosing(self._fleet.generate(call, ref, tuple(sent))) as batches,
+                ):
+                    async for batch in _in_time(batches, until):
+                        begun()
                         for last in batch:
                             sent += last.token_ids[last.prompt_tokens if call.echo else 0 :]
                             if call.echo and call.n == 1:
@@ -78,7 +137,9 @@ class ServeBackend:
                             yield last
                 return
             except ReplicaLost as error:
-                if attempt == ATTEMPTS or (call.n > 1 and last is not None):
+                if suspected and last is None and ref is not None:
+                    self._faults.quarantine(ref)
+                if attempt == ATTEMPTS or (suspected and last is None) or (call.n > 1 and last is not None):
                     raise UnavailableError(
                         "the engine that answered was lost; try again", code="replica_lost"
                     ) from error
@@ -88,7 +149,43 @@ class ServeBackend:
                     name,
                     len(sent),
                 )
+                suspected, lost_at = last is None, time.monotonic()
                 call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
+
+    @asynccontextmanager
+    async def _alone(self, suspect: str | None, lost_at: float) -> AsyncIterator[Callable[[], None]]:
+        """Keeps suspected adapters apart, each until one call of it has begun: else one would incriminate others."""
+        held = suspect is not None
+        if held:
+            await self._probing.acquire()
+
+        def begun() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._probing.release()
+
+        if suspect is not None and self._faults.served_since(suspect, lost_at):
+            begun()
+        try:
+            yield begun
+        finally:
+            begun()
+
+    async def _stand_in(self, call: GenerateCall, version: Version) -> Version | None:
+        """The version that answers in place of one that cannot be served: the last that did, or the former champion."""
+        name, mark, alias = call.model.partition("@")
+        good = self._faults.last_good(call.model)
+        wanted = [] if good is None else [f"{name}:{good.version}"]
+        if not mark or alias == CHAMPION:
+            wanted.append(f"{name}@{PREVIOUS}")
+        for model in [] if ":" in name else wanted:
+            with suppress(PedroError):
+                found = await self._catalog.resolve(call.tenant, model)
+                if found.version != version.version and self._faults.current(ref_of(found)) is None:
+                    log.warning("%s is answered by %s, since %s cannot be served", call.model, found.ref, version.ref)
+                    return found
+        return None
 
     def _check_size(self, prompt: str | tuple[int, ...] | None) -> None:
         """Refuse here what no replica could take, rather than carry it there."""
@@ -167,7 +264,7 @@ class ServeBackend:
 
     async def metrics(self) -> str:
         """Prometheus text of every engine replica."""
-        return merged(await self._fleet.ask_all("metrics"))
+        return merged([*await self._fleet.ask_all("metrics"), self._faults.metrics()])
 
     async def ready(self) -> bool:
         """The catalogue is known and a replica would take a call."""
@@ -175,9 +272,12 @@ class ServeBackend:
 
     async def _ref(self, tenant: str, model: str | None) -> str | None:
         """The engine's reference of what `model` means; None for the backbone."""
-        if model in (None, self._model_name):
-            return None
-        return ref_of(await self._catalog.resolve(tenant, model))
+        version = await self._version(tenant, model)
+        return None if version is None else ref_of(version)
+
+    async def _version(self, tenant: str, model: str | None) -> Version | None:
+        """What `model` means; None for the backbone."""
+        return None if model in (None, self._model_name) else await self._catalog.resolve(tenant, str(model))
 
     async def _version_ref(self, tenant: str, model: str) -> str:
         ref = await self._ref(tenant, model)
@@ -220,7 +320,16 @@ class ServeBackend:
             name=name,
             aliases={alias: version.version for version in versions for alias in version.aliases},
             versions=tuple(
-                VersionCard(v.version, v.digest, v.created, v.method, v.gate, v.aliases, _numbers(v.metrics))
+                VersionCard(
+                    v.version,
+                    v.digest,
+                    v.created,
+                    v.method,
+                    v.gate,
+                    v.aliases,
+                    self._faults.reason(ref_of(v)),
+                    _numbers(v.metrics),
+                )
                 for v in reversed(versions)
             ),
         )
@@ -229,6 +338,26 @@ class ServeBackend:
 def ref_of(version: Version) -> str:
     """The engine's reference: it names one version and its weights, so it can never mean others."""
     return f"{version.ref}#{version.digest}"
+
+
+async def _in_time(batches: AsyncGenerator[list[Delta], None], until: float) -> AsyncIterator[list[Delta]]:
+    """The batches, as long as they come in time; the engine itself ends what it has begun a little earlier."""
+    while True:
+        try:
+            async with asyncio.timeout(until + GRACE_S - time.monotonic()):
+                batch = await anext(batches)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise DeadlineError(TOO_LATE) from None
+        yield batch
+
+
+def _left(until: float) -> float:
+    left_s = until - time.monotonic()
+    if left_s <= 0:
+        raise DeadlineError(TOO_LATE)
+    return left_s
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

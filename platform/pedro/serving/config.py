@@ -33,6 +33,8 @@ class ServeConfig(Frozen):
     """Tokens of prompt and answer together; the backbone's context if not given."""
     max_waiting: int = Field(1024, ge=1)
     """Requests that may queue at a replica; more are answered 503."""
+    request_timeout_s: float = Field(600, gt=0, le=86_400)
+    """How long an answer may take; a request's `x-request-timeout` header (seconds) can ask for less, not for more."""
     tenant_weights: dict[str, float] = Field(default_factory=dict)
     """Shares of a busy engine by tenant, 1 where not named: {acme: 2} gives acme two tokens for another's one."""
     adapter_budget_mb: float = Field(512, gt=0)

@@ -18,6 +18,7 @@ from pedro.config import Settings
 from pedro.data.formats import PromptFormat, encode_prompt, encode_text, format_for_shape
 from pedro.data.shapes import Shape
 from pedro.data.special_tokens import special_tokens
+from pedro.engine.adapters import unusable
 from pedro.engine.engine import Engine, EngineConfig
 from pedro.engine.sequence import Output, Request, SamplingParams
 from pedro.engine.thread import EngineThread
@@ -25,7 +26,7 @@ from pedro.engine.threads import granted_cores
 from pedro.errors import AdapterError, DataError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
 from pedro.methods.adapter_files import check_tokenizer, read_manifest
-from pedro.registry import Registry
+from pedro.registry import DAMAGED, Registry
 from pedro.serving.config import ServeConfig
 from pedro.serving.deltas import Deltas
 from pedro.serving.metrics import ReplicaMetrics
@@ -242,10 +243,15 @@ class Replica:
             raise _gone(ref)
         try:
             directory = self._registry.download(version)
-            check_tokenizer(read_manifest(directory), self._tokenizer_digests)
-            return directory
         except AdapterError as error:  # the store's fault, not the caller's
+            if error.code == DAMAGED:
+                raise unusable(ref, error) from error
             raise UnavailableError(error.message, param="model", code="adapter_unavailable") from error
+        try:
+            check_tokenizer(read_manifest(directory), self._tokenizer_digests)
+        except AdapterError as error:
+            raise unusable(ref, error) from error
+        return directory
 
     async def _request(self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...] = ()) -> Request:
         """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""
@@ -264,6 +270,7 @@ class Replica:
             adapter=ref,
             params=params,
             conditioning_length=call.conditioning_length,
+            deadline_s=call.timeout_s,
             n=call.n,
             resumed_ids=resumed,
         )
