@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from serving_adapters import OTHER_BACKBONE, make_adapter, register, settings_at
 
 from pedro import cli
+from pedro.config import Settings
 from pedro.methods.adapter_files import save_adapter
 from pedro.registry import Registry
 
@@ -251,6 +252,15 @@ def test_an_unknown_adapter_is_told_by_name(pedro, words, tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", ["acme", "acme.", "a.b.c", "../../etc", "acme.x'y", "ACME.faq", "acme.faq:", ""])
 def test_a_bad_adapter_name_is_told(pedro, name):
     one_error(pedro("adapters", "show", name))
+
+
+def test_a_version_that_could_not_be_served_is_not_promoted(pedro, home, tmp_path):
+    make_adapter(tmp_path / "alien", 3, "completion", digest=OTHER_BACKBONE)
+    registry = Registry.open(Settings.from_env({"PEDRO_HOME": str(home)}))
+    register(registry, tmp_path / "alien", "globex.alien", promote=False)
+    one_error(pedro("adapters", "promote", "globex.alien", "1"), OTHER_BACKBONE, "trained on")
+    assert registry.catalog()["globex.alien"].aliases == {}
+    registry.delete("globex.alien")
 
 
 @pytest.mark.parametrize("how", [(), ("--json",)])

@@ -88,8 +88,23 @@ def show(name: Name, as_json: AsJson = False) -> None:
 def promote(
     name: Name, version: Annotated[int, typer.Argument(help="The version number.")], as_json: AsJson = False
 ) -> None:
-    """Make a version the champion; servers pick it up within 2 s. The old champion becomes `previous`."""
-    _changed(_registry().promote(name, version), as_json)
+    """Make a version the champion; servers pick it up within 2 s. The old champion becomes `previous`.
+
+    A version that the engine could not serve is refused.
+    """
+    from pedro.backbone import resolve_backbone
+    from pedro.engine.formats import check_servable
+    from pedro.errors import BackboneError
+
+    registry = _registry()
+    wanted = registry.get(name, version)
+    try:
+        backbone = resolve_backbone(wanted.backbone_id)
+    except BackboneError as error:
+        say(f"whether {wanted.ref} can be served was not checked: {error.message}")
+    else:
+        check_servable(registry.download(wanted), backbone)
+    _changed(registry.promote(name, version), as_json)
 
 
 @app.command()
