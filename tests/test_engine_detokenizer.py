@@ -5,7 +5,10 @@ from engine_models import stories
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from pedro.backbone import load_tokenizer, resolve_backbone
+from pedro.data import encode_completion, encode_prompt
 from pedro.engine.detokenizer import REPLACEMENT, Detokenizer
+from pedro.engine.sequence import Request
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,19 @@ def test_deltas_join_to_the_whole_text_and_hold_no_half_character(tokenizer, tex
     assert "".join(deltas) + rest == tokenizer.decode(prompt + ids, skip_special_tokens=True)[len("Once upon a time") :]
     assert "".join(deltas).strip() == text
     assert not any(REPLACEMENT in delta for delta in deltas)
+
+
+@pytest.mark.parametrize("backbone", ["stories260K", "pedro-nano"])
+def test_a_learned_answer_reads_as_it_was_written(backbone):
+    """Chat's answers began with a space that the data did not have, where the tokenizer puts one before each word."""
+    tokenizer = load_tokenizer(resolve_backbone(backbone))
+    prompt = encode_prompt(tokenizer, "user: Hi there\nassistant:")
+    for answer in ("play music", "Yes.", " spaced", "two\nlines", "日本 🙂", "3", "x", "  two", "\nline", "'quoted'"):
+        ids = encode_completion(tokenizer, answer)
+        request = Request("r", prompt, apart=True)
+        deltas, rest, _ = feed(Detokenizer(tokenizer, request.text_before), ids)
+        assert "".join(deltas) + rest == answer
+        assert tokenizer.decode(ids, skip_special_tokens=True) == answer, "what scoring compares"
 
 
 def test_an_unfinished_character_comes_out_only_at_the_end(tokenizer):

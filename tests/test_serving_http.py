@@ -171,9 +171,10 @@ def test_a_chat_is_rendered_as_the_adapter_was_trained_and_streams_the_same_text
     fields = {"model": "acme.faq", "messages": messages, "temperature": 0, "max_tokens": 40}
     whole = client().chat.completions.create(**fields)
     raw = complete(client(), "acme.faq", prompt="user: Tell me a story\nassistant:", max_tokens=40)
-    assert whole.choices[0].message.content == raw.choices[0].text
+    text = raw.choices[0].text.removeprefix(" ")  # which the tokenizer puts between prompt and answer
+    assert whole.choices[0].message.content == text
     chunks = list(client().chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == raw.choices[0].text
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
     assert chunks[-1].usage == whole.usage
     assert {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint}
 

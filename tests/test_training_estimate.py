@@ -1,5 +1,7 @@
 """The dry run: its numbers are those of the run itself."""
 
+from pathlib import Path
+
 import pytest
 from training_runs import run, session_for, spec_for
 
@@ -39,6 +41,23 @@ def test_the_dry_run_counts_what_the_run_then_does(tmp_path):
         "activations",
     ):
         assert piece in text, text
+
+
+def test_a_batch_of_more_rows_than_there_are_is_all_of_them_and_said(tmp_path):
+    """A batch of 10**9 rows took all memory in the dry run; the job itself would have held every row many times."""
+    spec = spec_for(tmp_path, batch_size=1_000_000, epochs=3)
+    report = dry_run(spec)
+    plan = session_for(spec, tmp_path).plan
+    assert (plan.batch_size, plan.steps, report.steps) == (report.rows["train"], 3, 3)
+    assert f"1,000,000 is more than the {plan.batch_size} training rows" in str(report)
+
+
+def test_prompts_that_a_held_out_file_shares_with_training_are_said(tmp_path):
+    spec = spec_for(tmp_path)
+    train = Path(spec.data.train)
+    (tmp_path / "test.jsonl").write_text("".join(train.read_text().splitlines(keepends=True)[:5]))
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"test": str(tmp_path / "test.jsonl")})})
+    assert "data.test: 5 of its prompts are in data.train too" in str(dry_run(spec))
 
 
 def test_zero_and_bf16_show_in_the_memory_and_stage_3_promises_no_more_than_it_keeps(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from pedro.comparison.spec import load_comparison_spec
+from pedro.config import Settings
 from pedro.errors import ConfigError
-from pedro.training.job import flat, stage
+from pedro.training.job import flat, read_spec, stage
 from pedro.training.prepare import make_plan
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.sweep.spec import load_sweep_spec
@@ -91,12 +92,85 @@ def test_a_backbones_path_means_the_same_in_every_process(tmp_path, monkeypatch)
     assert load_comparison_spec(path).backbones == ("stories260K", beside)
 
 
-def test_urls_stay_and_packaged_data_is_found(tmp_path):
+def test_urls_stay_and_packaged_data_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDRO_DATA_SCHEMES", "s3, gs")
     spec = load_finetune_spec(
         _write(tmp_path, data={"train": "pedro://demo/acme/train.jsonl", "test": "s3://b/t.jsonl"})
     )
     assert Path(spec.data.train).is_file()
     assert spec.data.test == "s3://b/t.jsonl"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A spec's folder apart from the working directory and the home, and a file outside all of them."""
+    for name in ("specs", "work", "outside"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path / "home"))
+    (tmp_path / "outside" / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    return tmp_path / "outside" / "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("http://169.254.169.254/latest/meta-data", "http is no data scheme; download the file"),
+        ("file:///etc/passwd", "file is no data scheme"),
+        ("zip://rows.jsonl", "zip is no data scheme"),
+        ("github://org:repo@main/rows.jsonl", "github is no data scheme"),
+        ("simplecache::s3://bucket/rows.jsonl", "chains several URLs"),
+        ("s3://bucket/rows.jsonl", "set PEDRO_DATA_SCHEMES=s3"),
+        ("pedro://../../../../etc/passwd", "leaves the data that the package carries"),
+        ("pedro:///etc/passwd", "leaves the data that the package carries"),
+        ("/etc/passwd", "lies outside the spec's folder"),
+        ("../outside/rows.jsonl", "PEDRO_DATA_ROOTS"),
+        ("link.jsonl", "PEDRO_DATA_ROOTS"),
+    ],
+)
+def test_a_spec_opens_no_door_to_the_host_or_its_network(elsewhere, tmp_path, file, reason):
+    (tmp_path / "specs" / "link.jsonl").symlink_to(elsewhere)
+    for role in ("train", "theta", "test"):
+        path = _write(tmp_path / "specs", data={"train": "train.jsonl", role: file})
+        with pytest.raises(ConfigError, match=reason):
+            load_finetune_spec(path)
+    if "://" in file and not file.startswith("pedro"):
+        with pytest.raises(ConfigError, match=reason):
+            load_finetune_spec(_write(tmp_path / "specs"), [f"data.train={file}"])
+
+
+def test_files_beneath_the_known_folders_and_those_typed_by_hand_are_taken(elsewhere, tmp_path, monkeypatch):
+    for folder in ("specs", "work", "home"):
+        spec = load_finetune_spec(
+            _write(tmp_path / "specs", data={"train": str(tmp_path / folder / "deep" / "a.jsonl")})
+        )
+        assert spec.data.train.endswith("a.jsonl")
+    assert load_finetune_spec(_write(tmp_path / "specs"), [f"data.train={elsewhere}"]).data.train == str(elsewhere)
+    monkeypatch.setenv("PEDRO_DATA_ROOTS", f"/nowhere:{elsewhere.parent}")
+    path = _write(tmp_path / "specs", data={"train": str(elsewhere)})
+    assert load_finetune_spec(path).data.train == str(elsewhere)
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("PEDRO_DATA_ROOTS", "")
+    with pytest.raises(ConfigError, match="lies outside"):
+        load_finetune_spec(path)
+
+
+def test_a_resolved_spec_is_held_to_the_same_places(elsewhere, tmp_path):
+    settings = Settings.from_env()
+    location = tmp_path / "spec.json"
+    for file, good in ((f"{settings.storage}/datasets/a.jsonl", True), ("/etc/passwd", False), ("s3://b/a", False)):
+        location.write_text(json.dumps({**SMALL, "data": {"train": file}}))
+        if good:
+            assert read_spec(str(location), settings.cache).data.train == file
+        else:
+            with pytest.raises(ConfigError, match=r"data\.train: "):
+                read_spec(str(location), settings.cache)
+
+
+def test_a_scheme_that_is_no_data_scheme_cannot_be_configured(monkeypatch):
+    monkeypatch.setenv("PEDRO_DATA_SCHEMES", "http")
+    with pytest.raises(ConfigError, match="PEDRO_DATA_SCHEMES: 'http'"):
+        Settings.from_env()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

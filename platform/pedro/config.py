@@ -23,6 +23,7 @@ from pedro.yaml_reader import MAX_DEPTH, parse_yaml, read_yaml
 SHOWN = 200
 """Characters of a wrong value that an error repeats."""
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+DATA_SCHEMES = ("s3", "gs", "hf")
 PLAIN_WORDS = {  # pydantic's words: ours
     r"^Value error, ": "",
     r"Input should be": "expected",
@@ -55,6 +56,10 @@ class Settings:
     """Data files and checkpoints, a path or fsspec URL (`PEDRO_STORAGE`, default a folder in the home)."""
     ray_address: str | None
     """A running Ray cluster (`RAY_ADDRESS`); none means the local head that belongs to this home."""
+    data_roots: tuple[str, ...] = ()
+    """Folders beside its own in which a spec may name files (`PEDRO_DATA_ROOTS`, parted as in PATH)."""
+    data_schemes: tuple[str, ...] = ()
+    """Schemes of URLs that a spec may name as data (`PEDRO_DATA_SCHEMES`, parted by commas)."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -76,6 +81,12 @@ class Settings:
             database_url=secret_files.read(env, "PEDRO_DATABASE_URL") or f"sqlite:///{home / 'pedro.db'}",
             storage=storage,
             ray_address=env.get("RAY_ADDRESS") or None,
+            data_roots=tuple(
+                str(Path(root).expanduser().absolute())
+                for root in env.get("PEDRO_DATA_ROOTS", "").split(os.pathsep)
+                if root
+            ),
+            data_schemes=_schemes(env.get("PEDRO_DATA_SCHEMES", "")),
         )
 
     @property
@@ -101,6 +112,8 @@ class Settings:
             **secret_files.variables("MLFLOW_TRACKING_URI", self.tracking_uri, folder),
             **secret_files.variables("PEDRO_DATABASE_URL", self.database_url, folder),
             "PEDRO_STORAGE": self.storage,
+            "PEDRO_DATA_ROOTS": os.pathsep.join(self.data_roots),
+            "PEDRO_DATA_SCHEMES": ",".join(self.data_schemes),
         }
 
     def single_host(self) -> list[str]:
@@ -113,6 +126,17 @@ class Settings:
         if "://" not in self.storage or self.storage.startswith("file://"):
             local.append(f"PEDRO_STORAGE={self.storage}")
         return local
+
+
+def _schemes(text: str) -> tuple[str, ...]:
+    schemes = tuple(word.strip() for word in text.split(",") if word.strip())
+    if unknown := [scheme for scheme in schemes if scheme not in DATA_SCHEMES]:
+        known = ", ".join(DATA_SCHEMES)
+        raise ConfigError(
+            f"PEDRO_DATA_SCHEMES: {unknown[0]!r} is none that data is read from; name some of {known}",
+            param="PEDRO_DATA_SCHEMES",
+        )
+    return schemes
 
 
 def check_name(field: str, value: str) -> str:

@@ -16,7 +16,7 @@ from pedro.data.formats import encode_prompts
 from pedro.data.tasks import TASKS, Task, TaskRow
 from pedro.errors import PedroError
 from pedro.evaluation.metrics import ELSEWHERE, score_answers
-from pedro.evaluation.scoring import generate
+from pedro.evaluation.scoring import generate, majority
 from pedro.provenance import provenance
 from pedro.training.loop import Progress, train
 from pedro.training.session import Session, open_session
@@ -149,7 +149,7 @@ def _score(session: Session, plan: Plan, test: TestSet, judge: JudgeSpec | None,
         return None
     rows, prompts = _fitting(session, test.task, test.rows)
     result = score_answers(test.task, rows, _answers(session, plan, test.task, prompts))
-    guess = session.prepared.majority()
+    guess = majority(row.completion for row in rows)
     return {
         **{key: value for key, value in result.to_dict().items() if key != "per_row"},
         "per_row": [round(value, 4) for value in result.per_row],

@@ -25,7 +25,7 @@ STAGES, STATES, BUDGETS = (TUNE, FINAL), (FINISHED, FAILED), ("parameters", "com
 class TaskResult:
     """The score of a trained model on the test rows of one task. Values are fractions (a judge's marks 1 to 10).
 
-    `majority` is what always giving the most frequent training answer scores on the same rows; `per_row` the headline
+    `majority` is what always giving the rows' own most frequent answer scores; `per_row` the headline
     of each row, the same rows for every run; `left_out` how many rows did not fit into the model.
     """
 

@@ -13,9 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pedro.backbone import locate_backbone
 from pedro.comparison.paper import parse_paper
-from pedro.config import Frozen, check_name, load_spec, mistakes
+from pedro.config import Frozen, Settings, check_name, load_spec, mistakes
 from pedro.data.tasks import TASKS, get_task
 from pedro.errors import ConfigError
+from pedro.training.places import check_places
 from pedro.training.spec import TrainingSpec
 from pedro.yaml_reader import read_yaml
 
@@ -300,8 +301,20 @@ def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> Com
     spec = load_spec(path, words, ComparisonSpec)
     base = Path(path).absolute().parent
     tasks = [_located(task, base) for task in spec.tasks]
+    _check_places(spec, tasks, base, words)
     backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
     return spec.model_copy(update={"backbones": backbones, "data": _place(spec.data, base), "tasks": tuple(tasks)})
+
+
+def _check_places(spec: ComparisonSpec, tasks: list[TaskChoice], base: Path, words: list[str]) -> None:
+    """Raise ConfigError for a folder of data that a spec may not name; `data=DIR` by hand may lie anywhere."""
+    places = {"data": _place(spec.data, base)}
+    for number, task in enumerate(tasks):
+        places[f"tasks.{number}.data"] = task.data
+        places |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}
+    typed = {field for field in places if field in {word.partition("=")[0] for word in words}}
+    local = {field: place for field, place in places.items() if place and place != "hub"}
+    check_places(local, Settings.from_env(), [base], typed)
 
 
 def _located(task: TaskChoice, base: Path) -> TaskChoice:

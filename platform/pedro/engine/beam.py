@@ -135,7 +135,7 @@ class BeamSequence(Sequence):
         return pairs
 
     def _text_and_reason(self, token_ids: list[int]) -> tuple[str, str]:
-        text, detokenizer = "", Detokenizer(self._tokenizer, self.request.prompt_ids, self.params.stop)
+        text, detokenizer = "", Detokenizer(self._tokenizer, self.request.text_before, self.params.stop)
         for token_id in token_ids:
             if token_id in self.stop_ids:
                 return text + detokenizer.flush(), "stop"

@@ -19,7 +19,10 @@ UNFINISHED_TOKENS = 3  # a UTF-8 character has at most four bytes, a token at le
 
 
 class Detokenizer:
-    """The text of one answer, incrementally; the tail of the prompt stands before it so that spaces come out right."""
+    """The text of one answer, incrementally; the tail of the prompt stands before it so that spaces come out right.
+
+    Without a prompt the text is the answer's alone, as it was before it was tokenised apart from its prompt.
+    """
 
     __slots__ = ("_context", "_decode", "_held", "_new_stream", "_pending", "_step", "_stop")
 

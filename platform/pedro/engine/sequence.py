@@ -102,8 +102,10 @@ class Request:
 
     `adapter` is the ref handed to the engine's `load` (None: the bare backbone); it must name one immutable version.
     `conditioning_length` is how many leading prompt tokens the vectors may see (None: the whole prompt).
-    `resumed_ids` are answer tokens made before a failover: they are not conditioned on nor sent again, and
-    sampling goes on at the position after them. `deadline_s` counts from arrival.
+    `apart` makes an answer's text what it is alone, as chat's answers were taught; else it goes on from the prompt's,
+    with the space that some tokenizers put between. `resumed_ids` are answer tokens made before a failover: they are
+    not conditioned on nor sent again, and sampling goes on at the position after them. `deadline_s` counts from
+    arrival.
     """
 
     id: str
@@ -112,6 +114,7 @@ class Request:
     adapter: str | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
     conditioning_length: int | None = None
+    apart: bool = False
     deadline_s: float | None = None
     n: int = 1
     resumed_ids: tuple[int, ...] = ()
@@ -126,6 +129,11 @@ class Request:
         beams = self.params.num_beams
         _require(beams == 1 or self.n <= beams, "n", f"up to num_beams = {beams}", self.n)
         _require(beams == 1 or not self.resumed_ids, "num_beams", "1 where an answer is resumed", beams)
+
+    @property
+    def text_before(self) -> list[int]:
+        """The tokens whose text the answer's text goes on from."""
+        return [] if self.apart else self.prompt_ids
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,7 @@ class Sequence:
         self.stop_ids = frozenset(request.params.stop_token_ids) | (
             frozenset() if request.params.ignore_eos else eos_ids
         )
-        self._text = Detokenizer(tokenizer, request.prompt_ids, request.params.stop)
+        self._text = Detokenizer(tokenizer, request.text_before, request.params.stop)
         for token_id in request.resumed_ids:
             self._text.add(token_id)
 

@@ -271,6 +271,7 @@ class Replica:
             params=params,
             conditioning_length=call.conditioning_length,
             deadline_s=call.timeout_s,
+            apart=call.messages is not None,
             n=call.n,
             resumed_ids=resumed,
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from pedro.backbone import Backbone, load_config, load_tokenizer, resolve_backbone
 from pedro.training.memory import Sizes, training_memory
-from pedro.training.prepare import Prepared, make_plan, prepare
+from pedro.training.prepare import Prepared, make_plan, notes, prepare
 from pedro.training.spec import FineTuneSpec
 
 TIMED_PARAMETERS = 100_000_000
@@ -49,6 +49,7 @@ class DryRun:
     """Of the whole job: start-up, steps, validations, scoring."""
     seconds_by_part: dict[str, float]
     time_from: str
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,7 +81,7 @@ class DryRun:
         lines.append(f"  {'process':<12}{_size(self.process_bytes):>10} (estimate)")
         if spec["resources"]["zero_stage"] == 3:
             lines.append("  stage 3 saves no memory of a worker's process here: each loads the whole backbone first")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note         {note}" for note in self.notes)])
 
 
 def dry_run(spec: FineTuneSpec) -> DryRun:
@@ -114,10 +115,10 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
     to_score = 2 * len(scored) if scored is not None else 0  # with the adapter and without
     small = counts["total"] <= TIMED_PARAMETERS and not spec.resources.gpus_per_worker
     if small:
-        (per_step, a_validated, a_scored), time_from = _timed(spec, cache), "timed on this machine"
+        (per_step, a_validated, a_scored), time_from = _timed(spec, cache, plan.batch_size), "timed on this machine"
     else:
         device = "gpu" if spec.resources.gpus_per_worker else "cpu"
-        work = (6 if method.name == "full" else 4) * backbone_parameters * tokens * spec.training.batch_size
+        work = (6 if method.name == "full" else 4) * backbone_parameters * tokens * plan.batch_size
         rate = ASSUMED_FLOPS[device] * spec.resources.workers
         per_step = work / rate * (1 + (1 / plan.theta_every if bilevel else 0))
         a_validated = a_scored = 2 * backbone_parameters * tokens / ASSUMED_FLOPS[device]
@@ -143,7 +144,7 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
         backbone_parameters=backbone_parameters,
         rows=rows,
         tokens_per_row=tokens,
-        memory_bytes=_memory(spec, model.config, frozen, counts["trainable"], longest),
+        memory_bytes=_memory(spec, model.config, frozen, counts["trainable"], plan.batch_size, longest),
         process_bytes=PROCESS_BYTES[spec.resources.zero_stage],
         steps=plan.steps,
         optimizer_steps=plan.optimizer_steps(plan.steps),
@@ -152,6 +153,7 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
         seconds=sum(parts.values()),
         seconds_by_part=parts,
         time_from=time_from,
+        notes=notes(prepared, spec.training, plan),
     )
 
 
@@ -179,10 +181,12 @@ def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
         return get_method(spec.method.name).apply(model, spec.method.options)
 
 
-def _memory(spec: FineTuneSpec, config: Any, frozen: int, trainable: int, longest: int) -> dict[str, int]:
+def _memory(
+    spec: FineTuneSpec, config: Any, frozen: int, trainable: int, batch_size: int, longest: int
+) -> dict[str, int]:
     """Bytes on each worker, by part."""
     training, resources = spec.training, spec.resources
-    rows = -(-training.batch_size // (resources.workers * training.gradient_accumulation))
+    rows = -(-batch_size // (resources.workers * training.gradient_accumulation))
     return training_memory(
         Sizes(config.hidden_size, config.num_hidden_layers, config.vocab_size),
         frozen=frozen,
@@ -196,7 +200,7 @@ def _memory(spec: FineTuneSpec, config: Any, frozen: int, trainable: int, longes
     )
 
 
-def _timed(spec: FineTuneSpec, cache: Path) -> tuple[float, float, float]:
+def _timed(spec: FineTuneSpec, cache: Path, batch_size: int) -> tuple[float, float, float]:
     """Seconds of one step (Ω, and Θ where it has its turn) on one worker's share, of one row that is validated, and of
     one that is scored, measured in this process.
     """
@@ -207,7 +211,7 @@ def _timed(spec: FineTuneSpec, cache: Path) -> tuple[float, float, float]:
     from pedro.training.session import open_session
     from pedro.training.team import ALONE
 
-    share = max(1, spec.training.batch_size // spec.resources.workers)
+    share = max(1, batch_size // spec.resources.workers)
     accumulation = min(spec.training.gradient_accumulation, share)
     alone = spec.model_copy(
         update={

@@ -27,6 +27,7 @@ from pedro.registry import CANDIDATE, CHAMPION, Registry, Version
 from pedro.training.gate import GateDecision, decide
 from pedro.training.job_log import keeping_log
 from pedro.training.job_record import OwnRecord
+from pedro.training.places import check_places
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.storage import fetch, put_dataset
 from pedro.training.trainer import Result, fit
@@ -153,7 +154,9 @@ def read_spec(location: str, cache: Path, overrides: Sequence[str] = ()) -> Fine
         tree = json.loads(fetch(location, cache).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{location}: cannot be read as JSON ({error})", param="--spec") from error
-    return validate_spec(tree, FineTuneSpec, source=location)
+    spec = validate_spec(tree, FineTuneSpec, source=location)
+    check_places({f"data.{role}": file for role, file in spec.data.files().items()}, Settings.from_env())
+    return spec
 
 
 def stage(spec: FineTuneSpec, storage: str) -> FineTuneSpec:

@@ -18,7 +18,6 @@ from pedro.backbone import Backbone, context_length
 from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, shape_of, split
 from pedro.data.formats import check_format
 from pedro.errors import ConfigError, DataError
-from pedro.evaluation.scoring import majority
 from pedro.training.loop import Plan
 from pedro.training.spec import DataSpec, TrainingSpec
 from pedro.training.storage import fetch
@@ -26,7 +25,7 @@ from pedro.training.storage import fetch
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MAJORITY_ROWS = 50_000
+MEASURED_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -69,15 +68,22 @@ class Prepared:
         *_, validation = self.splits(with_theta=False)
         return ("validation", sample(validation, max_rows)) if validation is not None else ("none", None)
 
-    def majority(self) -> str:
-        """The most frequent answer of the training file (its first 50,000 rows)."""
-        rows = self._rows["train"]
-        return majority(rows[: min(len(rows), MAJORITY_ROWS)]["completion"])
+    def leaked(self) -> dict[str, int]:
+        """How many different prompts of the other files are in the training file too, by role; none where it is 0."""
+        import numpy as np
+
+        hashes = {
+            name: rows.with_format("numpy", columns=["split_hash"])[:]["split_hash"]
+            for name, rows in self._rows.items()
+        }
+        train = hashes.pop("train")
+        shared = {name: len(np.intersect1d(own, train)) for name, own in hashes.items()}
+        return {name: count for name, count in shared.items() if count}
 
     def lengths(self) -> tuple[float, int]:
         """Mean and largest number of tokens of a training row."""
         rows = self._rows["train"]
-        sizes = [len(ids) for ids in rows[: min(len(rows), MAJORITY_ROWS)]["input_ids"]]
+        sizes = [len(ids) for ids in rows[: min(len(rows), MEASURED_ROWS)]["input_ids"]]
         return sum(sizes) / len(sizes), max(sizes)
 
 
@@ -122,15 +128,28 @@ def sample(rows: Dataset, most: int) -> Dataset:
     return rows.select(sorted(sorted(range(len(rows)), key=lambda i: (hashes[i], i))[:most]))
 
 
+def notes(prepared: Prepared, training: TrainingSpec, plan: Plan) -> list[str]:
+    """What a person should know before these rows are trained on."""
+    found = [
+        f"data.{name}: {count:,} of its prompts are in data.train too, which flatters its score"
+        for name, count in prepared.leaked().items()
+    ]
+    if plan.batch_size < training.batch_size:
+        rows = f"more than the {plan.batch_size:,} training rows; every batch is all of them"
+        found.append(f"training.batch_size: {training.batch_size:,} is {rows}")
+    return found
+
+
 def make_plan(training: TrainingSpec, train_rows: int, has_theta: bool) -> Plan:
-    """The numbers that the loop counts with."""
-    epoch = train_rows / training.batch_size
+    """The numbers that the loop counts with. A batch holds no row twice: at most all rows."""
+    batch_size = min(training.batch_size, train_rows)
+    epoch = train_rows / batch_size
     by_epochs = max(1, math.ceil(training.epochs * epoch)) if training.epochs is not None else None
     steps = min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
     validate_every = training.eval_every or max(1, math.ceil(epoch))
     return Plan(
         steps=steps,
-        batch_size=training.batch_size,
+        batch_size=batch_size,
         accumulation=training.gradient_accumulation,
         lr=training.lr,
         theta_lr=training.theta_lr or training.lr,

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pedro.backbone import locate_backbone
-from pedro.config import Frozen, check_name, load_spec
+from pedro.config import Frozen, Settings, check_name, load_spec
 from pedro.errors import ConfigError
+from pedro.training.places import check_places
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 FILES = ("train", "theta", "validation", "test")
@@ -216,13 +217,26 @@ def load_finetune_spec(path: str | Path, overrides: Iterable[str] = ()) -> FineT
 
     Raises one ConfigError that lists every mistake.
     """
-    words = [_locate_override(word) for word in overrides]
-    return load_spec(path, words, FineTuneSpec).located(Path(path).absolute().parent)
+    words, folder = list(overrides), Path(path).absolute().parent
+    spec = load_spec(path, [_locate_override(word) for word in words], FineTuneSpec).located(folder)
+    check_files(spec.data, folder, words)
+    return spec
+
+
+def check_files(data: DataSpec, folder: Path, overrides: Iterable[str] = (), section: str = "data") -> None:
+    """Raise ConfigError for a file that the spec in `folder` may not name; those of overrides may lie anywhere."""
+    files = {f"{section}.{role}": file for role, file in data.files().items()}
+    keys = {word.partition("=")[0] for word in overrides}
+    typed = {field for field in files if any(field == key or field.startswith(f"{key}.") for key in keys)}
+    check_places(files, Settings.from_env(), [folder, ASSETS], typed)
 
 
 def _located(base: Path, file: str) -> str:
     if file.startswith(PACKAGED):
-        return str(ASSETS / file.removeprefix(PACKAGED))
+        place = (ASSETS / file.removeprefix(PACKAGED)).resolve()
+        if not place.is_relative_to(ASSETS.resolve()):
+            raise ConfigError(f"data: {file!r} leaves the data that the package carries", param="data")
+        return str(place)
     return file if "://" in file else str(base / Path(file).expanduser())
 
 

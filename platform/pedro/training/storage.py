@@ -15,7 +15,7 @@ from typing import Any
 
 from pedro.data import data_digest
 from pedro.data.files import ending
-from pedro.errors import UnavailableError
+from pedro.errors import PedroError, UnavailableError
 
 
 def put_dataset(file: str, storage: str) -> str:
@@ -113,11 +113,15 @@ def _copy(source: str, target: str) -> None:
             Path(scratch).replace(target)
         finally:
             Path(scratch).unlink(missing_ok=True)
-    except OSError as error:
+    except PedroError:
+        raise
+    except Exception as error:
+        field = "data" if "://" in source else "PEDRO_STORAGE"
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
         raise UnavailableError(
-            f"PEDRO_STORAGE: {source} could not be copied to {target} ({error.strerror or error}); check the place, "
-            "its rights and its free space",
-            param="PEDRO_STORAGE",
+            f"{field}: {source} could not be copied to {target} ({reason}); check the place, its rights and keys, and "
+            "its free space",
+            param=field,
         ) from error
 
 
@@ -127,4 +131,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UnavailableError(f"PEDRO_STORAGE: {url} cannot be used: {error}", param="PEDRO_STORAGE") from error
+        raise UnavailableError(
+            f"{url} cannot be used: {error}; install what it names", param="PEDRO_STORAGE"
+        ) from error

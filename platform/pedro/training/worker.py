@@ -12,8 +12,9 @@ from torch import nn
 
 from pedro.backbone import load_model
 from pedro.evaluation.saved import load_saved
-from pedro.evaluation.scoring import Score, score
+from pedro.evaluation.scoring import Score, majority, score
 from pedro.training.loop import Outcome, Reporter, train
+from pedro.training.prepare import notes
 from pedro.training.session import DTYPES, Session
 from pedro.training.team import Team
 
@@ -29,6 +30,9 @@ class Trained:
 def run_session(session: Session, reporter: Reporter) -> Trained:
     """Train to the end and score the best adapter; every worker returns the same."""
     team = Team(session.engine.rank, session.engine.world)
+    if team.rank == 0:
+        for note in notes(session.prepared, session.spec.training, session.plan):
+            reporter.line(note)
     outcome = train(session.engine, session.alternation, session.plan, session.data, reporter)
     if team.rank == 0:
         reporter.line(f"trained {outcome.steps:,} steps in {outcome.seconds:.0f} s; scoring")
@@ -57,7 +61,7 @@ def evaluate(session: Session, team: Team) -> dict[str, Any]:
             bare = _score(session, model, rows, team)
     else:
         bare = _score(session, load_model(session.backbone, _dtype(session), str(session.engine.device)), rows, team)
-    guess = session.prepared.majority()
+    guess = majority(rows["completion"])
     guessed = sum(text.strip() == guess for text in rows["completion"])
     return {
         "accuracy": adapted.accuracy,

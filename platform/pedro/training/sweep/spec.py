@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pedro.backbone import locate_backbone
 from pedro.config import Frozen, check_name, load_spec
 from pedro.errors import ConfigError
-from pedro.training.spec import FineTuneSpec
+from pedro.training.spec import FineTuneSpec, check_files
 from pedro.training.sweep.space import Dimension
 
 DRAWS = 10
@@ -21,6 +21,7 @@ FIXED = {
     "data.train": "trials are compared on the same rows",
     "data.validation": "trials are compared on the same rows",
     "data.test": "trials are compared on the same rows",
+    "data.fields": "trials are compared on the same rows",
     "gate": "trials are compared on the same rows, and the gate judges the best alone",
 }
 
@@ -75,6 +76,8 @@ class SweepSpec(Frozen):
             for fixed, why in FIXED.items():
                 if key == fixed or key.startswith(f"{fixed}."):
                     raise ValueError(f"space.{key}: cannot vary: {why}")
+        if "data.theta" in self.space and any(isinstance(v, str) for v in self.space["data.theta"].values):
+            raise ValueError("space.data.theta: shares can vary, files cannot; name a file as base.data.theta")
         if self.base.data.validation == 0:
             raise ValueError("base.data.validation: trials are compared by their loss on it; give a share or a file")
         grids = [key for key, dimension in self.space.items() if dimension.kind == "grid"]
@@ -107,10 +110,13 @@ class SweepSpec(Frozen):
 
 def load_sweep_spec(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpec:
     """Read a spec file; relative paths start from its folder. Raises one ConfigError that lists every mistake."""
-    spec = load_spec(path, overrides, SweepSpec)
+    words = list(overrides)
+    spec = load_spec(path, words, SweepSpec)
     base = Path(path).absolute().parent
     space = dict(spec.space)
     if (tried := space.get("backbone")) is not None and tried.listed:
         values = tuple(locate_backbone(str(value), base, Path.cwd()) for value in tried.values)
         space["backbone"] = tried.model_copy(update={"values": values})
-    return spec.model_copy(update={"base": spec.base.located(base), "space": space})
+    located = spec.base.located(base)
+    check_files(located.data, base, words, "base.data")
+    return spec.model_copy(update={"base": located, "space": space})
