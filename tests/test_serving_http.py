@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,6 +20,7 @@ import psutil
 import pytest
 import torch
 from ray._private.authentication_test_utils import reset_auth_token_state
+from safetensors.torch import load_file, save_file
 from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, settings_at, tokenizer
 
 from pedro import cluster
@@ -508,3 +511,26 @@ def test_a_port_in_use_is_told_and_nothing_is_started(here):
         deploy(settings, ServeConfig(backbone=str(broken)), port=0)
     assert cluster.find_head(settings) is None
     assert sorted(path.name for path in settings.home.iterdir()) == ["mlflow.db"]
+
+
+@pytest.mark.slow
+def test_what_only_a_replica_can_find_wrong_is_told_in_its_own_line(tmp_path):
+    broken = shutil.copytree(backbone().directory, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    environment = {name: value for name, value in os.environ.items() if name not in OUTSIDE}
+    environment |= {"PEDRO_HOME": tempfile.mkdtemp(prefix="pedro-")}
+
+    def pedro(*words):
+        command = [sys.executable, "-m", "pedro.cli", *words]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    try:
+        failed = pedro("serve", "--backbone", "./broken", "--port", "0")
+    finally:
+        pedro("down")
+        shutil.rmtree(environment["PEDRO_HOME"], ignore_errors=True)
+    error = failed.stderr.strip().splitlines()[-1]
+    assert failed.returncode == 1
+    assert error.startswith(f"error: backbone: '{broken}' holds numbers in model.norm.weight that are not finite")
