@@ -456,6 +456,28 @@ def test_the_drawn_activation_is_the_one_that_is_trained():
     assert rational(X, a, b) == pytest.approx(wanted.numpy(), abs=1e-5)
 
 
+def test_one_value_has_no_interval_and_what_was_not_compared_is_not_called_equal(tmp_path):
+    unknown = {"steps": 0, "optimizer_steps": 0, "parameters": 0}
+    runs = [cell(label, task, 0, [1], **unknown) for label in ("A", "B") for task in ("sst2", "rte")]
+    runs = [replace(run, scores=(replace(run.scores[0], per_row=(), rows=0, value=0.7),)) for run in runs]
+    (table,) = tables(of(tmp_path, *runs))
+    assert [(entry.value, entry.low, entry.high) for entry in table.cells.values()] == [(0.7, None, None)] * 6
+    notes = " ".join(table.notes)
+    assert "No intervals: each method has one value." in notes
+    assert "Whether compute or training rows are equal was not compared: no steps are known of A, B." in notes
+    assert "Equal for all" not in notes
+    printed = print_report(of(tmp_path, *runs))
+    assert printed.count("70.0") == 6
+
+
+def test_scores_of_unknown_rows_prove_nothing(tmp_path):
+    made = [cell(label, "sst2", seed, [value]) for label, value in (("A", 1), ("B", 0)) for seed in range(3)]
+    made = [replace(run, scores=(replace(run.scores[0], per_row=(), rows=0),)) for run in made]
+    (table,) = tables(of(tmp_path, *made))
+    assert not table.cells["A", "sst2"].proven
+    assert "draws of seeds alone" in " ".join(table.notes)
+
+
 def test_a_report_written_twice_is_the_same(made):
     files = [path for path in made.folder.iterdir() if path.is_file()]
     before = {path.name: path.read_bytes() for path in files}

@@ -202,12 +202,13 @@ def _forest(plot: Axes, table: Table, task: str) -> None:
         entry = table.cells.get((label, task))
         if entry is None:
             continue
-        if entry.value is None or entry.low is None or entry.high is None:
+        if entry.value is None:
             plot.text(0.5, height, "failed", transform=plot.get_yaxis_transform(), ha="center", va="center", fontsize=8)
             continue
         scale, best = _scale(entry), entry.mark == BEST
         colour = STRONG if best else PLAIN
-        plot.plot([scale * entry.low, scale * entry.high], [height, height], color=colour, linewidth=1.6)
+        if entry.low is not None and entry.high is not None:
+            plot.plot([scale * entry.low, scale * entry.high], [height, height], color=colour, linewidth=1.6)
         plot.plot(
             scale * entry.value,
             height,
@@ -236,7 +237,7 @@ def _curve(plot: Axes, entries: Sequence[Entry], look: dict[str, Any]) -> None:
         return
     x = [entry.parameters for entry in found]
     value, low, high = (
-        [_scale(entry) * (part(entry) or 0.0) for entry in found]
+        [_scale(entry) * (math.nan if part(entry) is None else part(entry)) for entry in found]
         for part in (lambda e: e.value, lambda e: e.low, lambda e: e.high)
     )
     if len(found) > 1:

@@ -51,6 +51,9 @@ def _equal(comparison: Comparison, cells: Sequence[Cell], tasks: Sequence[Entry]
     ended = [cell for cell in cells if cell.finished]
     if not ended:
         return f"Equal for all methods: {comparison.equal}. No run has finished yet."
+    if uncounted := list(dict.fromkeys(cell.label for cell in ended if not cell.steps)):
+        unknown = ", ".join(uncounted)
+        return f"Whether compute or training rows are equal was not compared: no steps are known of {unknown}."
     batches = _range({cell.training.get("batch_size") for cell in ended} - {None})
     steps = _by_task(ended, lambda cell: cell.steps)
     compute = f"the same training rows; steps: {steps}" + (f"; rows a step: {batches}" if batches else "")
@@ -115,6 +118,10 @@ def _learning_rates(comparison: Comparison, cells: Sequence[Cell]) -> str:
 
 def _intervals(tasks: Sequence[Entry]) -> str:
     most = max((entry.seeds for entry in tasks), default=0)
+    if tasks and not any(entry.draws is not None for entry in tasks):
+        return "No intervals: each method has one value." if most else ""
+    if tasks and not any(entry.rows for entry in tasks):
+        return f"[low, high]: 95 % bootstrap of that median ({DRAWS:,} draws of seeds alone; rows are not known)."
     text = (
         f"[low, high]: 95 % hierarchical bootstrap of that median ({DRAWS:,} draws of seeds and of test rows, the same "
         "rows for all methods)"

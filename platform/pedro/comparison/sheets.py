@@ -166,7 +166,7 @@ def literal(text: str) -> str:
 def _score(entry: Entry | None, style: Style) -> Text:
     if entry is None:
         return NOTHING
-    if entry.value is None or entry.low is None or entry.high is None:
+    if entry.value is None:
         return (f"failed {entry.failed}/{entry.failed + entry.seeds}", "")
     text = number(entry.value, entry.metric)
     if entry.mark == BEST:
@@ -177,6 +177,8 @@ def _score(entry: Entry | None, style: Style) -> Text:
         text = style.chance.format(text)
     if entry.failed:
         text = style.broken.format(text)
+    if entry.low is None or entry.high is None:
+        return (text, "")
     return (text, f"[{number(entry.low, entry.metric)}, {number(entry.high, entry.metric)}]")
 
 

@@ -174,7 +174,9 @@ def _columns(cells: Iterable[Cell], places: Mapping[str, Sequence[str]]) -> dict
 def _column(task: str, runs: Runs) -> list[Entry]:
     """The entries of one column, not marked yet."""
     scored = {label: [score for _, score in found if score is not None] for label, found in runs.items()}
-    draws = bootstrap({label: [_rows(score) for score in scores] for label, scores in scored.items() if scores}, task)
+    runs_of = {label: [_rows(score) for score in scores] for label, scores in scored.items()}
+    several = {label: rows for label, rows in runs_of.items() if sum(map(len, rows)) > 1}  # one value has no spread
+    draws = bootstrap(several, task)
     return [_entry(task, found, draws.get(label)) for label, found in runs.items()]
 
 
@@ -228,8 +230,9 @@ def _averages(cells: Mapping[tuple[str, str], Entry], rows: Sequence[str], tasks
         values = [entry.value for entry in found if entry.value is not None]
         if len(values) < len(tasks):
             continue
-        draws = np.mean([entry.draws for entry in found if entry.draws is not None], axis=0)
-        low, high = interval(draws)
+        drawn = [entry.draws for entry in found if entry.draws is not None and entry.rows]
+        draws = np.mean(drawn, axis=0) if len(drawn) == len(found) else None
+        low, high = interval(draws) if draws is not None else (None, None)
         averages.append(
             Entry(
                 label=label,
@@ -282,4 +285,5 @@ def difference(entry: Entry, other: Entry) -> Difference | None:
         return None
     low, high = interval(entry.draws - other.draws)
     enough = min(entry.seeds, other.seeds) >= FEWEST and entry.rows == other.rows
+    enough = enough and (entry.rows > 0 or entry.task == AVERAGE)  # rows that nobody counted are not the same rows
     return Difference(entry.value - other.value, low, high, enough and (low > 0 or high < 0))
