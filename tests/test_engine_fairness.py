@@ -6,7 +6,8 @@ import pytest
 from engine_models import Letters, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
 from pedro.engine.pace import LEAST_ROWS, Pace
-from pedro.engine.scheduler import Limits, Scheduler
+from pedro.engine.plan import Limits
+from pedro.engine.scheduler import Scheduler
 from pedro.engine.sequence import Request, SamplingParams, Sequence, State
 from pedro.errors import OverloadedError, RateLimitError
 

@@ -16,7 +16,8 @@ from engine_models import (
     stories,
 )
 
-from pedro.engine.scheduler import Limits, Scheduler
+from pedro.engine.plan import Limits
+from pedro.engine.scheduler import Scheduler
 from pedro.engine.sequence import MIN_TURN_TOKENS, Request, SamplingParams, Sequence, State
 
 

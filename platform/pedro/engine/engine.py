@@ -21,8 +21,9 @@ from pedro.engine.config import EngineConfig
 from pedro.engine.formats import load_adapter
 from pedro.engine.intake import Intake
 from pedro.engine.pace import LONE_TOKENS, Pace
+from pedro.engine.plan import Group, Limits, PrefillSlice
 from pedro.engine.runner import PrefillRow, Runner
-from pedro.engine.scheduler import Group, Limits, PrefillSlice, Scheduler
+from pedro.engine.scheduler import Scheduler
 from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
 from pedro.engine.steps import first_tokens, next_tokens, settle
 from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError

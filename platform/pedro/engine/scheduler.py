@@ -19,9 +19,10 @@ import itertools
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
+from pedro.engine.plan import Group, Limits, Plan, PrefillSlice
 from pedro.engine.sequence import Sequence, State
 from pedro.engine.shares import ByCounter, Shares, Tenant
 from pedro.errors import OverloadedError, RateLimitError
@@ -29,42 +30,6 @@ from pedro.errors import OverloadedError, RateLimitError
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
 NEWS = 0.25  # weight of the newest prompt in the mean of their lengths
 MAX_PREFILLS = 2  # one that is read, and one that is put aside
-Group = tuple[Sequence, ...]  # share one prefill: the first is read, the others copy it
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of the schedule. `prefill_tokens` is the most prompt work of one step, in tokens through all layers.
-
-    A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
-    For `head_room_s` after a tenant's last request the next is kept ready for.
-    """
-
-    slots: int
-    prefill_tokens: int = 2048
-    max_waiting: int = 1024
-    max_waiting_per_tenant: int = 256
-    preempt_after: int = 1024
-    head_room_s: float = 10.0
-    weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 where not named
-
-
-@dataclass(frozen=True)
-class PrefillSlice:
-    """A part of the prefill of `groups`: from `since` to `until` tokens' worth of work, through all layers."""
-
-    groups: tuple[Group, ...]
-    since: int
-    until: int
-    ends: bool
-
-    @property
-    def begins(self) -> bool:
-        return self.since == 0
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        return [sequence for group in self.groups for sequence in group]
 
 
 @dataclass
@@ -78,21 +43,6 @@ class _Prefill:
     @property
     def tokens(self) -> int:
         return sum(group[0].length for group in self.groups)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One step: at most one slice of one prefill, and a token for running sequences: all, or as many as is right now.
-
-    Before all that the slots of `preempted` must be saved: each sequence still names the slots it lost.
-    """
-
-    prefill: PrefillSlice | None
-    decode: tuple[Sequence, ...]
-    preempted: tuple[Sequence, ...] = ()
-
-    def __bool__(self) -> bool:
-        return self.prefill is not None or bool(self.decode)
 
 
 class Scheduler:

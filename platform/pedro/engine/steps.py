@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from pedro.engine.beam import BeamSequence
 from pedro.engine.executor import Logits
+from pedro.engine.plan import Group
 from pedro.engine.runner import DecodeRow, Runner
 from pedro.engine.sampler import SampleRow, greedy, sample
-from pedro.engine.scheduler import Group
 from pedro.engine.sequence import Sequence, State, TokenLogprob
 
 Made = tuple[Sequence, int, TokenLogprob | None]  # the token: -1 where the logits were not numbers; of beams only that

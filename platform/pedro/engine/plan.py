@@ -1,0 +1,59 @@
+"""What a schedule is bound by, and what one step of it is. Decides nothing: see `scheduler`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pedro.engine.sequence import Sequence
+
+Group = tuple[Sequence, ...]  # share one prefill: the first is read, the others copy it
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the schedule. `prefill_tokens` is the most prompt work of one step, in tokens through all layers.
+
+    A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
+    For `head_room_s` after a tenant's last request the next is kept ready for.
+    """
+
+    slots: int
+    prefill_tokens: int = 2048
+    max_waiting: int = 1024
+    max_waiting_per_tenant: int = 256
+    preempt_after: int = 1024
+    head_room_s: float = 10.0
+    weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 where not named
+
+
+@dataclass(frozen=True)
+class PrefillSlice:
+    """A part of the prefill of `groups`: from `since` to `until` tokens' worth of work, through all layers."""
+
+    groups: tuple[Group, ...]
+    since: int
+    until: int
+    ends: bool
+
+    @property
+    def begins(self) -> bool:
+        return self.since == 0
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [sequence for group in self.groups for sequence in group]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: at most one slice of one prefill, and a token for running sequences: all, or as many as is right now.
+
+    Before all that the slots of `preempted` must be saved: each sequence still names the slots it lost.
+    """
+
+    prefill: PrefillSlice | None
+    decode: tuple[Sequence, ...]
+    preempted: tuple[Sequence, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.prefill is not None or bool(self.decode)
