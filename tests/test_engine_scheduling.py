@@ -9,7 +9,7 @@ from engine_models import Letters, drain, make_adapter, make_engine, prompt, ran
 from pedro.engine.plan import Limits
 from pedro.engine.scheduler import Scheduler
 from pedro.engine.sequence import Request, SamplingParams, Sequence, State
-from pedro.errors import OverloadedError, PedroError, RateLimitError
+from pedro.errors import DeadlineError, OverloadedError, PedroError, RateLimitError
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_deadline_ends_waiting_and_running_requests_with_an_error(model):
     time.sleep(0.2)
     answers = drain(engine)
     for name in ("running", "waiting"):
-        assert isinstance(answers[name].last.error, OverloadedError)
+        assert isinstance(answers[name].last.error, DeadlineError)
         assert answers[name].last.error.code == "deadline_exceeded"
     assert engine.stats()["slots_free"] == 1
     assert run(engine, request("after", prompt(6), 4, deadline_s=60))["after"].last.finish_reason == "length"
