@@ -55,7 +55,7 @@ def stack(folder: Path, home: Path | None = None) -> Iterator[Stack]:
         with dashboard(env) as port:
             yield Stack(port, served["url"], key["secret"], home)
     finally:
-        command(env, "down", "--json")
+        command(env, "down", "--json", "--yes")
 
 
 @contextlib.contextmanager

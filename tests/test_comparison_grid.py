@@ -399,7 +399,7 @@ def test_a_changed_label_is_shown_though_no_run_is_made(tmp_path):
 def test_a_killed_grid_repeats_nothing_and_ends_with_tables(tmp_path):
     training = {**TINY["training"], "max_steps": 20, "eval_every": 10, "clip": 0, "warmup": 0}
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "training": training, "tune": {"lr": [1e30, 1e-2], "seed": 0}}))
+    path.write_text(yaml.safe_dump({**TINY, "training": training, "tune": {"lr": [100.0, 1e-2], "seed": 0}}))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PEDRO_", "MLFLOW_"))}
     env |= {"PEDRO_HOME": str(tmp_path / "home"), "RAY_USAGE_STATS_ENABLED": "0"}
     pedro = [sys.executable, "-m", "pedro.cli"]
@@ -427,4 +427,4 @@ def test_a_killed_grid_repeats_nothing_and_ends_with_tables(tmp_path):
             assert (folder / name).stat().st_size > 0
         assert json.loads(done.stdout.splitlines()[-1])["name"] == "tiny"
     finally:
-        subprocess.run([*pedro, "down"], env=env, capture_output=True, check=False)
+        subprocess.run([*pedro, "down", "--yes"], env=env, capture_output=True, check=False)

@@ -50,7 +50,7 @@ def test_the_demo_reaches_its_marks_from_nothing_and_starts_from_what_is_there()
         try:
             first, second = run(env), run(env)
         finally:  # a demo that was cut off leaves its cluster
-            subprocess.run([sys.executable, "-m", "pedro.cli", "down"], env=env, timeout=120, check=False)
+            subprocess.run([sys.executable, "-m", "pedro.cli", "down", "--yes"], env=env, timeout=120, check=False)
         assert json.loads((Path(home) / "demo" / "result.json").read_text()) == second
     for result in (first, second):
         assert {row["tenant"] for row in result["tenants"]} == {"acme", "globex", "initech"}

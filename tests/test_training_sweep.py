@@ -406,7 +406,7 @@ def _drivers(sweep_id):
 @pytest.mark.timeout(1200)
 def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alone(home, tmp_path):
     settings, registry, url = home
-    rates = [1e-2, 1e30, 3e-3, 2e-2, 1e-3]
+    rates = [1e-2, 100.0, 3e-3, 2e-2, 1e-3]
     training = {"max_steps": 40, "eval_every": 10, "clip": 0, "warmup": 0.0}
     spec = sweep_for(tmp_path, {"training.lr": {"grid": rates}}, scheduler={"name": "none"}, training=training)
     entry = launch.prepare(spec, settings)
