@@ -334,7 +334,8 @@ static void multiply(const Model *M, const Batch *B, long l, const Product *p, l
   const long blocks = (B->rows + MR - 1) / MR;
   Multiplication u = {M, B, p, l, panels, 1, (B->rows + blocks - 1) / blocks, blocks, 1, 0};
   u.number = 1 + atomic_fetch_add(&products, 1);
-  const double work = (double)(B->rows < 16 ? 16 : B->rows) * floats * panels; /* of few rows memory sets the pace */
+  /* Of few rows memory sets the pace, and reads best in long pieces. */
+  const double work = (double)(B->rows < 4 ? 4 : B->rows < 16 ? 16 : B->rows) * floats * panels;
   if (B->rows <= FEW) { /* each thread packs them for itself; a tile is some panels for all rows */
     u.spans = tiles_of(work, panels);
   } else { /* all threads share the packing; a tile is panels that the cache holds, for some blocks */

@@ -21,8 +21,9 @@
 #endif
 
 #define MOST_THREADS 256
+#define SHORT_SPINS 300      /* looks before the first at the clock */
 #define CALLER_SPINS 50e-6   /* seconds; then its core is free for the helper that it waits for */
-#define HELPER_SPINS 300e-6  /* long enough to outlast what happens between two calls of a busy engine */
+#define HELPER_SPINS 1500e-6 /* long enough to outlast what happens between two calls of a busy engine */
 #ifndef TILE
 #define TILE (1 << 20)       /* multiply-adds: a tile takes 20 to 200 microseconds */
 #endif
@@ -105,6 +106,12 @@ static void *help(void *number) {
   for (;;) {
     for (double until = 0; !until || seconds(CLOCK_MONOTONIC) < until;) {
       while (take_tile(thread)) until = 0;
+      int soon = 0; /* mostly the next phase is there before a look at the clock would be over */
+      for (int i = 0; i < SHORT_SPINS && !until && !soon; i++) {
+        soon = may_claim(atomic_load_explicit(&team.ticket, memory_order_relaxed), thread);
+        pause_briefly();
+      }
+      if (soon) continue;
       if (!until) until = seconds(CLOCK_MONOTONIC) + HELPER_SPINS;
       for (int i = 0; i < 64 && !may_claim(atomic_load_explicit(&team.ticket, memory_order_relaxed), thread); i++)
         pause_briefly();
@@ -146,6 +153,10 @@ static void leave(double *spent, double *lost) { /* the call ends; seconds that 
 
 static void wait_for_helpers(void) { /* who hold the last tiles */
   if (!atomic_load_explicit(&team.undone, memory_order_acquire)) return;
+  for (int i = 0; i < SHORT_SPINS; i++) {
+    if (!atomic_load_explicit(&team.undone, memory_order_acquire)) return;
+    pause_briefly();
+  }
   const double began = seconds(CLOCK_MONOTONIC);
   double now = began;
   while (atomic_load_explicit(&team.undone, memory_order_acquire) && now - began < CALLER_SPINS) {
@@ -173,7 +184,7 @@ static void share(long items, double cost, Work work, const void *what) {
   /* One phase: returns once all items are done. `cost`: of an item, in multiply-adds; small ones share a tile. */
   const long most = tiles_of(cost * items, items), grain = (items + most - 1) / most;
   const long tiles = grain ? (items + grain - 1) / grain : 0;
-  if (call.threads == 1 || tiles <= 1 || cost * items * 8 < TILE) {
+  if (call.threads == 1 || tiles <= 1 || cost * items * 32 < TILE) {
     for (long item = 0; item < items; item++) work(what, item, 0);
     return;
   }
