@@ -325,6 +325,14 @@ def test_eval_of_an_unknown_adapter_or_file_is_told(pedro, tmp_path):
     one_error(pedro("eval", "acme.faq", "--data", tmp_path / "nothere.jsonl"), "nothere.jsonl")
 
 
+def test_eval_takes_the_names_of_columns(pedro, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "What colour is it?", "answer": "red"}\n')
+    one_error(pedro("eval", "acme.faq", "--data", rows), "--fields")
+    named = ("--fields", "prompt=question,completion=answer")
+    assert one_value(pedro("eval", "acme.faq", "--data", rows, *named, "--json"))["rows"] == 1
+
+
 # the server, which does not run here
 
 

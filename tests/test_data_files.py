@@ -100,6 +100,14 @@ def test_other_column_names_are_mapped(name, fields, wanted):
     assert texts(CASES / name, parse_fields(fields)) == [wanted]
 
 
+def test_a_mapping_to_a_column_that_is_not_there_is_told_so(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "question": "q", "completion": "b"}\n')
+    absent, beside = scan(path, {"prompt": "question"})
+    assert absent.reason == "given, but fields name a column that is not here, question, which stands for it; keep one"
+    assert beside.reason == "given beside question, which stands for it; keep one"
+
+
 @pytest.mark.parametrize("fields", ["prompt", "prompts=a", "prompt=", "prompt=a,completion=a"])
 def test_a_mapping_that_makes_no_sense_is_refused(fields):
     with pytest.raises(ConfigError, match="fields: "):
@@ -256,6 +264,13 @@ def test_names_cannot_steer_a_terminal(tmp_path):
     report = check_file(path)
     assert list(report.ignored) == ["\\x1b[31mred"]
     assert all(line.isprintable() for line in report.text().splitlines())
+
+
+def test_json_lines_that_list_names_of_columns_are_no_table(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Name them: system, input, output, history.", "completion": "a"}) + "\n")
+    assert kind(path) == "JSON lines"
+    assert check_file(path).usable
 
 
 def test_the_kind_of_a_file_is_told():

@@ -1,5 +1,6 @@
 """Sweeps: what a space may say, what is refused before anything starts, and what a killed one need not do again."""
 
+import hashlib
 import json
 import os
 import signal
@@ -274,6 +275,18 @@ def test_a_sweep_is_found_again_by_its_spec_and_its_data(tmp_path):
     assert recall(settings.storage, launch.staged(spec, settings)) is None
 
 
+def test_a_sweep_from_before_the_later_fields_is_found(tmp_path):
+    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
+    spec = launch.staged(sweep_for(tmp_path), settings)
+    tree = spec.model_dump(mode="json")
+    del tree["base"]["data"]["fields"], tree["base"]["data"]["special_tokens_in_content"]
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    kept = Path(settings.storage) / "sweeps" / "by-spec" / f"{digest[:32]}.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('{"id": "sweep-old"}')
+    assert recall(settings.storage, spec) == "sweep-old"
+
+
 def test_a_sweep_that_still_runs_is_not_started_twice(tmp_path, monkeypatch):
     settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
     spec = sweep_for(tmp_path)
@@ -335,6 +348,24 @@ def test_a_resumed_scheduler_stops_what_an_uninterrupted_one_would(tmp_path):
     assert decision(knowing, 3, 0.9) == "STOP"
     assert decision(fresh, 3, 0.9) == "CONTINUE"
     assert decision(knowing, 12, 0.9) == "CONTINUE", "what has trained to its end is scored"
+
+
+def test_steps_that_vary_are_cut_neither_by_the_default_of_epochs_nor_by_the_steps_of_the_base(tmp_path):
+    from pedro.training.sweep.tuning import make_scheduler
+
+    base = sweep_for(tmp_path).to_dict()["base"]
+    base["training"] = {"batch_size": 8}
+    tree = {"name": "steps", "base": base, "space": {"training.max_steps": {"grid": [5, 5000]}}}
+    spec = SweepSpec.model_validate(tree)
+    for read in (spec, SweepSpec.model_validate(spec.to_dict())):
+        assert [variant(read, each).training.epochs for each in (*plan(read), {})] == [None, None, 3.0]
+    base["training"] = {"epochs": 3}
+    assert variant(SweepSpec.model_validate(tree), {"training.max_steps": 5}).training.epochs == 3
+    base["training"] = {"max_steps": 100}
+    longer = SweepSpec.model_validate(tree)
+    assert variant(longer, {"training.max_steps": 5000}).training.epochs is None
+    highest, _ = make_scheduler(longer)._brackets[0]._rungs[0]
+    assert highest * 3 > 5000, "rungs go on to the longest trial"
 
 
 # What people see

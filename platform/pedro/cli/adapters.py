@@ -190,7 +190,12 @@ def import_adapter(
 
 def evaluate(
     name: Annotated[str, typer.Argument(help="tenant.adapter[@alias|:version]", metavar="MODEL")],
-    file: Annotated[Path | None, typer.Option("--data", help="JSONL with the rows to answer.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--data", help="A file with the rows to answer, as for `pedro data check`.")
+    ] = None,
+    fields: Annotated[
+        str | None, typer.Option(help="The file's columns for our fields: prompt=question,completion=answer.")
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     harness: Annotated[str | None, typer.Option(help="lm-eval: ask --tasks of it, instead of --data.")] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of the harness, by commas.")] = "",
@@ -214,10 +219,10 @@ def evaluate(
     if file is not None and harness is None:
         if tasks or shots is not None or include_path or chat:
             raise typer.BadParameter("--tasks, --shots, --include-path and --chat go with --harness lm-eval")
-        _evaluate_file(name, file, rows, backbone, as_json)
+        _evaluate_file(name, file, fields, rows, backbone, as_json)
         return
-    if backbone is not None:
-        raise typer.BadParameter("--backbone goes with --data")
+    if backbone is not None or fields is not None:
+        raise typer.BadParameter("--backbone and --fields go with --data")
     if harness is None or file is not None:
         raise typer.BadParameter("give either --data FILE or --harness lm-eval --tasks NAMES")
     from pedro.cli.harness import evaluate_by_harness
@@ -225,7 +230,12 @@ def evaluate(
     evaluate_by_harness(name, harness, tasks, rows, shots, include_path, chat, as_json)
 
 
-def _evaluate_file(name: str, file: Path, rows: int | None, backbone: str | None, as_json: bool) -> None:
+def _evaluate_file(
+    name: str, file: Path, fields: str | None, rows: int | None, backbone: str | None, as_json: bool
+) -> None:
+    from pedro.data.lines import parse_fields
+
+    named = parse_fields(fields) if fields else None
     registry = _registry()
     plain, which = split_name(name)
     version = registry.get(plain, which or "champion")
@@ -235,7 +245,7 @@ def _evaluate_file(name: str, file: Path, rows: int | None, backbone: str | None
     from pedro.evaluation.saved import score_file
 
     quiet()
-    report = score_file(registry.download(version), file, Settings.from_env().cache, rows, backbone)
+    report = score_file(registry.download(version), file, Settings.from_env().cache, rows, backbone, named)
     result = {"model": version.ref, "digest": version.digest, **report}
 
     def print_report() -> None:

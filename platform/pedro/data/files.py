@@ -127,6 +127,8 @@ def pyarrow(path: Path, what: str) -> Any:
 
 def _is_header(head: bytes, columns: Collection[str]) -> bool:
     line = head.splitlines()[0].decode(errors="replace") if head.splitlines() else ""
+    if line.lstrip()[:1] in ("{", "["):  # JSON, whose text may list what columns are called
+        return False
     cells = {cell.strip().strip('"') for cell in re.split("[,;\t]", line)}
     return len(cells & set(columns)) > 1
 

@@ -140,7 +140,8 @@ def _renamed(row: dict[str, Any], fields: Fields, number: int) -> dict[str, Any]
     taken = {column: field for field, column in fields.items()}
     for field, column in fields.items():
         if field in row and field not in taken:
-            raise LineError(number, name_of(field), f"given beside {name_of(column)}, which stands for it; keep one")
+            here = "given beside" if column in row else "given, but fields name a column that is not here,"
+            raise LineError(number, name_of(field), f"{here} {name_of(column)}, which stands for it; keep one")
     return {taken.get(key, key): value for key, value in row.items()}
 
 

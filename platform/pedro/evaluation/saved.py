@@ -104,11 +104,16 @@ def _attach(model: nn.Module, directory: Path, config: PeftConfig) -> nn.Module:
 
 
 def score_file(
-    directory: Path, file: Path, cache: Path, max_rows: int | None = None, backbone_name: str | None = None
+    directory: Path,
+    file: Path,
+    cache: Path,
+    max_rows: int | None = None,
+    backbone_name: str | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Accuracy and loss of a saved adapter and of its bare backbone on a JSONL file, prompts as it was trained on.
+    """Accuracy and loss of a saved adapter and of its bare backbone on a data file, prompts as it was trained on.
 
-    A loss that is no number is None.
+    `fields` names the file's columns where they are not ours. A loss that is no number is None.
     Raises DataError for a file that cannot be used or is of another shape, AdapterError for another backbone.
     """
     from pedro.data import format_for_shape, load_rows, shape_of
@@ -116,7 +121,7 @@ def score_file(
 
     backbone, manifest, form = open_saved(directory, backbone_name)
     tokenizer = load_tokenizer(backbone)
-    shape = shape_of(file)
+    shape = shape_of(file, fields)
     fresh = format_for_shape(shape, tokenizer)
     if (fresh.id, fresh.template) != (form.id, form.template):
         raise DataError(
@@ -124,7 +129,7 @@ def score_file(
             "bring the rows in the shape of its training data",
             param="data",
         )
-    dataset = load_rows(file, tokenizer, form, context_length(backbone), cache / "rows")
+    dataset = load_rows(file, tokenizer, form, context_length(backbone), cache / "rows", fields)
     rows = list(dataset.select(range(min(len(dataset), max_rows or len(dataset)))))
     adapted = score(load_saved(directory, manifest, backbone, "float32", "cpu"), tokenizer, rows)
     bare = score(load_model(backbone), tokenizer, rows)

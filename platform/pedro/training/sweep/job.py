@@ -103,7 +103,7 @@ def _own_run(records: Records, spec: SweepSpec, registry: Registry) -> str:
     run_id = registry.start_run(
         experiment=spec.base.name,
         name=records.sweep_id,
-        params={**space, **how, **flat(spec.base.to_dict(), "base.")},
+        params={**space, **how, **flat(spec.to_dict()["base"], "base.")},
         tags={"pedro.sweep": records.sweep_id, "pedro.sweep_name": spec.name, "pedro.model": spec.base.name},
     )
     records.write_entry(replace(entry, run_id=run_id))

@@ -18,6 +18,7 @@ from pedro.training.sweep.space import Parameters
 from pedro.training.sweep.spec import SweepSpec
 
 BY_SPEC = "by-spec"
+LATER = ("fields", "special_tokens_in_content")  # of a spec's data: sweeps from before there were these are found too
 
 
 class State(StrEnum):
@@ -181,7 +182,10 @@ def recall(storage: str, spec: SweepSpec) -> str | None:
 
 
 def _by_spec(storage: str, spec: SweepSpec) -> str:
-    digest = hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode()).hexdigest()
+    tree = spec.to_dict()
+    data = tree["base"]["data"]
+    tree["base"]["data"] = {name: value for name, value in data.items() if value or name not in LATER}
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
     return join(storage, "sweeps", BY_SPEC, f"{digest[:32]}.json")
 
 

@@ -105,7 +105,10 @@ class SweepSpec(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved spec as JSON holds it; `SweepSpec.model_validate` reads it back."""
-        return self.model_dump(mode="json")
+        tree = self.model_dump(mode="json")
+        if "training.max_steps" in self.space and "epochs" not in self.base.training.model_fields_set:
+            del tree["base"]["training"]["epochs"]  # nobody asked for the default, which would cut the trials' steps
+        return tree
 
 
 def load_sweep_spec(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpec:

@@ -89,7 +89,8 @@ def make_scheduler(spec: SweepSpec) -> Any:
     """ASHA over Ω steps and the validation loss, or none."""
     if spec.scheduler.name == "none":
         return FIFOScheduler()
-    longest = spec.base.training.max_steps or UNBOUNDED_STEPS
+    tried = spec.space.get("training.max_steps")
+    longest = max(steps or UNBOUNDED_STEPS for steps in (tried.values if tried else [spec.base.training.max_steps]))
     return Halving(
         time_attr=STEP,
         metric=LOSS,

@@ -5,7 +5,6 @@ Starts nothing. The methods' own checks need torch and peft, which are imported 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from pedro.training.sweep.spec import SweepSpec
 
 def variant(spec: SweepSpec, parameters: Parameters) -> FineTuneSpec:
     """The job of a trial. Raises ConfigError for a key that a job has not, or a value that it cannot take."""
-    tree = copy.deepcopy(spec.base.to_dict())
+    tree = spec.to_dict()["base"]
     for key, value in parameters.items():
         _put(tree, key, value)
     return validate_spec(tree, FineTuneSpec, source="space")
