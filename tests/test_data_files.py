@@ -224,6 +224,18 @@ def test_zstd_and_parquet_are_read_by_content(tmp_path):
     assert texts(tmp_path / "rows.jsonl") == texts(tmp_path / "rows.data")
 
 
+def test_a_parquet_row_is_bounded_as_a_line_is(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    prompts = ["a", "x" * (MAX_LINE_BYTES + 1), *"bcdefghijklm"]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompts, "completion": ["y"] * len(prompts)}), path)
+    report = check_file(path)
+    assert (report.examples, report.error_count) == (13, 1)
+    assert (report.errors[0]["line"], report.errors[0]["field"]) == (2, "row")
+
+
 def test_a_missing_reader_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     for name in ("data.parquet", "data.zst"):

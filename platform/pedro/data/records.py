@@ -21,6 +21,7 @@ from pedro.errors import DataError
 
 MAX_LINE_BYTES = 1 << 20
 CHUNK = 1 << 16
+FEW = 10  # parquet rows read at once: a small file may repeat a huge text
 OUTSIDE, INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')  # what matters outside and inside a JSON string
 Row = dict[str, Any]
 
@@ -175,20 +176,27 @@ def _text_lines(stream: BufferedReader) -> Iterator[str]:
         yield _decoded(raw, number)
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
+def _parquet(path: Path) -> Iterator[tuple[int, Row | LineError]]:
     arrow = pyarrow(path, "parquet")
     number = 0
     try:
         file = arrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK)
-        for batch in file.iter_batches(batch_size=100):
-            for row in batch.to_pylist():
+        for batch in file.iter_batches(batch_size=FEW):
+            for row in batch.to_pylist() if batch.nbytes <= MAX_LINE_BYTES else _one_by_one(batch):
                 number += 1
-                yield number, row
+                yield number, row if isinstance(row, dict) else _too_long(number, row)
     except arrow.ArrowException as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"data: {str(path)!r} is no readable parquet file: {reason}; save it again", param="data"
         ) from None
+
+
+def _one_by_one(batch: Any) -> Iterator[Row | int]:
+    """The rows of a batch; in place of one that is too large, how many bytes it has."""
+    for place in range(batch.num_rows):
+        row = batch.slice(place, 1)
+        yield row.to_pylist()[0] if row.nbytes <= MAX_LINE_BYTES else row.nbytes
 
 
 def _decoded(raw: bytes, number: int) -> str:
