@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from engine_models import Letters, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
+from pedro.engine import engine as engine_module
 from pedro.engine.pace import LEAST_ROWS, Pace
 from pedro.engine.plan import Limits
 from pedro.engine.scheduler import Scheduler
@@ -310,6 +311,25 @@ def test_expired_work_leaves_queue_slots_and_pins(model, tmp_path, kind):
     if kind == "prefill put aside":
         assert answers["short"].last.finish_reason == "length"
         assert answers["short"].token_ids == run(engine, request("s", prompt(70), 4))["s"].token_ids
+
+
+@pytest.mark.parametrize("fails", ["logits", "first_tokens"])
+def test_a_prefill_that_fails_at_its_end_takes_no_other_with_it(model, monkeypatch, fails):
+    engine = make_engine(model, max_batch=4)
+    engine._pace = None
+    engine._scheduler.lone_tokens = engine._scheduler.slice_tokens = 64
+    wanted = run(make_engine(model, max_batch=4), request("long", prompt(180), 4))["long"].token_ids
+    engine.add(request("long", prompt(180), 4, tenant="others"))
+    engine.step()
+    engine.add(request("doomed", prompt(20), 4, tenant="short"))
+    with monkeypatch.context() as patch:
+        owner, name = (engine._runner._executor, "logits") if fails == "logits" else (engine_module, fails)
+        patch.setattr(owner, name, lambda *_: 1 / 0)
+        doomed = drain(engine, until=lambda answers: "doomed" in answers)["doomed"]
+    answers = drain(engine)
+    assert doomed.last.error.code == "engine_error"
+    assert answers["long"].token_ids == wanted
+    assert engine.stats()["slots_free"] == 4
 
 
 def test_a_short_step_takes_a_share_of_the_time_that_a_newcomers_prompt_takes():

@@ -227,6 +227,7 @@ class Engine:
                     self._runner.abandon()
                 self._end_prefill(part.groups)
             return
+        read = False
         try:
             if part.begins:
                 self._runner.begin([self._prefill_row(sequence) for sequence in leaders])
@@ -235,11 +236,13 @@ class Engine:
             if not part.ends:
                 return
             logits, prompt_logprobs = self._runner.end()
+            read = True
             made = first_tokens(self._runner, logits, part.groups)
         except Exception:  # whatever the model raised, it ends these requests and no others
             log.exception("prefill failed for requests %s", ", ".join(s.request.id for s in leaders))
             with self._lock:
-                self._runner.abandon()
+                if not read:  # else the runner holds it no more: the one under way is another, put aside for it
+                    self._runner.abandon()
                 self._fail(part.sequences)
                 self._end_prefill(part.groups)
             return

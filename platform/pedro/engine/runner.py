@@ -143,13 +143,18 @@ class Runner:
 
     @torch.inference_mode()
     def end(self) -> tuple[Logits, list[list[TokenLogprob | None] | None]]:
-        """The logits after each prompt, and the prompts' own log-probabilities where asked for."""
-        prefill = self._prefills.pop()
+        """The logits after each prompt, and the prompts' own log-probabilities where asked for.
+
+        Where it raises, the prefill is still under way.
+        """
+        prefill = self._prefills[-1]
         logprobs = [
             None if row.prompt_logprobs is None else self._prompt_logprobs(prefill.flow, segment, row)
             for row, segment in zip(prefill.rows, prefill.segments, strict=True)
         ]
-        return self._executor.logits(prefill.flow, [segment.stop - 1 for segment in prefill.segments]), logprobs
+        logits = self._executor.logits(prefill.flow, [segment.stop - 1 for segment in prefill.segments])
+        self._prefills.pop()
+        return logits, logprobs
 
     def abandon(self) -> None:
         """Forget the prefill under way. What it wrote may be anything, so it is wiped."""
