@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,18 @@ def test_a_template_that_never_comes_back_is_killed_with_its_process(worker, mon
         worker.render("{{ 9 ** (9 ** 9) }}", VARIABLES)
     assert time.monotonic() - began < 3
     assert worker.render(PLAIN, VARIABLES) == "Hé \ud800"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_of_templates_is_told_no_variable_of_ours(monkeypatch):
+    monkeypatch.setenv("PEDRO_DATABASE_URL", "postgresql://user:secret@host/pedro")
+    worker = TemplateWorker()
+    try:
+        assert worker.render(PLAIN, VARIABLES) == "Hé \ud800"
+        variables = Path(f"/proc/{worker._process.pid}/environ").read_bytes().split(b"\0")
+        assert {name.partition(b"=")[0] for name in variables if name} <= {b"PATH", b"PYTHONPATH", b"LANG"}
+    finally:
+        worker.close()
 
 
 def test_what_a_template_refuses_reads_as_it_does_without_a_worker(worker):

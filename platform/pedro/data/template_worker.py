@@ -93,7 +93,10 @@ def _start() -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={  # nothing else: variables hold passwords
+                **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
             start_new_session=True,  # an interrupt of the terminal is not for it
         )
     except OSError as error:
