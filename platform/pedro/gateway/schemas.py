@@ -25,9 +25,9 @@ TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 def _stop(value: Any) -> Any:
+    """An empty text stops nothing."""
     if value is None:
         return ()
-    """An empty text stops nothing."""
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
         raise ValueError("expected a string or a list of strings")
