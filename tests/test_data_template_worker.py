@@ -41,10 +41,10 @@ def test_a_template_that_does_too_much_is_stopped_and_the_next_is_rendered(worke
     assert worker.render(PLAIN, VARIABLES) == "Hé \ud800"
 
 
-def test_a_template_that_never_comes_back_is_killed_with_its_process(worker, monkeypatch):
+def test_one_operation_that_takes_for_ever_is_ended_too(worker, monkeypatch):
     monkeypatch.setattr("pedro.data.template_worker.WALL_S", 1.0)
     began = time.monotonic()
-    with pytest.raises(TemplateBoundsError, match="did not end"):
+    with pytest.raises(TemplateBoundsError, match=r"did not end|of computing"):
         worker.render("{{ 9 ** (9 ** 9) }}", VARIABLES)
     assert time.monotonic() - began < 3
     assert worker.render(PLAIN, VARIABLES) == "Hé \ud800"

@@ -39,7 +39,7 @@ def store(settings):
 
 def _driver(tmp_path, job_id, train="nowhere.jsonl") -> int:
     tree = spec_for(tmp_path).to_dict()
-    tree["data"]["train"] = str(tmp_path / train)
+    tree["data"]["train"] = str(tmp_path / "home" / train)
     (tmp_path / "spec.json").write_text(json.dumps(tree))
     return job.main(["--spec", str(tmp_path / "spec.json"), "--job-id", job_id])
 
