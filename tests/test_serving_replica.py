@@ -24,6 +24,7 @@ from pedro.registry import Registry
 from pedro.serving.backend import ref_of
 from pedro.serving.config import ServeConfig
 from pedro.serving.links import Link
+from pedro.serving.rendering import Rendering
 from pedro.serving.replica import Replica
 
 SHAPES = ("messages", "completion", "alpaca", "sharegpt")
@@ -394,6 +395,32 @@ def test_a_template_without_end_delays_no_other_tenant_and_is_told_to_its_own(se
     with pytest.raises(TemplateBoundsError):  # for a while no call of its template is tried
         ask(served.replica, hello, poison)
     assert ask(served.replica, hello, ref(served, "acme.messages"))
+
+
+def test_whoever_asks_and_leaves_holds_one_thread_and_is_refused_as_others_are(monkeypatch):
+    running, most = 0, 0
+
+    def slow(*_):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.2)
+        running -= 1
+        raise TemplateBoundsError("prompt_format: too much")
+
+    async def go():
+        rendering = Rendering(None, [])
+        form = PromptFormat("chat", "own")
+        monkeypatch.setattr(PromptFormat, "prompt", slow)
+        for _ in range(4):
+            asked = asyncio.create_task(rendering.prompt(form, (), "evil.a:1#x"))
+            await asyncio.sleep(0.02)
+            asked.cancel()
+        await asyncio.sleep(0.5)
+        return [*rendering._refusals], len(rendering._tenants)
+
+    assert asyncio.run(go()) == (["evil.a:1#x"], 0)
+    assert most == 1
 
 
 def test_a_strangers_template_is_rendered_in_the_worker_as_in_training(served):

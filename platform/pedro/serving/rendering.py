@@ -11,9 +11,9 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from pedro.data.formats import FORMATS, PromptFormat
 from pedro.data.special_tokens import Prompt
@@ -24,6 +24,7 @@ FIRST_REFUSAL_S, LAST_REFUSAL_S = 30.0, 3600.0
 MAX_REFUSALS = 4096
 log = logging.getLogger("pedro.serving")
 Messages = tuple[Mapping[str, Any], ...]
+T = TypeVar("T")
 
 
 class Rendering:
@@ -55,11 +56,10 @@ class Rendering:
             if refusal is not None and time.monotonic() < refusal.until:
                 raise refusal.error.with_traceback(None)
             try:
-                made = await asyncio.to_thread(form.prompt, messages, self._tokenizer, self._worker.render)
+                return await to_its_end(form.prompt, messages, self._tokenizer, self._worker.render)
             except TemplateBoundsError as error:
                 self._refuse(ref, error)
                 raise
-        return made
 
     @asynccontextmanager
     async def _turn(self, tenant: str):
@@ -80,6 +80,22 @@ class Rendering:
         if len(self._refusals) > MAX_REFUSALS:
             self._refusals.popitem(last=False)
         log.warning("adapter %s: %s; its chats are refused for %g s", ref.partition("#")[0], error, for_s)
+
+
+async def to_its_end(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` returns on a thread. A caller that is cancelled leaves once it ended, with what it raised.
+
+    Else whoever asks and leaves, again and again, would hold every thread of the process.
+    """
+    work = asyncio.create_task(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        error = work.exception()
+        if error is not None:
+            raise error from None
+        raise
 
 
 class _Queue:

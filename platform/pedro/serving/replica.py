@@ -31,7 +31,7 @@ from pedro.serving.config import ServeConfig
 from pedro.serving.deltas import Deltas
 from pedro.serving.metrics import ReplicaMetrics
 from pedro.serving.outlet import Outlet
-from pedro.serving.rendering import Rendering
+from pedro.serving.rendering import Rendering, to_its_end
 from pedro.serving.tokens import TokenTexts, tokenizer_info
 from pedro.serving.wire import Posted, ReplicaLost, Slice
 
@@ -282,6 +282,7 @@ class Replica:
 
     async def _raw(self, text: str, ref: str | None) -> str:
         """A rendered prompt: what it spells is text or special tokens, as in the training of `ref`."""
+        self._check_size(text, "prompt")
         if ref is None or not special_tokens(self._tokenizer).cuts(text):
             return text
         try:
@@ -290,16 +291,8 @@ class Replica:
             return text
 
     async def _encode(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
-        """The prompt's ids. A long text is tokenised on a thread, one that cannot fit is refused without being."""
-        longest = self._engine.max_length
-        least = len(text) // (self._longest_piece * SHRINKAGE)
-        if least > longest:
-            raise PedroError(
-                f"{param}: a prompt of {len(text):,} characters has more than {least:,} tokens, and the context is "
-                f"{longest:,} tokens; shorten it",
-                param=param,
-                code="context_length_exceeded",
-            )
+        """The prompt's ids. A long text is tokenised on a thread."""
+        self._check_size(text, param)
 
         def encode() -> list[int]:
             if add_special_tokens:
@@ -309,7 +302,19 @@ class Replica:
         if len(text) <= LONG_TEXT:
             return encode()
         async with self._encoding:
-            return await asyncio.to_thread(encode)
+            return await to_its_end(encode)
+
+    def _check_size(self, text: str, param: str) -> None:
+        """Refuse a text that cannot fit, before any work is done on it."""
+        longest = self._engine.max_length
+        least = len(text) // (self._longest_piece * SHRINKAGE)
+        if least > longest:
+            raise PedroError(
+                f"{param}: a prompt of {len(text):,} characters has more than {least:,} tokens, and the context is "
+                f"{longest:,} tokens; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     async def _format_of(self, ref: str) -> PromptFormat:
         form = self._formats.get(ref)
