@@ -502,6 +502,17 @@ def test_a_request_that_kills_replicas_is_issued_twice_at_most_and_its_adapter_a
     run(go())
 
 
+def test_a_call_that_waits_while_another_is_suspected_ends_at_its_deadline(served):
+    async def go():
+        async with ingress(served, "r0", "r1", peer=Mortal, timeout_s=0.5) as at:
+            await at.backend._probing.acquire()
+            with pytest.raises(DeadlineError):
+                async with asyncio.timeout(5):
+                    await answer(at.backend, text_call("kill"))
+
+    run(go())
+
+
 @pytest.mark.parametrize(("asked_s", "default_s"), [(0.2, 600.0), (None, 0.2), (600.0, 0.2)])
 def test_a_request_ends_at_its_deadline_and_leaves_the_engine(served, asked_s, default_s):
     async def go():

@@ -122,11 +122,10 @@ class ServeBackend:
         suspected, lost_at = False, 0.0
         for attempt in range(1, ATTEMPTS + 1):
             last: Delta | None = None
-            call = replace(call, timeout_s=_left(until))
             try:
                 async with (
-                    self._alone(ref if suspected else None, lost_at) as begun,
-                    aclosing(self._fleet.generate(call, ref, tuple(sent))) as batches,
+                    self._alone(ref if suspected else None, lost_at, until) as begun,
+                    aclosing(self._fleet.generate(replace(call, timeout_s=_left(until)), ref, tuple(sent))) as batches,
                 ):
                     async for batch in _in_time(batches, until):
                         begun()
@@ -153,11 +152,15 @@ class ServeBackend:
                 call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
 
     @asynccontextmanager
-    async def _alone(self, suspect: str | None, lost_at: float) -> AsyncIterator[Callable[[], None]]:
+    async def _alone(self, suspect: str | None, lost_at: float, until: float) -> AsyncIterator[Callable[[], None]]:
         """Keeps suspected adapters apart, each until one call of it has begun: else one would incriminate others."""
         held = suspect is not None
         if held:
-            await self._probing.acquire()
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    await self._probing.acquire()
+            except TimeoutError:
+                raise DeadlineError(TOO_LATE) from None
 
         def begun() -> None:
             nonlocal held
