@@ -19,7 +19,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(help="Engine replicas, one a device.")] = 1,
-    threads: Annotated[int | None, typer.Option(help="Most CPU threads of a replica [its share of the cores].")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Most CPU threads of a replica [its share of half the cores].")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
@@ -45,7 +47,7 @@ def serve(
     options = {
         "backbone": backbone,
         "replicas": replicas,
-        "threads": threads or (None if replicas < 2 else max(1, (os.cpu_count() or 1) // replicas)),
+        "threads": threads or max(1, (os.cpu_count() or 2) // 2 // replicas),  # the rest: proxy, gateway, clients
         "dtype": dtype,
         "device": device,
         "num_gpus": 1 if device.startswith("cuda") else 0,
