@@ -6,8 +6,12 @@ import math
 import pytest
 import torch
 from training_runs import parameters, run, same, session_for, spec_for, write_rows
+from transformers import AutoModelForCausalLM
 
+from pedro.backbone import load_model
 from pedro.errors import ConfigError, TrainingError, UnavailableError
+from pedro.evaluation.saved import load_saved
+from pedro.evaluation.scoring import score
 from pedro.methods.adapter_files import read_manifest, verify_adapter
 from pedro.training import checkpoints, worker
 from pedro.training.batches import RowStream, slices, supervised_tokens, tensors, token_loss
@@ -164,6 +168,31 @@ def test_every_method_trains_scores_and_saves_through_the_one_loop(tmp_path, met
     again = worker.score_directory(session, tmp_path / "adapter")
     assert (again.accuracy, again.rows) == (metrics["accuracy"], metrics["rows"])
     assert again.loss == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "champion", "loads"),
+    [("lora", "pedro", 1), ("pedro", "ia3", 1), ("p-tuning-v2", "lora", 1), ("full", "pedro", 2), ("lora", "full", 2)],
+)
+def test_a_job_scores_the_champion_exactly_without_a_second_backbone_in_memory(
+    tmp_path, monkeypatch, method, champion, loads
+):
+    other = session_for(spec_for(tmp_path, champion, max_steps=2), tmp_path)
+    worker.save(other, worker.run_session(other, LocalReporter(tmp_path / "c", lambda line: None)), tmp_path / "best")
+    load, loaded = AutoModelForCausalLM.from_pretrained, []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    session = session_for(spec_for(tmp_path, method, max_steps=2), tmp_path)
+    trained = worker.run_session(session, LocalReporter(tmp_path / "run", lambda line: None))
+    worker.save(session, trained, tmp_path / "new")
+    found = worker.score_directory(session, tmp_path / "best")
+    assert len(loaded) == loads
+    if loads == 2:
+        assert not any(p.numel() for p in session.model.parameters())  # given up before the second was loaded
+    fresh = load_saved(tmp_path / "best", read_manifest(tmp_path / "best"), session.backbone, "float32", "cpu")
+    rows = list(session.scored_rows()[1])
+    assert found == score(fresh, session.tokenizer, rows)
+    bare = score(load_model(session.backbone), session.tokenizer, rows)
+    assert (trained.metrics["backbone_loss"], trained.metrics["backbone_accuracy"]) == (bare.loss, bare.accuracy)
 
 
 def test_slices_of_a_batch_add_up_to_the_whole_batch(tmp_path):

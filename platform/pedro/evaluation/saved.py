@@ -43,8 +43,15 @@ def open_saved(directory: Path, name: str | None = None) -> tuple[Backbone, dict
     return backbone, manifest, check_format(PromptFormat.from_dict(manifest.get("prompt_format") or {}))
 
 
-def load_saved(directory: Path, manifest: Mapping[str, Any], backbone: Backbone, dtype: str, device: str) -> nn.Module:
-    """A saved adapter on a fresh backbone; for `full`, the saved model itself.
+def load_saved(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    backbone: Backbone,
+    dtype: str,
+    device: str,
+    bare: nn.Module | None = None,
+) -> nn.Module:
+    """A saved adapter on `bare`, a model of the backbone, or on a fresh one; for `full`, the saved model itself.
 
     Raises AdapterError if the config is not one of the manifest's method or the weights do not fit it.
     """
@@ -54,8 +61,47 @@ def load_saved(directory: Path, manifest: Mapping[str, Any], backbone: Backbone,
     if config is None:
         model = load_model(Backbone(backbone.id, directory, "", ""), dtype, device)
     else:
-        model = _attach(load_model(backbone, dtype, device), directory, config)
+        model = _attach(bare if bare is not None else load_model(backbone, dtype, device), directory, config)
     return get_method(manifest["method"]["name"]).wrap(model).eval()
+
+
+def backbone_of(model: nn.Module) -> nn.Module | None:
+    """The backbone of `model`, its adapter taken off, so `model` itself is spent. None where the backbone would not be
+    as it was: training changed it, or the adapter's tuner leaves something of its own behind.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    from pedro.methods.method import stop_ignoring_prompt
+
+    if not isinstance(model, PeftModel) or any(changes_backbone(config) for config in model.peft_config.values()):
+        return None
+    bare: Any = model.get_base_model()
+    if isinstance(model.base_model, BaseTuner):
+        try:
+            bare = model.base_model.unload()
+        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return None  # not every tuner of PEFT can be taken off
+    stop_ignoring_prompt(bare)
+    return None if any(_left_behind(module) for module in bare.modules()) else bare
+
+
+def changes_backbone(config: PeftConfig) -> bool:
+    """Whether the backbone's own parameters are trained beside the adapter's."""
+    return getattr(config, "bias", "none") != "none"
+
+
+def _left_behind(module: nn.Module) -> bool:
+    """Whether a module of a backbone is an adapter's, or would call one."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    origins = [type(module).__module__, *(getattr(getattr(h, "func", h), "__module__", "") for h in hooks)]
+    return any(name.startswith(("peft.", "pedro.")) for name in origins) or "forward" in vars(module)
+
+
+def release(model: nn.Module) -> None:
+    """Give the memory of a model's parameters back, whoever refers to them; it cannot be used afterwards."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _read_config(directory: Path, manifest: Mapping[str, Any], backbone: Backbone) -> PeftConfig | None:

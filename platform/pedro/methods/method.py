@@ -134,5 +134,13 @@ def _named() -> Iterator[None]:
         raise ConfigError(f"method.{error.message}", param=f"method.{error.param}") from error
 
 
+def stop_ignoring_prompt(model: nn.Module) -> None:
+    """Take off what `wrap` put on: the next adapter may have use for `prompt_lens` and `prompt_mask`."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _ignore_prompt:
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _ignore_prompt(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, {name: value for name, value in kwargs.items() if name not in PROMPT_ARGUMENTS}

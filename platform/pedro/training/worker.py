@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from pedro.backbone import load_model
-from pedro.evaluation.saved import load_saved
+from pedro.evaluation.saved import backbone_of, changes_backbone, load_saved, release
 from pedro.evaluation.scoring import Score, majority, score
 from pedro.training.loop import Outcome, Reporter, train
 from pedro.training.prepare import notes
@@ -33,6 +34,10 @@ def run_session(session: Session, reporter: Reporter) -> Trained:
     if team.rank == 0:
         for note in notes(session.prepared, session.spec.training, session.plan):
             reporter.line(note)
+    bare = None
+    if _trains_backbone(session) and not _sharded(session):  # now it still is what it was; later that takes a copy
+        session.engine.mode(training=False)
+        bare = _score_bare(session, team)
     outcome = train(session.engine, session.alternation, session.plan, session.data, reporter)
     if team.rank == 0:
         reporter.line(f"trained {outcome.steps:,} steps in {outcome.seconds:.0f} s; scoring")
@@ -45,22 +50,20 @@ def run_session(session: Session, reporter: Reporter) -> Trained:
     }
     if outcome.validation_loss is not None and math.isfinite(outcome.validation_loss):
         counts["validation_loss"] = outcome.validation_loss
-    return Trained(outcome, {**evaluate(session, team), **counts})
+    return Trained(outcome, {**evaluate(session, team, bare), **counts})
 
 
-def evaluate(session: Session, team: Team) -> dict[str, Any]:
-    """accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and which split they are of."""
+def evaluate(session: Session, team: Team, bare: Score | None = None) -> dict[str, Any]:
+    """accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and which split they are of.
+
+    `bare` is the backbone's score where it was taken before the training.
+    """
     split, rows = session.scored_rows()
     metrics: dict[str, Any] = {"split": split, "rows": 0}
     if rows is None:
         return metrics
-    model: Any = session.model
-    adapted = _score(session, model, rows, team)
-    if hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            bare = _score(session, model, rows, team)
-    else:
-        bare = _score(session, load_model(session.backbone, _dtype(session), str(session.engine.device)), rows, team)
+    adapted = _score(session, session.model, rows, team)
+    bare = bare or _score_bare(session, team)
     guess = majority(rows["completion"])
     guessed = sum(text.strip() == guess for text in rows["completion"])
     return {
@@ -74,9 +77,34 @@ def evaluate(session: Session, team: Team) -> dict[str, Any]:
     }
 
 
+def _score_bare(session: Session, team: Team) -> Score:
+    """The score of the backbone alone: with the adapter off, or before anything was trained.
+
+    Where ZeRO-3 shards a backbone that is trained itself, a fresh copy is scored.
+    """
+    _, rows = session.scored_rows()
+    if rows is None:
+        return Score()
+    model: Any = session.model
+    if _trains_backbone(session) and _sharded(session):
+        return _score(session, load_model(session.backbone, _dtype(session), str(session.engine.device)), rows, team)
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+        return _score(session, model, rows, team)
+
+
+def _trains_backbone(session: Session) -> bool:
+    """Whether the backbone's own weights are trained, so that it is not there any more afterwards."""
+    configs = getattr(session.model, "peft_config", None)
+    return not configs or any(changes_backbone(config) for config in configs.values())
+
+
+def _sharded(session: Session) -> bool:
+    return session.spec.resources.zero_stage == 3
+
+
 def _score(session: Session, model: nn.Module, rows: Any, team: Team) -> Score:
     """Every worker scores a share; under ZeRO-3, whose workers must step together, each scores all the rows."""
-    together = session.spec.resources.zero_stage == 3
+    together = _sharded(session)
     part = list(rows) if together else [rows[i] for i in range(team.rank, len(rows), team.world)]
     mine = score(model, session.tokenizer, part)
     return mine if together else sum(team.gather(mine), Score())
@@ -100,14 +128,23 @@ def save(session: Session, trained: Trained, directory: Path, extra: Mapping[str
 
 
 def score_directory(session: Session, directory: Path) -> Score:
-    """The score of another adapter (the champion) on the same rows, on a fresh copy of the backbone."""
-    from pedro.methods.adapter_files import verify_adapter
+    """The score of another adapter (the champion) on the same rows, on the session's own backbone.
+
+    So that there is never a second backbone in memory the trained adapter, which must be saved by now, is taken off;
+    where that cannot be, the trained model is given up before another one is loaded.
+    """
+    from pedro.methods.adapter_files import CONFIG, verify_adapter
 
     manifest = verify_adapter(directory, session.backbone.digest, session.backbone.tokenizer_digests)
     _, rows = session.scored_rows()
     if rows is None:
         return Score()
-    model = load_saved(directory, manifest, session.backbone, _dtype(session), str(session.engine.device))
+    bare = None
+    if not _sharded(session):
+        bare = backbone_of(session.model) if (directory / CONFIG).is_file() else None
+        if bare is None:
+            release(session.model)
+    model = load_saved(directory, manifest, session.backbone, _dtype(session), str(session.engine.device), bare)
     return score(model, session.tokenizer, list(rows))
 
 
