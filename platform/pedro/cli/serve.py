@@ -47,7 +47,8 @@ def serve(
     options = {
         "backbone": backbone,
         "replicas": replicas,
-        "threads": threads or max(1, (os.cpu_count() or 2) // 2 // replicas),  # the rest: proxy, gateway, clients
+        "threads": threads
+        or max(1, (os.cpu_count() or 2) // 2 // max(1, replicas)),  # the rest: proxy, gateway, clients
         "dtype": dtype,
         "device": device,
         "num_gpus": 1 if device.startswith("cuda") else 0,
