@@ -94,8 +94,10 @@ def test_assistants_in_trls_prompt_are_context_and_all_in_its_completion_are_lea
 def test_columns_are_named_by_a_mapping():
     row = {"question": "Hi", "answer": "Hello", "input": "unused before"}
     fields = {"prompt": "question", "completion": "answer", "input": "other"}
-    with pytest.raises(LineError, match="given beside other"):
+    with pytest.raises(LineError, match="given, but fields name a column that is not here, other"):
         read_row(row, 1, fields)
+    with pytest.raises(LineError, match="given beside other"):
+        read_row({**row, "other": "both"}, 1, fields)
     (example,) = read_row({**row, "input": None}, 1, fields).examples
     assert (example.messages, example.completion) == ((USER,), "Hello")
 
