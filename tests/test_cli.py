@@ -254,12 +254,16 @@ def test_a_bad_adapter_name_is_told(pedro, name):
     one_error(pedro("adapters", "show", name))
 
 
-def test_a_version_that_could_not_be_served_is_not_promoted(pedro, home, tmp_path):
+def test_a_version_that_could_not_be_served_is_not_promoted_nor_rolled_back_to(pedro, home, tmp_path):
     make_adapter(tmp_path / "alien", 3, "completion", digest=OTHER_BACKBONE)
     registry = Registry.open(Settings.from_env({"PEDRO_HOME": str(home)}))
     register(registry, tmp_path / "alien", "globex.alien", promote=False)
     one_error(pedro("adapters", "promote", "globex.alien", "1"), OTHER_BACKBONE, "trained on")
     assert registry.catalog()["globex.alien"].aliases == {}
+    registry.promote("globex.alien", 1)
+    register(registry, home / "made" / "1", "globex.alien")
+    one_error(pedro("adapters", "rollback", "globex.alien"), OTHER_BACKBONE, "trained on")
+    assert registry.catalog()["globex.alien"].aliases == {"champion": 2, "previous": 1}
     registry.delete("globex.alien")
 
 

@@ -532,3 +532,22 @@ def test_a_request_ends_at_its_deadline_and_leaves_the_engine(served, asked_s, d
 
     error = run(go())
     assert (error.status, error.code, error.type) == (504, "deadline_exceeded", "timeout_error")
+
+
+def test_a_version_that_no_replica_can_load_does_not_become_champion(served):
+    make_adapter(served.folder / "good", 4, "completion")
+    make_adapter(served.folder / "alien", 5, "completion", digest="sha256:another")
+    for made in ("alien", "good", "alien"):
+        register(served.registry, served.folder / made, "acme.moves", promote=made == "good")
+    served.registry.set_alias("acme.moves", "previous", 1)
+
+    async def go():
+        async with ingress(served, "r0") as at:
+            for move in (at.backend.promote("acme", "acme.moves", 3), at.backend.rollback("acme", "acme.moves")):
+                with pytest.raises(ConflictError, match=r"acme.moves:[13] does not become champion.*sha256:another"):
+                    await move
+            assert served.registry.catalog()["acme.moves"].aliases == {"champion": 2, "previous": 1}
+            card = await at.backend.promote("acme", "acme.moves", 2)
+            assert card.aliases["champion"] == 2
+
+    run(go())

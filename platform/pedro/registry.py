@@ -259,14 +259,18 @@ class Registry:
             move(self.client, name, wanted)
             return self.get(name, version)
 
-    def rollback(self, name: str) -> Version:
-        """Swap champion and previous; ConflictError if there is no previous version."""
+    def rollback(self, name: str, *, expected: int | None = None) -> Version:
+        """Swap champion and previous; ConflictError if there is no previous version, or another than `expected`."""
         with self._moving(name) as aliases:
             if not aliases and not self.versions(name):
                 raise model_not_found(name)
             if PREVIOUS not in aliases or CHAMPION not in aliases:
                 raise ConflictError(
                     f"{name}: no previous version to roll back to; `promote` one of its versions instead"
+                )
+            if expected not in (None, aliases[PREVIOUS]):
+                raise ConflictError(
+                    f"{name}: the previous version is {aliases[PREVIOUS]} by now; look, and roll back again"
                 )
             self.get(name, aliases[PREVIOUS])
             move(self.client, name, {CHAMPION: aliases[PREVIOUS], PREVIOUS: aliases[CHAMPION]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,25 +93,37 @@ def promote(
 
     A version that the engine could not serve is refused.
     """
+    registry = _registry()
+    _check_servable(registry, registry.get(name, version))
+    _changed(registry.promote(name, version), as_json)
+
+
+@app.command()
+def rollback(name: Name, as_json: AsJson = False) -> None:
+    """Swap champion and previous; refused where the engine could not serve the previous one."""
+    from pedro.errors import NotFoundError
+
+    registry = _registry()
+    expected = None
+    with suppress(NotFoundError):  # the registry says what is missing
+        wanted = registry.get(name, "previous")
+        expected = wanted.version
+        _check_servable(registry, wanted)
+    _changed(registry.rollback(name, expected=expected), as_json)
+
+
+def _check_servable(registry: Registry, wanted: Version) -> None:
+    """Raise AdapterError for a version that the engine could not serve; says so where that cannot be told here."""
     from pedro.backbone import resolve_backbone
     from pedro.engine.formats import check_servable
     from pedro.errors import BackboneError
 
-    registry = _registry()
-    wanted = registry.get(name, version)
     try:
         backbone = resolve_backbone(wanted.backbone_id)
     except BackboneError as error:
         say(f"whether {wanted.ref} can be served was not checked: {error.message}")
     else:
         check_servable(registry.download(wanted), backbone)
-    _changed(registry.promote(name, version), as_json)
-
-
-@app.command()
-def rollback(name: Name, as_json: AsJson = False) -> None:
-    """Swap champion and previous."""
-    _changed(_registry().rollback(name), as_json)
 
 
 @app.command()

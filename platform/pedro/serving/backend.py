@@ -12,7 +12,16 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from pedro.errors import DeadlineError, NotFoundError, PedroError, ScopeError, UnavailableError, model_not_found
+from pedro.errors import (
+    AdapterError,
+    ConflictError,
+    DeadlineError,
+    NotFoundError,
+    PedroError,
+    ScopeError,
+    UnavailableError,
+    model_not_found,
+)
 from pedro.gateway.backend import (
     ALL_TENANTS,
     AdapterCard,
@@ -207,6 +216,7 @@ class ServeBackend:
     async def promote(self, tenant: str, name: str, version: int) -> AdapterCard:
         """Move the champion; every server of this registry follows within its watch interval."""
         self._own(tenant, name)
+        await self._check_servable(name, version)
         await asyncio.to_thread(self._registry.promote, name, version)
         await self._catalog.refresh()
         return await self._adapter(name)
@@ -214,7 +224,8 @@ class ServeBackend:
     async def rollback(self, tenant: str, name: str) -> AdapterCard:
         """Swap champion and previous."""
         self._own(tenant, name)
-        await asyncio.to_thread(self._registry.rollback, name)
+        expected = await self._check_servable(name, PREVIOUS)
+        await asyncio.to_thread(self._registry.rollback, name, expected=expected)
         await self._catalog.refresh()
         return await self._adapter(name)
 
@@ -296,6 +307,28 @@ class ServeBackend:
 
     async def _ask_all(self, method: str, *arguments: Any) -> list[AdapterResidence]:
         return [at for of_replica in await self._fleet.ask_all(method, *arguments) for at in of_replica]
+
+    async def _check_servable(self, name: str, which: int | str) -> int | None:
+        """Have a replica load a version before it becomes champion; its number, None if there is none such.
+
+        Raises ConflictError where it cannot be served. Where no replica answers it is not checked: a champion that
+        brings them down must be possible to take back.
+        """
+        try:
+            version = await asyncio.to_thread(self._registry.get, name, which)
+        except NotFoundError:
+            return None  # the registry says what is missing
+        try:
+            await self._fleet.ask("load", ref_of(version), False)
+        except AdapterError as error:
+            raise ConflictError(
+                f"{version.ref} does not become champion: {error.message.removeprefix('model: ')}", param="version"
+            ) from error
+        except UnavailableError as error:
+            if error.code not in ("no_replica", "replica_lost"):
+                raise
+            log.warning("whether %s can be served was not checked: %s", version.ref, error.message)
+        return version.version
 
     def _own(self, tenant: str, name: str) -> None:
         if name == self._model_name:
