@@ -502,6 +502,26 @@ def test_a_request_that_kills_replicas_is_issued_twice_at_most_and_its_adapter_a
     run(go())
 
 
+def test_many_calls_that_kill_replicas_take_two_down_as_one_does(served):
+    async def go():
+        async with ingress(served, "r0", "r1", "r2", "r3", peer=Mortal) as at:
+
+            def killed():
+                return sum(hasattr(peer, "killed") for peer in at.peers.values())
+
+            async with at.backend._probing:  # while another is suspected
+                calls = [asyncio.create_task(answer(at.backend, text_call("kill", "acme.faq:2"))) for _ in range(3)]
+                await until(killed)
+                calls.append(asyncio.create_task(answer(at.backend, text_call("kill", "acme.faq:2"))))
+                await asyncio.sleep(0.2)
+                assert killed() == 1
+            errors = await asyncio.gather(*calls, return_exceptions=True)
+            assert {error.code for error in errors} == {"replica_lost"}
+            assert killed() == 2
+
+    run(go())
+
+
 def test_a_call_that_waits_while_another_is_suspected_ends_at_its_deadline(served):
     async def go():
         async with ingress(served, "r0", "r1", peer=Mortal, timeout_s=0.5) as at:

@@ -42,6 +42,7 @@ from pedro.serving.wire import ReplicaLost
 ATTEMPTS = 3
 GRACE_S = 0.5
 TOO_LATE = "the time that this request may take has passed; allow more or ask for fewer tokens"
+LOST = "the engine that answered was lost; try again"
 log = logging.getLogger("pedro.serving")
 
 
@@ -123,17 +124,17 @@ class ServeBackend:
 
         A call whose replica dies is issued again, from the token it had come to: the same version, conditioning and
         seed, so the answer is the one it would have been. Several choices begin again, unless some were sent already.
-        One that was lost before its first token may be why: it is issued again alone among its like, and if it is lost
-        so again, its version is set aside.
+        One that was lost before its first token may be why: it is issued again alone among its like, as are others of
+        its version until one is answered, and if one is lost so again, the version is set aside.
         """
         sent: list[int] = []
         name = call.request_id
-        suspected, lost_at = False, 0.0
+        suspected = ref is not None and self._faults.suspected(ref)
         for attempt in range(1, ATTEMPTS + 1):
             last: Delta | None = None
             try:
                 async with (
-                    self._alone(ref if suspected else None, lost_at, until) as begun,
+                    self._alone(ref if suspected else None, until) as begun,
                     aclosing(self._fleet.generate(replace(call, timeout_s=_left(until)), ref, tuple(sent))) as batches,
                 ):
                     async for batch in _in_time(batches, until):
@@ -148,21 +149,24 @@ class ServeBackend:
                 if suspected and last is None and ref is not None:
                     self._faults.quarantine(ref)
                 if attempt == ATTEMPTS or (suspected and last is None) or (call.n > 1 and last is not None):
-                    raise UnavailableError(
-                        "the engine that answered was lost; try again", code="replica_lost"
-                    ) from error
+                    raise UnavailableError(LOST, code="replica_lost") from error
                 log.warning(
                     "request %s (%s): its replica was lost after %d tokens; issued again",
                     call.trace_id,
                     name,
                     len(sent),
                 )
-                suspected, lost_at = last is None, time.monotonic()
+                suspected = last is None
+                if suspected and ref is not None:
+                    self._faults.suspect(ref)
                 call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
 
     @asynccontextmanager
-    async def _alone(self, suspect: str | None, lost_at: float, until: float) -> AsyncIterator[Callable[[], None]]:
-        """Keeps suspected adapters apart, each until one call of it has begun: else one would incriminate others."""
+    async def _alone(self, suspect: str | None, until: float) -> AsyncIterator[Callable[[], None]]:
+        """Keeps suspected adapters apart, each until one call of it has begun: else one would incriminate others.
+
+        Of those that wait no other is tried once its adapter is set aside: each would take a replica down.
+        """
         held = suspect is not None
         if held:
             try:
@@ -177,9 +181,11 @@ class ServeBackend:
                 held = False
                 self._probing.release()
 
-        if suspect is not None and self._faults.served_since(suspect, lost_at):
-            begun()
         try:
+            if suspect is not None and self._faults.current(suspect) is not None:
+                raise UnavailableError(LOST, code="replica_lost")
+            if suspect is not None and not self._faults.suspected(suspect):
+                begun()
             yield begun
         finally:
             begun()

@@ -33,6 +33,7 @@ class Faults:
         self._faults: OrderedDict[str, _Fault] = OrderedDict()
         self._good: OrderedDict[str, Version] = OrderedDict()
         self._served_at: OrderedDict[str, float] = OrderedDict()
+        self._lost_at: OrderedDict[str, float] = OrderedDict()
 
     def current(self, ref: str) -> PedroError | None:
         """The error that `ref` ended in not long ago."""
@@ -55,9 +56,14 @@ class Faults:
             self._good[model] = version
             _bound(self._good)
 
-    def served_since(self, ref: str, then: float) -> bool:
-        """Whether a request of `ref` was answered after that moment."""
-        return self._served_at.get(ref, 0.0) > then
+    def suspect(self, ref: str) -> None:
+        """A replica was lost before a request of `ref` had its first token; that may be why."""
+        self._lost_at[ref] = time.monotonic()
+        _bound(self._lost_at)
+
+    def suspected(self, ref: str) -> bool:
+        """Whether no request of `ref` was answered since it was suspected."""
+        return ref in self._lost_at and self._served_at.get(ref, 0.0) <= self._lost_at[ref]
 
     def last_good(self, model: str) -> Version | None:
         """The version that answered last as what `model` means."""
