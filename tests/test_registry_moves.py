@@ -188,3 +188,12 @@ def test_of_many_that_want_the_lock_one_has_it(url, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(enter, range(16)))
     assert inside.most == 1
+
+
+def test_a_rollback_that_was_meant_for_another_version_moves_nothing(settings):
+    registry = Registry.open(settings)
+    with pytest.raises(ConflictError, match="the previous version is 1 by now"):
+        registry.rollback(NAME, expected=3)
+    assert standing(settings) == (2, 1)
+    registry.rollback(NAME, expected=1)
+    assert standing(settings) == (1, 2)

@@ -328,7 +328,7 @@ class ServeBackend:
             await self._fleet.ask("load", ref_of(version), False)
         except AdapterError as error:
             raise ConflictError(
-                f"{version.ref} does not become champion: {error.message.removeprefix('model: ')}", param="version"
+                f"{error.message.removeprefix('model: ')}; it does not become champion", param="version"
             ) from error
         except UnavailableError as error:
             if error.code not in ("no_replica", "replica_lost"):
