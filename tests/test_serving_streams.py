@@ -23,6 +23,7 @@ from pedro.errors import (
 )
 from pedro.gateway.backend import ALL_TENANTS, GenerateCall
 from pedro.registry import Registry
+from pedro.serving import retries
 from pedro.serving.backend import ServeBackend, ref_of
 from pedro.serving.catalog import Catalog
 from pedro.serving.config import ServeConfig
@@ -510,7 +511,7 @@ def test_once_a_version_is_suspected_its_calls_take_one_more_replica_down_howeve
             def killed():
                 return sum(hasattr(peer, "killed") for peer in at.peers.values())
 
-            async with at.backend._probing:  # while another is suspected
+            async with at.backend._retries._probing:  # while another is suspected
                 calls = [asyncio.create_task(answer(at.backend, text_call("kill", "acme.faq:2"))) for _ in range(3)]
                 ref = ref_of(await at.backend._catalog.resolve("acme", "acme.faq:2"))
                 await until(lambda: at.backend._faults.suspected(ref))
@@ -530,10 +531,35 @@ def test_once_a_version_is_suspected_its_calls_take_one_more_replica_down_howeve
 def test_a_call_that_waits_while_another_is_suspected_ends_at_its_deadline(served):
     async def go():
         async with ingress(served, "r0", "r1", peer=Mortal, timeout_s=0.5) as at:
-            await at.backend._probing.acquire()
+            await at.backend._retries._probing.acquire()
             with pytest.raises(DeadlineError):
                 async with asyncio.timeout(5):
                     await answer(at.backend, text_call("kill"))
+
+    run(go())
+
+
+class Silent(LocalPeer):
+    """Never takes the prompt "hang"."""
+
+    async def post(self, link, calls, cancelled):
+        await super().post(link, [posted for posted in calls if posted.call.prompt != "hang"], cancelled)
+
+
+def test_a_suspected_version_that_hangs_keeps_other_tenants_apart_for_a_bounded_time(served, monkeypatch):
+    monkeypatch.setattr(retries, "PROBE_S", 0.2)
+
+    async def go():
+        async with ingress(served, "r0", peer=Silent) as at:
+            for tenant in ("acme", "globex"):
+                at.backend._faults.suspect(ref_of(await at.backend._catalog.resolve(tenant, f"{tenant}.faq")))
+            hanging = asyncio.create_task(answer(at.backend, text_call("hang")))
+            await until(at.backend._retries._probing.locked)
+            async with asyncio.timeout(5):
+                mine = text_call("a", "globex.faq", tenant="globex", timeout_s=5.0)
+                assert await fingerprint(at.backend, mine) == "globex.faq:1"
+            assert not hanging.done()
+            hanging.cancel()
 
     run(go())
 

@@ -7,15 +7,14 @@ import calendar
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
 from pedro.errors import (
     AdapterError,
     ConflictError,
-    DeadlineError,
     NotFoundError,
     PedroError,
     ScopeError,
@@ -37,12 +36,8 @@ from pedro.serving.catalog import Catalog, visible
 from pedro.serving.faults import SET_ASIDE_S, Faults
 from pedro.serving.fleet import Fleet
 from pedro.serving.metrics import merged
-from pedro.serving.wire import ReplicaLost
+from pedro.serving.retries import Retries
 
-ATTEMPTS = 3
-GRACE_S = 0.5
-TOO_LATE = "the time that this request may take has passed; allow more or ask for fewer tokens"
-LOST = "the engine that answered was lost; try again"
 log = logging.getLogger("pedro.serving")
 
 
@@ -65,7 +60,7 @@ class ServeBackend:
         self._fleet = fleet
         self._timeout_s = timeout_s
         self._faults = Faults()
-        self._probing = asyncio.Lock()
+        self._retries = Retries(fleet, self._faults)
         self._started = int(time.time())
 
     async def list_models(self, tenant: str) -> list[ModelCard]:
@@ -90,7 +85,7 @@ class ServeBackend:
         until = time.monotonic() + min(call.timeout_s or self._timeout_s, self._timeout_s)
         version = await self._version(call.tenant, call.model)
         if version is None:
-            async with aclosing(self._answer(call, None, until)) as deltas:
+            async with aclosing(self._retries.generate(call, None, until)) as deltas:
                 async for delta in deltas:
                     yield delta
             return
@@ -99,7 +94,7 @@ class ServeBackend:
         fault = self._faults.current(ref)
         if fault is None:
             try:
-                async with aclosing(self._answer(call, ref, until)) as deltas:
+                async with aclosing(self._retries.generate(call, ref, until)) as deltas:
                     async for delta in deltas:
                         if not answered:
                             answered = True
@@ -115,80 +110,9 @@ class ServeBackend:
         if other is None:
             raise fault.with_traceback(None)
         call = replace(call, request_id=f"{call.request_id}~other")
-        async with aclosing(self._answer(call, ref_of(other), until)) as deltas:
+        async with aclosing(self._retries.generate(call, ref_of(other), until)) as deltas:
             async for delta in deltas:
                 yield delta
-
-    async def _answer(self, call: GenerateCall, ref: str | None, until: float) -> AsyncGenerator[Delta, None]:
-        """The deltas of one version.
-
-        A call whose replica dies is issued again, from the token it had come to: the same version, conditioning and
-        seed, so the answer is the one it would have been. Several choices begin again, unless some were sent already.
-        One that was lost before its first token may be why: it is issued again alone among its like, as are others of
-        its version until one is answered, and if one is lost so again, the version is set aside.
-        """
-        sent: list[int] = []
-        name = call.request_id
-        suspected = ref is not None and self._faults.suspected(ref)
-        for attempt in range(1, ATTEMPTS + 1):
-            last: Delta | None = None
-            try:
-                async with (
-                    self._alone(ref if suspected else None, until) as begun,
-                    aclosing(self._fleet.generate(replace(call, timeout_s=_left(until)), ref, tuple(sent))) as batches,
-                ):
-                    async for batch in _in_time(batches, until):
-                        begun()
-                        for last in batch:
-                            sent += last.token_ids[last.prompt_tokens if call.echo else 0 :]
-                            if call.echo and call.n == 1:
-                                call = replace(call, echo=False)  # sent now: not again
-                            yield last
-                return
-            except ReplicaLost as error:
-                if suspected and last is None and ref is not None:
-                    self._faults.quarantine(ref)
-                if attempt == ATTEMPTS or (suspected and last is None) or (call.n > 1 and last is not None):
-                    raise UnavailableError(LOST, code="replica_lost") from error
-                log.warning(
-                    "request %s (%s): its replica was lost after %d tokens; issued again",
-                    call.trace_id,
-                    name,
-                    len(sent),
-                )
-                suspected = last is None
-                if suspected and ref is not None:
-                    self._faults.suspect(ref)
-                call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
-
-    @asynccontextmanager
-    async def _alone(self, suspect: str | None, until: float) -> AsyncIterator[Callable[[], None]]:
-        """Keeps suspected adapters apart, each until one call of it has begun: else one would incriminate others.
-
-        Of those that wait no other is tried once its adapter is set aside: each would take a replica down.
-        """
-        held = suspect is not None
-        if held:
-            try:
-                async with asyncio.timeout(until - time.monotonic()):
-                    await self._probing.acquire()
-            except TimeoutError:
-                raise DeadlineError(TOO_LATE) from None
-
-        def begun() -> None:
-            nonlocal held
-            if held:
-                held = False
-                self._probing.release()
-
-        try:
-            if suspect is not None and self._faults.current(suspect) is not None:
-                raise UnavailableError(LOST, code="replica_lost")
-            if suspect is not None and not self._faults.suspected(suspect):
-                begun()
-            yield begun
-        finally:
-            begun()
 
     async def _stand_in(self, call: GenerateCall, version: Version) -> Version | None:
         """The version that answers in place of one that cannot be served: the last that did, or the former champion."""
@@ -380,26 +304,6 @@ class ServeBackend:
 def ref_of(version: Version) -> str:
     """The engine's reference: it names one version and its weights, so it can never mean others."""
     return f"{version.ref}#{version.digest}"
-
-
-async def _in_time(batches: AsyncGenerator[list[Delta], None], until: float) -> AsyncIterator[list[Delta]]:
-    """The batches, as long as they come in time; the engine itself ends what it has begun a little earlier."""
-    while True:
-        try:
-            async with asyncio.timeout(until + GRACE_S - time.monotonic()):
-                batch = await anext(batches)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise DeadlineError(TOO_LATE) from None
-        yield batch
-
-
-def _left(until: float) -> float:
-    left_s = until - time.monotonic()
-    if left_s <= 0:
-        raise DeadlineError(TOO_LATE)
-    return left_s
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
