@@ -19,10 +19,10 @@ WORKDIR /opt/pedro
 COPY constraints.txt ./
 # The largest layer first: it changes with constraints.txt only.
 RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -c constraints.txt torch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY platform ./platform
-RUN pip install -c constraints.txt '.[all]'
 COPY dashboard ./dashboard
+RUN pip install -c constraints.txt '.[all]'
 COPY jobs ./jobs
 
 ENV HOME=/var/lib/pedro \

@@ -60,19 +60,10 @@ def dashboard(
 
 
 def find_app() -> Path:
-    """`dashboard/app.py` of the checkout that this package belongs to, or of the working directory.
-
-    Raises NotFoundError where there is none: pages are no part of the wheel.
-    """
-    from pedro.errors import NotFoundError
-
-    for root in (Path(__file__).parents[3], Path.cwd()):
-        app = root / "dashboard" / "app.py"
-        if app.is_file():
-            return app
-    raise NotFoundError(
-        "dashboard/app.py is neither beside the package nor in the working directory; run this in a checkout of pedro"
-    )
+    """`app.py` of the installed package, or of the checkout that an editable install belongs to."""
+    package = Path(__file__).parents[1]
+    installed = package / "dashboard" / "app.py"
+    return installed if installed.is_file() else package.parents[1] / "dashboard" / "app.py"
 
 
 def is_loopback(host: str) -> bool:
