@@ -8,6 +8,7 @@ from peft import get_peft_model
 from pedro import PedroConfig
 from pedro.errors import BackboneError, ConfigError
 from pedro.methods.architectures import LAYOUTS, describe
+from pedro.methods.output_head import logits_at
 
 HEADS, WIDTH = 4, 8  # of the tiny backbones
 
@@ -151,3 +152,17 @@ def test_a_backbone_without_its_head_can_be_described():
     model = tiny_backbone("llama")
     assert [layer.name for layer in describe(model.model).layers] == ["layers.0", "layers.1", "layers.2"]
     assert next(layer.name for layer in describe(model).layers) == "model.layers.0"
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_logits_at_some_positions_are_those_of_all_of_them(model_type):
+    model = tuned(model_type)
+    ids = tokens(3, 7)
+    positions = torch.zeros(3, 7, dtype=torch.bool)
+    positions[0, 2:4] = positions[2, 6] = True
+    full = model(input_ids=ids, prompt_lens=torch.tensor([2, 2, 2])).logits
+    with logits_at(model, positions):
+        few = model(input_ids=ids, prompt_lens=torch.tensor([2, 2, 2])).logits
+    assert few.shape == (1, 3, full.shape[-1])
+    torch.testing.assert_close(few[0], full[positions])
+    assert model(input_ids=ids, prompt_lens=torch.tensor([2, 2, 2])).logits.shape == full.shape

@@ -4,7 +4,7 @@ import pytest
 import torch
 from training_runs import parameters, session_for, spec_for
 
-from pedro.training.batches import RowStream, supervised_tokens, tensors, token_loss
+from pedro.training.batches import RowStream, supervised, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA, learning_rate
 from pedro.training.loop import batch_step
 
@@ -56,9 +56,9 @@ def test_alternation_equals_two_plain_optimizers_on_the_same_batches(tmp_path):
             chosen, optimizer = plain[role]
             batch_rows = RowStream(rows, session.plan.batch_size, 0).batch(place)
             batch = tensors(batch_rows, session.data.pad_id, "cpu", batch_rows[0])
-            labels = batch.pop("labels")
+            positions, wanted = supervised(batch.pop("labels"))
             reference.model.zero_grad()
-            (token_loss(reference.model(**batch).logits, labels) / supervised_tokens(batch_rows)).backward()
+            (token_loss(reference.model(**batch).logits[positions], wanted) / supervised_tokens(batch_rows)).backward()
             torch.nn.utils.clip_grad_norm_(chosen, 0.5)
             optimizer.step()
     wanted = parameters(reference)

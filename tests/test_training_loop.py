@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from pedro.backbone import load_model
 from pedro.errors import ConfigError, TrainingError, UnavailableError
 from pedro.evaluation.saved import load_saved
-from pedro.evaluation.scoring import score
+from pedro.evaluation.scoring import answer_loss, score
 from pedro.methods.adapter_files import read_manifest, verify_adapter
 from pedro.training import checkpoints, worker
-from pedro.training.batches import RowStream, slices, supervised_tokens, tensors, token_loss
+from pedro.training.batches import RowStream, slices, supervised, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA
 from pedro.training.loop import Data, batch_step, mean_loss, train
 from pedro.training.reporters import LocalReporter
@@ -226,9 +226,21 @@ def test_the_answer_is_never_part_of_what_conditions_it(tmp_path):
     logits = []
     for version in (row, other):
         batch = tensors([version], session.data.pad_id, "cpu", version)
-        batch.pop("labels")
-        logits.append(session.engine.forward(**batch)[0, : row["prompt_len"]])
+        prompt = torch.arange(batch.pop("labels").shape[1])[None] < row["prompt_len"]
+        logits.append(session.engine.forward(prompt, **batch))
     assert torch.equal(*logits)
+
+
+def test_logits_exist_for_answer_tokens_alone(tmp_path):
+    session = session_for(spec_for(tmp_path), tmp_path)
+    rows = [session.data.train[i] for i in range(5)]
+    seen = []
+    session.model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    batch_step(session.engine, rows, session.plan, session.data.pad_id, salt=0)
+    mean_loss(session.engine, rows, 5, session.data.pad_id, Team(0, 1))
+    answer_loss(session.model, session.tokenizer, rows)
+    count = sum(len(row["input_ids"]) - row["prompt_len"] for row in rows)
+    assert {shape[:2] for shape in seen} == {(1, count)}
 
 
 def test_every_row_is_met_once_an_epoch_in_full_batches_and_in_another_order_each_time():
@@ -252,8 +264,9 @@ def test_slices_deal_every_row_to_exactly_one_worker():
 def test_a_worker_without_rows_adds_nothing_but_takes_part():
     filler = {"input_ids": [1, 2, 3], "prompt_len": 1}
     batch = tensors([], pad_id=0, device="cpu", filler=filler)
+    positions, wanted = supervised(batch["labels"])
     logits = torch.randn(1, 3, 5, requires_grad=True)
-    loss = token_loss(logits, batch["labels"])
+    loss = token_loss(logits[positions], wanted)
     loss.backward()
     assert loss == 0
     assert torch.count_nonzero(logits.grad) == 0

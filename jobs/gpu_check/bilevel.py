@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jobs.gpu_check.training import make_plan, random_rows
+from jobs.gpu_check.training import ANSWER, make_plan, random_rows
 
 from pedro.evaluation.benchmarks.shapes import SHAPES, make_model
 from pedro.methods.registry import count_parameters, get_method
@@ -46,6 +46,7 @@ def run(device: str, model: str, note: Callable[[dict[str, Any]], None]) -> None
             precision="bf16",
             full=False,
             tokens=rows * length,
+            answer_tokens=rows * ANSWER,
             gradient_checkpointing=checkpointing,
         )
         finding: dict[str, Any] = {

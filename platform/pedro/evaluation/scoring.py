@@ -158,15 +158,17 @@ def _answer_logits(
     """Batch by batch: the logits [N, V] at the answers' tokens, row after row, these tokens [N], how many a row has."""
     import torch
 
+    from pedro.methods.output_head import logits_at
+
     device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):
         columns = collate(list(rows[start : start + batch_size]), tokenizer.pad_token_id)
         batch = {name: torch.tensor(values, device=device) for name, values in columns.items()}
-        wanted = batch.pop("labels")[:, 1:]
-        chosen = wanted != IGNORED_LABEL
-        with torch.no_grad():
-            logits = model(**batch).logits[:, :-1][chosen].float()
-        yield logits, wanted[chosen], chosen.sum(1).tolist()
+        following = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED_LABEL)
+        chosen = following != IGNORED_LABEL
+        with torch.no_grad(), logits_at(model, chosen):
+            logits = model(**batch).logits[0].float()
+        yield logits, following[chosen], chosen.sum(1).tolist()
 
 
 def exact_match(answer: str, wanted: str) -> bool:

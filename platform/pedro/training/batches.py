@@ -83,10 +83,13 @@ def tensors(
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies of the supervised tokens; logits [B, T, V], labels [B, T], in float32."""
-    wanted = labels[:, 1:]
-    chosen = wanted != IGNORE
-    if not chosen.any():
-        return logits.float().sum() * 0.0
-    return torch.nn.functional.cross_entropy(logits[:, :-1][chosen].float(), wanted[chosen], reduction="sum")
+def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions of labels [B, T] come before a supervised token ([B, T], bool), and these N tokens [N]."""
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    positions = following != IGNORE
+    return positions, following[positions]
+
+
+def token_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross entropies of the tokens `wanted` [N] under logits [N, V], in float32; 0 where N is 0."""
+    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pedro.methods.companion import Companion
+from pedro.methods.output_head import logits_at
 from pedro.training.bilevel import GroupedAdamW, Named
 
 
@@ -40,8 +41,9 @@ class DeepSpeedEngine:
         self.device = torch.device(self._engine.device)
         optimizer.materialise(self.masters())
 
-    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        return self._engine(**batch).logits
+    def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        with logits_at(self.model, positions):
+            return self._engine(**batch).logits[0]
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss * self.world, scale_wrt_gas=False)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pedro.methods.companion import Companion
+from pedro.methods.output_head import logits_at
 from pedro.training.bilevel import GroupedAdamW, Named
 
 
@@ -29,8 +30,8 @@ class StepEngine(Protocol):
     companion: Companion | None
     """What a method does between steps, for those that change their shape while they train."""
 
-    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V]."""
+    def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] at the N marked `positions` ([B, T], bool) of the batch, row after row."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of `loss`; those of all workers and slices add up, without any averaging."""
@@ -65,8 +66,9 @@ class TorchEngine:
         self._accumulation, self._clip, self._slices = accumulation, clip, 0
         optimizer.materialise(self.masters())
 
-    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        return self.model(**batch).logits
+    def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        with logits_at(self.model, positions):
+            return self.model(**batch).logits[0]
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

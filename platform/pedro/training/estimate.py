@@ -108,7 +108,7 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
     train, theta_rows, validation = prepared.splits(bilevel)
     plan = make_plan(spec.training, len(train), bilevel)
     method.companion(model, spec.method.options, plan.steps)
-    tokens, longest = prepared.lengths()
+    tokens, longest, longest_answer = prepared.lengths()
     split, scored = prepared.scored(spec.gate.max_rows)
     validations = -(-plan.steps // plan.validate_every) if validation is not None else 0
     validated = validations * min(len(validation), spec.training.eval_rows) if validation is not None else 0
@@ -144,7 +144,7 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
         backbone_parameters=backbone_parameters,
         rows=rows,
         tokens_per_row=tokens,
-        memory_bytes=_memory(spec, model.config, frozen, counts["trainable"], plan.batch_size, longest),
+        memory_bytes=_memory(spec, model.config, frozen, counts["trainable"], plan.batch_size, longest, longest_answer),
         process_bytes=PROCESS_BYTES[spec.resources.zero_stage],
         steps=plan.steps,
         optimizer_steps=plan.optimizer_steps(plan.steps),
@@ -182,7 +182,7 @@ def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
 
 
 def _memory(
-    spec: FineTuneSpec, config: Any, frozen: int, trainable: int, batch_size: int, longest: int
+    spec: FineTuneSpec, config: Any, frozen: int, trainable: int, batch_size: int, longest: int, longest_answer: int
 ) -> dict[str, int]:
     """Bytes on each worker, by part."""
     training, resources = spec.training, spec.resources
@@ -194,6 +194,7 @@ def _memory(
         precision=training.precision,
         full=spec.method.name == "full",
         tokens=rows * longest,
+        answer_tokens=rows * longest_answer,
         gradient_checkpointing=training.gradient_checkpointing,
         workers=resources.workers,
         zero_stage=resources.zero_stage,

@@ -16,7 +16,16 @@ from typing import Any, Protocol
 import torch
 
 from pedro.errors import TrainingError
-from pedro.training.batches import Rows, RowStream, passed_tokens, slices, supervised_tokens, tensors, token_loss
+from pedro.training.batches import (
+    Rows,
+    RowStream,
+    passed_tokens,
+    slices,
+    supervised,
+    supervised_tokens,
+    tensors,
+    token_loss,
+)
 from pedro.training.bilevel import OMEGA, THETA, Alternation, learning_rate
 from pedro.training.engines import StepEngine
 from pedro.training.team import Team
@@ -178,8 +187,8 @@ def batch_step(
     total = torch.zeros((), device=engine.device)
     for part in slices(rows, engine.rank, engine.world, plan.accumulation):
         batch = tensors(part, pad_id, engine.device, filler=rows[0])
-        labels = batch.pop("labels")
-        loss = token_loss(engine.forward(**batch), labels) / tokens
+        positions, wanted = supervised(batch.pop("labels"))
+        loss = token_loss(engine.forward(positions, **batch), wanted) / tokens
         total += loss.detach()
         if engine.companion and (penalty := engine.companion.penalty()) is not None:
             loss = loss + penalty / (engine.world * plan.accumulation)
@@ -198,8 +207,8 @@ def mean_loss(engine: StepEngine, rows: Rows, batch_size: int, pad_id: int, team
         tokens += supervised_tokens(batch_rows)
         (part,) = slices(batch_rows, team.rank, team.world, 1)
         batch = tensors(part, pad_id, engine.device, filler=batch_rows[0])
-        labels = batch.pop("labels")
-        total += token_loss(engine.forward(**batch), labels).double().cpu()
+        positions, wanted = supervised(batch.pop("labels"))
+        total += token_loss(engine.forward(positions, **batch), wanted).double().cpu()
     (summed,) = team.sum([total.item()])
     return summed / tokens
 

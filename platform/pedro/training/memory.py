@@ -27,6 +27,7 @@ def training_memory(
     precision: str,
     full: bool,
     tokens: int,
+    answer_tokens: int,
     gradient_checkpointing: bool,
     workers: int = 1,
     zero_stage: int = 0,
@@ -36,9 +37,10 @@ def training_memory(
     Stage 3 is not counted as sharding parameters: each worker loads the whole backbone before it gives its share away,
     and on two ranks it takes more memory than stage 0.
 
-    `frozen` and `trainable` count parameters; `tokens` are those of one slice, padding included; `full` says that the
-    backbone itself is trained. Activations: per layer and token about 34 widths without attention scores (Korthikanti
-    et al. 2022, section 4, for 16 bit; twice that in 32), one width with gradient checkpointing, and a slice's logits.
+    `frozen` and `trainable` count parameters; `tokens` are those of one slice, padding included, and `answer_tokens`
+    those that have logits; `full` says that the backbone itself is trained. Activations: per layer and token about 34
+    widths without attention scores (Korthikanti et al. 2022, section 4, for 16 bit; twice that in 32), one width with
+    gradient checkpointing, and a slice's logits.
     """
     size = BYTES[precision]
     full16 = full and precision == "bf16"
@@ -51,5 +53,5 @@ def training_memory(
         "adapter": trainable * trained_size,
         "gradients": trainable * trained_size // share["gradients"],
         "optimizer": trainable * (12 if full16 else 8) // share["optimizer"],
-        "activations": int(tokens * (sizes.num_layers * per_layer + logits)),
+        "activations": int(tokens * sizes.num_layers * per_layer + answer_tokens * logits),
     }

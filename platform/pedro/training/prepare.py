@@ -80,11 +80,13 @@ class Prepared:
         shared = {name: len(np.intersect1d(own, train)) for name, own in hashes.items()}
         return {name: count for name, count in shared.items() if count}
 
-    def lengths(self) -> tuple[float, int]:
-        """Mean and largest number of tokens of a training row."""
+    def lengths(self) -> tuple[float, int, int]:
+        """Mean and largest number of tokens of a training row, and of the longest answer."""
         rows = self._rows["train"]
-        sizes = [len(ids) for ids in rows[: min(len(rows), MEASURED_ROWS)]["input_ids"]]
-        return sum(sizes) / len(sizes), max(sizes)
+        measured = rows[: min(len(rows), MEASURED_ROWS)]
+        sizes = [len(ids) for ids in measured["input_ids"]]
+        answers = [size - prompt for size, prompt in zip(sizes, measured["prompt_len"], strict=True)]
+        return sum(sizes) / len(sizes), max(sizes), max(answers)
 
 
 def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenizer: Any, cache: Path) -> Prepared:
