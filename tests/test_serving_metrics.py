@@ -5,6 +5,7 @@ import threading
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
 from pedro.engine.sequence import Output, Timing
+from pedro.refs import ModelRef
 from pedro.serving.metrics import OTHER, Labels, ReplicaMetrics, merged
 
 STATS = {
@@ -30,9 +31,9 @@ def values(text):
 
 def test_an_answer_counts_under_its_adapter_whatever_the_version():
     metrics = ReplicaMetrics("r1", "stories", lambda: STATS)
-    metrics.finished("acme.faq:1#sha256:1", ended())
-    metrics.finished("acme.faq:2#sha256:2", ended("length"))
-    metrics.finished("acme.faq:2#sha256:2", ended("length", index=1))
+    metrics.finished(ModelRef.parse("acme.faq:1#sha256:1"), ended())
+    metrics.finished(ModelRef.parse("acme.faq:2#sha256:2"), ended("length"))
+    metrics.finished(ModelRef.parse("acme.faq:2#sha256:2"), ended("length", index=1))
     metrics.finished(None, ended("cancelled"))
     found = values(metrics.text())
     at = ("adapter", "acme.faq"), ("replica", "r1")
@@ -65,7 +66,7 @@ def test_a_reader_of_the_figures_holds_up_no_engine():
 def test_ten_thousand_adapters_make_no_more_series_than_a_hundred():
     metrics = ReplicaMetrics("r1", "stories", lambda: STATS)
     for i in range(10_000):
-        metrics.finished(f"acme.a{i}:1#sha256:1", ended())
+        metrics.finished(ModelRef.parse(f"acme.a{i}:1#sha256:1"), ended())
     adapters = {dict(key[1:]).get("adapter") for key in values(metrics.text())} - {None}
     assert len(adapters) <= 101
     total = sum(value for key, value in values(metrics.text()).items() if key[0] == "pedro_requests_total")
@@ -84,7 +85,7 @@ def test_an_adapter_that_becomes_busy_takes_the_place_of_the_least_busy_one():
 
 def test_the_texts_of_several_replicas_are_one_text_with_each_heading_once():
     replicas = [ReplicaMetrics(name, "stories", lambda: STATS) for name in ("r1", "r2")]
-    replicas[1].finished("acme.faq:1#sha256:1", ended())
+    replicas[1].finished(ModelRef.parse("acme.faq:1#sha256:1"), ended())
     text = merged(replica.text() for replica in replicas)
     assert text.count("# TYPE pedro_running gauge") == 1
     assert values(text).keys() == values(replicas[0].text()).keys() | values(replicas[1].text()).keys()

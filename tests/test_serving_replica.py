@@ -20,8 +20,8 @@ from pedro.gateway.backend import GenerateCall
 from pedro.gateway.calls import chat_call, completion_calls
 from pedro.gateway.parsing import parse
 from pedro.gateway.schemas import ChatRequest, CompletionRequest
+from pedro.refs import ModelRef
 from pedro.registry import Registry
-from pedro.serving.backend import ref_of
 from pedro.serving.config import ServeConfig
 from pedro.serving.links import Link
 from pedro.serving.rendering import Rendering
@@ -85,7 +85,7 @@ def served(tmp_path_factory):
 
 
 def ref(served, name):
-    return ref_of(served.versions[name])
+    return served.versions[name].model_ref
 
 
 def completion(prompt="Once upon a time", **fields):
@@ -322,17 +322,17 @@ def test_a_version_whose_digest_is_gone_is_a_503_and_never_another_version(serve
     folder = served.folder / "gone"
     make_adapter(folder, 41, "completion")
     version = register(served.registry, folder, "acme.gone")
-    old = ref_of(version)
+    old = version.model_ref
     served.registry.delete("acme.gone")
     with pytest.raises(UnavailableError, match=r"acme\.gone:1.*gone") as caught:
         ask(served.replica, completion(max_tokens=3), old)
     assert caught.value.status == 503
     make_adapter(served.folder / "gone2", 42, "completion")
     reborn = register(served.registry, served.folder / "gone2", "acme.gone")
-    assert (reborn.version, ref_of(reborn) != old) == (1, True)
+    assert (reborn.version, reborn.model_ref != old) == (1, True)
     with pytest.raises(UnavailableError):
         ask(served.replica, completion(max_tokens=3), old)
-    assert ask(served.replica, completion(max_tokens=3), ref_of(reborn))
+    assert ask(served.replica, completion(max_tokens=3), reborn.model_ref)
 
 
 def test_a_version_whose_files_are_gone_is_a_503(served):
@@ -343,7 +343,7 @@ def test_a_version_whose_files_are_gone_is_a_503(served):
     shutil.rmtree(stored)
     for call in (completion(max_tokens=3), chat([{"role": "user", "content": "Hi"}], max_tokens=3)):
         with pytest.raises(UnavailableError) as caught:
-            ask(served.replica, call, ref_of(version))
+            ask(served.replica, call, version.model_ref)
         assert caught.value.status == 503
 
 
@@ -354,7 +354,7 @@ def test_equal_weights_with_another_prompt_format_are_served_by_their_own_format
         versions.append(register(served.registry, served.folder / f"same{number}", f"acme.same{number}"))
     assert versions[0].digest == versions[1].digest
     call = chat([{"role": "user", "content": "Hi"}])
-    first, second = (prompt_ids(served, call, ref_of(version)) for version in versions)
+    first, second = (prompt_ids(served, call, version.model_ref) for version in versions)
     assert first == tokenizer()("Hi").input_ids
     assert second != first
 
@@ -362,7 +362,7 @@ def test_equal_weights_with_another_prompt_format_are_served_by_their_own_format
 def hostile(served, name, template):
     """An adapter whose template was found out by nobody before it is served."""
     make_adapter(served.folder / name, 3, form=PromptFormat("chat", template))
-    return ref_of(register(served.registry, served.folder / name, name))
+    return register(served.registry, served.folder / name, name).model_ref
 
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -399,6 +399,7 @@ def test_a_template_without_end_delays_no_other_tenant_and_is_told_to_its_own(se
 
 def test_whoever_asks_and_leaves_holds_one_thread_and_is_refused_as_others_are(monkeypatch):
     running, most = 0, 0
+    evil = ModelRef.parse("evil.a:1#x")
 
     def slow(*_):
         nonlocal running, most
@@ -413,13 +414,13 @@ def test_whoever_asks_and_leaves_holds_one_thread_and_is_refused_as_others_are(m
         form = PromptFormat("chat", "own")
         monkeypatch.setattr(PromptFormat, "prompt", slow)
         for _ in range(4):
-            asked = asyncio.create_task(rendering.prompt(form, (), "evil.a:1#x"))
+            asked = asyncio.create_task(rendering.prompt(form, (), evil))
             await asyncio.sleep(0.02)
             asked.cancel()
         await asyncio.sleep(0.5)
         return [*rendering._refusals], len(rendering._tenants)
 
-    assert asyncio.run(go()) == (["evil.a:1#x"], 0)
+    assert asyncio.run(go()) == ([evil], 0)
     assert most == 1
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from pedro.refs import ModelRef
 from pedro.serving.routing import SHARE, choose
 
 REPLICAS = [f"replica-{i}" for i in range(4)]
@@ -22,22 +23,22 @@ def spread(calls, replicas=REPLICAS):
 
 def test_an_adapter_with_little_load_has_one_home_and_homes_are_spread():
     idle = dict.fromkeys(REPLICAS, 0)
-    homes = {ref: choose(ref, idle) for ref in (f"acme.a{i}:1" for i in range(400))}
+    homes = {ref: choose(ref, idle) for ref in (ModelRef.parse(f"acme.a{i}:1") for i in range(400))}
     assert homes == {ref: choose(ref, idle) for ref in homes}
     assert all(60 < count < 140 for count in Counter(homes.values()).values())
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 4])
 def test_a_hot_adapter_is_never_pinned_to_one_replica_and_takes_no_more_than_a_share_of_each(num_replicas):
-    homes, loads = spread(["acme.hot:1"] * 100, REPLICAS[:num_replicas])
-    assert len(homes["acme.hot:1"]) == num_replicas
+    homes, loads = spread([ModelRef.parse("acme.hot:1")] * 100, REPLICAS[:num_replicas])
+    assert len(homes[ModelRef.parse("acme.hot:1")]) == num_replicas
     assert max(loads.values()) <= SHARE * 100 / num_replicas + 1
 
 
 def test_cold_adapters_keep_their_homes_beside_a_hot_one():
     idle = dict.fromkeys(REPLICAS, 0)
-    cold = [f"acme.cold{i}:1" for i in range(40)]
-    calls = [ref for one in cold for ref in ("acme.hot:1", "acme.hot:1", one)]
+    cold = [ModelRef.parse(f"acme.cold{i}:1") for i in range(40)]
+    calls = [ref for one in cold for ref in (ModelRef.parse("acme.hot:1"), ModelRef.parse("acme.hot:1"), one)]
     homes, loads = spread(calls)
     assert max(loads.values()) <= SHARE * len(calls) / len(REPLICAS) + 1
     at_home = sum(homes[ref][choose(ref, idle)] for ref in cold)
@@ -48,8 +49,8 @@ def test_a_replica_that_leaves_moves_only_what_was_its_own():
     idle = dict.fromkeys(REPLICAS, 0)
     fewer = dict.fromkeys(REPLICAS[:-1], 0)
     for i in range(200):
-        before = choose(f"acme.a{i}:1", idle)
-        assert before == REPLICAS[-1] or choose(f"acme.a{i}:1", fewer) == before
+        before = choose(ModelRef.parse(f"acme.a{i}:1"), idle)
+        assert before == REPLICAS[-1] or choose(ModelRef.parse(f"acme.a{i}:1"), fewer) == before
 
 
 def test_the_bare_backbone_goes_to_the_least_loaded_replica():
@@ -60,4 +61,4 @@ def test_the_bare_backbone_goes_to_the_least_loaded_replica():
 
 def test_calls_of_other_ingresses_count():
     loads = {"a": 50, "b": 0}
-    assert {choose(f"acme.a{i}:1", loads) for i in range(20)} == {"b"}
+    assert {choose(ModelRef.parse(f"acme.a{i}:1"), loads) for i in range(20)} == {"b"}

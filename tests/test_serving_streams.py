@@ -24,7 +24,7 @@ from pedro.errors import (
 from pedro.gateway.backend import ALL_TENANTS, GenerateCall
 from pedro.registry import Registry
 from pedro.serving import retries
-from pedro.serving.backend import ServeBackend, ref_of
+from pedro.serving.backend import ServeBackend
 from pedro.serving.catalog import Catalog
 from pedro.serving.config import ServeConfig
 from pedro.serving.fleet import Fleet
@@ -513,7 +513,7 @@ def test_once_a_version_is_suspected_its_calls_take_one_more_replica_down_howeve
 
             async with at.backend._retries._probing:  # while another is suspected
                 calls = [asyncio.create_task(answer(at.backend, text_call("kill", "acme.faq:2"))) for _ in range(3)]
-                ref = ref_of(await at.backend._catalog.resolve("acme", "acme.faq:2"))
+                ref = (await at.backend._catalog.resolve("acme", "acme.faq:2")).model_ref
                 await until(lambda: at.backend._faults.suspected(ref))
                 await asyncio.sleep(0.2)
                 at_once = killed()  # as many as the calls were spread over before any was lost
@@ -552,7 +552,8 @@ def test_a_suspected_version_that_hangs_keeps_other_tenants_apart_for_a_bounded_
     async def go():
         async with ingress(served, "r0", peer=Silent) as at:
             for tenant in ("acme", "globex"):
-                at.backend._faults.suspect(ref_of(await at.backend._catalog.resolve(tenant, f"{tenant}.faq")))
+                version = await at.backend._catalog.resolve(tenant, f"{tenant}.faq")
+                at.backend._faults.suspect(version.model_ref)
             hanging = asyncio.create_task(answer(at.backend, text_call("hang")))
             await until(at.backend._retries._probing.locked)
             async with asyncio.timeout(5):

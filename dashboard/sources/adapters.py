@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from pedro.config import Settings
+from pedro.refs import tenant_of
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
 from pedro.runs import promotions
 from pedro.secret_files import shown
@@ -38,7 +39,7 @@ class Row:
 
     @property
     def tenant(self) -> str:
-        return self.name.partition(".")[0]
+        return tenant_of(self.name)
 
 
 @dataclass(frozen=True)

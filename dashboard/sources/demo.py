@@ -13,6 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pedro.refs import ModelRef
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -42,7 +44,7 @@ class TenantResult(_Read):
     @property
     def name(self) -> str:
         """`tenant.adapter`."""
-        return f"{self.tenant}.{self.adapter}"
+        return ModelRef(self.tenant, self.adapter).name
 
 
 class SwapResult(_Read):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pedro import runs
 from pedro.config import Settings
 from pedro.errors import PedroError
+from pedro.refs import ModelRef
 from pedro.registry import Registry
 from pedro.store import JobRecord, JobStatus, Store
 from pedro.training import submit
@@ -49,7 +50,7 @@ class Job:
     @property
     def model(self) -> str:
         """`tenant.adapter`."""
-        return f"{self.tenant}.{self.adapter}"
+        return ModelRef(self.tenant, self.adapter).name
 
     @property
     def live(self) -> bool:

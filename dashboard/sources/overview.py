@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from pedro import runs
 from pedro.config import Settings
+from pedro.refs import tenant_of
 from pedro.registry import CHAMPION, Registry
 from pedro.store import JobRecord, JobStatus, Store
 from sources.jobs import live_jobs
@@ -50,7 +51,7 @@ def read_overview(settings: Settings, now: float | None = None) -> Overview:
     live = live_jobs(settings)
     statuses = [job.status for job in live.jobs]
     return Overview(
-        tenants=tuple(sorted({name.partition(".")[0] for name in catalog} | set(quotas))),
+        tenants=tuple(sorted({tenant_of(name) for name in catalog} | set(quotas))),
         adapters=len(catalog),
         in_service=sum(CHAMPION in entry.aliases for entry in catalog.values()),
         running=statuses.count(JobStatus.RUNNING),

@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pedro import secret_files
 from pedro.errors import ConfigError
+from pedro.refs import NAME
 from pedro.yaml_reader import MAX_DEPTH, parse_yaml, read_yaml
 
 SHOWN = 200
 """Characters of a wrong value that an error repeats."""
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 DATA_SCHEMES = ("s3", "gs", "hf")
 PLAIN_WORDS = {  # pydantic's words: ours
     r"^Value error, ": "",

@@ -28,6 +28,7 @@ from pedro.database import FileWatch, exclusive
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
 from pedro.moved_home import follow
 from pedro.moves import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, finish, move
+from pedro.refs import ModelRef
 from pedro.secret_files import shown
 from pedro.versions import Version, read_version
 
@@ -195,6 +196,13 @@ class Registry:
             if not _is_missing(error):
                 raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
             raise model_not_found(name if which == CHAMPION else f"{name}@{which}") from error
+
+    def find(self, ref: ModelRef) -> Version:
+        """The version that `ref` names, the champion where it names none; NotFoundError if there is none such."""
+        version = self.get(ref.name, CHAMPION if ref.which is None else ref.which)
+        if ref.digest not in ("", version.digest):
+            raise model_not_found(str(ref))
+        return version
 
     def versions(self, name: str) -> list[Version]:
         """All versions of `tenant.adapter`, oldest first; empty if there is no such adapter."""
@@ -377,7 +385,7 @@ def _make_schema(database: Path) -> None:
 
 
 def _model_name(tenant: str, adapter: str) -> str:
-    return f"{check_name('tenant', tenant)}.{check_name('adapter', adapter)}"
+    return ModelRef(check_name("tenant", tenant), check_name("adapter", adapter)).name
 
 
 def _quotable(name: str) -> str:

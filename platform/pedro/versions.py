@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pedro.refs import ModelRef
+
 
 @dataclass(frozen=True)
 class Version:
@@ -33,17 +35,22 @@ class Version:
     @property
     def name(self) -> str:
         """`tenant.adapter`, as the registry and the API call it."""
-        return f"{self.tenant}.{self.adapter}"
+        return ModelRef(self.tenant, self.adapter).name
 
     @property
     def ref(self) -> str:
         """`tenant.adapter:7`, which always means these weights."""
-        return f"{self.name}:{self.version}"
+        return str(self.model_ref.without_digest)
+
+    @property
+    def model_ref(self) -> ModelRef:
+        """This version and its weights: it can never mean others."""
+        return ModelRef(self.tenant, self.adapter, version=self.version, digest=self.digest)
 
 
 def read_version(entity: Any, aliases: Mapping[str, int] | None = None) -> Version:
     """What MLflow says of a model version; `aliases` are its adapter's, if the entity does not know its own."""
-    tenant, _, adapter = entity.name.partition(".")
+    name = ModelRef.parse(entity.name)
     tags = entity.tags
     number = int(entity.version)
     if aliases is None:
@@ -51,8 +58,8 @@ def read_version(entity: Any, aliases: Mapping[str, int] | None = None) -> Versi
     else:
         held = (alias for alias, version in aliases.items() if version == number)
     return Version(
-        tenant=tenant,
-        adapter=adapter,
+        tenant=name.tenant,
+        adapter=name.adapter,
         version=number,
         digest=tags.get("pedro.digest", ""),
         backbone_id=tags.get("pedro.backbone", ""),

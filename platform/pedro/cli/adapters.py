@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pedro.cli.output import AsJson, emit, percent, say, table
+from pedro.refs import ModelRef
 
 if TYPE_CHECKING:
     from pedro.registry import Registry, Version
@@ -56,8 +57,8 @@ def list_adapters(
 def show(name: Name, as_json: AsJson = False) -> None:
     """Show every version of an adapter: digest, method, metrics, gate."""
     registry = _registry()
-    plain, which = split_name(name)
-    versions = registry.versions(plain) if which is None else [registry.get(plain, which)]
+    ref = ModelRef.parse(name)
+    versions = registry.versions(ref.name) if ref.which is None else [registry.find(ref)]
     if not versions:
         from pedro.errors import model_not_found
 
@@ -136,10 +137,11 @@ def delete(
     from pedro.cli.output import confirm
     from pedro.errors import model_not_found
 
-    plain, which = split_name(name)
+    ref = ModelRef.parse(name)
+    plain = ref.name
     registry = _registry()
-    number = None if which is None else registry.get(plain, which).version
-    what = f"{plain}:{number}"
+    number = None if ref.which is None else registry.find(ref).version
+    what = str(ModelRef(ref.tenant, ref.adapter, version=number))
     if number is None:
         entry = registry.catalog().get(plain)
         if entry is None:
@@ -167,8 +169,7 @@ def export_adapter(
     if directory.exists():
         raise ConfigError(f"{directory} exists already; name a new directory", param="directory")
     registry = _registry()
-    plain, which = split_name(name)
-    version = registry.get(plain, which or "champion")
+    version = registry.find(ModelRef.parse(name))
     shutil.copytree(registry.download(version), directory)
     emit(
         {"model": version.ref, "digest": version.digest, "directory": str(directory)},
@@ -250,8 +251,7 @@ def _evaluate_file(
 
     named = parse_fields(fields) if fields else None
     registry = _registry()
-    plain, which = split_name(name)
-    version = registry.get(plain, which or "champion")
+    version = registry.find(ModelRef.parse(name))
     say(f"scoring {version.ref} on {file}")
     from pedro.backbone import quiet
     from pedro.config import Settings
@@ -276,15 +276,6 @@ def _evaluate_file(
         )
 
     emit(result, as_json, print_report)
-
-
-def split_name(name: str) -> tuple[str, str | None]:
-    """`tenant.adapter@alias` or `tenant.adapter:7` as (`tenant.adapter`, which); which is None for a bare name."""
-    for mark in "@:":
-        plain, found, which = name.partition(mark)
-        if found:
-            return plain, which
-    return name, None
 
 
 def _registry() -> Registry:

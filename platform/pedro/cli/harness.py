@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pedro.cli.output import emit, say, table
+from pedro.refs import ModelRef
 
 
 def evaluate_by_harness(
@@ -46,13 +47,11 @@ def _model(name: str) -> tuple[str, dict[str, Any]]:
         return name, {"adapter": name}
     if "/" in name or "." not in name:
         return name, {"backbone": name}
-    from pedro.cli.adapters import split_name
     from pedro.config import Settings
     from pedro.registry import Registry
 
     registry = Registry.open(Settings.from_env())
-    plain, which = split_name(name)
-    version = registry.get(plain, which or "champion")
+    version = registry.find(ModelRef.parse(name))
     return version.ref, {"adapter": str(registry.download(version))}
 
 

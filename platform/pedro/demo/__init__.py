@@ -22,6 +22,7 @@ from pedro.data.shapes import Example, parse_line
 from pedro.demo.client import Swap, accuracy, swap_under_load
 from pedro.errors import PedroError
 from pedro.provenance import provenance
+from pedro.refs import ModelRef
 from pedro.registry import Registry, Version
 from pedro.serving.config import ServeConfig
 from pedro.serving.deploy import Served, deploy, end, find
@@ -166,7 +167,7 @@ def _measure(
 def _swap_report(old: Version, new: Version, seen: Swap) -> dict[str, Any]:
     answered = {version.version: 0 for version in (old, new)}
     for fingerprint, count in seen.answers.items():
-        answered[int(fingerprint.partition("#")[0].rpartition(":")[2])] += count
+        answered[ModelRef.parse(fingerprint).number] += count
     return {
         "model": old.name,
         "old_version": old.version,
@@ -250,7 +251,7 @@ def _rows(path: Path) -> list[Example]:
 
 
 def _name(tenant: DemoTenant) -> str:
-    return f"{tenant.name}.{tenant.adapter}"
+    return ModelRef(tenant.name, tenant.adapter).name
 
 
 def _save(path: Path, value: dict[str, Any]) -> None:

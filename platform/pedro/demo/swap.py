@@ -10,13 +10,14 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 import httpx
 
 from pedro.errors import PedroError
+from pedro.refs import ModelRef
 
 SEEN_WITHIN_S = 2.0  # a moved alias is followed within this time
 PATIENCE_S = 30.0  # for an answer after the last move
@@ -90,7 +91,7 @@ class _Load:
         for version in set(versions):
             for prompt in range(len(self._prompts)):
                 answer = _Answer(time.monotonic(), prompt)
-                await self._stream(client, f"{self._model}:{version}", answer)
+                await self._stream(client, str(replace(ModelRef.parse(self._model), version=version)), answer)
                 self._said[version, prompt] = answer.text
         for prompt in range(len(self._prompts)):
             texts = {self._said[version, prompt] for version in set(versions)}
@@ -171,7 +172,7 @@ def _take(event: dict[str, Any], answer: _Answer) -> None:
     for choice in event["choices"]:
         answer.text += choice["text"]
         answer.whole = choice["finish_reason"] == "length"
-        answer.versions.add(int(event["system_fingerprint"].partition("#")[0].rpartition(":")[2]))
+        answer.versions.add(ModelRef.parse(event["system_fingerprint"]).number)
 
 
 def _figures(phase: _Phase, said: dict[tuple[int, int], str]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pedro.gateway.backend import (
     TokenizeResult,
     VersionCard,
 )
+from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, PREVIOUS, Registry, Version
 from pedro.serving.catalog import Catalog, visible
 from pedro.serving.faults import SET_ASIDE_S, Faults
@@ -90,7 +91,7 @@ class ServeBackend:
                     yield delta
             return
         answered = False
-        ref = ref_of(version)
+        ref = version.model_ref
         fault = self._faults.current(ref)
         if fault is None:
             try:
@@ -110,21 +111,23 @@ class ServeBackend:
         if other is None:
             raise fault.with_traceback(None)
         call = replace(call, request_id=f"{call.request_id}~other")
-        async with aclosing(self._retries.generate(call, ref_of(other), until)) as deltas:
+        async with aclosing(self._retries.generate(call, other.model_ref, until)) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def _stand_in(self, call: GenerateCall, version: Version) -> Version | None:
         """The version that answers in place of one that cannot be served: the last that did, or the former champion."""
-        name, mark, alias = call.model.partition("@")
+        named = ModelRef.parse(call.model)
+        if named.version is not None:
+            return None
         good = self._faults.last_good(call.model)
-        wanted = [] if good is None else [f"{name}:{good.version}"]
-        if not mark or alias == CHAMPION:
-            wanted.append(f"{name}@{PREVIOUS}")
-        for model in [] if ":" in name else wanted:
+        wanted = [] if good is None else [good.model_ref.without_digest]
+        if named.alias in (None, CHAMPION):
+            wanted.append(replace(named, alias=PREVIOUS))
+        for ref in wanted:
             with suppress(PedroError):
-                found = await self._catalog.resolve(call.tenant, model)
-                if found.version != version.version and self._faults.current(ref_of(found)) is None:
+                found = await self._catalog.resolve(call.tenant, str(ref))
+                if found.version != version.version and self._faults.current(found.model_ref) is None:
                     log.warning("%s is answered by %s, since %s cannot be served", call.model, found.ref, version.ref)
                     return found
         return None
@@ -214,16 +217,16 @@ class ServeBackend:
         """The catalogue is known and a replica would take a call."""
         return self._catalog.fresh and self._fleet.ready
 
-    async def _ref(self, tenant: str, model: str | None) -> str | None:
-        """The engine's reference of what `model` means; None for the backbone."""
+    async def _ref(self, tenant: str, model: str | None) -> ModelRef | None:
+        """The exact version of what `model` means; None for the backbone."""
         version = await self._version(tenant, model)
-        return None if version is None else ref_of(version)
+        return None if version is None else version.model_ref
 
     async def _version(self, tenant: str, model: str | None) -> Version | None:
         """What `model` means; None for the backbone."""
         return None if model in (None, self._model_name) else await self._catalog.resolve(tenant, str(model))
 
-    async def _version_ref(self, tenant: str, model: str) -> str:
+    async def _version_ref(self, tenant: str, model: str) -> ModelRef:
         ref = await self._ref(tenant, model)
         if ref is None:
             raise ScopeError(f"'{model}' is the backbone, which is always loaded")
@@ -249,7 +252,7 @@ class ServeBackend:
         except NotFoundError:
             return None  # the registry says what is missing
         try:
-            await self._fleet.ask("load", ref_of(version), False)
+            await self._fleet.ask("load", version.model_ref, False)
         except AdapterError as error:
             raise ConflictError(
                 f"{error.message.removeprefix('model: ')}; it does not become champion", param="version"
@@ -293,17 +296,12 @@ class ServeBackend:
                     v.method,
                     v.gate,
                     v.aliases,
-                    self._faults.reason(ref_of(v)),
+                    self._faults.reason(v.model_ref),
                     _numbers(v.metrics),
                 )
                 for v in reversed(versions)
             ),
         )
-
-
-def ref_of(version: Version) -> str:
-    """The engine's reference: it names one version and its weights, so it can never mean others."""
-    return f"{version.ref}#{version.digest}"
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from functools import partial
 
 from pedro.errors import AdapterError, NotFoundError, UnavailableError, model_not_found
 from pedro.gateway.backend import ALL_TENANTS
+from pedro.refs import ModelRef, tenant_of
 from pedro.registry import CHAMPION, Entry, Registry, Version
 
 STALE_AFTER_S = 30.0
 PATIENCE_S = 1.0  # how long a request waits to hear that a version it names by number still exists
-_NAME = re.compile(
-    r"(?P<name>[a-z0-9][a-z0-9_-]{0,62}\.[a-z0-9][a-z0-9_-]{0,62})(?:@(?P<alias>[A-Za-z0-9_-]+)|:(?P<version>[0-9]{1,9}))?"
-)
 Key = tuple[str, int, int]  # name, when it was made, version: a name made again shares nothing with the old one
 log = logging.getLogger("pedro.serving")
 
@@ -77,21 +74,24 @@ class Catalog:
         Raises the uniform 404 for an unknown name and for a foreign one alike, UnavailableError while the registry
         was never read, AdapterError for an adapter of another backbone.
         """
-        match = _NAME.fullmatch(model)
-        if match is None or not visible(match["name"], tenant):
+        try:
+            ref = ModelRef.parse(model)
+        except NotFoundError:
+            raise model_not_found(model) from None
+        if ref.digest or not visible(ref.name, tenant):  # which weights a name means is the registry's to say
             raise model_not_found(model)
         if self._read_at is None:
             raise UnavailableError("the model catalogue is not loaded yet; try again in a moment")
-        entry = self._entries.get(match["name"])
+        entry = self._entries.get(ref.name)
         if entry is None:
             raise model_not_found(model)
-        if match["version"]:
-            version = await self._version(match["name"], entry, int(match["version"]), self._interval_s, model)
+        if ref.version is not None:
+            version = await self._version(ref.name, entry, ref.version, self._interval_s, model)
         else:
-            number = entry.aliases.get(match["alias"] or CHAMPION)
+            number = entry.aliases.get(ref.alias or CHAMPION)
             if number is None:
                 raise model_not_found(model)
-            version = await self._version(match["name"], entry, number, float("inf"), model)
+            version = await self._version(ref.name, entry, number, float("inf"), model)
         if version.backbone_digest != self._backbone_digest:
             raise AdapterError(
                 f"model: '{model}' was trained on backbone {version.backbone_id} ({version.backbone_digest}), but this "
@@ -156,4 +156,4 @@ class Catalog:
 
 def visible(name: str, tenant: str) -> bool:
     """Whether the adapter `name` is one of `tenant`'s."""
-    return tenant in (ALL_TENANTS, name.partition(".")[0])
+    return tenant in (ALL_TENANTS, tenant_of(name))

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from pedro.errors import PedroError, UnavailableError
+from pedro.refs import ModelRef
 from pedro.registry import Version
 
 SET_ASIDE_S = {"adapter_unusable": 60.0, "adapter_unavailable": 5.0, "adapter_quarantined": 600.0}
@@ -27,27 +28,27 @@ class _Fault:
 
 
 class Faults:
-    """On one event loop. A version is named by its engine reference (`pedro.serving.backend.ref_of`)."""
+    """On one event loop. A version is named with its digest."""
 
     def __init__(self) -> None:
-        self._faults: OrderedDict[str, _Fault] = OrderedDict()
+        self._faults: OrderedDict[ModelRef, _Fault] = OrderedDict()
         self._good: OrderedDict[str, Version] = OrderedDict()
-        self._served_at: OrderedDict[str, float] = OrderedDict()
-        self._lost_at: OrderedDict[str, float] = OrderedDict()
+        self._served_at: OrderedDict[ModelRef, float] = OrderedDict()
+        self._lost_at: OrderedDict[ModelRef, float] = OrderedDict()
 
-    def current(self, ref: str) -> PedroError | None:
+    def current(self, ref: ModelRef) -> PedroError | None:
         """The error that `ref` ended in not long ago."""
         fault = self._faults.get(ref)
         return fault.error if fault is not None and time.monotonic() < fault.until else None
 
-    def add(self, ref: str, error: PedroError) -> None:
+    def add(self, ref: ModelRef, error: PedroError) -> None:
         """`ref` cannot be served."""
         if ref not in self._faults:
-            log.error("adapter %s cannot be served: %s", ref.partition("#")[0], error.message)
+            log.error("adapter %s cannot be served: %s", ref.without_digest, error.message)
         self._faults[ref] = _Fault(error, time.monotonic() + SET_ASIDE_S[str(error.code)])
         _bound(self._faults)
 
-    def served(self, model: str, version: Version, ref: str) -> None:
+    def served(self, model: str, version: Version, ref: ModelRef) -> None:
         """`ref`, which is `version`, answered as what `model` means."""
         self._faults.pop(ref, None)
         self._served_at[ref] = time.monotonic()
@@ -56,12 +57,12 @@ class Faults:
             self._good[model] = version
             _bound(self._good)
 
-    def suspect(self, ref: str) -> None:
+    def suspect(self, ref: ModelRef) -> None:
         """A replica was lost before a request of `ref` had its first token; that may be why."""
         self._lost_at[ref] = time.monotonic()
         _bound(self._lost_at)
 
-    def suspected(self, ref: str) -> bool:
+    def suspected(self, ref: ModelRef) -> bool:
         """Whether no request of `ref` was answered since it was suspected."""
         return ref in self._lost_at and self._served_at.get(ref, 0.0) <= self._lost_at[ref]
 
@@ -69,14 +70,14 @@ class Faults:
         """The version that answered last as what `model` means."""
         return self._good.get(model)
 
-    def reason(self, ref: str) -> str | None:
+    def reason(self, ref: ModelRef) -> str | None:
         """Why `ref` cannot be served, for operators; None for one that answered since, or was never asked."""
         fault = self._faults.get(ref)
         return None if fault is None else fault.error.message
 
-    def quarantine(self, ref: str) -> None:
+    def quarantine(self, ref: ModelRef) -> None:
         """A request of `ref` took two replicas down, one after the other, before its first token."""
-        named = ref.partition("#")[0]
+        named = ref.without_digest
         self.add(
             ref,
             UnavailableError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from pedro.errors import UnavailableError
 from pedro.gateway.backend import Delta, GenerateCall
+from pedro.refs import ModelRef
 from pedro.serving.links import Link
 from pedro.serving.routing import choose
 from pedro.serving.wire import Peer, ReplicaLost
@@ -46,7 +47,7 @@ class Fleet:
             self._links[replica] = Link(replica, self._reach(replica), self._changed.set, self._backbone)
 
     async def generate(
-        self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...] = ()
+        self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...] = ()
     ) -> AsyncGenerator[list[Delta], None]:
         """The deltas of one call, on the replica that suits it.
 
@@ -79,7 +80,7 @@ class Fleet:
         """End all streams."""
         await asyncio.gather(*(link.close() for link in [*self._links.values(), *self._leaving]))
 
-    async def _choose(self, ref: str | None) -> Link:
+    async def _choose(self, ref: ModelRef | None) -> Link:
         """The link to ask for adapter version `ref`; waits for one where there is none."""
         try:
             async with asyncio.timeout(PATIENCE_S):

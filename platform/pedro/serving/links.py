@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from pedro.errors import PedroError
 from pedro.gateway.backend import Delta, GenerateCall
+from pedro.refs import ModelRef
 from pedro.serving.wire import SILENCE_S, Peer, Posted, ReplicaLost, Slice
 
 MAX_UNREAD = 1024  # slices: at least half a minute that a client did not read
@@ -49,7 +50,7 @@ class Link:
         return self._others + len(self._inboxes)
 
     async def call(
-        self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...]
+        self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...]
     ) -> AsyncGenerator[list[Delta], None]:
         """The deltas of one call, as they come. Leaving early ends the call on the replica.
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from pedro.refs import ModelRef
+
 if TYPE_CHECKING:  # the ingress, which only joins texts, does without an engine
     from pedro.engine.sequence import Output
 
@@ -82,10 +84,10 @@ class ReplicaMetrics:
         self._registry.register(_Gauges(self))
         self._label = Labels(MAX_LABELS, self._drop)
 
-    def finished(self, ref: str | None, output: Output) -> None:
+    def finished(self, ref: ModelRef | None, output: Output) -> None:
         """Count one answer that ended. `ref` is its adapter version."""
         with self._lock:
-            adapter = self._label(self._backbone if ref is None else ref.partition(":")[0])
+            adapter = self._label(self._backbone if ref is None else ref.name)
             at = (self._replica, adapter)
             self._requests.labels(*at, output.finish_reason).inc()
             self._tokens_out.labels(*at).inc(output.completion_tokens)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pedro.data.formats import FORMATS, PromptFormat
 from pedro.data.special_tokens import Prompt
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
+from pedro.refs import ModelRef
 
 LONG_CHARS, LONG_MESSAGES = 8192, 64  # what takes long enough in this process to hold up the streams of others
 FIRST_REFUSAL_S, LAST_REFUSAL_S = 30.0, 3600.0
@@ -36,11 +37,15 @@ class Rendering:
         self._worker = TemplateWorker()
         self._free = asyncio.Lock()  # in the order of asking
         self._tenants: dict[str, _Queue] = {}
-        self._refusals: OrderedDict[str, _Refusal] = OrderedDict()
+        self._refusals: OrderedDict[ModelRef, _Refusal] = OrderedDict()
 
-    async def prompt(self, form: PromptFormat, messages: Messages, ref: str) -> Prompt:
-        """The prompt of an adapter version. Raises DataError; TemplateBoundsError where the template does too much."""
+    async def prompt(self, form: PromptFormat, messages: Messages, ref: ModelRef | None) -> Prompt:
+        """The prompt of an adapter version (None: of the backbone).
+
+        Raises DataError; TemplateBoundsError where the template does too much.
+        """
         if form.template not in self._trusted:
+            assert ref is not None, "the backbone's own template is trusted"
             return await self._bounded(form, messages, ref)
         if len(messages) <= LONG_MESSAGES and sum(len(str(m.get("content", ""))) for m in messages) <= LONG_CHARS:
             return form.prompt(messages, self._tokenizer)
@@ -50,8 +55,8 @@ class Rendering:
         """End the worker."""
         self._worker.close()
 
-    async def _bounded(self, form: PromptFormat, messages: Messages, ref: str) -> Prompt:
-        async with self._turn(ref.partition(".")[0]):
+    async def _bounded(self, form: PromptFormat, messages: Messages, ref: ModelRef) -> Prompt:
+        async with self._turn(ref.tenant):
             refusal = self._refusals.get(ref)
             if refusal is not None and time.monotonic() < refusal.until:
                 raise refusal.error.with_traceback(None)
@@ -73,13 +78,13 @@ class Rendering:
             if not queue.waiting:
                 del self._tenants[tenant]
 
-    def _refuse(self, ref: str, error: TemplateBoundsError) -> None:
+    def _refuse(self, ref: ModelRef, error: TemplateBoundsError) -> None:
         times = self._refusals[ref].times + 1 if ref in self._refusals else 1
         for_s = min(FIRST_REFUSAL_S * 2 ** (times - 1), LAST_REFUSAL_S)
         self._refusals[ref] = _Refusal(error, times, time.monotonic() + for_s)
         if len(self._refusals) > MAX_REFUSALS:
             self._refusals.popitem(last=False)
-        log.warning("adapter %s: %s; its chats are refused for %g s", ref.partition("#")[0], error, for_s)
+        log.warning("adapter %s: %s; its chats are refused for %g s", ref.without_digest, error, for_s)
 
 
 async def to_its_end(function: Callable[..., T], *arguments: Any) -> T:

@@ -26,6 +26,7 @@ from pedro.engine.threads import granted_cores
 from pedro.errors import AdapterError, DataError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
 from pedro.methods.adapter_files import check_tokenizer, read_manifest
+from pedro.refs import ModelRef
 from pedro.registry import DAMAGED, Registry
 from pedro.serving.config import ServeConfig
 from pedro.serving.deltas import Deltas
@@ -63,9 +64,9 @@ class Replica:
         self._encoding = asyncio.Semaphore(2)
         self._plain_format = format_for_shape(Shape.MESSAGES, self._tokenizer)
         self._rendering = Rendering(self._tokenizer, [self._plain_format.template])
-        self._formats: OrderedDict[str, PromptFormat] = OrderedDict()
+        self._formats: OrderedDict[ModelRef, PromptFormat] = OrderedDict()
         self._outlets: dict[str, Outlet] = {}
-        self._refs: dict[str, tuple[str | None, int]] = {}  # of unfinished requests: adapter, choices to finish
+        self._refs: dict[str, tuple[ModelRef | None, int]] = {}  # of unfinished requests: adapter, choices to finish
         longest = context_length(backbone)
         self._engine = Engine(
             load_model(backbone, config.dtype, config.device),
@@ -126,7 +127,7 @@ class Replica:
             request = await self._request(call, posted.ref, posted.resumed)
             if request.id in self._refs:
                 raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
-            deltas = Deltas(self._tokenizer, self._texts, request, call, posted.ref or self._bare)
+            deltas = Deltas(self._tokenizer, self._texts, request, call, str(posted.ref or self._bare))
             self._refs[request.id] = (posted.ref, request.n)
             outlet.open(number, request.id, request.n, deltas)
             try:
@@ -157,7 +158,7 @@ class Replica:
     # texts
 
     async def tokenize(
-        self, prompt: str | tuple[Mapping[str, str], ...], add_special_tokens: bool, ref: str | None
+        self, prompt: str | tuple[Mapping[str, str], ...], add_special_tokens: bool, ref: ModelRef | None
     ) -> TokenizeResult:
         """The ids of a text, or of messages as `ref` (None: the bare backbone) was trained to read them."""
         if isinstance(prompt, str):
@@ -182,30 +183,36 @@ class Replica:
 
     # adapters
 
-    async def residents(self, ref: str | None = None) -> list[AdapterResidence]:
+    async def residents(self, ref: ModelRef | None = None) -> list[AdapterResidence]:
         """The adapter versions that are here, or the one that `ref` names, if it is."""
-        at = self._engine.adapters.residents()
+        at = {ModelRef.parse(held): state for held, state in self._engine.adapters.residents().items()}
         return [self._residence(held, state) for held, state in at.items() if ref in (None, held)]
 
-    async def load(self, ref: str, keep: bool) -> list[AdapterResidence]:
+    async def load(self, ref: ModelRef, keep: bool) -> list[AdapterResidence]:
         """Returns once `ref` is resident; `keep` pins it. Raises what a request would meet that it cannot serve."""
-        await asyncio.to_thread(self._engine.adapters.load, ref, keep=keep, timeout_s=LOAD_TIMEOUT_S)
+        await asyncio.to_thread(self._engine.adapters.load, str(ref), keep=keep, timeout_s=LOAD_TIMEOUT_S)
         return await self.residents(ref)
 
-    async def unpin(self, ref: str) -> list[AdapterResidence]:
+    async def unpin(self, ref: ModelRef) -> list[AdapterResidence]:
         """Make a pinned adapter one that may be evicted."""
-        self._engine.adapters.let_go(ref)
+        self._engine.adapters.let_go(str(ref))
         return await self.residents(ref)
 
-    async def unload(self, ref: str) -> list[AdapterResidence]:
+    async def unload(self, ref: ModelRef) -> list[AdapterResidence]:
         """Give its memory back, once the requests that hold it have ended."""
-        self._engine.adapters.evict(ref)
+        self._engine.adapters.evict(str(ref))
         return await self.residents(ref)
 
-    def _residence(self, ref: str, at: dict[str, Any]) -> AdapterResidence:
-        name, version, digest = parts_of(ref)
+    def _residence(self, ref: ModelRef, at: dict[str, Any]) -> AdapterResidence:
         return AdapterResidence(
-            name, version, digest, self.name, at["state"], bytes=at["bytes"], pinned=at["kept"], uses=at["pins"]
+            ref.name,
+            ref.number,
+            ref.digest,
+            self.name,
+            at["state"],
+            bytes=at["bytes"],
+            pinned=at["kept"],
+            uses=at["pins"],
         )
 
     # the replica itself
@@ -232,28 +239,26 @@ class Replica:
         self._rendering.close()
         self._thread.stop()
 
-    def _fetch(self, ref: str) -> Path:
-        """The directory of the version and digest that `ref` names. Runs on a loader thread."""
-        name, number, digest = parts_of(ref)
+    def _fetch(self, named: str) -> Path:
+        """The directory of the version and digest that the engine wants. Runs on a loader thread."""
+        ref = ModelRef.parse(named)
         try:
-            version = self._registry.get(name, number)
+            version = self._registry.find(ref)
         except NotFoundError as error:
             raise _gone(ref) from error
-        if version.digest != digest:
-            raise _gone(ref)
         try:
             directory = self._registry.download(version)
         except AdapterError as error:  # the store's fault, not the caller's
             if error.code == DAMAGED:
-                raise unusable(ref, error) from error
+                raise unusable(named, error) from error
             raise UnavailableError(error.message, param="model", code="adapter_unavailable") from error
         try:
             check_tokenizer(read_manifest(directory), self._tokenizer_digests)
         except AdapterError as error:
-            raise unusable(ref, error) from error
+            raise unusable(named, error) from error
         return directory
 
-    async def _request(self, call: GenerateCall, ref: str | None, resumed: tuple[int, ...] = ()) -> Request:
+    async def _request(self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...] = ()) -> Request:
         """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""
         if call.messages is not None:
             ids = await self._render(call.messages, ref)
@@ -267,7 +272,7 @@ class Replica:
             id=call.request_id,
             tenant=call.tenant,
             prompt_ids=ids,
-            adapter=ref,
+            adapter=None if ref is None else str(ref),
             params=params,
             conditioning_length=call.conditioning_length,
             deadline_s=call.timeout_s,
@@ -276,11 +281,11 @@ class Replica:
             resumed_ids=resumed,
         )
 
-    async def _render(self, messages: tuple[Mapping[str, str], ...], ref: str | None) -> list[int]:
+    async def _render(self, messages: tuple[Mapping[str, str], ...], ref: ModelRef | None) -> list[int]:
         form = self._plain_format if ref is None else await self._format_of(ref)
-        return await self._encode(await self._rendering.prompt(form, messages, ref or ""), "messages")
+        return await self._encode(await self._rendering.prompt(form, messages, ref), "messages")
 
-    async def _raw(self, text: str, ref: str | None) -> str:
+    async def _raw(self, text: str, ref: ModelRef | None) -> str:
         """A rendered prompt: what it spells is text or special tokens, as in the training of `ref`."""
         self._check_size(text, "prompt")
         if ref is None or not special_tokens(self._tokenizer).cuts(text):
@@ -316,10 +321,10 @@ class Replica:
                 code="context_length_exceeded",
             )
 
-    async def _format_of(self, ref: str) -> PromptFormat:
+    async def _format_of(self, ref: ModelRef) -> PromptFormat:
         form = self._formats.get(ref)
         if form is None:
-            directory = await asyncio.to_thread(self._fetch, ref)
+            directory = await asyncio.to_thread(self._fetch, str(ref))
             form = PromptFormat.from_dict(read_manifest(directory).get("prompt_format") or {})
             self._formats[ref] = form
             if len(self._formats) > CACHED_FORMATS:
@@ -327,13 +332,7 @@ class Replica:
         return form
 
 
-def parts_of(ref: str) -> tuple[str, int, str]:
-    """`tenant.adapter`, version and digest of an engine reference (`pedro.serving.backend.ref_of`)."""
-    named, _, digest = ref.partition("#")
-    name, _, number = named.rpartition(":")
-    return name, int(number), digest
-
-
-def _gone(ref: str) -> UnavailableError:
-    named = ref.partition("#")[0]
-    return UnavailableError(f"model: the version {named} that this request was admitted with is gone; ask again")
+def _gone(ref: ModelRef) -> UnavailableError:
+    return UnavailableError(
+        f"model: the version {ref.without_digest} that this request was admitted with is gone; ask again"
+    )

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from pedro.errors import DeadlineError, UnavailableError
 from pedro.gateway.backend import Delta, GenerateCall
+from pedro.refs import ModelRef
 from pedro.serving.faults import Faults
 from pedro.serving.fleet import Fleet
 from pedro.serving.wire import ReplicaLost
@@ -34,7 +35,7 @@ class Retries:
         self._faults = faults
         self._probing = asyncio.Lock()
 
-    async def generate(self, call: GenerateCall, ref: str | None, until: float) -> AsyncGenerator[Delta, None]:
+    async def generate(self, call: GenerateCall, ref: ModelRef | None, until: float) -> AsyncGenerator[Delta, None]:
         """The deltas of one version.
 
         A call whose replica dies is issued again, from the token it had come to: the same version, conditioning and
@@ -77,7 +78,7 @@ class Retries:
                 call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
 
     @asynccontextmanager
-    async def _alone(self, suspect: str | None, until: float) -> AsyncIterator[Callable[[], None]]:
+    async def _alone(self, suspect: ModelRef | None, until: float) -> AsyncIterator[Callable[[], None]]:
         """Keeps suspected adapters apart, each until one call of it has begun: else one would incriminate others.
 
         Of those that wait no other is tried once its adapter is set aside: each would take a replica down. After

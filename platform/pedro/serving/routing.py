@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from hashlib import blake2b
 
+from pedro.refs import ModelRef
+
 SHARE = 1.25  # of the mean load
 
 
-def choose(ref: str | None, loads: Mapping[str, int]) -> str:
+def choose(ref: ModelRef | None, loads: Mapping[str, int]) -> str:
     """The replica for adapter version `ref`, given the unfinished calls of each replica (at least one).
 
     The bare backbone (None) is at home everywhere: it goes to the least loaded.
@@ -30,5 +32,5 @@ def choose(ref: str | None, loads: Mapping[str, int]) -> str:
 
 
 @lru_cache(maxsize=65536)
-def _rank(ref: str, replica: str) -> bytes:
+def _rank(ref: ModelRef, replica: str) -> bytes:
     return blake2b(f"{replica}\n{ref}".encode(), digest_size=8).digest()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from pedro.errors import PedroError
 from pedro.gateway.backend import Delta, GenerateCall
+from pedro.refs import ModelRef
 
 SLICE_S = 0.03  # a slice of a few calls
 EVENT_S = 0.004  # what one call's share of a slice costs ingress, proxy and client: with more calls, longer slices
@@ -30,7 +31,7 @@ class Posted:
 
     number: int
     call: GenerateCall
-    ref: str | None = None
+    ref: ModelRef | None = None
     resumed: tuple[int, ...] = ()
     backbone: str = ""
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pedro.backbone import locate_backbone
 from pedro.config import Frozen, Settings, check_name, load_spec
 from pedro.errors import ConfigError
+from pedro.refs import ModelRef
 from pedro.training.places import check_places
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -200,7 +201,7 @@ class FineTuneSpec(Frozen):
     @property
     def name(self) -> str:
         """`tenant.adapter`, as the registry calls it."""
-        return f"{self.tenant}.{self.adapter}"
+        return ModelRef(self.tenant, self.adapter).name
 
     def located(self, base: Path) -> FineTuneSpec:
         """The same spec with absolute paths; a backbone may also lie in the working directory."""
