@@ -1,0 +1,50 @@
+"""The script that compares two checkouts: what it trains, what it finds, and a checkout against itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from equality import DEMO_TENANTS, Report, demo_spec, differences
+
+from pedro.config import validate_spec
+from pedro.data.demo import DEMO_TENANTS as PACKAGED
+from pedro.demo import STEPS
+from pedro.demo import demo_spec as packaged_spec
+from pedro.training.spec import FineTuneSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_script_trains_the_last_version_of_each_demo_adapter_just_as_the_demo_does():
+    assert [steps[-1] for steps in STEPS] == [steps for _, steps in DEMO_TENANTS.values()]
+    for tenant in PACKAGED:
+        steps = DEMO_TENANTS[tenant.name][1]
+        spec = validate_spec(demo_spec(tenant.name, steps), FineTuneSpec)
+        spec = spec.model_copy(update={"data": spec.data.located(ROOT)})
+        assert spec == packaged_spec(tenant, steps)
+
+
+def test_a_value_that_changed_came_or_went_is_told_with_its_place(capsys):
+    before = {"greedy": {"a/0": [1, 2], "a/1": [3]}, "same": 1}
+    after = {"greedy": {"a/0": [1, 9], "b/0": [4]}, "same": 1}
+    assert differences(before, before) == []
+    assert differences(before, after) == [
+        "greedy.a/0: [1, 2] → [1, 9]",
+        "greedy.a/1: [3] → null",
+        "greedy.b/0: null → [4]",
+    ]
+    report = Report()
+    report.compared("answers", before, after)
+    assert capsys.readouterr().out.startswith("DIFFERS  answers")
+    assert len(report.differ) == 3
+
+
+@pytest.mark.slow
+def test_a_checkout_equals_itself():
+    command = [sys.executable, str(ROOT / "tests" / "equality.py"), str(ROOT), "--quick", "--only", "answers,tables"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "greedy answers of 12 prompts over 6 adapters" in done.stdout
+    assert "`pedro compare --report` makes the same table.csv, table.md" in done.stdout
+    assert done.stdout.endswith("nothing differs\n")
