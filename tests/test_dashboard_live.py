@@ -35,7 +35,7 @@ def home(tmp_path):
 def test_a_training_job_is_watched_and_ended_from_the_page(home, tmp_path, monkeypatch):
     settings, url = home
     store = Store(settings.database_url)
-    endless = {"max_steps": 10**6, "epochs": 10**5, "eval_every": 20, "patience": 10**6}
+    endless = {"max_steps": 10**6, "eval_every": 20, "patience": 10**6}
     job_id = submit.submit(spec_for(tmp_path, **endless), settings, url, store)
     monkeypatch.syspath_prepend(str(DASHBOARD))
     from sources.jobs import curve_rows, job_runs, live_jobs, log_tail
