@@ -1,4 +1,4 @@
-"""The operators' dashboard: its pages, and the door where it is open to others than this machine. Drawing only.
+"""The operators' dashboard: its pages, and a login where others than this machine can reach it. Drawing only.
 
 Start it with `pedro dashboard`. A page is a file of `views/`; what it shows comes from `sources/`, which imports
 without Streamlit.
@@ -14,7 +14,7 @@ import streamlit as st
 import connection
 from drawing import STYLE
 from pedro.config import Settings
-from sources import gate
+from sources import login
 
 HERE = Path(__file__).parent
 ICON = str(HERE / "icon.png")
@@ -35,8 +35,8 @@ def main() -> None:
     st.set_page_config(page_title="pedro", page_icon=ICON, layout="wide")
     st.logo(ICON, size="large")
     st.html(STYLE)
-    if gate.wanted() and not st.session_state.get("admitted"):
-        st.navigation([st.Page(door, title="pedro", url_path="overview", default=True)], position="hidden").run()
+    if login.required() and not st.session_state.get("admitted"):
+        st.navigation([st.Page(ask_for_key, title="pedro", url_path="overview", default=True)], position="hidden").run()
         return
     pages = [
         st.Page(HERE / "views" / f"{name}.py", title=title, icon=icon, url_path=name, default=name == "overview")
@@ -45,16 +45,16 @@ def main() -> None:
     st.navigation(pages).run()
 
 
-def door() -> None:
-    """Asks for an admin key: what is behind shows every tenant."""
+def ask_for_key() -> None:
+    """The login: an admin key, since every page shows every tenant."""
     st.title("pedro", anchor=False)
-    with st.form("door", width=460):
+    with st.form("login", width=460):
         key = st.text_input("Admin key", type="password", autocomplete="current-password", placeholder="sk-pedro-…")
         st.caption("These pages show every tenant. `pedro keys create ops --scope admin` makes a key.")
         asked = st.form_submit_button("Open", type="primary")
     if not asked:
         return
-    problem = gate.refusal(key, Settings.from_env())
+    problem = login.refusal(key, Settings.from_env())
     if problem:
         time.sleep(WRONG_KEY_S)
         st.error(problem, icon=":material/lock:")

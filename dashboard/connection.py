@@ -5,11 +5,11 @@ from __future__ import annotations
 import streamlit as st
 
 from pedro.config import Settings
-from sources.gateway import MAKE_KEY, START, Access, Gateway, Standing, connect
+from sources.gateway import MAKE_KEY, START, Access, GatewayClient, GatewayStatus, connect
 from sources.services import gateway_url
 
 ASK_AGAIN_S = 5
-KEY = "gateway_key"  # in the session; the door of app.py puts the key there that it was opened with
+KEY = "gateway_key"  # in the session; the login of app.py puts its key there
 WORDS = {
     Access.NONE: ":orange[:material/key_off:] answers; no key",
     Access.UNKNOWN: ":red[:material/key_off:] answers; unknown or revoked key",
@@ -18,7 +18,7 @@ WORDS = {
 }
 
 
-def sidebar() -> tuple[Gateway, Standing]:
+def sidebar() -> tuple[GatewayClient, GatewayStatus]:
     """Draw it, and say where the gateway is and how we stand with it. The key stays in the session."""
     with st.sidebar:
         st.subheader("Gateway", anchor=False)
@@ -41,21 +41,21 @@ def sidebar() -> tuple[Gateway, Standing]:
             "the Playground. It stays in this session. PEDRO_ADMIN_KEY, if set, goes to this home's own gateway alone.",
         )
         gateway = connect(url, typed, own)
-        standing = _standing(gateway.url, gateway.key)
-        if not standing.answers:
-            st.caption(f":red[:material/cloud_off:] {standing.problem}")
-        elif standing.problem:
-            st.caption(f":orange[:material/warning:] {standing.problem}")
+        status = _status(gateway.url, gateway.key)
+        if not status.answers:
+            st.caption(f":red[:material/cloud_off:] {status.problem}")
+        elif status.problem:
+            st.caption(f":orange[:material/warning:] {status.problem}")
         else:
-            st.caption(WORDS[standing.access] + ("" if standing.ready else "; not ready yet"))
-    return gateway, standing
+            st.caption(WORDS[status.access] + ("" if status.ready else "; not ready yet"))
+    return gateway, status
 
 
 def missing(
-    gateway: Gateway, standing: Standing, what: str, key: str = f"an admin key (`{MAKE_KEY}` makes one)"
+    gateway: GatewayClient, status: GatewayStatus, what: str, key: str = f"an admin key (`{MAKE_KEY}` makes one)"
 ) -> None:
     """Says which command brings what a page lacks."""
-    if standing.answers:
+    if status.answers:
         st.info(f"{what} needs {key}. Paste it in the sidebar.", icon=":material/key:")
     else:
         st.info(
@@ -67,9 +67,9 @@ def missing(
 
 def forget() -> None:
     """Ask the gateway anew how we stand with it."""
-    _standing.clear()
+    _status.clear()
 
 
 @st.cache_data(ttl=ASK_AGAIN_S, show_spinner=False, max_entries=100)
-def _standing(url: str, key: str) -> Standing:
-    return Gateway(url, key).standing()
+def _status(url: str, key: str) -> GatewayStatus:
+    return GatewayClient(url, key).status()

@@ -90,7 +90,7 @@ def test_distances_are_root_mean_squares_and_a_matrix_over_layers(made):
     rows = activations.distance_rows(layers, layers)
     assert len(rows) == len(layers) ** 2
     assert all((row["distance"] == 0) == (row["layer"] == row["other"]) for row in rows)
-    one, other = (activations.Layer(0, "rational", (value,), ()) for value in (1.0, 3.0))
+    one, other = (activations.LayerActivation(0, "rational", (value,), ()) for value in (1.0, 3.0))
     assert activations.distance(one, other) == pytest.approx(2.0)
 
 
@@ -133,7 +133,7 @@ def test_a_configuration_of_wrong_types_is_told(made, tmp_path, change):
 
 @pytest.fixture(scope="module")
 def generator(made):
-    return vectors.Generator(made[0])
+    return vectors.VectorReader(made[0])
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def test_a_prompt_beyond_the_context_is_cut_to_its_end(generator):
 def test_a_backbone_that_does_not_fit_is_refused_before_it_is_loaded(made, monkeypatch):
     monkeypatch.setattr(vectors, "free_memory", lambda: 1000)
     with pytest.raises(BackboneError, match="stories260K would take"):
-        vectors.Generator(made[0])
+        vectors.VectorReader(made[0])
 
 
 def test_the_limit_of_a_container_counts(tmp_path):

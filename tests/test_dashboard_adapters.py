@@ -1,4 +1,4 @@
-"""The Adapters page: catalogue, lineage, and a champion moved through a real gateway over the same registry."""
+"""The Adapters page: catalog, lineage, and a champion moved through a real gateway over the same registry."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from serving_adapters import register, stub_adapter
 from pedro.config import Settings
 from pedro.registry import Registry, Version
 from sources import adapters
-from sources.adapters import Row
+from sources.adapters import CatalogRow
 
 
 def row(name, champion=1, candidate=None, previous=None):
-    return Row(name, champion, candidate, previous, "2026-11-20T12:00:00+00:00")
+    return CatalogRow(name, champion, candidate, previous, "2026-11-20T12:00:00+00:00")
 
 
 ROWS = [row("acme.faq"), row("acme.intents", 2, 3, 1), row("globex.faq", None), row("initech.tone", 4, 5)]
@@ -37,10 +37,10 @@ def names(found):
     return [one.name for one in found]
 
 
-# the catalogue
+# the catalog
 
 
-def test_words_tenants_and_states_narrow_the_catalogue_down():
+def test_words_tenants_and_states_narrow_the_catalog_down():
     assert names(adapters.search(ROWS, "FAQ")) == ["acme.faq", "globex.faq"]
     assert names(adapters.search(ROWS, "acme int")) == ["acme.intents"]
     assert names(adapters.search(ROWS, "", ["globex", "initech"])) == ["globex.faq", "initech.tone"]

@@ -41,8 +41,8 @@ def sources(monkeypatch):
     """The data functions, as the page imports them."""
     monkeypatch.syspath_prepend(str(DASHBOARD))
     import sources.compare
+    import sources.mlflow_runs
     import sources.pareto
-    import sources.run_cells
 
     return sources
 

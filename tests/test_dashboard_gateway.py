@@ -9,7 +9,7 @@ import dashboard_app  # noqa: F401 - makes the dashboard's modules importable
 import pytest
 from gateway_server import serve
 
-from sources.gateway import DEFAULT_URL, Access, Gateway, GatewayError, connect
+from sources.gateway import DEFAULT_URL, Access, GatewayClient, GatewayError, connect
 
 NOBODY = "http://127.0.0.1:9"
 ENV = {"PEDRO_ADMIN_KEY": "sk-pedro-secret"}
@@ -31,23 +31,23 @@ def test_the_gateway_says_what_a_key_opens(gateway):
         (gateway.key(), Access.TENANT),
         (gateway.key("ops", ("admin",)), Access.ADMIN),
     ):
-        standing = Gateway(gateway.url, key).standing()
-        assert (standing.answers, standing.ready, standing.access) == (True, True, access)
+        status = GatewayClient(gateway.url, key).status()
+        assert (status.answers, status.ready, status.access) == (True, True, access)
 
 
 def test_where_nothing_answers_it_is_said_and_nothing_is_raised():
-    standing = Gateway(NOBODY, "sk-pedro-secret").standing()
-    assert not standing.answers
-    assert NOBODY in standing.problem
+    status = GatewayClient(NOBODY, "sk-pedro-secret").status()
+    assert not status.answers
+    assert NOBODY in status.problem
 
 
 def test_a_gateway_that_is_not_ready_is_told_from_one_that_is_away(gateway):
     gateway.backend.is_ready = False
     try:
-        standing = Gateway(gateway.url).standing()
+        status = GatewayClient(gateway.url).status()
     finally:
         gateway.backend.is_ready = True
-    assert (standing.answers, standing.ready) == (True, False)
+    assert (status.answers, status.ready) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -55,21 +55,21 @@ def test_a_gateway_that_is_not_ready_is_told_from_one_that_is_away(gateway):
 )
 def test_an_address_that_is_none_is_refused_with_an_example(url):
     with pytest.raises(GatewayError, match=DEFAULT_URL):
-        Gateway(url).models()
-    assert not Gateway(url).standing().answers
+        GatewayClient(url).models()
+    assert not GatewayClient(url).status().answers
 
 
 @pytest.mark.parametrize("key", ["sk-pedro-secret\nx", "sk-pedro-sécret", "sk pedro secret", "sk-pedro-secret\x7f"])
 def test_a_key_that_no_header_can_carry_is_refused_without_being_repeated(gateway, key):
     with pytest.raises(GatewayError) as refused:
-        Gateway(gateway.url, key).models()
+        GatewayClient(gateway.url, key).models()
     assert "secret" not in str(refused.value)
     assert "pedro" not in str(refused.value)
     assert refused.value.__cause__ is None
 
 
 def test_the_key_is_in_no_representation_and_no_error():
-    gateway = Gateway(NOBODY, "sk-pedro-secret")
+    gateway = GatewayClient(NOBODY, "sk-pedro-secret")
     assert "secret" not in repr(gateway)
     with pytest.raises(GatewayError) as away:
         gateway.promote("acme.support", 2)
@@ -81,7 +81,7 @@ def test_the_key_of_the_environment_goes_to_the_homes_own_gateway_alone():
     own = "http://127.0.0.1:8123"
     assert connect(own, "", own, ENV).key == "sk-pedro-secret"
     assert connect(f"{own}/v1/", "", own, ENV).key == "sk-pedro-secret"
-    assert connect("", "", own, ENV) == Gateway(own, "sk-pedro-secret")
+    assert connect("", "", own, ENV) == GatewayClient(own, "sk-pedro-secret")
     assert connect("http://elsewhere:8123", "", own, ENV).key == ""
     assert connect(f"{own}.elsewhere", "", own, ENV).key == ""
     assert connect("http://elsewhere:8123", "sk-pedro-typed", own, ENV).key == "sk-pedro-typed"
@@ -89,7 +89,7 @@ def test_the_key_of_the_environment_goes_to_the_homes_own_gateway_alone():
 
 
 def test_errors_of_the_gateway_come_in_its_own_words(gateway):
-    admin = Gateway(gateway.url, gateway.key("ops", ("admin",)))
+    admin = GatewayClient(gateway.url, gateway.key("ops", ("admin",)))
     with pytest.raises(GatewayError, match="has no version 7") as refused:
         admin.promote("acme.support", 7)
     assert refused.value.status == 404
@@ -97,12 +97,12 @@ def test_errors_of_the_gateway_come_in_its_own_words(gateway):
         admin.rollback("acme.support")
     assert refused.value.status == 409
     with pytest.raises(GatewayError, match="admin") as refused:
-        Gateway(gateway.url, gateway.key()).promote("acme.support", 2)
+        GatewayClient(gateway.url, gateway.key()).promote("acme.support", 2)
     assert refused.value.status == 403
 
 
 def test_promote_and_roll_back_give_the_adapter_as_it_is_then(gateway):
-    admin = Gateway(gateway.url, gateway.key("ops", ("admin",)))
+    admin = GatewayClient(gateway.url, gateway.key("ops", ("admin",)))
     assert admin.promote("globex.faq", 1)["aliases"] == {"champion": 1, "previous": 2}
     assert admin.rollback("globex.faq")["aliases"] == {"champion": 2, "previous": 1}
     assert admin.adapter("globex.faq")["residence"] == []
@@ -120,7 +120,7 @@ def test_what_is_no_gateway_is_told_from_one():
 
     with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        standing = Gateway(f"http://127.0.0.1:{server.server_address[1]}").standing()
+        status = GatewayClient(f"http://127.0.0.1:{server.server_address[1]}").status()
         server.shutdown()
-    assert not standing.answers
-    assert "no gateway" in standing.problem
+    assert not status.answers
+    assert "no gateway" in status.problem

@@ -25,7 +25,7 @@ def sources(monkeypatch):
     """The data functions, as pages import them."""
     monkeypatch.syspath_prepend(str(DASHBOARD))
     import sources.demo
-    import sources.gate
+    import sources.login
     import sources.overview
     import sources.services
 
@@ -134,7 +134,7 @@ def test_a_registry_that_does_not_answer_is_told_and_the_result_is_still_shown(p
 def test_data_is_read_without_streamlit():
     code = (
         "import sys; sys.modules['streamlit'] = None; sys.path.insert(0, sys.argv[1])\n"
-        "from sources import compare, demo, gate, jobs, overview, pareto, run_cells, services, stores, sweeps"
+        "from sources import compare, demo, jobs, login, mlflow_runs, overview, pareto, services, stores, sweeps"
     )
     subprocess.run([sys.executable, "-c", code, DASHBOARD], check=True, capture_output=True)
 
@@ -157,7 +157,7 @@ def test_a_job_whose_cluster_was_ended_is_counted_as_lost(sources, home):
     assert sources.overview.read_overview(settings_of(home)).lost == 1
 
 
-def test_the_door_opens_for_an_admin_key_alone(sources, home):
+def test_the_login_accepts_an_admin_key_alone(sources, home):
     from pedro.store import Store
 
     store = Store(settings_of(home).database_url)
@@ -167,7 +167,7 @@ def test_the_door_opens_for_an_admin_key_alone(sources, home):
     _, tenants = store.create_key("acme", ["infer", "train"])
 
     def refusal(key):
-        return sources.gate.refusal(key, settings_of(home), {})
+        return sources.login.refusal(key, settings_of(home), {})
 
     assert refusal(admin) == refusal(f" {admin}\n") == ""
     assert "not an admin key" in refusal(tenants)
@@ -176,18 +176,18 @@ def test_the_door_opens_for_an_admin_key_alone(sources, home):
     assert refusal("sk-pedro-nothing")
 
 
-def test_a_door_without_keys_says_how_to_make_one_and_creates_nothing(sources, tmp_path):
+def test_a_login_without_keys_says_how_to_make_one_and_creates_nothing(sources, tmp_path):
     settings = settings_of(tmp_path / "nothing")
-    assert "pedro keys create" in sources.gate.refusal("sk-pedro-x", settings, {})
+    assert "pedro keys create" in sources.login.refusal("sk-pedro-x", settings, {})
     assert not settings.home.exists()
 
 
 def test_a_key_is_not_taken_for_good_where_the_gateway_does_not_answer(sources, home):
     env = {"PEDRO_GATEWAY_URL": "http://127.0.0.1:9"}
-    assert "cannot be checked" in sources.gate.refusal("sk-pedro-x", settings_of(home), env)
+    assert "cannot be checked" in sources.login.refusal("sk-pedro-x", settings_of(home), env)
 
 
-def test_a_page_behind_the_door_shows_nothing_until_the_key_is_given(page, home, monkeypatch):
+def test_a_page_behind_the_login_shows_nothing_until_the_key_is_given(page, home, monkeypatch):
     from pedro.store import Store
 
     _, admin = Store(settings_of(home).database_url).create_key("ops", ["admin"])
@@ -224,6 +224,6 @@ def test_the_page_is_for_this_machine_and_tells_nobody_of_its_use():
     ],
 )
 def test_every_address_but_loopback_asks_for_a_key(host, loopback):
-    from pedro.cli.dashboard import is_loopback
+    from pedro.cluster import is_loopback
 
     assert is_loopback(host) is loopback

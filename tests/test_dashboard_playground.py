@@ -11,8 +11,8 @@ from dashboard_app import healthy, opener, words
 from gateway_backend import BACKBONE, SECRET_TEXT
 from gateway_server import serve
 
-from sources.gateway import Gateway
-from sources.playground import Race, Sampling, model_names
+from sources.gateway import GatewayClient
+from sources.playground import ParallelAnswers, Sampling, model_names
 
 PROMPT = "Once upon a time"
 
@@ -24,13 +24,15 @@ def slow(tmp_path_factory):
         yield running
 
 
-def race(gateway, models, prompt, *, chat=True, key=None, **sampling):
+def ask(gateway, models, prompt, *, chat=True, key=None, **sampling):
     key = key or gateway.key("ops", ("admin",))
-    return Race(Gateway(gateway.url, key), models, prompt, chat, Sampling(**{"max_tokens": 6, **sampling}))
+    return ParallelAnswers(
+        GatewayClient(gateway.url, key), models, prompt, chat, Sampling(**{"max_tokens": 6, **sampling})
+    )
 
 
 def test_answers_stream_at_the_same_time_with_their_times_and_counts(slow):
-    running = race(slow, ["acme.support", "globex.faq", BACKBONE], "one two three", max_tokens=12)
+    running = ask(slow, ["acme.support", "globex.faq", BACKBONE], "one two three", max_tokens=12)
     seen = []
     while not running.wait(0.005):
         seen.append([len(answer.text) for answer in running.answers()])
@@ -45,7 +47,7 @@ def test_answers_stream_at_the_same_time_with_their_times_and_counts(slow):
 
 
 def test_a_column_that_fails_leaves_the_others_alone(slow):
-    running = race(slow, ["acme.nix", "acme.support"], "a b")
+    running = ask(slow, ["acme.nix", "acme.support"], "a b")
     assert running.wait(20)
     failed, whole = running.answers()
     assert "acme.nix" in failed.error
@@ -55,7 +57,7 @@ def test_a_column_that_fails_leaves_the_others_alone(slow):
 
 @pytest.mark.parametrize("word", ["break", "crash"])
 def test_an_answer_that_breaks_off_keeps_what_came_and_says_so(slow, word):
-    running = race(slow, ["acme.support"], f"{word} b", chat=False)
+    running = ask(slow, ["acme.support"], f"{word} b", chat=False)
     assert running.wait(20)
     (answer,) = running.answers()
     assert answer.error
@@ -64,13 +66,13 @@ def test_an_answer_that_breaks_off_keeps_what_came_and_says_so(slow, word):
 
 
 def test_where_nothing_answers_every_column_says_so():
-    running = Race(Gateway("http://127.0.0.1:9", "sk-pedro-secret"), ["a", "b"], "x", True, Sampling())
+    running = ParallelAnswers(GatewayClient("http://127.0.0.1:9", "sk-pedro-secret"), ["a", "b"], "x", True, Sampling())
     assert running.wait(20)
     assert all("does not answer" in answer.error and "secret" not in answer.error for answer in running.answers())
 
 
 def test_stopping_frees_the_slots(slow):
-    running = race(slow, ["acme.support", "globex.faq"], "a b c", max_tokens=2000)
+    running = ask(slow, ["acme.support", "globex.faq"], "a b c", max_tokens=2000)
     deadline = time.monotonic() + 10
     while not all(answer.text for answer in running.answers()):
         assert time.monotonic() < deadline
@@ -83,10 +85,10 @@ def test_stopping_frees_the_slots(slow):
         time.sleep(0.01)
 
 
-def test_many_races_leave_no_thread_behind(slow):
+def test_many_questions_leave_no_thread_behind(slow):
     before = threading.active_count()
     for _ in range(5):
-        assert race(slow, ["acme.support"], "a", max_tokens=1).wait(10)
+        assert ask(slow, ["acme.support"], "a", max_tokens=1).wait(10)
     assert threading.active_count() <= before + 1
 
 
@@ -142,7 +144,7 @@ def test_two_versions_and_the_backbone_answer_side_by_side(keyed, served):
     shown = send(keyed(served.admin), ["acme.faq", "acme.faq@candidate", "stories260K"])
     texts = [code.value for code in shown.code]
     assert len(texts) == 3
-    client = Gateway(served.url, served.admin)
+    client = GatewayClient(served.url, served.admin)
     for model, text in zip(("acme.faq:2", "acme.faq:3", "stories260K"), texts, strict=True):
         body = {"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
         events = client.stream("/v1/completions", body)

@@ -109,7 +109,7 @@ def test_what_the_cluster_says_of_an_open_job_counts(jobs, settings, monkeypatch
         "ftjob-lost": told("ftjob-lost", "RUNNING"),
         "sweep-1": told("sweep-1", "RUNNING", sweep="sweep-1", model="a.b"),
     }
-    monkeypatch.setattr(jobs, "ask_cluster", lambda settings: jobs.Cluster(cluster, "http://ray"))
+    monkeypatch.setattr(jobs, "ask_cluster", lambda settings: jobs.ClusterJobs(cluster, "http://ray"))
     found = {job.id: job for job in jobs.live_jobs(settings).jobs}
     assert (found["ftjob-lost"].status, found["ftjob-lost"].kind) == ("running", "fine-tuning")
     assert (found["sweep-1"].model, found["sweep-1"].kind, found["sweep-1"].sweep) == ("a.b", "sweep", "sweep-1")

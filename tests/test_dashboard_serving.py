@@ -14,9 +14,9 @@ from dashboard_app import DASHBOARD, healthy, opener, words
 from pedro.engine.sequence import Output, Timing
 from pedro.serving.metrics import ReplicaMetrics, merged
 from sources import serving
-from sources.gateway import Gateway
-from sources.metrics import Histogram, Source, Traffic, gained, increase, read
-from sources.serving import History, Interval, Swap
+from sources.gateway import GatewayClient
+from sources.metrics import Histogram, SeriesSource, Traffic, gained, increase, read
+from sources.serving import ChampionSwap, History, Interval
 
 INF = math.inf
 STATS = {
@@ -205,7 +205,7 @@ def test_a_champion_that_moves_is_a_swap():
 
     def earlier():
         asked.append(1)
-        return [Swap(50.0, "globex.faq", 3)]
+        return [ChampionSwap(50.0, "globex.faq", 3)]
 
     history.follow(100, {"acme.faq": 1, "globex.faq": 3}, earlier)
     history.follow(105, {"acme.faq": 1, "globex.faq": 3}, earlier)
@@ -282,13 +282,13 @@ def test_a_hundred_adapters_are_read_and_kept_at_little_cost():
 
 
 def test_a_gateway_that_does_not_answer_is_words():
-    assert "does not answer" in serving.scrape_into(History(), Gateway("http://127.0.0.1:9"), 1.0)
+    assert "does not answer" in serving.scrape_into(History(), GatewayClient("http://127.0.0.1:9"), 1.0)
 
 
 def test_sources_of_the_text_are_told_apart_by_metric_replica_and_adapter():
     one = replica("r1")
     end(one)
-    assert read(one.text()).totals[Source("pedro_requests_total", "r1", "acme.faq")] == {"stop": 1.0}
+    assert read(one.text()).totals[SeriesSource("pedro_requests_total", "r1", "acme.faq")] == {"stop": 1.0}
 
 
 # the page

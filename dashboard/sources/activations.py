@@ -23,11 +23,11 @@ COEFFICIENT = re.compile(r"\.(?P<layer>\d+)\.[^.]+\.pedro_(?P<letter>[ab])(?:\.|
 GENERATOR = re.compile(r"\.(?P<layer>\d+)\.[^.]+\.pedro_down(?:\.|$)")
 REACH = 5.0  # of x, on either side: the initial fit is good there
 POINTS = 121
-_fits: dict[tuple[int, int], Layer] = {}
+_fits: dict[tuple[int, int], LayerActivation] = {}
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerActivation:
     """One layer's activation: learned, with coefficients of eq. 7, or fixed by name."""
 
     index: int
@@ -56,7 +56,7 @@ class Layer:
 class Activations:
     """Those of one adapter, by layer."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerActivation, ...]
 
     @property
     def learned(self) -> bool:
@@ -75,7 +75,7 @@ def read_activations(directory: Path) -> Activations:
         listed = [names] * len(layers) if isinstance(names, str) else list(names)
         return Activations(
             tuple(
-                Layer(layer, str(name), found.get((layer, "a"), ()), found.get((layer, "b"), ()))
+                LayerActivation(layer, str(name), found.get((layer, "a"), ()), found.get((layer, "b"), ()))
                 for layer, name in zip(layers, listed, strict=True)
             )
         )
@@ -83,32 +83,32 @@ def read_activations(directory: Path) -> Activations:
         raise AdapterError("adapter_config.json does not fit the weights; fetch the adapter again") from error
 
 
-def initial(m: int, n: int) -> Layer:
+def initial(m: int, n: int) -> LayerActivation:
     """R(x) as a fresh adapter has it, the fit of GELU; layer -1. Loads PyTorch, which takes seconds, once."""
     if (m, n) not in _fits:
         from pedro.methods.pedro.rational import fit_gelu
 
         a, b = fit_gelu(m, n)
-        _fits[m, n] = Layer(-1, "rational", tuple(a.tolist()), tuple(b.tolist()))
+        _fits[m, n] = LayerActivation(-1, "rational", tuple(a.tolist()), tuple(b.tolist()))
     return _fits[m, n]
 
 
-def known_initial(m: int, n: int) -> Layer | None:
+def known_initial(m: int, n: int) -> LayerActivation | None:
     """The same if it was made before: at once."""
     return _fits.get((m, n))
 
 
-def learned_orders(layers: Iterable[Layer]) -> list[tuple[int, int]]:
+def learned_orders(layers: Iterable[LayerActivation]) -> list[tuple[int, int]]:
     """The orders of those that are learned, each once; layers may differ in them."""
     return list(dict.fromkeys(layer.orders for layer in layers if layer.learned))
 
 
-def start_of(layer: Layer) -> Layer:
+def start_of(layer: LayerActivation) -> LayerActivation:
     """Where its training began: the fit of GELU by its orders; itself if it is fixed."""
     return initial(*layer.orders) if layer.learned else layer
 
 
-def moved(layer: Layer) -> Callable[[np.ndarray], np.ndarray]:
+def moved(layer: LayerActivation) -> Callable[[np.ndarray], np.ndarray]:
     """R(x) less its start."""
     start = start_of(layer)
     return lambda x: layer(x) - start(x)
@@ -132,13 +132,15 @@ def curve_rows(curves: Mapping[str, Callable[[np.ndarray], np.ndarray]], x: np.n
     ]
 
 
-def distance(one: Layer, other: Layer, reach: float = REACH) -> float:
+def distance(one: LayerActivation, other: LayerActivation, reach: float = REACH) -> float:
     """Root mean square of the difference on [-reach, reach]."""
     x = grid(reach)
     return float(np.sqrt(np.mean((one(x) - other(x)) ** 2)))
 
 
-def distance_rows(one: Sequence[Layer], other: Sequence[Layer], reach: float = REACH) -> list[dict[str, Any]]:
+def distance_rows(
+    one: Sequence[LayerActivation], other: Sequence[LayerActivation], reach: float = REACH
+) -> list[dict[str, Any]]:
     """Every layer of `one` against every layer of `other`."""
     return [
         {"layer": mine.index, "other": theirs.index, "distance": distance(mine, theirs, reach)}

@@ -1,4 +1,4 @@
-"""Adapters as an operator looks them up: the catalogue, one adapter's versions, one version's lineage.
+"""Adapters as an operator looks them up: the catalog, one adapter's versions, one version's lineage.
 
 Reads the registry and changes nothing: aliases move through the gateway. What cannot be read comes back as a reason
 in words, and looking never creates a store. Knows nothing of Streamlit.
@@ -28,8 +28,8 @@ STATES = ("All", "In service", "With a candidate", "Without a champion")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One adapter in the catalogue: the version numbers of its aliases, None where it has none."""
+class CatalogRow:
+    """One adapter in the catalog: the version numbers of its aliases, None where it has none."""
 
     name: str
     champion: int | None
@@ -43,11 +43,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """Every adapter by name, or the reason why the registry cannot be read."""
 
     source: str
-    rows: tuple[Row, ...] = ()
+    rows: tuple[CatalogRow, ...] = ()
     problem: str = ""
 
 
@@ -72,12 +72,12 @@ class Stored:
     problem: str = ""
 
 
-def read_catalogue(settings: Settings) -> Catalogue:
+def read_catalog(settings: Settings) -> Catalog:
     """One query, however many adapters there are."""
 
-    def read(registry: Registry) -> tuple[Row, ...]:
+    def read(registry: Registry) -> tuple[CatalogRow, ...]:
         return tuple(
-            Row(
+            CatalogRow(
                 name=name,
                 champion=entry.aliases.get(CHAMPION),
                 candidate=entry.aliases.get(CANDIDATE),
@@ -88,7 +88,7 @@ def read_catalogue(settings: Settings) -> Catalogue:
         )
 
     rows, problem = ask_registry(settings, read, ())
-    return Catalogue(shown(settings.tracking_uri), rows, problem)
+    return Catalog(shown(settings.tracking_uri), rows, problem)
 
 
 def read_champions(settings: Settings) -> dict[str, int] | None:
@@ -127,10 +127,12 @@ def read_stored(settings: Settings, version: Version) -> Stored:
     return stored or Stored(problem=problem or "there is no registry")
 
 
-def search(rows: Iterable[Row], text: str = "", tenants: Sequence[str] = (), state: str = STATES[0]) -> list[Row]:
+def search(
+    rows: Iterable[CatalogRow], text: str = "", tenants: Sequence[str] = (), state: str = STATES[0]
+) -> list[CatalogRow]:
     """Those whose name holds every word of `text`, of these tenants (all, if none is named), in this state."""
     words = text.lower().split()
-    kept: dict[str, Callable[[Row], bool]] = {
+    kept: dict[str, Callable[[CatalogRow], bool]] = {
         "In service": lambda row: row.champion is not None,
         "With a candidate": lambda row: row.candidate is not None,
         "Without a champion": lambda row: row.champion is None,
@@ -143,11 +145,11 @@ def search(rows: Iterable[Row], text: str = "", tenants: Sequence[str] = (), sta
     ]
 
 
-def pages_of(rows: Sequence[Row], size: int = PAGE) -> int:
+def pages_of(rows: Sequence[CatalogRow], size: int = PAGE) -> int:
     return max(1, math.ceil(len(rows) / size))
 
 
-def page_rows(rows: Sequence[Row], number: int, size: int = PAGE) -> list[dict[str, Any]]:
+def page_rows(rows: Sequence[CatalogRow], number: int, size: int = PAGE) -> list[dict[str, Any]]:
     """The table's rows of one page, counted from 1; a page that is not there is the last one."""
     number = min(max(1, number), pages_of(rows, size))
     return [

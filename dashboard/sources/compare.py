@@ -36,7 +36,7 @@ Wanted = Sequence[str]
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedComparison:
     """A comparison that can be chosen. `stamp` changes when runs are added."""
 
     key: str
@@ -74,17 +74,17 @@ class Selection:
         return list(dict.fromkeys(task for table in self.tables for task in table.columns))
 
 
-def list_comparisons(settings: Settings) -> tuple[Listed, ...]:
+def list_comparisons(settings: Settings) -> tuple[ListedComparison, ...]:
     """Those of the checkout, then those of the home, the ones with the most runs first; nothing is read yet."""
     roots = (("results", CHECKOUT / "jobs" / "results"), ("home", settings.home / "comparisons"))
     return tuple(
-        Listed(f"{root}/{head.parent.name}", head.parent, _stamp(head))
+        ListedComparison(f"{root}/{head.parent.name}", head.parent, _stamp(head))
         for root, folder in roots
         for head in sorted(folder.glob(f"*/{HEAD}"), key=lambda head: (-_runs(head), head))
     )
 
 
-def read(listed: Listed) -> Comparison:
+def read(listed: ListedComparison) -> Comparison:
     """All of a comparison; what is broken is named in its `problems`."""
     return read_comparison(listed.folder)
 

@@ -65,7 +65,7 @@ class SwapResult(_Read):
 
 
 @dataclass(frozen=True)
-class Demo:
+class DemoResult:
     """The demo's result. `problems` says what of the file could not be read; empty parts are simply not there."""
 
     path: Path
@@ -76,17 +76,17 @@ class Demo:
     problems: tuple[str, ...] = ()
 
 
-def read_demo(home: Path) -> Demo:
+def read_demo(home: Path) -> DemoResult:
     """`<home>/demo/result.json`; a part that is broken is left out and named in `problems`."""
     path = home / "demo" / "result.json"
     if not path.is_file():
-        return Demo(path, exists=False)
+        return DemoResult(path, exists=False)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return Demo(path, exists=True, problems=(f"not readable as JSON: {error}",))
+        return DemoResult(path, exists=True, problems=(f"not readable as JSON: {error}",))
     if not isinstance(tree, dict):
-        return Demo(path, exists=True, problems=(f"expected an object, got {type(tree).__name__}",))
+        return DemoResult(path, exists=True, problems=(f"expected an object, got {type(tree).__name__}",))
     problems: list[str] = []
     listed = tree.get("tenants", [])
     if not isinstance(listed, list):
@@ -94,7 +94,7 @@ def read_demo(home: Path) -> Demo:
         listed = []
     tenants = [_parse(TenantResult, item, f"tenants[{index}]", problems) for index, item in enumerate(listed)]
     swap = _parse(SwapResult, tree["swap"], "swap", problems) if tree.get("swap") else None
-    return Demo(
+    return DemoResult(
         path,
         exists=True,
         tenants=tuple(tenant for tenant in tenants if tenant is not None),
@@ -123,10 +123,10 @@ def mean_accuracy(tenants: Sequence[TenantResult]) -> tuple[float, float]:
     return backbone, sum(tenant.accuracy for tenant in tenants) / len(tenants)
 
 
-Part = TypeVar("Part", bound=_Read)
+Parsed = TypeVar("Parsed", bound=_Read)
 
 
-def _parse(kind: type[Part], value: Any, where: str, problems: list[str]) -> Part | None:
+def _parse(kind: type[Parsed], value: Any, where: str, problems: list[str]) -> Parsed | None:
     try:
         return kind.model_validate(value)
     except ValidationError as error:

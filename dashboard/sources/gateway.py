@@ -44,7 +44,7 @@ class Access(Enum):
 
 
 @dataclass(frozen=True)
-class Standing:
+class GatewayStatus:
     """Whether the gateway answers, and as whom we speak to it. `problem` says why it does not answer."""
 
     answers: bool
@@ -54,26 +54,26 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Gateway:
+class GatewayClient:
     """Where it is and the key to it."""
 
     url: str
     key: str = field(default="", repr=False)
 
-    def standing(self) -> Standing:
+    def status(self) -> GatewayStatus:
         """Three short questions; never raises."""
         try:
             self._ask("GET", "/health", keyed=False)
         except GatewayError as error:
-            return Standing(False, problem=error.message)
+            return GatewayStatus(False, problem=error.message)
         try:
             ready = self._ask("GET", "/ready", keyed=False).get("status") == "ready"
         except GatewayError:
             ready = False
         try:
-            return Standing(True, ready, self._access())
+            return GatewayStatus(True, ready, self._access())
         except GatewayError as error:
-            return Standing(True, ready, problem=error.message)
+            return GatewayStatus(True, ready, problem=error.message)
 
     def metrics(self) -> str:
         """Prometheus's text. The key must be an admin key."""
@@ -167,14 +167,14 @@ def default_url(env: Mapping[str, str] = os.environ) -> str:
     return (env.get("PEDRO_GATEWAY_URL") or DEFAULT_URL).rstrip("/")
 
 
-def connect(url: str, typed_key: str, own_url: str, env: Mapping[str, str] = os.environ) -> Gateway:
+def connect(url: str, typed_key: str, own_url: str, env: Mapping[str, str] = os.environ) -> GatewayClient:
     """The gateway at `url`. The key that the environment holds (`PEDRO_ADMIN_KEY`) goes to `own_url` alone.
 
     Otherwise whoever opens the dashboard could have that key sent wherever they like.
     """
     url, own = (address.strip().rstrip("/").removesuffix("/v1") for address in (url, own_url))
     kept = env.get("PEDRO_ADMIN_KEY", "") if not url or url == own else ""
-    return Gateway(url or own, (typed_key or kept).strip())
+    return GatewayClient(url or own, (typed_key or kept).strip())
 
 
 def checked_url(url: str) -> str:

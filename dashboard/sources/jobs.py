@@ -58,7 +58,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterJobs:
     """The cluster's jobs by id, or why it cannot be asked. `gone`: this home has no cluster, so nothing runs."""
 
     jobs: dict[str, dict[str, Any]]
@@ -67,7 +67,7 @@ class Cluster:
     problem: str = ""
 
 
-NO_CLUSTER = Cluster({})
+NO_CLUSTER = ClusterJobs({})
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Jobs:
 
     jobs: tuple[Job, ...] = ()
     counts: dict[str, int] | None = None
-    cluster: Cluster = NO_CLUSTER
+    cluster: ClusterJobs = NO_CLUSTER
     problem: str = ""
 
 
@@ -108,13 +108,13 @@ def past_jobs(settings: Settings, status: str | None = None, limit: int = 25, of
     return Jobs(tuple(_of_record(record, cluster) for record in found[0]), found[1], cluster, problem)
 
 
-def ask_cluster(settings: Settings) -> Cluster:
+def ask_cluster(settings: Settings) -> ClusterJobs:
     """The cluster's own list of jobs."""
     ray = find_ray(settings)
     if not ray.url:
-        return Cluster({}, gone=settings.ray_address is None, problem=ray.problem)
+        return ClusterJobs({}, gone=settings.ray_address is None, problem=ray.problem)
     found, problem = _ask(partial(submit.jobs, ray.url))
-    return Cluster({job["id"]: job for job in found or ()}, ray.url, problem=problem)
+    return ClusterJobs({job["id"]: job for job in found or ()}, ray.url, problem=problem)
 
 
 def log_tail(settings: Settings, job_id: str, lines: int = LOG_LINES) -> tuple[list[str], str]:
@@ -187,7 +187,7 @@ def result_of(job: Job) -> dict[str, Any]:
     return (job.record.result if job.record else None) or {}
 
 
-def _of_record(record: JobRecord, cluster: Cluster) -> Job:
+def _of_record(record: JobRecord, cluster: ClusterJobs) -> Job:
     asked = cluster.gone or bool(cluster.url and not cluster.problem)
     status, message = shown(record, cluster.jobs.get(record.id), asked=asked)
     return Job(

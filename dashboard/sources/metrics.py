@@ -42,7 +42,7 @@ GAUGES = {
 FAILED = ("error",)
 
 
-class Source(NamedTuple):
+class SeriesSource(NamedTuple):
     """Who counts: a metric of one replica, for one adapter. A restart sets all of its series back together."""
 
     metric: str
@@ -54,7 +54,7 @@ class Source(NamedTuple):
 class Scrape:
     """One reading of /metrics. `totals`: of each source, its series by their one label (`le`, `finish_reason`, …)."""
 
-    totals: dict[Source, dict[str, float]]
+    totals: dict[SeriesSource, dict[str, float]]
     gauges: dict[str, float]
 
 
@@ -123,7 +123,7 @@ class Traffic:
 
 def read(text: str) -> Scrape:
     """The samples that the dashboard shows. Raises ValueError for what is no Prometheus text."""
-    totals: dict[Source, dict[str, float]] = {}
+    totals: dict[SeriesSource, dict[str, float]] = {}
     gauges: dict[str, list[float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -132,7 +132,7 @@ def read(text: str) -> Scrape:
                 continue
             base = name.removesuffix("_bucket")
             if name in COUNTERS or (base in HISTOGRAMS and name != base):
-                source = Source(base, labels.get("replica", ""), labels.get("adapter", ""))
+                source = SeriesSource(base, labels.get("replica", ""), labels.get("adapter", ""))
                 series = totals.setdefault(source, {})
                 label = _label(labels)
                 series[label] = series.get(label, 0.0) + value
@@ -151,7 +151,7 @@ def increase(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str,
     return {label: value - before.get(label, 0.0) for label, value in now.items()}
 
 
-def gained(grown: Mapping[Source, Mapping[str, float]]) -> dict[str, Traffic]:
+def gained(grown: Mapping[SeriesSource, Mapping[str, float]]) -> dict[str, Traffic]:
     """Increases of sources as traffic by adapter, replicas together; "" is what belongs to no adapter."""
     found: dict[str, Traffic] = {}
     for source, series in grown.items():

@@ -12,7 +12,7 @@ from sources.compare import Selection
 
 
 @dataclass(frozen=True)
-class Metric:
+class CostMetric:
     """Something that a method is good or bad at. `unit` is what a value is divided by before it is shown."""
 
     title: str
@@ -23,12 +23,12 @@ class Metric:
 
 
 METRICS = {
-    "score": Metric("Score (%)", more_is_better=True, unit=0.01, format=".1f"),
-    "parameters": Metric("Trained parameters", log=True),
-    "tokens_per_second": Metric("Answer tokens per second in training", more_is_better=True),
-    "peak_memory": Metric("Peak memory (MiB)", unit=2**20),
-    "seconds": Metric("Training time (s)", format=",.1f"),
-    "adapter_bytes": Metric("Adapter (kB)", unit=1000.0, format=",.1f", log=True),
+    "score": CostMetric("Score (%)", more_is_better=True, unit=0.01, format=".1f"),
+    "parameters": CostMetric("Trained parameters", log=True),
+    "tokens_per_second": CostMetric("Answer tokens per second in training", more_is_better=True),
+    "peak_memory": CostMetric("Peak memory (MiB)", unit=2**20),
+    "seconds": CostMetric("Training time (s)", format=",.1f"),
+    "adapter_bytes": CostMetric("Adapter (kB)", unit=1000.0, format=",.1f", log=True),
 }
 
 

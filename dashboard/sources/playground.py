@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pedro.errors import PedroError
-from sources.gateway import Gateway
+from sources.gateway import GatewayClient
 
 MOST_COLUMNS = 3
 SHORTEST_S = 0.02  # that tells a speed: what arrives in one go says nothing of how it was made
@@ -33,7 +33,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StreamedAnswer:
     """One column as of a moment. Times are seconds since the request was sent."""
 
     model: str
@@ -55,24 +55,26 @@ class Answer:
         return (self.tokens - 1) / (self.seconds - self.first_token_s)
 
 
-class Race:
+class ParallelAnswers:
     """The same prompt to several models, a thread each: one that fails or is slow holds up no other."""
 
-    def __init__(self, gateway: Gateway, models: Iterable[str], prompt: str, chat: bool, sampling: Sampling) -> None:
+    def __init__(
+        self, gateway: GatewayClient, models: Iterable[str], prompt: str, chat: bool, sampling: Sampling
+    ) -> None:
         self._gateway = gateway
         self._path = "/v1/chat/completions" if chat else "/v1/completions"
         words = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         self._body = {**words, **sampling.fields(), "stream_options": {"include_usage": True}}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
-        self._answers = [Answer(model) for model in models]
+        self._answers = [StreamedAnswer(model) for model in models]
         self._threads = [
             threading.Thread(target=self._run, args=(column,), daemon=True) for column in range(len(self._answers))
         ]
         for thread in self._threads:
             thread.start()
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[StreamedAnswer]:
         """Every column as it is now."""
         with self._lock:
             return list(self._answers)

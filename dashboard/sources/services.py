@@ -16,13 +16,13 @@ import httpx
 
 from pedro.config import Settings
 from pedro.secret_files import shown
-from sources.gateway import DEFAULT_URL, Gateway
+from sources.gateway import DEFAULT_URL, GatewayClient
 from sources.stores import SQLITE, is_there
 
 TIMEOUT_S = 2.0
 
 
-class State(StrEnum):
+class ServiceState(StrEnum):
     UP = "up"
     OFF = "off"
     """Not there, and nothing is wrong with that: a command brings it."""
@@ -35,13 +35,13 @@ class Service:
     """One service: how it stands, in words, and what to do about it."""
 
     name: str
-    state: State
+    state: ServiceState
     found: str
     remedy: str = ""
 
 
 @dataclass(frozen=True)
-class Ray:
+class RayAddress:
     """Where the cluster's job server is; empty, and why, where there is none to ask."""
 
     url: str = ""
@@ -56,60 +56,68 @@ def health(settings: Settings) -> tuple[Service, ...]:
 def registry_health(settings: Settings) -> Service:
     uri = settings.tracking_uri
     if not is_there(uri):
-        return Service("MLflow", State.OFF, "no registry yet", "`make demo` or `pedro submit SPEC.yaml` makes one")
+        return Service(
+            "MLflow", ServiceState.OFF, "no registry yet", "`make demo` or `pedro submit SPEC.yaml` makes one"
+        )
     if not uri.startswith("http"):
-        return Service("MLflow", State.UP, _database(settings, uri))
+        return Service("MLflow", ServiceState.UP, _database(settings, uri))
     if _answers(f"{uri.rstrip('/')}/health"):
-        return Service("MLflow", State.UP, f"server `{shown(uri)}`")
+        return Service("MLflow", ServiceState.UP, f"server `{shown(uri)}`")
     remedy = "start it (`mlflow server`), or unset MLFLOW_TRACKING_URI to use the file in PEDRO_HOME"
-    return Service("MLflow", State.DOWN, f"`{shown(uri)}` does not answer", remedy)
+    return Service("MLflow", ServiceState.DOWN, f"`{shown(uri)}` does not answer", remedy)
 
 
 def records_health(settings: Settings) -> Service:
     url = settings.database_url
     if not is_there(url):
-        return Service("Records", State.OFF, "no keys and no jobs yet", "`pedro keys create TENANT` makes the first")
-    return Service("Records", State.UP, _database(settings, url))
+        return Service(
+            "Records", ServiceState.OFF, "no keys and no jobs yet", "`pedro keys create TENANT` makes the first"
+        )
+    return Service("Records", ServiceState.UP, _database(settings, url))
 
 
 def ray_health(settings: Settings) -> Service:
     ray = find_ray(settings)
     if ray.url and _answers(f"{ray.url}/api/version"):
-        return Service("Ray", State.UP, f"dashboard {ray.url}")
+        return Service("Ray", ServiceState.UP, f"dashboard {ray.url}")
     if ray.url:
-        return Service("Ray", State.DOWN, f"{ray.url} does not answer", "`pedro doctor` checks the cluster")
+        return Service("Ray", ServiceState.DOWN, f"{ray.url} does not answer", "`pedro doctor` checks the cluster")
     if settings.ray_address is None:
-        return Service("Ray", State.OFF, "no local head", "`pedro submit SPEC.yaml` or `pedro serve` starts one")
-    return Service("Ray", State.DOWN, f"cluster `{settings.ray_address}`", ray.problem)
+        return Service("Ray", ServiceState.OFF, "no local head", "`pedro submit SPEC.yaml` or `pedro serve` starts one")
+    return Service("Ray", ServiceState.DOWN, f"cluster `{settings.ray_address}`", ray.problem)
 
 
-def find_ray(settings: Settings, env: Mapping[str, str] = os.environ) -> Ray:
+def find_ray(settings: Settings, env: Mapping[str, str] = os.environ) -> RayAddress:
     """The job server of this home's local head, or of the cluster that RAY_ADDRESS names."""
     if env.get("RAY_API_SERVER_ADDRESS"):
-        return Ray(env["RAY_API_SERVER_ADDRESS"].rstrip("/"))
+        return RayAddress(env["RAY_API_SERVER_ADDRESS"].rstrip("/"))
     if settings.ray_address is None:
         from pedro.cluster import find_head, prepare_environment
 
         head = find_head(settings)
         if head is None:
-            return Ray(problem="no local Ray head runs for this home")
+            return RayAddress(problem="no local Ray head runs for this home")
         prepare_environment(settings)  # the head's token, without which it answers nobody
-        return Ray(head.dashboard_url)
+        return RayAddress(head.dashboard_url)
     if settings.ray_address.startswith("http"):
-        return Ray(settings.ray_address.rstrip("/"))
-    return Ray(problem="set RAY_API_SERVER_ADDRESS to the cluster's dashboard (http://HEAD:8265) to see its jobs here")
+        return RayAddress(settings.ray_address.rstrip("/"))
+    return RayAddress(
+        problem="set RAY_API_SERVER_ADDRESS to the cluster's dashboard (http://HEAD:8265) to see its jobs here"
+    )
 
 
 def server_health(settings: Settings) -> Service:
     url = gateway_url(settings)
-    standing = Gateway(url).standing()
-    if standing.ready:
-        return Service("Serve", State.UP, f"{url}/v1")
-    if standing.answers:
-        return Service("Serve", State.DOWN, f"{url} answers, but is not ready", "it may still be loading its backbone")
+    status = GatewayClient(url).status()
+    if status.ready:
+        return Service("Serve", ServiceState.UP, f"{url}/v1")
+    if status.answers:
+        return Service(
+            "Serve", ServiceState.DOWN, f"{url} answers, but is not ready", "it may still be loading its backbone"
+        )
     named = bool(os.environ.get("PEDRO_GATEWAY_URL")) or (settings.home / "serve.json").is_file()
     found = f"{url} does not answer" if named else "nothing is served"
-    return Service("Serve", State.DOWN if named else State.OFF, found, "`pedro serve` starts it")
+    return Service("Serve", ServiceState.DOWN if named else ServiceState.OFF, found, "`pedro serve` starts it")
 
 
 def gateway_url(settings: Settings, env: Mapping[str, str] = os.environ) -> str:

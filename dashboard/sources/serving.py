@@ -16,8 +16,8 @@ from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.registry import Registry
 from sources.adapters import read_champions, read_promotions
-from sources.gateway import Gateway
-from sources.metrics import Histogram, Scrape, Source, Traffic, gained, increase, read
+from sources.gateway import GatewayClient
+from sources.metrics import Histogram, Scrape, SeriesSource, Traffic, gained, increase, read
 from sources.stores import ask_registry
 
 INTERVAL_S = 5.0
@@ -32,7 +32,7 @@ OWN = ""  # what no adapter gained: loads, evictions, refusals
 
 
 @dataclass(frozen=True)
-class Swap:
+class ChampionSwap:
     """A champion that moved; `old` is None where there was none, or where nobody saw which it was."""
 
     at: float
@@ -62,8 +62,8 @@ class History:
     kept: int = KEPT
     stamp: object | None = None  # of the registry, as of the champions that are known
     _intervals: deque[Interval] = field(init=False)
-    _swaps: deque[Swap] = field(default_factory=lambda: deque(maxlen=200), init=False)
-    _seen: dict[Source, tuple[float, dict[str, float]]] = field(default_factory=dict, init=False)
+    _swaps: deque[ChampionSwap] = field(default_factory=lambda: deque(maxlen=200), init=False)
+    _seen: dict[SeriesSource, tuple[float, dict[str, float]]] = field(default_factory=dict, init=False)
     _champions: dict[str, int] | None = field(default=None, init=False)
     _asked: float = field(default=float("-inf"), init=False)
     _last: float | None = field(default=None, init=False)
@@ -103,7 +103,7 @@ class History:
         with self._lock:
             return self._last, self._gauges
 
-    def follow(self, now: float, champions: Mapping[str, int], earlier: Callable[[], Iterable[Swap]]) -> None:
+    def follow(self, now: float, champions: Mapping[str, int], earlier: Callable[[], Iterable[ChampionSwap]]) -> None:
         """Compare the champions with those of the last time: what moved is a swap. `earlier` is asked once."""
         with self._lock:
             if self._champions is None:
@@ -111,10 +111,10 @@ class History:
             else:
                 for name, version in champions.items():
                     if self._champions.get(name) != version:
-                        self._swaps.append(Swap(now, name, version, self._champions.get(name)))
+                        self._swaps.append(ChampionSwap(now, name, version, self._champions.get(name)))
             self._champions = dict(champions)
 
-    def window(self, now: float, seconds: float) -> tuple[list[Interval], list[Swap]]:
+    def window(self, now: float, seconds: float) -> tuple[list[Interval], list[ChampionSwap]]:
         """The intervals and swaps of the last so many seconds, oldest first."""
         with self._lock:
             return (
@@ -123,7 +123,7 @@ class History:
             )
 
 
-def scrape_into(history: History, gateway: Gateway, now: float) -> str:
+def scrape_into(history: History, gateway: GatewayClient, now: float) -> str:
     """Read the gateway's figures into the history; why that failed, or nothing."""
     try:
         history.add(now, read(gateway.metrics()))
@@ -142,7 +142,7 @@ def follow_registry(history: History, settings: Settings, now: float) -> None:
     champions = read_champions(settings)
     if champions is not None:
         since = now - LONGEST_S
-        history.follow(now, champions, lambda: [Swap(*moved) for moved in read_promotions(settings, since)])
+        history.follow(now, champions, lambda: [ChampionSwap(*moved) for moved in read_promotions(settings, since)])
         history.stamp = stamp  # older than what was read, never newer
 
 
@@ -252,7 +252,7 @@ def total(intervals: Iterable[Interval], what: str, name: str = OWN) -> float:
     return sum(interval.traffic.get(name, Traffic()).counts.get(what, 0.0) for interval in intervals)
 
 
-def marks(intervals: Iterable[Interval], swaps: Iterable[Swap]) -> list[dict[str, Any]]:
+def marks(intervals: Iterable[Interval], swaps: Iterable[ChampionSwap]) -> list[dict[str, Any]]:
     """What happened at a moment: swaps, evictions, refusals, failed loads."""
     rows: list[dict[str, Any]] = [
         {"at": swap.at, "event": "Swap", "text": f"{swap.name}: {_version(swap.old)}→ v{swap.new}"} for swap in swaps

@@ -19,7 +19,7 @@ NAMES = {"q": "l_q", "k": "l_k", "v": "l_v", "gate": "l_gate", "up": "l_up (l_u)
 
 
 @dataclass(frozen=True)
-class Reading:
+class PromptVectors:
     """One prompt's vectors {layer: {target: values}}, and what each layer's activation was given."""
 
     tokens: int
@@ -27,7 +27,7 @@ class Reading:
     inputs: Mapping[int, np.ndarray]
 
 
-class Generator:
+class VectorReader:
     """An adapter on its backbone, ready to read prompts. One prompt at a time; safe to share between sessions.
 
     Raises AdapterError or BackboneError for what cannot be loaded, or would take more memory than is free.
@@ -49,7 +49,7 @@ class Generator:
         self._longest = context_length(backbone)
         self._lock = threading.Lock()
 
-    def read(self, prompt: str, *, chat: bool = True) -> Reading:
+    def read(self, prompt: str, *, chat: bool = True) -> PromptVectors:
         """The vectors of one prompt: as a chat message in the adapter's own format, or as it stands.
 
         Of a prompt beyond the context only the last tokens are read.
@@ -75,10 +75,10 @@ class Generator:
             layer: {target: made[0].float().numpy() for target, made in of_layer.items()}
             for layer, of_layer in kept.items()
         }
-        return Reading(len(ids), vectors, seen)
+        return PromptVectors(len(ids), vectors, seen)
 
 
-def spread_rows(readings: Sequence[Reading], names: Sequence[str]) -> list[dict[str, Any]]:
+def spread_rows(readings: Sequence[PromptVectors], names: Sequence[str]) -> list[dict[str, Any]]:
     """Where the values of each vector lie: extremes, 5 %, quartiles, median, 95 %; one row a prompt, target, layer."""
     rows = []
     for name, reading in zip(names, readings, strict=True):
@@ -95,7 +95,7 @@ def spread_rows(readings: Sequence[Reading], names: Sequence[str]) -> list[dict[
 
 
 def histogram_rows(
-    readings: Sequence[Reading], names: Sequence[str], layer: int, target: str, bins: int = BINS
+    readings: Sequence[PromptVectors], names: Sequence[str], layer: int, target: str, bins: int = BINS
 ) -> list[dict[str, Any]]:
     """The values of one vector, counted in equal bins that all prompts share: shares of the vector's width."""
     held = [reading.vectors[layer][target] for reading in readings]
@@ -107,7 +107,7 @@ def histogram_rows(
     ]
 
 
-def dependence_rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
+def dependence_rows(readings: Sequence[PromptVectors]) -> list[dict[str, Any]]:
     """Of each layer and target: how far the vectors lie from 1, and how far from each other's mean over the prompts.
 
     Both are root mean squares; the second is zero where the prompt changes nothing.

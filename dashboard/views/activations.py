@@ -14,22 +14,18 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
+from components import prompts
+from components.catalog import catalog_or_notice, read_stored, read_versions, select_version
 from drawing import DASHES, GREY, INK, SERIES
-from parts import prompts
 from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.registry import CHAMPION, Version
 from sources import activations as data
-from sources import adapters as registry
 
-REFRESH_S = 5
 COLOURS = [colour for colour in SERIES if colour != GREY]
 MOST_LAYERS = len(COLOURS)
 NONE = "none"
 
-read_catalogue = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the registry …")(registry.read_catalogue)
-read_versions = st.cache_data(ttl=REFRESH_S, show_spinner=False)(registry.read_versions)
-read_stored = st.cache_data(ttl=60, show_spinner="Fetching the adapter …", max_entries=200)(registry.read_stored)
 read_activations = st.cache_data(show_spinner=False, max_entries=200)(data.read_activations)
 Orders = tuple[int, int]
 Seen = tuple[float, float] | None  # the x that typed prompts gave to R: from, to
@@ -54,20 +50,12 @@ def page() -> None:
         "PEDRO makes its vectors by l = R(pool(x) W_down) W_up + b, with a rational R(x) that each layer learns from "
         "its start, a fit of GELU (arXiv 2409.17834, eq. 6 and 7)."
     )
-    catalogue = read_catalogue(settings)
-    if catalogue.problem:
-        st.warning(f"The registry cannot be read.\n\n```\n{catalogue.problem}\n```", icon=":material/database_off:")
-    if not catalogue.rows:
-        if not catalogue.problem:
-            st.info(
-                "The registry holds no adapters yet. `make demo` trains three; `pedro submit SPEC.yaml` trains yours.",
-                icon=":material/extension_off:",
-            )
+    names = [row.name for row in catalog_or_notice(settings).rows]
+    if not names:
         return
-    names = [row.name for row in catalogue.rows]
-    places = st.columns([3, 2, 3, 2])
-    one = choose(settings, places[:2], names, "Adapter", "adapter")
-    other = choose(settings, places[2:], [NONE, *names], "Compared with", "other")
+    columns = st.columns([3, 2, 3, 2])
+    one = choose(settings, columns[:2], names, "Adapter", "adapter")
+    other = choose(settings, columns[2:], [NONE, *names], "Compared with", "other")
     if one is None:
         return
     seen = prompts.inputs_seen(one.ref)
@@ -76,25 +64,17 @@ def page() -> None:
     prompts.section(one.version, one.directory)
 
 
-def choose(settings: Settings, places: Sequence, names: list[str], label: str, key: str) -> Chosen | None:
+def choose(settings: Settings, columns: Sequence[Any], names: list[str], label: str, key: str) -> Chosen | None:
     """An adapter and one of its versions; None where there are no activations to show, which is said."""
-    name = places[0].selectbox(label, names, key=key, bind="query-params")
+    name = columns[0].selectbox(label, names, key=key, bind="query-params")
     if name == NONE:
         return None
     found = read_versions(settings, name)
     if not found.versions:
         st.warning(f"{name} has no version that can be read. {found.problem}", icon=":material/broken_image:")
         return None
-    by_number = {version.version: version for version in found.versions}
     champion = found.holding(CHAMPION) or found.versions[0]
-    number = places[1].selectbox(
-        "Version",
-        list(by_number),
-        index=list(by_number).index(champion.version),
-        format_func=lambda held: " ".join([f"v{held}", *by_number[held].aliases]),
-        key=f"{key}_version_{name}",
-    )
-    version = by_number[number]
+    version = select_version(columns[1], found, champion, short_label, f"{key}_version_{name}")
     stored = read_stored(settings, version)
     if stored.directory is None:
         st.warning(f"{version.ref} cannot be read: {stored.problem}", icon=":material/broken_image:")
@@ -104,6 +84,10 @@ def choose(settings: Settings, places: Sequence, names: list[str], label: str, k
     except PedroError as error:
         st.info(f"{version.ref} has no activations to show: {error.message}.", icon=":material/show_chart:")
         return None
+
+
+def short_label(version: Version) -> str:
+    return " ".join([f"v{version.version}", *version.aliases])
 
 
 def functions(one: Chosen, other: Chosen | None, seen: Seen) -> None:
@@ -141,7 +125,7 @@ def draw(
     for m, n in orders or ():
         name = "initial fit" if len(orders or ()) == 1 else f"initial fit of orders ({m}, {n})"
         curves[name] = Curve(data.initial(m, n), GREY, DASHES[2])
-    chosen_layers: dict[str, tuple[data.Layer, str, list[int]]] = {}
+    chosen_layers: dict[str, tuple[data.LayerActivation, str, list[int]]] = {}
     for place, chosen in enumerate(filter(None, (one, other))):
         by_index = {layer.index: layer for layer in chosen.activations.layers}
         for colour, layer in zip(COLOURS, sorted(shown), strict=False):

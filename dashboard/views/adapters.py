@@ -9,14 +9,14 @@ import pandas as pd
 import streamlit as st
 
 import connection
+from components import promotion
+from components.catalog import REFRESH_S, catalog_or_notice, forget, read_stored, read_versions, select_version
 from drawing import number
-from parts import moves
 from pedro.config import Settings
 from pedro.registry import CANDIDATE, CHAMPION, PREVIOUS, Version
 from sources import adapters as data
-from sources.gateway import Access, Gateway, GatewayError
+from sources.gateway import Access, GatewayClient, GatewayError
 
-REFRESH_S = 5
 DATE = "YYYY-MM-DD HH:mm"
 VERDICTS = {
     "passed": ":green[:material/check_circle:] passed the gate",
@@ -25,45 +25,28 @@ VERDICTS = {
     "not gated": ":gray[:material/help:] not gated",
 }
 
-read_catalogue = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the registry …")(data.read_catalogue)
-read_versions = st.cache_data(ttl=REFRESH_S, show_spinner=False)(data.read_versions)
-read_stored = st.cache_data(ttl=60, show_spinner="Fetching the adapter …", max_entries=200)(data.read_stored)
-
 
 def page() -> None:
     settings = Settings.from_env()
-    gateway, standing = connection.sidebar()
+    gateway, status = connection.sidebar()
     st.title("Adapters", anchor=False)
-    moves.tell()
-    catalogue = read_catalogue(settings)
-    if catalogue.problem:
-        st.warning(f"The registry cannot be read.\n\n```\n{catalogue.problem}\n```", icon=":material/database_off:")
-    if not catalogue.rows:
-        if not catalogue.problem:
-            st.info(
-                "The registry holds no adapters yet. `make demo` trains three; `pedro submit SPEC.yaml` trains yours.",
-                icon=":material/extension_off:",
-            )
-        st.caption(f"Registry `{catalogue.source}`")
+    promotion.tell()
+    catalog = catalog_or_notice(settings)
+    if not catalog.rows:
+        st.caption(f"Registry `{catalog.source}`")
         return
-    name = choose(catalogue)
+    name = choose(catalog)
     if name is not None:
-        able = standing.answers and standing.access is Access.ADMIN
+        able = status.answers and status.access is Access.ADMIN
         detail(settings, name, gateway if able else None)
         if not able:
-            connection.missing(gateway, standing, "Moving a champion")
-    st.caption(f"Registry `{catalogue.source}`, read again every {REFRESH_S} s on use.")
+            connection.missing(gateway, status, "Moving a champion")
+    st.caption(f"Registry `{catalog.source}`, read again every {REFRESH_S} s on use.")
 
 
-def read_anew() -> None:
-    """What was read before an alias moved is of the past."""
-    read_catalogue.clear()
-    read_versions.clear()
-
-
-def choose(catalogue: data.Catalogue) -> str | None:
-    """The catalogue, searched and paged; the adapter that is looked at."""
-    rows = catalogue.rows
+def choose(catalog: data.Catalog) -> str | None:
+    """The catalog, searched and paged; the adapter that is looked at."""
+    rows = catalog.rows
     sought, tenant, state = st.columns([3, 3, 3])
     text = sought.text_input("Search", placeholder="part of a name", icon=":material/search:")
     tenants = tenant.multiselect("Tenants", sorted({row.tenant for row in rows}), key="tenants", placeholder="all")
@@ -86,7 +69,7 @@ def choose(catalogue: data.Catalogue) -> str | None:
         placeholder="–",
         on_select="rerun",
         selection_mode="single-row",
-        key=f"catalogue_{page}",
+        key=f"catalog_{page}",
         column_config={
             "tenant": st.column_config.TextColumn("Tenant"),
             "adapter": st.column_config.TextColumn("Adapter"),
@@ -117,7 +100,7 @@ def follow_table(table: Any, shown: list[dict[str, Any]]) -> None:
     st.session_state["adapters_clicked"] = name
 
 
-def detail(settings: Settings, name: str, gateway: Gateway | None) -> None:
+def detail(settings: Settings, name: str, gateway: GatewayClient | None) -> None:
     found = read_versions(settings, name)
     if found.problem:
         st.warning(f"{name} cannot be read.\n\n```\n{found.problem}\n```", icon=":material/broken_image:")
@@ -132,12 +115,8 @@ def detail(settings: Settings, name: str, gateway: Gateway | None) -> None:
     number(facts[2], "Candidate", *aliased(candidate, "none refused"))
     residence(facts[3], name, gateway, found)
     versions_table(found)
-    by_number = {version.version: version for version in found.versions}
-    at = st.selectbox(
-        "Version", list(by_number), format_func=lambda held: label(by_number[held]), key=f"version_{name}"
-    )
-    chosen = by_number[at]
-    moves.buttons(gateway, chosen, champion, previous, read_anew)
+    chosen = select_version(st, found, found.versions[0], label, f"version_{name}")
+    promotion.buttons(gateway, chosen, champion, previous, forget)
     verdict, reason = data.gate_of(chosen)
     st.markdown(f"**v{chosen.version}** · {VERDICTS[verdict]}: {reason}")
     origin(settings, chosen)
@@ -150,7 +129,7 @@ def aliased(version: Version | None, none: str) -> tuple[str, str]:
     return f"v{version.version}", "not measured" if accuracy is None else f"accuracy {accuracy:.1%}"
 
 
-def residence(place: Any, name: str, gateway: Gateway | None, found: data.Versions) -> None:
+def residence(place: Any, name: str, gateway: GatewayClient | None, found: data.Versions) -> None:
     """Where the gateway's engines hold the adapter now."""
     if gateway is None:
         number(place, "Resident", "–", "needs a key")

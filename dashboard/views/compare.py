@@ -8,12 +8,12 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+from components.costs import costs
 from drawing import behind, colours, dashes
-from parts.costs import costs
 from pedro.comparison.results import Cell, Comparison
 from pedro.config import Settings
 from sources import compare as data
-from sources import run_cells
+from sources import mlflow_runs
 from sources.compare import Selection
 
 REFRESH_S = 60
@@ -35,8 +35,8 @@ STYLE = """<style>
 </style>"""
 
 list_all = st.cache_resource(ttl=5, show_spinner=False)(data.list_comparisons)
-read_models = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the experiments …")(run_cells.read_models)
-read_runs = st.cache_resource(ttl=REFRESH_S, show_spinner="Reading the runs …", max_entries=20)(run_cells.read_runs)
+read_models = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the experiments …")(mlflow_runs.read_models)
+read_runs = st.cache_resource(ttl=REFRESH_S, show_spinner="Reading the runs …", max_entries=20)(mlflow_runs.read_runs)
 read_one = st.cache_resource(show_spinner="Reading the runs …", max_entries=10)(data.read)
 
 
@@ -48,7 +48,7 @@ def select(_comparison: Comparison, stamp: str, tasks: Names, labels: Names, bac
 
 @st.cache_resource(ttl=REFRESH_S, show_spinner="Reading the curves …", max_entries=50)
 def with_curves(settings: Settings, _cells: tuple[Cell, ...], stamp: str, task: str) -> list[Cell]:
-    return run_cells.with_curves(settings, _cells, task)
+    return mlflow_runs.with_curves(settings, _cells, task)
 
 
 def page() -> None:
@@ -77,7 +77,7 @@ def chosen(settings: Settings) -> tuple[Comparison | None, str]:
     models, problem = read_models(settings)
     if problem:
         st.warning(f"The registry cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
-    options = [*found, *([run_cells.NAME] if models else [])]
+    options = [*found, *([mlflow_runs.NAME] if models else [])]
     if not options:
         st.info(
             "Nothing to compare yet. `pedro compare jobs/configs/nano_table1.yaml` runs a grid of methods; jobs of "
@@ -95,7 +95,7 @@ def chosen(settings: Settings) -> tuple[Comparison | None, str]:
     comparison, problem = read_runs(settings, tuple(wanted))
     if problem:
         st.warning(f"The runs cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
-    return comparison, f"{run_cells.NAME} {[cell.id for cell in comparison.cells]}"
+    return comparison, f"{mlflow_runs.NAME} {[cell.id for cell in comparison.cells]}"
 
 
 def problems(comparison: Comparison) -> None:
@@ -220,7 +220,7 @@ def curves(settings: Settings, selection: Selection, stamp: str) -> None:
         bind="query-params",
     )
     cells = selection.cells
-    if stamp.startswith(run_cells.NAME):
+    if stamp.startswith(mlflow_runs.NAME):
         cells = tuple(with_curves(settings, cells, stamp, task))
     frame = pd.DataFrame(data.curve_rows(cells, task, curve))
     if frame.empty:

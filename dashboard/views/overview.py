@@ -12,14 +12,14 @@ from drawing import BLUE, GREY, INK, ORANGE, number
 from pedro.config import Settings
 from sources import demo as data
 from sources.overview import Overview, read_overview
-from sources.services import Service, State, health
+from sources.services import Service, ServiceState, health
 
 REFRESH_S = 10
 ANSWERS = {"Backbone alone": GREY, "Majority class": ORANGE, "With adapter": BLUE}
 SIGNS = {
-    State.UP: ":green[:material/check_circle:]",
-    State.OFF: ":gray[:material/radio_button_unchecked:]",
-    State.DOWN: ":red[:material/error:]",
+    ServiceState.UP: ":green[:material/check_circle:]",
+    ServiceState.OFF: ":gray[:material/radio_button_unchecked:]",
+    ServiceState.DOWN: ":red[:material/error:]",
 }
 
 read_demo = st.cache_resource(ttl=REFRESH_S, show_spinner=False)(data.read_demo)
@@ -140,7 +140,7 @@ def figures(tenants: Sequence[data.TenantResult], swapped: data.SwapResult | Non
         number(numbers[3], "Requests lost in a hot swap", lost, f"of {swapped.requests:,} while the alias moved")
 
 
-def accuracy(demo: data.Demo) -> None:
+def accuracy(demo: data.DemoResult) -> None:
     st.markdown("**Accuracy**")
     frame = pd.DataFrame(data.accuracy_rows(demo.tenants))
     base = alt.Chart(frame).encode(
@@ -169,7 +169,7 @@ def accuracy(demo: data.Demo) -> None:
     st.caption(f"Share of held-out rows answered exactly, from the prompt alone, over HTTP. Rows: {rows}.")
 
 
-def swap(demo: data.Demo) -> None:
+def swap(demo: data.DemoResult) -> None:
     st.markdown("**Hot swap**")
     seen = demo.swap
     if seen is None:

@@ -11,7 +11,7 @@ import connection
 from pedro.config import Settings
 from sources import adapters as registry
 from sources import playground as data
-from sources.gateway import Access, Gateway, GatewayError
+from sources.gateway import Access, GatewayClient, GatewayError
 
 LOOK_S = 0.08  # between two looks at what has come
 LONGEST_S = 300.0
@@ -22,11 +22,11 @@ ENDS = {"stop": "ended by itself", "length": "as long as allowed", "cancelled": 
 
 
 def page() -> None:
-    gateway, standing = connection.sidebar()
+    gateway, status = connection.sidebar()
     st.title("Playground", anchor=False)
-    able = standing.answers and standing.access in (Access.TENANT, Access.ADMIN)
+    able = status.answers and status.access in (Access.TENANT, Access.ADMIN)
     if not able:
-        connection.missing(gateway, standing, "The Playground", "a key (`pedro keys create TENANT` makes one)")
+        connection.missing(gateway, status, "The Playground", "a key (`pedro keys create TENANT` makes one)")
     names = model_names(gateway.url, gateway.key) if able else []
     models = st.multiselect(
         "Models",
@@ -86,10 +86,10 @@ def options() -> tuple[data.Sampling, str]:
 def model_names(url: str, key: str) -> list[str]:
     """What the key may ask for; with it the candidates and previous versions that the registry names."""
     try:
-        served = data.model_names(Gateway(url, key).models())
+        served = data.model_names(GatewayClient(url, key).models())
     except GatewayError:
         return []
-    rows = {row.name: row for row in registry.read_catalogue(Settings.from_env()).rows}
+    rows = {row.name: row for row in registry.read_catalog(Settings.from_env()).rows}
     others = [
         f"{name}@{alias}"
         for name in served
@@ -100,24 +100,24 @@ def model_names(url: str, key: str) -> list[str]:
     return data.model_names({"id": name} for name in [*served, *others])
 
 
-def stream(gateway: Gateway, models: Sequence[str], prompt: str, chat: bool, sampling: data.Sampling) -> None:
+def stream(gateway: GatewayClient, models: Sequence[str], prompt: str, chat: bool, sampling: data.Sampling) -> None:
     """Ask, and draw what comes until all have ended. A press of any button ends this run, and with it the answers."""
     st.session_state[HELD] = ()
-    race = data.Race(gateway, models, prompt, chat, sampling)
+    running = data.ParallelAnswers(gateway, models, prompt, chat, sampling)
     place = st.empty()
     deadline = time.monotonic() + LONGEST_S
     try:
-        while not race.wait(LOOK_S) and time.monotonic() < deadline:
+        while not running.wait(LOOK_S) and time.monotonic() < deadline:
             with place.container():
-                draw(race.answers())
+                draw(running.answers())
     finally:
-        race.cancel()
-        st.session_state[HELD] = tuple(race.answers())
+        running.cancel()
+        st.session_state[HELD] = tuple(running.answers())
     with place.container():
-        draw(race.answers())
+        draw(running.answers())
 
 
-def draw(answers: Sequence[data.Answer]) -> None:
+def draw(answers: Sequence[data.StreamedAnswer]) -> None:
     """A column an answer."""
     if not answers:
         return
@@ -131,7 +131,7 @@ def draw(answers: Sequence[data.Answer]) -> None:
             st.caption(timing(answer))
 
 
-def timing(answer: data.Answer) -> str:
+def timing(answer: data.StreamedAnswer) -> str:
     """What is known of its times so far."""
     if answer.first_token_s is None:
         return "" if answer.done else "waiting for the first token …"

@@ -18,7 +18,7 @@ import connection
 from drawing import BLUE, DASHES, GREEN, GREY, ORANGE, PINK, SERIES, SKY, VERMILION, number
 from pedro.config import Settings
 from sources import serving as data
-from sources.gateway import MAKE_KEY, Gateway
+from sources.gateway import MAKE_KEY, GatewayClient
 
 WINDOWS = {"5 minutes": 300.0, "15 minutes": 900.0, "1 hour": 3600.0}
 MOST_LINES = 6
@@ -48,7 +48,7 @@ def history_of(url: str, key_digest: str) -> data.History:
     return data.History()
 
 
-def show(gateway: Gateway, history: data.History, seconds: float, names: list[str]) -> None:
+def show(gateway: GatewayClient, history: data.History, seconds: float, names: list[str]) -> None:
     """Everything that changes by itself: read, then draw."""
     now = time.time()
     problem = ""

@@ -7,6 +7,7 @@ PEDRO_HOME is started on loopback with token authentication, reused by every com
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import logging
 import os
@@ -172,6 +173,16 @@ def free_port(low: int = 20000, high: int = 32000) -> int:
         if port_is_free(port):
             return port
     raise UnavailableError(f"no free TCP port found between {low} and {high}; close some servers")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import sys
 import threading
@@ -31,7 +30,7 @@ def dashboard(
 
     Example: `pedro dashboard`, then open http://127.0.0.1:8501
     """
-    from pedro.cluster import port_is_free
+    from pedro.cluster import is_loopback, port_is_free
     from pedro.config import Settings
     from pedro.errors import NotFoundError, UnavailableError
 
@@ -64,16 +63,6 @@ def find_app() -> Path:
     package = Path(__file__).parents[1]
     installed = package / "dashboard" / "app.py"
     return installed if installed.is_file() else package.parents[1] / "dashboard" / "app.py"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _warm_up(settings: Settings) -> None:

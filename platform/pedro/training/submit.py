@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from pedro.cluster import is_loopback
 from pedro.config import Settings
 from pedro.errors import NotFoundError, PedroError, TrainingError, UnavailableError
 from pedro.training.job import JobResult, new_job_id, stage
@@ -50,7 +51,6 @@ NOISE = re.compile(
 )
 POLL_S = 1.0
 STOP_S = 10.0  # Ray kills a driver that does not end within 3
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def submit(
@@ -248,7 +248,7 @@ def _client(dashboard_url: str) -> JobSubmissionClient:
 
 def _python(dashboard_url: str) -> str:
     """This interpreter on this host; elsewhere whatever the cluster's image calls python."""
-    return sys.executable if urlsplit(dashboard_url).hostname in LOOPBACK else "python"
+    return sys.executable if is_loopback(urlsplit(dashboard_url).hostname or "") else "python"
 
 
 def _line(error: Exception) -> str:

@@ -11,7 +11,7 @@ import streamlit as st
 import connection
 from pedro.registry import CHAMPION, Version
 from sources import adapters as data
-from sources.gateway import Gateway, GatewayError
+from sources.gateway import GatewayClient, GatewayError
 
 SAID = "moves_said"  # in the session: how the last change ended
 YES, NO = "move_yes", "move_no"
@@ -19,7 +19,7 @@ Act = Callable[[], Mapping[str, Any]]
 
 
 def buttons(
-    gateway: Gateway | None,
+    gateway: GatewayClient | None,
     chosen: Version,
     champion: Version | None,
     previous: Version | None,
@@ -55,7 +55,7 @@ def buttons(
 
 
 def confirm(
-    title: str, gateway: Gateway, old: Version | None, new: Version, act: Act, moved: Callable[[], None]
+    title: str, gateway: GatewayClient, old: Version | None, new: Version, act: Act, moved: Callable[[], None]
 ) -> None:
     """A dialog that says what would change; the alias moves only from its button."""
 

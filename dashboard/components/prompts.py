@@ -20,8 +20,8 @@ CHAT, RAW = "As a chat message", "As it stands"
 READ = "prompts_read"  # in the session: of which version, what the prompts are called, what they gave
 SPREAD = ("low", "p5", "p25", "p50", "p75", "p95", "high")
 
-load_generator = st.cache_resource(show_spinner="Loading the adapter on its backbone …", max_entries=4)(
-    vectors.Generator
+load_reader = st.cache_resource(show_spinner="Loading the adapter on its backbone …", max_entries=4)(
+    vectors.VectorReader
 )
 
 
@@ -64,9 +64,9 @@ def read(version: Version, directory: Path, lines: list[str], chat: bool) -> Non
         st.toast(f"Only the first {MOST_PROMPTS} prompts are read.", icon=":material/format_list_numbered:")
     texts = list(dict.fromkeys(line[: vectors.LONGEST] for line in lines))[:MOST_PROMPTS]
     try:
-        generator = load_generator(directory)
+        reader = load_reader(directory)
         with st.spinner("Reading the prompts …"):
-            readings = [generator.read(text, chat=chat) for text in texts]
+            readings = [reader.read(text, chat=chat) for text in texts]
     except PedroError as error:
         st.error(error.message, icon=":material/error:")
         return
@@ -78,7 +78,7 @@ def read(version: Version, directory: Path, lines: list[str], chat: bool) -> Non
     st.rerun()
 
 
-def show(names: list[str], readings: list[vectors.Reading]) -> None:
+def show(names: list[str], readings: list[vectors.PromptVectors]) -> None:
     """Where the vectors' values lie, layer by layer, and how much of that the prompt decides."""
     spread = pd.DataFrame(vectors.spread_rows(readings, names))
     targets = list(dict.fromkeys(spread["target"]))

@@ -12,13 +12,13 @@ from pathlib import Path
 from pedro.config import Settings
 from pedro.errors import AuthenticationError, PedroError
 from pedro.store import ADMIN, Store
-from sources.gateway import MAKE_KEY, Access, Gateway, default_url
+from sources.gateway import MAKE_KEY, Access, GatewayClient, default_url
 
 REQUIRE_KEY = "PEDRO_DASHBOARD_REQUIRE_KEY"
 NOT_ADMIN = f"This is not an admin key. `{MAKE_KEY}` makes one."
 
 
-def wanted(env: Mapping[str, str] = os.environ) -> bool:
+def required(env: Mapping[str, str] = os.environ) -> bool:
     """Whether a key is asked for; `pedro dashboard` asks for one on every address but loopback."""
     return env.get(REQUIRE_KEY, "").lower() not in ("", "0", "false", "no")
 
@@ -29,7 +29,7 @@ def refusal(key: str, settings: Settings, env: Mapping[str, str] = os.environ) -
     if not key:
         return "A key is needed."
     if env.get("PEDRO_GATEWAY_URL"):
-        return _asked_at_the_gateway(Gateway(default_url(env), key))
+        return _asked_at_the_gateway(GatewayClient(default_url(env), key))
     sqlite = settings.database_url.removeprefix("sqlite:///")
     if sqlite != settings.database_url and not Path(sqlite).is_file():
         return f"No key exists yet. `{MAKE_KEY}` makes one."
@@ -47,8 +47,8 @@ def refusal(key: str, settings: Settings, env: Mapping[str, str] = os.environ) -
     return "" if ADMIN in record.scopes else NOT_ADMIN
 
 
-def _asked_at_the_gateway(gateway: Gateway) -> str:
-    standing = gateway.standing()
-    if standing.problem:
-        return f"The key cannot be checked: {standing.problem}"
-    return "" if standing.access is Access.ADMIN else NOT_ADMIN
+def _asked_at_the_gateway(gateway: GatewayClient) -> str:
+    status = gateway.status()
+    if status.problem:
+        return f"The key cannot be checked: {status.problem}"
+    return "" if status.access is Access.ADMIN else NOT_ADMIN
