@@ -448,8 +448,8 @@ def test_scores_by_group_are_drawn_for_tasks_of_a_few_groups_in_their_natural_or
 
 def test_the_drawn_activation_is_the_one_that_is_trained():
     torch = pytest.importorskip("torch")
+    from pedro.adapter_kinds import rational as trained
     from pedro.comparison.figures import X, rational
-    from pedro.methods.pedro.rational import rational as trained
 
     a, b = [0.1, 0.5, 0.3, -0.2], [0.4, -0.7]
     wanted = trained(torch.tensor(X)[:, None], torch.tensor(a), torch.tensor(b))[:, 0]

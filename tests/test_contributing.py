@@ -1,4 +1,4 @@
-"""The guides of CONTRIBUTING.md, taken from the page: its method trains, its task is taught and scored."""
+"""The guides of CONTRIBUTING.md, taken from the page: its method is trained and served, its task taught and scored."""
 
 import importlib.util
 import json
@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from engine_models import make_adapter, make_engine, prompt, random_backbone, reference_greedy, request
+from engine_models import run as run_engine
 from methods_models import SIZES, tiny_backbone, tokens
 from peft import PeftModel
 from test_methods_training import by_heart, recalled, train_on
@@ -78,6 +80,21 @@ def test_the_guides_method_starts_as_the_identity_learns_by_heart_and_merges(dya
         torch.testing.assert_close(again.merge_and_unload()(tokens()).logits, learned, atol=1e-4, rtol=1e-4)
 
 
+def test_the_guides_method_is_served_beside_another_without_any_other_line(dyad, tmp_path):
+    model = random_backbone()
+    tuned = {
+        name: make_adapter(model, tmp_path / name, seed=number, method=name)
+        for number, name in enumerate(("dyad", "pedro"), 1)
+    }
+    engine = make_engine(model, load=lambda ref: tmp_path / ref)
+    answers = run_engine(engine, *(request(name, prompt(6), 5, adapter=name) for name in tuned))
+    bare = reference_greedy(model, prompt(6), 5)
+    for name, reference in tuned.items():
+        expected = reference_greedy(reference, prompt(6), 5)
+        assert answers[name].token_ids[: len(expected)] == expected != bare[: len(expected)]
+    assert METHODS["dyad"].mixed_batches
+
+
 def test_the_guides_method_learns_the_guides_task_and_is_scored(dyad, shades, tmp_path):
     task, data = shades
     task.write("train", tmp_path / "train.jsonl", data)
@@ -108,6 +125,6 @@ def test_the_guides_method_learns_the_guides_task_and_is_scored(dyad, shades, tm
 def test_the_guides_name_what_there_is():
     page = PAGE.read_text(encoding="utf-8")
     guides = page[page.index("## Add a method") : page.index("## Add a dashboard page")]
-    for name in re.findall(r"`((?:low_rank/)?\w+\.py)`", guides):
+    for name in re.findall(r"`((?:\w+/)?\w+\.py)`", guides):
         found = [*PAGE.parent.glob(f"platform/pedro/**/{name}"), *PAGE.parent.glob(f"tests/{name}")]
         assert found, f"{name} is not to be found"

@@ -12,11 +12,12 @@ from dashboard_app import healthy, opener, words
 from dashboard_home import make_home
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
 
+from pedro.adapter_kinds import rational
 from pedro.backbone import load_model
 from pedro.errors import AdapterError, BackboneError
 from pedro.methods import get_method
 from pedro.methods.adapter_files import save_adapter
-from pedro.methods.pedro import PedroLayer, fit_gelu, rational
+from pedro.methods.pedro import PedroLayer, fit_gelu
 from pedro.registry import Registry
 from sources import activations, vectors
 

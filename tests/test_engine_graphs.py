@@ -12,9 +12,9 @@ from engine_models import DIGEST, make_adapter, prompt, random_backbone, referen
 
 from pedro.engine import graphs
 from pedro.engine import runner as runner_module
-from pedro.engine.formats import load_adapter
 from pedro.engine.graphs import GraphCapture, find_paged_attention
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
+from pedro.methods.servable import read_adapter
 
 
 def capture(run):
@@ -90,7 +90,7 @@ def test_graphed_steps_equal_the_reference_for_any_rows_kinds_and_lengths(model_
     adapters = {None: None}
     for number, name in enumerate(["pedro", "red", "lora"]):
         tuned[name] = make_adapter(model, tmp_path / name, seed=number, method=name)
-        adapters[name] = load_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
+        adapters[name] = read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
     kinds = ["pedro", None, "lora", "red", "pedro", None, "lora"]
     slots, lengths = [9, 0, 3, 4, 1, 10, 6], [5, 3, 254, 12, 1, 8, 20]
     tokens = [prompt(n, n) for n in lengths]

@@ -1,16 +1,19 @@
 """Every adapter kind that the engine serves, all in one batch, equals the PEFT model that carries it alone."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from engine_models import DIGEST, make_adapter, make_engine, prompt, random_backbone, reference_logits, request, run
 from peft import LoraConfig, get_peft_model
 
-from pedro.engine.formats import load_adapter
+from pedro import engine as engine_package
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 from pedro.errors import AdapterError
 from pedro.methods.adapter_files import save_adapter
+from pedro.methods.servable import read_adapter
 
 KINDS = {
     "pedro": ("pedro", {}),
@@ -57,8 +60,8 @@ def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
         tuned = make_adapter(model, tmp_path / name, seed=number, method=method, **options)
         bare, made = (reference_logits(m, prompt(7), 7) for m in (model, tuned))
         assert (made - bare).abs().max() > 0.01, f"{name} has an effect to compare"
-        adapter = load_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
-        assert adapter.holds == (method in LOW_RANK)
+        adapter = read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
+        assert adapter.acts_on_every_token == (method in LOW_RANK)
         ids = prompt(5 + number, number)
         rows.append(PrefillRow(number, ids, len(ids), adapter))
         references.append(tuned)
@@ -89,7 +92,7 @@ def test_a_slot_forgets_the_kind_it_held(kernel, tmp_path):
         if name is not None:
             directory = tmp_path / str(number)
             reference = make_adapter(model, directory, seed=number, method=KINDS[name][0], **KINDS[name][1])
-            adapter = load_adapter(directory, runner.architecture, DIGEST, runner.device, runner.strip)
+            adapter = read_adapter(directory, runner.architecture, DIGEST, runner.device, runner.strip)
         ids = prompt(6, number)
         runner.begin([PrefillRow(0, ids, len(ids), adapter)])
         runner.advance()
@@ -107,7 +110,7 @@ def test_what_a_preempted_request_kept_stands_in_for_its_adapter(name, kernel, t
     model = random_backbone("llama")
     tuned = make_adapter(model, tmp_path / "a", seed=1, method=KINDS[name][0], **KINDS[name][1])
     runner = Runner(copy.deepcopy(model), slots=3, length=64, kernel=kernel)
-    adapter = load_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.strip)
+    adapter = read_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.strip)
     ids = prompt(9)
     runner.begin([PrefillRow(0, ids, 5, adapter)])
     runner.advance()
@@ -129,7 +132,7 @@ def test_a_bare_copy_into_a_slot_that_held_an_adapter_is_bare(kernel, tmp_path):
     model = random_backbone("llama")
     tuned = make_adapter(model, tmp_path / "a", seed=1)
     runner = Runner(copy.deepcopy(model), slots=3, length=64, kernel=kernel)
-    adapter = load_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.strip)
+    adapter = read_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.strip)
     ids = prompt(9)
     for rows in ([PrefillRow(1, prompt(5), 5, adapter), PrefillRow(2, ids, 9, adapter)], [PrefillRow(0, ids, 9)]):
         runner.begin(rows)
@@ -150,12 +153,12 @@ def test_an_adapter_whose_form_is_not_served_is_refused_by_name(tmp_path):
     runner = Runner(copy.deepcopy(model), slots=1, length=16)
     for name, why in (("dora", "use_dora"), ("houlsby", "PEDRO, PARA")):
         with pytest.raises(AdapterError, match=why):
-            load_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
+            read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
     gpt2 = random_backbone("gpt2")
     make_adapter(gpt2, tmp_path / "ia3", seed=1, method="ia3")
     runner = Runner(copy.deepcopy(gpt2), slots=1, length=16)
     with pytest.raises(AdapterError, match="without a gate"):
-        load_adapter(tmp_path / "ia3", runner.architecture, DIGEST, runner.device, runner.strip)
+        read_adapter(tmp_path / "ia3", runner.architecture, DIGEST, runner.device, runner.strip)
 
 
 def test_every_kind_answers_through_the_engine_beside_the_others(tmp_path):
@@ -170,3 +173,10 @@ def test_every_kind_answers_through_the_engine_beside_the_others(tmp_path):
         for i, name in enumerate(KINDS)
     }
     assert {name: a.token_ids for name, a in answers.items()} == {n: a[n].token_ids for n, a in alone.items()}
+
+
+def test_the_engine_imports_no_method():
+    """It knows the neutral kinds, the table of architectures, and whoever picks the reader."""
+    folder = Path(engine_package.__file__).parent
+    imported = {name for file in folder.glob("*.py") for name in re.findall(r"pedro\.methods[\w.]*", file.read_text())}
+    assert imported == {"pedro.methods.architectures", "pedro.methods.servable"}

@@ -8,9 +8,9 @@ import torch
 from engine_models import make_adapter, make_engine, prompt, random_backbone, reference_logits, request, run
 
 from pedro.engine import native, native_model
-from pedro.engine.formats import load_adapter
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 from pedro.errors import BackboneError
+from pedro.methods.servable import read_adapter
 
 SIZES = {  # none a multiple of a strip, several prompts longer than a block of rows
     "odd": {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 44},
@@ -46,7 +46,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_any_number_of_others(model
     model = random_backbone(model_type)
     make_adapter(model, tmp_path / "a", seed=1)
     runner = Runner(copy.deepcopy(model), slots=40, length=64, kernel="native")
-    adapter = load_adapter(tmp_path / "a", runner.architecture, "sha256:the-backbone", runner.device, runner.strip)
+    adapter = read_adapter(tmp_path / "a", runner.architecture, "sha256:the-backbone", runner.device, runner.strip)
     mine = (7, prompt(21), adapter)
     alone = [prefill(runner, mine).values[0].clone()]
     alone += [runner.decode([DecodeRow(7, 5 + t, 21 + t)]).values[0].clone() for t in range(3)]

@@ -8,10 +8,10 @@ from engine_models import DIGEST, make_adapter, prompt, random_backbone
 
 from pedro.engine import native, threads
 from pedro.engine.config import EngineConfig
-from pedro.engine.formats import load_adapter
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 from pedro.engine.threads import LONGEST_HOLD_S, WINDOW_S, Threads, cpu_quota, granted_threads
 from pedro.errors import ConfigError
+from pedro.methods.servable import read_adapter
 
 SIZES = {"hidden_size": 96, "intermediate_size": 200, "vocab_size": 300, "head_dim": 24}
 
@@ -32,7 +32,7 @@ def answers(model, count, tmp_path):
     adapters = [
         None
         if name is None
-        else load_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
+        else read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
         for name in ("a", None, "b")
     ]
     lengths = (120, 3, 41, 17, 64, 1, 30, 9)

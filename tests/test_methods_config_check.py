@@ -10,11 +10,11 @@ from serving_adapters import backbone
 from serving_adapters import make_adapter as make_pedro
 
 from pedro.backbone import load_model
-from pedro.engine.formats import check_servable, load_adapter
 from pedro.errors import AdapterError, ConfigError
 from pedro.methods import get_method
 from pedro.methods.adapter_files import CONFIG, MANIFEST, read_config, save_adapter
 from pedro.methods.architectures import describe
+from pedro.methods.servable import check_servable, read_adapter
 from pedro.training.job import judge
 
 LORA = {"peft_type": "LORA", "target_modules": ["q_proj"]}
@@ -71,7 +71,7 @@ def changed(directory, tmp_path, **fields):
 def test_a_field_that_the_engine_does_not_implement_is_refused_by_name(lora, tmp_path, field):
     directory, architecture = lora
     with pytest.raises(AdapterError, match=f"LORA with {next(iter(field))} = .* is not served in mixed batches"):
-        load_adapter(changed(directory, tmp_path, **field), architecture, DIGEST, torch.device("cpu"))
+        read_adapter(changed(directory, tmp_path, **field), architecture, DIGEST, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_nobody_would_heed_or_would_change_the_backbone_is_refused_wherever
 def test_an_empty_field_that_is_not_known_means_nothing(lora, tmp_path):
     directory, architecture = lora
     copy = changed(directory, tmp_path, a_field_of_tomorrow=None, use_dora=False, rank_pattern={}, lora_dropout=0.1)
-    load_adapter(copy, architecture, DIGEST, torch.device("cpu"))
+    read_adapter(copy, architecture, DIGEST, torch.device("cpu"))
 
 
 def test_an_adapter_is_opened_as_the_engine_would_without_the_backbones_weights(tmp_path):

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
+from pedro.adapter_kinds import GeneratorWeights, generate_vectors, rational
 from pedro.errors import ConfigError
-from pedro.methods.pedro.generator import GeneratorWeights, generate_vectors
-from pedro.methods.pedro.rational import fit_gelu, rational
+from pedro.methods.pedro.rational import fit_gelu
 
 
 def test_the_papers_orders_fit_gelu_within_a_hundredth():

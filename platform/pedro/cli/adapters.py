@@ -116,8 +116,8 @@ def rollback(name: Name, as_json: AsJson = False) -> None:
 def _check_servable(registry: Registry, wanted: Version) -> None:
     """Raise AdapterError for a version that the engine could not serve; says so where that cannot be told here."""
     from pedro.backbone import resolve_backbone
-    from pedro.engine.formats import check_servable
     from pedro.errors import BackboneError
+    from pedro.methods.servable import check_servable
 
     try:
         backbone = resolve_backbone(wanted.backbone_id)

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pedro.engine.adapter import Adapter
+from pedro.adapter_kinds import Adapter
 from pedro.engine.adapters import AdapterPool, Entry
 from pedro.engine.beam import BeamSequence
 from pedro.engine.config import EngineConfig
-from pedro.engine.formats import load_adapter
 from pedro.engine.intake import Intake
 from pedro.engine.pace import LONE_TOKENS, Pace
 from pedro.engine.plan import Group, Limits, PrefillSlice
@@ -27,6 +26,7 @@ from pedro.engine.scheduler import Scheduler
 from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
 from pedro.engine.steps import first_tokens, next_tokens, settle
 from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError
+from pedro.methods.servable import read_adapter
 
 log = logging.getLogger(__name__)
 SHED = (
@@ -67,9 +67,8 @@ class Engine:
             self._scheduler.lone_tokens = min(LONE_TOKENS, config.prefill_tokens)
 
         def fetch(ref: str) -> Adapter:
-            return load_adapter(
-                load(ref), self._runner.architecture, backbone_digest, self._runner.device, self._runner.strip
-            )
+            runner = self._runner
+            return read_adapter(load(ref), runner.architecture, backbone_digest, runner.device, runner.strip)
 
         self.adapters = AdapterPool(fetch, config.adapter_bytes, self._adapters_changed, config.loaders)
         self._lock = threading.Lock()
@@ -306,7 +305,7 @@ class Engine:
             entry = self._pins.get(sequence)
             if sequence.state is State.FINISHED:
                 self._left.append(sequence)
-            elif entry is not None and not (entry.adapter is not None and entry.adapter.holds):
+            elif entry is not None and not (entry.adapter is not None and entry.adapter.acts_on_every_token):
                 self._unpin(sequence)
         self._scheduler.prefilled(groups)
 

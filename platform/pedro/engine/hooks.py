@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pedro.engine.adapter import Adapter
+from pedro.adapter_kinds import Adapter, LowRank
 from pedro.engine.attention import DecodeStep
 from pedro.engine.modulation import SCALE, SHIFT, Conditioned, Modulation
 from pedro.methods.architectures import Architecture, Rows
@@ -107,7 +107,7 @@ class Hooks:
                     made = made + shift[slot]
                 term = low_rank[slot].low_rank[layer].get(site) if slot in low_rank else None
                 if term is not None:
-                    made = made + (inputs[0, span].float() @ term.down) @ term.up
+                    made = made + (inputs[0, span].float() @ term.a) @ term.b
                 if made is not part:
                     _put(output[0, span], place, made)
         return output
@@ -132,8 +132,8 @@ class Hooks:
                 made = made + step.of_slots(shift)
             terms = self._low_rank.get((layer, site))
             if terms is not None:
-                down, up = (step.of_slots(term) for term in terms)
-                made = made + torch.bmm(torch.bmm(inputs[0].to(down.dtype)[:, None], down), up)[:, 0]
+                a, b = (step.of_slots(term) for term in terms)
+                made = made + torch.bmm(torch.bmm(inputs[0].to(a.dtype)[:, None], a), b)[:, 0]
             if made is not part:
                 if place is None:
                     output = made.to(output.dtype)[None]
@@ -148,19 +148,19 @@ class Hooks:
                 buffer[slot] = 0
         for layer, sites in enumerate(adapter.low_rank if adapter is not None else ()):
             for site, term in sites.items():
-                rank = term.down.shape[1]
-                down, up = self._low_rank_buffers(layer, site, term.down, term.up)
-                down[slot, :, :rank], up[slot, :rank] = term.down, term.up
+                rank = term.a.shape[1]
+                a, b = self._low_rank_buffers(layer, site, term)
+                a[slot, :, :rank], b[slot, :rank] = term.a, term.b
 
-    def _low_rank_buffers(self, layer: int, site: str, down: torch.Tensor, up: torch.Tensor):
-        """The site's buffers, made or widened if this rank needs it."""
-        slots, rank = len(self._modulation.modulated), down.shape[1]
+    def _low_rank_buffers(self, layer: int, site: str, term: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+        """The site's buffers [S, in, R] and [S, R, W], made or widened if this rank needs it."""
+        slots, rank = len(self._modulation.modulated), term.a.shape[1]
         old = self._low_rank.get((layer, site))
         if old is None or old[0].shape[2] < rank:
             dtype = self._dtype
             made = (
-                down.new_zeros(slots, down.shape[0], rank, dtype=dtype),
-                up.new_zeros(slots, rank, up.shape[1], dtype=dtype),
+                term.a.new_zeros(slots, term.a.shape[0], rank, dtype=dtype),
+                term.b.new_zeros(slots, rank, term.b.shape[1], dtype=dtype),
             )
             if old is not None:
                 made[0][:, :, : old[0].shape[2]], made[1][:, : old[1].shape[1]] = old

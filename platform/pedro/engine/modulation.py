@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pedro.engine.adapter import Adapter, Generator
-from pedro.methods.pedro.generator import GeneratorWeights, generate_vectors
+from pedro.adapter_kinds import Adapter, Generator, GeneratorWeights, generate_vectors
 
 SCALE, SHIFT = "scale", "shift"
 NEUTRAL = {SCALE: 1.0, SHIFT: 0.0}

@@ -19,10 +19,11 @@ from ctypes import POINTER, c_double, c_float, c_int, c_long, c_void_p
 from functools import cache
 from pathlib import Path
 
+from pedro.adapter_kinds import SITES  # in the order of native.c's enum
+
 log = logging.getLogger(__name__)
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "team.h"))
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-shared", "-fPIC")
-SITES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Layer(ctypes.Structure):

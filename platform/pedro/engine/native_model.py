@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pedro.adapter_kinds import SITES, Adapter, Generator
 from pedro.engine import native
-from pedro.engine.adapter import Adapter, Generator
 from pedro.engine.executor import Logits
 from pedro.engine.kv_cache import KVCache
 from pedro.engine.modulation import Conditioned, Modulation
-from pedro.engine.native import SITES
 from pedro.engine.threads import Threads
 from pedro.methods.architectures import Architecture
 
@@ -324,10 +323,10 @@ class NativeModel:
         self._ranks[:, :, slot] = 0
         for layer, terms in enumerate(adapter.low_rank if adapter is not None else ()):
             for site, term in terms.items():
-                number, rank = SITES.index(site), term.down.shape[1]
+                number, rank = SITES.index(site), term.a.shape[1]
                 self._ranks[layer, number, slot] = rank
-                self._lora[layer, number, slot, 0] = term.down.data_ptr()
-                self._lora[layer, number, slot, 1] = term.up.data_ptr()
+                self._lora[layer, number, slot, 0] = term.a.data_ptr()
+                self._lora[layer, number, slot, 1] = term.b.data_ptr()
                 self._model.max_rank = max(self._model.max_rank, rank)
 
 

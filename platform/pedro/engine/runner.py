@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from pedro.adapter_kinds import Adapter
 from pedro.engine import native_model
-from pedro.engine.adapter import Adapter
 from pedro.engine.executor import Executor, Logits
 from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
 from pedro.engine.kv_cache import KVCache

@@ -13,14 +13,29 @@ import torch
 from peft import AdaLoraConfig
 from torch import nn
 
+from pedro.adapter_kinds import Adapter, LowRank
 from pedro.errors import ConfigError
+from pedro.methods.architectures import Architecture
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_share, paths_of
+from pedro.methods.reader import (
+    LORA_FIELDS,
+    MODULE_FIELDS,
+    PEFT_FIELDS,
+    ROOT,
+    Reader,
+    SavedTensors,
+    input_width,
+    rows_of,
+    sites_by_module,
+)
 
 LEAST_STEPS = 4
 UNKNOWN_STEPS = 1_000_000_000  # PEFT's config wants a number early; the companion sets the real one
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 PATTERN = "rank_pattern"
+FIELDS = PEFT_FIELDS | MODULE_FIELDS | LORA_FIELDS | {"init_r", "target_r", "tinit", "tfinal", "deltaT"}
+FIELDS |= {"beta1", "beta2", "orth_reg_weight", "total_step", PATTERN}
 
 
 class AdaLora:
@@ -153,13 +168,33 @@ def _build(
     )
 
 
+def _read(config: AdaLoraConfig, tensors: SavedTensors, architecture: Architecture) -> Adapter:
+    """For the engine: each module has the ranks that were kept, and singular values between its factors."""
+    scaling = config.lora_alpha / (config.init_r + 1e-5)  # PEFT keeps to the first rank after pruning
+    layers = []
+    for block in architecture.layers:
+        terms: dict[str, LowRank] = {}
+        for path, sites in sites_by_module(block).items():
+            prefix = f"{ROOT}{block.name}.{path}.lora_"
+            if f"{prefix}A" not in tensors:
+                continue
+            rank, inputs = tensors.rows(f"{prefix}A"), input_width(block, sites, architecture.hidden_size)
+            outputs = sum(block.linears[site].width for site in sites)
+            a = tensors.take(f"{prefix}A", (rank, inputs)) * tensors.take(f"{prefix}E", (rank, 1))
+            b = tensors.take(f"{prefix}B", (outputs, rank)) * scaling
+            if rank:
+                terms |= {site: LowRank(a.T, rows_of(b, block, site).T) for site in sites}
+        layers.append(terms)
+    return Adapter(low_rank=tuple(layers))
+
+
 METHOD = Method(
     name="adalora",
     title="AdaLoRA",
     source="Zhang et al. 2023, arXiv 2303.10512",
     equation="y ← y + (α/r) P Λ Q x, half of Λ pruned",
     build=_build,
-    engine=True,
+    readers=(Reader("ADALORA", _read, FIELDS),),
     mergeable=True,
     identity_at_init=True,
     accompany=lambda model, steps, options: AdaLora(model, steps, options["start"], options["end"]),

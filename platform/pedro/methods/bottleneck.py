@@ -154,7 +154,6 @@ HOULSBY = Method(
     source="Houlsby et al. 2019, arXiv 1902.00751",
     equation="h ← h + σ(h W_down) W_up, two a layer",
     build=_build_houlsby,
-    engine=False,
     mergeable=False,
     identity_at_init=True,
 )
@@ -164,8 +163,8 @@ LEARNED_ADAPTER = Method(
     source="Zhang et al. 2023, Findings of ACL",
     equation="h ← h + σ(h W_down) W_up, σ a learned mixture",
     build=_build_learned,
-    engine=False,
     mergeable=False,
     identity_at_init=True,
     theta=(".bottleneck_mix.",),
 )
+METHODS = (HOULSBY, LEARNED_ADAPTER)

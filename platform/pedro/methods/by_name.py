@@ -30,6 +30,11 @@ NEED_MORE = ("POLY", "MULTITASK_PROMPT_TUNING", "XLORA", "CPT", "CARTRIDGE", "SH
 class PeftByName(Method):
     """The method `peft`: its options are those of the config class that `peft_type` names."""
 
+    @property
+    def mixed_batches(self) -> bool | None:
+        """As the type has a reader of another method, or has none."""
+        return None
+
     def known(self, options: dict[str, Any]) -> Sequence[str]:
         """peft_type and the fields of its config class. Raises ConfigError for a type that is not to be had."""
         fields = [f.name for f in dataclasses.fields(_config_class(options.get("peft_type"))) if f.init]
@@ -103,7 +108,6 @@ METHOD = PeftByName(
     source="huggingface/peft",
     equation="as peft_type says",
     build=_build,
-    engine=None,
     mergeable=None,
     identity_at_init=None,
     accompany=_accompany,

@@ -39,7 +39,7 @@ def capabilities(counts: bool = True) -> list[dict[str, Any]]:
                 if counts and method.name != "peft"
                 else None
             ),
-            "mixed_batches": method.engine,
+            "mixed_batches": method.mixed_batches,
             "mergeable": method.mergeable,
             "identity_at_init": method.identity_at_init,
             "conditions_on_prompt": method.conditions_on_prompt,

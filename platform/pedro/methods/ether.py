@@ -129,7 +129,6 @@ def _entry(name: str, title: str, equation: str, plus: bool) -> Method:
         source="Bini et al. 2024, arXiv 2405.20271",
         equation=equation,
         build=partial(_build, plus),
-        engine=False,
         mergeable=True,
         identity_at_init=plus,
         paper={"blocks": 32},
@@ -141,3 +140,4 @@ register(EtherConfig, EtherModel, "ether or ether-plus")
 
 ETHER = _entry("ether", "ETHER", "W ← W (I − 2 û ûᵀ)", plus=False)
 ETHER_PLUS = _entry("ether-plus", "ETHER+", "W ← (I − û₁û₁ᵀ + v̂₁v̂₁ᵀ) W (I − û₂û₂ᵀ + v̂₂v̂₂ᵀ)", plus=True)
+METHODS = (ETHER, ETHER_PLUS)

@@ -217,7 +217,6 @@ METHOD = Method(
     source="Liu et al. 2022, arXiv 2210.11292",
     equation="H ← [relu(pool(H W_down)) W_up; H] at the middle layer",
     build=_build,
-    engine=False,
     mergeable=False,
     identity_at_init=False,
     conditions_on_prompt=True,

@@ -207,7 +207,6 @@ METHOD = Method(
     source="Yang et al. 2024, arXiv 2402.11417",
     equation="h ← h + σ(h W_down) W_up, W = Π of tensor-train cores; norms trained",
     build=_build,
-    engine=False,
     mergeable=False,
     identity_at_init=False,
     reads_weights=True,

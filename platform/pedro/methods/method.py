@@ -1,4 +1,4 @@
-"""What a method is: options in, a model with an adapter out, and what it says it can do. Knows no single method.
+"""What a method is: options in, a model with an adapter out, and what it says it can do.
 
 All methods take the same forward call, `prompt_lens` and `prompt_mask` included; those that do not condition on the
 prompt ignore the two.
@@ -21,6 +21,7 @@ from pedro.methods.companion import Companion
 from pedro.methods.config_check import changed_backbone
 from pedro.methods.patterns import check_patterns
 from pedro.methods.prompt import PROMPT_ARGUMENTS
+from pedro.methods.reader import Reader
 
 Parameters = list[tuple[str, nn.Parameter]]
 
@@ -38,14 +39,21 @@ class Method:
     source: str
     equation: str
     build: Callable[..., PeftConfig | None]
-    engine: bool | None  # served in batches that mix adapters
     mergeable: bool | None  # can be folded into the backbone's weights
     identity_at_init: bool | None  # a fresh adapter changes nothing
+    readers: tuple[
+        Reader, ...
+    ] = ()  # make what the engine runs of its adapters, by their `peft_type`; none: not served
     conditions_on_prompt: bool = False
     reads_weights: bool = False  # multiplies the backbone's weights at every step, so they must be whole on each worker
     theta: tuple[str, ...] = ()  # parts of the names of what Θ steps train (eq. 8); the rest is Ω
     paper: dict[str, Any] = field(default_factory=dict)  # options of the PEDRO paper's table 1, where not the defaults
     accompany: Callable[[Any, int, dict[str, Any]], Companion | None] | None = None  # model, steps, options
+
+    @property
+    def mixed_batches(self) -> bool | None:
+        """Whether its adapters are served in batches that mix adapters; None where that depends on the options."""
+        return bool(self.readers)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -93,7 +93,6 @@ METHOD = Method(
     source="Ning et al. 2024, arXiv 2408.01505",
     equation="y ← y + Σⱼ (x aⱼ) Σᵢ softmax(x Wⱼ)ᵢ bⱼⁱ",
     build=_build,
-    engine=False,
     mergeable=False,
     identity_at_init=True,
 )

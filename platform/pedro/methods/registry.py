@@ -1,49 +1,48 @@
-"""Every method that can be trained, by name: one line each. Knows nothing of data, optimizers or files.
+"""Every method that can be trained, by name: one line each.
 
-A method is one file: its config, layer and tuner where PEFT has none, its options, and a `Method` that says what it
-can do. Its line here makes it known to training, tables and the command line.
+A method is one file: its config, layer and tuner where PEFT has none, its options, how its adapters are read for the
+engine, and a `Method` that says what it can do. Its line here makes it known to training, serving, tables and the
+command line.
 """
 
 from __future__ import annotations
 
 import difflib
+from importlib import import_module
 
 from torch import nn
 
 from pedro.errors import ConfigError
-from pedro.methods import adalora, bottleneck, by_name, ether, late_prompt, loretta, mode, peft_own, sibo, sparse_search
-from pedro.methods.constants import methods as constants
-from pedro.methods.low_rank import gift, lora_dash, lorta, melora
 from pedro.methods.method import Method
-from pedro.methods.pedro import methods as pedro
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        *pedro.METHODS,
-        peft_own.LORA,
-        constants.IA3,
-        constants.BITFIT,
-        constants.RED,
-        adalora.METHOD,
-        sparse_search.METHOD,
-        bottleneck.HOULSBY,
-        bottleneck.LEARNED_ADAPTER,
-        peft_own.P_TUNING_V2,
-        late_prompt.METHOD,
-        melora.METHOD,
-        lora_dash.METHOD,
-        lorta.METHOD,
-        gift.METHOD,
-        ether.ETHER,
-        ether.ETHER_PLUS,
-        sibo.METHOD,
-        mode.METHOD,
-        loretta.METHOD,
-        by_name.METHOD,
-        peft_own.FULL,
-    )
-}
+MODULES = (  # of this package, in the order of every table; each holds a METHOD, or METHODS
+    "pedro.methods",
+    "lora",
+    "constants.methods",
+    "adalora",
+    "sparse_search",
+    "bottleneck",
+    "p_tuning_v2",
+    "late_prompt",
+    "low_rank.melora",
+    "low_rank.lora_dash",
+    "low_rank.lorta",
+    "low_rank.gift",
+    "ether",
+    "sibo",
+    "mode",
+    "loretta",
+    "by_name",
+    "full",
+)
+
+
+def _methods_in(name: str) -> tuple[Method, ...]:
+    module = import_module(f"pedro.methods.{name}")
+    return getattr(module, "METHODS", None) or (module.METHOD,)
+
+
+METHODS: dict[str, Method] = {method.name: method for name in MODULES for method in _methods_in(name)}
 
 
 def get_method(name: str) -> Method:

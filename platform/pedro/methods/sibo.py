@@ -110,7 +110,6 @@ METHOD = Method(
     source="Wen et al. 2024, arXiv 2402.11896",
     equation="y ← y + (α/r) B A ((1 − λ) x + λ h₀)",
     build=_build,
-    engine=False,
     mergeable=False,
     identity_at_init=True,
 )

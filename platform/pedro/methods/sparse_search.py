@@ -1,9 +1,9 @@
-"""Sparse structure search as a PEFT tuner (SSP; S³Delta, Hu et al. 2022, arXiv 2206.07382). Knows nothing of the loop.
+"""Sparse structure search as a PEFT tuner (SSP; S³Delta, Hu et al. 2022, arXiv 2206.07382).
 
 The super-network has two candidates at every linear: a LoRA module and a shift. Each has a gate with a logit α. While
 the search lasts, gates are open with p = σ(α − ζ), with ζ such that the open parameters are expected to be the budget
 (shifted global sigmoid, section 3.3), sampled as binary concrete variables; α is trained on rows of its own as Θ is.
-Then the most open candidates that fit the budget are kept and go on training; only they are saved.
+Then the most open candidates that fit the budget are kept and trained further; only they are saved.
 Shapes: B rows, T tokens, C candidates of all layers, c those of one block [2, targets].
 """
 
@@ -15,12 +15,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from pedro.methods.architectures import LINEARS, LayerSites
+from pedro.adapter_kinds import Adapter, LowRank
+from pedro.errors import AdapterError
+from pedro.methods.architectures import LINEARS, Architecture, LayerSites
 from pedro.methods.blocks import TunerConfig
 from pedro.methods.deltas import DeltaLayer, DeltaTuner
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_names, targets_of
 from pedro.methods.peft_registration import register
+from pedro.methods.reader import ROOT, Reader, SavedTensors, input_width
 
 CHILD = "candidates"
 PREFIX = "sparse_search_"
@@ -237,6 +240,28 @@ def _build(
     return SparseSearchConfig(r=r, alpha=alpha, targets=targets_of(model_config, targets), budget=budget, search=search)
 
 
+def _read(config: SparseSearchConfig, tensors: SavedTensors, architecture: Architecture) -> Adapter:
+    """For the engine: the LoRA modules and shifts that the search kept."""
+    if config.kept is None:
+        raise AdapterError("adapter: its structure search has not ended; train it to the end")
+    low_rank, shifts = [], []
+    for index, block in enumerate(architecture.layers):
+        terms: dict[str, LowRank] = {}
+        shift: dict[str, torch.Tensor] = {}
+        prefix = f"{ROOT}{block.name}.{CHILD}.{PREFIX}"
+        for target in (target for target in config.targets if target in block.linears):
+            inputs, width = input_width(block, [target], architecture.hidden_size), block.linears[target].width
+            if f"{index}.lora.{target}" in config.kept:
+                a = tensors.take(f"{prefix}a_{target}", (config.r, inputs)).T
+                b = tensors.take(f"{prefix}b_{target}", (width, config.r)).T * (config.alpha / config.r)
+                terms[target] = LowRank(a, b)
+            if f"{index}.shift.{target}" in config.kept:
+                shift[target] = tensors.take(f"{prefix}shift_{target}", (width,))
+        low_rank.append(terms)
+        shifts.append(shift)
+    return Adapter(low_rank=tuple(low_rank), shift=tuple(shifts))
+
+
 register(SparseSearchConfig, SparseSearchModel, "ssp")
 
 METHOD = Method(
@@ -245,7 +270,7 @@ METHOD = Method(
     source="Hu et al. 2022, arXiv 2206.07382",
     equation="y ← y + z₁ (α/r) B A x + z₂ b, gates z at a budget",
     build=_build,
-    engine=True,
+    readers=(Reader(SparseSearchConfig.kind, _read),),
     mergeable=False,
     identity_at_init=True,
     theta=(f".{PREFIX}gates.",),

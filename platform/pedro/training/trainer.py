@@ -283,7 +283,7 @@ def _score_champion(session: Session, registry: Registry) -> dict[str, Any] | No
 
 def unservable(directory: Path, backbone: Backbone) -> str:
     """Why the engine would not serve the adapter; empty if it would."""
-    from pedro.engine.formats import check_servable
+    from pedro.methods.servable import check_servable
 
     try:
         check_servable(directory, backbone)

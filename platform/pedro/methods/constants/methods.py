@@ -9,6 +9,7 @@ from peft import IA3Config
 from pedro.methods.architectures import projection_paths
 from pedro.methods.constants.config import ConstantConfig
 from pedro.methods.constants.model import ConstantModel
+from pedro.methods.constants.reader import CONSTANT_READER, IA3_READER
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, paths_of, targets_of
 from pedro.methods.peft_registration import register
@@ -42,7 +43,7 @@ IA3 = Method(
     source="Liu et al. 2022, arXiv 2205.05638",
     equation="y ← l ⊙ y; with r: l = 1 + z P",
     build=_build_ia3,
-    engine=True,
+    readers=(IA3_READER, CONSTANT_READER),
     mergeable=True,
     identity_at_init=True,
     paper={"r": 16},
@@ -53,7 +54,7 @@ BITFIT = Method(
     source="Ben Zaken et al. 2021, arXiv 2106.10199",
     equation="y ← y + b; with r: b = z P",
     build=_build_bitfit,
-    engine=True,
+    readers=(CONSTANT_READER,),
     mergeable=False,
     identity_at_init=True,
     paper={"r": 8},
@@ -64,7 +65,8 @@ RED = Method(
     source="Wu et al. 2024, arXiv 2402.15179",
     equation="h ← s ⊙ h + b, on the feed-forward's output",
     build=_build_red,
-    engine=True,
+    readers=(CONSTANT_READER,),
     mergeable=False,
     identity_at_init=True,
 )
+METHODS = (IA3, BITFIT, RED)

@@ -1,7 +1,8 @@
-"""What low-rank methods share: tensors by projection, and two factors made of them. Knows no single method.
+"""What low-rank methods share: tensors by projection, and two factors made of them.
 
-A method gives a `LowRankConfig`: which tensors a projection has, how they start, and how they become `down` and `up`.
-The engine reads adapters by the same config, so that what is served is what was trained.
+A method gives a `LowRankConfig`: which tensors a projection has, how they start, and how they become `a` and `b`:
+y ← y + (x · a) · b. `low_rank_reader` reads saved adapters for the engine by the same config, so that what is served
+is what was trained.
 Shapes: B rows, T tokens, R rank of a projection's change, W its output width.
 """
 
@@ -9,19 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
+from pedro.adapter_kinds import Adapter, LowRank
 from pedro.methods.architectures import LINEARS, Architecture, LayerSites
 from pedro.methods.blocks import TunerConfig
 from pedro.methods.deltas import DeltaLayer, DeltaTuner, inputs_of
 from pedro.methods.options import expect_names
+from pedro.methods.reader import ROOT, Reader, SavedTensors, check_targets, input_width
 
 Tensors = Mapping[str, torch.Tensor]
-Factors = tuple[torch.Tensor, torch.Tensor]  # down [in, R], up [R, W]
+Factors = tuple[torch.Tensor, torch.Tensor]  # a [in, R], b [R, W]
 
 
 class Linear(NamedTuple):
@@ -58,7 +62,7 @@ class LowRankConfig(TunerConfig):
         raise NotImplementedError
 
     def factors(self, tensors: Tensors, linear: Linear) -> Factors:
-        """`down` and `up` of one projection, from its tensors, float32."""
+        """`a` and `b` of one projection, from its tensors, float32."""
         raise NotImplementedError
 
 
@@ -105,18 +109,18 @@ class LowRankLayer(DeltaLayer):
         return {name: getattr(holder, self.prefix + name)[adapter_name] for name in named}
 
     def factors(self, adapter_name: str, target: str) -> Factors:
-        """An adapter's `down` and `up` of one target."""
+        """An adapter's `a` and `b` of one target."""
         return self.configs[adapter_name].factors(self.tensors(adapter_name, target), self.linear(target))
 
     def delta(self, name: str, target: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """x [B, T, in] -> [B, T, W]."""
-        down, up = self.factors(name, target)
-        return (x @ down) @ up
+        a, b = self.factors(name, target)
+        return (x @ a) @ b
 
     def weight_change(self, name: str, target: str) -> torch.Tensor:
         """The change [W, in] of one target's weight."""
-        down, up = self.factors(name, target)
-        return (down @ up).T
+        a, b = self.factors(name, target)
+        return (a @ b).T
 
 
 class LowRankTuner(DeltaTuner):
@@ -129,3 +133,32 @@ class LowRankTuner(DeltaTuner):
             for target in config.targets:
                 site = place.linears[target]
                 config.shapes(Linear(target, index, inputs_of(site.module), site.width))
+
+
+def low_rank_reader(config_cls: type[LowRankConfig], tuner: type[LowRankTuner]) -> Reader:
+    """What reads a low-rank method's saved adapters for the engine; enough to have the method served."""
+    return Reader(config_cls.kind, partial(_read, tuner))
+
+
+def _read(
+    tuner: type[LowRankTuner], config: LowRankConfig, tensors: SavedTensors, architecture: Architecture
+) -> Adapter:
+    """The factors that the config makes of its tensors, one set of them if they are shared."""
+    shared: dict[str, torch.Tensor] = {}
+    layers = []
+    for index, block in enumerate(architecture.layers):
+        check_targets(config.targets, block.linears)
+        terms: dict[str, LowRank] = {}
+        for target in config.targets:
+            inputs = input_width(block, [target], architecture.hidden_size)
+            linear = Linear(target, index, inputs, block.linears[target].width)
+            owner = architecture.layers[0] if config.shared else block
+            prefix = f"{ROOT}{owner.name}.{tuner.child}.{tuner.prefix}"
+            shapes = config.shapes(linear)
+            taken = {name: tensors.take(prefix + name, shape) for name, shape in shapes.items() if name not in shared}
+            if config.shared:
+                shared |= taken
+                taken = {name: shared[name] for name in shapes}
+            terms[target] = LowRank(*config.factors(taken, linear))
+        layers.append(terms)
+    return Adapter(low_rank=tuple(layers))

@@ -75,7 +75,6 @@ METHOD = Method(
     source="Savadikar et al. 2023, arXiv 2312.00700",
     equation="W ← W (I + φ ψ), shared by the layers",
     build=_build,
-    engine=False,
     mergeable=True,
     identity_at_init=True,
     paper={"r": 64},

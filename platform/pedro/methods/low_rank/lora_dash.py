@@ -14,7 +14,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, LowRankTuner, Tensors, names
+from pedro.methods.low_rank.base import (
+    Factors,
+    Linear,
+    LowRankConfig,
+    LowRankLayer,
+    LowRankTuner,
+    Tensors,
+    low_rank_reader,
+    names,
+)
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, targets_of
 from pedro.methods.peft_registration import register
@@ -158,7 +167,7 @@ METHOD = Method(
     source="Si et al. 2024, arXiv 2409.01035",
     equation="y ← y + ((α/r) B A + Σᵢ Δσᵢ uᵢ vᵢᵀ) x",
     build=_build,
-    engine=True,
+    readers=(low_rank_reader(LoraDashConfig, LoraDashModel),),
     mergeable=True,
     identity_at_init=True,
     accompany=lambda model, steps, options: Launch(model, steps, options["launch"]),

@@ -15,7 +15,15 @@ from typing import Any, ClassVar
 import torch
 
 from pedro.methods.architectures import projection_paths
-from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, LowRankTuner, Tensors
+from pedro.methods.low_rank.base import (
+    Factors,
+    Linear,
+    LowRankConfig,
+    LowRankLayer,
+    LowRankTuner,
+    Tensors,
+    low_rank_reader,
+)
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_names, names_in
 from pedro.methods.peft_registration import register
@@ -112,7 +120,7 @@ METHOD = Method(
     source="Hounie et al. 2024, arXiv 2410.04060",
     equation="y_h ← y_h + (α/r) B diag(C_H[h] ⊙ C_L[l] ⊙ C_M[m]) Aᵀ x",
     build=_build,
-    engine=True,
+    readers=(low_rank_reader(LortaConfig, LortaModel),),
     mergeable=True,
     identity_at_init=True,
 )

@@ -11,7 +11,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankLayer, LowRankTuner, Tensors, names
+from pedro.methods.low_rank.base import (
+    Factors,
+    Linear,
+    LowRankConfig,
+    LowRankLayer,
+    LowRankTuner,
+    Tensors,
+    low_rank_reader,
+    names,
+)
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, targets_of
 from pedro.methods.peft_registration import register
@@ -51,9 +60,9 @@ class MeloraConfig(LowRankConfig):
 
     def factors(self, tensors: Tensors, linear: Linear) -> Factors:
         """The block diagonals, scaled."""
-        down = torch.block_diag(*tensors[f"a_{linear.target}"]).T  # [in, n r]
-        up = torch.block_diag(*tensors[f"b_{linear.target}"]).T  # [n r, W]
-        return down, up * (self.alpha / self.r)
+        a = torch.block_diag(*tensors[f"a_{linear.target}"]).T  # [in, n r]
+        b = torch.block_diag(*tensors[f"b_{linear.target}"]).T  # [n r, W]
+        return a, b * (self.alpha / self.r)
 
 
 class MeloraLayer(LowRankLayer):
@@ -89,7 +98,7 @@ METHOD = Method(
     source="Ren et al. 2024, arXiv 2402.17263",
     equation="y ← y + (α/r) diag(B₁ … Bₙ) diag(A₁ … Aₙ) x",
     build=_build,
-    engine=True,
+    readers=(low_rank_reader(MeloraConfig, MeloraModel),),
     mergeable=True,
     identity_at_init=True,
 )

@@ -1,17 +1,13 @@
 """PEDRO (arXiv 2409.17834) as a PEFT tuner."""
 
 from pedro.methods.pedro.config import PedroConfig
-from pedro.methods.pedro.generator import GeneratorWeights, generate_vectors
 from pedro.methods.pedro.layer import PedroLayer
 from pedro.methods.pedro.model import PedroModel
-from pedro.methods.pedro.rational import fit_gelu, rational
+from pedro.methods.pedro.rational import fit_gelu
 
 __all__ = [
-    "GeneratorWeights",
     "PedroConfig",
     "PedroLayer",
     "PedroModel",
     "fit_gelu",
-    "generate_vectors",
-    "rational",
 ]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from pedro.adapter_kinds.generator import ACTIVATIONS
 from pedro.methods.architectures import TARGETS
 from pedro.methods.blocks import TunerConfig
 from pedro.methods.options import expect, expect_count, expect_names, is_count
-from pedro.methods.pedro.generator import ACTIVATIONS
 
 POOLS = ("last", "mean", "max")
 POOL_SOURCES = ("normed", "residual")

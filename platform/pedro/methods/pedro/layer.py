@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from pedro.adapter_kinds import GeneratorWeights, generate_vectors
 from pedro.errors import ConfigError
 from pedro.methods.architectures import LayerSites, Rows
 from pedro.methods.blocks import BlockLayer
 from pedro.methods.pedro.config import PedroConfig
-from pedro.methods.pedro.generator import GeneratorWeights, generate_vectors
 from pedro.methods.pedro.rational import fit_gelu
 from pedro.methods.prompt import PromptPass, Vectors
 

@@ -10,6 +10,7 @@ from pedro.methods.method import Method
 from pedro.methods.options import expect, names_in
 from pedro.methods.pedro.config import PedroConfig, variant_options
 from pedro.methods.pedro.model import PedroModel
+from pedro.methods.pedro.reader import READER
 from pedro.methods.peft_registration import register
 
 PAPER = "Zhu et al. 2024, arXiv 2409.17834"
@@ -71,7 +72,7 @@ def _entry(variant: int | None, title: str) -> Method:
         source=PAPER,
         equation="y ← l ⊙ y, l = R(pool(x) W_down) W_up + b",
         build=partial(_build, variant),
-        engine=True,
+        readers=(READER,),
         mergeable=False,
         identity_at_init=True,
         conditions_on_prompt=True,
@@ -96,7 +97,7 @@ METHODS = (
         source="arXiv 2502.01033",
         equation="PEDRO's with a fixed activation",
         build=_build_para,
-        engine=True,
+        readers=(READER,),
         mergeable=False,
         identity_at_init=True,
         conditions_on_prompt=True,

@@ -1,8 +1,4 @@
-"""The learnable activation R(x) and its start, a fit of GELU. Knows nothing of layers, adapters or models.
-
-PEDRO eq. 7 (arXiv 2409.17834): R(x) = sum_{j=0..m} a_j x^j / (1 + |sum_{i=1..n} b_i x^i|), the "safe" Padé
-activation unit of Molina et al. (arXiv 1907.06732): its denominator is never below 1.
-"""
+"""Where the learnable activation R(x) starts (`adapter_kinds.generator.rational`): a fit of GELU, of any orders."""
 
 from __future__ import annotations
 
@@ -16,21 +12,6 @@ INSIDE, OUTSIDE = 5.0, 15.0  # the fit is good on [-5, 5] and merely sane, at 3 
 TAIL_WEIGHT = 0.03
 STARTS = (0.3, 0.1, 1.0)  # scales of the first denominator; the best of the three fits is kept
 STEPS = 100
-
-
-def rational(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """R(x) in float32, by Horner's rule.
-
-    x [..., R]; a [m+1] and b [n] for one activation, or [B, m+1] and [B, n] for one a row of x [B, R].
-    """
-    x, a, b = x.float(), a.float(), b.float()
-    above = torch.zeros_like(x)
-    for j in reversed(range(a.shape[-1])):
-        above = above * x + a[..., j : j + 1]
-    below = torch.zeros_like(x)
-    for i in reversed(range(b.shape[-1])):
-        below = (below + b[..., i : i + 1]) * x
-    return above / (1 + below.abs())
 
 
 def fit_gelu(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,29 +1,34 @@
-"""An adapter as the engine runs it. Knows nothing of files, slots or requests.
+"""An adapter as the engine runs it: some of four parts, whichever method trained it.
 
-Every kind is some of four parts: a generator of vectors (PEDRO, PARA), constant scales ((IA)³, RED), constant shifts
-(RED, bias) and low-rank terms (LoRA). A site is one of the seven projections of a layer:
-y = scale · (W x + b) + shift + (x · down) · up.
+A generator of vectors (PEDRO, PARA), constant scales ((IA)³, RED), constant shifts (RED, BitFit) and low-rank terms
+(LoRA and its kin). A site is one of the seven projections of a layer: y = scale · (W x + b) + shift + (x · A) · B.
 Legend: D model width, R bottleneck or rank, W output width of a site.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
-from pedro.methods.pedro.generator import GeneratorWeights
+from pedro.adapter_kinds.generator import GeneratorWeights
 
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class LowRank(NamedTuple):
-    """One site's low-rank term, its scaling folded into `up`."""
+    """One site's low-rank term, LoRA's two factors transposed; any scaling is folded into `b`."""
 
-    down: torch.Tensor  # [inputs, R]
-    up: torch.Tensor  # [R, W]
+    a: torch.Tensor  # [inputs, R]
+    b: torch.Tensor  # [R, W]
+
+    def padded(self, multiple: int) -> LowRank:
+        """The same term, in memory of its own, with R and W rounded up to a multiple."""
+        rank = (0, -len(self.b) % multiple)
+        b = torch.nn.functional.pad(self.b, (0, -self.b.shape[1] % multiple, *rank))
+        return LowRank(torch.nn.functional.pad(self.a, rank).contiguous(), b.contiguous())
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +40,7 @@ class Generator:
     pool: str
     pool_source: str
     layers: tuple[GeneratorWeights, ...]
-    window: int | None = None  # pool only so many of the prompt's last tokens
+    window: int | None = None  # pool only the last `window` tokens of the prompt
 
     @property
     def form(self) -> tuple:
@@ -49,9 +54,8 @@ class Generator:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Everything in float32 on the engine's device, one entry a layer where there is any."""
+    """Everything in float32 on one device, one entry a layer where there is any."""
 
-    digest: str
     generator: Generator | None = None
     scale: tuple[dict[str, torch.Tensor], ...] = ()  # site -> [W]
     shift: tuple[dict[str, torch.Tensor], ...] = ()
@@ -62,9 +66,14 @@ class Adapter:
         object.__setattr__(self, "nbytes", sum(tensor.nbytes for tensor in self._tensors()))
 
     @property
-    def holds(self) -> bool:
-        """Whether every token needs the adapter's weights, so that it must stay until its requests end."""
+    def acts_on_every_token(self) -> bool:
+        """Whether decoding needs the adapter's weights, so that it must stay until its requests end."""
         return bool(self.low_rank)
+
+    def padded(self, multiple: int) -> Adapter:
+        """The adapter with the ranks and outputs of its low-rank terms rounded up to a multiple."""
+        layers = tuple({site: term.padded(multiple) for site, term in terms.items()} for terms in self.low_rank)
+        return replace(self, low_rank=layers)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         if self.generator is not None:

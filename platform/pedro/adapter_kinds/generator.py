@@ -1,5 +1,7 @@
-"""From a pooled prompt to the vectors of one layer, as a pure function. Knows nothing of models, hooks or batches.
+"""From a pooled prompt to the vectors of one layer, as a pure function, and the learnable activation R(x) on the way.
 
+PEDRO eq. 7 (arXiv 2409.17834): R(x) = sum_{j=0..m} a_j x^j / (1 + |sum_{i=1..n} b_i x^i|), the "safe" Padé
+activation unit of Molina et al. (arXiv 1907.06732): its denominator is never below 1.
 Shapes: B rows, D model width, R bottleneck, W all targets' widths together, m and n the orders of R(x).
 """
 
@@ -11,13 +13,26 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from pedro.methods.pedro.rational import rational
-
 FIXED_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "relu": functional.relu,
 }
 ACTIVATIONS = ("rational", *FIXED_ACTIVATIONS)
+
+
+def rational(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """R(x) in float32, by Horner's rule.
+
+    x [..., R]; a [m+1] and b [n] for one activation, or [B, m+1] and [B, n] for one a row of x [B, R].
+    """
+    x, a, b = x.float(), a.float(), b.float()
+    above = torch.zeros_like(x)
+    for j in reversed(range(a.shape[-1])):
+        above = above * x + a[..., j : j + 1]
+    below = torch.zeros_like(x)
+    for i in reversed(range(b.shape[-1])):
+        below = (below + b[..., i : i + 1]) * x
+    return above / (1 + below.abs())
 
 
 class GeneratorWeights(NamedTuple):

@@ -1,0 +1,22 @@
+"""Full fine-tuning: every weight of the backbone is trained, and no PEFT config is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pedro.methods.method import Method
+
+
+def _build(model_config: Any) -> None:
+    return None
+
+
+METHOD = Method(
+    name="full",
+    title="Full fine-tuning",
+    source="every weight of the backbone",
+    equation="W ← W + ΔW",
+    build=_build,
+    mergeable=True,
+    identity_at_init=True,
+)
