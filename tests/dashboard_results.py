@@ -11,7 +11,7 @@ from pedro.comparison.results import Cell, write_cell
 from pedro.config import Settings
 from pedro.registry import Registry
 from pedro.store import Store
-from pedro.training.sweep.records import Entry, Outcome, Records, State, Trial
+from pedro.training.sweep.records import Records, SweepRecord, Trial, TrialOutcome, TrialState
 
 METHODS = (
     ("pedro", "PEDRO", {"r": 12}, 20260, 0.06),
@@ -60,21 +60,21 @@ def add_sweep(settings: Settings, sweep_id: str = "sweep-0123456789ab") -> Recor
         "training.lr": {"kind": "grid", "values": rates},
         "method.r": {"kind": "choice", "values": [6, 12]},
     }
-    records.write_entry(Entry(sweep_id, {"name": "orders", "base": base, "space": space, "search": {}}))
+    records.write_entry(SweepRecord(sweep_id, {"name": "orders", "base": base, "space": space, "search": {}}))
     for number in range(12):
         order, lr = orders[number % 4], rates[number // 4]
         loss = 0.4 + 0.08 * (6 - order[0]) / 5 + 0.2 * abs(math.log10(lr) + 2) + 0.01 * (number % 3)
         parameters = {"method.orders": order, "training.lr": lr, "method.r": 6 + 6 * (number % 2)}
         reports = tuple((step, loss + 20 / step) for step in range(50, 301, 50))
-        state = {3: State.STOPPED, 7: State.FAILED, 11: State.RUNNING}.get(number, State.FINISHED)
-        shown = reports[:2] if state is State.STOPPED else reports
+        state = {3: TrialState.STOPPED, 7: TrialState.FAILED, 11: TrialState.RUNNING}.get(number, TrialState.FINISHED)
+        shown = reports[:2] if state is TrialState.STOPPED else reports
         records.write_trial(Trial(number, parameters, f"run{number}", state, reports=shown, steps=300))
-        if state in (State.FINISHED, State.FAILED):
+        if state in (TrialState.FINISHED, TrialState.FAILED):
             metrics = {"validation_loss": loss, "accuracy": 1.2 - loss, "loss": loss, "steps": 300}
-            failed = state is State.FAILED
+            failed = state is TrialState.FAILED
             message = "the loss is no number any more" if failed else ""
             records.write_outcome(
-                number, Outcome(state, 1, message, "sha256:aa", {} if failed else metrics, 20260, None, 31.0)
+                number, TrialOutcome(state, 1, message, "sha256:aa", {} if failed else metrics, 20260, None, 31.0)
             )
     return records
 

@@ -14,7 +14,7 @@ from engine_models import run as run_engine
 from methods_models import SIZES, tiny_backbone, tokens
 from peft import PeftModel
 from test_methods_training import by_heart, recalled, train_on
-from training_runs import run, session_for
+from training_runs import context_for, run
 
 from pedro.data import encode_completion, encode_prompt
 from pedro.data.tasks import TASKS, get_task
@@ -110,15 +110,15 @@ def test_the_guides_method_learns_the_guides_task_and_is_scored(dyad, shades, tm
             "training": {"max_steps": 30, "epochs": 100, "batch_size": 8, "lr": 0.03, "max_length": 64},
         }
     )
-    session = session_for(spec, tmp_path)
-    run(session, tmp_path / "run")
-    rows, tokenizer = list(task.rows("test", data)), session.tokenizer
+    context = context_for(spec, tmp_path)
+    run(context, tmp_path / "run")
+    rows, tokenizer = list(task.rows("test", data)), context.tokenizer
     asked = [
         {"input_ids": [*before, *encode_completion(tokenizer, row.completion)], "prompt_len": len(before)}
         for row in rows
         if (before := encode_prompt(tokenizer, row.prompt))
     ]
-    answers = generate(session.model.eval(), tokenizer, asked, task.max_new_tokens)
+    answers = generate(context.model.eval(), tokenizer, asked, task.max_new_tokens)
     assert score_answers(task, rows, answers).value >= 0.8
 
 

@@ -9,7 +9,7 @@ from dashboard_app import DASHBOARD, healthy, opener, words
 from dashboard_results import add_sweep
 
 from pedro.config import Settings
-from pedro.training.sweep.records import Outcome, Records, State, Trial
+from pedro.training.sweep.records import Records, Trial, TrialOutcome, TrialState
 
 SWEEP = "sweep-0123456789ab"
 
@@ -88,7 +88,7 @@ def test_the_parameter_that_moves_the_loss_explains_it(sweeps, settings):
         parameters = {"lr": [1e-3, 1e-2][number % 2], "r": [3, 6, 12][number % 3], "seed": number, "fixed": 1}
         loss = {"validation_loss": 1.0 + 0.5 * (number % 2) + 0.001 * (number % 5)}
         records.write_trial(Trial(number, parameters, "run"))
-        records.write_outcome(number, Outcome(State.FINISHED, 1, metrics=loss))
+        records.write_outcome(number, TrialOutcome(TrialState.FINISHED, 1, metrics=loss))
     found = {one.key: one.share for one in sweeps.importances(sweeps.read_sweep(settings, "sweep-1"))}
     assert found["lr"] > 0.99
     assert found["r"] < 0.05

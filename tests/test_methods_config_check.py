@@ -15,7 +15,7 @@ from pedro.methods import get_method
 from pedro.methods.adapter_files import CONFIG, MANIFEST, read_config, save_adapter
 from pedro.methods.architectures import describe
 from pedro.methods.servable import check_servable, read_adapter
-from pedro.training.job import judge
+from pedro.training.job import judge_version
 
 LORA = {"peft_type": "LORA", "target_modules": ["q_proj"]}
 
@@ -112,6 +112,6 @@ def test_an_adapter_is_opened_as_the_engine_would_without_the_backbones_weights(
 
 def test_a_version_that_cannot_be_served_passes_no_gate():
     trained = SimpleNamespace(unservable="adapter: the engine serves no such", champion=None, metrics={"accuracy": 1.0})
-    decision = judge(None, trained, None)
+    decision = judge_version(None, trained, None)
     assert not decision.passed
     assert decision.reason == "it cannot be served: adapter: the engine serves no such"

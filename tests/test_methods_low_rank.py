@@ -197,4 +197,4 @@ def test_what_does_not_fit_the_backbone_is_told_before_anything_is_changed(name,
 def test_a_launch_after_the_last_step_is_refused():
     model = get_method("lora-dash").apply(tiny_backbone())
     with pytest.raises(ConfigError, match=r"method\.launch: expected less than the 50 steps of the run, got 100"):
-        get_method("lora-dash").companion(model, {}, steps=50)
+        get_method("lora-dash").training_hook(model, {}, steps=50)

@@ -40,7 +40,7 @@ def test_the_registry_holds_the_methods_of_the_comparison():
 def test_every_method_trains_one_step_through_the_same_forward_call(name):
     method = get_method(name)
     model = method.apply(tiny_backbone(), SMALL.get(name)).train()
-    companion = method.companion(model, SMALL.get(name, {}), steps=10)
+    hook = method.training_hook(model, SMALL.get(name, {}), steps=10)
     omega, theta = method.parameter_groups(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for _, p in omega + theta], lr=1e-2)
@@ -52,7 +52,7 @@ def test_every_method_trains_one_step_through_the_same_forward_call(name):
         optimizer.step()
         optimizer.zero_grad()
         if name == "lora-dash":  # its directions are trained from the launch on
-            companion.after_step(step)
+            hook.after_step(step)
     assert losses[-1] < losses[0]
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     trained = {n for n, _ in omega + theta}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from methods_models import VOCABULARY, tiny_backbone
-from training_runs import parameters, run, same, session_for, spec_for
+from training_runs import context_for, parameters, run, same, spec_for
 
 from pedro.errors import ConfigError
 from pedro.evaluation.saved import load_saved
@@ -12,12 +12,12 @@ from pedro.methods.adapter_files import read_manifest
 from pedro.methods.sparse_search import balance, choose
 from pedro.training.batches import tensors
 from pedro.training.bilevel import Alternation, GroupedAdamW
+from pedro.training.context import build_context, fresh_model
 from pedro.training.engines import TorchEngine
-from pedro.training.loop import Data, Plan, train
+from pedro.training.loop import Data, TrainingPlan, train
 from pedro.training.reporters import LocalReporter
-from pedro.training.session import fresh_model, open_session
 from pedro.training.spec import MethodSpec
-from pedro.training.worker import run_session, save
+from pedro.training.worker import save, train_and_score
 
 SHAPE_CHANGING = ["adalora", "ssp"]
 WIDER = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3}
@@ -40,10 +40,10 @@ RATES = {"red": 0.1, "ia3": 0.2, "bitfit": 0.1, "p-tuning-v2": 0.2, "peft": 0.1,
 class Silent:
     """A reporter of a run that nobody watches."""
 
-    def resume(self, engine, team):
+    def resume(self, engine, group):
         return None
 
-    def checkpoint(self, engine, team, progress, best):
+    def checkpoint(self, engine, group, state, best):
         pass
 
     def metrics(self, step, values):
@@ -71,7 +71,7 @@ def train_on(name: str, rows: list[dict], steps: int, options: dict | None = Non
     model = method.apply(tiny_backbone(**WIDER), options)
     omega, theta = method.parameter_groups(model)
     optimizer, rate = GroupedAdamW(omega, theta), RATES.get(name, 0.02)
-    plan = Plan(
+    plan = TrainingPlan(
         steps=steps,
         batch_size=len(rows),
         accumulation=1,
@@ -86,7 +86,7 @@ def train_on(name: str, rows: list[dict], steps: int, options: dict | None = Non
         seed=0,
     )
     engine = TorchEngine(model, optimizer, [*omega, *theta], accumulation=1, clip=1.0)
-    engine.companion = method.companion(model, options, steps)
+    engine.hook = method.training_hook(model, options, steps)
     outcome = train(engine, Alternation(optimizer, omega, theta), plan, Data(rows, [], [], pad_id=0), Silent())
     return model.eval(), outcome
 
@@ -121,27 +121,27 @@ class DiesAfterCheckpoint(LocalReporter):
         super().__init__(directory, say=lambda line: None)
         self.step = step
 
-    def checkpoint(self, engine, team, progress, best):
-        super().checkpoint(engine, team, progress, best)
-        if progress.step == self.step:
+    def checkpoint(self, engine, group, state, best):
+        super().checkpoint(engine, group, state, best)
+        if state.step == self.step:
             raise Interrupted
 
 
 @pytest.mark.parametrize("method", [*SHAPE_CHANGING, {"name": "lora-dash", "launch": 4}])
 def test_a_method_that_changes_its_shape_resumes_with_the_same_bits_before_and_after_the_change(tmp_path, method):
     spec = spec_for(tmp_path, method, max_steps=8, eval_every=2, checkpoint_every=1)
-    whole = session_for(spec, tmp_path)
+    whole = context_for(spec, tmp_path)
     outcome = run(whole, tmp_path / "whole")
     for died in (3, 6):
-        broken = session_for(spec, tmp_path)
+        broken = context_for(spec, tmp_path)
         with pytest.raises(Interrupted):
             train(
                 broken.engine, broken.alternation, broken.plan, broken.data, DiesAfterCheckpoint(tmp_path / "run", died)
             )
-    resumed = session_for(spec, tmp_path)
+    resumed = context_for(spec, tmp_path)
     again = run(resumed, tmp_path / "run")
     assert same(parameters(resumed), parameters(whole))
-    assert resumed.engine.companion.kept() == whole.engine.companion.kept()
+    assert resumed.engine.hook.kept() == whole.engine.hook.kept()
     assert again.validations == outcome.validations
     assert again.best_step >= 4  # no step before the change may be the best one
 
@@ -149,15 +149,15 @@ def test_a_method_that_changes_its_shape_resumes_with_the_same_bits_before_and_a
 @pytest.mark.parametrize("name", [*SHAPE_CHANGING, "p-tuning-v2", "lpt", "learned-adapter", "full"])
 def test_what_is_saved_answers_as_what_was_trained(tmp_path, name):
     method = {"name": name, **({"r": 16, "tokens": 4} if name == "lpt" else {})}
-    session = session_for(spec_for(tmp_path, method, max_steps=6), tmp_path)
-    trained = run_session(session, LocalReporter(tmp_path / "run", lambda line: None))
-    save(session, trained, tmp_path / "adapter")
+    context = context_for(spec_for(tmp_path, method, max_steps=6), tmp_path)
+    trained = train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
+    save(context, trained, tmp_path / "adapter")
     manifest = read_manifest(tmp_path / "adapter")
-    again = load_saved(tmp_path / "adapter", manifest, session.backbone, "float32", "cpu")
-    batch = tensors(list(session.data.validation), session.data.pad_id, "cpu", {})
+    again = load_saved(tmp_path / "adapter", manifest, context.backbone, "float32", "cpu")
+    batch = tensors(list(context.data.validation), context.data.pad_id, "cpu", {})
     del batch["labels"]
     with torch.no_grad():
-        torch.testing.assert_close(again(**batch).logits, session.model.eval()(**batch).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again(**batch).logits, context.model.eval()(**batch).logits, atol=1e-5, rtol=1e-5)
     if name in SHAPE_CHANGING:
         saved = sum(p.numel() for n, p in again.named_parameters() if "lora_" in n or "sparse_search" in n)
         assert manifest["kept_parameters"] == saved < 0.6 * manifest["trainable_parameters"]
@@ -190,15 +190,15 @@ def test_adalora_is_drawn_to_orthogonality():
 
 
 def test_the_search_keeps_its_budget_and_only_theta_steps_move_the_gates(tmp_path):
-    session = session_for(spec_for(tmp_path, {"name": "ssp", "budget": 0.3}, max_steps=8), tmp_path)
-    gates = [name for name, _ in session.engine.parameters if "gates" in name]
-    assert session.plan.bilevel
-    assert [n for n, _ in session.method.parameter_groups(session.model)[1]] == gates
-    run(session, tmp_path / "run")
-    config = session.model.peft_config["default"]
-    left = sum(p.numel() for n, p in session.model.named_parameters() if "sparse_search" in n)
-    assert 0.25 * session.trainable_parameters < left <= 0.3 * session.trainable_parameters
-    assert not [name for name, _ in session.model.named_parameters() if "gates" in name]
+    context = context_for(spec_for(tmp_path, {"name": "ssp", "budget": 0.3}, max_steps=8), tmp_path)
+    gates = [name for name, _ in context.engine.parameters if "gates" in name]
+    assert context.plan.bilevel
+    assert [n for n, _ in context.method.parameter_groups(context.model)[1]] == gates
+    run(context, tmp_path / "run")
+    config = context.model.peft_config["default"]
+    left = sum(p.numel() for n, p in context.model.named_parameters() if "sparse_search" in n)
+    assert 0.25 * context.trainable_parameters < left <= 0.3 * context.trainable_parameters
+    assert not [name for name, _ in context.model.named_parameters() if "gates" in name]
     assert {name.split(".")[1] for name in config.kept} <= {"lora", "shift"}
 
 
@@ -214,34 +214,34 @@ def test_gates_are_balanced_to_the_budget_and_the_most_open_ones_that_fit_are_ke
 
 def test_too_short_a_run_and_sharded_parameters_are_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match=r"training\.max_steps: AdaLoRA needs at least 4 steps to prune in, got 2"):
-        session_for(spec_for(tmp_path, "adalora", max_steps=2), tmp_path)
+        context_for(spec_for(tmp_path, "adalora", max_steps=2), tmp_path)
     model = get_method("peft").apply(tiny_backbone(), {"peft_type": "ADALORA", "tinit": 5, "tfinal": 4})
     with pytest.raises(ConfigError, match=r"method\.tinit: tinit 5 and tfinal 4 leave none of the 8 steps"):
-        get_method("peft").companion(model, {}, steps=8)
+        get_method("peft").training_hook(model, {}, steps=8)
     spec = spec_for(tmp_path, "ssp", resources={"workers": 1, "zero_stage": 1})
     plain = spec_for(tmp_path, "ssp")
-    session = session_for(plain, tmp_path)
+    context = context_for(plain, tmp_path)
     with pytest.raises(ConfigError, match=r"resources\.zero_stage: ssp changes its parameters between steps"):
-        open_session(spec, tmp_path / "cache", lambda model, optimizer, named: session.engine)
+        build_context(spec, tmp_path / "cache", lambda model, optimizer, named: context.engine)
 
 
 def test_a_peft_type_alone_names_the_method(tmp_path):
     spec = MethodSpec.model_validate({"peft_type": "VERA", "r": 4})
     assert (spec.name, spec.options) == ("peft", {"peft_type": "VERA", "r": 4})
     assert MethodSpec.model_validate(spec.model_dump()) == spec
-    session = session_for(spec_for(tmp_path, {"peft_type": "VERA", "r": 4}), tmp_path)
-    assert session.model.peft_config["default"].peft_type.value == "VERA"
-    before = parameters(session)
-    run(session, tmp_path / "run")
-    assert not same(before, parameters(session))
-    assert fresh_model(session.spec, session.backbone)[0].name == "peft"
+    context = context_for(spec_for(tmp_path, {"peft_type": "VERA", "r": 4}), tmp_path)
+    assert context.model.peft_config["default"].peft_type.value == "VERA"
+    before = parameters(context)
+    run(context, tmp_path / "run")
+    assert not same(before, parameters(context))
+    assert fresh_model(context.spec, context.backbone)[0].name == "peft"
 
 
 def test_the_learned_adapters_mixture_is_what_theta_steps_train(tmp_path):
-    session = session_for(spec_for(tmp_path, "learned-adapter"), tmp_path)
-    theta = [name for name, _ in session.method.parameter_groups(session.model)[1]]
+    context = context_for(spec_for(tmp_path, "learned-adapter"), tmp_path)
+    theta = [name for name, _ in context.method.parameter_groups(context.model)[1]]
     assert len(theta) == 5
     assert all("bottleneck_mix" in name for name in theta)
-    run(session, tmp_path / "run")
-    mixes = [p for n, p in session.model.named_parameters() if "bottleneck_mix" in n]
+    run(context, tmp_path / "run")
+    mixes = [p for n, p in context.model.named_parameters() if "bottleneck_mix" in n]
     assert all(p.abs().sum() > 0 for p in mixes)

@@ -14,8 +14,8 @@ from pedro.config import Settings
 from pedro.database import exclusive
 from pedro.errors import ConflictError
 from pedro.registry import Registry
-from pedro.training.gate import GateDecision
 from pedro.training.job import move_alias
+from pedro.training.promotion_gate import GateDecision
 
 NAME = "acme.moved"
 WRITES = ("set_registered_model_alias", "delete_registered_model_alias")

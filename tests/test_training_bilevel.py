@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training_runs import parameters, session_for, spec_for
+from training_runs import context_for, parameters, spec_for
 
 from pedro.training.batches import RowStream, supervised, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA, learning_rate
@@ -13,69 +13,69 @@ def _is_theta(name):
     return ".pedro_a." in f"{name}." or ".pedro_b." in f"{name}."
 
 
-def _moments(session):
-    state = session.engine.optimizer.state
-    return {name: state[p]["exp_avg"].clone() for name, p in session.engine.parameters}
+def _moments(context):
+    state = context.engine.optimizer.state
+    return {name: state[p]["exp_avg"].clone() for name, p in context.engine.parameters}
 
 
-def _step(session, role, rows, place=0, lr=1e-2):
-    session.alternation.activate(role)
-    session.engine.optimizer.set_lr(lr, lr)
-    batch = RowStream(rows, session.plan.batch_size, 0).batch(place)
-    batch_step(session.engine, batch, session.plan, session.data.pad_id, salt=0)
+def _step(context, role, rows, place=0, lr=1e-2):
+    context.alternation.activate(role)
+    context.engine.optimizer.set_lr(lr, lr)
+    batch = RowStream(rows, context.plan.batch_size, 0).batch(place)
+    batch_step(context.engine, batch, context.plan, context.data.pad_id, salt=0)
 
 
 def test_theta_never_moves_in_an_omega_step_nor_omega_in_a_theta_step(tmp_path):
-    session = session_for(spec_for(tmp_path), tmp_path)
-    session.engine.mode(training=True)
-    _step(session, OMEGA, session.data.train)  # from here on both have gradients and moments to be polluted
-    _step(session, THETA, session.data.theta)
+    context = context_for(spec_for(tmp_path), tmp_path)
+    context.engine.mode(training=True)
+    _step(context, OMEGA, context.data.train)  # from here on both have gradients and moments to be polluted
+    _step(context, THETA, context.data.theta)
     for role in (OMEGA, THETA, OMEGA):
-        values, moments = parameters(session), _moments(session)
-        _step(session, role, session.data.train, place=1)
-        for name, parameter in session.engine.parameters:
+        values, moments = parameters(context), _moments(context)
+        _step(context, role, context.data.train, place=1)
+        for name, parameter in context.engine.parameters:
             moved = not torch.equal(parameter, values[name])
             assert moved == (_is_theta(name) == (role == THETA)), name
-            assert moved or torch.equal(_moments(session)[name], moments[name]), f"moments of {name}"
+            assert moved or torch.equal(_moments(context)[name], moments[name]), f"moments of {name}"
 
 
 def test_alternation_equals_two_plain_optimizers_on_the_same_batches(tmp_path):
     spec = spec_for(tmp_path, weight_decay=0.1, clip=0.5)
-    session, reference = session_for(spec, tmp_path), session_for(spec, tmp_path)
+    context, reference = context_for(spec, tmp_path), context_for(spec, tmp_path)
     omega = [p for name, p in reference.engine.parameters if not _is_theta(name)]
     theta = [p for name, p in reference.engine.parameters if _is_theta(name)]
     plain = {
         OMEGA: (omega, torch.optim.AdamW(omega, lr=1e-2, weight_decay=0.1)),
         THETA: (theta, torch.optim.AdamW(theta, lr=1e-2, weight_decay=0.0)),
     }
-    session.engine.mode(training=True)
+    context.engine.mode(training=True)
     reference.model.train()
     for place in range(4):
-        for role, rows in ((OMEGA, session.data.train), (THETA, session.data.theta)):
-            _step(session, role, rows, place)
+        for role, rows in ((OMEGA, context.data.train), (THETA, context.data.theta)):
+            _step(context, role, rows, place)
             chosen, optimizer = plain[role]
-            batch_rows = RowStream(rows, session.plan.batch_size, 0).batch(place)
-            batch = tensors(batch_rows, session.data.pad_id, "cpu", batch_rows[0])
+            batch_rows = RowStream(rows, context.plan.batch_size, 0).batch(place)
+            batch = tensors(batch_rows, context.data.pad_id, "cpu", batch_rows[0])
             positions, wanted = supervised(batch.pop("labels"))
             reference.model.zero_grad()
             (token_loss(reference.model(**batch).logits[positions], wanted) / supervised_tokens(batch_rows)).backward()
             torch.nn.utils.clip_grad_norm_(chosen, 0.5)
             optimizer.step()
     wanted = parameters(reference)
-    for name, value in parameters(session).items():
+    for name, value in parameters(context).items():
         assert torch.allclose(value, wanted[name], atol=1e-7), name
 
 
 def test_an_update_to_a_smaller_than_a_bf16_step_survives_bf16_training(tmp_path):
-    session = session_for(spec_for(tmp_path, precision="bf16"), tmp_path)
-    backbone = [p for p in session.model.parameters() if not p.requires_grad]
+    context = context_for(spec_for(tmp_path, precision="bf16"), tmp_path)
+    backbone = [p for p in context.model.parameters() if not p.requires_grad]
     assert {p.dtype for p in backbone} == {torch.bfloat16}
-    assert {p.dtype for _, p in session.engine.parameters} == {torch.float32}
-    session.engine.mode(training=True)
-    _step(session, OMEGA, session.data.train)  # while W_up is zero, a has no gradient
-    before = parameters(session)
-    _step(session, THETA, session.data.theta, lr=1e-6)
-    for name, a in session.engine.parameters:
+    assert {p.dtype for _, p in context.engine.parameters} == {torch.float32}
+    context.engine.mode(training=True)
+    _step(context, OMEGA, context.data.train)  # while W_up is zero, a has no gradient
+    before = parameters(context)
+    _step(context, THETA, context.data.theta, lr=1e-6)
+    for name, a in context.engine.parameters:
         if ".pedro_a." in f"{name}.":
             largest = a.detach().abs().argmax()
             moved = (a.detach() - before[name])[largest].abs()
@@ -83,9 +83,9 @@ def test_an_update_to_a_smaller_than_a_bf16_step_survives_bf16_training(tmp_path
 
 
 def test_methods_without_theta_train_on_what_would_be_the_theta_rows(tmp_path):
-    with_theta = session_for(spec_for(tmp_path), tmp_path)
-    without = session_for(spec_for(tmp_path, "lora"), tmp_path)
-    joint = session_for(spec_for(tmp_path, bilevel=False), tmp_path)
+    with_theta = context_for(spec_for(tmp_path), tmp_path)
+    without = context_for(spec_for(tmp_path, "lora"), tmp_path)
+    joint = context_for(spec_for(tmp_path, bilevel=False), tmp_path)
     assert len(without.data.train) == len(with_theta.data.train) + len(with_theta.data.theta)
     assert len(joint.data.train) == len(without.data.train)
     assert (len(without.data.theta), len(joint.data.theta)) == (0, 0)

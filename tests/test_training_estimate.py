@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from training_runs import run, session_for, spec_for
+from training_runs import context_for, run, spec_for
 
 from pedro.errors import ConfigError, DataError
 from pedro.training.estimate import dry_run
@@ -12,15 +12,15 @@ from pedro.training.estimate import dry_run
 def test_the_dry_run_counts_what_the_run_then_does(tmp_path):
     spec = spec_for(tmp_path, max_steps=4, theta_every=2)
     report = dry_run(spec)
-    session = session_for(spec, tmp_path)
-    outcome = run(session, tmp_path / "run")
+    context = context_for(spec, tmp_path)
+    outcome = run(context, tmp_path / "run")
     assert (report.steps, report.optimizer_steps) == (outcome.steps, outcome.optimizer_steps) == (4, 6)
-    assert report.trainable_parameters == session.trainable_parameters == 21_320
+    assert report.trainable_parameters == context.trainable_parameters == 21_320
     assert report.backbone_parameters == 260_032
     assert report.rows == {
-        "train": len(session.data.train),
-        "theta": len(session.data.theta),
-        "validation": len(session.data.validation),
+        "train": len(context.data.train),
+        "theta": len(context.data.theta),
+        "validation": len(context.data.validation),
     }
     parts = report.seconds_by_part
     assert parts["of steps"] == pytest.approx(4 * report.seconds_per_step)
@@ -47,7 +47,7 @@ def test_a_batch_of_more_rows_than_there_are_is_all_of_them_and_said(tmp_path):
     """A batch of 10**9 rows took all memory in the dry run; the job itself would have held every row many times."""
     spec = spec_for(tmp_path, batch_size=1_000_000, epochs=3)
     report = dry_run(spec)
-    plan = session_for(spec, tmp_path).plan
+    plan = context_for(spec, tmp_path).plan
     assert (plan.batch_size, plan.steps, report.steps) == (report.rows["train"], 3, 3)
     assert f"1,000,000 is more than the {plan.batch_size} training rows" in str(report)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pedro.training.gate import decide
+from pedro.training.promotion_gate import decide
 from pedro.training.spec import GateSpec
 
 BARE = {"accuracy": 0.2, "loss": 2.0}

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from training_runs import parameters, run, same, session_for, spec_for, write_rows
+from training_runs import context_for, parameters, run, same, spec_for, write_rows
 from transformers import AutoModelForCausalLM
 
 from pedro.backbone import load_model
@@ -18,7 +18,7 @@ from pedro.training.batches import RowStream, slices, supervised, supervised_tok
 from pedro.training.bilevel import OMEGA, THETA
 from pedro.training.loop import Data, batch_step, mean_loss, train
 from pedro.training.reporters import LocalReporter
-from pedro.training.team import Team
+from pedro.training.worker_group import WorkerGroup
 
 
 class Interrupted(Exception):
@@ -32,9 +32,9 @@ class DiesAfterCheckpoint(LocalReporter):
         super().__init__(directory, say=lambda line: None)
         self.step = step
 
-    def checkpoint(self, engine, team, progress, best):
-        super().checkpoint(engine, team, progress, best)
-        if progress.step == self.step:
+    def checkpoint(self, engine, group, state, best):
+        super().checkpoint(engine, group, state, best)
+        if state.step == self.step:
             raise Interrupted
 
 
@@ -51,15 +51,15 @@ class Watched(list):
 
 
 def test_theta_rows_never_meet_an_omega_step_nor_train_rows_a_theta_step(tmp_path):
-    session = session_for(spec_for(tmp_path), tmp_path)
-    optimizer, data = session.engine.optimizer, session.data
+    context = context_for(spec_for(tmp_path), tmp_path)
+    optimizer, data = context.engine.optimizer, context.data
     seen_train, seen_theta = Watched(list(data.train), optimizer), Watched(list(data.theta), optimizer)
     prompts = [{tuple(row["input_ids"][: row["prompt_len"]]) for row in rows} for rows in (data.train, data.theta)]
     assert not prompts[0] & prompts[1]
     # the batch is fetched just before its step: watch what the step itself activates
     watched = Data(seen_train, seen_theta, data.validation, data.pad_id)
     train(
-        session.engine, session.alternation, session.plan, watched, LocalReporter(tmp_path / "run", lambda line: None)
+        context.engine, context.alternation, context.plan, watched, LocalReporter(tmp_path / "run", lambda line: None)
     )
     assert seen_train.seen == {frozenset([OMEGA])}
     assert seen_theta.seen == {frozenset([THETA])}
@@ -68,15 +68,15 @@ def test_theta_rows_never_meet_an_omega_step_nor_train_rows_a_theta_step(tmp_pat
 @pytest.mark.parametrize("method", ["pedro", {"name": "lora", "dropout": 0.2}])
 def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_path, method):
     spec = spec_for(tmp_path, method, max_steps=9, eval_every=3, checkpoint_every=2)
-    whole = session_for(spec, tmp_path)
+    whole = context_for(spec, tmp_path)
     outcome = run(whole, tmp_path / "whole")
     for died in (4, 8):
-        broken = session_for(spec, tmp_path)
+        broken = context_for(spec, tmp_path)
         with pytest.raises(Interrupted):
             train(
                 broken.engine, broken.alternation, broken.plan, broken.data, DiesAfterCheckpoint(tmp_path / "run", died)
             )
-    resumed = session_for(spec, tmp_path)
+    resumed = context_for(spec, tmp_path)
     again = run(resumed, tmp_path / "run")
     assert same(parameters(resumed), parameters(whole))
     assert (again.validations, again.best_step, again.tokens) == (
@@ -87,36 +87,36 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_
 
 
 def test_training_stops_without_gain_and_restores_the_best_parameters(tmp_path):
-    session = session_for(spec_for(tmp_path, max_steps=60, eval_every=2, patience=2, lr=0.3, warmup=0.0), tmp_path)
-    outcome = run(session, tmp_path / "run")
+    context = context_for(spec_for(tmp_path, max_steps=60, eval_every=2, patience=2, lr=0.3, warmup=0.0), tmp_path)
+    outcome = run(context, tmp_path / "run")
     losses = dict(outcome.validations)
     assert outcome.stopped_early
     assert outcome.steps < 60
     assert outcome.best_step == min(losses, key=losses.get) < outcome.steps
-    now = mean_loss(session.engine, session.data.validation, 8, session.data.pad_id, Team())
+    now = mean_loss(context.engine, context.data.validation, 8, context.data.pad_id, WorkerGroup())
     assert now == pytest.approx(outcome.validation_loss, rel=1e-6)
 
 
 def test_checkpoints_hold_what_is_trained_and_nothing_of_the_backbone(tmp_path):
-    session = session_for(spec_for(tmp_path), tmp_path)
-    run(session, tmp_path / "run")
+    context = context_for(spec_for(tmp_path), tmp_path)
+    run(context, tmp_path / "run")
     files = {path.name: path.stat().st_size for path in (tmp_path / "run" / "last").iterdir()}
     assert set(files) == {"rank0.safetensors", "parameters.safetensors", "best.safetensors", "progress.json"}
-    assert sum(files.values()) < 6 * 4 * session.trainable_parameters
-    backbone = sum(p.numel() for p in session.model.parameters()) * 4
+    assert sum(files.values()) < 6 * 4 * context.trainable_parameters
+    backbone = sum(p.numel() for p in context.model.parameters()) * 4
     assert sum(files.values()) < backbone
 
 
 def test_a_loss_that_is_no_number_is_a_clear_error(tmp_path):
-    session = session_for(spec_for(tmp_path, lr=100, clip=0, warmup=0.0, max_steps=40), tmp_path)
+    context = context_for(spec_for(tmp_path, lr=100, clip=0, warmup=0.0, max_steps=40), tmp_path)
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+; lower training.lr"):
-        run(session, tmp_path / "run")
+        run(context, tmp_path / "run")
     assert not (tmp_path / "run" / "last").exists()
 
 
 def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
     spec = spec_for(tmp_path, eval_every=2)
-    session = session_for(spec, tmp_path)
+    context = context_for(spec, tmp_path)
     real = checkpoints.save_file
 
     def fails_later(tensors, path):
@@ -126,46 +126,46 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path, mo
 
     monkeypatch.setattr(checkpoints, "save_file", fails_later)
     with pytest.raises(TrainingError, match=r"No space left on device.*free some space or set PEDRO_STORAGE"):
-        run(session, tmp_path / "run")
+        run(context, tmp_path / "run")
     monkeypatch.undo()
-    resumed = session_for(spec, tmp_path)
+    resumed = context_for(spec, tmp_path)
     assert run(resumed, tmp_path / "run").steps == 6
 
 
 def test_a_full_disk_while_saving_the_adapter_leaves_nothing(tmp_path, monkeypatch):
     from pedro.methods import adapter_files
 
-    session = session_for(spec_for(tmp_path, max_steps=1), tmp_path)
-    trained = worker.run_session(session, LocalReporter(tmp_path / "run", lambda line: None))
+    context = context_for(spec_for(tmp_path, max_steps=1), tmp_path)
+    trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(adapter_files, "_write", full)
     with pytest.raises(UnavailableError, match="No space left"):
-        worker.save(session, trained, tmp_path / "adapter")
+        worker.save(context, trained, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("method", ["pedro", "pedro-3", "pedro-5", "para", "lora", "ia3", "full"])
 def test_every_method_trains_scores_and_saves_through_the_one_loop(tmp_path, method):
-    session = session_for(spec_for(tmp_path, method, max_steps=4, eval_every=4), tmp_path)
-    before = mean_loss(session.engine, session.data.validation, 8, session.data.pad_id, Team())
-    trained = worker.run_session(session, LocalReporter(tmp_path / "run", lambda line: None))
+    context = context_for(spec_for(tmp_path, method, max_steps=4, eval_every=4), tmp_path)
+    before = mean_loss(context.engine, context.data.validation, 8, context.data.pad_id, WorkerGroup())
+    trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
     assert trained.outcome.validation_loss < before
-    assert trained.outcome.optimizer_steps == (8 if session.plan.bilevel else 4)
-    digest = worker.save(session, trained, tmp_path / "adapter")
-    manifest = verify_adapter(tmp_path / "adapter", session.backbone.digest)
+    assert trained.outcome.optimizer_steps == (8 if context.plan.bilevel else 4)
+    digest = worker.save(context, trained, tmp_path / "adapter")
+    manifest = verify_adapter(tmp_path / "adapter", context.backbone.digest)
     assert manifest == read_manifest(tmp_path / "adapter")
     assert manifest["digest"] == digest
     assert manifest["spec"]["training"]["max_steps"] == 4
     assert manifest["prompt_format"]["id"] == "raw"
     metrics = manifest["metrics"]
     assert metrics["split"] == "validation"
-    assert metrics["rows"] == len(session.data.validation)
+    assert metrics["rows"] == len(context.data.validation)
     assert metrics["loss"] == pytest.approx(trained.outcome.validation_loss, rel=1e-5)
     assert metrics["backbone_loss"] == pytest.approx(before, rel=1e-5)
-    again = worker.score_directory(session, tmp_path / "adapter")
+    again = worker.score_directory(context, tmp_path / "adapter")
     assert (again.accuracy, again.rows) == (metrics["accuracy"], metrics["rows"])
     assert again.loss == pytest.approx(metrics["loss"], rel=1e-5)
 
@@ -177,21 +177,23 @@ def test_every_method_trains_scores_and_saves_through_the_one_loop(tmp_path, met
 def test_a_job_scores_the_champion_exactly_without_a_second_backbone_in_memory(
     tmp_path, monkeypatch, method, champion, loads
 ):
-    other = session_for(spec_for(tmp_path, champion, max_steps=2), tmp_path)
-    worker.save(other, worker.run_session(other, LocalReporter(tmp_path / "c", lambda line: None)), tmp_path / "best")
+    other = context_for(spec_for(tmp_path, champion, max_steps=2), tmp_path)
+    worker.save(
+        other, worker.train_and_score(other, LocalReporter(tmp_path / "c", lambda line: None)), tmp_path / "best"
+    )
     load, loaded = AutoModelForCausalLM.from_pretrained, []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k))
-    session = session_for(spec_for(tmp_path, method, max_steps=2), tmp_path)
-    trained = worker.run_session(session, LocalReporter(tmp_path / "run", lambda line: None))
-    worker.save(session, trained, tmp_path / "new")
-    found = worker.score_directory(session, tmp_path / "best")
+    context = context_for(spec_for(tmp_path, method, max_steps=2), tmp_path)
+    trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
+    worker.save(context, trained, tmp_path / "new")
+    found = worker.score_directory(context, tmp_path / "best")
     assert len(loaded) == loads
     if loads == 2:
-        assert not any(p.numel() for p in session.model.parameters())  # given up before the second was loaded
-    fresh = load_saved(tmp_path / "best", read_manifest(tmp_path / "best"), session.backbone, "float32", "cpu")
-    rows = list(session.scored_rows()[1])
-    assert found == score(fresh, session.tokenizer, rows)
-    bare = score(load_model(session.backbone), session.tokenizer, rows)
+        assert not any(p.numel() for p in context.model.parameters())  # given up before the second was loaded
+    fresh = load_saved(tmp_path / "best", read_manifest(tmp_path / "best"), context.backbone, "float32", "cpu")
+    rows = list(context.scored_rows()[1])
+    assert found == score(fresh, context.tokenizer, rows)
+    bare = score(load_model(context.backbone), context.tokenizer, rows)
     assert (trained.metrics["backbone_loss"], trained.metrics["backbone_accuracy"]) == (bare.loss, bare.accuracy)
 
 
@@ -199,8 +201,8 @@ def test_slices_of_a_batch_add_up_to_the_whole_batch(tmp_path):
     results = []
     for accumulation in (1, 3):
         spec = spec_for(tmp_path, gradient_accumulation=accumulation, max_steps=3)
-        session = session_for(spec, tmp_path)
-        results.append((run(session, tmp_path / f"run{accumulation}"), parameters(session)))
+        context = context_for(spec, tmp_path)
+        results.append((run(context, tmp_path / f"run{accumulation}"), parameters(context)))
     (one, whole), (three, sliced) = results
     assert three.validation_loss == pytest.approx(one.validation_loss, rel=1e-5)
     assert all(torch.allclose(whole[name], sliced[name], atol=2e-5) for name in whole)
@@ -209,36 +211,36 @@ def test_slices_of_a_batch_add_up_to_the_whole_batch(tmp_path):
 def test_activation_checkpointing_changes_no_bit_of_the_result(tmp_path):
     results = []
     for name, on in (("plain", False), ("saving", True)):
-        session = session_for(spec_for(tmp_path, gradient_checkpointing=on, max_steps=3), tmp_path)
-        run(session, tmp_path / name)
-        results.append(parameters(session))
+        context = context_for(spec_for(tmp_path, gradient_checkpointing=on, max_steps=3), tmp_path)
+        run(context, tmp_path / name)
+        results.append(parameters(context))
     assert same(*results)
 
 
 def test_the_answer_is_never_part_of_what_conditions_it(tmp_path):
-    session = session_for(spec_for(tmp_path, max_steps=3), tmp_path)
-    run(session, tmp_path / "run")
-    row = dict(session.data.train[0])
+    context = context_for(spec_for(tmp_path, max_steps=3), tmp_path)
+    run(context, tmp_path / "run")
+    row = dict(context.data.train[0])
     other = {
         **row,
         "input_ids": [*row["input_ids"][: row["prompt_len"]], *reversed(row["input_ids"][row["prompt_len"] :])],
     }
     logits = []
     for version in (row, other):
-        batch = tensors([version], session.data.pad_id, "cpu", version)
+        batch = tensors([version], context.data.pad_id, "cpu", version)
         prompt = torch.arange(batch.pop("labels").shape[1])[None] < row["prompt_len"]
-        logits.append(session.engine.forward(prompt, **batch))
+        logits.append(context.engine.forward(prompt, **batch))
     assert torch.equal(*logits)
 
 
 def test_logits_exist_for_answer_tokens_alone(tmp_path):
-    session = session_for(spec_for(tmp_path), tmp_path)
-    rows = [session.data.train[i] for i in range(5)]
+    context = context_for(spec_for(tmp_path), tmp_path)
+    rows = [context.data.train[i] for i in range(5)]
     seen = []
-    session.model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    batch_step(session.engine, rows, session.plan, session.data.pad_id, salt=0)
-    mean_loss(session.engine, rows, 5, session.data.pad_id, Team(0, 1))
-    answer_loss(session.model, session.tokenizer, rows)
+    context.model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    batch_step(context.engine, rows, context.plan, context.data.pad_id, salt=0)
+    mean_loss(context.engine, rows, 5, context.data.pad_id, WorkerGroup(0, 1))
+    answer_loss(context.model, context.tokenizer, rows)
     count = sum(len(row["input_ids"]) - row["prompt_len"] for row in rows)
     assert {shape[:2] for shape in seen} == {(1, count)}
 
@@ -277,7 +279,7 @@ def test_no_theta_rows_for_a_method_with_theta_names_both_remedies(tmp_path):
     spec = spec_for(tmp_path)
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"theta": 0.0})})
     with pytest.raises(ConfigError, match=r"data.theta: 0 .*training.bilevel=false"):
-        session_for(spec, tmp_path)
+        context_for(spec, tmp_path)
 
 
 def test_files_for_theta_validation_and_test_are_used_as_they_are(tmp_path):
@@ -287,26 +289,26 @@ def test_files_for_theta_validation_and_test_are_used_as_they_are(tmp_path):
         for name, count, start in (("theta", 5, 1000), ("validation", 7, 2000), ("test", 9, 3000))
     }
     spec = spec.model_copy(update={"data": spec.data.model_copy(update=files)})
-    session = session_for(spec, tmp_path)
-    assert (len(session.data.train), len(session.data.theta), len(session.data.validation)) == (72, 5, 7)
-    split, rows = session.scored_rows()
+    context = context_for(spec, tmp_path)
+    assert (len(context.data.train), len(context.data.theta), len(context.data.validation)) == (72, 5, 7)
+    split, rows = context.scored_rows()
     assert (split, len(rows)) == ("test", 9)
 
 
 def test_without_validation_the_last_parameters_stay_and_nothing_is_scored(tmp_path):
     spec = spec_for(tmp_path, max_steps=2)
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"validation": 0.0})})
-    trained = worker.run_session(session_for(spec, tmp_path), LocalReporter(tmp_path / "run", lambda line: None))
+    trained = worker.train_and_score(context_for(spec, tmp_path), LocalReporter(tmp_path / "run", lambda line: None))
     assert trained.outcome.validation_loss is None
     assert trained.outcome.best_step == 2
     assert trained.metrics["split"] == "none"
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_answer_tokens(tmp_path):
-    session = session_for(spec_for(tmp_path), tmp_path)
-    rows = RowStream(session.data.train, 8, 0).batch(0)
-    loss, tokens = batch_step(session.engine, rows, session.plan, session.data.pad_id, salt=0)
+    context = context_for(spec_for(tmp_path), tmp_path)
+    rows = RowStream(context.data.train, 8, 0).batch(0)
+    loss, tokens = batch_step(context.engine, rows, context.plan, context.data.pad_id, salt=0)
     assert tokens == supervised_tokens(rows)
-    fresh = session_for(spec_for(tmp_path), tmp_path)
-    assert mean_loss(fresh.engine, rows, 3, fresh.data.pad_id, Team()) == pytest.approx(float(loss), rel=1e-5)
+    fresh = context_for(spec_for(tmp_path), tmp_path)
+    assert mean_loss(fresh.engine, rows, 3, fresh.data.pad_id, WorkerGroup()) == pytest.approx(float(loss), rel=1e-5)
     assert math.isfinite(loss)

@@ -10,7 +10,7 @@ from pedro.comparison.spec import load_comparison_spec
 from pedro.config import Settings
 from pedro.errors import ConfigError
 from pedro.training.job import flat, read_spec, stage
-from pedro.training.prepare import make_plan
+from pedro.training.prepare import make_training_plan
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.sweep.spec import load_sweep_spec
 
@@ -203,13 +203,13 @@ def test_steps_that_were_asked_for_are_not_cut_short_by_the_default_of_epochs(tm
     spec = load_finetune_spec(_write(tmp_path), ["training.max_steps=2000"])
     read_back = FineTuneSpec.model_validate(json.loads(json.dumps(spec.to_dict())))
     assert (spec.training.epochs, read_back) == (None, spec)
-    assert make_plan(spec.training, 2208, has_theta=True).steps == 2000
+    assert make_training_plan(spec.training, 2208, has_theta=True).steps == 2000
 
 
 def test_of_epochs_and_steps_that_are_both_given_the_first_to_be_reached_ends_training(tmp_path):
     both = load_finetune_spec(_write(tmp_path, training={"epochs": 3, "max_steps": 2000}))
     stored = FineTuneSpec.model_validate({**SMALL, "training": {"epochs": 3.0, "max_steps": 2000}})  # before this rule
     neither = load_finetune_spec(_write(tmp_path))
-    assert [make_plan(one.training, 2208, True).steps for one in (both, stored, neither)] == [414, 414, 414]
+    assert [make_training_plan(one.training, 2208, True).steps for one in (both, stored, neither)] == [414, 414, 414]
     with pytest.raises(ConfigError, match="epochs is null and max_steps not given"):
         load_finetune_spec(_write(tmp_path, training={"epochs": None}))

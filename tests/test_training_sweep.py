@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
-from training_runs import session_for, spec_for
+from training_runs import context_for, spec_for
 from typer.testing import CliRunner
 
 from pedro import cluster
@@ -21,13 +21,13 @@ from pedro.errors import ConfigError, ConflictError, NotFoundError
 from pedro.registry import MANIFEST, Registry
 from pedro.training import submit
 from pedro.training.sweep import launch
-from pedro.training.sweep.board import Board
 from pedro.training.sweep.planner import make_planner
-from pedro.training.sweep.records import Outcome, Records, State, recall
-from pedro.training.sweep.report import progress_table, rows_of, write_report
+from pedro.training.sweep.records import Records, TrialOutcome, TrialState, recall
+from pedro.training.sweep.report import progress_table, rows_of, write_sweep_report
 from pedro.training.sweep.space import Dimension, drawn, every
 from pedro.training.sweep.spec import SweepSpec, load_sweep_spec
-from pedro.training.sweep.variants import check, count, plan, variant
+from pedro.training.sweep.tracker import TrialTracker
+from pedro.training.sweep.variants import check_sweep, count, planned_trials, variant
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 SHIPPED = sorted(CONFIGS.glob("*sweep*.yaml"))
@@ -58,15 +58,17 @@ class Runs:
 
 
 def begin(folder, spec, runs=None):
-    """A new sweep's board, or that of another driver for the sweep in `folder`."""
+    """A new sweep's tracker, or that of another driver for the sweep in `folder`."""
     records = Records(str(folder / "storage"), "sweep-1")
-    return Board(records, spec, make_planner(spec, records.trials()), runs or Runs(), "parent")
+    return TrialTracker(records, spec, make_planner(spec, records.trials()), runs or Runs(), "parent")
 
 
-def finish(board, trial, loss, **metrics):
-    outcome = Outcome(State.FINISHED, trial.attempt, metrics={"validation_loss": loss, **metrics}, seconds=1.0)
-    board.records.write_outcome(trial.number, outcome)
-    return board.ended(trial.number)
+def finish(tracker, trial, loss, **metrics):
+    outcome = TrialOutcome(
+        TrialState.FINISHED, trial.attempt, metrics={"validation_loss": loss, **metrics}, seconds=1.0
+    )
+    tracker.records.write_outcome(trial.number, outcome)
+    return tracker.ended(trial.number)
 
 
 # Spaces
@@ -94,7 +96,7 @@ def test_draws_lie_in_their_ranges_differ_and_follow_the_seed():
 def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
     spec = sweep_for(tmp_path, {"method.r": {"grid": [2, 3]}, "method.orders": {"choice": [[6, 5], [2, 1]]}})
     spec = spec.model_copy(update={"search": spec.search.model_copy(update={"algorithm": "grid"})})
-    assert [tuple(map(str, trial.values())) for trial in plan(spec)] == [
+    assert [tuple(map(str, trial.values())) for trial in planned_trials(spec)] == [
         ("2", "[6, 5]"),
         ("2", "[2, 1]"),
         ("3", "[6, 5]"),
@@ -107,12 +109,12 @@ def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
 def test_more_draws_than_a_space_holds_are_refused(tmp_path):
     spec = sweep_for(tmp_path, {"method.r": {"choice": [2, 3]}}, search={"trials": 5})
     with pytest.raises(ConfigError, match=r"search.trials: 5 different trials .* about 2"):
-        plan(spec)
+        planned_trials(spec)
 
 
 def test_parameters_go_into_the_job_and_nothing_else_changes(tmp_path):
     spec = sweep_for(tmp_path, {"method.orders": {"grid": [[2, 1]]}, "training.lr": {"grid": ["3e-3"]}})
-    (parameters,) = plan(spec)
+    (parameters,) = planned_trials(spec)
     job = variant(spec, parameters)
     assert job.method.options == {"orders": [2, 1]}
     assert job.training.lr == 3e-3
@@ -132,7 +134,7 @@ def test_unknown_keys_and_bad_values_of_the_job_are_named_all_at_once(tmp_path):
         "trainig.seed": {"grid": [1]},
     }
     with pytest.raises(ConfigError) as caught:
-        check(sweep_for(tmp_path, space, search={"trials": 2}))
+        check_sweep(sweep_for(tmp_path, space, search={"trials": 2}))
     for piece in (
         "space.training.lrr: training.lrr: unknown key; did you mean 'lr'?",
         "space.training.lr: training.lr: expected",
@@ -146,7 +148,7 @@ def test_unknown_keys_and_bad_values_of_the_job_are_named_all_at_once(tmp_path):
 def test_a_combination_that_no_job_can_take_is_found(tmp_path):
     space = {"training.batch_size": {"grid": [2, 8]}, "training.gradient_accumulation": {"grid": [1, 4]}}
     with pytest.raises(ConfigError, match=r"raise batch_size to at least 4"):
-        check(sweep_for(tmp_path, space))
+        check_sweep(sweep_for(tmp_path, space))
 
 
 @pytest.mark.parametrize(
@@ -183,16 +185,18 @@ def test_a_mistake_in_the_spec_is_told_with_its_key(tmp_path, changes, told):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_sweep_loads_finds_its_data_and_checks(path):
     spec = load_sweep_spec(path)
-    check(spec)
+    check_sweep(spec)
     assert all(Path(file).is_file() for file in spec.base.data.files().values())
     assert spec.base.backbone == ("stories260K" if path.name.startswith("nano") else "meta-llama/Llama-2-7b-hf")
 
 
 def test_the_shipped_sweeps_are_those_of_the_design():
-    widths = {name: plan(load_sweep_spec(CONFIGS / name)) for name in ("sweep_r.yaml", "nano_sweep_r.yaml")}
+    widths = {name: planned_trials(load_sweep_spec(CONFIGS / name)) for name in ("sweep_r.yaml", "nano_sweep_r.yaml")}
     assert [trial["method.r"] for trial in widths["sweep_r.yaml"]] == [3, 6, 12, 24, 48, 96, 192]
     assert [trial["method.r"] for trial in widths["nano_sweep_r.yaml"]] == [2, 3, 6, 12, 24, 48]
-    assert [6, 5] in [trial["method.orders"] for trial in plan(load_sweep_spec(CONFIGS / "sweep_orders.yaml"))]
+    assert [6, 5] in [
+        trial["method.orders"] for trial in planned_trials(load_sweep_spec(CONFIGS / "sweep_orders.yaml"))
+    ]
     assert count(load_sweep_spec(CONFIGS / "nano_sweep_orders.yaml")) == 8
 
 
@@ -201,16 +205,16 @@ def test_the_shipped_sweeps_are_those_of_the_design():
 
 def test_another_driver_begins_only_what_has_not_ended(tmp_path):
     spec, runs = sweep_for(tmp_path, {"method.r": {"grid": [2, 3, 6, 12, 24, 48]}}), Runs()
-    board = begin(tmp_path, spec, runs)
-    trials = [board.next() for _ in range(5)]
-    finish(board, trials[0], 0.5)
-    board.records.write_outcome(1, Outcome(State.FAILED, 1, "the loss is nan"))
-    board.ended(1)
-    board.report(2, step=3, steps=6, loss=0.9)
-    board.ended(2)  # no words of its own: the scheduler stopped it
-    board.ended(3, broke="its process died")
-    board.report(4, step=3, steps=6, loss=0.7)
-    board.records.write_outcome(0, board.trials[0].outcome)
+    tracker = begin(tmp_path, spec, runs)
+    trials = [tracker.next() for _ in range(5)]
+    finish(tracker, trials[0], 0.5)
+    tracker.records.write_outcome(1, TrialOutcome(TrialState.FAILED, 1, "the loss is nan"))
+    tracker.ended(1)
+    tracker.report(2, step=3, steps=6, loss=0.9)
+    tracker.ended(2)  # no words of its own: the scheduler stopped it
+    tracker.ended(3, broke="its process died")
+    tracker.report(4, step=3, steps=6, loss=0.7)
+    tracker.records.write_outcome(0, tracker.trials[0].outcome)
 
     again = begin(tmp_path, spec, runs)
     assert [t.state.value for t in again.trials] == ["finished", "failed", "stopped", "lost", "running"]
@@ -229,9 +233,11 @@ def test_another_driver_begins_only_what_has_not_ended(tmp_path):
 
 def test_a_trial_that_ended_while_its_driver_was_dead_is_not_run_again(tmp_path):
     spec = sweep_for(tmp_path)
-    board = begin(tmp_path, spec)
-    trial = board.next()
-    board.records.write_outcome(0, Outcome(State.FINISHED, 1, metrics={"validation_loss": 0.25}))  # after the kill
+    tracker = begin(tmp_path, spec)
+    trial = tracker.next()
+    tracker.records.write_outcome(
+        0, TrialOutcome(TrialState.FINISHED, 1, metrics={"validation_loss": 0.25})
+    )  # after the kill
     runs = Runs()
     again = begin(tmp_path, spec, runs)
     assert (again.kept, again.best.number, again.best.loss) == (1, 0, 0.25)
@@ -241,23 +247,23 @@ def test_a_trial_that_ended_while_its_driver_was_dead_is_not_run_again(tmp_path)
 
 def test_the_words_of_an_attempt_before_do_not_end_the_next_one(tmp_path):
     spec = sweep_for(tmp_path)
-    board = begin(tmp_path, spec)
-    board.next()
-    board.records.write_outcome(0, Outcome(State.LOST, 1, "the disk was full"))
+    tracker = begin(tmp_path, spec)
+    tracker.next()
+    tracker.records.write_outcome(0, TrialOutcome(TrialState.LOST, 1, "the disk was full"))
     again = begin(tmp_path, spec)
     assert again.next().attempt == 2
-    assert begin(tmp_path, spec).trials[0].state is State.RUNNING
+    assert begin(tmp_path, spec).trials[0].state is TrialState.RUNNING
 
 
 def test_the_best_is_the_finished_trial_of_least_validation_loss(tmp_path):
-    board = begin(tmp_path, sweep_for(tmp_path))
-    trials = [board.next() for _ in range(3)]
-    assert board.best is None
-    finish(board, trials[0], 0.6, accuracy=0.99)
-    board.report(1, step=3, steps=6, loss=0.1)
-    board.ended(1)
-    finish(board, trials[2], 0.5, accuracy=0.90)
-    assert board.best.number == 2
+    tracker = begin(tmp_path, sweep_for(tmp_path))
+    trials = [tracker.next() for _ in range(3)]
+    assert tracker.best is None
+    finish(tracker, trials[0], 0.6, accuracy=0.99)
+    tracker.report(1, step=3, steps=6, loss=0.1)
+    tracker.ended(1)
+    finish(tracker, trials[2], 0.5, accuracy=0.90)
+    assert tracker.best.number == 2
 
 
 def test_a_sweep_is_found_again_by_its_spec_and_its_data(tmp_path):
@@ -265,7 +271,7 @@ def test_a_sweep_is_found_again_by_its_spec_and_its_data(tmp_path):
     spec = sweep_for(tmp_path)
     with pytest.raises(NotFoundError, match=r"--resume: no sweep of exactly this spec"):
         launch.reopen(spec, settings, "http://127.0.0.1:9")
-    entry = launch.prepare(spec, settings)
+    entry = launch.create(spec, settings)
     assert recall(settings.storage, launch.staged(spec, settings)) == entry.id
     assert Records(settings.storage, entry.id).spec() == launch.staged(spec, settings)
     other = spec.model_copy(update={"concurrency": 1})
@@ -290,7 +296,7 @@ def test_a_sweep_from_before_the_later_fields_is_found(tmp_path):
 def test_a_sweep_that_still_runs_is_not_started_twice(tmp_path, monkeypatch):
     settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
     spec = sweep_for(tmp_path)
-    entry = launch.prepare(spec, settings)
+    entry = launch.create(spec, settings)
     monkeypatch.setattr(submit, "status", lambda job_id, url: "RUNNING")
     with pytest.raises(ConflictError, match=f"{entry.id} still runs"):
         launch.reopen(spec, settings, "")
@@ -309,34 +315,34 @@ def test_optuna_stays_in_the_space_and_goes_on_from_what_it_was_told(tmp_path):
         "method.orders": {"choice": [[6, 5], [2, 1]]},
     }
     spec = sweep_for(tmp_path, space, search={"algorithm": "optuna", "trials": 14})
-    check(spec)
-    board = begin(tmp_path, spec)
+    check_sweep(spec)
+    tracker = begin(tmp_path, spec)
     for _ in range(6):
-        trial = board.next()
+        trial = tracker.next()
         lr, r = trial.parameters["training.lr"], trial.parameters["method.r"]
         assert 1e-4 <= lr <= 1e-1
         assert 2 <= r <= 9
         assert trial.parameters["method.orders"] in ([6, 5], [2, 1])
-        finish(board, trial, abs(r - 5.0))
-    board.next()  # it runs when the driver is killed
+        finish(tracker, trial, abs(r - 5.0))
+    tracker.next()  # it runs when the driver is killed
     again = begin(tmp_path, spec)
     assert (again.kept, again.waiting) == (6, 8)
-    assert again.next().parameters == board.trials[6].parameters
+    assert again.next().parameters == tracker.trials[6].parameters
     finish(again, again.trials[6], 1.0)
     later = [again.next().parameters for _ in range(7)]
     assert again.next() is None
-    assert not any(parameters in [trial.parameters for trial in board.trials] for parameters in later)
+    assert not any(parameters in [trial.parameters for trial in tracker.trials] for parameters in later)
 
 
 def test_a_resumed_scheduler_stops_what_an_uninterrupted_one_would(tmp_path):
     from pedro.training.sweep.tuning import LOSS, STEP, STEPS, make_scheduler, tell
 
     spec = sweep_for(tmp_path, scheduler={"grace_steps": 3, "reduction": 2}, training={"max_steps": 12})
-    board = begin(tmp_path, spec)
+    tracker = begin(tmp_path, spec)
     for loss in (0.1, 0.2):
-        trial = board.next()
-        board.report(trial.number, 3, 12, loss)
-        finish(board, trial, loss)
+        trial = tracker.next()
+        tracker.report(trial.number, 3, 12, loss)
+        finish(tracker, trial, loss)
 
     def decision(scheduler, step, loss):
         newcomer = SimpleNamespace(trial_id="new")
@@ -358,7 +364,7 @@ def test_steps_that_vary_are_cut_neither_by_the_default_of_epochs_nor_by_the_ste
     tree = {"name": "steps", "base": base, "space": {"training.max_steps": {"grid": [5, 5000]}}}
     spec = SweepSpec.model_validate(tree)
     for read in (spec, SweepSpec.model_validate(spec.to_dict())):
-        assert [variant(read, each).training.epochs for each in (*plan(read), {})] == [None, None, 3.0]
+        assert [variant(read, each).training.epochs for each in (*planned_trials(read), {})] == [None, None, 3.0]
     base["training"] = {"epochs": 3}
     assert variant(SweepSpec.model_validate(tree), {"training.max_steps": 5}).training.epochs == 3
     base["training"] = {"max_steps": 100}
@@ -373,24 +379,24 @@ def test_steps_that_vary_are_cut_neither_by_the_default_of_epochs_nor_by_the_ste
 
 def test_table_csv_and_figure_show_every_trial(tmp_path):
     space = {"method.orders": {"grid": [[6, 5], [2, 1]]}, "training.lr": {"grid": [1e-4, 1e-1]}}
-    board = begin(tmp_path, sweep_for(tmp_path, space))
-    trials = [board.next() for _ in range(4)]
+    tracker = begin(tmp_path, sweep_for(tmp_path, space))
+    trials = [tracker.next() for _ in range(4)]
     for n, trial in enumerate(trials):
-        board.report(n, 3, 6, 0.5 + n)
+        tracker.report(n, 3, 6, 0.5 + n)
         if n < 2:
-            finish(board, trial, 0.4 + n, accuracy=0.9 - 0.1 * n)
-    board.ended(2)
-    lines = progress_table(board)
+            finish(tracker, trial, 0.4 + n, accuracy=0.9 - 0.1 * n)
+    tracker.ended(2)
+    lines = progress_table(tracker)
     assert lines[0].split() == ["trial", "state", "step", "dev", "loss", "method.orders", "training.lr"]
     assert "finished" in lines[1]
     assert "0.4000" in lines[1]
     assert "stopped" in lines[3]
     assert "running" in lines[4]
-    write_report(board, tmp_path / "report", {"best": 0})
+    write_sweep_report(tracker, tmp_path / "report", {"best": 0})
     table = (tmp_path / "report" / "trials.csv").read_text().splitlines()
     assert table[0].startswith("trial,state,method.orders,training.lr,validation_loss,accuracy")
     assert len(table) == 5
-    assert rows_of(board.trials)[0]["accuracy"] == 0.9
+    assert rows_of(tracker.trials)[0]["accuracy"] == 0.9
     assert (tmp_path / "report" / "parallel.png").stat().st_size > 10_000
 
 
@@ -398,9 +404,9 @@ def test_an_adapter_says_which_sweep_and_trial_it_comes_from(tmp_path):
     from pedro.training import worker
     from pedro.training.reporters import LocalReporter
 
-    session = session_for(spec_for(tmp_path, max_steps=2, eval_every=1), tmp_path)
-    trained = worker.run_session(session, LocalReporter(tmp_path / "run", lambda line: None))
-    worker.save(session, trained, tmp_path / "adapter", {"sweep": {"id": "sweep-1", "trial": 3}})
+    context = context_for(spec_for(tmp_path, max_steps=2, eval_every=1), tmp_path)
+    trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
+    worker.save(context, trained, tmp_path / "adapter", {"sweep": {"id": "sweep-1", "trial": 3}})
     manifest = json.loads((tmp_path / "adapter" / MANIFEST).read_text())
     assert manifest["sweep"] == {"id": "sweep-1", "trial": 3}
     assert manifest["metrics"]["validation_loss"] == trained.outcome.validation_loss
@@ -440,7 +446,7 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     rates = [1e-2, 100.0, 3e-3, 2e-2, 1e-3]
     training = {"max_steps": 40, "eval_every": 10, "clip": 0, "warmup": 0.0}
     spec = sweep_for(tmp_path, {"training.lr": {"grid": rates}}, scheduler={"name": "none"}, training=training)
-    entry = launch.prepare(spec, settings)
+    entry = launch.create(spec, settings)
     records = Records(settings.storage, entry.id)
     launch.start(entry, settings, url)
     while sum(trial.state.final for trial in records.trials()) < 2:
@@ -470,7 +476,7 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     assert all(trial.attempt == 1 for trial in after)
     assert any("dev loss" in line for line in lines), "a table while it runs"
 
-    best = min((trial for trial in after if trial.state is State.FINISHED), key=lambda trial: trial.loss)
+    best = min((trial for trial in after if trial.state is TrialState.FINISHED), key=lambda trial: trial.loss)
     assert result["best"]["trial"] == best.number
     version = registry.get("acme.colours")
     assert (version.ref, version.run_id, version.digest) == (result["model"], best.run_id, best.outcome.digest)

@@ -11,7 +11,7 @@ from queue import Empty
 import pytest
 import torch
 import torch.multiprocessing
-from training_runs import parameters, run, session_for, spec_for
+from training_runs import context_for, parameters, run, spec_for
 
 from pedro.errors import TrainingError
 from pedro.training.spec import FineTuneSpec
@@ -24,34 +24,34 @@ def _worker(rank, world, port, folder, specs, queue):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    from pedro.training.session import deepspeed_engine, open_session
-    from pedro.training.team import Team
+    from pedro.training.context import build_context, deepspeed_engine
     from pedro.training.worker import evaluate, save
+    from pedro.training.worker_group import WorkerGroup
 
-    team, results = Team(rank, world), {}
+    group, results = WorkerGroup(rank, world), {}
     with pytest.raises(TrainingError, match="the last worker cannot"):  # on every worker, so that none waits for it
-        team.together(lambda: _fail_if(rank == world - 1))
+        group.together(lambda: _fail_if(rank == world - 1))
     for name, tree, stop_at in specs:
         spec = FineTuneSpec.model_validate(tree)
         if stop_at:
-            first = open_session(spec, folder / "cache", deepspeed_engine(spec), team)
+            first = build_context(spec, folder / "cache", deepspeed_engine(spec), group)
             cut = _Cut(folder / name, stop_at)
             with pytest.raises(InterruptedError):
                 _train(first, cut)
-        session = open_session(spec, folder / "cache", deepspeed_engine(spec), team)
-        outcome = run(session, folder / name)
-        metrics = evaluate(session, team)
+        context = build_context(spec, folder / "cache", deepspeed_engine(spec), group)
+        outcome = run(context, folder / name)
+        metrics = evaluate(context, group)
         trained = _Trained(metrics)
-        digest = save(session, trained, folder / f"{name}-adapter")
-        with session.engine.gathered():
-            values = parameters(session)
+        digest = save(context, trained, folder / f"{name}-adapter")
+        with context.engine.gathered():
+            values = parameters(context)
         results[name] = {
             "loss": outcome.validation_loss,
             "validations": outcome.validations,
             "values": {key: value.tolist() for key, value in values.items()},
             "metrics": metrics,
             "digest": digest,
-            "trainable": session.trainable_parameters,
+            "trainable": context.trainable_parameters,
         }
     if rank == 0:
         queue.put(results)
@@ -68,10 +68,10 @@ class _Trained:
         self.metrics = metrics
 
 
-def _train(session, reporter):
+def _train(context, reporter):
     from pedro.training.loop import train
 
-    return train(session.engine, session.alternation, session.plan, session.data, reporter)
+    return train(context.engine, context.alternation, context.plan, context.data, reporter)
 
 
 def _group(world, folder, specs):
@@ -106,9 +106,9 @@ def _spec(folder, world, stage, method="pedro", **training):
 
 
 def _reference(folder, method="pedro", **training):
-    session = session_for(spec_for(folder, method, clip=0.5, **training), folder)
-    outcome = run(session, folder / f"reference-{method}")
-    return outcome, {name: value.tolist() for name, value in parameters(session).items()}
+    context = context_for(spec_for(folder, method, clip=0.5, **training), folder)
+    outcome = run(context, folder / f"reference-{method}")
+    return outcome, {name: value.tolist() for name, value in parameters(context).items()}
 
 
 def _largest_difference(one, other):
@@ -162,9 +162,9 @@ class _Cut:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def checkpoint(self, engine, team, progress, best):
-        self.inner.checkpoint(engine, team, progress, best)
-        if progress.step == self.step:
+    def checkpoint(self, engine, group, state, best):
+        self.inner.checkpoint(engine, group, state, best)
+        if state.step == self.step:
             raise InterruptedError
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from pedro.training.loop import Outcome, train
+from pedro.training.context import TrainingContext, build_context
+from pedro.training.loop import TrainingOutcome, train
 from pedro.training.reporters import LocalReporter
-from pedro.training.session import Session, open_session
 from pedro.training.spec import FineTuneSpec
 
 COLOURS = ("red", "blue", "green")
@@ -43,21 +43,21 @@ def spec_for(folder: Path, method: str | dict = "pedro", resources: dict | None 
     )
 
 
-def session_for(spec: FineTuneSpec, folder: Path) -> Session:
-    """One worker's session on plain torch."""
+def context_for(spec: FineTuneSpec, folder: Path) -> TrainingContext:
+    """One worker's context on plain torch."""
     torch.set_num_threads(1)
-    return open_session(spec, folder / "cache")
+    return build_context(spec, folder / "cache")
 
 
-def run(session: Session, folder: Path) -> Outcome:
+def run(context: TrainingContext, folder: Path) -> TrainingOutcome:
     """Train to the end, or go on from the checkpoint in `folder`."""
     reporter = LocalReporter(folder, say=lambda line: None)
-    return train(session.engine, session.alternation, session.plan, session.data, reporter)
+    return train(context.engine, context.alternation, context.plan, context.data, reporter)
 
 
-def parameters(session: Session) -> dict[str, torch.Tensor]:
+def parameters(context: TrainingContext) -> dict[str, torch.Tensor]:
     """A copy of what is trained."""
-    return {name: p.detach().clone() for name, p in session.engine.parameters}
+    return {name: p.detach().clone() for name, p in context.engine.parameters}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pedro.config import Settings
 from pedro.errors import PedroError
-from pedro.training.sweep.records import Records, State, Trial, sweep_ids
+from pedro.training.sweep.records import Records, Trial, TrialState, sweep_ids
 from pedro.training.sweep.report import axis, metric, rows_of
 
 LOSS, ACCURACY = "validation loss", "accuracy"
@@ -41,11 +41,11 @@ class Sweep:
     @property
     def ended(self) -> list[Trial]:
         """The trials that can be compared: finished, with a loss."""
-        return [trial for trial in self.trials if trial.state is State.FINISHED and trial.loss is not None]
+        return [trial for trial in self.trials if trial.state is TrialState.FINISHED and trial.loss is not None]
 
     def counts(self) -> dict[str, int]:
         """How many trials are in each state that any is in."""
-        found = {state.value: sum(trial.state is state for trial in self.trials) for state in State}
+        found = {state.value: sum(trial.state is state for trial in self.trials) for state in TrialState}
         return {state: count for state, count in found.items() if count}
 
 
@@ -123,7 +123,7 @@ def parallel(sweep: Sweep) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
     The axes are the parameters, then loss and accuracy. Failed and lost trials have nothing to compare.
     """
-    drawn = [t for t in sweep.trials if t.loss is not None and t.state not in (State.FAILED, State.LOST)]
+    drawn = [t for t in sweep.trials if t.loss is not None and t.state not in (TrialState.FAILED, TrialState.LOST)]
     if not drawn:
         return [], []
     columns: list[tuple[str, list[Any]]] = [(key, [t.parameters.get(key) for t in drawn]) for key in sweep.keys]
@@ -168,7 +168,8 @@ def trial_rows(sweep: Sweep) -> list[dict[str, Any]]:
     """The table of trials: the best first, then those without a loss."""
     rows = [{**row, **{key: shown(row.get(key)) for key in sweep.keys}} for row in rows_of(sweep.trials)]
     return sorted(
-        rows, key=lambda row: (row["state"] != State.FINISHED, row["validation_loss"] is None, row["validation_loss"])
+        rows,
+        key=lambda row: (row["state"] != TrialState.FINISHED, row["validation_loss"] is None, row["validation_loss"]),
     )
 
 

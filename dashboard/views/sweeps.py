@@ -10,12 +10,12 @@ import streamlit as st
 
 from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, behind, number
 from pedro.config import Settings
-from pedro.training.sweep.records import State
+from pedro.training.sweep.records import TrialState
 from sources import sweeps as data
 
 REFRESH_S = 10
 SHADES = [BLUE, SKY, ORANGE]  # from the least loss to the largest, on the light and on the dark page
-STEPS = [State.RUNNING, State.FINISHED, State.STOPPED, State.FAILED, State.LOST]
+STEPS = [TrialState.RUNNING, TrialState.FINISHED, TrialState.STOPPED, TrialState.FAILED, TrialState.LOST]
 
 read_all = st.cache_resource(max_entries=100, ttl=REFRESH_S, show_spinner="Reading the sweeps …")(data.read_sweeps)
 read_one = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner="Reading the trials …")(data.read_sweep)

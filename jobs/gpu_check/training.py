@@ -13,8 +13,8 @@ from pedro.evaluation.benchmarks.shapes import Shape, make_model, prompts
 from pedro.methods.registry import METHODS, Method
 from pedro.training.bilevel import OMEGA, THETA, Alternation, GroupedAdamW
 from pedro.training.engines import StepEngine, TorchEngine
-from pedro.training.loop import Data, Plan, Progress, batch_step, train
-from pedro.training.team import Team
+from pedro.training.loop import Data, TrainingPlan, TrainState, batch_step, train
+from pedro.training.worker_group import WorkerGroup
 
 SMALL = Shape("small", "4 blocks of 256", 256, 4, 8, 4, 512, True, vocab=1000, context=512)
 TINY = Shape("tiny", "3 blocks of 32", 32, 3, 4, 2, 48, True, vocab=64, context=64)
@@ -35,11 +35,11 @@ class Losses:
     def __init__(self) -> None:
         self.seen: list[float] = []
 
-    def resume(self, _engine: StepEngine, _team: Team) -> None:
+    def resume(self, _engine: StepEngine, _group: WorkerGroup) -> None:
         """Every run is a new one."""
 
     def checkpoint(
-        self, _engine: StepEngine, _team: Team, _progress: Progress, _best: Mapping[str, torch.Tensor]
+        self, _engine: StepEngine, _group: WorkerGroup, _state: TrainState, _best: Mapping[str, torch.Tensor]
     ) -> None:
         """Nothing is kept."""
 
@@ -69,7 +69,7 @@ def check_method(method: Method, shape: Shape, device: str, steps: int) -> dict[
     omega, theta = method.parameter_groups(model)
     optimizer = GroupedAdamW(omega, theta)
     engine = TorchEngine(model, optimizer, [*omega, *theta], accumulation=1, clip=1.0)
-    engine.companion = method.companion(model, options, steps)
+    engine.hook = method.training_hook(model, options, steps)
     alternation = Alternation(optimizer, omega, theta)
     rows = random_rows(shape, ROWS, 24, seed=1)
     plan = make_plan(steps, bilevel=bool(theta))
@@ -91,9 +91,9 @@ def check_method(method: Method, shape: Shape, device: str, steps: int) -> dict[
     return {"ok": good, **finding}
 
 
-def make_plan(steps: int, bilevel: bool, batch: int = ROWS) -> Plan:
+def make_plan(steps: int, bilevel: bool, batch: int = ROWS) -> TrainingPlan:
     """The numbers of a short run without validation."""
-    return Plan(
+    return TrainingPlan(
         steps=steps,
         batch_size=batch,
         accumulation=1,
@@ -115,7 +115,7 @@ def random_rows(shape: Shape, count: int, length: int, seed: int) -> list[Mappin
     return [{"input_ids": ids, "prompt_len": length - ANSWER} for ids in made]
 
 
-def _separate(engine: TorchEngine, alternation: Alternation, plan: Plan, rows: list[Mapping[str, Any]]) -> bool:
+def _separate(engine: TorchEngine, alternation: Alternation, plan: TrainingPlan, rows: list[Mapping[str, Any]]) -> bool:
     """Whether an Ω step leaves Θ as it is, to the bit, and a Θ step Ω; and each moves something."""
     engine.mode(training=True)
     engine.optimizer.set_lr(LR, LR)

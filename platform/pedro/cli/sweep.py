@@ -38,14 +38,14 @@ def sweep(
     """
     from pedro.config import Settings
     from pedro.training.sweep.spec import load_sweep_spec
-    from pedro.training.sweep.variants import check
+    from pedro.training.sweep.variants import check_sweep
 
     if resume and dry_run:
         raise typer.BadParameter(
             "--dry-run starts nothing, so there is nothing for --resume to go on with; give one of them"
         )
     wanted = load_sweep_spec(spec, overrides or [])
-    check(wanted)
+    check_sweep(wanted)
     if dry_run:
         _dry_run(wanted, as_json)
         return
@@ -54,7 +54,7 @@ def sweep(
 
     settings = Settings.from_env()
     url = connect(settings, say).dashboard_url
-    entry = launch.reopen(wanted, settings, url) if resume else launch.prepare(wanted, settings)
+    entry = launch.reopen(wanted, settings, url) if resume else launch.create(wanted, settings)
     launch.start(entry, settings, url)
     if not wait:
         follow = f"follow it:  pedro jobs logs {entry.submission_id} --follow"
@@ -101,10 +101,10 @@ def _dry_run(wanted: SweepSpec, as_json: bool) -> None:
     from pedro.backbone import quiet
     from pedro.training.estimate import dry_run
     from pedro.training.sweep.planner import make_planner
-    from pedro.training.sweep.variants import plan, variant
+    from pedro.training.sweep.variants import planned_trials, variant
 
     quiet()
-    planned = plan(wanted)
+    planned = planned_trials(wanted)
     planner = make_planner(wanted, [])
     first = planned[0] if planned else planner.propose(0)
     report = dry_run(variant(wanted, first))

@@ -18,8 +18,8 @@ from pedro.errors import PedroError
 from pedro.evaluation.metrics import ELSEWHERE, score_answers
 from pedro.evaluation.scoring import generate, majority
 from pedro.provenance import provenance
-from pedro.training.loop import Progress, train
-from pedro.training.session import Session, open_session
+from pedro.training.context import TrainingContext, build_context
+from pedro.training.loop import TrainState, train
 from pedro.training.spec import FineTuneSpec
 
 STATUS = Path("/proc/self/status")
@@ -32,10 +32,10 @@ class Curves:
     def __init__(self) -> None:
         self.points: dict[str, list[list[float]]] = defaultdict(list)
 
-    def resume(self, engine: Any, team: Any) -> None:
+    def resume(self, engine: Any, group: Any) -> None:
         return None
 
-    def checkpoint(self, engine: Any, team: Any, progress: Progress, best: Mapping[str, Any]) -> None:
+    def checkpoint(self, engine: Any, group: Any, state: TrainState, best: Mapping[str, Any]) -> None:
         """Nothing is kept."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -52,23 +52,23 @@ def run_cell(plan: Plan, data: TaskData, resources: ResourcesSpec, judge: JudgeS
     curves = Curves()
     _reset_peak()
     try:
-        session = open_session(_job(plan, data, resources), cache)
-        outcome = train(session.engine, session.alternation, session.plan, session.data, curves)
-        session.model.eval()
+        context = build_context(_job(plan, data, resources), cache)
+        outcome = train(context.engine, context.alternation, context.plan, context.data, curves)
+        context.model.eval()
         started = time.monotonic()
-        validation = _validation(session, plan, data, outcome.validation_loss)
-        scores = [_score(session, plan, test, judge, cache) for test in data.tests]
+        validation = _validation(context, plan, data, outcome.validation_loss)
+        scores = [_score(context, plan, test, judge, cache) for test in data.tests]
         spent = time.monotonic() - started
     except PedroError as error:
         return failed(plan, error.message, dict(curves.points))
-    trained = [parameter for parameter in session.model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
     return _cell(
         plan,
         state="finished",
         scores=[score for score in scores if score],
         validation=validation,
-        trainable_parameters=session.trainable_parameters,
-        trainable_without_bias=_without_bias(session),
+        trainable_parameters=context.trainable_parameters,
+        trainable_without_bias=_without_bias(context),
         adapter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trained),
         steps=outcome.steps,
         optimizer_steps=outcome.optimizer_steps,
@@ -77,9 +77,9 @@ def run_cell(plan: Plan, data: TaskData, resources: ResourcesSpec, judge: JudgeS
         seconds=round(outcome.seconds, 2),
         scoring_seconds=round(spent, 2),
         tokens_per_second=round(outcome.tokens / max(outcome.seconds, 1e-9), 1),
-        peak_memory_bytes=_peak(session),
+        peak_memory_bytes=_peak(context),
         curves=dict(curves.points),
-        activations=_activations(session),
+        activations=_activations(context),
         provenance=provenance(),
     )
 
@@ -129,26 +129,28 @@ def _job(plan: Plan, data: TaskData, resources: ResourcesSpec) -> FineTuneSpec:
     )
 
 
-def _validation(session: Session, plan: Plan, data: TaskData, loss: float | None) -> dict[str, Any]:
+def _validation(context: TrainingContext, plan: Plan, data: TaskData, loss: float | None) -> dict[str, Any]:
     """The task's own metric on the validation rows; minus the loss, where it has none for answers."""
     if data.task.metric in ELSEWHERE:
         value = None if loss is None else -loss
         return {"metric": "loss", "value": value, "loss": loss, "rows": len(data.validation_rows)}
-    rows, prompts = _fitting(session, data.task, data.validation_rows)
-    result = score_answers(data.task, rows, _answers(session, plan, data.task, prompts))
+    rows, prompts = _fitting(context, data.task, data.validation_rows)
+    result = score_answers(data.task, rows, _answers(context, plan, data.task, prompts))
     return {"metric": data.task.metric, "value": result.value, "loss": loss, "rows": result.rows}
 
 
-def _score(session: Session, plan: Plan, test: TestSet, judge: JudgeSpec | None, cache: Path) -> dict[str, Any] | None:
+def _score(
+    context: TrainingContext, plan: Plan, test: TestSet, judge: JudgeSpec | None, cache: Path
+) -> dict[str, Any] | None:
     """The score on a test set; None for a task that has no metric of its own (Alpaca)."""
     if test.task.metric == "judge":
         from pedro.comparison.judged import judged_score
 
-        return judged_score(session, plan, test, judge, cache)
+        return judged_score(context, plan, test, judge, cache)
     if test.task.metric in ELSEWHERE:
         return None
-    rows, prompts = _fitting(session, test.task, test.rows)
-    result = score_answers(test.task, rows, _answers(session, plan, test.task, prompts))
+    rows, prompts = _fitting(context, test.task, test.rows)
+    result = score_answers(test.task, rows, _answers(context, plan, test.task, prompts))
     guess = majority(row.completion for row in rows)
     return {
         **{key: value for key, value in result.to_dict().items() if key != "per_row"},
@@ -158,24 +160,24 @@ def _score(session: Session, plan: Plan, test: TestSet, judge: JudgeSpec | None,
     }
 
 
-def _fitting(session: Session, task: Task, rows: Sequence[TaskRow]) -> tuple[list[TaskRow], list[list[int]]]:
+def _fitting(context: TrainingContext, task: Task, rows: Sequence[TaskRow]) -> tuple[list[TaskRow], list[list[int]]]:
     """The rows whose prompt fits, as in training, and their prompts' token ids."""
     from pedro.backbone import context_length
 
-    room = context_length(session.backbone) - task.max_new_tokens
-    form = session.prepared.format
-    prompts = encode_prompts(session.tokenizer, [form.prompt(row.messages, session.tokenizer) for row in rows])
-    kept = [place for place, ids in enumerate(prompts) if len(ids) < session.prepared.max_length and len(ids) <= room]
+    room = context_length(context.backbone) - task.max_new_tokens
+    form = context.prepared.format
+    prompts = encode_prompts(context.tokenizer, [form.prompt(row.messages, context.tokenizer) for row in rows])
+    kept = [place for place, ids in enumerate(prompts) if len(ids) < context.prepared.max_length and len(ids) <= room]
     if not kept:
-        raise PedroError(f"{task.name}: no test prompt fits into {session.prepared.max_length} tokens")
+        raise PedroError(f"{task.name}: no test prompt fits into {context.prepared.max_length} tokens")
     return [rows[place] for place in kept], [prompts[place] for place in kept]
 
 
-def _answers(session: Session, plan: Plan, task: Task, prompts: list[list[int]]) -> list[str]:
+def _answers(context: TrainingContext, plan: Plan, task: Task, prompts: list[list[int]]) -> list[str]:
     rows = [{"input_ids": ids, "prompt_len": len(ids)} for ids in prompts]
     return generate(
-        session.model,
-        session.tokenizer,
+        context.model,
+        context.tokenizer,
         rows,
         max_new_tokens=task.max_new_tokens,
         batch_size=plan.eval_batch_size,
@@ -183,9 +185,9 @@ def _answers(session: Session, plan: Plan, task: Task, prompts: list[list[int]])
     )
 
 
-def _activations(session: Session) -> dict[str, Any] | None:
+def _activations(context: TrainingContext) -> dict[str, Any] | None:
     """The learned coefficients of eq. 7, layer by layer; None where the method has none."""
-    theta = {name: p.detach().float().cpu().tolist() for name, p in session.method.parameter_groups(session.model)[1]}
+    theta = {name: p.detach().float().cpu().tolist() for name, p in context.method.parameter_groups(context.model)[1]}
     tops = [values for name, values in theta.items() if ".pedro_a." in f"{name}."]
     bottoms = [values for name, values in theta.items() if ".pedro_b." in f"{name}."]
     if not tops:
@@ -198,10 +200,10 @@ def _rounded(values: list[float]) -> list[float]:
     return [round(value, 6) for value in values]
 
 
-def _without_bias(session: Session) -> int:
+def _without_bias(context: TrainingContext) -> int:
     from pedro.methods.registry import count_parameters
 
-    return count_parameters(session.model)["trainable_without_bias"]
+    return count_parameters(context.model)["trainable_without_bias"]
 
 
 def _reset_peak() -> None:
@@ -216,11 +218,11 @@ def _reset_peak() -> None:
         return
 
 
-def _peak(session: Session) -> int:
+def _peak(context: TrainingContext) -> int:
     """The run's peak: of the GPU's memory there, else of the process's."""
     import torch
 
-    if session.engine.device.type == "cuda":
+    if context.engine.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated())
     try:
         lines = STATUS.read_text().splitlines()

@@ -15,13 +15,13 @@ from pedro.evaluation.mt_bench import Judge, Messages, ask_questions, judge_answ
 from pedro.evaluation.scoring import generate
 
 if TYPE_CHECKING:
-    from pedro.training.session import Session
+    from pedro.training.context import TrainingContext
 
 MARKS = 10.0
 
 
 def judged_score(
-    session: Session, plan: Plan, test: TestSet, judge: JudgeSpec | None, cache: Path
+    context: TrainingContext, plan: Plan, test: TestSet, judge: JudgeSpec | None, cache: Path
 ) -> dict[str, Any] | None:
     """The mean mark (1 to 10) of a question's two turns; None without a judge. The answers are kept in either case.
 
@@ -31,11 +31,11 @@ def judged_score(
 
     def chat(messages: Messages, temperature: float) -> str:
         """Greedy, whatever FastChat's temperature: a run must give the same answers again."""
-        ids = encode_prompt(session.tokenizer, session.prepared.format.prompt(messages, session.tokenizer))
-        room = max(1, session.prepared.max_length - len(ids))
+        ids = encode_prompt(context.tokenizer, context.prepared.format.prompt(messages, context.tokenizer))
+        room = max(1, context.prepared.max_length - len(ids))
         rows = [{"input_ids": ids, "prompt_len": len(ids)}]
         budget = min(room, test.task.max_new_tokens)
-        return generate(session.model, session.tokenizer, rows, budget, num_beams=plan.num_beams)[0]
+        return generate(context.model, context.tokenizer, rows, budget, num_beams=plan.num_beams)[0]
 
     answers = list(ask_questions(test.rows, chat, f"{plan.group.label}-{plan.id}"))
     write_records(folder / "model_answer" / f"{plan.id}.jsonl", answers)

@@ -31,7 +31,7 @@ from pedro.methods.reader import (
 )
 
 LEAST_STEPS = 4
-UNKNOWN_STEPS = 1_000_000_000  # PEFT's config wants a number early; the companion sets the real one
+UNKNOWN_STEPS = 1_000_000_000  # PEFT's config wants a number early; the hook sets the real one
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 PATTERN = "rank_pattern"
 FIELDS = PEFT_FIELDS | MODULE_FIELDS | LORA_FIELDS | {"init_r", "target_r", "tinit", "tfinal", "deltaT"}
@@ -39,7 +39,7 @@ FIELDS |= {"beta1", "beta2", "orth_reg_weight", "total_step", PATTERN}
 
 
 class AdaLora:
-    """The `Companion` of an AdaLoRA adapter. `start` and `end` are the shares of the steps between which it prunes.
+    """The `TrainingHook` of an AdaLoRA adapter. `start` and `end` are the shares of the steps between which it prunes.
 
     Without them, the config's own tinit, tfinal and deltaT hold. Raises ConfigError for a run that is too short.
     """
@@ -145,7 +145,7 @@ def _build(
     end: float = 0.5,
     orthogonality: float = 0.1,
 ) -> AdaLoraConfig:
-    """`start` and `end`: shares of the steps between which ranks are pruned, read by the companion."""
+    """`start` and `end`: shares of the steps between which ranks are pruned, read by the hook."""
     expect_count("r", r)
     expect_count("target_r", target_r)
     expect(target_r <= r, "target_r", f"at most r = {r}", target_r)
@@ -197,5 +197,5 @@ METHOD = Method(
     readers=(Reader("ADALORA", _read, FIELDS),),
     mergeable=True,
     identity_at_init=True,
-    accompany=lambda model, steps, options: AdaLora(model, steps, options["start"], options["end"]),
+    make_hook=lambda model, steps, options: AdaLora(model, steps, options["start"], options["end"]),
 )

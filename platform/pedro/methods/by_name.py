@@ -17,10 +17,10 @@ from torch import nn
 
 from pedro.errors import ConfigError, PedroError
 from pedro.methods.adalora import UNKNOWN_STEPS, AdaLora
-from pedro.methods.companion import Companion
 from pedro.methods.method import Method
 from pedro.methods.options import expect
 from pedro.methods.peft_registration import OWN_NAMES
+from pedro.methods.training_hook import TrainingHook
 
 NOT_OPTIONS = {field.name for field in dataclasses.fields(PeftConfig)}
 # they want more in a batch or a model than rows of tokens: task ids, other adapters, an encoder, two models
@@ -69,8 +69,8 @@ def _build(model_config: Any, *, peft_type: str | None = None, **options: Any) -
         raise ConfigError(f"peft_type: {peft_type} refuses its options: {error}", param="peft_type") from error
 
 
-def _accompany(model: Any, steps: int, options: dict[str, Any]) -> Companion | None:
-    """AdaLoRA's companion, by its own schedule, if that is the type."""
+def _make_hook(model: Any, steps: int, options: dict[str, Any]) -> TrainingHook | None:
+    """AdaLoRA's hook, by its own schedule, if that is the type."""
     return AdaLora(model, steps) if isinstance(model.peft_config["default"], AdaLoraConfig) else None
 
 
@@ -110,5 +110,5 @@ METHOD = PeftByName(
     build=_build,
     mergeable=None,
     identity_at_init=None,
-    accompany=_accompany,
+    make_hook=_make_hook,
 )

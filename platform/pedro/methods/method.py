@@ -17,11 +17,11 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from pedro.errors import ConfigError
-from pedro.methods.companion import Companion
 from pedro.methods.config_check import changed_backbone
 from pedro.methods.patterns import check_patterns
 from pedro.methods.prompt import PROMPT_ARGUMENTS
 from pedro.methods.reader import Reader
+from pedro.methods.training_hook import TrainingHook
 
 Parameters = list[tuple[str, nn.Parameter]]
 
@@ -48,7 +48,7 @@ class Method:
     reads_weights: bool = False  # multiplies the backbone's weights at every step, so they must be whole on each worker
     theta: tuple[str, ...] = ()  # parts of the names of what Θ steps train (eq. 8); the rest is Ω
     paper: dict[str, Any] = field(default_factory=dict)  # options of the PEDRO paper's table 1, where not the defaults
-    accompany: Callable[[Any, int, dict[str, Any]], Companion | None] | None = None  # model, steps, options
+    make_hook: Callable[[Any, int, dict[str, Any]], TrainingHook | None] | None = None  # model, steps, options
 
     @property
     def mixed_batches(self) -> bool | None:
@@ -106,14 +106,14 @@ class Method:
             inner.register_forward_pre_hook(_ignore_prompt, with_kwargs=True)
         return model
 
-    def companion(self, model: nn.Module, options: dict[str, Any], steps: int) -> Companion | None:
+    def training_hook(self, model: nn.Module, options: dict[str, Any], steps: int) -> TrainingHook | None:
         """What goes along with a training of `steps` steps, for a method that changes its shape while it trains.
 
         Raises ConfigError where it could not do its work in so many steps.
         """
-        if self.accompany is None:
+        if self.make_hook is None:
             return None
-        return self.accompany(model, steps, {**self.options, **options})
+        return self.make_hook(model, steps, {**self.options, **options})
 
     def parameter_groups(self, model: nn.Module) -> tuple[Parameters, Parameters]:
         """The trainable parameters as (omega, theta) of eq. 8: for PEDRO theta is all a and b of eq. 7."""

@@ -139,7 +139,7 @@ class SparseSearchModel(DeltaTuner):
 
 
 class SparseSearch:
-    """The `Companion` of a search: opens the gates in every forward pass, then decides, then takes the rest off."""
+    """The `TrainingHook` of a search: opens the gates in every forward pass, then decides, then takes the rest off."""
 
     def __init__(self, model: Any, steps: int) -> None:
         self.config: SparseSearchConfig = model.peft_config["default"]
@@ -274,5 +274,5 @@ METHOD = Method(
     mergeable=False,
     identity_at_init=True,
     theta=(f".{PREFIX}gates.",),
-    accompany=lambda model, steps, options: SparseSearch(model, steps),
+    make_hook=lambda model, steps, options: SparseSearch(model, steps),
 )

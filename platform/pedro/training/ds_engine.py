@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pedro.methods.companion import Companion
 from pedro.methods.output_head import logits_at
+from pedro.methods.training_hook import TrainingHook
 from pedro.training.bilevel import GroupedAdamW, Named
 
 
@@ -36,7 +36,7 @@ class DeepSpeedEngine:
             )
         self._deepspeed = deepspeed
         self.model, self.optimizer, self.parameters = model, optimizer, parameters
-        self.companion: Companion | None = None
+        self.hook: TrainingHook | None = None
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = torch.device(self._engine.device)
         optimizer.materialise(self.masters())

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from pedro.methods.companion import Companion
 from pedro.methods.output_head import logits_at
+from pedro.methods.training_hook import TrainingHook
 from pedro.training.bilevel import GroupedAdamW, Named
 
 
@@ -27,7 +27,7 @@ class StepEngine(Protocol):
     optimizer: GroupedAdamW
     parameters: Named
     """The trainable parameters by name; under ZeRO-3 their data is only there inside `gathered()`."""
-    companion: Companion | None
+    hook: TrainingHook | None
     """What a method does between steps, for those that change their shape while they train."""
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ class TorchEngine:
         self, model: nn.Module, optimizer: GroupedAdamW, parameters: Named, *, accumulation: int, clip: float
     ) -> None:
         self.model, self.optimizer, self.parameters = model, optimizer, parameters
-        self.companion: Companion | None = None
+        self.hook: TrainingHook | None = None
         self.device = parameters[0][1].device
         self._accumulation, self._clip, self._slices = accumulation, clip, 0
         optimizer.materialise(self.masters())

@@ -14,7 +14,7 @@ from typing import Any
 
 from pedro.backbone import Backbone, load_config, load_tokenizer, resolve_backbone
 from pedro.training.memory import Sizes, training_memory
-from pedro.training.prepare import Prepared, make_plan, notes, prepare
+from pedro.training.prepare import PreparedData, make_training_plan, notes, prepare_data
 from pedro.training.spec import FineTuneSpec
 
 TIMED_PARAMETERS = 100_000_000
@@ -91,11 +91,11 @@ def dry_run(spec: FineTuneSpec) -> DryRun:
     """
     backbone = resolve_backbone(spec.backbone)
     with tempfile.TemporaryDirectory() as cache:
-        prepared = prepare(spec.data, spec.training, backbone, load_tokenizer(backbone), Path(cache))
+        prepared = prepare_data(spec.data, spec.training, backbone, load_tokenizer(backbone), Path(cache))
         return _estimate(spec, backbone, prepared, Path(cache))
 
 
-def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache: Path) -> DryRun:
+def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: PreparedData, cache: Path) -> DryRun:
     from pedro.methods.registry import count_parameters, get_method
 
     model = _shapes(spec, backbone)
@@ -106,8 +106,8 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: Prepared, cache:
     backbone_parameters = counts["total"] if method.name == "full" else frozen
     bilevel = bool(theta) and spec.training.bilevel
     train, theta_rows, validation = prepared.splits(bilevel)
-    plan = make_plan(spec.training, len(train), bilevel)
-    method.companion(model, spec.method.options, plan.steps)
+    plan = make_training_plan(spec.training, len(train), bilevel)
+    method.training_hook(model, spec.method.options, plan.steps)
     tokens, longest, longest_answer = prepared.lengths()
     split, scored = prepared.scored(spec.gate.max_rows)
     validations = -(-plan.steps // plan.validate_every) if validation is not None else 0
@@ -208,9 +208,9 @@ def _timed(spec: FineTuneSpec, cache: Path, batch_size: int) -> tuple[float, flo
     from pedro.evaluation.scoring import score
     from pedro.training.batches import RowStream
     from pedro.training.bilevel import OMEGA, THETA
+    from pedro.training.context import build_context
     from pedro.training.loop import batch_step, mean_loss
-    from pedro.training.session import open_session
-    from pedro.training.team import ALONE
+    from pedro.training.worker_group import ALONE
 
     share = max(1, batch_size // spec.resources.workers)
     accumulation = min(spec.training.gradient_accumulation, share)
@@ -220,15 +220,15 @@ def _timed(spec: FineTuneSpec, cache: Path, batch_size: int) -> tuple[float, flo
             "training": spec.training.model_copy(update={"batch_size": share, "gradient_accumulation": accumulation}),
         }
     )
-    session = open_session(alone, cache)
-    plan, data, engine = session.plan, session.data, session.engine
+    context = build_context(alone, cache)
+    plan, data, engine = context.plan, context.data, context.engine
     streams = [(OMEGA, RowStream(data.train, share, 0), 1.0)]
     if plan.bilevel:
         streams.append((THETA, RowStream(data.theta, share, 0), 1 / plan.theta_every))
     engine.mode(training=True)
     total = 0.0
     for role, stream, turns in streams:
-        session.alternation.activate(*((role,) if plan.bilevel else (OMEGA, THETA)))
+        context.alternation.activate(*((role,) if plan.bilevel else (OMEGA, THETA)))
         batch_step(engine, stream.batch(0), plan, data.pad_id, salt=0)
         started = time.perf_counter()
         for k in (1, 2):
@@ -240,12 +240,12 @@ def _timed(spec: FineTuneSpec, cache: Path, batch_size: int) -> tuple[float, flo
         started = time.perf_counter()
         mean_loss(engine, some, share, data.pad_id, ALONE)
         a_validated = (time.perf_counter() - started) / len(some)
-    _, scored = session.scored_rows()
+    _, scored = context.scored_rows()
     if scored is not None:
         some = [scored[i] for i in range(min(len(scored), SCORED_ROWS))]
         engine.mode(training=False)
         started = time.perf_counter()
-        score(session.model, session.tokenizer, some)
+        score(context.model, context.tokenizer, some)
         a_scored = (time.perf_counter() - started) / len(some)
     return total, a_validated, a_scored
 

@@ -24,10 +24,10 @@ from typing import Any
 from pedro.config import Settings, validate_spec
 from pedro.errors import AdapterError, ConfigError, ConflictError, DataError, NotFoundError, PedroError
 from pedro.registry import CANDIDATE, CHAMPION, Registry, Version
-from pedro.training.gate import GateDecision, decide
 from pedro.training.job_log import keeping_log
 from pedro.training.job_record import OwnRecord
 from pedro.training.places import check_places
+from pedro.training.promotion_gate import GateDecision, decide
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.storage import fetch, put_dataset
 from pedro.training.trainer import Result, fit
@@ -80,7 +80,7 @@ def run_job(
             trained = fit(spec, settings, run_id, job_id, Path(scratch))
             _log_spec(registry, run_id, spec, Path(scratch))
             version = registry.register(run_id, trained.directory, spec.tenant, spec.adapter)
-        decision = judge(spec, trained, registry)
+        decision = judge_version(spec, trained, registry)
         judged_against = trained.champion.version if trained.champion else None
         alias, decision = move_alias(registry, version, decision, judged_against)
         registry.tag_run(run_id, {"pedro.version": version.ref, "pedro.alias": alias, "pedro.gate": decision.reason})
@@ -127,7 +127,7 @@ def check_data(spec: FineTuneSpec, settings: Settings, say: Say) -> None:
     say(f"{spec.name}: examples: {', '.join(counts)}")
 
 
-def judge(spec: FineTuneSpec, trained: Result, registry: Registry) -> GateDecision:
+def judge_version(spec: FineTuneSpec, trained: Result, registry: Registry) -> GateDecision:
     """The gate's decision. What cannot be served does not pass, and a champion that could not be compared, or that
     moved meanwhile, keeps its place."""
     if trained.unservable:
@@ -200,7 +200,7 @@ def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
     try:
         record.running()
         spec = stage(read_spec(options.spec, settings.cache, options.overrides), settings.storage)
-        connect()
+        connect_driver()
         result = run_job(spec, settings, Registry.open(settings), job_id, say=_print)
     except PedroError as error:
         record.failed(error.message)
@@ -224,7 +224,7 @@ def _fail(message: str) -> int:
     return 1
 
 
-def connect(log_to_driver: bool = True) -> None:
+def connect_driver(log_to_driver: bool = True) -> None:
     """Join the cluster that runs this as a job, or the one of RAY_ADDRESS, or (with neither) start one that ends here.
 
     Ray Train's own actors look the cluster up by RAY_ADDRESS; without it they search this host and may find another.

@@ -28,13 +28,13 @@ from pedro.training.batches import (
 )
 from pedro.training.bilevel import OMEGA, THETA, Alternation, learning_rate
 from pedro.training.engines import StepEngine
-from pedro.training.team import Team
+from pedro.training.worker_group import WorkerGroup
 
-LOG_EVERY = 10  # steps between progress lines and looks at the loss (a look waits for the device)
+LOG_EVERY = 10  # steps between progress lines and reads of the loss (which wait for the device)
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Everything the loop counts with. Steps are Ω steps; `validate_every` and `checkpoint_every` are never 0."""
 
     steps: int
@@ -66,7 +66,7 @@ class Data:
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run stands; with the engine's tensors and the best parameters this is the whole checkpoint."""
 
     step: int = 0
@@ -83,7 +83,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """How a run ended. The engine's parameters are the best ones by then."""
 
     steps: int
@@ -99,10 +99,12 @@ class Outcome:
 class Reporter(Protocol):
     """Where a run's news goes, and where it was when it was last interrupted."""
 
-    def resume(self, engine: StepEngine, team: Team) -> tuple[Progress, Mapping[str, torch.Tensor]] | None:
+    def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
         """Load the last checkpoint into the engine; None when there is none. The best parameters are on rank 0."""
 
-    def checkpoint(self, engine: StepEngine, team: Team, progress: Progress, best: Mapping[str, torch.Tensor]) -> None:
+    def checkpoint(
+        self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
+    ) -> None:
         """Keep all that `resume` needs. Raises TrainingError on every worker if one cannot write."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -112,70 +114,72 @@ class Reporter(Protocol):
         """One line for the person who waits; called on rank 0 only."""
 
 
-def train(engine: StepEngine, alternation: Alternation, plan: Plan, data: Data, reporter: Reporter) -> Outcome:
+def train(
+    engine: StepEngine, alternation: Alternation, plan: TrainingPlan, data: Data, reporter: Reporter
+) -> TrainingOutcome:
     """Train until the plan's steps are done or validation stops improving; leave the best parameters in place.
 
-    Raises TrainingError when the loss is not a number.
+    Raises TrainingError when the loss is NaN or infinite.
     """
-    team = Team(engine.rank, engine.world)
-    progress, best = reporter.resume(engine, team) or (Progress(), {})
+    group = WorkerGroup(engine.rank, engine.world)
+    state, best = reporter.resume(engine, group) or (TrainState(), {})
     omega_rows = RowStream(data.train, plan.batch_size, plan.seed)
     theta_rows = RowStream(data.theta, plan.batch_size, plan.seed + 1) if plan.bilevel else None
-    meter = Meter(plan, progress, engine.device)
-    if progress.step and team.rank == 0:
-        reporter.line(f"resumed at step {progress.step:,}/{plan.steps:,}")
+    logger = MetricsLogger(plan, state, engine.device)
+    if state.step and group.rank == 0:
+        reporter.line(f"resumed at step {state.step:,}/{plan.steps:,}")
     engine.mode(training=True)
 
-    while progress.step < plan.steps and progress.without_gain < plan.patience:
-        k = progress.step
+    while state.step < plan.steps and state.without_gain < plan.patience:
+        k = state.step
         engine.optimizer.set_lr(
             learning_rate(k, plan.steps, plan.lr, plan.warmup), learning_rate(k, plan.steps, plan.theta_lr, plan.warmup)
         )
         alternation.activate(*((OMEGA,) if theta_rows else (OMEGA, THETA)))
         rows = omega_rows.batch(k)
-        meter.omega(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k), passed_tokens(rows))
+        logger.omega(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k), passed_tokens(rows))
         if theta_rows and (k + 1) % plan.theta_every == 0:
             alternation.activate(THETA)
             place = (k + 1) // plan.theta_every - 1
             rows = theta_rows.batch(place)
-            meter.theta(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k + 1), passed_tokens(rows))
-        progress.step = k + 1
-        if engine.companion:
-            engine.companion.after_step(progress.step)
-        last = progress.step == plan.steps
+            logger.theta(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k + 1), passed_tokens(rows))
+        state.step = k + 1
+        if engine.hook:
+            engine.hook.after_step(state.step)
+        last = state.step == plan.steps
 
-        if progress.step % LOG_EVERY == 0 or last:
-            meter.look(team, reporter)
-        if len(data.validation) and (progress.step % plan.validate_every == 0 or last):
-            meter.look(team, reporter)
-            loss = mean_loss(engine, data.validation, plan.batch_size, data.pad_id, team)
-            best = judge(progress, loss, best, engine)
-            meter.validated(loss, team, reporter)
+        if state.step % LOG_EVERY == 0 or last:
+            logger.log(group, reporter)
+        if len(data.validation) and (state.step % plan.validate_every == 0 or last):
+            logger.log(group, reporter)
+            loss = mean_loss(engine, data.validation, plan.batch_size, data.pad_id, group)
+            best = keep_best(state, loss, best, engine)
+            logger.validated(loss, group, reporter)
             engine.mode(training=True)
-        if progress.step % plan.checkpoint_every == 0 or last or progress.without_gain >= plan.patience:
-            meter.look(team, reporter)
-            reporter.checkpoint(engine, team, progress, best)
+        if state.step % plan.checkpoint_every == 0 or last or state.without_gain >= plan.patience:
+            logger.log(group, reporter)
+            reporter.checkpoint(engine, group, state, best)
 
     alternation.activate(OMEGA, THETA)
     if len(data.validation):
-        restore(engine, team, best)
-    if engine.companion:
-        engine.companion.finish()
+        restore(engine, group, best)
+    if engine.hook:
+        engine.hook.finish()
     engine.mode(training=False)
-    return Outcome(
-        steps=progress.step,
-        optimizer_steps=plan.optimizer_steps(progress.step),
-        best_step=progress.best_step if len(data.validation) else progress.step,
-        validation_loss=progress.best_loss if len(data.validation) else None,
-        tokens=progress.tokens,
-        seconds=progress.seconds,
-        stopped_early=progress.step < plan.steps,
-        validations=tuple((int(step), float(loss)) for step, loss in progress.validations),
+    return TrainingOutcome(
+        steps=state.step,
+        optimizer_steps=plan.optimizer_steps(state.step),
+        best_step=state.best_step if len(data.validation) else state.step,
+        validation_loss=state.best_loss if len(data.validation) else None,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        stopped_early=state.step < plan.steps,
+        validations=tuple((int(step), float(loss)) for step, loss in state.validations),
     )
 
 
 def batch_step(
-    engine: StepEngine, rows: list[Mapping[str, Any]], plan: Plan, pad_id: int, salt: int
+    engine: StepEngine, rows: list[Mapping[str, Any]], plan: TrainingPlan, pad_id: int, salt: int
 ) -> tuple[torch.Tensor, int]:
     """One optimizer step on a batch of all workers; this worker's share of the mean loss, and the batch's tokens.
 
@@ -190,7 +194,7 @@ def batch_step(
         positions, wanted = supervised(batch.pop("labels"))
         loss = token_loss(engine.forward(positions, **batch), wanted) / tokens
         total += loss.detach()
-        if engine.companion and (penalty := engine.companion.penalty()) is not None:
+        if engine.hook and (penalty := engine.hook.penalty()) is not None:
             loss = loss + penalty / (engine.world * plan.accumulation)
         engine.backward(loss)
         engine.step()
@@ -198,35 +202,35 @@ def batch_step(
 
 
 @torch.no_grad()
-def mean_loss(engine: StepEngine, rows: Rows, batch_size: int, pad_id: int, team: Team) -> float:
+def mean_loss(engine: StepEngine, rows: Rows, batch_size: int, pad_id: int, group: WorkerGroup) -> float:
     """Mean loss per answer token over all rows; every worker takes a share and gets the same number."""
     engine.mode(training=False)
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for start in range(0, len(rows), batch_size):
         batch_rows = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         tokens += supervised_tokens(batch_rows)
-        (part,) = slices(batch_rows, team.rank, team.world, 1)
+        (part,) = slices(batch_rows, group.rank, group.world, 1)
         batch = tensors(part, pad_id, engine.device, filler=batch_rows[0])
         positions, wanted = supervised(batch.pop("labels"))
         total += token_loss(engine.forward(positions, **batch), wanted).double().cpu()
-    (summed,) = team.sum([total.item()])
+    (summed,) = group.sum([total.item()])
     return summed / tokens
 
 
-def judge(
-    progress: Progress, loss: float, best: Mapping[str, torch.Tensor], engine: StepEngine
+def keep_best(
+    state: TrainState, loss: float, best: Mapping[str, torch.Tensor], engine: StepEngine
 ) -> Mapping[str, torch.Tensor]:
-    """Enter a validation into the progress; the parameters to keep, new ones if they are the best so far.
+    """Enter a validation into the train state; the parameters to keep, new ones if they are the best so far.
 
     While a method still changes its shape, no validation is the best and none counts against patience.
     """
-    progress.validations.append((progress.step, loss))
-    if engine.companion and not engine.companion.settled(progress.step):
+    state.validations.append((state.step, loss))
+    if engine.hook and not engine.hook.settled(state.step):
         return best
-    if not loss < progress.best_loss:
-        progress.without_gain += 1
+    if not loss < state.best_loss:
+        state.without_gain += 1
         return best
-    progress.best_loss, progress.best_step, progress.without_gain = loss, progress.step, 0
+    state.best_loss, state.best_step, state.without_gain = loss, state.step, 0
     with engine.gathered():
         if engine.rank == 0:
             return {name: parameter.detach().cpu().clone() for name, parameter in engine.parameters}
@@ -234,23 +238,23 @@ def judge(
 
 
 @torch.no_grad()
-def restore(engine: StepEngine, team: Team, best: Mapping[str, torch.Tensor]) -> None:
+def restore(engine: StepEngine, group: WorkerGroup, best: Mapping[str, torch.Tensor]) -> None:
     """Put rank 0's best parameters in place on every worker."""
     with engine.gathered():
         for name, parameter in engine.parameters:
-            if team.rank == 0:
+            if group.rank == 0:
                 parameter.data.copy_(best[name])
-            team.broadcast(parameter.data)
+            group.broadcast(parameter.data)
 
 
-class Meter:
-    """Adds up losses on the device and looks at them now and then: progress line, curves, and is it a number."""
+class MetricsLogger:
+    """Adds up losses on the device and logs them now and then: progress line, curves, and a check for NaN."""
 
-    def __init__(self, plan: Plan, progress: Progress, device: torch.device) -> None:
-        self.plan, self.progress, self.device = plan, progress, device
-        self._clock, self._started = time.monotonic(), progress.step
+    def __init__(self, plan: TrainingPlan, state: TrainState, device: torch.device) -> None:
+        self.plan, self.state, self.device = plan, state, device
+        self._clock, self._started = time.monotonic(), state.step
         self._spent = 0.0
-        self._last_dev: float | None = progress.validations[-1][1] if progress.validations else None
+        self._last_dev: float | None = state.validations[-1][1] if state.validations else None
         self._clear()
 
     def _clear(self) -> None:
@@ -269,54 +273,54 @@ class Meter:
         self._counts[which] += 1
         self._passed += passed
         self._answers += answers
-        self.progress.tokens += answers
+        self.state.tokens += answers
 
-    def look(self, team: Team, reporter: Reporter) -> None:
-        """Report the mean losses since the last look. Raises TrainingError on every worker if one is no number."""
+    def log(self, group: WorkerGroup, reporter: Reporter) -> None:
+        """Log the mean losses since the last call. Raises TrainingError on every worker if one is NaN or infinite."""
         if not self._counts[0]:
             return
-        omega, theta = team.sum(self._sums.tolist())
+        omega, theta = group.sum(self._sums.tolist())
         loss = omega / self._counts[0]
         now = time.monotonic()
-        self.progress.seconds += now - self._clock
+        self.state.seconds += now - self._clock
         self._clock = now
         if not math.isfinite(omega + theta):
             raise TrainingError(
-                f"training: the loss is {omega + theta} at step {self.progress.step}; lower training.lr "
+                f"training: the loss is {omega + theta} at step {self.state.step}; lower training.lr "
                 f"({self.plan.lr:g}) or training.clip, or look at the answers of the training data",
                 param="training.lr",
             )
-        if team.rank == 0:
+        if group.rank == 0:
             took = max(1e-9, now - self._since)
             speed, answers = self._passed / took, self._answers / took
             values = {"train/loss": loss, "train/tokens_per_second": speed, "train/lr": self._lr()}
             values["train/answer_tokens_per_second"] = answers
             if self._counts[1]:
                 values["train/theta_loss"] = theta / self._counts[1]
-            reporter.metrics(self.progress.step, values)
+            reporter.metrics(self.state.step, values)
             reporter.line(self._line(loss, speed, answers, now))
         self._clear()
 
-    def validated(self, loss: float, team: Team, reporter: Reporter) -> None:
+    def validated(self, loss: float, group: WorkerGroup, reporter: Reporter) -> None:
         """Report a validation; its time counts as training time but not against tokens per second."""
         now = time.monotonic()
-        self.progress.seconds += now - self._clock
+        self.state.seconds += now - self._clock
         self._clock = now
         self._last_dev = loss
-        if team.rank == 0:
-            reporter.metrics(self.progress.step, {"dev/loss": loss})
-            better = "best so far" if self.progress.best_step == self.progress.step else "no better"
-            reporter.line(f"step {self.progress.step:,}/{self.plan.steps:,} · dev {loss:.3f} · {better}")
+        if group.rank == 0:
+            reporter.metrics(self.state.step, {"dev/loss": loss})
+            better = "best so far" if self.state.best_step == self.state.step else "no better"
+            reporter.line(f"step {self.state.step:,}/{self.plan.steps:,} · dev {loss:.3f} · {better}")
         self._clear()
 
     def _lr(self) -> float:
-        return learning_rate(self.progress.step - 1, self.plan.steps, self.plan.lr, self.plan.warmup)
+        return learning_rate(self.state.step - 1, self.plan.steps, self.plan.lr, self.plan.warmup)
 
     def _line(self, loss: float, speed: float, answers: float, now: float) -> str:
-        done = self.progress.step - self._started
+        done = self.state.step - self._started
         self._spent += now - self._since
-        left = self._spent / max(1, done) * (self.plan.steps - self.progress.step)
+        left = self._spent / max(1, done) * (self.plan.steps - self.state.step)
         dev = f" · dev {self._last_dev:.3f}" if self._last_dev is not None else ""
-        step = f"step {self.progress.step:,}/{self.plan.steps:,} · loss {loss:.3f}{dev}"
+        step = f"step {self.state.step:,}/{self.plan.steps:,} · loss {loss:.3f}{dev}"
         rate = f"{speed:,.0f} tokens/s ({answers:,.0f} of answers)"
         return f"{step} · {rate} · {int(left) // 60}:{int(left) % 60:02d} left"

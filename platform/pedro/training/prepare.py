@@ -18,7 +18,7 @@ from pedro.backbone import Backbone, context_length
 from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, shape_of, split
 from pedro.data.formats import check_format
 from pedro.errors import ConfigError, DataError
-from pedro.training.loop import Plan
+from pedro.training.loop import TrainingPlan
 from pedro.training.spec import DataSpec, TrainingSpec
 from pedro.training.storage import fetch
 
@@ -29,7 +29,7 @@ MEASURED_ROWS = 50_000
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """A job's rows before they are split for a method, and how their prompts are written."""
 
     format: PromptFormat
@@ -89,7 +89,9 @@ class Prepared:
         return sum(sizes) / len(sizes), max(sizes), max(answers)
 
 
-def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenizer: Any, cache: Path) -> Prepared:
+def prepare_data(
+    data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenizer: Any, cache: Path
+) -> PreparedData:
     """Tokenise the files of a spec (or find them in `cache`). Raises DataError, or ConfigError for max_length."""
     context = context_length(backbone)
     max_length = training.max_length or context
@@ -119,7 +121,7 @@ def prepare(data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenize
             for name, path in files.items()
         }
     joined = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    return Prepared(formats["train"], f"sha256:{joined}", max_length, data, rows)
+    return PreparedData(formats["train"], f"sha256:{joined}", max_length, data, rows)
 
 
 def sample(rows: Dataset, most: int) -> Dataset:
@@ -130,7 +132,7 @@ def sample(rows: Dataset, most: int) -> Dataset:
     return rows.select(sorted(sorted(range(len(rows)), key=lambda i: (hashes[i], i))[:most]))
 
 
-def notes(prepared: Prepared, training: TrainingSpec, plan: Plan) -> list[str]:
+def notes(prepared: PreparedData, training: TrainingSpec, plan: TrainingPlan) -> list[str]:
     """What a person should know before these rows are trained on."""
     found = [
         f"data.{name}: {count:,} of its prompts are in data.train too, which flatters its score"
@@ -142,14 +144,14 @@ def notes(prepared: Prepared, training: TrainingSpec, plan: Plan) -> list[str]:
     return found
 
 
-def make_plan(training: TrainingSpec, train_rows: int, has_theta: bool) -> Plan:
+def make_training_plan(training: TrainingSpec, train_rows: int, has_theta: bool) -> TrainingPlan:
     """The numbers that the loop counts with. A batch holds no row twice: at most all rows."""
     batch_size = min(training.batch_size, train_rows)
     epoch = train_rows / batch_size
     by_epochs = max(1, math.ceil(training.epochs * epoch)) if training.epochs is not None else None
     steps = min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
     validate_every = training.eval_every or max(1, math.ceil(epoch))
-    return Plan(
+    return TrainingPlan(
         steps=steps,
         batch_size=batch_size,
         accumulation=training.gradient_accumulation,

@@ -15,15 +15,15 @@ import torch
 
 from pedro.training.checkpoints import read_checkpoint, write_checkpoint
 from pedro.training.engines import StepEngine
-from pedro.training.loop import Progress
-from pedro.training.team import Team
+from pedro.training.loop import TrainState
+from pedro.training.worker_group import WorkerGroup
 
 LOG = logging.getLogger(__name__)
 Log = Callable[[int, Mapping[str, float]], None]
 FLUSH_TIMEOUT_S = 60
 
 
-class Curves:
+class CurveWriter:
     """Sends the points of a run's curves from a thread of its own: a slow tracking server never slows training.
 
     `connect` is called once, on that thread, and returns what takes (step, metrics). A point that cannot be sent is
@@ -57,20 +57,22 @@ class Curves:
 class LocalReporter:
     """Checkpoints in a folder of this host, lines to `say`."""
 
-    def __init__(self, directory: Path, say: Callable[[str], None] = print, curves: Curves | None = None) -> None:
+    def __init__(self, directory: Path, say: Callable[[str], None] = print, curves: CurveWriter | None = None) -> None:
         self.directory, self.say, self.curves = directory, say, curves
 
-    def resume(self, engine: StepEngine, team: Team) -> tuple[Progress, Mapping[str, torch.Tensor]] | None:
+    def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
         last = self.directory / "last"
-        return read_checkpoint(last, engine, team) if last.is_dir() else None
+        return read_checkpoint(last, engine, group) if last.is_dir() else None
 
-    def checkpoint(self, engine: StepEngine, team: Team, progress: Progress, best: Mapping[str, torch.Tensor]) -> None:
+    def checkpoint(
+        self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
+    ) -> None:
         making, last = self.directory / "making", self.directory / "last"
-        write_checkpoint(making, engine, team, progress, best)
-        if team.rank == 0:
+        write_checkpoint(making, engine, group, state, best)
+        if group.rank == 0:
             shutil.rmtree(last, ignore_errors=True)
             making.rename(last)
-        team.gather(None)  # nobody writes into `making` before it has been moved
+        group.gather(None)  # nobody writes into `making` before it has been moved
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         if self.curves:

@@ -220,11 +220,11 @@ def load_finetune_spec(path: str | Path, overrides: Iterable[str] = ()) -> FineT
     """
     words, folder = list(overrides), Path(path).absolute().parent
     spec = load_spec(path, [_locate_override(word) for word in words], FineTuneSpec).located(folder)
-    check_files(spec.data, folder, words)
+    check_data_files(spec.data, folder, words)
     return spec
 
 
-def check_files(data: DataSpec, folder: Path, overrides: Iterable[str] = (), section: str = "data") -> None:
+def check_data_files(data: DataSpec, folder: Path, overrides: Iterable[str] = (), section: str = "data") -> None:
     """Raise ConfigError for a file that the spec in `folder` may not name; those of overrides may lie anywhere."""
     files = {f"{section}.{role}": file for role, file in data.files().items()}
     keys = {word.partition("=")[0] for word in overrides}

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     import torch
 
     from pedro.backbone import Backbone
+    from pedro.training.context import TrainingContext
     from pedro.training.engines import StepEngine
-    from pedro.training.loop import Progress
-    from pedro.training.reporters import Curves
-    from pedro.training.session import Session
-    from pedro.training.team import Team
+    from pedro.training.loop import TrainState
+    from pedro.training.reporters import CurveWriter
+    from pedro.training.worker_group import WorkerGroup
 
 ADAPTER, STATE, ANSWER = "adapter", "state", "answer.json"
 ENVIRONMENT = {
@@ -150,20 +150,20 @@ def _work(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from pedro.training.reporters import Curves
-    from pedro.training.team import Team
+    from pedro.training.reporters import CurveWriter
+    from pedro.training.worker_group import WorkerGroup
 
     if _finished(ray.train.get_checkpoint()):
         return
     spec = FineTuneSpec.model_validate(config["spec"])
     settings = unpack_settings(config["settings"])
     context = ray.train.get_context()
-    team = Team(context.get_world_rank(), context.get_world_size())
+    group = WorkerGroup(context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
     registry = Registry.open(settings)
-    curves = Curves(lambda: _log_to(registry, config["run_id"])) if team.rank == 0 else None
+    curves = CurveWriter(lambda: _log_to(registry, config["run_id"])) if group.rank == 0 else None
     try:
-        _train(spec, settings, registry, team, curves, config["extra"])
+        _train(spec, settings, registry, group, curves, config["extra"])
     finally:
         if curves:
             curves.close()
@@ -173,41 +173,41 @@ def _train(
     spec: FineTuneSpec,
     settings: Settings,
     registry: Registry,
-    team: Team,
-    curves: Curves | None,
+    group: WorkerGroup,
+    curves: CurveWriter | None,
     extra: Mapping[str, Any],
 ) -> None:
     """Train, score, save, and report the adapter as the run's last checkpoint."""
     import ray.train
 
     from pedro.training import worker
-    from pedro.training.session import deepspeed_engine, open_session
+    from pedro.training.context import build_context, deepspeed_engine
 
-    session = open_session(spec, settings.cache, deepspeed_engine(spec), team)
-    reporter = RayReporter(curves, session.plan.steps)
-    if team.rank == 0:
-        what = f"{session.trainable_parameters:,} parameters on {len(session.data.train):,} rows"
-        reporter.line(f"training {what}, {session.plan.steps:,} steps")
-    trained = worker.run_session(session, reporter)
+    context = build_context(spec, settings.cache, deepspeed_engine(spec), group)
+    reporter = RayReporter(curves, context.plan.steps)
+    if group.rank == 0:
+        what = f"{context.trainable_parameters:,} parameters on {len(context.data.train):,} rows"
+        reporter.line(f"training {what}, {context.plan.steps:,} steps")
+    trained = worker.train_and_score(context, reporter)
     with tempfile.TemporaryDirectory() as folder:
-        digest = worker.save(session, trained, Path(folder) / ADAPTER, extra)
+        digest = worker.save(context, trained, Path(folder) / ADAPTER, extra)
         checkpoint = None
-        if team.rank == 0:
+        if group.rank == 0:
             finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
             reporter.metrics(trained.outcome.steps, finals)
             answer = {
                 "digest": digest,
                 "metrics": trained.metrics,
-                "trainable_parameters": session.trainable_parameters,
-                "champion": _score_champion(session, registry),
-                "unservable": unservable(Path(folder) / ADAPTER, session.backbone),
+                "trainable_parameters": context.trainable_parameters,
+                "champion": _score_champion(context, registry),
+                "unservable": unservable(Path(folder) / ADAPTER, context.backbone),
             }
             (Path(folder) / ANSWER).write_text(json.dumps(answer))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        _report({"step": trained.outcome.steps, "steps": session.plan.steps}, checkpoint, team)
+        _report({"step": trained.outcome.steps, "steps": context.plan.steps}, checkpoint, group)
 
 
-def _report(metrics: dict[str, Any], checkpoint: Any, team: Team) -> None:
+def _report(metrics: dict[str, Any], checkpoint: Any, group: WorkerGroup) -> None:
     """Hand a checkpoint to Ray Train. With one worker, a full disk is an error that is not retried."""
     import ray.train
 
@@ -216,7 +216,7 @@ def _report(metrics: dict[str, Any], checkpoint: Any, team: Team) -> None:
     try:
         ray.train.report(metrics, checkpoint=checkpoint)
     except OSError as error:
-        if team.world > 1:
+        if group.world > 1:
             raise  # the others wait in Ray's barrier: only a restart frees them
         raise cannot_write("checkpoint", ray.train.get_context().get_storage().storage_fs_path, error) from error
 
@@ -224,10 +224,10 @@ def _report(metrics: dict[str, Any], checkpoint: Any, team: Team) -> None:
 class RayReporter:
     """Checkpoints through Ray Train, lines to standard output, which the job's log collects."""
 
-    def __init__(self, curves: Curves | None, steps: int) -> None:
+    def __init__(self, curves: CurveWriter | None, steps: int) -> None:
         self._curves, self._steps = curves, steps
 
-    def resume(self, engine: StepEngine, team: Team) -> tuple[Progress, Mapping[str, torch.Tensor]] | None:
+    def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
         import ray.train
 
         from pedro.training.checkpoints import read_checkpoint
@@ -236,19 +236,21 @@ class RayReporter:
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
-            return read_checkpoint(Path(folder) / STATE, engine, team)
+            return read_checkpoint(Path(folder) / STATE, engine, group)
 
-    def checkpoint(self, engine: StepEngine, team: Team, progress: Progress, best: Mapping[str, torch.Tensor]) -> None:
+    def checkpoint(
+        self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
+    ) -> None:
         import ray.train
 
         from pedro.training.checkpoints import write_checkpoint
 
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(Path(folder) / STATE, engine, team, progress, best)
-            metrics: dict[str, Any] = {"step": progress.step, "steps": self._steps}
-            if progress.validations:
-                metrics["dev_loss"] = progress.validations[-1][1]
-            _report(metrics, ray.train.Checkpoint.from_directory(folder), team)
+            write_checkpoint(Path(folder) / STATE, engine, group, state, best)
+            metrics: dict[str, Any] = {"step": state.step, "steps": self._steps}
+            if state.validations:
+                metrics["dev_loss"] = state.validations[-1][1]
+            _report(metrics, ray.train.Checkpoint.from_directory(folder), group)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         if self._curves:
@@ -266,16 +268,16 @@ def _finished(checkpoint: Any) -> bool:
         return (Path(folder) / ANSWER).is_file()
 
 
-def _score_champion(session: Session, registry: Registry) -> dict[str, Any] | None:
+def _score_champion(context: TrainingContext, registry: Registry) -> dict[str, Any] | None:
     from pedro.training.worker import score_directory
 
     try:
-        version = registry.get(session.spec.name, CHAMPION)
+        version = registry.get(context.spec.name, CHAMPION)
     except NotFoundError:
         return None
     print(f"scoring the champion {version.ref} on the same rows", flush=True)
     try:
-        score = score_directory(session, registry.download(version))
+        score = score_directory(context, registry.download(version))
     except PedroError as error:
         return asdict(Champion(version.version, None, error.message))
     return asdict(Champion(version.version, {"accuracy": score.accuracy, "loss": score.loss}))

@@ -3,7 +3,7 @@
 First t steps of LoRA alone (the pre-launch). Then, for each weight W = U Σ Vᵀ, the s directions with the highest
 change rate |u_iᵀ ΔW v_i| / σ_i are chosen, ΔW = (α/r) B A so far; they are frozen, and their coordinates Δσ, zero at
 first, are trained beside A and B: W ← W + (α/r) B A + Σ_i Δσ_i u_i v_iᵀ. A LoRA's parameters and s more a projection.
-The dash is the method's `Companion`; knows nothing of the loop.
+The dash is the method's `TrainingHook`; knows nothing of the loop.
 Shapes: W output width of a projection, k = min(W, in).
 """
 
@@ -100,7 +100,7 @@ class LoraDashModel(LowRankTuner):
 
 
 class Launch:
-    """The `Companion` of a LoRA-Dash adapter: chooses the directions after step `launch`."""
+    """The `TrainingHook` of a LoRA-Dash adapter: chooses the directions after step `launch`."""
 
     def __init__(self, model: Any, steps: int, launch: int) -> None:
         expect(launch < steps, "method.launch", f"less than the {steps} steps of the run", launch)
@@ -154,7 +154,7 @@ def _build(
     launch: int = 100,
     targets: Targets = None,
 ) -> LoraDashConfig:
-    """`launch`: the steps t of LoRA alone, read by the companion."""
+    """`launch`: the steps t of LoRA alone, read by the hook."""
     expect_count("launch", launch)
     return LoraDashConfig(r=r, alpha=alpha, directions=directions, targets=targets_of(model_config, targets))
 
@@ -170,5 +170,5 @@ METHOD = Method(
     readers=(low_rank_reader(LoraDashConfig, LoraDashModel),),
     mergeable=True,
     identity_at_init=True,
-    accompany=lambda model, steps, options: Launch(model, steps, options["launch"]),
+    make_hook=lambda model, steps, options: Launch(model, steps, options["launch"]),
 )

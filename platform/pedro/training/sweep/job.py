@@ -23,15 +23,15 @@ from pedro.config import Settings
 from pedro.errors import ConfigError, PedroError, TrainingError
 from pedro.provenance import provenance
 from pedro.registry import CHAMPION, Registry, Version
-from pedro.training.job import Say, check_data, connect, flat, judge, move_alias
+from pedro.training.job import Say, check_data, connect_driver, flat, judge_version, move_alias
 from pedro.training.job_log import keeping_log
-from pedro.training.sweep.board import Board
-from pedro.training.sweep.launch import prepare
+from pedro.training.sweep.launch import create
 from pedro.training.sweep.planner import make_planner
-from pedro.training.sweep.records import Entry, Records, State, Trial
-from pedro.training.sweep.report import Progress, rows_of, write_report
+from pedro.training.sweep.records import Records, SweepRecord, Trial, TrialState
+from pedro.training.sweep.report import SweepProgress, rows_of, write_sweep_report
 from pedro.training.sweep.spec import SweepSpec, load_sweep_spec
-from pedro.training.sweep.variants import check, variant
+from pedro.training.sweep.tracker import TrialTracker
+from pedro.training.sweep.variants import check_sweep, variant
 from pedro.training.trainer import Champion, Result, unservable
 
 
@@ -68,7 +68,7 @@ def run_sweep(sweep_id: str, settings: Settings, registry: Registry, say: Say = 
 
     Raises PedroError; then what was trained stays, and the same call goes on from there.
     """
-    from pedro.training.sweep.tuning import capacity, run_trials
+    from pedro.training.sweep.tuning import concurrent_trials, run_trials
 
     started = time.monotonic()
     records = Records(settings.storage, sweep_id)
@@ -77,15 +77,15 @@ def run_sweep(sweep_id: str, settings: Settings, registry: Registry, say: Say = 
     run_id = _own_run(records, spec, registry)
     status = "FAILED"
     try:
-        board = Board(records, spec, make_planner(spec, records.trials()), registry, run_id)
-        if board.waiting:
-            concurrency = min(spec.concurrency or capacity(spec.base.resources), board.waiting)
-            kept = f"{board.kept} of {board.planner.total} trials have ended before; " if board.kept else ""
-            say(f"sweep {sweep_id}: {kept}{board.waiting} trials to run, {concurrency} at a time")
+        tracker = TrialTracker(records, spec, make_planner(spec, records.trials()), registry, run_id)
+        if tracker.waiting:
+            concurrency = min(spec.concurrency or concurrent_trials(spec.base.resources), tracker.waiting)
+            kept = f"{tracker.kept} of {tracker.planner.total} trials have ended before; " if tracker.kept else ""
+            say(f"sweep {sweep_id}: {kept}{tracker.waiting} trials to run, {concurrency} at a time")
             entry = records.entry()
             assert entry is not None
-            run_trials(board, settings, entry.submission_id, concurrency, Progress(board, say).show)
-        result = _finish(board, settings, registry, started, say)
+            run_trials(tracker, settings, entry.submission_id, concurrency, SweepProgress(tracker, say).show)
+        result = _finish(tracker, settings, registry, started, say)
         status = "FINISHED"
         return result
     finally:
@@ -110,46 +110,46 @@ def _own_run(records: Records, spec: SweepSpec, registry: Registry) -> str:
     return run_id
 
 
-def _finish(board: Board, settings: Settings, registry: Registry, started: float, say: Say) -> SweepResult:
-    best = board.best
+def _finish(tracker: TrialTracker, settings: Settings, registry: Registry, started: float, say: Say) -> SweepResult:
+    best = tracker.best
     if best is None or best.outcome is None:
-        last = next((trial for trial in reversed(board.trials) if trial.message), None)
+        last = next((trial for trial in reversed(tracker.trials) if trial.message), None)
         why = f"; trial {last.number}: {last.message}" if last else ""
-        raise TrainingError(f"sweep {board.records.sweep_id}: none of its {len(board.trials)} trials finished{why}")
-    version, alias, gate = _register(board, best, registry)
-    outcome, counts = best.outcome, board.counts()
+        raise TrainingError(f"sweep {tracker.records.sweep_id}: none of its {len(tracker.trials)} trials finished{why}")
+    version, alias, gate = _register(tracker, best, registry)
+    outcome, counts = best.outcome, tracker.counts()
     chosen = {"trial": best.number, "parameters": best.parameters, "metrics": outcome.metrics}
-    folder = settings.home / "sweeps" / board.records.sweep_id
+    folder = settings.home / "sweeps" / tracker.records.sweep_id
     result = SweepResult(
-        sweep=board.records.sweep_id,
-        name=board.spec.name,
+        sweep=tracker.records.sweep_id,
+        name=tracker.spec.name,
         model=version.ref,
         alias=alias,
         gate=gate,
         digest=version.digest,
         best={**chosen, "trainable_parameters": outcome.trainable_parameters, "run_id": best.run_id},
         counts=counts,
-        kept=board.kept,
-        trials=rows_of(board.trials),
+        kept=tracker.kept,
+        trials=rows_of(tracker.trials),
         directory=str(folder),
-        run_id=board.run_id,
+        run_id=tracker.run_id,
         seconds=round(time.monotonic() - started, 2),
     )
-    summary = {**result.to_dict(), "spec": board.spec.to_dict(), "provenance": provenance()}
-    write_report(board, folder, summary)
-    registry.log_artifacts(board.run_id, folder, "sweep")
+    summary = {**result.to_dict(), "spec": tracker.spec.to_dict(), "provenance": provenance()}
+    write_sweep_report(tracker, folder, summary)
+    registry.log_artifacts(tracker.run_id, folder, "sweep")
     scores = {f"best/{name}": value for name, value in outcome.metrics.items() if isinstance(value, (int, float))}
-    registry.log(board.run_id, len(board.trials), {**scores, **{f"trials/{k}": v for k, v in counts.items()}})
-    registry.tag_run(board.run_id, {"pedro.version": version.ref, "pedro.best_trial": str(best.number)})
+    registry.log(tracker.run_id, len(tracker.trials), {**scores, **{f"trials/{k}": v for k, v in counts.items()}})
+    registry.tag_run(tracker.run_id, {"pedro.version": version.ref, "pedro.best_trial": str(best.number)})
     say(f"{version.ref} is {'the champion' if alias == CHAMPION else 'kept as candidate'}: {gate}")
-    if counts[State.LOST]:
-        say(f"{counts[State.LOST]} trials were lost; `pedro sweep … --resume` runs them again")
+    if counts[TrialState.LOST]:
+        say(f"{counts[TrialState.LOST]} trials were lost; `pedro sweep … --resume` runs them again")
     return result
 
 
-def _register(board: Board, best: Trial, registry: Registry) -> tuple[Version, str, str]:
+def _register(tracker: TrialTracker, best: Trial, registry: Registry) -> tuple[Version, str, str]:
     """The best trial's adapter as a version, through the gate: it, its alias and why. Asked again, the same."""
-    job = variant(board.spec, best.parameters)
+    job = variant(tracker.spec, best.parameters)
     for version in registry.versions(job.name):
         if version.run_id == best.run_id and version.gate:
             alias = CHAMPION if version.gate.startswith("passed") else "candidate"
@@ -167,7 +167,7 @@ def _register(board: Board, best: Trial, registry: Registry) -> tuple[Version, s
             directory,
             unservable(directory, resolve_backbone(job.backbone)),
         )
-    decision = judge(job, trained, registry)
+    decision = judge_version(job, trained, registry)
     alias, decision = move_alias(registry, version, decision, champion.version if champion else None)
     return version, alias, decision.reason
 
@@ -188,9 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _drive(entry, settings)
 
 
-def _drive(entry: Entry, settings: Settings) -> int:
+def _drive(entry: SweepRecord, settings: Settings) -> int:
     try:
-        connect(log_to_driver=False)
+        connect_driver(log_to_driver=False)
         result = run_sweep(entry.id, settings, Registry.open(settings), say=_print)
     except PedroError as error:
         return _fail(error.message)
@@ -202,13 +202,13 @@ def _drive(entry: Entry, settings: Settings) -> int:
     return 0
 
 
-def _entry(options: argparse.Namespace, settings: Settings) -> Entry:
+def _entry(options: argparse.Namespace, settings: Settings) -> SweepRecord:
     if bool(options.sweep) == bool(options.spec):
         raise ConfigError("give either --sweep ID or --spec FILE", param="--sweep")
     if options.spec:
         spec = load_sweep_spec(options.spec, options.overrides)
-        check(spec)
-        entry = prepare(spec, settings)
+        check_sweep(spec)
+        entry = create(spec, settings)
         _print(f"sweep {entry.id}; if it is interrupted: --sweep {entry.id}")
         return entry
     known = Records(settings.storage, options.sweep).entry()

@@ -11,22 +11,22 @@ from pedro.config import Settings
 from pedro.errors import ConflictError, NotFoundError, TrainingError
 from pedro.training import submit
 from pedro.training.job import stage
-from pedro.training.sweep.records import Entry, Records, recall, remember
+from pedro.training.sweep.records import Records, SweepRecord, recall, remember
 from pedro.training.sweep.spec import SweepSpec
 
 RUNNING = ("PENDING", "RUNNING")
 
 
-def prepare(spec: SweepSpec, settings: Settings) -> Entry:
+def create(spec: SweepSpec, settings: Settings) -> SweepRecord:
     """Record a new sweep, its data copied to the storage. Raises DataError for unreadable data."""
     spec = staged(spec, settings)
-    entry = Entry(f"sweep-{uuid.uuid4().hex[:12]}", spec.to_dict())
+    entry = SweepRecord(f"sweep-{uuid.uuid4().hex[:12]}", spec.to_dict())
     Records(settings.storage, entry.id).write_entry(entry)
     remember(settings.storage, spec, entry.id)
     return entry
 
 
-def reopen(spec: SweepSpec, settings: Settings, dashboard_url: str) -> Entry:
+def reopen(spec: SweepSpec, settings: Settings, dashboard_url: str) -> SweepRecord:
     """The last sweep of this very spec and data, for another driver.
 
     Raises NotFoundError if there is none, ConflictError if its driver still runs.
@@ -52,7 +52,7 @@ def reopen(spec: SweepSpec, settings: Settings, dashboard_url: str) -> Entry:
     return entry
 
 
-def start(entry: Entry, settings: Settings, dashboard_url: str) -> None:
+def start(entry: SweepRecord, settings: Settings, dashboard_url: str) -> None:
     """Have the cluster run a driver for a sweep."""
     words = f"pedro.training.sweep.job --sweep {entry.id}"
     base = entry.spec["base"]
@@ -61,7 +61,7 @@ def start(entry: Entry, settings: Settings, dashboard_url: str) -> None:
     submit.launch(words, entry.submission_id, settings, dashboard_url, metadata)
 
 
-def wait(entry: Entry, dashboard_url: str, say: Callable[[str], None]) -> str:
+def wait(entry: SweepRecord, dashboard_url: str, say: Callable[[str], None]) -> str:
     """Follow a sweep to its end and return its result as JSON. Raises TrainingError if it failed or was stopped."""
     state, text = submit.until_end(entry.submission_id, dashboard_url, say)
     if state != "SUCCEEDED":

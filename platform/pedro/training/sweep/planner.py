@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from pedro.training.sweep.records import State, Trial
+from pedro.training.sweep.records import Trial, TrialState
 from pedro.training.sweep.space import Dimension, Parameters, rounded
 from pedro.training.sweep.spec import SweepSpec
-from pedro.training.sweep.variants import plan
+from pedro.training.sweep.variants import planned_trials
 
 
-class Planner(Protocol):
+class TrialPlanner(Protocol):
     """Where parameters come from."""
 
     total: int
@@ -28,13 +28,13 @@ class Planner(Protocol):
         """Take note of a trial that has ended."""
 
 
-def make_planner(spec: SweepSpec, begun: Iterable[Trial]) -> Planner:
+def make_planner(spec: SweepSpec, begun: Iterable[Trial]) -> TrialPlanner:
     """The planner of a spec that knows of the trials that were begun before."""
-    planned = plan(spec)
-    return OptunaPlanner(spec, begun) if planned is None else Listed(planned)
+    planned = planned_trials(spec)
+    return OptunaPlanner(spec, begun) if planned is None else ListPlanner(planned)
 
 
-class Listed:
+class ListPlanner:
     """Goes through a list."""
 
     def __init__(self, planned: list[Parameters]) -> None:
@@ -76,23 +76,25 @@ class OptunaPlanner:
         if asked is None:  # begun before a kill, so that this study never asked for it
             self._study.add_trial(self._as_told(trial))
             return
-        from optuna.trial import TrialState
+        import optuna.trial
 
         loss = _told(trial)
-        self._study.tell(asked, loss, state=TrialState.FAIL if loss is None else TrialState.COMPLETE)
+        self._study.tell(
+            asked, loss, state=optuna.trial.TrialState.FAIL if loss is None else optuna.trial.TrialState.COMPLETE
+        )
 
     def _as_told(self, trial: Trial) -> Any:
-        from optuna.trial import TrialState, create_trial
+        import optuna.trial
 
         loss = _told(trial)
         inside = {key: _inside(dimension, trial.parameters[key]) for key, dimension in self._space.items()}
-        state = TrialState.FAIL if loss is None else TrialState.COMPLETE
-        return create_trial(state=state, value=loss, params=inside, distributions=self._distributions)
+        state = optuna.trial.TrialState.FAIL if loss is None else optuna.trial.TrialState.COMPLETE
+        return optuna.trial.create_trial(state=state, value=loss, params=inside, distributions=self._distributions)
 
 
 def _told(trial: Trial) -> float | None:
     """The loss that Optuna hears; None for a failure. A trial that was stopped early says how far it had come."""
-    return trial.loss if trial.state in (State.FINISHED, State.STOPPED) else None
+    return trial.loss if trial.state in (TrialState.FINISHED, TrialState.STOPPED) else None
 
 
 def _distribution(dimension: Dimension) -> Any:

@@ -21,7 +21,7 @@ BY_SPEC = "by-spec"
 LATER = ("fields", "special_tokens_in_content")  # of a spec's data: sweeps from before there were these are found too
 
 
-class State(StrEnum):
+class TrialState(StrEnum):
     """How a trial stands. RUNNING → FINISHED | STOPPED | FAILED | LOST; a resume runs RUNNING and LOST ones again."""
 
     RUNNING = "running"
@@ -35,14 +35,14 @@ class State(StrEnum):
 
     @property
     def final(self) -> bool:
-        return self in (State.FINISHED, State.STOPPED, State.FAILED)
+        return self in (TrialState.FINISHED, TrialState.STOPPED, TrialState.FAILED)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """What a trial says of its own end."""
 
-    state: State
+    state: TrialState
     attempt: int
     message: str = ""
     digest: str = ""
@@ -59,7 +59,7 @@ class Trial:
     number: int
     parameters: Parameters
     run_id: str
-    state: State = State.RUNNING
+    state: TrialState = TrialState.RUNNING
     attempt: int = 1
     """Counts up when a lost trial is started anew; one that was only interrupted goes on as the same attempt."""
     reports: tuple[tuple[int, float], ...] = ()
@@ -67,7 +67,7 @@ class Trial:
     steps: int = 0
     """How many there will be; 0 before the first report."""
     message: str = ""
-    outcome: Outcome | None = None
+    outcome: TrialOutcome | None = None
 
     @property
     def loss(self) -> float | None:
@@ -88,7 +88,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Entry:
+class SweepRecord:
     """A sweep as such."""
 
     id: str
@@ -111,12 +111,12 @@ class Records:
         self.sweep_id = sweep_id
         self.location = join(storage, "sweeps", sweep_id)
 
-    def entry(self) -> Entry | None:
+    def entry(self) -> SweepRecord | None:
         """The sweep itself; None if there is none of this id."""
         text = read_text(join(self.location, "sweep.json"))
-        return None if text is None else Entry(**json.loads(text))
+        return None if text is None else SweepRecord(**json.loads(text))
 
-    def write_entry(self, entry: Entry) -> None:
+    def write_entry(self, entry: SweepRecord) -> None:
         self._write("sweep.json", asdict(entry))
 
     def spec(self) -> SweepSpec:
@@ -141,17 +141,17 @@ class Records:
         """For the driver."""
         self._write(f"trials/{trial.number:03d}.json", {**asdict(trial), "outcome": None})
 
-    def write_outcome(self, number: int, outcome: Outcome) -> None:
+    def write_outcome(self, number: int, outcome: TrialOutcome) -> None:
         """For the trial."""
         self._write(f"results/{number:03d}.json", asdict(outcome))
 
-    def outcome(self, trial: Trial) -> Outcome | None:
+    def outcome(self, trial: Trial) -> TrialOutcome | None:
         """What this attempt of the trial said of its end, if it came so far."""
         text = read_text(join(self.location, f"results/{trial.number:03d}.json"))
         if text is None:
             return None
         tree = json.loads(text)
-        outcome = Outcome(**{**tree, "state": State(tree["state"])})
+        outcome = TrialOutcome(**{**tree, "state": TrialState(tree["state"])})
         return outcome if outcome.attempt == trial.attempt else None
 
     def _with_outcome(self, trial: Trial) -> Trial:
@@ -191,4 +191,4 @@ def _by_spec(storage: str, spec: SweepSpec) -> str:
 
 def _trial(tree: dict[str, Any]) -> Trial:
     reports = tuple((int(step), float(loss)) for step, loss in tree["reports"])
-    return Trial(**{**tree, "state": State(tree["state"]), "reports": reports})
+    return Trial(**{**tree, "state": TrialState(tree["state"]), "reports": reports})

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pedro.training.sweep.board import Board
-from pedro.training.sweep.records import State, Trial
+from pedro.training.sweep.records import Trial, TrialState
+from pedro.training.sweep.tracker import TrialTracker
 
 EVERY_S = 20.0
 AT_MOST = 12  # trials in the table while it runs
@@ -19,11 +19,11 @@ APART = 0.06  # of an axis: the least distance between two ticks
 SCORES = ("accuracy", "backbone_accuracy", "majority_accuracy", "loss")
 
 
-class Progress:
+class SweepProgress:
     """Prints the table whenever a trial ends, and now and then in between."""
 
-    def __init__(self, board: Board, say: Callable[[str], None]) -> None:
-        self._board, self._say = board, say
+    def __init__(self, tracker: TrialTracker, say: Callable[[str], None]) -> None:
+        self._board, self._say = tracker, say
         self._started = time.monotonic()
         self._last: tuple[float, str] = (self._started, "")
 
@@ -45,12 +45,14 @@ class Progress:
         return f"sweep {self._board.spec.name} · {counts} of {self._board.planner.total} · {clock}{leader}"
 
 
-def progress_table(board: Board) -> list[str]:
+def progress_table(tracker: TrialTracker) -> list[str]:
     """Lines of the running trials and, where not all fit, of the best others."""
-    trials = board.trials
+    trials = tracker.trials
     if len(trials) > AT_MOST:
-        running = [trial for trial in trials if trial.state is State.RUNNING]
-        others = sorted((t for t in trials if t.state is not State.RUNNING), key=lambda t: (t.loss is None, t.loss))
+        running = [trial for trial in trials if trial.state is TrialState.RUNNING]
+        others = sorted(
+            (t for t in trials if t.state is not TrialState.RUNNING), key=lambda t: (t.loss is None, t.loss)
+        )
         trials = [*running, *others[: max(3, AT_MOST - len(running))]]
     rows = [
         [
@@ -62,7 +64,7 @@ def progress_table(board: Board) -> list[str]:
         ]
         for trial in trials
     ]
-    return aligned([["trial", "state", "step", "dev loss", *board.spec.space], *rows])
+    return aligned([["trial", "state", "step", "dev loss", *tracker.spec.space], *rows])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -95,21 +97,23 @@ def rows_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     ]
 
 
-def write_report(board: Board, folder: Path, summary: dict[str, Any]) -> None:
+def write_sweep_report(tracker: TrialTracker, folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json, trials.csv and, if any trial has a loss, parallel.png into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = rows_of(board.trials)
+    rows = rows_of(tracker.trials)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     with (folder / "trials.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["trial"])
         writer.writeheader()
         writer.writerows(rows)
-    comparable = [t for t in board.trials if t.loss is not None and t.state not in (State.FAILED, State.LOST)]
+    comparable = [
+        t for t in tracker.trials if t.loss is not None and t.state not in (TrialState.FAILED, TrialState.LOST)
+    ]
     if comparable:
-        draw(comparable, list(board.spec.space), board.best, folder / "parallel.png")
+        draw_parallel(comparable, list(tracker.spec.space), tracker.best, folder / "parallel.png")
 
 
-def draw(drawn: Sequence[Trial], keys: list[str], best: Trial | None, path: Path) -> None:
+def draw_parallel(drawn: Sequence[Trial], keys: list[str], best: Trial | None, path: Path) -> None:
     """Parallel coordinates: an axis for each key, then validation loss and accuracy; a line for each trial.
 
     Finished trials are coloured by their loss and the best is drawn thick; stopped ones are grey. Failed ones have
@@ -129,13 +133,13 @@ def draw(drawn: Sequence[Trial], keys: list[str], best: Trial | None, path: Path
     figure = Figure(figsize=(2.2 * max(3, len(columns)), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     plot = figure.add_subplot()
-    finished = [trial.loss for trial in drawn if trial.state is State.FINISHED]
+    finished = [trial.loss for trial in drawn if trial.state is TrialState.FINISHED]
     losses = [loss for loss in finished or [trial.loss for trial in drawn] if loss is not None]
     shades = ScalarMappable(Normalize(min(losses), max(losses)), "viridis_r")
     for i, trial in enumerate(drawn):
         heights = [height(values[i]) for (_, values), (height, _) in zip(columns, axes, strict=True)]
         places = [(x, y) for x, y in enumerate(heights) if y is not None]
-        done, winner = trial.state is State.FINISHED, best is not None and trial.number == best.number
+        done, winner = trial.state is TrialState.FINISHED, best is not None and trial.number == best.number
         plot.plot(
             [x for x, _ in places],
             [y for _, y in places],

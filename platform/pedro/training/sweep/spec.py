@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pedro.backbone import locate_backbone
 from pedro.config import Frozen, check_name, load_spec
 from pedro.errors import ConfigError
-from pedro.training.spec import FineTuneSpec, check_files
+from pedro.training.spec import FineTuneSpec, check_data_files
 from pedro.training.sweep.space import Dimension
 
 DRAWS = 10
@@ -121,5 +121,5 @@ def load_sweep_spec(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpe
         values = tuple(locate_backbone(str(value), base, Path.cwd()) for value in tried.values)
         space["backbone"] = tried.model_copy(update={"values": values})
     located = spec.base.located(base)
-    check_files(located.data, base, words, "base.data")
+    check_data_files(located.data, base, words, "base.data")
     return spec.model_copy(update={"base": located, "space": space})

@@ -13,7 +13,7 @@ from typing import Any
 
 from pedro.errors import PedroError, UnavailableError
 from pedro.registry import Registry
-from pedro.training.sweep.records import Outcome, Records, State, Trial
+from pedro.training.sweep.records import Records, Trial, TrialOutcome, TrialState
 from pedro.training.sweep.variants import variant
 from pedro.training.trainer import WorkersLost, fit, unpack_settings
 
@@ -34,14 +34,14 @@ def run_trial(config: dict[str, Any]) -> None:
     try:
         outcome = _train(trial, config, [TuneReportCallback()])
     except (WorkersLost, UnavailableError) as error:
-        outcome = Outcome(State.LOST, trial.attempt, error.message)
+        outcome = TrialOutcome(TrialState.LOST, trial.attempt, error.message)
     except PedroError as error:
-        outcome = Outcome(State.FAILED, trial.attempt, error.message)
+        outcome = TrialOutcome(TrialState.FAILED, trial.attempt, error.message)
     seconds = round(time.monotonic() - started, 2)
-    records.write_outcome(trial.number, Outcome(**{**asdict(outcome), "seconds": seconds}))
+    records.write_outcome(trial.number, TrialOutcome(**{**asdict(outcome), "seconds": seconds}))
 
 
-def _train(trial: Trial, config: dict[str, Any], callbacks: list[Any]) -> Outcome:
+def _train(trial: Trial, config: dict[str, Any], callbacks: list[Any]) -> TrialOutcome:
     settings = unpack_settings(config["settings"])
     spec = Records(settings.storage, config["sweep"]).spec()
     origin = {
@@ -63,8 +63,8 @@ def _train(trial: Trial, config: dict[str, Any], callbacks: list[Any]) -> Outcom
             callbacks=callbacks,
         )
         Registry.open(settings).log_artifacts(trial.run_id, result.directory, "adapter")
-    return Outcome(
-        State.FINISHED,
+    return TrialOutcome(
+        TrialState.FINISHED,
         trial.attempt,
         digest=result.digest,
         metrics=result.metrics,

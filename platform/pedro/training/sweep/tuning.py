@@ -1,4 +1,4 @@
-"""Ray Tune at work: who is next, who is stopped early, how many at a time. The board keeps what must outlive it.
+"""Ray Tune at work: who is next, who is stopped early, how many at a time. The tracker keeps what must outlive it.
 
 A resumed sweep is a new experiment of Tune's for the trials that have not ended; the scheduler is told what the others
 reported. So nothing depends on when Tune last saved its own state.
@@ -18,9 +18,9 @@ from ray.tune.search import Searcher
 from pedro.config import Settings
 from pedro.training.spec import ResourcesSpec
 from pedro.training.storage import join
-from pedro.training.sweep.board import Board
-from pedro.training.sweep.records import State
+from pedro.training.sweep.records import TrialState
 from pedro.training.sweep.spec import SweepSpec
+from pedro.training.sweep.tracker import TrialTracker
 from pedro.training.sweep.trial import run_trial
 from pedro.training.trainer import ENVIRONMENT, pack_settings
 
@@ -36,21 +36,23 @@ TUNE_ENVIRONMENT = {
 }
 
 
-def run_trials(board: Board, settings: Settings, name: str, concurrency: int, show: Callable[[bool], None]) -> None:
+def run_trials(
+    tracker: TrialTracker, settings: Settings, name: str, concurrency: int, show: Callable[[bool], None]
+) -> None:
     """Run all trials that have not ended, at most `concurrency` at a time.
 
     `show` is called all the time, with whether a trial ended just now.
     """
     os.environ.update({**ENVIRONMENT, **TUNE_ENVIRONMENT})
-    scheduler = make_scheduler(board.spec)
-    tell(scheduler, board)
+    scheduler = make_scheduler(tracker.spec)
+    tell(scheduler, tracker)
     tuner = tune.Tuner(
         tune.with_resources(run_trial, tune.PlacementGroupFactory([WAITS_ON_HEAD])),
-        param_space={"sweep": board.records.sweep_id, "settings": pack_settings(settings), "run_id": board.run_id},
+        param_space={"sweep": tracker.records.sweep_id, "settings": pack_settings(settings), "run_id": tracker.run_id},
         tune_config=tune.TuneConfig(
-            search_alg=Next(board, scheduler),
+            search_alg=Next(tracker, scheduler),
             scheduler=scheduler,
-            num_samples=board.waiting,
+            num_samples=tracker.waiting,
             max_concurrent_trials=concurrency,
             trial_name_creator=lambda trial: f"trial-{trial.config['number']:03d}",
             trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:03d}",
@@ -58,7 +60,7 @@ def run_trials(board: Board, settings: Settings, name: str, concurrency: int, sh
         run_config=tune.RunConfig(
             name=name,
             storage_path=join(settings.storage, "tune"),
-            callbacks=[Watch(board, show)],
+            callbacks=[Watch(tracker, show)],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -66,7 +68,7 @@ def run_trials(board: Board, settings: Settings, name: str, concurrency: int, sh
     tuner.fit()
 
 
-def capacity(resources: ResourcesSpec) -> int:
+def concurrent_trials(resources: ResourcesSpec) -> int:
     """How many trials' workers fit on the cluster at a time; at least 1, for a cluster may grow."""
     import ray
 
@@ -102,10 +104,10 @@ def make_scheduler(spec: SweepSpec) -> Any:
     )
 
 
-def tell(scheduler: Any, board: Board) -> None:
+def tell(scheduler: Any, tracker: TrialTracker) -> None:
     """Let the scheduler know what trials reported that have ended before."""
-    for trial in board.trials:
-        if trial.state in (State.FINISHED, State.STOPPED):
+    for trial in tracker.trials:
+        if trial.state in (TrialState.FINISHED, TrialState.STOPPED):
             _replay(scheduler, f"before-{trial.number}", trial.reports)
 
 
@@ -124,11 +126,11 @@ class _OfThisProcess:
 
 
 class Next(_OfThisProcess, Searcher):
-    """Hands the board's trials to Tune."""
+    """Hands the tracker's trials to Tune."""
 
-    def __init__(self, board: Board, scheduler: Any) -> None:
+    def __init__(self, tracker: TrialTracker, scheduler: Any) -> None:
         super().__init__(metric=LOSS, mode="min")
-        self._board, self._scheduler = board, scheduler
+        self._board, self._scheduler = tracker, scheduler
 
     def suggest(self, trial_id: str) -> Any:
         trial = self._board.next()
@@ -138,7 +140,7 @@ class Next(_OfThisProcess, Searcher):
         return {"number": trial.number}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """The board hears of it from `Watch`, and tells the planner."""
+        """The tracker hears of it from `Watch`, and tells the planner."""
 
     def save(self, checkpoint_path: str) -> None:
         """There is nothing to save."""
@@ -148,10 +150,10 @@ class Next(_OfThisProcess, Searcher):
 
 
 class Watch(_OfThisProcess, tune.Callback):
-    """Tells the board what happens."""
+    """Tells the tracker what happens."""
 
-    def __init__(self, board: Board, show: Callable[[bool], None]) -> None:
-        self._board, self._show = board, show
+    def __init__(self, tracker: TrialTracker, show: Callable[[bool], None]) -> None:
+        self._board, self._show = tracker, show
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         if LOSS in result:

@@ -26,7 +26,7 @@ def variant(spec: SweepSpec, parameters: Parameters) -> FineTuneSpec:
     return validate_spec(tree, FineTuneSpec, source="space")
 
 
-def plan(spec: SweepSpec) -> list[Parameters] | None:
+def planned_trials(spec: SweepSpec) -> list[Parameters] | None:
     """What will be tried, in order; None where each trial depends on the ones before."""
     if spec.search.algorithm == "optuna":
         return None
@@ -37,11 +37,11 @@ def plan(spec: SweepSpec) -> list[Parameters] | None:
 
 def count(spec: SweepSpec) -> int:
     """How many trials there will be."""
-    planned = plan(spec)
+    planned = planned_trials(spec)
     return spec.draws if planned is None else len(planned)
 
 
-def check(spec: SweepSpec) -> None:
+def check_sweep(spec: SweepSpec) -> None:
     """Raise one ConfigError with all that is wrong with the space, method options included, before anything starts."""
     mistakes: dict[str, str] = {}
     for label, parameters in _probes(spec):
@@ -66,7 +66,7 @@ def _probes(spec: SweepSpec) -> Iterator[tuple[str, Parameters]]:
     for key, dimension in spec.space.items():
         for value in dimension.values:
             yield f"space.{key}", {key: value}
-    for parameters in plan(spec) or []:
+    for parameters in planned_trials(spec) or []:
         yield f"space ({', '.join(f'{key}={value}' for key, value in parameters.items())})", parameters
 
 

@@ -14,7 +14,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Team:
+class WorkerGroup:
     """All workers of a run; alone, every method is a no-op."""
 
     rank: int = 0
@@ -61,4 +61,4 @@ class Team:
         return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
 
 
-ALONE = Team()
+ALONE = WorkerGroup()

@@ -15,10 +15,10 @@ from pedro.errors import ConfigError
 from pedro.methods.registry import Method, count_parameters, get_method
 from pedro.training.bilevel import Alternation, GroupedAdamW, Named
 from pedro.training.engines import StepEngine, TorchEngine
-from pedro.training.loop import Data, Plan
-from pedro.training.prepare import Prepared, make_plan, prepare, sample
+from pedro.training.loop import Data, TrainingPlan
+from pedro.training.prepare import PreparedData, make_training_plan, prepare_data, sample
 from pedro.training.spec import FineTuneSpec
-from pedro.training.team import ALONE, Team
+from pedro.training.worker_group import ALONE, WorkerGroup
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +28,7 @@ MakeEngine = Callable[[nn.Module, GroupedAdamW, Named], StepEngine]
 
 
 @dataclass(frozen=True)
-class Session:
+class TrainingContext:
     """One worker's half of a run; every worker builds the same."""
 
     spec: FineTuneSpec
@@ -36,10 +36,10 @@ class Session:
     tokenizer: Any
     method: Method
     model: nn.Module
-    prepared: Prepared
+    prepared: PreparedData
     engine: StepEngine
     alternation: Alternation
-    plan: Plan
+    plan: TrainingPlan
     data: Data
     trainable_parameters: int
 
@@ -48,21 +48,23 @@ class Session:
         return self.prepared.scored(self.spec.gate.max_rows)
 
 
-def open_session(spec: FineTuneSpec, cache: Path, make_engine: MakeEngine | None = None, team: Team = ALONE) -> Session:
+def build_context(
+    spec: FineTuneSpec, cache: Path, make_engine: MakeEngine | None = None, group: WorkerGroup = ALONE
+) -> TrainingContext:
     """Load and build everything; `make_engine` as `torch_engine` or `deepspeed_engine` of the same spec return it.
 
-    A mistake in the spec raises its PedroError on every worker of the team, so that none waits for the others.
+    A mistake in the spec raises its PedroError on every worker of the group, so that none waits for the others.
     """
-    backbone, tokenizer, method, model, prepared, groups = team.together(lambda: _load(spec, cache))
+    backbone, tokenizer, method, model, prepared, groups = group.together(lambda: _load(spec, cache))
     omega, theta = groups
     with_theta = bool(theta) and spec.training.bilevel
-    train, theta_rows, validation = team.together(lambda: prepared.splits(with_theta))
-    plan = make_plan(spec.training, len(train), with_theta)
+    train, theta_rows, validation = group.together(lambda: prepared.splits(with_theta))
+    plan = make_training_plan(spec.training, len(train), with_theta)
     optimizer = GroupedAdamW(omega, theta, weight_decay=spec.training.weight_decay)
     parameters = [*omega, *theta]
     engine = (make_engine or torch_engine(spec))(model, optimizer, parameters)
-    engine.companion = method.companion(model, spec.method.options, plan.steps)
-    if engine.companion is not None and spec.resources.zero_stage:
+    engine.hook = method.training_hook(model, spec.method.options, plan.steps)
+    if engine.hook is not None and spec.resources.zero_stage:
         raise ConfigError(
             f"resources.zero_stage: {method.name} changes its parameters between steps, which ZeRO shards; use 0",
             param="resources.zero_stage",
@@ -78,7 +80,7 @@ def open_session(spec: FineTuneSpec, cache: Path, make_engine: MakeEngine | None
         validation=sample(validation, spec.training.eval_rows) if validation is not None else [],
         pad_id=tokenizer.pad_token_id,
     )
-    return Session(
+    return TrainingContext(
         spec=spec,
         backbone=backbone,
         tokenizer=tokenizer,
@@ -141,9 +143,11 @@ def fresh_model(spec: FineTuneSpec, backbone: Backbone) -> tuple[Method, nn.Modu
     return method, model
 
 
-def _load(spec: FineTuneSpec, cache: Path) -> tuple[Backbone, Any, Method, nn.Module, Prepared, tuple[Named, Named]]:
+def _load(
+    spec: FineTuneSpec, cache: Path
+) -> tuple[Backbone, Any, Method, nn.Module, PreparedData, tuple[Named, Named]]:
     backbone = resolve_backbone(spec.backbone)
     tokenizer = load_tokenizer(backbone)
     method, model = fresh_model(spec, backbone)
-    prepared = prepare(spec.data, spec.training, backbone, tokenizer, cache)
+    prepared = prepare_data(spec.data, spec.training, backbone, tokenizer, cache)
     return backbone, tokenizer, method, model, prepared, method.parameter_groups(model)

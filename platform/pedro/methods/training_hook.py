@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 
-class Companion(Protocol):
+class TrainingHook(Protocol):
     """Goes along with one training run of one model; every worker has its own and all do the same."""
 
     def penalty(self) -> torch.Tensor | None:

@@ -9,18 +9,25 @@ from dataclasses import replace
 
 from pedro.registry import Registry
 from pedro.training.job import flat
-from pedro.training.sweep.planner import Planner
-from pedro.training.sweep.records import Records, State, Trial
+from pedro.training.sweep.planner import TrialPlanner
+from pedro.training.sweep.records import Records, Trial, TrialState
 from pedro.training.sweep.spec import SweepSpec
 from pedro.training.sweep.variants import variant
 
-RUN_STATUS = {State.FINISHED: "FINISHED", State.STOPPED: "KILLED", State.FAILED: "FAILED", State.LOST: "FAILED"}
+RUN_STATUS = {
+    TrialState.FINISHED: "FINISHED",
+    TrialState.STOPPED: "KILLED",
+    TrialState.FAILED: "FAILED",
+    TrialState.LOST: "FAILED",
+}
 
 
-class Board:
+class TrialTracker:
     """The trials of one sweep. What was begun and has not ended comes first, then what the planner proposes."""
 
-    def __init__(self, records: Records, spec: SweepSpec, planner: Planner, registry: Registry, run_id: str) -> None:
+    def __init__(
+        self, records: Records, spec: SweepSpec, planner: TrialPlanner, registry: Registry, run_id: str
+    ) -> None:
         self.records, self.spec, self.planner = records, spec, planner
         self.registry, self.run_id = registry, run_id
         self.trials = records.trials()
@@ -40,9 +47,9 @@ class Board:
         """Begin a trial, or go on with an interrupted one; None when there is nothing left to begin."""
         if self._open:
             trial = self.trials[self._open.pop(0)]
-            if trial.state is State.LOST:
-                trial = replace(trial, state=State.RUNNING, attempt=trial.attempt + 1, reports=(), message="")
-            return self._keep(replace(trial, state=State.RUNNING, outcome=None))
+            if trial.state is TrialState.LOST:
+                trial = replace(trial, state=TrialState.RUNNING, attempt=trial.attempt + 1, reports=(), message="")
+            return self._keep(replace(trial, state=TrialState.RUNNING, outcome=None))
         number = len(self.trials)
         if number >= self.planner.total:
             return None
@@ -72,9 +79,11 @@ class Board:
         if outcome:
             trial = replace(trial, state=outcome.state, message=outcome.message, outcome=outcome)
         elif broke is not None:
-            trial = replace(trial, state=State.LOST, message=broke)
+            trial = replace(trial, state=TrialState.LOST, message=broke)
         else:
-            trial = replace(trial, state=State.STOPPED, message=f"stopped at step {trial.step:,}: others were better")
+            trial = replace(
+                trial, state=TrialState.STOPPED, message=f"stopped at step {trial.step:,}: others were better"
+            )
         self._keep(trial)
         self._close(trial)
         self.planner.learn(trial)
@@ -83,12 +92,12 @@ class Board:
     @property
     def best(self) -> Trial | None:
         """The finished trial of least validation loss."""
-        finished = [(t.loss, t.number, t) for t in self.trials if t.state is State.FINISHED and t.loss is not None]
+        finished = [(t.loss, t.number, t) for t in self.trials if t.state is TrialState.FINISHED and t.loss is not None]
         return min(finished)[2] if finished else None
 
     def counts(self) -> dict[str, int]:
         """How many trials are in each state."""
-        return {state.value: sum(trial.state is state for trial in self.trials) for state in State}
+        return {state.value: sum(trial.state is state for trial in self.trials) for state in TrialState}
 
     def _keep(self, trial: Trial) -> Trial:
         self.trials[trial.number] = trial
