@@ -26,6 +26,7 @@ RUN pip install -c constraints.txt '.[all]'
 COPY jobs ./jobs
 
 ENV HOME=/var/lib/pedro \
+    PYTHONPATH=/opt/pedro \
     PEDRO_HOME=/var/lib/pedro \
     HF_HOME=/var/lib/pedro/huggingface
 VOLUME /var/lib/pedro

@@ -7,15 +7,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from pedro.evaluation.benchmarks.catalog import BENCHMARKS
-from pedro.evaluation.benchmarks.main import main
+from jobs.benchmarks.command_line import main
+from jobs.benchmarks.engine_benchmarks import BENCHMARKS
 
 
 def benchmarks() -> dict:
     """Every benchmark that can run here."""
     if find_spec("ray") is None or find_spec("mlflow") is None:
         return dict(BENCHMARKS)
-    from pedro.demo.bench import SERVER_BENCHMARKS
+    from jobs.benchmarks.server_benchmarks import SERVER_BENCHMARKS
 
     return {**BENCHMARKS, **SERVER_BENCHMARKS}
 

@@ -1,8 +1,9 @@
-"""Pretrains a small backbone from public text: `python -m jobs.pretrain_backbone --help`. A thin entry; no cluster."""
+"""Where pretraining was: `python -m jobs.pretrain` took its place, with the same options."""
 
 import sys
 
-from pedro.training.pretrain.main import main
+from jobs.pretrain.command_line import main
 
 if __name__ == "__main__":
+    print("warning: jobs.pretrain_backbone is now `python -m jobs.pretrain`; the options are the same", file=sys.stderr)
     sys.exit(main())

@@ -9,17 +9,17 @@ import sys
 import psutil
 import pytest
 
-from pedro.evaluation.benchmarks import contention, fairness, serving
-from pedro.evaluation.benchmarks.adapters import adapter_directories
-from pedro.evaluation.benchmarks.bench_engine import BenchEngine
-from pedro.evaluation.benchmarks.catalog import BENCHMARKS
-from pedro.evaluation.benchmarks.efficiency import copy_limit_tok_s
-from pedro.evaluation.benchmarks.main import main
-from pedro.evaluation.benchmarks.report import Report, Target, exactly
-from pedro.evaluation.benchmarks.rivals import RivalError, Stable
-from pedro.evaluation.benchmarks.shapes import SHAPES, make_model, prompts
-from pedro.evaluation.benchmarks.stats import Ratio, paired_ratio, percentile, percentile_ratio
-from pedro.evaluation.benchmarks.timeline import Timeline
+from jobs.benchmarks import contention, fairness, peers
+from jobs.benchmarks.bench_engine import BenchEngine
+from jobs.benchmarks.command_line import main
+from jobs.benchmarks.efficiency import copy_limit_tok_s
+from jobs.benchmarks.engine_benchmarks import BENCHMARKS
+from jobs.benchmarks.engine_process import RivalError, Stable
+from jobs.benchmarks.model_sizes import SHAPES, make_model, prompts
+from jobs.benchmarks.random_adapters import adapter_directories
+from jobs.benchmarks.report import Report, Target, exactly
+from jobs.benchmarks.stats import Ratio, paired_ratio, percentile, percentile_ratio
+from jobs.benchmarks.timeline import Timeline
 
 ROW_KEYS = {"engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"}
 
@@ -30,11 +30,11 @@ def quick(tmp_path_factory) -> tuple[Report, list[str]]:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEDRO_HOME", str(tmp_path_factory.mktemp("home")))
-        engines, peers = ("generate", "ours", "vllm"), {"vllm": "/nowhere/python"}
-        plan = serving.Plan(
-            {"tiny": (2,)}, rounds=2, prompt=12, new=4, threads=1, peers=peers, engines=engines, floor=False
+        engines, pythons = ("generate", "ours", "vllm"), {"vllm": "/nowhere/python"}
+        plan = peers.Plan(
+            {"tiny": (2,)}, rounds=2, prompt=12, new=4, threads=1, peers=pythons, engines=engines, floor=False
         )
-        return serving.measure(plan, said.append), said
+        return peers.measure(plan, said.append), said
 
 
 def test_a_run_gives_a_row_for_every_engine_that_is_installed(quick):
@@ -141,7 +141,7 @@ def test_decoding_counts_from_when_every_request_has_its_first_token():
 
 
 def test_the_client_counts_every_token_of_a_slice_and_raises_what_the_server_reports():
-    from pedro.evaluation.benchmarks.workers.http import _take
+    from jobs.benchmarks.workers.http_client import _take
 
     timeline = Timeline()
     _take({"choices": [{"text": "w7 w8"}, {"text": ""}]}, "a", timeline)

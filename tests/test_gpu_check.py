@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
+
 from jobs.gpu_check import __main__ as gpu_check
 from jobs.gpu_check.training import TINY, check_method
-
 from pedro.methods import METHODS
 
 

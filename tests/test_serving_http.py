@@ -23,8 +23,8 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from safetensors.torch import load_file, save_file
 from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, settings_at, tokenizer
 
+from jobs.benchmarks.hot_swap import swap
 from pedro import cluster
-from pedro.demo.swap import swap
 from pedro.errors import BackboneError, ConfigError, ConflictError, UnavailableError
 from pedro.registry import Registry
 from pedro.serving.config import ServeConfig

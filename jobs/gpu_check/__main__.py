@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pedro.evaluation.benchmarks.shapes import SHAPES, bench_folder
+from jobs.benchmarks.model_sizes import SHAPES, bench_folder
 from pedro.provenance import provenance
 
 ROOT = Path(__file__).parents[2]

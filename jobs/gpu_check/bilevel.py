@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jobs.gpu_check.training import ANSWER, make_plan, random_rows
 
-from pedro.evaluation.benchmarks.shapes import SHAPES, make_model
+from jobs.benchmarks.model_sizes import SHAPES, make_model
+from jobs.gpu_check.training import ANSWER, make_plan, random_rows
 from pedro.methods.registry import count_parameters, get_method
 from pedro.training.bilevel import OMEGA, THETA, Alternation, GroupedAdamW
 from pedro.training.engines import TorchEngine

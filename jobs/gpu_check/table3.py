@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from pedro.evaluation.benchmarks.adapters import adapter_directories
-from pedro.evaluation.benchmarks.bench_engine import BenchEngine
-from pedro.evaluation.benchmarks.efficiency import copy_limit_tok_s
-from pedro.evaluation.benchmarks.shapes import NEW_TOKENS, PROMPT_TOKENS, SHAPES, Shape, default_dtype, prompts
-from pedro.evaluation.benchmarks.workers.floor import Floor
+from jobs.benchmarks.bench_engine import BenchEngine
+from jobs.benchmarks.efficiency import copy_limit_tok_s
+from jobs.benchmarks.model_sizes import NEW_TOKENS, PROMPT_TOKENS, SHAPES, Shape, default_dtype, prompts
+from jobs.benchmarks.random_adapters import adapter_directories
+from jobs.benchmarks.workers.roofline import Floor
 
 PAPER_TOK_S = {"pedro": 32.5, "ia3": 33.1, "lora": 25.1}  # on an A40 at beam 1, batch size not stated
 TENANTS = {"pedro": 64, "ia3": 64, "lora": 8}  # a LoRA of rank 16 on all linears of 7B has 160 MB

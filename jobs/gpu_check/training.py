@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pedro.evaluation.benchmarks.shapes import Shape, make_model, prompts
+from jobs.benchmarks.model_sizes import Shape, make_model, prompts
 from pedro.methods.registry import METHODS, Method
 from pedro.training.bilevel import OMEGA, THETA, Alternation, GroupedAdamW
 from pedro.training.engines import StepEngine, TorchEngine

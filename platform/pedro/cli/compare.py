@@ -122,5 +122,5 @@ def _efficiency(spec: EfficiencySpec, out: Path | None, dry_run: bool, as_json: 
         line = f"{spec.name}: tokens per second of {', '.join(spec.models)} on {spec.device}"
         emit(spec.model_dump(mode="json"), as_json, lambda: typer.echo(line))
         return
-    result, text, path = run_efficiency(spec, out, say)
+    result, text, path = run_efficiency(spec, out)
     emit(result, as_json, lambda: typer.echo(f"{text}\n\nsaved to {path}"))

@@ -1,66 +1,69 @@
-"""The paper's table 3 as a comparison: tokens per second and peak memory of the engine, from a spec."""
+"""Hands an efficiency spec to the benchmarks, which live in the checkout (`jobs/benchmarks/`), not in the package."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pedro
+from pedro import errors
 from pedro.comparison.spec import EfficiencySpec
-from pedro.errors import ConfigError, UnavailableError
+from pedro.errors import PedroError, UnavailableError
+
+MODULE = "jobs.benchmarks.from_spec"
 
 
 def check_efficiency(spec: EfficiencySpec) -> None:
     """Raise ConfigError for unknown models, or a device that is not here."""
-    from pedro.evaluation.benchmarks.shapes import SHAPES
-
-    if unknown := [name for name in spec.models if name not in SHAPES]:
-        raise ConfigError(f"models: {unknown[0]!r} is none of {', '.join(SHAPES)}", param="models")
-    if spec.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                "device: cuda, but torch finds no GPU here; run it where there is one, or with device=cpu models=[S]",
-                param="device",
-            )
+    _ask(spec, None)
 
 
-def run_efficiency(
-    spec: EfficiencySpec, out: Path | None, say: Callable[[str], None]
-) -> tuple[dict[str, Any], str, Path]:
+def run_efficiency(spec: EfficiencySpec, out: Path | None) -> tuple[dict[str, Any], str, Path]:
     """Measure; the result as JSON, as text, and the file that holds it.
 
-    Raises ConfigError as `check_efficiency` does and for a folder that cannot be written, UnavailableError for an
-    engine that failed.
+    Raises ConfigError as `check_efficiency` does and for a folder that cannot be written, UnavailableError without a
+    checkout and for an engine that failed.
     """
     from pedro.comparison.run import open_folder
     from pedro.config import Settings
-    from pedro.evaluation.benchmarks.catalog import BENCHMARKS
-    from pedro.evaluation.benchmarks.main import Options
-    from pedro.evaluation.benchmarks.rivals import RivalError
 
     check_efficiency(spec)
-    folder = out.absolute() if out else Settings.from_env().home / "comparisons" / spec.name
+    folder = (out or Settings.from_env().home / "comparisons" / spec.name).absolute()
     open_folder(folder)
-    benchmark = BENCHMARKS["efficiency"]
-    options = Options(
-        quick=False,
-        models=spec.models,
-        batches=spec.batches,
-        rounds=spec.rounds,
-        threads=spec.threads or os.cpu_count() or 1,
-        device=spec.device,
-        peers={},
-        engines=None,
+    answer = _ask(spec, folder)
+    return answer["result"], answer["text"], Path(answer["path"])
+
+
+def _ask(spec: EfficiencySpec, folder: Path | None) -> dict[str, Any]:
+    """What the benchmark's process answers; its progress goes to stderr. Raises the error that it reports."""
+    root = _checkout(spec)
+    inherited = os.environ.get("PYTHONPATH")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", MODULE, *(["--folder", str(folder)] if folder else [])],
+        input=spec.model_dump_json(),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *([inherited] if inherited else [])])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
-    try:
-        report = benchmark.run(options, say)
-    except RivalError as error:
-        raise UnavailableError(f"{spec.name}: an engine failed: {error}") from error
-    if spec.paper:
-        report.facts["paper"] = spec.paper
-    path = folder / "efficiency.json"
-    report.save(path)
-    return report.as_dict(), report.show(benchmark.columns), path
+    if done.returncode:
+        raise UnavailableError(f"{spec.name}: the benchmark ended with exit code {done.returncode}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    if "error" in answer:
+        kind: type[PedroError] = getattr(errors, answer["error"])
+        raise kind(answer["message"], param=answer["param"])
+    return answer
+
+
+def _checkout(spec: EfficiencySpec) -> Path:
+    """The folder that holds `jobs/`: the package's own checkout, or one on Python's path."""
+    for place in (Path(pedro.__file__).parents[2], *map(Path, sys.path)):
+        if (place / MODULE.replace(".", "/")).with_suffix(".py").is_file():
+            return place
+    raise UnavailableError(
+        f"{spec.name}: benchmarks are not part of the installed package; run this in a checkout of pedro"
+    )

@@ -1,0 +1,111 @@
+"""Our engine over a random backbone, with the few moves that benchmarks make. Uses its public face only."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.benchmarks.model_sizes import Shape, make_model
+from jobs.benchmarks.timeline import Timeline
+from pedro.engine import Engine, EngineConfig, Output, Request, SamplingParams
+
+IDLE_S = 0.0005
+LOAD_TIMEOUT_S = 120
+
+
+class Silent:
+    """A tokenizer whose tokens have no text: no engine turns tokens into text while it is measured."""
+
+    eos_token_id = None
+
+    def decode(self, ids: Sequence[int], **_options: Any) -> str:
+        return ""
+
+
+class BenchEngine:
+    """An Engine on `shape`; adapter refs are directories. `options` are those of EngineConfig."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        device: str = "cpu",
+        dtype: str | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        digest: str | None = None,
+        **options: Any,
+    ) -> None:
+        options = {"adapter_bytes": 8 << 30, "max_waiting": 100_000, "max_waiting_per_tenant": 100_000, **options}
+        made = model if model is not None else make_model(shape, device, dtype)
+        self.shape = shape
+        self.engine = Engine(made, tokenizer or Silent(), EngineConfig(**options), Path, digest or shape.digest)
+        self._names = itertools.count()
+
+    def request(
+        self, prompt: list[int], ref: str | None, new: int, tenant: str | None = None, n: int = 1, **params: Any
+    ) -> Request:
+        """A request of exactly `new` tokens; the tenant is the adapter unless named."""
+        sampling = SamplingParams(max_tokens=new, ignore_eos=True, **params)
+        return Request(str(next(self._names)), prompt, tenant=tenant or ref or "", adapter=ref, params=sampling, n=n)
+
+    def answer(self, asked: list[list[int]], refs: Sequence[str | None], new: int, beams: int = 1) -> Timeline:
+        """All prompts at once, to their ends."""
+        extra: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
+        requests = [self.request(ids, ref, new, **extra) for ids, ref in zip(asked, refs, strict=True)]
+        timeline = Timeline()
+        for request in requests:
+            self.engine.add(request)
+        self.drain(timeline)
+        return timeline
+
+    def drain(self, timeline: Timeline, between: Callable[[], bool] = lambda: False) -> None:
+        """Step until nothing is left; `between` is called before each step and says whether more will come."""
+        while (more := between()) or self.engine.has_work():
+            outputs = self.engine.step()
+            take(outputs, timeline)
+            if self.engine.idle and not outputs and (more or self.engine.has_work()):
+                time.sleep(IDLE_S)
+
+    def load(self, refs: Sequence[str]) -> None:
+        """Have the adapters resident, by their own pool, before time is taken."""
+        if not set(refs) - set(self.resident()):
+            return
+        end = time.monotonic() + LOAD_TIMEOUT_S
+        for ref in refs:
+            self.engine.adapters.preload(ref)
+        while set(refs) - set(self.resident()):
+            failures = self.engine.adapters.take_failures()
+            if failures:
+                raise failures[0][1]
+            if time.monotonic() > end:
+                raise TimeoutError(f"{len(refs)} adapters were not resident within {LOAD_TIMEOUT_S} s")
+            time.sleep(0.002)
+
+    def resident(self) -> list[str]:
+        """The refs that a request need not wait for."""
+        return [ref for ref, entry in self.engine.adapters.residents().items() if entry["state"] == "ready"]
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def take(outputs: Sequence[Output], timeline: Timeline) -> None:
+    """Note the outputs' tokens. Raises the error of a request that failed: a figure without it would be a lie."""
+    moment = time.perf_counter()
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+        if output.token_ids:
+            timeline.take(f"{output.request_id}/{output.index}", len(output.token_ids), moment)
+
+
+def use_threads(count: int) -> None:
+    """Have matrix products use `count` threads in this process, whoever multiplies."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)

@@ -1,0 +1,81 @@
+"""Which benchmarks there are that need nothing but the engine. A table; each subject is imported when it is run."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+
+from jobs.benchmarks.command_line import Benchmark, Options
+from jobs.benchmarks.engine_process import Say
+from jobs.benchmarks.report import Report
+
+SERVING_COLUMNS = (
+    *("engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"),
+    *("ratio", "ratio_interval", "decode_ratio", "decode_ratio_interval"),
+)
+FAIRNESS_COLUMNS = (
+    *("where", "case", "requests", "ttft_p50_ms", "ttft_p95_ms", "ratio", "ratio_interval", "p50_ratio"),
+    *("token_p50_ms", "token_p95_ms", "token_ratio", "flood_tok_s", "flood_alone_tok_s"),
+)
+
+
+def _run(module: str, options: Options, say: Say) -> Report:
+    report: Report = importlib.import_module(f"jobs.benchmarks.{module}").run(options, say)
+    return report
+
+
+def _entry(module: str, about: str, *columns: str) -> Benchmark:
+    return Benchmark(about, partial(_run, module), columns)
+
+
+BENCHMARKS = {
+    "serving": _entry("peers", "tokens per second beside generate(), peft and vLLM (targets 1, 2)", *SERVING_COLUMNS),
+    "tenants": _entry(
+        "tenants",
+        "1 to 10,000 registered adapters, resident and missing (target 3)",
+        *("case", "tenants", "draw", "hit_share", "tok_s", "ratio", "ratio_interval", "p99_ms"),
+    ),
+    "longprompt": _entry(
+        "longprompt",
+        "a 2 k-token prompt among decodes (target 5)",
+        *("case", "model", "batch", "tokens", "median_ms", "p99_ms", "longest_ms", "ratio", "ttft_ms"),
+    ),
+    "context": _entry(
+        "context",
+        "time to the first token by the prompt's length: PEDRO's poolers, LoRA, no adapter",
+        *("adapters", "model", "tokens", "ttft_ms", "ratio", "ratio_interval", "decode_tok_s"),
+    ),
+    "arrivals": _entry(
+        "arrivals",
+        "Poisson arrivals against a static batch; prefill of many tenants against one's (target 4)",
+        *("case", "model", "batch", "tenants", "tok_s", "ttft_ms", "ratio", "ratio_interval"),
+    ),
+    "fairness": _entry(
+        "fairness",
+        "a quiet tenant's first token beside the floods of another",
+        *FAIRNESS_COLUMNS,
+    ),
+    "contention": _entry(
+        "contention",
+        "one thread, several and auto beside 0, 1 and 2 busy processes: decoding and prefill",
+        *("phase", "model", "batch", "neighbours", "threads", "tok_s", "ratio", "ratio_interval"),
+    ),
+    "coldstart": _entry(
+        "coldstart", "a fresh process to its first token (target 6)", "case", "model", "seconds", "interval"
+    ),
+    "memory": _entry(
+        "memory_growth",
+        "resident memory over 10,000 requests (target 6)",
+        "case",
+        "model",
+        "requests",
+        "rss_mb",
+        "growth_mb",
+    ),
+    "efficiency": _entry(
+        "efficiency",
+        "the paper's table 3: PEDRO, (IA)³, LoRA unmerged, beam 1 and 3 (target 7)",
+        *("engine", "adapters", "model", "batch", "tenants", "beams", "tok_s", "decode_tok_s", "peak_gb"),
+        *("ratio", "decode_ratio", "bandwidth_share"),
+    ),
+}

@@ -1,0 +1,241 @@
+"""The benchmarks that need the platform around the engine: HTTP, hot swap under load, the registry's part of a miss.
+
+Knows the platform from outside: a home of its own, two registered versions of one adapter, keys, a local Ray head.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from jobs.benchmarks import dashboard_pages, fairness, fairness_http, http_overhead
+from jobs.benchmarks.command_line import Benchmark, Options
+from jobs.benchmarks.engine_benchmarks import FAIRNESS_COLUMNS
+from jobs.benchmarks.engine_process import Say
+from jobs.benchmarks.model_sizes import PROMPT_TOKENS, SHAPES, Shape, bench_folder, prompts, saved_model
+from jobs.benchmarks.random_adapters import adapter_directories
+from jobs.benchmarks.report import Report, Target, exactly
+from pedro.backbone import Backbone, resolve_backbone
+from pedro.config import Settings
+
+TENANT, ADAPTER = "bench", "demo"
+REGISTRY_COLUMNS = ("case", "median_ms", "longest_ms")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A server that runs for a benchmark, and an operator's key for it."""
+
+    server: http_overhead.Server
+    admin_key: str
+    other_key: str  # of another tenant
+    versions: tuple[int, ...]
+
+
+def http_report(options: Options, say: Say) -> Report:
+    """The cost of gateway and Serve."""
+    with standing(options, say) as stand:
+        return http_overhead.run(options, stand.server, say)
+
+
+def fairness_report(options: Options, say: Say) -> Report:
+    """Floods beside a quiet tenant: on the engine in process, then through the server."""
+    report = fairness.run(options, say)
+    with standing(options, say) as stand:
+        fairness_http.add(report, options, stand.server, stand.other_key, say)
+    return report
+
+
+def swap_report(options: Options, say: Say) -> Report:
+    """An alias that moves under 32 streams: every 5 s for a minute, then every 0.5 s for 20 s."""
+    from jobs.benchmarks.hot_swap import swap
+
+    phases = ((1.0, 4.0), (0.5, 2.0)) if options.quick else ((5.0, 60.0), (0.5, 20.0))
+    with standing(options, say) as stand:
+        say(f"moving {stand.server.model} " + ", ".join(f"every {every:g} s for {s:g} s" for every, s in phases))
+        seen = swap(
+            stand.server.url,
+            stand.server.key,
+            stand.admin_key,
+            stand.server.model,
+            list(stand.versions),
+            streams=8 if options.quick else 32,
+            phases=phases,
+            prompts=prompts(SHAPES[stand.server.shape], 8, PROMPT_TOKENS, seed=0),
+        )
+    report = Report("swap", {"model": stand.server.shape, "phases": phases})
+    for phase in seen["phases"]:
+        first = phase["first_served_s"]
+        row = {key: value for key, value in phase.items() if key != "first_served_s"}
+        report.rows.append({**row, "first_served_s": first["max"]})
+        label = f"moved every {phase['every_s']:g} s: "
+        for name in ("failed", "mixed"):
+            report.targets.append(Target(label + name, 0, exactly(float(phase[name])), at_most=True))
+        if phase["every_s"] >= 1 and first["max"] is not None:
+            report.targets.append(Target(label + "s until first served", 2.0, exactly(first["max"]), at_most=True))
+        report.targets.append(Target(label + "the last version wins", 1, exactly(float(phase["last_version_wins"]))))
+    return report
+
+
+def registry_report(options: Options, say: Say) -> Report:
+    """What a miss costs before the engine's loader has a directory: the version looked up, its files fetched."""
+    from pedro.registry import Registry
+
+    shape = SHAPES[(options.models or ("S",))[0]]
+    count = options.rounds or (3 if options.quick else 20)
+    home = bench_folder() / "registry"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    try:
+        settings = Settings.from_env({"PEDRO_HOME": str(home)})
+        backbone = resolve_backbone(str(backbone_with_words(shape)))
+        registry = Registry.open(settings)
+        say(f"registering {count} adapters of {shape.name}")
+        for source in adapter_directories(shape, "pedro", count):
+            _register(registry, _adapted(source, backbone, home))
+        seen: dict[str, list[float]] = {"look up": [], "fetch": [], "fetch again": []}
+        for number in range(1, count + 1):
+            for case, work in (
+                ("look up", lambda n: registry.get(f"{TENANT}.{ADAPTER}", n)),
+                ("fetch", lambda n: registry.download(registry.get(f"{TENANT}.{ADAPTER}", n))),
+                ("fetch again", lambda n: registry.download(registry.get(f"{TENANT}.{ADAPTER}", n))),
+            ):
+                began = time.perf_counter()
+                work(number)
+                seen[case].append((time.perf_counter() - began) * 1000)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    report = Report("registry", {"model": shape.name, "adapters": count})
+    for case, times in seen.items():
+        report.rows.append({"case": case, "median_ms": round(median(times), 2), "longest_ms": round(max(times), 2)})
+    return report
+
+
+SERVER_BENCHMARKS = {
+    "fairness": Benchmark(
+        "a quiet tenant's first token beside the floods of another, in process and over HTTP",
+        fairness_report,
+        FAIRNESS_COLUMNS,
+    ),
+    "dashboard": Benchmark(
+        "the dashboard's pages among 10,000 runs and 500 adapters",
+        dashboard_pages.dashboard_report,
+        dashboard_pages.COLUMNS,
+    ),
+    "registry": Benchmark(
+        "what a miss costs in the registry, before the engine's loader", registry_report, REGISTRY_COLUMNS
+    ),
+    "http": Benchmark("streaming through Ray Serve against the engine in process", http_report, http_overhead.COLUMNS),
+    "swap": Benchmark(
+        "an alias that moves under load: nothing fails, nothing is mixed",
+        swap_report,
+        ("every_s", "seconds", "moves", "answers", "failed", "mixed", "stale", "first_served_s", "last_version_wins"),
+    ),
+}
+
+
+@contextmanager
+def standing(options: Options, say: Say) -> Iterator[Standing]:
+    """A server for the time of the `with`; its Ray head and its home go with it."""
+    from pedro.registry import Registry
+    from pedro.serving.config import ServeConfig
+    from pedro.serving.deploy import deploy, end
+    from pedro.store import Store
+
+    shape = SHAPES[(options.models or ("S",))[0]]
+    home = bench_folder() / "home"
+    settings = Settings.from_env({"PEDRO_HOME": str(home)})
+    before = dict(os.environ)
+    try:
+        end(settings)  # of a run that was killed
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        say(f"registering two versions of {TENANT}.{ADAPTER} on {shape.name}")
+        backbone = resolve_backbone(str(backbone_with_words(shape)))
+        adapters = [_adapted(source, backbone, home) for source in adapter_directories(shape, "pedro", 2)]
+        registry = Registry.open(settings)
+        versions = [_register(registry, adapter) for adapter in adapters]
+        registry.promote(f"{TENANT}.{ADAPTER}", versions[0])
+        store = Store(settings.database_url)
+        _, key = store.create_key(TENANT, ["infer"], "benchmark")
+        _, other_key = store.create_key("other", ["infer"], "benchmark")
+        _, admin_key = store.create_key("operator", ["admin"], "benchmark")
+        config = ServeConfig(backbone=str(backbone.directory), served_name=shape.name, threads=options.threads)
+        served = deploy(settings, config, port=0, say=say)
+        _restore(before)
+        model = f"{TENANT}.{ADAPTER}"
+        server = http_overhead.Server(shape.name, served.url, key, model, str(adapters[0]), str(backbone.directory))
+        yield Standing(server, admin_key, other_key, tuple(versions))
+    finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()  # a driver whose head is gone hangs before it shows any error
+        end(settings)
+        shutil.rmtree(home, ignore_errors=True)
+        _restore(before)
+
+
+def _restore(environment: dict[str, str]) -> None:
+    """Undo what deploying set: the benchmark's own files stay in the user's home, not in the server's."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def backbone_with_words(shape: Shape) -> Path:
+    """The shape's directory with a tokenizer whose every token is one word, so that words count tokens."""
+    directory = saved_model(shape)
+    if not (directory / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, shape.vocab))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            unk_token="<unk>",  # noqa: S106
+            bos_token="<s>",  # noqa: S106
+            eos_token="</s>",  # noqa: S106
+        ).save_pretrained(directory)
+    return directory
+
+
+def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
+    """A random adapter that belongs to the served backbone, so strong that versions answer differently."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from pedro.data.formats import FORMATS
+    from pedro.methods.adapter_files import WEIGHTS, write_manifest
+
+    target = home / "made" / source.name
+    shutil.copytree(source, target)
+    weights = load_file(target / WEIGHTS)
+    noise = torch.Generator().manual_seed(int(source.name) + 1)
+    for name, tensor in weights.items():
+        if name.endswith("pedro_bias"):
+            tensor += torch.randn(tensor.shape, generator=noise)
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    manifest = json.loads((target / "pedro_adapter.json").read_text())
+    manifest["backbone"] = {
+        "id": backbone.id,
+        "digest": backbone.digest,
+        "tokenizer_digest": backbone.tokenizer_digest,
+    }
+    manifest |= {"prompt_format": FORMATS["raw"].to_dict(), "metrics": {}}
+    write_manifest(target, manifest)
+    return target
+
+
+def _register(registry, directory: Path) -> int:
+    run = registry.start_run(experiment=TENANT, name="benchmark", params={}, tags={})
+    version = registry.register(run, directory, TENANT, ADAPTER)
+    registry.finish_run(run)
+    return version.version

@@ -1,0 +1,54 @@
+"""A tenant's client: streams over HTTP from a server that runs elsewhere, and notes when tokens come. Needs httpx."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+
+from jobs.benchmarks.model_sizes import SHAPES, prompts
+from jobs.benchmarks.timeline import Timeline
+
+
+class Http:
+    """Set-up: shape, url, key, model. A run streams the order's prompts at once, or `apart`: one after the other."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._shape, self._model = SHAPES[setup["shape"]], setup["model"]
+        self._url, self._headers = setup["url"], {"Authorization": f"Bearer {setup['key']}"}
+
+    def run(self, order: dict[str, Any]) -> dict[str, float]:
+        """Figures of Timeline. A slice of the stream may bring several tokens, which count from when they came."""
+        return asyncio.run(self._run(order))
+
+    async def _run(self, order: dict[str, Any]) -> dict[str, float]:
+        asked = prompts(self._shape, order["batch"], order["prompt"], order["seed"])
+        limits = httpx.Limits(max_connections=len(asked), max_keepalive_connections=len(asked))
+        async with httpx.AsyncClient(base_url=self._url, headers=self._headers, limits=limits, timeout=300) as client:
+            await asyncio.gather(*(client.get("/health") for _ in asked))  # connections are open before time is taken
+            timeline = Timeline()
+            await asyncio.gather(*(self._stream(client, str(i), ids, order, timeline) for i, ids in enumerate(asked)))
+        return timeline.figures()
+
+    async def _stream(
+        self, client: httpx.AsyncClient, name: str, ids: list[int], order: dict[str, Any], timeline: Timeline
+    ) -> None:
+        body = {"model": self._model, "prompt": ids, "max_tokens": order["new"], "temperature": 0, "ignore_eos": True}
+        body["stream"] = True
+        async with client.stream("POST", "/v1/completions", json=body) as reply:
+            if reply.status_code != 200:
+                raise RuntimeError(f"HTTP {reply.status_code}: {(await reply.aread()).decode()[:300]}")
+            async for line in reply.aiter_lines():
+                if line.startswith("data: {"):
+                    _take(json.loads(line.removeprefix("data: ")), name, timeline)
+
+
+def _take(event: dict[str, Any], name: str, timeline: Timeline) -> None:
+    """Count an event's tokens, one a word: every token of the benchmark's tokenizer is a word of its own."""
+    if "error" in event:
+        raise RuntimeError(str(event["error"]))
+    words = sum(len(choice["text"].split()) for choice in event["choices"])
+    if words:
+        timeline.take(name, words)
