@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve dashboard test test-slow test-all check gpu-check format clean
+.PHONY: help install demo serve dashboard test test-slow test-all check docs gpu-check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,11 +39,15 @@ test-slow: install ## the slow tests: kills, clusters, the demo, the browser
 
 test-all: test test-slow ## every test
 
-check: install ## formatting, lint, types, import rules
+check: install ## formatting, lint, types, import rules, documentation
 	@echo "== ruff format"; $(BIN)/ruff format --check .
 	@echo "== ruff"; $(BIN)/ruff check .
 	@echo "== mypy"; $(BIN)/mypy
 	@echo "== import rules"; $(BIN)/lint-imports --no-cache
+	@$(MAKE) --no-print-directory docs
+
+docs: install ## build the documentation into site/ (strict, without network)
+	@echo "== documentation"; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 gpu-check: ## check and measure on a GPU (nine minutes; needs torch, transformers, peft and pytest in PYTHON alone)
 	@PYTHONPATH=platform:. $(PYTHON) -m jobs.gpu_check $(ARGS)

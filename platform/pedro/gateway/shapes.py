@@ -118,7 +118,7 @@ def envelope(shape: Shape, kind: str, choices: list[dict[str, Any]], fingerprint
 
 
 def usage(choices: list[list[Choice]]) -> dict[str, int]:
-    """Tokens of the answer to choices[prompt][choice]; a prompt counts once however many choices it has."""
+    """Tokens of the answer to `choices[prompt][choice]`; a prompt counts once however many choices it has."""
     prompt_tokens = sum(max(choice.prompt_tokens for choice in of_prompt) for of_prompt in choices)
     completion_tokens = sum(choice.completion_tokens for of_prompt in choices for choice in of_prompt)
     return {

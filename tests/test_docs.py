@@ -1,0 +1,111 @@
+"""README and docs/: links lead somewhere; routes, errors, words and the layout are those that there are."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from docs_pages import PAGES, ROOT, anchors, blocks, links, name_of, prose, table
+
+from pedro.gateway.app import create_app
+
+PACKAGE = ROOT / "platform" / "pedro"
+DOCS = ROOT / "docs"
+HTTP_API = DOCS / "reference" / "http-api.md"
+CODES = re.compile(
+    r"""\bcode(?:: str \| None)? ?= ?"([a-z_]+)"|^[A-Z_]+ = "([a-z_]+)"  # the code of an error""", re.MULTILINE
+)
+CLIENTS = ("gateway", "serving", "engine")  # rooms whose errors reach clients
+
+
+def files(room: Path) -> Iterator[Path]:
+    return (path for path in sorted(room.rglob("*.py")) if "__pycache__" not in path.parts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_and_anchor_leads_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link} is not there"
+        generated = target.suffix == ".md" and "<!-- commands -->" in target.read_text()  # checked by `make docs`
+        if anchor and not generated:
+            assert anchor in anchors(target), f"{link} names no heading"
+
+
+def test_the_readme_is_one_that_is_read():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_layout_in_the_readme_names_what_is_there():
+    layout = next(block.text for block in blocks(ROOT / "README.md") if block.text.startswith("platform/pedro/"))
+    above: list[str] = []
+    for line in layout.splitlines():
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        above[depth:] = [name]
+        path = ROOT.joinpath(*above)
+        assert path.is_dir() if name.endswith("/") else path.is_file(), f"{path} is not there"
+
+
+def test_every_route_of_the_gateway_is_documented_and_no_other():
+    paths = create_app(lambda: pytest.fail("no backend is asked for routes"), store=None).openapi()["paths"]  # type: ignore[arg-type]
+    served = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    documented = {route for row in table(HTTP_API, "## Routes") for route in re.findall(r"`([A-Z]+ /\S+)`", row[0])}
+    assert documented == served
+
+
+def test_every_error_code_that_a_client_may_get_is_documented():
+    named = {code for name in CLIENTS for path in files(PACKAGE / name) for code in codes_of(path)}
+    from_code = codes_of(PACKAGE / "errors.py") | codes_of(PACKAGE / "gateway" / "errors.py")  # a table of its own
+    assert not {code for code in named - from_code if f"`{code}`" not in prose(HTTP_API)}
+
+
+def codes_of(path: Path) -> set[str]:
+    return {first or second for first, second in CODES.findall(path.read_text())}
+
+
+@cache
+def messages() -> str:
+    """Every text of the code, a line each; what is filled in at run time is an ellipsis."""
+    texts = [(ROOT / "Makefile").read_text()]
+    for path in files(PACKAGE):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(text.replace("`", "").replace("\n", " ") for text in texts)
+
+
+@pytest.mark.parametrize("section", ["Starting", "Specs and data", "Jobs", "Adapters", "Over HTTP"])
+def test_every_message_of_troubleshooting_is_one_of_the_code(section):
+    for row in table(DOCS / "troubleshooting.md", f"## {section}\n"):
+        quoted = re.findall(r"`([^`]+)`", row[0])
+        assert quoted, row
+        for message in quoted:
+            pattern = ".*".join(re.escape(part.strip()) for part in message.split("…") if part.strip())
+            assert re.search(pattern, messages()), f"no text of the code is like {message!r}"
+
+
+def test_the_glossary_has_each_term_once_in_order_and_says_where_it_lives():
+    rows = table(DOCS / "glossary.md")
+    terms = [row[0] for row in rows]
+    assert terms == sorted(terms, key=lambda term: term.lower().replace("_", " ").replace("ω", "omega"))
+    assert len(set(terms)) == len(terms)
+    for term, meaning, where in rows:
+        assert meaning.endswith((".", ")")), f"{term}: a meaning is a sentence"
+        for place in re.findall(r"`([^`]+)`", where):
+            assert any((base / place).exists() for base in (PACKAGE, ROOT)), f"{term}: {place} is not there"
+
+
+def test_no_page_asks_another_host_for_anything():
+    """Fonts and scripts come with the site: it can be read without a network."""
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert "font: false" in settings
+    assert "mermaid" not in settings  # its script would come from a CDN
+    for page in PAGES:
+        assert not re.search(r"!\[[^]]*\]\(https?:", prose(page)), f"{name_of(page)} shows a picture from elsewhere"
