@@ -1,10 +1,12 @@
 """README and docs/: links lead somewhere; routes, errors, words and the layout are those that there are."""
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from docs_pages import PAGES, ROOT, anchors, blocks, links, name_of, prose, table
@@ -60,6 +62,26 @@ def test_every_error_code_that_a_client_may_get_is_documented():
     named = {code for name in CLIENTS for path in files(PACKAGE / name) for code in codes_of(path)}
     from_code = codes_of(PACKAGE / "errors.py") | codes_of(PACKAGE / "gateway" / "errors.py")  # a table of its own
     assert not {code for code in named - from_code if f"`{code}`" not in prose(HTTP_API)}
+
+
+@pytest.mark.parametrize(
+    "kind", sorted({kind for page in PAGES for kind in re.findall(r"<!-- fields: (\S+) -->", page.read_text())})
+)
+def test_every_key_in_the_reference_has_a_meaning(kind):
+    """It stands beneath or beside the field, in the code."""
+    lines = code_reference().fields(kind).strip().splitlines()[2:]
+    assert lines
+    assert not [line for line in lines if line.endswith("|  |")]
+
+
+@cache
+def code_reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("code_reference", DOCS / "hooks" / "code_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def codes_of(path: Path) -> set[str]:

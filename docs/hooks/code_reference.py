@@ -72,8 +72,9 @@ def fields(where: str) -> str:
     module, _, name = where.partition(":")
     kind = getattr(importlib.import_module(module), name)
     meanings = _meanings(kind)
+    sections = {key: _first(part) for key, part in _sections(kind)}
     rows = [
-        [f"`{key}`", shape, default, meanings.get(key, "")]
+        [f"`{key}`", shape, default, meanings.get(key) or sections.get(key, "")]
         for key, shape, default in (_of_model(kind) if issubclass(kind, BaseModel) else _of_dataclass(kind))
     ]
     return _table(["key", "type", "default", "meaning"], rows)
@@ -155,6 +156,14 @@ def _of_model(kind: type[BaseModel]) -> Iterator[tuple[str, str, str]]:
         shape = _shape(field.annotation, field.metadata)
         default = "required" if field.is_required() else _value(field.get_default(call_default_factory=True))
         yield key, shape, default
+
+
+def _sections(kind: type[Any]) -> Iterator[tuple[str, type[Any]]]:
+    """The keys that hold a section, one or a list of them, and its class."""
+    for key, field in getattr(kind, "model_fields", {}).items():
+        for part in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield key, part
 
 
 def _of_dataclass(kind: type[Any]) -> Iterator[tuple[str, str, str]]:

@@ -126,27 +126,27 @@ class SamplingFields(Body):
 
     harmless = vllm_fields.SHARED
     parts = {"stream_options": StreamOptions}
-    model: ModelName
-    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    model: ModelName  # the backbone, tenant.adapter, tenant.adapter@alias or tenant.adapter:version
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None  # 0: greedy; 1 unless told
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None  # 0: the likeliest token alone
-    n: Annotated[int | None, Field(ge=1, le=128), Whole] = None
-    seed: Annotated[int | None, Field(ge=-INT64, lt=INT64), Whole] = None
-    stop: Stop = ()
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    logit_bias: Biases = {}
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    n: Annotated[int | None, Field(ge=1, le=128), Whole] = None  # choices for each prompt
+    seed: Annotated[int | None, Field(ge=-INT64, lt=INT64), Whole] = None  # the same seed gives the same answer
+    stop: Stop = ()  # texts that end the answer and are no part of it
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # taken off tokens that were generated
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # taken off once for each time
+    logit_bias: Biases = {}  # by token id
+    stream: bool | None = None  # server-sent events in place of one body
+    stream_options: StreamOptions | None = None  # include_usage, continuous_usage_stats
     user: str | None = None  # OpenAI's mark for abuse reports: has no effect on the answer
     cache_salt: str | None = None  # vLLM's: nothing is shared between prompts, so there is nothing to salt
     session_id: str | None = None  # vLLM's: has no effect on the answer
     # extensions
     top_k: Annotated[int | None, Field(ge=-1, lt=INT32), Whole] = None  # 0 and -1: off
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None
-    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=64)] = None
-    ignore_eos: bool | None = None
-    use_beam_search: bool | None = None
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None  # least share of the likeliest token's probability
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None  # divides tokens of prompt and answer
+    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=64)] = None  # tokens that end the answer
+    ignore_eos: bool | None = None  # go on to max_tokens
+    use_beam_search: bool | None = None  # the n best of best_of beams
     best_of: Annotated[int | None, Field(ge=1, le=128), Whole] = (
         None  # beams kept; without beam search it must equal `n`
     )
@@ -158,10 +158,10 @@ class SamplingFields(Body):
 
 class CompletionRequest(SamplingFields):
     harmless = {**SamplingFields.harmless, **vllm_fields.COMPLETION, "suffix": ("",)}
-    prompt: Prompts
-    max_tokens: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None
-    logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None
-    echo: bool | None = None
+    prompt: Prompts  # one or several, as text or token ids
+    max_tokens: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None  # of each answer; 0 only with echo
+    logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None  # alternatives named at each token
+    echo: bool | None = None  # the answer begins with the prompt
     conditioning_length: Lengths | None = None  # extension: how many first tokens of each prompt condition the vectors
 
 
@@ -206,17 +206,16 @@ class ChatRequest(SamplingFields):
         "verbosity": ("medium",),
         "web_search_options": (),
     }
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None
-    # For OpenAI's bookkeeping, not for the answer:
-    metadata: dict[str, str] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]  # the conversation so far
+    max_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None  # of each answer
+    max_completion_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None  # the same
+    logprobs: bool | None = None  # of the chosen tokens
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None  # alternatives named at each token
+    metadata: dict[str, str] | None = None  # this and what follows is OpenAI's bookkeeping: no effect on the answer
+    prompt_cache_key: str | None = None  # no effect
+    prompt_cache_retention: str | None = None  # no effect
+    safety_identifier: str | None = None  # no effect
+    service_tier: Literal["auto", "default"] | None = None  # no effect
 
 
 class TokenizeRequest(Body):
@@ -228,16 +227,16 @@ class TokenizeRequest(Body):
         "tools": ([],),
     }
     model: ModelName | None = None  # the backbone's tokenizer if not given
-    prompt: str | None = None
-    messages: Annotated[list[Message] | None, Field(min_length=1)] = None
+    prompt: str | None = None  # a text
+    messages: Annotated[list[Message] | None, Field(min_length=1)] = None  # as chat takes them
     add_special_tokens: bool | None = None  # of a text: true unless told; messages have theirs from the format
-    return_token_strs: bool | None = None
+    return_token_strs: bool | None = None  # the vocabulary's own pieces too
 
 
 class DetokenizeRequest(Body):
-    model: ModelName | None = None
-    tokens: Annotated[list[TokenId], FailFast()]
+    model: ModelName | None = None  # the backbone if not given
+    tokens: Annotated[list[TokenId], FailFast()]  # their ids
 
 
 class PromoteRequest(Body):
-    version: Annotated[int, Field(ge=1, lt=INT32)]
+    version: Annotated[int, Field(ge=1, lt=INT32)]  # the one that becomes champion

@@ -18,12 +18,15 @@ class ServeConfig(Frozen):
     served_name: str | None = None
     """How requests name the bare backbone; its id, or the directory's name, if not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the backbone's weights; the CPU kernel wants float32."""
     device: str = "cpu"
+    """cpu or cuda."""
     replicas: int = Field(1, ge=1)
     """Engine replicas, one a device."""
     num_cpus: float = Field(0, ge=0)
     """CPUs that Ray sets aside for an engine replica; 0 shares them with training, which suits a laptop."""
     num_gpus: float = Field(0, ge=0)
+    """GPUs that Ray sets aside for an engine replica."""
     threads: int | None = Field(None, ge=1)
     """The most threads of an engine replica; if not given, the cores that affinity and the cgroup's quota grant it.
     On a CPU it uses fewer while busy neighbours keep some from running."""

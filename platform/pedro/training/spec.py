@@ -30,6 +30,7 @@ class DataSpec(Frozen):
     """
 
     train: str
+    """The rows to train on."""
     theta: Share | str = 0.1
     """What the Θ steps see, cut from train: a share of it or a file. Methods without Θ train on it as well."""
     validation: Share | str = 0.1
@@ -77,6 +78,7 @@ class MethodSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     name: str = "pedro"
+    """As `pedro methods` lists it; the method's own options stand beside it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +99,7 @@ class TrainingSpec(Frozen):
     max_steps: int | None = Field(None, ge=1, le=10**9)
     """Ω steps at most; beside `epochs`, whichever ends first."""
     lr: float = Field(1e-4, gt=0, le=100)
+    """Learning rate of Ω, and of Θ without `theta_lr`; small backbones want more than the paper's 1e-4."""
     batch_size: int = Field(16, ge=1, le=10**6)
     """Rows of one optimizer step, over all workers together."""
     gradient_accumulation: int = Field(1, ge=1, le=10**6)
@@ -128,6 +131,7 @@ class TrainingSpec(Frozen):
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Of the adapter's first values, the order of the rows and dropout."""
 
     @model_validator(mode="before")
     @classmethod
@@ -148,8 +152,11 @@ class ResourcesSpec(Frozen):
     """What the job takes of the cluster."""
 
     workers: int = Field(1, ge=1, le=4096)
+    """Processes that share each batch."""
     cpus_per_worker: float = Field(1, gt=0, le=4096)
+    """That Ray sets aside for each."""
     gpus_per_worker: float = Field(0, ge=0, le=64)
+    """That Ray sets aside for each; 0 trains on the CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards: nothing, optimizer state, gradients too, parameters too."""
     max_failures: int = Field(3, ge=0, le=1000)
@@ -160,6 +167,7 @@ class GateSpec(Frozen):
     """When a new version becomes champion: against the champion on the same rows, or the backbone if there is none."""
 
     metric: Literal["accuracy", "loss"] = "accuracy"
+    """What is compared: exact match of generated answers, or the mean loss per answer token."""
     min_gain: float = Field(-0.005, ge=-1e6, le=1e6)
     """Least improvement over the champion; a small negative number lets an equal version pass."""
     floor: float | None = None
@@ -172,8 +180,11 @@ class FineTuneSpec(Frozen):
     """One fine-tuning job."""
 
     tenant: str
+    """Who owns the adapter; the first part of its name."""
     adapter: str
+    """The second part of its name, `tenant.adapter`."""
     backbone: str = "stories260K"
+    """A packaged backbone, a transformers directory, or a hub id."""
     data: DataSpec
     method: MethodSpec = MethodSpec()
     training: TrainingSpec = TrainingSpec()

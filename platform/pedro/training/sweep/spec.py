@@ -46,6 +46,7 @@ class SchedulerSpec(Frozen):
     grace_steps: int | None = Field(None, ge=1, le=10**9)
     """Steps that every trial gets; base.training.eval_every if not given. Rungs lie at grace_steps × reduction^k."""
     reduction: float = Field(3, gt=1, le=1000)
+    """What divides the number of trials at each rung, and multiplies their steps."""
 
 
 class SweepSpec(Frozen):
