@@ -45,9 +45,9 @@ def make_home(home: Path) -> Settings:
             for step in range(10, 301, 10):
                 loss = 0.2 + 2.6 * math.exp(-step * attempt / 90) + 0.1 * (1 - accuracy) * math.sin(step)
                 values = {"train/loss": loss, "train/theta_loss": loss * 1.1, "train/tokens_per_second": 5200 + step}
-                registry.log(run, step, values)
+                registry.log_metrics(run, step, values)
                 if step % 50 == 0:
-                    registry.log(run, step, {"dev/loss": loss + majority / 4})
+                    registry.log_metrics(run, step, {"dev/loss": loss + majority / 4})
             made = registry.register(
                 run, _adapter(home / "made" / f"{tenant}-{attempt}", tenant, attempt, accuracy), tenant, adapter
             )

@@ -44,9 +44,9 @@ def add_running_job(settings: Settings, job_id: str = "ftjob-live") -> str:
     store.create_job("acme", "intents", {}, job_id)
     store.close()
     registry = Registry.open(settings)
-    run = registry.start_run(experiment="acme.intents", name=job_id, params={}, tags={"pedro.job": job_id})
+    run = registry.start_run(experiment="acme.intents", name=job_id, params={}, tags={"job": job_id})
     for step in range(10, 101, 10):
-        registry.log(run, step, {"train/loss": 2 / step, "dev/loss": 2.2 / step})
+        registry.log_metrics(run, step, {"train/loss": 2 / step, "dev/loss": 2.2 / step})
     return run
 
 

@@ -255,7 +255,7 @@ def test_runs_of_jobs_are_compared_by_seeds_and_by_what_differs(page, tmp_path):
             "training.seed": seed,
         }
         run = registry.start_run(experiment="acme.support", name=f"job-{lr}-{seed}", params=spec, tags={})
-        registry.log(run, 10, {"dev/loss": 1 - accuracy, "final/accuracy": accuracy, "final/seconds": 9.0})
+        registry.log_metrics(run, 10, {"dev/loss": 1 - accuracy, "final/accuracy": accuracy, "final/seconds": 9.0})
         registry.finish_run(run)
     shown = page(home, comparison="mlflow/runs", models="acme.support")
     rows = {row[0]: row[2] for row in shown_rows(shown)}

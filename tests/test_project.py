@@ -89,3 +89,13 @@ def test_every_shipped_fine_tuning_spec_loads():
     assert specs
     for spec in specs:
         load_finetune_spec(spec)
+
+
+def test_mlflow_is_spoken_to_by_the_registry_alone():
+    """Its client, its filters and the spelling of its tags: others use what `pedro.registry` offers."""
+    spoken = re.compile(
+        r"\bregistry\.client\b|filter_string|[\"']pedro\.(?:tenant|job|digest|gate|promoted)[\"']|mlflow\.runName"
+    )
+    files = [*SOURCES, *(ROOT / "jobs").rglob("*.py"), *(ROOT / "dashboard").rglob("*.py")]
+    others = [path for path in files if PACKAGE / "registry" not in path.parents]
+    assert not [str(path.relative_to(ROOT)) for path in others if spoken.search(path.read_text())]

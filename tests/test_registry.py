@@ -37,8 +37,8 @@ def adapter_directory(path, mark):
 def register(registry, tmp_path):
     def make(tenant, adapter, mark):
         run = registry.start_run(experiment=tenant, name="job", params={"lr": 1e-3}, tags={})
-        registry.log(run, 1, {"loss": 2.0})
-        registry.log(run, 2, {"loss": 1.0})
+        registry.log_metrics(run, 1, {"loss": 2.0})
+        registry.log_metrics(run, 2, {"loss": 1.0})
         return registry.register(run, adapter_directory(tmp_path / mark, mark), tenant, adapter)
 
     return make
@@ -53,7 +53,7 @@ def test_a_version_carries_what_was_registered_and_its_curve(registry, register,
     )
     assert version.metrics == {"accuracy": 0.5}
     assert version.trainable_parameters == 7
-    assert registry.history(version.run_id, "loss") == [(1, 2.0), (2, 1.0)]
+    assert registry.metric_history(version.run_id, "loss") == [(1, 2.0), (2, 1.0)]
 
 
 def test_the_bare_name_means_champion_and_is_not_found_without_one(registry, register):

@@ -80,7 +80,7 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, tmp_path, 
     version = registry.get(f"acme.killed{workers}")
     assert (version.digest, version.aliases) == (killed.digest, ("champion",))
     assert store.get_job(job).status == "succeeded"
-    assert [step for step, _ in registry.history(version.run_id, "dev/loss")][-1] == 60
+    assert [step for step, _ in registry.metric_history(version.run_id, "dev/loss")][-1] == 60
 
 
 def test_a_hopeless_loss_ends_the_job_at_once_and_registers_nothing(home, tmp_path):

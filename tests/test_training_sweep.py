@@ -458,7 +458,7 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
         time.sleep(0.2)
     before = [trial for trial in records.trials() if trial.state.final]
     assert 2 <= len(before) < len(rates)
-    curves = {trial.run_id: registry.history(trial.run_id, "train/loss") for trial in before}
+    curves = {trial.run_id: registry.metric_history(trial.run_id, "train/loss") for trial in before}
     written = {n: (Path(records.location) / f"results/{n:03d}.json").stat().st_mtime_ns for n in _numbers(before)}
 
     again, lines = launch.reopen(spec, settings, url), []
@@ -469,7 +469,7 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     assert result["kept"] >= len(before)
     for trial in before:
         assert after[trial.number].outcome == trial.outcome
-        assert registry.history(trial.run_id, "train/loss") == curves[trial.run_id]
+        assert registry.metric_history(trial.run_id, "train/loss") == curves[trial.run_id]
     assert written == {n: (Path(records.location) / f"results/{n:03d}.json").stat().st_mtime_ns for n in written}
     assert [trial.state.value for trial in after] == ["finished", "failed", "finished", "finished", "finished"]
     assert "the loss is" in after[1].message
@@ -486,7 +486,7 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     assert manifest["sweep"]["parameters"] == best.parameters
     parents = {registry.client.get_run(trial.run_id).data.tags["mlflow.parentRunId"] for trial in after}
     assert parents == {result["run_id"]}
-    kept = registry.artifacts(result["run_id"], "sweep", tmp_path)
+    kept = registry.download_artifacts(result["run_id"], "sweep", tmp_path)
     assert {path.name for path in kept.iterdir()} == {"summary.json", "trials.csv", "parallel.png"}
     assert (settings.home / "sweeps" / entry.id / "parallel.png").is_file()
 

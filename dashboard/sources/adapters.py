@@ -19,7 +19,7 @@ import yaml
 from pedro.config import Settings
 from pedro.refs import tenant_of
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
-from pedro.runs import promotions
+from pedro.registry.queries import promotions
 from pedro.secret_files import shown
 from sources.stores import ask_registry
 

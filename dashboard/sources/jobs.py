@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from pedro import runs
 from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.refs import ModelRef
-from pedro.registry import Registry
+from pedro.registry import Registry, queries
 from pedro.store import JobRecord, JobStatus, Store
 from pedro.training import submit
 from pedro.training.job_log import kept_log
@@ -141,23 +140,24 @@ def cancel(settings: Settings, job_id: str) -> str:
     return unread or (stop(None) if problem is None else problem)  # None: there are no records
 
 
-def job_runs(settings: Settings, job: Job) -> tuple[tuple[runs.Run, ...], str]:
+def job_runs(settings: Settings, job: Job) -> tuple[tuple[queries.TrackedRun, ...], str]:
     """The runs in MLflow that a job writes to: its own, or the trials of a sweep, the last ones first."""
 
-    def read(registry: Registry) -> tuple[runs.Run, ...]:
+    def read(registry: Registry) -> tuple[queries.TrackedRun, ...]:
         if job.sweep:
-            found = runs.page_of_runs(registry, [job.model], tags={"pedro.sweep": job.sweep}, limit=MOST_RUNS + 1)
-            return tuple(run for run in found.runs if "pedro.trial" in run.tags)[:MOST_RUNS]
-        run = runs.run_of_job(registry, job.model, job.id)
+            found = queries.search_runs(registry, [job.model], tags={"sweep": job.sweep}, limit=MOST_RUNS + 1)
+            return tuple(run for run in found.runs if "trial" in run.tags)[:MOST_RUNS]
+        run = queries.find_run_of_job(registry, job.model, job.id)
         return (run,) if run else ()
 
     return ask_registry(settings, read, ())
 
 
-def curve_rows(settings: Settings, drawn: Sequence[runs.Run]) -> list[dict[str, Any]]:
+def curve_rows(settings: Settings, drawn: Sequence[queries.TrackedRun]) -> list[dict[str, Any]]:
     """One row a point of the runs' losses."""
-    names = {run.id: f"trial {run.tags['pedro.trial']}" if "pedro.trial" in run.tags else run.name for run in drawn}
-    points, _ = ask_registry(settings, lambda registry: runs.curves(registry, list(names), list(CURVES)), [])
+    names = {run.id: f"trial {run.tags['trial']}" if "trial" in run.tags else run.name for run in drawn}
+    read = partial(queries.metric_histories, run_ids=list(names), metrics=list(CURVES))
+    points, _ = ask_registry(settings, read, [])
     return [
         {"run": names[run], "curve": CURVES[metric], "step": step, "value": value}
         for run, metric, step, value in points

@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pedro import runs
 from pedro.comparison.results import FINAL, FINISHED, Cell, Comparison, TaskResult
 from pedro.config import Settings
-from pedro.registry import Registry
-from pedro.runs import Run
-from pedro.versions import utc
+from pedro.registry import Registry, queries, utc
+from pedro.registry.queries import TrackedRun
 from sources.compare import CURVES
 from sources.stores import ask_registry
 
@@ -34,15 +33,15 @@ SEED = "training.seed"
 
 def read_models(settings: Settings) -> tuple[list[str], str]:
     """The adapters that have runs, the last used first; and what went wrong."""
-    found, problem = ask_registry(settings, runs.models_with_runs, [])
+    found, problem = ask_registry(settings, queries.experiment_names, [])
     return [name for name in found if not name.startswith(OF_COMPARISONS)], problem
 
 
 def read_runs(settings: Settings, models: Sequence[str]) -> tuple[Comparison, str]:
     """The newest finished runs of some adapters as a comparison; and what went wrong."""
 
-    def read(registry: Registry) -> tuple[tuple[Run, ...], dict[str, int]]:
-        page = runs.page_of_runs(registry, models, status="FINISHED", limit=MOST)
+    def read(registry: Registry) -> tuple[tuple[TrackedRun, ...], dict[str, int]]:
+        page = queries.search_runs(registry, models, status="FINISHED", limit=MOST)
         sizes = {v.run_id: v.trainable_parameters for model in models for v in registry.versions(model)}
         return page.runs, sizes
 
@@ -55,14 +54,15 @@ def read_runs(settings: Settings, models: Sequence[str]) -> tuple[Comparison, st
 def with_curves(settings: Settings, cells: Iterable[Cell], task: str) -> list[Cell]:
     """The runs of one adapter with their curves; the newest of them, where there are many."""
     mine = [cell for cell in cells if cell.task == task][:MOST_CURVES]
-    points, _ = ask_registry(settings, lambda registry: runs.curves(registry, [c.id for c in mine], list(CURVES)), [])
+    read = partial(queries.metric_histories, run_ids=[cell.id for cell in mine], metrics=list(CURVES))
+    points, _ = ask_registry(settings, read, [])
     drawn: dict[str, dict[str, list[list[float]]]] = {}
     for run_id, metric, step, value in points:
         drawn.setdefault(run_id, {}).setdefault(metric, []).append([step, value])
     return [replace(cell, curves=drawn.get(cell.id, {})) for cell in mine]
 
 
-def _labels(found: Sequence[Run]) -> list[str]:
+def _labels(found: Sequence[TrackedRun]) -> list[str]:
     """The method's name, and the parameters in which runs of that method differ, the seed apart."""
     values: dict[str, dict[str, set[str]]] = {}
     for run in found:
@@ -76,7 +76,7 @@ def _labels(found: Sequence[Run]) -> list[str]:
     return labels
 
 
-def _cell(run: Run, label: str, parameters: int) -> Cell:
+def _cell(run: TrackedRun, label: str, parameters: int) -> Cell:
     asked, metrics = _asked(run), run.metrics
     majority = metrics.get("final/majority_accuracy")
     score = TaskResult(run.model, "accuracy", metrics["final/accuracy"], majority=majority)
@@ -104,7 +104,7 @@ def _cell(run: Run, label: str, parameters: int) -> Cell:
     )
 
 
-def _asked(run: Run) -> dict[str, str]:
+def _asked(run: TrackedRun) -> dict[str, str]:
     """The parameters that make a run comparable to others."""
     return {
         key: value
@@ -113,7 +113,7 @@ def _asked(run: Run) -> dict[str, str]:
     }
 
 
-def _method(run: Run) -> str:
+def _method(run: TrackedRun) -> str:
     return run.params.get("method.name", "?")
 
 

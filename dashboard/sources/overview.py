@@ -6,10 +6,9 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pedro import runs
 from pedro.config import Settings
 from pedro.refs import tenant_of
-from pedro.registry import CHAMPION, Registry
+from pedro.registry import CHAMPION, Registry, queries
 from pedro.store import JobRecord, JobStatus, Store
 from sources.jobs import live_jobs
 from sources.stores import ask_registry, ask_store
@@ -43,7 +42,7 @@ class Overview:
 
 def read_overview(settings: Settings, now: float | None = None) -> Overview:
     """A handful of short questions, however many runs and adapters there are."""
-    since = (time.time() if now is None else now) - runs.DAY_S
+    since = (time.time() if now is None else now) - queries.DAY_S
     catalog, problem = ask_registry(settings, Registry.catalog, {})
     versions, _ = ask_registry(settings, lambda registry: _versions(registry, since), [])
     quotas, unread = ask_store(settings, Store.list_quotas, {})
@@ -65,11 +64,11 @@ def read_overview(settings: Settings, now: float | None = None) -> Overview:
 def _versions(registry: Registry, since: float) -> list[Event]:
     made = [
         Event(_seconds(version.created), "new version", version.ref, version.gate)
-        for version in runs.new_versions(registry, since, MOST_NEWS)
+        for version in queries.new_versions(registry, since, MOST_NEWS)
     ]
     promoted = [
         Event(_seconds(version.promoted), "promoted", version.ref, "the champion since then")
-        for version in runs.promotions(registry, since, MOST_NEWS)
+        for version in queries.promotions(registry, since, MOST_NEWS)
     ]
     return made + promoted
 

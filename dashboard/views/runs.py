@@ -13,7 +13,7 @@ import streamlit as st
 
 from drawing import DASHES, SERIES
 from pedro.config import Settings
-from pedro.runs import Run
+from pedro.registry.queries import TrackedRun
 from pedro.store import JobStatus
 from sources import jobs as data
 
@@ -105,7 +105,7 @@ def details(settings: Settings, job: data.Job) -> None:
             st.caption(problem or "Nothing written yet.")
 
 
-def curves(settings: Settings, drawn: Sequence[Run], nothing: str) -> None:
+def curves(settings: Settings, drawn: Sequence[TrackedRun], nothing: str) -> None:
     st.markdown("**Curves**")
     frame = pd.DataFrame(read_curves(settings, drawn), columns=["run", "curve", "step", "value"])
     if frame.empty:

@@ -18,6 +18,7 @@ from typing import Any
 from pedro.comparison.results import Cell, write_cell
 from pedro.config import Settings
 from pedro.registry import Registry
+from pedro.registry.tags import RUN_NAME, stored
 from pedro.store import Store
 from pedro.training.job import flat
 from pedro.training.spec import FineTuneSpec
@@ -91,7 +92,7 @@ def _adapter(tables: Tables, experiment: int, name: str, tenant: str, adapter: s
     tables["registered_models"].append({"name": name, **stamps, **WORKSPACE})
     tables["registered_model_tags"] += [
         {"key": key, "value": value, "name": name, **WORKSPACE}
-        for key, value in (("pedro.tenant", tenant), ("pedro.adapter", adapter))
+        for key, value in stored({"tenant": tenant, "adapter": adapter}).items()
     ]
 
 
@@ -112,7 +113,7 @@ def _run(tables: Tables, run: str, experiment: int, spec: FineTuneSpec, started:
         }
     )
     tables["params"] += [{"key": k, "value": str(v), "run_uuid": run} for k, v in flat(spec.to_dict()).items()]
-    tags = {"pedro.job": job, "pedro.model": spec.name, "mlflow.runName": job}
+    tags = {**stored({"job": job, "model": spec.name}), RUN_NAME: job}
     tables["tags"] += [{"key": key, "value": value, "run_uuid": run} for key, value in tags.items()]
     loss = [(20 * point, 0.3 + 2 * math.exp(-3 * point / POINTS)) for point in range(1, POINTS + 1)]
     curves = {"train/loss": loss, "dev/loss": [(step, value + 0.1) for step, value in loss]}
@@ -150,7 +151,7 @@ def _version(tables: Tables, run: str, version: int, spec: FineTuneSpec, started
         "spec": json.dumps(spec.to_dict()),
         "gate": "passed: accuracy is better",
     }
-    tables["model_version_tags"] += [{"key": f"pedro.{k}", "value": v, **place} for k, v in tags.items()]
+    tables["model_version_tags"] += [{"key": k, "value": v, **place} for k, v in stored(tags).items()]
 
 
 def _jobs(names: list[tuple[str, str]], runs: int) -> Tables:

@@ -196,7 +196,7 @@ def import_adapter(
     check_adapter(directory)
     open_saved(directory, backbone)
     registry = _registry()
-    run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"pedro.kind": "import"})
+    run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"kind": "import"})
     version = registry.register(run, directory, tenant, adapter, gate="imported: not gated")
     registry.finish_run(run)
     _changed(registry.set_alias(version.name, "candidate", version.version), as_json)

@@ -76,4 +76,4 @@ def _warm_up(settings: Settings) -> None:
     sqlite = settings.tracking_uri.removeprefix("sqlite:///")
     if sqlite == settings.tracking_uri or Path(sqlite).is_file():  # looking creates nothing
         with suppress(PedroError):
-            Registry.open(settings).client  # noqa: B018
+            Registry.open(settings).connect()

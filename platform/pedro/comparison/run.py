@@ -131,7 +131,7 @@ class _Log:
             self._registry.finish_run(self._parent)
 
     def _write(self, registry: Registry, cell: Cell) -> None:
-        tags = {"pedro.comparison": self._spec.name}
+        tags = {"comparison": self._spec.name}
         if self._parent is None:
             self._parent = registry.start_run(experiment=self._experiment, name=self._spec.name, params={}, tags=tags)
         params = {
@@ -146,17 +146,17 @@ class _Log:
             "stage": cell.stage,
         }
         name = f"{cell.label}-{cell.task}-{cell.seed}"
-        mine = {**tags, "pedro.cell": cell.id, "pedro.message": cell.message}
+        mine = {**tags, "cell": cell.id, "message": cell.message}
         run = registry.start_run(experiment=self._experiment, name=name, params=params, tags=mine, parent=self._parent)
         for step, value in cell.curves.get("dev/loss", []):
-            registry.log(run, int(step), {"dev/loss": value})
+            registry.log_metrics(run, int(step), {"dev/loss": value})
         if cell.state == "finished":
             numbers = {f"test/{score.task}": score.value for score in cell.scores}
             numbers |= {"trainable_parameters": cell.trainable_parameters}
             if cell.validation.get("value") is not None:
                 numbers |= {"validation": cell.validation["value"]}
             numbers |= {"seconds": cell.seconds, "tokens_per_second": cell.tokens_per_second}
-            registry.log(run, cell.steps, numbers)
+            registry.log_metrics(run, cell.steps, numbers)
         registry.finish_run(run, "FINISHED" if cell.state == "finished" else "FAILED")
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pedro.errors import AdapterError, NotFoundError, UnavailableError, model_not_found
 from pedro.gateway.backend import ALL_TENANTS
 from pedro.refs import ModelRef, tenant_of
-from pedro.registry import CHAMPION, Entry, Registry, Version
+from pedro.registry import CHAMPION, RegisteredAdapter, Registry, Version
 
 STALE_AFTER_S = 30.0
 PATIENCE_S = 1.0  # how long a request waits to hear that a version it names by number still exists
@@ -30,7 +30,7 @@ class Catalog:
         self._backbone_id = backbone_id
         self._backbone_digest = backbone_digest
         self._interval_s = interval_s
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, RegisteredAdapter] = {}
         self._versions: dict[Key, tuple[float, Version]] = {}
         self._asking: dict[Key, asyncio.Task[Version]] = {}
         self._stamp: object | None = None
@@ -114,7 +114,7 @@ class Catalog:
                     found.append(version)
         return found
 
-    async def _version(self, name: str, entry: Entry, number: int, max_age_s: float, model: str) -> Version:
+    async def _version(self, name: str, entry: RegisteredAdapter, number: int, max_age_s: float, model: str) -> Version:
         """A version's record; an explicit number is asked for again once `max_age_s` has passed: it may be deleted.
 
         Any number of requests wait for one question. While the registry is away, what is known stays in force.

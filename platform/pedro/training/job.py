@@ -72,7 +72,7 @@ def run_job(
         experiment=spec.name,
         name=job_id,
         params=flat(spec.to_dict()),
-        tags={"pedro.job": job_id, "pedro.model": spec.name},
+        tags={"job": job_id, "model": spec.name},
     )
     status = "FAILED"
     try:
@@ -83,7 +83,7 @@ def run_job(
         decision = judge_version(spec, trained, registry)
         judged_against = trained.champion.version if trained.champion else None
         alias, decision = move_alias(registry, version, decision, judged_against)
-        registry.tag_run(run_id, {"pedro.version": version.ref, "pedro.alias": alias, "pedro.gate": decision.reason})
+        registry.tag_run(run_id, {"version": version.ref, "alias": alias, "gate": decision.reason})
         status = "FINISHED"
     finally:
         registry.finish_run(run_id, status)

@@ -295,7 +295,7 @@ def unservable(directory: Path, backbone: Backbone) -> str:
 
 
 def _log_to(registry: Registry, run_id: str) -> Any:
-    return lambda step, values: registry.log(run_id, step, values)
+    return lambda step, values: registry.log_metrics(run_id, step, values)
 
 
 def pack_settings(settings: Settings) -> dict[str, str]:

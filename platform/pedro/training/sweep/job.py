@@ -104,7 +104,7 @@ def _own_run(records: Records, spec: SweepSpec, registry: Registry) -> str:
         experiment=spec.base.name,
         name=records.sweep_id,
         params={**space, **how, **flat(spec.to_dict()["base"], "base.")},
-        tags={"pedro.sweep": records.sweep_id, "pedro.sweep_name": spec.name, "pedro.model": spec.base.name},
+        tags={"sweep": records.sweep_id, "sweep_name": spec.name, "model": spec.base.name},
     )
     records.write_entry(replace(entry, run_id=run_id))
     return run_id
@@ -139,8 +139,10 @@ def _finish(tracker: TrialTracker, settings: Settings, registry: Registry, start
     write_sweep_report(tracker, folder, summary)
     registry.log_artifacts(tracker.run_id, folder, "sweep")
     scores = {f"best/{name}": value for name, value in outcome.metrics.items() if isinstance(value, (int, float))}
-    registry.log(tracker.run_id, len(tracker.trials), {**scores, **{f"trials/{k}": v for k, v in counts.items()}})
-    registry.tag_run(tracker.run_id, {"pedro.version": version.ref, "pedro.best_trial": str(best.number)})
+    registry.log_metrics(
+        tracker.run_id, len(tracker.trials), {**scores, **{f"trials/{k}": v for k, v in counts.items()}}
+    )
+    registry.tag_run(tracker.run_id, {"version": version.ref, "best_trial": str(best.number)})
     say(f"{version.ref} is {'the champion' if alias == CHAMPION else 'kept as candidate'}: {gate}")
     if counts[TrialState.LOST]:
         say(f"{counts[TrialState.LOST]} trials were lost; `pedro sweep … --resume` runs them again")
@@ -157,7 +159,7 @@ def _register(tracker: TrialTracker, best: Trial, registry: Registry) -> tuple[V
     assert best.outcome is not None
     champion = Champion(**best.outcome.champion) if best.outcome.champion else None
     with tempfile.TemporaryDirectory() as scratch:
-        directory = registry.artifacts(best.run_id, "adapter", Path(scratch), of=f"trial {best.number}")
+        directory = registry.download_artifacts(best.run_id, "adapter", Path(scratch), of=f"trial {best.number}")
         version = registry.register(best.run_id, directory, job.tenant, job.adapter)
         trained = Result(
             best.outcome.digest,

@@ -59,7 +59,7 @@ class TrialTracker:
             experiment=job.name,
             name=f"{self.records.sweep_id}-trial-{number:03d}",
             params=flat(job.to_dict()),
-            tags={"pedro.sweep": self.records.sweep_id, "pedro.trial": str(number), "pedro.model": job.name},
+            tags={"sweep": self.records.sweep_id, "trial": str(number), "model": job.name},
             parent=self.run_id,
         )
         trial = Trial(number, parameters, run_id)
@@ -105,5 +105,5 @@ class TrialTracker:
         return trial
 
     def _close(self, trial: Trial) -> None:
-        self.registry.tag_run(trial.run_id, {"pedro.trial_state": trial.state, "pedro.message": trial.message})
+        self.registry.tag_run(trial.run_id, {"trial_state": trial.state, "message": trial.message})
         self.registry.finish_run(trial.run_id, RUN_STATUS[trial.state])

@@ -1,4 +1,4 @@
-"""How several aliases of one adapter move as one step, although MLflow sets them one by one. Knows no versions.
+"""Moves several aliases of one adapter in one step, although MLflow sets them one by one.
 
 A move is a tag of the registered model that says where its aliases shall stand: writing it is the move. Who reads
 the aliases reads the tag with them (`aliases_of`), so nobody sees half a move; `finish` then sets the aliases and
@@ -12,9 +12,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from pedro.versions import utc
+from pedro.registry.tags import PREFIX
+from pedro.registry.versions import PROMOTED, utc
 
-MOVE = "pedro.move"
+MOVE = f"{PREFIX}move"
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 
 
@@ -32,7 +33,7 @@ def aliases_of(model: Any) -> dict[str, int]:
 def move(client: Any, name: str, wanted: Mapping[str, int | None]) -> None:
     """Move aliases of an adapter together; None takes one away. A new champion says when it became one."""
     if CHAMPION in wanted:
-        client.set_model_version_tag(name, str(wanted[CHAMPION]), "pedro.promoted", utc(time.time()))
+        client.set_model_version_tag(name, str(wanted[CHAMPION]), PROMOTED, utc(time.time()))
     client.set_registered_model_tag(name, MOVE, json.dumps(dict(wanted)))
     finish(client, client.get_registered_model(name))
 

@@ -1,4 +1,4 @@
-"""Lets a home be moved or copied: MLflow's rows name the places of artifacts absolutely. Knows its tables alone."""
+"""Lets a home be moved or copied: MLflow's rows hold absolute paths of artifacts, rewritten here in its own tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("model_versions", "storage_location"))
+COLUMNS = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("model_versions", "storage_location"))
 
 
-def follow(database: Path, artifact_root: Path) -> None:
+def relocate(database: Path, artifact_root: Path) -> None:
     """Make rows of an sqlite store name the artifacts of its own home, where they name those of where it was before.
 
     Only experiments whose folder lies in this home's artifacts are meant: others were put elsewhere on purpose.
@@ -25,7 +25,7 @@ def follow(database: Path, artifact_root: Path) -> None:
             if location.startswith("file:") and location.endswith(f"/{name}") and (artifact_root / name).is_dir()
         }
         for root in roots - {here}:
-            for table, column in PLACES:
+            for table, column in COLUMNS:
                 link.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 (names of this file)
                     f"WHERE substr({column}, 1, ?) = ?",

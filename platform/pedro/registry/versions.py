@@ -1,4 +1,4 @@
-"""What a version of an adapter is, and how the tags of MLflow's model versions spell it. Knows nothing of stores."""
+"""What a version of an adapter is, and how it is written to and read from the tags of MLflow's model versions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pedro.refs import ModelRef
+from pedro.registry.tags import PREFIX, ours, stored
+
+TENANT, GATE, PROMOTED = f"{PREFIX}tenant", f"{PREFIX}gate", f"{PREFIX}promoted"
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,28 @@ class Version:
         return ModelRef(self.tenant, self.adapter, version=self.version, digest=self.digest)
 
 
+def version_tags(manifest: Mapping[str, Any], gate: str) -> dict[str, str]:
+    """The tags of a new version, from its adapter's manifest."""
+    return stored(
+        {
+            "digest": manifest["digest"],
+            "manifest_digest": str(manifest.get("manifest_digest") or ""),
+            "backbone": manifest["backbone"]["id"],
+            "backbone_digest": manifest["backbone"]["digest"],
+            "method": manifest["method"]["name"],
+            "trainable_parameters": str(manifest.get("trainable_parameters", 0)),
+            "metrics": json.dumps(manifest.get("metrics") or {}),
+            "spec": json.dumps(manifest.get("spec") or {}),
+            "data_digest": str(manifest.get("data_digest") or ""),
+            "gate": gate,
+        }
+    )
+
+
 def read_version(entity: Any, aliases: Mapping[str, int] | None = None) -> Version:
     """What MLflow says of a model version; `aliases` are its adapter's, if the entity does not know its own."""
     name = ModelRef.parse(entity.name)
-    tags = entity.tags
+    tags = ours(entity.tags)
     number = int(entity.version)
     if aliases is None:
         held: Iterable[str] = entity.aliases or ()
@@ -61,19 +82,19 @@ def read_version(entity: Any, aliases: Mapping[str, int] | None = None) -> Versi
         tenant=name.tenant,
         adapter=name.adapter,
         version=number,
-        digest=tags.get("pedro.digest", ""),
-        backbone_id=tags.get("pedro.backbone", ""),
-        backbone_digest=tags.get("pedro.backbone_digest", ""),
-        method=tags.get("pedro.method", ""),
-        trainable_parameters=int(tags.get("pedro.trainable_parameters") or 0),
-        metrics=json.loads(tags.get("pedro.metrics") or "{}"),
-        spec=json.loads(tags.get("pedro.spec") or "{}"),
-        gate=tags.get("pedro.gate", ""),
+        digest=tags.get("digest", ""),
+        backbone_id=tags.get("backbone", ""),
+        backbone_digest=tags.get("backbone_digest", ""),
+        method=tags.get("method", ""),
+        trainable_parameters=int(tags.get("trainable_parameters") or 0),
+        metrics=json.loads(tags.get("metrics") or "{}"),
+        spec=json.loads(tags.get("spec") or "{}"),
+        gate=tags.get("gate", ""),
         run_id=entity.run_id,
         created=utc(entity.creation_timestamp / 1000),
         aliases=tuple(sorted(held)),
-        promoted=tags.get("pedro.promoted", ""),
-        manifest_digest=tags.get("pedro.manifest_digest", ""),
+        promoted=tags.get("promoted", ""),
+        manifest_digest=tags.get("manifest_digest", ""),
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs and adapter versions in MLflow; the only file that imports it. Knows nothing of tensors or of HTTP.
+"""Adapter versions in MLflow's model registry: registered, found, promoted, deleted and downloaded.
 
 A registered model is `<tenant>.<adapter>`. A version is immutable: a plain PEFT directory among its run's
 artifacts (safetensors, never pickle) and tags that carry its digests, method, spec and metrics. Three aliases
@@ -9,16 +9,12 @@ version that its gate refused).
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import sqlite3
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +22,34 @@ from pedro.config import Settings, check_name
 from pedro.data.formats import PromptFormat, check_format
 from pedro.database import FileWatch, exclusive
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
-from pedro.moved_home import follow
-from pedro.moves import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, finish, move
 from pedro.refs import ModelRef
-from pedro.secret_files import shown
-from pedro.versions import Version, read_version
+from pedro.registry.connection import SQLITE
+from pedro.registry.promotion import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, finish, move
+from pedro.registry.tags import stored
+from pedro.registry.tracking import Tracking
+from pedro.registry.versions import GATE, TENANT, Version, read_version, version_tags
 
 WHATEVER = -1  # an expected champion that is not compared
 MANIFEST = "pedro_adapter.json"
 DAMAGED = "adapter_damaged"  # the code of an error that fetching again does not mend
-_PAGE = 1000
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One registered adapter: its aliases, and when its name was made (ms); made again after a deletion is another."""
+class RegisteredAdapter:
+    """Its aliases, and when its name was made (ms): a name made again after a deletion is another adapter."""
 
     created: int
     aliases: dict[str, int]
 
 
-class Registry:
-    """A connection to one MLflow store. Opening it creates the schema of a new sqlite store (some seconds, once)."""
+class Registry(Tracking):
+    """Versions and runs of one MLflow store."""
 
     def __init__(self, tracking_uri: str, artifact_root: str, cache_dir: Path, database_url: str = "") -> None:
         """`database_url`: whose lock those who move aliases share. Beside an sqlite store it is the store's own."""
-        self.tracking_uri = tracking_uri
-        own = tracking_uri if tracking_uri.startswith("sqlite:///") else f"sqlite:///{Path(cache_dir) / 'registry'}"
+        super().__init__(tracking_uri, artifact_root)
+        own = tracking_uri if self.sqlite_file else f"{SQLITE}{Path(cache_dir) / 'registry'}"
         self._lock = own if own == tracking_uri or not database_url else database_url
-        self.artifact_root = artifact_root
         self.cache_dir = Path(cache_dir)
         self._watch = FileWatch()
 
@@ -62,97 +57,6 @@ class Registry:
     def open(cls, settings: Settings) -> Registry:
         """The registry that the environment names."""
         return cls(settings.tracking_uri, settings.artifact_root, settings.cache, settings.database_url)
-
-    @cached_property
-    def client(self) -> Any:
-        """MLflow's own client, connected when it is first wanted. Raises UnavailableError."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        from filelock import FileLock
-
-        for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            if not self.tracking_uri.startswith("sqlite:///"):
-                return _connect(self.tracking_uri)
-            database = Path(self.tracking_uri.removeprefix("sqlite:///"))
-            database.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{database}.lock"):  # two processes must not both make the schema
-                if not database.exists() or not database.stat().st_size:
-                    _make_schema(database)
-                follow(database, Path(self.artifact_root))
-                return _connect(self.tracking_uri)
-        except Exception as error:
-            remedy = "start it, or unset the variable to use the sqlite store in PEDRO_HOME"
-            if self.tracking_uri.startswith("sqlite:"):
-                remedy = "is its disk full, or its directory not writable? See PEDRO_HOME and MLFLOW_TRACKING_URI"
-            raise UnavailableError(
-                f"MLFLOW_TRACKING_URI: no registry answers at {shown(self.tracking_uri)} "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); {remedy}",
-                param="MLFLOW_TRACKING_URI",
-            ) from error
-
-    # Runs
-
-    def start_run(
-        self,
-        *,
-        experiment: str,
-        name: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        parent: str | None = None,
-    ) -> str:
-        """Open a run, under the run `parent` if one is given, and return its id; a process anywhere may `log` to it."""
-        found = self.client.get_experiment_by_name(experiment)
-        if found is None:
-            local = self.tracking_uri.startswith("sqlite:")
-            location = (Path(self.artifact_root) / experiment).as_uri() if local else None
-            with suppress(self.error):  # somebody else was first
-                self.client.create_experiment(experiment, artifact_location=location)
-            found = self.client.get_experiment_by_name(experiment)
-        family = {"mlflow.parentRunId": parent} if parent else {}
-        run = self.client.create_run(found.experiment_id, run_name=name, tags={**tags, **family})
-        from mlflow.entities import Param
-
-        entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
-        for start in range(0, len(entries), 100):
-            self.client.log_batch(run.info.run_id, params=entries[start : start + 100])
-        return run.info.run_id
-
-    def log(self, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one point to the curves of a run."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
-
-    def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags of a run."""
-        for key, value in tags.items():
-            self.client.set_tag(run_id, key, value)
-
-    def log_artifacts(self, run_id: str, directory: str | Path, path: str | None = None) -> None:
-        """Copy a directory's files into the run, under `path`."""
-        self.client.log_artifacts(run_id, str(directory), path)
-
-    def artifacts(self, run_id: str, path: str, into: Path, of: str = "run") -> Path:
-        """Copy what `log_artifacts` put under `path` into a directory; where it is then. AdapterError if it is gone."""
-        try:
-            return Path(self.client.download_artifacts(run_id, path, str(into)))
-        except (self.error, OSError) as error:
-            raise AdapterError(f"{of}: its files are gone from the registry's artifact store") from error
-
-    def finish_run(self, run_id: str, status: str = "FINISHED") -> None:
-        """Close a run as FINISHED, FAILED or KILLED."""
-        self.client.set_terminated(run_id, status)
-
-    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """One curve of a run: (step, value), in the order of steps."""
-        return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, metric))
-
-    # Versions
 
     def register(self, run_id: str, directory: str | Path, tenant: str, adapter: str, *, gate: str = "") -> Version:
         """Make the adapter directory the next version of `tenant.adapter`; no alias moves.
@@ -168,21 +72,10 @@ class Registry:
             check_format(PromptFormat.from_dict(manifest["prompt_format"]))
         self.client.log_artifacts(run_id, str(directory), "adapter")
         try:
-            self.client.create_registered_model(name, tags={"pedro.tenant": tenant, "pedro.adapter": adapter})
+            self.client.create_registered_model(name, tags=stored({"tenant": tenant, "adapter": adapter}))
         except self.error:  # exists already
             self.client.get_registered_model(name)
-        tags = {
-            "pedro.digest": manifest["digest"],
-            "pedro.manifest_digest": str(manifest.get("manifest_digest") or ""),
-            "pedro.backbone": manifest["backbone"]["id"],
-            "pedro.backbone_digest": manifest["backbone"]["digest"],
-            "pedro.method": manifest["method"]["name"],
-            "pedro.trainable_parameters": str(manifest.get("trainable_parameters", 0)),
-            "pedro.metrics": json.dumps(manifest.get("metrics") or {}),
-            "pedro.spec": json.dumps(manifest.get("spec") or {}),
-            "pedro.data_digest": str(manifest.get("data_digest") or ""),
-            "pedro.gate": gate,
-        }
+        tags = version_tags(manifest, gate)
         made = self.client.create_model_version(name, source=f"runs:/{run_id}/adapter", run_id=run_id, tags=tags)
         return self.get(name, int(made.version))
 
@@ -214,13 +107,13 @@ class Registry:
         """Names of the registered adapters, of one tenant or of all."""
         return sorted(name for name in self.catalog() if tenant is None or name.startswith(f"{tenant}."))
 
-    def catalog(self) -> dict[str, Entry]:
+    def catalog(self) -> dict[str, RegisteredAdapter]:
         """Every registered adapter with its aliases: the one query that a watcher repeats."""
         models = self.pages(self.client.search_registered_models, filter_string=None)
         return {
-            model.name: Entry(created=int(model.creation_timestamp), aliases=aliases_of(model))
+            model.name: RegisteredAdapter(created=int(model.creation_timestamp), aliases=aliases_of(model))
             for model in models
-            if "pedro.tenant" in model.tags
+            if TENANT in model.tags
         }
 
     def stamp(self) -> object | None:
@@ -228,10 +121,10 @@ class Registry:
 
         Raises UnavailableError where the store is gone.
         """
-        if not self.tracking_uri.startswith("sqlite:///"):
+        if self.sqlite_file is None:
             return None
         try:
-            return self._watch.stamp(self.tracking_uri.removeprefix("sqlite:///"))
+            return self._watch.stamp(str(self.sqlite_file))
         except (OSError, sqlite3.Error) as error:
             raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
 
@@ -244,7 +137,7 @@ class Registry:
 
     def tag_gate(self, version: Version, gate: str) -> None:
         """Record on a version what its gate decided and why."""
-        self.client.set_model_version_tag(version.name, str(version.version), "pedro.gate", gate)
+        self.client.set_model_version_tag(version.name, str(version.version), GATE, gate)
 
     def promote(self, name: str, version: int, *, expected: int | None = WHATEVER) -> Version:
         """Make a version champion; the champion until now becomes `previous`.
@@ -313,7 +206,7 @@ class Registry:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".loading-", dir=target.parent))
         try:
-            source = self.artifacts(version.run_id, "adapter", scratch, of=version.ref)
+            source = self.download_artifacts(version.run_id, "adapter", scratch, of=version.ref)
             manifest = _read_manifest(source)
             sealed = version.manifest_digest or manifest.get("manifest_digest")  # earlier releases recorded none
             if manifest["digest"] != version.digest or manifest.get("manifest_digest") != sealed:
@@ -344,44 +237,9 @@ class Registry:
                 raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
             return {}
 
-    @property
-    def error(self) -> Any:
-        """What MLflow raises."""
-        from mlflow.exceptions import MlflowException
-
-        return MlflowException
-
-    @staticmethod
-    def pages(search: Any, **arguments: Any) -> Iterable[Any]:
-        """Everything that one of the client's searches finds, page by page."""
-        token = None
-        while True:
-            page = search(max_results=_PAGE, page_token=token, **arguments)
-            yield from page
-            token = page.token
-            if not token:
-                return
-
 
 def _is_missing(error: Any) -> bool:
     return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-
-
-def _connect(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    client.search_experiments(max_results=1)
-    return client
-
-
-def _make_schema(database: Path) -> None:
-    """Make an sqlite store whole or not at all: MLflow cannot take up a migration that was broken off."""
-    scratch = database.with_name(f"{database.name}.new")
-    for left in (scratch, scratch.with_name(f"{scratch.name}-journal")):
-        left.unlink(missing_ok=True)
-    _connect(f"sqlite:///{scratch}")
-    scratch.rename(database)
 
 
 def _model_name(tenant: str, adapter: str) -> str:

@@ -1,29 +1,26 @@
-"""Runs and versions as people look at them: in bulk, paged, newest first. Only reads; `registry.py` is who writes.
+"""Runs and versions as people look at them: in bulk, paged, newest first. Only reads.
 
-Speaks to MLflow through the registry's client alone. Everything here raises UnavailableError if the registry does not
-answer.
+Everything here raises UnavailableError if the registry does not answer.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pedro.errors import UnavailableError
-from pedro.registry import Registry
-from pedro.secret_files import shown
-from pedro.versions import Version, read_version
+from pedro.registry.models import Registry
+from pedro.registry.tags import PREFIX, ours
+from pedro.registry.versions import PROMOTED, Version, read_version
 
 RUNNING = "RUNNING"
 DAY_S = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run: what was asked for (`params`), what came last of each curve (`metrics`), and our own tags."""
+class TrackedRun:
+    """One run: what was asked for (`params`), the last value of each metric, and our own tags."""
 
     id: str
     name: str
@@ -39,26 +36,26 @@ class Run:
     @property
     def job(self) -> str:
         """The job that it is the run of; empty for a trial of a sweep."""
-        return self.tags.get("pedro.job", "")
+        return self.tags.get("job", "")
 
 
 @dataclass(frozen=True)
-class Page:
+class RunPage:
     """Some runs, and the token that asks for those after them; None at the end."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[TrackedRun, ...]
     after: str | None
 
 
-def models_with_runs(registry: Registry) -> list[str]:
+def experiment_names(registry: Registry) -> list[str]:
     """Names of the experiments, those that were written to last first; MLflow's own default is none."""
-    with _answering(registry):
+    with registry.answering():
         found = list(registry.pages(registry.client.search_experiments))
     named = [experiment for experiment in found if experiment.name != "Default"]
     return [experiment.name for experiment in sorted(named, key=lambda one: -(one.last_update_time or 0))]
 
 
-def page_of_runs(
+def search_runs(
     registry: Registry,
     models: Sequence[str],
     *,
@@ -66,53 +63,46 @@ def page_of_runs(
     tags: dict[str, str] | None = None,
     limit: int = 100,
     after: str | None = None,
-) -> Page:
+) -> RunPage:
     """Runs of some models, newest first. A model without runs has none."""
-    words = [f"attributes.status = '{status}'"] if status else []
-    words += [f"tags.`{key}` = '{_quoted(value)}'" for key, value in (tags or {}).items()]
-    with _answering(registry):
+    conditions = [f"attributes.status = '{status}'"] if status else []
+    conditions += [f"tags.`{PREFIX}{key}` = '{_quoted(value)}'" for key, value in (tags or {}).items()]
+    with registry.answering():
         names = _experiments(registry, models)
         if not names:
-            return Page((), None)
+            return RunPage((), None)
         found = registry.client.search_runs(
             list(names),
-            filter_string=" and ".join(words),
+            filter_string=" and ".join(conditions),
             max_results=limit,
             order_by=["attributes.start_time DESC"],
             page_token=after,
         )
-    return Page(tuple(_run(entity, names) for entity in found), found.token or None)
+    return RunPage(tuple(_run(entity, names) for entity in found), found.token or None)
 
 
-def run_of_job(registry: Registry, model: str, job_id: str) -> Run | None:
+def find_run_of_job(registry: Registry, model: str, job_id: str) -> TrackedRun | None:
     """The run that a job writes to, once it has begun one."""
-    found = page_of_runs(registry, [model], tags={"pedro.job": job_id}, limit=1).runs
+    found = search_runs(registry, [model], tags={"job": job_id}, limit=1).runs
     return found[0] if found else None
 
 
-def curves(registry: Registry, run_ids: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, str, int, float]]:
+def metric_histories(
+    registry: Registry, run_ids: Sequence[str], metrics: Sequence[str]
+) -> list[tuple[str, str, int, float]]:
     """(run, metric, step, value) of several runs, in the order of steps. A run that is gone has no points."""
-    with _answering(registry):
+    with registry.answering():
         return [
             (run_id, metric, step, value)
             for run_id in run_ids
             for metric in metrics
-            for step, value in registry.history(run_id, metric)
+            for step, value in registry.metric_history(run_id, metric)
         ]
-
-
-def all_versions(registry: Registry) -> list[Version]:
-    """Every version of every adapter, with aliases, in two questions; by name, newest first within each."""
-    with _answering(registry):
-        aliases = {name: entry.aliases for name, entry in registry.catalog().items()}
-        found = registry.pages(registry.client.search_model_versions, filter_string=None)
-        versions = [read_version(entity, aliases[entity.name]) for entity in found if entity.name in aliases]
-    return sorted(versions, key=lambda version: (version.name, -version.version))
 
 
 def new_versions(registry: Registry, since: float, limit: int = 200) -> list[Version]:
     """The versions that were registered since a time (Unix seconds), newest first; at most `limit`."""
-    with _answering(registry):
+    with registry.answering():
         found = registry.client.search_model_versions(
             filter_string=None, max_results=limit, order_by=["creation_timestamp DESC"]
         )
@@ -122,12 +112,12 @@ def new_versions(registry: Registry, since: float, limit: int = 200) -> list[Ver
 def promotions(registry: Registry, since: float, limit: int = 200) -> list[Version]:
     """The versions that became champion since a time (Unix seconds), the last first; at most `limit` a day."""
     days = {time.strftime("%Y-%m-%d", time.gmtime(moment)) for moment in _every_day(since, time.time())}
-    with _answering(registry):
+    with registry.answering():
         found = [
             read_version(entity)
             for day in sorted(days)
             for entity in registry.client.search_model_versions(
-                filter_string=f"tags.`pedro.promoted` LIKE '{day}%'", max_results=limit
+                filter_string=f"tags.`{PROMOTED}` LIKE '{day}%'", max_results=limit
             )
         ]
     start = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(since))
@@ -147,9 +137,9 @@ def _experiments(registry: Registry, models: Sequence[str]) -> dict[str, str]:
     return {experiment.experiment_id: experiment.name for experiment in found if experiment is not None}
 
 
-def _run(entity: Any, names: dict[str, str]) -> Run:
+def _run(entity: Any, names: dict[str, str]) -> TrackedRun:
     info, data = entity.info, entity.data
-    return Run(
+    return TrackedRun(
         id=info.run_id,
         name=info.run_name or info.run_id,
         model=names[info.experiment_id],
@@ -158,21 +148,9 @@ def _run(entity: Any, names: dict[str, str]) -> Run:
         ended=info.end_time / 1000 if info.end_time else None,
         params=dict(data.params),
         metrics=dict(data.metrics),
-        tags={key: value for key, value in data.tags.items() if key.startswith("pedro.")},
+        tags=ours(data.tags),
     )
 
 
 def _quoted(text: str) -> str:
     return text.replace("'", "").replace("\\", "")
-
-
-@contextmanager
-def _answering(registry: Registry) -> Iterator[None]:
-    try:
-        yield
-    except registry.error as error:
-        raise UnavailableError(
-            f"the registry at {shown(registry.tracking_uri)} does not answer "
-            f"({str(error).partition(chr(10))[0]:.200}); check MLFLOW_TRACKING_URI",
-            param="MLFLOW_TRACKING_URI",
-        ) from error

@@ -108,7 +108,7 @@ def test_a_move_beside_another_waits_for_it_and_loses_no_version(settings, first
             go_on.wait(10)
 
     slow, other = interrupted(settings, pause), Registry.open(settings)
-    assert other.client
+    other.connect()
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(first, slow)
         assert half_way.wait(10)

@@ -1,0 +1,117 @@
+"""The connection to one MLflow store: when it is made, what it raises, how its answers are paged."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pedro.errors import UnavailableError
+from pedro.registry.relocation import relocate
+from pedro.secret_files import shown
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+_PAGE = 1000
+
+
+class Connection:
+    """MLflow's client, connected when it is first needed. A new sqlite store gets its schema then (seconds, once)."""
+
+    def __init__(self, tracking_uri: str, artifact_root: str) -> None:
+        self.tracking_uri = tracking_uri
+        self.artifact_root = artifact_root
+
+    def connect(self) -> None:
+        """Connect now rather than at the first question. Raises UnavailableError."""
+        _ = self.client
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """Of this package alone. Raises UnavailableError."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        from filelock import FileLock
+
+        for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            if self.sqlite_file is None:
+                return _connect(self.tracking_uri)
+            database = self.sqlite_file
+            database.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{database}.lock"):  # two processes must not both make the schema
+                if not database.exists() or not database.stat().st_size:
+                    _make_schema(database)
+                relocate(database, Path(self.artifact_root))
+                return _connect(self.tracking_uri)
+        except Exception as error:
+            remedy = "start it, or unset the variable to use the sqlite store in PEDRO_HOME"
+            if self.tracking_uri.startswith("sqlite:"):
+                remedy = "is its disk full, or its directory not writable? See PEDRO_HOME and MLFLOW_TRACKING_URI"
+            raise UnavailableError(
+                f"MLFLOW_TRACKING_URI: no registry answers at {shown(self.tracking_uri)} "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); {remedy}",
+                param="MLFLOW_TRACKING_URI",
+            ) from error
+
+    @property
+    def sqlite_file(self) -> Path | None:
+        """The file of an sqlite store; None for a tracking server."""
+        if not self.tracking_uri.startswith(SQLITE):
+            return None
+        return Path(self.tracking_uri.removeprefix(SQLITE))
+
+    @property
+    def error(self) -> type[Exception]:
+        """What MLflow raises."""
+        from mlflow.exceptions import MlflowException
+
+        return MlflowException
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """What MLflow raises inside becomes UnavailableError, with the address to check."""
+        try:
+            yield
+        except self.error as error:
+            raise UnavailableError(
+                f"the registry at {shown(self.tracking_uri)} does not answer "
+                f"({str(error).partition(chr(10))[0]:.200}); check MLFLOW_TRACKING_URI",
+                param="MLFLOW_TRACKING_URI",
+            ) from error
+
+    @staticmethod
+    def pages(search: Any, **arguments: Any) -> Iterator[Any]:
+        """Everything that one of the client's searches finds, page by page."""
+        token = None
+        while True:
+            page = search(max_results=_PAGE, page_token=token, **arguments)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+def _connect(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.search_experiments(max_results=1)
+    return client
+
+
+def _make_schema(database: Path) -> None:
+    """Make an sqlite store whole or not at all: MLflow cannot resume a migration that was broken off."""
+    scratch = database.with_name(f"{database.name}.new")
+    for left in (scratch, scratch.with_name(f"{scratch.name}-journal")):
+        left.unlink(missing_ok=True)
+    _connect(f"{SQLITE}{scratch}")
+    scratch.rename(database)

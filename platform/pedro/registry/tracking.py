@@ -1,0 +1,78 @@
+"""Writes runs: parameters, metrics, tags and artifacts, from whatever process has the run's id."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pedro.errors import AdapterError
+from pedro.registry.connection import Connection
+from pedro.registry.tags import PARENT, stored
+
+LONGEST_PARAMETER = 6000  # characters, MLflow's bound
+_BATCH = 100  # parameters in one request, MLflow's bound
+
+
+class Tracking(Connection):
+    """The half of the registry that training writes to while it runs."""
+
+    def start_run(
+        self,
+        *,
+        experiment: str,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        parent: str | None = None,
+    ) -> str:
+        """Open a run, under the run `parent` if one is given, and return its id; any process may write to it."""
+        found = self.client.get_experiment_by_name(experiment)
+        if found is None:
+            local = self.tracking_uri.startswith("sqlite:")
+            location = (Path(self.artifact_root) / experiment).as_uri() if local else None
+            with suppress(self.error):  # somebody else was first
+                self.client.create_experiment(experiment, artifact_location=location)
+            found = self.client.get_experiment_by_name(experiment)
+        assert found is not None, f"experiment {experiment} was made and is gone"
+        family = {PARENT: parent} if parent else {}
+        run = self.client.create_run(found.experiment_id, run_name=name, tags={**stored(tags), **family})
+        from mlflow.entities import Param
+
+        entries = [Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in params.items()]
+        for start in range(0, len(entries), _BATCH):
+            self.client.log_batch(run.info.run_id, params=entries[start : start + _BATCH])
+        return run.info.run_id
+
+    def log_metrics(self, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one point to each of the metrics' histories."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+
+    def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        for key, value in stored(tags).items():
+            self.client.set_tag(run_id, key, value)
+
+    def log_artifacts(self, run_id: str, directory: str | Path, path: str | None = None) -> None:
+        """Copy a directory's files into the run, under `path`."""
+        self.client.log_artifacts(run_id, str(directory), path)
+
+    def download_artifacts(self, run_id: str, path: str, into: Path, of: str = "run") -> Path:
+        """Copy what `log_artifacts` put under `path` into a directory; where it is then. AdapterError if it is gone."""
+        try:
+            return Path(self.client.download_artifacts(run_id, path, str(into)))
+        except (self.error, OSError) as error:
+            raise AdapterError(f"{of}: its files are gone from the registry's artifact store") from error
+
+    def finish_run(self, run_id: str, status: str = "FINISHED") -> None:
+        """Close a run as FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(run_id, status)
+
+    def metric_history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """One metric of a run: (step, value), in the order of steps."""
+        return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, metric))
