@@ -31,11 +31,10 @@ dashboard: install ## open the dashboard on 127.0.0.1:8501 (ARGS="--port N")
 
 test: install ## the fast tests
 	@echo "== tests without the slow ones"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --durations 10 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
 
 test-slow: install ## the slow tests: kills, clusters, the demo, the browser
-	@set -e; for file in $$(grep -l 'mark\.slow' tests/test_*.py); do \
-	  echo "== slow tests of $$file"; $(BIN)/python -m pytest -m slow $$file $(ARGS); done
+	@echo "== slow tests, two files at a time"; $(BIN)/python tests/run_slow.py $(ARGS)
 
 test-all: test test-slow ## every test
 

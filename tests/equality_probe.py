@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
+import itertools
 import json
 import pkgutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,46 +72,82 @@ def make_adapters(folder: str) -> dict[str, str]:
 
 
 def engine_answers(folder: str, prompts: list[str], alone: int) -> dict[str, Any]:
-    """Greedy token ids of every prompt under every served adapter, all in one mixed batch; and, for the first `alone`
+    """Greedy answers to every prompt under every served adapter, all in one mixed batch; and, for the first `alone`
     prompts asked one at a time, the log-probabilities of prompt and answer, which are compared to the last bit."""
-    from pedro.backbone import load_model, load_tokenizer, resolve_backbone
-    from pedro.engine import Engine, EngineConfig, Request, SamplingParams
+    from pedro.engine import SamplingParams
 
-    backbone = resolve_backbone(BACKBONE)
-    tokenizer = load_tokenizer(backbone)
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    config = EngineConfig(max_batch=16, threads=1, max_waiting=10**6, max_waiting_per_tenant=10**6)
-    engine = Engine(load_model(backbone), tokenizer, config, lambda ref: Path(folder) / ref, backbone.digest)
+    with _engine(lambda name: Path(folder) / name) as asker:
+        greedy = asker.greedy(list(SERVED), prompts)
+        scores = {}
+        for name in SERVED:
+            for place, prompt in enumerate(prompts[:alone]):
+                params = SamplingParams(max_tokens=4, logprobs=2, prompt_logprobs=0)
+                [outputs] = asker.ask([asker.request(name, prompt, params)]).values()
+                entries = [e for output in outputs for e in (*(output.prompt_logprobs or ()), *(output.logprobs or ()))]
+                scores[f"{name}/{place}"] = [[e.token_id, e.logprob.hex()] for e in entries if e is not None]
+    return {"greedy": greedy, "logprobs": scores}
 
-    def run(batch: list[Any]) -> dict[str, list[Any]]:
+
+def greedy_answers(load: Callable[[str], Path], names: Sequence[str], prompts: Sequence[str]) -> dict[str, list[int]]:
+    """Token ids of the greedy answers, by `adapter/number of the prompt`; `load` gives an adapter's directory."""
+    with _engine(load) as asker:
+        return asker.greedy(names, prompts)
+
+
+class _Asker:
+    """An engine over the backbone, and its tokenizer."""
+
+    def __init__(self, load: Callable[[str], Path]) -> None:
+        from pedro.backbone import load_model, load_tokenizer, resolve_backbone
+        from pedro.engine import Engine, EngineConfig
+
+        backbone = resolve_backbone(BACKBONE)
+        self._tokenizer = load_tokenizer(backbone)
+        config = EngineConfig(max_batch=16, threads=1, max_waiting=10**6, max_waiting_per_tenant=10**6)
+        self.engine = Engine(load_model(backbone), self._tokenizer, config, load, backbone.digest)
+        self._ids = itertools.count()
+
+    def request(self, name: str, prompt: str, params: Any) -> Any:
+        from pedro.engine import Request
+
+        return Request(str(next(self._ids)), self._tokenizer(prompt)["input_ids"], adapter=name, params=params)
+
+    def ask(self, batch: Sequence[Any]) -> dict[str, list[Any]]:
+        """The outputs of each request, by its id."""
         outputs: dict[str, list[Any]] = {request.id: [] for request in batch}
         for request in batch:
-            engine.add(request)
-        while engine.has_work():
-            for output in engine.step():
+            self.engine.add(request)
+        while self.engine.has_work():
+            for output in self.engine.step():
                 assert output.error is None, f"{output.request_id}: {output.error}"
                 outputs[output.request_id].append(output)
-            if engine.idle:
+            if self.engine.idle:
                 time.sleep(0.002)
         return outputs
 
-    def ask(name: str, place: int, **sampling: Any) -> Any:
-        return Request(f"{name}/{place}", ids[place], adapter=name, params=SamplingParams(**sampling))
+    def greedy(self, names: Sequence[str], prompts: Sequence[str]) -> dict[str, list[int]]:
+        """Answers in one mixed batch, by `adapter/number of the prompt`."""
+        from pedro.engine import SamplingParams
 
-    for name in SERVED:  # resident before the batch, so that both checkouts mix it alike
-        run([ask(name, 0, max_tokens=1)])
-    mixed = run([ask(name, place, max_tokens=ANSWER_TOKENS) for place in range(len(ids)) for name in SERVED])
-    scores = {}
-    for name in SERVED:
-        for place in range(min(alone, len(ids))):
-            outputs = run([ask(name, place, max_tokens=4, logprobs=2, prompt_logprobs=0)])[f"{name}/{place}"]
-            entries = [e for output in outputs for e in (*(output.prompt_logprobs or ()), *(output.logprobs or ()))]
-            scores[f"{name}/{place}"] = [[e.token_id, e.logprob.hex()] for e in entries if e is not None]
-    engine.close()
-    return {
-        "greedy": {key: [token for output in outputs for token in output.token_ids] for key, outputs in mixed.items()},
-        "logprobs": scores,
-    }
+        for name in names:  # resident before the batch, so that every checkout mixes it alike
+            self.ask([self.request(name, prompts[0], SamplingParams(max_tokens=1))])
+        params = SamplingParams(max_tokens=ANSWER_TOKENS)
+        asked = {
+            f"{name}/{place}": self.request(name, prompt, params)
+            for place, prompt in enumerate(prompts)
+            for name in names
+        }
+        outputs = self.ask(list(asked.values()))
+        return {key: [token for output in outputs[one.id] for token in output.token_ids] for key, one in asked.items()}
+
+
+@contextmanager
+def _engine(load: Callable[[str], Path]) -> Iterator[_Asker]:
+    asker = _Asker(load)
+    try:
+        yield asker
+    finally:
+        asker.engine.close()
 
 
 def logits(folder: str, prompts: list[str]) -> dict[str, str]:
