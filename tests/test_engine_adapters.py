@@ -19,7 +19,7 @@ from engine_models import (
     run,
 )
 
-from pedro.engine.adapters import AdapterPool
+from pedro.engine.adapter_pool import AdapterPool
 from pedro.errors import AdapterError, ConflictError, PedroError, UnavailableError
 from pedro.methods.adapter_files import read_manifest, write_manifest
 
@@ -84,39 +84,39 @@ def test_many_waiters_share_one_load():
     gate = shelf.hold("a")
     pool = make_pool(shelf)
     for _ in range(20):
-        pool.want("a")
-        assert pool.pin("a") is None
+        pool.add_waiters("a")
+        assert pool.acquire("a") is None
     gate.set()
-    entries = [wait_for(lambda: pool.pin("a")) for _ in range(20)]
+    entries = [wait_for(lambda: pool.acquire("a")) for _ in range(20)]
     assert shelf.loads == ["a"]
     assert len({id(entry) for entry in entries}) == 1
-    assert entries[0].pins == 20
+    assert entries[0].refcount == 20
 
 
 def test_a_slow_load_holds_up_no_other_adapter():
     shelf = Shelf()
     shelf.hold("slow")
     pool = make_pool(shelf)
-    pool.want("slow")
-    pool.want("quick")
-    assert wait_for(lambda: pool.pin("quick"))
-    assert pool.pin("slow") is None
+    pool.add_waiters("slow")
+    pool.add_waiters("quick")
+    assert wait_for(lambda: pool.acquire("quick"))
+    assert pool.acquire("slow") is None
     shelf.hold("slow").set()
 
 
-def test_a_pinned_adapter_is_never_evicted():
+def test_an_acquired_adapter_is_never_evicted():
     pool = make_pool(Shelf(), budget=20)
-    held = wait_for(lambda: pool.pin("a"))
-    pool.unpin(wait_for(lambda: pool.pin("b")))
-    pool.unpin(wait_for(lambda: pool.pin("c")))
+    held = wait_for(lambda: pool.acquire("a"))
+    pool.release(wait_for(lambda: pool.acquire("b")))
+    pool.release(wait_for(lambda: pool.acquire("c")))
     assert set(pool.residents()) == {"a", "c"}
     assert held.adapter is not None
-    also = wait_for(lambda: pool.pin("c"))
+    also = wait_for(lambda: pool.acquire("c"))
     pool.preload("d")
     time.sleep(0.05)
-    assert pool.residents()["d"]["state"] == "loading", "it waits for room"
-    pool.unpin(also)
-    wait_for(lambda: pool.residents()["d"]["state"] == "ready")
+    assert pool.residents()["d"].state.value == "loading", "it waits for room"
+    pool.release(also)
+    wait_for(lambda: pool.residents()["d"].state.value == "ready")
     assert set(pool.residents()) == {"a", "d"}
     assert pool.stats()["bytes"] <= 20
 
@@ -125,57 +125,57 @@ def test_an_adapter_taken_out_before_its_turn_to_load_is_told_of_to_those_who_wa
     shelf, changes = Shelf(), []
     gate = shelf.hold("slow")
     pool = AdapterPool(shelf, 30, lambda: changes.append(1), 1)
-    pool.want("slow")
-    pool.want("a")
+    pool.add_waiters("slow")
+    pool.add_waiters("a")
     assert pool.evict("a")
     gate.set()
     wait_for(lambda: len(changes) == 2)
     assert shelf.loads == ["slow"]
-    wait_for(lambda: pool.pin("a"))
+    wait_for(lambda: pool.acquire("a"))
 
 
 def test_the_least_recently_used_goes_first():
     pool = make_pool(Shelf(), budget=30)
     for ref in ("a", "b", "c", "a"):
-        pool.unpin(wait_for(lambda ref=ref: pool.pin(ref)))
-    pool.unpin(wait_for(lambda: pool.pin("d")))
+        pool.release(wait_for(lambda ref=ref: pool.acquire(ref)))
+    pool.release(wait_for(lambda: pool.acquire("d")))
     assert set(pool.residents()) == {"a", "c", "d"}
     assert pool.stats()["evictions"] == 1
 
 
 def test_an_adapter_just_loaded_stays_until_one_who_waited_was_served():
     pool = make_pool(Shelf(), budget=10, loaders=2)
-    pool.want("a")
-    wait_for(lambda: pool.residents().get("a", {}).get("state") == "ready")
-    pool.want("b")
+    pool.add_waiters("a")
+    wait_for(lambda: (at := pool.residents().get("a")) and at.state.value == "ready")
+    pool.add_waiters("b")
     time.sleep(0.05)
-    assert pool.residents()["a"]["state"] == "ready"
-    pool.unpin(pool.pin("a"))
-    pool.unwant("a")
-    wait_for(lambda: pool.residents()["b"]["state"] == "ready")
+    assert pool.residents()["a"].state.value == "ready"
+    pool.release(pool.acquire("a"))
+    pool.remove_waiter("a")
+    wait_for(lambda: pool.residents()["b"].state.value == "ready")
     assert set(pool.residents()) == {"b"}
 
 
 def test_a_waiter_that_went_away_protects_nothing():
     pool = make_pool(Shelf(), budget=10)
-    pool.want("a")
-    wait_for(lambda: pool.residents().get("a", {}).get("state") == "ready")
-    pool.want("b")
-    pool.unwant("a")
-    wait_for(lambda: "a" not in pool.residents() and pool.residents()["b"]["state"] == "ready")
+    pool.add_waiters("a")
+    wait_for(lambda: (at := pool.residents().get("a")) and at.state.value == "ready")
+    pool.add_waiters("b")
+    pool.remove_waiter("a")
+    wait_for(lambda: "a" not in pool.residents() and pool.residents()["b"].state.value == "ready")
 
 
-def test_taken_out_while_pinned_it_drains_and_loads_anew_for_others():
+def test_taken_out_while_referenced_it_drains_and_loads_anew_for_others():
     shelf = Shelf()
     pool = make_pool(shelf, budget=100)
-    held = wait_for(lambda: pool.pin("a"))
+    held = wait_for(lambda: pool.acquire("a"))
     assert pool.evict("a")
     assert held.state.value == "draining"
-    fresh = wait_for(lambda: pool.pin("a"))
+    fresh = wait_for(lambda: pool.acquire("a"))
     assert fresh is not held
     assert (held.adapter is not None, shelf.loads) == (True, ["a", "a"])
     assert pool.stats()["bytes"] == 20, "both count while both are held"
-    pool.unpin(held)
+    pool.release(held)
     assert (held.state.value, held.adapter, pool.stats()["bytes"]) == ("gone", None, 10)
 
 
@@ -193,22 +193,22 @@ def test_evicted_while_it_loads_it_never_becomes_ready():
 
 
 def test_a_failed_load_is_not_tried_again_before_its_back_off(monkeypatch):
-    monkeypatch.setattr("pedro.engine.adapters.FIRST_BACKOFF_S", 0.1)
+    monkeypatch.setattr("pedro.engine.adapter_pool.FIRST_BACKOFF_S", 0.1)
     shelf = Shelf()
     shelf.errors["a"] = RuntimeError("secret path /srv/tenants/acme")
     pool = make_pool(shelf)
-    pool.want("a")
+    pool.add_waiters("a")
     ((ref, error),) = wait_for(pool.take_failures)
     assert (ref, type(error)) == ("a", UnavailableError)
     assert "secret" not in error.message
     with pytest.raises(UnavailableError):
-        pool.want("a")
-    assert pool.pin("a") is None
+        pool.add_waiters("a")
+    assert pool.acquire("a") is None
     assert shelf.loads == ["a"]
     time.sleep(0.12)
     del shelf.errors["a"]
-    pool.want("a")
-    assert wait_for(lambda: pool.pin("a"))
+    pool.add_waiters("a")
+    assert wait_for(lambda: pool.acquire("a"))
 
 
 def test_an_adapter_larger_than_the_budget_is_refused_with_both_numbers():
@@ -220,59 +220,59 @@ def test_an_adapter_larger_than_the_budget_is_refused_with_both_numbers():
     assert "5 for all" in error.message
 
 
-def test_a_kept_adapter_survives_whatever_others_load_until_it_is_let_go():
+def test_a_pinned_adapter_survives_whatever_others_load_until_it_is_unpinned():
     pool = make_pool(Shelf(), budget=20)
-    pool.load("a", keep=True)
-    pool.load("a", keep=True)
+    pool.pin("a")
+    pool.pin("a")
     for ref in ("b", "c", "d"):
-        pool.unpin(wait_for(lambda ref=ref: pool.pin(ref)))
+        pool.release(wait_for(lambda ref=ref: pool.acquire(ref)))
     assert set(pool.residents()) == {"a", "d"}
-    assert [pool.residents()[ref]["kept"] for ref in ("a", "d")] == [True, False]
-    pool.let_go("a")
-    pool.let_go("never here")
+    assert [pool.residents()[ref].pinned for ref in ("a", "d")] == [True, False]
+    pool.unpin("a")
+    pool.unpin("never here")
     for ref in ("e", "f"):
         pool.load(ref)
     assert set(pool.residents()) == {"e", "f"}
 
 
-def test_more_kept_than_the_budget_holds_is_refused_and_undoes_nothing(caplog):
+def test_more_pinned_than_the_budget_holds_is_refused_and_undoes_nothing(caplog):
     pool = make_pool(Shelf(), budget=25)
-    pool.load("a", keep=True)
-    pool.load("b", keep=True)
+    pool.pin("a")
+    pool.pin("b")
     with pytest.raises(UnavailableError, match="'c' has no room beside the pinned ones") as caught:
         pool.load("c")
     assert "pinned adapters hold 20 of the 25" in caplog.text
     assert "25" not in caught.value.message, "tenants meet this error: the figures are of others"
-    pool.let_go("b")
+    pool.unpin("b")
     pool.load("c")
-    held = pool.pin("c")
+    held = pool.acquire("c")
     assert set(pool.residents()) == {"a", "c"}
-    pool.load("c", keep=True)
+    pool.pin("c")
     with pytest.raises(UnavailableError, match="unpin or unload"):
-        pool.load("d", keep=True)
-    assert {ref for ref, at in pool.residents().items() if at["kept"]} == {"a", "c"}
+        pool.pin("d")
+    assert {ref for ref, at in pool.residents().items() if at.pinned} == {"a", "c"}
     assert held.adapter is not None
 
 
-def test_keeping_what_is_here_beyond_the_budget_of_others_is_a_conflict():
+def test_pinning_what_is_here_beyond_the_budget_of_others_is_a_conflict():
     pool = make_pool(Shelf(), budget=20)
-    pool.load("a", keep=True)
+    pool.pin("a")
     pool.load("b")
     pool.budget_bytes = 15
     with pytest.raises(ConflictError, match="15 bytes for all"):
-        pool.load("b", keep=True)
+        pool.pin("b")
 
 
-def test_unloading_a_kept_adapter_gives_its_room_back_at_once_or_once_nobody_holds_it():
+def test_unloading_a_pinned_adapter_gives_its_room_back_at_once_or_once_nobody_holds_it():
     pool = make_pool(Shelf(), budget=20)
-    pool.load("a", keep=True)
-    pool.load("b", keep=True)
-    held = pool.pin("a")
+    pool.pin("a")
+    pool.pin("b")
+    held = pool.acquire("a")
     assert pool.evict("a")
     assert pool.evict("b")
-    assert (pool.residents()["a"]["state"], pool.stats()["bytes"], pool.stats()["kept"]) == ("draining", 10, 0)
+    assert (pool.residents()["a"].state.value, pool.stats()["bytes"], pool.stats()["pinned"]) == ("draining", 10, 0)
     assert held.adapter is not None
-    pool.unpin(held)
+    pool.release(held)
     assert (pool.residents(), pool.stats()["bytes"]) == ({}, 0)
 
 
@@ -304,26 +304,26 @@ def test_the_books_balance_after_thousands_of_adapters_came_and_went():
     order = [f"r{i * 7919 % 501}" for i in range(3000)]
     held = []
     for ref in order:
-        pool.want(ref)
-        entry = pool.pin(ref)
+        pool.add_waiters(ref)
+        entry = pool.acquire(ref)
         if entry is not None:
             held.append(entry)
-        pool.unwant(ref)
+        pool.remove_waiter(ref)
         if len(held) > 8:
-            pool.unpin(held.pop(0))
+            pool.release(held.pop(0))
     for entry in held:
-        pool.unpin(entry)
+        pool.release(entry)
     wait_for(lambda: not pool.stats()["loading"])
     at = pool.residents()
-    assert pool.stats()["bytes"] == sum(entry["bytes"] for entry in at.values()) <= 640
+    assert pool.stats()["bytes"] == sum(entry.nbytes for entry in at.values()) <= 640
     assert pool.stats()["resident"] == len(at) == pool.stats()["loads"] - pool.stats()["evictions"]
-    assert set(pool._idle) == set(at)
-    assert pool._idle_bytes == pool.stats()["bytes"]
+    assert set(pool._evictable) == set(at)
+    assert pool._evictable_bytes == pool.stats()["bytes"]
 
 
 def test_a_closed_pool_wakes_its_loaders():
     pool = make_pool(Shelf(), budget=10)
-    wait_for(lambda: pool.pin("a"))
+    wait_for(lambda: pool.acquire("a"))
     pool.preload("b")
     pool.close()
     for thread in pool._threads:
@@ -437,7 +437,7 @@ def test_a_request_cancelled_while_its_adapter_loads_leaves_nothing_behind(model
     assert drain(engine)["r"].last.finish_reason == "cancelled"
     gate.set()
     wait_for(lambda: engine.adapters.stats()["resident"])
-    assert (engine.stats()["waiting"], engine.adapters.residents()["a0"]["pins"]) == (0, 0)
+    assert (engine.stats()["waiting"], engine.adapters.residents()["a0"].refcount) == (0, 0)
 
 
 def test_unknown_adapters_are_never_answered_by_the_bare_backbone(model):

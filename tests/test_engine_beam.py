@@ -113,11 +113,11 @@ def test_a_search_cancelled_before_it_had_slots_leaves_the_wants_of_others_alone
     engine.add(request("beams", prompt(6), 5, num_beams=4, adapter="a"))
     engine.add(request("behind", prompt(6), 5, adapter="a"))
     engine.step()
-    assert engine.adapters.residents()["a"]["pins"] == 1
+    assert engine.adapters.residents()["a"].refcount == 1
     engine.cancel("beams")
-    assert engine.adapters._wants["a"] == 1
+    assert engine.adapters._waiters["a"] == 1
     engine.step()
-    assert (engine.adapters.residents()["a"]["pins"], engine.adapters._wants["a"]) == (0, 0)
+    assert (engine.adapters.residents()["a"].refcount, engine.adapters._waiters["a"]) == (0, 0)
 
 
 def test_more_beams_than_slots_are_refused(model):

@@ -306,8 +306,8 @@ def test_expired_work_leaves_queue_slots_and_pins(model, tmp_path, kind):
     assert len(ended) == {"n": 16, "beams": 4, "prefill put aside": 2}[kind]
     assert {answer.last.error.code for answer in ended} == {"deadline_exceeded"}
     assert (engine.stats()["slots_free"], engine.stats()["waiting"]) == (6, 0)
-    assert engine.adapters.residents()["a"]["pins"] == 0
-    assert engine.adapters._wants["a"] == 0
+    assert engine.adapters.residents()["a"].refcount == 0
+    assert engine.adapters._waiters["a"] == 0
     if kind == "prefill put aside":
         assert answers["short"].last.finish_reason == "length"
         assert answers["short"].token_ids == run(engine, request("s", prompt(70), 4))["s"].token_ids

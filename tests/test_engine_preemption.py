@@ -153,12 +153,12 @@ def test_a_preempted_request_of_lora_keeps_its_adapter_pinned_until_it_ends(mode
     drain(engine, until=lambda answers: "r" in answers and len(answers["r"].token_ids) > 30)
     engine.add(request("rival", prompt(5), 30, tenant="t"))
     drain(engine, until=lambda answers: "rival" in answers)
-    assert engine.adapters.residents()["a"]["pins"] == 1
+    assert engine.adapters.residents()["a"].refcount == 1
     (waiting,) = engine._live["r"]
     assert waiting.state is State.WAITING
     begun = waiting.output_ids[:]
     assert begun + drain(engine)["r"].token_ids == expected
-    assert engine.adapters.residents()["a"]["pins"] == 0
+    assert engine.adapters.residents()["a"].refcount == 0
     assert engine.stats()["preempted"] >= 1
 
 

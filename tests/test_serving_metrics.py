@@ -11,7 +11,7 @@ from pedro.serving.metrics import OTHER, Labels, ReplicaMetrics, merged
 STATS = {
     "running": 3, "waiting": 2, "slots": 8, "slots_free": 5, "kv_cache_bytes": 1024, "steps": 7,
     "adapters": {
-        "resident": 4, "kept": 1, "bytes": 99, "budget_bytes": 100, "loads": 6, "failed_loads": 0, "evictions": 2,
+        "resident": 4, "pinned": 1, "bytes": 99, "budget_bytes": 100, "loads": 6, "failed_loads": 0, "evictions": 2,
     },
 }  # fmt: skip
 

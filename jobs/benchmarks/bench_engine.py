@@ -89,7 +89,7 @@ class BenchEngine:
 
     def resident(self) -> list[str]:
         """The refs that a request need not wait for."""
-        return [ref for ref, entry in self.engine.adapters.residents().items() if entry["state"] == "ready"]
+        return [ref for ref, entry in self.engine.adapters.residents().items() if entry.state.value == "ready"]
 
     def close(self) -> None:
         self.engine.close()

@@ -87,7 +87,7 @@ def _adapter_bytes(shape: Shape, directory: str, options: Options) -> int:
     """What the pool counts for one adapter."""
     probe = BenchEngine(shape, options.device, max_batch=1, max_length=8)
     probe.load([directory])
-    size = int(probe.engine.adapters.residents()[directory]["bytes"])
+    size = probe.engine.adapters.residents()[directory].nbytes
     probe.close()
     return size
 

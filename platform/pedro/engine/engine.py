@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pedro.adapter_kinds import Adapter
-from pedro.engine.adapters import AdapterPool, Entry
+from pedro.engine.adapter_pool import AdapterPool
+from pedro.engine.adapter_state import PooledAdapter
 from pedro.engine.beam import BeamSequence
 from pedro.engine.config import EngineConfig
 from pedro.engine.intake import Intake
@@ -73,8 +74,8 @@ class Engine:
         self.adapters = AdapterPool(fetch, config.adapter_bytes, self._adapters_changed, config.loaders)
         self._lock = threading.Lock()
         self._live: dict[str, list[Sequence]] = {}  # unfinished sequences by request id
-        self._pins: dict[Sequence, Entry[Adapter]] = {}  # adapters that sequences hold
-        self._left: list[Sequence] = []  # those whose slots and pins are still to be let go
+        self._held: dict[Sequence, PooledAdapter[Adapter]] = {}  # adapters that sequences have acquired
+        self._ended: list[Sequence] = []  # those whose slots and adapters are still to be released
         self._looked_at_adapters = True  # whether nothing came or went in the pool since the last step
         self._outbox: list[Output] = []
         names = ("steps", "prompt_tokens", "completion_tokens", "finished", "failed", "preempted")
@@ -97,7 +98,7 @@ class Engine:
                 self._finish(shed, "error", error=RateLimitError(SHED))
             try:
                 if request.adapter is not None:
-                    self.adapters.want(request.adapter, len(sequences))
+                    self.adapters.add_waiters(request.adapter, len(sequences))
             except PedroError:
                 for sequence in sequences:
                     self._scheduler.finish(sequence)
@@ -116,7 +117,7 @@ class Engine:
         """One turn: decide who runs, run them, give out what came of it. Empty if nothing could run."""
         with self._lock:
             self._drop_failed_and_late()
-            self._let_go()  # before slots are given out again
+            self._release_ended()  # before slots are given out again
             if not self._looked_at_adapters:
                 self._looked_at_adapters = True
                 self._scheduler.unpark()
@@ -139,7 +140,7 @@ class Engine:
     def take_outputs(self) -> list[Output]:
         """What was made since the last call; `step` gives this out, and after a step that raised it is still here."""
         with self._lock:
-            self._let_go()
+            self._release_ended()
             outputs, self._outbox = self._outbox, []
         return outputs
 
@@ -182,30 +183,30 @@ class Engine:
         self._runner.close()
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Pin the adapter that the sequence's prefill needs; False while that loads."""
+        """Acquire the adapter that the sequence's prefill needs; False while that loads."""
         ref = sequence.awaits
-        if ref is not None and sequence not in self._pins:
-            entry = self.adapters.pin(ref)
+        if ref is not None and sequence not in self._held:
+            entry = self.adapters.acquire(ref)
             if entry is None:
                 return False
-            self._pins[sequence] = entry
-            self.adapters.unwant(ref)
+            self._held[sequence] = entry
+            self.adapters.remove_waiter(ref)
         return True
 
-    def _let_go(self) -> None:
+    def _release_ended(self) -> None:
         """Release what ended sequences held. On the step thread only: till then the model may be using it."""
-        for sequence in self._left:
+        for sequence in self._ended:
             settle(self._runner, sequence.lends_to)
             for slot in sequence.slots:
                 self._runner.release(slot)
             sequence.slots = []
-            self._unpin(sequence)
-        self._left.clear()
+            self._release_adapter(sequence)
+        self._ended.clear()
 
-    def _unpin(self, sequence: Sequence) -> None:
-        entry = self._pins.pop(sequence, None)
+    def _release_adapter(self, sequence: Sequence) -> None:
+        entry = self._held.pop(sequence, None)
         if entry is not None:
-            self.adapters.unpin(entry)
+            self.adapters.release(entry)
 
     def _drop_failed_and_late(self) -> None:
         for ref, error in self.adapters.take_failures():
@@ -288,7 +289,7 @@ class Engine:
             scheduler.short_rows = pace.short_rows(scheduler.newcomer_tokens, self.config.max_batch)
 
     def _prefill_row(self, sequence: Sequence) -> PrefillRow:
-        entry = self._pins.get(sequence)
+        entry = self._held.get(sequence)
         kept, sequence.kept = sequence.kept, None
         return PrefillRow(
             slot=sequence.slot,
@@ -302,11 +303,11 @@ class Engine:
     def _end_prefill(self, groups: tuple[Group, ...]) -> None:
         """The vectors are made: adapters are not needed any more, but for those that act on every token."""
         for sequence in itertools.chain.from_iterable(groups):
-            entry = self._pins.get(sequence)
+            entry = self._held.get(sequence)
             if sequence.state is State.FINISHED:
-                self._left.append(sequence)
+                self._ended.append(sequence)
             elif entry is not None and not (entry.adapter is not None and entry.adapter.acts_on_every_token):
-                self._unpin(sequence)
+                self._release_adapter(sequence)
         self._scheduler.prefilled(groups)
 
     def _accept(
@@ -364,11 +365,11 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: str, **fields) -> None:
         """End a sequence, wherever it is, with its last output."""
         was = sequence.state
-        if was is State.WAITING and sequence.awaits is not None and sequence not in self._pins:
-            self.adapters.unwant(sequence.awaits)
+        if was is State.WAITING and sequence.awaits is not None and sequence not in self._held:
+            self.adapters.remove_waiter(sequence.awaits)
         self._scheduler.finish(sequence)
         if was is not State.PREFILLING:
-            self._left.append(sequence)
+            self._ended.append(sequence)
         self._counts["failed" if fields.get("error") else "finished"] += 1
         self._outbox += sequence.last_outputs(reason, **fields)
         siblings = self._live[sequence.request.id]

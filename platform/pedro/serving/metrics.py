@@ -117,7 +117,7 @@ class ReplicaMetrics:
             ("kv_cache_usage_ratio", "Share of the KV cache's slots in use.", used / max(stats["slots"], 1)),
             ("kv_cache_bytes", "Memory of the KV cache.", stats["kv_cache_bytes"]),
             ("adapters_resident", "Adapters in memory.", adapters["resident"]),
-            ("adapters_pinned", "Adapters that an operator pinned.", adapters["kept"]),
+            ("adapters_pinned", "Adapters that an operator pinned.", adapters["pinned"]),
             ("adapter_bytes", "Memory of the resident adapters.", adapters["bytes"]),
             ("adapter_budget_bytes", "Memory that adapters may take.", adapters["budget_bytes"]),
         ):

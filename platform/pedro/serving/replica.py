@@ -18,7 +18,8 @@ from pedro.config import Settings
 from pedro.data.formats import PromptFormat, encode_prompt, encode_text, format_for_shape
 from pedro.data.shapes import Shape
 from pedro.data.special_tokens import special_tokens
-from pedro.engine.adapters import unusable
+from pedro.engine.adapter_pool import unusable
+from pedro.engine.adapter_state import ResidentAdapter
 from pedro.engine.engine import Engine, EngineConfig
 from pedro.engine.sequence import Output, Request, SamplingParams
 from pedro.engine.thread import EngineThread
@@ -190,12 +191,13 @@ class Replica:
 
     async def load(self, ref: ModelRef, keep: bool) -> list[AdapterResidence]:
         """Returns once `ref` is resident; `keep` pins it. Raises what a request would meet that it cannot serve."""
-        await asyncio.to_thread(self._engine.adapters.load, str(ref), keep=keep, timeout_s=LOAD_TIMEOUT_S)
+        pool = self._engine.adapters
+        await asyncio.to_thread(pool.pin if keep else pool.load, str(ref), LOAD_TIMEOUT_S)
         return await self.residents(ref)
 
     async def unpin(self, ref: ModelRef) -> list[AdapterResidence]:
         """Make a pinned adapter one that may be evicted."""
-        self._engine.adapters.let_go(str(ref))
+        self._engine.adapters.unpin(str(ref))
         return await self.residents(ref)
 
     async def unload(self, ref: ModelRef) -> list[AdapterResidence]:
@@ -203,16 +205,16 @@ class Replica:
         self._engine.adapters.evict(str(ref))
         return await self.residents(ref)
 
-    def _residence(self, ref: ModelRef, at: dict[str, Any]) -> AdapterResidence:
+    def _residence(self, ref: ModelRef, at: ResidentAdapter) -> AdapterResidence:
         return AdapterResidence(
             ref.name,
             ref.number,
             ref.digest,
             self.name,
-            at["state"],
-            bytes=at["bytes"],
-            pinned=at["kept"],
-            uses=at["pins"],
+            at.state.value,
+            bytes=at.nbytes,
+            pinned=at.pinned,
+            uses=at.refcount,
         )
 
     # the replica itself

@@ -1,0 +1,350 @@
+"""Keeps adapters resident within a byte budget, whatever they are made of and whoever asks for them.
+
+States: loading → ready → draining → gone. Loads run on threads of their own; the pool's mutex guards bookkeeping
+only and is never held while something loads, so a slow load delays nobody but those who wait for that adapter.
+Any number of them wait for one load. A request acquires an adapter and releases it: what has references is never
+evicted; taken out all the same it drains, and its holders keep it. An operator pins an adapter: it stays resident until
+it is unpinned. A failed load is an error for those who asked, and is not retried before a back-off has passed. No call
+costs more for more adapters resident.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Generic
+
+from pedro.engine.adapter_state import A, AdapterState, Failure, PooledAdapter, ResidentAdapter
+from pedro.errors import AdapterError, AdapterUnusableError, ConflictError, PedroError, UnavailableError
+
+log = logging.getLogger(__name__)
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 60.0
+MAX_FAILURES = 1024
+NO_ROOM = "adapter_budget"  # the code of an error for want of room beside what operators pinned
+
+
+class AdapterPool(Generic[A]):
+    """Loads by ref, keeps within `budget_bytes`, evicts the least recently used. Thread-safe.
+
+    `load(ref)` runs on a loader thread and may block. `on_change` is called after a load ends, from that thread.
+    """
+
+    def __init__(
+        self, load: Callable[[str], A], budget_bytes: int, on_change: Callable[[], None], loaders: int = 4
+    ) -> None:
+        self.budget_bytes = budget_bytes
+        self._load = load
+        self._on_change = on_change
+        self._changed = threading.Condition()
+        self._entries: dict[str, PooledAdapter[A]] = {}
+        self._evictable: OrderedDict[str, PooledAdapter[A]] = OrderedDict()  # least recently used first
+        self._evictable_bytes = self._used_bytes = self._pinned_bytes = 0
+        self._pinned: set[str] = set()
+        self._draining: list[PooledAdapter[A]] = []
+        self._waiters: Counter[str] = Counter()
+        self._failures: dict[str, Failure] = {}
+        self._new_failures: list[tuple[str, PedroError]] = []
+        self._load_queue: queue.SimpleQueue[PooledAdapter[A] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._loading = self._loads = self._evictions = self._failed = 0
+        self._threads = [
+            threading.Thread(target=self._run_loader, name=f"adapter-loader-{i}", daemon=True) for i in range(loaders)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add_waiters(self, ref: str, count: int = 1) -> None:
+        """Start to load `ref` for `count` requests that wait. Raises the last load's error while it backs off."""
+        with self._changed:
+            self._raise_failure(ref)
+            self._waiters[ref] += count
+            self._ensure(ref)
+            self._update_evictable(ref)
+
+    def remove_waiter(self, ref: str) -> None:
+        """One that waited for `ref` was served or went away."""
+        with self._changed:
+            self._waiters[ref] -= 1
+            if self._waiters[ref] <= 0:
+                del self._waiters[ref]
+                self._update_evictable(ref)
+                self._changed.notify_all()
+
+    def preload(self, ref: str) -> None:
+        """Start loading `ref` though nobody waits for it. Raises the last load's error while it backs off."""
+        with self._changed:
+            self._raise_failure(ref)
+            self._ensure(ref)
+
+    def acquire(self, ref: str) -> PooledAdapter[A] | None:
+        """The adapter, referenced until `release`; None while it loads. Starts a load where there is none."""
+        with self._changed:
+            entry = self._ensure(ref)
+            if entry is None or entry.state is not AdapterState.READY:
+                return None
+            entry.refcount += 1
+            entry.total_uses += 1
+            self._update_evictable(ref)
+            return entry
+
+    def release(self, entry: PooledAdapter[A]) -> None:
+        """Give back what `acquire` gave; a draining adapter without references is gone."""
+        with self._changed:
+            assert entry.refcount > 0, f"adapter {entry.ref} was released more often than acquired"
+            entry.refcount -= 1
+            if entry.refcount:
+                return
+            if entry.state is AdapterState.DRAINING:
+                self._draining.remove(entry)
+                self._discard(entry)
+            else:
+                self._update_evictable(entry.ref)
+            self._changed.notify_all()
+
+    def load(self, ref: str, timeout_s: float = 60.0) -> None:
+        """Returns once `ref` is resident. Raises the load's error, and UnavailableError where it takes longer."""
+        with self._changed:
+            self._wait_until_ready(ref, timeout_s)
+
+    def pin(self, ref: str, timeout_s: float = 60.0) -> None:
+        """Load `ref` and keep it resident, whatever room others need, until `unpin` or `evict`.
+
+        Raises as `load` does, and ConflictError where all pinned adapters would exceed the budget.
+        """
+        with self._changed:
+            entry = self._wait_until_ready(ref, timeout_s)
+            if ref in self._pinned:
+                return
+            if self._pinned_bytes + entry.nbytes > self.budget_bytes:
+                raise ConflictError(self._no_room(entry.nbytes, ref), code=NO_ROOM)
+            self._pinned.add(ref)
+            self._pinned_bytes += entry.nbytes
+            self._update_evictable(ref)
+
+    def unpin(self, ref: str) -> None:
+        """Make a pinned adapter one like the others; nothing changes for one that is not pinned."""
+        with self._changed:
+            if ref in self._pinned:
+                self._give_back_pin(self._entries[ref])
+                self._update_evictable(ref)
+                self._changed.notify_all()
+
+    def evict(self, ref: str) -> bool:
+        """Take `ref` out, pinned or not: at once, or once nobody holds it. Later requests load it anew.
+
+        False if it is not here.
+        """
+        with self._changed:
+            self._failures.pop(ref, None)
+            if ref not in self._entries:
+                return False
+            self._remove(self._entries[ref])
+            self._changed.notify_all()
+            return True
+
+    def take_failures(self) -> list[tuple[str, PedroError]]:
+        """The loads that failed since the last call."""
+        if not self._new_failures:
+            return []
+        with self._changed:
+            failures, self._new_failures = self._new_failures, []
+            return failures
+
+    def residents(self) -> dict[str, ResidentAdapter]:
+        """What is here now, by ref, draining adapters included."""
+        with self._changed:
+            return {
+                entry.ref: ResidentAdapter(
+                    state=entry.state,
+                    nbytes=entry.nbytes,
+                    refcount=entry.refcount,
+                    total_uses=entry.total_uses,
+                    pinned=entry.ref in self._pinned and entry.state is AdapterState.READY,
+                )
+                for entry in (*self._draining, *self._entries.values())
+            }
+
+    def stats(self) -> dict:
+        """Counts since the start, and bytes now."""
+        with self._changed:
+            return {
+                "resident": len(self._entries) - self._loading,
+                "loading": self._loading,
+                "pinned": len(self._pinned),
+                "bytes": self._used_bytes,
+                "budget_bytes": self.budget_bytes,
+                "loads": self._loads,
+                "failed_loads": self._failed,
+                "evictions": self._evictions,
+            }
+
+    def close(self) -> None:
+        """Stop loading. What was acquired stays usable."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for _ in self._threads:
+            self._load_queue.put(None)
+
+    def _ensure(self, ref: str) -> PooledAdapter[A] | None:
+        """The entry of `ref`; a new one starts to load, unless a failed load still backs off."""
+        entry = self._entries.get(ref)
+        if entry is not None:
+            return entry
+        failure = self._failures.get(ref)
+        if self._closed or (failure is not None and time.monotonic() < failure.retry_at):
+            return None
+        entry = self._entries[ref] = PooledAdapter[A](ref)
+        self._loading += 1
+        self._load_queue.put(entry)
+        return entry
+
+    def _wait_until_ready(self, ref: str, timeout_s: float) -> PooledAdapter[A]:
+        """The entry of `ref`, resident as long as the caller holds the mutex."""
+        until = time.monotonic() + timeout_s
+        self._raise_failure(ref)
+        self._waiters[ref] += 1
+        try:
+            self._ensure(ref)
+            while (entry := self._entries.get(ref)) is None or entry.state is not AdapterState.READY:
+                self._raise_failure(ref)
+                if entry is None or not self._changed.wait(until - time.monotonic()):
+                    raise UnavailableError(f"adapter {ref!r} is not loaded yet; try again later")
+            return entry
+        finally:
+            self.remove_waiter(ref)
+
+    def _raise_failure(self, ref: str) -> None:
+        failure = self._failures.get(ref)
+        if failure is not None and time.monotonic() < failure.retry_at:
+            raise failure.error.with_traceback(None)  # else it would gather those of all whom it is raised for
+
+    def _run_loader(self) -> None:
+        while (entry := self._load_queue.get()) is not None:
+            try:
+                if self._is_current(entry):  # else it was evicted before its turn
+                    self._make_ready(entry, self._load(entry.ref))
+            except PedroError as error:
+                self._fail(entry, error if error.status >= 500 else unusable(entry.ref, error))
+            except Exception:  # a loader meets networks and disks: whatever it is, it fails this adapter only
+                log.exception("adapter %s could not be loaded", entry.ref)
+                self._fail(entry, UnavailableError(f"adapter {entry.ref!r} could not be loaded now; try again later"))
+            self._on_change()
+
+    def _make_ready(self, entry: PooledAdapter[A], adapter: A) -> None:
+        """Make the loaded adapter ready as soon as there is room for it."""
+        with self._changed:
+            if adapter.nbytes > self.budget_bytes:
+                raise AdapterError(
+                    f"adapter {entry.ref!r} takes {adapter.nbytes:,} bytes and the engine keeps {self.budget_bytes:,} "
+                    "for all adapters; raise adapter_bytes or train a smaller one"
+                )
+            while self._is_current(entry) and not self._make_room(adapter.nbytes):
+                if self._pinned_bytes + adapter.nbytes > self.budget_bytes:  # waiting would not help
+                    log.warning(self._no_room(adapter.nbytes, entry.ref))  # tenants are told no figures of others
+                    raise UnavailableError(
+                        f"adapter {entry.ref!r} has no room beside the pinned ones; an operator must unpin or unload "
+                        "one of them",
+                        code=NO_ROOM,
+                    )
+                self._changed.wait()
+            if not self._is_current(entry):
+                return
+            entry.adapter, entry.nbytes = adapter, adapter.nbytes
+            entry.to(AdapterState.READY)
+            self._loading -= 1
+            self._used_bytes += entry.nbytes
+            self._update_evictable(entry.ref)
+            self._failures.pop(entry.ref, None)
+            self._loads += 1
+            self._changed.notify_all()
+
+    def _no_room(self, nbytes: int, ref: str) -> str:
+        return (
+            f"adapter {ref!r} takes {nbytes:,} bytes, but pinned adapters hold {self._pinned_bytes:,} of the "
+            f"{self.budget_bytes:,} bytes for all; unpin or unload one of them, or raise adapter_bytes"
+        )
+
+    def _fail(self, entry: PooledAdapter[A], error: PedroError) -> None:
+        with self._changed:
+            self._failed += 1
+            if not self._is_current(entry):
+                return
+            past = self._failures.get(entry.ref)
+            times = past.times + 1 if past else 1
+            backoff_s = min(FIRST_BACKOFF_S * 2 ** (times - 1), LAST_BACKOFF_S)
+            if len(self._failures) >= MAX_FAILURES:
+                del self._failures[next(iter(self._failures))]
+            self._failures[entry.ref] = Failure(error, times, time.monotonic() + backoff_s)
+            self._new_failures.append((entry.ref, error))
+            self._remove(entry)
+            self._changed.notify_all()
+
+    def _is_current(self, entry: PooledAdapter[A]) -> bool:
+        """Whether this load still counts: neither evicted meanwhile nor the pool closed."""
+        return not self._closed and self._entries.get(entry.ref) is entry
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Evict until `nbytes` fit, least recently used first. False if what must stay leaves no room."""
+        if self.budget_bytes - self._used_bytes + self._evictable_bytes < nbytes:
+            return False
+        while self.budget_bytes - self._used_bytes < nbytes:
+            self._remove(next(iter(self._evictable.values())))
+            self._evictions += 1
+        return True
+
+    def _update_evictable(self, ref: str) -> None:
+        """Enter `ref` among what may be evicted, as the most recently used, or strike it.
+
+        A fresh adapter stays until the first who waited for it was served, else two could evict each other.
+        """
+        entry = self._entries.get(ref)
+        if entry is None or entry.state is not AdapterState.READY:
+            return
+        fresh = entry.total_uses == 0 and self._waiters[ref] > 0
+        may_go = not (entry.refcount or fresh or ref in self._pinned)
+        if (ref in self._evictable) != may_go:
+            self._evictable_bytes += entry.nbytes if may_go else -entry.nbytes
+            if may_go:
+                self._evictable[ref] = entry
+            else:
+                del self._evictable[ref]
+
+    def _remove(self, entry: PooledAdapter[A]) -> None:
+        """Take an entry out: gone, or draining while it has references."""
+        del self._entries[entry.ref]
+        if entry.state is AdapterState.LOADING:
+            self._loading -= 1
+            entry.to(AdapterState.GONE)
+            return
+        if self._evictable.pop(entry.ref, None) is not None:
+            self._evictable_bytes -= entry.nbytes
+        if entry.ref in self._pinned:
+            self._give_back_pin(entry)
+        if entry.refcount:
+            entry.to(AdapterState.DRAINING)
+            self._draining.append(entry)
+        else:
+            self._discard(entry)
+
+    def _give_back_pin(self, entry: PooledAdapter[A]) -> None:
+        """Its room is for others again: what was refused for want of it may be tried at once."""
+        self._pinned.discard(entry.ref)
+        self._pinned_bytes -= entry.nbytes
+        for ref in [ref for ref, failure in self._failures.items() if failure.error.code == NO_ROOM]:
+            del self._failures[ref]
+
+    def _discard(self, entry: PooledAdapter[A]) -> None:
+        """Drop an entry without references."""
+        self._used_bytes -= entry.nbytes
+        entry.to(AdapterState.GONE)
+
+
+def unusable(ref: str, error: PedroError) -> AdapterUnusableError:
+    """What a request is told whose adapter version cannot be served: that is at fault, and not the request."""
+    named = ref.partition("#")[0]
+    return AdapterUnusableError(f"model: {named} cannot be served: {error.message}", param="model")

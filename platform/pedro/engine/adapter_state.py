@@ -1,0 +1,75 @@
+"""The life of an adapter in the pool: its state machine, and what is recorded of each stay."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from pedro.errors import PedroError
+
+
+class Loadable(Protocol):
+    """What can be pooled: anything whose size is known."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+A = TypeVar("A", bound=Loadable)
+
+
+class AdapterState(enum.Enum):
+    """Where an adapter is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+_NEXT = {
+    AdapterState.LOADING: {AdapterState.READY, AdapterState.GONE},
+    AdapterState.READY: {AdapterState.DRAINING, AdapterState.GONE},
+    AdapterState.DRAINING: {AdapterState.GONE},
+    AdapterState.GONE: set(),
+}
+
+
+class PooledAdapter(Generic[A]):
+    """One stay of one adapter in the pool."""
+
+    def __init__(self, ref: str) -> None:
+        self.ref = ref
+        self.state = AdapterState.LOADING
+        self.adapter: A | None = None
+        self.nbytes = 0
+        self.refcount = 0  # requests that hold it now
+        self.total_uses = 0  # how often it was acquired
+
+    def to(self, state: AdapterState) -> None:
+        """Move to `state`; any other transition is a bug of the pool."""
+        assert state in _NEXT[self.state], f"adapter {self.ref}: {self.state} → {state}"
+        self.state = state
+        if state is AdapterState.GONE:
+            self.adapter, self.nbytes = None, 0
+
+
+@dataclass(frozen=True)
+class ResidentAdapter:
+    """What the pool tells of an adapter that is here. `pinned`: an operator keeps it."""
+
+    state: AdapterState
+    nbytes: int
+    refcount: int
+    total_uses: int
+    pinned: bool
+
+
+@dataclass
+class Failure:
+    """Why a load failed, how often in a row, and when it may be tried again."""
+
+    error: PedroError
+    times: int
+    retry_at: float
