@@ -21,6 +21,8 @@ from pathlib import Path
 from jobs.benchmarks.engine_process import Say
 from jobs.benchmarks.model_sizes import SHAPES, bench_folder
 from jobs.benchmarks.report import Report
+from pedro.errors import ConfigError
+from pedro.provenance import check_unchanged, code_state
 
 ABOUT = """\
 Measures the engine: beside its peers (serving), and against its own promises (the rest). Backbones have random weights
@@ -32,6 +34,7 @@ of real sizes (S: 15 M, M: 125 M, 7B: LLaMA-2-7B); prompts are random and distin
   ratio         to transformers' generate() on the bare model, the median over rounds, each round's pair apart;
                 *_interval: its 95 % bootstrap interval
 """
+ALLOW_DIRTY = "write to jobs/results although code has changed since the commit; a + at the commit marks it"
 ENGINES = ("generate", "ours", "peft", "continuous", "vllm")  # continuous: transformers' own, off unless named
 EXAMPLES = """\
 examples:
@@ -75,6 +78,14 @@ def main(benchmarks: Mapping[str, Benchmark], results: Path, arguments: Sequence
     parsed = _parser(benchmarks).parse_args(words)
     options = _options(parsed)
     chosen = benchmarks[parsed.benchmark]
+    folder = bench_folder() / "results" if options.quick else results
+    path = parsed.out or folder / f"{parsed.benchmark}{'-quick' if options.quick else ''}.json"
+    code = code_state()
+    try:
+        check_unchanged(code, path, parsed.allow_dirty)
+    except ConfigError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, as Ctrl-C does
     began = time.monotonic()
     try:
@@ -83,9 +94,7 @@ def main(benchmarks: Mapping[str, Benchmark], results: Path, arguments: Sequence
         _say("interrupted; nothing is left running")
         return 130
     report.facts |= {"seconds": round(time.monotonic() - began, 1), "command": _command(words)}
-    folder = bench_folder() / "results" if options.quick else results
-    path = parsed.out or folder / f"{parsed.benchmark}{'-quick' if options.quick else ''}.json"
-    report.save(path)
+    report.save(path, code)
     _say(f"\n{report.show(chosen.columns)}\n\n{report.facts['seconds']:.0f} s; saved to {path}\n")
     print(json.dumps(report.as_dict()), flush=True)
     return 0
@@ -118,6 +127,7 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
         command.add_argument("--peer", type=_peer, action="append", default=[], metavar="vllm=PYTHON")
         command.add_argument("--engines", type=_engines, metavar="ours,vllm", help=f"of {', '.join(ENGINES)}")
         command.add_argument("--out", type=_file, metavar="FILE", help="where the result goes instead")
+        command.add_argument("--allow-dirty", action="store_true", help=ALLOW_DIRTY)
     return parser
 
 

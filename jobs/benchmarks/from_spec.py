@@ -20,6 +20,7 @@ from jobs.benchmarks.engine_process import RivalError
 from jobs.benchmarks.model_sizes import SHAPES
 from pedro.comparison.spec import EfficiencySpec
 from pedro.errors import ConfigError, PedroError, UnavailableError
+from pedro.provenance import code_state
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +65,7 @@ def run_efficiency(spec: EfficiencySpec, folder: Path, say: Callable[[str], None
         peers={},
         engines=None,
     )
+    code = code_state()
     try:
         report = benchmark.run(options, say)
     except RivalError as error:
@@ -71,7 +73,7 @@ def run_efficiency(spec: EfficiencySpec, folder: Path, say: Callable[[str], None
     if spec.paper:
         report.facts["paper"] = spec.paper
     path = folder / "efficiency.json"
-    report.save(path)
+    report.save(path, code)
     return {"result": report.as_dict(), "text": report.show(benchmark.columns), "path": str(path)}
 
 

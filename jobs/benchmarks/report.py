@@ -1,6 +1,6 @@
 """What a benchmark gives out: a table, the targets, one JSON line, and a file that carries its provenance.
 
-Knows nothing of engines. Plain text, so that it reads the same in a log.
+Plain text, so that it reads the same in a log.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class Report:
             **self.facts,
         }
 
-    def save(self, path: Path) -> None:
-        """Write the report with its provenance, whole or not at all."""
+    def save(self, path: Path, code: Mapping[str, str | None]) -> None:
+        """Write the report with its provenance, whole or not at all; `code` is its state when measuring began."""
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".new")
-        whole = {"benchmark": self.name, **provenance(), "settings": dict(self.settings), **self.as_dict()}
+        whole = {"benchmark": self.name, **provenance(code), "settings": dict(self.settings), **self.as_dict()}
         scratch.write_text(json.dumps(whole, indent=2) + "\n")
         scratch.rename(path)
 

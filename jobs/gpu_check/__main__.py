@@ -20,8 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.benchmarks.command_line import ALLOW_DIRTY
 from jobs.benchmarks.model_sizes import SHAPES, bench_folder
-from pedro.provenance import provenance
+from pedro.errors import ConfigError
+from pedro.provenance import check_unchanged, code_state, provenance
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "jobs" / "results" / "gpu_check.json"
@@ -48,8 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.run(options.device, options.model, note)
         return 0
     out: Path = options.out or (RESULT if options.device == "cuda" else bench_folder() / "results" / RESULT.name)
-    found: dict[str, Any] = {"benchmark": "gpu_check", **provenance(), "device": options.device, "model": options.model}
-    found["parts"] = {}
+    code = code_state()
+    try:
+        check_unchanged(code, out, options.allow_dirty)
+    except ConfigError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2
+    found: dict[str, Any] = {"benchmark": "gpu_check", **provenance(code)}
+    found |= {"device": options.device, "model": options.model, "parts": {}}
     for name in options.only or LIMITS_S:
         print(f"== {name}, at most {options.limit or LIMITS_S[name]} s", flush=True)
         found["parts"][name] = part = {"status": "started", "seconds": 0.0, "findings": []}
@@ -155,6 +163,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(LIMITS_S), help="parts to run; all without it")
     parser.add_argument("--limit", type=float, help="seconds for each part; its own limit without it")
     parser.add_argument("--out", type=Path, help=f"the result file; {RESULT.relative_to(ROOT)} on a GPU without it")
+    parser.add_argument("--allow-dirty", action="store_true", help=ALLOW_DIRTY)
     parser.add_argument("--part", choices=list(LIMITS_S), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

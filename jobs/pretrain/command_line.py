@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from jobs.benchmarks.command_line import ALLOW_DIRTY
 from jobs.pretrain import corpus, publish
 from jobs.pretrain.files import check_writable
 from jobs.pretrain.prepare import RUN, Prepared, prepare
@@ -29,7 +30,7 @@ from jobs.pretrain.schedule import Schedule
 from jobs.pretrain.tokens import Stream
 from pedro.backbone import context_length, load_model, load_tokenizer, quiet, resolve_backbone
 from pedro.errors import ConfigError, PedroError
-from pedro.provenance import provenance
+from pedro.provenance import check_unchanged, code_state, provenance
 
 BASELINE = "stories260K"
 CONTEXT = 512
@@ -97,8 +98,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_outputs(options: argparse.Namespace) -> tuple[Path, Path]:
-    """The files of the result and of its figure. Raises ConfigError if they or OUT cannot be written."""
+    """The files of the result and of its figure. Raises ConfigError if they or OUT cannot be written,
+    and for a result among those that are committed although code has changed.
+    """
     result = Path(options.result)
+    check_unchanged(code_state(), result, options.allow_dirty)
     check_writable("out", Path(options.out) / RUN)
     check_writable("result", result)
     figure = result.with_suffix(".png")
@@ -303,5 +307,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint-minutes", type=_positive(float), default=2.0)
     parser.add_argument("--compile", action="store_true", help="with torch.compile (a fifth faster on a CPU)")
     parser.add_argument("--result", default="pretrain.json", help="where the result goes; the figure lies beside it")
+    parser.add_argument("--allow-dirty", action="store_true", help=ALLOW_DIRTY)
     parser.add_argument("--note", action="append", default=[], help="a remark that the result carries")
     return parser

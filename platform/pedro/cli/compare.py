@@ -30,6 +30,13 @@ def compare(
         bool, typer.Option("--report", help="Start nothing; write tables and figures of the runs that are there.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")] = False,
+    allow_dirty: Annotated[
+        bool,
+        typer.Option(
+            "--allow-dirty",
+            help="Write to jobs/results although code has changed since the commit; a + at the commit marks the runs.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train and score methods × tasks × backbones × budgets × seeds, and print the table a paper would show.
@@ -49,7 +56,7 @@ def compare(
     if isinstance(wanted, EfficiencySpec):
         if report or retry_failed:
             raise typer.BadParameter("an efficiency spec has no runs to report or to try again; run it as it is")
-        _efficiency(wanted, out, dry_run, as_json)
+        _efficiency(wanted, out, dry_run, allow_dirty, as_json)
         return
     from pedro.comparison.run import compare as run
     from pedro.comparison.run import folder_of, open_folder, prepare, read
@@ -67,7 +74,9 @@ def compare(
             _show_plan(wanted, prepared, folder, as_json)
             return
         from pedro.cluster import connect
+        from pedro.provenance import check_unchanged, code_state
 
+        check_unchanged(code_state(), folder, allow_dirty)
         open_folder(folder)
         connect(settings, say, attach=True)
         comparison = run(wanted, settings, folder, prepared, say)
@@ -113,7 +122,7 @@ def _show_plan(spec: ComparisonSpec, prepared: Prepared, folder: Path, as_json: 
     emit(shown, as_json, show)
 
 
-def _efficiency(spec: EfficiencySpec, out: Path | None, dry_run: bool, as_json: bool) -> None:
+def _efficiency(spec: EfficiencySpec, out: Path | None, dry_run: bool, allow_dirty: bool, as_json: bool) -> None:
     """Table 3 is a benchmark of the engine."""
     from pedro.comparison.efficiency import check_efficiency, run_efficiency
 
@@ -122,5 +131,5 @@ def _efficiency(spec: EfficiencySpec, out: Path | None, dry_run: bool, as_json: 
         line = f"{spec.name}: tokens per second of {', '.join(spec.models)} on {spec.device}"
         emit(spec.model_dump(mode="json"), as_json, lambda: typer.echo(line))
         return
-    result, text, path = run_efficiency(spec, out)
+    result, text, path = run_efficiency(spec, out, allow_dirty)
     emit(result, as_json, lambda: typer.echo(f"{text}\n\nsaved to {path}"))

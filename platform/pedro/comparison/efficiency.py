@@ -13,6 +13,7 @@ import pedro
 from pedro import errors
 from pedro.comparison.spec import EfficiencySpec
 from pedro.errors import PedroError, UnavailableError
+from pedro.provenance import check_unchanged, code_state
 
 MODULE = "jobs.benchmarks.from_spec"
 
@@ -22,17 +23,18 @@ def check_efficiency(spec: EfficiencySpec) -> None:
     _ask(spec, None)
 
 
-def run_efficiency(spec: EfficiencySpec, out: Path | None) -> tuple[dict[str, Any], str, Path]:
+def run_efficiency(spec: EfficiencySpec, out: Path | None, allow_dirty: bool) -> tuple[dict[str, Any], str, Path]:
     """Measure; the result as JSON, as text, and the file that holds it.
 
-    Raises ConfigError as `check_efficiency` does and for a folder that cannot be written, UnavailableError without a
-    checkout and for an engine that failed.
+    Raises ConfigError as `check_efficiency` does, for a folder that cannot be written and for changed code;
+    UnavailableError without a checkout and for an engine that failed.
     """
     from pedro.comparison.run import open_folder
     from pedro.config import Settings
 
     check_efficiency(spec)
     folder = (out or Settings.from_env().home / "comparisons" / spec.name).absolute()
+    check_unchanged(code_state(), folder, allow_dirty)
     open_folder(folder)
     answer = _ask(spec, folder)
     return answer["result"], answer["text"], Path(answer["path"])
