@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, tmp_path, 
     follower.join(300)
     killed = results[0]
     assert any(line.startswith("resumed at step") for line in lines), lines
-    assert any("worker 0 was lost" in line and "1 of at most 3 times" in line for line in lines), lines
+    lost = [line for line in lines if re.match(r"worker \d was lost|worker processes 0, 1 were lost", line)]
+    assert len(lost) == 1, lines  # the process that was killed may be either's, and its peer may fail of it
+    assert "1 of at most 3 times" in lost[0]
     assert list(jobs.readable(kept_log(settings.storage, job).splitlines()))[:-1] == lines
     assert killed.digest == whole.digest
     assert killed.metrics["accuracy"] == whole.metrics["accuracy"]
