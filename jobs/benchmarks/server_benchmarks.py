@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from jobs.benchmarks import dashboard_pages, fairness, fairness_http, http_overhead
 from jobs.benchmarks.command_line import Benchmark, Options
@@ -25,6 +26,9 @@ from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import Report, Target, exactly
 from pedro.backbone import Backbone, resolve_backbone
 from pedro.config import Settings
+
+if TYPE_CHECKING:
+    from pedro.registry import Registry
 
 TENANT, ADAPTER = "bench", "demo"
 REGISTRY_COLUMNS = ("case", "median_ms", "longest_ms")
@@ -234,7 +238,7 @@ def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
     return target
 
 
-def _register(registry, directory: Path) -> int:
+def _register(registry: Registry, directory: Path) -> int:
     run = registry.start_run(experiment=TENANT, name="benchmark", params={}, tags={})
     version = registry.register(run, directory, TENANT, ADAPTER)
     registry.finish_run(run)

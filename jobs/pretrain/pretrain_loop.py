@@ -63,7 +63,7 @@ class State:
 class Optimizers:
     """Muon for the layers' matrices, AdamW for embeddings and norms; both follow one schedule."""
 
-    def __init__(self, model: torch.nn.Module, weight_decay: float):
+    def __init__(self, model: torch.nn.Module, weight_decay: float) -> None:
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         matrices = [p for p, name in self.names.items() if p.ndim == 2 and "embed" not in name]
         others = [p for p, name in self.names.items() if p.ndim != 2 or "embed" in name]

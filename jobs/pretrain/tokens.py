@@ -49,7 +49,7 @@ class Stream:
     `batch` draws from an endless order of windows that is a function of the seed alone.
     """
 
-    def __init__(self, ids: np.ndarray, context: int, seed: int):
+    def __init__(self, ids: np.ndarray, context: int, seed: int) -> None:
         self.ids, self.context, self.seed = ids, context, seed
         self.windows = (len(ids) - 1) // context
         assert self.windows > 0, f"{len(ids)} ids are less than a window of {context + 1}"

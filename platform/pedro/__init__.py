@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 __all__ = ["PedroConfig", "PedroModel", "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in ("PedroConfig", "PedroModel"):
         import pedro.methods.pedro as tuner
 

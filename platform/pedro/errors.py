@@ -7,6 +7,8 @@ error `type` and `code` and the HTTP status under which the gateway shows it. A 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PedroError(Exception):
     """A mistake or condition that the reader can do something about; safe to show to the tenant who caused it.
@@ -25,7 +27,7 @@ class PedroError(Exception):
         if code is not None:
             self.code = code
 
-    def __reduce__(self):  # keyword arguments survive the pickling between Ray processes
+    def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments survive the pickling between Ray processes
         return _rebuild, (type(self), self.message, self.param, self.code, self.__dict__.get("retry_after_s"))
 
     def body(self) -> dict:
@@ -33,8 +35,10 @@ class PedroError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
-def _rebuild(kind, message, param, code, retry_after_s):
-    error = kind(message, param=param, code=code)
+def _rebuild(
+    kind: type[PedroError], message: str, param: str | None, code: str | None, retry_after_s: float | None
+) -> PedroError:
+    error: Any = kind(message, param=param, code=code)
     if retry_after_s is not None:
         error.retry_after_s = retry_after_s
     return error

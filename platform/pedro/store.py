@@ -138,7 +138,7 @@ class Store:
         self._url = url
         self._database = Database(url, _metadata)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self._url,)
 
     def close(self) -> None:

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from pedro.cli.output import AsJson, emit
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 Status = Literal["ok", "warn", "fail"]
 _MARK = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
@@ -160,20 +163,20 @@ def _service(name: str, probe: Callable[[], str], remedy: str) -> Check:
         return Check(name, "fail", f"{error.filename}: {error.strerror}", remedy)
 
 
-def _registry(settings) -> str:
+def _registry(settings: Settings) -> str:
     from pedro.registry import Registry
     from pedro.secret_files import shown
 
     return f"{shown(settings.tracking_uri)}, {len(Registry.open(settings).models())} adapters"
 
 
-def _database(settings) -> str:
+def _database(settings: Settings) -> str:
     from pedro.store import Store
 
     return f"{len(Store(settings.database_url).list_keys())} keys"
 
 
-def _cluster(settings) -> Check:
+def _cluster(settings: Settings) -> Check:
     from pedro.cluster import connect, find_head
     from pedro.errors import PedroError
 

@@ -17,7 +17,7 @@ class LineError(DataError):
         self.reason = reason
         self.unit = unit
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return LineError, (self.line, self.field, self.reason, self.unit)
 
 

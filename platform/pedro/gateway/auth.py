@@ -7,6 +7,7 @@ that a slow disk or database never holds up the streams of others.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class Authenticator:
         self._threads.shutdown(wait=False)
 
 
-def require(scope: str):
+def require(scope: str) -> Callable[[Request], Awaitable[Principal]]:
     """A FastAPI dependency: the caller, whose key must have `scope`; admin keys have every scope.
 
     It comes before the body is read, so that a stranger's never is, and takes one of the tenant's places.

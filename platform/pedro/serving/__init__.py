@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "build_app":
         from pedro.serving.app import build_app
 

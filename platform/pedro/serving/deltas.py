@@ -16,7 +16,9 @@ from pedro.serving.tokens import TokenTexts
 class Deltas:
     """The deltas of one call. With echo, the prompt stands in front of each choice's first."""
 
-    def __init__(self, tokenizer: Any, texts: TokenTexts, request: Request, call: GenerateCall, fingerprint: str):
+    def __init__(
+        self, tokenizer: Any, texts: TokenTexts, request: Request, call: GenerateCall, fingerprint: str
+    ) -> None:
         self._texts = texts
         self._request = request
         self._fingerprint = fingerprint

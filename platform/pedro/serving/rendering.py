@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -67,7 +67,7 @@ class Rendering:
                 raise
 
     @asynccontextmanager
-    async def _turn(self, tenant: str):
+    async def _turn(self, tenant: str) -> AsyncIterator[None]:
         queue = self._tenants.setdefault(tenant, _Queue())
         queue.waiting += 1
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pedro.adapter_kinds.generator import ACTIVATIONS
 from pedro.methods.architectures import TARGETS
@@ -118,7 +118,7 @@ class PedroConfig(TunerConfig):
         return [width // size for width in widths]
 
     @classmethod
-    def variant(cls, number: int, num_layers: int | None = None, **options) -> PedroConfig:
+    def variant(cls, number: int, num_layers: int | None = None, **options: Any) -> PedroConfig:
         """PEDRO-1 to PEDRO-7 of the paper's ablations; `options` override them, and 7 needs `num_layers`."""
         return cls(**{**variant_options(number, num_layers), **options})
 
@@ -142,7 +142,7 @@ def variant_options(number: int, num_layers: int | None = None) -> dict:
     return changes[number]
 
 
-def _as_tuple(value):
+def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 

@@ -153,7 +153,9 @@ class PedroLayer(BlockLayer):
         self._vectors = kwargs.pop(HANDED_DOWN, None)
         return args, kwargs
 
-    def _scale(self, cuts: list[tuple[str, Rows]], module: nn.Module, args: tuple, output: torch.Tensor):
+    def _scale(
+        self, cuts: list[tuple[str, Rows]], module: nn.Module, args: tuple, output: torch.Tensor
+    ) -> torch.Tensor | None:
         vectors = self._vectors
         if not vectors or not any(target in vectors for target, _ in cuts):
             return None
