@@ -11,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pedro.comparison.results import Cell, TaskResult, write_cell
+from pedro.comparison.report import WIDTH, make_report, print_report
+from pedro.comparison.result_model import AVERAGE, Comparison, RunResult, Table, TableEntry, TaskResult
+from pedro.comparison.run_files import write_run
+from pedro.comparison.selection import select
+from pedro.comparison.tables import build_tables
 from pedro.provenance import provenance
 
 GELU_LIKE = {"a": [-0.00407, 0.5, 0.42188, 0.12989, 0.01796, 0.0011, 2e-05], "b": [0.0, 0.259784, 0.0, 0.00219, 0.0]}
 
 
-def cell(
+def result(
     label: str,
     task: str,
     seed: int,
@@ -28,7 +32,7 @@ def cell(
     budget: int | None = None,
     created: str = "2025-01-01T00:00:00Z",
     **changes: object,
-) -> Cell:
+) -> RunResult:
     """A finished run with these rows, or a failed one without any."""
     name = label.lower().replace(" ", "-")
     score = TaskResult(
@@ -72,7 +76,7 @@ def cell(
         "activations": {"kind": "rational", "layers": _layers(seed, task)} if name == "pedro" else None,
         "provenance": {**provenance(), "created": created},
     }
-    return Cell(**{**values, **changes})  # type: ignore[arg-type]
+    return RunResult(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def rows_of(task: str, seed: int, skill: float, rows: int = 400, spread: float = 0.15, label: str = "") -> np.ndarray:
@@ -83,10 +87,10 @@ def rows_of(task: str, seed: int, skill: float, rows: int = 400, spread: float =
     return (random.random(rows) < chance).astype(float)
 
 
-def write_comparison(folder: Path, cells: Sequence[Cell], **head: object) -> Path:
+def write_comparison(folder: Path, results: Sequence[RunResult], **metadata: object) -> Path:
     """The folder of a comparison that holds these runs."""
-    tasks = list(dict.fromkeys(cell.task for cell in cells))
-    labels = list(dict.fromkeys(cell.label for cell in cells))
+    tasks = list(dict.fromkeys(result.task for result in results))
+    labels = list(dict.fromkeys(result.label for result in results))
     tree = {
         "schema": 1,
         "name": "made",
@@ -98,19 +102,19 @@ def write_comparison(folder: Path, cells: Sequence[Cell], **head: object) -> Pat
             "backbones": ["stories260K"],
             "tasks": [{"task": task, "wording": "short"} for task in tasks],
             "methods": [{"name": label.lower().replace(" ", "-"), "label": label} for label in labels],
-            "budgets": sorted({cell.budget for cell in cells if cell.budget}),
-            "seeds": sorted({cell.seed for cell in cells}),
+            "budgets": sorted({result.budget for result in results if result.budget}),
+            "seeds": sorted({result.seed for result in results}),
             "tune": {"lr": [0.001, 0.003, 0.01, 0.03], "seed": 0, "once": False},
         },
         "paper": None,
         "seconds": 1234.5,
         "provenance": provenance(),
-        **head,
+        **metadata,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text(json.dumps(tree))
-    for item in cells:
-        write_cell(folder, item)
+    for item in results:
+        write_run(folder, item)
     return folder
 
 
@@ -118,13 +122,13 @@ def whole(
     folder: Path, skills: Mapping[str, float], tasks: Mapping[str, float], seeds: int = 3, rows: int = 400
 ) -> Path:
     """Methods of these skills × tasks, of which each takes its share of a method's skill: nothing is learned at 0."""
-    cells = [
-        cell(label, task, seed, rows_of(task, seed, share * skill, rows, label=label), parameters=18_000 + 700 * place)
-        for place, (label, skill) in enumerate(skills.items())
+    results = [
+        result(label, task, seed, rows_of(task, seed, share * skill, rows, label=label), parameters=18_000 + 700 * at)
+        for at, (label, skill) in enumerate(skills.items())
         for task, share in tasks.items()
         for seed in range(seeds)
     ]
-    return write_comparison(folder, cells)
+    return write_comparison(folder, results)
 
 
 def _layers(seed: int, task: str) -> list[dict[str, list[float]]]:
@@ -133,3 +137,19 @@ def _layers(seed: int, task: str) -> list[dict[str, list[float]]]:
         {name: [value * (1 + 0.1 * layer * random.normal()) for value in values] for name, values in GELU_LIKE.items()}
         for layer in range(5)
     ]
+
+
+def tables_of(comparison: Comparison, **only: Sequence[str] | None) -> list[Table]:
+    """The comparison's tables."""
+    return build_tables(select(comparison), **only)
+
+
+def entries_of(comparison: Comparison, **only: Sequence[str] | None) -> list[TableEntry]:
+    """The entries of all of its tables; averages are none of them."""
+    tables = tables_of(comparison, **only)
+    return [entry for table in tables for entry in table.entries.values() if entry.task != AVERAGE]
+
+
+def printed(comparison: Comparison, width: int = WIDTH, ansi: bool = False) -> str:
+    """What `pedro compare` prints."""
+    return print_report(make_report(comparison), width=width, ansi=ansi)

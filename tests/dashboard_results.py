@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pedro.comparison.results import Cell, write_cell
+from pedro.comparison.result_model import RunResult
+from pedro.comparison.run_files import write_run
 from pedro.config import Settings
 from pedro.registry import Registry
 from pedro.store import Store
@@ -108,9 +109,9 @@ def add_comparison(folder: Path, name: str = "tiny_table1", budgets: tuple[int |
                     count = budget or parameters
                     shift = gain + 0.03 * math.log10(count / 20000) + 0.01 * (seed - 1)
                     failed = (method, task, seed) == ("bitfit", "snips", 2)
-                    write_cell(
+                    write_run(
                         folder,
-                        _cell(
+                        _result(
                             name,
                             method,
                             label,
@@ -128,7 +129,7 @@ def add_comparison(folder: Path, name: str = "tiny_table1", budgets: tuple[int |
     return folder
 
 
-def _cell(
+def _result(
     name: str,
     method: str,
     label: str,
@@ -141,7 +142,7 @@ def _cell(
     score: float,
     majority: float,
     failed: bool,
-) -> Cell:
+) -> RunResult:
     rows = 200
     right = [1 if (row * 37) % rows < score * rows else 0 for row in range(rows)]
     value = sum(right) / rows
@@ -165,10 +166,10 @@ def _cell(
         "provenance": {"commit": "0123456"},
     }
     if failed:
-        return Cell.from_dict(tree)
+        return RunResult.from_dict(tree)
     score_of = {"task": task, "metric": "accuracy", "value": value, "parts": {"accuracy": value}, "rows": rows}
     points = range(25, 151, 25)
-    return Cell.from_dict(
+    return RunResult.from_dict(
         {
             **tree,
             "scores": [{**score_of, "majority": majority, "per_row": right}],

@@ -19,13 +19,14 @@ from typer.testing import CliRunner
 
 from pedro.backbone import EMBEDDED
 from pedro.cli import app
-from pedro.comparison import cells
-from pedro.comparison.cell import failed, run_cell
-from pedro.comparison.cells import Planner, check, choose, count_parameters_of, far_from_budget, sized
+from pedro.comparison import run_planner
 from pedro.comparison.data import gather
-from pedro.comparison.grid import Grid, lacking, usable
-from pedro.comparison.results import FAILED, FINAL, FINISHED, TUNE, Cell, TaskResult, read_comparison, write_cell
-from pedro.comparison.run import compare, open_folder, prepare
+from pedro.comparison.pipeline import compare, prepare
+from pedro.comparison.result_model import FAILED, FINAL, FINISHED, TUNE, RunResult, TaskResult
+from pedro.comparison.run_executor import RunExecutor, missing_resources, reusable
+from pedro.comparison.run_files import open_folder, read_comparison, write_run
+from pedro.comparison.run_planner import RunPlanner, check, choose, count_parameters_of, far_from_budget, sized
+from pedro.comparison.single_run import execute_run, failed
 from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, MethodChoice, load_comparison_spec
 from pedro.config import Settings, validate_spec
 from pedro.errors import ConfigError, DataError
@@ -51,28 +52,28 @@ def spec_of(**changes) -> ComparisonSpec:
     return validate_spec({**TINY, **changes}, ComparisonSpec)
 
 
-def planner_of(spec: ComparisonSpec, digest: str = "d") -> Planner:
-    return Planner(spec, {task.task: digest for task in spec.tasks})
+def planner_of(spec: ComparisonSpec, digest: str = "d") -> RunPlanner:
+    return RunPlanner(spec, {task.task: digest for task in spec.tasks})
 
 
-def finished(plan, value: float = 0.5) -> Cell:
+def finished(plan, value: float = 0.5) -> RunResult:
     """What a worker hands back; the policy of the grid looks at no more than this."""
     return replace(failed(plan, ""), state=FINISHED, validation={"metric": "accuracy", "value": value, "loss": 1.0})
 
 
-def grid_of(spec: ComparisonSpec, folder: Path, kept: dict[str, Cell] | None = None) -> Grid:
+def executor_of(spec: ComparisonSpec, folder: Path, kept: dict[str, RunResult] | None = None) -> RunExecutor:
     (folder / "comparison.json").write_text(json.dumps({"name": spec.name}))
-    return Grid(spec, planner_of(spec), {}, folder, kept or {})
+    return RunExecutor(spec, planner_of(spec), {}, folder, kept or {})
 
 
-def play(grid: Grid, value_of=lambda plan: 0.5) -> list:
+def play(executor: RunExecutor, value_of=lambda plan: 0.5) -> list:
     """Run a grid's queue in this process, in its order, with made-up scores."""
     ran = []
-    grid._begin()
-    while grid._queue:
-        plan = grid._queue.popleft()
+    executor._begin()
+    while executor._queue:
+        plan = executor._queue.popleft()
         ran.append(plan)
-        grid._ended(plan, finished(plan, value_of(plan)))
+        executor._ended(plan, finished(plan, value_of(plan)))
     return ran
 
 
@@ -212,7 +213,7 @@ def test_a_run_is_named_by_the_backbones_files_and_by_who_marks_its_answers(tmp_
 
 def test_options_of_a_method_may_be_mappings(tmp_path):
     spec = spec_of(methods=[{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}}])
-    ran = play(grid_of(spec, tmp_path))
+    ran = play(executor_of(spec, tmp_path))
     assert len(ran) == planner_of(spec).count()
     assert ran[0].options["rank_pattern"] == {"q_proj": 4}
 
@@ -223,24 +224,24 @@ def test_the_best_on_validation_is_chosen_and_failed_runs_never():
     assert choose([good, better]) == plans[1].lr
     assert choose([replace(better, state=FAILED), good]) == plans[0].lr
     assert choose([replace(good, state=FAILED)]) is None
-    no_number = replace(better, validation={"metric": "accuracy", "value": None, "loss": None})
-    assert choose([no_number, good]) == plans[0].lr
+    nan = replace(better, validation={"metric": "accuracy", "value": None, "loss": None})
+    assert choose([nan, good]) == plans[0].lr
 
 
 def test_final_runs_take_the_learning_rate_that_won_and_repeat_none_of_the_search(tmp_path):
     spec = spec_of()
-    grid = grid_of(spec, tmp_path)
-    ran = play(grid, lambda plan: plan.lr)
+    executor = executor_of(spec, tmp_path)
+    ran = play(executor, lambda plan: plan.lr)
     assert len(ran) == planner_of(spec).count() == 2 * (2 + 1)
-    shown = [cell for cell in read_comparison(tmp_path).cells if cell.stage == FINAL]
+    shown = [result for result in read_comparison(tmp_path).runs if result.stage == FINAL]
     assert len(shown) == 4
-    assert {cell.lr for cell in shown} == {max(RATES)}
+    assert {result.lr for result in shown} == {max(RATES)}
 
 
 def test_a_task_may_take_the_learning_rate_of_another(tmp_path):
     tasks = [{"task": "snips"}, {"task": "banking77", "tune_like": "snips"}]
     spec = spec_of(tasks=tasks)
-    ran = play(grid_of(spec, tmp_path), lambda plan: plan.lr)
+    ran = play(executor_of(spec, tmp_path), lambda plan: plan.lr)
     assert len(ran) == planner_of(spec).count()
     assert [plan for plan in ran if plan.stage == TUNE and plan.group.task == "banking77"] == []
     assert {plan.lr for plan in ran if plan.group.task == "banking77"} == {max(RATES)}
@@ -248,34 +249,34 @@ def test_a_task_may_take_the_learning_rate_of_another(tmp_path):
 
 def test_budgets_may_share_one_search(tmp_path):
     spec = spec_of(methods=SIZELESS, budgets=[2_000, 4_000, 8_000], tune={"lr": RATES, "once": True})
-    ran = play(grid_of(spec, tmp_path))
+    ran = play(executor_of(spec, tmp_path))
     assert len(ran) == planner_of(spec).count()
     assert {plan.group.budget for plan in ran if plan.stage == TUNE} == {4_000}
 
 
 def test_a_resumed_grid_only_does_what_is_missing(tmp_path):
     spec = spec_of()
-    grid = grid_of(spec, tmp_path)
-    grid._begin()
+    executor = executor_of(spec, tmp_path)
+    executor._begin()
     for _ in range(3):
-        plan = grid._queue.popleft()
-        grid._ended(plan, finished(plan, plan.lr))
-    kept = {cell.id: cell for cell in read_comparison(tmp_path).cells}
-    again = grid_of(spec, tmp_path, kept)
+        plan = executor._queue.popleft()
+        executor._ended(plan, finished(plan, plan.lr))
+    kept = {result.id: result for result in read_comparison(tmp_path).runs}
+    again = executor_of(spec, tmp_path, kept)
     ran = play(again, lambda plan: plan.lr)
     assert len(ran) == planner_of(spec).count() - 3
     assert not kept.keys() & {plan.id for plan in ran}
-    whole = {cell.id: cell for cell in read_comparison(tmp_path).cells}
-    assert play(grid_of(spec, tmp_path, whole)) == []
+    whole = {result.id: result for result in read_comparison(tmp_path).runs}
+    assert play(executor_of(spec, tmp_path, whole)) == []
 
 
 def test_a_folder_that_cannot_be_gone_on_with_is_refused_and_a_broken_run_is_done_again(tmp_path):
     spec, settings, told = spec_of(tune=None), Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")}), []
     folder = tmp_path / "out"
     folder.mkdir()
-    ran = play(grid_of(spec, folder))
-    (folder / "cells" / f"{ran[0].id}.json").write_text('{"id": ')
-    (folder / "cells" / "elsewhere.json").write_text((folder / "cells" / f"{ran[1].id}.json").read_text())
+    ran = play(executor_of(spec, folder))
+    (folder / "runs" / f"{ran[0].id}.json").write_text('{"id": ')
+    (folder / "runs" / "elsewhere.json").write_text((folder / "runs" / f"{ran[1].id}.json").read_text())
     prepared = prepare(spec, settings, folder, False, told.append)
     assert len(prepared.kept) == len(ran) - 1
     assert sum("counts as not done" in line for line in told) == 2
@@ -294,26 +295,26 @@ def test_a_folder_that_cannot_be_gone_on_with_is_refused_and_a_broken_run_is_don
 
 def test_what_no_node_has_is_named():
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 1.0}}]
-    assert lacking(spec_of(), nodes) == ""
-    told = lacking(spec_of(resources={"cpus": 4, "gpus": 1}), nodes)
+    assert missing_resources(spec_of(), nodes) == ""
+    told = missing_resources(spec_of(resources={"cpus": 4, "gpus": 1}), nodes)
     assert told == "resources.cpus: 4, resources.gpus: 1: no node has so much (the largest: 2 CPU, 0 GPU)"
 
 
 def test_failed_runs_stay_unless_asked_for(tmp_path):
     plan = planner_of(spec_of()).tuning(planner_of(spec_of()).groups[0])[0]
-    cells = {plan.id: failed(plan, "the loss is nan")}
-    assert usable(cells, retry_failed=False) == cells
-    assert usable(cells, retry_failed=True) == {}
+    results = {plan.id: failed(plan, "the loss is nan")}
+    assert reusable(results, retry_failed=False) == results
+    assert reusable(results, retry_failed=True) == {}
 
 
 def test_runs_of_an_earlier_wording_leave_the_table(tmp_path):
-    play(grid_of(spec_of(), tmp_path))
-    kept = {cell.id: cell for cell in read_comparison(tmp_path).cells}
+    play(executor_of(spec_of(), tmp_path))
+    kept = {result.id: result for result in read_comparison(tmp_path).runs}
     longer = spec_of(training={**TINY["training"], "max_steps": 5})
-    grid = grid_of(longer, tmp_path, kept)
-    play(grid)
-    grid.settle()
-    steps = {cell.training["max_steps"] for cell in read_comparison(tmp_path).cells if cell.stage == FINAL}
+    executor = executor_of(longer, tmp_path, kept)
+    play(executor)
+    executor.settle()
+    steps = {result.training["max_steps"] for result in read_comparison(tmp_path).runs if result.stage == FINAL}
     assert steps == {5}
 
 
@@ -331,8 +332,8 @@ def test_every_method_sees_the_same_rows_and_none_twice(tmp_path):
 
 def test_a_run_is_another_one_on_other_weights_of_a_backbone(monkeypatch):
     def ids(digest):
-        known = cells.resolve_backbone("stories260K")
-        monkeypatch.setattr(cells, "resolve_backbone", lambda name: replace(known, digest=digest or known.digest))
+        known = run_planner.resolve_backbone("stories260K")
+        monkeypatch.setattr(run_planner, "resolve_backbone", lambda name: replace(known, digest=digest or known.digest))
         planner = planner_of(spec_of())
         found = [plan.id for plan in planner.finals(planner.groups[0], 1e-2)]
         monkeypatch.undo()
@@ -346,27 +347,27 @@ def test_a_run_trains_scores_and_says_what_it_cost(tmp_path):
     spec = spec_of(training={**TINY["training"], "max_steps": 12, "eval_every": 6})
     data = gather(spec, spec.tasks[0], str(tmp_path / "storage"))
     planner = planner_of(spec, data.digest)
-    cell = run_cell(planner.finals(planner.groups[0], 1e-2)[0], data, spec.resources, None, tmp_path / "cache")
-    assert cell.state == FINISHED
-    (score,) = cell.scores
+    result = execute_run(planner.finals(planner.groups[0], 1e-2)[0], data, spec.resources, None, tmp_path / "cache")
+    assert result.state == FINISHED
+    (score,) = result.scores
     assert len(score.per_row) == score.rows == 12
     assert score.value == pytest.approx(sum(score.per_row) / 12)
     assert 0 < score.majority < 1
-    assert cell.trainable_parameters == cell.adapter_bytes / 4
-    assert [step for step, _ in cell.curves["dev/loss"]] == [6, 12]
-    assert len(cell.activations["layers"]) == 5
-    assert cell.peak_memory_bytes > 0
-    assert cell.provenance["versions"]["torch"]
-    assert Cell.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell
+    assert result.trainable_parameters == result.adapter_bytes / 4
+    assert [step for step, _ in result.curves["dev/loss"]] == [6, 12]
+    assert len(result.activations["layers"]) == 5
+    assert result.peak_memory_bytes > 0
+    assert result.provenance["versions"]["torch"]
+    assert RunResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
 def test_a_run_that_diverges_is_a_failed_cell(tmp_path):
     spec = spec_of(training={**TINY["training"], "clip": 0, "warmup": 0, "max_steps": 20})
     data = gather(spec, spec.tasks[0], str(tmp_path / "storage"))
     planner = planner_of(spec, data.digest)
-    cell = run_cell(planner.finals(planner.groups[1], 100.0)[0], data, spec.resources, None, tmp_path / "cache")
-    assert cell.state == FAILED
-    assert "the loss is" in cell.message
+    result = execute_run(planner.finals(planner.groups[1], 100.0)[0], data, spec.resources, None, tmp_path / "cache")
+    assert result.state == FAILED
+    assert "the loss is" in result.message
 
 
 def test_a_changed_label_is_shown_though_no_run_is_made(tmp_path):
@@ -376,8 +377,8 @@ def test_a_changed_label_is_shown_though_no_run_is_made(tmp_path):
         planner = prepare(spec, settings, folder, False, print).planner
         score = TaskResult("snips", "accuracy", 0.5, rows=2, per_row=(0.0, 1.0))
         for plan in planner.finals(planner.groups[0], None):
-            if not (folder / "cells" / f"{plan.id}.json").exists():
-                write_cell(folder, replace(finished(plan), scores=(score,)))
+            if not (folder / "runs" / f"{plan.id}.json").exists():
+                write_run(folder, replace(finished(plan), scores=(score,)))
         compare(spec, settings, folder, prepare(spec, settings, folder, False, print), print)
         head = json.loads((folder / "comparison.json").read_text())
         assert head["labels"] == [label]
@@ -400,12 +401,12 @@ def test_a_killed_grid_repeats_nothing_and_ends_with_tables(tmp_path):
     words = [*pedro, "compare", str(path), "--out", str(folder), "--json"]
     try:
         driver = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while len(list(folder.glob("cells/*.json"))) < 2:
+        while len(list(folder.glob("runs/*.json"))) < 2:
             assert driver.poll() is None, driver.stderr.read()
             time.sleep(0.2)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        before = {file: file.read_text() for file in folder.glob("cells/*.json")}
+        before = {file: file.read_text() for file in folder.glob("runs/*.json")}
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         assert "of them done before" in done.stderr
@@ -413,9 +414,9 @@ def test_a_killed_grid_repeats_nothing_and_ends_with_tables(tmp_path):
             old, new = json.loads(text), json.loads(file.read_text())
             assert {**old, "stage": ""} == {**new, "stage": ""}, "a finished run is not made again"
         comparison = read_comparison(folder)
-        assert len(comparison.cells) == planner_of(spec_of()).count()
-        assert sum(cell.state == FAILED for cell in comparison.cells) == 2, "the runs that diverged, and no others"
-        assert all(cell.lr == 1e-2 for cell in comparison.cells if cell.stage == FINAL)
+        assert len(comparison.runs) == planner_of(spec_of()).count()
+        assert sum(result.state == FAILED for result in comparison.runs) == 2, "the runs that diverged, and no others"
+        assert all(result.lr == 1e-2 for result in comparison.runs if result.stage == FINAL)
         for name in ("table.txt", "table.md", "table.csv", "table.tex", "table.png", "activations.png", "summary.json"):
             assert (folder / name).stat().st_size > 0
         assert json.loads(done.stdout.splitlines()[-1])["name"] == "tiny"

@@ -11,14 +11,13 @@ import re
 from pathlib import Path
 
 import pytest
+from comparisons import printed, tables_of
 from dashboard_app import DASHBOARD, healthy, opener, words
 from dashboard_home import copy_of_home
 from dashboard_results import add_comparison
 
-from pedro.comparison.report import print_report
-from pedro.comparison.results import read_comparison
-from pedro.comparison.sheets import number
-from pedro.comparison.tables import tables
+from pedro.comparison.result_model import format_score
+from pedro.comparison.run_files import read_comparison
 from pedro.config import Settings
 from pedro.registry import Registry
 
@@ -93,7 +92,7 @@ def test_the_table_is_the_one_that_pedro_compare_prints_number_by_number(page, m
     seen = [row for row in shown_rows(page(made, comparison=TINY)) if row[0] != "method"]
     assert [row[0] for row in seen] == ["PEDRO", "LoRA", "(IA)³", "BitFit"]
     assert all(row[-1].count("[") == 1 for row in seen)
-    numbers_agree(seen, print_report(read_comparison(made / "comparisons" / "tiny_table1"), width=10_000))
+    numbers_agree(seen, printed(read_comparison(made / "comparisons" / "tiny_table1"), width=10_000))
 
 
 @pytest.mark.parametrize("name", ["nano_table1", "nano_table4", "nano_figure3"])
@@ -101,7 +100,7 @@ def test_a_committed_comparison_is_shown_as_it_was_printed(page, tmp_path, name)
     shown = page(tmp_path / "home", comparison=f"results/{name}")
     seen = [row for row in shown_rows(shown) if row[0] != "method"]
     assert len(seen) > 1
-    numbers_agree(seen, (RESULTS / name / "table.txt").read_text())
+    numbers_agree(seen, printed(read_comparison(RESULTS / name), width=10_000))
     assert not shown.warning
     assert "Learning curves" in words(shown.subheader)
 
@@ -118,11 +117,11 @@ def numbers_agree(seen: list[list[str]], printed: str) -> None:
 def test_marks_are_those_of_the_table(page, made):
     shown = page(made, comparison=TINY)
     body = body_of(shown)
-    (table,) = tables(read_comparison(made / "comparisons" / "tiny_table1"))
-    marked = [entry for entry in table.cells.values() if entry.mark == "best"]
+    (table,) = tables_of(read_comparison(made / "comparisons" / "tiny_table1"))
+    marked = [entry for entry in table.entries.values() if entry.mark == "best"]
     assert {entry.label for entry in marked} == {"PEDRO"}
     assert body.count("<b>") == sum(entry.proven for entry in marked)
-    assert body.count("<u>") == sum(entry.mark == "second" for entry in table.cells.values())
+    assert body.count("<u>") == sum(entry.mark == "second" for entry in table.entries.values())
     assert "!" in next(row for row in shown_rows(shown) if row[0] == "BitFit")[3]
 
 
@@ -138,7 +137,7 @@ def test_filters_come_from_the_url_and_hold_for_everything(page, made):
 
 
 def test_only_parameters_that_differ_are_listed(sources, made):
-    rows = sources.compare.differing(read_comparison(made / "comparisons" / "tiny_table1").cells)
+    rows = sources.compare.differing(read_comparison(made / "comparisons" / "tiny_table1").runs)
     by_label = {row["method"]: row for row in rows}
     assert by_label["PEDRO"] == {"method": "PEDRO", "kind": "pedro", "r": "12", "lr": "0.01"}
     assert by_label["BitFit"]["lr"] == "0.003"
@@ -146,12 +145,12 @@ def test_only_parameters_that_differ_are_listed(sources, made):
 
 
 def test_the_best_value_of_a_curve_is_told_beside_the_last(sources, made):
-    cells = read_comparison(made / "comparisons" / "tiny_table1").cells
-    rows = {row["method"]: row for row in sources.compare.best_values(cells, "sst2", "dev/loss")}
+    runs = read_comparison(made / "comparisons" / "tiny_table1").runs
+    rows = {row["method"]: row for row in sources.compare.best_values(runs, "sst2", "dev/loss")}
     assert rows["PEDRO"]["step"] == 125
     assert rows["PEDRO"]["best"] < rows["PEDRO"]["last"]
     assert rows["PEDRO"]["seeds"] == 3
-    drawn = [row for row in sources.compare.curve_rows(cells, "sst2", "dev/loss") if row["method"] == "PEDRO"]
+    drawn = [row for row in sources.compare.curve_rows(runs, "sst2", "dev/loss") if row["method"] == "PEDRO"]
     assert [row["step"] for row in drawn] == list(range(25, 151, 25))
     assert all(row["low"] <= row["value"] <= row["high"] for row in drawn)
 
@@ -171,12 +170,12 @@ def test_a_method_is_unbeaten_unless_another_is_as_good_in_all_and_better_in_one
 
 
 def test_a_third_metric_keeps_what_two_would_drop(sources, made):
-    selection = sources.compare.select(read_comparison(made / "comparisons" / "tiny_table1"))
+    selection = sources.compare.filter_comparison(read_comparison(made / "comparisons" / "tiny_table1"))
     points = {point.label: point for point in sources.pareto.points_of(selection)}
     assert points["PEDRO"].values["parameters"] == 20260
     assert points["PEDRO"].values["adapter_bytes"] == 4 * 20260
     table = selection.tables[0]
-    assert points["LoRA"].values["score"] == table.cells["LoRA", "Avg."].value
+    assert points["LoRA"].values["score"] == table.entries["LoRA", "Avg."].value
     listed = list(points.values())
     two = sources.pareto.undominated(listed, ["score", "parameters"])
     three = sources.pareto.undominated(listed, ["score", "parameters", "tokens_per_second"])
@@ -187,19 +186,21 @@ def test_a_third_metric_keeps_what_two_would_drop(sources, made):
 def test_scores_stand_against_budgets_where_there_are_several(page, sources, made):
     shown = page(made, comparison=FIGURE)
     assert "Score against parameters" in words(shown.subheader)
-    selection = sources.compare.select(read_comparison(made / "comparisons" / "tiny_figure3"), ["sst2"], ["PEDRO"])
+    selection = sources.compare.filter_comparison(
+        read_comparison(made / "comparisons" / "tiny_figure3"), ["sst2"], ["PEDRO"]
+    )
     rows = sources.compare.budget_rows(selection, "sst2")
     assert [row["parameters"] for row in rows] == [5000, 20000, 80000]
     assert "Score against parameters" not in words(page(made, comparison=TINY).subheader)
 
 
 def test_exports_hold_exactly_what_is_filtered(sources, made):
-    selection = sources.compare.select(
+    selection = sources.compare.filter_comparison(
         read_comparison(made / "comparisons" / "tiny_table1"), ["sst2"], ["PEDRO", "LoRA"]
     )
     rows = list(csv.DictReader(io.StringIO(sources.compare.as_csv(selection))))
     assert [(row["label"], row["task"]) for row in rows] == [("PEDRO", "sst2"), ("LoRA", "sst2")]
-    assert float(rows[0]["value"]) == selection.tables[0].cells["PEDRO", "sst2"].value
+    assert float(rows[0]["value"]) == selection.tables[0].entries["PEDRO", "sst2"].value
     tex = sources.compare.as_latex(selection)
     assert r"\begin{tabular}{lrr}" in tex
     assert "BitFit" not in tex
@@ -215,8 +216,8 @@ def test_the_papers_numbers_stand_beside_ours(page, made, tmp_path):
     shown = page(home, comparison=TINY)
     frame = next(d.value for d in shown.dataframe if "sst2, paper" in d.value.columns)
     assert frame["sst2, paper"][0] == 95.9
-    (table,) = tables(read_comparison(head.parent))
-    assert f"{frame['sst2, ours'][0]:.1f}" == number(table.cells["PEDRO", "sst2"].value, "accuracy")
+    (table,) = tables_of(read_comparison(head.parent))
+    assert f"{frame['sst2, ours'][0]:.1f}" == format_score(table.entries["PEDRO", "sst2"].value, "accuracy")
     tree["paper"] = {"rows": 3}
     head.write_text(json.dumps(tree))
     assert "cannot be shown" in words(page(home, comparison=TINY).caption)
@@ -232,12 +233,12 @@ def test_a_small_twin_stands_beside_what_the_papers_own_experiment_carries(page,
 
 def test_broken_files_are_named_with_the_reason_and_the_rest_is_shown(page, made, tmp_path):
     home = copied(made, tmp_path)
-    cells = sorted((home / "comparisons" / "tiny_table1" / "cells").glob("*.json"))
-    cells[0].write_text('{"id": 3')
-    cells[1].write_text('{"state": "finished"}')
+    runs = sorted((home / "comparisons" / "tiny_table1" / "runs").glob("*.json"))
+    runs[0].write_text('{"id": 3')
+    runs[1].write_text('{"state": "finished"}')
     (home / "comparisons" / "tiny_figure3" / "comparison.json").write_text("{")
     shown = page(home, comparison=TINY)
-    assert cells[0].name in words(shown.warning)
+    assert runs[0].name in words(shown.warning)
     assert "missing" in words(shown.warning)
     assert len(shown_rows(shown)) == 5
     assert "comparison.json" in words(page(home, comparison=FIGURE).warning)

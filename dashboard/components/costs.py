@@ -10,13 +10,13 @@ import streamlit as st
 
 from drawing import BLUE, GREY, INK
 from sources import pareto
-from sources.compare import Selection
+from sources.compare import FilteredComparison
 from sources.pareto import METRICS
 
 USUAL = ("score", "parameters", "seconds")
 
 
-def costs(selection: Selection) -> None:
+def costs(selection: FilteredComparison) -> None:
     st.subheader("What it costs", anchor=False)
     points = pareto.points_of(selection)
     measured = [name for name in METRICS if any(name in point.values for point in points)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from pedro.comparison.results import FINAL, FINISHED, Cell, Comparison, TaskResult
+from pedro.comparison.result_model import FINAL, FINISHED, Comparison, RunResult, TaskResult
 from pedro.config import Settings
 from pedro.registry import Registry, queries, utc
 from pedro.registry.queries import TrackedRun
@@ -47,19 +47,21 @@ def read_runs(settings: Settings, models: Sequence[str]) -> tuple[Comparison, st
 
     (found, sizes), problem = ask_registry(settings, read, ((), {}))
     scored = [run for run in found if "final/accuracy" in run.metrics]
-    cells = tuple(_cell(run, label, sizes.get(run.id, 0)) for run, label in zip(scored, _labels(scored), strict=True))
-    return Comparison(Path(NAME), "runs", TITLE, "compute", "", cells, (), {}), problem
+    results = tuple(
+        _result(run, label, sizes.get(run.id, 0)) for run, label in zip(scored, _labels(scored), strict=True)
+    )
+    return Comparison(Path(NAME), "runs", TITLE, "compute", "", results, (), {}), problem
 
 
-def with_curves(settings: Settings, cells: Iterable[Cell], task: str) -> list[Cell]:
+def with_curves(settings: Settings, results: Iterable[RunResult], task: str) -> list[RunResult]:
     """The runs of one adapter with their curves; the newest of them, where there are many."""
-    mine = [cell for cell in cells if cell.task == task][:MOST_CURVES]
-    read = partial(queries.metric_histories, run_ids=[cell.id for cell in mine], metrics=list(CURVES))
+    mine = [result for result in results if result.task == task][:MOST_CURVES]
+    read = partial(queries.metric_histories, run_ids=[result.id for result in mine], metrics=list(CURVES))
     points, _ = ask_registry(settings, read, [])
     drawn: dict[str, dict[str, list[list[float]]]] = {}
     for run_id, metric, step, value in points:
         drawn.setdefault(run_id, {}).setdefault(metric, []).append([step, value])
-    return [replace(cell, curves=drawn.get(cell.id, {})) for cell in mine]
+    return [replace(result, curves=drawn.get(result.id, {})) for result in mine]
 
 
 def _labels(found: Sequence[TrackedRun]) -> list[str]:
@@ -76,11 +78,11 @@ def _labels(found: Sequence[TrackedRun]) -> list[str]:
     return labels
 
 
-def _cell(run: TrackedRun, label: str, parameters: int) -> Cell:
+def _result(run: TrackedRun, label: str, parameters: int) -> RunResult:
     asked, metrics = _asked(run), run.metrics
     majority = metrics.get("final/majority_accuracy")
     score = TaskResult(run.model, "accuracy", metrics["final/accuracy"], majority=majority)
-    return Cell(
+    return RunResult(
         id=run.id,
         stage=FINAL,
         comparison="runs",

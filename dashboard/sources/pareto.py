@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from pedro.comparison.results import Cell
-from pedro.comparison.tables import AVERAGE, Table
-from sources.compare import Selection
+from pedro.comparison.result_model import AVERAGE, RunResult, Table
+from sources.compare import FilteredComparison
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,12 @@ class Point:
     values: dict[str, float]
 
 
-def points_of(selection: Selection) -> list[Point]:
+def points_of(selection: FilteredComparison) -> list[Point]:
     """Every method of the selection: its score over the chosen tasks, the medians of what its runs took."""
     found = []
     for table in selection.tables:
         for label in table.rows:
-            mine = [c for c in selection.cells if c.finished and _is_of(c, table, label)]
+            mine = [c for c in selection.runs if c.finished and _is_of(c, table, label)]
             values = {name: value for name, value in _costs(mine).items() if value}
             score = _score(table, label)
             found.append(
@@ -84,27 +83,27 @@ def _goods(point: Point, metrics: Sequence[str]) -> list[float] | None:
     return [point.values[name] * (1 if METRICS[name].more_is_better else -1) for name in metrics]
 
 
-def _is_of(cell: Cell, table: Table, label: str) -> bool:
-    return (cell.label, cell.backbone, cell.budget) == (label, table.backbone, table.budget)
+def _is_of(run: RunResult, table: Table, label: str) -> bool:
+    return (run.label, run.backbone, run.budget) == (label, table.backbone, table.budget)
 
 
 def _score(table: Table, label: str) -> float | None:
     """The average over tasks; where there is one task only, its value. None for a method that lacks some."""
     if AVERAGE in table.columns:
-        entry = table.cells.get((label, AVERAGE))
+        entry = table.entries.get((label, AVERAGE))
         return None if entry is None else entry.value
-    values = [entry.value for task in table.columns if (entry := table.cells.get((label, task))) is not None]
+    values = [entry.value for task in table.columns if (entry := table.entries.get((label, task))) is not None]
     known = [value for value in values if value is not None]
     return fmean(known) if known and len(known) == len(table.columns) else None
 
 
-def _costs(cells: Sequence[Cell]) -> dict[str, float]:
-    if not cells:
+def _costs(runs: Sequence[RunResult]) -> dict[str, float]:
+    if not runs:
         return {}
     return {
-        "parameters": median(cell.trainable_parameters for cell in cells),
-        "tokens_per_second": median(cell.tokens_per_second for cell in cells),
-        "peak_memory": median(cell.peak_memory_bytes for cell in cells),
-        "seconds": median(cell.seconds for cell in cells),
-        "adapter_bytes": median(cell.adapter_bytes for cell in cells),
+        "parameters": median(run.trainable_parameters for run in runs),
+        "tokens_per_second": median(run.tokens_per_second for run in runs),
+        "peak_memory": median(run.peak_memory_bytes for run in runs),
+        "seconds": median(run.seconds for run in runs),
+        "adapter_bytes": median(run.adapter_bytes for run in runs),
     }

@@ -10,11 +10,11 @@ import streamlit as st
 
 from components.costs import costs
 from drawing import behind, colours, dashes
-from pedro.comparison.results import Cell, Comparison
+from pedro.comparison.result_model import Comparison, RunResult
 from pedro.config import Settings
 from sources import compare as data
 from sources import mlflow_runs
-from sources.compare import Selection
+from sources.compare import FilteredComparison
 
 REFRESH_S = 60
 Names = tuple[str, ...]
@@ -41,14 +41,14 @@ read_one = st.cache_resource(show_spinner="Reading the runs …", max_entries=10
 
 
 @st.cache_resource(ttl=600, show_spinner="Computing the intervals …", max_entries=50)
-def select(_comparison: Comparison, stamp: str, tasks: Names, labels: Names, backbones: Names) -> Selection:
+def select(_comparison: Comparison, stamp: str, tasks: Names, labels: Names, backbones: Names) -> FilteredComparison:
     """The bootstrap takes a moment, and its outcome changes with the runs and the filters alone."""
-    return data.select(_comparison, tasks, labels, backbones)
+    return data.filter_comparison(_comparison, tasks, labels, backbones)
 
 
 @st.cache_resource(ttl=REFRESH_S, show_spinner="Reading the curves …", max_entries=50)
-def with_curves(settings: Settings, _cells: tuple[Cell, ...], stamp: str, task: str) -> list[Cell]:
-    return mlflow_runs.with_curves(settings, _cells, task)
+def with_curves(settings: Settings, _runs: tuple[RunResult, ...], stamp: str, task: str) -> list[RunResult]:
+    return mlflow_runs.with_curves(settings, _runs, task)
 
 
 def page() -> None:
@@ -95,7 +95,7 @@ def chosen(settings: Settings) -> tuple[Comparison | None, str]:
     comparison, problem = read_runs(settings, tuple(wanted))
     if problem:
         st.warning(f"The runs cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
-    return comparison, f"{mlflow_runs.NAME} {[cell.id for cell in comparison.cells]}"
+    return comparison, f"{mlflow_runs.NAME} {[run.id for run in comparison.runs]}"
 
 
 def problems(comparison: Comparison) -> None:
@@ -107,7 +107,7 @@ def problems(comparison: Comparison) -> None:
         )
 
 
-def filtered(comparison: Comparison, stamp: str) -> Selection:
+def filtered(comparison: Comparison, stamp: str) -> FilteredComparison:
     """What the filters leave; they stand in the URL."""
     open_to = data.choices(comparison)
     several = len(open_to.backbones) > 1
@@ -124,7 +124,7 @@ def filtered(comparison: Comparison, stamp: str) -> Selection:
     return select(comparison, stamp, tuple(tasks), tuple(labels), tuple(backbones))
 
 
-def table(selection: Selection) -> None:
+def table(selection: FilteredComparison) -> None:
     style = STYLE % behind()  # of the first column, which stays while the others scroll
     st.html(style + "".join(data.table_html(table) for table in selection.tables))
     heads = {table.notes[0] for table in selection.tables if table.notes}  # which budget is equal
@@ -134,7 +134,7 @@ def table(selection: Selection) -> None:
         st.markdown("\n".join(f"- {_literal(note)}" for note in notes))
 
 
-def downloads(selection: Selection) -> None:
+def downloads(selection: FilteredComparison) -> None:
     """Exactly what is shown, as files; figures are drawn when they are asked for."""
     name = selection.comparison.name
     places = st.columns(4)
@@ -157,7 +157,7 @@ def downloads(selection: Selection) -> None:
         )
 
 
-def beside_the_paper(selection: Selection) -> None:
+def beside_the_paper(selection: FilteredComparison) -> None:
     if selection.complaint:
         st.caption(f":orange[:material/warning:] The paper's numbers cannot be shown: {selection.complaint}")
     rows = data.paper_rows(selection)
@@ -168,7 +168,7 @@ def beside_the_paper(selection: Selection) -> None:
     st.caption(f"{selection.paper.title}. {selection.paper.note}")
 
 
-def budgets(selection: Selection) -> None:
+def budgets(selection: FilteredComparison) -> None:
     if not data.budget_rows(selection, selection.tasks[0]):
         return
     st.subheader("Score against parameters", anchor=False)
@@ -201,14 +201,14 @@ def budgets(selection: Selection) -> None:
     st.caption("Medians over seeds with their 95 % intervals; the number of parameters on a logarithmic axis.")
 
 
-def curves(settings: Settings, selection: Selection, stamp: str) -> None:
+def curves(settings: Settings, selection: FilteredComparison, stamp: str) -> None:
     st.subheader("Learning curves", anchor=False)
-    trained = list(dict.fromkeys(cell.task for cell in selection.cells))
+    trained = list(dict.fromkeys(run.task for run in selection.runs))
     if not trained:
         st.caption("No run has a curve.")
         return
     left, right = st.columns([1, 2], vertical_alignment="bottom")
-    most = data.most_validated(selection.cells)
+    most = data.most_validated(selection.runs)
     task = left.selectbox("Trained on", trained, trained.index(most), key="curve_task", bind="query-params") or most
     curve = right.segmented_control(
         "Curve",
@@ -219,14 +219,14 @@ def curves(settings: Settings, selection: Selection, stamp: str) -> None:
         key="curve",
         bind="query-params",
     )
-    cells = selection.cells
+    runs = selection.runs
     if stamp.startswith(mlflow_runs.NAME):
-        cells = tuple(with_curves(settings, cells, stamp, task))
-    frame = pd.DataFrame(data.curve_rows(cells, task, curve))
+        runs = tuple(with_curves(settings, runs, stamp, task))
+    frame = pd.DataFrame(data.curve_rows(runs, task, curve))
     if frame.empty:
         st.caption("These runs logged no such curve.")
         return
-    best = data.best_values(cells, task, curve)
+    best = data.best_values(runs, task, curve)
     methods = [row["method"] for row in best][:MOST_LINES]
     frame = frame[frame["method"].isin(methods)]
     base = alt.Chart(frame).encode(
@@ -258,9 +258,9 @@ def curves(settings: Settings, selection: Selection, stamp: str) -> None:
         right.caption(f"Drawn are the best {MOST_LINES} of {len(best)}.")
 
 
-def parameters(selection: Selection) -> None:
+def parameters(selection: FilteredComparison) -> None:
     st.subheader("Parameters that differ", anchor=False)
-    rows = data.differing(selection.cells)
+    rows = data.differing(selection.runs)
     if len(rows) < 2 or len(rows[0]) < 2:
         st.caption("None, the seed apart.")
         return

@@ -15,7 +15,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from pedro.comparison.results import Cell, write_cell
+from pedro.comparison.result_model import RunResult
+from pedro.comparison.run_files import write_run
 from pedro.config import Settings
 from pedro.registry import Registry
 from pedro.registry.tags import RUN_NAME, stored
@@ -209,7 +210,7 @@ def _comparison(settings: Settings, draw: random.Random) -> None:
             "peak_memory_bytes": 1 << 29,
             "curves": {"dev/loss": [[step, 1 - value + 20 / step] for step in range(20, 201, 20)]},
         }
-        write_cell(folder, Cell.from_dict(tree))
+        write_run(folder, RunResult.from_dict(tree))
 
 
 def _insert(url: str, tables: Tables) -> None:

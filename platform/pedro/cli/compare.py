@@ -13,7 +13,7 @@ import typer
 from pedro.cli.output import AsJson, emit, say, table
 
 if TYPE_CHECKING:
-    from pedro.comparison.run import Prepared
+    from pedro.comparison.pipeline import PreparedComparison
     from pedro.comparison.spec import ComparisonSpec, EfficiencySpec
 
 
@@ -29,6 +29,12 @@ def compare(
     report: Annotated[
         bool, typer.Option("--report", help="Start nothing; write tables and figures of the runs that are there.")
     ] = False,
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack", help="Start nothing; gather the runs' files into one runs.jsonl to commit, then as --report."
+        ),
+    ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")] = False,
     allow_dirty: Annotated[
         bool,
@@ -42,8 +48,8 @@ def compare(
     """Train and score methods × tasks × backbones × budgets × seeds, and print the table a paper would show.
 
     Every finished run is a file of its own; interrupted or changed, the same command does only what is missing.
-    Tables (text, Markdown, CSV, LaTeX) and figures (PNG) stand beside the runs. Tasks that the package does not carry
-    are read below PEDRO_TASK_DATA or `data:` of the spec (a directory, or hub).
+    Tables (text, Markdown, CSV, LaTeX) and figures (PNG) stand beside the runs. To commit a comparison, --pack it.
+    Tasks that the package does not carry are read below PEDRO_TASK_DATA or `data:` of the spec (a directory, or hub).
 
     Examples: `pedro compare jobs/configs/nano_table1.yaml`,
     `pedro compare jobs/configs/nano_table1.yaml --out jobs/results/nano_table1 --report`,
@@ -54,21 +60,25 @@ def compare(
 
     wanted = load_comparison_spec(spec, overrides or [])
     if isinstance(wanted, EfficiencySpec):
-        if report or retry_failed:
+        if report or pack or retry_failed:
             raise typer.BadParameter("an efficiency spec has no runs to report or to try again; run it as it is")
         _efficiency(wanted, out, dry_run, allow_dirty, as_json)
         return
-    from pedro.comparison.run import compare as run
-    from pedro.comparison.run import folder_of, open_folder, prepare, read
+    from pedro.comparison.report import make_report, print_report, summarize, write_report
+    from pedro.comparison.run_files import PACKED, folder_of, open_folder, pack_runs, read_named
 
     settings = Settings.from_env()
-    folder = folder_of(wanted, settings, out)
-    if report:
-        from pedro.comparison.report import write_report
-
-        comparison = read(folder, wanted)
-        write_report(comparison)
+    folder = folder_of(wanted.name, settings.home, out)
+    if report or pack:
+        comparison = read_named(folder, wanted.name)
+        if pack:
+            say(f"{pack_runs(folder)} runs packed into {folder / PACKED}")
+        made = make_report(comparison)
+        write_report(made)
     else:
+        from pedro.comparison.pipeline import compare as run
+        from pedro.comparison.pipeline import prepare
+
         prepared = prepare(wanted, settings, folder, retry_failed, say)
         if dry_run:
             _show_plan(wanted, prepared, folder, as_json)
@@ -79,25 +89,21 @@ def compare(
         check_unchanged(code_state(), folder, allow_dirty)
         open_folder(folder)
         connect(settings, say, attach=True)
-        comparison = run(wanted, settings, folder, prepared, say)
-    from pedro.comparison.report import print_report
-
-    for problem in comparison.problems:
+        made = run(wanted, settings, folder, prepared, say)
+    for problem in made.comparison.problems:
         say(f"left out: {problem}")
-    summary = folder / "summary.json"
-    shown = json.loads(summary.read_text()) if summary.is_file() else {}
     person = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if person else 160
 
     def show() -> None:
-        typer.echo(f"{print_report(comparison, width=width, ansi=person)}\n\ntables, figures and runs: {folder}")
+        typer.echo(f"{print_report(made, width=width, ansi=person)}\n\ntables, figures and runs: {folder}")
 
-    emit(shown, as_json, show)
+    emit(summarize(made), as_json, show)
 
 
-def _show_plan(spec: ComparisonSpec, prepared: Prepared, folder: Path, as_json: bool) -> None:
+def _show_plan(spec: ComparisonSpec, prepared: PreparedComparison, folder: Path, as_json: bool) -> None:
     """The runs, and how many of them are done."""
-    from pedro.comparison.cells import count_parameters_of
+    from pedro.comparison.run_planner import count_parameters_of
 
     planner = prepared.planner
     rows = []

@@ -29,11 +29,11 @@ def run_efficiency(spec: EfficiencySpec, out: Path | None, allow_dirty: bool) ->
     Raises ConfigError as `check_efficiency` does, for a folder that cannot be written and for changed code;
     UnavailableError without a checkout and for an engine that failed.
     """
-    from pedro.comparison.run import open_folder
+    from pedro.comparison.run_files import folder_of, open_folder
     from pedro.config import Settings
 
     check_efficiency(spec)
-    folder = (out or Settings.from_env().home / "comparisons" / spec.name).absolute()
+    folder = folder_of(spec.name, Settings.from_env().home, out)
     check_unchanged(code_state(), folder, allow_dirty)
     open_folder(folder)
     answer = _ask(spec, folder)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pedro.comparison.layout import columns_of, current, position, row_order
-from pedro.comparison.results import Cell, Comparison
-from pedro.comparison.tables import BEST, JUDGE, Entry, Table
+from pedro.comparison.result_model import BEST, JUDGE, RunResult, Table, TableEntry
+from pedro.comparison.selection import Selection, position
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,9 +81,9 @@ def draw_budgets(tables: Sequence[Table], path: Path) -> None:
     for (backbone, task), plot in zip(panels, axes, strict=True):
         mine = [table for table in tables if table.backbone == backbone]
         for label in labels:
-            found = [table.cells[label, task] for table in mine if (label, task) in table.cells]
+            found = [table.entries[label, task] for table in mine if (label, task) in table.entries]
             _curve(plot, [entry for entry in found if entry.value is not None], _look(label, labels))
-        _majority(plot, [entry for table in mine for at, entry in table.cells.items() if at[1] == task], across=True)
+        _majority(plot, [entry for table in mine for at, entry in table.entries.items() if at[1] == task], across=True)
         _count_axis(plot)
         plot.set_title(f"{task} · {backbone}" if several else task, fontsize=10)
         plot.grid(color=PALE, linewidth=0.6)
@@ -96,29 +95,29 @@ def draw_budgets(tables: Sequence[Table], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def grouped(comparison: Comparison) -> dict[Panel, list[str]]:
+def grouped(selection: Selection) -> dict[Panel, list[str]]:
     """The (backbone, task) whose score falls into a few groups (prompt lengths, sub-tasks), and those in their order.
 
     None where there are several budgets: lines would be too many.
     """
-    cells = current(comparison)[0]
+    runs = selection.runs
     found: dict[Panel, set[str]] = defaultdict(set)
-    if len({cell.budget for cell in cells}) > 1:
+    if len({run.budget for run in runs}) > 1:
         return {}
-    for cell in cells:
-        for score in cell.scores:
-            found[cell.backbone, score.task].update(score.groups)
+    for run in runs:
+        for score in run.scores:
+            found[run.backbone, score.task].update(score.groups)
     return {panel: sorted(names, key=_natural) for panel, names in found.items() if 1 < len(names) <= FEW_GROUPS}
 
 
-def draw_groups(comparison: Comparison, path: Path) -> None:
+def draw_groups(selection: Selection, path: Path) -> None:
     """A panel for each task that has a few groups: the score in each, a line a method, its seeds as dots."""
-    panels, labels, cells = grouped(comparison), row_order(comparison), current(comparison)[0]
+    panels, labels, runs = grouped(selection), selection.labels, selection.runs
     several = len({backbone for backbone, _ in panels}) > 1
     figure, axes = _panels([divmod(place, ACROSS - 1) for place in range(len(panels))], (4.2, 3.3))
     for ((backbone, task), names), plot in zip(panels.items(), axes, strict=True):
         for label in labels:
-            look, seeds = _look(label, labels), _group_scores(cells, label, backbone, task)
+            look, seeds = _look(label, labels), _group_scores(runs, label, backbone, task)
             values = [[100 * groups[name] for groups in seeds if name in groups] for name in names]
             shown = [(place, found) for place, found in enumerate(values) if found]
             plot.plot([x for x, _ in shown], [np.median(y) for _, y in shown], linewidth=1.6, markersize=4.5, **look)
@@ -133,19 +132,19 @@ def draw_groups(comparison: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def draw_activations(comparison: Comparison, path: Path) -> None:
+def draw_activations(selection: Selection, path: Path) -> None:
     """For each method and task that has them: R(x) of every layer beside GELU (above), and minus GELU (below).
 
     Of several seeds the first is drawn, of several budgets the largest.
     """
     from matplotlib import colormaps
 
-    cells = _with_activations(comparison)[:AT_MOST]
-    blocks = [divmod(place, ACROSS) for place in range(len(cells))]
+    runs = _with_activations(selection)[:AT_MOST]
+    blocks = [divmod(place, ACROSS) for place in range(len(runs))]
     figure, axes = _panels([(2 * row + part, column) for row, column in blocks for part in (0, 1)], (2.9, 2.3))
     furthest = 0.0
-    for above, below, cell in zip(axes[::2], axes[1::2], cells, strict=True):
-        layers = (cell.activations or {}).get("layers", [])
+    for above, below, run in zip(axes[::2], axes[1::2], runs, strict=True):
+        layers = (run.activations or {}).get("layers", [])
         for depth, layer in enumerate(layers):
             colour = colormaps["viridis"](0.9 * depth / max(1, len(layers) - 1))
             values = rational(X, layer["a"], layer["b"])
@@ -154,7 +153,7 @@ def draw_activations(comparison: Comparison, path: Path) -> None:
             furthest = max(furthest, float(np.abs(values - gelu(X))[np.abs(X) <= MIDDLE].max()))
         above.plot(X, gelu(X), color="black", linestyle="--", linewidth=1.2)
         below.axhline(0, color="black", linestyle="--", linewidth=1.2)
-        above.set_title(f"{cell.label} · {cell.task}", fontsize=10)
+        above.set_title(f"{run.label} · {run.task}", fontsize=10)
         above.set_ylim(-1.5, 5.5)
         below.set_xlabel("x")
         if _leftmost(above):
@@ -165,7 +164,7 @@ def draw_activations(comparison: Comparison, path: Path) -> None:
     for plot in axes:
         plot.set_xticks([-4, -2, 0, 2, 4])
         plot.grid(color=PALE, linewidth=0.6)
-    deepest = max((len((cell.activations or {}).get("layers", [])) for cell in cells), default=1)
+    deepest = max((len((run.activations or {}).get("layers", [])) for run in runs), default=1)
     shades = [
         (f"layer {depth + 1}", {"color": colormaps["viridis"](0.9 * depth / max(1, deepest - 1))})
         for depth in _few(deepest)
@@ -191,15 +190,15 @@ def _natural(name: str) -> tuple[float, str]:
     return (float(number) if number.isdecimal() else math.inf, name)
 
 
-def _group_scores(cells: Sequence[Cell], label: str, backbone: str, task: str) -> list[dict[str, float]]:
+def _group_scores(runs: Sequence[RunResult], label: str, backbone: str, task: str) -> list[dict[str, float]]:
     """Of each seed."""
-    mine = [cell for cell in cells if (cell.label, cell.backbone) == (label, backbone)]
-    return [score.groups for cell in mine for score in cell.scores if score.task == task]
+    mine = [run for run in runs if (run.label, run.backbone) == (label, backbone)]
+    return [score.groups for run in mine for score in run.scores if score.task == task]
 
 
 def _forest(plot: Axes, table: Table, task: str) -> None:
     for height, label in enumerate(reversed(table.rows)):
-        entry = table.cells.get((label, task))
+        entry = table.entries.get((label, task))
         if entry is None:
             continue
         if entry.value is None:
@@ -219,7 +218,7 @@ def _forest(plot: Axes, table: Table, task: str) -> None:
         )
         seeds = [scale * value for _, value in entry.values]
         plot.plot(seeds, [height] * len(seeds), marker="|", markersize=8, linestyle="none", color=colour, alpha=0.6)
-    _majority(plot, [entry for at, entry in table.cells.items() if at[1] == task], across=False)
+    _majority(plot, [entry for at, entry in table.entries.items() if at[1] == task], across=False)
     plot.set_yticks(range(len(table.rows)), list(reversed(table.rows)), fontsize=8.5)
     plot.set_ylim(-0.7, len(table.rows) - 0.3)
     plot.tick_params(axis="x", labelsize=8.5)
@@ -227,9 +226,9 @@ def _forest(plot: Axes, table: Table, task: str) -> None:
     plot.grid(axis="x", color=PALE, linewidth=0.6)
 
 
-def _curve(plot: Axes, entries: Sequence[Entry], look: dict[str, Any]) -> None:
+def _curve(plot: Axes, entries: Sequence[TableEntry], look: dict[str, Any]) -> None:
     """A method over its budgets; one that has a single size is a point."""
-    points: dict[int, Entry] = {}
+    points: dict[int, TableEntry] = {}
     for entry in entries:
         points.setdefault(entry.parameters, entry)
     found = [points[count] for count in sorted(points)]
@@ -247,25 +246,24 @@ def _curve(plot: Axes, entries: Sequence[Entry], look: dict[str, Any]) -> None:
     plot.plot(x, value, linewidth=1.6, markersize=4.5, **look)
 
 
-def _majority(plot: Axes, entries: Sequence[Entry], across: bool) -> None:
+def _majority(plot: Axes, entries: Sequence[TableEntry], across: bool) -> None:
     rates = {round(entry.majority * _scale(entry), 4) for entry in entries if entry.majority is not None}
     for rate in rates:
         line = plot.axhline if across else plot.axvline
         line(rate, color=PLAIN, linestyle="--", linewidth=1, zorder=0)
 
 
-def _with_activations(comparison: Comparison) -> list[Cell]:
+def _with_activations(selection: Selection) -> list[RunResult]:
     """One run for each label, task and backbone: the first seed at the largest budget."""
-    cells = [cell for cell in current(comparison)[0] if cell.activations]
-    first: dict[tuple[str, str, str], Cell] = {}
-    for cell in sorted(cells, key=lambda cell: (-(cell.budget or 0), cell.seed)):
-        first.setdefault((cell.label, cell.task, cell.backbone), cell)
-    labels = row_order(comparison)
-    tasks = list(columns_of(comparison))
-    return sorted(first.values(), key=lambda cell: (position(cell.label, labels), position(cell.task, tasks)))
+    runs = [run for run in selection.runs if run.activations]
+    first: dict[tuple[str, str, str], RunResult] = {}
+    for run in sorted(runs, key=lambda run: (-(run.budget or 0), run.seed)):
+        first.setdefault((run.label, run.task, run.backbone), run)
+    labels, tasks = selection.labels, list(selection.columns)
+    return sorted(first.values(), key=lambda run: (position(run.label, labels), position(run.task, tasks)))
 
 
-def _scale(entry: Entry) -> float:
+def _scale(entry: TableEntry) -> float:
     return 1.0 if entry.metric == JUDGE else 100.0
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pedro.comparison.cells import Plan
 from pedro.comparison.data import TestSet
+from pedro.comparison.run_planner import PlannedRun
 from pedro.comparison.spec import JudgeSpec
 from pedro.data.formats import encode_prompt
 from pedro.evaluation.mt_bench import Judge, Messages, ask_questions, judge_answers, summary, write_records
@@ -21,7 +21,7 @@ MARKS = 10.0
 
 
 def judged_score(
-    context: TrainingContext, plan: Plan, test: TestSet, judge: JudgeSpec | None, cache: Path
+    context: TrainingContext, plan: PlannedRun, test: TestSet, judge: JudgeSpec | None, cache: Path
 ) -> dict[str, Any] | None:
     """The mean mark (1 to 10) of a question's two turns; None without a judge. The answers are kept in either case.
 

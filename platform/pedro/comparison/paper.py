@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pedro.comparison.results import Comparison
-
 
 @dataclass(frozen=True)
 class Paper:
@@ -28,23 +26,18 @@ class Paper:
         return self.rows.get(label, {}).get(column)
 
 
-def read_paper(comparison: Comparison) -> Paper | None:
-    """The `paper` block of comparison.json; None if there is none. Raises ValueError as `parse_paper` does."""
-    return parse_paper(comparison.head.get("paper"))
-
-
-def parse_paper(tree: Any) -> Paper | None:
+def parse_paper(block: Any) -> Paper | None:
     """A `paper` block: source, table, columns, rows by label. Raises ValueError that says what is wrong with it."""
-    if tree is None:
+    if block is None:
         return None
-    if not isinstance(tree, Mapping) or not isinstance(tree.get("rows"), Mapping):
+    if not isinstance(block, Mapping) or not isinstance(block.get("rows"), Mapping):
         raise ValueError("paper: expected source, table, columns and rows by method")
-    rows = {str(label): _row(label, row) for label, row in tree["rows"].items()}
+    rows = {str(label): _row(label, row) for label, row in block["rows"].items()}
     named = dict.fromkeys(column for row in rows.values() for column in row)
-    columns = tuple(map(str, tree.get("columns") or named))
+    columns = tuple(map(str, block.get("columns") or named))
     if unknown := [column for column in named if column not in columns]:
         raise ValueError(f"paper.rows: {', '.join(unknown)} not in paper.columns ({', '.join(columns)})")
-    source, table, note = (str(tree.get(key) or "") for key in ("source", "table", "note"))
+    source, table, note = (str(block.get(key) or "") for key in ("source", "table", "note"))
     return Paper(source, table, columns, rows, note)
 
 

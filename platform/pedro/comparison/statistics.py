@@ -1,4 +1,4 @@
-"""Medians over seeds and their bootstrap intervals. Plain numpy: knows nothing of methods, files or tables.
+"""Medians over seeds and their bootstrap intervals, in plain numpy.
 
 A *run* is the scores of one trained model on each test row; the runs of a method differ in their seed and are scored
 on the same rows. The number that is reported is the **median over the runs** of a run's mean over its rows. Its
@@ -7,7 +7,7 @@ rows are drawn with replacement, the same ones for all runs and all methods; run
 method by itself, since an equal seed does not make two different methods a pair; and the median of the drawn runs on
 the drawn rows is taken. So the interval speaks of other seeds and of other rows of the same kind, not of other
 training data, learning rates or tasks. A difference of two methods has the interval of the differences of their
-medians, draw by draw: rows that both find hard or easy cancel.
+medians, sample by sample: rows that both find hard or easy cancel.
 
 What few seeds can give, simulated with 400 rows and a standard deviation over seeds of 0, 1.5, 4.4 and 8.5 points:
 
@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-DRAWS = 2000
+NUM_SAMPLES = 2000
 LEVEL = 0.95
 SEED = 20240917
 DIGITS = 12  # beyond these a difference is rounding, not a finding
@@ -36,8 +36,8 @@ AT_ONCE = 4_000_000  # numbers of the largest array that is made
 
 Runs = Sequence[Sequence[float] | NDArray[np.float64]]
 """One method's runs: S seeds, each with its N rows."""
-Draws = NDArray[np.float64]
-"""[DRAWS] what the reported number would have been."""
+BootstrapSamples = NDArray[np.float64]
+"""[NUM_SAMPLES] what the reported number would have been."""
 
 
 def median(values: Sequence[float]) -> float:
@@ -47,26 +47,15 @@ def median(values: Sequence[float]) -> float:
     return float(np.median(values))
 
 
-def interval(draws: Draws) -> tuple[float, float]:
-    """The middle 95 % of the draws."""
+def interval(samples: BootstrapSamples) -> tuple[float, float]:
+    """The middle 95 % of the samples."""
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
+    low, high = np.quantile(samples, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def bootstrap_interval(per_seed_rows: Runs, rows_key: str = "") -> tuple[float, float]:
-    """95 % interval of the median over seeds; per_seed_rows [S, N]."""
-    return interval(bootstrap({"": per_seed_rows}, rows_key)[""])
-
-
-def paired_interval(a: Runs, b: Runs, rows_key: str = "") -> tuple[float, float]:
-    """95 % interval of a's median over seeds minus b's, on the same drawn rows; a [S, N], b [S', N]."""
-    draws = bootstrap({"a": a, "b": b}, rows_key)
-    return interval(draws["a"] - draws["b"])
-
-
-def bootstrap(methods: Mapping[str, Runs], rows_key: str = "") -> dict[str, Draws]:
-    """The draws of each method's median over seeds. The same rows are drawn for all of them.
+def bootstrap(methods: Mapping[str, Runs], rows_key: str = "") -> dict[str, BootstrapSamples]:
+    """Bootstrap samples of each method's median over seeds. The same rows are drawn for all of them.
 
     What is drawn depends on `rows_key` (a name for the set of rows), the number of rows and a method's own name alone:
     methods may come and go without changing the others' intervals. Raises ValueError for a method without runs or rows.
@@ -77,7 +66,7 @@ def bootstrap(methods: Mapping[str, Runs], rows_key: str = "") -> dict[str, Draw
             raise ValueError(f"{name or 'a method'}: no runs, or one without rows")
         for place, rows in enumerate(runs):
             by_length[len(rows)].append((name, place))
-    means = {name: np.empty((DRAWS, len(runs))) for name, runs in methods.items()}  # [DRAWS, S]
+    means = {name: np.empty((NUM_SAMPLES, len(runs))) for name, runs in methods.items()}  # [NUM_SAMPLES, S]
     for places in by_length.values():
         table = np.array([methods[name][place] for name, place in places], dtype=np.float64)  # [runs, N]
         for (name, place), column in zip(places, _row_means(table, rows_key).T, strict=True):
@@ -86,26 +75,26 @@ def bootstrap(methods: Mapping[str, Runs], rows_key: str = "") -> dict[str, Draw
 
 
 def _row_means(table: NDArray[np.float64], key: str) -> NDArray[np.float64]:
-    """[DRAWS, runs]: the runs' means over drawn rows; table [runs, N]."""
+    """[NUM_SAMPLES, runs]: the runs' means over drawn rows; table [runs, N]."""
     rows = table.shape[1]
     random = _random(f"rows|{key}|{rows}")
     step = max(1, AT_ONCE // rows)
     parts = []
-    for start in range(0, DRAWS, step):
-        count = min(step, DRAWS - start)
+    for start in range(0, NUM_SAMPLES, step):
+        count = min(step, NUM_SAMPLES - start)
         places = random.integers(0, rows, (count, rows)) + rows * np.arange(count)[:, None]
         times = np.bincount(places.ravel(), minlength=count * rows).reshape(count, rows)  # how often a row is drawn
         parts.append(times @ table.T / rows)
     return np.concatenate(parts)
 
 
-def _medians(means: NDArray[np.float64], key: str) -> Draws:
-    """[DRAWS]: medians of drawn runs; means [DRAWS, S].
+def _medians(means: NDArray[np.float64], key: str) -> BootstrapSamples:
+    """[NUM_SAMPLES]: medians of drawn runs; means [NUM_SAMPLES, S].
 
     Of two runs one is drawn: the mean of two drawn ones would vary half as much as that of two new ones does.
     """
     seeds = means.shape[1]
-    drawn = _random(f"seeds|{key}").integers(0, seeds, (DRAWS, seeds if seeds > 2 else 1))
+    drawn = _random(f"seeds|{key}").integers(0, seeds, (NUM_SAMPLES, seeds if seeds > 2 else 1))
     return np.round(np.median(np.take_along_axis(means, drawn, axis=1), axis=1), DIGITS)
 
 

@@ -15,15 +15,14 @@ from functools import cache
 from typing import Any
 
 from pedro.backbone import load_config, resolve_backbone
-from pedro.comparison.notes import NEAR
-from pedro.comparison.results import FINAL, TUNE, Cell
+from pedro.comparison.result_model import BUDGET_TOLERANCE, FINAL, FINISHED, TUNE, RunResult
 from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, label_of
 from pedro.data.tasks import TASKS
 from pedro.errors import BackboneError, ConfigError
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """The runs that share a learning rate: a method at a budget, on a task and a backbone."""
 
     method: str
@@ -35,13 +34,13 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """One run."""
 
     id: str
     stage: str
     comparison: str
-    group: Group
+    group: RunGroup
     wording: str
     seed: int
     training: dict[str, Any]
@@ -63,7 +62,7 @@ class Plan:
         return f"{self.group.label}{budget} · {self.group.task} · lr {self.lr:g} · seed {self.seed}"
 
 
-class Planner:
+class RunPlanner:
     """Lists the runs of a spec. `digests` are those of the tasks' data."""
 
     def __init__(self, spec: ComparisonSpec, digests: dict[str, str]) -> None:
@@ -71,13 +70,13 @@ class Planner:
         self._methods = {label_of(method): method for method in spec.methods}
         self.groups = list(self._groups())
 
-    def tuning(self, group: Group) -> list[Plan]:
+    def tuning(self, group: RunGroup) -> list[PlannedRun]:
         """The runs that choose the group's learning rate; none where it is given or taken from another group."""
-        if self.spec.tune is None or self.teacher(group) != group:
+        if self.spec.tune is None or self.lr_source(group) != group:
             return []
         return [self._plan(group, TUNE, lr, self.spec.tune.seed) for lr in self.spec.tune.lr]
 
-    def teacher(self, group: Group) -> Group:
+    def lr_source(self, group: RunGroup) -> RunGroup:
         """The group whose learning rate this one takes; mostly itself."""
         task = self.spec.task(group.task).tune_like or group.task
         once = self.spec.tune is not None and self.spec.tune.once and bool(self.spec.budgets)
@@ -89,28 +88,28 @@ class Planner:
         ]
         return like[len(like) // 2]
 
-    def finals(self, group: Group, lr: float | None) -> list[Plan]:
+    def finals(self, group: RunGroup, lr: float | None) -> list[PlannedRun]:
         """The runs that tables show."""
         return [self._plan(group, FINAL, lr, seed) for seed in self.spec.seeds]
 
     def count(self) -> int:
         """How many runs there are, those counted once that serve both ends."""
         tune = self.spec.tune
-        tunes = len(tune.lr) * sum(self.teacher(group) == group for group in self.groups) if tune else 0
-        shared = sum(self.teacher(group) == group for group in self.groups) if tune and self._shared else 0
+        tunes = len(tune.lr) * sum(self.lr_source(group) == group for group in self.groups) if tune else 0
+        shared = sum(self.lr_source(group) == group for group in self.groups) if tune and self._shared else 0
         return tunes + len(self.groups) * len(self.spec.seeds) - shared
 
     @property
     def _shared(self) -> bool:
         return self.spec.tune is not None and self.spec.tune.seed in self.spec.seeds
 
-    def _groups(self) -> Iterator[Group]:
+    def _groups(self) -> Iterator[RunGroup]:
         for backbone in self.spec.backbones:
             for task in self.spec.tasks:
                 for method in self.spec.methods:
                     for budget, options in self._sizes(method, backbone):
                         pairs = tuple(sorted((key, _frozen(value)) for key, value in options.items()))
-                        yield Group(method.name, label_of(method), pairs, task.task, backbone, budget)
+                        yield RunGroup(method.name, label_of(method), pairs, task.task, backbone, budget)
 
     def _sizes(self, method: MethodChoice, backbone: str) -> Iterator[tuple[int | None, dict[str, Any]]]:
         if not self.spec.budgets:
@@ -119,7 +118,7 @@ class Planner:
         for budget in self.spec.budgets:
             yield budget, sized(method, backbone, budget)
 
-    def _plan(self, group: Group, stage: str, lr: float | None, seed: int) -> Plan:
+    def _plan(self, group: RunGroup, stage: str, lr: float | None, seed: int) -> PlannedRun:
         task = self.spec.task(group.task)
         training = self.spec.training_of(self._method(group), task, lr, seed).model_dump(mode="json")
         depends = {
@@ -134,7 +133,7 @@ class Planner:
             **self._judge(task),
         }
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
-        return Plan(
+        return PlannedRun(
             digest,
             stage,
             self.spec.name,
@@ -152,18 +151,18 @@ class Planner:
         marked = self.spec.judge and any(TASKS[other.task].metric == "judge" for other in task.evaluations)
         return {"judge": self.spec.judge.model} if self.spec.judge and marked else {}
 
-    def _method(self, group: Group) -> MethodChoice:
+    def _method(self, group: RunGroup) -> MethodChoice:
         return self._methods[group.label]
 
 
-def choose(cells: Sequence[Cell]) -> float | None:
+def choose(runs: Sequence[RunResult]) -> float | None:
     """The learning rate whose run has the best score on validation, then the least loss; None if every run failed."""
-    ended = [cell for cell in cells if cell.state == "finished"]
+    ended = [run for run in runs if run.state == FINISHED]
     if not ended:
         return None
 
-    def worth(cell: Cell) -> tuple[float, float]:
-        value, loss = cell.validation.get("value"), cell.validation.get("loss")  # null where it was no number
+    def worth(run: RunResult) -> tuple[float, float]:
+        value, loss = run.validation.get("value"), run.validation.get("loss")  # null where it was NaN
         return (-math.inf if value is None else value, -math.inf if loss is None else -loss)
 
     return max(ended, key=worth).lr
@@ -232,13 +231,13 @@ def count_parameters_of(method: str, options: str, backbone: str) -> int:
     return count_parameters(adapted)["trainable"]
 
 
-def far_from_budget(spec: ComparisonSpec, groups: Iterable[Group]) -> list[str]:
+def far_from_budget(spec: ComparisonSpec, groups: Iterable[RunGroup]) -> list[str]:
     """A line for each method that cannot come near a budget, as its table will say."""
     lines: dict[str, None] = {}
     for group in groups:
         if group.budget is not None:
             count = count_parameters_of(group.method, _key(dict(group.options)), group.backbone)
-            if abs(count - group.budget) > NEAR * group.budget:
+            if abs(count - group.budget) > BUDGET_TOLERANCE * group.budget:
                 lines[f"budget {group.budget:,} on {group.backbone}: {group.label} has {count:,} at the nearest"] = None
     return list(lines)
 

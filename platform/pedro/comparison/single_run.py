@@ -1,4 +1,4 @@
-"""One run of a comparison: train by the one loop, answer the test rows, score. Knows nothing of Ray, files or grids."""
+"""One run of a comparison: train by the one loop, answer the test rows, score. Neither Ray nor files are needed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pedro.comparison.cells import Plan
 from pedro.comparison.data import TaskData, TestSet
-from pedro.comparison.results import SCHEMA, Cell
+from pedro.comparison.result_model import SCHEMA, RunResult
+from pedro.comparison.run_planner import PlannedRun
 from pedro.comparison.spec import JudgeSpec, ResourcesSpec
 from pedro.data.formats import encode_prompts
 from pedro.data.tasks import TASKS, Task, TaskRow
@@ -26,8 +26,8 @@ STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 
 
-class Curves:
-    """A reporter that keeps the curves and nothing else: runs are short, and start anew when they are interrupted."""
+class CurveRecorder:
+    """A reporter that keeps the curves and nothing else: runs are short, and start again when they are interrupted."""
 
     def __init__(self) -> None:
         self.points: dict[str, list[list[float]]] = defaultdict(list)
@@ -47,9 +47,11 @@ class Curves:
         """Nobody reads it: many runs go at once."""
 
 
-def run_cell(plan: Plan, data: TaskData, resources: ResourcesSpec, judge: JudgeSpec | None, cache: Path) -> Cell:
-    """Train and score; a run that cannot be trained (it diverges, or its options do not fit) is a failed cell."""
-    curves = Curves()
+def execute_run(
+    plan: PlannedRun, data: TaskData, resources: ResourcesSpec, judge: JudgeSpec | None, cache: Path
+) -> RunResult:
+    """Train and score; a run that cannot be trained (it diverges, or its options do not fit) is a failed run."""
+    curves = CurveRecorder()
     _reset_peak()
     try:
         context = build_context(_job(plan, data, resources), cache)
@@ -62,7 +64,7 @@ def run_cell(plan: Plan, data: TaskData, resources: ResourcesSpec, judge: JudgeS
     except PedroError as error:
         return failed(plan, error.message, dict(curves.points))
     trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
-    return _cell(
+    return _result(
         plan,
         state="finished",
         scores=[score for score in scores if score],
@@ -84,14 +86,14 @@ def run_cell(plan: Plan, data: TaskData, resources: ResourcesSpec, judge: JudgeS
     )
 
 
-def failed(plan: Plan, message: str, curves: Mapping[str, Any] | None = None) -> Cell:
-    """The cell of a run that gave no model."""
-    return _cell(plan, state="failed", message=message, curves=dict(curves or {}), provenance=provenance())
+def failed(plan: PlannedRun, message: str, curves: Mapping[str, Any] | None = None) -> RunResult:
+    """The result of a run that gave no model."""
+    return _result(plan, state="failed", message=message, curves=dict(curves or {}), provenance=provenance())
 
 
-def _cell(plan: Plan, **found: Any) -> Cell:
+def _result(plan: PlannedRun, **found: Any) -> RunResult:
     group = plan.group
-    return Cell.from_dict(
+    return RunResult.from_dict(
         {
             "schema": SCHEMA,
             "id": plan.id,
@@ -114,7 +116,7 @@ def _cell(plan: Plan, **found: Any) -> Cell:
     )
 
 
-def _job(plan: Plan, data: TaskData, resources: ResourcesSpec) -> FineTuneSpec:
+def _job(plan: PlannedRun, data: TaskData, resources: ResourcesSpec) -> FineTuneSpec:
     """The run as a fine-tuning job, which is what the loop and its preparation understand."""
     return FineTuneSpec.model_validate(
         {
@@ -129,7 +131,7 @@ def _job(plan: Plan, data: TaskData, resources: ResourcesSpec) -> FineTuneSpec:
     )
 
 
-def _validation(context: TrainingContext, plan: Plan, data: TaskData, loss: float | None) -> dict[str, Any]:
+def _validation(context: TrainingContext, plan: PlannedRun, data: TaskData, loss: float | None) -> dict[str, Any]:
     """The task's own metric on the validation rows; minus the loss, where it has none for answers."""
     if data.task.metric in ELSEWHERE:
         value = None if loss is None else -loss
@@ -140,7 +142,7 @@ def _validation(context: TrainingContext, plan: Plan, data: TaskData, loss: floa
 
 
 def _score(
-    context: TrainingContext, plan: Plan, test: TestSet, judge: JudgeSpec | None, cache: Path
+    context: TrainingContext, plan: PlannedRun, test: TestSet, judge: JudgeSpec | None, cache: Path
 ) -> dict[str, Any] | None:
     """The score on a test set; None for a task that has no metric of its own (Alpaca)."""
     if test.task.metric == "judge":
@@ -173,7 +175,7 @@ def _fitting(context: TrainingContext, task: Task, rows: Sequence[TaskRow]) -> t
     return [rows[place] for place in kept], [prompts[place] for place in kept]
 
 
-def _answers(context: TrainingContext, plan: Plan, task: Task, prompts: list[list[int]]) -> list[str]:
+def _answers(context: TrainingContext, plan: PlannedRun, task: Task, prompts: list[list[int]]) -> list[str]:
     rows = [{"input_ids": ids, "prompt_len": len(ids)} for ids in prompts]
     return generate(
         context.model,

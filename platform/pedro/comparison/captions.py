@@ -1,73 +1,67 @@
-"""What must be said beside a table so that nobody takes it for more than it is: budgets, seeds, intervals, failures.
+"""Captions: what must be said beside a table so that nobody reads more into it than is there.
 
-Knows nothing of how tables are made or shown.
+Budgets, seeds, intervals, failures, from the runs and the entries that the table shows.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pedro.comparison.layout import current
-from pedro.comparison.results import Cell, Comparison
-from pedro.comparison.statistics import DRAWS, FEWEST
-
-if TYPE_CHECKING:
-    from pedro.comparison.tables import Entry
+from pedro.comparison.result_model import AVERAGE, BUDGET_TOLERANCE, JUDGE, Comparison, RunResult, TableEntry
+from pedro.comparison.selection import Selection
+from pedro.comparison.statistics import FEWEST, NUM_SAMPLES
 
 
-NEAR = 0.1  # of a budget: what is farther from it is told
-
-
-def notes_of(comparison: Comparison, entries: Sequence[Entry], average: str) -> tuple[str, ...]:
-    """Sentences for the caption of the table that holds `entries`; `average` is its column over the tasks."""
+def captions(selection: Selection, entries: Sequence[TableEntry]) -> tuple[str, ...]:
+    """The sentences below the table that holds `entries`."""
+    comparison = selection.comparison
     labels = {entry.label for entry in entries}
-    groups = {(entry.backbone, entry.budget) for entry in entries}
-    shown, others = current(comparison)
-    cells = [cell for cell in shown if cell.label in labels and (cell.backbone, cell.budget) in groups]
-    tasks = [entry for entry in entries if entry.task != average]
+    table_keys = {entry.table_key for entry in entries}
+    runs = [run for run in selection.runs if run.label in labels and run.table_key in table_keys]
+    tasks = [entry for entry in entries if entry.task != AVERAGE]
     notes = [
-        _equal(comparison, cells, tasks),
-        _values(entries, average),
-        _learning_rates(comparison, cells),
+        _equal(comparison, runs, tasks),
+        _values(entries),
+        _learning_rates(comparison, runs),
         _intervals(tasks),
         _best(entries),
         _chance(tasks),
         _rows(tasks),
         *_failures(tasks),
-        *_mixed(cells),
+        *_mixed(runs),
     ]
-    if others:
-        notes.append(f"{others} earlier runs with other settings are in the folder and not in the table.")
+    if selection.left_out:
+        notes.append(f"{selection.left_out} earlier runs with other settings are in the folder and not in the table.")
     if comparison.problems:
         count = len(comparison.problems)
         notes.append(f"{count} file{'s' * (count > 1)} could not be read: {'; '.join(comparison.problems[:3])}.")
     return tuple(note for note in notes if note)
 
 
-def _equal(comparison: Comparison, cells: Sequence[Cell], tasks: Sequence[Entry]) -> str:
+def _equal(comparison: Comparison, runs: Sequence[RunResult], tasks: Sequence[TableEntry]) -> str:
     """Which budget is equal."""
-    ended = [cell for cell in cells if cell.finished]
+    ended = [run for run in runs if run.finished]
     if not ended:
         return f"Equal for all methods: {comparison.equal}. No run has finished yet."
-    if uncounted := list(dict.fromkeys(cell.label for cell in ended if not cell.steps)):
+    if uncounted := list(dict.fromkeys(run.label for run in ended if not run.steps)):
         unknown = ", ".join(uncounted)
         return f"Whether compute or training rows are equal was not compared: no steps are known of {unknown}."
-    batches = _range({cell.training.get("batch_size") for cell in ended} - {None})
-    steps = _by_task(ended, lambda cell: cell.steps)
+    batches = _range({run.training.get("batch_size") for run in ended} - {None})
+    steps = _by_task(ended, lambda run: run.steps)
     compute = f"the same training rows; steps: {steps}" + (f"; rows a step: {batches}" if batches else "")
-    more = dict.fromkeys(cell.label for cell in ended if cell.optimizer_steps > cell.steps)
+    more = dict.fromkeys(run.label for run in ended if run.optimizer_steps > run.steps)
     took = ", ".join(f"{label} up to {max(c.optimizer_steps for c in ended if c.label == label):,}" for label in more)
     extra = f"; counting those for parameters that learn from rows of their own, {took}" if more else ""
     sizes = _range({entry.parameters for entry in tasks if entry.parameters})
-    budget = next((cell.budget for cell in ended if cell.budget), None)
+    budget = next((run.budget for run in ended if run.budget), None)
     if comparison.equal == "parameters":
         near = f", as near to {budget:,} as a method's size allows" if budget else ""
         far = {
             e.label: e.parameters
             for e in tasks
-            if budget and e.parameters and abs(e.parameters - budget) > NEAR * budget
+            if budget and e.parameters and abs(e.parameters - budget) > BUDGET_TOLERANCE * budget
         }
         near += f"; not near it: {', '.join(f'{label} {count:,}' for label, count in far.items())}" if far else ""
         return (
@@ -77,24 +71,24 @@ def _equal(comparison: Comparison, cells: Sequence[Cell], tasks: Sequence[Entry]
     return f"Equal for all methods: compute ({compute}{extra}). Not equal: trained parameters, {sizes}{asked}."
 
 
-def _values(entries: Sequence[Entry], average: str) -> str:
+def _values(entries: Sequence[TableEntry]) -> str:
     """What the numbers are, and of how many seeds."""
     seeds = sorted({seed for entry in entries for seed, _ in entry.values})
     most = max((entry.seeds for entry in entries), default=0)
-    few = [f"; {e.label} on {e.task}: {e.seeds}" for e in entries if 0 < e.seeds < most and e.task != average]
+    few = [f"; {e.label} on {e.task}: {e.seeds}" for e in entries if 0 < e.seeds < most and e.task != AVERAGE]
     count = f"{most} seeds" if most != 1 else "one seed"
-    scale = "percent (a judge's marks: 1 to 10)" if any(entry.metric == "judge" for entry in entries) else "percent"
+    scale = "percent (a judge's marks: 1 to 10)" if any(entry.metric == JUDGE for entry in entries) else "percent"
     text = f"Values in {scale}: median of {count} ({', '.join(map(str, seeds))}{''.join(few)})."
-    if any(entry.task == average for entry in entries):
-        text += f" {average}: mean of the medians, for methods that have them all."
+    if any(entry.task == AVERAGE for entry in entries):
+        text += f" {AVERAGE}: mean of the medians, for methods that have them all."
     return text
 
 
-def _learning_rates(comparison: Comparison, cells: Sequence[Cell]) -> str:
-    spec = comparison.head.get("spec") or {}
+def _learning_rates(comparison: Comparison, runs: Sequence[RunResult]) -> str:
+    spec = comparison.spec
     tune = spec.get("tune")
     if not tune:
-        rates = _range({cell.lr for cell in cells if cell.lr == cell.lr})
+        rates = _range({run.lr for run in runs if run.lr == run.lr})
         return f"Learning rate: {rates}, given and not searched." if rates else ""
     tried = ", ".join(f"{lr:g}" for lr in tune.get("lr", ()))
     text = (
@@ -110,21 +104,21 @@ def _learning_rates(comparison: Comparison, cells: Sequence[Cell]) -> str:
     if tune.get("once") and spec.get("budgets"):
         text += "; searched at the middle budget alone"
     borrowed = [task for others in like.values() for task in others]
-    chosen = {(cell.label, cell.task): cell.lr for cell in cells if cell.task not in borrowed}
+    chosen = {(run.label, run.task): run.lr for run in runs if run.task not in borrowed}
     if edge := sum(lr in _ends(tune["lr"]) for lr in chosen.values()) if tune.get("lr") else 0:
         text += f"; {edge} of {len(chosen)} times it is the smallest or the largest of them"
     return f"{text}."
 
 
-def _intervals(tasks: Sequence[Entry]) -> str:
+def _intervals(tasks: Sequence[TableEntry]) -> str:
     most = max((entry.seeds for entry in tasks), default=0)
-    if tasks and not any(entry.draws is not None for entry in tasks):
+    if tasks and not any(entry.samples is not None for entry in tasks):
         return "No intervals: each method has one value." if most else ""
     if tasks and not any(entry.rows for entry in tasks):
-        return f"[low, high]: 95 % bootstrap of that median ({DRAWS:,} draws of seeds alone; rows are not known)."
+        return f"[low, high]: 95 % bootstrap of that median ({NUM_SAMPLES:,} draws of seeds alone; rows are not known)."
     text = (
-        f"[low, high]: 95 % hierarchical bootstrap of that median ({DRAWS:,} draws of seeds and of test rows, the same "
-        "rows for all methods)"
+        f"[low, high]: 95 % hierarchical bootstrap of that median ({NUM_SAMPLES:,} draws of seeds and of test rows, "
+        "the same rows for all methods)"
     )
     if most < FEWEST:
         text += "; with one seed of rows alone: the spread over seeds is not in it, and no difference is proven"
@@ -133,7 +127,7 @@ def _intervals(tasks: Sequence[Entry]) -> str:
     return f"{text}. It does not speak of other training data."
 
 
-def _best(entries: Sequence[Entry]) -> str:
+def _best(entries: Sequence[TableEntry]) -> str:
     """How the marks are meant, and which hold."""
     bests = [entry for entry in entries if entry.mark == "best"]
     if not bests:
@@ -147,7 +141,7 @@ def _best(entries: Sequence[Entry]) -> str:
     )
 
 
-def _chance(tasks: Sequence[Entry]) -> str:
+def _chance(tasks: Sequence[TableEntry]) -> str:
     if not any(entry.at_chance for entry in tasks):
         return ""
     order = dict.fromkeys(entry.task for entry in tasks)
@@ -158,7 +152,7 @@ def _chance(tasks: Sequence[Entry]) -> str:
     )
 
 
-def _rows(tasks: Sequence[Entry]) -> str:
+def _rows(tasks: Sequence[TableEntry]) -> str:
     """How many rows each task has, and how many did not fit: once where that is the same for all methods."""
     parts = []
     for task in dict.fromkeys(entry.task for entry in tasks):
@@ -177,7 +171,7 @@ def _rows(tasks: Sequence[Entry]) -> str:
     return f"Test rows: {', '.join(parts)}." if parts else ""
 
 
-def _failures(tasks: Sequence[Entry]) -> Iterable[str]:
+def _failures(tasks: Sequence[TableEntry]) -> Iterable[str]:
     for entry in tasks:
         if entry.failed:
             reason = entry.reason.partition(";")[0].rstrip(".")
@@ -185,22 +179,22 @@ def _failures(tasks: Sequence[Entry]) -> Iterable[str]:
             yield f"{entry.label} on {entry.task}: {count} ({reason})."
 
 
-def _mixed(cells: Sequence[Cell]) -> Iterable[str]:
+def _mixed(runs: Sequence[RunResult]) -> Iterable[str]:
     """Runs of one entry that were trained with different settings: a spec that was changed half way."""
     settings: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for cell in cells:
-        own = {name: value for name, value in cell.training.items() if name not in ("seed", "lr")}
-        settings[cell.label, cell.task].add(repr((sorted(own.items()), sorted(cell.options.items()), cell.wording)))
+    for run in runs:
+        own = {name: value for name, value in run.training.items() if name not in ("seed", "lr")}
+        settings[run.label, run.task].add(repr((sorted(own.items()), sorted(run.options.items()), run.wording)))
     mixed = [f"{label} on {task}" for (label, task), found in settings.items() if len(found) > 1]
     if mixed:
         yield f"Runs with different settings are mixed in {', '.join(mixed)}: run the comparison again."
 
 
-def _by_task(cells: Sequence[Cell], value: Callable[[Cell], int]) -> str:
+def _by_task(runs: Sequence[RunResult], value: Callable[[RunResult], int]) -> str:
     """One range for all tasks, or one for each group of tasks that share it."""
     by_task: dict[str, set[int]] = defaultdict(set)
-    for cell in cells:
-        by_task[cell.task].add(value(cell))
+    for run in runs:
+        by_task[run.task].add(value(run))
     alike: dict[str, list[str]] = defaultdict(list)
     for task, values in by_task.items():
         alike[_range(values)].append(task)

@@ -1,7 +1,7 @@
 """Tables as text: for a terminal, Markdown, LaTeX and CSV. Decides nothing: numbers and marks come from `tables.py`.
 
-A sheet is a table of strings. A cell has one or two of them: the number, and its interval, which stands behind the
-number or below it.
+A rendered table is one of strings. A cell has one or two of them: the number, and its interval, which stands behind
+the number or below it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pedro.comparison.paper import Paper
-from pedro.comparison.tables import AVERAGE, BEST, JUDGE, SECOND, Difference, Entry, Table
+from pedro.comparison.result_model import AVERAGE, BEST, SECOND, Difference, Table, TableEntry, format_score
 
 NOTHING = ("-", "")
 HEADS = ("method", "parameters")
@@ -54,80 +54,75 @@ Text = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Sheet:
+class RenderedTable:
+    """A title, the columns' names, and rows of cells."""
+
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[Text, ...], ...]
 
 
-def number(value: float, metric: str, sign: bool = False) -> str:
-    """A fraction in percent with one decimal, a judge's mark with two."""
-    scale, digits = (1, 2) if metric == JUDGE else (100, 1)
-    text = f"{value * scale:{'+' if sign else ''}.{digits}f}"
-    return text.lstrip("+-") if float(text) == 0 else text
-
-
-def scores(table: Table, style: Style) -> Sheet:
+def render_scores(table: Table, style: Style) -> RenderedTable:
     """Medians with intervals and marks."""
     rows = [
         (
             (label, ""),
             (_sizes(table, label), ""),
-            *(_score(table.cells.get((label, at)), style) for at in table.columns),
+            *(_score(table.entries.get((label, at)), style) for at in table.columns),
         )
         for label in table.rows
     ]
-    return Sheet(table.title, (*HEADS, *table.columns), tuple(rows))
+    return RenderedTable(table.title, (*HEADS, *table.columns), tuple(rows))
 
 
-def differences(table: Table, style: Style) -> Sheet | None:
+def render_differences(table: Table, style: Style) -> RenderedTable | None:
     """Every method minus the baseline; None where the baseline is not in the table."""
     others = [label for label in table.rows if label != table.baseline]
     if table.baseline not in table.rows or not others:
         return None
-    rows = [((label, ""), *(_gain(table.cells.get((label, at)), style) for at in table.columns)) for label in others]
+    rows = [((label, ""), *(_gain(table.entries.get((label, at)), style) for at in table.columns)) for label in others]
     title = f"{table.title}: difference to {table.baseline} in points, bold where its interval excludes zero"
-    return Sheet(title, ("method", *table.columns), tuple(rows))
+    return RenderedTable(title, ("method", *table.columns), tuple(rows))
 
 
-def reported(paper: Paper) -> Sheet:
+def render_paper(paper: Paper) -> RenderedTable:
     """What the paper prints, as it prints it."""
     rows = []
     for label in paper.rows:
         values = [paper.value(label, column) for column in paper.columns]
         rows.append(((label, ""), *(NOTHING if value is None else (f"{value}", "") for value in values)))
-    return Sheet(paper.title, ("method", *paper.columns), tuple(rows))
+    return RenderedTable(paper.title, ("method", *paper.columns), tuple(rows))
 
 
-def as_text(sheet: Sheet, width: int) -> str:
+def as_text(table: RenderedTable, width: int) -> str:
     """Columns of equal width; where `width` is too small for numbers and intervals in a line, these stand below."""
-    beside = [[[" ".join(filter(None, cell))] for cell in row] for row in sheet.rows]
-    below = [[list(cell) for cell in row] for row in sheet.rows]
-    head = [[name] for name in sheet.head]
+    beside = [[[" ".join(filter(None, cell))] for cell in row] for row in table.rows]
+    below = [[list(cell) for cell in row] for row in table.rows]
+    head = [[name] for name in table.head]
     text = _aligned([head, *beside])
-    if max(map(_visible, text)) > width and any(cell[1] for row in sheet.rows for cell in row):
+    if max(map(_visible, text)) > width and any(cell[1] for row in table.rows for cell in row):
         text = _aligned([head, *below])
     return "\n".join(line.rstrip() for line in text)
 
 
-def as_markdown(sheet: Sheet) -> str:
+def as_markdown(table: RenderedTable) -> str:
     """A table of GitHub's Markdown."""
-    rows = [[literal(row[0][0]), *(" ".join(filter(None, cell)) for cell in row[1:])] for row in sheet.rows]
-    line = ["---", *["---:"] * (len(sheet.head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in ([literal(name) for name in sheet.head], line, *rows))
+    rows = [[literal(row[0][0]), *(" ".join(filter(None, cell)) for cell in row[1:])] for row in table.rows]
+    line = ["---", *["---:"] * (len(table.head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ([literal(name) for name in table.head], line, *rows))
 
 
-def as_latex(sheet: Sheet, notes: Sequence[str]) -> str:
+def as_latex(table: RenderedTable, notes: Sequence[str]) -> str:
     """A table environment for booktabs and graphicx, with the title and the notes as its caption."""
-    caption = " ".join(escaped(text) for text in (f"{sheet.title}.", *notes))
-    head = " & ".join(escaped(name) for name in sheet.head)
-    rows = [" & ".join(_latex_cell(cell, first=not place) for place, cell in enumerate(row)) for row in sheet.rows]
+    caption = " ".join(escaped(text) for text in (f"{table.title}.", *notes))
+    head = " & ".join(escaped(name) for name in table.head)
+    rows = [" & ".join(_latex_cell(cell, first=not place) for place, cell in enumerate(row)) for row in table.rows]
     return "\n".join(
         [
             r"\begin{table*}",
             r"\centering\small",
             r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * (len(sheet.head) - 1)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
             r"\toprule",
             rf"{head} \\",
             r"\midrule",
@@ -148,7 +143,7 @@ def as_csv(tables: Sequence[Table], paper: Paper | None) -> str:
     for table in tables:
         for label in table.rows:
             for task in table.columns:
-                if entry := table.cells.get((label, task)):
+                if entry := table.entries.get((label, task)):
                     writer.writerow(_csv_row(entry, table, paper))
     return stream.getvalue()
 
@@ -163,12 +158,12 @@ def literal(text: str) -> str:
     return MARKDOWN_SIGNS.sub(r"\\\g<0>", text)
 
 
-def _score(entry: Entry | None, style: Style) -> Text:
+def _score(entry: TableEntry | None, style: Style) -> Text:
     if entry is None:
         return NOTHING
     if entry.value is None:
         return (f"failed {entry.failed}/{entry.failed + entry.seeds}", "")
-    text = number(entry.value, entry.metric)
+    text = format_score(entry.value, entry.metric)
     if entry.mark == BEST:
         text = (style.proven if entry.proven else style.best).format(text)
     elif entry.mark == SECOND:
@@ -179,14 +174,14 @@ def _score(entry: Entry | None, style: Style) -> Text:
         text = style.broken.format(text)
     if entry.low is None or entry.high is None:
         return (text, "")
-    return (text, f"[{number(entry.low, entry.metric)}, {number(entry.high, entry.metric)}]")
+    return (text, f"[{format_score(entry.low, entry.metric)}, {format_score(entry.high, entry.metric)}]")
 
 
-def _gain(entry: Entry | None, style: Style) -> Text:
+def _gain(entry: TableEntry | None, style: Style) -> Text:
     if entry is None or entry.gain is None:
         return NOTHING
     gain: Difference = entry.gain
-    value, low, high = (number(part, entry.metric, sign=True) for part in (gain.value, gain.low, gain.high))
+    value, low, high = (format_score(part, entry.metric, sign=True) for part in (gain.value, gain.low, gain.high))
     return (style.proven.format(value) if gain.proven else value, f"[{low}, {high}]")
 
 
@@ -227,7 +222,7 @@ def _latex_cell(cell: Text, first: bool) -> str:
     return minus + (rf" {{\scriptsize {re.sub(r'-(?=[0-9])', '$-$', span)}}}" if span else "")
 
 
-def _csv_row(entry: Entry, table: Table, paper: Paper | None) -> list[object]:
+def _csv_row(entry: TableEntry, table: Table, paper: Paper | None) -> list[object]:
     gain = entry.gain
     return [
         *(_cell(entry.backbone), entry.budget, _cell(entry.label), entry.method, entry.task, entry.metric),
