@@ -17,7 +17,8 @@ from pedro.errors import NotFoundError
 from pedro.store import JobRecord, JobStatus, Store
 from pedro.training import job
 from pedro.training.job_log import keeping_log, kept_log
-from pedro.training.job_record import OwnRecord, shown
+from pedro.training.job_record import OwnRecord
+from pedro.training.job_status import ClusterJobs, reconcile_record
 
 
 @pytest.fixture
@@ -93,8 +94,9 @@ def _record(status="running", submission_id: str | None = "ftjob-1", age_s=60.0,
     ],
 )
 def test_what_a_record_means_is_computed_from_it_and_the_clusters_word(record, told, asked, status, message):
-    word = told and {"status": told, "message": "exit code 137\nand a page of its log"}
-    assert shown(record, word, asked=asked) == (status, message)
+    jobs = {record.id: {"status": told, "message": "exit code 137\nand a page of its log"}} if told else {}
+    job = reconcile_record(record, ClusterJobs(jobs, "http://ray", problem="" if asked else "no answer"))
+    assert (job.status, job.message) == (status, message)
 
 
 def _pedro(monkeypatch, *words) -> None:

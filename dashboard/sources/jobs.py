@@ -17,7 +17,7 @@ from pedro.registry import Registry, queries
 from pedro.store import JobRecord, JobStatus, Store
 from pedro.training import submit
 from pedro.training.job_log import kept_log
-from pedro.training.job_record import RAY_SAYS, shown
+from pedro.training.job_status import FROM_RAY, ClusterJobs, ReconciledJob, reconcile
 from sources.services import find_ray
 from sources.stores import ask_registry, ask_store
 
@@ -56,16 +56,6 @@ class Job:
         return self.status in (JobStatus.QUEUED, JobStatus.RUNNING)
 
 
-@dataclass(frozen=True)
-class ClusterJobs:
-    """The cluster's jobs by id, or why it cannot be asked. `gone`: this home has no cluster, so nothing runs."""
-
-    jobs: dict[str, dict[str, Any]]
-    url: str = ""
-    gone: bool = False
-    problem: str = ""
-
-
 NO_CLUSTER = ClusterJobs({})
 
 
@@ -83,13 +73,13 @@ def live_jobs(settings: Settings) -> Jobs:
     """What is under way: open jobs of the records, and the cluster's other jobs (sweeps) that have not ended."""
     cluster = ask_cluster(settings)
 
-    def read(store: Store) -> list[JobRecord]:
-        return [record for status in OPEN for record in store.list_jobs(status=status, limit=MOST_LIVE)]
+    def read(store: Store) -> list[ReconciledJob]:
+        return [job for status in OPEN for job in reconcile(store, cluster, status=status, limit=MOST_LIVE)]
 
-    records, problem = ask_store(settings, read, [])
-    known = {record.id for record in records}
+    stored, problem = ask_store(settings, read, [])
+    known = {job.record.id for job in stored}
     others = (_of_cluster(job) for job in cluster.jobs.values() if job["id"] not in known)
-    found = [*(_of_record(record, cluster) for record in records), *(job for job in others if job.live)]
+    found = [*map(_of_store, stored), *(job for job in others if job.live)]
     return Jobs(tuple(sorted(found, key=lambda job: -job.created)), None, cluster, problem)
 
 
@@ -97,14 +87,14 @@ def past_jobs(settings: Settings, status: str | None = None, limit: int = 25, of
     """A page of the records' jobs in a status, or of all of them."""
     cluster = ask_cluster(settings)
 
-    def read(store: Store) -> tuple[list[JobRecord], dict[str, int]]:
+    def read(store: Store) -> tuple[list[ReconciledJob], dict[str, int]]:
         counts: dict[str, int] = {}
         for (_, state), count in store.count_jobs().items():
             counts[state] = counts.get(state, 0) + count
-        return store.list_jobs(status=status, limit=limit, offset=offset), counts
+        return reconcile(store, cluster, status=status, limit=limit, offset=offset), counts
 
     found, problem = ask_store(settings, read, ([], {}))
-    return Jobs(tuple(_of_record(record, cluster) for record in found[0]), found[1], cluster, problem)
+    return Jobs(tuple(map(_of_store, found[0])), found[1], cluster, problem)
 
 
 def ask_cluster(settings: Settings) -> ClusterJobs:
@@ -187,18 +177,17 @@ def result_of(job: Job) -> dict[str, Any]:
     return (job.record.result if job.record else None) or {}
 
 
-def _of_record(record: JobRecord, cluster: ClusterJobs) -> Job:
-    asked = cluster.gone or bool(cluster.url and not cluster.problem)
-    status, message = shown(record, cluster.jobs.get(record.id), asked=asked)
+def _of_store(job: ReconciledJob) -> Job:
+    record = job.record
     return Job(
         id=record.id,
         kind=FINE_TUNING,
         tenant=record.tenant,
         adapter=record.adapter,
-        status=str(status),
+        status=str(job.status),
         created=record.created,
         ended=record.finished,
-        message=message,
+        message=job.message,
         record=record,
     )
 
@@ -211,7 +200,7 @@ def _of_cluster(told: dict[str, Any]) -> Job:
         kind=SWEEP if "sweep" in metadata else FINE_TUNING,
         tenant=metadata.get("tenant", tenant),
         adapter=metadata.get("adapter", adapter),
-        status=str(RAY_SAYS.get(told["status"], told["status"].lower())),
+        status=str(FROM_RAY.get(told["status"], told["status"].lower())),
         created=told["started"],
         ended=told["ended"],
         message=told["message"] if told["status"] == "FAILED" else "",

@@ -16,6 +16,7 @@ from pedro.cli.output import AsJson, emit, percent, printable, say, table
 if TYPE_CHECKING:
     from pedro.cluster import Cluster
     from pedro.config import Settings
+    from pedro.training.job_status import ClusterJobs
 
 app = typer.Typer(help="Fine-tuning jobs: list, logs, stop.", no_args_is_help=True)
 JobId = Annotated[str, typer.Argument(help="The job's id, from `pedro jobs list`.")]
@@ -157,13 +158,14 @@ def logs(
 
 @app.command()
 def stop(job: JobId, as_json: AsJson = False) -> None:
-    """End a job; its checkpoints stay, nothing is registered."""
+    """End a job; its checkpoints stay, nothing is registered. One that has ended stays as it is, and this says how."""
     from pedro.config import Settings
     from pedro.store import Store
     from pedro.training import submit as training
 
-    training.stop(job, _cluster().dashboard_url, Store(Settings.from_env().database_url))
-    emit({"job_id": job, "status": "cancelled"}, as_json, lambda: typer.echo(f"stopped {job}"))
+    status = training.stop(job, _cluster().dashboard_url, Store(Settings.from_env().database_url))
+    ended = f"stopped {job}" if status == "cancelled" else f"{job} was not stopped, it has {status}"
+    emit({"job_id": job, "status": status}, as_json, lambda: typer.echo(ended))
 
 
 def _cluster() -> Cluster:
@@ -183,27 +185,34 @@ def _cluster() -> Cluster:
 
 def _as_they_stand(settings: Settings, tenant: str | None) -> list[dict[str, Any]]:
     """The jobs of the records; of those that have not ended, what the cluster says, or that it is gone."""
-    from pedro.cluster import connect, find_head
-    from pedro.errors import UnavailableError
     from pedro.store import Store
-    from pedro.training import submit as training
-    from pedro.training.job_record import shown
+    from pedro.training.job_status import ClusterJobs, reconcile
 
     store = Store(settings.database_url)
-    told: dict[str, Any] = {}
-    asked = True
     is_open = any(not record.status.final for record in store.list_jobs(tenant))
-    if is_open and (settings.ray_address is not None or find_head(settings) is not None):
-        try:
-            told = {job["id"]: job for job in training.jobs(connect(settings).dashboard_url)}
-        except UnavailableError as error:
-            asked = False
-            say(f"what runs is as the records have it: {error.message}")
-    rows = []
-    for record in store.list_jobs(tenant):  # read after the cluster was: what has ended there is entered here
-        status, message = shown(record, told.get(record.id), asked=asked)
-        rows.append({**asdict(record), "status": status, "message": message})
-    return rows
+    cluster = _ask_cluster(settings) if is_open else ClusterJobs({}, gone=True)
+    if cluster.problem:
+        say(f"what runs is as the records have it: {cluster.problem}")
+    return [
+        {**asdict(job.record), "status": job.status, "message": job.message}
+        for job in reconcile(store, cluster, tenant)
+    ]
+
+
+def _ask_cluster(settings: Settings) -> ClusterJobs:
+    """What the cluster says of its jobs; none is started to be asked."""
+    from pedro.cluster import connect, find_head
+    from pedro.errors import UnavailableError
+    from pedro.training import submit as training
+    from pedro.training.job_status import ClusterJobs
+
+    if settings.ray_address is None and find_head(settings) is None:
+        return ClusterJobs({}, gone=True)
+    try:
+        url = connect(settings).dashboard_url
+        return ClusterJobs({job["id"]: job for job in training.jobs(url)}, url)
+    except UnavailableError as error:
+        return ClusterJobs({}, problem=error.message)
 
 
 def running_jobs(settings: Settings) -> list[tuple[str, str]]:

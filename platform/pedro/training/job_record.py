@@ -1,28 +1,19 @@
-"""A job's row among the platform's records: its driver writes it, everybody else only reads it. Knows nothing of Ray.
+"""A job's row among the platform's records, as its own driver writes it. Knows nothing of Ray.
 
-`queued → running → succeeded | failed | cancelled`. A driver that was killed could not write its end; `shown` says
-what such a row means beside what the cluster tells, for the command line and the dashboard alike.
+`queued → running → succeeded | failed | cancelled` (`store.JobStatus`). A driver that was killed could not write its
+end; `job_status.py` says what such a row means.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from pedro.errors import ConflictError, NotFoundError, UnavailableError
-from pedro.store import JobRecord, JobStatus, Store
+from pedro.store import JobStatus, Store
 
-LOST = "lost"
-RAY_SAYS = {
-    "PENDING": JobStatus.QUEUED,
-    "RUNNING": JobStatus.RUNNING,
-    "SUCCEEDED": JobStatus.SUCCEEDED,
-    "FAILED": JobStatus.FAILED,
-    "STOPPED": JobStatus.CANCELLED,
-}
-HANDOVER_S = 3600  # a job that was not handed to its cluster by then never will be: its `pedro submit` was ended
 PAUSES_S = (1.0, 4.0, 15.0)
 MAX_MESSAGE = 2000
 
@@ -71,24 +62,3 @@ class OwnRecord:
                     self._say(f"the job's record could not be written ({fields['status']}): {error.message}")
                     return
                 time.sleep(pause)
-
-
-def shown(record: JobRecord, told: Mapping[str, Any] | None, *, asked: bool) -> tuple[str, str]:
-    """(status, message) of a job for people, computed and never written: the row's own once it has ended.
-
-    `told` is the cluster's word on it (`submit.jobs`), None if the cluster does not know the job. `asked` says that
-    the cluster answered, or that there is none any more; without that the row is all there is.
-    """
-    if record.status.final or record.status == JobStatus.PAUSED:
-        return record.status, record.message
-    if told:
-        status = RAY_SAYS.get(told["status"], record.status)
-        if status != JobStatus.FAILED:
-            return status, record.message
-        why = str(told.get("message") or "").strip().partition("\n")[0]
-        return status, "its driver died" + (f": {why}" if why else "")
-    if record.submission_id and asked:
-        return LOST, "its cluster was ended"
-    if not record.submission_id and time.time() - record.created > HANDOVER_S:
-        return LOST, "it was never handed to a cluster"
-    return record.status, record.message

@@ -18,6 +18,7 @@ from pedro.cluster import is_loopback
 from pedro.config import Settings
 from pedro.errors import NotFoundError, PedroError, TrainingError, UnavailableError
 from pedro.training.job import JobResult, new_job_id, stage
+from pedro.training.job_status import FROM_RAY, ClusterJobs, reconcile_record
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join, write_text
 from pedro.training.trainer import ENVIRONMENT
@@ -188,19 +189,27 @@ def status(job_id: str, dashboard_url: str) -> str:
         ) from error
 
 
-def stop(job_id: str, dashboard_url: str, store: Store | None = None) -> None:
-    """End a job; its checkpoints stay. Doing so to one that has ended changes nothing.
+def stop(job_id: str, dashboard_url: str, store: Store | None = None) -> str:
+    """End a job, whose checkpoints stay, and return how it ended: a `JobStatus`.
 
-    Its driver enters how it ended, if it lives long enough to: a job may succeed while it is being stopped.
+    That is not always `cancelled`: it may have ended before, or succeed while it is being stopped. Its driver enters
+    how it ended if it lives long enough to.
     """
     status(job_id, dashboard_url)
     client = _client(dashboard_url)
-    if not client.stop_job(job_id):
-        return
-    deadline = time.monotonic() + STOP_S
-    while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    _record(store, job_id, "cancelled", message="stopped")
+    if client.stop_job(job_id):
+        deadline = time.monotonic() + STOP_S
+        while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        _record(store, job_id, "cancelled", message="stopped")
+    ended = status(job_id, dashboard_url)
+    try:
+        record = store.get_job(job_id) if store else None
+    except NotFoundError:  # a sweep, which keeps its own records
+        record = None
+    if record is None:
+        return FROM_RAY[ended]
+    return reconcile_record(record, ClusterJobs({job_id: {"status": ended}}, dashboard_url)).status
 
 
 def jobs(dashboard_url: str) -> list[dict[str, Any]]:

@@ -1,0 +1,84 @@
+"""How a job stands: what the records say and, until it has ended there, what its cluster says. Writes nothing.
+
+The one place where the two are brought together, for the command line and the dashboard alike. A driver enters its own
+end (`job_record.py`); one that was killed could not, and its job is `failed` or `lost` here while its row stays open.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pedro.store import JobRecord, JobStatus, Store
+
+LOST = "lost"
+FROM_RAY = {
+    "PENDING": JobStatus.QUEUED,
+    "RUNNING": JobStatus.RUNNING,
+    "SUCCEEDED": JobStatus.SUCCEEDED,
+    "FAILED": JobStatus.FAILED,
+    "STOPPED": JobStatus.CANCELLED,
+}
+HANDOVER_S = 3600  # a job that was not handed to its cluster by then never will be: its `pedro submit` was ended
+
+
+@dataclass(frozen=True)
+class ClusterJobs:
+    """A cluster's jobs by id, as `submit.jobs` lists them, or why it cannot be asked."""
+
+    jobs: Mapping[str, Mapping[str, Any]]
+    url: str = ""
+    gone: bool = False
+    """There is no cluster any more, so nothing runs."""
+    problem: str = ""
+
+    @property
+    def answered(self) -> bool:
+        """Whether a job that is not among `jobs` does not run; otherwise the records are all there is."""
+        return self.gone or bool(self.url and not self.problem)
+
+
+@dataclass(frozen=True)
+class ReconciledJob:
+    """A job's row, and its status and message as they are now: a `JobStatus`, or `lost`."""
+
+    record: JobRecord
+    status: str
+    message: str
+
+
+def reconcile(
+    store: Store,
+    cluster: ClusterJobs,
+    tenant: str | None = None,
+    *,
+    status: str | None = None,
+    limit: int | None = None,
+    offset: int = 0,
+) -> list[ReconciledJob]:
+    """Jobs of the store, newest first, as they stand. `status` selects by what is stored.
+
+    The store is read after the cluster was asked: what has ended there by then is entered here.
+    """
+    records = store.list_jobs(tenant, status=status, limit=limit, offset=offset)
+    return [reconcile_record(record, cluster) for record in records]
+
+
+def reconcile_record(record: JobRecord, cluster: ClusterJobs) -> ReconciledJob:
+    """One job: its row's own word once it has ended, else the cluster's."""
+    found = cluster.jobs.get(record.id)
+    if record.status.final or record.status == JobStatus.PAUSED:
+        return ReconciledJob(record, record.status, record.message)
+    if found:
+        status = FROM_RAY.get(found["status"], record.status)
+        if status != JobStatus.FAILED:
+            return ReconciledJob(record, status, record.message)
+        why = str(found.get("message") or "").strip().partition("\n")[0]
+        return ReconciledJob(record, status, "its driver died" + (f": {why}" if why else ""))
+    if record.submission_id and cluster.answered:
+        return ReconciledJob(record, LOST, "its cluster was ended")
+    if not record.submission_id and time.time() - record.created > HANDOVER_S:
+        return ReconciledJob(record, LOST, "it was never handed to a cluster")
+    return ReconciledJob(record, record.status, record.message)
