@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 
 import pytest
@@ -9,6 +11,7 @@ from dashboard_app import DASHBOARD, healthy, opener, words
 from dashboard_home import copy_of_home
 from dashboard_results import add_jobs, add_running_job
 
+from pedro import cli
 from pedro.config import Settings
 from pedro.store import Store
 
@@ -117,6 +120,19 @@ def test_what_the_cluster_says_of_an_open_job_counts(jobs, settings, monkeypatch
     assert {job.id: job.status for job in jobs.live_jobs(settings).jobs}["ftjob-lost"] == "failed"
     del cluster["ftjob-lost"]
     assert {job.id: job.status for job in jobs.live_jobs(settings).jobs}["ftjob-lost"] == "lost"
+
+
+def test_the_command_line_and_the_dashboard_tell_the_same_of_every_job(jobs, settings, monkeypatch, capsys):
+    add_jobs(settings)
+    for name, value in settings.env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sys, "argv", ["pedro", "jobs", "list", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    listed = [(row["id"], row["status"], row["message"]) for row in json.loads(capsys.readouterr().out)]
+    assert listed == [(job.id, job.status, job.message) for job in jobs.past_jobs(settings).jobs]
+    assert "lost" in [status for _, status, _ in listed]
 
 
 def test_a_job_that_is_not_handed_over_yet_is_not_lost(jobs, settings):

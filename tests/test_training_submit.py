@@ -4,8 +4,10 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
+from ray.job_submission import JobStatus
 
 from pedro.config import Settings
+from pedro.store import Store
 from pedro.training import submit
 from pedro.training.spec import FineTuneSpec
 from pedro.training.submit import for_people, readable
@@ -55,3 +57,19 @@ def test_no_path_breaks_the_line_that_starts_a_job(tmp_path, monkeypatch, home):
     words = shlex.split(sent[0]["entrypoint"])
     location = f"{settings.storage}/jobs/ftjob-1/spec.json"
     assert words == [python, "-m", "pedro.training.job", "--spec", location, "--job-id", "ftjob-1"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "ray", "said"), [("succeeded", "SUCCEEDED", "succeeded"), ("running", "STOPPED", "cancelled")]
+)
+def test_stopping_a_job_says_how_it_ended_and_changes_no_end(tmp_path, monkeypatch, stored, ray, said):
+    store = Store(f"sqlite:///{tmp_path / 'pedro.db'}")
+    made = store.create_job("acme", "support", {})
+    store.update_job(made.id, status="running", submission_id=made.id)
+    store.update_job(made.id, status=stored)
+    client = SimpleNamespace(stop_job=lambda job: ray == "STOPPED", get_job_status=lambda job: JobStatus(ray))
+    monkeypatch.setattr(submit, "_client", lambda url: client)
+    assert submit.stop(made.id, "http://127.0.0.1:1", store) == said
+    assert store.get_job(made.id).status == said
+    assert submit.stop("sweep-1", "http://127.0.0.1:1", store) == said  # which the records do not know
+    store.close()

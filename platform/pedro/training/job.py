@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import sys
 import tempfile
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +21,7 @@ from typing import Any
 from pedro.config import Settings, validate_spec
 from pedro.errors import AdapterError, ConfigError, ConflictError, DataError, NotFoundError, PedroError
 from pedro.registry import CANDIDATE, CHAMPION, Registry, Version
+from pedro.training.driver import connect_driver, drive, fail, log_line
 from pedro.training.job_log import keeping_log
 from pedro.training.job_record import OwnRecord
 from pedro.training.places import check_places
@@ -188,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.from_env()
     except PedroError as error:
-        return _fail(error.message)
+        return fail(error.message)
     job_id = options.job_id or new_job_id()
     with keeping_log(settings.storage, job_id):
         return _drive(options, settings, job_id)
@@ -196,51 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
     """Run the job and enter into its record how it goes."""
-    record = OwnRecord(settings.database_url, job_id, _print)
-    try:
+    record = OwnRecord(settings.database_url, job_id, log_line)
+
+    def work() -> dict[str, Any]:
         record.running()
         spec = stage(read_spec(options.spec, settings.cache, options.overrides), settings.storage)
         connect_driver()
-        result = run_job(spec, settings, Registry.open(settings), job_id, say=_print)
-    except PedroError as error:
-        record.failed(error.message)
-        return _fail(error.message)
-    except (KeyboardInterrupt, SystemExit):  # `pedro jobs stop`: Ray turns SIGTERM into an exit
-        record.cancelled()
-        return _fail("the job was stopped")
-    except Exception as error:  # noqa: BLE001 - the edge of the process: one line for people, the rest for the log
-        for line in traceback.format_exc().splitlines():
-            print(f"(driver pid={os.getpid()}) {line}", file=sys.stderr)
-        broke = f"the job broke ({type(error).__name__}); `pedro jobs logs {job_id} --raw` shows where"
-        record.failed(broke)
-        return _fail(broke)
-    record.succeeded(result.to_dict())
-    print(json.dumps(result.to_dict()), flush=True)
-    return 0
+        return run_job(spec, settings, Registry.open(settings), job_id, say=log_line).to_dict()
 
-
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return 1
-
-
-def connect_driver(log_to_driver: bool = True) -> None:
-    """Join the cluster that runs this as a job, or the one of RAY_ADDRESS, or (with neither) start one that ends here.
-
-    Ray Train's own actors look the cluster up by RAY_ADDRESS; without it they search this host and may find another.
-    """
-    import ray
-
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
-        variables = {"RAY_ADDRESS": address} if address else {}
-        ray.init(
-            address=address or "local",
-            namespace="pedro",
-            logging_level=logging.ERROR,
-            log_to_driver=log_to_driver,
-            runtime_env={"env_vars": variables},
-        )
+    return drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
 
 
 def _champion(registry: Registry, name: str) -> int | None:
@@ -274,10 +236,6 @@ def _log_spec(registry: Registry, run_id: str, spec: FineTuneSpec, scratch: Path
     folder.mkdir()
     (folder / "spec.json").write_text(json.dumps(spec.to_dict(), indent=2))
     registry.log_artifacts(run_id, folder)
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ as one JSON object. Killed at any point, the same command with `--sweep ID` goes
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +20,8 @@ from pedro.config import Settings
 from pedro.errors import ConfigError, PedroError, TrainingError
 from pedro.provenance import provenance
 from pedro.registry import CHAMPION, Registry, Version
-from pedro.training.job import Say, check_data, connect_driver, flat, judge_version, move_alias
+from pedro.training.driver import connect_driver, drive, fail, log_line
+from pedro.training.job import Say, check_data, flat, judge_version, move_alias
 from pedro.training.job_log import keeping_log
 from pedro.training.sweep.launch import create
 from pedro.training.sweep.planner import make_planner
@@ -185,23 +183,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings.from_env()
         entry = _entry(options, settings)
     except PedroError as error:
-        return _fail(error.message)
+        return fail(error.message)
     with keeping_log(settings.storage, entry.submission_id):
         return _drive(entry, settings)
 
 
 def _drive(entry: SweepRecord, settings: Settings) -> int:
-    try:
+    def work() -> dict[str, Any]:
         connect_driver(log_to_driver=False)
-        result = run_sweep(entry.id, settings, Registry.open(settings), say=_print)
-    except PedroError as error:
-        return _fail(error.message)
-    except Exception as error:  # noqa: BLE001 - the edge of the process: one line for people, the rest for the log
-        for line in traceback.format_exc().splitlines():
-            print(f"(driver pid={os.getpid()}) {line}", file=sys.stderr)
-        return _fail(f"the sweep broke ({type(error).__name__}); `pedro jobs logs` shows where; --resume goes on")
-    print(json.dumps(result.to_dict()), flush=True)
-    return 0
+        return run_sweep(entry.id, settings, Registry.open(settings), say=log_line).to_dict()
+
+    return drive(work, "sweep", "`pedro jobs logs` shows where; --resume goes on")
 
 
 def _entry(options: argparse.Namespace, settings: Settings) -> SweepRecord:
@@ -211,7 +203,7 @@ def _entry(options: argparse.Namespace, settings: Settings) -> SweepRecord:
         spec = load_sweep_spec(options.spec, options.overrides)
         check_sweep(spec)
         entry = create(spec, settings)
-        _print(f"sweep {entry.id}; if it is interrupted: --sweep {entry.id}")
+        log_line(f"sweep {entry.id}; if it is interrupted: --sweep {entry.id}")
         return entry
     known = Records(settings.storage, options.sweep).entry()
     if known is None:
@@ -222,10 +214,6 @@ def _entry(options: argparse.Namespace, settings: Settings) -> SweepRecord:
 def _fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 1
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""The process around a job or a sweep: its lines for people, its result, and how it fails. Knows nothing of specs.
+
+The last line on standard output is the result as one JSON object; a failure is one line on standard error that begins
+with `error: `, and exit code 1.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from pedro.errors import PedroError
+from pedro.training.job_record import OwnRecord
+
+
+def drive(work: Callable[[], dict[str, Any]], what: str, remedy: str, record: OwnRecord | None = None) -> int:
+    """Run `work`, print its result or what went wrong, and enter the end into `record`; the exit code.
+
+    `what` is a job or a sweep; `remedy` is what to do when it broke for a reason that is not the user's.
+    """
+    try:
+        result = work()
+    except PedroError as error:
+        if record:
+            record.failed(error.message)
+        return fail(error.message)
+    except (KeyboardInterrupt, SystemExit):  # `pedro jobs stop`: Ray turns SIGTERM into an exit
+        if record:
+            record.cancelled()
+        return fail(f"the {what} was stopped")
+    except Exception as error:  # noqa: BLE001 - the edge of the process: one line for people, the rest for the log
+        for line in traceback.format_exc().splitlines():
+            print(f"(driver pid={os.getpid()}) {line}", file=sys.stderr)
+        broke = f"the {what} broke ({type(error).__name__}); {remedy}"
+        if record:
+            record.failed(broke)
+        return fail(broke)
+    if record:
+        record.succeeded(result)
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+def fail(message: str) -> int:
+    """Print the one line of a failure; the exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 1
+
+
+def log_line(line: str) -> None:
+    """Print a line at once: whoever follows the job reads it now."""
+    print(line, flush=True)
+
+
+def connect_driver(log_to_driver: bool = True) -> None:
+    """Join the cluster that runs this as a job, or the one of RAY_ADDRESS, or (with neither) start one that ends here.
+
+    Ray Train's own actors look the cluster up by RAY_ADDRESS; without it they search this host and may find another.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        variables = {"RAY_ADDRESS": address} if address else {}
+        ray.init(
+            address=address or "local",
+            namespace="pedro",
+            logging_level=logging.ERROR,
+            log_to_driver=log_to_driver,
+            runtime_env={"env_vars": variables},
+        )
