@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
 from pedro.config import Settings
-from pedro.data.formats import PromptFormat, format_for_shape
+from pedro.data.prompt_format import PromptFormat, format_for_shape
 from pedro.methods import get_method
 from pedro.methods.adapter_files import save_adapter, write_manifest
 from pedro.registry import Registry, Version

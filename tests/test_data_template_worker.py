@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pedro.data.formats import FORMATS, PromptFormat, check_format
+from pedro.data.prompt_format import FORMATS, PromptFormat, check_format
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
 from pedro.errors import DataError
 

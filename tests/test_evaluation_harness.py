@@ -16,7 +16,7 @@ from serving_adapters import backbone, make_adapter, register, settings_at, toke
 from typer.testing import CliRunner
 
 from pedro.cli import app
-from pedro.data.formats import encode_completion, encode_prompt
+from pedro.data.prompt_format import encode_completion, encode_prompt
 from pedro.data.tasks import get_task
 from pedro.errors import ConfigError
 from pedro.evaluation import scoring

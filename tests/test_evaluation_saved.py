@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from pedro.backbone import load_model, resolve_backbone
 from pedro.cli import app
-from pedro.data.formats import FORMATS
+from pedro.data.prompt_format import FORMATS
 from pedro.errors import AdapterError, BackboneError, DataError
 from pedro.evaluation.saved import load_saved, open_saved
 from pedro.methods.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_digest, write_manifest

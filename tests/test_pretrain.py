@@ -21,7 +21,7 @@ from jobs.pretrain.quality import measure
 from jobs.pretrain.schedule import Schedule
 from jobs.pretrain.tokens import Stream, pack, train_tokenizer
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
-from pedro.data.formats import encode_completion, encode_prompt
+from pedro.data.prompt_format import encode_completion, encode_prompt
 from pedro.errors import ConfigError, DataError, TrainingError
 
 TALE = "the cat sat on a mat and the dog ran to an old red barn where it slept all day long"

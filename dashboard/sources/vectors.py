@@ -35,7 +35,7 @@ class VectorReader:
 
     def __init__(self, directory: Path) -> None:
         from pedro.backbone import context_length, load_tokenizer, quiet, resolve_backbone
-        from pedro.data.formats import PromptFormat
+        from pedro.data.prompt_format import PromptFormat
         from pedro.evaluation.saved import load_saved
         from pedro.methods.adapter_files import read_manifest, verify_adapter
 
@@ -56,7 +56,7 @@ class VectorReader:
         """
         import torch
 
-        from pedro.data.formats import encode_prompt
+        from pedro.data.prompt_format import encode_prompt
         from pedro.methods.prompt import KEPT
 
         messages = [{"role": "user", "content": prompt}]

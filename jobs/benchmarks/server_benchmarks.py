@@ -216,7 +216,7 @@ def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from pedro.data.formats import FORMATS
+    from pedro.data.prompt_format import FORMATS
     from pedro.methods.adapter_files import WEIGHTS, write_manifest
 
     target = home / "made" / source.name

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pedro.data.formats import encode_prompts
+from pedro.data.prompt_format import encode_prompts
 from pedro.errors import TrainingError
 
 BATCH_TOKENS = 8192

@@ -12,7 +12,7 @@ from pedro.comparison.data import TaskData, TestSet
 from pedro.comparison.result_model import SCHEMA, RunResult
 from pedro.comparison.run_planner import PlannedRun
 from pedro.comparison.spec import JudgeSpec, ResourcesSpec
-from pedro.data.formats import encode_prompts
+from pedro.data.prompt_format import encode_prompts
 from pedro.data.tasks import TASKS, Task, TaskRow
 from pedro.errors import PedroError
 from pedro.evaluation.metrics import ELSEWHERE, score_answers

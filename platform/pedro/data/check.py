@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pedro.data.files import Kind
-from pedro.data.formats import (
+from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
+from pedro.data.mistakes import LineError, escaped
+from pedro.data.prompt_format import (
     PromptFormat,
     encode_completion,
     encode_completions,
@@ -24,9 +26,7 @@ from pedro.data.formats import (
     encode_prompts,
     format_for_shape,
 )
-from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
-from pedro.data.mistakes import LineError, escaped
-from pedro.data.shapes import Example, Fields, ParsedLine, Shape
+from pedro.data.row_shapes import Example, Fields, ParsedLine, RowShape
 from pedro.errors import DataError
 
 MAX_ERRORS = 100
@@ -51,7 +51,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Report:
+class DataReport:
     """What a check found. `usable` says whether the file may be trained on; the rest is for the reader to weigh.
 
     `truncated` answers lose their end to fit `max_length`, `dropped` examples have prompts that leave no room for
@@ -166,7 +166,7 @@ def check_file(
     validation: Path | str | None = None,
     format: PromptFormat | None = None,
     fields: Fields | None = None,
-) -> Report:
+) -> DataReport:
     """Checks a data file. Token counts need a `tokenizer`, truncation a `max_length` as well.
 
     `format` is how prompts are written (the shape's own by default), `fields` names columns.
@@ -182,7 +182,7 @@ def check_file(
         for batch in _batches(scan(validation, fields), BATCH):
             other.add(batch)
         validation_prompts, validation_errors = other.prompts, other.error_count
-    return Report(
+    return DataReport(
         path=str(path),
         digest=data_digest(path),
         shape=tally.shape,
@@ -253,7 +253,7 @@ class _Tally:
     tokenizer: Any
     max_length: int | None
     format: PromptFormat | None
-    shape: Shape | None = None
+    shape: RowShape | None = None
     rows: int = 0
     truncated: int = 0
     dropped: int = 0

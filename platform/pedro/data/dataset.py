@@ -19,10 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.data.formats import PromptFormat, encode_completions, encode_prompts
 from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
 from pedro.data.mistakes import LineError
-from pedro.data.shapes import Example, Fields
+from pedro.data.prompt_format import PromptFormat, encode_completions, encode_prompts
+from pedro.data.row_shapes import Example, Fields
 from pedro.errors import DataError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pedro.data.files import Kind, open_file
 from pedro.data.mistakes import LineError
 from pedro.data.records import file_kind, read_rows
-from pedro.data.shapes import FIELDS, Fields, ParsedLine, Shape, has_context, read_row
+from pedro.data.row_shapes import FIELDS, Fields, ParsedLine, RowShape, has_context, read_row
 from pedro.errors import ConfigError, DataError
 
 
@@ -20,7 +20,7 @@ def scan(path: Path | str, fields: Fields | None = None) -> Iterator[ParsedLine 
     be opened.
     """
     path = Path(path)
-    shape: Shape | None = None
+    shape: RowShape | None = None
     first = 0
     chat = False
     unit = kind(path, fields).unit
@@ -30,7 +30,7 @@ def scan(path: Path | str, fields: Fields | None = None) -> Iterator[ParsedLine 
             continue
         try:
             parsed = read_row(row, number, fields, chat)
-            if shape is None and parsed.shape is Shape.ALPACA and _has_context(path, fields):
+            if shape is None and parsed.shape is RowShape.ALPACA and _has_context(path, fields):
                 chat = True
                 parsed = read_row(row, number, fields, chat)
         except LineError as error:
@@ -50,7 +50,7 @@ def kind(path: Path | str, fields: Fields | None = None) -> Kind:
     return file_kind(Path(path), _columns(fields))
 
 
-def shape_of(path: Path | str, fields: Fields | None = None) -> Shape:
+def shape_of(path: Path | str, fields: Fields | None = None) -> RowShape:
     """The shape that the first good row sets. Raises DataError if no row is good."""
     errors: list[LineError] = []
     for item in scan(path, fields):

@@ -16,7 +16,7 @@ from typing import Any
 
 from pedro.data.files import BOM, Kind, delimiter, kind_of_file, open_data, pyarrow
 from pedro.data.mistakes import LineError, name_of
-from pedro.data.shapes import parse_object
+from pedro.data.row_shapes import parse_object
 from pedro.errors import DataError
 
 MAX_LINE_BYTES = 1 << 20

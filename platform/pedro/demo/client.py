@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from pedro.data.shapes import Example
+from pedro.data.row_shapes import Example
 from pedro.errors import PedroError
 
 CONCURRENCY = 16

@@ -27,7 +27,7 @@ def open_saved(directory: Path, name: str | None = None) -> tuple[Backbone, dict
     Raises AdapterError for a damaged adapter or one of another backbone, BackboneError if the backbone is not to be
     had, DataError for a manifest without a prompt format.
     """
-    from pedro.data.formats import PromptFormat, check_format
+    from pedro.data.prompt_format import PromptFormat, check_format
     from pedro.methods.adapter_files import read_manifest, verify_adapter
 
     trained_on = read_manifest(directory)["backbone"]["id"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pedro.config import Settings, check_name
-from pedro.data.formats import PromptFormat, check_format
+from pedro.data.prompt_format import PromptFormat, check_format
 from pedro.database import FileWatch, exclusive
 from pedro.errors import AdapterError, ConflictError, NotFoundError, UnavailableError, model_not_found
 from pedro.refs import ModelRef

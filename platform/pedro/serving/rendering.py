@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from pedro.data.formats import FORMATS, PromptFormat
+from pedro.data.prompt_format import FORMATS, PromptFormat
 from pedro.data.special_tokens import Prompt
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
 from pedro.refs import ModelRef

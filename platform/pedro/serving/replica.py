@@ -15,8 +15,8 @@ import torch
 
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
 from pedro.config import Settings
-from pedro.data.formats import PromptFormat, encode_prompt, encode_text, format_for_shape
-from pedro.data.shapes import Shape
+from pedro.data.prompt_format import PromptFormat, encode_prompt, encode_text, format_for_shape
+from pedro.data.row_shapes import RowShape
 from pedro.data.special_tokens import special_tokens
 from pedro.engine.adapter_pool import unusable
 from pedro.engine.adapter_state import ResidentAdapter
@@ -63,7 +63,7 @@ class Replica:
         self._texts = TokenTexts(self._tokenizer)
         self._longest_piece = max(map(len, self._tokenizer.get_vocab()))
         self._encoding = asyncio.Semaphore(2)
-        self._plain_format = format_for_shape(Shape.MESSAGES, self._tokenizer)
+        self._plain_format = format_for_shape(RowShape.MESSAGES, self._tokenizer)
         self._rendering = Rendering(self._tokenizer, [self._plain_format.template])
         self._formats: OrderedDict[ModelRef, PromptFormat] = OrderedDict()
         self._outlets: dict[str, Outlet] = {}

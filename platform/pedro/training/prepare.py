@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from pedro.backbone import Backbone, context_length
 from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, shape_of, split
-from pedro.data.formats import check_format
+from pedro.data.prompt_format import check_format
 from pedro.errors import ConfigError, DataError
 from pedro.training.loop import TrainingPlan
 from pedro.training.spec import DataSpec, TrainingSpec

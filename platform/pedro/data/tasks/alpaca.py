@@ -3,7 +3,7 @@
 Its own metric is the loss on its validation share; rows keep Alpaca's fields, so they train in Alpaca's prompt format.
 """
 
-from pedro.data.shapes import Shape
+from pedro.data.row_shapes import RowShape
 from pedro.data.tasks.parsers import parse_text
 from pedro.data.tasks.sources import HubSource, Part, Record, read_array
 from pedro.data.tasks.task import Task, TaskRow, Wording
@@ -27,6 +27,6 @@ TASK = Task(
     read=read_array,
     layouts=({"train": Part(("alpaca_data.json",))}, {"train": Part(("alpaca_union_subset.json",))}),
     hub=HubSource("tatsu-lab/alpaca", {"train": "train"}, rows={"train": 52002}),
-    shape=Shape.ALPACA,
+    shape=RowShape.ALPACA,
     max_new_tokens=512,
 )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pedro.data.demo import demo_tenant
-from pedro.data.shapes import parse_line
+from pedro.data.row_shapes import parse_line
 from pedro.data.tasks.parsers import parse_label
 from pedro.data.tasks.sources import HubSource, Part, Record, read_csv, read_text
 from pedro.data.tasks.task import Task, TaskRow, Wording

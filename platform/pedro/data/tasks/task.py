@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pedro.data.shapes import Shape
+from pedro.data.row_shapes import RowShape
 from pedro.data.tasks.sources import HubSource, Layout, Part, Record, Source, open_source
 from pedro.errors import ConfigError, DataError
 
@@ -106,7 +106,7 @@ class Task:
     hub: HubSource | None = None
     packaged: Path | None = None
     cut_by: str = ""
-    shape: Shape = Shape.COMPLETION
+    shape: RowShape = RowShape.COMPLETION
     max_new_tokens: int = 16
     stops: tuple[str, ...] = ()
     shots_from: str = "train"
@@ -159,7 +159,7 @@ class Task:
 
     def line(self, row: TaskRow) -> dict[str, str]:
         """The row as a line of a training file."""
-        if self.shape is Shape.ALPACA:
+        if self.shape is RowShape.ALPACA:
             return {"instruction": row.prompt, "input": row.input, "output": row.completion}
         return {"prompt": row.prompt, "completion": row.completion}
 

@@ -118,7 +118,7 @@ class HarnessModel(LM):
         return texts
 
     def _prompts(self, contexts: Sequence[str]) -> list[list[int]]:
-        """BOS once in front, as `pedro.data.formats.encode_prompt` has it."""
+        """BOS once in front, as `pedro.data.prompt_format.encode_prompt` has it."""
         rows = self.tokenise(contexts)
         return [ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids] for ids in rows]
 

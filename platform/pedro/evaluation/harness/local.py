@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
-from pedro.data.formats import FORMATS, encode_completions
+from pedro.data.prompt_format import FORMATS, encode_completions
 from pedro.errors import ConfigError
 from pedro.evaluation import scoring
 from pedro.evaluation.harness.base import HarnessModel, Scored, Wanted, check_generation_prompt, whole

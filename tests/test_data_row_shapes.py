@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 
-from pedro.data import LineError, Shape, parse_line
-from pedro.data.shapes import read_line, read_row
+from pedro.data import LineError, RowShape, parse_line
+from pedro.data.row_shapes import read_line, read_row
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -59,7 +59,7 @@ def test_a_sharegpt_line_becomes_the_same_as_a_chat_line():
 
 def test_what_is_not_learnt_from_is_named():
     parsed = read_line(json.dumps({"id": 3, "messages": [{**USER, "name": "Bo"}, ANSWER, USER]}), 1)
-    assert parsed.shape is Shape.MESSAGES
+    assert parsed.shape is RowShape.MESSAGES
     assert parsed.ignored == ("id", "messages: turns after the last answer", "messages[].name")
 
 
@@ -73,7 +73,7 @@ def test_system_and_history_stand_before_the_turns():
     alpaca = {"instruction": "Hi", "input": "there", "output": "y", "system": "A pirate.", "history": [["q", "a"]]}
     asked = {**USER, "content": "Hi\nthere"}
     parsed = read_line(json.dumps(alpaca), 1)
-    assert (parsed.shape, parsed.examples[0].messages) == (Shape.MESSAGES, (pirate, *before, asked))
+    assert (parsed.shape, parsed.examples[0].messages) == (RowShape.MESSAGES, (pirate, *before, asked))
     assert len(parsed.examples) == 1, "history is context, not learnt"
 
 
@@ -81,7 +81,7 @@ def test_system_and_history_stand_before_the_turns():
 def test_a_blank_system_or_history_is_absent(nothing):
     row = {"instruction": "Hi", "output": "y", "system": nothing, "history": nothing, "weight": nothing}
     parsed = read_line(json.dumps(row), 1)
-    assert (parsed.shape, parsed.examples[0].messages, parsed.ignored) == (Shape.ALPACA, (USER,), ())
+    assert (parsed.shape, parsed.examples[0].messages, parsed.ignored) == (RowShape.ALPACA, (USER,), ())
 
 
 def test_assistants_in_trls_prompt_are_context_and_all_in_its_completion_are_learnt():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pedro.data import templates
-from pedro.data.shapes import Shape
+from pedro.data.row_shapes import RowShape
 from pedro.data.special_tokens import Prompt, as_text, encode_cut, marked, unmarked
 from pedro.errors import BackboneError, DataError
 
@@ -108,16 +108,16 @@ FORMATS: dict[str, PromptFormat] = {
     "chat": PromptFormat("chat", (_TEMPLATES / "chat.jinja").read_text()),
 }
 FORMAT_OF_SHAPE = {
-    Shape.COMPLETION: "raw",
-    Shape.ALPACA: "alpaca",
-    Shape.MESSAGES: "chat",
-    Shape.SHAREGPT: "chat",
+    RowShape.COMPLETION: "raw",
+    RowShape.ALPACA: "alpaca",
+    RowShape.MESSAGES: "chat",
+    RowShape.SHAREGPT: "chat",
 }
 
 
-def format_for_shape(shape: Shape | str, tokenizer: Any = None) -> PromptFormat:
+def format_for_shape(shape: RowShape | str, tokenizer: Any = None) -> PromptFormat:
     """The format in which a file of this shape trains: `chat` is the tokenizer's own template where it has one."""
-    name = FORMAT_OF_SHAPE[Shape(shape)]
+    name = FORMAT_OF_SHAPE[RowShape(shape)]
     if name != "chat" or tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return FORMATS[name]
     template = _default_template(tokenizer)
