@@ -5,7 +5,7 @@ Knows nothing of Streamlit. What does not answer comes back as a reason in words
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -192,7 +192,7 @@ def _of_store(job: ReconciledJob) -> Job:
     )
 
 
-def _of_cluster(told: dict[str, Any]) -> Job:
+def _of_cluster(told: Mapping[str, Any]) -> Job:
     metadata = told["metadata"]
     tenant, _, adapter = str(metadata.get("model", "")).partition(".")
     return Job(

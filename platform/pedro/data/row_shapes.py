@@ -30,7 +30,7 @@ SYSTEM = ("system", "system_prompt")
 BEFORE = (*SYSTEM, "history")
 
 
-class Shape(StrEnum):
+class RowShape(StrEnum):
     MESSAGES = "messages"
     COMPLETION = "completion"
     ALPACA = "alpaca"
@@ -38,11 +38,11 @@ class Shape(StrEnum):
 
 
 # What a line of each shape must hold; a tuple is a choice of names for one field.
-REQUIRED: dict[Shape, tuple[tuple[str, ...], ...]] = {
-    Shape.MESSAGES: (("messages",),),
-    Shape.COMPLETION: (("prompt",), ("completion", "response")),
-    Shape.ALPACA: (("instruction",), ("output",)),
-    Shape.SHAREGPT: (("conversations",),),
+REQUIRED: dict[RowShape, tuple[tuple[str, ...], ...]] = {
+    RowShape.MESSAGES: (("messages",),),
+    RowShape.COMPLETION: (("prompt",), ("completion", "response")),
+    RowShape.ALPACA: (("instruction",), ("output",)),
+    RowShape.SHAREGPT: (("conversations",),),
 }
 FIELDS = ("prompt", "completion", "response", "instruction", "input", "output", "messages", "conversations", *BEFORE)
 Fields = Mapping[str, str]
@@ -63,7 +63,7 @@ class ParsedLine:
     """A good row. `ignored` names what it holds and training leaves out, `number_field` an answer that was a number."""
 
     number: int
-    shape: Shape
+    shape: RowShape
     examples: tuple[Example, ...]
     ignored: tuple[str, ...] = ()
     number_field: str | None = None
@@ -112,13 +112,13 @@ def read_row(row: Mapping[str, Any], number: int, fields: Fields | None = None, 
     given = _renamed(given, fields, number) if fields else given
     refuse_foreign(given, number)
     shape = _shape(given, number)
-    if shape is Shape.ALPACA:
+    if shape is RowShape.ALPACA:
         return _alpaca(given, number, chat)
-    if shape is Shape.COMPLETION:
+    if shape is RowShape.COMPLETION:
         if isinstance(given["prompt"], list):
             return _trl(given, number)
         return _completion(given, number)
-    field = "messages" if shape is Shape.MESSAGES else "conversations"
+    field = "messages" if shape is RowShape.MESSAGES else "conversations"
     return _conversation(given, (), field, number, shape)
 
 
@@ -145,7 +145,7 @@ def _renamed(row: dict[str, Any], fields: Fields, number: int) -> dict[str, Any]
     return {taken.get(key, key): value for key, value in row.items()}
 
 
-def _shape(row: dict[str, Any], number: int) -> Shape:
+def _shape(row: dict[str, Any], number: int) -> RowShape:
     fits = _fits(row)
     if len(fits) == 1:
         return fits[0]
@@ -170,12 +170,12 @@ def _shape(row: dict[str, Any], number: int) -> Shape:
     raise LineError(number, "line", f"no known shape in {names_of(row)}; give one of: {known}; {_mapping()}")
 
 
-def _fits(row: Mapping[str, Any]) -> list[Shape]:
+def _fits(row: Mapping[str, Any]) -> list[RowShape]:
     return [s for s, fields in REQUIRED.items() if all(any(name in row for name in names) for names in fields)]
 
 
-def _mapping(shape: Shape = Shape.COMPLETION) -> str:
-    names = "instruction=A,input=B,output=C" if shape is Shape.ALPACA else "prompt=A,completion=B"
+def _mapping(shape: RowShape = RowShape.COMPLETION) -> str:
+    names = "instruction=A,input=B,output=C" if shape is RowShape.ALPACA else "prompt=A,completion=B"
     return f"or name your columns: `--fields {names}` (in a spec: data.fields)"
 
 
@@ -199,7 +199,7 @@ def _completion(row: dict[str, Any], number: int) -> ParsedLine:
     completion, was_number = _answer(row[answer], answer, number)
     example = Example((*_before(row, number), {"role": "user", "content": prompt}), completion, number)
     return ParsedLine(
-        number, Shape.COMPLETION, (example,), _extra(row, "prompt", answer), answer if was_number else None
+        number, RowShape.COMPLETION, (example,), _extra(row, "prompt", answer), answer if was_number else None
     )
 
 
@@ -211,7 +211,7 @@ def _trl(row: dict[str, Any], number: int) -> ParsedLine:
     prompt = read_turns(row["prompt"], "prompt", number)
     context = tuple(turn.message for turn in prompt)
     ignored = tuple(f"prompt[].{name}" for turn in prompt for name in turn.ignored)
-    return _conversation(row, context, answer, number, Shape.MESSAGES, ("prompt",), ignored)
+    return _conversation(row, context, answer, number, RowShape.MESSAGES, ("prompt",), ignored)
 
 
 def _alpaca(row: dict[str, Any], number: int, chat: bool) -> ParsedLine:
@@ -219,9 +219,9 @@ def _alpaca(row: dict[str, Any], number: int, chat: bool) -> ParsedLine:
     given = text_of(row["input"], "input", number) if "input" in row else ""
     completion, was_number = _answer(row["output"], "output", number)
     before = _before(row, number)
-    shape = Shape.MESSAGES if chat or before else Shape.ALPACA
+    shape = RowShape.MESSAGES if chat or before else RowShape.ALPACA
     messages: list[Message]
-    if shape is Shape.MESSAGES:
+    if shape is RowShape.MESSAGES:
         question = f"{instruction}\n{given}" if given.strip() else instruction
         messages = [*before, {"role": "user", "content": question}]
     elif given.strip():
@@ -238,11 +238,11 @@ def _conversation(
     context: tuple[Message, ...],
     field: str,
     number: int,
-    shape: Shape,
+    shape: RowShape,
     used: tuple[str, ...] = (),
     unused: tuple[str, ...] = (),
 ) -> ParsedLine:
-    turns = read_turns(row[field], field, number, sharegpt=shape is Shape.SHAREGPT)
+    turns = read_turns(row[field], field, number, sharegpt=shape is RowShape.SHAREGPT)
     before, first = _before(row, number), context[0] if context else turns[0].message
     if before and before[0]["role"] == first["role"] == "system":
         raise LineError(number, "system", "given, and the turns begin with a system turn as well; keep one of the two")
