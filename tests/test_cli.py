@@ -435,12 +435,12 @@ def test_a_reader_that_has_had_enough_is_no_error(home):
 
 
 def test_control_characters_of_others_reach_no_terminal(capsys):
-    from pedro.cli.output import fail, printable, say, table
+    from pedro.cli.output import fail, log, printable, table
     from pedro.errors import DataError
 
     evil = "a\x1b]0;owned\x07\x9b2J\u202eb\ud800\r\tü 漢\n"
     assert printable(evil) == "a\\x1b]0;owned\\x07\\x9b2J\\u202eb\\ud800\\r\tü 漢\n"
-    say(evil)
+    log(evil)
     table(["name"], [[evil]])
     with pytest.raises(SystemExit):
         fail(DataError(evil))

@@ -1,4 +1,4 @@
-"""Every method learns through the one loop: 32 rows by heart, resumed runs, and what is saved afterwards."""
+"""Every method learns through the one loop: 32 rows overfitted, runs resumed, and what is saved afterwards."""
 
 import pytest
 import torch
@@ -118,7 +118,7 @@ class DiesAfterCheckpoint(LocalReporter):
     """A worker that is gone as soon as the checkpoint of `step` is on disk."""
 
     def __init__(self, directory, step):
-        super().__init__(directory, say=lambda line: None)
+        super().__init__(directory, log=lambda line: None)
         self.step = step
 
     def checkpoint(self, engine, group, state, best):

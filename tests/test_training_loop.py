@@ -29,7 +29,7 @@ class DiesAfterCheckpoint(LocalReporter):
     """A worker that is gone as soon as the checkpoint of `step` is on disk."""
 
     def __init__(self, directory, step):
-        super().__init__(directory, say=lambda line: None)
+        super().__init__(directory, log=lambda line: None)
         self.step = step
 
     def checkpoint(self, engine, group, state, best):

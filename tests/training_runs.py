@@ -50,8 +50,8 @@ def context_for(spec: FineTuneSpec, folder: Path) -> TrainingContext:
 
 
 def run(context: TrainingContext, folder: Path) -> TrainingOutcome:
-    """Train to the end, or go on from the checkpoint in `folder`."""
-    reporter = LocalReporter(folder, say=lambda line: None)
+    """Train to the end, or resume from the checkpoint in `folder`."""
+    reporter = LocalReporter(folder, log=lambda line: None)
     return train(context.engine, context.alternation, context.plan, context.data, reporter)
 
 

@@ -173,7 +173,7 @@ def standing(options: Options, say: Say) -> Iterator[Standing]:
         _, other_key = store.create_key("other", ["infer"], "benchmark")
         _, admin_key = store.create_key("operator", ["admin"], "benchmark")
         config = ServeConfig(backbone=str(backbone.directory), served_name=shape.name, threads=options.threads)
-        served = deploy(settings, config, port=0, say=say)
+        served = deploy(settings, config, port=0, log=say)
         _restore(before)
         model = f"{TENANT}.{ADAPTER}"
         server = http_overhead.Server(shape.name, served.url, key, model, str(adapters[0]), str(backbone.directory))

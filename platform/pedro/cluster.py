@@ -56,7 +56,7 @@ class Cluster:
     local: bool
 
 
-def connect(settings: Settings, say: Callable[[str], None] = lambda line: None, *, attach: bool = False) -> Cluster:
+def connect(settings: Settings, log: Callable[[str], None] = lambda line: None, *, attach: bool = False) -> Cluster:
     """The cluster of `settings`, reachable; the local head is started if there is none.
 
     `attach` makes this process a Ray driver, which serving needs and jobs do not.
@@ -66,7 +66,7 @@ def connect(settings: Settings, say: Callable[[str], None] = lambda line: None, 
     external = settings.ray_address
     if external is None:
         prepare_environment(settings)
-        head = _ensure_head(settings, say)
+        head = _ensure_head(settings, log)
         if not attach:
             return Cluster(head.address, head.dashboard_url, nodes=1, local=True)
         address = head.address
@@ -221,7 +221,7 @@ def prepare_environment(settings: Settings) -> None:
     os.environ.update(settings.env())
 
 
-def _ensure_head(settings: Settings, say: Callable[[str], None]) -> Head:
+def _ensure_head(settings: Settings, log: Callable[[str], None]) -> Head:
     from filelock import FileLock
 
     folder = _record(settings).parent
@@ -230,7 +230,7 @@ def _ensure_head(settings: Settings, say: Callable[[str], None]) -> Head:
         head = find_head(settings)
         if head is not None:
             return head
-        say("starting a local Ray head (about 10 s, once; `pedro down` ends it)")
+        log("starting a local Ray head (about 10 s, once; `pedro down` ends it)")
         head = _start_head(folder)
         scratch = folder / "head.json.new"
         scratch.write_text(json.dumps(asdict(head)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pedro.cli.output import AsJson, emit, percent, say, table
+from pedro.cli.output import AsJson, emit, log, percent, table
 from pedro.refs import ModelRef
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _check_servable(registry: Registry, wanted: Version) -> None:
     try:
         backbone = resolve_backbone(wanted.backbone_id)
     except BackboneError as error:
-        say(f"whether {wanted.ref} can be served was not checked: {error.message}")
+        log(f"whether {wanted.ref} can be served was not checked: {error.message}")
     else:
         check_servable(registry.download(wanted), backbone)
 
@@ -149,7 +149,7 @@ def delete(
         count = len(registry.versions(plain))
         what = f"{plain} with {'its only version' if count == 1 else f'all its {count} versions'}"
         if champion := entry.aliases.get("champion"):
-            say(f"{plain}: version {champion} is its champion and is served; requests for it will find no model")
+            log(f"{plain}: version {champion} is its champion and is served; requests for it will find no model")
     confirm(f"Delete {what}?", yes, as_json)
     registry.delete(plain, number)
     emit({"deleted": name}, as_json, lambda: typer.echo(f"deleted {what}"))
@@ -252,7 +252,7 @@ def _evaluate_file(
     named = parse_fields(fields) if fields else None
     registry = _registry()
     version = registry.find(ModelRef.parse(name))
-    say(f"scoring {version.ref} on {file}")
+    log(f"scoring {version.ref} on {file}")
     from pedro.backbone import quiet
     from pedro.config import Settings
     from pedro.evaluation.saved import score_file

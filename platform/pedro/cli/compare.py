@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pedro.cli.output import AsJson, emit, say, table
+from pedro.cli.output import AsJson, emit, log, table
 
 if TYPE_CHECKING:
     from pedro.comparison.pipeline import PreparedComparison
@@ -72,14 +72,14 @@ def compare(
     if report or pack:
         comparison = read_named(folder, wanted.name)
         if pack:
-            say(f"{pack_runs(folder)} runs packed into {folder / PACKED}")
+            log(f"{pack_runs(folder)} runs packed into {folder / PACKED}")
         made = make_report(comparison)
         write_report(made)
     else:
         from pedro.comparison.pipeline import compare as run
         from pedro.comparison.pipeline import prepare
 
-        prepared = prepare(wanted, settings, folder, retry_failed, say)
+        prepared = prepare(wanted, settings, folder, retry_failed, log)
         if dry_run:
             _show_plan(wanted, prepared, folder, as_json)
             return
@@ -88,10 +88,10 @@ def compare(
 
         check_unchanged(code_state(), folder, allow_dirty)
         open_folder(folder)
-        connect(settings, say, attach=True)
-        made = run(wanted, settings, folder, prepared, say)
+        connect(settings, log, attach=True)
+        made = run(wanted, settings, folder, prepared, log)
     for problem in made.comparison.problems:
-        say(f"left out: {problem}")
+        log(f"left out: {problem}")
     person = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if person else 160
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pedro.cli.output import say
+from pedro.cli.output import log
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -49,7 +49,7 @@ def dashboard(
     if not is_loopback(host):
         os.environ[REQUIRE_KEY] = "1"
         words.append("--server.allowedHosts=*")  # known by whatever name leads here
-    say(
+    log(
         f"dashboard of {settings.home}: http://{host}:{port}"
         + ("" if is_loopback(host) else " (asks for an admin key)")
     )

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from pedro.cli.output import emit, say, table
+from pedro.cli.output import emit, log, table
 from pedro.refs import ModelRef
 
 
@@ -31,7 +31,7 @@ def evaluate_by_harness(
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError('harness: install it with `pip install "pedro-platform[harness]"`', param="harness")
     label, arguments = _model(name)
-    say(f"asking {label} lm-eval's {', '.join(wanted)}")
+    log(f"asking {label} lm-eval's {', '.join(wanted)}")
     from pedro.backbone import quiet
     from pedro.evaluation.harness.run import run
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pedro.cli.output import AsJson, emit, percent, printable, say, table
+from pedro.cli.output import AsJson, emit, log, percent, printable, table
 
 if TYPE_CHECKING:
     from pedro.cluster import Cluster
@@ -56,7 +56,7 @@ def submit(
     from pedro.training import submit as training
 
     store = Store(settings.database_url)
-    cluster = connect(settings, say)
+    cluster = connect(settings, log)
     job_id = training.submit(wanted, settings, cluster.dashboard_url, store)
     if not wait:
         emit(
@@ -65,11 +65,11 @@ def submit(
             lambda: typer.echo(f"{job_id}\nfollow it:  pedro jobs logs {job_id} --follow"),
         )
         return
-    say(f"job {job_id} trains {wanted.name}")
+    log(f"job {job_id} trains {wanted.name}")
     try:
-        result = training.wait(job_id, cluster.dashboard_url, say, store)
+        result = training.wait(job_id, cluster.dashboard_url, log, store)
     except KeyboardInterrupt:
-        say(f"the job goes on; `pedro jobs stop {job_id}` ends it")
+        log(f"the job keeps running; `pedro jobs stop {job_id}` ends it")
         raise
 
     def show() -> None:
@@ -192,7 +192,7 @@ def _as_they_stand(settings: Settings, tenant: str | None) -> list[dict[str, Any
     is_open = any(not record.status.final for record in store.list_jobs(tenant))
     cluster = _ask_cluster(settings) if is_open else ClusterJobs({}, gone=True)
     if cluster.problem:
-        say(f"what runs is as the records have it: {cluster.problem}")
+        log(f"what runs is as the records have it: {cluster.problem}")
     return [
         {**asdict(job.record), "status": job.status, "message": job.message}
         for job in reconcile(store, cluster, tenant)
@@ -226,7 +226,7 @@ def running_jobs(settings: Settings) -> list[tuple[str, str]]:
     try:
         jobs = within(20, lambda: training.jobs(connect(settings).dashboard_url))
     except (UnavailableError, OSError, RuntimeError) as error:  # a broken head must be ended all the same
-        say(f"which jobs run cannot be told: {error}")
+        log(f"which jobs run cannot be told: {error}")
         return []
     open_jobs = [job for job in jobs if job["status"] in ("PENDING", "RUNNING")]
     return [(job["id"], job["metadata"].get("model") or _model(job["metadata"])) for job in open_jobs]
@@ -244,7 +244,7 @@ def stop_jobs(settings: Settings, job_ids: list[str]) -> None:
         try:
             within(30, partial(training.stop, job_id, connect(settings).dashboard_url, store))
         except (PedroError, OSError, RuntimeError) as error:
-            say(f"{job_id} could not be stopped first: {error}")
+            log(f"{job_id} could not be stopped first: {error}")
 
 
 def _model(metadata: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from pedro.cli.output import AsJson, emit, say, table
+from pedro.cli.output import AsJson, emit, log, table
 
 COLUMNS = (
     "name",
@@ -60,7 +60,7 @@ def methods(
     def show() -> None:
         table(COLUMNS[:shown], [row[:shown] for row in rows], whole=1)
         if narrow:
-            say(f"what each changes, and its paper: in {WIDE} columns, with --json, or by `pedro methods | cat`")
+            log(f"what each changes, and its paper: in {WIDE} columns, with --json, or by `pedro methods | cat`")
 
     emit(found, as_json, show)
 

@@ -48,7 +48,7 @@ def table(
     Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(grid)
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Tell a person what is going on, on standard error, so that `--json` output stays clean."""
     typer.echo(printable(line), err=True)
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from pedro.cli.output import AsJson, emit, say
+from pedro.cli.output import AsJson, emit, log
 
 
 def serve(
@@ -57,7 +57,7 @@ def serve(
         "adapter_budget_mb": adapter_budget_mb,
         "tenant_weights": dict(_share(text) for text in tenant_weight or ()),
     }
-    served = deploy(settings, validate_spec(options, ServeConfig, source="serve"), host, port, say)
+    served = deploy(settings, validate_spec(options, ServeConfig, source="serve"), host, port, log)
 
     def show() -> None:
         typer.echo(f"serving {served.backbone} at {served.url}/v1")
@@ -71,9 +71,9 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         for line in follow(settings.requests_log):
-            say(line)
+            log(line)
     except KeyboardInterrupt:
-        say("ending the server")
+        log("ending the server")
     finally:
         undeploy(settings)
 
@@ -91,7 +91,7 @@ def down(
     settings = Settings.from_env()
     running = running_jobs(settings)
     if running:
-        say(f"{len(running)} of its jobs have not ended: " + ", ".join(f"{model} ({job})" for job, model in running))
+        log(f"{len(running)} of its jobs have not ended: " + ", ".join(f"{model} ({job})" for job, model in running))
         confirm("End them? What they have trained since their last checkpoint is lost.", yes, as_json)
         stop_jobs(settings, [job for job, _ in running])
     ended = end(settings)
@@ -118,7 +118,7 @@ def demo(
     from pedro.config import Settings
     from pedro.demo import run_demo
 
-    result = run_demo(Settings.from_env(), keep=keep, port=port, say=say if as_json else typer.echo)
+    result = run_demo(Settings.from_env(), keep=keep, port=port, log=log if as_json else typer.echo)
     emit(result, as_json, lambda: None)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pedro.cli.output import AsJson, emit, percent, say, table
+from pedro.cli.output import AsJson, emit, log, percent, table
 
 if TYPE_CHECKING:
     from pedro.training.sweep.spec import SweepSpec
@@ -25,7 +25,7 @@ def sweep(
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the last sweep of this spec; what has ended is not run again."),
+        typer.Option("--resume", help="Resume the last sweep of this spec; what has ended is not run again."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +42,7 @@ def sweep(
 
     if resume and dry_run:
         raise typer.BadParameter(
-            "--dry-run starts nothing, so there is nothing for --resume to go on with; give one of them"
+            "--dry-run starts nothing, so there is nothing for --resume to resume; give one of them"
         )
     wanted = load_sweep_spec(spec, overrides or [])
     check_sweep(wanted)
@@ -53,7 +53,7 @@ def sweep(
     from pedro.training.sweep import launch
 
     settings = Settings.from_env()
-    url = connect(settings, say).dashboard_url
+    url = connect(settings, log).dashboard_url
     entry = launch.reopen(wanted, settings, url) if resume else launch.create(wanted, settings)
     launch.start(entry, settings, url)
     if not wait:
@@ -64,11 +64,11 @@ def sweep(
             lambda: typer.echo(f"{entry.id}\n{follow}"),
         )
         return
-    say(f"{entry.id} {'goes on with' if resume else 'sweeps'} {wanted.base.name}")
+    log(f"{entry.id} {'resumes' if resume else 'sweeps'} {wanted.base.name}")
     try:
-        result = json.loads(launch.wait(entry, url, say))
+        result = json.loads(launch.wait(entry, url, log))
     except KeyboardInterrupt:
-        say(f"the sweep goes on; `pedro jobs stop {entry.submission_id}` ends it")
+        log(f"the sweep keeps running; `pedro jobs stop {entry.submission_id}` ends it")
         raise
     emit(result, as_json, lambda: _show(result, list(wanted.space)))
 

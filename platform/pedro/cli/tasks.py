@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pedro.cli.output import AsJson, emit, say, table
+from pedro.cli.output import AsJson, emit, log, table
 
 if TYPE_CHECKING:
     from pedro.data.tasks import Task, TaskRow
@@ -69,7 +69,7 @@ def _record(task: Task, data: str | None) -> dict[str, Any]:
             rows, source = _count(task, data), task.open(data).name
         except DataError as error:
             rows, source = {}, f"not in {data}"
-            say(f"{error.message}")
+            log(f"{error.message}")
     return {
         "name": task.name,
         "title": task.title,

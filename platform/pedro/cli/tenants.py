@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pedro.cli.output import AsJson, emit, say, table
+from pedro.cli.output import AsJson, emit, log, table
 
 if TYPE_CHECKING:
     from pedro.store import Quota, Store
@@ -48,7 +48,7 @@ def quota(
     store = _store()
     now = store.set_quota(tenant=tenant, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
     if not store.list_keys(tenant):
-        say(f"note: tenant {tenant} has no key yet")
+        log(f"note: tenant {tenant} has no key yet")
     emit({"tenant": tenant, **asdict(now)}, as_json, lambda: typer.echo(f"{tenant}: {in_words(now)}"))
 
 

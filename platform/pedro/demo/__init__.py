@@ -31,38 +31,38 @@ from pedro.training.spec import FineTuneSpec
 from pedro.training.submit import submit, wait
 
 BACKBONE = "stories260K"
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Outcome = Future[None]
 # Steps of each tenant's versions: the first trains twice, briefly and then well, so that there is something to swap.
 STEPS = ((60, 300), (300,), (150,))
 
 
-def run_demo(settings: Settings, *, keep: bool, port: int, say: Say) -> dict[str, Any]:
+def run_demo(settings: Settings, *, keep: bool, port: int, log: Log) -> dict[str, Any]:
     """Run the story and return what `demo/result.json` of the home holds too. Adapters of an earlier run are reused."""
     started = time.monotonic()
     registry, store = Registry.open(settings), Store(settings.database_url)
-    connected = cluster.connect(settings, say)
-    jobs = _train_missing(settings, registry, store, connected.dashboard_url, say)
+    connected = cluster.connect(settings, log)
+    jobs = _train_missing(settings, registry, store, connected.dashboard_url, log)
     keys, secrets = _keys(store)
     try:
-        served = find(settings) or deploy(settings, ServeConfig(backbone=BACKBONE, threads=1), port=port, say=say)
+        served = find(settings) or deploy(settings, ServeConfig(backbone=BACKBONE, threads=1), port=port, log=log)
         for outcome in jobs:
             outcome.result()
-        say("\nasking every held-out row over HTTP: the bare backbone, then the adapter")
+        log("\nasking every held-out row over HTTP: the bare backbone, then the adapter")
         swapped = DEMO_TENANTS[0]
         old, new = registry.versions(_name(swapped))[:2]
         registry.promote(old.name, old.version)
         time.sleep(2)  # the server follows within its watch interval
         rows = {tenant.name: _rows(tenant.test) for tenant in DEMO_TENANTS}
         tenants = [
-            _measure(served, secrets[t.name], t, registry.get(_name(t)), rows[t.name], say) for t in DEMO_TENANTS
+            _measure(served, secrets[t.name], t, registry.get(_name(t)), rows[t.name], log) for t in DEMO_TENANTS
         ]
-        say(f"\nhot swap: {old.ref} → {new.ref} while requests run")
+        log(f"\nhot swap: {old.ref} → {new.ref} while requests run")
         load = rows[swapped.name]
         seen = swap_under_load(served.url, secrets[swapped.name], secrets["*"], old.name, new.version, load)
         swap = _swap_report(old, new, seen)
         swap["old_accuracy"] = tenants[0]["accuracy"]
-        tenants[0] = _measure(served, secrets[swapped.name], swapped, registry.get(old.name), load, say)
+        tenants[0] = _measure(served, secrets[swapped.name], swapped, registry.get(old.name), load, log)
         swap["new_accuracy"] = tenants[0]["accuracy"]
         result = {
             **provenance(),
@@ -73,8 +73,8 @@ def run_demo(settings: Settings, *, keep: bool, port: int, say: Say) -> dict[str
             "swap": swap,
         }
         _save(settings.home / "demo" / "result.json", result)
-        _show(result, say)
-        _farewell(served, secrets[DEMO_TENANTS[0].name], load[0], keep, say)
+        _show(result, log)
+        _farewell(served, secrets[DEMO_TENANTS[0].name], load[0], keep, log)
     finally:
         if not keep:
             for key in keys:
@@ -109,22 +109,22 @@ def demo_spec(tenant: DemoTenant, steps: int) -> FineTuneSpec:
     return validate_spec(tree, FineTuneSpec, source=f"demo tenant {tenant.name}")
 
 
-def _train_missing(settings: Settings, registry: Registry, store: Store, dashboard_url: str, say: Say) -> list[Outcome]:
+def _train_missing(settings: Settings, registry: Registry, store: Store, dashboard_url: str, log: Log) -> list[Outcome]:
     """Start the trainings whose versions are not there: tenants side by side, one CPU each, a tenant's in turn."""
     digest = resolve_backbone(BACKBONE).digest
 
     def train(tenant: DemoTenant, runs: Sequence[int]) -> None:
         for steps in runs:
             job = submit(demo_spec(tenant, steps), settings, dashboard_url, store)
-            say(f"{_name(tenant)}: {tenant.title}; job {job} trains {steps} steps")
-            wait(job, dashboard_url, lambda line: say(f"  {_name(tenant):<16} {line}"), store)
+            log(f"{_name(tenant)}: {tenant.title}; job {job} trains {steps} steps")
+            wait(job, dashboard_url, lambda line: log(f"  {_name(tenant):<16} {line}"), store)
 
     outcomes = []
     threads = ThreadPoolExecutor(max_workers=len(STEPS), thread_name_prefix="demo")
     for tenant, runs in zip(DEMO_TENANTS, STEPS, strict=True):
         have = [v for v in registry.versions(_name(tenant)) if v.backbone_digest == digest]
         if have:
-            say(f"{_name(tenant)}: there already: {', '.join(version.ref for version in have)}")
+            log(f"{_name(tenant)}: there already: {', '.join(version.ref for version in have)}")
         outcomes.append(threads.submit(train, tenant, runs[len(have) :]))
     threads.shutdown(wait=False)
     return outcomes
@@ -141,9 +141,9 @@ def _keys(store: Store) -> tuple[list[str], dict[str, str]]:
 
 
 def _measure(
-    served: Served, secret: str, tenant: DemoTenant, version: Version, rows: Sequence[Example], say: Say
+    served: Served, secret: str, tenant: DemoTenant, version: Version, rows: Sequence[Example], log: Log
 ) -> dict[str, Any]:
-    say(f"  {version.ref}: {len(rows)} rows")
+    log(f"  {version.ref}: {len(rows)} rows")
     labels = Counter(row.completion for row in rows)
     return {
         "tenant": tenant.name,
@@ -197,7 +197,7 @@ def _problems(result: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _show(result: dict[str, Any], say: Say) -> None:
+def _show(result: dict[str, Any], log: Log) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -217,19 +217,19 @@ def _show(result: dict[str, Any], say: Say) -> None:
     console = Console(width=110, highlight=False)
     with console.capture() as drawn:
         console.print(grid)
-    say(drawn.get())
+    log(drawn.get())
     swap = result["swap"]
     counts = "{requests} requests, {failed} failed, {mixed} mixed"
     answered = "{answered_by_old} by the old, {answered_by_new} by the new"
-    say(
+    log(
         "hot swap of {model}: v{old_version} → v{new_version} with {in_flight} requests in flight".format(**swap)
         + f"; {counts.format(**swap)}; {answered.format(**swap)}, first after {swap['seconds_to_first_new']} s; "
         + "accuracy {old_accuracy:.3f} → {new_accuracy:.3f}".format(**swap)
     )
-    say(f"the whole demo took {result['seconds']:.0f} s")
+    log(f"the whole demo took {result['seconds']:.0f} s")
 
 
-def _farewell(served: Served, secret: str, row: Example, keep: bool, say: Say) -> None:
+def _farewell(served: Served, secret: str, row: Example, keep: bool, log: Log) -> None:
     body = json.dumps({"model": _name(DEMO_TENANTS[0]), "messages": list(row.messages), "max_tokens": 8})
     url, key = (served.url, secret) if keep else ("http://127.0.0.1:8000", "$KEY")
     command = (
@@ -237,9 +237,9 @@ def _farewell(served: Served, secret: str, row: Example, keep: bool, say: Say) -
         f"-H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
     if keep:
-        say(f"\nit runs on; `pedro down` ends it. Try:\n  {command}")
+        log(f"\nit runs on; `pedro down` ends it. Try:\n  {command}")
     else:
-        say(
+        log(
             "\nended. `make dashboard` shows the adapters, `make serve` serves them again; then, with "
             f"KEY=$(.venv/bin/pedro keys create {DEMO_TENANTS[0].name}):\n  {command}"
         )

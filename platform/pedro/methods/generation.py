@@ -32,7 +32,7 @@ def prompt_width(given: dict[str, Any]) -> int:
 def check_generation(title: str, given: dict[str, Any], own: Any) -> None:
     """Raise ConfigError for an option of generate() that would let the answer condition the vectors.
 
-    `given` are its arguments, `own` is the model's generation config. Warns where it goes on from a filled cache.
+    `given` are its arguments, `own` is the model's generation config. Warns where it continues from a filled cache.
     """
     for name, reason in REFUSED.items():
         value = _option(name, given, own)
@@ -42,7 +42,7 @@ def check_generation(title: str, given: dict[str, Any], own: Any) -> None:
     cache = given.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0 and not _option("is_assistant", given, own):
         warnings.warn(
-            "past_key_values: generation goes on from a cache that was filled before, so the vectors stay those of "
+            "past_key_values: generation continues from a cache that was filled before, so the vectors stay those of "
             "its first prompt; leave it out to condition them on all of input_ids",
             stacklevel=2,
         )

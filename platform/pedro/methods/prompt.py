@@ -3,7 +3,7 @@
 The answer must never condition the vectors, or training leaks it. So the boundary is, in this order: `prompt_mask`,
 `prompt_lens`, the labels (a batch with labels never falls through), within `generate()` the columns that it was called
 with, and only without any of them everything that is attended. That last is a guess, and warned of, unless the call
-keeps a KV cache (`use_cache=True` or `past_key_values`), as one that reads a prompt does. A call that goes on from a
+keeps a KV cache (`use_cache=True` or `past_key_values`), as one that reads a prompt does. A call that continues from a
 filled cache keeps the vectors that lie with it: those of its first prompt. Shapes: B rows, T tokens of this call.
 """
 

@@ -93,7 +93,7 @@ class SparseSearchLayer(DeltaLayer):
         return getattr(self, f"{PREFIX}{name}_{target}")
 
     def gates(self, adapter_name: str) -> nn.Parameter:
-        """The logits [2, targets] of a search that goes on."""
+        """The logits [2, targets] of a search that is not over."""
         return getattr(self, f"{PREFIX}gates")[adapter_name]
 
     def sizes(self, adapter_name: str) -> torch.Tensor:
@@ -194,7 +194,7 @@ class SparseSearch:
     def _open_gates(self, model: nn.Module, args: tuple) -> None:
         logits = self._logits()
         if self.decided is not None:
-            opened = self.decided.to(logits) + 0.0 * logits  # Θ steps go on, and find nothing left to move
+            opened = self.decided.to(logits) + 0.0 * logits  # Θ steps continue, and find nothing left to move
         else:
             logits = logits - balance(logits.detach(), self.sizes.to(logits), self.config.budget)
             if model.training:  # a binary concrete variable at temperature 1

@@ -1,4 +1,4 @@
-"""What a method may do between a run's steps, if it changes its shape while it trains. Knows nothing of the loop.
+"""What a method may do between the steps of a run, if its adapter changes shape while it trains.
 
 Most methods need none. AdaLoRA prunes ranks and the sparse structure search decides what to keep.
 """
@@ -11,7 +11,7 @@ import torch
 
 
 class TrainingHook(Protocol):
-    """Goes along with one training run of one model; every worker has its own and all do the same."""
+    """Accompanies one training run of one model; every worker has its own and all do the same."""
 
     def penalty(self) -> torch.Tensor | None:
         """What is added to the loss of a batch, or nothing."""
@@ -29,7 +29,7 @@ class TrainingHook(Protocol):
         """How many of the trained parameters the saved adapter has."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that a resumed run needs to go on as if it had never stopped."""
+        """All that a resumed run needs to continue as if it had never stopped."""
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state` gave."""

@@ -30,7 +30,7 @@ def deploy(
     config: ServeConfig,
     host: str = "127.0.0.1",
     port: int = 8000,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Served:
     """Serve `config` on the cluster of `settings` and wait until it answers.
 
@@ -55,7 +55,7 @@ def deploy(
             f"port: {port} on {host} is in use; stop what uses it, or choose another with --port (0: any free one)",
             param="port",
         )
-    cluster.connect(settings, say, attach=True)
+    cluster.connect(settings, log, attach=True)
     import logging
 
     from ray import serve
@@ -67,7 +67,7 @@ def deploy(
     app = build_app(config.model_dump())
     if _record(settings).is_file():  # of a server that no longer answers, but may still hold its port
         _take_down(settings)
-    say(f"loading {config.backbone} and starting the server on {host}:{port}")
+    log(f"loading {config.backbone} and starting the server on {host}:{port}")
     served = Served(f"http://{host}:{port}", config.model_name)
     try:
         serve.start(

@@ -30,7 +30,7 @@ from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.storage import fetch, put_dataset
 from pedro.training.trainer import Result, fit
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class JobResult:
 
 
 def run_job(
-    spec: FineTuneSpec, settings: Settings, registry: Registry, job_id: str | None = None, say: Say = print
+    spec: FineTuneSpec, settings: Settings, registry: Registry, job_id: str | None = None, log: Log = print
 ) -> JobResult:
     """Run one job on the Ray cluster that this process is connected to.
 
@@ -65,7 +65,7 @@ def run_job(
     """
     started = time.monotonic()
     job_id = job_id or new_job_id()
-    check_data(spec, settings, say)
+    check_data(spec, settings, log)
     run_id = registry.start_run(
         experiment=spec.name,
         name=job_id,
@@ -85,7 +85,7 @@ def run_job(
         status = "FINISHED"
     finally:
         registry.finish_run(run_id, status)
-    say(f"{version.ref} is {'the champion' if alias == CHAMPION else 'kept as candidate'}: {decision.reason}")
+    log(f"{version.ref} is {'the champion' if alias == CHAMPION else 'kept as candidate'}: {decision.reason}")
     return JobResult(
         model=version.ref,
         alias=alias,
@@ -101,7 +101,7 @@ def run_job(
     )
 
 
-def check_data(spec: FineTuneSpec, settings: Settings, say: Say) -> None:
+def check_data(spec: FineTuneSpec, settings: Settings, log: Log) -> None:
     """Find what is wrong with the files before a worker is started.
 
     Nothing is tokenised here: a driver stays light (no torch models, no tokenizer), and workers find the rest. Raises
@@ -121,8 +121,8 @@ def check_data(spec: FineTuneSpec, settings: Settings, say: Say) -> None:
             raise DataError(f"data.{role}: {why}{more}; `pedro data check` lists them", param=f"data.{role}")
         counts.append(f"{report.examples:,} in {role}")
         if report.numbers:
-            say(f"data.{role}: {report.numbers_said()}")
-    say(f"{spec.name}: examples: {', '.join(counts)}")
+            log(f"data.{role}: {report.numbers_said()}")
+    log(f"{spec.name}: examples: {', '.join(counts)}")
 
 
 def judge_version(spec: FineTuneSpec, trained: Result, registry: Registry) -> GateDecision:
@@ -149,10 +149,10 @@ def read_spec(location: str, cache: Path, overrides: Sequence[str] = ()) -> Fine
     if overrides:
         raise ConfigError(f"{overrides[0]!r}: {location} is resolved already; give overrides to `pedro submit` instead")
     try:
-        tree = json.loads(fetch(location, cache).read_text())
+        values = json.loads(fetch(location, cache).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{location}: cannot be read as JSON ({error})", param="--spec") from error
-    spec = validate_spec(tree, FineTuneSpec, source=location)
+    spec = validate_spec(values, FineTuneSpec, source=location)
     check_places({f"data.{role}": file for role, file in spec.data.files().items()}, Settings.from_env())
     return spec
 
@@ -168,10 +168,10 @@ def new_job_id() -> str:
     return f"ftjob-{uuid.uuid4().hex[:24]}"
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     out: dict[str, Any] = {}
-    for key, value in tree.items():
+    for key, value in values.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
 
@@ -200,7 +200,7 @@ def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
         record.running()
         spec = stage(read_spec(options.spec, settings.cache, options.overrides), settings.storage)
         connect_driver()
-        return run_job(spec, settings, Registry.open(settings), job_id, say=log_line).to_dict()
+        return run_job(spec, settings, Registry.open(settings), job_id, log=log_line).to_dict()
 
     return drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
 

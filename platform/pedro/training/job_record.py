@@ -21,8 +21,8 @@ MAX_MESSAGE = 2000
 class OwnRecord:
     """The row of the job that this process drives. A job that the records do not know keeps none."""
 
-    def __init__(self, database_url: str, job_id: str, say: Callable[[str], None]) -> None:
-        self._url, self._job_id, self._say = database_url, job_id, say
+    def __init__(self, database_url: str, job_id: str, log: Callable[[str], None]) -> None:
+        self._url, self._job_id, self._log = database_url, job_id, log
 
     def running(self) -> None:
         """Raises ConflictError if the job has ended already, for instance because it was stopped while it waited."""
@@ -59,6 +59,6 @@ class OwnRecord:
                 return
             except UnavailableError as error:
                 if pause is None:
-                    self._say(f"the job's record could not be written ({fields['status']}): {error.message}")
+                    self._log(f"the job's record could not be written ({fields['status']}): {error.message}")
                     return
                 time.sleep(pause)

@@ -21,7 +21,7 @@ class TellLosses(UserCallback):
         why = reason(next(iter(worker_exceptions.values())))
         then = "no more are replaced"
         if self._count <= self._max:
-            then = f"replaced, {self._count} of at most {self._max} times; training goes on from the last checkpoint"
+            then = f"replaced, {self._count} of at most {self._max} times; training resumes from the last checkpoint"
         print(f"{what} ({why}); {then}", flush=True)
 
 

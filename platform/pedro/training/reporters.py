@@ -19,7 +19,7 @@ from pedro.training.loop import TrainState
 from pedro.training.worker_group import WorkerGroup
 
 LOG = logging.getLogger(__name__)
-Log = Callable[[int, Mapping[str, float]], None]
+LogPoint = Callable[[int, Mapping[str, float]], None]
 FLUSH_TIMEOUT_S = 60
 
 
@@ -30,7 +30,7 @@ class CurveWriter:
     dropped with a warning: curves are worth less than the training.
     """
 
-    def __init__(self, connect: Callable[[], Log]) -> None:
+    def __init__(self, connect: Callable[[], LogPoint]) -> None:
         self._points: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._send, args=(connect,), name="curves", daemon=True)
         self._thread.start()
@@ -44,8 +44,8 @@ class CurveWriter:
         self._points.put(None)
         self._thread.join(FLUSH_TIMEOUT_S)
 
-    def _send(self, connect: Callable[[], Log]) -> None:
-        log: Log | None = None
+    def _send(self, connect: Callable[[], LogPoint]) -> None:
+        log: LogPoint | None = None
         while (point := self._points.get()) is not None:
             try:
                 log = log or connect()
@@ -55,10 +55,10 @@ class CurveWriter:
 
 
 class LocalReporter:
-    """Checkpoints in a folder of this host, lines to `say`."""
+    """Checkpoints in a folder of this host, lines to `log`."""
 
-    def __init__(self, directory: Path, say: Callable[[str], None] = print, curves: CurveWriter | None = None) -> None:
-        self.directory, self.say, self.curves = directory, say, curves
+    def __init__(self, directory: Path, log: Callable[[str], None] = print, curves: CurveWriter | None = None) -> None:
+        self.directory, self.log, self.curves = directory, log, curves
 
     def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
         last = self.directory / "last"
@@ -79,7 +79,7 @@ class LocalReporter:
             self.curves.add(step, values)
 
     def line(self, text: str) -> None:
-        self.say(text)
+        self.log(text)
 
 
 def system_metrics() -> dict[str, float]:

@@ -229,9 +229,9 @@ def load_finetune_spec(path: str | Path, overrides: Iterable[str] = ()) -> FineT
 
     Raises one ConfigError that lists every mistake.
     """
-    words, folder = list(overrides), Path(path).absolute().parent
-    spec = load_spec(path, [_locate_override(word) for word in words], FineTuneSpec).located(folder)
-    check_data_files(spec.data, folder, words)
+    overrides, folder = list(overrides), Path(path).absolute().parent
+    spec = load_spec(path, [_locate_override(override) for override in overrides], FineTuneSpec).located(folder)
+    check_data_files(spec.data, folder, overrides)
     return spec
 
 

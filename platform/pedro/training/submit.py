@@ -74,8 +74,8 @@ def submit(
             store.update_job(job_id, status="failed", message=error.message)
         raise
     try:
-        words = f"pedro.training.job --spec {shlex.quote(location)} --job-id {job_id}"
-        launch(words, job_id, settings, dashboard_url, {"tenant": spec.tenant, "adapter": spec.adapter})
+        module = f"pedro.training.job --spec {shlex.quote(location)} --job-id {job_id}"
+        launch(module, job_id, settings, dashboard_url, {"tenant": spec.tenant, "adapter": spec.adapter})
     except PedroError:
         if store:
             store.update_job(job_id, status="failed", message="the cluster did not take the job")
@@ -103,13 +103,13 @@ def launch(module: str, job_id: str, settings: Settings, dashboard_url: str, met
 
 
 def wait(
-    job_id: str, dashboard_url: str, say: Callable[[str], None] = lambda line: None, store: Store | None = None
+    job_id: str, dashboard_url: str, log: Callable[[str], None] = lambda line: None, store: Store | None = None
 ) -> JobResult:
-    """Follow a job to its end, `say` its lines without Ray's prefixes, and return its result.
+    """Follow a job to its end, `log` its lines without Ray's prefixes, and return its result.
 
     Raises TrainingError with the job's own error line if it failed or was stopped.
     """
-    state, text = until_end(job_id, dashboard_url, say)
+    state, text = until_end(job_id, dashboard_url, log)
     if state == "SUCCEEDED":
         result = JobResult(**json.loads(text))
         _record(store, job_id, "succeeded", result=result.to_dict())
@@ -122,9 +122,9 @@ def wait(
 
 
 def until_end(
-    job_id: str, dashboard_url: str, say: Callable[[str], None] = lambda line: None
+    job_id: str, dashboard_url: str, log: Callable[[str], None] = lambda line: None
 ) -> tuple[Literal["SUCCEEDED", "STOPPED", "FAILED"], str]:
-    """Follow a job to its end and `say` its lines: how it ended, with its result as JSON or with what went wrong."""
+    """Follow a job to its end and `log` its lines: how it ended, with its result as JSON or with what went wrong."""
     last, failure = "", ""
     for line in follow(job_id, dashboard_url):
         if line.startswith("{"):
@@ -132,7 +132,7 @@ def until_end(
         elif line.startswith("error: "):
             failure = line.removeprefix("error: ")
         else:
-            say(line)
+            log(line)
     state = status(job_id, dashboard_url)
     if state == "SUCCEEDED":
         return "SUCCEEDED", last

@@ -1,6 +1,6 @@
 """Runs a job's workers by Ray Train (V2): start, checkpoint, replace lost workers, bring the result home.
 
-A worker that dies is replaced, and its group goes on from the last checkpoint. A PedroError (a loss that is no number,
+A worker that dies is replaced, and its group resumes from the last checkpoint. A PedroError (a loss that is NaN,
 a full disk) would only come again: workers return it as their result instead of raising it, so that it is not retried.
 """
 
@@ -83,7 +83,7 @@ def fit(
 ) -> Result:
     """Train on the cluster that this process is connected to; the adapter is then in `scratch`.
 
-    A run of the same `job_id` that was interrupted goes on from its last checkpoint. `extra` goes into the adapter's
+    A run of the same `job_id` that was interrupted resumes from its last checkpoint. `extra` goes into the adapter's
     manifest; `callbacks` are Ray Train's, and see the report of every checkpoint: step, steps, and dev_loss if known.
     Raises the PedroError of the workers, or WorkersLost if they were lost more often than `max_failures`.
     """

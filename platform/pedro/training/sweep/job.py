@@ -1,7 +1,7 @@
 """One sweep, from spec to version: `python -m pedro.training.sweep.job --sweep ID`, or `--spec FILE [key=value …]`.
 
 The outline: check, prepare, run the trials, register the best, report. The last line on standard output is the result
-as one JSON object. Killed at any point, the same command with `--sweep ID` goes on where it was.
+as one JSON object. Killed at any point, the same command with `--sweep ID` resumes where it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pedro.errors import ConfigError, PedroError, TrainingError
 from pedro.provenance import provenance
 from pedro.registry import CHAMPION, Registry, Version
 from pedro.training.driver import connect_driver, drive, fail, log_line
-from pedro.training.job import Say, check_data, flat, judge_version, move_alias
+from pedro.training.job import Log, check_data, flat, judge_version, move_alias
 from pedro.training.job_log import keeping_log
 from pedro.training.sweep.launch import create
 from pedro.training.sweep.planner import make_planner
@@ -61,17 +61,17 @@ class SweepResult:
         return asdict(self)
 
 
-def run_sweep(sweep_id: str, settings: Settings, registry: Registry, say: Say = print) -> SweepResult:
+def run_sweep(sweep_id: str, settings: Settings, registry: Registry, log: Log = print) -> SweepResult:
     """Run a sweep on the Ray cluster that this process is connected to, or what is left of it.
 
-    Raises PedroError; then what was trained stays, and the same call goes on from there.
+    Raises PedroError; then what was trained stays, and the same call resumes from there.
     """
     from pedro.training.sweep.tuning import concurrent_trials, run_trials
 
     started = time.monotonic()
     records = Records(settings.storage, sweep_id)
     spec = records.spec()
-    check_data(spec.base, settings, say)
+    check_data(spec.base, settings, log)
     run_id = _own_run(records, spec, registry)
     status = "FAILED"
     try:
@@ -79,11 +79,11 @@ def run_sweep(sweep_id: str, settings: Settings, registry: Registry, say: Say = 
         if tracker.waiting:
             concurrency = min(spec.concurrency or concurrent_trials(spec.base.resources), tracker.waiting)
             kept = f"{tracker.kept} of {tracker.planner.total} trials have ended before; " if tracker.kept else ""
-            say(f"sweep {sweep_id}: {kept}{tracker.waiting} trials to run, {concurrency} at a time")
+            log(f"sweep {sweep_id}: {kept}{tracker.waiting} trials to run, {concurrency} at a time")
             entry = records.entry()
             assert entry is not None
-            run_trials(tracker, settings, entry.submission_id, concurrency, SweepProgress(tracker, say).show)
-        result = _finish(tracker, settings, registry, started, say)
+            run_trials(tracker, settings, entry.submission_id, concurrency, SweepProgress(tracker, log).show)
+        result = _finish(tracker, settings, registry, started, log)
         status = "FINISHED"
         return result
     finally:
@@ -108,7 +108,7 @@ def _own_run(records: Records, spec: SweepSpec, registry: Registry) -> str:
     return run_id
 
 
-def _finish(tracker: TrialTracker, settings: Settings, registry: Registry, started: float, say: Say) -> SweepResult:
+def _finish(tracker: TrialTracker, settings: Settings, registry: Registry, started: float, log: Log) -> SweepResult:
     best = tracker.best
     if best is None or best.outcome is None:
         last = next((trial for trial in reversed(tracker.trials) if trial.message), None)
@@ -141,9 +141,9 @@ def _finish(tracker: TrialTracker, settings: Settings, registry: Registry, start
         tracker.run_id, len(tracker.trials), {**scores, **{f"trials/{k}": v for k, v in counts.items()}}
     )
     registry.tag_run(tracker.run_id, {"version": version.ref, "best_trial": str(best.number)})
-    say(f"{version.ref} is {'the champion' if alias == CHAMPION else 'kept as candidate'}: {gate}")
+    log(f"{version.ref} is {'the champion' if alias == CHAMPION else 'kept as candidate'}: {gate}")
     if counts[TrialState.LOST]:
-        say(f"{counts[TrialState.LOST]} trials were lost; `pedro sweep … --resume` runs them again")
+        log(f"{counts[TrialState.LOST]} trials were lost; `pedro sweep … --resume` runs them again")
     return result
 
 
@@ -174,7 +174,7 @@ def _register(tracker: TrialTracker, best: Trial, registry: Registry) -> tuple[V
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point of the Ray job."""
-    parser = argparse.ArgumentParser(prog="pedro.training.sweep.job", description="Run one sweep, or go on with it.")
+    parser = argparse.ArgumentParser(prog="pedro.training.sweep.job", description="Run one sweep, or resume it.")
     parser.add_argument("--sweep", help="the id of a sweep that `pedro sweep` has prepared, or that was interrupted")
     parser.add_argument("--spec", help="a YAML spec, for a new sweep")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the spec")
@@ -191,9 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _drive(entry: SweepRecord, settings: Settings) -> int:
     def work() -> dict[str, Any]:
         connect_driver(log_to_driver=False)
-        return run_sweep(entry.id, settings, Registry.open(settings), say=log_line).to_dict()
+        return run_sweep(entry.id, settings, Registry.open(settings), log=log_line).to_dict()
 
-    return drive(work, "sweep", "`pedro jobs logs` shows where; --resume goes on")
+    return drive(work, "sweep", "`pedro jobs logs` shows where; --resume resumes it")
 
 
 def _entry(options: argparse.Namespace, settings: Settings) -> SweepRecord:

@@ -1,4 +1,4 @@
-"""Starts a sweep on a cluster, or goes on with one: what `pedro sweep` calls. Needs the cluster's URL alone."""
+"""Starts a sweep on a cluster, or resumes one: what `pedro sweep` calls. Needs the cluster's URL alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reopen(spec: SweepSpec, settings: Settings, dashboard_url: str) -> SweepReco
     if entry is None:
         raise NotFoundError(
             f"--resume: no sweep of exactly this spec and data was started in {settings.storage}; give the same file "
-            "and the same key=value words, or leave --resume out to start anew",
+            "and the same key=value overrides, or leave --resume out to start anew",
             param="--resume",
         )
     try:
@@ -54,18 +54,18 @@ def reopen(spec: SweepSpec, settings: Settings, dashboard_url: str) -> SweepReco
 
 def start(entry: SweepRecord, settings: Settings, dashboard_url: str) -> None:
     """Have the cluster run a driver for a sweep."""
-    words = f"pedro.training.sweep.job --sweep {entry.id}"
+    module = f"pedro.training.sweep.job --sweep {entry.id}"
     base = entry.spec["base"]
     # no "adapter" in the metadata, which would make it a fine-tuning job in lists
     metadata = {"tenant": base["tenant"], "sweep": entry.id, "model": f"{base['tenant']}.{base['adapter']}"}
-    submit.launch(words, entry.submission_id, settings, dashboard_url, metadata)
+    submit.launch(module, entry.submission_id, settings, dashboard_url, metadata)
 
 
-def wait(entry: SweepRecord, dashboard_url: str, say: Callable[[str], None]) -> str:
+def wait(entry: SweepRecord, dashboard_url: str, log: Callable[[str], None]) -> str:
     """Follow a sweep to its end and return its result as JSON. Raises TrainingError if it failed or was stopped."""
-    state, text = submit.until_end(entry.submission_id, dashboard_url, say)
+    state, text = submit.until_end(entry.submission_id, dashboard_url, log)
     if state != "SUCCEEDED":
-        raise TrainingError(f"{text}; `pedro sweep … --resume` goes on with {entry.id}")
+        raise TrainingError(f"{text}; `pedro sweep … --resume` resumes {entry.id}")
     return text
 
 

@@ -61,7 +61,7 @@ class Trial:
     run_id: str
     state: TrialState = TrialState.RUNNING
     attempt: int = 1
-    """Counts up when a lost trial is started anew; one that was only interrupted goes on as the same attempt."""
+    """Counts up when a lost trial is started anew; one that was only interrupted resumes as the same attempt."""
     reports: tuple[tuple[int, float], ...] = ()
     """(step, validation loss), as the scheduler saw them."""
     steps: int = 0
@@ -82,7 +82,7 @@ class Trial:
         return self.reports[-1][0] if self.reports else 0
 
     def job_id(self, sweep_id: str) -> str:
-        """The name of its Ray Train run; the same name goes on where it was interrupted."""
+        """The name of its Ray Train run; the same name resumes where it was interrupted."""
         again = f"-{self.attempt}" if self.attempt > 1 else ""
         return f"{sweep_id}-trial-{self.number:03d}{again}"
 
@@ -150,8 +150,8 @@ class Records:
         text = read_text(join(self.location, f"results/{trial.number:03d}.json"))
         if text is None:
             return None
-        tree = json.loads(text)
-        outcome = TrialOutcome(**{**tree, "state": TrialState(tree["state"])})
+        fields = json.loads(text)
+        outcome = TrialOutcome(**{**fields, "state": TrialState(fields["state"])})
         return outcome if outcome.attempt == trial.attempt else None
 
     def _with_outcome(self, trial: Trial) -> Trial:
@@ -161,8 +161,8 @@ class Records:
     def _trial(self, number: int) -> str:
         return join(self.location, f"trials/{number:03d}.json")
 
-    def _write(self, name: str, tree: dict[str, Any]) -> None:
-        write_text(join(self.location, name), json.dumps(tree, indent=1))
+    def _write(self, name: str, fields: dict[str, Any]) -> None:
+        write_text(join(self.location, name), json.dumps(fields, indent=1))
 
 
 def sweep_ids(storage: str) -> list[str]:
@@ -182,13 +182,13 @@ def recall(storage: str, spec: SweepSpec) -> str | None:
 
 
 def _by_spec(storage: str, spec: SweepSpec) -> str:
-    tree = spec.to_dict()
-    data = tree["base"]["data"]
-    tree["base"]["data"] = {name: value for name, value in data.items() if value or name not in LATER}
-    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    fields = spec.to_dict()
+    data = fields["base"]["data"]
+    fields["base"]["data"] = {name: value for name, value in data.items() if value or name not in LATER}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return join(storage, "sweeps", BY_SPEC, f"{digest[:32]}.json")
 
 
-def _trial(tree: dict[str, Any]) -> Trial:
-    reports = tuple((int(step), float(loss)) for step, loss in tree["reports"])
-    return Trial(**{**tree, "state": TrialState(tree["state"]), "reports": reports})
+def _trial(fields: dict[str, Any]) -> Trial:
+    reports = tuple((int(step), float(loss)) for step, loss in fields["reports"])
+    return Trial(**{**fields, "state": TrialState(fields["state"]), "reports": reports})

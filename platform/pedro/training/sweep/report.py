@@ -22,8 +22,8 @@ SCORES = ("accuracy", "backbone_accuracy", "majority_accuracy", "loss")
 class SweepProgress:
     """Prints the table whenever a trial ends, and now and then in between."""
 
-    def __init__(self, tracker: TrialTracker, say: Callable[[str], None]) -> None:
-        self._board, self._say = tracker, say
+    def __init__(self, tracker: TrialTracker, log: Callable[[str], None]) -> None:
+        self._tracker, self._log = tracker, log
         self._started = time.monotonic()
         self._last: tuple[float, str] = (self._started, "")
 
@@ -32,17 +32,17 @@ class SweepProgress:
         now = time.monotonic()
         if not changed and now - self._last[0] < EVERY_S:
             return
-        table = "\n".join(progress_table(self._board))
+        table = "\n".join(progress_table(self._tracker))
         if table != self._last[1]:
-            self._say(f"{self._head(now - self._started)}\n{table}")
+            self._log(f"{self._head(now - self._started)}\n{table}")
         self._last = (now, table)
 
     def _head(self, seconds: float) -> str:
-        counts = ", ".join(f"{count} {state}" for state, count in self._board.counts().items() if count)
-        best = self._board.best
+        counts = ", ".join(f"{count} {state}" for state, count in self._tracker.counts().items() if count)
+        best = self._tracker.best
         leader = f" · best so far: trial {best.number}, validation loss {best.loss:.4f}" if best else ""
         clock = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-        return f"sweep {self._board.spec.name} · {counts} of {self._board.planner.total} · {clock}{leader}"
+        return f"sweep {self._tracker.spec.name} · {counts} of {self._tracker.planner.total} · {clock}{leader}"
 
 
 def progress_table(tracker: TrialTracker) -> list[str]:

@@ -42,7 +42,7 @@ class SchedulerSpec(Frozen):
     """Which trials are stopped early."""
 
     name: Literal["asha", "none"] = "asha"
-    """asha (Li et al. 2020, arXiv 1810.05934): at each rung the best 1/reduction of the trials go on."""
+    """asha (Li et al. 2020, arXiv 1810.05934): at each rung the best 1/reduction of the trials continue."""
     grace_steps: int | None = Field(None, ge=1, le=10**9)
     """Steps that every trial gets; base.training.eval_every if not given. Rungs lie at grace_steps × reduction^k."""
     reduction: float = Field(3, gt=1, le=1000)
@@ -106,21 +106,21 @@ class SweepSpec(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved spec as JSON holds it; `SweepSpec.model_validate` reads it back."""
-        tree = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json")
         if "training.max_steps" in self.space and "epochs" not in self.base.training.model_fields_set:
-            del tree["base"]["training"]["epochs"]  # nobody asked for the default, which would cut the trials' steps
-        return tree
+            del fields["base"]["training"]["epochs"]  # nobody asked for the default, which would cut the trials' steps
+        return fields
 
 
 def load_sweep_spec(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpec:
     """Read a spec file; relative paths start from its folder. Raises one ConfigError that lists every mistake."""
-    words = list(overrides)
-    spec = load_spec(path, words, SweepSpec)
+    overrides = list(overrides)
+    spec = load_spec(path, overrides, SweepSpec)
     base = Path(path).absolute().parent
     space = dict(spec.space)
     if (tried := space.get("backbone")) is not None and tried.listed:
         values = tuple(locate_backbone(str(value), base, Path.cwd()) for value in tried.values)
         space["backbone"] = tried.model_copy(update={"values": values})
     located = spec.base.located(base)
-    check_data_files(located.data, base, words, "base.data")
+    check_data_files(located.data, base, overrides, "base.data")
     return spec.model_copy(update={"base": located, "space": space})

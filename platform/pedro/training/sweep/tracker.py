@@ -1,4 +1,4 @@
-"""Who runs and who ended how: keeps the records, the runs in MLflow and the planner in step. Knows nothing of Ray.
+"""Tracks the trials of a sweep: keeps the records, the runs in MLflow and the planner in step. Knows nothing of Ray.
 
 Everything here happens in the driver, on one thread.
 """
@@ -44,7 +44,7 @@ class TrialTracker:
         return len(self._open) + max(0, self.planner.total - len(self.trials))
 
     def next(self) -> Trial | None:
-        """Begin a trial, or go on with an interrupted one; None when there is nothing left to begin."""
+        """Begin a trial, or resume an interrupted one; None when there is nothing left to begin."""
         if self._open:
             trial = self.trials[self._open.pop(0)]
             if trial.state is TrialState.LOST:
@@ -67,13 +67,13 @@ class TrialTracker:
         return self._keep(trial)
 
     def report(self, number: int, step: int, steps: int, loss: float) -> None:
-        """Take down a validation."""
+        """Record a validation."""
         trial = self.trials[number]
         if step > trial.step:
             self._keep(replace(trial, reports=(*trial.reports, (step, loss)), steps=steps))
 
     def ended(self, number: int, broke: str | None = None) -> Trial:
-        """Take down that a trial is over: by its own words, stopped if it left none, lost if it `broke`."""
+        """Record that a trial is over: by its own word, stopped if it left none, lost if it `broke`."""
         trial = self.trials[number]
         outcome = self.records.outcome(trial)
         if outcome:

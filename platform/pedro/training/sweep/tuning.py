@@ -130,10 +130,10 @@ class Next(_OfThisProcess, Searcher):
 
     def __init__(self, tracker: TrialTracker, scheduler: Any) -> None:
         super().__init__(metric=LOSS, mode="min")
-        self._board, self._scheduler = tracker, scheduler
+        self._tracker, self._scheduler = tracker, scheduler
 
     def suggest(self, trial_id: str) -> Any:
-        trial = self._board.next()
+        trial = self._tracker.next()
         if trial is None:
             return Searcher.FINISHED
         _replay(self._scheduler, trial_id, trial.reports)
@@ -153,19 +153,19 @@ class Watch(_OfThisProcess, tune.Callback):
     """Tells the tracker what happens."""
 
     def __init__(self, tracker: TrialTracker, show: Callable[[bool], None]) -> None:
-        self._board, self._show = tracker, show
+        self._tracker, self._show = tracker, show
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         if LOSS in result:
-            self._board.report(trial.config["number"], result[STEP], result[STEPS], result[LOSS])
+            self._tracker.report(trial.config["number"], result[STEP], result[STEPS], result[LOSS])
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._board.ended(trial.config["number"])
+        self._tracker.ended(trial.config["number"])
         self._show(True)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         text = str(trial.get_error() or "").strip()
-        self._board.ended(trial.config["number"], broke=text.splitlines()[-1] if text else "its process died")
+        self._tracker.ended(trial.config["number"], broke=text.splitlines()[-1] if text else "its process died")
         self._show(True)
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:

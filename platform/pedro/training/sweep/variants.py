@@ -20,10 +20,10 @@ from pedro.training.sweep.spec import SweepSpec
 
 def variant(spec: SweepSpec, parameters: Parameters) -> FineTuneSpec:
     """The job of a trial. Raises ConfigError for a key that a job has not, or a value that it cannot take."""
-    tree = spec.to_dict()["base"]
+    fields = spec.to_dict()["base"]
     for key, value in parameters.items():
-        _put(tree, key, value)
-    return validate_spec(tree, FineTuneSpec, source="space")
+        _put(fields, key, value)
+    return validate_spec(fields, FineTuneSpec, source="space")
 
 
 def planned_trials(spec: SweepSpec) -> list[Parameters] | None:
@@ -70,13 +70,13 @@ def _probes(spec: SweepSpec) -> Iterator[tuple[str, Parameters]]:
         yield f"space ({', '.join(f'{key}={value}' for key, value in parameters.items())})", parameters
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def _put(fields: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
+        fields = fields.setdefault(parent, {})
+        if not isinstance(fields, dict):
             raise ConfigError(f"{key}: {parent!r} is no section, so nothing can be set inside it", param=key)
-    tree[leaf] = value
+    fields[leaf] = value
 
 
 def _method_mistakes(job: FineTuneSpec) -> list[str]:
