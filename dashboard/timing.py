@@ -19,7 +19,7 @@ VIEWS = ("compare", "runs", "sweeps", "activations", "adapters", "serving", "pla
 PAGES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("overview, with imports", "overview", {}),
     ("overview", "overview", {}),
-    *((view, view, {"comparison": "home/crowd"} if view == "compare" else {}) for view in VIEWS),
+    *((view, view, {"comparison": "home/synthetic"} if view == "compare" else {}) for view in VIEWS),
     ("compare, of runs", "compare", {"comparison": "mlflow/runs"}),
 )
 TIMEOUT_S = 120

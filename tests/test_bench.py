@@ -14,10 +14,10 @@ from jobs.benchmarks.bench_engine import BenchEngine
 from jobs.benchmarks.command_line import main
 from jobs.benchmarks.efficiency import copy_limit_tok_s
 from jobs.benchmarks.engine_benchmarks import BENCHMARKS
-from jobs.benchmarks.engine_process import RivalError, Stable
-from jobs.benchmarks.model_sizes import SHAPES, make_model, prompts
+from jobs.benchmarks.engine_process import EnginePool, EngineProcessError
+from jobs.benchmarks.model_sizes import MODEL_SIZES, make_model, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
-from jobs.benchmarks.report import Report, Target, exactly
+from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from jobs.benchmarks.stats import Ratio, paired_ratio, percentile, percentile_ratio
 from jobs.benchmarks.timeline import Timeline
 
@@ -25,14 +25,14 @@ ROW_KEYS = {"engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> tuple[Report, list[str]]:
+def quick(tmp_path_factory) -> tuple[BenchmarkReport, list[str]]:
     """A whole comparison on a tiny backbone, with a vLLM that is not there, and what was said meanwhile."""
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEDRO_HOME", str(tmp_path_factory.mktemp("home")))
         engines, pythons = ("generate", "ours", "vllm"), {"vllm": "/nowhere/python"}
-        plan = peers.Plan(
-            {"tiny": (2,)}, rounds=2, prompt=12, new=4, threads=1, peers=pythons, engines=engines, floor=False
+        plan = peers.PeerComparison(
+            {"tiny": (2,)}, rounds=2, prompt=12, new=4, threads=1, peers=pythons, engines=engines, roofline=False
         )
         return peers.measure(plan, said.append), said
 
@@ -155,15 +155,15 @@ def test_the_client_counts_every_token_of_a_slice_and_raises_what_the_server_rep
 def test_a_flood_goes_on_while_a_quiet_tenant_asks_and_both_stand_in_the_report(tmp_path, monkeypatch):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
     monkeypatch.setattr(fairness, "THINK_S", 0.01)
-    ref = str(adapter_directories(SHAPES["tiny"], "pedro", 1)[0])
-    engine = BenchEngine(SHAPES["tiny"], max_batch=4, max_length=400)
+    ref = str(adapter_directories(MODEL_SIZES["tiny"], "pedro", 1)[0])
+    engine = BenchEngine(MODEL_SIZES["tiny"], max_batch=4, max_length=400)
     flood = fairness.Flood("a flood", streams=4, prompt=20, new=40, n=3)
     lone = {"a flood": fairness._segment(engine, ref, flood, None, 0, 0.02)}
     cases = (("alone", None), ("a flood", flood))
     seen = {name: fairness._segment(engine, ref, case, ref, 3, 0.02) for name, case in cases}
     assert not engine.engine.has_work(), "nothing of a segment is left for the next"
     engine.close()
-    report = Report("fairness", {})
+    report = BenchmarkReport("fairness", {})
     fairness.add_rows(report, "engine", seen, lone, 1.2)
     alone, beside = report.rows
     assert (alone["requests"], beside["requests"], "ratio" in alone) == (3, 3, False)
@@ -187,16 +187,20 @@ def test_percentiles_are_values_that_occurred():
 
 
 def test_the_shapes_have_the_sizes_they_are_named_after():
-    sizes = {name: sum(p.numel() for p in make_model(SHAPES[name], "meta").parameters()) for name in ("S", "M", "7B")}
+    sizes = {
+        name: sum(p.numel() for p in make_model(MODEL_SIZES[name], "meta").parameters()) for name in ("S", "M", "7B")
+    }
     assert sizes == {"S": 15_191_712, "M": 124_668_672, "7B": 6_738_415_616}
-    assert SHAPES["M"].read_parameters < sizes["M"] - 32_000 * 768 + 1
-    assert copy_limit_tok_s(SHAPES["7B"], copy_gb_s=600.0, value_bytes=2) == pytest.approx(600e9 / 13.5e9, rel=0.03)
+    assert MODEL_SIZES["M"].read_parameters < sizes["M"] - 32_000 * 768 + 1
+    assert copy_limit_tok_s(MODEL_SIZES["7B"], copy_gb_s=600.0, value_bytes=2) == pytest.approx(
+        600e9 / 13.5e9, rel=0.03
+    )
 
 
 def test_prompts_differ_from_each_other_and_are_the_same_for_every_engine():
-    asked = prompts(SHAPES["S"], 4, 16, seed=1)
+    asked = prompts(MODEL_SIZES["S"], 4, 16, seed=1)
     assert len({tuple(ids) for ids in asked}) == 4
-    assert asked == prompts(SHAPES["S"], 4, 16, seed=1) != prompts(SHAPES["S"], 4, 16, seed=2)
+    assert asked == prompts(MODEL_SIZES["S"], 4, 16, seed=1) != prompts(MODEL_SIZES["S"], 4, 16, seed=2)
 
 
 @pytest.mark.parametrize("kind", ["pedro", "ia3", "lora"])
@@ -204,11 +208,11 @@ def test_every_tenants_adapter_is_whole_and_its_own(kind, tmp_path, monkeypatch)
     from pedro.methods.adapter_files import verify_adapter
 
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
-    shape = SHAPES["tiny"]
-    directories = adapter_directories(shape, kind, 3)
-    digests = {verify_adapter(directory, shape.digest)["digest"] for directory in directories}
+    size = MODEL_SIZES["tiny"]
+    directories = adapter_directories(size, kind, 3)
+    digests = {verify_adapter(directory, size.digest)["digest"] for directory in directories}
     assert len(digests) == 3
-    assert adapter_directories(shape, kind, 3) == directories
+    assert adapter_directories(size, kind, 3) == directories
 
 
 def test_engines_that_were_started_end_whatever_happens(tmp_path, monkeypatch):
@@ -216,8 +220,8 @@ def test_engines_that_were_started_end_whatever_happens(tmp_path, monkeypatch):
     ours = psutil.Process()
 
     def interrupted() -> None:
-        with Stable(print) as stable:
-            stable.start("one", "generate", {"shape": "tiny"})
+        with EnginePool(print) as pool:
+            pool.start("one", "generate", {"size": "tiny"})
             assert len(ours.children()) == 1
             raise KeyboardInterrupt
 
@@ -228,21 +232,21 @@ def test_engines_that_were_started_end_whatever_happens(tmp_path, monkeypatch):
 
 def test_an_engine_that_cannot_start_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
-    with Stable(print) as stable:
-        stable.start("strange", "http", {})
-        assert stable.wait() == {}
-        assert "KeyError" in stable.skipped["strange"]
+    with EnginePool(print) as pool:
+        pool.start("strange", "http", {})
+        assert pool.wait() == {}
+        assert "KeyError" in pool.skipped["strange"]
 
 
 def test_an_order_that_fails_leaves_the_engine_running(tmp_path, monkeypatch):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
-    with Stable(print) as stable:
-        stable.start("client", "http", {"shape": "tiny", "url": "http://127.0.0.1:9", "key": "k", "model": "m"})
-        stable.wait()
-        with pytest.raises(RivalError, match="KeyError"):
-            stable.run("client", {"batch": 1})
-        with pytest.raises(RivalError, match="ConnectError"):
-            stable.run("client", {"batch": 1, "prompt": 4, "new": 2, "seed": 0})
+    with EnginePool(print) as pool:
+        pool.start("client", "http", {"size": "tiny", "url": "http://127.0.0.1:9", "key": "k", "model": "m"})
+        pool.wait()
+        with pytest.raises(EngineProcessError, match="KeyError"):
+            pool.run("client", {"batch": 1})
+        with pytest.raises(EngineProcessError, match="ConnectError"):
+            pool.run("client", {"batch": 1, "prompt": 4, "new": 2, "seed": 0})
 
 
 def test_help_teaches_without_importing_torch():

@@ -12,7 +12,7 @@ import pytest
 from jobs import bench
 from jobs.benchmarks import command_line
 from jobs.benchmarks.command_line import Benchmark
-from jobs.benchmarks.report import Report
+from jobs.benchmarks.report import BenchmarkReport
 from pedro import provenance as provenance_file
 from pedro.errors import ConfigError
 from pedro.provenance import check_unchanged, code_state, provenance
@@ -95,7 +95,7 @@ def test_a_benchmark_of_changed_code_is_refused_before_it_measures(monkeypatch, 
 
     def run(options, say):
         measured.append(options)
-        return Report("speed", {})
+        return BenchmarkReport("speed", {})
 
     monkeypatch.setattr(command_line, "code_state", lambda: {"commit": "c0ffee+", "code": "sha256:1"})
     benchmarks = {"speed": Benchmark("made up", run, ())}

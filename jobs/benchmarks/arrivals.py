@@ -15,10 +15,10 @@ from typing import Any
 
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Say
-from jobs.benchmarks.model_sizes import NEW_TOKENS, PROMPT_TOKENS, SHAPES, Shape, default_dtype, prompts
+from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, default_dtype, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
-from jobs.benchmarks.report import Report, Target
+from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio
 from jobs.benchmarks.timeline import Timeline
 
@@ -26,17 +26,17 @@ OFFERED = 1.2
 Figures = dict[str, float]
 
 
-def run(options: Options, say: Say) -> Report:
+def run(options: Options, log: LogLine) -> BenchmarkReport:
     """The three comparisons at each model, in paired rounds."""
     use_threads(options.threads)
     rounds = options.rounds or (2 if options.quick else 7)
     batch = (options.batches or (8,))[0]
     requests = (2 if options.quick else 16) * batch
-    report = Report("arrivals", {"batch": batch, "requests": requests, "rounds": rounds, "offered": OFFERED})
+    report = BenchmarkReport("arrivals", {"batch": batch, "requests": requests, "rounds": rounds, "offered": OFFERED})
     for name in options.models or ("S",):
-        shape = SHAPES[name]
-        engine = BenchEngine(shape, options.device, max_batch=batch, max_length=PROMPT_TOKENS + NEW_TOKENS + 8)
-        refs = [str(path) for path in adapter_directories(shape, "pedro", batch)]
+        size = MODEL_SIZES[name]
+        engine = BenchEngine(size, options.device, max_batch=batch, max_length=PROMPT_TOKENS + NEW_TOKENS + 8)
+        refs = [str(path) for path in adapter_directories(size, "pedro", batch)]
         engine.load(refs)
         for base, other, pair in (
             ("all at once", "poisson", partial(_arrival_pair, engine, refs, requests)),
@@ -49,8 +49,8 @@ def run(options: Options, say: Say) -> Report:
                 if number:
                     seen[base].append(figures[0])
                     seen[other].append(figures[1])
-                    say(f"  {name} {base} / {other}: " + " / ".join(f"{f['tok_s']:.0f} tok/s" for f in figures))
-            _add(report, shape, batch, seen, base, other)
+                    log(f"  {name} {base} / {other}: " + " / ".join(f"{f['tok_s']:.0f} tok/s" for f in figures))
+            _add(report, size, batch, seen, base, other)
         engine.close()
     return report
 
@@ -73,7 +73,7 @@ def _first_token_pair(
 ) -> Callable[[int], tuple[Figures, Figures]]:
     from jobs.benchmarks.workers.generate import Generate
 
-    setup = {"shape": engine.shape.name, "device": options.device, "dtype": default_dtype(options.device)}
+    setup = {"size": engine.size.name, "device": options.device, "dtype": default_dtype(options.device)}
     generate = Generate({**setup, "threads": options.threads})
 
     def pair(seed: int) -> tuple[Figures, Figures]:
@@ -83,14 +83,16 @@ def _first_token_pair(
     return pair
 
 
-def _add(report: Report, shape: Shape, batch: int, seen: dict[str, list[Figures]], base: str, other: str) -> None:
+def _add(
+    report: BenchmarkReport, size: ModelSize, batch: int, seen: dict[str, list[Figures]], base: str, other: str
+) -> None:
     speed = other == "poisson"
     key = "tok_s" if speed else "ttft_ms"
     ratio = paired_ratio([figures[key] for figures in seen[other]], [figures[key] for figures in seen[base]])
     rows = 1 if base.startswith("first token") else batch
     for case, rounds in seen.items():
         row: dict[str, Any] = {"case": case, "engine": "generate" if case.endswith("()") else "ours"}
-        row |= {"adapters": "none" if case.endswith("()") else "pedro", "model": shape.name, "batch": rows}
+        row |= {"adapters": "none" if case.endswith("()") else "pedro", "model": size.name, "batch": rows}
         row["tenants"] = batch if case in ("all at once", "poisson", "prefill, a tenant a row") else 1
         row |= {name: round(median(figures[name] for figures in rounds), 2) for name in ("tok_s", "ttft_ms")}
         if case == other:
@@ -98,21 +100,21 @@ def _add(report: Report, shape: Shape, batch: int, seen: dict[str, list[Figures]
         report.rows.append(row)
     limit = 0.9 if speed else (1.0 if rows == 1 else 1.05)
     what = "throughput" if speed else "time"
-    report.targets.append(Target(f"{shape.name}: {other} / {base}: {what}", limit, ratio, at_most=not speed))
+    report.targets.append(Target(f"{size.name}: {other} / {base}: {what}", limit, ratio, at_most=not speed))
 
 
 def _static(engine: BenchEngine, refs: list[str], requests: int, seed: int) -> Figures:
     chosen = [refs[i % len(refs)] for i in range(requests)]
-    return engine.answer(prompts(engine.shape, requests, PROMPT_TOKENS, seed), chosen, NEW_TOKENS).figures()
+    return engine.answer(prompts(engine.size, requests, PROMPT_TOKENS, seed), chosen, NEW_TOKENS).figures()
 
 
 def _poisson(engine: BenchEngine, refs: list[str], requests: int, served_per_s: float, seed: int) -> Figures:
     """Requests one by one, with exponential times between them; the first at once."""
-    draw = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)  # noqa: S311
     coming, at = [], 0.0
-    for row, ids in enumerate(prompts(engine.shape, requests, PROMPT_TOKENS, seed)):
+    for row, ids in enumerate(prompts(engine.size, requests, PROMPT_TOKENS, seed)):
         coming.append((at, engine.request(ids, refs[row % len(refs)], NEW_TOKENS)))
-        at += draw.expovariate(OFFERED * served_per_s)
+        at += rng.expovariate(OFFERED * served_per_s)
     timeline = Timeline()
     came: dict[str, float] = {}
 
@@ -132,5 +134,5 @@ def _poisson(engine: BenchEngine, refs: list[str], requests: int, served_per_s: 
 def _prefill(engine: BenchEngine, refs: list[str], rows: int, seed: int) -> Figures:
     """The time until every row has its first token, as ttft_ms."""
     chosen = [refs[i % len(refs)] for i in range(rows)]
-    figures = engine.answer(prompts(engine.shape, rows, PROMPT_TOKENS, seed), chosen, 1).figures()
+    figures = engine.answer(prompts(engine.size, rows, PROMPT_TOKENS, seed), chosen, 1).figures()
     return {**figures, "ttft_ms": figures["wall_s"] * 1000}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jobs.benchmarks.model_sizes import Shape, make_model
+from jobs.benchmarks.model_sizes import ModelSize, make_model
 from jobs.benchmarks.timeline import Timeline
 from pedro.engine import Engine, EngineConfig, Output, Request, SamplingParams
 
@@ -19,7 +19,7 @@ IDLE_S = 0.0005
 LOAD_TIMEOUT_S = 120
 
 
-class Silent:
+class SilentTokenizer:
     """A tokenizer whose tokens have no text: no engine turns tokens into text while it is measured."""
 
     eos_token_id = None
@@ -29,11 +29,11 @@ class Silent:
 
 
 class BenchEngine:
-    """An Engine on `shape`; adapter refs are directories. `options` are those of EngineConfig."""
+    """An Engine on a random model of `size`; adapter refs are directories. `options` are those of EngineConfig."""
 
     def __init__(
         self,
-        shape: Shape,
+        size: ModelSize,
         device: str = "cpu",
         dtype: str | None = None,
         model: Any = None,
@@ -42,9 +42,9 @@ class BenchEngine:
         **options: Any,
     ) -> None:
         options = {"adapter_bytes": 8 << 30, "max_waiting": 100_000, "max_waiting_per_tenant": 100_000, **options}
-        made = model if model is not None else make_model(shape, device, dtype)
-        self.shape = shape
-        self.engine = Engine(made, tokenizer or Silent(), EngineConfig(**options), Path, digest or shape.digest)
+        made = model if model is not None else make_model(size, device, dtype)
+        self.size = size
+        self.engine = Engine(made, tokenizer or SilentTokenizer(), EngineConfig(**options), Path, digest or size.digest)
         self._names = itertools.count()
 
     def request(
@@ -73,7 +73,7 @@ class BenchEngine:
                 time.sleep(IDLE_S)
 
     def load(self, refs: Sequence[str]) -> None:
-        """Have the adapters resident, by their own pool, before time is taken."""
+        """Make the adapters resident before anything is timed."""
         if not set(refs) - set(self.resident()):
             return
         end = time.monotonic() + LOAD_TIMEOUT_S

@@ -9,22 +9,22 @@ import time
 from statistics import median
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Say, python_path
-from jobs.benchmarks.model_sizes import PROMPT_TOKENS, SHAPES, prompts, saved_model
-from jobs.benchmarks.report import Report, Target
+from jobs.benchmarks.engine_process import LogLine, python_path
+from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, prompts, saved_model
+from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import spread
 
 LIMIT_S = 10.0
 
 
-def run(options: Options, say: Say) -> Report:
+def run(options: Options, log: LogLine) -> BenchmarkReport:
     """Start, load the backbone from disk, answer one token of a request with an adapter; several times."""
     from jobs.benchmarks.random_adapters import adapter_directories
 
     rounds = options.rounds or (1 if options.quick else 5)
-    report = Report("coldstart", {"rounds": rounds, "threads": options.threads})
+    report = BenchmarkReport("coldstart", {"rounds": rounds, "threads": options.threads})
     for name in options.models or ("S",):
-        directory, adapter = saved_model(SHAPES[name]), adapter_directories(SHAPES[name], "pedro", 1)[0]
+        directory, adapter = saved_model(MODEL_SIZES[name]), adapter_directories(MODEL_SIZES[name], "pedro", 1)[0]
         words = [name, str(directory), str(adapter), options.device, str(options.threads)]
         env = {**os.environ, "PYTHONPATH": python_path()}
         seconds = []
@@ -32,7 +32,7 @@ def run(options: Options, say: Say) -> Report:
             began = time.perf_counter()
             subprocess.run([sys.executable, "-m", __name__, *words], env=env, check=True, stdout=subprocess.DEVNULL)
             seconds.append(time.perf_counter() - began)
-            say(f"  {name}: start {number + 1} of {rounds}: {seconds[-1]:.1f} s")
+            log(f"  {name}: start {number + 1} of {rounds}: {seconds[-1]:.1f} s")
         taken = spread(seconds)
         report.rows.append(
             {
@@ -58,8 +58,8 @@ def main(name: str, directory: str, adapter: str, device: str, threads: str) -> 
 
     use_threads(int(threads))
     model = load_model(resolve_backbone(directory), default_dtype(device), device)
-    engine = BenchEngine(SHAPES[name], device, model=model, max_batch=32, max_length=512)
-    engine.answer(prompts(SHAPES[name], 1, PROMPT_TOKENS, 0), [adapter], 1)
+    engine = BenchEngine(MODEL_SIZES[name], device, model=model, max_batch=32, max_length=512)
+    engine.answer(prompts(MODEL_SIZES[name], 1, PROMPT_TOKENS, 0), [adapter], 1)
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
 """The benchmarks' command line: what can be measured, with which sizes, and what is printed and saved at the end.
 
-Progress is printed as it comes; the last line on stdout is one JSON object. Knows nothing of Ray: benchmarks that need
-a server are handed in.
+Progress is printed as it happens; the last line on stdout is one JSON object. Benchmarks that need a server are handed
+in, so that this runs without Ray.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.benchmarks.engine_process import Say
-from jobs.benchmarks.model_sizes import SHAPES, bench_folder
-from jobs.benchmarks.report import Report
+from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.model_sizes import MODEL_SIZES, bench_folder
+from jobs.benchmarks.report import BenchmarkReport
 from pedro.errors import ConfigError
 from pedro.provenance import check_unchanged, code_state
 
@@ -65,10 +65,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One subcommand: `run(options, say)` gives the report, `columns` are the rows' keys to show."""
+    """One subcommand: `run(options, log)` gives the report, `columns` are the rows' keys to show."""
 
     about: str
-    run: Callable[[Options, Say], Report]
+    run: Callable[[Options, LogLine], BenchmarkReport]
     columns: Sequence[str]
 
 
@@ -89,13 +89,13 @@ def main(benchmarks: Mapping[str, Benchmark], results: Path, arguments: Sequence
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, as Ctrl-C does
     began = time.monotonic()
     try:
-        report = chosen.run(options, _say)
+        report = chosen.run(options, _log)
     except KeyboardInterrupt:
-        _say("interrupted; nothing is left running")
+        _log("interrupted; nothing is left running")
         return 130
     report.facts |= {"seconds": round(time.monotonic() - began, 1), "command": _command(words)}
     report.save(path, code)
-    _say(f"\n{report.show(chosen.columns)}\n\n{report.facts['seconds']:.0f} s; saved to {path}\n")
+    _log(f"\n{report.show(chosen.columns)}\n\n{report.facts['seconds']:.0f} s; saved to {path}\n")
     print(json.dumps(report.as_dict()), flush=True)
     return 0
 
@@ -108,7 +108,7 @@ def _command(words: Sequence[str]) -> str:
     return f"jobs.bench {shlex.join(shown)}"
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, flush=True)
 
 
@@ -119,7 +119,7 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
     for name, benchmark in benchmarks.items():
         command = commands.add_parser(name, help=benchmark.about, description=benchmark.about)
         command.add_argument("--quick", action="store_true", help="small sizes and few rounds; proves that it works")
-        command.add_argument("--models", type=_models, metavar="S,M", help=f"of {', '.join(SHAPES)}")
+        command.add_argument("--models", type=_models, metavar="S,M", help=f"of {', '.join(MODEL_SIZES)}")
         command.add_argument("--batches", type=_counts, metavar="1,8,32", help="requests at once")
         command.add_argument("--rounds", type=_count, help="interleaved rounds that count (7 or more for a verdict)")
         command.add_argument("--threads", type=_count, default=os.cpu_count() or 1, help="of every engine alike")
@@ -146,8 +146,8 @@ def _options(parsed: argparse.Namespace) -> Options:
 
 def _models(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in SHAPES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(SHAPES)}")
+    if unknown := [name for name in names if name not in MODEL_SIZES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(MODEL_SIZES)}")
     return names
 
 

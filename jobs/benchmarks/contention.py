@@ -15,8 +15,8 @@ from statistics import median
 from typing import Any
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import RivalError, Say, Stable
-from jobs.benchmarks.report import Report, Target
+from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, LogLine
+from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, spread
 
 NEIGHBOURS = (0, 1, 2)
@@ -29,50 +29,52 @@ ORDERS = {  # phase and model: what is asked of a batch of 1 and of more
     ("prefill", 8): {"prompt": 32, "new": 1},
 }
 LONGER = {"tiny": 1, "S": 4, "M": 1}  # new tokens are multiplied by it, where a step is short
-Cell = tuple[str, int, int, str]  # phase, batch, neighbours, threads
+CaseKey = tuple[str, int, int, str]  # phase, batch, neighbours, threads
 
 
-def run(options: Options, say: Say) -> Report:
+def run(options: Options, log: LogLine) -> BenchmarkReport:
     """Every model in turn; its engines, one a number of threads, stay for all rounds."""
     names = options.models or (("S",) if options.quick else ("S", "M"))
     rounds = options.rounds or (2 if options.quick else 5)
     batches = options.batches or (1, 8)
     cases: dict[str, int | None] = {"1": 1, str(options.threads): options.threads, "auto": None}
-    report = Report("contention", {"neighbours": NEIGHBOURS, "batches": batches, "rounds": rounds, "threads": [*cases]})
+    report = BenchmarkReport(
+        "contention", {"neighbours": NEIGHBOURS, "batches": batches, "rounds": rounds, "threads": [*cases]}
+    )
     for name in names:
-        with Stable(say) as stable:
+        with EnginePool(log) as pool:
             for case, threads in cases.items():
-                setup = {"shape": name, "device": options.device, "dtype": "float32", "threads": threads}
-                stable.start(case, "ours", setup | {"adapters": {}, "max_batch": max(batches), "length": 256})
-            ready = stable.wait()
+                setup = {"size": name, "device": options.device, "dtype": "float32", "threads": threads}
+                pool.start(case, "ours", setup | {"adapters": {}, "max_batch": max(batches), "length": 256})
+            ready = pool.wait()
             if missing := set(cases) - set(ready):
-                raise RivalError(f"contention needs every case; {', '.join(sorted(missing))} did not start")
-            seen = _measure(stable, name, [*cases], batches, rounds, say)
+                raise EngineProcessError(f"contention needs every case; {', '.join(sorted(missing))} did not start")
+            seen = _measure(pool, name, [*cases], batches, rounds, log)
         _tell(report, name, seen)
     return report
 
 
 def _measure(
-    stable: Stable, name: str, cases: list[str], batches: tuple[int, ...], rounds: int, say: Say
-) -> dict[Cell, list[float]]:
+    pool: EnginePool, name: str, cases: list[str], batches: tuple[int, ...], rounds: int, log: LogLine
+) -> dict[CaseKey, list[float]]:
     """Tokens per second of every cell, a round each."""
-    seen: dict[Cell, list[float]] = {}
+    seen: dict[CaseKey, list[float]] = {}
     for number in range(rounds):
         for count in NEIGHBOURS:
             with neighbours(count):
                 time.sleep(SETTLE_S)
                 for case in cases:  # not counted: it finds the number of threads
-                    stable.run(case, _order("decode", 1, name, number))
+                    pool.run(case, _order("decode", 1, name, number))
                 for phase in ("decode", "prefill"):
                     for batch in batches:
                         for case in cases if number % 2 else reversed(cases):
                             order = _order(phase, batch, name, number)
-                            figures = stable.run(case, order)
+                            figures = pool.run(case, order)
                             speed = figures["decode_tok_s"]
                             if phase == "prefill":
                                 speed = batch * order["prompt"] / figures["wall_s"]
                             seen.setdefault((phase, batch, count, case), []).append(speed)
-            say(f"  {name} round {number + 1} of {rounds}, {count} neighbours")
+            log(f"  {name} round {number + 1} of {rounds}, {count} neighbours")
     return seen
 
 
@@ -82,7 +84,7 @@ def _order(phase: str, batch: int, name: str, number: int) -> dict[str, Any]:
     return {"batch": batch, "prompt": order["prompt"], "new": new, "seed": number, "adapters": None, "tenants": 0}
 
 
-def _tell(report: Report, name: str, seen: dict[Cell, list[float]]) -> None:
+def _tell(report: BenchmarkReport, name: str, seen: dict[CaseKey, list[float]]) -> None:
     for (phase, batch, count, case), speeds in seen.items():
         ratio, speed = paired_ratio(speeds, seen[phase, batch, count, "1"]), spread(speeds)
         report.rows.append(

@@ -10,31 +10,33 @@ from statistics import median
 
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Say
-from jobs.benchmarks.model_sizes import NEW_TOKENS, SHAPES, prompts
+from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
-from jobs.benchmarks.report import Report
+from jobs.benchmarks.report import BenchmarkReport
 from jobs.benchmarks.stats import paired_ratio
 
 KINDS = {"none": None, "PEDRO last": "pedro", "PEDRO mean": "pedro-1", "PEDRO max": "pedro-2", "LoRA r16": "lora"}
 LENGTHS, QUICK_LENGTHS = (64, 256, 1024, 2048), (64, 256)
 
 
-def run(options: Options, say: Say) -> Report:
+def run(options: Options, log: LogLine) -> BenchmarkReport:
     """Each model, each length."""
     use_threads(options.threads)
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
     rounds = options.rounds or (2 if options.quick else 9)
-    report = Report("context", {"lengths": lengths, "rounds": rounds, "tokens": NEW_TOKENS, "threads": options.threads})
+    report = BenchmarkReport(
+        "context", {"lengths": lengths, "rounds": rounds, "tokens": NEW_TOKENS, "threads": options.threads}
+    )
     for name in options.models or ("S",):
-        shape = SHAPES[name]
-        engine = BenchEngine(shape, options.device, max_batch=1, max_length=min(shape.context, max(lengths) + 64))
-        refs = {case: kind and str(adapter_directories(shape, kind, 1)[0]) for case, kind in KINDS.items()}
+        size = MODEL_SIZES[name]
+        engine = BenchEngine(size, options.device, max_batch=1, max_length=min(size.context, max(lengths) + 64))
+        refs = {case: kind and str(adapter_directories(size, kind, 1)[0]) for case, kind in KINDS.items()}
         engine.load([ref for ref in refs.values() if ref])
         for length in lengths:
             seen: dict[str, list[dict[str, float]]] = {case: [] for case in refs}
             for number in range(rounds + 1):  # the first only warms up
-                asked = prompts(shape, 1, length, number)
+                asked = prompts(size, 1, length, number)
                 for case, ref in refs.items():
                     figures = engine.answer(asked, [ref], NEW_TOKENS).figures()
                     if number:
@@ -55,6 +57,6 @@ def run(options: Options, say: Say) -> Report:
                         "decode_tok_s": round(median(figures["decode_tok_s"] for figures in taken), 1),
                     }
                 )
-                say(f"  {name} {length} tokens, {case}: first token after {median(first):.1f} ms, {ratio.value:.2f}")
+                log(f"  {name} {length} tokens, {case}: first token after {median(first):.1f} ms, {ratio.value:.2f}")
         engine.close()
     return report

@@ -13,19 +13,19 @@ import sys
 from pathlib import Path
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import ROOT, Say
+from jobs.benchmarks.engine_process import ROOT, LogLine
 from jobs.benchmarks.model_sizes import bench_folder
-from jobs.benchmarks.report import Report, Target, exactly
+from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from pedro.config import Settings
 from pedro.errors import NotFoundError
 
 COLUMNS = ("home", "page", "first_s", "cpu_s", "again_s", "failed")
-HOMES = {"demo": (12, 3), "crowd": (10_000, 500)}  # runs, adapters
-QUICK = {"demo": (12, 3), "crowd": (500, 50)}
+HOMES = {"demo": (12, 3), "synthetic": (10_000, 500)}  # runs, adapters
+QUICK = {"demo": (12, 3), "synthetic": (500, 50)}
 OPEN_S, AGAIN_S = 3.0, 1.0
 
 
-def dashboard_report(options: Options, say: Say) -> Report:
+def dashboard_report(options: Options, log: LogLine) -> BenchmarkReport:
     """Fabricate the homes, open every page of each twice."""
     from jobs.benchmarks.synthetic_data import fabricate
 
@@ -33,14 +33,16 @@ def dashboard_report(options: Options, say: Say) -> Report:
     if not timing.is_file():
         raise NotFoundError("dashboard/ is not beside the package; run this in a checkout of pedro")
     homes = QUICK if options.quick else HOMES
-    report = Report("dashboard", {name: {"runs": runs, "adapters": count} for name, (runs, count) in homes.items()})
+    report = BenchmarkReport(
+        "dashboard", {name: {"runs": runs, "adapters": count} for name, (runs, count) in homes.items()}
+    )
     for name, (runs, count) in homes.items():
         home = bench_folder() / f"dashboard-{name}"
         shutil.rmtree(home, ignore_errors=True)
         try:
-            say(f"{name}: fabricating {runs:,} runs of {count:,} adapters")
+            log(f"{name}: fabricating {runs:,} runs of {count:,} adapters")
             fabricate(Settings.from_env({"PEDRO_HOME": str(home)}), runs, count)
-            say(f"{name}: opening the pages")
+            log(f"{name}: opening the pages")
             rows = _pages(timing, home)
         finally:
             shutil.rmtree(home, ignore_errors=True)

@@ -6,8 +6,8 @@ import importlib
 from functools import partial
 
 from jobs.benchmarks.command_line import Benchmark, Options
-from jobs.benchmarks.engine_process import Say
-from jobs.benchmarks.report import Report
+from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.report import BenchmarkReport
 
 SERVING_COLUMNS = (
     *("engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"),
@@ -19,8 +19,8 @@ FAIRNESS_COLUMNS = (
 )
 
 
-def _run(module: str, options: Options, say: Say) -> Report:
-    report: Report = importlib.import_module(f"jobs.benchmarks.{module}").run(options, say)
+def _run(module: str, options: Options, log: LogLine) -> BenchmarkReport:
+    report: BenchmarkReport = importlib.import_module(f"jobs.benchmarks.{module}").run(options, log)
     return report
 
 

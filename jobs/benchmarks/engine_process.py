@@ -1,6 +1,6 @@
 """Starts the engines' processes, has them compute one at a time, and ends them. Standard library only.
 
-A peer that is not installed, or does not start, is left out by name and reason; nothing outlives a `with Stable()`.
+A peer that is not installed or does not start is skipped, with its reason; no process outlives its `EnginePool`.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from jobs.benchmarks.model_sizes import bench_folder
 START_S, RUN_S = 600, 600
 ROOT = Path(__file__).parents[2]  # the checkout
 TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
-class RivalError(Exception):
+class EngineProcessError(Exception):
     """An engine could not be started or failed while it ran; the message is the engine's own."""
 
 
-class Rival:
+class EngineProcess:
     """One engine in a process of its own."""
 
     def __init__(self, name: str, kind: str, python: str, environment: Mapping[str, str]) -> None:
         self.name = name
-        self.log = bench_folder() / "logs" / f"{name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
+        self.log_file = bench_folder() / "logs" / f"{name}.log"
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("wb") as stream:
             self._process = subprocess.Popen(
                 [python, "-m", "jobs.benchmarks.workers", kind],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=stream,
                 env={**os.environ, "PYTHONPATH": python_path(), **environment},
                 start_new_session=True,
             )
@@ -57,16 +57,16 @@ class Rival:
             self._process.stdin.flush()
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
-        """The next answer. Raises RivalError if the engine failed, ended or takes longer."""
+        """The next answer. Raises EngineProcessError if the engine failed, ended or takes longer."""
         try:
             line = self._answers.get(timeout=timeout_s)
         except queue.Empty:
-            raise RivalError(f"no answer within {timeout_s:g} s; its log is {self.log}") from None
+            raise EngineProcessError(f"no answer within {timeout_s:g} s; its log is {self.log_file}") from None
         if not line:
-            raise RivalError(f"its process ended; its log is {self.log}")
+            raise EngineProcessError(f"its process ended; its log is {self.log_file}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise RivalError(f"{answer['error']} (log: {self.log})")
+            raise EngineProcessError(f"{answer['error']} (log: {self.log_file})")
         return answer
 
     def end(self) -> None:
@@ -82,20 +82,20 @@ class Rival:
         self._answers.put(b"")
 
 
-class Stable:
+class EnginePool:
     """The engines of one benchmark. `start` several, then `run` them in turn; leaving the `with` ends them all."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
-        self._rivals: dict[str, Rival] = {}
+    def __init__(self, log: LogLine) -> None:
+        self._log = log
+        self._processes: dict[str, EngineProcess] = {}
         self.skipped: dict[str, str] = {}
 
-    def __enter__(self) -> Stable:
+    def __enter__(self) -> EnginePool:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        for rival in self._rivals.values():
-            rival.end()
+        for process in self._processes.values():
+            process.end()
 
     def start(
         self, name: str, kind: str, setup: Mapping[str, Any], python: str = sys.executable, **environment: str
@@ -104,40 +104,40 @@ class Stable:
         if not Path(python).is_file():
             self.skip(name, f"{python} is no Python; give --peer {name.partition('+')[0]}=/path/to/python")
             return
-        rival = self._rivals[name] = Rival(name, kind, python, environment)
-        rival.send(setup)
+        process = self._processes[name] = EngineProcess(name, kind, python, environment)
+        process.send(setup)
 
     def wait(self) -> dict[str, dict[str, Any]]:
-        """What the engines say of themselves that are ready to run, in the order of their start."""
+        """What the engines that are ready to run say of themselves, in the order of their start."""
         began, facts = time.monotonic(), {}
-        for name, rival in list(self._rivals.items()):
+        for name, process in list(self._processes.items()):
             try:
-                facts[name] = rival.receive(max(1.0, START_S - (time.monotonic() - began)))
-            except RivalError as error:
+                facts[name] = process.receive(max(1.0, START_S - (time.monotonic() - began)))
+            except EngineProcessError as error:
                 self.skip(name, str(error))
             else:
-                self._say(f"  {name} is ready after {time.monotonic() - began:.0f} s")
+                self._log(f"  {name} is ready after {time.monotonic() - began:.0f} s")
         return facts
 
     def run(self, name: str, order: Mapping[str, Any]) -> dict[str, Any]:
-        """One engine's figures. Raises RivalError from an engine that cannot do it."""
+        """One engine's figures. Raises EngineProcessError from an engine that cannot do it."""
         self.send(name, order)
         return self.receive(name)
 
     def send(self, name: str, order: Mapping[str, Any]) -> None:
         """Have one engine begin, beside others."""
-        self._rivals[name].send(order)
+        self._processes[name].send(order)
 
     def receive(self, name: str) -> dict[str, Any]:
         """The figures of what `send` began."""
-        return self._rivals[name].receive(RUN_S)
+        return self._processes[name].receive(RUN_S)
 
     def skip(self, name: str, reason: str) -> None:
         """Leave an engine out from here on, and say so."""
         self.skipped[name] = reason
-        self._say(f"  skipped {name}: {reason}")
-        if (rival := self._rivals.pop(name, None)) is not None:
-            rival.end()
+        self._log(f"  skipped {name}: {reason}")
+        if (process := self._processes.pop(name, None)) is not None:
+            process.end()
 
 
 def python_path() -> str:

@@ -16,10 +16,10 @@ from typing import Any
 
 from jobs.benchmarks.bench_engine import IDLE_S, BenchEngine, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Say
-from jobs.benchmarks.model_sizes import NEW_TOKENS, PROMPT_TOKENS, SHAPES, prompts
+from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
-from jobs.benchmarks.report import Report, Row, Target, exactly
+from jobs.benchmarks.report import BenchmarkReport, ReportRow, Target, exactly
 from jobs.benchmarks.stats import percentile, percentile_ratio
 from pedro.engine import Output
 
@@ -74,20 +74,22 @@ class Seen:
             self.token_ms.append((moments[-1] - moments[0]) / (len(moments) - 1) * 1000)
 
 
-def run(options: Options, say: Say) -> Report:
+def run(options: Options, log: LogLine) -> BenchmarkReport:
     """The engine in process."""
     use_threads(options.threads)
-    shape = SHAPES[(options.models or ("S",))[0]]
+    size = MODEL_SIZES[(options.models or ("S",))[0]]
     rounds = options.rounds or (1 if options.quick else 3)
     asks = 8 if options.quick else 25
     floods = [flood.smaller() for flood in FLOODS] if options.quick else list(FLOODS)
     slots = (options.batches or (8 if options.quick else SLOTS,))[0]
-    settings = {"model": shape.name, "slots": slots, "rounds": rounds, "requests": asks, "think_s": THINK_S}
-    report = Report("fairness", {**settings, "prompt": PROMPT_TOKENS, "new": NEW_TOKENS, "threads": options.threads})
+    settings = {"model": size.name, "slots": slots, "rounds": rounds, "requests": asks, "think_s": THINK_S}
+    report = BenchmarkReport(
+        "fairness", {**settings, "prompt": PROMPT_TOKENS, "new": NEW_TOKENS, "threads": options.threads}
+    )
     length = max(PROMPT_TOKENS + NEW_TOKENS, *(flood.prompt + flood.new for flood in floods))
-    length = min(shape.context, length + 8)
-    engine = BenchEngine(shape, options.device, max_batch=slots, max_length=length)
-    quiet, flooding = (str(path) for path in adapter_directories(shape, "pedro", 2))
+    length = min(size.context, length + 8)
+    engine = BenchEngine(size, options.device, max_batch=slots, max_length=length)
+    quiet, flooding = (str(path) for path in adapter_directories(size, "pedro", 2))
     engine.load([quiet, flooding])
     scale = 0.2 if options.quick else 1.0
     lone = {flood.name: _segment(engine, flooding, flood, None, 0, scale) for flood in floods}  # nobody asked yet
@@ -98,7 +100,7 @@ def run(options: Options, say: Say) -> Report:
             name = flood.name if flood else "alone"
             if number:
                 seen[name].add(made)
-                say(f"  round {number} of {rounds}, {name}: {line(made)}")
+                log(f"  round {number} of {rounds}, {name}: {line(made)}")
     engine.close()
     add_rows(report, "engine", seen, lone, LIMIT)
     return report
@@ -110,11 +112,11 @@ def line(seen: Seen) -> str:
     return f"{first}; a token {median(seen.token_ms):.1f} ms; the flood {seen.tokens / seen.seconds:.0f} tok/s"
 
 
-def add_rows(report: Report, where: str, seen: dict[str, Seen], lone: dict[str, Seen], limit: float) -> None:
+def add_rows(report: BenchmarkReport, where: str, seen: dict[str, Seen], lone: dict[str, Seen], limit: float) -> None:
     """A row and targets for each case, beside the first, which is without a flood."""
     alone = next(iter(seen.values()))
     for name, case in seen.items():
-        row: Row = {"where": where, "case": name, "requests": len(case.first_ms)}
+        row: ReportRow = {"where": where, "case": name, "requests": len(case.first_ms)}
         for key, times in (("ttft", case.first_ms), ("token", case.token_ms)):
             row |= {f"{key}_{mark}_ms": round(percentile(times, s), 2) for mark, s in (("p50", 0.5), ("p95", 0.95))}
         if case is not alone:
@@ -158,14 +160,14 @@ class _Quiet:
     def __init__(self, engine: BenchEngine, ref: str | None, asks: int, seed: int) -> None:
         self.answers: list[tuple[float, list[float]]] = []
         self._engine, self._ref = engine, ref
-        self._prompts = prompts(engine.shape, asks, PROMPT_TOKENS, seed)
-        self._draw = random.Random(seed)  # noqa: S311
+        self._prompts = prompts(engine.size, asks, PROMPT_TOKENS, seed)
+        self._rng = random.Random(seed)  # noqa: S311
         self._id, self._moments = "", []  # type: ignore[var-annotated]
         self._due = 0.0
 
     def start(self) -> None:
         """Ask for the first time soon."""
-        self._due = time.perf_counter() + self._draw.expovariate(1 / THINK_S)
+        self._due = time.perf_counter() + self._rng.expovariate(1 / THINK_S)
 
     @property
     def done(self) -> bool:
@@ -187,7 +189,7 @@ class _Quiet:
         self._moments.append(now)
         if output.finish_reason is not None:
             self.answers.append((self._due, self._moments))
-            self._id, self._due = "", now + self._draw.expovariate(1 / THINK_S)
+            self._id, self._due = "", now + self._rng.expovariate(1 / THINK_S)
 
 
 class _Flood:
@@ -196,7 +198,7 @@ class _Flood:
     def __init__(self, engine: BenchEngine, ref: str, flood: Flood | None, seed: int) -> None:
         self.tokens = 0
         self._engine, self._ref, self._flood = engine, ref, flood
-        self._draw = random.Random(seed)  # noqa: S311
+        self._rng = random.Random(seed)  # noqa: S311
         self._unfinished: dict[str, int] = {}
 
     def start(self) -> None:
@@ -227,7 +229,7 @@ class _Flood:
 
     def _ask(self) -> None:
         assert self._flood is not None, "asked for only where there is one"
-        prompt: list[int] = prompts(self._engine.shape, 1, self._flood.prompt, self._draw.randrange(1 << 30))[0]
+        prompt: list[int] = prompts(self._engine.size, 1, self._flood.prompt, self._rng.randrange(1 << 30))[0]
         sampling: dict[str, Any] = {"temperature": 1.0, "seed": 1} if self._flood.n > 1 else {}
         request = self._engine.request(prompt, self._ref, self._flood.new, tenant="flood", n=self._flood.n, **sampling)
         self._unfinished[request.id] = self._flood.n

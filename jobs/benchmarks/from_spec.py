@@ -16,8 +16,8 @@ from typing import Any
 
 from jobs.benchmarks.command_line import Options
 from jobs.benchmarks.engine_benchmarks import BENCHMARKS
-from jobs.benchmarks.engine_process import RivalError
-from jobs.benchmarks.model_sizes import SHAPES
+from jobs.benchmarks.engine_process import EngineProcessError
+from jobs.benchmarks.model_sizes import MODEL_SIZES
 from pedro.comparison.spec import EfficiencySpec
 from pedro.errors import ConfigError, PedroError, UnavailableError
 from pedro.provenance import code_state
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check_efficiency(spec: EfficiencySpec) -> None:
     """Raise ConfigError for unknown models, or a device that is not here."""
-    if unknown := [name for name in spec.models if name not in SHAPES]:
-        raise ConfigError(f"models: {unknown[0]!r} is none of {', '.join(SHAPES)}", param="models")
+    if unknown := [name for name in spec.models if name not in MODEL_SIZES]:
+        raise ConfigError(f"models: {unknown[0]!r} is none of {', '.join(MODEL_SIZES)}", param="models")
     if spec.device == "cuda":
         import torch
 
@@ -52,7 +52,7 @@ def check_efficiency(spec: EfficiencySpec) -> None:
             )
 
 
-def run_efficiency(spec: EfficiencySpec, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run_efficiency(spec: EfficiencySpec, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Measure; the result as JSON, as text, and the file that holds it. Raises UnavailableError for a failed engine."""
     benchmark = BENCHMARKS["efficiency"]
     options = Options(
@@ -67,8 +67,8 @@ def run_efficiency(spec: EfficiencySpec, folder: Path, say: Callable[[str], None
     )
     code = code_state()
     try:
-        report = benchmark.run(options, say)
-    except RivalError as error:
+        report = benchmark.run(options, log)
+    except EngineProcessError as error:
         raise UnavailableError(f"{spec.name}: an engine failed: {error}") from error
     if spec.paper:
         report.facts["paper"] = spec.paper

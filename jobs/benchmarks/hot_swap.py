@@ -62,7 +62,7 @@ def swap(
     Gives, for each phase, how many answers failed, were mixed (not one version's own) or stale (of a version that was
     not the champion in the last 2 s), the seconds from a move to the first event of its version, and whether after the
     last move only its version answered. Raises PedroError where the server does not do as asked, or where all versions
-    say the same, so that nothing could be seen.
+    log the same, so that nothing could be seen.
     """
     if len(set(versions)) < 2:
         raise PedroError(f"versions: expected at least two to swap, got {list(versions)}", param="versions")

@@ -10,9 +10,9 @@ from statistics import median
 from typing import Any
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Say, Stable
-from jobs.benchmarks.model_sizes import NEW_TOKENS, PROMPT_TOKENS, SHAPES, default_dtype
-from jobs.benchmarks.report import Report, Target
+from jobs.benchmarks.engine_process import EnginePool, LogLine
+from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, default_dtype
+from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, spread
 
 TTFT_LIMIT_MS = 30.0
@@ -21,9 +21,9 @@ COLUMNS = ("engine", "adapters", "model", "batch", "tok_s", "decode_tok_s", "ttf
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: the shape it serves, its address, a key, the model to ask for, and that adapter on disk."""
+    """A running server: model size, address, a key, the model to ask for, and that adapter on disk."""
 
-    shape: str
+    size: str
     url: str
     key: str
     model: str
@@ -31,25 +31,25 @@ class Server:
     tokenizer: str
 
 
-def run(options: Options, server: Server, say: Say) -> Report:
+def run(options: Options, server: Server, log: LogLine) -> BenchmarkReport:
     """Throughput of a full batch of streams, and the time to the first token of single ones."""
     batch = 8 if options.quick else (options.batches or (32,))[0]
     rounds = options.rounds or (2 if options.quick else 7)
-    report = Report("http", {"model": server.shape, "batch": batch, "rounds": rounds, "threads": options.threads})
-    setup: dict[str, Any] = {"shape": server.shape, "device": options.device, "dtype": default_dtype(options.device)}
-    setup |= {"threads": options.threads, "max_batch": batch, "length": SHAPES[server.shape].context}
+    report = BenchmarkReport(
+        "http", {"model": server.size, "batch": batch, "rounds": rounds, "threads": options.threads}
+    )
+    setup: dict[str, Any] = {"size": server.size, "device": options.device, "dtype": default_dtype(options.device)}
+    setup |= {"threads": options.threads, "max_batch": batch, "length": MODEL_SIZES[server.size].context}
     setup |= {"adapters": {"pedro": [server.adapter]}, "tokenizer": server.tokenizer, "digest": _digest(server)}
-    with Stable(say) as stable:
-        stable.start("in process", "ours", setup, OMP_NUM_THREADS=str(options.threads))
-        stable.start(
-            "http", "http", {"shape": server.shape, "url": server.url, "key": server.key, "model": server.model}
-        )
-        ready = stable.wait()
+    with EnginePool(log) as pool:
+        pool.start("in process", "ours", setup, OMP_NUM_THREADS=str(options.threads))
+        pool.start("http", "http", {"size": server.size, "url": server.url, "key": server.key, "model": server.model})
+        ready = pool.wait()
         if len(ready) == 2:
             for rows in (batch, 1):
-                seen = _rounds(stable, rows, rounds if rows > 1 else 3 * rounds, say)
-                _add(report, server.shape, rows, seen)
-        report.skipped |= stable.skipped
+                seen = _rounds(pool, rows, rounds if rows > 1 else 3 * rounds, log)
+                _add(report, server.size, rows, seen)
+        report.skipped |= pool.skipped
     return report
 
 
@@ -59,7 +59,7 @@ def _digest(server: Server) -> str:
     return str(read_manifest(server.adapter)["backbone"]["digest"])
 
 
-def _rounds(stable: Stable, rows: int, rounds: int, say: Say) -> dict[str, list[dict[str, Any]]]:
+def _rounds(pool: EnginePool, rows: int, rounds: int, log: LogLine) -> dict[str, list[dict[str, Any]]]:
     seen: dict[str, list[dict[str, Any]]] = {"in process": [], "http": []}
     order: dict[str, Any] = {
         "batch": rows,
@@ -70,14 +70,14 @@ def _rounds(stable: Stable, rows: int, rounds: int, say: Say) -> dict[str, list[
     }
     for number in range(rounds + 1):
         for name in list(seen)[:: -1 if number % 2 else 1]:
-            figures = stable.run(name, {**order, "seed": number})
+            figures = pool.run(name, {**order, "seed": number})
             if number:
                 seen[name].append(figures)
-                say(f"  B={rows} {name}: {figures['tok_s']:.0f} tok/s, first token {figures['ttft_ms']:.0f} ms")
+                log(f"  B={rows} {name}: {figures['tok_s']:.0f} tok/s, first token {figures['ttft_ms']:.0f} ms")
     return seen
 
 
-def _add(report: Report, model: str, rows: int, seen: dict[str, list[dict[str, Any]]]) -> None:
+def _add(report: BenchmarkReport, model: str, rows: int, seen: dict[str, list[dict[str, Any]]]) -> None:
     ratio = paired_ratio([r["tok_s"] for r in seen["http"]], [r["tok_s"] for r in seen["in process"]])
     for name, rounds in seen.items():
         row: dict[str, Any] = {"engine": name, "adapters": "pedro", "model": model, "batch": rows, "tenants": 1}

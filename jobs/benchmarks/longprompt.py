@@ -11,10 +11,10 @@ from typing import Any
 
 from jobs.benchmarks.bench_engine import BenchEngine, take, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Say
-from jobs.benchmarks.model_sizes import PROMPT_TOKENS, SHAPES, prompts
+from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
-from jobs.benchmarks.report import Report, Target
+from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import percentile, spread
 from jobs.benchmarks.timeline import Timeline
 
@@ -22,18 +22,18 @@ STREAMS, LONG, ARRIVES_AFTER = 8, 2048, 24
 QUICK_TOKENS, FULL_TOKENS = 96, 256
 
 
-def run(options: Options, say: Say) -> Report:
+def run(options: Options, log: LogLine) -> BenchmarkReport:
     """Both cases, for each model."""
     use_threads(options.threads)
     names = options.models or (("S",) if options.quick else ("S", "M"))
     rounds = options.rounds or (1 if options.quick else 7)
     streams = (options.batches or (STREAMS,))[0]
     new = QUICK_TOKENS if options.quick else FULL_TOKENS
-    report = Report("longprompt", {"long_prompt": LONG, "streams": streams, "rounds": rounds, "tokens": new})
+    report = BenchmarkReport("longprompt", {"long_prompt": LONG, "streams": streams, "rounds": rounds, "tokens": new})
     for name in names:
-        shape = SHAPES[name]
-        engine = BenchEngine(shape, options.device, max_batch=streams + 1, max_length=LONG + 64)
-        refs = [str(path) for path in adapter_directories(shape, "pedro", streams + 1)]
+        size = MODEL_SIZES[name]
+        engine = BenchEngine(size, options.device, max_batch=streams + 1, max_length=LONG + 64)
+        refs = [str(path) for path in adapter_directories(size, "pedro", streams + 1)]
         engine.load(refs)
         seen: dict[str, list[dict[str, float]]] = {"alone": [], "long prompt": []}
         for number in range(rounds + 1):
@@ -41,7 +41,7 @@ def run(options: Options, say: Say) -> Report:
                 figures = _stream(engine, refs, LONG if case == "long prompt" else 0, new if number else 8, number)
                 if number:
                     seen[case].append(figures)
-                    say(f"  {name} {case}: " + ", ".join(f"{key} {value:.1f}" for key, value in figures.items()))
+                    log(f"  {name} {case}: " + ", ".join(f"{key} {value:.1f}" for key, value in figures.items()))
         engine.close()
         for case, rounds_ in seen.items():
             row: dict[str, Any] = {"case": case, "engine": "ours", "adapters": "pedro", "model": name}
@@ -58,7 +58,7 @@ def run(options: Options, say: Say) -> Report:
 def _stream(engine: BenchEngine, refs: list[str], long: int, new: int, seed: int) -> dict[str, float]:
     """The gaps of the streams, and the long prompt's own time to its first token."""
     *stream_refs, long_ref = refs
-    asked = prompts(engine.shape, len(stream_refs), PROMPT_TOKENS, seed)
+    asked = prompts(engine.size, len(stream_refs), PROMPT_TOKENS, seed)
     requests = [engine.request(ids, ref, new) for ids, ref in zip(asked, stream_refs, strict=True)]
     timeline, late = Timeline(), None
     for request in requests:
@@ -68,7 +68,7 @@ def _stream(engine: BenchEngine, refs: list[str], long: int, new: int, seed: int
         take(engine.engine.step(), timeline)
         progress = min((len(timeline.moments.get(name, ())) for name in names), default=0)
         if late is None and long and progress >= min(ARRIVES_AFTER, new // 2):
-            late = engine.request(prompts(engine.shape, 1, long, seed)[0], long_ref, 2)
+            late = engine.request(prompts(engine.size, 1, long, seed)[0], long_ref, 2)
             arrived = Timeline()
             engine.engine.add(late)
     gaps = Timeline(moments={name: timeline.moments[name][1:] for name in names}).gaps_ms()

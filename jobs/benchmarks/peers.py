@@ -13,17 +13,17 @@ from statistics import median
 from typing import Any
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import RivalError, Say, Stable, peer_environment
+from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, LogLine, peer_environment
 from jobs.benchmarks.model_sizes import (
+    MODEL_SIZES,
     NEW_TOKENS,
     PROMPT_TOKENS,
-    SHAPES,
-    Shape,
+    ModelSize,
     default_dtype,
     saved_model,
 )
 from jobs.benchmarks.random_adapters import adapter_directories
-from jobs.benchmarks.report import Report, Target
+from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import Ratio, paired_ratio
 
 QUICK_S = 22
@@ -61,7 +61,7 @@ CONTENDERS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class PeerComparison:
     """What to measure. `peers`: Pythons of engines that live in one of their own, by name."""
 
     batches: Mapping[str, Sequence[int]] = field(default_factory=lambda: FULL)
@@ -72,7 +72,7 @@ class Plan:
     device: str = "cpu"
     peers: Mapping[str, str] = field(default_factory=dict)
     engines: Sequence[str] = ("generate", "ours", "peft", "vllm")
-    floor: bool = True
+    roofline: bool = True
     most_s: float | None = None  # no round begins after so long, once one was counted
 
     @property
@@ -82,153 +82,173 @@ class Plan:
         return hosts + (["vllm", "vllm+lora"] if "vllm" in self.engines and "vllm" in self.peers else [])
 
 
-def run(options: Options, say: Say) -> Report:
+def run(options: Options, log: LogLine) -> BenchmarkReport:
     """The comparison that the command line asks for; `--quick` is S at batch 8 with what is installed here."""
     quick = options.quick
     usual = QUICK if quick else FULL
     models = {name: usual.get(name, (1, 8)) for name in options.models or usual}
     return measure(
-        Plan(
+        PeerComparison(
             batches={name: options.batches or batches for name, batches in models.items()},
             rounds=options.rounds or (3 if quick else 7),
             threads=options.threads,
             device=options.device,
             peers=options.peers,
-            engines=options.engines or Plan.engines,
-            floor=not quick,
+            engines=options.engines or PeerComparison.engines,
+            roofline=not quick,
             most_s=QUICK_S if quick else None,
         ),
-        say,
+        log,
     )
 
 
-def measure(plan: Plan, say: Say) -> Report:
-    """Measure every shape of the plan and judge the targets that its rows allow."""
-    report = Report("serving", {**vars(plan), "peers": sorted(plan.peers)})
-    if "vllm" in plan.engines and "vllm" not in plan.peers:
+def measure(comparison: PeerComparison, log: LogLine) -> BenchmarkReport:
+    """Measure every model of the comparison and judge the targets that its rows cover."""
+    report = BenchmarkReport("serving", {**vars(comparison), "peers": sorted(comparison.peers)})
+    if "vllm" in comparison.engines and "vllm" not in comparison.peers:
         report.skipped["vllm"] = "not asked for; give --peer vllm=/path/to/python"
-    if plan.floor:
-        report.facts["floor"] = measure_floor(plan, say)
-    for name, batches in plan.batches.items():
-        with Stable(say) as stable:
-            _measure(stable, SHAPES[name], batches, plan, report, say)
-        report.skipped |= stable.skipped
+    if comparison.roofline:
+        report.facts["roofline"] = measure_roofline(comparison, log)
+    for name, batches in comparison.batches.items():
+        with EnginePool(log) as pool:
+            _measure(pool, MODEL_SIZES[name], batches, comparison, report, log)
+        report.skipped |= pool.skipped
     return report
 
 
-def measure_floor(plan: Plan, say: Say) -> dict[str, Any]:
+def measure_roofline(comparison: PeerComparison, log: LogLine) -> dict[str, Any]:
     """What the machine can read, copy and multiply."""
-    with Stable(say) as stable:
-        stable.start("floor", "floor", _setup(plan))
-        stable.wait()
-        floor = stable.run("floor", {})
-    say("machine: {read_gb_s:.1f} GB/s read, {copy_gb_s:.1f} GB/s copied, {gemm_gflops:.0f} GFLOP/s".format(**floor))
-    return floor
+    with EnginePool(log) as pool:
+        pool.start("roofline", "roofline", _setup(comparison))
+        pool.wait()
+        roofline = pool.run("roofline", {})
+    log("machine: {read_gb_s:.1f} GB/s read, {copy_gb_s:.1f} GB/s copied, {gemm_gflops:.0f} GFLOP/s".format(**roofline))
+    return roofline
 
 
-def floor_row(shape: Shape, batch: int, plan: Plan, floor: Mapping[str, float]) -> dict[str, Any]:
+def roofline_row(
+    size: ModelSize, batch: int, comparison: PeerComparison, roofline: Mapping[str, float]
+) -> dict[str, Any]:
     """The rates that bytes and FLOPs allow: a step reads weights and KV cache once and multiplies by all weights."""
-    size = 4 if default_dtype(plan.device) == "float32" else 2
-    kv_bytes = size * batch * shape.kv_values * (plan.prompt + plan.new / 2)
-    flop_s = floor["gemm_gflops"] * 1e9
+    value_bytes = 4 if default_dtype(comparison.device) == "float32" else 2
+    kv_bytes = value_bytes * batch * size.kv_values * (comparison.prompt + comparison.new / 2)
+    flop_s = roofline["gemm_gflops"] * 1e9
     step_s = max(
-        (size * shape.read_parameters + kv_bytes) / (floor["read_gb_s"] * 1e9),
-        2 * shape.read_parameters * batch / flop_s,
+        (value_bytes * size.read_parameters + kv_bytes) / (roofline["read_gb_s"] * 1e9),
+        2 * size.read_parameters * batch / flop_s,
     )
-    prompt_s = 2 * (shape.read_parameters - shape.vocab * shape.hidden) * batch * plan.prompt / flop_s
+    prompt_s = 2 * (size.read_parameters - size.vocab * size.hidden) * batch * comparison.prompt / flop_s
     return {
-        "engine": "floor",
+        "engine": "roofline",
         "adapters": "none",
-        "model": shape.name,
+        "model": size.name,
         "batch": batch,
         "tenants": 0,
-        "tok_s": batch * plan.new / (prompt_s + step_s * (plan.new - 1)),
+        "tok_s": batch * comparison.new / (prompt_s + step_s * (comparison.new - 1)),
         "decode_tok_s": batch / step_s,
         "ttft_ms": prompt_s * 1000,
     }
 
 
-def _setup(plan: Plan) -> dict[str, Any]:
-    return {"device": plan.device, "dtype": default_dtype(plan.device), "threads": plan.threads}
+def _setup(comparison: PeerComparison) -> dict[str, Any]:
+    return {"device": comparison.device, "dtype": default_dtype(comparison.device), "threads": comparison.threads}
 
 
-def _start(stable: Stable, shape: Shape, batches: Sequence[int], plan: Plan) -> None:
-    """Have the engines of one shape get ready, all at once."""
+def _start(pool: EnginePool, size: ModelSize, batches: Sequence[int], comparison: PeerComparison) -> None:
+    """Start the engines for one model, all at once."""
     most = max(batches)
-    common = {**_setup(plan), "shape": shape.name, "max_batch": most, "length": plan.prompt + plan.new + 8}
-    pedro = [str(path) for path in adapter_directories(shape, "pedro", most)]
-    lora = [str(path) for path in adapter_directories(shape, "lora", most)]
+    common = {
+        **_setup(comparison),
+        "size": size.name,
+        "max_batch": most,
+        "length": comparison.prompt + comparison.new + 8,
+    }
+    pedro = [str(path) for path in adapter_directories(size, "pedro", most)]
+    lora = [str(path) for path in adapter_directories(size, "lora", most)]
     few = lora[: min(most, LORA_TENANTS)]
-    omp = {"OMP_NUM_THREADS": str(plan.threads)}
-    for host in plan.hosts:
+    omp = {"OMP_NUM_THREADS": str(comparison.threads)}
+    for host in comparison.hosts:
         if host.startswith("vllm"):
-            python = plan.peers["vllm"]
+            python = comparison.peers["vllm"]
             chosen = few if host == "vllm+lora" else []
-            setup = {**common, "directory": str(saved_model(shape)), "adapters": chosen}
-            stable.start(host, "vllm", setup, python, **peer_environment(python, plan.threads))
+            setup = {**common, "directory": str(saved_model(size)), "adapters": chosen}
+            pool.start(host, "vllm", setup, python, **peer_environment(python, comparison.threads))
         elif host == "ours":
-            stable.start(host, host, {**common, "adapters": {"pedro": pedro, "lora": lora}}, **omp)
+            pool.start(host, host, {**common, "adapters": {"pedro": pedro, "lora": lora}}, **omp)
         else:
-            stable.start(host, host, {**common, "adapters": few}, **omp)
+            pool.start(host, host, {**common, "adapters": few}, **omp)
 
 
-def _measure(stable: Stable, shape: Shape, batches: Sequence[int], plan: Plan, report: Report, say: Say) -> None:
-    say(f"{shape.name} ({shape.title}): starting {', '.join(plan.hosts)}")
-    _start(stable, shape, batches, plan)
-    facts = stable.wait()
+def _measure(
+    pool: EnginePool,
+    size: ModelSize,
+    batches: Sequence[int],
+    comparison: PeerComparison,
+    report: BenchmarkReport,
+    log: LogLine,
+) -> None:
+    log(f"{size.name} ({size.title}): starting {', '.join(comparison.hosts)}")
+    _start(pool, size, batches, comparison)
+    facts = pool.wait()
     report.facts.setdefault("peer_versions", {}).update(
         {name: said["version"] for name, said in facts.items() if "version" in said}
     )
     field_ = [contender for contender in CONTENDERS if contender.host in facts]
     for batch in batches:
-        runs = _rounds(stable, field_, shape, batch, plan, report, say)
-        report.rows += _rows(runs, shape, batch)
-        if "floor" in report.facts:
-            report.rows.append(floor_row(shape, batch, plan, report.facts["floor"]))
-        report.targets += _targets(runs, shape, batch)
+        runs = _rounds(pool, field_, size, batch, comparison, report, log)
+        report.rows += _rows(runs, size, batch)
+        if "roofline" in report.facts:
+            report.rows.append(roofline_row(size, batch, comparison, report.facts["roofline"]))
+        report.targets += _targets(runs, size, batch)
 
 
 def _rounds(
-    stable: Stable, field_: Sequence[Contender], shape: Shape, batch: int, plan: Plan, report: Report, say: Say
+    pool: EnginePool,
+    field_: Sequence[Contender],
+    size: ModelSize,
+    batch: int,
+    comparison: PeerComparison,
+    report: BenchmarkReport,
+    log: LogLine,
 ) -> dict[Contender, list[dict[str, Any]]]:
     """The figures of every contender, round by round; the first round warms up and does not count."""
     runs: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in field_}
     began = time.monotonic()
-    rounds = plan.rounds * (SHORT_ROUNDS if shape.read_parameters * batch < SHORT_WORK else 1)
+    rounds = comparison.rounds * (SHORT_ROUNDS if size.read_parameters * batch < SHORT_WORK else 1)
     for number in range(rounds + 1):
-        if plan.most_s is not None and number > 1 and time.monotonic() - began > plan.most_s:
+        if comparison.most_s is not None and number > 1 and time.monotonic() - began > comparison.most_s:
             break
         for contender in list(runs)[:: -1 if number % 2 else 1]:
             order = {
                 "batch": batch,
                 "tenants": min(batch, contender.most_tenants or batch),
                 "adapters": None if contender.adapters == "none" else contender.adapters,
-                "prompt": plan.prompt,
-                "new": plan.new,
+                "prompt": comparison.prompt,
+                "new": comparison.new,
                 "seed": 1000 * batch + number,
             }
             try:
-                figures = stable.run(contender.host, order)
-            except RivalError as error:
+                figures = pool.run(contender.host, order)
+            except EngineProcessError as error:
                 report.skipped[contender.key] = str(error)
-                say(f"  skipped {contender.key}: {error}")
+                log(f"  skipped {contender.key}: {error}")
                 del runs[contender]
                 continue
             if number:
                 runs[contender].append({**figures, "tenants": order["tenants"] if order["adapters"] else 0})
-        said = f"  {shape.name} B={batch} round {number} of {rounds}, {time.monotonic() - began:.0f} s"
-        say(said + "".join(f", {c.key} {r[-1]['tok_s']:.0f}/{r[-1]['decode_tok_s']:.0f}" for c, r in runs.items() if r))
+        said = f"  {size.name} B={batch} round {number} of {rounds}, {time.monotonic() - began:.0f} s"
+        log(said + "".join(f", {c.key} {r[-1]['tok_s']:.0f}/{r[-1]['decode_tok_s']:.0f}" for c, r in runs.items() if r))
     return runs
 
 
-def _rows(runs: Mapping[Contender, list[dict[str, Any]]], shape: Shape, batch: int) -> list[dict[str, Any]]:
+def _rows(runs: Mapping[Contender, list[dict[str, Any]]], size: ModelSize, batch: int) -> list[dict[str, Any]]:
     """A line a contender: medians, and ratios to `generate()` of the same round."""
     rows = []
     for contender, rounds in runs.items():
         row: dict[str, Any] = {
             "engine": contender.engine,
             "adapters": contender.adapters,
-            "model": shape.name,
+            "model": size.name,
             "batch": batch,
             "tenants": rounds[0]["tenants"],
         }
@@ -246,13 +266,13 @@ def _ratio(runs: Mapping[Contender, list[dict[str, Any]]], ours: Contender, thei
     return paired_ratio([r[key] for r in runs[ours]], [r[key] for r in runs[theirs]])
 
 
-def _targets(runs: Mapping[Contender, list[dict[str, Any]]], shape: Shape, batch: int) -> list[Target]:
-    """The promises of this shape and batch whose contenders ran."""
+def _targets(runs: Mapping[Contender, list[dict[str, Any]]], size: ModelSize, batch: int) -> list[Target]:
+    """The targets of this model and batch whose contenders ran."""
     by_key = {contender.key: contender for contender in runs}
     pedro = by_key.get("ours+pedro")
-    if pedro is None or shape.name not in ("S", "M"):
+    if pedro is None or size.name not in ("S", "M"):
         return []
-    small, few = shape.name == "S", batch <= 8
+    small, few = size.name == "S", batch <= 8
     promises = [
         ("vllm", "decode_tok_s", 1.0, True),
         ("vllm", "tok_s", 1.0 if small else 0.95, few),
@@ -269,9 +289,9 @@ def _targets(runs: Mapping[Contender, list[dict[str, Any]]], shape: Shape, batch
         if asked and key in by_key:
             what = "decode" if figure == "decode_tok_s" else "end to end"
             stretch = ", stretch" if not few and key == "vllm" else ""
-            name = f"{shape.name} B={batch} {what}: pedro / {key}{stretch}"
+            name = f"{size.name} B={batch} {what}: pedro / {key}{stretch}"
             targets.append(Target(name, least, _ratio(runs, pedro, by_key[key], figure)))
     if batch == 1 and BASE in runs:
         ratio = _ratio(runs, pedro, BASE, "ttft_ms")
-        targets.append(Target(f"{shape.name} B=1 time to first token: pedro / generate", 1.0, ratio, at_most=True))
+        targets.append(Target(f"{size.name} B=1 time to first token: pedro / generate", 1.0, ratio, at_most=True))
     return targets

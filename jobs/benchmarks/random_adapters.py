@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.benchmarks.model_sizes import Shape, bench_folder, make_model
+from jobs.benchmarks.model_sizes import ModelSize, bench_folder, make_model
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,12 @@ OPTIONS: dict[str, dict] = {kind: {"r": 12} for kind in ("pedro", "pedro-1", "pe
 }
 
 
-def adapter_directories(shape: Shape, kind: str, count: int) -> list[Path]:
-    """`count` adapters of `kind` (one of OPTIONS) for the shape. What an earlier run made is used again."""
-    folder = bench_folder() / shape.name / kind
+def adapter_directories(size: ModelSize, kind: str, count: int) -> list[Path]:
+    """`count` adapters of `kind` (one of OPTIONS) for a model of this size. Those of an earlier run are reused."""
+    folder = bench_folder() / size.name / kind
     first = folder / "00000"
     if not (first / "pedro_adapter.json").is_file():
-        _make_first(shape, kind, first)
+        _make_first(size, kind, first)
     template = _Template(first)
     directories = [folder / f"{number:05}" for number in range(count)]
     for number, directory in enumerate(directories):
@@ -37,7 +37,7 @@ def adapter_directories(shape: Shape, kind: str, count: int) -> list[Path]:
     return directories
 
 
-def _make_first(shape: Shape, kind: str, directory: Path) -> None:
+def _make_first(size: ModelSize, kind: str, directory: Path) -> None:
     """Save one adapter the ordinary way, on a backbone without memory of its own."""
     import torch
     from peft import PeftModel, get_peft_model_state_dict
@@ -45,7 +45,7 @@ def _make_first(shape: Shape, kind: str, directory: Path) -> None:
 
     from pedro.methods import get_method
 
-    tuned = get_method(kind).apply(make_model(shape, device="meta", dtype="float32"), OPTIONS[kind])
+    tuned = get_method(kind).apply(make_model(size, device="meta", dtype="float32"), OPTIONS[kind])
     assert isinstance(tuned, PeftModel), f"{kind} is no adapter"
     generator = torch.Generator().manual_seed(0)
     state = {
@@ -56,7 +56,7 @@ def _make_first(shape: Shape, kind: str, directory: Path) -> None:
     config.inference_mode = True
     config.save_pretrained(str(making))
     save_file(state, making / WEIGHTS, metadata={"format": "pt"})
-    _finish(making, directory, {"backbone": {"id": shape.name, "digest": shape.digest}, "method": _method(kind)})
+    _finish(making, directory, {"backbone": {"id": size.name, "digest": size.digest}, "method": _method(kind)})
 
 
 def _method(kind: str) -> dict:

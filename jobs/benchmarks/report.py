@@ -14,7 +14,7 @@ from typing import Any
 from jobs.benchmarks.stats import Ratio
 from pedro.provenance import provenance
 
-Row = dict[str, Any]
+ReportRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def exactly(value: float) -> Ratio:
 
 
 @dataclass
-class Report:
+class BenchmarkReport:
     """The outcome of one benchmark. `facts` are figures that are neither a row nor a target."""
 
     name: str
     settings: Mapping[str, Any]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ReportRow] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)

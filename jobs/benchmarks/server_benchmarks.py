@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from jobs.benchmarks import dashboard_pages, fairness, fairness_http, http_overhead
 from jobs.benchmarks.command_line import Benchmark, Options
 from jobs.benchmarks.engine_benchmarks import FAIRNESS_COLUMNS
-from jobs.benchmarks.engine_process import Say
-from jobs.benchmarks.model_sizes import PROMPT_TOKENS, SHAPES, Shape, bench_folder, prompts, saved_model
+from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, ModelSize, bench_folder, prompts, saved_model
 from jobs.benchmarks.random_adapters import adapter_directories
-from jobs.benchmarks.report import Report, Target, exactly
+from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from pedro.backbone import Backbone, resolve_backbone
 from pedro.config import Settings
 
@@ -35,7 +35,7 @@ REGISTRY_COLUMNS = ("case", "median_ms", "longest_ms")
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunningServer:
     """A server that runs for a benchmark, and an operator's key for it."""
 
     server: http_overhead.Server
@@ -44,38 +44,38 @@ class Standing:
     versions: tuple[int, ...]
 
 
-def http_report(options: Options, say: Say) -> Report:
+def http_report(options: Options, log: LogLine) -> BenchmarkReport:
     """The cost of gateway and Serve."""
-    with standing(options, say) as stand:
-        return http_overhead.run(options, stand.server, say)
+    with running_server(options, log) as running:
+        return http_overhead.run(options, running.server, log)
 
 
-def fairness_report(options: Options, say: Say) -> Report:
+def fairness_report(options: Options, log: LogLine) -> BenchmarkReport:
     """Floods beside a quiet tenant: on the engine in process, then through the server."""
-    report = fairness.run(options, say)
-    with standing(options, say) as stand:
-        fairness_http.add(report, options, stand.server, stand.other_key, say)
+    report = fairness.run(options, log)
+    with running_server(options, log) as running:
+        fairness_http.add(report, options, running.server, running.other_key, log)
     return report
 
 
-def swap_report(options: Options, say: Say) -> Report:
+def swap_report(options: Options, log: LogLine) -> BenchmarkReport:
     """An alias that moves under 32 streams: every 5 s for a minute, then every 0.5 s for 20 s."""
     from jobs.benchmarks.hot_swap import swap
 
     phases = ((1.0, 4.0), (0.5, 2.0)) if options.quick else ((5.0, 60.0), (0.5, 20.0))
-    with standing(options, say) as stand:
-        say(f"moving {stand.server.model} " + ", ".join(f"every {every:g} s for {s:g} s" for every, s in phases))
+    with running_server(options, log) as running:
+        log(f"moving {running.server.model} " + ", ".join(f"every {every:g} s for {s:g} s" for every, s in phases))
         seen = swap(
-            stand.server.url,
-            stand.server.key,
-            stand.admin_key,
-            stand.server.model,
-            list(stand.versions),
+            running.server.url,
+            running.server.key,
+            running.admin_key,
+            running.server.model,
+            list(running.versions),
             streams=8 if options.quick else 32,
             phases=phases,
-            prompts=prompts(SHAPES[stand.server.shape], 8, PROMPT_TOKENS, seed=0),
+            prompts=prompts(MODEL_SIZES[running.server.size], 8, PROMPT_TOKENS, seed=0),
         )
-    report = Report("swap", {"model": stand.server.shape, "phases": phases})
+    report = BenchmarkReport("swap", {"model": running.server.size, "phases": phases})
     for phase in seen["phases"]:
         first = phase["first_served_s"]
         row = {key: value for key, value in phase.items() if key != "first_served_s"}
@@ -89,21 +89,21 @@ def swap_report(options: Options, say: Say) -> Report:
     return report
 
 
-def registry_report(options: Options, say: Say) -> Report:
+def registry_report(options: Options, log: LogLine) -> BenchmarkReport:
     """What a miss costs before the engine's loader has a directory: the version looked up, its files fetched."""
     from pedro.registry import Registry
 
-    shape = SHAPES[(options.models or ("S",))[0]]
+    size = MODEL_SIZES[(options.models or ("S",))[0]]
     count = options.rounds or (3 if options.quick else 20)
     home = bench_folder() / "registry"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     try:
         settings = Settings.from_env({"PEDRO_HOME": str(home)})
-        backbone = resolve_backbone(str(backbone_with_words(shape)))
+        backbone = resolve_backbone(str(backbone_with_words(size)))
         registry = Registry.open(settings)
-        say(f"registering {count} adapters of {shape.name}")
-        for source in adapter_directories(shape, "pedro", count):
+        log(f"registering {count} adapters of {size.name}")
+        for source in adapter_directories(size, "pedro", count):
             _register(registry, _adapted(source, backbone, home))
         seen: dict[str, list[float]] = {"look up": [], "fetch": [], "fetch again": []}
         for number in range(1, count + 1):
@@ -117,7 +117,7 @@ def registry_report(options: Options, say: Say) -> Report:
                 seen[case].append((time.perf_counter() - began) * 1000)
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    report = Report("registry", {"model": shape.name, "adapters": count})
+    report = BenchmarkReport("registry", {"model": size.name, "adapters": count})
     for case, times in seen.items():
         report.rows.append({"case": case, "median_ms": round(median(times), 2), "longest_ms": round(max(times), 2)})
     return report
@@ -147,14 +147,14 @@ SERVER_BENCHMARKS = {
 
 
 @contextmanager
-def standing(options: Options, say: Say) -> Iterator[Standing]:
+def running_server(options: Options, log: LogLine) -> Iterator[RunningServer]:
     """A server for the time of the `with`; its Ray head and its home go with it."""
     from pedro.registry import Registry
     from pedro.serving.config import ServeConfig
     from pedro.serving.deploy import deploy, end
     from pedro.store import Store
 
-    shape = SHAPES[(options.models or ("S",))[0]]
+    size = MODEL_SIZES[(options.models or ("S",))[0]]
     home = bench_folder() / "home"
     settings = Settings.from_env({"PEDRO_HOME": str(home)})
     before = dict(os.environ)
@@ -162,9 +162,9 @@ def standing(options: Options, say: Say) -> Iterator[Standing]:
         end(settings)  # of a run that was killed
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
-        say(f"registering two versions of {TENANT}.{ADAPTER} on {shape.name}")
-        backbone = resolve_backbone(str(backbone_with_words(shape)))
-        adapters = [_adapted(source, backbone, home) for source in adapter_directories(shape, "pedro", 2)]
+        log(f"registering two versions of {TENANT}.{ADAPTER} on {size.name}")
+        backbone = resolve_backbone(str(backbone_with_words(size)))
+        adapters = [_adapted(source, backbone, home) for source in adapter_directories(size, "pedro", 2)]
         registry = Registry.open(settings)
         versions = [_register(registry, adapter) for adapter in adapters]
         registry.promote(f"{TENANT}.{ADAPTER}", versions[0])
@@ -172,12 +172,12 @@ def standing(options: Options, say: Say) -> Iterator[Standing]:
         _, key = store.create_key(TENANT, ["infer"], "benchmark")
         _, other_key = store.create_key("other", ["infer"], "benchmark")
         _, admin_key = store.create_key("operator", ["admin"], "benchmark")
-        config = ServeConfig(backbone=str(backbone.directory), served_name=shape.name, threads=options.threads)
-        served = deploy(settings, config, port=0, log=say)
+        config = ServeConfig(backbone=str(backbone.directory), served_name=size.name, threads=options.threads)
+        served = deploy(settings, config, port=0, log=log)
         _restore(before)
         model = f"{TENANT}.{ADAPTER}"
-        server = http_overhead.Server(shape.name, served.url, key, model, str(adapters[0]), str(backbone.directory))
-        yield Standing(server, admin_key, other_key, tuple(versions))
+        server = http_overhead.Server(size.name, served.url, key, model, str(adapters[0]), str(backbone.directory))
+        yield RunningServer(server, admin_key, other_key, tuple(versions))
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a driver whose head is gone hangs before it shows any error
@@ -192,14 +192,14 @@ def _restore(environment: dict[str, str]) -> None:
     os.environ.update(environment)
 
 
-def backbone_with_words(shape: Shape) -> Path:
-    """The shape's directory with a tokenizer whose every token is one word, so that words count tokens."""
-    directory = saved_model(shape)
+def backbone_with_words(size: ModelSize) -> Path:
+    """The saved model with a tokenizer whose every token is one word, so that counting words counts tokens."""
+    directory = saved_model(size)
     if not (directory / "tokenizer.json").is_file():
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, shape.vocab))]
+        words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, size.vocab))]
         tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         PreTrainedTokenizerFast(

@@ -31,8 +31,8 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 def spread(values: Sequence[float]) -> Ratio:
     """The median of `values` and the interval that 95 % of the medians of resampled rounds fall in."""
-    draw = random.Random(0)  # noqa: S311
-    medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    rng = random.Random(0)  # noqa: S311
+    medians = sorted(median(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return Ratio(median(values), medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES) - 1])
 
 
@@ -44,10 +44,10 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def percentile_ratio(ours: Sequence[float], theirs: Sequence[float], share: float) -> Ratio:
     """The ratio of a percentile of two samples, and the interval of 95 % of those of resampled ones."""
-    draw = random.Random(0)  # noqa: S311
+    rng = random.Random(0)  # noqa: S311
 
     def again(values: Sequence[float]) -> float:
-        return percentile(draw.choices(values, k=len(values)), share)
+        return percentile(rng.choices(values, k=len(values)), share)
 
     ratios = sorted(again(ours) / again(theirs) for _ in range(RESAMPLES))
     low, high = ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1]

@@ -31,31 +31,31 @@ POINTS = 10  # of a curve
 MINUTE_MS = 60_000
 WORKSPACE = {"workspace": "default"}
 
-Row = dict[str, Any]
-Tables = Mapping[str, list[Row]]
+DatabaseRow = dict[str, Any]
+DatabaseTables = Mapping[str, list[DatabaseRow]]
 
 
 def fabricate(settings: Settings, runs: int, adapters: int, seed: int = 0) -> None:
     """Fill a new home: `runs` runs and jobs of `adapters` adapters, every second run a version; one comparison."""
     Registry.open(settings).catalog()  # makes the schema
     Store(settings.database_url).close()
-    draw = random.Random(seed)  # noqa: S311 - made-up numbers
+    rng = random.Random(seed)  # noqa: S311 - made-up numbers
     names = [(f"tenant{i % TENANTS:02d}", f"adapter{i // TENANTS:02d}") for i in range(adapters)]
-    _insert(settings.tracking_uri, _registry(names, runs, draw))
+    _insert(settings.tracking_uri, _registry(names, runs, rng))
     _insert(settings.database_url, _jobs(names, runs))
-    _comparison(settings, draw)
+    _comparison(settings, rng)
 
 
-def _registry(names: list[tuple[str, str]], runs: int, draw: random.Random) -> Tables:
+def _registry(names: list[tuple[str, str]], runs: int, rng: random.Random) -> DatabaseTables:
     now = int(time.time() * 1000)
-    tables: Tables = defaultdict(list)
+    tables: DatabaseTables = defaultdict(list)
     for number, (tenant, adapter) in enumerate(names):
         _adapter(tables, FIRST + number, f"{tenant}.{adapter}", tenant, adapter, now)
     versions = [0] * len(names)
     for number in range(runs):
         which, turn = number % len(names), number // len(names)
-        spec = _spec(*names[which], METHODS[turn % len(METHODS)], turn // len(METHODS), draw.choice((1e-3, 1e-2)))
-        started, accuracy = now - (runs - number) * MINUTE_MS, 0.5 + 0.4 * draw.random()
+        spec = _spec(*names[which], METHODS[turn % len(METHODS)], turn // len(METHODS), rng.choice((1e-3, 1e-2)))
+        started, accuracy = now - (runs - number) * MINUTE_MS, 0.5 + 0.4 * rng.random()
         _run(tables, f"{number:032x}", FIRST + which, spec, started, accuracy)
         if number % 2 == 0 or not versions[which]:
             versions[which] += 1
@@ -67,17 +67,17 @@ def _registry(names: list[tuple[str, str]], runs: int, draw: random.Random) -> T
 
 
 def _spec(tenant: str, adapter: str, method: str, seed: int, lr: float) -> FineTuneSpec:
-    tree = {
+    record = {
         "tenant": tenant,
         "adapter": adapter,
         "data": {"train": f"/data/{tenant}.{adapter}.jsonl"},
         "method": {"name": method, "r": 12},
         "training": {"seed": seed, "lr": lr},
     }
-    return FineTuneSpec.model_validate(tree)
+    return FineTuneSpec.model_validate(record)
 
 
-def _adapter(tables: Tables, experiment: int, name: str, tenant: str, adapter: str, now: int) -> None:
+def _adapter(tables: DatabaseTables, experiment: int, name: str, tenant: str, adapter: str, now: int) -> None:
     stamps = {"creation_time": now, "last_updated_time": now}
     tables["experiments"].append(
         {
@@ -97,7 +97,7 @@ def _adapter(tables: Tables, experiment: int, name: str, tenant: str, adapter: s
     ]
 
 
-def _run(tables: Tables, run: str, experiment: int, spec: FineTuneSpec, started: int, accuracy: float) -> None:
+def _run(tables: DatabaseTables, run: str, experiment: int, spec: FineTuneSpec, started: int, accuracy: float) -> None:
     job = f"ftjob-{run[-24:]}"
     tables["runs"].append(
         {
@@ -127,7 +127,7 @@ def _run(tables: Tables, run: str, experiment: int, spec: FineTuneSpec, started:
         tables["latest_metrics"].append(row)
 
 
-def _version(tables: Tables, run: str, version: int, spec: FineTuneSpec, started: int, accuracy: float) -> None:
+def _version(tables: DatabaseTables, run: str, version: int, spec: FineTuneSpec, started: int, accuracy: float) -> None:
     place = {"name": spec.name, "version": version, **WORKSPACE}
     tables["model_versions"].append(
         {
@@ -155,7 +155,7 @@ def _version(tables: Tables, run: str, version: int, spec: FineTuneSpec, started
     tables["model_version_tags"] += [{"key": k, "value": v, **place} for k, v in stored(tags).items()]
 
 
-def _jobs(names: list[tuple[str, str]], runs: int) -> Tables:
+def _jobs(names: list[tuple[str, str]], runs: int) -> DatabaseTables:
     now = time.time()
     rows = []
     for number in range(runs):
@@ -180,21 +180,21 @@ def _jobs(names: list[tuple[str, str]], runs: int) -> Tables:
     return {"pedro_jobs": rows}
 
 
-def _comparison(settings: Settings, draw: random.Random) -> None:
+def _comparison(settings: Settings, rng: random.Random) -> None:
     """Ten methods on ten tasks with five seeds."""
-    folder = settings.home / "comparisons" / "crowd"
+    folder = settings.home / "comparisons" / "synthetic"
     folder.mkdir(parents=True)
-    head = {"schema": 1, "name": "crowd", "title": "Ten methods", "equal": "compute", "baseline": "method 0"}
+    head = {"schema": 1, "name": "synthetic", "title": "Ten methods", "equal": "compute", "baseline": "method 0"}
     (folder / "comparison.json").write_text(json.dumps(head))
     for number in range(500):
         method, task, seed = number % 10, number // 10 % 10, number // 100
-        right = [int(draw.random() < 0.5 + 0.03 * method) for _ in range(300)]
+        right = [int(rng.random() < 0.5 + 0.03 * method) for _ in range(300)]
         value = sum(right) / len(right)
         score = {"task": f"task {task}", "metric": "accuracy", "value": value, "rows": 300, "per_row": right}
-        tree = {
+        record = {
             "id": f"{number:016x}",
             "stage": "final",
-            "comparison": "crowd",
+            "comparison": "synthetic",
             "method": METHODS[method % len(METHODS)],
             "label": f"method {method}",
             "task": f"task {task}",
@@ -210,10 +210,10 @@ def _comparison(settings: Settings, draw: random.Random) -> None:
             "peak_memory_bytes": 1 << 29,
             "curves": {"dev/loss": [[step, 1 - value + 20 / step] for step in range(20, 201, 20)]},
         }
-        write_run(folder, RunResult.from_dict(tree))
+        write_run(folder, RunResult.from_dict(record))
 
 
-def _insert(url: str, tables: Tables) -> None:
+def _insert(url: str, tables: DatabaseTables) -> None:
     connection = sqlite3.connect(url.removeprefix("sqlite:///"))
     with connection:
         for table, rows in tables.items():

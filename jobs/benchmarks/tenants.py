@@ -16,10 +16,10 @@ from typing import Any
 
 from jobs.benchmarks.bench_engine import BenchEngine, take, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Say
-from jobs.benchmarks.model_sizes import NEW_TOKENS, PROMPT_TOKENS, SHAPES, Shape, prompts
+from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
-from jobs.benchmarks.report import Report, Target
+from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, percentile
 from jobs.benchmarks.timeline import Timeline
 
@@ -46,22 +46,22 @@ class Case:
         return source.choices(directories[: self.tenants], weights, k=count)
 
 
-def run(options: Options, say: Say) -> Report:
+def run(options: Options, log: LogLine) -> BenchmarkReport:
     """Throughput of every case, and the residents' time per token while others load."""
     use_threads(options.threads)
-    shape = SHAPES[(options.models or ("S",))[0]]
+    size = MODEL_SIZES[(options.models or ("S",))[0]]
     counts = (1, 32, 256) if options.quick else (1, 32, 1000, 10_000)
     rounds = options.rounds or (2 if options.quick else 7)
     slots, requests = (8, 16) if options.quick else ((options.batches or (16,))[0], 64)
-    report = Report("tenants", {"model": shape.name, "tenants": counts, "slots": slots, "requests": requests})
-    say(f"making {max(counts):,} adapter directories (kept for the next time)")
-    directories = [str(path) for path in adapter_directories(shape, "pedro", max(counts))]
-    budget = ROOM * _adapter_bytes(shape, directories[0], options)
+    report = BenchmarkReport("tenants", {"model": size.name, "tenants": counts, "slots": slots, "requests": requests})
+    log(f"making {max(counts):,} adapter directories (kept for the next time)")
+    directories = [str(path) for path in adapter_directories(size, "pedro", max(counts))]
+    budget = ROOM * _adapter_bytes(size, directories[0], options)
     cases = [Case(n, draw) for n in counts for draw in ("uniform", "zipf") if n > 1 or draw == "uniform"]
 
     def engine(max_batch: int) -> BenchEngine:
         length = PROMPT_TOKENS + max(NEW_TOKENS, STREAM_TOKENS) + 8
-        return BenchEngine(shape, options.device, max_batch=max_batch, max_length=length, adapter_bytes=budget)
+        return BenchEngine(size, options.device, max_batch=max_batch, max_length=length, adapter_bytes=budget)
 
     engines = {case: engine(slots) for case in cases}
     seen: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
@@ -70,7 +70,7 @@ def run(options: Options, say: Say) -> Report:
             figures = _throughput(engines[case], case, directories, requests, seed=number)
             if number:
                 seen[case].append(figures)
-        say(
+        log(
             f"  round {number} of {rounds}"
             + "".join(f", {c.tenants} {c.draw} {r[-1]['tok_s']:.0f}" for c, r in seen.items() if r)
         )
@@ -78,18 +78,18 @@ def run(options: Options, say: Say) -> Report:
         used.close()
     _report_cases(report, cases, seen)
     streaming = engine(STREAMS + 4)
-    _report_streams(report, streaming, directories, rounds, 48 if options.quick else STREAM_TOKENS, say)
+    _report_streams(report, streaming, directories, rounds, 48 if options.quick else STREAM_TOKENS, log)
     streaming.close()
     return report
 
 
-def _adapter_bytes(shape: Shape, directory: str, options: Options) -> int:
+def _adapter_bytes(size: ModelSize, directory: str, options: Options) -> int:
     """What the pool counts for one adapter."""
-    probe = BenchEngine(shape, options.device, max_batch=1, max_length=8)
+    probe = BenchEngine(size, options.device, max_batch=1, max_length=8)
     probe.load([directory])
     size = probe.engine.adapters.residents()[directory].nbytes
     probe.close()
-    return size
+    return nbytes
 
 
 def _throughput(
@@ -99,12 +99,12 @@ def _throughput(
         engine.load(directories[: case.tenants])
     before = engine.engine.adapters.stats()["loads"]
     refs = case.refs(directories, requests, seed)
-    timeline = engine.answer(prompts(engine.shape, requests, PROMPT_TOKENS, seed), refs, NEW_TOKENS)
+    timeline = engine.answer(prompts(engine.size, requests, PROMPT_TOKENS, seed), refs, NEW_TOKENS)
     loads = engine.engine.adapters.stats()["loads"] - before
     return {**timeline.figures(), "hit_share": 1 - loads / requests}
 
 
-def _report_cases(report: Report, cases: Sequence[Case], seen: dict[Case, list[dict[str, Any]]]) -> None:
+def _report_cases(report: BenchmarkReport, cases: Sequence[Case], seen: dict[Case, list[dict[str, Any]]]) -> None:
     one = [figures["tok_s"] for figures in seen[cases[0]]]
     for case in cases:
         ratio = paired_ratio([figures["tok_s"] for figures in seen[case]], one)
@@ -130,7 +130,7 @@ def _report_cases(report: Report, cases: Sequence[Case], seen: dict[Case, list[d
 
 
 def _report_streams(
-    report: Report, engine: BenchEngine, directories: Sequence[str], rounds: int, tokens: int, say: Say
+    report: BenchmarkReport, engine: BenchEngine, directories: Sequence[str], rounds: int, tokens: int, log: LogLine
 ) -> None:
     """Residents' p99 time per token with arrivals that miss, over that with arrivals that are resident."""
     residents, arrivals = list(directories[:STREAMS]), list(directories[STREAMS : 2 * STREAMS])
@@ -143,7 +143,7 @@ def _report_streams(
             gaps = _stream(engine, residents, others, tokens, seed=number)
             if number:
                 p99[case].append(percentile(gaps, 0.99))
-        say(f"  streams: round {number} of {rounds}")
+        log(f"  streams: round {number} of {rounds}")
     for case, values in p99.items():
         row = {"case": case, "engine": "ours", "adapters": "pedro", "model": report.settings["model"]}
         report.rows.append({**row, "tenants": len(directories), "p99_ms": round(median(values), 3)})
@@ -155,7 +155,7 @@ def _stream(
     engine: BenchEngine, residents: Sequence[str], others: Sequence[str], tokens: int, seed: int
 ) -> list[float]:
     """Milliseconds between the residents' tokens while one of `others` asks for two tokens every few steps."""
-    asked = prompts(engine.shape, len(residents) + len(others), PROMPT_TOKENS, seed)
+    asked = prompts(engine.size, len(residents) + len(others), PROMPT_TOKENS, seed)
     streams = [engine.request(ids, ref, tokens) for ids, ref in zip(asked, residents, strict=False)]
     coming = [engine.request(ids, ref, 2) for ids, ref in zip(asked[len(streams) :], others, strict=True)]
     timeline = Timeline()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.benchmarks.command_line import ALLOW_DIRTY
-from jobs.benchmarks.model_sizes import SHAPES, bench_folder
+from jobs.benchmarks.model_sizes import MODEL_SIZES, bench_folder
 from pedro.errors import ConfigError
 from pedro.provenance import check_unchanged, code_state, provenance
 
@@ -159,7 +159,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m jobs.gpu_check", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--model", choices=list(SHAPES), default="7B", help="sizes for table3 and bilevel")
+    parser.add_argument("--model", choices=list(MODEL_SIZES), default="7B", help="sizes for table3 and bilevel")
     parser.add_argument("--only", nargs="+", choices=list(LIMITS_S), help="parts to run; all without it")
     parser.add_argument("--limit", type=float, help="seconds for each part; its own limit without it")
     parser.add_argument("--out", type=Path, help=f"the result file; {RESULT.relative_to(ROOT)} on a GPU without it")

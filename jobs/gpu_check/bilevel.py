@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from jobs.benchmarks.model_sizes import SHAPES, make_model
+from jobs.benchmarks.model_sizes import MODEL_SIZES, make_model
 from jobs.gpu_check.training import ANSWER, make_plan, random_rows
 from pedro.methods.registry import count_parameters, get_method
 from pedro.training.bilevel import OMEGA, THETA, Alternation, GroupedAdamW
@@ -23,7 +23,7 @@ TIMES = 3
 def run(device: str, model: str, note: Callable[[dict[str, Any]], None]) -> None:
     """With recomputed activations, as 7B wants them on one GPU, and then without at fewer rows."""
     small = model == "tiny"
-    backbone = make_model(SHAPES[model], device, "bfloat16")
+    backbone = make_model(MODEL_SIZES[model], device, "bfloat16")
     method = get_method("pedro")
     tuned: Any = method.apply(backbone, {"r": 12})
     omega, theta = method.parameter_groups(tuned)
@@ -38,9 +38,9 @@ def run(device: str, model: str, note: Callable[[dict[str, Any]], None]) -> None
             tuned.gradient_checkpointing_disable()
         length = 32 if small else LENGTH
         seconds, peak = _steps(engine, alternation, model, rows, length, device)
-        shape = SHAPES[model]
+        size = MODEL_SIZES[model]
         promised = training_memory(
-            Sizes(shape.hidden, shape.layers, shape.vocab),
+            Sizes(size.hidden, size.layers, size.vocab),
             frozen=counts["total"] - counts["trainable"],
             trainable=counts["trainable"],
             precision="bf16",
@@ -70,7 +70,7 @@ def _steps(
     engine: TorchEngine, alternation: Alternation, model: str, rows: int, length: int, device: str
 ) -> tuple[dict[str, float], int | None]:
     """Seconds of an Ω and of a Θ step after one of each that is not counted; the peak of allocated bytes on a GPU."""
-    batch = random_rows(SHAPES[model], rows, length, seed=0)
+    batch = random_rows(MODEL_SIZES[model], rows, length, seed=0)
     plan = make_plan(TIMES, bilevel=True, batch=rows)
     engine.mode(training=True)
     engine.optimizer.set_lr(1e-4, 1e-4)

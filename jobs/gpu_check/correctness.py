@@ -12,7 +12,7 @@ TESTS = Path(__file__).parents[2] / "tests"
 FILES = ("test_engine_graphs.py",)
 
 
-class Reporter:
+class FindingReporter:
     """A pytest plugin that notes each test's end."""
 
     def __init__(self, note: Callable[[dict[str, Any]], None]) -> None:
@@ -30,6 +30,6 @@ def run(device: str, _model: str, note: Callable[[dict[str, Any]], None]) -> Non
     files = [str(TESTS / name) for name in FILES]
     chosen = ["-k", "cuda"] if device == "cuda" else ["-k", "not cuda"]
     quiet = ["-o", "addopts=", "-s", "-p", "no:terminal", "-p", "no:cacheprovider"]  # findings alone on the output
-    code = pytest.main([*quiet, *chosen, *files], plugins=[Reporter(note)])
+    code = pytest.main([*quiet, *chosen, *files], plugins=[FindingReporter(note)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise SystemExit(f"pytest ended with {code!r}")

@@ -11,9 +11,9 @@ import torch
 
 from jobs.benchmarks.bench_engine import BenchEngine
 from jobs.benchmarks.efficiency import copy_limit_tok_s
-from jobs.benchmarks.model_sizes import NEW_TOKENS, PROMPT_TOKENS, SHAPES, Shape, default_dtype, prompts
+from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, default_dtype, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
-from jobs.benchmarks.workers.roofline import Floor
+from jobs.benchmarks.workers.roofline import Roofline
 
 PAPER_TOK_S = {"pedro": 32.5, "ia3": 33.1, "lora": 25.1}  # on an A40 at beam 1, batch size not stated
 TENANTS = {"pedro": 64, "ia3": 64, "lora": 8}  # a LoRA of rank 16 on all linears of 7B has 160 MB
@@ -23,36 +23,34 @@ BATCHES, BEAMS = (1, 64), (1, 3)
 
 def run(device: str, model: str, note: Callable[[dict[str, Any]], None]) -> None:
     """The machine's bandwidth, then a finding a line; the first round of each is not counted (graphs are captured)."""
-    shape, dtype = SHAPES[model], default_dtype(device)
-    floor = Floor({"threads": torch.get_num_threads(), "device": device, "dtype": dtype}).run({})
-    note({"floor": floor})
+    size, dtype = MODEL_SIZES[model], default_dtype(device)
+    roofline = Roofline({"threads": torch.get_num_threads(), "device": device, "dtype": dtype}).run({})
+    note({"roofline": roofline})
     batches = BATCHES if device == "cuda" else (1, 4)
     engine = BenchEngine(
-        shape, device, dtype, max_batch=max(batches) * max(BEAMS), max_length=PROMPT_TOKENS + NEW_TOKENS + 8
+        size, device, dtype, max_batch=max(batches) * max(BEAMS), max_length=PROMPT_TOKENS + NEW_TOKENS + 8
     )
-    limit = copy_limit_tok_s(shape, floor["copy_gb_s"], 4 if dtype == "float32" else 2)
+    limit = copy_limit_tok_s(size, roofline["copy_gb_s"], 4 if dtype == "float32" else 2)
     for kind in (None, *TENANTS):
-        refs = (
-            [str(path) for path in adapter_directories(shape, kind, min(TENANTS[kind], max(batches)))] if kind else []
-        )
+        refs = [str(path) for path in adapter_directories(size, kind, min(TENANTS[kind], max(batches)))] if kind else []
         engine.load(refs)
         for batch in batches:
             for beams in BEAMS if kind else (1,):
-                note(_line(engine, shape, kind, refs, batch, beams, limit))
+                note(_line(engine, size, kind, refs, batch, beams, limit))
         del refs
         gc.collect()
     engine.close()
 
 
 def _line(
-    engine: BenchEngine, shape: Shape, kind: str | None, refs: list[str], batch: int, beams: int, limit: float
+    engine: BenchEngine, size: ModelSize, kind: str | None, refs: list[str], batch: int, beams: int, limit: float
 ) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     rounds = []
     for number in range(ROUNDS + 1):
-        asked = prompts(shape, batch, PROMPT_TOKENS, seed=number)
+        asked = prompts(size, batch, PROMPT_TOKENS, seed=number)
         chosen = [refs[row % len(refs)] if refs else None for row in range(batch)]
         figures = engine.answer(asked, chosen, NEW_TOKENS, beams=beams).figures()
         if number:

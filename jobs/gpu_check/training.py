@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from jobs.benchmarks.model_sizes import Shape, make_model, prompts
+from jobs.benchmarks.model_sizes import ModelSize, make_model, prompts
 from pedro.methods.registry import METHODS, Method
 from pedro.training.bilevel import OMEGA, THETA, Alternation, GroupedAdamW
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan, TrainState, batch_step, train
 from pedro.training.worker_group import WorkerGroup
 
-SMALL = Shape("small", "4 blocks of 256", 256, 4, 8, 4, 512, True, vocab=1000, context=512)
-TINY = Shape("tiny", "3 blocks of 32", 32, 3, 4, 2, 48, True, vocab=64, context=64)
+SMALL = ModelSize("small", "4 blocks of 256", 256, 4, 8, 4, 512, True, vocab=1000, context=512)
+TINY = ModelSize("tiny", "3 blocks of 32", 32, 3, 4, 2, 48, True, vocab=64, context=64)
 OPTIONS: dict[str, dict[str, Any]] = {
     "peft": {"peft_type": "VERA", "r": 4},
     "lora-dash": {"launch": 10, "directions": 4},
@@ -53,25 +53,25 @@ class Losses:
 
 def run(device: str, model: str, note: Callable[[dict[str, Any]], None]) -> None:
     """A finding for each method; one that raises is a finding, too."""
-    shape, steps = (TINY, 20) if model == "tiny" else (SMALL, STEPS)
+    size, steps = (TINY, 20) if model == "tiny" else (SMALL, STEPS)
     for name, method in METHODS.items():
         try:
-            note({"method": name, **check_method(method, shape, device, steps)})
+            note({"method": name, **check_method(method, size, device, steps)})
         except Exception as error:  # noqa: BLE001 - the others still have their turn
             note({"method": name, "ok": False, "error": f"{type(error).__name__}: {error}"[:1000]})
 
 
-def check_method(method: Method, shape: Shape, device: str, steps: int) -> dict[str, Any]:
+def check_method(method: Method, size: ModelSize, device: str, steps: int) -> dict[str, Any]:
     """Train on a few rows until the loss falls; `moves_only_its_own` tells Ω steps from Θ steps."""
     torch.manual_seed(0)
     options = OPTIONS.get(method.name, {})
-    model = method.apply(make_model(shape, device, "bfloat16"), options)
+    model = method.apply(make_model(size, device, "bfloat16"), options)
     omega, theta = method.parameter_groups(model)
     optimizer = GroupedAdamW(omega, theta)
     engine = TorchEngine(model, optimizer, [*omega, *theta], accumulation=1, clip=1.0)
     engine.hook = method.training_hook(model, options, steps)
     alternation = Alternation(optimizer, omega, theta)
-    rows = random_rows(shape, ROWS, 24, seed=1)
+    rows = random_rows(size, ROWS, 24, seed=1)
     plan = make_plan(steps, bilevel=bool(theta))
     separate = _separate(engine, alternation, plan, rows) if theta else None
     losses = Losses()
@@ -109,9 +109,9 @@ def make_plan(steps: int, bilevel: bool, batch: int = ROWS) -> TrainingPlan:
     )
 
 
-def random_rows(shape: Shape, count: int, length: int, seed: int) -> list[Mapping[str, Any]]:
+def random_rows(size: ModelSize, count: int, length: int, seed: int) -> list[Mapping[str, Any]]:
     """Random prompts with random answers of ANSWER tokens."""
-    made = prompts(shape, count, length, seed)
+    made = prompts(size, count, length, seed)
     return [{"input_ids": ids, "prompt_len": length - ANSWER} for ids in made]
 
 

@@ -16,11 +16,11 @@ import traceback
 KINDS = {
     "ours": ("jobs.benchmarks.workers.ours", "Ours"),
     "generate": ("jobs.benchmarks.workers.generate", "Generate"),
-    "continuous": ("jobs.benchmarks.workers.generate", "Continuous"),
-    "peft": ("jobs.benchmarks.workers.peft_generate", "Peft"),
-    "http": ("jobs.benchmarks.workers.http_client", "Http"),
-    "tenant": ("jobs.benchmarks.workers.tenant_client", "Tenant"),
-    "floor": ("jobs.benchmarks.workers.roofline", "Floor"),
+    "continuous": ("jobs.benchmarks.workers.generate", "ContinuousBatching"),
+    "peft": ("jobs.benchmarks.workers.peft_generate", "PeftGenerate"),
+    "http": ("jobs.benchmarks.workers.http_client", "HttpClient"),
+    "tenant": ("jobs.benchmarks.workers.tenant_client", "TenantClient"),
+    "roofline": ("jobs.benchmarks.workers.roofline", "Roofline"),
     "vllm": ("jobs.benchmarks.workers.vllm", "Vllm"),
 }
 

@@ -7,31 +7,31 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from jobs.benchmarks.model_sizes import SHAPES, make_model, prompts
+from jobs.benchmarks.model_sizes import MODEL_SIZES, make_model, prompts
 from jobs.benchmarks.timeline import Timeline
 
 
 class Generate:
-    """Set-up: shape, device, dtype, threads. A batch starts and ends together, as `generate()` has it."""
+    """Set-up: size, device, dtype, threads. A batch starts and ends together, as `generate()` has it."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         torch.set_num_threads(setup["threads"])
-        self._shape, self._device = SHAPES[setup["shape"]], setup["device"]
-        self._model = make_model(self._shape, self._device, setup["dtype"])
+        self._size, self._device = MODEL_SIZES[setup["size"]], setup["device"]
+        self._model = make_model(self._size, self._device, setup["dtype"])
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:
         """The order's prompts in one batch."""
-        ids = torch.tensor(prompts(self._shape, order["batch"], order["prompt"], order["seed"]), device=self._device)
+        ids = torch.tensor(prompts(self._size, order["batch"], order["prompt"], order["seed"]), device=self._device)
         return timed_generate(self._model, ids, order)
 
 
-class Continuous:
+class ContinuousBatching:
     """transformers' continuous batching. Its set-up is that of Generate; a run includes no start of its thread."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         torch.set_num_threads(setup["threads"])
-        self._shape = SHAPES[setup["shape"]]
-        self._model = make_model(self._shape, setup["device"], setup["dtype"])
+        self._size = MODEL_SIZES[setup["size"]]
+        self._model = make_model(self._size, setup["device"], setup["dtype"])
         self._count = 0
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:
@@ -42,7 +42,7 @@ class Continuous:
         manager = self._model.init_continuous_batching(generation_config=config)
         manager.start()
         try:
-            asked = prompts(self._shape, order["batch"], order["prompt"], order["seed"])
+            asked = prompts(self._size, order["batch"], order["prompt"], order["seed"])
             timeline = Timeline()
             seen = {manager.add_request(ids, streaming=True): 0 for ids in asked}
             open_requests = len(seen)

@@ -8,15 +8,15 @@ from typing import Any
 
 import httpx
 
-from jobs.benchmarks.model_sizes import SHAPES, prompts
+from jobs.benchmarks.model_sizes import MODEL_SIZES, prompts
 from jobs.benchmarks.timeline import Timeline
 
 
-class Http:
-    """Set-up: shape, url, key, model. A run streams the order's prompts at once, or `apart`: one after the other."""
+class HttpClient:
+    """Set-up: size, url, key, model. A run streams the order's prompts at once, or `apart`: one after the other."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        self._shape, self._model = SHAPES[setup["shape"]], setup["model"]
+        self._size, self._model = MODEL_SIZES[setup["size"]], setup["model"]
         self._url, self._headers = setup["url"], {"Authorization": f"Bearer {setup['key']}"}
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:
@@ -24,7 +24,7 @@ class Http:
         return asyncio.run(self._run(order))
 
     async def _run(self, order: dict[str, Any]) -> dict[str, float]:
-        asked = prompts(self._shape, order["batch"], order["prompt"], order["seed"])
+        asked = prompts(self._size, order["batch"], order["prompt"], order["seed"])
         limits = httpx.Limits(max_connections=len(asked), max_keepalive_connections=len(asked))
         async with httpx.AsyncClient(base_url=self._url, headers=self._headers, limits=limits, timeout=300) as client:
             await asyncio.gather(*(client.get("/health") for _ in asked))  # connections are open before time is taken

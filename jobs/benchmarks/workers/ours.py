@@ -7,22 +7,22 @@ from typing import Any
 import torch
 
 from jobs.benchmarks.bench_engine import BenchEngine
-from jobs.benchmarks.model_sizes import SHAPES, prompts
+from jobs.benchmarks.model_sizes import MODEL_SIZES, prompts
 
 
 class Ours:
-    """Set-up: shape, device, dtype, threads (None: auto), max_batch, length; `adapters`: directories by kind.
+    """Set-up: size, device, dtype, threads (None: auto), max_batch, length; `adapters`: directories by kind.
 
-    With a `tokenizer` (a directory) tokens become text, as in a server; `digest` is the backbone's if not the shape's.
+    With a `tokenizer` (a directory) tokens become text, as in a server; `digest` is the backbone's if not the size's.
     """
 
     def __init__(self, setup: dict[str, Any]) -> None:
         if setup["threads"] is not None:
             torch.set_num_threads(setup["threads"])
-        self._shape = SHAPES[setup["shape"]]
+        self._size = MODEL_SIZES[setup["size"]]
         self._refs: dict[str, list[str]] = setup["adapters"]
         self._engine = BenchEngine(
-            self._shape,
+            self._size,
             device=setup["device"],
             dtype=setup["dtype"],
             max_batch=setup["max_batch"],
@@ -34,7 +34,7 @@ class Ours:
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:
         """The order's prompts at once, row i with the adapter of tenant i (`adapters`: a kind, or none)."""
-        asked = prompts(self._shape, order["batch"], order["prompt"], order["seed"])
+        asked = prompts(self._size, order["batch"], order["prompt"], order["seed"])
         refs = self._refs.get(order["adapters"] or "", [])[: order["tenants"]]
         if refs:
             self._engine.load(refs)

@@ -1,4 +1,4 @@
-"""The machine itself, measured as the floor under every engine: how fast it reads, copies and multiplies."""
+"""The machine's roofline, which no engine exceeds: how fast it reads, copies and multiplies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 READ_BYTES, SIDE, TIMES = 512 << 20, 2048, 5
 
 
-class Floor:
+class Roofline:
     """Set-up: device, dtype, threads. A run gives read_gb_s, copy_gb_s (bytes read and written) and gemm_gflops."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
@@ -19,7 +19,7 @@ class Floor:
         self._device, self._dtype = setup["device"], getattr(torch, setup["dtype"])
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
-        """The best of five of each: a floor is what the machine can do."""
+        """The best of five of each."""
         data = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=self._device)
         target = torch.empty_like(data)
         side = SIDE if self._device == "cpu" else 4 * SIDE

@@ -10,14 +10,14 @@ from typing import Any
 
 import httpx
 
-from jobs.benchmarks.model_sizes import SHAPES, prompts
+from jobs.benchmarks.model_sizes import MODEL_SIZES, prompts
 
 
-class Tenant:
-    """Set-up: shape, url, key, model. An order: `seconds`, `streams`, `prompt`, `new`, `n`, `think_s`, `seed`."""
+class TenantClient:
+    """Set-up: size, url, key, model. An order: `seconds`, `streams`, `prompt`, `new`, `n`, `think_s`, `seed`."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        self._shape, self._model = SHAPES[setup["shape"]], setup["model"]
+        self._size, self._model = MODEL_SIZES[setup["size"]], setup["model"]
         self._url, self._headers = setup["url"], {"Authorization": f"Bearer {setup['key']}"}
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
@@ -56,10 +56,10 @@ class Tenant:
         tokens: list[int],
     ) -> None:
         """One request after the other until `end`, with a pause before each where the order has one."""
-        draw = random.Random(order["seed"])  # noqa: S311
+        rng = random.Random(order["seed"])  # noqa: S311
         while time.perf_counter() < end:
-            await asyncio.sleep(draw.expovariate(1 / order["think_s"]) if order["think_s"] else 0)
-            ids = prompts(self._shape, 1, order["prompt"], draw.randrange(1 << 30))[0]
+            await asyncio.sleep(rng.expovariate(1 / order["think_s"]) if order["think_s"] else 0)
+            ids = prompts(self._size, 1, order["prompt"], rng.randrange(1 << 30))[0]
             body = {"model": self._model, "prompt": ids, "max_tokens": order["new"], "n": order["n"], "stream": True}
             body |= {"temperature": 0 if order["n"] == 1 else 1, "ignore_eos": True}
             asked, moments = time.perf_counter(), []

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from jobs.benchmarks.model_sizes import SHAPES, prompts
+from jobs.benchmarks.model_sizes import MODEL_SIZES, prompts
 from jobs.benchmarks.timeline import Timeline
 
 
 class Vllm:
-    """Set-up: shape, directory, threads, max_batch, length; `adapters`: LoRA directories (none: the compiled model)."""
+    """Set-up: size, directory, threads, max_batch, length; `adapters`: LoRA directories (none: the compiled model)."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -22,7 +22,7 @@ class Vllm:
         import torch
         import vllm
 
-        self._shape = SHAPES[setup["shape"]]
+        self._size = MODEL_SIZES[setup["size"]]
         adapters = setup["adapters"]
         lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": 16} if adapters else {}
         self._engine = vllm.LLM(
@@ -54,7 +54,7 @@ class Vllm:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        asked = prompts(self._shape, order["batch"], order["prompt"], order["seed"])
+        asked = prompts(self._size, order["batch"], order["prompt"], order["seed"])
         timeline = Timeline()
         for row, ids in enumerate(asked):
             self._count += 1
