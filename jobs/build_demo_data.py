@@ -1,4 +1,4 @@
-"""Makes the packaged demo data (`pedro/assets/demo/`) from the public sources. Knows nothing of training.
+"""Makes the packaged demo data (`pedro/assets/demo/`) from the public sources.
 
     python jobs/build_demo_data.py --source DIR
 

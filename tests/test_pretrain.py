@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from jobs.pretrain import corpus, publish
-from jobs.pretrain.command_line import PRESETS, build, caught_signals, main
+from jobs.pretrain.command_line import PRESETS, build_model, caught_signals, main
 from jobs.pretrain.optimizer import orthogonal
-from jobs.pretrain.prepare import RUN, prepare
-from jobs.pretrain.pretrain_loop import CHECKPOINT, Settings, train
-from jobs.pretrain.quality import measure
+from jobs.pretrain.prepare import RUN, prepare_data
+from jobs.pretrain.pretrain_loop import CHECKPOINT, PretrainSettings, pretrain
+from jobs.pretrain.quality import measure_quality
 from jobs.pretrain.schedule import Schedule
 from jobs.pretrain.tokens import Stream, pack, train_tokenizer
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
@@ -164,23 +164,23 @@ def test_an_update_of_muon_has_singular_values_near_one():
 
 
 def _settings(tokens):
-    return Settings(Schedule(0.02, 512, tokens=tokens), rows=4, micro_rows=2, log_every=2, look_every=4)
+    return PretrainSettings(Schedule(0.02, 512, tokens=tokens), rows=4, micro_rows=2, log_every=2, look_every=4)
 
 
 def _train(folder, stops_after=None):
     """A tiny model on fixed ids; its state and parameters."""
     stream = Stream(np.random.default_rng(0).integers(0, 512, 20_000).astype(np.uint16), 32, seed=0)
     options = type("Options", (), {"seed": 0})
-    model = build(PRESETS["tiny"], options)
+    model = build_model(PRESETS["tiny"], options)
     looks = iter(range(1000))
-    state = train(
+    state = pretrain(
         model,
         stream,
         _settings(2048),
         folder,
         lambda model: {"text": 1.0},
         stopped=lambda: stops_after is not None and next(looks) >= stops_after,
-        say=lambda line: None,
+        log=lambda line: None,
     )
     return state, [parameter.detach().clone() for parameter in model.parameters()]
 
@@ -197,7 +197,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_run(tmp_path):
 
 
 def _diverged():
-    model = build(PRESETS["tiny"], type("Options", (), {"seed": 0}))
+    model = build_model(PRESETS["tiny"], type("Options", (), {"seed": 0}))
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     return model
@@ -206,9 +206,9 @@ def _diverged():
 def test_a_loss_that_is_no_number_ends_the_run_with_the_remedy(tmp_path, tokenizer):
     stream = Stream(np.zeros(1000, dtype=np.uint16), 32, seed=0)
     with pytest.raises(TrainingError, match="loss: it is nan at step 1; start again with a lower --lr"):
-        train(_diverged(), stream, _settings(2048), tmp_path, lambda model: {}, say=lambda line: None)
+        pretrain(_diverged(), stream, _settings(2048), tmp_path, lambda model: {}, log=lambda line: None)
     with pytest.raises(TrainingError, match="loss: it is nan on held-out text; start again with a lower --lr"):
-        measure(_diverged(), tokenizer, ["the cat sat"], 512)
+        measure_quality(_diverged(), tokenizer, ["the cat sat"], 512)
 
 
 def test_a_damaged_checkpoint_is_told_with_the_remedy(tmp_path):
@@ -234,12 +234,12 @@ def test_quality_counts_every_token_once_and_agrees_with_the_models_own_loss():
     text = "Once upon a time, there was a little girl who had a big red ball. She ran to the park with it."
     ids = torch.tensor([encode_prompt(tokenizer, text)])
     nats = model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-    found = measure(model, tokenizer, [text, text[:30]], 512)
-    alone = measure(model, tokenizer, [text], 512)
+    found = measure_quality(model, tokenizer, [text, text[:30]], 512)
+    alone = measure_quality(model, tokenizer, [text], 512)
     assert alone.tokens == ids.shape[1] - 1
     assert alone.bits_per_char == pytest.approx(nats / math.log(2) / len(text), abs=1e-5)
     assert alone.perplexity == pytest.approx(math.exp(nats / alone.tokens), rel=1e-4)
-    cut = measure(model, tokenizer, [text, text[:30]], 16)
+    cut = measure_quality(model, tokenizer, [text, text[:30]], 16)
     assert (cut.tokens, cut.chars) == (found.tokens, found.chars)
     assert found.bits_per_char < cut.bits_per_char < 3 * found.bits_per_char
 
@@ -267,7 +267,7 @@ def test_a_small_run_publishes_a_backbone_with_its_provenance(data, finished):
     assert result["model"]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert {entry["licence"] for entry in result["corpus"]["sources"]} >= {"CC BY-SA 4.0", "MIT", "CC0 1.0"}
     text = corpus.held_out(data)[1]
-    again = measure(model, tokenizer, text.pieces, 512)
+    again = measure_quality(model, tokenizer, text.pieces, 512)
     assert again.bits_per_char == pytest.approx(result["quality"]["squad"]["bits_per_char"], abs=1e-4)
     assert result["curve"]["train_loss"][-1][1] < result["curve"]["train_loss"][0][1]
     page = (finished / "final" / "PROVENANCE.md").read_text()
@@ -289,7 +289,7 @@ def test_a_finished_run_says_that_it_is_over_and_publishes_the_same_model(data, 
 def test_publishing_that_fails_leaves_the_former_backbone_whole(finished, tmp_path):
     result = json.loads((finished / "results" / "pretrain.json").read_text())
     backbone = resolve_backbone(str(shutil.copytree(finished / "final", tmp_path / "final")))
-    model = build(PRESETS["tiny"], type("Options", (), {"seed": 1}))
+    model = build_model(PRESETS["tiny"], type("Options", (), {"seed": 1}))
     with pytest.raises(KeyError):
         publish.publish(model, load_tokenizer(backbone), backbone.directory, {**result, "run": {}})
     assert resolve_backbone(str(backbone.directory)).digest == backbone.digest
@@ -302,7 +302,7 @@ MADE_WITH = {"preset": "tiny", "seed": 0, "lr": 0.02, "decay": 0.25}
 
 
 def _prepare(data, out, context=512, **others):
-    return prepare(data, out, {**MADE_WITH, "data": str(data.resolve()), **others}, 512, context)
+    return prepare_data(data, out, {**MADE_WITH, "data": str(data.resolve()), **others}, 512, context)
 
 
 @pytest.mark.parametrize(

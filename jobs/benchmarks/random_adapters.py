@@ -1,6 +1,6 @@
 """Makes adapter directories with random weights by the thousand: one in full, the rest as copies with other numbers.
 
-Knows nothing of engines. Every tenant's adapter differs and none is the identity.
+Every tenant's adapter differs and none is the identity.
 """
 
 from __future__ import annotations

@@ -87,9 +87,9 @@ def _adapter_bytes(size: ModelSize, directory: str, options: Options) -> int:
     """What the pool counts for one adapter."""
     probe = BenchEngine(size, options.device, max_batch=1, max_length=8)
     probe.load([directory])
-    size = probe.engine.adapters.residents()[directory].nbytes
+    adapter_bytes = probe.engine.adapters.residents()[directory].nbytes
     probe.close()
-    return nbytes
+    return adapter_bytes
 
 
 def _throughput(

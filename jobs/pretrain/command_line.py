@@ -1,7 +1,7 @@
 """`python -m jobs.pretrain`: from public text to a backbone directory. Prepares, trains, measures, publishes.
 
 prepare   corpus -> tokenizer and ids in OUT/data (once); OUT/run.json says what with
-train     until the budget of tokens or minutes is used; SIGTERM or Ctrl-C leaves a checkpoint to go on from
+train     until the budget of tokens or minutes is used; SIGTERM or Ctrl-C leaves a checkpoint to resume from
 publish   OUT/final, the result JSON and the figure
 """
 
@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from jobs.benchmarks.command_line import ALLOW_DIRTY
 from jobs.pretrain import corpus, publish
 from jobs.pretrain.files import check_writable
-from jobs.pretrain.prepare import RUN, Prepared, prepare
-from jobs.pretrain.pretrain_loop import Settings, State, train
-from jobs.pretrain.quality import measure
+from jobs.pretrain.prepare import RUN, PretrainData, prepare_data
+from jobs.pretrain.pretrain_loop import PretrainSettings, PretrainState, pretrain
+from jobs.pretrain.quality import measure_quality
 from jobs.pretrain.schedule import Schedule
 from jobs.pretrain.tokens import Stream
 from pedro.backbone import context_length, load_model, load_tokenizer, quiet, resolve_backbone
@@ -82,14 +82,14 @@ def run(options: argparse.Namespace) -> int:
     preset, data, out = PRESETS[options.preset], Path(options.data), Path(options.out)
     result_file, figure = check_outputs(options)
     texts = corpus.held_out(data)
-    model, settings = build(preset, options), plan(preset, options)
+    model, settings = build_model(preset, options), plan(preset, options)
     publish.check_size(model)
-    prepared = prepare(data, out, decides(preset, options), preset.vocabulary, CONTEXT)
+    prepared = prepare_data(data, out, decides(preset, options), preset.vocabulary, CONTEXT)
     state = _train(model, prepared, texts, settings, out, options)
     if not settings.schedule.is_over(state.tokens, state.decay_from):
-        print(f"stopped at {state.tokens:,} tokens; run it again to go on, with --decay-now to end it well")
+        print(f"stopped at {state.tokens:,} tokens; run it again to resume, with --decay-now to end it with its decay")
         return 3
-    result = describe(options, preset, model, prepared, texts, state)
+    result = describe_run(options, preset, model, prepared, texts, state)
     publish.publish(model, prepared.tokenizer, out / "final", result)
     publish.write_result(result, result_file)
     publish.draw(result, figure)
@@ -116,7 +116,7 @@ def check_outputs(options: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def decides(preset: Preset, options: argparse.Namespace) -> dict[str, Any]:
-    """What a run is a function of, but for its budget: a run goes on only with the same."""
+    """All that determines a run, except its budget: a run resumes only with the same."""
     return {
         "preset": options.preset,
         "seed": options.seed,
@@ -126,7 +126,7 @@ def decides(preset: Preset, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def build(preset: Preset, options: argparse.Namespace) -> torch.nn.Module:
+def build_model(preset: Preset, options: argparse.Namespace) -> torch.nn.Module:
     """The model from fresh weights of this seed, on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -148,7 +148,7 @@ def build(preset: Preset, options: argparse.Namespace) -> torch.nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def plan(preset: Preset, options: argparse.Namespace) -> Settings:
+def plan(preset: Preset, options: argparse.Namespace) -> PretrainSettings:
     """How it trains; the warm-up takes 60 steps."""
     step = preset.rows * CONTEXT
     schedule = Schedule(
@@ -158,7 +158,7 @@ def plan(preset: Preset, options: argparse.Namespace) -> Settings:
         tokens=options.tokens,
         seconds=options.minutes * 60 if options.minutes is not None else None,
     )
-    return Settings(
+    return PretrainSettings(
         schedule,
         preset.rows,
         preset.micro_rows,
@@ -169,20 +169,20 @@ def plan(preset: Preset, options: argparse.Namespace) -> Settings:
 
 def _train(
     model: torch.nn.Module,
-    prepared: Prepared,
+    prepared: PretrainData,
     texts: tuple[corpus.HeldOut, ...],
-    settings: Settings,
+    settings: PretrainSettings,
     out: Path,
     options: argparse.Namespace,
-) -> State:
+) -> PretrainState:
     def look(model: torch.nn.Module) -> dict[str, float]:
-        return bits_per_char(model, prepared.tokenizer, sample(texts), CONTEXT)
+        return bits_per_char(model, prepared.tokenizer, sample_texts(texts), CONTEXT)
 
     stream = Stream(prepared.ids, CONTEXT, options.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters, {len(prepared.ids):,} tokens an epoch, {stream.windows:,} windows", flush=True)
     with caught_signals() as signals:
-        return train(
+        return pretrain(
             model,
             stream,
             settings,
@@ -190,7 +190,7 @@ def _train(
             look,
             decay_now=options.decay_now,
             stopped=lambda: bool(signals),
-            say=lambda line: print(line, flush=True),
+            log=lambda line: print(line, flush=True),
         )
 
 
@@ -209,7 +209,7 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def sample(texts: tuple[corpus.HeldOut, ...]) -> tuple[corpus.HeldOut, ...]:
+def sample_texts(texts: tuple[corpus.HeldOut, ...]) -> tuple[corpus.HeldOut, ...]:
     """A part of each text, small enough to be looked at often."""
     return tuple(replace(text, pieces=text.pieces[:: max(1, text.chars // LOOK_CHARS)]) for text in texts)
 
@@ -217,16 +217,16 @@ def sample(texts: tuple[corpus.HeldOut, ...]) -> tuple[corpus.HeldOut, ...]:
 def bits_per_char(
     model: torch.nn.Module, tokenizer: Any, texts: tuple[corpus.HeldOut, ...], context: int
 ) -> dict[str, float]:
-    return {text.name: measure(model, tokenizer, text.pieces, context).bits_per_char for text in texts}
+    return {text.name: measure_quality(model, tokenizer, text.pieces, context).bits_per_char for text in texts}
 
 
-def describe(
+def describe_run(
     options: argparse.Namespace,
     preset: Preset,
     model: torch.nn.Module,
-    prepared: Prepared,
+    prepared: PretrainData,
     texts: tuple[corpus.HeldOut, ...],
-    state: State,
+    state: PretrainState,
 ) -> dict[str, Any]:
     """The result: what was trained, on what, how it went, how well it predicts. Quality is that of the bf16 weights."""
     with torch.no_grad():
@@ -234,10 +234,10 @@ def describe(
             parameter.copy_(parameter.to(torch.bfloat16))
     baseline = resolve_backbone(BASELINE)
     theirs, their_tokenizer = load_model(baseline), load_tokenizer(baseline)
-    quality = {t.name: measure(model, prepared.tokenizer, t.pieces, CONTEXT).to_dict() for t in texts}
+    quality = {t.name: measure_quality(model, prepared.tokenizer, t.pieces, CONTEXT).to_dict() for t in texts}
     their_context = context_length(baseline)
-    their_quality = {t.name: measure(theirs, their_tokenizer, t.pieces, their_context).to_dict() for t in texts}
-    their_sample = bits_per_char(theirs, their_tokenizer, sample(texts), their_context)
+    their_quality = {t.name: measure_quality(theirs, their_tokenizer, t.pieces, their_context).to_dict() for t in texts}
+    their_sample = bits_per_char(theirs, their_tokenizer, sample_texts(texts), their_context)
     cuda = next(model.parameters()).is_cuda
     return {
         "name": options.name,
@@ -293,7 +293,7 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the public sources: squad/, wikitext2/, snips/ ...")
-    parser.add_argument("--out", required=True, help="folder of this run; an interrupted one goes on as it began")
+    parser.add_argument("--out", required=True, help="folder of this run; an interrupted one resumes")
     parser.add_argument("--name", default="backbone", help="what the model is called")
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size of the model and of a step")
     parser.add_argument("--tokens", type=_positive(int), help="budget in tokens, decay included")
@@ -301,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     share = _number(float, lambda value: 0 <= value < 1, "a share from 0 and below 1")
     seed = _number(int, lambda value: 0 <= value < SEEDS, "a whole number from 0 and below 2**63")
     parser.add_argument("--decay", type=share, default=0.25, help="share of the tokens in which the rate falls to 0")
-    parser.add_argument("--decay-now", action="store_true", help="go on from the checkpoint and begin the decay")
+    parser.add_argument("--decay-now", action="store_true", help="resume from the checkpoint and begin the decay")
     parser.add_argument("--lr", type=_positive(float), help="peak learning rate (the preset's)")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--checkpoint-minutes", type=_positive(float), default=2.0)

@@ -1,7 +1,7 @@
 """Public text that a backbone may be trained on and shipped with, and the texts that it is judged by.
 
 Only sources whose licence allows shipping, and of them no row of a published validation or test part: benchmarks
-stay unseen. Knows nothing of tokens.
+stay unseen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEFT_OUT = (
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusSource:
     """Where documents come from. `share` is how often an epoch has each of them; 0.25 takes every fourth."""
 
     name: str
@@ -131,17 +131,21 @@ def unseen_passages(data: Path) -> Iterator[str]:
 
 
 SOURCES = (
-    Source("squad", "passages, questions, answers (train)", "rajpurkar/SQuAD-explorer", "CC BY-SA 4.0", squad),
-    Source("wikitext2", "paragraphs (valid)", "pytorch/examples", "CC BY-SA 3.0", wikitext("valid.txt")),
-    Source(
+    CorpusSource("squad", "passages, questions, answers (train)", "rajpurkar/SQuAD-explorer", "CC BY-SA 4.0", squad),
+    CorpusSource("wikitext2", "paragraphs (valid)", "pytorch/examples", "CC BY-SA 3.0", wikitext("valid.txt")),
+    CorpusSource(
         "wikisql", "questions, SQL (train)", "jkkummerfeld/text2sql-data", "BSD-3-Clause", questions("wikisql"), 0.25
     ),
-    Source("advising", "questions, SQL (train)", "jkkummerfeld/text2sql-data", "CC BY 4.0", questions("advising")),
-    Source("gsm8k", "problems, solutions (train)", "openai/grade-school-math", "MIT", task_rows("gsm8k")),
-    Source("mmlu", "worked examples (dev)", "hendrycks/test", "MIT", task_rows("mmlu", "shots")),
-    Source("snips", "utterances (train)", "sonos/nlu-benchmark", "CC0 1.0", utterances("snips", "train"), 2),
-    Source("clinc150", "utterances (train)", "clinc/oos-eval", "CC BY 3.0", utterances("clinc_domains", "train"), 2),
-    Source(
+    CorpusSource(
+        "advising", "questions, SQL (train)", "jkkummerfeld/text2sql-data", "CC BY 4.0", questions("advising")
+    ),
+    CorpusSource("gsm8k", "problems, solutions (train)", "openai/grade-school-math", "MIT", task_rows("gsm8k")),
+    CorpusSource("mmlu", "worked examples (dev)", "hendrycks/test", "MIT", task_rows("mmlu", "shots")),
+    CorpusSource("snips", "utterances (train)", "sonos/nlu-benchmark", "CC0 1.0", utterances("snips", "train"), 2),
+    CorpusSource(
+        "clinc150", "utterances (train)", "clinc/oos-eval", "CC BY 3.0", utterances("clinc_domains", "train"), 2
+    ),
+    CorpusSource(
         "banking77",
         "utterances (train)",
         "PolyAI-LDN/task-specific-datasets",

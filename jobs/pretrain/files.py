@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and whether they could be written. Knows nothing of what is in them."""
+"""Files that are replaced atomically, and a check that they can be written."""
 
 from __future__ import annotations
 

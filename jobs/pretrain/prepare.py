@@ -1,6 +1,6 @@
 """What a run's folder holds before it trains: tokenizer, ids of an epoch, and what they were made with.
 
-`run.json` is written last and whole, so what was left half made is made again. Knows nothing of models.
+`run.json` is written last and atomically, so a folder that was left unfinished is made again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DATA = "data"  # the folder of the tokenizer and the ids
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PretrainData:
     """The tokenizer, the ids of an epoch, the sources that they were made from, and the settings of the run."""
 
     tokenizer: Any
@@ -31,7 +31,7 @@ class Prepared:
     made_with: dict[str, Any]
 
 
-def prepare(data: Path, out: Path, made_with: Mapping[str, Any], vocabulary: int, context: int) -> Prepared:
+def prepare_data(data: Path, out: Path, made_with: Mapping[str, Any], vocabulary: int, context: int) -> PretrainData:
     """What `out` holds, made now unless it is there. `made_with` is all that decides a run, its seed included.
 
     Raises ConfigError if `out` was made with anything else, DataError for sources or an `out` that cannot be read.
@@ -76,13 +76,13 @@ def _make(data: Path, out: Path, made_with: Mapping[str, Any], vocabulary: int, 
         scratch.write_text(json.dumps({"made_with": dict(made_with), "sources": sources}, indent=1) + "\n")
 
 
-def _read(out: Path) -> Prepared:
+def _read(out: Path) -> PretrainData:
     from transformers import AutoTokenizer
 
     try:
         run = json.loads((out / RUN).read_text())
         tokenizer = AutoTokenizer.from_pretrained(out / DATA, local_files_only=True, trust_remote_code=False)
-        return Prepared(tokenizer, load_ids(out / DATA / "ids.npy"), run["sources"], run["made_with"])
+        return PretrainData(tokenizer, load_ids(out / DATA / "ids.npy"), run["sources"], run["made_with"])
     except Exception as error:  # transformers and tokenizers raise any type for a damaged file
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise DataError(f"out: {str(out)!r} is damaged ({reason}); use a new --out", param="out") from error

@@ -1,4 +1,4 @@
-"""Next-token training: step, look at held-out text, checkpoint. Knows nothing of files of text or of tokenizers.
+"""Next-token training on packed windows: step, look at held-out text, checkpoint.
 
 Every batch is a function of (seed, step), so a run that was stopped and resumed is the uninterrupted one as long as
 the clock does not decide when the decay begins. A checkpoint is one safetensors file: parameters, what the
@@ -33,7 +33,7 @@ SPEED_OVER = 30  # steps that the speed is taken over
 
 
 @dataclass(frozen=True)
-class Settings:
+class PretrainSettings:
     """A step is `rows` windows, `micro_rows` at a time. The schedule's rate is Muon's; AdamW's is a share of it."""
 
     schedule: Schedule
@@ -49,7 +49,7 @@ class Settings:
 
 
 @dataclass
-class State:
+class PretrainState:
     """Where a run stands. `losses` and `looks` are [tokens, value(s)]; `seconds` counts training alone."""
 
     step: int = 0
@@ -100,34 +100,34 @@ class Optimizers:
                 self.owner[parameter].state[parameter][key] = value.to(place)
 
 
-def train(
+def pretrain(
     model: torch.nn.Module,
     stream: Stream,
-    settings: Settings,
+    settings: PretrainSettings,
     folder: Path,
     look: Callable[[torch.nn.Module], dict[str, float]],
     *,
     decay_now: bool = False,
     stopped: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = print,
-) -> State:
+    log: Callable[[str], None] = print,
+) -> PretrainState:
     """Train until the schedule is over or `stopped` says so; the state that is also in `folder`'s checkpoint.
 
-    Raises TrainingError for a loss that is no number and for a checkpoint that cannot be read.
+    Raises TrainingError for a loss of NaN or infinity and for a checkpoint that cannot be read.
     """
     optimizers = Optimizers(model, settings.weight_decay)
     state = read_checkpoint(folder, model, optimizers)
     run: Any = torch.compile(model) if settings.compiled else model
     schedule, recent = settings.schedule, deque([(state.tokens, state.seconds)], maxlen=SPEED_OVER)
     if schedule.is_over(state.tokens, state.decay_from):
-        say(f"the run in {folder} is over after {state.tokens:,} tokens; for another one use a new --out")
+        log(f"the run in {folder} is over after {state.tokens:,} tokens; for another one use a new --out")
         return state
     saved = time.monotonic()
     while not schedule.is_over(state.tokens, state.decay_from) and not stopped():
         speed = _speed(recent)
         if state.decay_from is None and (decay_now or schedule.decay_is_due(state.tokens, state.seconds, speed)):
             state.decay_from = state.tokens
-            say(f"decay from {state.tokens:,} tokens for {schedule.decay_tokens(state.tokens):,}")
+            log(f"decay from {state.tokens:,} tokens for {schedule.decay_tokens(state.tokens):,}")
         began = time.monotonic()
         rate = schedule.rate(state.tokens, state.decay_from)
         loss = _step(run, optimizers, stream, settings, state.step, rate)
@@ -138,10 +138,10 @@ def train(
         if state.step % settings.log_every == 0:
             state.losses.append((state.tokens, round(loss, 4)))
             done = f"step {state.step}  {state.tokens:,} tokens  {_speed(recent):,.0f} tok/s"
-            say(f"{done}  loss {loss:.3f}  lr {rate:.2e}")
+            log(f"{done}  loss {loss:.3f}  lr {rate:.2e}")
         if state.step % settings.look_every == 0:
             state.looks.append((state.tokens, look(model)))
-            say(
+            log(
                 "held out, bits/char: " + "  ".join(f"{name} {value:.3f}" for name, value in state.looks[-1][1].items())
             )
         if time.monotonic() - saved > settings.checkpoint_seconds:
@@ -151,7 +151,9 @@ def train(
     return state
 
 
-def _step(model: Any, optimizers: Optimizers, stream: Stream, settings: Settings, step: int, rate: float) -> float:
+def _step(
+    model: Any, optimizers: Optimizers, stream: Stream, settings: PretrainSettings, step: int, rate: float
+) -> float:
     """One update; its mean loss in nats a token."""
     model.train()
     device = next(model.parameters()).device
@@ -172,7 +174,7 @@ def _step(model: Any, optimizers: Optimizers, stream: Stream, settings: Settings
     return total
 
 
-def write_checkpoint(folder: Path, model: torch.nn.Module, optimizers: Optimizers, state: State) -> None:
+def write_checkpoint(folder: Path, model: torch.nn.Module, optimizers: Optimizers, state: PretrainState) -> None:
     """Replace the folder's checkpoint, whole or not at all."""
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,14 +182,14 @@ def write_checkpoint(folder: Path, model: torch.nn.Module, optimizers: Optimizer
         save_file({**tensors, **optimizers.tensors()}, str(scratch), {"state": json.dumps(asdict(state))})
 
 
-def read_checkpoint(folder: Path, model: torch.nn.Module, optimizers: Optimizers) -> State:
+def read_checkpoint(folder: Path, model: torch.nn.Module, optimizers: Optimizers) -> PretrainState:
     """Load the folder's checkpoint; a fresh state where there is none. Raises TrainingError if it is damaged."""
     path = folder / CHECKPOINT
     if not path.is_file():
-        return State()
+        return PretrainState()
     try:
         with safe_open(str(path), framework="pt") as file:
-            state = State(**json.loads(file.metadata()["state"]))
+            state = PretrainState(**json.loads(file.metadata()["state"]))
         tensors = load_file(str(path))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(

@@ -1,5 +1,7 @@
-"""How well a causal LM predicts a text: perplexity by its own tokens, and bits a character, which any tokenizer's
-models can be compared by. Knows nothing of training."""
+"""How well a causal LM predicts a text: perplexity over its own tokens, and bits per character.
+
+Bits per character compare models with different tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ class Quality:
 
 
 @torch.inference_mode()
-def measure(model: torch.nn.Module, tokenizer: Any, pieces: Sequence[str], context: int) -> Quality:
+def measure_quality(model: torch.nn.Module, tokenizer: Any, pieces: Sequence[str], context: int) -> Quality:
     """Quality on pieces of text, each on its own from BOS on.
 
     A piece longer than the context is read in windows that overlap by half, so that all but the first tokens are

@@ -1,4 +1,4 @@
-"""When the learning rate rises, holds, falls and ends (warm-up, stable, decay). Knows nothing of models or clocks.
+"""When the learning rate rises, holds, falls and ends (warm-up, stable, decay).
 
 The rate holds until the decay begins, so a run can be ended well at any time: the decay lasts a share of all tokens,
 whenever it begins. It begins by a budget of tokens, by a budget of seconds, or at once on demand.

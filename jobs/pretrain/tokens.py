@@ -1,4 +1,4 @@
-"""A byte-level BPE vocabulary and the stream of token windows that training reads. Knows nothing of models."""
+"""A byte-level BPE vocabulary and the stream of token windows that training reads."""
 
 from __future__ import annotations
 

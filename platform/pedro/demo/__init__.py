@@ -88,7 +88,7 @@ def run_demo(settings: Settings, *, keep: bool, port: int, log: Log) -> dict[str
 
 def demo_spec(tenant: DemoTenant, steps: int) -> FineTuneSpec:
     """The spec that trains a demo tenant's adapter for `steps`."""
-    tree = {
+    spec = {
         "tenant": tenant.name,
         "adapter": tenant.adapter,
         "backbone": BACKBONE,
@@ -106,7 +106,7 @@ def demo_spec(tenant: DemoTenant, steps: int) -> FineTuneSpec:
         },
         "resources": {"workers": 1},
     }
-    return validate_spec(tree, FineTuneSpec, source=f"demo tenant {tenant.name}")
+    return validate_spec(spec, FineTuneSpec, source=f"demo tenant {tenant.name}")
 
 
 def _train_missing(settings: Settings, registry: Registry, store: Store, dashboard_url: str, log: Log) -> list[Outcome]:

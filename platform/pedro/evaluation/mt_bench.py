@@ -47,7 +47,7 @@ class Judge:
     """Before the second try; doubled before each one after."""
 
     def ask(self, system: str, prompt: str) -> str:
-        """The judge's answer at temperature 0. Raises UnavailableError if the endpoint goes on refusing."""
+        """The judge's answer at temperature 0. Raises UnavailableError if the endpoint keeps refusing."""
         import httpx
 
         body = {

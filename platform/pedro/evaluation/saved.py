@@ -159,7 +159,7 @@ def score_file(
 ) -> dict[str, Any]:
     """Accuracy and loss of a saved adapter and of its bare backbone on a data file, prompts as it was trained on.
 
-    `fields` names the file's columns where they are not ours. A loss that is no number is None.
+    `fields` names the file's columns where they are not ours. A loss of NaN is None.
     Raises DataError for a file that cannot be used or is of another shape, AdapterError for another backbone.
     """
     from pedro.data import format_for_shape, load_rows, shape_of

@@ -177,7 +177,7 @@ def exact_match(answer: str, wanted: str) -> bool:
 
 
 def finite(value: Any) -> float | None:
-    """A score as JSON can hold it: None for what is no number."""
+    """A score as JSON can hold it: None for NaN and infinities."""
     return float(value) if math.isfinite(value) else None
 
 

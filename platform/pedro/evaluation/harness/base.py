@@ -72,7 +72,7 @@ class HarnessModel(LM):
 
     @abstractmethod
     def generate(self, rows: Sequence[Wanted]) -> list[str]:
-        """A greedy continuation of each prompt; it may go on behind a stop. All rows have equal limits."""
+        """A greedy continuation of each prompt; it may run past a stop. All rows have equal limits."""
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation) of the requests."""

@@ -34,7 +34,7 @@ def run(
     """Scores of `tasks` (names or patterns) by the `LocalModel` of `arguments`: metrics by task and by group.
 
     `include_path` is a folder with more task files, ours are known; `chat` asks in the adapter's prompt format. A
-    metric that is no number is None. Raises ConfigError for a task that is unknown or cannot be asked, with the reason.
+    metric that is NaN is None. Raises ConfigError for a task that is unknown or cannot be asked, with the reason.
     """
     from lm_eval import evaluate
 
