@@ -58,6 +58,15 @@ def test_the_wheel_holds_every_page_of_the_dashboard_and_nothing_of_the_jobs(ins
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"pedro"}
 
 
+def test_the_wheel_holds_no_benchmark_and_no_pretraining(installed):
+    rooms = [ROOT / "jobs" / "benchmarks", ROOT / "jobs" / "pretrain"]
+    outside = {path.read_bytes() for room in rooms for path in room.rglob("*.py")}
+    packed = list(installed.rglob("*.py"))
+    assert len(outside) > 30
+    assert not [path for path in packed if path.read_bytes() in outside]
+    assert not [path for path in packed if {"benchmarks", "pretrain"} & set(path.relative_to(installed).parts)]
+
+
 def test_the_installed_dashboard_draws_every_page_without_a_checkout(installed, tmp_path):
     pytest.importorskip("streamlit")
     named = ("PYTHONPATH", "PEDRO_HOME", "MLFLOW_TRACKING_URI", "PEDRO_DATABASE_URL", "PEDRO_STORAGE", "RAY_ADDRESS")
