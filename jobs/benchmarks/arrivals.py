@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, default_dtype, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
@@ -26,7 +26,7 @@ OFFERED = 1.2
 Figures = dict[str, float]
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """The three comparisons at each model, in paired rounds."""
     use_threads(options.threads)
     rounds = options.rounds or (2 if options.quick else 7)

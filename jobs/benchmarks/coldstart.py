@@ -9,7 +9,7 @@ import time
 from statistics import median
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import LogLine, python_path
+from jobs.benchmarks.engine_process import Log, python_path
 from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, prompts, saved_model
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import spread
@@ -17,7 +17,7 @@ from jobs.benchmarks.stats import spread
 LIMIT_S = 10.0
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """Start, load the backbone from disk, answer one token of a request with an adapter; several times."""
     from jobs.benchmarks.random_adapters import adapter_directories
 

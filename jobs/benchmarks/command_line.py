@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, bench_folder
 from jobs.benchmarks.report import BenchmarkReport
 from pedro.errors import ConfigError
@@ -68,7 +68,7 @@ class Benchmark:
     """One subcommand: `run(options, log)` gives the report, `columns` are the rows' keys to show."""
 
     about: str
-    run: Callable[[Options, LogLine], BenchmarkReport]
+    run: Callable[[Options, Log], BenchmarkReport]
     columns: Sequence[str]
 
 

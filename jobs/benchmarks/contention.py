@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, LogLine
+from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, Log
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, spread
 
@@ -32,7 +32,7 @@ LONGER = {"tiny": 1, "S": 4, "M": 1}  # new tokens are multiplied by it, where a
 CaseKey = tuple[str, int, int, str]  # phase, batch, neighbours, threads
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """Every model in turn; its engines, one a number of threads, stay for all rounds."""
     names = options.models or (("S",) if options.quick else ("S", "M"))
     rounds = options.rounds or (2 if options.quick else 5)
@@ -55,7 +55,7 @@ def run(options: Options, log: LogLine) -> BenchmarkReport:
 
 
 def _measure(
-    pool: EnginePool, name: str, cases: list[str], batches: tuple[int, ...], rounds: int, log: LogLine
+    pool: EnginePool, name: str, cases: list[str], batches: tuple[int, ...], rounds: int, log: Log
 ) -> dict[CaseKey, list[float]]:
     """Tokens per second of every cell, a round each."""
     seen: dict[CaseKey, list[float]] = {}

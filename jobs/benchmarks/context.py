@@ -10,7 +10,7 @@ from statistics import median
 
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport
@@ -20,7 +20,7 @@ KINDS = {"none": None, "PEDRO last": "pedro", "PEDRO mean": "pedro-1", "PEDRO ma
 LENGTHS, QUICK_LENGTHS = (64, 256, 1024, 2048), (64, 256)
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """Each model, each length."""
     use_threads(options.threads)
     lengths = QUICK_LENGTHS if options.quick else LENGTHS

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import ROOT, LogLine
+from jobs.benchmarks.engine_process import ROOT, Log
 from jobs.benchmarks.model_sizes import bench_folder
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from pedro.config import Settings
@@ -25,7 +25,7 @@ QUICK = {"demo": (12, 3), "synthetic": (500, 50)}
 OPEN_S, AGAIN_S = 3.0, 1.0
 
 
-def dashboard_report(options: Options, log: LogLine) -> BenchmarkReport:
+def dashboard_report(options: Options, log: Log) -> BenchmarkReport:
     """Fabricate the homes, open every page of each twice."""
     from jobs.benchmarks.synthetic_data import fabricate
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, LogLine
+from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, default_dtype
 from jobs.benchmarks.peers import PeerComparison, measure_roofline
 from jobs.benchmarks.random_adapters import adapter_directories
@@ -61,7 +61,7 @@ def method_runs(batch: int) -> list[MethodRun]:
     return [*made, MethodRun("ours", "pedro", (Line("pedro", batch, 1), Line(None, batch, 1)))]
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """Every run in turn, for each model."""
     quick, device = options.quick, options.device
     names = options.models or (("S",) if device == "cpu" else ("7B",))
@@ -95,7 +95,7 @@ def _measure(
     options: Options,
     report: BenchmarkReport,
     copy: float,
-    log: LogLine,
+    log: Log,
 ) -> None:
     most = max(line.batch for line in method_run.lines)
     refs = [str(path) for path in adapter_directories(size, method_run.method, most)]

@@ -6,7 +6,7 @@ import importlib
 from functools import partial
 
 from jobs.benchmarks.command_line import Benchmark, Options
-from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.report import BenchmarkReport
 
 SERVING_COLUMNS = (
@@ -19,7 +19,7 @@ FAIRNESS_COLUMNS = (
 )
 
 
-def _run(module: str, options: Options, log: LogLine) -> BenchmarkReport:
+def _run(module: str, options: Options, log: Log) -> BenchmarkReport:
     report: BenchmarkReport = importlib.import_module(f"jobs.benchmarks.{module}").run(options, log)
     return report
 

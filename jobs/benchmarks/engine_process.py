@@ -23,7 +23,7 @@ from jobs.benchmarks.model_sizes import bench_folder
 START_S, RUN_S = 600, 600
 ROOT = Path(__file__).parents[2]  # the checkout
 TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
-LogLine = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class EngineProcessError(Exception):
@@ -85,7 +85,7 @@ class EngineProcess:
 class EnginePool:
     """The engines of one benchmark. `start` several, then `run` them in turn; leaving the `with` ends them all."""
 
-    def __init__(self, log: LogLine) -> None:
+    def __init__(self, log: Log) -> None:
         self._log = log
         self._processes: dict[str, EngineProcess] = {}
         self.skipped: dict[str, str] = {}

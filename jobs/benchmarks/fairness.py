@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.benchmarks.bench_engine import IDLE_S, BenchEngine, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, ReportRow, Target, exactly
@@ -74,7 +74,7 @@ class Seen:
             self.token_ms.append((moments[-1] - moments[0]) / (len(moments) - 1) * 1000)
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """The engine in process."""
     use_threads(options.threads)
     size = MODEL_SIZES[(options.models or ("S",))[0]]

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import EnginePool, LogLine
+from jobs.benchmarks.engine_process import EnginePool, Log
 from jobs.benchmarks.fairness import FLOODS, THINK_S, WARM_S, Flood, Seen, add_rows, line
 from jobs.benchmarks.http_overhead import Server
 from jobs.benchmarks.model_sizes import NEW_TOKENS, PROMPT_TOKENS
@@ -16,7 +16,7 @@ ALONE_S, FLOOD_S = 9.0, 12.0  # of a round
 LIMIT = 1.5
 
 
-def add(report: BenchmarkReport, options: Options, server: Server, flood_key: str, log: LogLine) -> None:
+def add(report: BenchmarkReport, options: Options, server: Server, flood_key: str, log: Log) -> None:
     """Cases over HTTP, added to the report of the engine's: alone, and beside 64 streams and n = 32."""
     rounds = options.rounds or (1 if options.quick else 3)
     floods = [flood.smaller() if options.quick else flood for flood in FLOODS[:2]]

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import EnginePool, LogLine
+from jobs.benchmarks.engine_process import EnginePool, Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, default_dtype
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, spread
@@ -31,7 +31,7 @@ class Server:
     tokenizer: str
 
 
-def run(options: Options, server: Server, log: LogLine) -> BenchmarkReport:
+def run(options: Options, server: Server, log: Log) -> BenchmarkReport:
     """Throughput of a full batch of streams, and the time to the first token of single ones."""
     batch = 8 if options.quick else (options.batches or (32,))[0]
     rounds = options.rounds or (2 if options.quick else 7)
@@ -59,7 +59,7 @@ def _digest(server: Server) -> str:
     return str(read_manifest(server.adapter)["backbone"]["digest"])
 
 
-def _rounds(pool: EnginePool, rows: int, rounds: int, log: LogLine) -> dict[str, list[dict[str, Any]]]:
+def _rounds(pool: EnginePool, rows: int, rounds: int, log: Log) -> dict[str, list[dict[str, Any]]]:
     seen: dict[str, list[dict[str, Any]]] = {"in process": [], "http": []}
     order: dict[str, Any] = {
         "batch": rows,

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.benchmarks.bench_engine import BenchEngine, take, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
@@ -22,7 +22,7 @@ STREAMS, LONG, ARRIVES_AFTER = 8, 2048, 24
 QUICK_TOKENS, FULL_TOKENS = 96, 256
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """Both cases, for each model."""
     use_threads(options.threads)
     names = options.models or (("S",) if options.quick else ("S", "M"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
@@ -15,7 +15,7 @@ TENANTS, PROMPT, NEW, SLOTS = 64, 16, 4, 32
 GROWTH_MB = 16.0  # what an allocator may still gather; a leak of 2 kB a request would show as 20
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """Serve in tenths and note the resident set after each; growth counts from the first tenth on."""
     use_threads(options.threads)
     requests = 1000 if options.quick else 10_000

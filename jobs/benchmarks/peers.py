@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, LogLine, peer_environment
+from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, Log, peer_environment
 from jobs.benchmarks.model_sizes import (
     MODEL_SIZES,
     NEW_TOKENS,
@@ -82,7 +82,7 @@ class PeerComparison:
         return hosts + (["vllm", "vllm+lora"] if "vllm" in self.engines and "vllm" in self.peers else [])
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """The comparison that the command line asks for; `--quick` is S at batch 8 with what is installed here."""
     quick = options.quick
     usual = QUICK if quick else FULL
@@ -102,7 +102,7 @@ def run(options: Options, log: LogLine) -> BenchmarkReport:
     )
 
 
-def measure(comparison: PeerComparison, log: LogLine) -> BenchmarkReport:
+def measure(comparison: PeerComparison, log: Log) -> BenchmarkReport:
     """Measure every model of the comparison and judge the targets that its rows cover."""
     report = BenchmarkReport("serving", {**vars(comparison), "peers": sorted(comparison.peers)})
     if "vllm" in comparison.engines and "vllm" not in comparison.peers:
@@ -116,7 +116,7 @@ def measure(comparison: PeerComparison, log: LogLine) -> BenchmarkReport:
     return report
 
 
-def measure_roofline(comparison: PeerComparison, log: LogLine) -> dict[str, Any]:
+def measure_roofline(comparison: PeerComparison, log: Log) -> dict[str, Any]:
     """What the machine can read, copy and multiply."""
     with EnginePool(log) as pool:
         pool.start("roofline", "roofline", _setup(comparison))
@@ -185,7 +185,7 @@ def _measure(
     batches: Sequence[int],
     comparison: PeerComparison,
     report: BenchmarkReport,
-    log: LogLine,
+    log: Log,
 ) -> None:
     log(f"{size.name} ({size.title}): starting {', '.join(comparison.hosts)}")
     _start(pool, size, batches, comparison)
@@ -209,7 +209,7 @@ def _rounds(
     batch: int,
     comparison: PeerComparison,
     report: BenchmarkReport,
-    log: LogLine,
+    log: Log,
 ) -> dict[Contender, list[dict[str, Any]]]:
     """The figures of every contender, round by round; the first round warms up and does not count."""
     runs: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in field_}

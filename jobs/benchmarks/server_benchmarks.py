@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from jobs.benchmarks import dashboard_pages, fairness, fairness_http, http_overhead
 from jobs.benchmarks.command_line import Benchmark, Options
 from jobs.benchmarks.engine_benchmarks import FAIRNESS_COLUMNS
-from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, ModelSize, bench_folder, prompts, saved_model
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
@@ -44,13 +44,13 @@ class RunningServer:
     versions: tuple[int, ...]
 
 
-def http_report(options: Options, log: LogLine) -> BenchmarkReport:
+def http_report(options: Options, log: Log) -> BenchmarkReport:
     """The cost of gateway and Serve."""
     with running_server(options, log) as running:
         return http_overhead.run(options, running.server, log)
 
 
-def fairness_report(options: Options, log: LogLine) -> BenchmarkReport:
+def fairness_report(options: Options, log: Log) -> BenchmarkReport:
     """Floods beside a quiet tenant: on the engine in process, then through the server."""
     report = fairness.run(options, log)
     with running_server(options, log) as running:
@@ -58,7 +58,7 @@ def fairness_report(options: Options, log: LogLine) -> BenchmarkReport:
     return report
 
 
-def swap_report(options: Options, log: LogLine) -> BenchmarkReport:
+def swap_report(options: Options, log: Log) -> BenchmarkReport:
     """An alias that moves under 32 streams: every 5 s for a minute, then every 0.5 s for 20 s."""
     from jobs.benchmarks.hot_swap import swap
 
@@ -89,7 +89,7 @@ def swap_report(options: Options, log: LogLine) -> BenchmarkReport:
     return report
 
 
-def registry_report(options: Options, log: LogLine) -> BenchmarkReport:
+def registry_report(options: Options, log: Log) -> BenchmarkReport:
     """What a miss costs before the engine's loader has a directory: the version looked up, its files fetched."""
     from pedro.registry import Registry
 
@@ -147,7 +147,7 @@ SERVER_BENCHMARKS = {
 
 
 @contextmanager
-def running_server(options: Options, log: LogLine) -> Iterator[RunningServer]:
+def running_server(options: Options, log: Log) -> Iterator[RunningServer]:
     """A server for the time of the `with`; its Ray head and its home go with it."""
     from pedro.registry import Registry
     from pedro.serving.config import ServeConfig

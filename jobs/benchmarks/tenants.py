@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.benchmarks.bench_engine import BenchEngine, take, use_threads
 from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import LogLine
+from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
@@ -46,7 +46,7 @@ class Case:
         return source.choices(directories[: self.tenants], weights, k=count)
 
 
-def run(options: Options, log: LogLine) -> BenchmarkReport:
+def run(options: Options, log: Log) -> BenchmarkReport:
     """Throughput of every case, and the residents' time per token while others load."""
     use_threads(options.threads)
     size = MODEL_SIZES[(options.models or ("S",))[0]]
@@ -130,7 +130,7 @@ def _report_cases(report: BenchmarkReport, cases: Sequence[Case], seen: dict[Cas
 
 
 def _report_streams(
-    report: BenchmarkReport, engine: BenchEngine, directories: Sequence[str], rounds: int, tokens: int, log: LogLine
+    report: BenchmarkReport, engine: BenchEngine, directories: Sequence[str], rounds: int, tokens: int, log: Log
 ) -> None:
     """Residents' p99 time per token with arrivals that miss, over that with arrivals that are resident."""
     residents, arrivals = list(directories[:STREAMS]), list(directories[STREAMS : 2 * STREAMS])
