@@ -61,7 +61,7 @@ def add_sweep(settings: Settings, sweep_id: str = "sweep-0123456789ab") -> Recor
         "training.lr": {"kind": "grid", "values": rates},
         "method.r": {"kind": "choice", "values": [6, 12]},
     }
-    records.write_entry(SweepRecord(sweep_id, {"name": "orders", "base": base, "space": space, "search": {}}))
+    records.write_record(SweepRecord(sweep_id, {"name": "orders", "base": base, "space": space, "search": {}}))
     for number in range(12):
         order, lr = orders[number % 4], rates[number // 4]
         loss = 0.4 + 0.08 * (6 - order[0]) / 5 + 0.2 * abs(math.log10(lr) + 2) + 0.01 * (number % 3)

@@ -271,9 +271,9 @@ def test_a_sweep_is_found_again_by_its_spec_and_its_data(tmp_path):
     spec = sweep_for(tmp_path)
     with pytest.raises(NotFoundError, match=r"--resume: no sweep of exactly this spec"):
         launch.reopen(spec, settings, "http://127.0.0.1:9")
-    entry = launch.create(spec, settings)
-    assert recall(settings.storage, launch.staged(spec, settings)) == entry.id
-    assert Records(settings.storage, entry.id).spec() == launch.staged(spec, settings)
+    record = launch.create(spec, settings)
+    assert recall(settings.storage, launch.staged(spec, settings)) == record.id
+    assert Records(settings.storage, record.id).spec() == launch.staged(spec, settings)
     other = spec.model_copy(update={"concurrency": 1})
     assert recall(settings.storage, launch.staged(other, settings)) is None
     with Path(spec.base.data.train).open("a") as stream:
@@ -296,13 +296,13 @@ def test_a_sweep_from_before_the_later_fields_is_found(tmp_path):
 def test_a_sweep_that_still_runs_is_not_started_twice(tmp_path, monkeypatch):
     settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
     spec = sweep_for(tmp_path)
-    entry = launch.create(spec, settings)
+    record = launch.create(spec, settings)
     monkeypatch.setattr(submit, "status", lambda job_id, url: "RUNNING")
-    with pytest.raises(ConflictError, match=f"{entry.id} still runs"):
+    with pytest.raises(ConflictError, match=f"{record.id} still runs"):
         launch.reopen(spec, settings, "")
     monkeypatch.setattr(submit, "status", lambda job_id, url: "FAILED")
-    assert launch.reopen(spec, settings, "").submission_id == f"{entry.id}-again-1"
-    assert launch.reopen(spec, settings, "").submission_id == f"{entry.id}-again-2"
+    assert launch.reopen(spec, settings, "").submission_id == f"{record.id}-again-1"
+    assert launch.reopen(spec, settings, "").submission_id == f"{record.id}-again-2"
 
 
 # Planners and schedulers
@@ -446,15 +446,17 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     rates = [1e-2, 100.0, 3e-3, 2e-2, 1e-3]
     training = {"max_steps": 40, "eval_every": 10, "clip": 0, "warmup": 0.0}
     spec = sweep_for(tmp_path, {"training.lr": {"grid": rates}}, scheduler={"name": "none"}, training=training)
-    entry = launch.create(spec, settings)
-    records = Records(settings.storage, entry.id)
-    launch.start(entry, settings, url)
+    record = launch.create(spec, settings)
+    records = Records(settings.storage, record.id)
+    launch.start(record, settings, url)
     while sum(trial.state.final for trial in records.trials()) < 2:
-        assert submit.status(entry.submission_id, url) in ("PENDING", "RUNNING"), submit.logs(entry.submission_id, url)
+        assert submit.status(record.submission_id, url) in ("PENDING", "RUNNING"), submit.logs(
+            record.submission_id, url
+        )
         time.sleep(0.2)
-    for process in _drivers(entry.id):
+    for process in _drivers(record.id):
         process.send_signal(signal.SIGKILL)
-    while submit.status(entry.submission_id, url) == "RUNNING":
+    while submit.status(record.submission_id, url) == "RUNNING":
         time.sleep(0.2)
     before = [trial for trial in records.trials() if trial.state.final]
     assert 2 <= len(before) < len(rates)
@@ -481,14 +483,14 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     version = registry.get("acme.colours")
     assert (version.ref, version.run_id, version.digest) == (result["model"], best.run_id, best.outcome.digest)
     manifest = json.loads((registry.download(version) / MANIFEST).read_text())
-    assert manifest["sweep"]["id"] == entry.id
+    assert manifest["sweep"]["id"] == record.id
     assert manifest["sweep"]["trial"] == best.number
     assert manifest["sweep"]["parameters"] == best.parameters
     parents = {registry.client.get_run(trial.run_id).data.tags["mlflow.parentRunId"] for trial in after}
     assert parents == {result["run_id"]}
     kept = registry.download_artifacts(result["run_id"], "sweep", tmp_path)
     assert {path.name for path in kept.iterdir()} == {"summary.json", "trials.csv", "parallel.png"}
-    assert (settings.home / "sweeps" / entry.id / "parallel.png").is_file()
+    assert (settings.home / "sweeps" / record.id / "parallel.png").is_file()
 
 
 def _numbers(trials):

@@ -71,12 +71,12 @@ def read_sweeps(settings: Settings) -> tuple[tuple[Sweep, ...], str]:
 def read_head(settings: Settings, sweep_id: str) -> Sweep:
     """A sweep's own record."""
     try:
-        entry = Records(settings.storage, sweep_id).entry()
-        if entry is None:
+        record = Records(settings.storage, sweep_id).record()
+        if record is None:
             return Sweep(sweep_id, sweep_id, "", problems=("sweep.json: it is not there",))
-        base = entry.spec["base"]
+        base = record.spec["base"]
         model = f"{base['tenant']}.{base['adapter']}"
-        return Sweep(sweep_id, str(entry.spec["name"]), model, tuple(entry.spec["space"]))
+        return Sweep(sweep_id, str(record.spec["name"]), model, tuple(record.spec["space"]))
     except BROKEN as error:
         return Sweep(sweep_id, sweep_id, "", problems=(f"sweep.json: {_why(error)}",))
 

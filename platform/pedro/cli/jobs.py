@@ -220,6 +220,7 @@ def running_jobs(settings: Settings) -> list[tuple[str, str]]:
     from pedro.cluster import connect, find_head, within
     from pedro.errors import UnavailableError
     from pedro.training import submit as training
+    from pedro.training.job_status import RAY_OPEN
 
     if settings.ray_address is not None or find_head(settings) is None:
         return []
@@ -228,7 +229,7 @@ def running_jobs(settings: Settings) -> list[tuple[str, str]]:
     except (UnavailableError, OSError, RuntimeError) as error:  # a broken head must be ended all the same
         log(f"which jobs run cannot be told: {error}")
         return []
-    open_jobs = [job for job in jobs if job["status"] in ("PENDING", "RUNNING")]
+    open_jobs = [job for job in jobs if job["status"] in RAY_OPEN]
     return [(job["id"], job["metadata"].get("model") or _model(job["metadata"])) for job in open_jobs]
 
 

@@ -54,21 +54,21 @@ def sweep(
 
     settings = Settings.from_env()
     url = connect(settings, log).dashboard_url
-    entry = launch.reopen(wanted, settings, url) if resume else launch.create(wanted, settings)
-    launch.start(entry, settings, url)
+    record = launch.reopen(wanted, settings, url) if resume else launch.create(wanted, settings)
+    launch.start(record, settings, url)
     if not wait:
-        follow = f"follow it:  pedro jobs logs {entry.submission_id} --follow"
+        follow = f"follow it:  pedro jobs logs {record.submission_id} --follow"
         emit(
-            {"sweep": entry.id, "job_id": entry.submission_id, "model": wanted.base.name},
+            {"sweep": record.id, "job_id": record.submission_id, "model": wanted.base.name},
             as_json,
-            lambda: typer.echo(f"{entry.id}\n{follow}"),
+            lambda: typer.echo(f"{record.id}\n{follow}"),
         )
         return
-    log(f"{entry.id} {'resumes' if resume else 'sweeps'} {wanted.base.name}")
+    log(f"{record.id} {'resumes' if resume else 'sweeps'} {wanted.base.name}")
     try:
-        result = json.loads(launch.wait(entry, url, log))
+        result = json.loads(launch.wait(record, url, log))
     except KeyboardInterrupt:
-        log(f"the sweep keeps running; `pedro jobs stop {entry.submission_id}` ends it")
+        log(f"the sweep keeps running; `pedro jobs stop {record.submission_id}` ends it")
         raise
     emit(result, as_json, lambda: _show(result, list(wanted.space)))
 

@@ -16,7 +16,7 @@ from pedro.comparison.paper import parse_paper
 from pedro.config import Frozen, Settings, check_name, load_spec, mistakes
 from pedro.data.tasks import TASKS, get_task
 from pedro.errors import ConfigError
-from pedro.training.places import check_places
+from pedro.training.allowed_files import check_allowed_files
 from pedro.training.spec import TrainingSpec
 from pedro.yaml_reader import read_yaml
 
@@ -316,12 +316,12 @@ def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> Com
     spec = load_spec(path, words, ComparisonSpec)
     base = Path(path).absolute().parent
     tasks = [_located(task, base) for task in spec.tasks]
-    _check_places(spec, tasks, base, words)
+    _check_files(spec, tasks, base, words)
     backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
     return spec.model_copy(update={"backbones": backbones, "data": _place(spec.data, base), "tasks": tuple(tasks)})
 
 
-def _check_places(spec: ComparisonSpec, tasks: list[TaskChoice], base: Path, words: list[str]) -> None:
+def _check_files(spec: ComparisonSpec, tasks: list[TaskChoice], base: Path, words: list[str]) -> None:
     """Raise ConfigError for a folder of data that a spec may not name; `data=DIR` by hand may lie anywhere."""
     places = {"data": _place(spec.data, base)}
     for number, task in enumerate(tasks):
@@ -329,7 +329,7 @@ def _check_places(spec: ComparisonSpec, tasks: list[TaskChoice], base: Path, wor
         places |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}
     typed = {field for field in places if field in {word.partition("=")[0] for word in words}}
     local = {field: place for field, place in places.items() if place and place != "hub"}
-    check_places(local, Settings.from_env(), [base], typed)
+    check_allowed_files(local, Settings.from_env(), [base], typed)
 
 
 def _located(task: TaskChoice, base: Path) -> TaskChoice:

@@ -1,4 +1,4 @@
-"""A tenant's data: read, checked, rendered, tokenised and split. Knows nothing of models, tensors or Ray.
+"""A tenant's data: read, checked, rendered, tokenised and split. Needs no model, no tensor and no Ray.
 
 lines.py             a file -> its lines, safely
 row_shapes.py        one row -> training examples

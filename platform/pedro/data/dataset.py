@@ -1,4 +1,4 @@
-"""A checked file becomes token rows on disk, split by prompt. Knows nothing of tensors or training.
+"""A checked file becomes token rows on disk, split by prompt.
 
 Rows are written once to an Arrow file under `cache_dir`, keyed by everything they depend on, and memory-mapped from
 there: files of gigabytes never sit in memory. The cache entry is built in a directory of its own and renamed, so

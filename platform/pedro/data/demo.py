@@ -1,4 +1,4 @@
-"""The packaged demo tenants: who they are and where their files lie. Knows nothing of how they are trained.
+"""The packaged demo tenants: who they are and where their files lie.
 
 Made from public data by `jobs/build_demo_data.py`; each folder holds its LICENSE and NOTICE. Test rows come from
 the source's own test part, and no prompt of theirs is in the training file.

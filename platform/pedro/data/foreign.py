@@ -1,4 +1,4 @@
-"""Recognises rows that are made for something else, and says what they are. Knows nothing of files."""
+"""Recognises rows that are made for something else, and says what they are."""
 
 from __future__ import annotations
 

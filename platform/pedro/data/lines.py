@@ -1,4 +1,4 @@
-"""The good rows of a file and its bad ones, all of one shape. Knows nothing of tokenizers or templates."""
+"""The good rows of a file and its bad ones, all of one shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a mistake in a data file is said: by line or row, field and reason. Knows nothing of files or shapes."""
+"""How a mistake in a data file is said: by line or row, field and reason."""
 
 from __future__ import annotations
 

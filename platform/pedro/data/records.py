@@ -1,4 +1,4 @@
-"""Reads the rows of a file one by one, whatever is in it. Knows nothing of shapes, tokenizers or templates.
+"""Reads the rows of a file one by one, whatever is in it.
 
 Memory stays bounded by one row: a longer one than `MAX_LINE_BYTES` is skipped on disk, never loaded. A bad row is
 yielded as the error it is, so that a check can report all of them and a loader can stop at the first ones.

@@ -1,4 +1,4 @@
-"""One row becomes training examples. Knows nothing of files, tokenizers or templates.
+"""One row becomes training examples.
 
 Four shapes are read:
 

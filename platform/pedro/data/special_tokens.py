@@ -1,4 +1,4 @@
-"""Content never makes special tokens; only a template does. Knows nothing of templates, of formats or of files.
+"""Content never makes special tokens; only a template does.
 
 Whoever writes a prompt would else end the system's turn by spelling `<|im_end|>`. Where content spells a special
 token, and only there, a marker is put inside the spelling before the template sees it. It comes out of the rendered

@@ -1,4 +1,4 @@
-"""Runs the Jinja templates of prompts as transformers does, in a sandbox. Knows nothing of formats or of tokens.
+"""Runs the Jinja templates of prompts as transformers does, in a sandbox.
 
 Standard library and Jinja only, so that a process which does nothing else starts at once.
 """

@@ -1,7 +1,7 @@
 """AdaLoRA's part between steps: importance, pruning, orthogonality (Zhang et al. 2023, arXiv 2303.10512).
 
 PEFT has the layers and the allocator of ranks; this drives it: it hands it the gradients of the step, sets its
-schedule by the run's number of steps, and keeps its memory for a resumed run. Knows nothing of the loop.
+schedule by the run's number of steps, and keeps its memory for a resumed run.
 """
 
 from __future__ import annotations

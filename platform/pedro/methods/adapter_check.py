@@ -1,4 +1,4 @@
-"""What an adapter directory must be to be registered: whole, finite, of known files. Knows nothing of registries.
+"""What an adapter directory must be to be registered: whole, finite, of known files.
 
 Stricter than what is checked at each load (`verify_adapter`, which this includes), since what is registered is
 copied, file by file, to where tenants' adapters are kept.

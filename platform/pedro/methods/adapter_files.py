@@ -1,4 +1,4 @@
-"""The adapter directory: written whole or not at all, checked before it is trusted. Knows nothing of registries.
+"""The adapter directory: written whole or not at all, checked before it is trusted. Asks no registry.
 
 A directory is a standard PEFT checkpoint (for full fine-tuning a transformers one) plus `pedro_adapter.json`. Weights
 are safetensors only. Only fixed file names inside the directory are ever read.

@@ -1,4 +1,4 @@
-"""Where each supported backbone keeps its blocks, norms and projections. Knows nothing of adapters or training.
+"""Where each supported backbone keeps its blocks, norms and projections. Holds for any adapter.
 
 One table by `config.model_type`. A projection is *apart* (a module of its own) or *fused* (some of the outputs of a
 shared module, named by a slice or, where heads interleave, by an index). "up" of an MLP without a gate is its first

@@ -1,6 +1,6 @@
 """What our PEFT tuners share: one layer object as a child of each decoder block, hooks instead of replaced modules.
 
-Knows nothing of any method. A method gives a `TunerConfig`, a `BlockLayer` (parameters by adapter name, hooks on the
+A method gives a `TunerConfig`, a `BlockLayer` (parameters by adapter name, hooks on the
 block's modules) and a `BlockTuner` that says under which name the layer hangs in the block. The child's name must not
 start with the tuner's prefix: transformers' `load_adapter` would misplace the keys.
 """

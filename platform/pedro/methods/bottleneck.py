@@ -1,4 +1,4 @@
-"""Bottleneck adapters as a PEFT tuner: Houlsby's, and the Learned-Adapter. Knows nothing of training or files.
+"""Bottleneck adapters as a PEFT tuner: Houlsby's, and the Learned-Adapter.
 
 h ← h + σ(h W_down + b_down) W_up + b_up, on a sublayer's output before the residual joins (Houlsby et al. 2019, arXiv
 1902.00751, section 2.1). The Learned-Adapter (Zhang et al. 2023, Findings of ACL) learns σ: a mixture of candidates

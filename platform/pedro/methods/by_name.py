@@ -1,4 +1,4 @@
-"""Any method that PEFT has, by its type and with PEFT's own options. Knows nothing of how they work.
+"""Any method that PEFT has, by its type and with PEFT's own options.
 
 `method: {peft_type: VERA, r: 64}` takes every field of PEFT's config class for that type, and PEFT's own defaults.
 """

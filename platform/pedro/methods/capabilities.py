@@ -1,6 +1,6 @@
 """What each method says it can do, as plain records, and how many parameters it trains on LLaMA-2 7B.
 
-Knows nothing of how they are shown. Only shapes are made for the counts: no memory stands behind them.
+Only shapes are made for the counts: no memory stands behind them.
 """
 
 from __future__ import annotations

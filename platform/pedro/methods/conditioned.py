@@ -1,4 +1,4 @@
-"""A tuner whose layers need to know which tokens are prompt. Knows nothing of what they do with it."""
+"""A tuner whose layers need to know which tokens are prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter's config may ask for, so that what is scored and served is what was trained. Knows no tensors.
+"""What an adapter's config may ask for, so that what is scored and served is what was trained.
 
 Import, evaluation and serving read it here: what changes the backbone's weights is refused by all three. Which fields
 of a config the engine heeds is said by the method's reader (`reader`).

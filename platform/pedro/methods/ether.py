@@ -4,7 +4,6 @@ ETHER: W ← W H with H = I − 2 û ûᵀ, û = u / |u|, in n diagonal blocks, 
 ETHER+: W ← H̃ W H, both sides of the form I − û ûᵀ + v̂ v̂ᵀ. The distance of ETHER's H from the identity is 2 in each
 block, whatever u is, so that a fresh adapter cannot be the identity; ETHER+ starts with v = −u, as the authors' code
 does, and is. A projection has one u, or u and v of both sides; n does not change the count.
-Knows nothing of training or files.
 Shapes: B rows, T tokens, W output width.
 """
 

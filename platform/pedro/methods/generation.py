@@ -1,7 +1,4 @@
-"""What generate() was called with: how wide its prompt is, and what no prompt-conditioned method can do in it.
-
-Knows nothing of vectors or adapters.
-"""
+"""What generate() was called with: how wide its prompt is, and what no prompt-conditioned method can do in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Late prompt tuning as a PEFT tuner (LPT, Liu et al. 2022, arXiv 2210.11292). Knows nothing of training or files.
+"""Late prompt tuning as a PEFT tuner (LPT, Liu et al. 2022, arXiv 2210.11292).
 
 Before a middle layer, soft tokens are put in front of the sequence. A generator makes them from the prompt's hidden
 states there (section 4.2, with max pooling): each token through W_down, the prompt pooled to as many pieces as there

@@ -6,7 +6,7 @@ code and counts on LLaMA-2, the adapters stand before the gate and up projection
 the norms' weights are trained as well. Cores start normal and biases uniform, as theirs do, so that a fresh adapter is
 not the identity: a train with a core of zeros would give its other cores no gradient. The shape of the trains is a
 setting of the paper; here D is cut into factors of at most 16 and the bottleneck into factors of at most 4, which is
-theirs for D = 4096. Knows nothing of training or files.
+theirs for D = 4096.
 Shapes: B rows, T tokens, D model width, R bottleneck, N widths of the block's norms together.
 """
 

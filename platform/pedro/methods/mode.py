@@ -2,7 +2,7 @@
 
 y ← y + Σ_j (x a_j) Σ_i R_jⁱ(x) b_jⁱ, R_j(x) = softmax(x W_j): all experts share the r down-projections a_j, and each
 rank j has m up-projections b_jⁱ and a router of its own, so that every token mixes rank-one experts rank by rank. With
-m = 1 it is LoRA. r (in + m W) parameters and r m in for the routers. Knows nothing of training or files.
+m = 1 it is LoRA. r (in + m W) parameters and r m in for the routers.
 Shapes: B rows, T tokens, W output width of a projection, r rank, m experts.
 """
 

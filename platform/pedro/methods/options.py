@@ -1,4 +1,4 @@
-"""Checks of a method's options, and the projections they name. Knows no method.
+"""Checks of a method's options, and the projections they name.
 
 Each check raises ConfigError with the option's name, what was expected and what was given.
 """

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are prompt, and the vectors' life on the KV cache. Knows nothing of adapters' weights.
+"""Which tokens of a batch are prompt, and the vectors' life on the KV cache.
 
 The answer must never condition the vectors, or training leaks it. So the boundary is, in this order: `prompt_mask`,
 `prompt_lens`, the labels (a batch with labels never falls through), within `generate()` the columns that it was called

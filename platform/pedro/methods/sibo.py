@@ -3,7 +3,7 @@
 Against over-smoothing in deep models, each LoRA reads (1 − λ) h + λ h₀ in place of h: h₀ is the token's representation
 before the first block. The frozen projection reads h as ever, and nothing more is trained than LoRA's A and B. As h₀ is
 as wide as the model, only projections that read the hidden state can be changed; as it is no linear map of their own
-input, no weight can hold the change, and the engine's low-rank terms cannot either. Knows nothing of training or files.
+input, no weight can hold the change, and the engine's low-rank terms cannot either.
 """
 
 from __future__ import annotations

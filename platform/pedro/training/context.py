@@ -1,4 +1,4 @@
-"""Puts together what a worker trains: backbone, method, engine, rows, plan. Knows nothing of Ray or registries."""
+"""Puts together what a worker trains: backbone, method, engine, rows, plan. Imports neither Ray nor a registry."""
 
 from __future__ import annotations
 

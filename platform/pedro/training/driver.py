@@ -1,4 +1,4 @@
-"""The process around a job or a sweep: its lines for people, its result, and how it fails. Knows nothing of specs.
+"""The process around a job or a sweep: its lines for people, its result, and how it fails.
 
 The last line on standard output is the result as one JSON object; a failure is one line on standard error that begins
 with `error: `, and exit code 1.

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a job. Knows nothing of models and imports nothing of DeepSpeed.
+"""The DeepSpeed configuration of a job. Imports nothing of DeepSpeed.
 
 The frozen backbone already has the dtype it computes in, and adapter parameters are float32: DeepSpeed then needs no
 `bf16` block, and must not have one, since it would round the adapter's own parameters (Θ above all) to bf16. Only

@@ -21,10 +21,10 @@ from typing import Any
 from pedro.config import Settings, validate_spec
 from pedro.errors import AdapterError, ConfigError, ConflictError, DataError, NotFoundError, PedroError
 from pedro.registry import CANDIDATE, CHAMPION, Registry, Version
+from pedro.training.allowed_files import check_allowed_files
 from pedro.training.driver import connect_driver, drive, fail, log_line
 from pedro.training.job_log import keeping_log
 from pedro.training.job_record import OwnRecord
-from pedro.training.places import check_places
 from pedro.training.promotion_gate import GateDecision, decide
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.storage import fetch, put_dataset
@@ -153,7 +153,7 @@ def read_spec(location: str, cache: Path, overrides: Sequence[str] = ()) -> Fine
     except (OSError, ValueError) as error:
         raise ConfigError(f"{location}: cannot be read as JSON ({error})", param="--spec") from error
     spec = validate_spec(values, FineTuneSpec, source=location)
-    check_places({f"data.{role}": file for role, file in spec.data.files().items()}, Settings.from_env())
+    check_allowed_files({f"data.{role}": file for role, file in spec.data.files().items()}, Settings.from_env())
     return spec
 
 

@@ -1,4 +1,4 @@
-"""A job's row among the platform's records, as its own driver writes it. Knows nothing of Ray.
+"""A job's row among the platform's records, as its own driver writes it.
 
 `queued → running → succeeded | failed | cancelled` (`store.JobStatus`). A driver that was killed could not write its
 end; `job_status.py` says what such a row means.

@@ -21,6 +21,8 @@ FROM_RAY = {
     "FAILED": JobStatus.FAILED,
     "STOPPED": JobStatus.CANCELLED,
 }
+RAY_OPEN = tuple(name for name, status in FROM_RAY.items() if not status.final)
+"""The states of a Ray job that has not ended."""
 HANDOVER_S = 3600  # a job that was not handed to its cluster by then never will be: its `pedro submit` was ended
 
 

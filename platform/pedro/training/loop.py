@@ -1,6 +1,6 @@
 """The training loop: schedule, Ω step, Θ step, validate, checkpoint, report. torch only.
 
-Knows nothing of Ray, DeepSpeed, MLflow or files of data: the engine, the rows and the reporter are handed in. Every
+Imports neither Ray, DeepSpeed nor MLflow and opens no file: the engine, the rows and the reporter are handed in. Every
 worker runs the same lines in the same order. All that is random or shuffled is a function of (seed, step), so a
 resumed run is the uninterrupted run, to the bit.
 """

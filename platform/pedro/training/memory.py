@@ -1,4 +1,4 @@
-"""How many bytes a worker's tensors take while it trains. Plain arithmetic: knows nothing of specs or models.
+"""How many bytes a worker's tensors take while it trains. Plain arithmetic on counts.
 
 Counts of parameters, gradients and optimizer state are exact; what activations take is an estimate.
 """

@@ -1,4 +1,4 @@
-"""The rows of a job: its files tokenised once on each host, split, and counted. Knows nothing of models or Ray.
+"""The rows of a job: its files tokenised once on each host, split, and counted. Loads no model.
 
 Every worker prepares; the first on a host tokenises, the others find its rows in the host's cache, memory-mapped.
 """

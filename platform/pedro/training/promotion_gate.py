@@ -1,4 +1,4 @@
-"""Decides whether a new version becomes champion. A pure function of numbers; knows nothing of where they come from."""
+"""Decides whether a new version becomes champion. A pure function of numbers."""
 
 from __future__ import annotations
 

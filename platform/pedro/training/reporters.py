@@ -1,4 +1,4 @@
-"""Where a run's news and checkpoints go without a cluster, and the run's curves in any case. Knows nothing of Ray."""
+"""Where a run's news and checkpoints go without a cluster, and the run's curves in any case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning job is asked to do: the YAML of `pedro submit`, frozen and checked. Knows nothing of tensors.
+"""What a fine-tuning job is asked to do: the YAML of `pedro submit`, frozen and checked.
 
 Unknown keys are refused, and all mistakes are reported together (`pedro.config.load_spec`). Options of the method
 are checked by the method itself when the job is resolved, since each method has its own.
@@ -16,7 +16,7 @@ from pedro.backbone import locate_backbone
 from pedro.config import Frozen, Settings, check_name, load_spec
 from pedro.errors import ConfigError
 from pedro.refs import ModelRef
-from pedro.training.places import check_places
+from pedro.training.allowed_files import check_allowed_files
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 FILES = ("train", "theta", "validation", "test")
@@ -240,7 +240,7 @@ def check_data_files(data: DataSpec, folder: Path, overrides: Iterable[str] = ()
     files = {f"{section}.{role}": file for role, file in data.files().items()}
     keys = {word.partition("=")[0] for word in overrides}
     typed = {field for field in files if any(field == key or field.startswith(f"{key}.") for key in keys)}
-    check_places(files, Settings.from_env(), [folder, ASSETS], typed)
+    check_allowed_files(files, Settings.from_env(), [folder, ASSETS], typed)
 
 
 def _located(base: Path, file: str) -> str:

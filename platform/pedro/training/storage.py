@@ -1,7 +1,6 @@
 """Puts files where every host of a job finds them: the platform's storage, a folder or an fsspec URL.
 
 Data sets are named by their content, so the same file is stored once and a running job never sees it change.
-Knows nothing of jobs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hands a job to a Ray cluster, follows it and brings its result: what `pedro submit` and `pedro jobs` call.
 
-Needs only the cluster's dashboard URL; knows nothing of tensors, and imports Ray's job client alone.
+Needs only the cluster's dashboard URL, and imports Ray's job client alone.
 """
 
 from __future__ import annotations

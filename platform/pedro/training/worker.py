@@ -1,4 +1,4 @@
-"""What one worker does for a job: train, score, save the adapter. Knows nothing of Ray; registries are handed in."""
+"""What one worker does for a job: train, score, save the adapter. Imports no Ray; registries are handed in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the answer in what a model wrote: a class, a letter, a number, a span, SQL. Knows nothing of scores.
+"""Finds the answer in what a model wrote: a class, a letter, a number, a span, SQL.
 
 Each parser takes the text, the row and the wording, and gives "" where it finds no answer, or finds two: a guess
 would make a rambling model look better than it is.

@@ -1,4 +1,4 @@
-"""What a benchmark task is: its words, its answers, where its rows come from. Knows nothing of models or metrics.
+"""What a benchmark task is: its words, its answers, where its rows come from.
 
 A row of a source (a record) becomes a `TaskRow`: the prompt, what training teaches as its answer, and every answer
 that counts as right. `Task.write` puts rows into JSONL that `load_rows` and `pedro submit` read.

@@ -1,4 +1,4 @@
-"""What a constant-vector adapter is, and how its tensors become vectors. Knows nothing of models or hooks.
+"""What a constant-vector adapter is, and how its tensors become vectors.
 
 A projection's output y becomes scale ⊙ y + shift, with vectors that are the same for every prompt:
 - RED (arXiv 2402.15179, eq. 4): scale and shift of the feed-forward's output, `down`;

@@ -1,4 +1,4 @@
-"""One block's constant vectors: scales and shifts its projections. Knows nothing of whole models or of prompts."""
+"""One block's constant vectors: scales and shifts its projections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""(IA)³, BitFit and RED as methods: names, options, capabilities. Knows nothing of tensors."""
+"""(IA)³, BitFit and RED as methods: names, options, capabilities."""
 
 from __future__ import annotations
 

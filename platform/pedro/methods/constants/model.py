@@ -1,4 +1,4 @@
-"""Constant vectors as a PEFT tuner: a ConstantLayer in each block. Knows nothing of training or files."""
+"""Constant vectors as a PEFT tuner: a ConstantLayer in each block."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 ω̂ = ω (I + φ ψ) with φ [in, r] and ψ [r, in] (abstract), shared by the layers, one pair for each kind of projection:
 2 r in parameters a kind. It multiplies the backbone's weights, so it is served only where it was merged.
-Knows nothing of training or files.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 First t steps of LoRA alone (the pre-launch). Then, for each weight W = U Σ Vᵀ, the s directions with the highest
 change rate |u_iᵀ ΔW v_i| / σ_i are chosen, ΔW = (α/r) B A so far; they are frozen, and their coordinates Δσ, zero at
 first, are trained beside A and B: W ← W + (α/r) B A + Σ_i Δσ_i u_i v_iᵀ. A LoRA's parameters and s more a projection.
-The dash is the method's `TrainingHook`; knows nothing of the loop.
+The dash is the method's `TrainingHook`.
 Shapes: W output width of a projection, k = min(W, in).
 """
 

@@ -4,7 +4,6 @@ The changes of q, k, v and o, of every head and layer, form one tensor with the 
 and matrix; a CP model of rank r shares its factors A, B, C_H, C_L, C_M among them all:
 ΔW of head h in layer l and matrix m = (α/r) A diag(C_H[h] ⊙ C_L[l] ⊙ C_M[m]) Bᵀ, for o transposed. r (D + D_h + H + L +
 M) parameters. It needs as many heads in each matrix, so k and v are left out where they have fewer than q.
-Knows nothing of training or files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MELoRA as a PEFT tuner (Ren et al. 2024, arXiv 2402.17263): n small LoRAs, one beside the other on the diagonal.
 
 ΔW = (α/r) diag(B_1 … B_n) diag(A_1 … A_n): mini LoRA i reads the i-th piece of the input and writes the
-i-th piece of the output. The rank is n r at the parameters of a LoRA of rank r. Knows nothing of training or files.
+i-th piece of the output. The rank is n r at the parameters of a LoRA of rank r.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a PEDRO adapter is: its options, their checks and the paper's variants. Knows nothing of tensors."""
+"""What a PEDRO adapter is: its options, their checks and the paper's variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One block's share of PEDRO: makes the block's vectors and scales its projections. Knows nothing of whole models.
+"""One block's share of PEDRO: makes the block's vectors and scales its projections.
 
 The layer is a child of the block and replaces nothing. A hook before the block makes the vectors and hands them down
 as a keyword argument, so that they belong to this very call (and to its recomputation under gradient checkpointing,

@@ -1,4 +1,4 @@
-"""PEDRO, its variants and PARA as methods: names, options, capabilities. Knows nothing of tensors."""
+"""PEDRO, its variants and PARA as methods: names, options, capabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEDRO as a PEFT tuner: puts a PedroLayer into each block, and takes it out. Knows nothing of training or files."""
+"""PEDRO as a PEFT tuner: puts a PedroLayer into each block, and takes it out."""
 
 from __future__ import annotations
 

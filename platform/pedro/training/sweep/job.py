@@ -80,9 +80,9 @@ def run_sweep(sweep_id: str, settings: Settings, registry: Registry, log: Log = 
             concurrency = min(spec.concurrency or concurrent_trials(spec.base.resources), tracker.waiting)
             kept = f"{tracker.kept} of {tracker.planner.total} trials have ended before; " if tracker.kept else ""
             log(f"sweep {sweep_id}: {kept}{tracker.waiting} trials to run, {concurrency} at a time")
-            entry = records.entry()
-            assert entry is not None
-            run_trials(tracker, settings, entry.submission_id, concurrency, SweepProgress(tracker, log).show)
+            record = records.record()
+            assert record is not None
+            run_trials(tracker, settings, record.submission_id, concurrency, SweepProgress(tracker, log).show)
         result = _finish(tracker, settings, registry, started, log)
         status = "FINISHED"
         return result
@@ -92,10 +92,10 @@ def run_sweep(sweep_id: str, settings: Settings, registry: Registry, log: Log = 
 
 def _own_run(records: Records, spec: SweepSpec, registry: Registry) -> str:
     """The sweep's run in MLflow, the parent of its trials'; made once."""
-    entry = records.entry()
-    assert entry is not None
-    if entry.run_id:
-        return entry.run_id
+    record = records.record()
+    assert record is not None
+    if record.run_id:
+        return record.run_id
     space = {f"space.{key}": f"{dimension.kind} {list(dimension.values)}" for key, dimension in spec.space.items()}
     how = flat({"search": spec.search.model_dump(), "scheduler": spec.scheduler.model_dump()})
     run_id = registry.start_run(
@@ -104,7 +104,7 @@ def _own_run(records: Records, spec: SweepSpec, registry: Registry) -> str:
         params={**space, **how, **flat(spec.to_dict()["base"], "base.")},
         tags={"sweep": records.sweep_id, "sweep_name": spec.name, "model": spec.base.name},
     )
-    records.write_entry(replace(entry, run_id=run_id))
+    records.write_record(replace(record, run_id=run_id))
     return run_id
 
 
@@ -181,31 +181,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         settings = Settings.from_env()
-        entry = _entry(options, settings)
+        record = _record(options, settings)
     except PedroError as error:
         return fail(error.message)
-    with keeping_log(settings.storage, entry.submission_id):
-        return _drive(entry, settings)
+    with keeping_log(settings.storage, record.submission_id):
+        return _drive(record, settings)
 
 
-def _drive(entry: SweepRecord, settings: Settings) -> int:
+def _drive(record: SweepRecord, settings: Settings) -> int:
     def work() -> dict[str, Any]:
         connect_driver(log_to_driver=False)
-        return run_sweep(entry.id, settings, Registry.open(settings), log=log_line).to_dict()
+        return run_sweep(record.id, settings, Registry.open(settings), log=log_line).to_dict()
 
     return drive(work, "sweep", "`pedro jobs logs` shows where; --resume resumes it")
 
 
-def _entry(options: argparse.Namespace, settings: Settings) -> SweepRecord:
+def _record(options: argparse.Namespace, settings: Settings) -> SweepRecord:
     if bool(options.sweep) == bool(options.spec):
         raise ConfigError("give either --sweep ID or --spec FILE", param="--sweep")
     if options.spec:
         spec = load_sweep_spec(options.spec, options.overrides)
         check_sweep(spec)
-        entry = create(spec, settings)
-        log_line(f"sweep {entry.id}; if it is interrupted: --sweep {entry.id}")
-        return entry
-    known = Records(settings.storage, options.sweep).entry()
+        record = create(spec, settings)
+        log_line(f"sweep {record.id}; if it is interrupted: --sweep {record.id}")
+        return record
+    known = Records(settings.storage, options.sweep).record()
     if known is None:
         raise ConfigError(f"--sweep: {options.sweep!r} is not known in {settings.storage}", param="--sweep")
     return known

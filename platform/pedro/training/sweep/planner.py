@@ -1,4 +1,4 @@
-"""What the next trial tries: the next of a list, or what Optuna learnt from those before. Knows nothing of Ray.
+"""What the next trial tries: the next of a list, or what Optuna learnt from those before.
 
 A planner is made anew when a sweep is resumed, from the trials that were begun until then; it has no state of its own
 that a kill could lose.

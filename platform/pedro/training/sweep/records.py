@@ -1,4 +1,4 @@
-"""What of a sweep must outlive a kill: its spec, and one small file for each trial. Knows nothing of Ray or MLflow.
+"""What of a sweep must outlive a kill: its spec, and one small file for each trial. Imports neither Ray nor MLflow.
 
 Under `sweeps/<id>/` of the storage. `trials/<n>.json` is written by the sweep's driver alone, `results/<n>.json` by the
 trial alone, so that no two processes ever write one file; a trial that has a result is never run again.
@@ -111,19 +111,19 @@ class Records:
         self.sweep_id = sweep_id
         self.location = join(storage, "sweeps", sweep_id)
 
-    def entry(self) -> SweepRecord | None:
+    def record(self) -> SweepRecord | None:
         """The sweep itself; None if there is none of this id."""
         text = read_text(join(self.location, "sweep.json"))
         return None if text is None else SweepRecord(**json.loads(text))
 
-    def write_entry(self, entry: SweepRecord) -> None:
-        self._write("sweep.json", asdict(entry))
+    def write_record(self, record: SweepRecord) -> None:
+        self._write("sweep.json", asdict(record))
 
     def spec(self) -> SweepSpec:
         """The resolved spec, its data in the storage."""
-        entry = self.entry()
-        assert entry is not None, f"{self.sweep_id} has no record; the caller looks first"
-        return SweepSpec.model_validate(entry.spec)
+        record = self.record()
+        assert record is not None, f"{self.sweep_id} has no record; the caller looks first"
+        return SweepSpec.model_validate(record.spec)
 
     def trials(self) -> list[Trial]:
         """All trials that were ever begun, in order, with their own words on how they ended."""

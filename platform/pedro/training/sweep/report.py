@@ -1,4 +1,4 @@
-"""What people see of a sweep: the table while it runs, the table and the figure at its end. Knows nothing of Ray."""
+"""What people see of a sweep: the table while it runs, the table and the figure at its end."""
 
 from __future__ import annotations
 

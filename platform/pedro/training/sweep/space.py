@@ -1,6 +1,6 @@
 """Search spaces: which values a key may take, and lists of parameters drawn from a seed.
 
-Knows nothing of what the keys mean, of Ray or of Optuna.
+What the keys mean is no concern of this file.
 """
 
 from __future__ import annotations

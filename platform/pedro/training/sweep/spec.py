@@ -1,4 +1,4 @@
-"""What a sweep is asked to do: the YAML of `pedro sweep`, frozen and checked. Knows nothing of Ray."""
+"""What a sweep is asked to do: the YAML of `pedro sweep`, frozen and checked."""
 
 from __future__ import annotations
 

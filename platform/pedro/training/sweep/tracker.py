@@ -1,4 +1,4 @@
-"""Tracks the trials of a sweep: keeps the records, the runs in MLflow and the planner in step. Knows nothing of Ray.
+"""Tracks the trials of a sweep: keeps the records, the runs in MLflow and the planner in step. Imports no Ray.
 
 Everything here happens in the driver, on one thread.
 """

@@ -14,7 +14,7 @@ from pedro.config import DATA_SCHEMES, Settings
 from pedro.errors import ConfigError
 
 
-def check_places(
+def check_allowed_files(
     files: Mapping[str, str], settings: Settings, folders: Collection[Path] = (), typed: Collection[str] = ()
 ) -> None:
     """Raise ConfigError for the first of `files` (absolute, by field) that a spec may not name.
