@@ -65,7 +65,7 @@ def table(page: Path, after: str = "") -> list[list[str]]:
     """The cells of the first table that follows the text `after`, without its head."""
     text = prose(page)
     lines = text[text.index(after) :].splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("|---"))
+    start = next(i for i, line in enumerate(lines) if re.fullmatch(r"\|[ :|-]+\|", line))
     rows = []
     for line in lines[start + 1 :]:
         if not line.startswith("|"):

@@ -1,0 +1,68 @@
+"""The tables of docs/results.md say what the committed result files say, digit for digit."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from docs_pages import ROOT, table
+
+PAGE = ROOT / "docs" / "results.md"
+RESULTS = ROOT / "jobs" / "results"
+COLUMNS = [("S", 1), ("S", 8), ("S", 32), ("M", 1), ("M", 8)]
+LINES = [  # of the table of speeds: engine and adapters
+    *(("generate", "none"), ("ours", "pedro"), ("ours", "none"), ("ours", "lora")),
+    *(("peft", "lora"), ("vllm", "none"), ("vllm", "lora"), ("floor", "none")),
+]
+
+
+def test_the_demos_table_is_the_demos_result():
+    tenants = json.loads((RESULTS / "demo.json").read_text())["tenants"]
+    for row, tenant in zip(table(PAGE, "## Demo"), tenants, strict=True):
+        adapter = f"`{tenant['tenant']}.{tenant['adapter']}`"
+        counts = (tenant["rows"], tenant["steps"], tenant["trainable_parameters"], tenant["test_rows"])
+        scores = (f"{tenant[name]:.3f}" for name in ("backbone_accuracy", "majority_accuracy", "accuracy"))
+        assert plain(row) == [adapter, tenant["title"], *(f"{count:,}" for count in counts), *scores]
+
+
+def test_the_readme_shows_rows_of_the_demos_table():
+    full = {row[0]: row for row in table(PAGE, "## Demo")}
+    for row in table(ROOT / "README.md", "| adapter | task |"):
+        assert set(row) <= set(full[row[0]])
+
+
+def test_the_table_of_speeds_is_what_the_benchmark_measured():
+    measured = {
+        (row["engine"], row["adapters"], row["model"], row["batch"]): (row["decode_tok_s"], row["tok_s"])
+        for row in json.loads((RESULTS / "serving.json").read_text())["rows"]
+    }
+    for row, line in zip(table(PAGE, "## Engine"), LINES, strict=True):
+        cells = [measured[*line, *column] for column in COLUMNS]
+        assert plain(row)[1:] == [f"{decoding:,.0f} ({whole:,.0f})" for decoding, whole in cells]
+
+
+@pytest.mark.parametrize(
+    ("section", "comparison"),
+    [("### On stories260K", "nano_table1"), ("### On pedro-nano", "nano_table1_pedro_nano")],
+)
+def test_the_tables_of_methods_are_the_comparisons(section, comparison):
+    committed = scores_of(RESULTS / comparison / "table.md")
+    for name, parameters, *cells in table(PAGE, section):
+        method, row = name.replace("full", "Full"), [parameters, *cells]
+        held = committed[method]
+        assert all(any(figure(cell) == figure(other) for other in held) for cell in row), f"{name}: {row} of {held}"
+
+
+def scores_of(file: Path) -> dict[str, list[str]]:
+    """The first table of a comparison: a method's cells."""
+    return {name: cells for name, *cells in table(file)}
+
+
+def figure(cell: str) -> str:
+    """A cell's number, with its interval; of one that is at chance the number alone, as the page shows it."""
+    text = re.sub(r"</?u>|\*|\\|†", "", cell)
+    return text if "†" not in cell else text.partition(" [")[0] + " (chance)"
+
+
+def plain(row: list[str]) -> list[str]:
+    return [cell.replace("**", "") for cell in row]
