@@ -173,7 +173,7 @@ def test_a_size_that_a_budget_decides_is_not_given_and_a_budget_out_of_reach_is_
     with pytest.raises(ConfigError, match=r"PEDRO: method\.r: `budgets` sets it; leave it out"):
         check(spec_of(budgets=[4_000]))
     spec = spec_of(methods=SIZELESS, budgets=[100, 20_000])
-    (line,) = far_from_budget(spec, [group for group in planner_of(spec).groups if group.label == "PEDRO"])
+    (line,) = far_from_budget([group for group in planner_of(spec).groups if group.label == "PEDRO"])
     assert line == "budget 100 on stories260K: PEDRO has 3,060 at the nearest"
 
 

@@ -137,7 +137,7 @@ def search(
         "With a candidate": lambda row: row.candidate is not None,
         "Without a champion": lambda row: row.champion is None,
     }
-    fits = kept.get(state, lambda row: True)
+    fits = kept.get(state, lambda _row: True)
     return [
         row
         for row in rows

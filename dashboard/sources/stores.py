@@ -54,10 +54,10 @@ def _ask(url: str, read: Callable[[object], Found], nothing: Nothing) -> tuple[F
 
 
 @lru_cache(maxsize=8)
-def _registry(settings: Settings, file: object) -> Registry:
+def _registry(settings: Settings, _file: object) -> Registry:
     return Registry.open(settings)
 
 
 @lru_cache(maxsize=8)
-def _store(url: str, file: object) -> Store:
+def _store(url: str, _file: object) -> Store:
     return Store(url)

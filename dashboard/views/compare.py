@@ -41,13 +41,19 @@ read_one = st.cache_resource(show_spinner="Reading the runs …", max_entries=10
 
 
 @st.cache_resource(ttl=600, show_spinner="Computing the intervals …", max_entries=50)
-def select(_comparison: Comparison, stamp: str, tasks: Names, labels: Names, backbones: Names) -> FilteredComparison:
+def select(
+    _comparison: Comparison,
+    stamp: str,  # noqa: ARG001 - part of the key
+    tasks: Names,
+    labels: Names,
+    backbones: Names,
+) -> FilteredComparison:
     """The bootstrap takes a moment, and its outcome changes with the runs and the filters alone."""
     return data.filter_comparison(_comparison, tasks, labels, backbones)
 
 
 @st.cache_resource(ttl=REFRESH_S, show_spinner="Reading the curves …", max_entries=50)
-def with_curves(settings: Settings, _runs: tuple[RunResult, ...], stamp: str, task: str) -> list[RunResult]:
+def with_curves(settings: Settings, _runs: tuple[RunResult, ...], stamp: str, task: str) -> list[RunResult]:  # noqa: ARG001 - part of the key
     return mlflow_runs.with_curves(settings, _runs, task)
 
 

@@ -45,7 +45,7 @@ class _Phase:
     failures: list[str] = field(default_factory=list)
 
 
-def swap(
+def swap(  # noqa: PLR0913
     url: str,
     key: str,
     admin_key: str,

@@ -263,7 +263,7 @@ def _stamp(directory: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 @cache
-def _describe(name: str, directory: Path, stamp: tuple[tuple[str, int, int], ...]) -> Backbone:
+def _describe(name: str, directory: Path, _state: tuple[tuple[str, int, int], ...]) -> Backbone:
     config = read_json(directory / "tokenizer_config.json", name)
     fields = {field: config[field] for field in TOKENIZER_FIELDS if config.get(field) is not None}
     v2 = _hash_files(directory, TOKENIZER, json.dumps(fields, sort_keys=True))

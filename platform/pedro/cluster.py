@@ -56,7 +56,7 @@ class Cluster:
     local: bool
 
 
-def connect(settings: Settings, log: Callable[[str], None] = lambda line: None, *, attach: bool = False) -> Cluster:
+def connect(settings: Settings, log: Callable[[str], None] = lambda _line: None, *, attach: bool = False) -> Cluster:
     """The cluster of `settings`, reachable; the local head is started if there is none.
 
     `attach` makes this process a Ray driver, which serving needs and jobs do not.

@@ -47,7 +47,7 @@ def tasks(
     if write is not None:
         _write(task, data, write, limit, as_json)
     elif show:
-        _show(task, [row for row, _ in zip(task.rows(split, data), range(show), strict=False)], as_json)
+        _show([row for row, _ in zip(task.rows(split, data), range(show), strict=False)], as_json)
     else:
         _list([_record(task, data)], as_json)
 
@@ -102,7 +102,7 @@ def _list(records: list[dict[str, Any]], as_json: bool) -> None:
     emit(records, as_json, lambda: table(("name", "task", "metric", *SPLITS, "licence", "hub", "from"), rows))
 
 
-def _show(task: Task, rows: list[TaskRow], as_json: bool) -> None:
+def _show(rows: list[TaskRow], as_json: bool) -> None:
     def text() -> None:
         for row in rows:
             typer.echo(typer.style(f"-- {row.id}", dim=True))

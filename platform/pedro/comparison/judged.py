@@ -29,7 +29,7 @@ def judged_score(
     """
     folder = cache.parent / "comparisons" / plan.comparison / "mt_bench"
 
-    def chat(messages: Messages, temperature: float) -> str:
+    def chat(messages: Messages, _temperature: float) -> str:
         """Greedy, whatever FastChat's temperature: a run must give the same answers again."""
         ids = encode_prompt(context.tokenizer, context.prepared.format.prompt(messages, context.tokenizer))
         room = max(1, context.prepared.max_length - len(ids))

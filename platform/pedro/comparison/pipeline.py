@@ -40,7 +40,7 @@ def prepare(spec: ComparisonSpec, settings: Settings, folder: Path, retry_failed
     read_named(folder, spec.name)
     data = _gather(spec, settings, log)
     planner = RunPlanner(spec, {name: rows.digest for name, rows in data.items()})
-    for line in far_from_budget(spec, planner.groups):
+    for line in far_from_budget(planner.groups):
         log(line)
     results, broken = read_runs(folder)
     for problem in broken:

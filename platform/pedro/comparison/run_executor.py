@@ -94,7 +94,7 @@ class RunExecutor:
         data: Mapping[str, TaskData],
         folder: Path,
         kept: Mapping[str, RunResult],
-        on_result: Callable[[RunResult], None] = lambda result: None,
+        on_result: Callable[[RunResult], None] = lambda _result: None,
     ) -> None:
         self.spec, self.planner, self.data, self.folder = spec, planner, data, folder
         self.results = dict(kept)

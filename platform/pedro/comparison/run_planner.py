@@ -231,7 +231,7 @@ def count_parameters_of(method: str, options: str, backbone: str) -> int:
     return count_parameters(adapted)["trainable"]
 
 
-def far_from_budget(spec: ComparisonSpec, groups: Iterable[RunGroup]) -> list[str]:
+def far_from_budget(groups: Iterable[RunGroup]) -> list[str]:
     """A line for each method that cannot come near a budget, as its table will say."""
     lines: dict[str, None] = {}
     for group in groups:

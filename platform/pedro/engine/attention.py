@@ -141,7 +141,7 @@ def attending(step: PrefillStep | DecodeStep) -> Iterator[None]:
         _current.step = None
 
 
-def attend(
+def attend(  # noqa: PLR0913 - as transformers calls it
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_kwargs
 ):
     """The attention function that transformers' modules find under `NAME`. Masks come from the step alone."""

@@ -75,7 +75,7 @@ class Hooks:
             handle.remove()
 
     def _make_norm_hook(self, layer: int):
-        def hook(module, inputs, output):
+        def hook(module, inputs, _output):
             if self._prefill and self._modulation.generating:
                 norm = module.forward  # not the call, which would come back here
                 self._modulation.generate(layer, inputs[0][0], norm)

@@ -77,7 +77,7 @@ def install_error_handlers(app: FastAPI) -> None:
     """Unexpected exceptions are not here: the edge answers those, so that they too carry the request id."""
 
     @app.exception_handler(PedroError)
-    async def _pedro(request: Request, error: PedroError) -> JSONResponse:
+    async def _pedro(_request: Request, error: PedroError) -> JSONResponse:
         return error_response(error)
 
     @app.exception_handler(HTTPException)
@@ -98,7 +98,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def _validation(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
         return error_response(PedroError(f"{field}: {first['msg']}", param=field or None))

@@ -60,14 +60,14 @@ def _drop_harmless(kind: type[Body], value: dict, prefix: str) -> None:
 
 
 _EXPECTED: dict[str, Callable[[dict], str]] = {
-    "missing": lambda ctx: "is required",
-    "int_type": lambda ctx: "expected a whole number",
-    "float_type": lambda ctx: "expected a number",
-    "string_type": lambda ctx: "expected a string",
-    "bool_type": lambda ctx: "expected true or false",
-    "list_type": lambda ctx: "expected a list",
-    "dict_type": lambda ctx: "expected an object",
-    "model_type": lambda ctx: "expected an object",
+    "missing": lambda _ctx: "is required",
+    "int_type": lambda _ctx: "expected a whole number",
+    "float_type": lambda _ctx: "expected a number",
+    "string_type": lambda _ctx: "expected a string",
+    "bool_type": lambda _ctx: "expected true or false",
+    "list_type": lambda _ctx: "expected a list",
+    "dict_type": lambda _ctx: "expected an object",
+    "model_type": lambda _ctx: "expected an object",
     "literal_error": lambda ctx: "expected " + ctx["expected"].replace("'", '"'),
     "value_error": lambda ctx: str(ctx["error"]),
     "greater_than_equal": lambda ctx: f"expected >= {ctx['ge']}",

@@ -133,7 +133,7 @@ class AdaLora:
         return keep
 
 
-def _build(
+def _build(  # noqa: PLR0913 - options
     model_config: Any,
     *,
     r: int = 8,

@@ -58,7 +58,7 @@ class PeftByName(Method):
         return attached
 
 
-def _build(model_config: Any, *, peft_type: str | None = None, **options: Any) -> PeftConfig:
+def _build(_model_config: Any, *, peft_type: str | None = None, **options: Any) -> PeftConfig:
     """PEFT's config for a type. Raises ConfigError with PEFT's own words for a wrong value."""
     config_class = _config_class(peft_type)
     if issubclass(config_class, AdaLoraConfig):
@@ -69,7 +69,7 @@ def _build(model_config: Any, *, peft_type: str | None = None, **options: Any) -
         raise ConfigError(f"peft_type: {peft_type} refuses its options: {error}", param="peft_type") from error
 
 
-def _make_hook(model: Any, steps: int, options: dict[str, Any]) -> TrainingHook | None:
+def _make_hook(model: Any, steps: int, _options: dict[str, Any]) -> TrainingHook | None:
     """AdaLoRA's hook, by its own schedule, if that is the type."""
     return AdaLora(model, steps) if isinstance(model.peft_config["default"], AdaLoraConfig) else None
 

@@ -7,7 +7,7 @@ from typing import Any
 from pedro.methods.method import Method
 
 
-def _build(model_config: Any) -> None:
+def _build(_model_config: Any) -> None:
     return None
 
 

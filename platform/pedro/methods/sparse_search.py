@@ -274,5 +274,5 @@ METHOD = Method(
     mergeable=False,
     identity_at_init=True,
     theta=(f".{PREFIX}gates.",),
-    make_hook=lambda model, steps, options: SparseSearch(model, steps),
+    make_hook=lambda model, steps, _options: SparseSearch(model, steps),
 )

@@ -30,7 +30,7 @@ def deploy(
     config: ServeConfig,
     host: str = "127.0.0.1",
     port: int = 8000,
-    log: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda _line: None,
 ) -> Served:
     """Serve `config` on the cluster of `settings` and wait until it answers.
 

@@ -19,7 +19,7 @@ class Sizes:
     vocab_size: int
 
 
-def training_memory(
+def training_memory(  # noqa: PLR0913
     sizes: Sizes,
     *,
     frozen: int,

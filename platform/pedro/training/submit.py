@@ -103,7 +103,7 @@ def launch(module: str, job_id: str, settings: Settings, dashboard_url: str, met
 
 
 def wait(
-    job_id: str, dashboard_url: str, log: Callable[[str], None] = lambda line: None, store: Store | None = None
+    job_id: str, dashboard_url: str, log: Callable[[str], None] = lambda _line: None, store: Store | None = None
 ) -> JobResult:
     """Follow a job to its end, `log` its lines without Ray's prefixes, and return its result.
 
@@ -122,7 +122,7 @@ def wait(
 
 
 def until_end(
-    job_id: str, dashboard_url: str, log: Callable[[str], None] = lambda line: None
+    job_id: str, dashboard_url: str, log: Callable[[str], None] = lambda _line: None
 ) -> tuple[Literal["SUCCEEDED", "STOPPED", "FAILED"], str]:
     """Follow a job to its end and `log` its lines: how it ended, with its result as JSON or with what went wrong."""
     last, failure = "", ""

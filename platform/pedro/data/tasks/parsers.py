@@ -18,14 +18,14 @@ FENCE = re.compile(r"```(?:\w+)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 MARKS = " \t\r\n*_`\"'"
 
 
-def parse_label(text: str, row: TaskRow, wording: Wording) -> str:
+def parse_label(text: str, _row: TaskRow, wording: Wording) -> str:
     """The class that the text names: after "answer is" (the last one), at its start, or the only one in it."""
     labels = list(dict.fromkeys(wording.labels.values()))
     said = [found for match in ANSWER_IS.finditer(text) if (found := _starts_with(text[match.end() :], labels))]
     return (said[-1] if said else "") or _starts_with(text, labels) or _only(text, labels)
 
 
-def parse_choice(text: str, row: TaskRow, wording: Wording) -> str:
+def parse_choice(text: str, row: TaskRow, _wording: Wording) -> str:
     """The letter of a choice: after "answer is" (the last one), at the text's start, or the choice's own words.
 
     `row.extra["choices"]` are the choices' texts in the order of their letters.
@@ -46,7 +46,7 @@ def parse_choice(text: str, row: TaskRow, wording: Wording) -> str:
     return spelled[0] if len(spelled) == 1 else ""
 
 
-def parse_number(text: str, row: TaskRow, wording: Wording) -> str:
+def parse_number(text: str, _row: TaskRow, _wording: Wording) -> str:
     """The number after "####", else after "answer is", else the last one, without its thousands' commas."""
     _, marked, after = text.rpartition("####")
     said = [text[match.end() :] for match in ANSWER_IS.finditer(text)]
@@ -67,13 +67,13 @@ def number(text: str) -> str:
     return f"{value.normalize():f}" if value else "0"
 
 
-def parse_span(text: str, row: TaskRow, wording: Wording) -> str:
+def parse_span(text: str, _row: TaskRow, _wording: Wording) -> str:
     """The first line that is not blank, without "Answer:" before it."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     return re.sub(r"^\W*(?:the\s+)?answer(?:\s+is)?\s*[:\-]?\s+", "", line, flags=re.IGNORECASE).strip(MARKS)
 
 
-def parse_reasoned(text: str, row: TaskRow, wording: Wording) -> str:
+def parse_reasoned(text: str, row: TaskRow, _wording: Wording) -> str:
     """BIG-Bench Hard's: what follows the last "the answer is", else the first line; a letter where one is wanted."""
     after = re.split(r"the answer is:?\s*", text, flags=re.IGNORECASE)
     plain = (after[-1] if len(after) > 1 else text).strip().partition("\n")[0].strip(MARKS)
@@ -83,7 +83,7 @@ def parse_reasoned(text: str, row: TaskRow, wording: Wording) -> str:
     return " ".join(plain.rstrip(".").split())
 
 
-def parse_sql(text: str, row: TaskRow, wording: Wording) -> str:
+def parse_sql(text: str, _row: TaskRow, _wording: Wording) -> str:
     """The first statement, out of a fenced block if there is one, without what is said before and after it."""
     fenced = FENCE.search(text)
     code = fenced[1] if fenced else text
@@ -94,7 +94,7 @@ def parse_sql(text: str, row: TaskRow, wording: Wording) -> str:
     return " ".join((statement if fenced else statement.partition("\n\n")[0]).split())
 
 
-def parse_text(text: str, row: TaskRow, wording: Wording) -> str:
+def parse_text(text: str, _row: TaskRow, _wording: Wording) -> str:
     """All of it."""
     return text.strip()
 

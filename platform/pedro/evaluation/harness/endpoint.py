@@ -33,7 +33,7 @@ R = TypeVar("R")
 class EndpointModel(HarnessModel):
     """`batch_size` prompts go in one request, `concurrent` requests at a time."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - as lm-eval names them
         self,
         model: str | None = None,
         base_url: str = "http://127.0.0.1:8000",

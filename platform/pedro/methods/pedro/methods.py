@@ -16,7 +16,7 @@ from pedro.methods.peft_registration import register
 PAPER = "Zhu et al. 2024, arXiv 2409.17834"
 
 
-def _build(
+def _build(  # noqa: PLR0913 - options
     variant: int | None,
     model_config: Any,
     *,
