@@ -1,4 +1,4 @@
-"""Says whether a tenant's file can be trained on, and what is odd about it.
+"""Checks whether a tenant's file can be trained on, and reports what is odd about it.
 
 One pass over the file, line by line. What grows with the file is 24 bytes an example (two hashes and two lengths),
 so gigabytes can be checked on a laptop.

@@ -1,4 +1,4 @@
-"""Recognises rows that are made for something else, and says what they are."""
+"""Recognises rows made for another purpose, and says which."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists of turns become messages. Knows the names that roles have in the wild, nothing of files or templates.
+"""Turns lists of turns into messages, whatever the roles are called in the wild.
 
 A turn is {"role", "content"} or ShareGPT's {"from", "value"}, in any list of turns. Null means absent.
 """

@@ -1,4 +1,4 @@
-"""What tuners share that add something to projections' outputs: y ← y + δ(x).
+"""What tuners that add to the outputs of projections share: y ← y + δ(x).
 
 A method gives a `DeltaLayer` with its δ, and, where a weight can hold it, the change of that weight.
 Shapes: B rows, T tokens, W output width of a projection.

@@ -109,7 +109,7 @@ class Method:
     def training_hook(self, model: nn.Module, options: dict[str, Any], steps: int) -> TrainingHook | None:
         """What goes along with a training of `steps` steps, for a method that changes its shape while it trains.
 
-        Raises ConfigError where it could not do its work in so many steps.
+        Raises ConfigError where that is too few steps for its work.
         """
         if self.make_hook is None:
             return None

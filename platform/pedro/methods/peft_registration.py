@@ -1,4 +1,4 @@
-"""Makes this package's methods methods that PEFT knows by name.
+"""Registers this package's methods with PEFT, by name.
 
 PEFT's list of methods is a closed enum, and its `register_peft_method` and transformers' `load_adapter` want a real
 member, not a string; so one member is added for each method first.

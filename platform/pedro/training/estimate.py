@@ -1,4 +1,4 @@
-"""What a job would take, before it is started: parameters, memory by part, steps and time. Starts no cluster.
+"""What a job would take, before it starts: parameters, memory by part, steps and time. Starts no cluster.
 
 Counts are exact; what activations take and how long a step lasts are estimates, and the report says which. A model
 of at most 100 M parameters, its adapter included, is timed on this machine; of a larger one only the shapes are made.

@@ -35,7 +35,7 @@ LOG_EVERY = 10  # steps between progress lines and reads of the loss (which wait
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Everything the loop counts with. Steps are Ω steps; `validate_every` and `checkpoint_every` are never 0."""
+    """The numbers of one training. Steps are Ω steps; `validate_every` and `checkpoint_every` are never 0."""
 
     steps: int
     batch_size: int
@@ -97,7 +97,7 @@ class TrainingOutcome:
 
 
 class Reporter(Protocol):
-    """Where a run's news goes, and where it was when it was last interrupted."""
+    """Takes metrics, progress lines and checkpoints of a run, and knows the last checkpoint of an interrupted one."""
 
     def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
         """Load the last checkpoint into the engine; None when there is none. The best parameters are on rank 0."""

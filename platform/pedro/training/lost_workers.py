@@ -1,4 +1,4 @@
-"""Tells a job's log that workers were lost: Ray Train replaces them without a word."""
+"""Reports lost workers in the job's log: Ray Train replaces them silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decides whether a new version becomes champion. A pure function of numbers."""
+"""Decides whether a new version becomes champion. A pure function of scores."""
 
 from __future__ import annotations
 

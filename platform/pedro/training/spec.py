@@ -117,15 +117,15 @@ class TrainingSpec(Frozen):
     bilevel: bool = True
     """Alternate Ω steps on train with Θ steps on theta (eq. 8); false trains both together on both."""
     theta_every: int = Field(1, ge=1, le=10**9)
-    """A Θ step follows every so many Ω steps."""
+    """Ω steps from one Θ step to the next."""
     theta_lr: float | None = Field(None, gt=0, le=100)
     """Learning rate of Θ; `lr` if not given. Where `lr` is above 1e-4, leave Θ there: 1e-3 costs up to 11 points."""
     eval_every: int = Field(200, ge=0, le=10**9)
     """Ω steps between validations; 0 means once an epoch."""
     eval_rows: int = Field(2000, ge=1, le=10**9)
-    """At most so many validation rows are used."""
+    """The most validation rows that are used."""
     patience: int = Field(10, ge=1, le=10**9)
-    """Training stops after so many validations without a better loss."""
+    """Validations without a better loss after which training stops."""
     checkpoint_every: int = Field(0, ge=0, le=10**9)
     """Ω steps between checkpoints; 0 means at each validation."""
     gradient_checkpointing: bool = False
@@ -173,7 +173,7 @@ class GateSpec(Frozen):
     floor: float | None = None
     """The value that is needed in any case (for loss: the largest allowed)."""
     max_rows: int = Field(1000, ge=1, le=10**9)
-    """At most so many rows are scored."""
+    """The most rows that are scored."""
 
 
 class FineTuneSpec(Frozen):

@@ -1,4 +1,4 @@
-"""Hands a job to a Ray cluster, follows it and brings its result: what `pedro submit` and `pedro jobs` call.
+"""Submits a job to a Ray cluster, follows it and returns its result: what `pedro submit` and `pedro jobs` call.
 
 Needs only the cluster's dashboard URL, and imports Ray's job client alone.
 """

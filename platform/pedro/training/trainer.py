@@ -1,4 +1,4 @@
-"""Runs a job's workers by Ray Train (V2): start, checkpoint, replace lost workers, bring the result home.
+"""Runs a job's workers on Ray Train (V2): starts them, keeps checkpoints, replaces lost ones, returns the result.
 
 A worker that dies is replaced, and its group resumes from the last checkpoint. A PedroError (a loss that is NaN,
 a full disk) would only come again: workers return it as their result instead of raising it, so that it is not retried.

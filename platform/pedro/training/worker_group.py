@@ -1,4 +1,4 @@
-"""The few things that workers say to each other: sums, one's tensors for all, and "did anybody fail". torch only."""
+"""What workers exchange: sums, rank 0's tensors for all, and whether any of them failed. torch only."""
 
 from __future__ import annotations
 

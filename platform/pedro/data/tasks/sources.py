@@ -1,4 +1,4 @@
-"""Where records come from: files in a known tree, or the Hugging Face hub.
+"""Where records come from: files in a known layout, or the Hugging Face hub.
 
 Files are read as they are asked for, compressed or not; a record is a dict in the form that the hub gives it, with
 class labels by name.

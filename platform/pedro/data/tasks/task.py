@@ -1,4 +1,4 @@
-"""What a benchmark task is: its words, its answers, where its rows come from.
+"""What a benchmark task is: its wording, its answers, where its rows come from.
 
 A row of a source (a record) becomes a `TaskRow`: the prompt, what training teaches as its answer, and every answer
 that counts as right. `Task.write` puts rows into JSONL that `load_rows` and `pedro submit` read.
@@ -138,7 +138,7 @@ class Task:
     def rows(self, split: str, data: str | Path | None = None, limit: int | None = None) -> Iterator[TaskRow]:
         """The rows of a split, read as they are needed, in the source's order.
 
-        With `limit`, a fair sample of so many: those with the smallest hashes, in the source's order. Raises
+        With `limit`, a fair sample of that size: those with the smallest hashes, in the source's order. Raises
         DataError if the data or the split is missing, or a record cannot be read.
         """
         source = self.open(data)

@@ -40,7 +40,7 @@ class PedroConfig(TunerConfig):
     )
     pool: str = field(default="last", metadata={"help": "How the prompt becomes one vector: last, mean or max."})
     window: int | None = field(
-        default=None, metadata={"help": "Pool only so many of the prompt's last tokens; None: all of them."}
+        default=None, metadata={"help": "How many of the prompt's last tokens are pooled; None: all of them."}
     )
     pool_source: str = field(
         default="normed", metadata={"help": "Pool after the attention's norm (normed) or before it (residual)."}

@@ -1,4 +1,4 @@
-"""What of a sweep must outlive a kill: its spec, and one small file for each trial. Imports neither Ray nor MLflow.
+"""What of a sweep must survive a kill: its spec, and one small file for each trial. Imports neither Ray nor MLflow.
 
 Under `sweeps/<id>/` of the storage. `trials/<n>.json` is written by the sweep's driver alone, `results/<n>.json` by the
 trial alone, so that no two processes ever write one file; a trial that has a result is never run again.

@@ -104,7 +104,7 @@ def every(space: Space) -> list[Parameters]:
 def drawn(space: Space, trials: int, seed: int) -> list[Parameters]:
     """`trials` different draws of all but the grids, each with every combination of the grids.
 
-    Raises ConfigError where there are not so many.
+    Raises ConfigError where there are fewer.
     """
     grids = {key: dimension for key, dimension in space.items() if dimension.kind == "grid"}
     _bound(grids, trials)
