@@ -7,11 +7,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from jobs.benchmarks.command_line import main
+from jobs.benchmarks.command_line import Benchmark, main
 from jobs.benchmarks.engine_benchmarks import BENCHMARKS
 
 
-def benchmarks() -> dict:
+def benchmarks() -> dict[str, Benchmark]:
     """Every benchmark that can run here."""
     if find_spec("ray") is None or find_spec("mlflow") is None:
         return dict(BENCHMARKS)

@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pedro.data.tasks.intents import BANKING77, CLINC150, SNIPS
 
@@ -57,15 +58,15 @@ def read_banking77(source: Path, part: str) -> Iterable[Pair]:
                 yield row["text"], BANKING77[row["category"]]
 
 
-def as_completion(prompt: str, answer: str) -> dict:
+def as_completion(prompt: str, answer: str) -> dict[str, Any]:
     return {"prompt": prompt, "completion": answer}
 
 
-def as_messages(prompt: str, answer: str) -> dict:
+def as_messages(prompt: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
-def as_alpaca(prompt: str, answer: str) -> dict:
+def as_alpaca(prompt: str, answer: str) -> dict[str, Any]:
     return {"instruction": prompt, "output": answer}
 
 
@@ -76,7 +77,7 @@ class Tenant:
     name: str
     folder: str
     read: Callable[[Path, str], Iterable[Pair]]
-    shape: Callable[[str, str], dict]
+    shape: Callable[[str, str], dict[str, Any]]
     train: int
     test: int
     notice: str

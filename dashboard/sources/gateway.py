@@ -117,7 +117,9 @@ class GatewayClient:
             raise
         return Access.ADMIN
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, keyed: bool = True) -> dict:
+    def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, keyed: bool = True
+    ) -> dict[str, Any]:
         with self._sent(method, path, body, keyed=keyed) as reply:
             return _parsed(reply.text)
 

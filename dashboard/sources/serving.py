@@ -170,7 +170,9 @@ def coarser(intervals: Sequence[Interval], points: int = POINTS) -> list[Interva
     return [_joined(group) for group in joined]
 
 
-def rate_rows(intervals: Iterable[Interval], names: Sequence[str], what: str = "completion_tokens") -> list[dict]:
+def rate_rows(
+    intervals: Iterable[Interval], names: Sequence[str], what: str = "completion_tokens"
+) -> list[dict[str, Any]]:
     """What the named adapters gained a second, one row an interval and adapter; all others together are `REST`."""
     rows = []
     for interval in intervals:
@@ -181,7 +183,7 @@ def rate_rows(intervals: Iterable[Interval], names: Sequence[str], what: str = "
     return rows
 
 
-def gauge_rows(intervals: Iterable[Interval], names: Mapping[str, str]) -> list[dict]:
+def gauge_rows(intervals: Iterable[Interval], names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Gauges by the names under which they are shown, one row an interval and gauge.
 
     Nothing is known of a time when nobody looked: a row without a value stands before it.
@@ -195,7 +197,9 @@ def gauge_rows(intervals: Iterable[Interval], names: Mapping[str, str]) -> list[
     return rows
 
 
-def percentile_rows(intervals: Iterable[Interval], which: str, names: Iterable[str] | None = None) -> list[dict]:
+def percentile_rows(
+    intervals: Iterable[Interval], which: str, names: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
     """p50, p95 and p99 of one histogram over time, of the named adapters together (all of them by default).
 
     Where nothing was observed there is no point.

@@ -162,7 +162,7 @@ def _keep_inputs(seen: dict[int, np.ndarray]) -> Any:
     """A hook that keeps what a layer's activation is given: pooled W_down."""
     from pedro.methods.pedro.layer import pool
 
-    def keep(layer: Any, args: tuple, _output: Any) -> None:
+    def keep(layer: Any, args: tuple[Any, ...], _output: Any) -> None:
         hidden, prompt, adapter = args
         config = layer.configs[adapter]
         norm = layer.places.norm if config.pool_source == "normed" else None

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from jobs.benchmarks.command_line import Options
 from jobs.benchmarks.engine_process import ROOT, Log
@@ -51,7 +52,7 @@ def dashboard_report(options: Options, log: Log) -> BenchmarkReport:
     return report
 
 
-def _pages(timing: Path, home: Path) -> list[dict]:
+def _pages(timing: Path, home: Path) -> list[dict[str, Any]]:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PEDRO_", "RAY_"))}
     done = subprocess.run(
         [sys.executable, str(timing)],
@@ -61,11 +62,11 @@ def _pages(timing: Path, home: Path) -> list[dict]:
         text=True,
         check=True,
     )
-    rows: list[dict] = json.loads(done.stdout.splitlines()[-1])
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
 
 
-def _targets(name: str, rows: list[dict]) -> list[Target]:
+def _targets(name: str, rows: list[dict[str, Any]]) -> list[Target]:
     """The first page of a process pays for the imports, which `pedro dashboard` makes while the browser opens."""
     warm = [row for row in rows if not row["imports"]]
     return [

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.benchmarks.model_sizes import ModelSize, bench_folder, make_model
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "adapter_model.safetensors"
-OPTIONS: dict[str, dict] = {kind: {"r": 12} for kind in ("pedro", "pedro-1", "pedro-2")} | {
+OPTIONS: dict[str, dict[str, Any]] = {kind: {"r": 12} for kind in ("pedro", "pedro-1", "pedro-2")} | {
     "ia3": {},
     "lora": {"r": 16, "alpha": 32},
 }
@@ -59,7 +59,7 @@ def _make_first(size: ModelSize, kind: str, directory: Path) -> None:
     _finish(making, directory, {"backbone": {"id": size.name, "digest": size.digest}, "method": _method(kind)})
 
 
-def _method(kind: str) -> dict:
+def _method(kind: str) -> dict[str, Any]:
     return {"name": kind, "options": OPTIONS[kind]}
 
 
@@ -108,7 +108,7 @@ def _scratch(directory: Path) -> Path:
     return making
 
 
-def _finish(making: Path, directory: Path, manifest: dict) -> None:
+def _finish(making: Path, directory: Path, manifest: dict[str, Any]) -> None:
     """Add the manifest with the digests of what lies there and give the directory its name."""
     from pedro.methods.adapter_files import write_manifest
 

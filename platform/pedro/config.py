@@ -232,7 +232,7 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
     return f"{path}: {message}, got {given if len(given) <= SHOWN else given[:SHOWN] + '…'}"
 
 
-def _fields(kind: Any, path: tuple) -> list[str]:
+def _fields(kind: Any, path: tuple[Any, ...]) -> list[str]:
     """The keys that the section at `path` takes; a number in a path is a place in a list."""
     for part in path:
         if isinstance(part, str):

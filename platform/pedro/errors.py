@@ -30,7 +30,7 @@ class PedroError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments survive the pickling between Ray processes
         return _rebuild, (type(self), self.message, self.param, self.code, self.__dict__.get("retry_after_s"))
 
-    def body(self) -> dict:
+    def body(self) -> dict[str, Any]:
         """The error object of the OpenAI API (https://platform.openai.com/docs/guides/error-codes)."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
@@ -38,9 +38,9 @@ class PedroError(Exception):
 def _rebuild(
     kind: type[PedroError], message: str, param: str | None, code: str | None, retry_after_s: float | None
 ) -> PedroError:
-    error: Any = kind(message, param=param, code=code)
+    error = kind(message, param=param, code=code)
     if retry_after_s is not None:
-        error.retry_after_s = retry_after_s
+        error.__dict__["retry_after_s"] = retry_after_s
     return error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,7 +43,7 @@ class Generator:
     window: int | None = None  # pool only the last `window` tokens of the prompt
 
     @property
-    def form(self) -> tuple:
+    def form(self) -> tuple[Any, ...]:
         """Generators of one form can be run in one batch, their weights stacked."""
         layers = tuple(
             (layer.activation, layer.down.shape[-1], *(None if t is None else len(t) for t in (layer.a, layer.b)))

@@ -244,11 +244,11 @@ def _point(point: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in point]
 
 
-def _names(kind: type) -> tuple[str, ...]:
+def _names(kind: type[Any]) -> tuple[str, ...]:
     return tuple(item.name for item in fields(kind))
 
 
-def _known(kind: type, values: Any, where: str, required: Sequence[str]) -> dict[str, Any]:
+def _known(kind: type[Any], values: Any, where: str, required: Sequence[str]) -> dict[str, Any]:
     """The values for the fields of `kind`; null means a field's default. Raises ValueError."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected an object, got {type(values).__name__}")

@@ -128,7 +128,7 @@ def split(dataset: Dataset, theta: float = 0.1, validation: float = 0.1) -> Spli
     return Splits(**{name: dataset.select(np.flatnonzero(mask)) for name, mask in parts.items()})
 
 
-def collate(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], pad_id: int) -> dict[str, list]:
+def collate(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], pad_id: int) -> dict[str, list[Any]]:
     """Rows of one batch, padded on the right to B × T lists: `input_ids`, `attention_mask`, `labels` (-100 on prompt
     and padding), and `prompt_lens` (B). Takes rows, or the columns that slicing a `Dataset` gives.
     """
@@ -137,7 +137,7 @@ def collate(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], pad
     else:
         pairs = [(row["input_ids"], row["prompt_len"]) for row in rows]
     width = max(len(ids) for ids, _ in pairs)
-    batch: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": [], "prompt_lens": []}
+    batch: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], "prompt_lens": []}
     for ids, prompt_len in pairs:
         row, pad = list(ids), width - len(ids)
         batch["input_ids"].append(row + [pad_id] * pad)
@@ -205,7 +205,7 @@ class _Writer:
         self.tokenizer, self.format, self.max_length = tokenizer, format_, max_length
         self.examples = self.rows = self.truncated = 0
 
-    def batches(self, path: Path, fields: Fields | None) -> Iterator[dict[str, list]]:
+    def batches(self, path: Path, fields: Fields | None) -> Iterator[dict[str, list[Any]]]:
         examples = self._examples(path, fields)
         while batch := list(islice(examples, BATCH)):
             columns = self._columns(batch)
@@ -236,11 +236,11 @@ class _Writer:
         if count:
             raise bad_lines(path, errors, count)
 
-    def _columns(self, batch: list[tuple[Example, str]]) -> dict[str, list]:
+    def _columns(self, batch: list[tuple[Example, str]]) -> dict[str, list[Any]]:
         prompts = encode_prompts(self.tokenizer, [prompt for _, prompt in batch])
         answers = [example.completion for example, _ in batch]
         completions = encode_completions(self.tokenizer, answers, self.format.special_tokens_in_content)
-        columns: dict[str, list] = {name: [] for name in _features()}
+        columns: dict[str, list[Any]] = {name: [] for name in _features()}
         for (example, prompt), before, after in zip(batch, prompts, completions, strict=True):
             if len(before) >= self.max_length:
                 continue

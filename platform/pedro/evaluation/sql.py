@@ -91,7 +91,7 @@ def _create(connection: sqlite3.Connection, name: str, table: Table) -> None:
     connection.executemany(f'INSERT INTO "{name}" VALUES ({marks})', table["rows"])  # noqa: S608 - a task's own name
 
 
-def _run(connection: sqlite3.Connection, query: str) -> list[tuple] | None:
+def _run(connection: sqlite3.Connection, query: str) -> list[tuple[Any, ...]] | None:
     """The rows, or None if the query is wrong, forbidden or endless."""
     try:
         with _guarded(connection):

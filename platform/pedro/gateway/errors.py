@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -53,7 +54,7 @@ def error_response(error: PedroError) -> JSONResponse:
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
-def internal_error_body(request_id: str) -> dict:
+def internal_error_body(request_id: str) -> dict[str, Any]:
     """The one text for every fault of ours; the details are in the log under the request id."""
     return {
         "error": {
@@ -65,7 +66,7 @@ def internal_error_body(request_id: str) -> dict:
     }
 
 
-def stream_error_body(error: Exception, request_id: str) -> dict:
+def stream_error_body(error: Exception, request_id: str) -> dict[str, Any]:
     """The body of an error that happened after the status was sent; logs what the client may not see."""
     if isinstance(error, PedroError):
         return error.body()

@@ -49,7 +49,7 @@ def parse(kind: type[Model], body: bytes) -> Model:
         raise _user_error(error, kind) from None
 
 
-def _drop_harmless(kind: type[Body], value: dict, prefix: str) -> None:
+def _drop_harmless(kind: type[Body], value: dict[str, Any], prefix: str) -> None:
     for name in kind.harmless.keys() & value.keys():
         given = value.pop(name)
         if given is not None and not any(type(given) is type(ok) and given == ok for ok in kind.harmless[name]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -43,7 +43,7 @@ async def create_chat_completion(request: Request, caller: Annotated[Principal, 
     return Answer(backend, [call], shape, admit(request, caller, reservation([call])), **_delivery(wanted))
 
 
-def _context(request: Request, caller: Principal) -> dict:
+def _context(request: Request, caller: Principal) -> dict[str, Any]:
     return {
         "tenant": caller.view,
         "trace_id": request_id_of(request.scope),
@@ -66,6 +66,6 @@ def _timeout_s(request: Request) -> float | None:
     return timeout_s
 
 
-def _delivery(wanted: SamplingFields) -> dict:
+def _delivery(wanted: SamplingFields) -> dict[str, Any]:
     options = wanted.stream_options
     return {"stream": bool(wanted.stream), "options": options or StreamOptions()}

@@ -55,7 +55,7 @@ def _prompts(value: Any) -> Any:
     raise ValueError("expected a string, a list of strings, a list of token ids or a list of lists of token ids")
 
 
-def _token_ids(value: list) -> bool:
+def _token_ids(value: list[Any]) -> bool:
     return bool(value) and all(type(item) is int and 0 <= item < INT32 for item in value)
 
 

@@ -176,11 +176,13 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, IMPOSSIBLE)
 
 
-def _completion_choice(index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict[str, Any]:
+def _completion_choice(
+    index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
+) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _chat_chunk(
-    index: int, delta: dict[str, Any], logprobs: dict | None = None, finish_reason: str | None = None
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

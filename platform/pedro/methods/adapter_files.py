@@ -242,7 +242,7 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _expect(manifest: dict[str, Any], field: str, kind: type) -> None:
+def _expect(manifest: dict[str, Any], field: str, kind: type[Any]) -> None:
     """Raise AdapterError unless a field of the manifest, `a` or `a.b`, is of this type; some may be missing."""
     *parents, name = field.split(".")
     value = (manifest[parents[0]] if parents else manifest).get(name)

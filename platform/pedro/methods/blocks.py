@@ -101,7 +101,7 @@ class BlockTuner(BaseTuner):
             if hasattr(parts.block, self.child):
                 yield getattr(parts.block, self.child)
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:

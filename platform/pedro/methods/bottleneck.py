@@ -110,7 +110,7 @@ class BottleneckLayer(BlockLayer):
             narrow = CANDIDATES[config.activation](narrow)
         return narrow @ self.bottleneck_up[adapter_name][place] + self.bottleneck_up_bias[adapter_name][place]
 
-    def _adapt(self, site: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def _adapt(self, site: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         names = [name for name in self.live() if site in self.configs[name].sites]
         if not names:
             return None

@@ -66,7 +66,9 @@ class DeltaLayer(BlockLayer):
         """How many inputs a target has."""
         return inputs_of(self.places.linears[target].module)
 
-    def _add_up(self, cuts: Cuts, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def _add_up(
+        self, cuts: Cuts, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
         changed: torch.Tensor | None = None
         for name in self.live():
             for target, rows in cuts:

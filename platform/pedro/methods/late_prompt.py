@@ -101,7 +101,9 @@ class LatePromptLayer(BlockLayer):
         pooled = functional.relu(torch.stack(pieces))  # [B, P, R]
         return pooled @ self.late_prompt_up[adapter_name] + self.late_prompt_up_bias[adapter_name]
 
-    def _before_block(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.live():
             return None
         names = list(inspect.signature(block.forward).parameters)
@@ -141,7 +143,7 @@ class LatePromptLayer(BlockLayer):
                 torch.cat([s, t.expand(len(s), -1, -1)], dim=1) for s, t in zip(soft, turned, strict=True)
             )
 
-    def _after_last(self, block: nn.Module, args: tuple, output: Any) -> Any:
+    def _after_last(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         added, self._added = self._added, 0
         if not added:
             return None

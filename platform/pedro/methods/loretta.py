@@ -141,7 +141,7 @@ class LorettaLayer(DeltaLayer):
         narrow = factorized(config.r, MOST["narrow"])
         return core_shapes(*((wide, narrow) if side == "down" else (narrow, wide)), rank=config.rank)
 
-    def _renorm(self, place: int, norm: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def _renorm(self, place: int, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         """The norm with its weight, and bias, changed: both stand outside the normalization."""
         names = self.live()
         if not names:

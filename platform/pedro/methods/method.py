@@ -150,5 +150,7 @@ def stop_ignoring_prompt(model: nn.Module) -> None:
             model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _ignore_prompt(_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _ignore_prompt(
+    _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {name: value for name, value in kwargs.items() if name not in PROMPT_ARGUMENTS}

@@ -14,7 +14,7 @@ from peft.utils import PeftType, register_peft_method
 OWN_NAMES: dict[str, str] = {}  # types that are trained by the name of a method of ours only
 
 
-def register(config_cls: Any, model_cls: type, method: str | None = None) -> None:
+def register(config_cls: Any, model_cls: type[Any], method: str | None = None) -> None:
     """Tell PEFT, once, which config and tuner `peft_type: <config_cls.kind>` means.
 
     With `method`, the type is trained by that name only, not as `method: {peft_type: …}`.

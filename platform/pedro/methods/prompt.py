@@ -79,7 +79,9 @@ class PromptPass:
         finally:
             self._width = outer
 
-    def before(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Find the prompt of this call, or the vectors kept since the prompt was read. Takes our arguments off."""
         given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
         kwargs = {name: value for name, value in kwargs.items() if name not in PROMPT_ARGUMENTS}
@@ -106,7 +108,7 @@ class PromptPass:
             self._guess = ""
         return self.prompt
 
-    def after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Keep the vectors with the KV cache that they belong to, and forget this pass."""
         cache = kwargs.get("past_key_values")
         if cache is None:

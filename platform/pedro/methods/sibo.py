@@ -76,7 +76,7 @@ class SiboLayer(DeltaLayer):
     def _part(self, part: str, target: str) -> nn.ParameterDict:
         return getattr(self, f"{PREFIX}{part}_{target}")
 
-    def _keep(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.initial = args[0] if args else kwargs["hidden_states"]
 
 

@@ -191,7 +191,7 @@ class SparseSearch:
     def _logits(self) -> torch.Tensor:
         return torch.cat([layer.gates("default").flatten() for layer in self.layers])  # [C]
 
-    def _open_gates(self, model: nn.Module, args: tuple) -> None:
+    def _open_gates(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         logits = self._logits()
         if self.decided is not None:
             opened = self.decided.to(logits) + 0.0 * logits  # Θ steps continue, and find nothing left to move

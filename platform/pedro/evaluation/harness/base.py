@@ -74,7 +74,7 @@ class HarnessModel(LM):
     def generate(self, rows: Sequence[Wanted]) -> list[str]:
         """A greedy continuation of each prompt; it may run past a stop. All rows have equal limits."""
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation) of the requests."""
         pairs = [request.args for request in requests]
         contexts, answers = self._encode(pairs)
@@ -83,7 +83,7 @@ class HarnessModel(LM):
             self.cache_hook.add_partial("loglikelihood", pair, value)
         return found
 
-    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token once. A window is conditioned by what it does not score: BOS, or one token."""
         texts = [request.args[0] for request in requests]
         rows, owners = [], []
@@ -100,7 +100,7 @@ class HarnessModel(LM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
 
-    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """For each (context, generation arguments). Raises ConfigError for what greedy decoding cannot do."""
         asked = [(request.args[0], limits(request.args[1])) for request in requests]
         groups: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,9 @@ class ConstantLayer(BlockLayer):
         tensors = {name: getattr(self, name)[adapter_name] for name in config.shapes(self.widths)}
         return constant_vectors(config, self.widths, tensors)
 
-    def _modify(self, cuts: Cuts, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def _modify(
+        self, cuts: Cuts, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
         """output [B, T, W] scaled and shifted in float32, then back in the model's dtype."""
         changed: torch.Tensor | None = None
         for name in self.live():

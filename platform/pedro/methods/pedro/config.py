@@ -123,14 +123,14 @@ class PedroConfig(TunerConfig):
         return cls(**{**variant_options(number, num_layers), **options})
 
 
-def variant_options(number: int, num_layers: int | None = None) -> dict:
+def variant_options(number: int, num_layers: int | None = None) -> dict[str, Any]:
     """What the paper's variant changes: -1, -2 pooling; -3, -4 targets; -5, -6, -7 the activation."""
     if number == 7:
         expect(num_layers is not None, "num_layers", "the backbone's number of layers for PEDRO-7", None)
         assert num_layers is not None
         half = num_layers // 2
         return {"activation": ("relu",) * half + ("gelu",) * (num_layers - half)}
-    changes: dict[int, dict] = {
+    changes: dict[int, dict[str, Any]] = {
         1: {"pool": "mean"},
         2: {"pool": "max"},
         3: {"targets": TARGETS, "r": 8},

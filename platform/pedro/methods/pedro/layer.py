@@ -9,6 +9,7 @@ projections scale. Shapes: B rows, T tokens, D model width, R bottleneck, W all 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,7 +89,7 @@ class PedroLayer(BlockLayer):
     def _entries(self, config: PedroConfig) -> list[int]:
         return config.entries([self.places.sites[target].width for target in config.targets])
 
-    def _hook(self) -> list:
+    def _hook(self) -> list[Any]:
         places = self.places
         by_module: dict[nn.Module, list[tuple[str, Rows]]] = {}
         for target, site in places.sites.items():
@@ -99,7 +100,9 @@ class PedroLayer(BlockLayer):
             *(module.register_forward_hook(partial(self._scale, cuts)) for module, cuts in by_module.items()),
         ]
 
-    def _before_block(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         names = self.prompts.adapter_names
         if self.disable_adapters or not (names or self.active_adapters):
             return None
@@ -149,7 +152,9 @@ class PedroLayer(BlockLayer):
                 vectors[target] = vectors.get(target, ones).index_copy(0, rows, made)
         return vectors
 
-    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _before_attention(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._vectors = kwargs.pop(HANDED_DOWN, None)
         return args, kwargs
 

@@ -26,7 +26,7 @@ class PedroModel(ConditionedTuner):
     title = "PEDRO"
     no_merge = "PEDRO's vectors depend on the prompt, so no weights can hold them"
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.group_size == HEAD:
             peft_config.group_size = head_width(self.model.config)
         return peft_config

@@ -139,7 +139,7 @@ class Next(_OfThisProcess, Searcher):
         _replay(self._scheduler, trial_id, trial.reports)
         return {"number": trial.number}
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The tracker hears of it from `Watch`, and tells the planner."""
 
     def save(self, checkpoint_path: str) -> None:
@@ -155,18 +155,20 @@ class Watch(_OfThisProcess, tune.Callback):
     def __init__(self, tracker: TrialTracker, show: Callable[[bool], None]) -> None:
         self._tracker, self._show = tracker, show
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         if LOSS in result:
             self._tracker.report(trial.config["number"], result[STEP], result[STEPS], result[LOSS])
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tracker.ended(trial.config["number"])
         self._show(True)
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         text = str(trial.get_error() or "").strip()
         self._tracker.ended(trial.config["number"], broke=text.splitlines()[-1] if text else "its process died")
         self._show(True)
 
-    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._show(False)
