@@ -40,7 +40,7 @@ def check_rows_against_references(model, references, prompts, tmp_path, steps=6)
     own = copy.deepcopy(model)
     runner = Runner(own, slots=len(prompts) + 2, length=64)
     adapters = [
-        None if path is None else read_adapter(path, runner.architecture, DIGEST, runner.device, runner.strip)
+        None if path is None else read_adapter(path, runner.architecture, DIGEST, runner.device, runner.simd_width)
         for _, path in references
     ]
     rows = [PrefillRow(i, ids, len(ids), a) for i, (ids, a) in enumerate(zip(prompts, adapters, strict=True))]
@@ -94,7 +94,7 @@ def test_idle_slots_between_running_ones_change_nothing(tmp_path):
     model = random_backbone("llama")
     tuned = make_adapter(model, tmp_path / "a", seed=1)
     runner = Runner(copy.deepcopy(model), slots=9, length=64)
-    adapter = read_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.strip)
+    adapter = read_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.simd_width)
     slots, prompts = [1, 3, 8], [prompt(5, 1), prompt(12, 2), prompt(7, 3)]
     runner.begin([PrefillRow(s, ids, len(ids), adapter) for s, ids in zip(slots, prompts, strict=True)])
     runner.advance()

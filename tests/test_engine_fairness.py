@@ -6,10 +6,10 @@ import pytest
 from engine_models import Letters, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
 from pedro.engine import engine as engine_module
-from pedro.engine.pace import LEAST_ROWS, Pace
-from pedro.engine.plan import Limits
+from pedro.engine.prefill_budget import LEAST_ROWS, PrefillBudget
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.sequence import Request, SamplingParams, Sequence, State
+from pedro.engine.scheduler_output import SchedulerLimits
+from pedro.engine.sequence import Request, SamplingParams, Sequence, SequenceState
 from pedro.errors import OverloadedError, RateLimitError
 
 SHORT_ROWS, SHORT_TOKENS = 4, 16
@@ -25,7 +25,9 @@ class Simulation:
 
     def __init__(self, **limits) -> None:
         self.now = 0.0
-        self.scheduler = Scheduler(Limits(**{"slots": 32, "max_waiting_per_tenant": 1000, **limits}), lambda: self.now)
+        self.scheduler = Scheduler(
+            SchedulerLimits(**{"slots": 32, "max_waiting_per_tenant": 1000, **limits}), lambda: self.now
+        )
         self.scheduler.short_rows, self.scheduler.short_tokens = SHORT_ROWS, SHORT_TOKENS
         self.rows: list[int] = []  # that each step decoded
         self.given: Counter = Counter()
@@ -93,7 +95,7 @@ def test_a_quiet_tenant_hardly_waits_longer_beside_a_flood_that_goes_on_all_the_
     for number in range(20):
         (asked,) = simulation.add("quiet", 8, length=100)
         waits.append(simulation.until_first_token(asked))
-        while asked.state is not State.FINISHED:
+        while asked.state is not SequenceState.FINISHED:
             simulation.step()
         for _ in range(30 if number % 2 else 0):
             simulation.step()
@@ -115,7 +117,7 @@ def test_a_tenant_that_holds_nothing_takes_a_slot_at_once_and_afterwards_finds_o
     for _ in range(5):
         (asked,) = simulation.add("quiet", 4)
         simulation.until_first_token(asked)
-        while asked.state is not State.FINISHED:
+        while asked.state is not SequenceState.FINISHED:
             simulation.step()
         for _ in range(20):
             simulation.step()
@@ -196,7 +198,7 @@ def test_a_long_prompt_is_put_aside_for_a_short_one_but_not_for_one_like_itself(
 
 
 def test_a_full_waiting_room_sheds_the_newest_of_the_longest_queue():
-    scheduler = Scheduler(Limits(slots=2, max_waiting=8, max_waiting_per_tenant=6))
+    scheduler = Scheduler(SchedulerLimits(slots=2, max_waiting=8, max_waiting_per_tenant=6))
 
     def ask(tenant, n=1):
         asked = Request("r", [1] * 4, tenant=tenant, n=n)
@@ -216,7 +218,7 @@ def test_a_full_waiting_room_sheds_the_newest_of_the_longest_queue():
     with pytest.raises(OverloadedError, match="queue of 8 is full"):
         ask("light", n=2)
     assert scheduler.num_waiting == 8, "nothing was shed in vain"
-    assert all(one.state is State.WAITING for one in heavy)
+    assert all(one.state is SequenceState.WAITING for one in heavy)
 
 
 def test_what_has_begun_is_never_shed(model):
@@ -253,9 +255,9 @@ def test_answers_are_the_same_to_the_bit_when_prefills_are_put_aside_and_rows_ta
         made = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=8, prefill_tokens=320, kernel=kernel)
         for ref in "01":
             made.adapters.load(ref, timeout_s=30.0)
-        made._pace = None
+        made._prefill_budget = None
         scheduler = made._scheduler
-        scheduler.short_rows, scheduler.short_tokens, scheduler.slice_tokens = 2, 40, 40
+        scheduler.short_rows, scheduler.short_tokens, scheduler.chunk_tokens = 2, 40, 40
         return made
 
     expected = {one.id: run(engine(), one)[one.id] for one in (*asked, floods[0], floods[4])}
@@ -288,8 +290,8 @@ def test_expired_work_leaves_queue_slots_and_pins(model, tmp_path, kind):
     make_adapter(model, tmp_path / "a", seed=1, method="lora")
     engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=6)
     engine.adapters.load("a", timeout_s=30.0)
-    engine._pace = None
-    engine._scheduler.lone_tokens = engine._scheduler.slice_tokens = 64
+    engine._prefill_budget = None
+    engine._scheduler.lone_tokens = engine._scheduler.chunk_tokens = 64
     fields = {"n": {"n": 8}, "beams": {"num_beams": 4, "n": 2}, "prefill put aside": {}}[kind]
     engine.add(request("late", prompt(180), 60, tenant="late", adapter="a", deadline_s=30.0, **fields))
     engine.add(request("waits", prompt(180), 60, tenant="late", adapter="a", deadline_s=30.0, **fields))
@@ -316,8 +318,8 @@ def test_expired_work_leaves_queue_slots_and_pins(model, tmp_path, kind):
 @pytest.mark.parametrize("fails", ["logits", "first_tokens"])
 def test_a_prefill_that_fails_at_its_end_takes_no_other_with_it(model, monkeypatch, fails):
     engine = make_engine(model, max_batch=4)
-    engine._pace = None
-    engine._scheduler.lone_tokens = engine._scheduler.slice_tokens = 64
+    engine._prefill_budget = None
+    engine._scheduler.lone_tokens = engine._scheduler.chunk_tokens = 64
     wanted = run(make_engine(model, max_batch=4), request("long", prompt(180), 4))["long"].token_ids
     engine.add(request("long", prompt(180), 4, tenant="others"))
     engine.step()
@@ -333,7 +335,7 @@ def test_a_prefill_that_fails_at_its_end_takes_no_other_with_it(model, monkeypat
 
 
 def test_a_short_step_takes_a_share_of_the_time_that_a_newcomers_prompt_takes():
-    pace = Pace(stall=1.25)
+    pace = PrefillBudget(stall=1.25)
     assert pace.short_rows(100, 32) == 32, "nothing is known yet"
     pace.prefilled(1000, 0.1)
     rows = 32
@@ -352,7 +354,7 @@ def test_choices_whose_turn_has_not_come_keep_their_prompt_when_its_slot_is_give
     def engine():
         made = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=6)
         made.adapters.load("a", timeout_s=30.0)
-        made._pace = None
+        made._prefill_budget = None
         made._scheduler.short_rows = 1
         return made
 

@@ -90,7 +90,7 @@ def test_graphed_steps_equal_the_reference_for_any_rows_kinds_and_lengths(model_
     adapters = {None: None}
     for number, name in enumerate(["pedro", "red", "lora"]):
         tuned[name] = make_adapter(model, tmp_path / name, seed=number, method=name)
-        adapters[name] = read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
+        adapters[name] = read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.simd_width)
     kinds = ["pedro", None, "lora", "red", "pedro", None, "lora"]
     slots, lengths = [9, 0, 3, 4, 1, 10, 6], [5, 3, 254, 12, 1, 8, 20]
     tokens = [prompt(n, n) for n in lengths]

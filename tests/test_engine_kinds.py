@@ -60,7 +60,7 @@ def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
         tuned = make_adapter(model, tmp_path / name, seed=number, method=method, **options)
         bare, made = (reference_logits(m, prompt(7), 7) for m in (model, tuned))
         assert (made - bare).abs().max() > 0.01, f"{name} has an effect to compare"
-        adapter = read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
+        adapter = read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.simd_width)
         assert adapter.acts_on_every_token == (method in LOW_RANK)
         ids = prompt(5 + number, number)
         rows.append(PrefillRow(number, ids, len(ids), adapter))
@@ -92,7 +92,7 @@ def test_a_slot_forgets_the_kind_it_held(kernel, tmp_path):
         if name is not None:
             directory = tmp_path / str(number)
             reference = make_adapter(model, directory, seed=number, method=KINDS[name][0], **KINDS[name][1])
-            adapter = read_adapter(directory, runner.architecture, DIGEST, runner.device, runner.strip)
+            adapter = read_adapter(directory, runner.architecture, DIGEST, runner.device, runner.simd_width)
         ids = prompt(6, number)
         runner.begin([PrefillRow(0, ids, len(ids), adapter)])
         runner.advance()
@@ -106,18 +106,18 @@ def test_a_slot_forgets_the_kind_it_held(kernel, tmp_path):
 
 @pytest.mark.parametrize("kernel", ["native", "torch"])
 @pytest.mark.parametrize("name", ["pedro", "red", "lora"])
-def test_what_a_preempted_request_kept_stands_in_for_its_adapter(name, kernel, tmp_path):
+def test_what_a_preempted_request_saved_stands_in_for_its_adapter(name, kernel, tmp_path):
     model = random_backbone("llama")
     tuned = make_adapter(model, tmp_path / "a", seed=1, method=KINDS[name][0], **KINDS[name][1])
     runner = Runner(copy.deepcopy(model), slots=3, length=64, kernel=kernel)
-    adapter = read_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.strip)
+    adapter = read_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.simd_width)
     ids = prompt(9)
     runner.begin([PrefillRow(0, ids, 5, adapter)])
     runner.advance()
     runner.end()
-    kept = runner.keep(0)
+    saved = runner.save_state(0)
     runner.release(0)
-    runner.begin([PrefillRow(0, prompt(4), 4), PrefillRow(2, [*ids, 33], 5, kept=kept)])
+    runner.begin([PrefillRow(0, prompt(4), 4), PrefillRow(2, [*ids, 33], 5, preempted_state=saved)])
     runner.advance()
     logits, _ = runner.end()
     torch.testing.assert_close(logits.values[1], reference_logits(tuned, [*ids, 33], 5)[-1], atol=1e-4, rtol=1e-4)
@@ -132,7 +132,7 @@ def test_a_bare_copy_into_a_slot_that_held_an_adapter_is_bare(kernel, tmp_path):
     model = random_backbone("llama")
     tuned = make_adapter(model, tmp_path / "a", seed=1)
     runner = Runner(copy.deepcopy(model), slots=3, length=64, kernel=kernel)
-    adapter = read_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.strip)
+    adapter = read_adapter(tmp_path / "a", runner.architecture, DIGEST, runner.device, runner.simd_width)
     ids = prompt(9)
     for rows in ([PrefillRow(1, prompt(5), 5, adapter), PrefillRow(2, ids, 9, adapter)], [PrefillRow(0, ids, 9)]):
         runner.begin(rows)
@@ -153,12 +153,12 @@ def test_an_adapter_whose_form_is_not_served_is_refused_by_name(tmp_path):
     runner = Runner(copy.deepcopy(model), slots=1, length=16)
     for name, why in (("dora", "use_dora"), ("houlsby", "PEDRO, PARA")):
         with pytest.raises(AdapterError, match=why):
-            read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
+            read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.simd_width)
     gpt2 = random_backbone("gpt2")
     make_adapter(gpt2, tmp_path / "ia3", seed=1, method="ia3")
     runner = Runner(copy.deepcopy(gpt2), slots=1, length=16)
     with pytest.raises(AdapterError, match="without a gate"):
-        read_adapter(tmp_path / "ia3", runner.architecture, DIGEST, runner.device, runner.strip)
+        read_adapter(tmp_path / "ia3", runner.architecture, DIGEST, runner.device, runner.simd_width)
 
 
 def test_every_kind_answers_through_the_engine_beside_the_others(tmp_path):

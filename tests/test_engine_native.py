@@ -46,7 +46,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_any_number_of_others(model
     model = random_backbone(model_type)
     make_adapter(model, tmp_path / "a", seed=1)
     runner = Runner(copy.deepcopy(model), slots=40, length=64, kernel="native")
-    adapter = read_adapter(tmp_path / "a", runner.architecture, "sha256:the-backbone", runner.device, runner.strip)
+    adapter = read_adapter(tmp_path / "a", runner.architecture, "sha256:the-backbone", runner.device, runner.simd_width)
     mine = (7, prompt(21), adapter)
     alone = [prefill(runner, mine).values[0].clone()]
     alone += [runner.decode([DecodeRow(7, 5 + t, 21 + t)]).values[0].clone() for t in range(3)]

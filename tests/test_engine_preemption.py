@@ -16,9 +16,9 @@ from engine_models import (
     stories,
 )
 
-from pedro.engine.plan import Limits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.sequence import MIN_TURN_TOKENS, Request, SamplingParams, Sequence, State
+from pedro.engine.scheduler_output import SchedulerLimits
+from pedro.engine.sequence import MIN_TURN_TOKENS, Request, SamplingParams, Sequence, SequenceState
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ class Clock:
     """Runs a scheduler without a model: every running sequence gets a token a step."""
 
     def __init__(self, **limits) -> None:
-        self.scheduler = Scheduler(Limits(**{"slots": 2, "preempt_after": 40, **limits}))
+        self.scheduler = Scheduler(SchedulerLimits(**{"slots": 2, "preempt_after": 40, **limits}))
         self.given: Counter = Counter()
         self.preempted = 0
 
@@ -102,7 +102,11 @@ def test_the_youngest_of_the_tenant_that_is_most_ahead_gives_way():
         clock.step()
         if clock.preempted:
             break
-    assert (young.state, old.state, other.state) == (State.WAITING, State.RUNNING, State.RUNNING)
+    assert (young.state, old.state, other.state) == (
+        SequenceState.WAITING,
+        SequenceState.RUNNING,
+        SequenceState.RUNNING,
+    )
 
 
 def preempted_run(model, rivals, *requests, tokenizer=None, load=None):
@@ -155,7 +159,7 @@ def test_a_preempted_request_of_lora_keeps_its_adapter_pinned_until_it_ends(mode
     drain(engine, until=lambda answers: "rival" in answers)
     assert engine.adapters.residents()["a"].refcount == 1
     (waiting,) = engine._live["r"]
-    assert waiting.state is State.WAITING
+    assert waiting.state is SequenceState.WAITING
     begun = waiting.output_ids[:]
     assert begun + drain(engine)["r"].token_ids == expected
     assert engine.adapters.residents()["a"].refcount == 0
@@ -197,7 +201,7 @@ def test_a_preempted_request_can_be_ended_while_it_waits(model, how):
     engine.add(request("rival", prompt(5), 60, tenant="t"))
     drain(engine, until=lambda answers: "rival" in answers)
     (waiting,) = engine._live["r"]
-    assert (waiting.state, engine.stats()["waiting_by_tenant"]) == (State.WAITING, {"long": 1})
+    assert (waiting.state, engine.stats()["waiting_by_tenant"]) == (SequenceState.WAITING, {"long": 1})
     if how == "cancel":
         engine.cancel("r")
     else:

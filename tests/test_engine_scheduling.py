@@ -6,9 +6,9 @@ import time
 import pytest
 from engine_models import Letters, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
-from pedro.engine.plan import Limits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.sequence import Request, SamplingParams, Sequence, State
+from pedro.engine.scheduler_output import SchedulerLimits
+from pedro.engine.sequence import Request, SamplingParams, Sequence, SequenceState
 from pedro.errors import DeadlineError, OverloadedError, PedroError, RateLimitError
 
 
@@ -23,7 +23,7 @@ def sequence(tenant, length=10, adapter=None, deadline_s=None, numbers=itertools
 
 
 def make_scheduler(**limits):
-    return Scheduler(Limits(**{"slots": 4, **limits}))
+    return Scheduler(SchedulerLimits(**{"slots": 4, **limits}))
 
 
 def admitted(scheduler, admit=lambda _: True):
@@ -152,9 +152,9 @@ def test_a_sequence_cancelled_in_its_prefill_keeps_its_slot_until_that_ends():
 
 def test_a_finished_sequence_cannot_run_again():
     one = sequence("a")
-    one.to(State.FINISHED)
+    one.to(SequenceState.FINISHED)
     with pytest.raises(AssertionError, match="FINISHED"):
-        one.to(State.RUNNING)
+        one.to(SequenceState.RUNNING)
 
 
 def test_cancel_ends_a_running_request_and_frees_its_slot(model):

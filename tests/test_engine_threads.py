@@ -8,8 +8,8 @@ from engine_models import DIGEST, make_adapter, prompt, random_backbone
 
 from pedro.engine import native, threads
 from pedro.engine.config import EngineConfig
+from pedro.engine.kernel_threads import LONGEST_HOLD_S, WINDOW_S, KernelThreads, cpu_quota, granted_threads
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
-from pedro.engine.threads import LONGEST_HOLD_S, WINDOW_S, Threads, cpu_quota, granted_threads
 from pedro.errors import ConfigError
 from pedro.methods.servable import read_adapter
 
@@ -32,7 +32,7 @@ def answers(model, count, tmp_path):
     adapters = [
         None
         if name is None
-        else read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.strip)
+        else read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.simd_width)
         for name in ("a", None, "b")
     ]
     lengths = (120, 3, 41, 17, 64, 1, 30, 9)
@@ -92,7 +92,7 @@ def spend(counts, clock, seconds, lost):
 
 def test_fewer_threads_while_some_do_not_run_and_all_again_once_they_do():
     clock = Clock()
-    counts = Threads(2, clock)
+    counts = KernelThreads(2, clock)
     spend(counts, clock, 1, lambda count: 0.05)
     assert counts.count == 2, "what a quiet machine loses is no reason"
     used = spend(counts, clock, 20, lambda count: 0.5 if count > 1 else 0)
@@ -105,7 +105,7 @@ def test_fewer_threads_while_some_do_not_run_and_all_again_once_they_do():
 
 def test_a_moment_without_a_core_costs_no_more_than_a_moment():
     clock = Clock()
-    counts = Threads(2, clock)
+    counts = KernelThreads(2, clock)
     for _ in range(20):
         spend(counts, clock, WINDOW_S, lambda count: 0.5)
         used = spend(counts, clock, 0.5, lambda count: 0.05 if count > 1 else 0)
@@ -114,7 +114,7 @@ def test_a_moment_without_a_core_costs_no_more_than_a_moment():
 
 def test_many_threads_become_as_many_as_run():
     clock = Clock()
-    counts = Threads(16, clock)
+    counts = KernelThreads(16, clock)
     spend(counts, clock, 5, lambda count: 0.5 if count > 12 else 0.05)
     assert 11 <= counts.count <= 13
 

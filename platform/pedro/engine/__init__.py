@@ -6,8 +6,8 @@ sampler chooses tokens, the engine hands out what came of it. `EngineThread` doe
 
 from pedro.engine.config import EngineConfig
 from pedro.engine.engine import Engine
+from pedro.engine.engine_thread import EngineThread
 from pedro.engine.sequence import Output, Request, SamplingParams, Timing, TokenLogprob
-from pedro.engine.thread import EngineThread
 
 __all__ = [
     "Engine",

@@ -63,13 +63,13 @@ class BeamSequence(Sequence):
         running = best + ends.float() * NEVER
         chosen = running.topk(self.width).indices
         self._scores = running[chosen]
-        kept = chosen.tolist()
-        self._beams = [[*self._beams[parents[i]], tokens[i]] for i in kept]
+        survivors = chosen.tolist()
+        self._beams = [[*self._beams[parents[i]], tokens[i]] for i in survivors]
         worst = self._finished_scores.min() if bool(self._is_finished.all()) else torch.tensor(NEVER)
         self._can_improve = self._can_improve and bool(self._scores[0] / made**self.params.length_penalty > worst)
         full = self.params.early_stopping and bool(self._is_finished.all())
         self.done = not self._can_improve or full or bool(ends.all())
-        return self._move([parents[i] for i in kept])
+        return self._move([parents[i] for i in survivors])
 
     def last_outputs(self, finish_reason: str, **fields) -> list[Output]:
         """One Output for each answer: the hypotheses best first, or `finish_reason` for all where the search broke."""
@@ -91,9 +91,9 @@ class BeamSequence(Sequence):
         total = (logprobs + self._scores.to(logprobs.device)[:, None]).reshape(-1)
         count = min(max(2, 1 + len(self.stop_ids)) * self.width, len(total))
         best, at = total.topk(count)
-        places = at.tolist()
+        flat = at.tolist()
         vocabulary = logprobs.shape[-1]
-        return best.cpu(), [i // vocabulary for i in places], [i % vocabulary for i in places]
+        return best.cpu(), [i // vocabulary for i in flat], [i % vocabulary for i in flat]
 
     def _ends(self, parent: int, token_id: int) -> bool:
         if token_id in self.stop_ids:

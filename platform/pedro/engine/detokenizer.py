@@ -79,10 +79,10 @@ class Detokenizer:
 
     def _release(self, text: str) -> tuple[str, bool]:
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
+        hits = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if hits:
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(hits)], True
         keep = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -19,12 +19,12 @@ from pedro.engine.adapter_pool import AdapterPool
 from pedro.engine.adapter_state import PooledAdapter
 from pedro.engine.beam import BeamSequence
 from pedro.engine.config import EngineConfig
-from pedro.engine.intake import Intake
-from pedro.engine.pace import LONE_TOKENS, Pace
-from pedro.engine.plan import Group, Limits, PrefillSlice
+from pedro.engine.prefill_budget import LONE_TOKENS, PrefillBudget
+from pedro.engine.request_processor import RequestProcessor
 from pedro.engine.runner import PrefillRow, Runner
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.sequence import Output, Request, Sequence, State, TokenLogprob
+from pedro.engine.scheduler_output import PrefillChunk, PrefillGroup, SchedulerLimits
+from pedro.engine.sequence import Output, Request, Sequence, SequenceState, TokenLogprob
 from pedro.engine.steps import first_tokens, next_tokens, settle
 from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError
 from pedro.methods.servable import read_adapter
@@ -48,11 +48,11 @@ class Engine:
         self, model, tokenizer, config: EngineConfig, load: Callable[[str], Path], backbone_digest: str
     ) -> None:
         self.config = config
-        self._intake = Intake(model, tokenizer, config)
-        self.max_length = self._intake.max_length
+        self._processor = RequestProcessor(model, tokenizer, config)
+        self.max_length = self._processor.max_length
         self._runner = Runner(model, config.max_batch, self.max_length, config.kernel, config.threads)
         self._scheduler = Scheduler(
-            Limits(
+            SchedulerLimits(
                 slots=config.max_batch,
                 prefill_tokens=config.prefill_tokens,
                 max_waiting=config.max_waiting,
@@ -63,13 +63,13 @@ class Engine:
             )
         )
 
-        self._pace = Pace(config.prefill_stall) if self._runner.paced else None
-        if self._pace is not None:
+        self._prefill_budget = PrefillBudget(config.prefill_stall) if self._runner.splits_prefills else None
+        if self._prefill_budget is not None:
             self._scheduler.lone_tokens = min(LONE_TOKENS, config.prefill_tokens)
 
         def fetch(ref: str) -> Adapter:
             runner = self._runner
-            return read_adapter(load(ref), runner.architecture, backbone_digest, runner.device, runner.strip)
+            return read_adapter(load(ref), runner.architecture, backbone_digest, runner.device, runner.simd_width)
 
         self.adapters = AdapterPool(fetch, config.adapter_bytes, self._adapters_changed, config.loaders)
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class Engine:
         adapter just failed to load, and OverloadedError where the queue is full. Where it is full of requests of a
         tenant that has more waiting, the newest of those ends with RateLimitError instead.
         """
-        sequences = self._intake.sequences(request)
+        sequences = self._processor.process(request)
         with self._lock:
             if request.id in self._live:
                 raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
@@ -126,7 +126,7 @@ class Engine:
         for sequence in plan.preempted:
             settle(self._runner, (*sequence.lends_to, sequence))
         for sequence in plan.preempted:
-            sequence.kept = self._runner.keep(sequence.slot)
+            sequence.preempted_state = self._runner.save_state(sequence.slot)
             self._runner.release(sequence.slot)
             sequence.slots = []
         if plan.prefill:
@@ -219,9 +219,9 @@ class Engine:
             )
             self._finish(sequence, "error", error=error)
 
-    def _run_prefill(self, part: PrefillSlice) -> None:
+    def _run_prefill(self, part: PrefillChunk) -> None:
         leaders = [group[0] for group in part.groups]
-        if all(sequence.state is State.FINISHED for sequence in part.sequences):  # nobody waits for it any more
+        if all(sequence.state is SequenceState.FINISHED for sequence in part.sequences):  # nobody waits for it any more
             with self._lock:
                 if not part.begins:
                     self._runner.abandon()
@@ -264,47 +264,48 @@ class Engine:
             with self._lock:
                 self._fail(sequences)
             return
-        if self._pace is not None:
-            self._pace.decoded(time.perf_counter() - began, sum(sequence.width for sequence in sequences))
-            self._keep_steps_short(self._pace)
+        if self._prefill_budget is not None:
+            rows = sum(sequence.width for sequence in sequences)
+            self._prefill_budget.record_decode(time.perf_counter() - began, rows)
+            self._keep_steps_short(self._prefill_budget)
         with self._lock:
             for one in made:
                 self._accept(*one)
 
     @contextmanager
-    def _timed_prefill(self, part: PrefillSlice) -> Iterator[None]:
+    def _timed_prefill(self, part: PrefillChunk) -> Iterator[None]:
         """Learn what the slice cost, and from that how large the next may be."""
         began = time.perf_counter()
         yield
-        if self._pace is not None:
-            self._pace.prefilled(part.until - part.since, time.perf_counter() - began)
-            self._scheduler.slice_tokens = self._pace.slice_tokens(self.config.prefill_tokens)
-            self._keep_steps_short(self._pace)
+        if self._prefill_budget is not None:
+            self._prefill_budget.record_prefill(part.until - part.since, time.perf_counter() - began)
+            self._scheduler.chunk_tokens = self._prefill_budget.chunk_tokens(self.config.prefill_tokens)
+            self._keep_steps_short(self._prefill_budget)
 
-    def _keep_steps_short(self, pace: Pace) -> None:
+    def _keep_steps_short(self, budget: PrefillBudget) -> None:
         """Tell the scheduler what a short step may hold, by what the last ones cost."""
         scheduler, most = self._scheduler, self.config.prefill_tokens
         if scheduler.newcomer_tokens is not None:
-            scheduler.short_tokens = pace.short_tokens(scheduler.newcomer_tokens, most)
-            scheduler.short_rows = pace.short_rows(scheduler.newcomer_tokens, self.config.max_batch)
+            scheduler.short_tokens = budget.short_tokens(scheduler.newcomer_tokens, most)
+            scheduler.short_rows = budget.short_rows(scheduler.newcomer_tokens, self.config.max_batch)
 
     def _prefill_row(self, sequence: Sequence) -> PrefillRow:
         entry = self._held.get(sequence)
-        kept, sequence.kept = sequence.kept, None
+        preempted_state, sequence.preempted_state = sequence.preempted_state, None
         return PrefillRow(
             slot=sequence.slot,
             token_ids=sequence.prefill_ids,
             conditioning_length=sequence.conditioning_length,
-            adapter=entry.adapter if entry is not None and kept is None else None,
-            kept=kept,
+            adapter=entry.adapter if entry is not None and preempted_state is None else None,
+            preempted_state=preempted_state,
             prompt_logprobs=None if sequence.resumes else sequence.params.prompt_logprobs,
         )
 
-    def _end_prefill(self, groups: tuple[Group, ...]) -> None:
+    def _end_prefill(self, groups: tuple[PrefillGroup, ...]) -> None:
         """The vectors are made: adapters are not needed any more, but for those that act on every token."""
         for sequence in itertools.chain.from_iterable(groups):
             entry = self._held.get(sequence)
-            if sequence.state is State.FINISHED:
+            if sequence.state is SequenceState.FINISHED:
                 self._ended.append(sequence)
             elif entry is not None and not (entry.adapter is not None and entry.adapter.acts_on_every_token):
                 self._release_adapter(sequence)
@@ -324,7 +325,7 @@ class Engine:
             for slot in sequence.slots:
                 self._runner.cache.wipe(slot)
             self._fail((sequence,))
-        if sequence.state is State.FINISHED:
+        if sequence.state is SequenceState.FINISHED:
             return
         if sequence.max_tokens == 0:
             self._finish(sequence, "length", prompt_logprobs=prompt_logprobs)
@@ -341,15 +342,14 @@ class Engine:
         if reason is None:
             self._outbox.append(
                 Output(
-                    sequence.request.id,
-                    sequence.index,
-                    [token_id],
-                    text,
-                    None,
-                    logprobs,
-                    prompt_logprobs,
-                    len(sequence.request.prompt_ids),
-                    len(sequence.output_ids),
+                    request_id=sequence.request.id,
+                    index=sequence.index,
+                    token_ids=[token_id],
+                    text=text,
+                    logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    prompt_tokens=len(sequence.request.prompt_ids),
+                    completion_tokens=len(sequence.output_ids),
                 )
             )
         else:
@@ -358,17 +358,17 @@ class Engine:
 
     def _fail(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
-            if sequence.state is not State.FINISHED:
+            if sequence.state is not SequenceState.FINISHED:
                 error = UnavailableError("the engine failed on this request; try again", code="engine_error")
                 self._finish(sequence, "error", error=error)
 
     def _finish(self, sequence: Sequence, reason: str, **fields) -> None:
         """End a sequence, wherever it is, with its last output."""
         was = sequence.state
-        if was is State.WAITING and sequence.awaits is not None and sequence not in self._held:
+        if was is SequenceState.WAITING and sequence.awaits is not None and sequence not in self._held:
             self.adapters.remove_waiter(sequence.awaits)
         self._scheduler.finish(sequence)
-        if was is not State.PREFILLING:
+        if was is not SequenceState.PREFILLING:
             self._ended.append(sequence)
         self._counts["failed" if fields.get("error") else "finished"] += 1
         self._outbox += sequence.last_outputs(reason, **fields)

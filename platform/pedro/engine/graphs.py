@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from pedro.engine.attention import masked_attention
-from pedro.engine.executor import Logits
 from pedro.engine.kv_cache import PAGE, KVCache
+from pedro.engine.model_executor import Logits
 
 LENGTH_STEP = 256  # positions by which the masked form rounds up
 MAX_GRAPHS = 64  # the least recently used gives way

@@ -1,4 +1,4 @@
-"""Applies the slots' modulation inside a transformers model, by forward hooks. Knows no policy and no adapters' files.
+"""Applies the slots' modulation inside a transformers model, by forward hooks.
 
 Legend: N tokens of the packed batch, B rows, W output width of a module, S slots, R rank.
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 from pedro.adapter_kinds import Adapter, LowRank
 from pedro.engine.attention import DecodeStep
-from pedro.engine.modulation import SCALE, SHIFT, Conditioned, Modulation
+from pedro.engine.modulation import SCALE, SHIFT, ConditionedRow, Modulation
 from pedro.methods.architectures import Architecture, Rows
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class _Projection:
     """One module and the sites that lie in its output."""
 
     module: nn.Module
-    places: dict[str, Rows] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)  # of its output, by site
 
 
 class Hooks:
@@ -36,23 +36,23 @@ class Hooks:
         self.version = 0  # changes when buffers do
         self._modulation = modulation
         self._dtype = next(architecture.decoder.parameters()).dtype
-        self._prefill: list[Conditioned] = []
+        self._prefill: list[ConditionedRow] = []
         self._decode: DecodeStep | StaticStep | None = None
         self._low_rank: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}  # ([S, in, R], [S, R, W])
         self._handles = []
         modulation.on_low_rank = self._use_low_rank
         for number, layer in enumerate(architecture.layers):
             projections: dict[int, _Projection] = {}
-            sites = {site: (found.module, found.rows) for site, found in layer.sites.items()}
-            for site, (module, rows) in {**sites, "o": (layer.output, None), "down": (layer.down, None)}.items():
-                projections.setdefault(id(module), _Projection(module)).places[site] = rows
+            sites = {name: (site.module, site.rows) for name, site in layer.sites.items()}
+            for name, (module, rows) in {**sites, "o": (layer.output, None), "down": (layer.down, None)}.items():
+                projections.setdefault(id(module), _Projection(module)).rows[name] = rows
             self._handles.append(layer.norm.register_forward_hook(self._make_norm_hook(number)))
             for projection in projections.values():
                 hook = self._make_hook(number, projection)
                 self._handles.append(projection.module.register_forward_hook(hook))
 
     @contextmanager
-    def prefilling(self, rows: list[Conditioned]):
+    def prefilling(self, rows: list[ConditionedRow]):
         """While this lasts, forwards make and apply the modulation of `rows`, packed as their segments say."""
         self._prefill = [row for row in rows if row.modulated]
         try:
@@ -95,11 +95,11 @@ class Hooks:
     def _modulate_prompts(self, layer: int, projection: _Projection, inputs, output: torch.Tensor) -> torch.Tensor:
         """output [1, N, W]: each row's tokens by its slot's rows; bare rows are not touched."""
         buffers, low_rank = self._modulation.buffers, self._modulation.low_rank
-        for site, place in projection.places.items():
+        for site, rows in projection.rows.items():
             scale, shift = buffers.get((SCALE, layer, site)), buffers.get((SHIFT, layer, site))
             for row in self._prefill:
                 slot, span = row.segment.slot, slice(row.segment.start, row.segment.stop)
-                part = _part(output[0, span], place)
+                part = _part(output[0, span], rows)
                 made = part
                 if scale is not None:
                     made = made * scale[slot]
@@ -109,7 +109,7 @@ class Hooks:
                 if term is not None:
                     made = made + (inputs[0, span].float() @ term.a) @ term.b
                 if made is not part:
-                    _put(output[0, span], place, made)
+                    _put(output[0, span], rows, made)
         return output
 
     def _modulate_step(
@@ -122,9 +122,9 @@ class Hooks:
     ) -> torch.Tensor:
         """output [1, B, W], one row a slot."""
         buffers = self._modulation.buffers
-        for site, place in projection.places.items():
+        for site, rows in projection.rows.items():
             scale, shift = buffers.get((SCALE, layer, site)), buffers.get((SHIFT, layer, site))
-            part = _part(output[0], place)
+            part = _part(output[0], rows)
             made = part
             if scale is not None:
                 made = made * step.of_slots(scale)
@@ -135,10 +135,10 @@ class Hooks:
                 a, b = (step.of_slots(term) for term in terms)
                 made = made + torch.bmm(torch.bmm(inputs[0].to(a.dtype)[:, None], a), b)[:, 0]
             if made is not part:
-                if place is None:
+                if rows is None:
                     output = made.to(output.dtype)[None]
                 else:
-                    _put(output[0], place, made)
+                    _put(output[0], rows, made)
         return output
 
     def _use_low_rank(self, slot: int, adapter: Adapter | None) -> None:
@@ -169,9 +169,9 @@ class Hooks:
         return self._low_rank[(layer, site)]
 
 
-def _part(output: torch.Tensor, place: Rows) -> torch.Tensor:
-    return output if place is None else output[..., place]
+def _part(output: torch.Tensor, rows: Rows) -> torch.Tensor:
+    return output if rows is None else output[..., rows]
 
 
-def _put(output: torch.Tensor, place: Rows, made: torch.Tensor) -> None:
-    output[..., slice(None) if place is None else place] = made.to(output.dtype)
+def _put(output: torch.Tensor, rows: Rows, part: torch.Tensor) -> None:
+    output[..., slice(None) if rows is None else rows] = part.to(output.dtype)

@@ -10,7 +10,7 @@ import math
 import torch
 
 PAGE = 256  # positions of a page
-MARGIN = 64  # elements after the last: the CPU kernel reads whole strips, and drops what lies outside
+MARGIN = 64  # elements after the last: the CPU kernel reads whole SIMD vectors, and drops what lies outside
 
 
 class KVCache:

@@ -29,7 +29,7 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class PreemptedState:
     """What must outlive a preemption: the slot's rows, or the low-rank adapter itself."""
 
     rows: dict[Key, torch.Tensor]
@@ -37,24 +37,24 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Conditioned:
+class ConditionedRow:
     """A row of a prefill: its tokens, how many of them its vectors may see, and its adapter (None: bare)."""
 
     segment: Segment
     conditioning_length: int
     adapter: Adapter | None
-    kept: Kept | None = None
+    preempted_state: PreemptedState | None = None
 
     @property
     def modulated(self) -> bool:
-        return self.adapter is not None or self.kept is not None
+        return self.adapter is not None or self.preempted_state is not None
 
 
 @dataclass
-class Generating:
+class GeneratorBatch:
     """Rows of a prefill whose generators can run as one."""
 
-    rows: list[Conditioned]
+    rows: list[ConditionedRow]
     generators: list[Generator]
     slots: torch.Tensor = field(init=False)
 
@@ -77,11 +77,11 @@ class Generating:
 class Modulation:
     """The slots' rows of every layer and site. A buffer is made when the first adapter needs it, and stays.
 
-    Buffers are [S, W], W rounded up to whole `strip`s. `on_buffer(kind, layer, site, buffer)` is told of new ones,
-    `on_low_rank(slot, adapter or None)` of a slot whose low-rank adapter changed.
+    Buffers are [S, W], W rounded up to a multiple of `simd_width`. `on_buffer(kind, layer, site, buffer)` is told of
+    new ones, `on_low_rank(slot, adapter or None)` of a slot whose low-rank adapter changed.
     """
 
-    def __init__(self, widths: list[dict[str, int]], slots: int, device: torch.device, strip: int = 1) -> None:
+    def __init__(self, widths: list[dict[str, int]], slots: int, device: torch.device, simd_width: int = 1) -> None:
         self.buffers: dict[Key, torch.Tensor] = {}
         self.low_rank: dict[int, Adapter] = {}  # by slot
         self.modulated = [False] * slots  # whether a slot differs from the bare backbone
@@ -90,20 +90,20 @@ class Modulation:
         self._widths = widths
         self._slots = slots
         self._device = device
-        self._strip = strip
-        self.generating: list[Generating] = []  # what the prefill under way has to generate
+        self._simd_width = simd_width
+        self.generating: list[GeneratorBatch] = []  # what the prefill under way has to generate
 
-    def begin(self, rows: list[Conditioned]) -> list[Generating]:
+    def begin(self, rows: list[ConditionedRow]) -> list[GeneratorBatch]:
         """Take up the rows of a prefill: all but their generated vectors is in place afterwards.
 
         Gives what makes those; it must stand in `generating` whenever the prefill runs.
         """
-        by_form: dict[tuple, list[Conditioned]] = {}
+        by_form: dict[tuple, list[ConditionedRow]] = {}
         for row in rows:
             slot, adapter = row.segment.slot, row.adapter
             was, self.modulated[slot] = self.modulated[slot], row.modulated
-            if row.kept is not None:
-                self._set(slot, row.kept.rows, row.kept.low_rank)
+            if row.preempted_state is not None:
+                self._set(slot, row.preempted_state.rows, row.preempted_state.low_rank)
             elif adapter is not None:
                 generated = adapter.generator.targets if adapter.generator is not None else ()
                 self._set(slot, self._constants(adapter), adapter if adapter.low_rank else None, generated)
@@ -114,7 +114,7 @@ class Modulation:
                 self._set(slot, {}, None)
         generating = []
         for batch in by_form.values():
-            made = Generating(batch, [row.adapter.generator for row in batch])  # type: ignore[union-attr, misc]
+            made = GeneratorBatch(batch, [row.adapter.generator for row in batch])  # type: ignore[union-attr, misc]
             made.slots = torch.tensor([row.segment.slot for row in batch], device=self._device)
             generating.append(made)
         return generating
@@ -130,10 +130,10 @@ class Modulation:
             for site, part in zip(first.targets, made.split(first.widths[layer], -1), strict=True):
                 self._buffer((SCALE, layer, site))[batch.slots, : part.shape[-1]] = part
 
-    def keep(self, slot: int) -> Kept:
+    def save_state(self, slot: int) -> PreemptedState:
         """The slot's rows, copied."""
         rows = {key: buffer[slot].clone() for key, buffer in self.buffers.items()} if self.modulated[slot] else {}
-        return Kept(rows, self.low_rank.get(slot))
+        return PreemptedState(rows, self.low_rank.get(slot))
 
     def copy(self, source: int, targets: list[int]) -> None:
         """Give the slots `targets` the rows of `source`."""
@@ -151,7 +151,7 @@ class Modulation:
 
     def width(self, layer: int, site: str) -> int:
         """How wide a row of the site's buffers is."""
-        return -(-self._widths[layer][site] // self._strip) * self._strip
+        return -(-self._widths[layer][site] // self._simd_width) * self._simd_width
 
     def _constants(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
         parts = ((SCALE, adapter.scale), (SHIFT, adapter.shift))
@@ -205,7 +205,7 @@ class Modulation:
 
 def _pool(
     residual: torch.Tensor,
-    rows: list[Conditioned],
+    rows: list[ConditionedRow],
     pool: str,
     norm: Callable[[torch.Tensor], torch.Tensor] | None,
     window: int | None,

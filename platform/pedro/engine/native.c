@@ -1,6 +1,6 @@
 /* The decode step and the projections of a prefill for Llama-like models on a CPU, in float32.
 
-   Weights lie in panels: two strips of VW output columns, input by input, so that a product streams them once, in
+   Weights lie in panels: two vectors of VW output columns, input by input, so that a product streams them once, in
    order, whatever the number of rows. Every output is one sum over the inputs in their order: a row's numbers do not
    depend on its neighbours, and prefill and decode agree. `native.py` packs the weights and is the only caller;
    the slow reference is the model itself (tests/test_engine_native.py).
@@ -8,7 +8,7 @@
    Sites are the seven projections. Each takes a scale and a shift per slot (PEDRO, (IA)3, RED, bias) and a low-rank
    term per slot (LoRA): y = scale * (W x + b) + shift + B (A x). */
 
-#include "team.h"
+#include "thread_pool.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -40,8 +40,8 @@ enum { LAST, MEAN, MAX };
 
 typedef struct {
   const float *norm1, *norm2, *q_norm, *k_norm;   /* q_norm, k_norm: [d] or null */
-  const float *qkv, *o, *gate_up, *down;          /* panels; gate_up: a strip of gate beside one of up */
-  const float *bias[SITES];                       /* of the projection, padded to strips, or null */
+  const float *qkv, *o, *gate_up, *down;          /* panels; gate_up: VW columns of gate beside VW of up */
+  const float *bias[SITES];                       /* of the projection, padded to VW, or null */
   const float *scale[SITES], *shift[SITES];       /* [slots, padded width], or null where no slot has any */
   float *keys, *values;                           /* [slots, kv_heads, length, head_dim] */
   long window;                                    /* positions that a token sees; 0: all */
@@ -79,7 +79,7 @@ typedef struct {
   int *best_at;
 } Batch;
 
-long pedro_strip(void) { return VW; }
+long pedro_simd_width(void) { return VW; }
 
 static inline long padded(long n) { return (n + VW - 1) / VW * VW; }
 static inline vf load(const float *p) { return *(const vfu *)p; }
@@ -208,22 +208,22 @@ static void pack(const Product *p, long row, int m, float eps, float *packed) { 
       for (int r = 0; r < m; r++) packed[r] = x[r][i] * scale[r] * p->norm[i];
 }
 
-typedef struct {            /* what is done to a strip of columns of one site */
+typedef struct {            /* what is done to VW columns of one site */
   const float *bias, *scale, *shift, *const *lora;
   const int *rank;
   long width, col, low;     /* low: where the site's low-rank terms stand in a row of B->low */
-} Strip;
+} Columns;
 
-static inline Strip strip_of(const Model *M, const Batch *B, long l, const Product *p, int at, long col) {
+static inline Columns columns_of(const Model *M, const Batch *B, long l, const Product *p, int at, long col) {
   const Layer *L = M->layer + l;
   const int site = p->first + at;
   const long entry = (l * SITES + site) * M->slots;
-  return (Strip){L->bias[site] ? L->bias[site] + col : 0, L->scale[site] ? L->scale[site] + col : 0,
+  return (Columns){L->bias[site] ? L->bias[site] + col : 0, L->scale[site] ? L->scale[site] + col : 0,
                  L->shift[site] ? L->shift[site] + col : 0, B->lora ? M->lora + 2 * entry : 0, M->ranks + entry,
                  padded(p->width[at]), col, at * M->max_rank};
 }
 
-static inline vf modulated(const Model *M, const Batch *B, const Strip *s, long row, vf y) {
+static inline vf modulated(const Model *M, const Batch *B, const Columns *s, long row, vf y) {
   if (s->bias) y += load(s->bias);
   const long slot = B->mods[row];
   if (slot < 0) return y;
@@ -238,7 +238,7 @@ static inline vf modulated(const Model *M, const Batch *B, const Strip *s, long 
 
 static void finish(const Model *M, const Batch *B, long l, const Product *p, long panel, long row, int m, float *y) {
   if (p->mode == GATED) {
-    const Strip gate = strip_of(M, B, l, p, 0, panel * VW), up = strip_of(M, B, l, p, 1, panel * VW);
+    const Columns gate = columns_of(M, B, l, p, 0, panel * VW), up = columns_of(M, B, l, p, 1, panel * VW);
     float *out = p->out + row * p->ldo + panel * VW;
     for (int r = 0; r < m; r++, y += NR, out += p->ldo) {
       vf g = modulated(M, B, &gate, row + r, load(y)), u = modulated(M, B, &up, row + r, load(y + VW));
@@ -250,8 +250,8 @@ static void finish(const Model *M, const Batch *B, long l, const Product *p, lon
     long col = (2 * panel + half) * VW, at = 0;
     float *out = p->out + row * p->ldo + col;
     while (at < p->count && col >= padded(p->width[at])) col -= padded(p->width[at++]);
-    if (at == p->count) return; /* the last panel's second strip may be empty */
-    const Strip s = strip_of(M, B, l, p, at, col);
+    if (at == p->count) return; /* the last panel's second half may be empty */
+    const Columns s = columns_of(M, B, l, p, at, col);
     for (int r = 0; r < m; r++, out += p->ldo) {
       vf v = modulated(M, B, &s, row + r, load(y + r * NR));
       store(out, p->mode == ADD ? v + load(out) : v);
@@ -376,11 +376,11 @@ static void low_rank_row(const void *what, long row, int thread) { /* low = A x 
 }
 
 static void project(const Model *M, const Batch *B, long l, Product p) {
-  long strips = 0;
-  for (int at = 0; at < p.count; at++) strips += padded(p.width[at]) / VW;
+  long vectors = 0;
+  for (int at = 0; at < p.count; at++) vectors += padded(p.width[at]) / VW;
   const Multiplication u = {.M = M, .B = B, .p = &p, .l = l};
   if (B->lora && p.mode != HEAD) share(B->rows, 4.0 * p.k * M->max_rank, low_rank_row, &u);
-  multiply(M, B, l, &p, (strips + 1) / 2);
+  multiply(M, B, l, &p, (vectors + 1) / 2);
 }
 
 /* ---- attention ---- */

@@ -1,5 +1,5 @@
-"""Compiles, caches and loads `native.c`, whose threads are `team.h`. Knows nothing of models: `native_model.py` packs
-them for it.
+"""Compiles, caches and loads `native.c`, whose threads are those of `thread_pool.h`. `native_model.py` packs models for
+it.
 
 The first engine of a machine compiles the kernel (about two seconds) into the user's cache directory, under the hash
 of source, compiler, flags and processor. Where there is no compiler the engine runs on PyTorch alone, and says so.
@@ -22,11 +22,11 @@ from pathlib import Path
 from pedro.adapter_kinds import SITES  # in the order of native.c's enum
 
 log = logging.getLogger(__name__)
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "team.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "thread_pool.h"))
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-shared", "-fPIC")
 
 
-class Layer(ctypes.Structure):
+class LayerStruct(ctypes.Structure):
     """`Layer` of native.c."""
 
     _fields_ = [
@@ -38,7 +38,7 @@ class Layer(ctypes.Structure):
     ]
 
 
-class Model(ctypes.Structure):
+class ModelStruct(ctypes.Structure):
     """`Model` of native.c."""
 
     _fields_ = [
@@ -46,7 +46,7 @@ class Model(ctypes.Structure):
         *((name, c_long) for name in ("length", "slots", "threads", "activation")),
         *((name, c_float) for name in ("eps", "scaling", "embed_scale", "pad")),
         *((name, c_void_p) for name in ("embed", "final_norm", "head", "cos", "sin")),
-        ("layer", POINTER(Layer)),
+        ("layer", POINTER(LayerStruct)),
         ("lora", c_void_p),
         ("ranks", c_void_p),
         ("max_rank", c_long),
@@ -55,7 +55,7 @@ class Model(ctypes.Structure):
     ]
 
 
-class Generator(ctypes.Structure):
+class GeneratorStruct(ctypes.Structure):
     """`Generator` of native.c."""
 
     _fields_ = [
@@ -68,7 +68,7 @@ class Generator(ctypes.Structure):
     ]
 
 
-class Batch(ctypes.Structure):
+class BatchStruct(ctypes.Structure):
     """`Batch` of native.c."""
 
     _fields_ = [
@@ -98,10 +98,10 @@ def load_kernel() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         log.warning("the CPU kernel could not be built, so the engine decodes with PyTorch alone: %s", detail)
         return None
-    kernel.pedro_strip.restype = c_long
+    kernel.pedro_simd_width.restype = c_long
     for name, last in {"embed": (), "generate": (c_long,), "prefill": (c_long,), "logits": (), "decode": ()}.items():
         function = getattr(kernel, f"pedro_{name}")
-        function.argtypes, function.restype = (POINTER(Model), POINTER(Batch), *last), None
+        function.argtypes, function.restype = (POINTER(ModelStruct), POINTER(BatchStruct), *last), None
     return kernel
 
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from pedro.adapter_kinds import SITES, Adapter, Generator
 from pedro.engine import native
-from pedro.engine.executor import Logits
+from pedro.engine.kernel_threads import KernelThreads
 from pedro.engine.kv_cache import KVCache
-from pedro.engine.modulation import Conditioned, Modulation
-from pedro.engine.threads import Threads
-from pedro.methods.architectures import Architecture
+from pedro.engine.model_executor import Logits
+from pedro.engine.modulation import ConditionedRow, Modulation
+from pedro.methods.architectures import Architecture, LayerSites
 
 MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GENERATOR_ACTIVATIONS = ("rational", "gelu", "relu")  # the order of native.c's enums
@@ -43,17 +43,17 @@ def supported(model: Any) -> bool:
     )
 
 
-def strip() -> int:
-    """How many columns the kernel handles as one; rows of modulation are padded to it."""
+def simd_width() -> int:
+    """How many float32 a vector of the kernel holds; rows of modulation are padded to it."""
     kernel = native.load_kernel()
     assert kernel is not None, "asked for only where it is supported"
-    return int(kernel.pedro_strip())
+    return int(kernel.pedro_simd_width())
 
 
-class Flow:
+class PrefillState:
     """A prefill under way: its rows and their hidden states. `done` counts tokens times layers."""
 
-    def __init__(self, rows: list[Conditioned], batch: native.Batch, buffers: dict[str, torch.Tensor]) -> None:
+    def __init__(self, rows: list[ConditionedRow], batch: native.BatchStruct, buffers: dict[str, torch.Tensor]) -> None:
         self.rows = rows  # and with them the adapters whose weights the kernel reads
         self.batch = batch
         self.buffers = buffers
@@ -74,12 +74,12 @@ class NativeModel:
         config = model.config
         self._num_layers = len(architecture.layers)
         self._kernel, self._modulation, self._cache = kernel, modulation, cache
-        self.threads = Threads(threads)
-        self._strip = strip()
+        self.threads = KernelThreads(threads)
+        self._simd_width = simd_width()
         self._held: list[torch.Tensor] = []  # what the kernel points at
         heads = config.num_attention_heads
         kv_heads, width = cache.keys[0].shape[1], cache.keys[0].shape[3]
-        layers = (native.Layer * self._num_layers)()
+        layers = (native.LayerStruct * self._num_layers)()
         cos, sin = _rotations(model.base_model, cache.keys[0].shape[2])
         self._sizes = {
             "dim": config.hidden_size,
@@ -91,7 +91,7 @@ class NativeModel:
         }
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = head.weight.data_ptr() == embedding.weight.data_ptr()
-        self._model = native.Model(
+        self._model = native.ModelStruct(
             **self._sizes,
             layers=self._num_layers,
             rotary=cos.shape[1],
@@ -113,21 +113,21 @@ class NativeModel:
         if tied:
             _release(embedding)
         self._structs: WeakKeyDictionary[Generator, Any] = WeakKeyDictionary()
-        for layer, place, keys, values in zip(layers, architecture.layers, cache.keys, cache.values, strict=True):
-            self._pack(layer, place, keys, values)
+        for layer, sites, keys, values in zip(layers, architecture.layers, cache.keys, cache.values, strict=True):
+            self._pack(layer, sites, keys, values)
         self._lora = torch.zeros(self._num_layers, len(SITES), slots, 2, dtype=torch.int64)
         self._ranks = torch.zeros(self._num_layers, len(SITES), slots, dtype=torch.int32)
         self._model.lora, self._model.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
         self._batch, self._buffers = self._make_batch(slots)
         self._part, self._part_buffers = self._make_batch(PART_ROWS, logits=False)
-        self._prompts: tuple[native.Batch, dict[str, torch.Tensor]] | None = None
-        self._borrower: Callable[[], Flow | None] = lambda: None  # the prefill that has the shared buffers
+        self._prompts: tuple[native.BatchStruct, dict[str, torch.Tensor]] | None = None
+        self._borrower: Callable[[], PrefillState | None] = lambda: None  # the prefill that has the shared buffers
         ids, positions, slot_ids, mods = (self._buffers[name] for name in ("ids", "positions", "slots", "mods"))
         self._inputs: list[Any] = [(c_int * slots).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
         modulation.on_buffer = self._use_buffer
         modulation.on_low_rank = self._use_low_rank
 
-    def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Flow:
+    def start(self, rows: list[ConditionedRow], token_ids: list[list[int]]) -> PrefillState:
         """Take up a prefill of these rows."""
         flat = [token for ids in token_ids for token in ids]
         batch, buffers = self._prefill_batch(len(flat))
@@ -145,59 +145,59 @@ class NativeModel:
         batch.prompts, batch.starts = len(rows), buffers["starts"].data_ptr()
         batch.conditioned = buffers["conditioned"].data_ptr()
         batch.lora = any(slot in self._modulation.low_rank for slot in mods)
-        flow = Flow(rows, batch, buffers)
+        state = PrefillState(rows, batch, buffers)
         if self._borrower() is None:
-            self._borrower = ref(flow)
+            self._borrower = ref(state)
         if any(row.adapter is not None and row.adapter.generator is not None for row in rows):
-            flow.generators = (c_void_p * len(rows))(*(self._generators(row.adapter) for row in rows))
-            batch.generators = cast(flow.generators, c_void_p)
+            state.generators = (c_void_p * len(rows))(*(self._generators(row.adapter) for row in rows))
+            batch.generators = cast(state.generators, c_void_p)
         self._run("embed", batch)
-        return flow
+        return state
 
-    def advance(self, flow: Flow, until: int) -> None:
+    def advance(self, state: PrefillState, until: int) -> None:
         """Run on, layer by layer and a few rows at a time, until so many tokens' worth of it is done."""
-        count = int(flow.batch.rows)
-        while (left := min(until, count) * self._num_layers - flow.done) > 0:
-            layer, row = divmod(flow.done, count)
-            if row == 0 and flow.generators is not None:
-                self._run("generate", flow.batch, layer)
+        count = int(state.batch.rows)
+        while (left := min(until, count) * self._num_layers - state.done) > 0:
+            layer, row = divmod(state.done, count)
+            if row == 0 and state.generators is not None:
+                self._run("generate", state.batch, layer)
             size = min(count - row, PART_ROWS, -(-left // PART_STEP) * PART_STEP)
-            self._run("prefill", self._part_of(flow, row, size), layer)
-            flow.done += size
+            self._run("prefill", self._part_of(state, row, size), layer)
+            state.done += size
 
-    def logits(self, flow: Flow, index: list[int]) -> Logits:
+    def logits(self, state: PrefillState, index: list[int]) -> Logits:
         """What comes after the tokens `index` of a prefill whose layers all ran."""
         batch, buffers = self._make_batch(len(index))
-        buffers["x"].copy_(flow.buffers["x"][torch.tensor(index)])
+        buffers["x"].copy_(state.buffers["x"][torch.tensor(index)])
         self._run("logits", batch)
         return Logits(buffers["logits"], batch.best[: len(index)])
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
         """One step: the last token of each row."""
-        rows, batch, state = len(slots), self._batch, self._modulation
-        ids, places, slot_ids, mods = self._inputs
-        ids[:rows], places[:rows], slot_ids[:rows] = token_ids, positions, slots
-        mods[:rows] = [slot if state.modulated[slot] else -1 for slot in slots]
+        rows, batch, modulation = len(slots), self._batch, self._modulation
+        ids, at, slot_ids, mods = self._inputs
+        ids[:rows], at[:rows], slot_ids[:rows] = token_ids, positions, slots
+        mods[:rows] = [slot if modulation.modulated[slot] else -1 for slot in slots]
         batch.rows = rows
-        batch.lora = bool(state.low_rank) and any(slot in state.low_rank for slot in slots)
+        batch.lora = bool(modulation.low_rank) and any(slot in modulation.low_rank for slot in slots)
         if batch.lora:
             self._make_low(batch, self._buffers)
         self._run("decode", batch)
         return Logits(self._buffers["logits"][:rows], batch.best[:rows])
 
-    def _run(self, call: str, batch: native.Batch, *layer: int) -> None:
+    def _run(self, call: str, batch: native.BatchStruct, *layer: int) -> None:
         """One call of the kernel, with as many threads as the machine lets run."""
         self._model.threads = self.threads.count
         getattr(self._kernel, f"pedro_{call}")(pointer(self._model), pointer(batch), *layer)
         self.threads.note(self._model.spent, self._model.lost)
 
-    def _part_of(self, flow: Flow, row: int, size: int) -> native.Batch:
+    def _part_of(self, state: PrefillState, row: int, size: int) -> native.BatchStruct:
         """Rows [row, row + size) of the prefill as a batch: its hidden states, and room that all parts share."""
-        part, buffers = self._part, flow.buffers
-        part.rows, part.lora = size, flow.batch.lora
+        part, buffers = self._part, state.buffers
+        part.rows, part.lora = size, state.batch.lora
         for name in ("x", "ids", "positions", "slots", "mods"):
             setattr(part, name, buffers[name][row:].data_ptr())
-        spans = [(max(r.segment.start, row), min(r.segment.stop, row + size)) for r in flow.rows]
+        spans = [(max(r.segment.start, row), min(r.segment.stop, row + size)) for r in state.rows]
         starts = [start - row for start, stop in spans if start < stop]
         self._part_buffers["starts"] = torch.tensor([*starts, size], dtype=torch.int32)
         part.prompts, part.starts = len(starts), self._part_buffers["starts"].data_ptr()
@@ -211,7 +211,7 @@ class NativeModel:
             return None
         known = self._structs.get(generator)
         if known is None:
-            known = self._structs[generator] = (native.Generator * self._num_layers)()
+            known = self._structs[generator] = (native.GeneratorStruct * self._num_layers)()
             for struct, part, widths in zip(known, generator.layers, generator.widths, strict=True):
                 for name in ("down", "up", "bias", "a", "b"):
                     tensor = getattr(part, name)
@@ -225,12 +225,12 @@ class NativeModel:
                 struct.site[: struct.sites] = [SITES.index(site) for site in generator.targets]
         return addressof(known)
 
-    def _pack(self, layer: native.Layer, place, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _pack(self, layer: native.LayerStruct, block: LayerSites, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Point `layer` at packed weights; the modules' own are released."""
-        attention, mlp_norm = place.attention, place.block.post_attention_layernorm
-        sites = {site: _weights(found) for site, found in place.sites.items()}
-        sites |= {"o": _own(place.output), "down": _own(place.down)}
-        layer.norm1, layer.norm2 = self._hold(_norm(place.norm)), self._hold(_norm(mlp_norm))
+        attention, mlp_norm = block.attention, block.block.get_submodule("post_attention_layernorm")
+        sites = {name: _weights(site) for name, site in block.sites.items()}
+        sites |= {"o": _own(block.output), "down": _own(block.down)}
+        layer.norm1, layer.norm2 = self._hold(_norm(block.norm)), self._hold(_norm(mlp_norm))
         for name in ("q_norm", "k_norm"):
             norm = getattr(attention, name, None)
             setattr(layer, name, None if norm is None else self._hold(_norm(norm)))
@@ -245,28 +245,28 @@ class NativeModel:
         layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         layer.window = _window(attention)
         for module in {
-            id(m): m for m in (*(s.module for s in place.sites.values()), place.output, place.down)
+            id(m): m for m in (*(s.module for s in block.sites.values()), block.output, block.down)
         }.values():
             _release(module)
 
     def _panels(self, weights: list[torch.Tensor]) -> torch.Tensor:
-        """Weights [W, K] of the sites of one product, as panels [P, K, two strips]."""
+        """Weights [W, K] of the sites of one product, as panels [P, K, two vectors]."""
         rows = torch.cat([self._widened(weight) for weight in weights])
-        if len(rows) % (2 * self._strip):
-            rows = F.pad(rows, (0, 0, 0, self._strip))
-        return rows.view(-1, 2 * self._strip, rows.shape[1]).transpose(1, 2).contiguous()
+        if len(rows) % (2 * self._simd_width):
+            rows = F.pad(rows, (0, 0, 0, self._simd_width))
+        return rows.view(-1, 2 * self._simd_width, rows.shape[1]).transpose(1, 2).contiguous()
 
     def _paired(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Gate and up [W, K] as panels of a strip of each."""
-        strips = [self._widened(weight).view(-1, self._strip, weight.shape[1]) for weight in (gate, up)]
-        return torch.cat(strips, 1).transpose(1, 2).contiguous()
+        """Gate and up [W, K] as panels of a vector of each."""
+        vectors = [self._widened(weight).view(-1, self._simd_width, weight.shape[1]) for weight in (gate, up)]
+        return torch.cat(vectors, 1).transpose(1, 2).contiguous()
 
     def _widened(self, weight: torch.Tensor) -> torch.Tensor:
-        """[W, …] with rows of zeros up to whole strips."""
+        """[W, …] with rows of zeros up to whole vectors."""
         return F.pad(weight, (0, 0, 0, self._round(len(weight)) - len(weight)))
 
     def _round(self, width: int) -> int:
-        return -(-width // self._strip) * self._strip
+        return -(-width // self._simd_width) * self._simd_width
 
     def _hold(self, tensor: torch.Tensor) -> int:
         """Keep the tensor alive; gives its address."""
@@ -274,7 +274,7 @@ class NativeModel:
         self._held.append(tensor)
         return tensor.data_ptr()
 
-    def _make_batch(self, rows: int, logits: bool = True) -> tuple[native.Batch, dict[str, torch.Tensor]]:
+    def _make_batch(self, rows: int, logits: bool = True) -> tuple[native.BatchStruct, dict[str, torch.Tensor]]:
         """A batch of `rows`, and the tensors behind it: `dim` and so on are the widths of native.c's `Batch`."""
         sizes, threads = self._sizes, self.threads.limit
         q, kv = (self._round(sizes[name] * sizes["head_dim"]) for name in ("heads", "kv_heads"))
@@ -288,20 +288,20 @@ class NativeModel:
             name: torch.empty(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods", "best")
         }
         buffers["best_at"] = torch.empty(rows * threads, dtype=torch.int32)
-        batch = native.Batch(rows=rows, lora=0)
+        batch = native.BatchStruct(rows=rows, lora=0)
         for name, buffer in buffers.items():
             address = buffer.data_ptr()
             setattr(batch, name, cast(address, POINTER(c_int)) if name == "best" else address)
         return batch, buffers
 
-    def _prefill_batch(self, rows: int) -> tuple[native.Batch, dict[str, torch.Tensor]]:
+    def _prefill_batch(self, rows: int) -> tuple[native.BatchStruct, dict[str, torch.Tensor]]:
         """Inputs and hidden states that prefills share one after the other; they grow. One that begins while another is
         put aside has its own."""
         shared = self._borrower() is None
         if not shared or self._prompts is None or len(self._prompts[1]["ids"]) < rows:
             buffers = {"x": torch.empty(rows, self._round(self._sizes["dim"]))}
             buffers |= {name: torch.empty(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods")}
-            made = native.Batch(**{name: buffer.data_ptr() for name, buffer in buffers.items()}), buffers
+            made = native.BatchStruct(**{name: buffer.data_ptr() for name, buffer in buffers.items()}), buffers
             if not shared:
                 made[0].rows = rows
                 return made
@@ -310,7 +310,7 @@ class NativeModel:
         batch.rows = rows
         return batch, buffers
 
-    def _make_low(self, batch: native.Batch, buffers: dict[str, torch.Tensor]) -> None:
+    def _make_low(self, batch: native.BatchStruct, buffers: dict[str, torch.Tensor]) -> None:
         """Room for the low-rank terms of every row; it grows with the largest rank."""
         if batch.lora and ("low" not in buffers or buffers["low"].shape[1] < 3 * self._model.max_rank):
             buffers["low"] = torch.zeros(len(buffers["x"]), 3 * self._model.max_rank)

@@ -13,14 +13,14 @@ import torch
 
 from pedro.adapter_kinds import Adapter
 from pedro.engine import native_model
-from pedro.engine.executor import Executor, Logits
 from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
+from pedro.engine.kernel_threads import granted_threads
 from pedro.engine.kv_cache import KVCache
-from pedro.engine.modulation import Conditioned, Generating, Kept, Modulation, Segment
+from pedro.engine.model_executor import Logits, ModelExecutor
+from pedro.engine.modulation import ConditionedRow, GeneratorBatch, Modulation, PreemptedState, Segment
 from pedro.engine.native_model import NativeModel
 from pedro.engine.sampler import token_logprobs
 from pedro.engine.sequence import TokenLogprob
-from pedro.engine.threads import granted_threads
 from pedro.engine.torch_model import TorchModel, refuse_unfit, softcapped
 from pedro.errors import BackboneError
 from pedro.methods.architectures import describe
@@ -33,14 +33,14 @@ HEAD_CHUNK = 256  # prompt positions whose logits exist at once
 class PrefillRow:
     """A prompt to read into `slot`. `prompt_logprobs` asks for those of its tokens, with that many alternatives.
 
-    `kept` is what a preempted request kept, used in place of the adapter.
+    `preempted_state` is what a preempted request saved, used in place of the adapter.
     """
 
     slot: int
     token_ids: list[int]
     conditioning_length: int
     adapter: Adapter | None = None
-    kept: Kept | None = None
+    preempted_state: PreemptedState | None = None
     prompt_logprobs: int | None = None
 
 
@@ -54,11 +54,11 @@ class DecodeRow:
 
 
 @dataclass
-class _Prefill:
+class _PackedPrefill:
     rows: list[PrefillRow]
     segments: list[Segment] = field(default_factory=list)
-    generating: list[Generating] = field(default_factory=list)
-    flow: Any = None  # the executor's
+    generating: list[GeneratorBatch] = field(default_factory=list)
+    state: Any = None  # the executor's
 
 
 class Runner:
@@ -94,50 +94,50 @@ class Runner:
                 f"{', '.join(native_model.MODELS)}; use kernel: auto"
             )
         self.kernel = "native" if fits else "torch"
-        self.strip = native_model.strip() if fits else 1
+        self.simd_width = native_model.simd_width() if fits else 1
         widths = [
             {
-                **{site: found.width for site, found in layer.sites.items()},
+                **{name: site.width for name, site in layer.sites.items()},
                 "o": self.architecture.hidden_size,
                 "down": self.architecture.hidden_size,
             }
             for layer in self.architecture.layers
         ]
-        self.modulation = Modulation(widths, slots + graphs, self.device, self.strip)
-        self._executor: Executor = (
+        self.modulation = Modulation(widths, slots + graphs, self.device, self.simd_width)
+        self._executor: ModelExecutor = (
             NativeModel(model, self.architecture, self.cache, self.modulation, slots, threads or granted_threads())
             if fits
             else TorchModel(
                 model, self.architecture, self.cache, self.modulation, GraphCapture() if graphs else None, paged
             )
         )
-        self._prefills: list[_Prefill] = []
+        self._prefills: list[_PackedPrefill] = []
 
     @torch.inference_mode()
     def begin(self, rows: list[PrefillRow]) -> None:
         """Take up a prefill; `advance` runs it."""
-        prefill = _Prefill(rows)
+        prefill = _PackedPrefill(rows)
         self._prefills.append(prefill)
         segments, start = prefill.segments, 0
         for row in rows:
             segments.append(Segment(start, start + len(row.token_ids), row.slot))
             start = segments[-1].stop
         conditioned = [
-            Conditioned(segment, row.conditioning_length, row.adapter, row.kept)
+            ConditionedRow(segment, row.conditioning_length, row.adapter, row.preempted_state)
             for row, segment in zip(rows, segments, strict=True)
         ]
         prefill.generating = self.modulation.begin(conditioned)
-        prefill.flow = self._executor.start(conditioned, [row.token_ids for row in rows])
+        prefill.state = self._executor.start(conditioned, [row.token_ids for row in rows])
 
     @torch.inference_mode()
     def advance(self, until: int | None = None) -> None:
         """Run the prefill on until at least `until` tokens' worth of it, through all layers, is done (None: all)."""
         prefill = self._prefills[-1]
         self.modulation.generating = prefill.generating
-        self._executor.advance(prefill.flow, prefill.segments[-1].stop if until is None else until)
+        self._executor.advance(prefill.state, prefill.segments[-1].stop if until is None else until)
 
     @property
-    def paced(self) -> bool:
+    def splits_prefills(self) -> bool:
         """Whether a prefill can be cut, and a call's duration is its cost."""
         return self.device.type == "cpu" and not self._executor.whole
 
@@ -149,10 +149,10 @@ class Runner:
         """
         prefill = self._prefills[-1]
         logprobs = [
-            None if row.prompt_logprobs is None else self._prompt_logprobs(prefill.flow, segment, row)
+            None if row.prompt_logprobs is None else self._prompt_logprobs(prefill.state, segment, row)
             for row, segment in zip(prefill.rows, prefill.segments, strict=True)
         ]
-        logits = self._executor.logits(prefill.flow, [segment.stop - 1 for segment in prefill.segments])
+        logits = self._executor.logits(prefill.state, [segment.stop - 1 for segment in prefill.segments])
         self._prefills.pop()
         return logits, logprobs
 
@@ -181,9 +181,9 @@ class Runner:
             self.cache.move([a for a, _ in pairs], [b for _, b in pairs], start, stop)
 
     @torch.inference_mode()
-    def keep(self, slot: int) -> Kept:
+    def save_state(self, slot: int) -> PreemptedState:
         """What must outlive a preemption of the sequence in `slot`, in memory of its own."""
-        return self.modulation.keep(slot)
+        return self.modulation.save_state(slot)
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
@@ -195,11 +195,11 @@ class Runner:
         if isinstance(self._executor, TorchModel):
             self._executor.close()
 
-    def _prompt_logprobs(self, flow: Any, segment: Segment, row: PrefillRow) -> list[TokenLogprob | None]:
+    def _prompt_logprobs(self, state: Any, segment: Segment, row: PrefillRow) -> list[TokenLogprob | None]:
         """Of each prompt token given those before it; the first has none."""
         result: list[TokenLogprob | None] = [None]
         for start in range(0, len(row.token_ids) - 1, HEAD_CHUNK):
             stop = min(start + HEAD_CHUNK, len(row.token_ids) - 1)
-            logits = self._executor.logits(flow, list(range(segment.start + start, segment.start + stop)))
+            logits = self._executor.logits(state, list(range(segment.start + start, segment.start + stop)))
             result += token_logprobs(logits.values, row.token_ids[start + 1 : stop + 1], row.prompt_logprobs or 0)
         return result

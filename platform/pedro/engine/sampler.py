@@ -130,14 +130,14 @@ def _draw(scores: torch.Tensor, rows: list[SampleRow]) -> list[int]:
     probs = (scores - scores.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
     points = [uniform(row.seed, row.choice, len(row.output_ids)) for row in rows]
     tokens = [0] * len(rows)
-    for places, ordered, ids in _ordered(probs, [row.params for row in rows]):
-        total = _filtered(ordered, [rows[i].params for i in places]).double().cumsum(-1)
+    for indices, ordered, ids in _ordered(probs, [row.params for row in rows]):
+        total = _filtered(ordered, [rows[i].params for i in indices]).double().cumsum(-1)
         reached = torch.searchsorted(
-            total, _column([points[i] for i in places], total)[:, None] * total[:, -1:], right=True
+            total, _column([points[i] for i in indices], total)[:, None] * total[:, -1:], right=True
         )
         reached = reached.clamp_max(total.shape[-1] - 1)
         drawn = reached if ids is None else ids.gather(1, reached)
-        for i, token in zip(places, drawn[:, 0].tolist(), strict=True):
+        for i, token in zip(indices, drawn[:, 0].tolist(), strict=True):
             tokens[i] = token
     return tokens
 

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
-from pedro.engine.plan import Group, Limits, Plan, PrefillSlice
-from pedro.engine.sequence import Sequence, State
+from pedro.engine.scheduler_output import PrefillChunk, PrefillGroup, SchedulerLimits, SchedulerOutput
+from pedro.engine.sequence import Sequence, SequenceState
 from pedro.engine.shares import ByCounter, Shares, Tenant
 from pedro.errors import OverloadedError, RateLimitError
 
@@ -33,10 +33,10 @@ MAX_PREFILLS = 2  # one that is read, and one that is put aside
 
 
 @dataclass
-class _Prefill:
+class _PrefillProgress:
     """A prefill under way, and the tokens' worth of it that are done."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[PrefillGroup, ...]
     tenants: tuple[Tenant, ...]
     done: int = 0
 
@@ -48,7 +48,7 @@ class _Prefill:
 class Scheduler:
     """Queues by tenant, slots of the KV cache, and the running set. Not thread-safe: the engine locks."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self.num_waiting = 0
         self.running: list[Sequence] = []  # by slot
@@ -60,12 +60,12 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = itertools.count()
         self._free = list(range(limits.slots))  # a heap: low slots first keeps the running set dense
-        self._prefills: list[_Prefill] = []  # the last is read, one before it is put aside meanwhile
+        self._prefills: list[_PrefillProgress] = []  # the last is read, one before it is put aside meanwhile
         self._steps = 0
         self._sat_out = False  # whether tenants over their share made no token in the last step
         self.newcomer_tokens: float | None = None  # a running mean of the prompts that others are kept ready for
         # the engine lowers these to what those who wait can bear, by what steps cost
-        self.slice_tokens = limits.prefill_tokens  # of a prefill beside running sequences
+        self.chunk_tokens = limits.prefill_tokens  # of a prefill beside running sequences
         self.lone_tokens = limits.prefill_tokens  # of one beside which nobody makes a token
         self.short_tokens = limits.prefill_tokens  # of one in a short step
         self.short_rows = limits.slots  # slots that a short step decodes
@@ -102,7 +102,7 @@ class Scheduler:
         tenant.requests.append(sequences)
         return shed
 
-    def schedule(self, admit: Callable[[Sequence], bool]) -> Plan:
+    def schedule(self, admit: Callable[[Sequence], bool]) -> SchedulerOutput:
         """The next step. `admit(sequence)` says whether its adapter can be used now, and if so holds on to it, once."""
         self._shares.forget()
         self._steps += 1
@@ -110,7 +110,7 @@ class Scheduler:
         if self.num_waiting and len(self._prefills) < MAX_PREFILLS:
             groups = self._admit(admit, preempted)
             if groups:
-                self._prefills.append(_Prefill(groups, tuple({self._of(group[0]) for group in groups})))
+                self._prefills.append(_PrefillProgress(groups, tuple({self._of(group[0]) for group in groups})))
         return self._plan(tuple(preempted))
 
     def unpark(self) -> None:
@@ -118,18 +118,18 @@ class Scheduler:
         parked, self._parked = self._parked, {}
         for sequences in parked.values():
             for sequence in sequences:
-                if sequence.state is State.WAITING:
+                if sequence.state is SequenceState.WAITING:
                     self._make_ready(sequence)
 
-    def prefilled(self, groups: tuple[Group, ...]) -> None:
+    def prefilled(self, groups: tuple[PrefillGroup, ...]) -> None:
         """The prefill of `groups` ended: those not finished meanwhile run, the slots of the others are free."""
         ended = self._prefills.pop()
         assert ended.groups is groups, "prefills end inside out"
         for sequence in itertools.chain.from_iterable(groups):
-            if sequence.state is State.FINISHED:
+            if sequence.state is SequenceState.FINISHED:
                 self._leave(sequence)
             else:
-                sequence.to(State.RUNNING)
+                sequence.to(SequenceState.RUNNING)
                 insort(self.running, sequence, key=attrgetter("slot"))
 
     def charge(self, sequence: Sequence, tokens: int = 1) -> None:
@@ -140,22 +140,22 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Take the sequence out, wherever it is. Its slots are free at once, or when the prefill it is part of ends."""
         was = sequence.state
-        sequence.to(State.FINISHED)
+        sequence.to(SequenceState.FINISHED)
         self._shares.go(self._of(sequence), sequence.width)
-        if was is State.WAITING:
+        if was is SequenceState.WAITING:
             self._forget(sequence)
-        elif was is State.RUNNING:
+        elif was is SequenceState.RUNNING:
             self.running.remove(sequence)
             self._leave(sequence)
 
     def expired(self, now: float) -> Iterator[Sequence]:
         """The unfinished sequences whose deadline has passed; each is given once."""
         if len(self._deadlines) > 4 * (self.num_waiting + self.limits.slots):  # mostly of sequences long finished
-            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not State.FINISHED]
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not SequenceState.FINISHED]
             heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= now:
             sequence = heapq.heappop(self._deadlines)[2]
-            if sequence.state is not State.FINISHED:
+            if sequence.state is not SequenceState.FINISHED:
                 yield sequence
 
     def next_deadline(self) -> float | None:
@@ -165,8 +165,8 @@ class Scheduler:
     def waiting_for(self, adapter: str) -> list[Sequence]:
         """The sequences that wait with this adapter, of every tenant."""
         ready = (entry[-1] for tenant in self._tenants.values() for entry in tenant.ready)
-        found = itertools.chain(ready, self._parked.get(adapter, ()))
-        return list(dict.fromkeys(s for s in found if s.state is State.WAITING and s.awaits == adapter))
+        candidates = itertools.chain(ready, self._parked.get(adapter, ()))
+        return list(dict.fromkeys(s for s in candidates if s.state is SequenceState.WAITING and s.awaits == adapter))
 
     def waiting_by_tenant(self) -> dict[str, int]:
         """How many sequences wait, by tenant."""
@@ -176,13 +176,13 @@ class Scheduler:
     def slots_free(self) -> int:
         return len(self._free)
 
-    def _admit(self, admit: Callable[[Sequence], bool], preempted: list[Sequence]) -> tuple[Group, ...]:
+    def _admit(self, admit: Callable[[Sequence], bool], preempted: list[Sequence]) -> tuple[PrefillGroup, ...]:
         """Start what the slots and the prefill budget allow, the tenant with the least counter first.
 
         What needs more slots than are free keeps its turn: others do not pass it, so that it starts in the end. But a
         tenant over its share that runs already lets others pass until they are `preempt_after` ahead of it.
         """
-        groups: list[Group] = []
+        groups: list[PrefillGroup] = []
         tokens = 0
         passed: list[Tenant] = []
         over = False  # whether these groups are of tenants over their share: the two kinds are never read together
@@ -236,12 +236,12 @@ class Scheduler:
         """The free slots that the tenant may take."""
         return len(self._free) - (self._shares.head_room if self._must_leave_room(tenant) else 0)
 
-    def _start(self, tenant: Tenant, head: Sequence, admit: Callable[[Sequence], bool]) -> Group:
+    def _start(self, tenant: Tenant, head: Sequence, admit: Callable[[Sequence], bool]) -> PrefillGroup:
         """Give slots to `head`, and to its siblings that can share its prefill as far as there are some."""
         group = [head]
         self._occupy(tenant, head)
         for sibling in head.siblings if not head.resumes else ():
-            fresh = sibling.state is State.WAITING and not sibling.resumes
+            fresh = sibling.state is SequenceState.WAITING and not sibling.resumes
             if fresh and self._room(tenant) > 0 and admit(sibling):
                 self._occupy(tenant, sibling)
                 group.append(sibling)
@@ -256,7 +256,7 @@ class Scheduler:
         self._count_waiting(tenant, -1)
         self._shares.hold(tenant, sequence.width)
         sequence.take([heapq.heappop(self._free) for _ in range(sequence.width)])
-        sequence.to(State.PREFILLING)
+        sequence.to(SequenceState.PREFILLING)
 
     def _victims(self, tenant: Tenant, head: Sequence) -> list[Sequence] | None:
         """The running sequences that must make room for `head`; None if there are not as many.
@@ -268,20 +268,20 @@ class Scheduler:
             return []
         most = tenant.counter + self.limits.preempt_after
         within = tenant.running + head.width <= self._shares.of(tenant)
-        found = []
+        candidates = []
         for sequence in self.running:
             owner = self._of(sequence)
             ahead = owner.counter > most and sequence.preemptible
             holds_more = owner.counter >= tenant.counter and owner.running - missing >= self._shares.of(owner)
             settled = sequence.preemptible or not (tenant.running or self._shares.over(tenant))
             if ahead or (within and holds_more and settled and sequence.width == 1):
-                found.append((sequence.preemptible, owner.counter, sequence.order, sequence))
-        return [s for *_, s in heapq.nlargest(missing, found)] if len(found) >= missing else None
+                candidates.append((sequence.preemptible, owner.counter, sequence.order, sequence))
+        return [s for *_, s in heapq.nlargest(missing, candidates)] if len(candidates) >= missing else None
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._leave(sequence)
-        sequence.to(State.WAITING)
+        sequence.to(SequenceState.WAITING)
         self._queue(sequence)
 
     def _shed(self, missing: int, load: float) -> list[Sequence]:
@@ -303,7 +303,7 @@ class Scheduler:
             raise OverloadedError(f"the server's queue of {self.limits.max_waiting} is full; try again later")
         return [sequence for _, request in taken for sequence in request]
 
-    def _plan(self, preempted: tuple[Sequence, ...]) -> Plan:
+    def _plan(self, preempted: tuple[Sequence, ...]) -> SchedulerOutput:
         """The step. Those over their share sit out the prefill of one that is not, though never two steps running,
         and where others are about they get short steps: a few rows in turn, or a part of a prefill."""
         prefill = self._prefills[-1] if self._prefills else None
@@ -322,17 +322,17 @@ class Scheduler:
         for sequence in rows:
             sequence.stepped = self._steps
         if not reads or prefill is None:
-            return Plan(None, tuple(rows), preempted)
+            return SchedulerOutput(None, tuple(rows), preempted)
         until = prefill.tokens
         if rows:
-            until = min(until, prefill.done + self.slice_tokens)
+            until = min(until, prefill.done + self.chunk_tokens)
         elif favoured or not short:
             until = min(until, prefill.done + self.lone_tokens)
         if short and not favoured:
             until = min(until, prefill.done + self.short_tokens)
-        part = PrefillSlice(prefill.groups, prefill.done, until, ends=until == prefill.tokens)
+        part = PrefillChunk(prefill.groups, prefill.done, until, ends=until == prefill.tokens)
         prefill.done = until
-        return Plan(part, tuple(rows), preempted)
+        return SchedulerOutput(part, tuple(rows), preempted)
 
     def _in_turn(self, sequences: list[Sequence], others: int) -> list[Sequence]:
         """As many as a short step can take beside `others`, those that have waited longest for a token first."""

@@ -19,7 +19,7 @@ from pedro.engine.detokenizer import Detokenizer
 from pedro.errors import PedroError
 
 if TYPE_CHECKING:
-    from pedro.engine.modulation import Kept
+    from pedro.engine.modulation import PreemptedState
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -175,7 +175,7 @@ class Output:
     timing: Timing | None = None
 
 
-class State(enum.Enum):
+class SequenceState(enum.Enum):
     """Where a sequence is in its life."""
 
     WAITING = "waiting"
@@ -185,10 +185,10 @@ class State(enum.Enum):
 
 
 _NEXT = {
-    State.WAITING: {State.PREFILLING, State.FINISHED},
-    State.PREFILLING: {State.RUNNING, State.FINISHED},
-    State.RUNNING: {State.WAITING, State.FINISHED},
-    State.FINISHED: set(),
+    SequenceState.WAITING: {SequenceState.PREFILLING, SequenceState.FINISHED},
+    SequenceState.PREFILLING: {SequenceState.RUNNING, SequenceState.FINISHED},
+    SequenceState.RUNNING: {SequenceState.WAITING, SequenceState.FINISHED},
+    SequenceState.FINISHED: set(),
 }
 
 
@@ -204,14 +204,14 @@ class Sequence:
         self.plain = request.params.plain
         self.seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         self.max_tokens = max_tokens
-        self.state = State.WAITING
+        self.state = SequenceState.WAITING
         self.order = -1  # its place among all arrivals; kept when it waits again
         self.slots: list[int] = []  # of the KV cache, while it has them; `slot` is the first
         self.slot = -1
         self.siblings: tuple[Sequence, ...] = ()  # the other answers to the same request
         self.prompt_in: Sequence | None = None  # the sibling whose slot holds the prompt until this one's own does
         self.lends_to: list[Sequence] = []  # the other way round
-        self.kept: Kept | None = None  # what the runner kept of it when it was last preempted
+        self.preempted_state: PreemptedState | None = None  # what the runner saved of it
         self.resumes = False  # whether it ran before: its vectors are made, its prompt is counted and given out
         self.stepped = 0  # the last step that it was decoded in
         self.turn_length = 0  # tokens of answer when it last started
@@ -252,12 +252,12 @@ class Sequence:
         """Whether it has run long enough since it last started for a preemption to be worth its price."""
         return len(self.output_ids) - self.turn_length >= MIN_TURN_TOKENS
 
-    def to(self, state: State) -> None:
+    def to(self, state: SequenceState) -> None:
         """Move to `state`; a move that the table does not hold is a bug of the engine."""
         assert state in _NEXT[self.state], f"sequence {self.request.id}: {self.state} → {state}"
-        if state is State.PREFILLING and self.started is None:
+        if state is SequenceState.PREFILLING and self.started is None:
             self.started = time.monotonic()
-        self.resumes = self.resumes or state is State.WAITING
+        self.resumes = self.resumes or state is SequenceState.WAITING
         self.state = state
 
     def take(self, slots: list[int]) -> None:

@@ -11,7 +11,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 
-from pedro.engine.sequence import Sequence, State
+from pedro.engine.sequence import Sequence, SequenceState
 
 
 class Tenant:
@@ -32,7 +32,7 @@ class Tenant:
 
     def drop_gone(self) -> bool:
         """Take what does not wait any more from the top of the queue; whether anything is left in it."""
-        while self.ready and self.ready[0][-1].state is not State.WAITING:
+        while self.ready and self.ready[0][-1].state is not SequenceState.WAITING:
             heapq.heappop(self.ready)
         return bool(self.ready)
 
@@ -47,7 +47,7 @@ class Tenant:
     def tidy(self) -> None:
         """Forget what has ended or begun, once that is most of what is held."""
         if len(self.ready) > 2 * self.waiting + 16:
-            self.ready = [entry for entry in self.ready if entry[-1].state is State.WAITING]
+            self.ready = [entry for entry in self.ready if entry[-1].state is SequenceState.WAITING]
             heapq.heapify(self.ready)
         if len(self.requests) > 2 * self.waiting + 16:
             self.requests = [request for request in self.requests if untouched(request)]
@@ -55,7 +55,7 @@ class Tenant:
 
 def untouched(request: list[Sequence]) -> bool:
     """Whether all of the request waits and none of it ever ran."""
-    return all(sequence.state is State.WAITING and not sequence.resumes for sequence in request)
+    return all(sequence.state is SequenceState.WAITING and not sequence.resumes for sequence in request)
 
 
 class ByCounter:

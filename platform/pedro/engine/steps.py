@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pedro.engine.beam import BeamSequence
-from pedro.engine.executor import Logits
-from pedro.engine.plan import Group
+from pedro.engine.model_executor import Logits
 from pedro.engine.runner import DecodeRow, Runner
 from pedro.engine.sampler import SampleRow, greedy, sample
-from pedro.engine.sequence import Sequence, State, TokenLogprob
+from pedro.engine.scheduler_output import PrefillGroup
+from pedro.engine.sequence import Sequence, SequenceState, TokenLogprob
 
-Made = tuple[Sequence, int, TokenLogprob | None]  # the token: -1 where the logits were not numbers; of beams only that
+NewToken = tuple[Sequence, int, TokenLogprob | None]  # the token is -1 where logits are not finite; beams use only that
 
 
-def first_tokens(runner: Runner, logits: Logits, groups: tuple[Group, ...]) -> list[list[Made]]:
+def first_tokens(runner: Runner, logits: Logits, groups: tuple[PrefillGroup, ...]) -> list[list[NewToken]]:
     """The first token of every answer, each from its group's one row of logits.
 
     Then all slots of a beam search hold the prompt. Other answers of a group get it before their next token (`settle`),
@@ -26,7 +26,7 @@ def first_tokens(runner: Runner, logits: Logits, groups: tuple[Group, ...]) -> l
     rows = [row for row, group in enumerate(groups) for _ in group]
     sequences = [sequence for group in groups for sequence in group]
     plain = [i for i, sequence in enumerate(sequences) if not isinstance(sequence, BeamSequence)]
-    made: dict[Sequence, Made] = {
+    made: dict[Sequence, NewToken] = {
         one[0]: one for one in _choose(logits, [sequences[i] for i in plain], [rows[i] for i in plain])
     }
     for row, sequence in zip(rows, sequences, strict=True):
@@ -46,11 +46,11 @@ def settle(runner: Runner, sequences: Iterable[Sequence]) -> None:
     """Have the slots of `sequences` hold their prompts."""
     for sequence in sequences:
         leader, sequence.prompt_in = sequence.prompt_in, None
-        if leader is not None and sequence.state is not State.FINISHED:
+        if leader is not None and sequence.state is not SequenceState.FINISHED:
             runner.copy(leader.slot, [sequence.slot], len(sequence.request.prompt_ids))
 
 
-def next_tokens(runner: Runner, sequences: tuple[Sequence, ...]) -> list[Made]:
+def next_tokens(runner: Runner, sequences: tuple[Sequence, ...]) -> list[NewToken]:
     """One decode step: the next token of every sequence."""
     settle(runner, sequences)
     singles: list[Sequence] = []
@@ -77,31 +77,31 @@ def next_tokens(runner: Runner, sequences: tuple[Sequence, ...]) -> list[Made]:
     return made
 
 
-def _choose(logits: Logits, sequences: list[Sequence], rows: list[int] | None) -> list[Made]:
+def _choose(logits: Logits, sequences: list[Sequence], rows: list[int] | None) -> list[NewToken]:
     """A token for each of `sequences` from its row of logits (None: the first rows, in order)."""
     picky = [i for i, sequence in enumerate(sequences) if not sequence.plain]
     tokens = logits.best
     if tokens is None and len(picky) < len(sequences):
         tokens = greedy(logits.values)
     if tokens is None:
-        made: list[Made] = [(sequence, -1, None) for sequence in sequences]
+        made: list[NewToken] = [(sequence, -1, None) for sequence in sequences]
     elif rows is None:
         made = [(sequence, token, None) for sequence, token in zip(sequences, tokens, strict=False)]
     else:
         made = [(sequence, tokens[row], None) for sequence, row in zip(sequences, rows, strict=True)]
     if picky:
-        places = picky if rows is None else [rows[i] for i in picky]
-        values = logits.values if places == list(range(len(logits.values))) else logits.values[places]
+        indices = picky if rows is None else [rows[i] for i in picky]
+        values = logits.values if indices == list(range(len(logits.values))) else logits.values[indices]
         for i, one in zip(picky, sample(values, [_sample_row(sequences[i]) for i in picky]), strict=True):
             made[i] = (sequences[i], one.token_id, one.logprob)
     return made
 
 
 def _advance(beam: BeamSequence, logits) -> tuple[int, list[tuple[int, int]]]:
-    """A step of a beam search over its rows of logits: 0, or -1 where they are no numbers, and what moves where."""
+    """A step of a beam search over its rows of logits: 0, or -1 where logits are not finite; pairs of slots to copy."""
     if min(greedy(logits)) < 0:
         return -1, []
-    if beam.state is State.FINISHED:
+    if beam.state is SequenceState.FINISHED:
         return 0, []
     return 0, beam.advance(logits)
 

@@ -15,11 +15,11 @@ import torch
 
 from pedro.engine import attention
 from pedro.engine.attention import DecodeStep, PrefillStep
-from pedro.engine.executor import Logits
 from pedro.engine.graphs import Capture, GraphedDecoder, StaticStep
 from pedro.engine.hooks import Hooks
 from pedro.engine.kv_cache import KVCache
-from pedro.engine.modulation import Conditioned, Modulation
+from pedro.engine.model_executor import Logits
+from pedro.engine.modulation import ConditionedRow, Modulation
 from pedro.errors import BackboneError
 from pedro.methods.architectures import Architecture
 
@@ -28,7 +28,7 @@ DRIVEN = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 @dataclass
-class Flow:
+class ForwardState:
     """A forward pass under way: what the next layer needs. `layer` is the next one to run."""
 
     ids: torch.Tensor  # [1, N]
@@ -36,7 +36,7 @@ class Flow:
     hidden: torch.Tensor | None = None  # [1, N, D]
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     layer: int = 0
-    rows: list[Conditioned] = field(default_factory=list)
+    rows: list[ConditionedRow] = field(default_factory=list)
     step: PrefillStep | None = None
 
 
@@ -67,23 +67,23 @@ class TorchModel:
 
             self._graphs = GraphedDecoder(cache, self._run_static, version, paged, self._device, capture)
 
-    def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Flow:
+    def start(self, rows: list[ConditionedRow], token_ids: list[list[int]]) -> ForwardState:
         """Take up a prefill of these rows."""
         flat = torch.tensor([[token for ids in token_ids for token in ids]], device=self._device)
         positions = torch.tensor([[p for ids in token_ids for p in range(len(ids))]], device=self._device)
-        return Flow(flat, positions, rows=rows, step=PrefillStep(self._cache, [row.segment for row in rows]))
+        return ForwardState(flat, positions, rows=rows, step=PrefillStep(self._cache, [row.segment for row in rows]))
 
-    def advance(self, flow: Flow, until: int) -> None:
+    def advance(self, state: ForwardState, until: int) -> None:
         """Run whole layers until at least `until` tokens' worth of the prefill is done."""
-        count = flow.ids.shape[1]
+        count = state.ids.shape[1]
         last = -(-min(until, count) * self._trunk.num_parts // count)
-        if last > flow.layer:
-            with self._hooks.prefilling(flow.rows):
-                self._trunk.advance(flow, flow.step, last)
+        if last > state.layer:
+            with self._hooks.prefilling(state.rows):
+                self._trunk.advance(state, state.step, last)
 
-    def logits(self, flow: Flow, index: list[int]) -> Logits:
+    def logits(self, state: ForwardState, index: list[int]) -> Logits:
         """What comes after the tokens `index` of a prefill whose layers all ran."""
-        hidden = self._trunk.finish(flow)[torch.tensor(index, device=self._device)]
+        hidden = self._trunk.finish(state)[torch.tensor(index, device=self._device)]
         return Logits(self._head(hidden))
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
@@ -98,10 +98,10 @@ class TorchModel:
         order = sorted(range(len(slots)), key=slots.__getitem__)
         ids = torch.tensor([[token_ids[i] for i in order]], device=self._device)
         step = DecodeStep(self._cache, [slots[i] for i in order], [positions[i] for i in order], self._device)
-        flow = Flow(ids, step.positions[None])
+        state = ForwardState(ids, step.positions[None])
         with self._hooks.decoding(step, modulated):
-            self._trunk.advance(flow, step, self._trunk.num_parts)
-        logits = self._head(self._trunk.finish(flow))
+            self._trunk.advance(state, step, self._trunk.num_parts)
+        logits = self._head(self._trunk.finish(state))
         if order == list(range(len(order))):
             return Logits(logits)
         back = torch.empty(len(order), dtype=torch.long)
@@ -109,10 +109,10 @@ class TorchModel:
         return Logits(logits[back.to(self._device)])
 
     def _run_static(self, step: StaticStep, modulated: bool) -> torch.Tensor:
-        flow = Flow(step.ids, step.positions[None])
+        state = ForwardState(step.ids, step.positions[None])
         with self._hooks.decoding(step, modulated):
-            self._trunk.advance(flow, step, self._trunk.num_parts)
-        return self._head(self._trunk.finish(flow))
+            self._trunk.advance(state, step, self._trunk.num_parts)
+        return self._head(self._trunk.finish(state))
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -126,26 +126,26 @@ class LayerTrunk:
         self._base = model.base_model
         self.num_parts = len(self._base.layers)
 
-    def advance(self, flow: Flow, step, last: int) -> None:
+    def advance(self, state: ForwardState, step, last: int) -> None:
         """Run the layers up to `last`."""
-        if flow.layer == 0:
-            flow.hidden = self._base.embed_tokens(flow.ids)
-            flow.rotary = self._base.rotary_emb(flow.hidden, position_ids=flow.positions)
+        if state.layer == 0:
+            state.hidden = self._base.embed_tokens(state.ids)
+            state.rotary = self._base.rotary_emb(state.hidden, position_ids=state.positions)
         with attention.attending(step):
-            for layer in self._base.layers[flow.layer : last]:
-                flow.hidden = layer(
-                    flow.hidden,
+            for layer in self._base.layers[state.layer : last]:
+                state.hidden = layer(
+                    state.hidden,
                     attention_mask=None,
-                    position_ids=flow.positions,
+                    position_ids=state.positions,
                     past_key_values=step,
                     use_cache=True,
-                    position_embeddings=flow.rotary,
+                    position_embeddings=state.rotary,
                 )
-        flow.layer = last
+        state.layer = last
 
-    def finish(self, flow: Flow) -> torch.Tensor:
+    def finish(self, state: ForwardState) -> torch.Tensor:
         """The normed hidden states, [N, D], once all layers ran."""
-        return self._base.norm(flow.hidden)[0]
+        return self._base.norm(state.hidden)[0]
 
 
 class WholeTrunk:
@@ -156,18 +156,22 @@ class WholeTrunk:
     def __init__(self, model) -> None:
         self._base = model.base_model
 
-    def advance(self, flow: Flow, step, last: int) -> None:
+    def advance(self, state: ForwardState, step, last: int) -> None:
         """Run everything."""
         with attention.attending(step):
             result = self._base(
-                input_ids=flow.ids, position_ids=flow.positions, past_key_values=step, use_cache=True, return_dict=True
+                input_ids=state.ids,
+                position_ids=state.positions,
+                past_key_values=step,
+                use_cache=True,
+                return_dict=True,
             )
-        flow.hidden, flow.layer = result.last_hidden_state, last
+        state.hidden, state.layer = result.last_hidden_state, last
 
-    def finish(self, flow: Flow) -> torch.Tensor:
+    def finish(self, state: ForwardState) -> torch.Tensor:
         """The normed hidden states, [N, D]."""
-        assert flow.hidden is not None, "the model ran"
-        return flow.hidden[0]
+        assert state.hidden is not None, "the model ran"
+        return state.hidden[0]
 
 
 class Head:

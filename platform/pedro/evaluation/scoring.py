@@ -106,7 +106,7 @@ def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int) -
     """
     from transformers import GenerationConfig
 
-    from pedro.engine.intake import eos_ids
+    from pedro.engine.request_processor import eos_ids
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     holders = [each for each in (model, inner) if "generation_config" in vars(each)]

@@ -21,9 +21,9 @@ from pedro.data.special_tokens import special_tokens
 from pedro.engine.adapter_pool import unusable
 from pedro.engine.adapter_state import ResidentAdapter
 from pedro.engine.engine import Engine, EngineConfig
+from pedro.engine.engine_thread import EngineThread
+from pedro.engine.kernel_threads import granted_cores
 from pedro.engine.sequence import Output, Request, SamplingParams
-from pedro.engine.thread import EngineThread
-from pedro.engine.threads import granted_cores
 from pedro.errors import AdapterError, DataError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
 from pedro.methods.adapter_files import check_tokenizer, read_manifest

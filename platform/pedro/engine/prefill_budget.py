@@ -1,4 +1,4 @@
-"""How much a step may do while others wait, or may come. Knows seconds and tokens, nothing else.
+"""How much a step may do while others wait, or may come, by what steps cost of late.
 
 A prompt cannot be read token by token, since its last token makes its vectors; but it can be read in slices, layer by
 layer, between decode steps. A slice is to last at most `stall` decode steps, by what both cost of late.
@@ -16,7 +16,7 @@ LONE_TOKENS = 512  # of a slice beside which nobody makes a token
 PATIENCE = 0.15
 
 
-class Pace:
+class PrefillBudget:
     """Running means of a decode step's seconds and of a prompt token's."""
 
     def __init__(self, stall: float) -> None:
@@ -25,18 +25,18 @@ class Pace:
         self._row_s: float | None = None
         self._token_s: float | None = None
 
-    def decoded(self, seconds: float, rows: int) -> None:
+    def record_decode(self, seconds: float, rows: int) -> None:
         """A decode step of so many rows took so long."""
         self._step_s = _mean(self._step_s, seconds)
         if rows >= LEAST_ROWS:
             self._row_s = _mean(self._row_s, seconds / rows)
 
-    def prefilled(self, tokens: int, seconds: float) -> None:
+    def record_prefill(self, tokens: int, seconds: float) -> None:
         """So many tokens' worth of a prefill, through all layers, took so long."""
         if tokens > 0:
             self._token_s = _mean(self._token_s, seconds / tokens)
 
-    def slice_tokens(self, most: int) -> int:
+    def chunk_tokens(self, most: int) -> int:
         """The next slice: at most `most` tokens' worth, and that until both costs are known."""
         if self._step_s is None or not self._token_s:
             return most

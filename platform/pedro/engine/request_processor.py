@@ -1,4 +1,4 @@
-"""Turns a request into its sequences. Refuses what can never run, before it waits for anything. Knows no queues."""
+"""Turns a request into its sequences. Refuses what can never run, before it waits for anything."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pedro.engine.sequence import Request, Sequence
 from pedro.errors import PedroError
 
 
-class Intake:
-    """What requests are checked against: the backbone's vocabulary and context, and the engine's sizes."""
+class RequestProcessor:
+    """Checks requests against the backbone's vocabulary and context, and the engine's sizes."""
 
     def __init__(self, model, tokenizer, config: EngineConfig) -> None:
         context = _context_length(model.config)
@@ -21,7 +21,7 @@ class Intake:
         self._vocab_size = model.get_input_embeddings().num_embeddings
         self._eos_ids = eos_ids(model, tokenizer)
 
-    def sequences(self, request: Request) -> list[Sequence]:
+    def process(self, request: Request) -> list[Sequence]:
         """The request's sequences, or PedroError for what can never run."""
         prompt, wanted = len(request.prompt_ids), request.params.max_tokens
         room = self.max_length - prompt

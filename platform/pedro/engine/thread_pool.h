@@ -1,11 +1,11 @@
-/* Shares the tiles of a phase of work among threads. Knows nothing of models.
+/* A thread pool: shares the tiles of a phase of work among threads.
 
    The caller goes from phase to phase; helpers only take tiles. A tile goes to whichever thread runs, so a helper that
    the scheduler has put aside holds up the one tile that it has, and one that has none holds up nobody. Who waits
    spins for a short while, then sleeps on a futex. `leave` tells how long the call took and how much of that was lost
    to threads that did not run: what `threads.py` decides by.
 
-   One team a process: a call that finds it in use runs alone, as does a child after fork(), which has no helpers. */
+   One pool a process: a call that finds it in use runs alone, as does a child after fork(), which has no helpers. */
 
 #include <pthread.h>
 #include <sched.h>
@@ -41,10 +41,10 @@ static struct {
   _Alignas(64) _Atomic int in_use;
   int helpers;
   struct { _Alignas(64) _Atomic uint32_t sleeps; } helper[MOST_THREADS];
-} team;
+} pool;
 
 static __thread struct {                          /* the call that this thread makes */
-  int threads, leads;                             /* leads: whether the team is its own */
+  int threads, leads;                             /* leads: whether the pool is its own */
   double began, began_cpu, waited, slept;         /* seconds */
 } call;
 
@@ -83,10 +83,10 @@ static inline int may_claim(uint64_t ticket, int thread) {
 }
 
 static inline int take_tile(int thread) { /* and do it; 0: there is none left */
-  uint64_t ticket = atomic_load_explicit(&team.ticket, memory_order_relaxed);
+  uint64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_relaxed);
   do
     if (!may_claim(ticket, thread)) return 0;
-  while (!atomic_compare_exchange_weak_explicit(&team.ticket, &ticket, ticket - 1, memory_order_acquire,
+  while (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket - 1, memory_order_acquire,
                                                 memory_order_relaxed));
 #ifdef PEDRO_ODD_SCHEDULES /* for a test: whoever has a tile may be put aside */
   static _Atomic uint32_t draws;
@@ -94,30 +94,30 @@ static inline int take_tile(int thread) { /* and do it; 0: there is none left */
   if (!draw) sched_yield();
   for (uint32_t i = 0; i < 8 * draw; i++) pause_briefly();
 #endif
-  const long stop = team.items - ((long)(uint32_t)ticket - 1) * team.grain; /* the first tile may be a short one */
-  for (long item = stop > team.grain ? stop - team.grain : 0; item < stop; item++) team.work(team.what, item, thread);
-  if (atomic_fetch_sub(&team.undone, 1) == 1 && thread && atomic_load(&team.caller_sleeps)) wake(&team.undone);
+  const long stop = pool.items - ((long)(uint32_t)ticket - 1) * pool.grain; /* the first tile may be a short one */
+  for (long item = stop > pool.grain ? stop - pool.grain : 0; item < stop; item++) pool.work(pool.what, item, thread);
+  if (atomic_fetch_sub(&pool.undone, 1) == 1 && thread && atomic_load(&pool.caller_sleeps)) wake(&pool.undone);
   return 1;
 }
 
 static void *help(void *number) {
   const int thread = (int)(intptr_t)number;
-  _Atomic uint32_t *sleeps = &team.helper[thread].sleeps;
+  _Atomic uint32_t *sleeps = &pool.helper[thread].sleeps;
   for (;;) {
     for (double until = 0; !until || seconds(CLOCK_MONOTONIC) < until;) {
       while (take_tile(thread)) until = 0;
       int soon = 0; /* mostly the next phase is there before a look at the clock would be over */
       for (int i = 0; i < SHORT_SPINS && !until && !soon; i++) {
-        soon = may_claim(atomic_load_explicit(&team.ticket, memory_order_relaxed), thread);
+        soon = may_claim(atomic_load_explicit(&pool.ticket, memory_order_relaxed), thread);
         pause_briefly();
       }
       if (soon) continue;
       if (!until) until = seconds(CLOCK_MONOTONIC) + HELPER_SPINS;
-      for (int i = 0; i < 64 && !may_claim(atomic_load_explicit(&team.ticket, memory_order_relaxed), thread); i++)
+      for (int i = 0; i < 64 && !may_claim(atomic_load_explicit(&pool.ticket, memory_order_relaxed), thread); i++)
         pause_briefly();
     }
     atomic_store(sleeps, 1);
-    if (may_claim(atomic_load(&team.ticket), thread)) atomic_store(sleeps, 0);
+    if (may_claim(atomic_load(&pool.ticket), thread)) atomic_store(sleeps, 0);
     while (atomic_load(sleeps)) sleep_while(sleeps, 1);
   }
   return 0;
@@ -125,16 +125,16 @@ static void *help(void *number) {
 
 static void enter(long wanted) { /* a call of this thread begins; `wanted` threads at most */
   int nobody = 0;
-  call.leads = wanted > 1 && atomic_compare_exchange_strong(&team.in_use, &nobody, 1);
+  call.leads = wanted > 1 && atomic_compare_exchange_strong(&pool.in_use, &nobody, 1);
   call.threads = !call.leads ? 1 : wanted < MOST_THREADS ? wanted : MOST_THREADS;
-  for (pthread_t id; team.helpers < call.threads - 1; team.helpers++) {
+  for (pthread_t id; pool.helpers < call.threads - 1; pool.helpers++) {
     sigset_t every, before; /* signals are for the program's own threads */
     sigfillset(&every);
     pthread_sigmask(SIG_SETMASK, &every, &before);
-    const int failed = pthread_create(&id, 0, help, (void *)(intptr_t)(team.helpers + 1));
+    const int failed = pthread_create(&id, 0, help, (void *)(intptr_t)(pool.helpers + 1));
     pthread_sigmask(SIG_SETMASK, &before, 0);
     if (failed) {
-      call.threads = team.helpers + 1;
+      call.threads = pool.helpers + 1;
       break;
     }
     pthread_detach(id);
@@ -148,25 +148,25 @@ static void leave(double *spent, double *lost) { /* the call ends; seconds that 
   *spent = seconds(CLOCK_MONOTONIC) - call.began;
   const double absent = *spent - (seconds(CLOCK_THREAD_CPUTIME_ID) - call.began_cpu) - call.slept;
   *lost = call.leads ? call.waited + (absent > 0 ? absent : 0) : 0;
-  if (call.leads) atomic_store(&team.in_use, 0);
+  if (call.leads) atomic_store(&pool.in_use, 0);
 }
 
 static void wait_for_helpers(void) { /* who hold the last tiles */
-  if (!atomic_load_explicit(&team.undone, memory_order_acquire)) return;
+  if (!atomic_load_explicit(&pool.undone, memory_order_acquire)) return;
   for (int i = 0; i < SHORT_SPINS; i++) {
-    if (!atomic_load_explicit(&team.undone, memory_order_acquire)) return;
+    if (!atomic_load_explicit(&pool.undone, memory_order_acquire)) return;
     pause_briefly();
   }
   const double began = seconds(CLOCK_MONOTONIC);
   double now = began;
-  while (atomic_load_explicit(&team.undone, memory_order_acquire) && now - began < CALLER_SPINS) {
-    for (int i = 0; i < 16 && atomic_load_explicit(&team.undone, memory_order_acquire); i++) pause_briefly();
+  while (atomic_load_explicit(&pool.undone, memory_order_acquire) && now - began < CALLER_SPINS) {
+    for (int i = 0; i < 16 && atomic_load_explicit(&pool.undone, memory_order_acquire); i++) pause_briefly();
     now = seconds(CLOCK_MONOTONIC);
   }
-  if (atomic_load_explicit(&team.undone, memory_order_acquire)) {
-    atomic_store(&team.caller_sleeps, 1);
-    for (uint32_t left; (left = atomic_load(&team.undone));) sleep_while(&team.undone, left);
-    atomic_store(&team.caller_sleeps, 0);
+  if (atomic_load_explicit(&pool.undone, memory_order_acquire)) {
+    atomic_store(&pool.caller_sleeps, 1);
+    for (uint32_t left; (left = atomic_load(&pool.undone));) sleep_while(&pool.undone, left);
+    atomic_store(&pool.caller_sleeps, 0);
     const double slept_from = now;
     now = seconds(CLOCK_MONOTONIC);
     call.slept += now - slept_from;
@@ -188,13 +188,13 @@ static void share(long items, double cost, Work work, const void *what) {
     for (long item = 0; item < items; item++) work(what, item, 0);
     return;
   }
-  team.work = work, team.what = what, team.items = items, team.grain = grain;
-  atomic_store_explicit(&team.undone, tiles, memory_order_relaxed);
-  atomic_store(&team.ticket, (uint64_t)call.threads << 32 | (uint32_t)tiles);
+  pool.work = work, pool.what = what, pool.items = items, pool.grain = grain;
+  atomic_store_explicit(&pool.undone, tiles, memory_order_relaxed);
+  atomic_store(&pool.ticket, (uint64_t)call.threads << 32 | (uint32_t)tiles);
   for (int thread = 1; thread < call.threads && thread < tiles; thread++)
-    if (atomic_load(&team.helper[thread].sleeps)) {
-      atomic_store(&team.helper[thread].sleeps, 0);
-      wake(&team.helper[thread].sleeps);
+    if (atomic_load(&pool.helper[thread].sleeps)) {
+      atomic_store(&pool.helper[thread].sleeps, 0);
+      wake(&pool.helper[thread].sleeps);
     }
   while (take_tile(0)) {}
   wait_for_helpers();

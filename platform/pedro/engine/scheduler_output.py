@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from pedro.engine.sequence import Sequence
 
-Group = tuple[Sequence, ...]  # share one prefill: the first is read, the others copy it
+PrefillGroup = tuple[Sequence, ...]  # share one prefill: the first is read, the others copy it
 
 
 @dataclass(frozen=True)
-class Limits:
+class SchedulerLimits:
     """Bounds of the schedule. `prefill_tokens` is the most prompt work of one step, in tokens through all layers.
 
     A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
@@ -27,10 +27,10 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class PrefillSlice:
+class PrefillChunk:
     """A part of the prefill of `groups`: from `since` to `until` tokens' worth of work, through all layers."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[PrefillGroup, ...]
     since: int
     until: int
     ends: bool
@@ -45,13 +45,13 @@ class PrefillSlice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SchedulerOutput:
     """One step: at most one slice of one prefill, and a token for running sequences: all, or as many as is right now.
 
     Before all that the slots of `preempted` must be saved: each sequence still names the slots it lost.
     """
 
-    prefill: PrefillSlice | None
+    prefill: PrefillChunk | None
     decode: tuple[Sequence, ...]
     preempted: tuple[Sequence, ...] = ()
 

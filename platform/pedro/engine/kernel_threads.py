@@ -47,8 +47,8 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/c
         if controllers and "cpu" not in controllers.split(","):
             continue
         for base in (root,) if not controllers else (root / "cpu", root / controllers):
-            place = base / path.lstrip("/")
-            for folder in (place, *place.parents):
+            group = base / path.lstrip("/")
+            for folder in (group, *group.parents):
                 quotas.append(_quota_of(folder))
                 if folder == base:
                     break
@@ -74,7 +74,7 @@ def _quota_of(folder: Path) -> float | None:
         return None
 
 
-class Threads:
+class KernelThreads:
     """`count` is how many to use next, at most `limit`; `note` what each call took and lost."""
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:

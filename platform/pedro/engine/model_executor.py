@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from pedro.engine.modulation import Conditioned
+from pedro.engine.modulation import ConditionedRow
 
 
 class Logits(NamedTuple):
@@ -19,20 +19,20 @@ class Logits(NamedTuple):
     best: list[int] | None = None  # argmax of each row where it was computed on the way; -1 where not finite
 
 
-class Executor(Protocol):
+class ModelExecutor(Protocol):
     """Runs the layers. A prefill's state (`start`) is the executor's own; one may be under way between decode steps."""
 
     whole: bool  # whether a prefill cannot be cut
 
-    def start(self, rows: list[Conditioned], token_ids: list[list[int]]) -> Any:
+    def start(self, rows: list[ConditionedRow], token_ids: list[list[int]]) -> Any:
         """Take up a prefill whose rows the modulation has begun."""
         ...
 
-    def advance(self, flow: Any, until: int) -> None:
+    def advance(self, state: Any, until: int) -> None:
         """Run on until at least `until` tokens' worth of the prefill, through all layers, is done."""
         ...
 
-    def logits(self, flow: Any, index: list[int]) -> Logits:
+    def logits(self, state: Any, index: list[int]) -> Logits:
         """What comes after the tokens `index` of the packed prompts, once all of it ran."""
         ...
 
