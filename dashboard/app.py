@@ -1,7 +1,7 @@
-"""The operators' dashboard: its pages, and a login where others than this machine can reach it. Drawing only.
+"""The operators' dashboard: its pages, and a login where others than this machine can reach it.
 
-Start it with `pedro dashboard`. A page is a file of `views/`; what it shows comes from `sources/`, which imports
-without Streamlit.
+Start it with `pedro dashboard`. A page is a file of `views/`, which only draws; what it shows comes from `sources/`,
+which imports without Streamlit; larger pieces of pages are in `components/`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sidebar's way to the gateway: its address, a key for this session, and how we stand with it. Drawing only."""
+"""The sidebar's connection to the gateway: address, this session's key, and what the key gives access to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sources.services import gateway_url
 
 ASK_AGAIN_S = 5
 KEY = "gateway_key"  # in the session; the login of app.py puts its key there
-WORDS = {
+ACCESS_LABELS = {
     Access.NONE: ":orange[:material/key_off:] answers; no key",
     Access.UNKNOWN: ":red[:material/key_off:] answers; unknown or revoked key",
     Access.TENANT: ":green[:material/key:] answers; a tenant's key",
@@ -19,7 +19,7 @@ WORDS = {
 
 
 def sidebar() -> tuple[GatewayClient, GatewayStatus]:
-    """Draw it, and say where the gateway is and how we stand with it. The key stays in the session."""
+    """Draw it; returns the client and what its key gives access to. The key stays in the session."""
     with st.sidebar:
         st.subheader("Gateway", anchor=False)
         own = gateway_url(Settings.from_env())
@@ -47,14 +47,14 @@ def sidebar() -> tuple[GatewayClient, GatewayStatus]:
         elif status.problem:
             st.caption(f":orange[:material/warning:] {status.problem}")
         else:
-            st.caption(WORDS[status.access] + ("" if status.ready else "; not ready yet"))
+            st.caption(ACCESS_LABELS[status.access] + ("" if status.ready else "; not ready yet"))
     return gateway, status
 
 
 def missing(
     gateway: GatewayClient, status: GatewayStatus, what: str, key: str = f"an admin key (`{MAKE_KEY}` makes one)"
 ) -> None:
-    """Says which command brings what a page lacks."""
+    """Say which command provides what the page lacks."""
     if status.answers:
         st.info(f"{what} needs {key}. Paste it in the sidebar.", icon=":material/key:")
     else:
@@ -66,7 +66,7 @@ def missing(
 
 
 def forget() -> None:
-    """Ask the gateway anew how we stand with it."""
+    """Drop the cached status."""
     _status.clear()
 
 

@@ -1,4 +1,4 @@
-"""What every page draws with: the palette and small shared pieces. Knows nothing of where numbers come from."""
+"""What every page draws with: palette, legends, metric tiles."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ STYLE = """<style>
 """Less margin, and figures whose notes wrap instead of ending in dots."""
 
 
-def number(place: DeltaGenerator, label: str, value: str, note: str) -> None:
+def number(column: DeltaGenerator, label: str, value: str, note: str) -> None:
     """A figure with a plain note under it, as high as its neighbours."""
-    place.metric(label, value, note, delta_color="off", delta_arrow="off", border=True, height="stretch")
+    column.metric(label, value, note, delta_color="off", delta_arrow="off", border=True, height="stretch")
 
 
-def behind() -> str:
-    """The page's own colour in the reader's theme, for what hides what is under it."""
+def background_colour() -> str:
+    """The page's background in the reader's theme."""
     return st.get_option(f"theme.{st.context.theme.type or 'light'}.backgroundColor") or "white"
 
 
 def colours(field: str, names: list[str], columns: int = 3) -> alt.Color:
-    """A colour for each of the names of a field, with a legend of so many columns above the chart."""
-    wide = [SERIES[place % len(SERIES)] for place in range(len(names))]
-    return alt.Color(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=wide), legend=_legend(columns))
+    """A colour for each of the names of a field, with a legend of `columns` columns above the chart."""
+    palette = [SERIES[index % len(SERIES)] for index in range(len(names))]
+    return alt.Color(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=palette), legend=_legend(columns))
 
 
 def dashes(field: str, names: list[str]) -> alt.StrokeDash:
     """Dashes that are others each time round the palette, so that no two lines look alike."""
-    wide = [DASHES[(2 * (place // len(SERIES)) + place) % len(DASHES)] for place in range(len(names))]
-    return alt.StrokeDash(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=wide), legend=_legend())
+    patterns = [DASHES[(2 * (index // len(SERIES)) + index) % len(DASHES)] for index in range(len(names))]
+    return alt.StrokeDash(f"{field}:N", sort=names, scale=alt.Scale(domain=names, range=patterns), legend=_legend())
 
 
 def _legend(columns: int = 3) -> alt.Legend:
-    """The same for colours and dashes, so that they become one."""
+    """One legend for colours and dashes: equal ones are merged."""
     return alt.Legend(
         title=None,
         orient="top",

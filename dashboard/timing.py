@@ -1,8 +1,7 @@
 """Opens every page of the dashboard in this process and prints how long each took: `python dashboard/timing.py`.
 
 For the benchmark (`python -m jobs.bench dashboard`), which sets PEDRO_HOME. The first page of a process pays for the
-imports, so it is opened twice. `first` is with empty caches, `cpu`
-what of it was computed, `again` with full ones.
+imports, so it is opened twice. `first` is with empty caches, `cpu` the CPU time in it, `again` with full caches.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TIMEOUT_S = 120
 
 def main() -> None:
     rows = []
-    for place, (name, view, query) in enumerate(PAGES):
+    for index, (name, view, query) in enumerate(PAGES):
         page = AppTest.from_file(str(APP), default_timeout=TIMEOUT_S)
         if view != "overview":
             page.switch_page(f"views/{view}.py")
@@ -37,7 +36,7 @@ def main() -> None:
         (first, cpu), (again, _) = _timed(page), _timed(page)
         failed = "; ".join(str(error.value) for error in page.exception)
         rows.append(
-            {"page": name, "imports": place == 0, "first_s": first, "cpu_s": cpu, "again_s": again, "failed": failed}
+            {"page": name, "imports": index == 0, "first_s": first, "cpu_s": cpu, "again_s": again, "failed": failed}
         )
     print(json.dumps(rows))
 

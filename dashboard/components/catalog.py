@@ -1,4 +1,4 @@
-"""The registry's adapters as pages pick from them: cached readings, what stands in for an empty list, a version."""
+"""Picks an adapter version from the registry: cached reads, the notice for an empty registry, the version selector."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ def select_version(
 
 
 def forget() -> None:
-    """Read anew: an alias moved."""
+    """Drop cached reads after an alias has moved."""
     read_catalog.clear()
     read_versions.clear()

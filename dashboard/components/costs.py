@@ -1,4 +1,4 @@
-"""What methods cost and which of them no other beats: two axes, the front of both, the unbeaten over many. Drawing."""
+"""Plots what methods cost: any two metrics against each other, with their Pareto front."""
 
 from __future__ import annotations
 

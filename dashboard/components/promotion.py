@@ -1,4 +1,4 @@
-"""Promote and roll back: two buttons, a dialog that asks once more, and the gateway that does it. Drawing only."""
+"""Promote and roll back: two buttons and a confirmation; the gateway moves the alias."""
 
 from __future__ import annotations
 

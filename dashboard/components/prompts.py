@@ -1,4 +1,4 @@
-"""The vectors that an adapter makes of typed prompts, run in this process and drawn layer by layer. Drawing only."""
+"""Draws, layer by layer, the vectors that an adapter generates from typed prompts."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def show(names: list[str], readings: list[vectors.PromptVectors]) -> None:
     """Where the vectors' values lie, layer by layer, and how much of that the prompt decides."""
     spread = pd.DataFrame(vectors.spread_rows(readings, names))
     targets = list(dict.fromkeys(spread["target"]))
-    for place, target in zip(st.columns(len(targets), gap="medium"), targets, strict=True):
+    for column, target in zip(st.columns(len(targets), gap="medium"), targets, strict=True):
         base = alt.Chart(spread[spread["target"] == target]).encode(
             x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
             xOffset=alt.XOffset("prompt:N", sort=names),
@@ -94,7 +94,7 @@ def show(names: list[str], readings: list[vectors.PromptVectors]) -> None:
         )
         boxes = base.mark_bar(size=7).encode(y="p25:Q", y2="p75:Q")
         ones = alt.Chart(pd.DataFrame([{"one": 1.0}])).mark_rule(color=INK, strokeDash=[4, 4]).encode(y="one:Q")
-        with place:
+        with column:
             st.subheader(target, anchor=False)
             st.altair_chart((ones + whiskers + boxes).properties(height=260), width="stretch")
     st.caption("Boxes: the middle half of a vector's values; lines: 5 % to 95 %. At 1, the dashes, nothing changes.")

@@ -1,6 +1,6 @@
-"""The learned activations of a PEDRO adapter: R(x) of each layer, and how far layers and adapters lie apart.
+"""The learned activations of a PEDRO adapter: R(x) of each layer, and distances between layers and adapters.
 
-Reads adapter files and computes in numpy, so that nothing waits for PyTorch. Knows nothing of Streamlit or prompts.
+Reads adapter files and computes in numpy, so that nothing waits for PyTorch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Adapters as an operator looks them up: the catalog, one adapter's versions, one version's lineage.
+"""The adapters in the registry: a searchable catalog, one adapter's versions, one version's lineage.
 
-Reads the registry and changes nothing: aliases move through the gateway. What cannot be read comes back as a reason
-in words, and looking never creates a store. Knows nothing of Streamlit.
+Read-only: aliases move through the gateway. What cannot be read is returned as a message, and reading never creates a
+store.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def read_stored(settings: Settings, version: Version) -> Stored:
 def search(
     rows: Iterable[CatalogRow], text: str = "", tenants: Sequence[str] = (), state: str = STATES[0]
 ) -> list[CatalogRow]:
-    """Those whose name holds every word of `text`, of these tenants (all, if none is named), in this state."""
-    words = text.lower().split()
+    """Those whose name holds every term of `text`, of these tenants (all, if none is named), in this state."""
+    terms = text.lower().split()
     kept: dict[str, Callable[[CatalogRow], bool]] = {
         "In service": lambda row: row.champion is not None,
         "With a candidate": lambda row: row.candidate is not None,
@@ -141,7 +141,7 @@ def search(
     return [
         row
         for row in rows
-        if all(word in row.name for word in words) and (not tenants or row.tenant in tenants) and fits(row)
+        if all(term in row.name for term in terms) and (not tenants or row.tenant in tenants) and fits(row)
     ]
 
 
@@ -194,24 +194,24 @@ def gate_of(version: Version) -> tuple[str, str]:
 
 def lineage(version: Version, manifest: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Where a version comes from, as label and value; what is not recorded is left out."""
-    tree = manifest or {}
-    backbone, sweep, format_ = (_dict(tree.get(key)) for key in ("backbone", "sweep", "prompt_format"))
-    data = _dict(_dict(tree.get("spec") or version.spec).get("data"))
+    recorded = manifest or {}
+    backbone, sweep, format_ = (_dict(recorded.get(key)) for key in ("backbone", "sweep", "prompt_format"))
+    data = _dict(_dict(recorded.get("spec") or version.spec).get("data"))
     facts = [
         ("Weights", version.digest),
-        ("Method", " ".join([version.method, _options(_dict(_dict(tree.get("method")).get("options")))]).strip()),
+        ("Method", " ".join([version.method, _options(_dict(_dict(recorded.get("method")).get("options")))]).strip()),
         ("Run", version.run_id),
         ("Sweep", " · ".join(str(sweep[key]) for key in ("name", "id") if sweep.get(key))),
         ("Trial", _trial(sweep)),
-        ("Data", str(tree.get("data_digest") or "")),
+        ("Data", str(recorded.get("data_digest") or "")),
         ("Training file", str(data.get("train") or "")),
         ("Backbone", version.backbone_id),
         ("Backbone digest", version.backbone_digest),
         ("Tokenizer digest", str(backbone.get("tokenizer_digest") or "")),
         ("Prompt format", str(format_.get("id") or "")),
-        ("Made", str(tree.get("created") or version.created)),
+        ("Made", str(recorded.get("created") or version.created)),
         ("Champion since", version.promoted if CHAMPION in version.aliases else ""),
-        ("With", ", ".join(f"{name} {made}" for name, made in sorted(_dict(tree.get("versions")).items()))),
+        ("With", ", ".join(f"{name} {made}" for name, made in sorted(_dict(recorded.get("versions")).items()))),
     ]
     return [(label, value) for label, value in facts if value]
 

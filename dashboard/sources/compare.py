@@ -1,7 +1,6 @@
-"""Comparisons: which there are, what of one is chosen, and its table, differing parameters, curves and exports.
+"""Lists comparisons, filters one, and prepares its table, differing parameters, curves and exports.
 
-Numbers and marks come from `pedro.comparison.tables`, so that they are those that `pedro compare` prints. Knows
-nothing of Streamlit.
+Numbers and marks come from `pedro.comparison`, so they are those that `pedro compare` prints.
 """
 
 from __future__ import annotations
@@ -125,9 +124,9 @@ def paper_of(comparison: Comparison) -> Paper | None:
     if comparison.metadata.get("paper") is not None or not comparison.name.startswith(TWIN):
         return parse_paper(comparison.metadata.get("paper"))
     twin = CHECKOUT / "jobs" / "configs" / f"paper_{comparison.name.removeprefix(TWIN)}.yaml"
-    tree = yaml.safe_load(twin.read_text(encoding="utf-8")) if twin.is_file() else {}
-    paper = parse_paper(tree.get("paper"))
-    theirs = f"Theirs on {', '.join(tree['backbones'])}." if tree.get("backbones") else ""
+    spec = yaml.safe_load(twin.read_text(encoding="utf-8")) if twin.is_file() else {}
+    paper = parse_paper(spec.get("paper"))
+    theirs = f"Theirs on {', '.join(spec['backbones'])}." if spec.get("backbones") else ""
     return paper and replace(paper, note=f"{paper.note} {theirs}".strip())
 
 

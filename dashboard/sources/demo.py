@@ -1,6 +1,6 @@
-"""The demo's result, `<PEDRO_HOME>/demo/result.json`. Knows nothing of Streamlit.
+"""Reads the demo's result, `<PEDRO_HOME>/demo/result.json`.
 
-Nothing here raises for what a person may find on disk: what cannot be read comes back as a reason in words.
+Nothing here raises for a damaged file: what cannot be read is returned as a message.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _Read(BaseModel):
-    """A part of the result file; keys that a later release adds are none of our business."""
+    """A part of the result file; keys that a later release adds are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -82,24 +82,24 @@ def read_demo(home: Path) -> DemoResult:
     if not path.is_file():
         return DemoResult(path, exists=False)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return DemoResult(path, exists=True, problems=(f"not readable as JSON: {error}",))
-    if not isinstance(tree, dict):
-        return DemoResult(path, exists=True, problems=(f"expected an object, got {type(tree).__name__}",))
+    if not isinstance(document, dict):
+        return DemoResult(path, exists=True, problems=(f"expected an object, got {type(document).__name__}",))
     problems: list[str] = []
-    listed = tree.get("tenants", [])
+    listed = document.get("tenants", [])
     if not isinstance(listed, list):
         problems.append(f"tenants: expected a list, got {type(listed).__name__}")
         listed = []
     tenants = [_parse(TenantResult, item, f"tenants[{index}]", problems) for index, item in enumerate(listed)]
-    swap = _parse(SwapResult, tree["swap"], "swap", problems) if tree.get("swap") else None
+    swap = _parse(SwapResult, document["swap"], "swap", problems) if document.get("swap") else None
     return DemoResult(
         path,
         exists=True,
         tenants=tuple(tenant for tenant in tenants if tenant is not None),
         swap=swap,
-        created=str(tree.get("created") or ""),
+        created=str(document.get("created") or ""),
         problems=tuple(problems),
     )
 
@@ -131,6 +131,6 @@ def _parse(kind: type[Parsed], value: Any, where: str, problems: list[str]) -> P
         return kind.model_validate(value)
     except ValidationError as error:
         for item in error.errors(include_url=False, include_input=True):
-            place = ".".join([where, *(str(part) for part in item["loc"])])
-            problems.append(f"{place}: {item['msg'].replace('Input should be', 'expected')}, got {item['input']!r:.80}")
+            field = ".".join([where, *(str(part) for part in item["loc"])])
+            problems.append(f"{field}: {item['msg'].replace('Input should be', 'expected')}, got {item['input']!r:.80}")
         return None

@@ -1,6 +1,6 @@
-"""The gateway over HTTP, as an operator asks it. Knows nothing of Streamlit, of the registry or of what is drawn.
+"""The gateway's HTTP client for operators.
 
-The key is sent to the gateway and goes nowhere else: it is in no message, no representation and no log.
+The key is sent to the gateway only: it appears in no message, no representation and no log.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class GatewayStatus:
 
 @dataclass(frozen=True)
 class GatewayClient:
-    """Where it is and the key to it."""
+    """Address and key of one gateway."""
 
     url: str
     key: str = field(default="", repr=False)
 
     def status(self) -> GatewayStatus:
-        """Three short questions; never raises."""
+        """Three short requests; never raises."""
         try:
             self._ask("GET", "/health", keyed=False)
         except GatewayError as error:
@@ -147,7 +147,7 @@ class GatewayClient:
                 if not streamed:
                     reply.read()
             if reply.status_code != 200:
-                said = _message(_tree(reply.text)) or f"it answered with status {reply.status_code}"
+                said = _message(_json(reply.text)) or f"it answered with status {reply.status_code}"
                 raise GatewayError(said, reply.status_code)
             yield reply
         finally:
@@ -204,19 +204,19 @@ def _client() -> httpx.Client:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    tree = _tree(text)
-    if not isinstance(tree, dict):
+    document = _json(text)
+    if not isinstance(document, dict):
         raise GatewayError("what answers there is no gateway of pedro: its answer is no JSON object")
-    return tree
+    return document
 
 
-def _tree(text: str) -> Any:
+def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
         return None
 
 
-def _message(tree: Any) -> str:
-    error = tree.get("error") if isinstance(tree, dict) else None
+def _message(document: Any) -> str:
+    error = document.get("error") if isinstance(document, dict) else None
     return str(error.get("message") or "") if isinstance(error, dict) else ""

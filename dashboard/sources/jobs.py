@@ -1,6 +1,6 @@
-"""Jobs, as the platform's records and Ray know them: what is under way, what ended, logs, curves, and ending one.
+"""Jobs, from the platform's records and from Ray: running and finished ones, logs, curves, cancellation.
 
-Knows nothing of Streamlit. What does not answer comes back as a reason in words; only `cancel` changes anything.
+What does not answer is returned as a message; only `cancel` changes anything.
 """
 
 from __future__ import annotations
@@ -192,18 +192,18 @@ def _of_store(job: ReconciledJob) -> Job:
     )
 
 
-def _of_cluster(told: Mapping[str, Any]) -> Job:
-    metadata = told["metadata"]
+def _of_cluster(ray_job: Mapping[str, Any]) -> Job:
+    metadata = ray_job["metadata"]
     tenant, _, adapter = str(metadata.get("model", "")).partition(".")
     return Job(
-        id=told["id"],
+        id=ray_job["id"],
         kind=SWEEP if "sweep" in metadata else FINE_TUNING,
         tenant=metadata.get("tenant", tenant),
         adapter=metadata.get("adapter", adapter),
-        status=str(FROM_RAY.get(told["status"], told["status"].lower())),
-        created=told["started"],
-        ended=told["ended"],
-        message=told["message"] if told["status"] == "FAILED" else "",
+        status=str(FROM_RAY.get(ray_job["status"], ray_job["status"].lower())),
+        created=ray_job["started"],
+        ended=ray_job["ended"],
+        message=ray_job["message"] if ray_job["status"] == "FAILED" else "",
         sweep=metadata.get("sweep", ""),
     )
 

@@ -1,4 +1,4 @@
-"""Who may look where the dashboard is open to others: the holder of an admin key. Knows nothing of Streamlit.
+"""The login: who may look at a dashboard that more than this machine can reach. The holder of an admin key.
 
 The key is checked by the gateway where one is named (`PEDRO_GATEWAY_URL`), else in this home's own key store.
 """

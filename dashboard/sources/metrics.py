@@ -1,7 +1,6 @@
-"""Prometheus's text as numbers: samples, increases that survive a restart, percentiles of histograms. Pure functions.
+"""Prometheus text as numbers: samples, increases that survive a restart, percentiles of histograms. Pure functions.
 
-Knows nothing of who scrapes, of time, or of what is drawn. Reference:
-https://prometheus.io/docs/prometheus/latest/querying/functions/#histogram_quantile
+Reference: https://prometheus.io/docs/prometheus/latest/querying/functions/#histogram_quantile
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Runs of MLflow as runs of a comparison, so that jobs are compared as grids are. Knows nothing of Streamlit.
+"""Runs in MLflow as runs of a comparison, so that jobs can be compared like a grid.
 
-An adapter is a task, a method is told from others of its kind by the parameters in which they differ, and runs that
-differ in their seed alone are the seeds of one.
+An adapter is a task. Methods of one kind are told apart by the parameters in which they differ; runs that differ only
+in their seed are the seeds of one method.
 """
 
 from __future__ import annotations

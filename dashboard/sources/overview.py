@@ -1,4 +1,4 @@
-"""The platform at a glance: how much there is, what runs, what changed lately. Knows nothing of Streamlit."""
+"""The platform at a glance: counts, what is running, and the news of the last day."""
 
 from __future__ import annotations
 

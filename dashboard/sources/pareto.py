@@ -1,4 +1,4 @@
-"""Which methods are beaten by no other, over any number of metrics at once. Knows nothing of Streamlit."""
+"""Finds the methods that no other beats, over any number of metrics at once."""
 
 from __future__ import annotations
 

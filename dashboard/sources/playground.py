@@ -1,4 +1,4 @@
-"""Asks several models the same at the same time and follows each answer as it streams. Knows nothing of Streamlit."""
+"""Sends one prompt to several models at once and collects each answer as it streams."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class ParallelAnswers:
     ) -> None:
         self._gateway = gateway
         self._path = "/v1/chat/completions" if chat else "/v1/completions"
-        words = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-        self._body = {**words, **sampling.fields(), "stream_options": {"include_usage": True}}
+        prompt_fields = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+        self._body = {**prompt_fields, **sampling.fields(), "stream_options": {"include_usage": True}}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         self._answers = [StreamedAnswer(model) for model in models]
@@ -104,7 +104,7 @@ class ParallelAnswers:
                     break
         except PedroError as error:
             self._change(column, error=error.message)
-        except Exception as error:  # noqa: BLE001 (a column of its own: the others go on)
+        except Exception as error:  # noqa: BLE001 (a column of its own: the others continue)
             self._change(column, error=f"the answer cannot be read ({type(error).__name__})")
         answer = self._answers[column]
         self._change(column, done=True, seconds=answer.seconds or time.monotonic() - begun)

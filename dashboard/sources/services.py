@@ -1,6 +1,6 @@
-"""What runs and what does not: registry, records, Ray, the server; and the command that starts what is missing.
+"""Health of the registry, the records, Ray and the server, with the command that starts what is missing.
 
-Starts nothing and creates nothing. Knows nothing of Streamlit.
+Starts nothing and creates nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ServiceState(StrEnum):
 
 @dataclass(frozen=True)
 class Service:
-    """One service: how it stands, in words, and what to do about it."""
+    """One service: its state, what was found, and the remedy."""
 
     name: str
     state: ServiceState
@@ -131,7 +131,7 @@ def gateway_url(settings: Settings, env: Mapping[str, str] = os.environ) -> str:
 
 
 def _database(settings: Settings, url: str) -> str:
-    """In words; a file of the home by its name."""
+    """How a page names it: a file of the home by its relative path."""
     path = Path(url.removeprefix(SQLITE))
     if url.startswith(SQLITE) and path.is_relative_to(settings.home):
         return f"`{path.relative_to(settings.home)}` in the home"

@@ -1,7 +1,6 @@
-"""What serving did lately: scrapes become a bounded history, the history becomes lines and tables.
+"""Serving over the last hour: scrapes become a bounded history, the history becomes lines and tables.
 
-Knows nothing of Streamlit. What is kept is what each adapter gained between two scrapes, so its size
-follows the adapters with traffic, not the adapters that there are.
+A history holds what each adapter gained between two scrapes, so its size follows the adapters with traffic, not all.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ class History:
             self._champions = dict(champions)
 
     def window(self, now: float, seconds: float) -> tuple[list[Interval], list[ChampionSwap]]:
-        """The intervals and swaps of the last so many seconds, oldest first."""
+        """The intervals and swaps of the last `seconds`, oldest first."""
         with self._lock:
             return (
                 [interval for interval in self._intervals if interval.end > now - seconds],

@@ -1,6 +1,6 @@
-"""The registry and the platform's records, as pages ask them. Knows nothing of Streamlit.
+"""Access to the registry and the platform's records for pages.
 
-Looking never creates a store, and one that does not answer comes back as a reason in words.
+Reading never creates a store, and a store that does not answer is returned as a message.
 """
 
 from __future__ import annotations

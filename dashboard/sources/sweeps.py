@@ -1,6 +1,6 @@
-"""Sweeps as their drivers recorded them: trials, the best, what each parameter explains, what is drawn.
+"""Sweeps as their drivers recorded them: trials, the best one, parameter importance, rows for charts.
 
-Knows nothing of Streamlit. A broken file is named with its reason, and the rest is there.
+A broken file is named with its reason; the rest is shown.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What an adapter makes of a prompt: the vectors l of eq. 6, layer by layer, from the real adapter on its backbone.
+"""The vectors l (eq. 6) that an adapter generates from a prompt, layer by layer, run on its backbone.
 
-Loads PyTorch and the backbone into this process, on the CPU. Knows nothing of Streamlit, or of the registry.
+Loads PyTorch and the backbone into this process, on the CPU.
 """
 
 from __future__ import annotations

@@ -102,17 +102,17 @@ def functions(one: Chosen, other: Chosen | None, seen: Seen) -> None:
         key=f"layers_{one.ref}",
     )
     reach = float(width.slider("Range of x", 1, 10, 5, format="±%d"))
-    place = st.empty()
+    area = st.empty()
     orders = data.learned_orders(layer for chosen in filter(None, (one, other)) for layer in chosen.activations.layers)
     if not one.activations.learned:
         st.caption(f"{one.ref} has fixed activations: nothing of them was learned.")
     if any(data.known_initial(m, n) is None for m, n in orders):  # the curves need not wait for PyTorch
-        with place.container():
+        with area.container():
             draw(one, other, shown, reach, None, seen)
         with st.spinner("Fitting GELU, for the start of R(x) …"):
             for m, n in orders:
                 data.initial(m, n)
-    with place.container():
+    with area.container():
         draw(one, other, shown, reach, orders, seen)
 
 
@@ -126,12 +126,12 @@ def draw(
         name = "initial fit" if len(orders or ()) == 1 else f"initial fit of orders ({m}, {n})"
         curves[name] = Curve(data.initial(m, n), GREY, DASHES[2])
     chosen_layers: dict[str, tuple[data.LayerActivation, str, list[int]]] = {}
-    for place, chosen in enumerate(filter(None, (one, other))):
+    for index, chosen in enumerate(filter(None, (one, other))):
         by_index = {layer.index: layer for layer in chosen.activations.layers}
         for colour, layer in zip(COLOURS, sorted(shown), strict=False):
             if layer in by_index:
                 name = f"layer {layer}" if other is None else f"layer {layer}, {chosen.ref}"
-                chosen_layers[name] = (by_index[layer], colour, DASHES[place])
+                chosen_layers[name] = (by_index[layer], colour, DASHES[index])
     curves |= {name: Curve(*look) for name, look in chosen_layers.items()}
     left, right = st.columns(2, gap="medium")
     with left:

@@ -1,4 +1,4 @@
-"""Adapters: versions, lineage, gate, and the champion moved through the gateway. Drawing only."""
+"""Adapters: versions, lineage, gate, and promotion through the gateway."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def page() -> None:
 
 
 def choose(catalog: data.Catalog) -> str | None:
-    """The catalog, searched and paged; the adapter that is looked at."""
+    """The catalog, searched and paged; the adapter that is selected."""
     rows = catalog.rows
     sought, tenant, state = st.columns([3, 3, 3])
     text = sought.text_input("Search", placeholder="part of a name", icon=":material/search:")
@@ -91,7 +91,7 @@ def choose(catalog: data.Catalog) -> str | None:
 
 
 def follow_table(table: Any, shown: list[dict[str, Any]]) -> None:
-    """A row that was just selected is the adapter that is looked at."""
+    """Selecting a row of the table selects its adapter."""
     selected = list(table.selection.rows) if table else []
     row = shown[selected[0]] if selected and selected[0] < len(shown) else None
     name = f"{row['tenant']}.{row['adapter']}" if row else None
@@ -129,27 +129,27 @@ def aliased(version: Version | None, none: str) -> tuple[str, str]:
     return f"v{version.version}", "not measured" if accuracy is None else f"accuracy {accuracy:.1%}"
 
 
-def residence(place: Any, name: str, gateway: GatewayClient | None, found: data.Versions) -> None:
+def residence(column: Any, name: str, gateway: GatewayClient | None, found: data.Versions) -> None:
     """Where the gateway's engines hold the adapter now."""
     if gateway is None:
-        number(place, "Resident", "–", "needs a key")
+        number(column, "Resident", "–", "needs a key")
         return
     try:
         adapter = gateway.adapter(name)
     except GatewayError as error:
-        number(place, "Resident", "–", "unknown")
+        number(column, "Resident", "–", "unknown")
         st.warning(error.message, icon=":material/cloud_off:")
         return
     held = adapter.get("residence")
-    places = [entry for entry in held if isinstance(entry, Mapping)] if isinstance(held, list) else []
+    copies = [entry for entry in held if isinstance(entry, Mapping)] if isinstance(held, list) else []
     if held is None:
-        number(place, "Resident", "–", "engine away")
-    elif not places:
-        number(place, "Resident", "no", "until asked for")
+        number(column, "Resident", "–", "engine away")
+    elif not copies:
+        number(column, "Resident", "no", "until asked for")
     else:
-        versions = ", ".join(sorted({f"v{entry.get('version')}" for entry in places}))
-        size = sum(int(entry.get("bytes") or 0) for entry in places)
-        number(place, "Resident", versions, f"{size / 1e3:,.0f} kB in all")
+        versions = ", ".join(sorted({f"v{entry.get('version')}" for entry in copies}))
+        size = sum(int(entry.get("bytes") or 0) for entry in copies)
+        number(column, "Resident", versions, f"{size / 1e3:,.0f} kB in all")
     champion = found.holding(CHAMPION)
     if champion and (adapter.get("aliases") or {}).get(CHAMPION) != champion.version:
         st.warning(

@@ -1,4 +1,4 @@
-"""Compare: methods × tasks × backbones with intervals, what differs, Pareto fronts, budgets, curves. Drawing only."""
+"""Compare: methods × tasks × backbones with intervals, differing parameters, Pareto fronts, budgets, curves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from components.costs import costs
-from drawing import behind, colours, dashes
+from drawing import background_colour, colours, dashes
 from pedro.comparison.result_model import Comparison, RunResult
 from pedro.config import Settings
 from sources import compare as data
@@ -78,7 +78,7 @@ def page() -> None:
 
 
 def chosen(settings: Settings) -> tuple[Comparison | None, str]:
-    """The comparison that is looked at, and what changes with it."""
+    """The selected comparison, and a stamp that changes with its runs."""
     found = {listed.key: listed for listed in list_all(settings)}
     models, problem = read_models(settings)
     if problem:
@@ -117,13 +117,13 @@ def filtered(comparison: Comparison, stamp: str) -> FilteredComparison:
     """What the filters leave; they stand in the URL."""
     open_to = data.choices(comparison)
     several = len(open_to.backbones) > 1
-    places = st.columns(3 if several else 2)
-    tasks = places[0].multiselect("Tasks", open_to.tasks, key="tasks", bind="query-params", placeholder="all tasks")
-    labels = places[1].multiselect(
+    columns = st.columns(3 if several else 2)
+    tasks = columns[0].multiselect("Tasks", open_to.tasks, key="tasks", bind="query-params", placeholder="all tasks")
+    labels = columns[1].multiselect(
         "Methods", open_to.labels, key="methods", bind="query-params", placeholder="all methods"
     )
     backbones = (
-        places[2].multiselect("Backbones", open_to.backbones, key="backbones", bind="query-params", placeholder="all")
+        columns[2].multiselect("Backbones", open_to.backbones, key="backbones", bind="query-params", placeholder="all")
         if several
         else []
     )
@@ -131,7 +131,7 @@ def filtered(comparison: Comparison, stamp: str) -> FilteredComparison:
 
 
 def table(selection: FilteredComparison) -> None:
-    style = STYLE % behind()  # of the first column, which stays while the others scroll
+    style = STYLE % background_colour()  # of the first column, which stays while the others scroll
     st.html(style + "".join(data.table_html(table) for table in selection.tables))
     heads = {table.notes[0] for table in selection.tables if table.notes}  # which budget is equal
     st.caption("  \n".join([data.LEGEND, *(map(_literal, heads) if len(heads) == 1 else ())]))
@@ -143,16 +143,16 @@ def table(selection: FilteredComparison) -> None:
 def downloads(selection: FilteredComparison) -> None:
     """Exactly what is shown, as files; figures are drawn when they are asked for."""
     name = selection.comparison.name
-    places = st.columns(4)
-    for place, label, make, ending, kind in (
-        (places[0], "CSV", data.as_csv, "csv", "text/csv"),
-        (places[1], "LaTeX", data.as_latex, "tex", "text/x-tex"),
-        (places[2], "PNG", data.as_png, "png", "image/png"),
-        (places[3], "PNG of budgets", data.budgets_as_png, "budget.png", "image/png"),
+    columns = st.columns(4)
+    for column, label, make, ending, kind in (
+        (columns[0], "CSV", data.as_csv, "csv", "text/csv"),
+        (columns[1], "LaTeX", data.as_latex, "tex", "text/x-tex"),
+        (columns[2], "PNG", data.as_png, "png", "image/png"),
+        (columns[3], "PNG of budgets", data.budgets_as_png, "budget.png", "image/png"),
     ):
         if make is data.budgets_as_png and not data.budget_rows(selection, selection.tasks[0]):
             continue
-        place.download_button(
+        column.download_button(
             label,
             partial(make, selection),
             f"{name}.{ending}",

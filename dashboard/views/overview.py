@@ -1,4 +1,4 @@
-"""Overview: what there is, what runs, what changed in the last day, what the demo measured. Drawing only."""
+"""Overview: counts, services, the news of the last day, and the demo's result."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def page() -> None:
 
 @st.fragment(run_every=REFRESH_S)
 def now(settings: Settings) -> None:
-    """What changes while one looks; drawn anew every few seconds."""
+    """The live part, redrawn every few seconds."""
     seen = read_counts(settings)
     if seen.problems:
         listed = "\n".join(seen.problems)
@@ -54,19 +54,19 @@ def now(settings: Settings) -> None:
 
 
 def counts(seen: Overview) -> None:
-    places = st.columns(5)
-    number(places[0], "Tenants", f"{len(seen.tenants):,}", "with a key or an adapter")
-    number(places[1], "Adapters", f"{seen.adapters:,}", f"{seen.adapters - seen.in_service:,} without a champion")
-    number(places[2], "Versions in service", f"{seen.in_service:,}", "the champions")
+    columns = st.columns(5)
+    number(columns[0], "Tenants", f"{len(seen.tenants):,}", "with a key or an adapter")
+    number(columns[1], "Adapters", f"{seen.adapters:,}", f"{seen.adapters - seen.in_service:,} without a champion")
+    number(columns[2], "Versions in service", f"{seen.in_service:,}", "the champions")
     lost = f"{seen.lost:,} lost with their cluster" if seen.lost else "fine-tuning and sweeps"
-    number(places[3], "Jobs running", f"{seen.running:,}", lost)
-    number(places[4], "Jobs queued", f"{seen.queued:,}", "waiting for the cluster")
+    number(columns[3], "Jobs running", f"{seen.running:,}", lost)
+    number(columns[4], "Jobs queued", f"{seen.queued:,}", "waiting for the cluster")
 
 
 def services(found: Sequence[Service]) -> None:
     st.subheader("Services", anchor=False)
-    for place, service in zip(st.columns(len(found)), found, strict=True):
-        with place.container(border=True, height="stretch", gap="small"):
+    for column, service in zip(st.columns(len(found)), found, strict=True):
+        with column.container(border=True, height="stretch", gap="small"):
             st.markdown(f"{SIGNS[service.state]} **{service.name}** {service.state}")
             st.caption(service.found + (f"  \n{service.remedy}" if service.remedy else ""))
 
@@ -99,8 +99,7 @@ def demo_result(settings: Settings) -> None:
     if demo.problems:
         listed = "\n".join(demo.problems)
         st.warning(
-            f"Parts of `{demo.path}` cannot be read and are left out; `make demo` writes it anew."
-            f"\n\n```\n{listed}\n```",
+            f"Parts of `{demo.path}` cannot be read and are left out; `make demo` rewrites it.\n\n```\n{listed}\n```",
             icon=":material/broken_image:",
         )
     if not demo.exists:

@@ -1,4 +1,4 @@
-"""Playground: one prompt to up to three models at once, their answers side by side as they stream. Drawing only."""
+"""Playground: one prompt to up to three models at once, their answers side by side as they stream."""
 
 from __future__ import annotations
 
@@ -104,16 +104,16 @@ def stream(gateway: GatewayClient, models: Sequence[str], prompt: str, chat: boo
     """Ask, and draw what comes until all have ended. A press of any button ends this run, and with it the answers."""
     st.session_state[HELD] = ()
     running = data.ParallelAnswers(gateway, models, prompt, chat, sampling)
-    place = st.empty()
+    area = st.empty()
     deadline = time.monotonic() + LONGEST_S
     try:
         while not running.wait(LOOK_S) and time.monotonic() < deadline:
-            with place.container():
+            with area.container():
                 draw(running.answers())
     finally:
         running.cancel()
         st.session_state[HELD] = tuple(running.answers())
-    with place.container():
+    with area.container():
         draw(running.answers())
 
 
@@ -121,8 +121,8 @@ def draw(answers: Sequence[data.StreamedAnswer]) -> None:
     """A column an answer."""
     if not answers:
         return
-    for place, answer in zip(st.columns(len(answers), gap="medium"), answers, strict=True):
-        with place.container(border=True):
+    for column, answer in zip(st.columns(len(answers), gap="medium"), answers, strict=True):
+        with column.container(border=True):
             st.markdown(f"**{answer.model}**")
             st.caption(answer.version if answer.version not in ("", answer.model) else " ")
             if answer.error:
@@ -135,14 +135,14 @@ def timing(answer: data.StreamedAnswer) -> str:
     """What is known of its times so far."""
     if answer.first_token_s is None:
         return "" if answer.done else "waiting for the first token …"
-    words = [f"first token {1000 * answer.first_token_s:,.0f} ms", f"latency {1000 * answer.seconds:,.0f} ms"]
+    figures = [f"first token {1000 * answer.first_token_s:,.0f} ms", f"latency {1000 * answer.seconds:,.0f} ms"]
     if answer.tokens:
-        words.append(f"{answer.tokens:,} tokens")
+        figures.append(f"{answer.tokens:,} tokens")
     if answer.tokens_per_s is not None:
-        words.append(f"**{answer.tokens_per_s:,.0f} tokens/s**")
+        figures.append(f"**{answer.tokens_per_s:,.0f} tokens/s**")
     if ENDS.get(answer.finish_reason, answer.finish_reason):
-        words.append(ENDS.get(answer.finish_reason, answer.finish_reason))
-    return " · ".join(words)
+        figures.append(ENDS.get(answer.finish_reason, answer.finish_reason))
+    return " · ".join(figures)
 
 
 if __name__ == "__main__":

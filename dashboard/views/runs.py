@@ -1,4 +1,4 @@
-"""Runs: jobs under way with live curves and logs, ended ones by page, and ending one. Drawing only."""
+"""Runs: running jobs with live curves and logs, a paged table of all jobs, cancellation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def page() -> None:
 
 @st.fragment(run_every=REFRESH_S)
 def under_way(settings: Settings) -> None:
-    """Drawn anew every few seconds, and nothing else of the page with it."""
+    """The live part, redrawn every few seconds."""
     seen = read_live(settings)
     st.subheader("Under way", anchor=False)
     complain(seen)
@@ -135,7 +135,7 @@ def curves(settings: Settings, drawn: Sequence[TrackedRun], nothing: str) -> Non
 
 
 def ending(settings: Settings, job: data.Job) -> None:
-    """Two steps, so that nobody ends a job by a slip; the question stays while the page draws itself anew."""
+    """Two steps, so that nobody cancels a job by accident; the question survives redraws."""
     if not job.live:
         return
     if st.session_state.get("ending") != job.id:
@@ -176,10 +176,9 @@ def past(settings: Settings) -> None:
     if not seen.jobs:
         st.caption(f"There are {ceil(total / PAGE):,} pages.")
         return
-    told = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-    st.caption(
-        f"{(number - 1) * PAGE + 1:,} to {min(number * PAGE, total):,} of {total:,}, newest first. Recorded: {told}."
-    )
+    recorded = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items(), key=lambda pair: -pair[1]))
+    first, last = (number - 1) * PAGE + 1, min(number * PAGE, total)
+    st.caption(f"{first:,} to {last:,} of {total:,}, newest first. Recorded: {recorded}.")
     frame = pd.DataFrame(data.job_rows(seen.jobs), columns=list(COLUMNS))
     frame["created"] = pd.to_datetime(frame["created"], unit="ms")
     st.dataframe(frame, hide_index=True, width="stretch", column_config=COLUMNS, placeholder="")

@@ -1,6 +1,6 @@
-"""Serving: requests, tokens, latencies and residence as they happen, swaps as marks on the time line. Drawing only.
+"""Serving: requests, tokens, latencies and resident adapters live, with promotions marked on the time line.
 
-The figures are the gateway's /metrics, read every few seconds while somebody looks; what was read is kept for all.
+The figures are the gateway's /metrics, read every few seconds while a page is open and kept for all sessions.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def figures(history: data.History, intervals: Sequence[data.Interval]) -> None:
         "Evicted": (f"{evicted:,.0f}", f"{loaded:,.0f} loaded"),
     }
     for row in (list(facts)[:3], list(facts)[3:]):
-        for place, name in zip(st.columns(3), row, strict=True):
-            number(place, name, *(("–", "no figures yet") if read_at is None else facts[name]))
+        for column, name in zip(st.columns(3), row, strict=True):
+            number(column, name, *(("–", "no figures yet") if read_at is None else facts[name]))
 
 
 def throughput(intervals: Sequence[data.Interval], names: list[str], happened: pd.DataFrame, *, only: bool) -> None:
@@ -162,7 +162,7 @@ def draw(
     legend = alt.Legend(
         title=None, orient="bottom", columns=3, labelLimit=180, symbolType="stroke", symbolStrokeWidth=3
     )
-    dashes = [DASHES[place % len(DASHES)] for place in range(len(names))]
+    dashes = [DASHES[index % len(DASHES)] for index in range(len(names))]
     lines = (
         alt.Chart(rows)
         .mark_line(
@@ -244,9 +244,9 @@ def table(intervals: Sequence[data.Interval], names: list[str]) -> None:
         "tokens_per_s": st.column_config.NumberColumn("Tokens/s", format="%.1f"),
         "prompt_tokens_per_s": st.column_config.NumberColumn("Prompt tokens/s", format="%.1f"),
     }
-    for which, words in (("first", "First token"), ("each", "Per token"), ("queued", "Queued")):
+    for which, title in (("first", "First token"), ("each", "Per token"), ("queued", "Queued")):
         for q in data.PERCENTILES:
-            config[f"{which}_p{100 * q:g}"] = st.column_config.NumberColumn(f"{words} p{100 * q:g}", format=MS)
+            config[f"{which}_p{100 * q:g}"] = st.column_config.NumberColumn(f"{title} p{100 * q:g}", format=MS)
     st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=config)
     st.caption("Percentiles come from histogram buckets, as Prometheus's histogram_quantile reads them.")
 

@@ -1,4 +1,4 @@
-"""Sweeps: how far, the best trial, parallel coordinates, what each parameter explains, the map of (m, n). Drawing."""
+"""Sweeps: progress, the best trial, parallel coordinates, parameter importance, the map of (m, n)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, behind, number
+from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, background_colour, number
 from pedro.config import Settings
 from pedro.training.sweep.records import TrialState
 from sources import sweeps as data
@@ -62,17 +62,17 @@ def show(settings: Settings, sweep_id: str) -> None:
 
 def heading(sweep: data.Sweep) -> None:
     counts = sweep.counts()
-    places = st.columns(3)
-    told = ", ".join(f"{counts[state]} {state}" for state in map(str, STEPS) if state in counts)
-    number(places[0], "Trials", f"{len(sweep.trials):,}", told)
+    columns = st.columns(3)
+    states = ", ".join(f"{counts[state]} {state}" for state in map(str, STEPS) if state in counts)
+    number(columns[0], "Trials", f"{len(sweep.trials):,}", states)
     best = sweep.best
     if best is None or best.loss is None:
-        number(places[1], "Best validation loss", "–", "no trial has finished yet")
+        number(columns[1], "Best validation loss", "–", "no trial has finished yet")
         return
-    number(places[1], "Best validation loss", f"{best.loss:.4f}", f"trial {best.number}")
+    number(columns[1], "Best validation loss", f"{best.loss:.4f}", f"trial {best.number}")
     accuracy = data.metric(best, data.ACCURACY)
     parameters = f"{best.outcome.trainable_parameters:,} trained parameters" if best.outcome else ""
-    number(places[2], "Its accuracy", "–" if accuracy is None else f"{accuracy:.1%}", parameters)
+    number(columns[2], "Its accuracy", "–" if accuracy is None else f"{accuracy:.1%}", parameters)
     st.markdown("Best trial: " + " · ".join(f"`{key}` = **{data.shown(v)}**" for key, v in best.parameters.items()))
 
 
@@ -100,10 +100,12 @@ def coordinates(sweep: data.Sweep) -> None:
         )
     )
     best = base.transform_filter("datum.best").mark_line(color=VERMILION, strokeWidth=4)
-    told = alt.Chart(marks).encode(x=alt.X("axis:N", sort=axes), y="height:Q", text="tick:N")
-    place: dict[str, Any] = {"align": "right", "dx": -7, "fontSize": 11}
-    halo = told.mark_text(**place, stroke=behind(), strokeWidth=4, strokeJoin="round", color=behind())
-    text = told.mark_text(**place, color=INK)
+    labels = alt.Chart(marks).encode(x=alt.X("axis:N", sort=axes), y="height:Q", text="tick:N")
+    style: dict[str, Any] = {"align": "right", "dx": -7, "fontSize": 11}
+    halo = labels.mark_text(
+        **style, stroke=background_colour(), strokeWidth=4, strokeJoin="round", color=background_colour()
+    )
+    text = labels.mark_text(**style, color=INK)
     st.altair_chart((others + lines + best + halo + text).properties(height=460), width="stretch")
     st.caption(
         "A line a trial. Finished trials are coloured by their validation loss, blue is better; the best is thick and "

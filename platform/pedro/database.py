@@ -1,4 +1,4 @@
-"""Opens sqlite or PostgreSQL and runs transactions on it. Knows nothing of what the tables mean."""
+"""Opens sqlite or PostgreSQL, creates tables and runs transactions; what the tables mean is the store's."""
 
 from __future__ import annotations
 

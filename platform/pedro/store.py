@@ -1,4 +1,4 @@
-"""Keeps the platform's own records (API keys, quotas, jobs) in sqlite or PostgreSQL. Knows no HTTP, Ray or MLflow.
+"""The platform's own records (API keys, quotas, jobs) in sqlite or PostgreSQL.
 
 Rows never leave this file: callers get frozen records. Every method is one short transaction, safe from many
 threads and processes at once. Times are Unix seconds.

@@ -1,7 +1,6 @@
-"""The `pedro` command. Knows how to ask and how to show; what is asked for happens elsewhere.
+"""The `pedro` command: parses arguments and prints results; the work happens in other packages.
 
-Each group of commands is a file of this package. Heavy imports stand inside the commands, so that `--help`
-answers at once.
+Each group of commands is a file of this package. Heavy imports are inside the commands, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="pedro",
     help="Fine-tune and serve prompt-dependent adapters: one frozen backbone, many tenants, one tiny adapter each.\n\n"
-    "Try `pedro demo` first. A tenant's way is: data check, submit, keys create, serve, chat. "
+    "Try `pedro demo` first. For tenants: data check, submit, keys create, serve, chat. "
     "Every command has --help with examples, and --json for programs.",
     no_args_is_help=True,
     add_completion=True,
@@ -91,7 +90,7 @@ def main() -> None:
 
 
 def _of_this_machine(error: OSError) -> PedroError:
-    """What the disk or the network refused, in one line; what names no file is a bug and keeps its traceback."""
+    """A disk or network error as one line; an error that names no file is a bug and keeps its traceback."""
     from pedro.errors import UnavailableError
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,4 +1,4 @@
-"""`pedro adapters` and `pedro eval`: versions of adapters in the registry, and how well they do."""
+"""`pedro adapters` and `pedro eval`: adapter versions in the registry, and their scores."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def rollback(name: Name, as_json: AsJson = False) -> None:
 
 
 def _check_servable(registry: Registry, wanted: Version) -> None:
-    """Raise AdapterError for a version that the engine could not serve; says so where that cannot be told here."""
+    """Raise AdapterError for a version that the engine could not serve; logs where that cannot be checked here."""
     from pedro.backbone import resolve_backbone
     from pedro.errors import BackboneError
     from pedro.methods.servable import check_servable
@@ -210,7 +210,7 @@ def evaluate(
     fields: Annotated[
         str | None, typer.Option(help="The file's columns for our fields: prompt=question,completion=answer.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
     harness: Annotated[str | None, typer.Option(help="lm-eval: ask --tasks of it, instead of --data.")] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of the harness, by commas.")] = "",
     shots: Annotated[

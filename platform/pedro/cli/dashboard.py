@@ -45,16 +45,16 @@ def dashboard(
             f"port: {port} on {host} is in use, perhaps by another dashboard; choose another with --port", param="port"
         )
     os.environ.update(settings.env())
-    words = [f"--server.address={host}", f"--server.port={port}", f"--server.headless={str(not browser).lower()}"]
+    options = [f"--server.address={host}", f"--server.port={port}", f"--server.headless={str(not browser).lower()}"]
     if not is_loopback(host):
         os.environ[REQUIRE_KEY] = "1"
-        words.append("--server.allowedHosts=*")  # known by whatever name leads here
+        options.append("--server.allowedHosts=*")  # whatever name resolves to this machine
     log(
         f"dashboard of {settings.home}: http://{host}:{port}"
         + ("" if is_loopback(host) else " (asks for an admin key)")
     )
     threading.Thread(target=_warm_up, args=(settings,), name="warm-up", daemon=True).start()
-    sys.argv = ["streamlit", "run", str(app), *words]
+    sys.argv = ["streamlit", "run", str(app), *options]
     cli.main()
 
 
@@ -66,7 +66,7 @@ def find_app() -> Path:
 
 
 def _warm_up(settings: Settings) -> None:
-    """Import what takes seconds while the reader still opens the browser."""
+    """Import what takes seconds while the user opens the browser."""
     from pedro.errors import PedroError
     from pedro.registry import Registry
 

@@ -24,7 +24,7 @@ _MARK = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: what was found and, if it is not fine, the remedy."""
+    """One check: what was found and, where it is not fine, the remedy."""
 
     name: str
     status: Status

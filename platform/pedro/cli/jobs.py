@@ -126,7 +126,7 @@ def list_jobs(
 @app.command()
 def logs(
     job: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the job ends.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="With every line of Ray.")] = False,
     as_json: AsJson = False,
 ) -> None:

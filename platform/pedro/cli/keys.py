@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pedro.cli.output import AsJson, emit, table
-from pedro.cli.tenants import RequestsPerMinute, TokensPerMinute, in_words, limits
+from pedro.cli.tenants import RequestsPerMinute, TokensPerMinute, describe_quota, limits
 
 app = typer.Typer(help="API keys: a key belongs to one tenant; its secret is shown once.", no_args_is_help=True)
 
@@ -92,7 +92,7 @@ def quota(
     now = Store(Settings.from_env().database_url).set_quota(
         key_id=key, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute
     )
-    emit({"key": key, **asdict(now)}, as_json, lambda: typer.echo(f"{key}: {in_words(now)}"))
+    emit({"key": key, **asdict(now)}, as_json, lambda: typer.echo(f"{key}: {describe_quota(now)}"))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""How commands show their results: tables for people, JSON for programs, errors on standard error."""
+"""How commands print results: tables for people, JSON for programs, log lines and errors on standard error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def table(
     if not rows:
         typer.echo(empty)
         return
-    heads = [Column(name, no_wrap=place < whole) for place, name in enumerate(columns)]
+    heads = [Column(name, no_wrap=index < whole) for index, name in enumerate(columns)]
     grid = Table(*heads, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         grid.add_row(*row)
@@ -49,7 +49,7 @@ def table(
 
 
 def log(line: str) -> None:
-    """Tell a person what is going on, on standard error, so that `--json` output stays clean."""
+    """A progress line on standard error, so that `--json` output stays clean."""
     typer.echo(printable(line), err=True)
 
 

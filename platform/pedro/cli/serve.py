@@ -79,10 +79,10 @@ def serve(
 
 
 def down(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="End running jobs without a question.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Cancel running jobs without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """End what this PEDRO_HOME runs: the server, and the local Ray head with its jobs. Asks if a job runs."""
+    """Stop the server and the local Ray head of this PEDRO_HOME. Asks first if a job is running."""
     from pedro.cli.jobs import running_jobs, stop_jobs
     from pedro.cli.output import confirm
     from pedro.config import Settings
@@ -123,16 +123,16 @@ def demo(
 
 
 def follow(path: Path, poll_s: float = 0.5) -> Iterator[str]:
-    """The lines that a log gains from now on, for ever; it may be made, or begin anew, meanwhile."""
+    """Lines appended to a log from now on, without end; the file may be created or rotated meanwhile."""
     at = path.stat().st_size if path.is_file() else 0
     rest = b""
     while True:
-        with suppress(OSError), path.open("rb") as log:
-            size = log.seek(0, 2)
+        with suppress(OSError), path.open("rb") as file:
+            size = file.seek(0, 2)
             if at > size:
                 at, rest = 0, b""
-            log.seek(at)
-            gained = log.read()
+            file.seek(at)
+            gained = file.read()
             at += len(gained)
             *whole, rest = (rest + gained).split(b"\n")
             yield from (line.decode("utf-8", "replace") for line in whole)

@@ -25,7 +25,7 @@ def sweep(
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Resume the last sweep of this spec; what has ended is not run again."),
+        typer.Option("--resume", help="Resume the last sweep of this spec; finished trials are not run again."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,9 +41,7 @@ def sweep(
     from pedro.training.sweep.variants import check_sweep
 
     if resume and dry_run:
-        raise typer.BadParameter(
-            "--dry-run starts nothing, so there is nothing for --resume to resume; give one of them"
-        )
+        raise typer.BadParameter("--dry-run starts nothing, so there is nothing to --resume; give one of them")
     wanted = load_sweep_spec(spec, overrides or [])
     check_sweep(wanted)
     if dry_run:

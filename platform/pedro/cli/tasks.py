@@ -27,7 +27,7 @@ def tasks(
     wording: Annotated[str, typer.Option(help="In which words prompts are put: full, short, ...")] = "full",
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each prompt.")] = 0,
     write: Annotated[Path | None, typer.Option(help="Write each split as JSONL into this directory.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Write a fair sample of so many rows a split.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Write a fair sample of N rows per split.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the benchmark tasks: metric, rows by split, licence, where they are from.
@@ -54,7 +54,7 @@ def tasks(
 
 def _refuse_without_a_name(show: int, write: Path | None) -> None:
     if show or write is not None:
-        raise typer.BadParameter("say which task: `pedro tasks NAME --show 2`", param_hint="NAME")
+        raise typer.BadParameter("name a task: `pedro tasks NAME --show 2`", param_hint="NAME")
 
 
 def _record(task: Task, data: str | None) -> dict[str, Any]:

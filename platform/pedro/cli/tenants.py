@@ -49,7 +49,7 @@ def quota(
     now = store.set_quota(tenant=tenant, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
     if not store.list_keys(tenant):
         log(f"note: tenant {tenant} has no key yet")
-    emit({"tenant": tenant, **asdict(now)}, as_json, lambda: typer.echo(f"{tenant}: {in_words(now)}"))
+    emit({"tenant": tenant, **asdict(now)}, as_json, lambda: typer.echo(f"{tenant}: {describe_quota(now)}"))
 
 
 def limits(quota: Quota) -> list[str]:
@@ -57,7 +57,7 @@ def limits(quota: Quota) -> list[str]:
     return ["-" if limit is None else f"{limit:,}" for limit in (quota.requests_per_minute, quota.tokens_per_minute)]
 
 
-def in_words(quota: Quota) -> str:
+def describe_quota(quota: Quota) -> str:
     """`600 requests/min, no limit of tokens`."""
     parts = (("requests", quota.requests_per_minute), ("tokens", quota.tokens_per_minute))
     return ", ".join(f"no limit of {what}" if n is None else f"{n:,} {what}/min" for what, n in parts)

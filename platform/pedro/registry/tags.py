@@ -1,4 +1,4 @@
-"""How the platform's own tags are told from others in MLflow: they begin with `pedro.`, here and nowhere else."""
+"""The namespace of the platform's tags in MLflow: they begin with `pedro.`, which is spelled here only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes runs: parameters, metrics, tags and artifacts, from whatever process has the run's id."""
+"""Writes runs: parameters, metrics, tags and artifacts, from any process that has the run's id."""
 
 from __future__ import annotations
 
