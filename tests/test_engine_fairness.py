@@ -285,19 +285,19 @@ def test_answers_are_the_same_to_the_bit_when_prefills_are_put_aside_and_rows_ta
     assert disturbed.stats()["slots_free"] == 8
 
 
-@pytest.mark.parametrize("kind", ["n", "beams", "prefill put aside"])
+@pytest.mark.parametrize("kind", ["n", "beams", "prefill paused"])
 def test_expired_work_leaves_queue_slots_and_pins(model, tmp_path, kind):
     make_adapter(model, tmp_path / "a", seed=1, method="lora")
     engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=6)
     engine.adapters.load("a", timeout_s=30.0)
     engine._prefill_budget = None
     engine._scheduler.lone_tokens = engine._scheduler.chunk_tokens = 64
-    fields = {"n": {"n": 8}, "beams": {"num_beams": 4, "n": 2}, "prefill put aside": {}}[kind]
+    fields = {"n": {"n": 8}, "beams": {"num_beams": 4, "n": 2}, "prefill paused": {}}[kind]
     engine.add(request("late", prompt(180), 60, tenant="late", adapter="a", deadline_s=30.0, **fields))
     engine.add(request("waits", prompt(180), 60, tenant="late", adapter="a", deadline_s=30.0, **fields))
-    for _ in range(1 if kind == "prefill put aside" else 8):
+    for _ in range(1 if kind == "prefill paused" else 8):
         engine.step()
-    if kind == "prefill put aside":
+    if kind == "prefill paused":
         engine.add(request("short", prompt(70), 4, tenant="short"))
         engine.step()
         assert len(engine._runner._prefills) == 2
@@ -305,12 +305,12 @@ def test_expired_work_leaves_queue_slots_and_pins(model, tmp_path, kind):
     scheduler._deadlines = [(0.0, *entry[1:]) for entry in scheduler._deadlines]
     answers = drain(engine)
     ended = [answer for key, answer in answers.items() if key != "short"]
-    assert len(ended) == {"n": 16, "beams": 4, "prefill put aside": 2}[kind]
+    assert len(ended) == {"n": 16, "beams": 4, "prefill paused": 2}[kind]
     assert {answer.last.error.code for answer in ended} == {"deadline_exceeded"}
     assert (engine.stats()["slots_free"], engine.stats()["waiting"]) == (6, 0)
     assert engine.adapters.residents()["a"].refcount == 0
     assert engine.adapters._waiters["a"] == 0
-    if kind == "prefill put aside":
+    if kind == "prefill paused":
         assert answers["short"].last.finish_reason == "length"
         assert answers["short"].token_ids == run(engine, request("s", prompt(70), 4))["s"].token_ids
 

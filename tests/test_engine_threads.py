@@ -18,7 +18,7 @@ SIZES = {"hidden_size": 96, "intermediate_size": 200, "vocab_size": 300, "head_d
 
 @pytest.fixture
 def odd_schedules(monkeypatch):
-    """A kernel whose threads are put aside at random whenever they have taken a tile, and whose tiles are tiny."""
+    """A kernel whose threads are preempted at random whenever they have taken a tile, and whose tiles are tiny."""
     native.load_kernel.cache_clear()
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DPEDRO_ODD_SCHEDULES", "-DTILE=65536"))
     monkeypatch.setattr(threads, "LOST", float("inf"))

@@ -1,4 +1,4 @@
-"""Serves one frozen backbone to many tenants in one continuous batch. Knows nothing of HTTP, Ray or the registry.
+"""Serves one frozen backbone to many tenants by continuous batching, without HTTP, Ray or a registry.
 
 `Engine.step` is the outline: the scheduler decides who runs (no tensors), the runner runs them (no policy), the
 sampler chooses tokens, the engine hands out what came of it. `EngineThread` does that on a thread for a server.

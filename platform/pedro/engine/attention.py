@@ -1,4 +1,4 @@
-"""Attention of a packed batch over the KV cache, as transformers' modules call it. Knows no policy and no adapters.
+"""Attention of a packed batch over the KV cache, as transformers' modules call it.
 
 A step stands where transformers expects a cache (`update`), and `attend` is registered as an attention function;
 so a model's own modules run on a batch of any rows, packed without padding as [1, N, D].

@@ -1,9 +1,9 @@
-"""Beam search over one request's slots. Knows nothing of models or queues.
+"""Beam search over one request's slots.
 
 The hypotheses, their scores and their order are those of transformers' `generate(num_beams=k, do_sample=False)`
 (`GenerationMixin._beam_search`), whose arithmetic this follows step by step, in float32 as there: a step takes the
 best (stop tokens + 1) · k continuations of all beams, those of the best k that end are finished hypotheses, and the
-best k that do not end go on.
+best k that do not end are continued.
 Legend: K beams, C continuations looked at, V vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""Sizes and bounds of an engine. Knows nothing of models or requests."""
+"""Sizes and bounds of an engine."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ class EngineConfig:
     max_waiting: int = 1024
     max_waiting_per_tenant: int = 256
     preempt_after: int = 1024  # weighted tokens that a running tenant may be ahead of a waiting one
-    head_room_s: float = (
-        10.0  # after a tenant's last request, how long the next is kept ready for at the others' expense
-    )
+    head_room_s: float = 10.0  # after a tenant's last request, how long capacity is reserved for the next one
     tenant_weights: dict[str, float] = field(default_factory=dict)
     threads: int | None = None  # the most that the native kernel uses; None takes what the machine grants
     kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native where it fits

@@ -1,4 +1,4 @@
-"""Turns tokens into text as they come. Knows nothing of sampling or batches.
+"""Turns the tokens of one answer into text as they arrive.
 
 Text is given out only when it is certain: never half a UTF-8 character, and never the beginning of what may
 become a stop text. A stop text is found wherever the token borders fall.

@@ -1,4 +1,4 @@
-"""The engine: schedule, run, accept. Knows nothing of HTTP, Ray, tenants' names for adapters, or where files live.
+"""The engine: schedule, run, accept. Its caller says which adapter a ref means and where its files are.
 
 `step` is called by one thread; `add`, `cancel` and the rest by any. The lock guards bookkeeping and is never held
 while the model runs or an adapter loads.
@@ -75,7 +75,7 @@ class Engine:
         self._lock = threading.Lock()
         self._live: dict[str, list[Sequence]] = {}  # unfinished sequences by request id
         self._held: dict[Sequence, PooledAdapter[Adapter]] = {}  # adapters that sequences have acquired
-        self._ended: list[Sequence] = []  # those whose slots and adapters are still to be released
+        self._ended: list[Sequence] = []  # sequences whose slots and adapters are still to be released
         self._looked_at_adapters = True  # whether nothing came or went in the pool since the last step
         self._outbox: list[Output] = []
         names = ("steps", "prompt_tokens", "completion_tokens", "finished", "failed", "preempted")
@@ -114,7 +114,7 @@ class Engine:
         self._notify()
 
     def step(self) -> list[Output]:
-        """One turn: decide who runs, run them, give out what came of it. Empty if nothing could run."""
+        """One turn: decide who runs, run them, return their outputs. Empty if nothing could run."""
         with self._lock:
             self._drop_failed_and_late()
             self._release_ended()  # before slots are given out again
@@ -138,14 +138,14 @@ class Engine:
         return self.take_outputs()
 
     def take_outputs(self) -> list[Output]:
-        """What was made since the last call; `step` gives this out, and after a step that raised it is still here."""
+        """The outputs since the last call. `step` returns them; after a step that raised, they are still here."""
         with self._lock:
             self._release_ended()
             outputs, self._outbox = self._outbox, []
         return outputs
 
     def has_work(self) -> bool:
-        """Whether any request is unfinished or an output was not given out yet."""
+        """Whether any request is unfinished or an output has not been returned yet."""
         with self._lock:
             return bool(self._live or self._outbox)
 
@@ -221,7 +221,7 @@ class Engine:
 
     def _run_prefill(self, part: PrefillChunk) -> None:
         leaders = [group[0] for group in part.groups]
-        if all(sequence.state is SequenceState.FINISHED for sequence in part.sequences):  # nobody waits for it any more
+        if all(sequence.state is SequenceState.FINISHED for sequence in part.sequences):
             with self._lock:
                 if not part.begins:
                     self._runner.abandon()
@@ -238,10 +238,10 @@ class Engine:
             logits, prompt_logprobs = self._runner.end()
             read = True
             made = first_tokens(self._runner, logits, part.groups)
-        except Exception:  # whatever the model raised, it ends these requests and no others
+        except Exception:  # whatever the model raised ends these requests and no others
             log.exception("prefill failed for requests %s", ", ".join(s.request.id for s in leaders))
             with self._lock:
-                if not read:  # else the runner holds it no more: the one under way is another, put aside for it
+                if not read:  # else the runner has dropped it: the one in progress is another, which was paused for it
                     self._runner.abandon()
                 self._fail(part.sequences)
                 self._end_prefill(part.groups)
@@ -274,7 +274,7 @@ class Engine:
 
     @contextmanager
     def _timed_prefill(self, part: PrefillChunk) -> Iterator[None]:
-        """Learn what the slice cost, and from that how large the next may be."""
+        """Measure what the chunk cost, and from that how large the next may be."""
         began = time.perf_counter()
         yield
         if self._prefill_budget is not None:
@@ -283,7 +283,7 @@ class Engine:
             self._keep_steps_short(self._prefill_budget)
 
     def _keep_steps_short(self, budget: PrefillBudget) -> None:
-        """Tell the scheduler what a short step may hold, by what the last ones cost."""
+        """Tell the scheduler what fits into a short step, by what recent ones cost."""
         scheduler, most = self._scheduler, self.config.prefill_tokens
         if scheduler.newcomer_tokens is not None:
             scheduler.short_tokens = budget.short_tokens(scheduler.newcomer_tokens, most)
@@ -302,7 +302,7 @@ class Engine:
         )
 
     def _end_prefill(self, groups: tuple[PrefillGroup, ...]) -> None:
-        """The vectors are made: adapters are not needed any more, but for those that act on every token."""
+        """The vectors are made: only adapters that act on every token are still needed."""
         for sequence in itertools.chain.from_iterable(groups):
             entry = self._held.get(sequence)
             if sequence.state is SequenceState.FINISHED:
@@ -318,7 +318,7 @@ class Engine:
         logprob: TokenLogprob | None = None,
         prompt_logprobs: PromptLogprobs = None,
     ) -> None:
-        """Give a running sequence its token; one that was finished meanwhile gets nothing."""
+        """Give a running sequence its token; one that has finished in the meantime gets nothing."""
         if token_id < 0:
             log.error("request %s: the model's logits are not finite", sequence.request.id)
             settle(self._runner, sequence.lends_to)

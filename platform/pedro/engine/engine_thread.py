@@ -1,7 +1,7 @@
-"""Runs an engine on a thread of its own and hands its outputs over: a step's all at once, or each to its request's
-callback. Knows no event loop.
+"""Runs an engine on a thread of its own and hands over its outputs: those of a step together, or each to its request's
+callback.
 
-A callback runs on the step thread and must return at once (an asyncio server hands over with
+A callback runs on the step thread and must return at once (an asyncio server schedules them with
 `loop.call_soon_threadsafe`); one that raises ends only the requests whose outputs it was given.
 """
 

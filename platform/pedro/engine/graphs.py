@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: one launch a step instead of hundreds. Knows no policy and no adapters.
+"""Decode steps as CUDA graphs: one launch a step instead of hundreds.
 
 A graph is captured for each number of rows (rounded up) when it is first needed. Its inputs are static tensors; rows
 that no request fills write to a spare slot of the cache. Attention is torch's paged `varlen_attn` where the installed

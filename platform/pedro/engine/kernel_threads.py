@@ -1,7 +1,7 @@
 """How many threads the CPU kernel uses: what the machine grants, and fewer while others keep them from running.
 
-A thread that the scheduler has put aside while it holds a tile makes all others wait. The kernel measures what a call
-lost to that; where it is too much, fewer threads are faster. Knows nothing of what they compute.
+A thread that the operating system preempts while it holds a tile makes all others wait. The kernel measures what a call
+lost to that; where it is too much, fewer threads are faster.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _quota_of(folder: Path) -> float | None:
 
 
 class KernelThreads:
-    """`count` is how many to use next, at most `limit`; `note` what each call took and lost."""
+    """`count` is how many threads to use next, at most `limit`; `note` records what each call took and lost."""
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = self.count = limit

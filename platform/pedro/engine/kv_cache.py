@@ -1,4 +1,4 @@
-"""Keys and values of every running sequence, allocated once. Knows nothing of who owns a slot, or why.
+"""Keys and values of every running sequence, allocated once. Who owns a slot is decided elsewhere.
 
 Legend: S slots, K key-value heads, T positions, d head width, N tokens of a packed batch, B rows.
 """

@@ -1,4 +1,4 @@
-"""What the runner asks of whatever runs the model. Two answer: `native_model` on a CPU, `torch_model` everywhere.
+"""What the runner asks of whatever runs the model: `native_model` on a CPU, `torch_model` everywhere else.
 
 Legend: B rows, V vocabulary.
 """
@@ -20,16 +20,16 @@ class Logits(NamedTuple):
 
 
 class ModelExecutor(Protocol):
-    """Runs the layers. A prefill's state (`start`) is the executor's own; one may be under way between decode steps."""
+    """Runs the layers. A prefill's state (`start`) is its own; one prefill may be in progress between decode steps."""
 
     whole: bool  # whether a prefill cannot be cut
 
     def start(self, rows: list[ConditionedRow], token_ids: list[list[int]]) -> Any:
-        """Take up a prefill whose rows the modulation has begun."""
+        """Start a prefill whose rows the modulation has begun."""
         ...
 
     def advance(self, state: Any, until: int) -> None:
-        """Run on until at least `until` tokens' worth of the prefill, through all layers, is done."""
+        """Continue until at least `until` tokens' worth of the prefill, through all layers, is done."""
         ...
 
     def logits(self, state: Any, index: list[int]) -> Logits:

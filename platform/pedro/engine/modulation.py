@@ -1,4 +1,4 @@
-"""What adapters do to each slot: scales, shifts and low-rank terms of every site. Knows no policy and no sampling.
+"""What adapters do to each slot: scales, shifts and low-rank terms of every site.
 
 The rows of a request are written once, when its prompt is read, and stand beside its KV cache; every later token
 uses them, so that decoding never touches a generator's weights and a batch may mix any adapters.
@@ -77,8 +77,8 @@ class GeneratorBatch:
 class Modulation:
     """The slots' rows of every layer and site. A buffer is made when the first adapter needs it, and stays.
 
-    Buffers are [S, W], W rounded up to a multiple of `simd_width`. `on_buffer(kind, layer, site, buffer)` is told of
-    new ones, `on_low_rank(slot, adapter or None)` of a slot whose low-rank adapter changed.
+    Buffers are [S, W], W rounded up to a multiple of `simd_width`. `on_buffer(kind, layer, site, buffer)` is called for
+    new ones, `on_low_rank(slot, adapter or None)` for a slot whose low-rank adapter changed.
     """
 
     def __init__(self, widths: list[dict[str, int]], slots: int, device: torch.device, simd_width: int = 1) -> None:
@@ -91,12 +91,12 @@ class Modulation:
         self._slots = slots
         self._device = device
         self._simd_width = simd_width
-        self.generating: list[GeneratorBatch] = []  # what the prefill under way has to generate
+        self.generating: list[GeneratorBatch] = []  # what the prefill in progress has to generate
 
     def begin(self, rows: list[ConditionedRow]) -> list[GeneratorBatch]:
-        """Take up the rows of a prefill: all but their generated vectors is in place afterwards.
+        """Write the rows of a prefill, all but their generated vectors.
 
-        Gives what makes those; it must stand in `generating` whenever the prefill runs.
+        Returns what generates those; `generating` must hold it whenever the prefill runs.
         """
         by_form: dict[tuple, list[ConditionedRow]] = {}
         for row in rows:

@@ -62,7 +62,7 @@ typedef struct {
 typedef struct {                                  /* one layer of a PEDRO or PARA adapter: R(pooled down) up + bias */
   const float *down, *up, *bias, *a, *b;          /* [dim, rank], [rank, width], [width]; a, b: of the rational */
   long rank, width, above, below;                 /* above, below: how many a and b */
-  long activation, pool, residual, window, sites, site[SITES]; /* window: pool so many last tokens; 0: all */
+  long activation, pool, residual, window, sites, site[SITES]; /* window: pool the last `window` tokens; 0: all */
 } Generator;
 
 typedef struct {

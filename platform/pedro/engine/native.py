@@ -2,7 +2,7 @@
 it.
 
 The first engine of a machine compiles the kernel (about two seconds) into the user's cache directory, under the hash
-of source, compiler, flags and processor. Where there is no compiler the engine runs on PyTorch alone, and says so.
+of source, compiler, flags and processor. Without a compiler the engine runs on PyTorch alone, and logs it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class BatchStruct(ctypes.Structure):
 
 @cache
 def load_kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it cannot be had; why is logged once."""
+    """The compiled kernel, or None where it cannot be built; the reason is logged once."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         log.warning("no C compiler was found: the engine decodes with PyTorch alone, at about half the speed")

@@ -1,6 +1,6 @@
 """A Llama-like model on the CPU kernel: weights packed once, prefill a layer a call, decoding a step a call.
 
-Knows no policy. Takes the model over: its own weights are released as they are packed, so they exist once.
+Takes the model over: its own weights are released as they are packed, so they exist once.
 Legend: N tokens of a packed batch, B rows, D model width, W output width, K inputs, P panels, V vocabulary.
 """
 
@@ -128,7 +128,7 @@ class NativeModel:
         modulation.on_low_rank = self._use_low_rank
 
     def start(self, rows: list[ConditionedRow], token_ids: list[list[int]]) -> PrefillState:
-        """Take up a prefill of these rows."""
+        """Start a prefill of these rows."""
         flat = [token for ids in token_ids for token in ids]
         batch, buffers = self._prefill_batch(len(flat))
         mods = [row.segment.slot if row.modulated else -1 for row in rows]
@@ -155,7 +155,7 @@ class NativeModel:
         return state
 
     def advance(self, state: PrefillState, until: int) -> None:
-        """Run on, layer by layer and a few rows at a time, until so many tokens' worth of it is done."""
+        """Continue, layer by layer and a few rows at a time, until `until` tokens' worth of it is done."""
         count = int(state.batch.rows)
         while (left := min(until, count) * self._num_layers - state.done) > 0:
             layer, row = divmod(state.done, count)
@@ -296,7 +296,7 @@ class NativeModel:
 
     def _prefill_batch(self, rows: int) -> tuple[native.BatchStruct, dict[str, torch.Tensor]]:
         """Inputs and hidden states that prefills share one after the other; they grow. One that begins while another is
-        put aside has its own."""
+        paused has its own."""
         shared = self._borrower() is None
         if not shared or self._prompts is None or len(self._prompts[1]["ids"]) < rows:
             buffers = {"x": torch.empty(rows, self._round(self._sizes["dim"]))}
@@ -364,6 +364,6 @@ def _window(attention: Any) -> int:
 
 
 def _release(module: nn.Module) -> None:
-    """Let go of a module's weights, which are packed now."""
+    """Free a module's weights, which are packed now."""
     for parameter in module.parameters():
         parameter.data = torch.empty(0)

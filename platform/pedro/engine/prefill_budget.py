@@ -1,7 +1,7 @@
-"""How much a step may do while others wait, or may come, by what steps cost of late.
+"""How much a step may do while others wait, or may come, by what recent steps cost.
 
-A prompt cannot be read token by token, since its last token makes its vectors; but it can be read in slices, layer by
-layer, between decode steps. A slice is to last at most `stall` decode steps, by what both cost of late.
+A prompt cannot be read token by token, since its last token makes its vectors; but it can be read in chunks, layer by
+layer, between decode steps. A chunk is to last at most `stall` decode steps, by recent costs of both.
 
 A short step is one that a newcomer may find under way: it is to last at most `PATIENCE` of the time in which the
 newcomer's own prompt is read.
@@ -12,7 +12,7 @@ from __future__ import annotations
 NEWS = 0.25  # weight of the newest measurement
 LEAST_TOKENS = 4
 LEAST_ROWS = 4  # of a short step: fewer hardly make it shorter, since every step reads all weights
-LONE_TOKENS = 512  # of a slice beside which nobody makes a token
+LONE_TOKENS = 512  # of a chunk beside which nobody makes a token
 PATIENCE = 0.15
 
 
@@ -26,28 +26,28 @@ class PrefillBudget:
         self._token_s: float | None = None
 
     def record_decode(self, seconds: float, rows: int) -> None:
-        """A decode step of so many rows took so long."""
+        """A decode step of `rows` rows took `seconds`."""
         self._step_s = _mean(self._step_s, seconds)
         if rows >= LEAST_ROWS:
             self._row_s = _mean(self._row_s, seconds / rows)
 
     def record_prefill(self, tokens: int, seconds: float) -> None:
-        """So many tokens' worth of a prefill, through all layers, took so long."""
+        """`tokens` tokens' worth of a prefill, through all layers, took `seconds`."""
         if tokens > 0:
             self._token_s = _mean(self._token_s, seconds / tokens)
 
     def chunk_tokens(self, most: int) -> int:
-        """The next slice: at most `most` tokens' worth, and that until both costs are known."""
+        """The next chunk: at most `most` tokens' worth, and that until both costs are known."""
         if self._step_s is None or not self._token_s:
             return most
         return max(LEAST_TOKENS, min(most, int(self._stall * self._step_s / self._token_s)))
 
     def short_tokens(self, prompt: float, most: int) -> int:
-        """The slice of a short step, where prompts of newcomers have about `prompt` tokens."""
+        """The chunk of a short step, where prompts of newcomers have about `prompt` tokens."""
         return max(LEAST_TOKENS, min(most, int(PATIENCE * prompt)))
 
     def short_rows(self, prompt: float, most: int) -> int:
-        """The rows of a short step. As many as fit by what a row cost of late, which settles within a few steps."""
+        """The rows of a short step. As many as fit by what a row cost recently, which settles within a few steps."""
         if self._row_s is None or self._token_s is None:
             return most
         return max(LEAST_ROWS, min(most, int(PATIENCE * prompt * self._token_s / self._row_s)))

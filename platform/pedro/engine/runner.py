@@ -62,8 +62,8 @@ class _PackedPrefill:
 
 
 class Runner:
-    """A model, its KV cache and the modulation of its slots. A prefill may be under way between decode steps, and be
-    put aside for another: `advance`, `end` and `abandon` act on the one that began last.
+    """A model, its KV cache and the modulation of its slots. A prefill may be in progress between decode steps, and be
+    paused for another: `advance`, `end` and `abandon` act on the one that began last.
 
     `kernel`: "native" is the compiled CPU kernel, "torch" the model's own modules, "auto" the first where it fits.
     `threads`: the most that the native kernel uses; None takes what the machine grants.
@@ -115,7 +115,7 @@ class Runner:
 
     @torch.inference_mode()
     def begin(self, rows: list[PrefillRow]) -> None:
-        """Take up a prefill; `advance` runs it."""
+        """Start a prefill; `advance` runs it."""
         prefill = _PackedPrefill(rows)
         self._prefills.append(prefill)
         segments, start = prefill.segments, 0
@@ -131,7 +131,7 @@ class Runner:
 
     @torch.inference_mode()
     def advance(self, until: int | None = None) -> None:
-        """Run the prefill on until at least `until` tokens' worth of it, through all layers, is done (None: all)."""
+        """Continue the prefill until at least `until` tokens' worth of it, through all layers, is done (None: all)."""
         prefill = self._prefills[-1]
         self.modulation.generating = prefill.generating
         self._executor.advance(prefill.state, prefill.segments[-1].stop if until is None else until)
@@ -145,7 +145,7 @@ class Runner:
     def end(self) -> tuple[Logits, list[list[TokenLogprob | None] | None]]:
         """The logits after each prompt, and the prompts' own log-probabilities where asked for.
 
-        Where it raises, the prefill is still under way.
+        Where it raises, the prefill is still in progress.
         """
         prefill = self._prefills[-1]
         logprobs = [
@@ -157,7 +157,7 @@ class Runner:
         return logits, logprobs
 
     def abandon(self) -> None:
-        """Forget the prefill under way. What it wrote may be anything, so it is wiped."""
+        """Forget the prefill in progress. What it wrote may be anything, so it is wiped."""
         for row in self._prefills.pop().rows:
             self.cache.wipe(row.slot, len(row.token_ids))
 
@@ -191,7 +191,7 @@ class Runner:
         self.modulation.release(slot)
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         if isinstance(self._executor, TorchModel):
             self._executor.close()
 

@@ -1,4 +1,4 @@
-"""Chooses tokens from logits. Knows nothing of models, queues or text.
+"""Chooses tokens from logits.
 
 Randomness is a function of (seed, choice, position) alone: one uniform number a token, so that neighbours,
 preemption and failover change nothing. Greedy rows are a plain argmax, and cost nothing where the model gave it.
@@ -17,7 +17,7 @@ import torch
 from pedro.engine.sequence import SamplingParams, TokenLogprob
 
 LEAST_TEMPERATURE = 1e-6  # below it float32 would divide by zero
-LEAST_TOP_P = 1e-6  # float32 has no place for the least of floats: as zero it would drop every token
+LEAST_TOP_P = 1e-6  # a smaller float64 rounds to zero in float32, which would drop every token
 CANDIDATES = 256  # likeliest tokens that top-k and top-p look at first; all of them only where that is too few
 
 
@@ -34,7 +34,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A chosen token, -1 where the logits were not numbers, and its log-probability where asked for."""
+    """A chosen token, -1 where the logits are not finite, and its log-probability where asked for."""
 
     token_id: int
     logprob: TokenLogprob | None

@@ -1,13 +1,13 @@
-"""Decides who runs next. Touches no tensors, and knows nothing of models, adapters' weights or text.
+"""Decides who runs next. Touches no tensors.
 
 Tenants are served fairly by virtual token counters (Sheng et al., "Fairness in Serving Large Language Models",
 OSDI 2024): a tenant's counter grows with the tokens it is given, and the tenant with the least is admitted next.
-A tenant that comes back after a pause starts at the least counter of those active, so idling earns no credit.
+A tenant that comes back after a pause starts at the lowest counter of the active ones, so idling earns no credit.
 Where no slot is free and a waiting tenant has fallen too far behind a running one, the latter's youngest sequence
 waits again; at once where a tenant that holds less than its share meets one that holds more.
 
 A tenant that asks for more than its share (`Shares.over`) makes room for the next request of others before it comes:
-some slots stay free, its steps are kept short, its prefills can be put aside, and it sits out the prefills of others.
+some slots stay free, its steps are kept short, its prefills can be paused, and it sits out the prefills of others.
 Nothing of this happens to a tenant that is alone. No step costs more than a glance at the queues: tenants and
 sequences wait in heaps, and what waits for an adapter is parked until `unpark`.
 """
@@ -29,12 +29,12 @@ from pedro.errors import OverloadedError, RateLimitError
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
 NEWS = 0.25  # weight of the newest prompt in the mean of their lengths
-MAX_PREFILLS = 2  # one that is read, and one that is put aside
+MAX_PREFILLS = 2  # one in progress, and one that is paused
 
 
 @dataclass
 class _PrefillProgress:
-    """A prefill under way, and the tokens' worth of it that are done."""
+    """A prefill in progress, and how many tokens' worth of it are done."""
 
     groups: tuple[PrefillGroup, ...]
     tenants: tuple[Tenant, ...]
@@ -60,11 +60,11 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = itertools.count()
         self._free = list(range(limits.slots))  # a heap: low slots first keeps the running set dense
-        self._prefills: list[_PrefillProgress] = []  # the last is read, one before it is put aside meanwhile
+        self._prefills: list[_PrefillProgress] = []  # the last is in progress; one before it is paused
         self._steps = 0
         self._sat_out = False  # whether tenants over their share made no token in the last step
-        self.newcomer_tokens: float | None = None  # a running mean of the prompts that others are kept ready for
-        # the engine lowers these to what those who wait can bear, by what steps cost
+        self.newcomer_tokens: float | None = None  # running mean of the prompts for which capacity is reserved
+        # the engine lowers these while others wait, by what steps cost
         self.chunk_tokens = limits.prefill_tokens  # of a prefill beside running sequences
         self.lone_tokens = limits.prefill_tokens  # of one beside which nobody makes a token
         self.short_tokens = limits.prefill_tokens  # of one in a short step
@@ -217,7 +217,7 @@ class Scheduler:
         return tuple(groups)
 
     def _may_interrupt(self, tenant: Tenant, head: Sequence) -> bool:
-        """Whether the prefill under way, if any, may be put aside for that of `head`: it is of tenants over their
+        """Whether the prefill in progress, if any, may be paused for that of `head`: it is of tenants over their
         share, or twice as long."""
         if not self._prefills:
             return True
@@ -349,7 +349,7 @@ class Scheduler:
         return self._tenants[sequence.request.tenant]
 
     def _forget_idle(self) -> None:
-        """Nobody waits or runs: counters begin again, and only those seen of late are remembered."""
+        """Nobody waits or runs: counters start again, and only recently seen tenants are remembered."""
         self._turns.least()  # drops all, so that no entry has an old counter
         self._tenants = dict(self._shares.active)
         for tenant in self._tenants.values():

@@ -1,4 +1,4 @@
-"""What a schedule is bound by, and what one step of it is. Decides nothing: see `scheduler`."""
+"""What bounds the scheduler, and what it returns: one step. Decisions are made in `scheduler`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SchedulerLimits:
     """Bounds of the schedule. `prefill_tokens` is the most prompt work of one step, in tokens through all layers.
 
     A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
-    For `head_room_s` after a tenant's last request the next is kept ready for.
+    For `head_room_s` after a tenant's last request capacity is reserved for its next one.
     """
 
     slots: int
@@ -46,7 +46,7 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """One step: at most one slice of one prefill, and a token for running sequences: all, or as many as is right now.
+    """One step: at most one chunk of one prefill, and a token for running sequences, all or as many as fit now.
 
     Before all that the slots of `preempted` must be saved: each sequence still names the slots it lost.
     """

@@ -1,6 +1,6 @@
-"""A request, the sequences it becomes, and what comes back. Knows nothing of tensors, queues or threads.
+"""A request, the sequences it becomes, and the outputs they give.
 
-Every change of a sequence's state goes through `Sequence.to`, so that the life cycle is this one table:
+Every change of a sequence's state goes through `Sequence.to`, which holds the whole state machine:
 waiting → prefilling → running → finished, finished from anywhere, and waiting again where it is preempted.
 """
 
@@ -102,9 +102,9 @@ class Request:
 
     `adapter` is the ref handed to the engine's `load` (None: the bare backbone); it must name one immutable version.
     `conditioning_length` is how many leading prompt tokens the vectors may see (None: the whole prompt).
-    `apart` makes an answer's text what it is alone, as chat's answers were taught; else it goes on from the prompt's,
+    `apart` makes an answer's text what it is alone, as chat's answers were taught; else it continues the prompt's,
     with the space that some tokenizers put between. `resumed_ids` are answer tokens made before a failover: they are
-    not conditioned on nor sent again, and sampling goes on at the position after them. `deadline_s` counts from
+    not conditioned on nor sent again, and sampling continues at the position after them. `deadline_s` counts from
     arrival.
     """
 
@@ -132,7 +132,7 @@ class Request:
 
     @property
     def text_before(self) -> list[int]:
-        """The tokens whose text the answer's text goes on from."""
+        """The tokens whose text the answer's text continues."""
         return [] if self.apart else self.prompt_ids
 
 
@@ -253,7 +253,7 @@ class Sequence:
         return len(self.output_ids) - self.turn_length >= MIN_TURN_TOKENS
 
     def to(self, state: SequenceState) -> None:
-        """Move to `state`; a move that the table does not hold is a bug of the engine."""
+        """Move to `state`; any other transition is a bug of the engine."""
         assert state in _NEXT[self.state], f"sequence {self.request.id}: {self.state} → {state}"
         if state is SequenceState.PREFILLING and self.started is None:
             self.started = time.monotonic()

@@ -1,7 +1,7 @@
-"""Which tenants are active, what each one's share of the slots is, and who asks for more. Knows no queue and no tensor.
+"""Which tenants are active, what each one's share of the slots is, and who asks for more.
 
 A tenant is active while it asks for anything and for `head_room_s` after. Where several are, one that asks for more
-slots than its share is `over`: the others' next requests are kept ready for at its expense. A lone tenant never is.
+slots than its share is `over`: capacity for the others' next requests is reserved at its expense. A lone tenant is not.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ class Shares:
         self._weights = 0.0
 
     def come(self, tenant: Tenant, slots: int) -> None:
-        """The tenant asks for so many slots more."""
+        """The tenant asks for `slots` more."""
         tenant.asked += slots
         self._see(tenant)
 
     def go(self, tenant: Tenant, slots: int) -> None:
-        """Work of the tenant that took so many slots has ended."""
+        """Work of the tenant that took `slots` has ended."""
         tenant.asked -= slots
         self._see(tenant)
 

@@ -1,6 +1,6 @@
-"""Takes sequences through one call of the runner: rows in, a token for each out. Knows no queues, locks or adapters.
+"""Takes sequences through one call of the runner: rows in, a token for each out.
 
-A sequence costs what it asks for: one that wants the likeliest token touches no tensor where the runner named it.
+A sequence costs what it asks for: one that wants the likeliest token touches no tensor where the runner gives it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 /* A thread pool: shares the tiles of a phase of work among threads.
 
    The caller goes from phase to phase; helpers only take tiles. A tile goes to whichever thread runs, so a helper that
-   the scheduler has put aside holds up the one tile that it has, and one that has none holds up nobody. Who waits
+   was preempted holds up the one tile that it has, and one that has none holds up nobody. Who waits
    spins for a short while, then sleeps on a futex. `leave` tells how long the call took and how much of that was lost
    to threads that did not run: what `threads.py` decides by.
 
@@ -27,7 +27,7 @@
 #ifndef TILE
 #define TILE (1 << 20)       /* multiply-adds: a tile takes 20 to 200 microseconds */
 #endif
-#define GIVE_UP 10e-3        /* a call that lost so much, and a third of its time, goes on alone */
+#define GIVE_UP 10e-3        /* a call that lost so much, and a third of its time, continues alone */
 
 typedef void (*Work)(const void *what, long item, int thread);
 
@@ -88,7 +88,7 @@ static inline int take_tile(int thread) { /* and do it; 0: there is none left */
     if (!may_claim(ticket, thread)) return 0;
   while (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket - 1, memory_order_acquire,
                                                 memory_order_relaxed));
-#ifdef PEDRO_ODD_SCHEDULES /* for a test: whoever has a tile may be put aside */
+#ifdef PEDRO_ODD_SCHEDULES /* for a test: whoever has a tile may be preempted */
   static _Atomic uint32_t draws;
   const uint32_t draw = atomic_fetch_add(&draws, 1) * 2654435761u >> 26;
   if (!draw) sched_yield();

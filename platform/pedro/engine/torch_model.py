@@ -1,4 +1,4 @@
-"""Runs a transformers model through its own modules, on any device. Knows no policy.
+"""Runs a transformers model through its own modules, on any device.
 
 Models whose layers have the Llama calling form are driven layer by layer, so that a prefill can be cut between
 layers; every other one runs through its own `forward`, whole, behind the same interface.
@@ -29,7 +29,7 @@ DRIVEN = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 @dataclass
 class ForwardState:
-    """A forward pass under way: what the next layer needs. `layer` is the next one to run."""
+    """A forward pass in progress: what the next layer needs. `layer` is the next one to run."""
 
     ids: torch.Tensor  # [1, N]
     positions: torch.Tensor  # [1, N]
@@ -68,7 +68,7 @@ class TorchModel:
             self._graphs = GraphedDecoder(cache, self._run_static, version, paged, self._device, capture)
 
     def start(self, rows: list[ConditionedRow], token_ids: list[list[int]]) -> ForwardState:
-        """Take up a prefill of these rows."""
+        """Start a prefill of these rows."""
         flat = torch.tensor([[token for ids in token_ids for token in ids]], device=self._device)
         positions = torch.tensor([[p for ids in token_ids for p in range(len(ids))]], device=self._device)
         return ForwardState(flat, positions, rows=rows, step=PrefillStep(self._cache, [row.segment for row in rows]))
