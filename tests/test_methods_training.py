@@ -3,7 +3,7 @@
 import pytest
 import torch
 from methods_models import VOCABULARY, tiny_backbone
-from training_runs import context_for, parameters, run, same, spec_for
+from training_runs import LocalReporter, context_for, parameters, run, same, spec_for
 
 from pedro.errors import ConfigError
 from pedro.evaluation.saved import load_saved
@@ -15,7 +15,6 @@ from pedro.training.bilevel import Alternation, GroupedAdamW
 from pedro.training.context import build_context, fresh_model
 from pedro.training.engines import TorchEngine
 from pedro.training.loop import Data, TrainingPlan, train
-from pedro.training.reporters import LocalReporter
 from pedro.training.spec import MethodSpec
 from pedro.training.worker import save, train_and_score
 

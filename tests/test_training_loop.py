@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from training_runs import context_for, parameters, run, same, spec_for, write_rows
+from training_runs import LocalReporter, context_for, parameters, run, same, spec_for, write_rows
 from transformers import AutoModelForCausalLM
 
 from pedro.backbone import load_model
@@ -17,7 +17,6 @@ from pedro.training import checkpoints, worker
 from pedro.training.batches import RowStream, slices, supervised, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA
 from pedro.training.loop import Data, batch_step, mean_loss, train
-from pedro.training.reporters import LocalReporter
 from pedro.training.worker_group import WorkerGroup
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
-from training_runs import context_for, spec_for
+from training_runs import LocalReporter, context_for, spec_for
 from typer.testing import CliRunner
 
 from pedro import cluster
@@ -27,7 +27,7 @@ from pedro.training.sweep.report import progress_table, rows_of, write_sweep_rep
 from pedro.training.sweep.space import Dimension, drawn, every
 from pedro.training.sweep.spec import SweepSpec, load_sweep_spec
 from pedro.training.sweep.tracker import TrialTracker
-from pedro.training.sweep.variants import check_sweep, count, planned_trials, variant
+from pedro.training.sweep.variants import check_sweep, planned_trials, variant
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 SHIPPED = sorted(CONFIGS.glob("*sweep*.yaml"))
@@ -197,7 +197,7 @@ def test_the_shipped_sweeps_are_those_of_the_design():
     assert [6, 5] in [
         trial["method.orders"] for trial in planned_trials(load_sweep_spec(CONFIGS / "sweep_orders.yaml"))
     ]
-    assert count(load_sweep_spec(CONFIGS / "nano_sweep_orders.yaml")) == 8
+    assert make_planner(load_sweep_spec(CONFIGS / "nano_sweep_orders.yaml"), []).total == 8
 
 
 # What a kill must not lose
@@ -401,8 +401,8 @@ def test_table_csv_and_figure_show_every_trial(tmp_path):
 
 
 def test_an_adapter_says_which_sweep_and_trial_it_comes_from(tmp_path):
+
     from pedro.training import worker
-    from pedro.training.reporters import LocalReporter
 
     context = context_for(spec_for(tmp_path, max_steps=2, eval_every=1), tmp_path)
     trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))

@@ -11,7 +11,7 @@ from queue import Empty
 import pytest
 import torch
 import torch.multiprocessing
-from training_runs import context_for, parameters, run, spec_for
+from training_runs import LocalReporter, context_for, parameters, run, spec_for
 
 from pedro.errors import TrainingError
 from pedro.training.spec import FineTuneSpec
@@ -155,7 +155,6 @@ class _Cut:
     """A reporter that breaks the run off after the checkpoint of a step."""
 
     def __init__(self, folder, step):
-        from pedro.training.reporters import LocalReporter
 
         self.inner, self.step = LocalReporter(folder, lambda line: None), step
 

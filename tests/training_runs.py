@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from pedro.training.checkpoints import read_checkpoint, write_checkpoint
 from pedro.training.context import TrainingContext, build_context
-from pedro.training.loop import TrainingOutcome, train
-from pedro.training.reporters import LocalReporter
+from pedro.training.engines import StepEngine
+from pedro.training.loop import TrainingOutcome, TrainState, train
 from pedro.training.spec import FineTuneSpec
+from pedro.training.worker_group import WorkerGroup
 
 COLOURS = ("red", "blue", "green")
 
@@ -47,6 +51,33 @@ def context_for(spec: FineTuneSpec, folder: Path) -> TrainingContext:
     """One worker's context on plain torch."""
     torch.set_num_threads(1)
     return build_context(spec, folder / "cache")
+
+
+class LocalReporter:
+    """Checkpoints in a folder of this host, lines to `log`."""
+
+    def __init__(self, directory: Path, log: Callable[[str], None] = print) -> None:
+        self.directory, self.log = directory, log
+
+    def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
+        last = self.directory / "last"
+        return read_checkpoint(last, engine, group) if last.is_dir() else None
+
+    def checkpoint(
+        self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
+    ) -> None:
+        making, last = self.directory / "making", self.directory / "last"
+        write_checkpoint(making, engine, group, state, best)
+        if group.rank == 0:
+            shutil.rmtree(last, ignore_errors=True)
+            making.rename(last)
+        group.gather(None)  # nobody writes into `making` before it has been moved
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Nobody reads them."""
+
+    def line(self, text: str) -> None:
+        self.log(text)
 
 
 def run(context: TrainingContext, folder: Path) -> TrainingOutcome:

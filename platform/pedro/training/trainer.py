@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from pedro.backbone import Backbone
     from pedro.training.context import TrainingContext
+    from pedro.training.curves import CurveWriter
     from pedro.training.engines import StepEngine
     from pedro.training.loop import TrainState
-    from pedro.training.reporters import CurveWriter
     from pedro.training.worker_group import WorkerGroup
 
 ADAPTER, STATE, ANSWER = "adapter", "state", "answer.json"
@@ -150,7 +150,7 @@ def _work(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from pedro.training.reporters import CurveWriter
+    from pedro.training.curves import CurveWriter
     from pedro.training.worker_group import WorkerGroup
 
     if _finished(ray.train.get_checkpoint()):

@@ -35,12 +35,6 @@ def planned_trials(spec: SweepSpec) -> list[Parameters] | None:
     return drawn(spec.space, spec.draws, spec.search.seed)
 
 
-def count(spec: SweepSpec) -> int:
-    """How many trials there will be."""
-    planned = planned_trials(spec)
-    return spec.draws if planned is None else len(planned)
-
-
 def check_sweep(spec: SweepSpec) -> None:
     """Raise one ConfigError with all that is wrong with the space, method options included, before anything starts."""
     mistakes: dict[str, str] = {}

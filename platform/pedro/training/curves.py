@@ -1,22 +1,15 @@
-"""Where a run's news and checkpoints go without a cluster, and the run's curves in any case."""
+"""The curves of a run: points sent to the tracking server, with what the process takes of the machine."""
 
 from __future__ import annotations
 
 import logging
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from pedro.training.checkpoints import read_checkpoint, write_checkpoint
-from pedro.training.engines import StepEngine
-from pedro.training.loop import TrainState
-from pedro.training.worker_group import WorkerGroup
 
 LOG = logging.getLogger(__name__)
 LogPoint = Callable[[int, Mapping[str, float]], None]
@@ -52,34 +45,6 @@ class CurveWriter:
                 log(*point)
             except Exception as error:  # noqa: BLE001 - whatever the tracking server's client raises
                 LOG.warning("a point of the curves at step %d is lost: %s", point[0], error)
-
-
-class LocalReporter:
-    """Checkpoints in a folder of this host, lines to `log`."""
-
-    def __init__(self, directory: Path, log: Callable[[str], None] = print, curves: CurveWriter | None = None) -> None:
-        self.directory, self.log, self.curves = directory, log, curves
-
-    def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
-        last = self.directory / "last"
-        return read_checkpoint(last, engine, group) if last.is_dir() else None
-
-    def checkpoint(
-        self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
-    ) -> None:
-        making, last = self.directory / "making", self.directory / "last"
-        write_checkpoint(making, engine, group, state, best)
-        if group.rank == 0:
-            shutil.rmtree(last, ignore_errors=True)
-            making.rename(last)
-        group.gather(None)  # nobody writes into `making` before it has been moved
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        if self.curves:
-            self.curves.add(step, values)
-
-    def line(self, text: str) -> None:
-        self.log(text)
 
 
 def system_metrics() -> dict[str, float]:
