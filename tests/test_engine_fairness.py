@@ -335,16 +335,16 @@ def test_a_prefill_that_fails_at_its_end_takes_no_other_with_it(model, monkeypat
 
 
 def test_a_short_step_takes_a_share_of_the_time_that_a_newcomers_prompt_takes():
-    pace = PrefillBudget(stall=1.25)
-    assert pace.short_rows(100, 32) == 32, "nothing is known yet"
-    pace.prefilled(1000, 0.1)
+    budget = PrefillBudget(stall=1.25)
+    assert budget.short_rows(100, 32) == 32, "nothing is known yet"
+    budget.record_prefill(1000, 0.1)
     rows = 32
     for _ in range(20):
-        pace.decoded(0.002 + 0.0005 * rows, rows)
-        rows = pace.short_rows(400, 32)
+        budget.record_decode(0.002 + 0.0005 * rows, rows)
+        rows = budget.short_rows(400, 32)
     assert 0.8 * 0.15 * 400 * 1e-4 <= 0.002 + 0.0005 * rows <= 0.15 * 400 * 1e-4
-    assert pace.short_rows(1, 32) == LEAST_ROWS
-    assert pace.short_rows(1, 2) == LEAST_ROWS or pace.short_rows(1, 2) == 2
+    assert budget.short_rows(1, 32) == LEAST_ROWS
+    assert budget.short_rows(1, 2) == LEAST_ROWS or budget.short_rows(1, 2) == 2
 
 
 def test_choices_whose_turn_has_not_come_keep_their_prompt_when_its_slot_is_given_away(model, tmp_path):

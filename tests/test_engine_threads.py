@@ -6,7 +6,7 @@ import pytest
 import torch
 from engine_models import DIGEST, make_adapter, prompt, random_backbone
 
-from pedro.engine import native, threads
+from pedro.engine import kernel_threads, native
 from pedro.engine.config import EngineConfig
 from pedro.engine.kernel_threads import LONGEST_HOLD_S, WINDOW_S, KernelThreads, cpu_quota, granted_threads
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
@@ -21,7 +21,7 @@ def odd_schedules(monkeypatch):
     """A kernel whose threads are preempted at random whenever they have taken a tile, and whose tiles are tiny."""
     native.load_kernel.cache_clear()
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DPEDRO_ODD_SCHEDULES", "-DTILE=65536"))
-    monkeypatch.setattr(threads, "LOST", float("inf"))
+    monkeypatch.setattr(kernel_threads, "LOST", float("inf"))
     yield
     native.load_kernel.cache_clear()
 
@@ -135,7 +135,7 @@ def test_a_cgroups_quota_bounds_the_threads(tmp_path, monkeypatch):
     (root / "cpu" / "box" / "cpu.cfs_quota_us").write_text("50000\n")
     assert cpu_quota(root, of) == 0.5
     assert cpu_quota(root, tmp_path / "none") is None
-    monkeypatch.setattr(threads, "cpu_quota", lambda: 0.5)
+    monkeypatch.setattr(kernel_threads, "cpu_quota", lambda: 0.5)
     assert granted_threads() == 1
 
 
