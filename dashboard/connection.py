@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from pedro.config import Settings
-from sources.gateway import MAKE_KEY, START, Access, GatewayClient, GatewayStatus, connect
+from sources.gateway import MAKE_KEY, START, Access, GatewayClient, GatewayStatus, gateway_client
 from sources.services import gateway_url
 
 ASK_AGAIN_S = 5
@@ -36,11 +36,11 @@ def sidebar() -> tuple[GatewayClient, GatewayStatus]:
             persist_state="session",
             type="password",
             autocomplete="off",
-            placeholder="PEDRO_ADMIN_KEY is set" if connect(url, "", own).key else "sk-pedro-…",
+            placeholder="PEDRO_ADMIN_KEY is set" if gateway_client(url, "", own).key else "sk-pedro-…",
             help=f"An admin key (`{MAKE_KEY}`) moves aliases and sees every tenant; a tenant's own key is enough for "
             "the Playground. It stays in this session. PEDRO_ADMIN_KEY, if set, goes to this home's own gateway alone.",
         )
-        gateway = connect(url, typed, own)
+        gateway = gateway_client(url, typed, own)
         status = _status(gateway.url, gateway.key)
         if not status.answers:
             st.caption(f":red[:material/cloud_off:] {status.problem}")

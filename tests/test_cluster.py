@@ -104,7 +104,7 @@ def test_a_file_that_the_user_named_is_handed_on_rather_than_copied(home, monkey
 )
 def test_what_may_be_a_password_is_taken_for_one_and_not_shown(url, secret):
     assert secret_files.holds_secret(url) is secret
-    assert (secret_files.shown(url) == url) is not secret
+    assert (secret_files.without_password(url) == url) is not secret
 
 
 def test_a_storage_with_a_key_in_its_url_is_refused_because_manifests_would_hold_it(home):

@@ -9,7 +9,7 @@ import dashboard_app  # noqa: F401 - makes the dashboard's modules importable
 import pytest
 from gateway_server import serve
 
-from sources.gateway import DEFAULT_URL, Access, GatewayClient, GatewayError, connect
+from sources.gateway import DEFAULT_URL, Access, GatewayClient, GatewayError, gateway_client
 
 NOBODY = "http://127.0.0.1:9"
 ENV = {"PEDRO_ADMIN_KEY": "sk-pedro-secret"}
@@ -79,13 +79,13 @@ def test_the_key_is_in_no_representation_and_no_error():
 
 def test_the_key_of_the_environment_goes_to_the_homes_own_gateway_alone():
     own = "http://127.0.0.1:8123"
-    assert connect(own, "", own, ENV).key == "sk-pedro-secret"
-    assert connect(f"{own}/v1/", "", own, ENV).key == "sk-pedro-secret"
-    assert connect("", "", own, ENV) == GatewayClient(own, "sk-pedro-secret")
-    assert connect("http://elsewhere:8123", "", own, ENV).key == ""
-    assert connect(f"{own}.elsewhere", "", own, ENV).key == ""
-    assert connect("http://elsewhere:8123", "sk-pedro-typed", own, ENV).key == "sk-pedro-typed"
-    assert connect(own, " sk-pedro-typed ", own, ENV).key == "sk-pedro-typed"
+    assert gateway_client(own, "", own, ENV).key == "sk-pedro-secret"
+    assert gateway_client(f"{own}/v1/", "", own, ENV).key == "sk-pedro-secret"
+    assert gateway_client("", "", own, ENV) == GatewayClient(own, "sk-pedro-secret")
+    assert gateway_client("http://elsewhere:8123", "", own, ENV).key == ""
+    assert gateway_client(f"{own}.elsewhere", "", own, ENV).key == ""
+    assert gateway_client("http://elsewhere:8123", "sk-pedro-typed", own, ENV).key == "sk-pedro-typed"
+    assert gateway_client(own, " sk-pedro-typed ", own, ENV).key == "sk-pedro-typed"
 
 
 def test_errors_of_the_gateway_come_in_its_own_words(gateway):

@@ -15,7 +15,7 @@ from pedro.engine.sequence import Output, Timing
 from pedro.serving.metrics import ReplicaMetrics, merged
 from sources import serving
 from sources.gateway import GatewayClient
-from sources.metrics import Histogram, SeriesSource, Traffic, gained, increase, read
+from sources.metrics import Histogram, SeriesSource, Traffic, gained, increase, parse_metrics
 from sources.serving import ChampionSwap, History, Interval
 
 INF = math.inf
@@ -109,7 +109,7 @@ def test_an_increase_is_a_difference_and_after_a_restart_all_there_is():
 def test_what_replicas_tell_is_read_and_added_by_adapter():
     one, two = replica("r1"), replica("r2", running=1)
     end(one), end(one, reason="error"), end(two), end(two, None, reason="length")
-    scrape = read(merged([one.text(), two.text()]))
+    scrape = parse_metrics(merged([one.text(), two.text()]))
     assert scrape.gauges["running"] == 4
     assert scrape.gauges["resident"] == 8
     assert scrape.gauges["kv_cache_usage"] == pytest.approx(3 / 8)
@@ -125,14 +125,14 @@ def test_what_replicas_tell_is_read_and_added_by_adapter():
 @pytest.mark.parametrize("text", ["<html>", "pedro_running{", 'pedro_running{replica="r"} many', "\x00"])
 def test_what_is_no_prometheus_text_is_a_value_error(text):
     with pytest.raises(ValueError, match=r".*"):
-        read(f"# TYPE pedro_running gauge\n{text}\n")
+        parse_metrics(f"# TYPE pedro_running gauge\n{text}\n")
 
 
 # history
 
 
 def add(history, at, *replicas):
-    history.add(at, read(merged(one.text() for one in replicas)))
+    history.add(at, parse_metrics(merged(one.text() for one in replicas)))
 
 
 def window(history, now=1e9, seconds=1e9):
@@ -172,7 +172,7 @@ def test_a_scrape_without_the_engine_breaks_nothing():
     history, one = History(), replica("r1")
     end(one)
     add(history, 100, one)
-    history.add(105, read("# TYPE pedro_gateway_open_requests gauge\npedro_gateway_open_requests 0\n"))
+    history.add(105, parse_metrics("# TYPE pedro_gateway_open_requests gauge\npedro_gateway_open_requests 0\n"))
     end(one)
     add(history, 110, one)
     assert [interval.traffic.get("acme.faq", Traffic()).counts.get("requests", 0) for interval in window(history)] == [
@@ -277,7 +277,7 @@ def test_a_hundred_adapters_are_read_and_kept_at_little_cost():
     began = time.process_time()
     history = History()
     for at in range(3):
-        history.add(at, read(text))
+        history.add(at, parse_metrics(text))
     assert (time.process_time() - began) / 3 < 1.0, "a reading a few seconds apart must not fill a core"
 
 
@@ -288,7 +288,7 @@ def test_a_gateway_that_does_not_answer_is_words():
 def test_sources_of_the_text_are_told_apart_by_metric_replica_and_adapter():
     one = replica("r1")
     end(one)
-    assert read(one.text()).totals[SeriesSource("pedro_requests_total", "r1", "acme.faq")] == {"stop": 1.0}
+    assert parse_metrics(one.text()).totals[SeriesSource("pedro_requests_total", "r1", "acme.faq")] == {"stop": 1.0}
 
 
 # the page

@@ -48,13 +48,13 @@ def buttons(
     name = chosen.name
     if promotes:
         title = f"Promote {name} to v{chosen.version}?"
-        confirm(title, gateway, champion, chosen, lambda: gateway.promote(name, chosen.version), moved)
+        confirm_promotion(title, gateway, champion, chosen, lambda: gateway.promote(name, chosen.version), moved)
     elif returns and previous is not None:
         title = f"Roll {name} back to v{previous.version}?"
-        confirm(title, gateway, champion, previous, lambda: gateway.rollback(name), moved)
+        confirm_promotion(title, gateway, champion, previous, lambda: gateway.rollback(name), moved)
 
 
-def confirm(
+def confirm_promotion(
     title: str, gateway: GatewayClient, old: Version | None, new: Version, act: Act, moved: Callable[[], None]
 ) -> None:
     """A dialog that says what would change; the alias moves only from its button."""
@@ -77,7 +77,7 @@ def confirm(
 
 
 def carry_out(act: Act, moved: Callable[[], None]) -> None:
-    """Move the alias; `tell` says how it ended."""
+    """Move the alias; `show_outcome` says how it ended."""
     try:
         adapter = act()
         champion = (adapter.get("aliases") or {}).get(CHAMPION)
@@ -88,7 +88,7 @@ def carry_out(act: Act, moved: Callable[[], None]) -> None:
     moved()
 
 
-def tell() -> None:
+def show_outcome() -> None:
     """How the last change ended, once."""
     good, text = st.session_state.pop(SAID, (True, ""))
     if text:

@@ -40,7 +40,7 @@ def section(version: Version, directory: Path) -> None:
         "first time loads both."
     )
     if pressed:
-        read(version, directory, [line.strip() for line in text.splitlines() if line.strip()], how == CHAT)
+        read_prompts(version, directory, [line.strip() for line in text.splitlines() if line.strip()], how == CHAT)
     ref, names, readings = st.session_state.get(READ, ("", [], []))
     if ref == version.ref:
         show(names, readings)
@@ -55,7 +55,7 @@ def inputs_seen(ref: str) -> tuple[float, float] | None:
     return float(given.min()), float(given.max())
 
 
-def read(version: Version, directory: Path, lines: list[str], chat: bool) -> None:
+def read_prompts(version: Version, directory: Path, lines: list[str], chat: bool) -> None:
     """Read the prompts and keep what came of them for this session; the page is drawn again with their band."""
     if not lines:
         st.warning("Type a prompt.", icon=":material/edit:")

@@ -20,7 +20,7 @@ from pedro.config import Settings
 from pedro.refs import tenant_of
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
 from pedro.registry.queries import promotions
-from pedro.secret_files import shown
+from pedro.secret_files import without_password
 from sources.stores import ask_registry
 
 PAGE = 25
@@ -88,7 +88,7 @@ def read_catalog(settings: Settings) -> Catalog:
         )
 
     rows, problem = ask_registry(settings, read, ())
-    return Catalog(shown(settings.tracking_uri), rows, problem)
+    return Catalog(without_password(settings.tracking_uri), rows, problem)
 
 
 def read_champions(settings: Settings) -> dict[str, int] | None:

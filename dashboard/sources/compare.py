@@ -30,7 +30,7 @@ LEGEND = "**bold**: best, and proven so · *: best without a claim · underlined
 CURVES = {"dev/loss": "Validation loss", "train/loss": "Training loss"}
 TWIN = "nano_"  # how a small twin's name begins; the paper's own experiment is called paper_…
 MILLIONS = "parameters (M)"  # a column that is no task
-Wanted = Sequence[str]
+Names = Sequence[str]
 """Names that are asked for; none means all."""
 
 
@@ -83,7 +83,7 @@ def list_comparisons(settings: Settings) -> tuple[ListedComparison, ...]:
     )
 
 
-def read(listed: ListedComparison) -> Comparison:
+def read_listed(listed: ListedComparison) -> Comparison:
     """All of a comparison; what is broken is named in its `problems`."""
     return read_comparison(listed.folder)
 
@@ -101,7 +101,7 @@ def choices(comparison: Comparison) -> Choices:
 
 
 def filter_comparison(
-    comparison: Comparison, tasks: Wanted = (), labels: Wanted = (), backbones: Wanted = ()
+    comparison: Comparison, tasks: Names = (), labels: Names = (), backbones: Names = ()
 ) -> FilteredComparison:
     """Some tasks, methods and backbones of a comparison; marks and averages are among those."""
     chosen = select(comparison)

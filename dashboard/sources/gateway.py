@@ -169,7 +169,7 @@ def default_url(env: Mapping[str, str] = os.environ) -> str:
     return (env.get("PEDRO_GATEWAY_URL") or DEFAULT_URL).rstrip("/")
 
 
-def connect(url: str, typed_key: str, own_url: str, env: Mapping[str, str] = os.environ) -> GatewayClient:
+def gateway_client(url: str, typed_key: str, own_url: str, env: Mapping[str, str] = os.environ) -> GatewayClient:
     """The gateway at `url`. The key that the environment holds (`PEDRO_ADMIN_KEY`) goes to `own_url` alone.
 
     Otherwise whoever opens the dashboard could have that key sent wherever they like.

@@ -120,7 +120,7 @@ class Traffic:
         )
 
 
-def read(text: str) -> Scrape:
+def parse_metrics(text: str) -> Scrape:
     """The samples that the dashboard shows. Raises ValueError for what is no Prometheus text."""
     totals: dict[SeriesSource, dict[str, float]] = {}
     gauges: dict[str, list[float]] = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from pedro.config import Settings
-from pedro.secret_files import shown
+from pedro.secret_files import without_password
 from sources.gateway import DEFAULT_URL, GatewayClient
 from sources.stores import SQLITE, is_there
 
@@ -62,9 +62,9 @@ def registry_health(settings: Settings) -> Service:
     if not uri.startswith("http"):
         return Service("MLflow", ServiceState.UP, _database(settings, uri))
     if _answers(f"{uri.rstrip('/')}/health"):
-        return Service("MLflow", ServiceState.UP, f"server `{shown(uri)}`")
+        return Service("MLflow", ServiceState.UP, f"server `{without_password(uri)}`")
     remedy = "start it (`mlflow server`), or unset MLFLOW_TRACKING_URI to use the file in PEDRO_HOME"
-    return Service("MLflow", ServiceState.DOWN, f"`{shown(uri)}` does not answer", remedy)
+    return Service("MLflow", ServiceState.DOWN, f"`{without_password(uri)}` does not answer", remedy)
 
 
 def records_health(settings: Settings) -> Service:
@@ -135,7 +135,7 @@ def _database(settings: Settings, url: str) -> str:
     path = Path(url.removeprefix(SQLITE))
     if url.startswith(SQLITE) and path.is_relative_to(settings.home):
         return f"`{path.relative_to(settings.home)}` in the home"
-    return f"`{shown(url)}`"
+    return f"`{without_password(url)}`"
 
 
 def _answers(url: str) -> bool:

@@ -16,7 +16,7 @@ from pedro.errors import PedroError
 from pedro.registry import Registry
 from sources.adapters import read_champions, read_promotions
 from sources.gateway import GatewayClient
-from sources.metrics import Histogram, Scrape, SeriesSource, Traffic, gained, increase, read
+from sources.metrics import Histogram, Scrape, SeriesSource, Traffic, gained, increase, parse_metrics
 from sources.stores import ask_registry
 
 INTERVAL_S = 5.0
@@ -125,7 +125,7 @@ class History:
 def scrape_into(history: History, gateway: GatewayClient, now: float) -> str:
     """Read the gateway's figures into the history; why that failed, or nothing."""
     try:
-        history.add(now, read(gateway.metrics()))
+        history.add(now, parse_metrics(gateway.metrics()))
     except PedroError as error:
         return error.message
     except ValueError as error:

@@ -142,7 +142,7 @@ def parallel(sweep: Sweep) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                     {
                         "axis": name,
                         "height": y,
-                        "value": shown(value),
+                        "value": format_value(value),
                         "trial": trial.number,
                         "state": trial.state.value,
                         "loss": trial.loss,
@@ -166,7 +166,7 @@ def order_map(sweep: Sweep) -> list[dict[str, Any]]:
 
 def trial_rows(sweep: Sweep) -> list[dict[str, Any]]:
     """The table of trials: the best first, then those without a loss."""
-    rows = [{**row, **{key: shown(row.get(key)) for key in sweep.keys}} for row in rows_of(sweep.trials)]
+    rows = [{**row, **{key: format_value(row.get(key)) for key in sweep.keys}} for row in rows_of(sweep.trials)]
     return sorted(
         rows,
         key=lambda row: (row["state"] != TrialState.FINISHED, row["validation_loss"] is None, row["validation_loss"]),
@@ -183,15 +183,15 @@ def curve_rows(sweep: Sweep) -> list[dict[str, Any]]:
     ]
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A parameter's value as people write it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _groups(values: Sequence[Any]) -> list[str]:
     """To which group each value belongs: to its own, or for numbers with many values to its quarter."""
-    if len({shown(value) for value in values}) <= LEVELS or not all(isinstance(v, int | float) for v in values):
-        return [shown(value) for value in values]
+    if len({format_value(value) for value in values}) <= LEVELS or not all(isinstance(v, int | float) for v in values):
+        return [format_value(value) for value in values]
     cuts = quantiles(values, n=4)
     return [str(sum(value > cut for cut in cuts)) for value in values]
 

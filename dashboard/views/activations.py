@@ -28,7 +28,7 @@ NONE = "none"
 
 read_activations = st.cache_data(show_spinner=False, max_entries=200)(data.read_activations)
 Orders = tuple[int, int]
-Seen = tuple[float, float] | None  # the x that typed prompts gave to R: from, to
+InputRange = tuple[float, float] | None  # the x that typed prompts gave to R: from, to
 
 
 class Chosen(NamedTuple):
@@ -90,7 +90,7 @@ def short_label(version: Version) -> str:
     return " ".join([f"v{version.version}", *version.aliases])
 
 
-def functions(one: Chosen, other: Chosen | None, seen: Seen) -> None:
+def functions(one: Chosen, other: Chosen | None, seen: InputRange) -> None:
     """Figure 2: R(x) over GELU and its fit, and what training moved."""
     numbers = [layer.index for layer in one.activations.layers]
     picked, width = st.columns([3, 2])
@@ -117,7 +117,12 @@ def functions(one: Chosen, other: Chosen | None, seen: Seen) -> None:
 
 
 def draw(
-    one: Chosen, other: Chosen | None, shown: Sequence[int], reach: float, orders: Sequence[Orders] | None, seen: Seen
+    one: Chosen,
+    other: Chosen | None,
+    shown: Sequence[int],
+    reach: float,
+    orders: Sequence[Orders] | None,
+    seen: InputRange,
 ) -> None:
     """The two charts side by side; `orders` are those of the initial fits, None while they are not known."""
     x = data.grid(reach)
@@ -162,7 +167,7 @@ class Curve(NamedTuple):
     dash: list[int]
 
 
-def lines(curves: dict[str, Curve], x: np.ndarray, title: str, reach: float, seen: Seen) -> Any:
+def lines(curves: dict[str, Curve], x: np.ndarray, title: str, reach: float, seen: InputRange) -> Any:
     """The curves, and behind them the x that the prompts below gave to R."""
     frame = pd.DataFrame(data.curve_rows({name: curve.function for name, curve in curves.items()}, x))
     names = list(curves)

@@ -30,7 +30,7 @@ def page() -> None:
     settings = Settings.from_env()
     gateway, status = connection.sidebar()
     st.title("Adapters", anchor=False)
-    promotion.tell()
+    promotion.show_outcome()
     catalog = catalog_or_notice(settings)
     if not catalog.rows:
         st.caption(f"Registry `{catalog.source}`")

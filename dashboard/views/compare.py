@@ -37,7 +37,7 @@ STYLE = """<style>
 list_all = st.cache_resource(ttl=5, show_spinner=False)(data.list_comparisons)
 read_models = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the experiments …")(mlflow_runs.read_models)
 read_runs = st.cache_resource(ttl=REFRESH_S, show_spinner="Reading the runs …", max_entries=20)(mlflow_runs.read_runs)
-read_one = st.cache_resource(show_spinner="Reading the runs …", max_entries=10)(data.read)
+read_one = st.cache_resource(show_spinner="Reading the runs …", max_entries=10)(data.read_listed)
 
 
 @st.cache_resource(ttl=600, show_spinner="Computing the intervals …", max_entries=50)

@@ -75,7 +75,7 @@ def under_way(settings: Settings) -> None:
 
 
 def title(job: data.Job) -> str:
-    return f"{job.model} · {job.kind} · {job.status} · {utc(job.created)} · {job.id}"
+    return f"{job.model} · {job.kind} · {job.status} · {minute_utc(job.created)} · {job.id}"
 
 
 def complain(seen: data.Jobs) -> None:
@@ -87,7 +87,7 @@ def complain(seen: data.Jobs) -> None:
 
 def details(settings: Settings, job: data.Job) -> None:
     """How it stands, its curves, the end of its log."""
-    st.markdown(f"{SIGNS.get(job.status, '')} **{job.status}** · begun {utc(job.created)} UTC · `{job.id}`")
+    st.markdown(f"{SIGNS.get(job.status, '')} **{job.status}** · begun {minute_utc(job.created)} UTC · `{job.id}`")
     if job.message:
         st.caption(job.message)
     left, right = st.columns([3, 2], gap="large")
@@ -205,7 +205,7 @@ def one(settings: Settings, job: data.Job) -> None:
                 st.json(job.record.spec)
 
 
-def utc(seconds: float) -> str:
+def minute_utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
 
 

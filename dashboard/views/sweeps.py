@@ -73,7 +73,9 @@ def heading(sweep: data.Sweep) -> None:
     accuracy = data.metric(best, data.ACCURACY)
     parameters = f"{best.outcome.trainable_parameters:,} trained parameters" if best.outcome else ""
     number(columns[2], "Its accuracy", "–" if accuracy is None else f"{accuracy:.1%}", parameters)
-    st.markdown("Best trial: " + " · ".join(f"`{key}` = **{data.shown(v)}**" for key, v in best.parameters.items()))
+    st.markdown(
+        "Best trial: " + " · ".join(f"`{key}` = **{data.format_value(v)}**" for key, v in best.parameters.items())
+    )
 
 
 def coordinates(sweep: data.Sweep) -> None:

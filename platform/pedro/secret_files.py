@@ -26,7 +26,7 @@ def holds_secret(value: str) -> bool:
     return named or bool(_IN_QUERY.search(rest))
 
 
-def shown(value: str) -> str:
+def without_password(value: str) -> str:
     """The URL for people: whatever may be a secret in it is left out."""
     if not holds_secret(value):
         return value

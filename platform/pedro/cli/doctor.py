@@ -165,9 +165,9 @@ def _service(name: str, probe: Callable[[], str], remedy: str) -> Check:
 
 def _registry(settings: Settings) -> str:
     from pedro.registry import Registry
-    from pedro.secret_files import shown
+    from pedro.secret_files import without_password
 
-    return f"{shown(settings.tracking_uri)}, {len(Registry.open(settings).models())} adapters"
+    return f"{without_password(settings.tracking_uri)}, {len(Registry.open(settings).models())} adapters"
 
 
 def _database(settings: Settings) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pedro.cli.output import AsJson, emit, table
-from pedro.cli.tenants import RequestsPerMinute, TokensPerMinute, describe_quota, limits
+from pedro.cli.tenants import RequestsPerMinute, TokensPerMinute, describe_quota, quota_columns
 
 app = typer.Typer(help="API keys: a key belongs to one tenant; its secret is shown once.", no_args_is_help=True)
 
@@ -64,7 +64,7 @@ def list_keys(
                     " ".join(record.scopes),
                     record.hint,
                     time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created)),
-                    *limits(record.quota),
+                    *quota_columns(record.quota),
                     "revoked" if record.revoked else "active",
                 ]
                 for record in records

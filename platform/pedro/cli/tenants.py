@@ -27,7 +27,7 @@ def list_tenants(as_json: AsJson = False) -> None:
     def show() -> None:
         table(
             ["tenant", "requests/min", "tokens/min"],
-            [[tenant, *limits(quota)] for tenant, quota in quotas.items()],
+            [[tenant, *quota_columns(quota)] for tenant, quota in quotas.items()],
             empty="no tenants yet; `pedro keys create TENANT` makes one",
         )
 
@@ -52,7 +52,7 @@ def quota(
     emit({"tenant": tenant, **asdict(now)}, as_json, lambda: typer.echo(f"{tenant}: {describe_quota(now)}"))
 
 
-def limits(quota: Quota) -> list[str]:
+def quota_columns(quota: Quota) -> list[str]:
     """Both limits for a table; a dash for none."""
     return ["-" if limit is None else f"{limit:,}" for limit in (quota.requests_per_minute, quota.tokens_per_minute)]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.errors import UnavailableError
 from pedro.registry.relocation import relocate
-from pedro.secret_files import shown
+from pedro.secret_files import without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,7 +57,7 @@ class Connection:
             if self.tracking_uri.startswith("sqlite:"):
                 remedy = "is its disk full, or its directory not writable? See PEDRO_HOME and MLFLOW_TRACKING_URI"
             raise UnavailableError(
-                f"MLFLOW_TRACKING_URI: no registry answers at {shown(self.tracking_uri)} "
+                f"MLFLOW_TRACKING_URI: no registry answers at {without_password(self.tracking_uri)} "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); {remedy}",
                 param="MLFLOW_TRACKING_URI",
             ) from error
@@ -83,7 +83,7 @@ class Connection:
             yield
         except self.error as error:
             raise UnavailableError(
-                f"the registry at {shown(self.tracking_uri)} does not answer "
+                f"the registry at {without_password(self.tracking_uri)} does not answer "
                 f"({str(error).partition(chr(10))[0]:.200}); check MLFLOW_TRACKING_URI",
                 param="MLFLOW_TRACKING_URI",
             ) from error
