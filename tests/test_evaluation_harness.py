@@ -21,10 +21,10 @@ from pedro.data.tasks import get_task
 from pedro.errors import ConfigError
 from pedro.evaluation import scoring
 from pedro.evaluation.harness import __main__ as harness_main
-from pedro.evaluation.harness.base import Scored, limits
+from pedro.evaluation.harness.base import ScoringRequest, generation_limits
 from pedro.evaluation.harness.endpoint import EndpointModel
 from pedro.evaluation.harness.local import LocalModel
-from pedro.evaluation.harness.run import _metrics, find_tasks, run
+from pedro.evaluation.harness.run import _metrics, find_tasks, run_harness
 from pedro.registry import Registry
 
 ROWS = 24
@@ -97,7 +97,7 @@ def wanted(made):
 
 
 def test_multiple_choice_scores_as_our_own_loss_does(made, wanted):
-    found = run({"adapter": made.directory, "answers": "trained"}, ["pedro_banking77"], limit=ROWS)
+    found = run_harness({"adapter": made.directory, "answers": "trained"}, ["pedro_banking77"], limit=ROWS)
     assert found["tasks"]["pedro_banking77"]["acc"] == wanted
     assert found["rows"] == {"pedro_banking77": ROWS}
     assert 0 < wanted < 1
@@ -135,7 +135,9 @@ def answered(made, tmp_path_factory):
 
 
 def test_generated_answers_score_as_our_own_generation_does(made, answered):
-    found = run({"adapter": made.directory}, ["two_answers", "pedro_snips"], include_path=answered.folder, limit=ROWS)
+    found = run_harness(
+        {"adapter": made.directory}, ["two_answers", "pedro_snips"], include_path=answered.folder, limit=ROWS
+    )
     assert found["tasks"]["two_answers"]["exact_match,strict"] == answered.score == 0.5
     assert found["rows"] == {"two_answers": 12, "pedro_snips": ROWS}
 
@@ -175,8 +177,8 @@ def test_the_greedy_answer_is_known_as_such(made, local):
             input_ids=torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=None
         )
     greedy = out[0].tolist()
-    assert local.score([Scored(tuple(greedy), len(prompt))])[0][1]
-    assert not local.score([Scored((*greedy[:-1], greedy[-1] ^ 1), len(prompt))])[0][1]
+    assert local.score([ScoringRequest(tuple(greedy), len(prompt))])[0][1]
+    assert not local.score([ScoringRequest((*greedy[:-1], greedy[-1] ^ 1), len(prompt))])[0][1]
 
 
 def test_a_text_alone_is_scored_once_a_token_however_long(made):
@@ -206,12 +208,12 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_tokens_but_not_bos(local):
 )
 def test_what_greedy_decoding_cannot_do_is_refused_by_name(arguments, named):
     with pytest.raises(ConfigError, match=named):
-        limits({"until": ["\n"], **arguments})
+        generation_limits({"until": ["\n"], **arguments})
 
 
 def test_limits_are_read_as_lm_eval_writes_them():
-    assert limits({"until": "\n", "max_tokens": 5, "temperature": 0.0, "top_p": 1.0}) == (("\n",), 5)
-    assert limits({}) == ((), 256)
+    assert generation_limits({"until": "\n", "max_tokens": 5, "temperature": 0.0, "top_p": 1.0}) == (("\n",), 5)
+    assert generation_limits({}) == ((), 256)
 
 
 def test_what_is_missing_or_wrong_is_said(made):
@@ -264,7 +266,7 @@ def test_scores_are_those_of_lm_evals_own_steps_to_the_last_digit(made):
     from lm_eval import simple_evaluate
 
     tasks = ["pedro_banking77", "pedro_snips"]
-    ours = run({"adapter": made.directory}, tasks, limit=6, shots=2)
+    ours = run_harness({"adapter": made.directory}, tasks, limit=6, shots=2)
     model, manager = LocalModel(adapter=made.directory), find_tasks(tasks)
     theirs = simple_evaluate(model, tasks=tasks, task_manager=manager, limit=6, num_fewshot=2, bootstrap_iters=1000)
     for task in tasks:
@@ -275,7 +277,7 @@ def test_scores_are_those_of_lm_evals_own_steps_to_the_last_digit(made):
 
 def test_a_pattern_names_tasks_and_nothing_is_said_outside_a_checkout(made, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    found = run({"adapter": made.directory}, ["pedro_s*"], limit=2)
+    found = run_harness({"adapter": made.directory}, ["pedro_s*"], limit=2)
     assert found["rows"] == {"pedro_snips": 2}
     assert "fatal" not in capfd.readouterr().err
 
@@ -303,7 +305,7 @@ def test_a_task_that_cannot_be_asked_is_told_in_one_line(made, tmp_path, changes
     if rows is None:
         (tmp_path / "rows.json").unlink()
     with pytest.raises(ConfigError) as caught:
-        run({"adapter": made.directory}, ["two_answers"], include_path=tmp_path, shots=shots)
+        run_harness({"adapter": made.directory}, ["two_answers"], include_path=tmp_path, shots=shots)
     assert reason in caught.value.message
     assert "\n" not in caught.value.message
 
@@ -312,7 +314,7 @@ def test_examples_that_a_task_never_takes_are_refused(made, tmp_path):
     written = task_file(tmp_path, [{"prompt": "a", "completion": "b"}]) / "two_answers.yaml"
     written.write_text(written.read_text() + "num_fewshot: 0\n")
     with pytest.raises(ConfigError, match="shots: the task two_answers"):
-        run({"adapter": made.directory}, ["two_answers"], include_path=tmp_path, shots=3)
+        run_harness({"adapter": made.directory}, ["two_answers"], include_path=tmp_path, shots=3)
 
 
 def test_a_task_file_does_not_take_the_name_of_one_of_ours(tmp_path):
@@ -330,14 +332,14 @@ def test_a_metric_that_is_no_number_is_null_in_json():
 @pytest.mark.parametrize("most", [0, -5, "x", "nan"])
 def test_an_answer_of_no_possible_length_is_refused(most):
     with pytest.raises(ConfigError, match="max_gen_toks"):
-        limits({"max_gen_toks": most})
+        generation_limits({"max_gen_toks": most})
 
 
 @pytest.mark.slow
 def test_lm_evals_own_tasks_are_found_and_unknown_ones_named():
     assert find_tasks(["pedro_snips", "arc_easy"]).match_tasks(["arc_easy"]) == ["arc_easy"]
     with pytest.raises(ConfigError, match="no_such_task"):
-        run({"backbone": "stories260K"}, ["no_such_task"])
+        run_harness({"backbone": "stories260K"}, ["no_such_task"])
 
 
 @pytest.mark.slow

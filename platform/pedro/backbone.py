@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pedro.backbone_files import VOCABULARIES, check_files, read_json
 from pedro.errors import BackboneError, ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import BatchEncoding
 
 EMBEDDED = Path(__file__).parent / "assets" / "backbones"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
@@ -35,6 +36,19 @@ TOKENIZER_FIELDS = (
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 """What older releases of transformers saved beside the weights, and compute today."""
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Tokenizer(Protocol):
+    """What the platform asks of a tokenizer of transformers."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int
+    chat_template: str | None
+
+    def __call__(self, text: str | list[str], **options: object) -> BatchEncoding: ...
+    def decode(self, token_ids: list[int], **options: object) -> str: ...
+    def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ def evaluate_by_harness(
     label, arguments = _model(name)
     log(f"asking {label} lm-eval's {', '.join(wanted)}")
     from pedro.backbone import quiet
-    from pedro.evaluation.harness.run import run
+    from pedro.evaluation.harness.run import run_harness
 
     quiet()
-    report = run(arguments, wanted, include_path=include_path, limit=rows, shots=shots, chat=chat)
+    report = run_harness(arguments, wanted, include_path=include_path, limit=rows, shots=shots, chat=chat)
     result = {"model": label, **report}
     emit(result, as_json, lambda: _show(result))
 

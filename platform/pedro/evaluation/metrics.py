@@ -1,4 +1,4 @@
-"""Scores answers to benchmark tasks: accuracy, F1 and exact match, SQL. Knows nothing of models.
+"""Scores answers to benchmark tasks: accuracy, F1 and exact match, SQL.
 
 An answer is what a model wrote; the task's parser finds the answer in it, the metric compares. Every score keeps its
 value for each row, so that two methods can be compared row by row.

@@ -1,4 +1,4 @@
-"""Runs MT-Bench: asks the two turns, writes answers and marks as FastChat does. Knows nothing of models.
+"""Runs MT-Bench: asks the two turns, writes answers and marks as FastChat does.
 
 A model is a function from messages to text. The judge is any endpoint of the OpenAI API; without one the answers are
 still written, and `python -m fastchat.llm_judge.gen_judgment` can mark them later.
@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.data.tasks import TaskRow
 from pedro.errors import UnavailableError
 
+if TYPE_CHECKING:
+    import httpx
+
 Messages = list[dict[str, str]]
 Chat = Callable[[Messages, float], str]
 """(messages, temperature) -> the assistant's next turn."""
-Record = dict[str, Any]
+JsonRecord = dict[str, Any]
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # 0 for the others, as FastChat
 WITH_REFERENCE = ("math", "reasoning", "coding")
@@ -81,7 +84,7 @@ class Judge:
         )
 
 
-def ask_questions(rows: Iterable[TaskRow], chat: Chat, model: str) -> Iterator[Record]:
+def ask_questions(rows: Iterable[TaskRow], chat: Chat, model: str) -> Iterator[JsonRecord]:
     """Each question's answers in FastChat's form; the second turn is asked with the first and its answer before it."""
     for row in rows:
         messages: Messages = []
@@ -100,7 +103,7 @@ def ask_questions(rows: Iterable[TaskRow], chat: Chat, model: str) -> Iterator[R
         }
 
 
-def judge_answers(rows: Iterable[TaskRow], answers: Iterable[Record], judge: Judge) -> Iterator[Record]:
+def judge_answers(rows: Iterable[TaskRow], answers: Iterable[JsonRecord], judge: Judge) -> Iterator[JsonRecord]:
     """Two marks a question (1 to 10; -1 where the judge gave none), in the form of FastChat's `*_single.jsonl`.
 
     Marks come one by one, so that a caller can write each before the next is asked for. Raises UnavailableError.
@@ -127,11 +130,11 @@ def judge_prompt(row: TaskRow, answers: Sequence[str], turn: int) -> tuple[str, 
     """Name, system prompt and user prompt with which turn 0 or 1 is marked; with the reference where there is one."""
     references = row.extra["reference_turns"] if row.group in WITH_REFERENCE else ()
     name = f"single{'-math' if references else ''}-v1{'-multi-turn' if turn else ''}"
-    fields = {f"ref_answer_{place}": text for place, text in enumerate(references, 1)}
+    fields = {f"ref_answer_{index}": text for index, text in enumerate(references, 1)}
     if turn:
         questions = row.extra["turns"]
-        fields |= {f"question_{place}": text for place, text in enumerate(questions, 1)}
-        fields |= {f"answer_{place}": text for place, text in enumerate(answers, 1)}
+        fields |= {f"question_{index}": text for index, text in enumerate(questions, 1)}
+        fields |= {f"answer_{index}": text for index, text in enumerate(answers, 1)}
     else:
         fields |= {"question": row.extra["turns"][0], "answer": answers[0]}
     prompt = _prompts()[name]
@@ -147,7 +150,7 @@ def read_rating(judgment: str) -> float:
     return NO_RATING
 
 
-def summary(judgments: Iterable[Record], rows: Iterable[TaskRow]) -> dict[str, Any]:
+def summary(judgments: Iterable[JsonRecord], rows: Iterable[TaskRow]) -> dict[str, Any]:
     """Mean marks: all, by turn and by category. Turns without a mark are counted and left out, as FastChat does."""
     category = {int(row.id): row.group for row in rows}
     marks: dict[str, list[float]] = defaultdict(list)
@@ -161,7 +164,7 @@ def summary(judgments: Iterable[Record], rows: Iterable[TaskRow]) -> dict[str, A
     return {**{name: fmean(values) for name, values in sorted(marks.items())}, "unrated": unrated}
 
 
-def write_records(path: Path, records: Iterable[Record]) -> int:
+def write_records(path: Path, records: Iterable[JsonRecord]) -> int:
     """Writes each record as a line as soon as it is there; how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
@@ -174,11 +177,11 @@ def write_records(path: Path, records: Iterable[Record]) -> int:
 
 
 @lru_cache(maxsize=1)
-def _prompts() -> dict[str, Record]:
+def _prompts() -> dict[str, JsonRecord]:
     return {record["name"]: record for record in map(json.loads, PROMPTS.read_text().splitlines())}
 
 
-def _content(reply: Any, url: str) -> str:
+def _content(reply: httpx.Response, url: str) -> str:
     try:
         return reply.json()["choices"][0]["message"]["content"] or ""
     except (ValueError, KeyError, IndexError, TypeError):

@@ -1,6 +1,6 @@
 """Loads a saved adapter and scores it on a file: what `pedro eval` and the gate's look at the champion share.
 
-Knows nothing of registries: it is handed a directory.
+It is handed a directory, wherever that came from.
 """
 
 from __future__ import annotations

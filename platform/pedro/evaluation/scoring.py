@@ -1,6 +1,6 @@
 """Scores a model on rows: answers generated from the prompt alone, exact match, loss per answer token.
 
-Knows nothing of training, Ray or registries. Rows are those of `pedro.data.load_rows`. Scores of disjoint rows add up,
+Rows are those of `pedro.data.load_rows`. Scores of disjoint rows add up,
 so workers can share the work. An accuracy is never taken from teacher-forced logits: a model that peeks at the answer
 would look perfect.
 """
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Row = Mapping[str, Any]
+    from pedro.backbone import Tokenizer
+
+EncodedRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Score:
         return self.loss_sum / self.tokens if self.tokens else float("nan")
 
 
-def score(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int = 32) -> Score:
+def score(model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int = 32) -> Score:
     """Generate and compare, and take the loss, for every row."""
     if not rows:
         return Score()
@@ -64,8 +66,8 @@ def score(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int
 
 def generate(
     model: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    rows: Sequence[EncodedRow],
     max_new_tokens: int,
     batch_size: int = 32,
     num_beams: int = 1,
@@ -81,8 +83,8 @@ def generate(
     order = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_len"])
     texts = [""] * len(rows)
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        prompts = [rows[i]["input_ids"][: rows[i]["prompt_len"]] for i in places]
+        indices = order[start : start + batch_size]
+        prompts = [rows[i]["input_ids"][: rows[i]["prompt_len"]] for i in indices]
         width = max(map(len, prompts))
         pad = tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -93,13 +95,13 @@ def generate(
                 attention_mask=mask,
                 **({"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}),
             )
-        for place, row in zip(places, out[:, width:].tolist(), strict=True):
-            texts[place] = tokenizer.decode(row, skip_special_tokens=True)
+        for index, row in zip(indices, out[:, width:].tolist(), strict=True):
+            texts[index] = tokenizer.decode(row, skip_special_tokens=True)
     return texts
 
 
 @contextmanager
-def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int) -> Iterator[None]:
+def _decoding(model: Any, tokenizer: Tokenizer, max_new_tokens: int, num_beams: int) -> Iterator[None]:
     """For its length, `model` decodes as the engine does: of the backbone's generation config, its ends alone count.
 
     Whatever a generation config leaves open is taken from the model's own, so that one is replaced.
@@ -128,7 +130,9 @@ def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int) -
             holder.generation_config = own
 
 
-def answer_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int = 32) -> tuple[float, int]:
+def answer_loss(
+    model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int = 32
+) -> tuple[float, int]:
     """Summed cross entropy (nats) of the answers' tokens given their prompts, and how many tokens that is."""
     import torch
 
@@ -140,7 +144,7 @@ def answer_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_siz
 
 
 def answer_logprobs(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int = 32
+    model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int = 32
 ) -> list[tuple[float, bool]]:
     """Each row's log-likelihood (nats) of its answer given its prompt, and whether greedy decoding would give it."""
     found: list[tuple[float, bool]] = []
@@ -153,7 +157,7 @@ def answer_logprobs(
 
 
 def _answer_logits(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size: int
+    model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
     """Batch by batch: the logits [N, V] at the answers' tokens, row after row, these tokens [N], how many a row has."""
     import torch

@@ -1,7 +1,7 @@
 """Compares SQL queries: as text after normalisation, and by what they return from a sqlite database.
 
 Queries are a model's output, so they run read-only, may do nothing but select, and are stopped after a number of
-steps. Knows nothing of tasks.
+steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAME = {"<>": "!=", "==": "="}
 MAX_STEPS = 20_000_000  # of sqlite's virtual machine: seconds
 MAX_ROWS = 100_000
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-Table = Mapping[str, Any]
+TableContent = Mapping[str, Any]
 
 
 def normalise_sql(query: str) -> str:
@@ -32,7 +32,7 @@ def normalise_sql(query: str) -> str:
     tokens = [_plain(token) for token in TOKEN.findall(query)]
     while tokens and tokens[-1] == ";":
         tokens.pop()
-    tokens = [token for place, token in enumerate(tokens) if not _idle(tokens, place)]
+    tokens = [token for index, token in enumerate(tokens) if not _idle(tokens, index)]
     aliases: dict[str, str] = {}
     for before, token in pairwise(tokens):
         if before == "as" and token.isidentifier():
@@ -48,12 +48,12 @@ def _plain(token: str) -> str:
     return SAME.get(token, token.lower())
 
 
-def _idle(tokens: list[str], place: int) -> bool:
-    following = tokens[place + 1] if place + 1 < len(tokens) else ""
-    return tokens[place] == "asc" or (tokens[place] == "inner" and following == "join")
+def _idle(tokens: list[str], index: int) -> bool:
+    following = tokens[index + 1] if index + 1 < len(tokens) else ""
+    return tokens[index] == "asc" or (tokens[index] == "inner" and following == "join")
 
 
-def execution_match(query: str, reference: str, database: str | Path | Mapping[str, Table]) -> bool | None:
+def execution_match(query: str, reference: str, database: str | Path | Mapping[str, TableContent]) -> bool | None:
     """Whether both return the same rows, in order if the reference asks for one. None if the reference does not run.
 
     `database` is a sqlite file, or tables: {name: {"columns", "types", "rows"}}. Raises DataError if it is no
@@ -71,7 +71,7 @@ def execution_match(query: str, reference: str, database: str | Path | Mapping[s
     return Counter(found) == Counter(wanted)
 
 
-def _connect(database: str | Path | Mapping[str, Table]) -> sqlite3.Connection:
+def _connect(database: str | Path | Mapping[str, TableContent]) -> sqlite3.Connection:
     if isinstance(database, Mapping):
         connection = sqlite3.connect(":memory:")
         for name, table in database.items():
@@ -83,7 +83,7 @@ def _connect(database: str | Path | Mapping[str, Table]) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
 
-def _create(connection: sqlite3.Connection, name: str, table: Table) -> None:
+def _create(connection: sqlite3.Connection, name: str, table: TableContent) -> None:
     kinds = ["REAL" if kind in ("real", "number") else "TEXT" for kind in table["types"]]
     columns = ", ".join(f'"{column}" {kind}' for column, kind in zip(table["columns"], kinds, strict=True))
     marks = ", ".join("?" * len(kinds))

@@ -32,6 +32,6 @@ def register() -> None:
     import lm_eval.models  # noqa: F401 (registers lm-eval's own, which it does not once the registry has an entry)
     from lm_eval.api.registry import model_registry
 
-    for name, place in MODELS.items():
+    for name, path in MODELS.items():
         if name not in model_registry:
-            model_registry.register(name, target=f"{__name__}.{place}")
+            model_registry.register(name, target=f"{__name__}.{path}")

@@ -1,6 +1,6 @@
 """What lm-eval asks, as token ids with a prompt boundary: the context alone conditions the vectors, never the answer.
 
-Knows nothing of models or HTTP: a subclass tokenises, scores and generates. A request is a context and a continuation
+A subclass tokenises, scores and generates. A request is a context and a continuation
 (`loglikelihood`), a text alone (`loglikelihood_rolling`) or a context to be continued (`generate_until`).
 """
 
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = ("top_p", "top_k", "min_p")  # on greedy decoding
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoringRequest:
     """Ids of a context and what follows it; the first `conditioning_length` of them condition the vectors."""
 
     ids: tuple[int, ...]
@@ -33,7 +33,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationRequest:
     """A prompt to be continued greedily by at most `max_tokens`, up to the first of `stops`."""
 
     ids: tuple[int, ...]
@@ -67,11 +67,11 @@ class HarnessModel(LM):
         """Ids of each text as an answer that was trained, EOS at its end."""
 
     @abstractmethod
-    def score(self, rows: Sequence[Scored]) -> list[tuple[float, bool]]:
+    def score(self, rows: Sequence[ScoringRequest]) -> list[tuple[float, bool]]:
         """The log-likelihood (nats) of what follows each context, and whether it is the greedy answer."""
 
     @abstractmethod
-    def generate(self, rows: Sequence[Wanted]) -> list[str]:
+    def generate(self, rows: Sequence[GenerationRequest]) -> list[str]:
         """A greedy continuation of each prompt; it may run past a stop. All rows have equal limits."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -91,7 +91,7 @@ class HarnessModel(LM):
             prefix = self.bos if self.bos is not None else self._no_bos()
             windows = get_rolling_token_windows(ids, prefix, self.max_length - 1, 1)
             for context, answer in map(make_disjoint_window, windows):
-                rows.append(Scored((*context, *answer), len(context)))
+                rows.append(ScoringRequest((*context, *answer), len(context)))
                 owners.append(number)
         totals = [0.0] * len(texts)
         for number, (nats, _) in zip(owners, self.score(rows), strict=True):
@@ -102,17 +102,20 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """For each (context, generation arguments). Raises ConfigError for what greedy decoding cannot do."""
-        asked = [(request.args[0], limits(request.args[1])) for request in requests]
+        asked = [(request.args[0], generation_limits(request.args[1])) for request in requests]
         groups: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)
-        for place, (_, limit) in enumerate(asked):
-            groups[limit].append(place)
+        for index, (_, limit) in enumerate(asked):
+            groups[limit].append(index)
         prompts = self._prompts([context for context, _ in asked])
         texts = [""] * len(asked)
-        for (stops, max_tokens), places in groups.items():
+        for (stops, max_tokens), indices in groups.items():
             room = min(max_tokens, self.max_length // 2)
-            rows = [Wanted(self._shorten(prompts[place], self.max_length - room), room, stops) for place in places]
-            for place, text in zip(places, self.generate(rows), strict=True):
-                texts[place] = postprocess_generated_text(text, list(stops), None)
+            rows = [
+                GenerationRequest(self._shorten(prompts[index], self.max_length - room), room, stops)
+                for index in indices
+            ]
+            for index, text in zip(indices, self.generate(rows), strict=True):
+                texts[index] = postprocess_generated_text(text, list(stops), None)
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
@@ -133,14 +136,14 @@ class HarnessModel(LM):
         wholes = self._prompts([context + text for context, text in pairs])
         return contexts, [whole[len(ids) :] for whole, ids in zip(wholes, contexts, strict=True)]
 
-    def _bounded(self, context: Sequence[int], answer: Sequence[int]) -> Scored:
+    def _bounded(self, context: Sequence[int], answer: Sequence[int]) -> ScoringRequest:
         """A row that fits: the oldest of a long context goes, BOS stays."""
         if not answer:
             raise ConfigError("continuation: an empty one has no likelihood; look at the task's doc_to_choice")
         kept = self._shorten(context, self.max_length - len(answer))
         if not kept:
             self._no_bos()
-        return Scored((*kept, *answer), len(kept))
+        return ScoringRequest((*kept, *answer), len(kept))
 
     def _shorten(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
         if len(ids) <= room:
@@ -157,8 +160,8 @@ class HarnessModel(LM):
         raise ConfigError("context: it is empty, and this tokenizer has no BOS to stand for it")
 
 
-def limits(arguments: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
-    """Stop strings and the most tokens. Raises ConfigError for an argument that greedy decoding has no place for."""
+def generation_limits(arguments: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Stop strings and the most tokens. Raises ConfigError for an argument that greedy decoding does not support."""
     try:
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments)))
     except (TypeError, ValueError) as error:

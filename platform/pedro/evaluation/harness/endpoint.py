@@ -14,12 +14,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
 from pedro.errors import ConfigError, UnavailableError
-from pedro.evaluation.harness.base import HarnessModel, Scored, Wanted, check_generation_prompt, whole
+from pedro.evaluation.harness.base import (
+    GenerationRequest,
+    HarnessModel,
+    ScoringRequest,
+    check_generation_prompt,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from pedro.backbone import Tokenizer
 
 BUSY = (429, 502, 503, 504)
 TRIES = 6
@@ -77,8 +86,8 @@ class EndpointModel(HarnessModel):
             raise ConfigError("answers: the tokenizer has no EOS, so use answers=joined", param="answers")
         return [ids if ids[-1:] == [self._eos] else [*ids, self._eos] for ids in self.tokenise(texts)]
 
-    def score(self, rows: Sequence[Scored]) -> list[tuple[float, bool]]:
-        def ask(part: Sequence[Scored]) -> list[tuple[float, bool]]:
+    def score(self, rows: Sequence[ScoringRequest]) -> list[tuple[float, bool]]:
+        def ask(part: Sequence[ScoringRequest]) -> list[tuple[float, bool]]:
             lengths = [row.conditioning_length for row in part]
             fields = {"max_tokens": 0, "echo": True, "logprobs": 1, "conditioning_length": lengths}
             found = self._complete([row.ids for row in part], fields)
@@ -86,8 +95,8 @@ class EndpointModel(HarnessModel):
 
         return self._in_batches(ask, rows)
 
-    def generate(self, rows: Sequence[Wanted]) -> list[str]:
-        def ask(part: Sequence[Wanted]) -> list[str]:
+    def generate(self, rows: Sequence[GenerationRequest]) -> list[str]:
+        def ask(part: Sequence[GenerationRequest]) -> list[str]:
             fields = {"max_tokens": part[0].max_tokens, "stop": list(part[0].stops[:MAX_STOPS])}
             return [choice["text"] for choice in self._complete([row.ids for row in part], fields)]
 
@@ -224,7 +233,7 @@ def _seconds(value: float | str, name: str) -> float:
     return number
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str) -> Tokenizer:
     from pedro.backbone import load_tokenizer, resolve_backbone
 
     return load_tokenizer(resolve_backbone(name))

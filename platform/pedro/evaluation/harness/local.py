@@ -1,4 +1,4 @@
-"""lm-eval on a saved adapter, or a bare backbone, in this process: `--model pedro-local`. Knows nothing of HTTP."""
+"""lm-eval on a saved adapter, or a bare backbone, in this process: `--model pedro-local`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from pedro.backbone import context_length, load_model, load_tokenizer, resolve_b
 from pedro.data.prompt_format import FORMATS, encode_completions
 from pedro.errors import ConfigError
 from pedro.evaluation import scoring
-from pedro.evaluation.harness.base import HarnessModel, Scored, Wanted, check_generation_prompt, whole
+from pedro.evaluation.harness.base import (
+    GenerationRequest,
+    HarnessModel,
+    ScoringRequest,
+    check_generation_prompt,
+    whole,
+)
 from pedro.evaluation.saved import load_saved, open_saved
 
 
@@ -51,15 +57,15 @@ class LocalModel(HarnessModel):
     def completions(self, texts: Sequence[str]) -> list[list[int]]:
         return encode_completions(self.tokenizer, texts) if texts else []
 
-    def score(self, rows: Sequence[Scored]) -> list[tuple[float, bool]]:
+    def score(self, rows: Sequence[ScoringRequest]) -> list[tuple[float, bool]]:
         """Rows of like length share a batch."""
-        order = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
         ready = [{"input_ids": rows[i].ids, "prompt_len": rows[i].conditioning_length} for i in order]
         found = scoring.answer_logprobs(self.model, self.tokenizer, ready, self.batch_size)
         placed = dict(zip(order, found, strict=True))
-        return [placed[place] for place in range(len(rows))]
+        return [placed[index] for index in range(len(rows))]
 
-    def generate(self, rows: Sequence[Wanted]) -> list[str]:
+    def generate(self, rows: Sequence[GenerationRequest]) -> list[str]:
         ready = [{"input_ids": row.ids, "prompt_len": len(row.ids)} for row in rows]
         limit, stops = rows[0].max_tokens, rows[0].stops
         return scoring.generate(self.model, self.tokenizer, ready, limit, self.batch_size, stops=stops)

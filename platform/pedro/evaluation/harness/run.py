@@ -22,7 +22,7 @@ from pedro.evaluation.scoring import finite
 NO_METRICS = ("alias", "name", "sample_len", "sample_count")
 
 
-def run(
+def run_harness(
     arguments: dict[str, Any],
     tasks: Sequence[str],
     *,
