@@ -36,7 +36,7 @@ class BenchEngine:
         size: ModelSize,
         device: str = "cpu",
         dtype: str | None = None,
-        model: Any = None,
+        model: torch.nn.Module | None = None,
         tokenizer: Any = None,
         digest: str | None = None,
         **options: Any,

@@ -6,7 +6,10 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPT_TOKENS, NEW_TOKENS = 279, 33
 FIRST_TOKEN_ID = 3  # 0 to 2 are special in Llama's vocabulary
@@ -67,7 +70,7 @@ def prompts(size: ModelSize, count: int, length: int, seed: int) -> list[list[in
     return [rng.choices(range(FIRST_TOKEN_ID, size.vocab), k=length) for _ in range(count)]
 
 
-def make_model(size: ModelSize, device: str = "cpu", dtype: str | None = None) -> Any:
+def make_model(size: ModelSize, device: str = "cpu", dtype: str | None = None) -> PreTrainedModel:
     """A frozen transformers model of this size; float32 on the CPU and bfloat16 elsewhere unless `dtype` says."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig

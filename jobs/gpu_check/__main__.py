@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def command(name: str, options: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "jobs.gpu_check", *words]
 
 
-def _run(name: str, part: dict[str, Any], options: argparse.Namespace, save: Any) -> None:
+def _run(name: str, part: dict[str, Any], options: argparse.Namespace, save: Callable[[], None]) -> None:
     """Run one part to its end or its limit, and enter what it finds as it comes."""
     limit = options.limit or LIMITS_S[name]
     paths = [str(ROOT / "platform"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -124,7 +124,7 @@ def _run(name: str, part: dict[str, Any], options: argparse.Namespace, save: Any
     part["status"] = f"{wrong} findings are wrong" if status == "passed" and wrong else status
 
 
-def _read(stream: Any, lines: queue.Queue[str | None]) -> None:
+def _read(stream: Iterable[str], lines: queue.Queue[str | None]) -> None:
     for line in stream:
         lines.put(line)
     lines.put(None)

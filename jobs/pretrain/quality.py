@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pedro.backbone import Tokenizer
 from pedro.data.prompt_format import encode_prompts
 from pedro.errors import TrainingError
 
@@ -34,7 +35,7 @@ class Quality:
 
 
 @torch.inference_mode()
-def measure_quality(model: torch.nn.Module, tokenizer: Any, pieces: Sequence[str], context: int) -> Quality:
+def measure_quality(model: torch.nn.Module, tokenizer: Tokenizer, pieces: Sequence[str], context: int) -> Quality:
     """Quality on pieces of text, each on its own from BOS on.
 
     A piece longer than the context is read in windows that overlap by half, so that all but the first tokens are

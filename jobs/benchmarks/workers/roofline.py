@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Roofline:
             "gemm_gflops": 2 * side**3 / self._best(lambda: left @ left) / 1e9,
         }
 
-    def _best(self, work: Any) -> float:
+    def _best(self, work: Callable[[], object]) -> float:
         """The shortest time of `work` in seconds."""
         times = []
         for _ in range(TIMES + 1):
