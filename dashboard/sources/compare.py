@@ -110,7 +110,7 @@ def filter_comparison(
     runs = [
         run
         for run in chosen.runs
-        if any((*run.table_key, run.label, at) in shown for at in chosen.columns.get(run.task, [run.task]))
+        if any((run.backbone, run.budget, run.label, at) in shown for at in chosen.columns.get(run.task, [run.task]))
     ]
     try:
         paper, complaint = paper_of(comparison), ""

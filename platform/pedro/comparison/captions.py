@@ -18,8 +18,8 @@ def captions(selection: Selection, entries: Sequence[TableEntry]) -> tuple[str, 
     """The sentences below the table that holds `entries`."""
     comparison = selection.comparison
     labels = {entry.label for entry in entries}
-    table_keys = {entry.table_key for entry in entries}
-    runs = [run for run in selection.runs if run.label in labels and run.table_key in table_keys]
+    table_keys = {(entry.backbone, entry.budget) for entry in entries}
+    runs = [run for run in selection.runs if run.label in labels and (run.backbone, run.budget) in table_keys]
     tasks = [entry for entry in entries if entry.task != AVERAGE]
     notes = [
         _equal(comparison, runs, tasks),
@@ -85,7 +85,7 @@ def _values(entries: Sequence[TableEntry]) -> str:
 
 
 def _learning_rates(comparison: Comparison, runs: Sequence[RunResult]) -> str:
-    spec = comparison.spec
+    spec = comparison.metadata.get("spec") or {}
     tune = spec.get("tune")
     if not tune:
         rates = _range({run.lr for run in runs if run.lr == run.lr})

@@ -38,6 +38,20 @@ Panel = tuple[str, str]
 """Backbone and task."""
 
 
+def draw_figures(tables: Sequence[Table], selection: Selection, folder: Path) -> None:
+    """Every figure that applies, as a PNG in the folder."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a label is a dollar
+        draw_table(tables, folder / "table.png")
+        if len({table.budget for table in tables}) > 1:
+            draw_budgets(tables, folder / "budget.png")
+        if grouped(selection):
+            draw_groups(selection, folder / "groups.png")
+        if any(run.activations for run in selection.runs):
+            draw_activations(selection, folder / "activations.png")
+
+
 def draw_table(tables: Sequence[Table], path: Path) -> None:
     """A panel for each task: the methods' medians, intervals and single seeds; a dashed line at the majority rate."""
     places: list[Place] = []

@@ -95,21 +95,22 @@ def render_paper(paper: Paper) -> RenderedTable:
 
 
 def as_text(table: RenderedTable, width: int) -> str:
-    """Columns of equal width; where `width` is too small for numbers and intervals in a line, these stand below."""
+    """The title above columns of equal width; intervals stand below numbers where `width` is too small for both."""
     beside = [[[" ".join(filter(None, cell))] for cell in row] for row in table.rows]
     below = [[list(cell) for cell in row] for row in table.rows]
     head = [[name] for name in table.head]
     text = _aligned([head, *beside])
     if max(map(_visible, text)) > width and any(cell[1] for row in table.rows for cell in row):
         text = _aligned([head, *below])
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join([table.title, *(line.rstrip() for line in text)])
 
 
 def as_markdown(table: RenderedTable) -> str:
-    """A table of GitHub's Markdown."""
+    """The title above a table of GitHub's Markdown."""
     rows = [[literal(row[0][0]), *(" ".join(filter(None, cell)) for cell in row[1:])] for row in table.rows]
     line = ["---", *["---:"] * (len(table.head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in ([literal(name) for name in table.head], line, *rows))
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in ([literal(name) for name in table.head], line, *rows))
+    return f"**{literal(table.title)}**\n\n{lines}"
 
 
 def as_latex(table: RenderedTable, notes: Sequence[str]) -> str:

@@ -60,14 +60,14 @@ def print_report(report: ComparisonReport, *, width: int = WIDTH, ansi: bool = F
     parts = [_headline(report)]
     own, shared = _notes(report)
     for table, notes in zip(report.tables, own, strict=True):
-        parts += [_titled(rendered, width) for rendered in _rendered(table, style)]
+        parts += [renderers.as_text(rendered, width) for rendered in _rendered(table, style)]
         parts.append(_wrapped(notes, width))
     if report.tables:
         parts.append(f"{signs}\n{_wrapped(shared, width)}")
     else:
         parts.append("\n".join(["No run has finished yet.", *report.comparison.problems]))
     if report.paper:
-        paper = _titled(renderers.render_paper(report.paper), width)
+        paper = renderers.as_text(renderers.render_paper(report.paper), width)
         parts.append("\n".join(filter(None, [paper, report.paper.note])))
     return "\n\n".join(filter(None, parts))
 
@@ -81,7 +81,7 @@ def write_report(report: ComparisonReport) -> None:
     if not comparison.metadata:
         why = "; ".join(comparison.problems)
         raise ConfigError(f"{comparison.folder} holds no comparison: {why}; name the folder of one, or run it first")
-    from pedro.comparison.figures import draw_activations, draw_budgets, draw_groups, draw_table, grouped
+    from pedro.comparison.figures import draw_figures
 
     folder = comparison.folder
     _write(folder / "table.txt", print_report(report, width=FILE_WIDTH))
@@ -91,16 +91,7 @@ def write_report(report: ComparisonReport) -> None:
     _write(folder / "table.md", as_markdown(report))
     _write(folder / "table.tex", _latex(report))
     _write(folder / "table.csv", renderers.as_csv(found, report.paper))
-    import matplotlib
-
-    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a label is a dollar
-        draw_table(found, folder / "table.png")
-        if len({table.budget for table in found}) > 1:
-            draw_budgets(found, folder / "budget.png")
-        if grouped(report.selection):
-            draw_groups(report.selection, folder / "groups.png")
-        if any(run.activations for run in report.selection.runs):
-            draw_activations(report.selection, folder / "activations.png")
+    draw_figures(found, report.selection, folder)
 
 
 def summarize(report: ComparisonReport) -> dict[str, Any]:
@@ -129,16 +120,12 @@ def as_markdown(report: ComparisonReport) -> str:
     own, shared = _notes(report)
     for table, notes in zip(report.tables, own, strict=True):
         for rendered in _rendered(table, renderers.MARKDOWN):
-            parts += _markdown(rendered)
+            parts.append(renderers.as_markdown(rendered))
         parts.append(_listed(map(renderers.literal, notes)))
     parts.append(_listed(map(renderers.literal, shared)))
     if report.paper:
-        parts += [*_markdown(renderers.render_paper(report.paper)), renderers.literal(report.paper.note)]
+        parts += [renderers.as_markdown(renderers.render_paper(report.paper)), renderers.literal(report.paper.note)]
     return "\n\n".join(filter(None, parts))
-
-
-def _markdown(rendered: RenderedTable) -> list[str]:
-    return [f"**{renderers.literal(rendered.title)}**", renderers.as_markdown(rendered)]
 
 
 def _latex(report: ComparisonReport) -> str:
@@ -156,10 +143,6 @@ def _latex(report: ComparisonReport) -> str:
 def _rendered(table: Table, style: Style) -> list[RenderedTable]:
     rendered = (renderers.render_scores(table, style), renderers.render_differences(table, style))
     return [one for one in rendered if one]
-
-
-def _titled(rendered: RenderedTable, width: int) -> str:
-    return f"{rendered.title}\n{renderers.as_text(rendered, width)}"
 
 
 def _headline(report: ComparisonReport) -> str:

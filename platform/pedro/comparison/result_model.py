@@ -97,10 +97,6 @@ class RunResult:
     def finished(self) -> bool:
         return self.state == FINISHED
 
-    @property
-    def table_key(self) -> TableKey:
-        return (self.backbone, self.budget)
-
     def to_dict(self) -> dict[str, Any]:
         """Every key, with null where it does not apply."""
         values = {name: _plain(getattr(self, name)) for name in _names(RunResult)}
@@ -145,11 +141,6 @@ class Comparison:
     runs: tuple[RunResult, ...]
     problems: tuple[str, ...]
     metadata: dict[str, Any]
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """The spec as comparison.json holds it; empty where it holds none."""
-        return self.metadata.get("spec") or {}
 
 
 @dataclass(frozen=True)
@@ -197,10 +188,6 @@ class TableEntry:
     gain: Difference | None = None
     samples: BootstrapSamples | None = field(default=None, repr=False, compare=False)
     """The bootstrap samples of `value`; differences to other entries are taken from them."""
-
-    @property
-    def table_key(self) -> TableKey:
-        return (self.backbone, self.budget)
 
 
 @dataclass(frozen=True)

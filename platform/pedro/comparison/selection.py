@@ -21,11 +21,8 @@ class Selection:
     table_keys: tuple[TableKey, ...]
     columns: Mapping[str, Sequence[str]]
     """Which columns the training on a task leads to: itself, or the tasks that its model is scored on."""
-
-    @property
-    def tasks(self) -> list[str]:
-        """Every column once, in order."""
-        return list(dict.fromkeys(task for names in self.columns.values() for task in names))
+    tasks: tuple[str, ...]
+    """Every column once, in order."""
 
 
 def select(comparison: Comparison) -> Selection:
@@ -34,7 +31,7 @@ def select(comparison: Comparison) -> Selection:
     Left out are those whose label, task, backbone, budget or seed the spec does not name any more, and of several runs
     in one place (the spec was changed in between) all but the newest.
     """
-    spec = comparison.spec
+    spec = comparison.metadata.get("spec") or {}
     tasks = [task.get("task") for task in spec.get("tasks") or ()]
     labels = comparison.metadata.get("labels")
     allowed = ((tasks, "task"), (spec.get("backbones"), "backbone"), (spec.get("seeds"), "seed"), (labels, "label"))
@@ -47,11 +44,19 @@ def select(comparison: Comparison) -> Selection:
     ordered_labels, table_keys, columns = _labels(comparison), _table_keys(comparison), _columns(comparison)
 
     def order(run: RunResult) -> tuple[int, ...]:
-        table = position(run.table_key, table_keys)
+        table = position((run.backbone, run.budget), table_keys)
         return (table, position(run.label, ordered_labels), position(run.task, list(columns)), run.seed)
 
     runs = tuple(sorted(newest.values(), key=order))
-    return Selection(comparison, runs, len(finals) - len(newest), tuple(ordered_labels), tuple(table_keys), columns)
+    return Selection(
+        comparison=comparison,
+        runs=runs,
+        left_out=len(finals) - len(newest),
+        labels=tuple(ordered_labels),
+        table_keys=tuple(table_keys),
+        columns=columns,
+        tasks=tuple(dict.fromkeys(task for names in columns.values() for task in names)),
+    )
 
 
 def position(item: Any, order: Sequence[Any]) -> int:
@@ -68,8 +73,8 @@ def _labels(comparison: Comparison) -> list[str]:
 
 def _table_keys(comparison: Comparison) -> list[TableKey]:
     """Backbones in the order of the spec, and the budgets of each from the least to the largest."""
-    backbones = list(comparison.spec.get("backbones") or [])
-    seen = {run.table_key for run in comparison.runs}
+    backbones = list((comparison.metadata.get("spec") or {}).get("backbones") or [])
+    seen = {(run.backbone, run.budget) for run in comparison.runs}
     return sorted(seen, key=lambda key: (position(key[0], backbones), key[0], key[1] or 0))
 
 
@@ -88,5 +93,5 @@ def _columns(comparison: Comparison) -> dict[str, list[str]]:
 
 
 def _listed(comparison: Comparison, key: str) -> list[dict[str, Any]]:
-    items = comparison.spec.get(key) or []
+    items = (comparison.metadata.get("spec") or {}).get(key) or []
     return [item for item in items if isinstance(item, dict)]

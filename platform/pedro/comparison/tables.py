@@ -61,7 +61,7 @@ def build_tables(
 def _table(entries: Sequence[TableEntry], selection: Selection) -> Table:
     """The table of entries of one backbone and budget, with the average over tasks and the notes that belong to it."""
     comparison = selection.comparison
-    backbone, budget = entries[0].table_key
+    backbone, budget = entries[0].backbone, entries[0].budget
     rows = tuple(dict.fromkeys(entry.label for entry in entries))
     present = {entry.task for entry in entries}
     tasks = tuple(task for task in selection.tasks if task in present)
@@ -95,11 +95,12 @@ def _columns(selection: Selection) -> dict[tuple[TableKey, str], Runs]:
     """The runs of each column of each table."""
     columns: dict[tuple[TableKey, str], Runs] = defaultdict(lambda: defaultdict(list))
     for run in selection.runs:
+        table_key = (run.backbone, run.budget)
         for score in run.scores:
-            columns[run.table_key, score.task][run.label].append((run, score))
+            columns[table_key, score.task][run.label].append((run, score))
         if run.state == FAILED:
             for task in selection.columns[run.task]:
-                columns[run.table_key, task][run.label].append((run, None))
+                columns[table_key, task][run.label].append((run, None))
     return columns
 
 
