@@ -10,9 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AttentionInterface
 
 from pedro.engine.kv_cache import KVCache
@@ -29,7 +31,9 @@ class PrefillStep:
         self.segments = segments
         self._cache = cache
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args, **_kwargs):
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep keys and values [1, K, N, d]."""
         for segment in self.segments:
             span = slice(segment.start, segment.stop)
@@ -40,7 +44,16 @@ class PrefillStep:
         """What transformers asks of a cache: nothing came before."""
         return 0
 
-    def attend(self, module, queries, keys, values, scaling, window, softcap) -> torch.Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
         """Queries [1, H, N, d] → [1, N, H, d]."""
         out = torch.empty_like(queries)
         for segment in self.segments:
@@ -71,7 +84,9 @@ class DecodeStep:
         self._rows: int | torch.Tensor = self._reach if self.dense or self._scattered else self.slots
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args, **_kwargs):
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep keys and values [1, K, B, d]; gives back those of all positions, [rows, K, T, d]."""
         self._cache.append(layer, self.slots, self.positions, keys[0].transpose(0, 1), values[0].transpose(0, 1))
         return self._cache.read(layer, self._rows, self._length)
@@ -84,7 +99,16 @@ class DecodeStep:
         """What transformers asks of a cache; positions are always given, so that nothing depends on it."""
         return self._length - 1
 
-    def attend(self, module, queries, keys, values, scaling, window, softcap) -> torch.Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
         """Queries [1, H, B, d] → [1, B, H, d]; the G queries of a key-value head stand as positions."""
         _, heads, batch, width = queries.shape
         rows = queries[0].transpose(0, 1).reshape(batch, keys.shape[1], -1, width)  # [B, K, G, d]
@@ -109,12 +133,27 @@ class DecodeStep:
         return self._masks[window]
 
 
-def masked_attention(queries, keys, values, mask, scaling, softcap) -> torch.Tensor:
+def masked_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: Any,
+    softcap: float | None,
+) -> torch.Tensor:
     """Queries [B, K, G, d] over keys and values [B, K, T, d], where `mask` [B, 1, 1, T] says."""
     return _attention(queries, keys, values, mask, False, scaling, softcap)
 
 
-def _attention(queries, keys, values, mask, causal, scaling, softcap) -> torch.Tensor:
+def _attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: Any,
+    causal: bool,
+    scaling: Any,
+    softcap: float | None,
+) -> torch.Tensor:
     """Attention [B, H, n, d] × [B, K, m, d]; with `softcap`, spelled out since SDPA has none."""
     grouped = queries.shape[1] != keys.shape[1]
     if softcap is None:
@@ -142,8 +181,17 @@ def attending(step: PrefillStep | DecodeStep) -> Iterator[None]:
 
 
 def attend(  # noqa: PLR0913 - as transformers calls it
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_kwargs
-):
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: None = None,
+    **_kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """The attention function that transformers' modules find under `NAME`. Masks come from the step alone."""
     assert attention_mask is None, "the engine's attention takes no mask"
     assert s_aux is None, "attention sinks are refused when the engine starts"

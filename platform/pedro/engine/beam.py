@@ -10,6 +10,7 @@ Legend: K beams, C continuations looked at, V vocabulary.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class BeamSequence(Sequence):
 
     preemptible = False
 
-    def __init__(self, request: Request, max_tokens: int, tokenizer, eos_ids: frozenset[int]) -> None:
+    def __init__(self, request: Request, max_tokens: int, tokenizer: Any, eos_ids: frozenset[int]) -> None:
         super().__init__(request, 0, max_tokens, tokenizer, eos_ids)
         self.width = request.params.num_beams
         self.done = False
@@ -71,7 +72,7 @@ class BeamSequence(Sequence):
         self.done = not self._can_improve or full or bool(ends.all())
         return self._move([parents[i] for i in survivors])
 
-    def last_outputs(self, finish_reason: str, **fields) -> list[Output]:
+    def last_outputs(self, finish_reason: str, **fields: Any) -> list[Output]:
         """One Output for each answer: the hypotheses best first, or `finish_reason` for all where the search broke."""
         fields.setdefault("prompt_logprobs", self.prompt_logprobs)
         if not self.done:

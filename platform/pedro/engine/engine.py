@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pedro.adapter_kinds import Adapter
 from pedro.engine.adapter_pool import AdapterPool
@@ -45,7 +46,7 @@ class Engine:
     """
 
     def __init__(
-        self, model, tokenizer, config: EngineConfig, load: Callable[[str], Path], backbone_digest: str
+        self, model: Any, tokenizer: Any, config: EngineConfig, load: Callable[[str], Path], backbone_digest: str
     ) -> None:
         self.config = config
         self._processor = RequestProcessor(model, tokenizer, config)
@@ -362,7 +363,7 @@ class Engine:
                 error = UnavailableError("the engine failed on this request; try again", code="engine_error")
                 self._finish(sequence, "error", error=error)
 
-    def _finish(self, sequence: Sequence, reason: str, **fields) -> None:
+    def _finish(self, sequence: Sequence, reason: str, **fields: Any) -> None:
         """End a sequence, wherever it is, with its last output."""
         was = sequence.state
         if was is SequenceState.WAITING and sequence.awaits is not None and sequence not in self._held:

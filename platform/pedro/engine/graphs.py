@@ -83,7 +83,9 @@ class StaticStep:
             target.copy_(values, non_blocking=True)
         return rows
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args, **_kwargs):
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep keys and values [1, K, R, d]; `attend` finds them by the layer of its module."""
         self._cache.append(layer, self.slots, self.positions, keys[0].transpose(0, 1), values[0].transpose(0, 1))
         if self._paged is not None:
@@ -98,7 +100,16 @@ class StaticStep:
         """What transformers asks of a cache; positions are always given, so that nothing depends on it."""
         return self._length - 1
 
-    def attend(self, module, queries, keys, values, scaling, window, softcap) -> torch.Tensor:
+    def attend(
+        self,
+        module: Any,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
         """Queries [1, H, R, d] → [1, R, H, d]."""
         _, heads, rows, width = queries.shape
         if self._paged is None:

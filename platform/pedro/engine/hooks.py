@@ -5,9 +5,10 @@ Legend: N tokens of the packed batch, B rows, W output width of a module, S slot
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class Hooks:
                 self._handles.append(projection.module.register_forward_hook(hook))
 
     @contextmanager
-    def prefilling(self, rows: list[ConditionedRow]):
+    def prefilling(self, rows: list[ConditionedRow]) -> Iterator[None]:
         """While this lasts, forwards make and apply the modulation of `rows`, packed as their segments say."""
         self._prefill = [row for row in rows if row.modulated]
         try:
@@ -61,7 +62,7 @@ class Hooks:
             self._prefill = []
 
     @contextmanager
-    def decoding(self, step: DecodeStep | StaticStep, modulated: bool):
+    def decoding(self, step: DecodeStep | StaticStep, modulated: bool) -> Iterator[None]:
         """While this lasts, forwards apply the modulation of the step's slots, one token each, if `modulated`."""
         self._decode = step if modulated else None
         try:
@@ -74,16 +75,16 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
 
-    def _make_norm_hook(self, layer: int):
-        def hook(module, inputs, _output):
+    def _make_norm_hook(self, layer: int) -> Callable[[Any, Any, Any], None]:
+        def hook(module: Any, inputs: Any, _output: Any) -> None:
             if self._prefill and self._modulation.generating:
                 norm = module.forward  # not the call, which would come back here
                 self._modulation.generate(layer, inputs[0][0], norm)
 
         return hook
 
-    def _make_hook(self, layer: int, projection: _Projection):
-        def hook(_module, inputs, output):
+    def _make_hook(self, layer: int, projection: _Projection) -> Callable[[Any, Any, Any], Any]:
+        def hook(_module: Any, inputs: Any, output: torch.Tensor) -> Any:
             if self._prefill:
                 return self._modulate_prompts(layer, projection, inputs[0], output)
             if self._decode is not None:
@@ -92,7 +93,7 @@ class Hooks:
 
         return hook
 
-    def _modulate_prompts(self, layer: int, projection: _Projection, inputs, output: torch.Tensor) -> torch.Tensor:
+    def _modulate_prompts(self, layer: int, projection: _Projection, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         """output [1, N, W]: each row's tokens by its slot's rows; bare rows are not touched."""
         buffers, low_rank = self._modulation.buffers, self._modulation.low_rank
         for site, rows in projection.rows.items():

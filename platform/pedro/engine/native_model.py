@@ -67,7 +67,7 @@ class NativeModel:
     whole = False
 
     def __init__(
-        self, model, architecture: Architecture, cache: KVCache, modulation: Modulation, slots: int, threads: int
+        self, model: Any, architecture: Architecture, cache: KVCache, modulation: Modulation, slots: int, threads: int
     ) -> None:
         kernel = native.load_kernel()
         assert kernel is not None, "asked for only where it is supported"
@@ -330,7 +330,7 @@ class NativeModel:
                 self._model.max_rank = max(self._model.max_rank, rank)
 
 
-def _rotations(decoder, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotations(decoder: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [length, rotary width] of every position, as the model itself makes them."""
     at = torch.arange(length)[None]
     cos, sin = decoder.rotary_emb(torch.zeros(1, length, 1), position_ids=at)
@@ -343,7 +343,7 @@ def _norm(module: nn.Module) -> torch.Tensor:
     return weight + 1 if type(module).__name__.startswith("Gemma") else weight
 
 
-def _weights(site) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _weights(site: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight [W, K] and bias [W] of a projection, cut out of a fused one."""
     weight, bias = _own(site.module)
     rows = slice(None) if site.rows is None else site.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from pedro.engine.beam import BeamSequence
 from pedro.engine.config import EngineConfig
@@ -13,7 +14,7 @@ from pedro.errors import PedroError
 class RequestProcessor:
     """Checks requests against the backbone's vocabulary and context, and the engine's sizes."""
 
-    def __init__(self, model, tokenizer, config: EngineConfig) -> None:
+    def __init__(self, model: Any, tokenizer: Any, config: EngineConfig) -> None:
         context = _context_length(model.config)
         self.max_length = min(config.max_length or context, context)
         self._max_batch = config.max_batch
@@ -57,11 +58,11 @@ class RequestProcessor:
             raise PedroError(f"{param}: token {bad} is outside the vocabulary of {self._vocab_size}", param=param)
 
 
-def _context_length(config) -> int:
+def _context_length(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
 
 
-def eos_ids(model, tokenizer) -> frozenset[int]:
+def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every id that ends an answer: the tokenizer's, and those of the model's generation config."""
     generation = getattr(model, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)

@@ -69,7 +69,7 @@ class Runner:
     `threads`: the most that the native kernel uses; None takes what the machine grants.
     """
 
-    def __init__(self, model, slots: int, length: int, kernel: str = "auto", threads: int | None = None) -> None:
+    def __init__(self, model: Any, slots: int, length: int, kernel: str = "auto", threads: int | None = None) -> None:
         self.architecture = describe(model)
         refuse_unfit(model)
         config, weight = model.config, next(model.parameters())

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pedro.engine.detokenizer import Detokenizer
 from pedro.errors import PedroError
@@ -197,7 +197,7 @@ class Sequence:
 
     width = 1  # slots that it takes
 
-    def __init__(self, request: Request, index: int, max_tokens: int, tokenizer, eos_ids: frozenset[int]) -> None:
+    def __init__(self, request: Request, index: int, max_tokens: int, tokenizer: Any, eos_ids: frozenset[int]) -> None:
         self.request = request
         self.index = index
         self.params = request.params
@@ -279,11 +279,11 @@ class Sequence:
             return text + self._text.flush(), "length"
         return text, None
 
-    def last_outputs(self, finish_reason: str, **fields) -> list[Output]:
+    def last_outputs(self, finish_reason: str, **fields: Any) -> list[Output]:
         """The Output that ends this answer, with its timing."""
         return [self.output(self.index, len(self.output_ids), finish_reason, **fields)]
 
-    def output(self, index: int, completion_tokens: int, finish_reason: str, **fields) -> Output:
+    def output(self, index: int, completion_tokens: int, finish_reason: str, **fields: Any) -> Output:
         """A last Output with its counts and timing."""
         now = time.monotonic()
         began, first = self.started or now, self.first_token or now

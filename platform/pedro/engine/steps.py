@@ -6,6 +6,7 @@ A sequence costs what it asks for: one that wants the likeliest token touches no
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from pedro.engine.beam import BeamSequence
 from pedro.engine.model_executor import Logits
@@ -97,7 +98,7 @@ def _choose(logits: Logits, sequences: list[Sequence], rows: list[int] | None) -
     return made
 
 
-def _advance(beam: BeamSequence, logits) -> tuple[int, list[tuple[int, int]]]:
+def _advance(beam: BeamSequence, logits: Any) -> tuple[int, list[tuple[int, int]]]:
     """A step of a beam search over its rows of logits: 0, or -1 where logits are not finite; pairs of slots to copy."""
     if min(greedy(logits)) < 0:
         return -1, []

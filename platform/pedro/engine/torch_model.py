@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ class TorchModel:
 
     def __init__(
         self,
-        model,
+        model: Any,
         architecture: Architecture,
         cache: KVCache,
         modulation: Modulation,
@@ -122,11 +123,11 @@ class TorchModel:
 class LayerTrunk:
     """Drives embedding → layers → norm of a Llama-like model."""
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: Any) -> None:
         self._base = model.base_model
         self.num_parts = len(self._base.layers)
 
-    def advance(self, state: ForwardState, step, last: int) -> None:
+    def advance(self, state: ForwardState, step: Any, last: int) -> None:
         """Run the layers up to `last`."""
         if state.layer == 0:
             state.hidden = self._base.embed_tokens(state.ids)
@@ -153,10 +154,10 @@ class WholeTrunk:
 
     num_parts = 1
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: Any) -> None:
         self._base = model.base_model
 
-    def advance(self, state: ForwardState, step, last: int) -> None:
+    def advance(self, state: ForwardState, step: Any, last: int) -> None:
         """Run everything."""
         with attention.attending(step):
             result = self._base(
@@ -177,7 +178,7 @@ class WholeTrunk:
 class Head:
     """Hidden states to logits, as the model's own causal-LM class computes them."""
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: Any) -> None:
         self._projection = model.get_output_embeddings()
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
 
@@ -189,7 +190,7 @@ class Head:
         return logits.float()
 
 
-def refuse_unfit(model) -> None:
+def refuse_unfit(model: Any) -> None:
     """Raises BackboneError where rows of one batch would change each other or the cache has another form."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
@@ -204,12 +205,12 @@ def refuse_unfit(model) -> None:
         raise BackboneError("backbone: bidirectional attention cannot be decoded from a cache", param="backbone")
 
 
-def softcapped(model) -> bool:
+def softcapped(model: Any) -> bool:
     """Whether attention scores are squashed (Gemma 2), which fused attention kernels cannot."""
     return getattr(model.config, "attn_logit_softcapping", None) is not None
 
 
-def make_trunk(model) -> LayerTrunk | WholeTrunk:
+def make_trunk(model: Any) -> LayerTrunk | WholeTrunk:
     """The trunk for this model. It takes the model over: from here on only the engine may run it."""
     attention.register()
     model.config._attn_implementation = attention.NAME
