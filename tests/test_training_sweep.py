@@ -401,7 +401,6 @@ def test_table_csv_and_figure_show_every_trial(tmp_path):
 
 
 def test_an_adapter_says_which_sweep_and_trial_it_comes_from(tmp_path):
-
     from pedro.training import worker
 
     context = context_for(spec_for(tmp_path, max_steps=2, eval_every=1), tmp_path)

@@ -155,7 +155,6 @@ class _Cut:
     """A reporter that breaks the run off after the checkpoint of a step."""
 
     def __init__(self, folder, step):
-
         self.inner, self.step = LocalReporter(folder, lambda line: None), step
 
     def __getattr__(self, name):
