@@ -12,6 +12,7 @@ import pytest
 from dashboard_app import DASHBOARD, healthy, opener, words
 
 from pedro.engine.sequence import Output, Timing
+from pedro.refs import ModelRef
 from pedro.serving.metrics import ReplicaMetrics, merged
 from sources import serving
 from sources.gateway import GatewayClient
@@ -34,7 +35,7 @@ def replica(name="r1", **stats):
 
 def end(metrics, adapter="acme.faq", reason="stop", tokens=5, first_s=0.2, total_s=0.6):
     timing = Timing(0.01, first_s, total_s)
-    ref = None if adapter is None else f"{adapter}:1#sha256:1"
+    ref = None if adapter is None else ModelRef.parse(f"{adapter}:1#sha256:1")
     metrics.finished(
         ref, Output("r", 0, finish_reason=reason, prompt_tokens=10, completion_tokens=tokens, timing=timing)
     )
