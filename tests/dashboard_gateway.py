@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 import uvicorn
 from serving_adapters import backbone, make_adapter, register, settings_at
-from serving_peers import LocalPeer
+from serving_connections import LocalConnection
 
 from pedro.config import Settings
 from pedro.gateway.app import create_app
 from pedro.registry import Registry
 from pedro.serving.backend import ServeBackend
-from pedro.serving.catalog import Catalog
 from pedro.serving.config import ServeConfig
-from pedro.serving.fleet import Fleet
-from pedro.serving.replica import Replica
+from pedro.serving.resolver import ModelResolver
+from pedro.serving.router import ReplicaSet
+from pedro.serving.server import ReplicaServer
 from pedro.store import Store
 
 
@@ -57,23 +57,23 @@ def running(settings: Settings) -> Iterator[Running]:
     """Serve what the registry of `settings` holds."""
     torch.set_num_threads(1)
     registry, store = Registry.open(settings), Store(settings.database_url)
-    replica = Replica(ServeConfig(max_batch=8), settings, "r0")
+    replica = ReplicaServer(ServeConfig(max_batch=8), settings, "r0")
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(lambda: None, log_level="warning", timeout_graceful_shutdown=2))
 
     async def main() -> None:
-        fleet = Fleet(lambda name: LocalPeer(replica))
-        catalog = Catalog(registry, "stories260K", backbone().digest, 0.2)
-        await catalog.refresh()
-        fleet.become(["r0"])
-        backend = ServeBackend("stories260K", 512, catalog, registry, fleet)
+        replicas = ReplicaSet(lambda name: LocalConnection(replica))
+        resolver = ModelResolver(registry, "stories260K", backbone().digest, 0.2)
+        await resolver.refresh()
+        replicas.update(["r0"])
+        backend = ServeBackend("stories260K", 512, resolver, registry, replicas)
         server.config.app = create_app(lambda: backend, store)
-        watching = asyncio.create_task(catalog.watch())
+        watching = asyncio.create_task(resolver.watch())
         try:
             await server.serve(sockets=[listener])
         finally:
             watching.cancel()
-            await fleet.close()
+            await replicas.close()
 
     thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
     thread.start()

@@ -13,7 +13,7 @@ from gateway_server import Gateway, serve
 from prometheus_client.parser import text_string_to_metric_families
 
 from pedro.cli.serve import follow
-from pedro.gateway.access_log import write_to
+from pedro.gateway.observability import write_to
 
 
 @pytest.fixture

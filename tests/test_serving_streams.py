@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
-from serving_peers import LocalPeer
+from serving_connections import LocalConnection
 
 from pedro.engine.sequence import Output
 from pedro.errors import (
@@ -23,14 +23,14 @@ from pedro.errors import (
 )
 from pedro.gateway.backend import ALL_TENANTS, GenerateCall
 from pedro.registry import Registry
-from pedro.serving import retries
+from pedro.serving import failover
 from pedro.serving.backend import ServeBackend
-from pedro.serving.catalog import Catalog
 from pedro.serving.config import ServeConfig
-from pedro.serving.fleet import Fleet
-from pedro.serving.outlet import Outlet
-from pedro.serving.replica import Replica
-from pedro.serving.wire import LONGEST_SLICE_S, SLICE_S, slice_s
+from pedro.serving.outputs import OutputStream
+from pedro.serving.protocol import LONGEST_SLICE_S, SLICE_S, slice_s
+from pedro.serving.resolver import ModelResolver
+from pedro.serving.router import ReplicaSet
+from pedro.serving.server import ReplicaServer
 
 _ids = itertools.count()
 
@@ -45,27 +45,27 @@ def served(tmp_path_factory):
     for seed, name in enumerate(("acme.faq", "acme.faq", "globex.faq"), start=1):
         make_adapter(folder / str(seed), seed, "completion")
         register(registry, folder / str(seed), name)
-    replica = Replica(ServeConfig(max_batch=8), settings, "r0")
+    replica = ReplicaServer(ServeConfig(max_batch=8), settings, "r0")
     yield SimpleNamespace(replica=replica, registry=registry, folder=folder)
     replica.close()
 
 
 @asynccontextmanager
-async def ingress(served, *names, peer=LocalPeer, timeout_s=600.0):
+async def ingress(served, *names, connection=LocalConnection, timeout_s=600.0):
     """The backend of an ingress whose replicas are `names`: all the one real replica, each reached on its own way."""
-    peers = {}
-    fleet = Fleet(lambda name: peers.setdefault(name, peer(served.replica)))
-    catalog = Catalog(served.registry, "stories260K", backbone().digest, 0.05)
-    await catalog.refresh()
-    fleet.become(names)
+    connections = {}
+    replicas = ReplicaSet(lambda name: connections.setdefault(name, connection(served.replica)))
+    resolver = ModelResolver(served.registry, "stories260K", backbone().digest, 0.05)
+    await resolver.refresh()
+    replicas.update(names)
     try:
         yield SimpleNamespace(
-            backend=ServeBackend("stories260K", 512, catalog, served.registry, fleet, timeout_s),
-            fleet=fleet,
-            peers=peers,
+            backend=ServeBackend("stories260K", 512, resolver, served.registry, replicas, timeout_s),
+            replicas=replicas,
+            connections=connections,
         )
     finally:
-        await fleet.close()
+        await replicas.close()
 
 
 def call(prompt="Once upon a time", model="acme.faq", n=1, tenant="acme", **params):
@@ -103,51 +103,51 @@ def test_all_calls_share_one_stream_and_their_tokens_travel_in_slices(served):
     async def go():
         async with ingress(served, "r0") as at:
             alone = [await answer(at.backend, call(f"One day {i}")) for i in range(4)]
-            peer = at.peers["r0"]
-            before, posts = len(peer.slices), len(peer.posts)
+            connection = at.connections["r0"]
+            before, posts = len(connection.batches), len(connection.submits)
             together = await asyncio.gather(*(answer(at.backend, call(f"One day {i}")) for i in range(4)))
             assert [ids for _, ids, _ in together] == [ids for _, ids, _ in alone]
-            assert peer.streams == 1
-            assert len(peer.posts) - posts < 4, "calls that come together travel together"
-            assert len(peer.slices) - before < sum(len(ids) for _, ids, _ in together) / 2
-            assert any(len(piece.parts) > 1 for piece in peer.slices[before:])
-            return peer.slices
+            assert connection.streams == 1
+            assert len(connection.submits) - posts < 4, "calls that come together travel together"
+            assert len(connection.batches) - before < sum(len(ids) for _, ids, _ in together) / 2
+            assert any(len(batch.parts) > 1 for batch in connection.batches[before:])
+            return connection.batches
 
-    slices = run(go())
-    assert max(piece.load for piece in slices) == max(piece.mine for piece in slices) == 4
+    batches = run(go())
+    assert max(batch.load for batch in batches) == max(batch.mine for batch in batches) == 4
 
 
 def test_the_first_token_leaves_at_once_and_others_wait_for_the_slice_or_the_last(monkeypatch):
-    monkeypatch.setattr("pedro.serving.outlet.slice_s", lambda calls: 3600.0)
+    monkeypatch.setattr("pedro.serving.outputs.slice_s", lambda calls: 3600.0)
 
     async def go():
-        outlet = Outlet(lambda: 1, lambda request_id: None)
-        outlet.open(7, "r", 1, lambda outputs: [output.token_ids for output in outputs])
-        async with aclosing(outlet.slices()) as slices:
-            await anext(slices)
-            outlet.take([Output("r", token_ids=[1])])
-            first = await anext(slices)
-            outlet.take([Output("r", token_ids=[2])])
-            outlet.take([Output("r", token_ids=[3], finish_reason="length")])
-            return first.parts, (await anext(slices)).parts
+        stream = OutputStream(lambda: 1, lambda request_id: None)
+        stream.open(7, "r", 1, lambda outputs: [output.token_ids for output in outputs])
+        async with aclosing(stream.batches()) as batches:
+            await anext(batches)
+            stream.take([Output("r", token_ids=[1])])
+            first = await anext(batches)
+            stream.take([Output("r", token_ids=[2])])
+            stream.take([Output("r", token_ids=[3], finish_reason="length")])
+            return first.parts, (await anext(batches)).parts
 
     assert run(go()) == (((7, [[1]]),), ((7, [[2], [3]]),))
 
 
 def test_the_slices_of_many_calls_end_in_turns(monkeypatch):
-    monkeypatch.setattr("pedro.serving.outlet.slice_s", lambda calls: 0.12 if calls > 1 else SLICE_S)
+    monkeypatch.setattr("pedro.serving.outputs.slice_s", lambda calls: 0.12 if calls > 1 else SLICE_S)
 
     async def go():
-        outlet = Outlet(lambda: 1, lambda request_id: None)
+        stream = OutputStream(lambda: 1, lambda request_id: None)
         names = [f"r{number}" for number in range(8)]
         for number, name in enumerate(names):
-            outlet.open(number, name, 1, lambda outputs: [output.token_ids for output in outputs])
-        async with aclosing(outlet.slices()) as slices:
-            await anext(slices)
-            outlet.take([Output(name, token_ids=[1]) for name in names])
-            first = await anext(slices)
-            outlet.take([Output(name, token_ids=[2]) for name in names])
-            return [len(piece.parts) for piece in (first, *[await anext(slices) for _ in range(4)])]
+            stream.open(number, name, 1, lambda outputs: [output.token_ids for output in outputs])
+        async with aclosing(stream.batches()) as batches:
+            await anext(batches)
+            stream.take([Output(name, token_ids=[1]) for name in names])
+            first = await anext(batches)
+            stream.take([Output(name, token_ids=[2]) for name in names])
+            return [len(batch.parts) for batch in (first, *[await anext(batches) for _ in range(4)])]
 
     assert run(go()) == [8, 2, 2, 2, 2]
 
@@ -158,8 +158,8 @@ def test_slices_grow_with_the_calls_that_share_them():
 
 
 def test_a_client_that_does_not_read_holds_up_nobody_and_is_ended_in_the_end(served, monkeypatch):
-    monkeypatch.setattr("pedro.serving.links.MAX_UNREAD", 3)
-    monkeypatch.setattr("pedro.serving.outlet.slice_s", lambda calls: 0.005)
+    monkeypatch.setattr("pedro.serving.client.MAX_UNREAD", 3)
+    monkeypatch.setattr("pedro.serving.outputs.slice_s", lambda calls: 0.005)
 
     async def go():
         async with ingress(served, "r0") as at, aclosing(at.backend.generate(call(max_tokens=450))) as unread:
@@ -194,8 +194,8 @@ def test_a_broken_stream_is_opened_again_and_its_calls_go_on_from_where_they_wer
                 async for delta in deltas:
                     received.append(delta)
                     if len(received) == 2:
-                        at.peers["r0"].broken.set()
-            assert at.peers["r0"].streams == 2
+                        at.connections["r0"].broken.set()
+            assert at.connections["r0"].streams == 2
             await until(lambda: idle(served))
             return whole, received
 
@@ -207,16 +207,16 @@ def test_a_broken_stream_is_opened_again_and_its_calls_go_on_from_where_they_wer
 def test_a_lost_replicas_calls_go_on_at_another(served):
     async def go():
         async with ingress(served, "r0", "r1") as at:
-            await until(lambda: all(link.ready for link in at.fleet._links.values()))
+            await until(lambda: all(client.ready for client in at.replicas._clients.values()))
             whole, _, _ = await answer(at.backend, call(max_tokens=200))
             received = []
             async with aclosing(at.backend.generate(call(max_tokens=200))) as deltas:
                 async for delta in deltas:
                     received.append(delta)
                     if len(received) == 2:
-                        (busy,) = [name for name, link in at.fleet._links.items() if link.load]
-                        at.peers[busy].lost.set()
-            return whole, received, busy, {name: peer.posts for name, peer in at.peers.items()}
+                        (busy,) = [name for name, client in at.replicas._clients.items() if client.load]
+                        at.connections[busy].lost.set()
+            return whole, received, busy, {name: connection.submits for name, connection in at.connections.items()}
 
     whole, received, busy, posts = run(go())
     assert "".join(delta.text for delta in received) == whole
@@ -229,7 +229,7 @@ def test_a_call_whose_replicas_are_lost_again_and_again_is_a_503(served):
             error = None
             try:
                 async for _ in at.backend.generate(call(max_tokens=400)):
-                    at.peers["r0"].broken.set()
+                    at.connections["r0"].broken.set()
             except UnavailableError as caught:
                 error = caught
             assert error is not None
@@ -244,19 +244,19 @@ def test_a_replica_that_leaves_finishes_its_calls_and_gets_no_more(served):
         async with ingress(served, "r0") as at:
             async with aclosing(at.backend.generate(call(max_tokens=60))) as deltas:
                 await anext(deltas)
-                leaving = at.fleet._links["r0"]
-                at.fleet.become(["r1"])
-                await until(lambda: at.fleet.ready)
+                leaving = at.replicas._clients["r0"]
+                at.replicas.update(["r1"])
+                await until(lambda: at.replicas.ready)
                 await answer(at.backend, call(max_tokens=3))
-                assert [calls for calls, _ in at.peers["r0"].posts] == [1]
+                assert [calls for calls, _ in at.connections["r0"].submits] == [1]
                 assert not leaving.closed
                 rest = [delta async for delta in deltas]
             assert rest[-1].finish_reason == "length"
             await until(lambda: leaving.closed)
-            assert at.peers["r0"].streams == 1
-            at.fleet.become(["r0", "r1"])
-            await until(lambda: all(link.ready for link in at.fleet._links.values()))
-            assert at.peers["r0"].streams == 2
+            assert at.connections["r0"].streams == 1
+            at.replicas.update(["r0", "r1"])
+            await until(lambda: all(client.ready for client in at.replicas._clients.values()))
+            assert at.connections["r0"].streams == 2
 
     run(go())
 
@@ -267,11 +267,11 @@ def test_where_there_is_no_replica_a_call_waits_for_one_but_not_for_ever(served,
             assert not await at.backend.ready()
             waiting = asyncio.create_task(answer(at.backend, call(max_tokens=3)))
             await asyncio.sleep(0.02)
-            at.fleet.become(["r0"])
+            at.replicas.update(["r0"])
             assert (await waiting)[1]
             assert await at.backend.ready()
-            at.fleet.become([])
-            monkeypatch.setattr("pedro.serving.fleet.PATIENCE_S", 0.02)
+            at.replicas.update([])
+            monkeypatch.setattr("pedro.serving.router.PATIENCE_S", 0.02)
             with pytest.raises(UnavailableError, match="no engine replica"):
                 await answer(at.backend, call(max_tokens=3))
 
@@ -281,12 +281,12 @@ def test_where_there_is_no_replica_a_call_waits_for_one_but_not_for_ever(served,
 def test_a_hot_adapter_is_served_by_every_replica_once_its_load_asks_for_it(served):
     async def go():
         async with ingress(served, "r0", "r1") as at:
-            await until(lambda: all(link.ready for link in at.fleet._links.values()))
+            await until(lambda: all(client.ready for client in at.replicas._clients.values()))
             await asyncio.gather(*(answer(at.backend, call(f"{i} cats", max_tokens=20)) for i in range(8)))
-            hot = {name: sum(calls for calls, _ in peer.posts) for name, peer in at.peers.items()}
+            hot = {name: sum(calls for calls, _ in connection.submits) for name, connection in at.connections.items()}
             for _ in range(4):
                 await answer(at.backend, call(max_tokens=2))
-            after = {name: sum(calls for calls, _ in peer.posts) for name, peer in at.peers.items()}
+            after = {name: sum(calls for calls, _ in connection.submits) for name, connection in at.connections.items()}
             return hot, sorted(after[name] - hot[name] for name in hot)
 
     hot, one_by_one = run(go())
@@ -294,7 +294,7 @@ def test_a_hot_adapter_is_served_by_every_replica_once_its_load_asks_for_it(serv
     assert one_by_one == [0, 4], "without load it stays at home"
 
 
-def test_leaving_early_frees_the_slot_and_an_unposted_call_is_never_heard_of(served):
+def test_leaving_early_frees_the_slot_and_an_unsubmitted_call_is_never_heard_of(served):
     async def go():
         async with ingress(served, "r0") as at:
             stream = at.backend.generate(call(max_tokens=450))
@@ -302,14 +302,14 @@ def test_leaving_early_frees_the_slot_and_an_unposted_call_is_never_heard_of(ser
             assert not idle(served)
             await stream.aclose()
             await until(lambda: idle(served))
-            posts = len(at.peers["r0"].posts)
+            posts = len(at.connections["r0"].submits)
             task = asyncio.create_task(answer(at.backend, call(max_tokens=450)))
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await asyncio.sleep(0.05)
             assert idle(served)
-            assert len(at.peers["r0"].posts) <= posts + 2
+            assert len(at.connections["r0"].submits) <= posts + 2
 
     run(go())
 
@@ -369,7 +369,7 @@ def test_operators_load_pin_unpin_and_unload_on_every_replica(served):
                     await backend.promote(tenant, name, 1)
                 with pytest.raises(NotFoundError):
                     await backend.rollback(tenant, name)
-            at.fleet.become([])
+            at.replicas.update([])
             for act in (backend.load_adapter, backend.pin_adapter):
                 with pytest.raises(UnavailableError) as caught:
                     await act("globex", "globex.faq")
@@ -446,7 +446,7 @@ def test_a_champion_that_cannot_be_loaded_leaves_the_last_good_version_on_the_ai
             for number in (2, 3):  # the second time, `previous` is one that cannot be served
                 version = damaged(served, "acme.mine")
                 served.registry.promote("acme.mine", version.version)  # as a writer may that opens nothing
-                await at.backend._catalog.refresh()
+                await at.backend._resolver.refresh()
                 for name in ("acme.mine", "acme.mine", "acme.mine@champion"):
                     if number == 2 or name == "acme.mine":
                         assert await fingerprint(at.backend, text_call("a", name)) == "acme.mine:1"
@@ -473,24 +473,24 @@ def test_without_a_version_that_worked_the_failure_is_ours_and_said_so(served):
     run(go())
 
 
-class Mortal(LocalPeer):
+class Mortal(LocalConnection):
     """Dies of the prompt "kill"."""
 
-    async def post(self, link, calls, cancelled):
-        if any(posted.call.prompt == "kill" for posted in calls):
+    async def submit(self, stream_id, requests, cancelled):
+        if any(request.call.prompt == "kill" for request in requests):
             self.killed = True
             self.lost.set()
-        await super().post(link, calls, cancelled)
+        await super().submit(stream_id, requests, cancelled)
 
 
 def test_a_request_that_kills_replicas_is_issued_twice_at_most_and_its_adapter_alone_is_set_aside(served):
     async def go():
-        async with ingress(served, "r0", "r1", "r2", peer=Mortal) as at:
+        async with ingress(served, "r0", "r1", "r2", connection=Mortal) as at:
             long = asyncio.create_task(answer(at.backend, call("Once", "globex.faq", tenant="globex", max_tokens=200)))
             with pytest.raises(UnavailableError) as caught:
                 await answer(at.backend, text_call("kill"))
             assert caught.value.code == "replica_lost"
-            assert sum(hasattr(peer, "killed") for peer in at.peers.values()) == 2
+            assert sum(hasattr(connection, "killed") for connection in at.connections.values()) == 2
             assert await fingerprint(at.backend, text_call("a")) == "acme.faq:1"  # the former champion
             with pytest.raises(UnavailableError, match="is set aside") as caught:
                 await answer(at.backend, text_call("a", "acme.faq:2"))
@@ -506,14 +506,14 @@ def test_a_request_that_kills_replicas_is_issued_twice_at_most_and_its_adapter_a
 
 def test_once_a_version_is_suspected_its_calls_take_one_more_replica_down_however_many_they_are(served):
     async def go():
-        async with ingress(served, "r0", "r1", "r2", "r3", "r4", "r5", peer=Mortal) as at:
+        async with ingress(served, "r0", "r1", "r2", "r3", "r4", "r5", connection=Mortal) as at:
 
             def killed():
-                return sum(hasattr(peer, "killed") for peer in at.peers.values())
+                return sum(hasattr(connection, "killed") for connection in at.connections.values())
 
             async with at.backend._retries._probing:  # while another is suspected
                 calls = [asyncio.create_task(answer(at.backend, text_call("kill", "acme.faq:2"))) for _ in range(3)]
-                ref = (await at.backend._catalog.resolve("acme", "acme.faq:2")).model_ref
+                ref = (await at.backend._resolver.resolve("acme", "acme.faq:2")).model_ref
                 await until(lambda: at.backend._faults.suspected(ref))
                 await asyncio.sleep(0.2)
                 at_once = killed()  # as many as the calls were spread over before any was lost
@@ -530,7 +530,7 @@ def test_once_a_version_is_suspected_its_calls_take_one_more_replica_down_howeve
 
 def test_a_call_that_waits_while_another_is_suspected_ends_at_its_deadline(served):
     async def go():
-        async with ingress(served, "r0", "r1", peer=Mortal, timeout_s=0.5) as at:
+        async with ingress(served, "r0", "r1", connection=Mortal, timeout_s=0.5) as at:
             await at.backend._retries._probing.acquire()
             with pytest.raises(DeadlineError):
                 async with asyncio.timeout(5):
@@ -539,20 +539,20 @@ def test_a_call_that_waits_while_another_is_suspected_ends_at_its_deadline(serve
     run(go())
 
 
-class Silent(LocalPeer):
+class Silent(LocalConnection):
     """Never takes the prompt "hang"."""
 
-    async def post(self, link, calls, cancelled):
-        await super().post(link, [posted for posted in calls if posted.call.prompt != "hang"], cancelled)
+    async def submit(self, stream_id, requests, cancelled):
+        await super().submit(stream_id, [request for request in requests if request.call.prompt != "hang"], cancelled)
 
 
 def test_a_suspected_version_that_hangs_keeps_other_tenants_apart_for_a_bounded_time(served, monkeypatch):
-    monkeypatch.setattr(retries, "PROBE_S", 0.2)
+    monkeypatch.setattr(failover, "PROBE_S", 0.2)
 
     async def go():
-        async with ingress(served, "r0", peer=Silent) as at:
+        async with ingress(served, "r0", connection=Silent) as at:
             for tenant in ("acme", "globex"):
-                version = await at.backend._catalog.resolve(tenant, f"{tenant}.faq")
+                version = await at.backend._resolver.resolve(tenant, f"{tenant}.faq")
                 at.backend._faults.suspect(version.model_ref)
             hanging = asyncio.create_task(answer(at.backend, text_call("hang")))
             await until(at.backend._retries._probing.locked)

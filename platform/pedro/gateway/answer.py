@@ -1,7 +1,8 @@
 """Answers one generation request: admits it, then sends the whole answer or a stream of events, and settles its tokens.
 
-Everything happens inside the response, so that one block owns the backend's streams from admission to the last
-byte. Knows nothing of keys, of request bodies or of which shape it is sending.
+Everything happens inside the response, so that one block owns the backend's streams from admission to the last byte.
+Each backend stream is read by a task of its own, which is cancelled once and then awaited: the backend's clean-up may
+await, whatever happens to the request's own task meanwhile.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pedro.gateway.access_log import note
 from pedro.gateway.backend import Backend, Delta, GenerateCall
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.errors import stream_error_body
+from pedro.gateway.observability import note
 from pedro.gateway.quotas import Ticket, prompt_estimate
+from pedro.gateway.responses import Choice, ResponseFormat, envelope, usage
 from pedro.gateway.schemas import StreamOptions
-from pedro.gateway.shapes import Choice, Shape, envelope, usage
-from pedro.gateway.streams import FanIn, while_connected
 
+QUEUED_DELTAS = 256  # a client slower than this holds its own streams up, and nobody else's
 BLOCK = 64  # bytes
 NO_OPTIONS = StreamOptions()
 DONE = b"data: [DONE]\n\n"
@@ -35,6 +37,7 @@ STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # proxies pass events on as they come
 ]
+Result = TypeVar("Result")
 
 
 class Answer(Response):
@@ -47,14 +50,14 @@ class Answer(Response):
         self,
         backend: Backend,
         calls: Sequence[GenerateCall],
-        shape: Shape,
+        response_format: ResponseFormat,
         ticket: Ticket,
         *,
         stream: bool = False,
         options: StreamOptions = NO_OPTIONS,
     ) -> None:
         super().__init__()
-        self._backend, self._calls, self._shape, self._ticket = backend, calls, shape, ticket
+        self._backend, self._calls, self._format, self._ticket = backend, calls, response_format, ticket
         self._stream, self._options = stream, options
         self._choices = [
             [Choice(number * call.n + index) for index in range(call.n)] for number, call in enumerate(calls)
@@ -83,8 +86,8 @@ class Answer(Response):
                 for number, delta in batch:
                     self._accept(number, delta, keep=True)
         self._check_finished()
-        choices = [self._shape.choice(choice) for of_call in self._choices for choice in of_call]
-        body = envelope(self._shape, self._shape.object, choices, self._fingerprint)
+        choices = [self._format.choice(choice) for of_call in self._choices for choice in of_call]
+        body = envelope(self._format, self._format.object, choices, self._fingerprint)
         return {**body, "usage": usage(self._choices)}
 
     async def _send_events(self, send: Send, request_id: str) -> None:
@@ -104,13 +107,13 @@ class Answer(Response):
 
     def _events(self, number: int, delta: Delta) -> bytes:
         choice = self._accept(number, delta, keep=False)
-        return b"".join(self._chunk([entry]) for entry in self._shape.chunks(choice, delta))
+        return b"".join(self._chunk([entry]) for entry in self._format.chunks(choice, delta))
 
     def _chunk(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
         if self._options.include_usage:
             so_far = usage(self._choices) if self._options.continuous_usage_stats else None
             extra = {"usage": so_far, **extra}
-        body = {**envelope(self._shape, self._shape.chunk_object, choices, self._fingerprint), **extra}
+        body = {**envelope(self._format, self._format.chunk_object, choices, self._fingerprint), **extra}
         if self._options.include_obfuscation:  # fills up to whole blocks: a chunk's size does not tell its text
             body["obfuscation"] = secrets.token_hex(BLOCK // 2)[: BLOCK - len(_event(body)) % BLOCK]
         return _event(body)
@@ -131,7 +134,7 @@ class Answer(Response):
         counted = usage(self._choices)
         waits = [choice.queue_s for of_call in self._choices for choice in of_call if choice.queue_s is not None]
         return {
-            "model": self._shape.model,
+            "model": self._format.model,
             "prompt_tokens": counted["prompt_tokens"],
             "completion_tokens": counted["completion_tokens"],
             "queue": max(waits, default=None),
@@ -157,3 +160,96 @@ class Answer(Response):
 
 def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class FanIn:
+    """Reads the streams of several calls at once.
+
+    Use as `async with FanIn(...) as deltas`: leaving the block ends every stream still running. `admitted()` first,
+    then `batches()`; both raise what a stream raised.
+    """
+
+    def __init__(self, backend: Backend, calls: Sequence[GenerateCall]) -> None:
+        self._backend = backend
+        self._calls = calls
+        self._queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue(QUEUED_DELTAS)
+        self._early: list[tuple[int, Delta]] = []
+        self._running = len(calls)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> FanIn:
+        self._tasks = [asyncio.create_task(self._pump(i, call)) for i, call in enumerate(self._calls)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await _end(*self._tasks)
+
+    async def admitted(self) -> None:
+        """Returns once every call has given its first delta, or has ended."""
+        waiting = set(range(len(self._calls)))
+        while waiting:
+            number, item = await self._queue.get()
+            waiting.discard(number)
+            self._take(number, item, self._early)
+
+    async def batches(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """(number of the call, delta) in the order of arrival; what arrived together comes together."""
+        batch, self._early = self._early, []
+        if batch:
+            yield batch
+        while self._running:
+            batch = []
+            self._take(*await self._queue.get(), batch)
+            while not self._queue.empty():
+                try:
+                    self._take(*self._queue.get_nowait(), batch)
+                except Exception:
+                    if batch:
+                        yield batch  # what came before the error is the client's
+                    raise
+            if batch:
+                yield batch
+
+    def _take(self, number: int, item: Delta | BaseException | None, batch: list[tuple[int, Delta]]) -> None:
+        if item is None:
+            self._running -= 1
+        elif isinstance(item, BaseException):
+            raise item
+        else:
+            batch.append((number, item))
+
+    async def _pump(self, number: int, call: GenerateCall) -> None:
+        try:
+            async with aclosing(self._backend.generate(call)) as stream:
+                async for delta in stream:
+                    await self._queue.put((number, delta))
+        except Exception as error:  # noqa: BLE001 (raised again by the reader)
+            await self._queue.put((number, error))
+        else:
+            await self._queue.put((number, None))
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`; cancels it and raises ClientDisconnect if the client goes away first.
+
+    The request's body must have been read: the next message can only be the disconnect.
+    """
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        await _end(task, watcher)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Future) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -16,14 +16,12 @@ from pedro.gateway import (
     routes_models,
     routes_tokenizer,
 )
-from pedro.gateway.access_log import Logged
-from pedro.gateway.admission import Places
 from pedro.gateway.auth import Authenticator
 from pedro.gateway.backend import Backend
 from pedro.gateway.edge import Edge
 from pedro.gateway.errors import install_error_handlers
-from pedro.gateway.metrics import GatewayMetrics, Measured
-from pedro.gateway.quotas import Quotas
+from pedro.gateway.observability import GatewayMetrics, Observed
+from pedro.gateway.quotas import OpenRequests, Quotas
 from pedro.store import Store
 
 
@@ -58,13 +56,12 @@ def create_app(
     app.state.backend = backend_provider
     app.state.settings = settings = settings or GatewaySettings()
     app.state.authenticator = authenticator
-    app.state.places = Places(settings.max_open_requests)
+    app.state.open_requests = OpenRequests(settings.max_open_requests)
     app.state.quotas = Quotas(settings.gateways)
     app.state.metrics = metrics = GatewayMetrics()
     install_error_handlers(app)
     app.add_middleware(Edge, send_request_id=settings.send_request_id)
-    app.add_middleware(Measured, metrics=metrics)
-    app.add_middleware(Logged)
+    app.add_middleware(Observed, metrics=metrics)
     for routes in (
         routes_inference,
         routes_tokenizer,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from pedro.errors import AuthenticationError, ScopeError
-from pedro.gateway.access_log import note
 from pedro.gateway.backend import ALL_TENANTS
+from pedro.gateway.observability import note
 from pedro.store import ADMIN, NO_QUOTA, Quota, Store
 
 
@@ -54,7 +54,7 @@ class Authenticator:
 def require(scope: str) -> Callable[[Request], Awaitable[Principal]]:
     """A FastAPI dependency: the caller, whose key must have `scope`; admin keys have every scope.
 
-    It comes before the body is read, so that a stranger's never is, and takes one of the tenant's places.
+    It comes before the body is read, so that a stranger's never is, and counts the request as one of its tenant's.
     """
 
     async def caller(request: Request) -> Principal:
@@ -62,7 +62,7 @@ def require(scope: str) -> Callable[[Request], Awaitable[Principal]]:
         if not principal.scopes & {scope, ADMIN}:
             raise ScopeError(f"This API key lacks the scope '{scope}'; use a key that was created with it.")
         note(request.scope, tenant=principal.tenant)
-        request.app.state.places.enter(principal.tenant, request.scope)
+        request.app.state.open_requests.enter(principal.tenant, request.scope)
         return principal
 
     return caller

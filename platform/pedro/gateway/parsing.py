@@ -1,15 +1,18 @@
-"""Reads a request body into its schema, and tells a client every mistake in it at once. Knows no schema by name."""
+"""Reads a request's body within bounds of size and time, then into its schema; tells a client every mistake at once."""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from fastapi import Request
 from pydantic import ValidationError
 
 from pedro.errors import PedroError
+from pedro.gateway.errors import PayloadTooLargeError, RequestTimeoutError
 from pedro.gateway.schemas import Body
 from pedro.gateway.vllm_fields import REASONS
 
@@ -19,6 +22,29 @@ MAX_SHOWN_ERRORS = 5
 MAX_LISTED_ERRORS = 1000  # each costs memory and time to describe, shown or not
 
 Model = TypeVar("Model", bound=Body)
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises PayloadTooLargeError as soon as the limit is passed, RequestTimeoutError for a body that trickles."""
+    settings = request.app.state.settings
+    limit = settings.max_body_bytes
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_large(limit)
+    except TimeoutError:
+        raise RequestTimeoutError(f"The request body did not arrive within {settings.body_timeout_s:g} s.") from None
+    return bytes(body)
+
+
+def _too_large(limit: int) -> PayloadTooLargeError:
+    return PayloadTooLargeError(f"The request body is larger than {limit} bytes.")
 
 
 def parse(kind: type[Model], body: bytes) -> Model:

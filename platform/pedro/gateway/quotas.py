@@ -1,4 +1,4 @@
-"""Holds each tenant and key to its requests and tokens a minute. Knows nothing of HTTP bodies or of models.
+"""Admits requests: each tenant and key has its requests and tokens a minute, and a tenant its share of the open ones.
 
 A limit is a bucket that holds a minute's worth and refills evenly. Tokens are reserved before the work and settled by
 what was used; a bucket may go below zero then, and is paid back by waiting. Buckets live in this process: with several
@@ -8,12 +8,17 @@ gateways each enforces its share, so that together they never give more than the
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.types import Scope
 
 from pedro.errors import RateLimitError
 from pedro.gateway.auth import Principal
 from pedro.gateway.backend import GenerateCall
+from pedro.gateway.edge import at_end, response_headers
 
 MAX_BUCKETS = 10_000  # above so many, those that are full are forgotten: a new one is full as well
 CHARACTERS_A_TOKEN = 4  # of a text that nobody has tokenised yet; what it really was is settled
@@ -141,6 +146,49 @@ class Quotas:
         elif bucket.limit != limit:
             bucket.resize(limit, now)
         return bucket
+
+
+class OpenRequests:
+    """How many requests are open at once. A tenant may hold as many as are free, so there are always free ones.
+
+    One busy tenant gets half of all, two a third each: however many there are, a newcomer finds its share.
+    For one event loop: not thread-safe.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._held: Counter[str] = Counter()
+
+    def enter(self, tenant: str, scope: Scope) -> None:
+        """Count the request of `scope` until it is answered. Raises RateLimitError."""
+        held = self._held[tenant]
+        if held and held >= self._total - self._held.total():
+            raise RateLimitError(
+                f"{held} of your requests are open, which is your share of what this server keeps open; "
+                "wait for some to end."
+            )
+        self._held[tenant] += 1
+        at_end(scope, lambda: self._leave(tenant))
+
+    def _leave(self, tenant: str) -> None:
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant]
+
+
+def admit(request: Request, caller: Principal, tokens: int = 0) -> Ticket:
+    """Takes one request and `tokens` from the quotas; the response has the x-ratelimit-* headers either way.
+
+    Raises RateLimitError. The ticket must be settled once the tokens used are known.
+    """
+    quotas: Quotas = request.app.state.quotas
+    try:
+        return quotas.admit(caller, tokens)
+    except RateLimitError:
+        request.state.over_quota = True  # for the metrics
+        raise
+    finally:
+        response_headers(request.scope).update(quotas.headers(caller))
 
 
 def reservation(calls: Sequence[GenerateCall]) -> int:

@@ -12,8 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from pedro.errors import PedroError
 from pedro.gateway.auth import Principal, require
 from pedro.gateway.backend import AdapterCard, AdapterResidence, Backend
-from pedro.gateway.body import read_body
-from pedro.gateway.parsing import parse
+from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.schemas import PromoteRequest
 from pedro.store import ADMIN
 

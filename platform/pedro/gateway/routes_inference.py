@@ -9,16 +9,14 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from pedro.errors import PedroError
-from pedro.gateway.admission import admit
 from pedro.gateway.answer import Answer
 from pedro.gateway.auth import Principal, require
-from pedro.gateway.body import read_body
 from pedro.gateway.calls import chat_call, completion_calls
 from pedro.gateway.edge import request_id_of
-from pedro.gateway.parsing import parse
-from pedro.gateway.quotas import reservation
+from pedro.gateway.parsing import parse, read_body
+from pedro.gateway.quotas import admit, reservation
+from pedro.gateway.responses import ChatFormat, CompletionFormat
 from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields, StreamOptions
-from pedro.gateway.shapes import ChatShape, CompletionShape
 from pedro.store import INFER
 
 TIMEOUT = "x-request-timeout"
@@ -29,18 +27,18 @@ router = APIRouter()
 async def create_completion(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> Response:
     wanted = parse(CompletionRequest, await read_body(request))
     calls = completion_calls(wanted, **_context(request, caller))
-    shape = CompletionShape(calls[0].request_id.rpartition("-")[0], wanted.model)
+    response_format = CompletionFormat(calls[0].request_id.rpartition("-")[0], wanted.model)
     backend = request.app.state.backend()
-    return Answer(backend, calls, shape, admit(request, caller, reservation(calls)), **_delivery(wanted))
+    return Answer(backend, calls, response_format, admit(request, caller, reservation(calls)), **_delivery(wanted))
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> Response:
     wanted = parse(ChatRequest, await read_body(request))
     call = chat_call(wanted, **_context(request, caller))
-    shape = ChatShape(call.request_id.rpartition("-")[0], wanted.model)
+    response_format = ChatFormat(call.request_id.rpartition("-")[0], wanted.model)
     backend = request.app.state.backend()
-    return Answer(backend, [call], shape, admit(request, caller, reservation([call])), **_delivery(wanted))
+    return Answer(backend, [call], response_format, admit(request, caller, reservation([call])), **_delivery(wanted))
 
 
 def _context(request: Request, caller: Principal) -> dict[str, Any]:

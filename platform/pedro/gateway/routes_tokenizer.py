@@ -10,11 +10,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 
 from pedro.errors import PedroError
-from pedro.gateway.admission import admit
 from pedro.gateway.auth import Principal, require
-from pedro.gateway.body import read_body
 from pedro.gateway.calls import plain_messages
-from pedro.gateway.parsing import parse
+from pedro.gateway.parsing import parse, read_body
+from pedro.gateway.quotas import admit
 from pedro.gateway.schemas import DetokenizeRequest, TokenizeRequest
 from pedro.store import INFER
 

@@ -6,7 +6,7 @@ The same `build_app` serves `pedro serve`, a Serve config file and a RayService 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -18,8 +18,8 @@ from ray.serve.handle import DeploymentHandle
 from pedro.config import Settings, validate_spec
 from pedro.errors import PedroError
 from pedro.serving.config import ServeConfig
-from pedro.serving.peers import ROUTER, HandlePeer
-from pedro.serving.wire import Posted, ReplicaLost, Slice
+from pedro.serving.protocol import ControlRequest, OutputBatch, ReplicaLost, SubmitRequest, T
+from pedro.serving.ray_connection import ROUTER, RayReplicaConnection
 
 MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
 
@@ -34,62 +34,44 @@ class EngineReplica:
     """One engine on one device. Each method takes the id of the replica that it is meant for."""
 
     def __init__(self, config: dict[str, Any], settings: Settings) -> None:
-        from pedro.serving.replica import Replica
+        from pedro.serving.server import ReplicaServer
 
         self._id = serve.get_replica_context().replica_tag
-        self._replica = Replica(ServeConfig(**config), settings, self._id)
+        self._server = ReplicaServer(ServeConfig(**config), settings, self._id)
 
-    async def stream(self, link: str, *, to: str) -> AsyncGenerator[Slice | ReplicaLost, None]:
+    async def stream(self, stream_id: str, *, to: str) -> AsyncGenerator[OutputBatch | ReplicaLost, None]:
         """The long-lived stream of one ingress."""
         if to != self._id:
             yield ReplicaLost(to)
             return
-        async with aclosing(self._replica.stream(link)) as slices:
-            async for piece in slices:
-                yield piece
+        async with aclosing(self._server.stream(stream_id)) as batches:
+            async for batch in batches:
+                yield batch
 
-    async def post(self, link: str, calls: list[Posted], cancelled: list[int], *, to: str) -> ReplicaLost | None:
+    async def submit(
+        self, stream_id: str, requests: list[SubmitRequest], cancelled: list[int], *, to: str
+    ) -> ReplicaLost | PedroError | None:
         """Start calls on that stream and end others."""
-        return await self._answer("post", to, link, calls, cancelled)
+        return await self._answer(to, lambda: self._server.submit(stream_id, requests, cancelled))
 
-    async def tokenize(self, *arguments: Any, to: str) -> Any:
-        return await self._answer("tokenize", to, *arguments)
-
-    async def detokenize(self, *arguments: Any, to: str) -> Any:
-        return await self._answer("detokenize", to, *arguments)
-
-    async def tokenizer_info(self, *, to: str) -> Any:
-        return await self._answer("tokenizer_info", to)
-
-    async def residents(self, *arguments: Any, to: str) -> Any:
-        return await self._answer("residents", to, *arguments)
-
-    async def load(self, *arguments: Any, to: str) -> Any:
-        return await self._answer("load", to, *arguments)
-
-    async def unpin(self, *arguments: Any, to: str) -> Any:
-        return await self._answer("unpin", to, *arguments)
-
-    async def unload(self, *arguments: Any, to: str) -> Any:
-        return await self._answer("unload", to, *arguments)
-
-    async def metrics(self, *, to: str) -> Any:
-        return await self._answer("metrics", to)
+    async def ask(self, request: ControlRequest[T], *, to: str) -> T | ReplicaLost | PedroError:
+        """What is no generation."""
+        return await self._answer(to, lambda: self._server.ask(request))
 
     async def stats(self) -> dict[str, Any]:
         """Counts and occupancy of this replica's engine; of any one where there are several."""
-        return self._replica.stats()
+        return self._server.stats()
 
     def check_health(self) -> None:
         """Called by Serve; an exception has the replica replaced."""
-        self._replica.check_health()
+        self._server.check_health()
 
-    async def _answer(self, method: str, to: str, *arguments: Any) -> Any:
-        """What the replica answers; an error meant for the one who asked is a value (`HandlePeer` raises it)."""
+    async def _answer(self, to: str, work: Callable[[], Awaitable[T]]) -> T | ReplicaLost | PedroError:
+        """What `work` gives; an error meant for the one who asked is a value (`RayReplicaConnection` raises it)."""
         if to != self._id:
             return ReplicaLost(to)
         try:
-            return await getattr(self._replica, method)(*arguments)
+            return await work()
         except (PedroError, ReplicaLost) as error:
             return error
 
@@ -102,14 +84,16 @@ class Gateway:
     def __init__(self, config: dict[str, Any], settings: Settings, engine: DeploymentHandle) -> None:
         from pedro.backbone import context_length, resolve_backbone
         from pedro.registry import Registry
-        from pedro.serving.catalog import Catalog
+        from pedro.serving.resolver import ModelResolver
         from pedro.store import Store
 
         self._config = ServeConfig(**config)
         backbone = resolve_backbone(self._config.backbone)
         self._registry = Registry.open(settings)
         self._backbone_digest = backbone.digest
-        self._catalog = Catalog(self._registry, self._config.model_name, backbone.digest, self._config.watch_interval_s)
+        self._resolver = ModelResolver(
+            self._registry, self._config.model_name, backbone.digest, self._config.watch_interval_s
+        )
         self._longest = min(self._config.max_length or context_length(backbone), context_length(backbone))
         self._store = Store(settings.database_url)
         self._engine = engine
@@ -117,30 +101,30 @@ class Gateway:
         self._starting: list[asyncio.Task[Any]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
-        from pedro.gateway.access_log import write_to
         from pedro.gateway.app import GatewaySettings, create_app
+        from pedro.gateway.observability import write_to
         from pedro.serving.backend import ServeBackend
-        from pedro.serving.fleet import Fleet
-        from pedro.serving.live import LIVE  # here: Serve ships this class by value, and a global of its with it
+        from pedro.serving.discovery import DISCOVERY  # here: Serve ships this class by value, with its globals
+        from pedro.serving.router import ReplicaSet
 
         write_to(self._requests_log)
         loop = asyncio.get_running_loop()
-        fleet = Fleet(lambda replica: HandlePeer(self._engine, replica), self._backbone_digest)
+        connected = ReplicaSet(lambda replica: RayReplicaConnection(self._engine, replica), self._backbone_digest)
 
-        def become(replicas: frozenset[str]) -> None:  # on the router's thread
-            loop.call_soon_threadsafe(fleet.become, replicas)
+        def update(replicas: frozenset[str]) -> None:  # on the router's thread
+            loop.call_soon_threadsafe(connected.update, replicas)
 
-        LIVE.listen(become)
-        first = self._engine.stats.remote()  # the first request of a handle makes its router, which tells of replicas
+        DISCOVERY.subscribe(update)
+        first = self._engine.stats.remote()  # a handle's first request makes its router, which publishes replicas
         with suppress(Exception):  # the watcher says so, and tries again
-            await self._catalog.refresh()  # before the first request comes, as in place of another ingress
-        self._starting = [asyncio.ensure_future(first), asyncio.create_task(self._catalog.watch())]
+            await self._resolver.refresh()  # before the first request comes, as in place of another ingress
+        self._starting = [asyncio.ensure_future(first), asyncio.create_task(self._resolver.watch())]
         backend = ServeBackend(
             self._config.model_name,
             self._longest,
-            self._catalog,
+            self._resolver,
             self._registry,
-            fleet,
+            connected,
             self._config.request_timeout_s,
         )
         settings = GatewaySettings(

@@ -1,4 +1,4 @@
-"""The gateway's backend: names resolved here, tokens made by an engine replica. Knows nothing of HTTP or of Ray."""
+"""The gateway's backend: names resolved here, tokens made by an engine replica."""
 
 from __future__ import annotations
 
@@ -33,11 +33,21 @@ from pedro.gateway.backend import (
 )
 from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, PREVIOUS, Registry, Version
-from pedro.serving.catalog import Catalog, visible
-from pedro.serving.faults import SET_ASIDE_S, Faults
-from pedro.serving.fleet import Fleet
+from pedro.serving.failover import SET_ASIDE_S, Retries, VersionFaults
 from pedro.serving.metrics import merged
-from pedro.serving.retries import Retries
+from pedro.serving.protocol import (
+    ControlRequest,
+    DescribeTokenizer,
+    Detokenize,
+    ListResidents,
+    LoadAdapter,
+    ReadMetrics,
+    Tokenize,
+    UnloadAdapter,
+    UnpinAdapter,
+)
+from pedro.serving.resolver import ModelResolver, visible
+from pedro.serving.router import ReplicaSet
 
 log = logging.getLogger("pedro.serving")
 
@@ -49,33 +59,33 @@ class ServeBackend:
         self,
         model_name: str,
         max_model_len: int,
-        catalog: Catalog,
+        resolver: ModelResolver,
         registry: Registry,
-        fleet: Fleet,
+        replicas: ReplicaSet,
         timeout_s: float = 600.0,
     ) -> None:
         self._model_name = model_name
         self.max_model_len = max_model_len
-        self._catalog = catalog
+        self._resolver = resolver
         self._registry = registry
-        self._fleet = fleet
+        self._replicas = replicas
         self._timeout_s = timeout_s
-        self._faults = Faults()
-        self._retries = Retries(fleet, self._faults)
+        self._faults = VersionFaults()
+        self._retries = Retries(replicas, self._faults)
         self._started = int(time.time())
 
     async def list_models(self, tenant: str) -> list[ModelCard]:
         """The backbone, then the champions of the tenant."""
-        return [self._backbone_card(), *(self._card(v.name, v) for v in await self._catalog.champions(tenant))]
+        return [self._backbone_card(), *(self._card(v.name, v) for v in await self._resolver.champions(tenant))]
 
     async def get_model(self, tenant: str, name: str) -> ModelCard:
         """The card of one name; the uniform 404 otherwise."""
         if name == self._model_name:
             return self._backbone_card()
-        return self._card(name, await self._catalog.resolve(tenant, name))
+        return self._card(name, await self._resolver.resolve(tenant, name))
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Delta, None]:
-        """Deltas of the call, in slices of time as the replica sends them.
+        """Deltas of the call, as the replica sends them, a slice of time at once.
 
         Where a name means a version that cannot be served, the last version that answered as that name does; one
         asked for by its number is never another. Raises DeadlineError once the call's time is over.
@@ -126,7 +136,7 @@ class ServeBackend:
             wanted.append(replace(named, alias=PREVIOUS))
         for ref in wanted:
             with suppress(PedroError):
-                found = await self._catalog.resolve(call.tenant, str(ref))
+                found = await self._resolver.resolve(call.tenant, str(ref))
                 if found.version != version.version and self._faults.current(found.model_ref) is None:
                     log.warning("%s is answered by %s, since %s cannot be served", call.model, found.ref, version.ref)
                     return found
@@ -151,7 +161,7 @@ class ServeBackend:
         self._own(tenant, name)
         await self._check_servable(name, version)
         await asyncio.to_thread(self._registry.promote, name, version)
-        await self._catalog.refresh()
+        await self._resolver.refresh()
         return await self._adapter(name)
 
     async def rollback(self, tenant: str, name: str) -> AdapterCard:
@@ -159,7 +169,7 @@ class ServeBackend:
         self._own(tenant, name)
         expected = await self._check_servable(name, PREVIOUS)
         await asyncio.to_thread(self._registry.rollback, name, expected=expected)
-        await self._catalog.refresh()
+        await self._resolver.refresh()
         return await self._adapter(name)
 
     async def get_adapter(self, tenant: str, name: str) -> AdapterCard:
@@ -177,45 +187,45 @@ class ServeBackend:
     ) -> TokenizeResult:
         """The ids of a text, or of messages as the model was trained to read them."""
         ref = await self._ref(tenant, model)
-        return await self._fleet.ask("tokenize", prompt, add_special_tokens, ref)
+        return await self._replicas.ask(Tokenize(prompt, add_special_tokens, ref))
 
     async def detokenize(self, tenant: str, model: str | None, ids: tuple[int, ...]) -> str:
         """The text of the ids."""
         await self._ref(tenant, model)
-        return await self._fleet.ask("detokenize", ids)
+        return await self._replicas.ask(Detokenize(ids))
 
     async def tokenizer_info(self) -> dict[str, Any]:
         """The backbone's tokenizer_config."""
-        return await self._fleet.ask("tokenizer_info")
+        return await self._replicas.ask(DescribeTokenizer())
 
     async def residents(self, tenant: str) -> list[AdapterResidence]:
         """Every adapter version of `tenant` that a replica holds now."""
-        found = await self._ask_all("residents")
+        found = await self._ask_all(ListResidents())
         return [at for at in found if visible(at.name, tenant)]
 
     async def load_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
         """Make a version resident on every replica."""
-        return await self._load(tenant, ref, keep=False)
+        return await self._load(tenant, ref, pin=False)
 
     async def pin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
         """Load it and keep it from being evicted; a replica that comes later starts without pins."""
-        return await self._load(tenant, ref, keep=True)
+        return await self._load(tenant, ref, pin=True)
 
     async def unpin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
         """Make it one that may be evicted."""
-        return await self._ask_all("unpin", await self._version_ref(tenant, ref))
+        return await self._ask_all(UnpinAdapter(await self._version_ref(tenant, ref)))
 
     async def unload_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
         """Give its memory back, pinned or not."""
-        return await self._ask_all("unload", await self._version_ref(tenant, ref))
+        return await self._ask_all(UnloadAdapter(await self._version_ref(tenant, ref)))
 
     async def metrics(self) -> str:
         """Prometheus text of every engine replica."""
-        return merged([*await self._fleet.ask_all("metrics"), self._faults.metrics()])
+        return merged([*await self._replicas.ask_all(ReadMetrics()), self._faults.metrics()])
 
     async def ready(self) -> bool:
         """The catalogue is known and a replica would take a call."""
-        return self._catalog.fresh and self._fleet.ready
+        return self._resolver.fresh and self._replicas.ready
 
     async def _ref(self, tenant: str, model: str | None) -> ModelRef | None:
         """The exact version of what `model` means; None for the backbone."""
@@ -224,7 +234,7 @@ class ServeBackend:
 
     async def _version(self, tenant: str, model: str | None) -> Version | None:
         """What `model` means; None for the backbone."""
-        return None if model in (None, self._model_name) else await self._catalog.resolve(tenant, str(model))
+        return None if model in (None, self._model_name) else await self._resolver.resolve(tenant, str(model))
 
     async def _version_ref(self, tenant: str, model: str) -> ModelRef:
         ref = await self._ref(tenant, model)
@@ -232,14 +242,14 @@ class ServeBackend:
             raise ScopeError(f"'{model}' is the backbone, which is always loaded")
         return ref
 
-    async def _load(self, tenant: str, ref: str, *, keep: bool) -> list[AdapterResidence]:
-        found = await self._ask_all("load", await self._version_ref(tenant, ref), keep)
+    async def _load(self, tenant: str, ref: str, *, pin: bool) -> list[AdapterResidence]:
+        found = await self._ask_all(LoadAdapter(await self._version_ref(tenant, ref), pin))
         if not found:
             raise UnavailableError("no engine replica answers; try again later", code="no_replica")
         return found
 
-    async def _ask_all(self, method: str, *arguments: Any) -> list[AdapterResidence]:
-        return [at for of_replica in await self._fleet.ask_all(method, *arguments) for at in of_replica]
+    async def _ask_all(self, request: ControlRequest[list[AdapterResidence]]) -> list[AdapterResidence]:
+        return [at for of_replica in await self._replicas.ask_all(request) for at in of_replica]
 
     async def _check_servable(self, name: str, which: int | str) -> int | None:
         """Have a replica load a version before it becomes champion; its number, None if there is none such.
@@ -252,7 +262,7 @@ class ServeBackend:
         except NotFoundError:
             return None  # the registry says what is missing
         try:
-            await self._fleet.ask("load", version.model_ref, False)
+            await self._replicas.ask(LoadAdapter(version.model_ref))
         except AdapterError as error:
             raise ConflictError(
                 f"{error.message.removeprefix('model: ')}; it does not become champion", param="version"

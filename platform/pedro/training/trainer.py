@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.config import Settings
 from pedro.errors import NotFoundError, PedroError, TrainingError
+from pedro.process import set_torch_threads, update_environment
 from pedro.registry import CHAMPION, Registry
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join
@@ -87,7 +88,7 @@ def fit(
     manifest; `callbacks` are Ray Train's, and see the report of every checkpoint: step, steps, and dev_loss if known.
     Raises the PedroError of the workers, or WorkersLost if they were lost more often than `max_failures`.
     """
-    os.environ.update(ENVIRONMENT)
+    update_environment(ENVIRONMENT)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -148,7 +149,6 @@ def work(config: dict[Any, Any]) -> PedroError | None:
 
 def _work(config: dict[str, Any]) -> None:
     import ray.train
-    import torch
 
     from pedro.training.curves import CurveWriter
     from pedro.training.worker_group import WorkerGroup
@@ -159,7 +159,7 @@ def _work(config: dict[str, Any]) -> None:
     settings = unpack_settings(config["settings"])
     context = ray.train.get_context()
     group = WorkerGroup(context.get_world_rank(), context.get_world_size())
-    torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
+    set_torch_threads(max(1, int(spec.resources.cpus_per_worker)))
     registry = Registry.open(settings)
     curves = CurveWriter(lambda: _log_to(registry, config["run_id"])) if group.rank == 0 else None
     try:
@@ -320,7 +320,7 @@ def _quiet() -> None:
 
     from pedro.backbone import quiet
 
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if not name.startswith("RAY_")})
+    update_environment({name: value for name, value in ENVIRONMENT.items() if not name.startswith("RAY_")})
     warnings.simplefilter("ignore", UserWarning)
     quiet()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -6,7 +6,6 @@ reported. So nothing depends on when Tune last saved its own state.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
 from pedro.config import Settings
+from pedro.process import update_environment
 from pedro.training.spec import ResourcesSpec
 from pedro.training.storage import join
 from pedro.training.sweep.records import TrialState
@@ -43,7 +43,7 @@ def run_trials(
 
     `show` is called all the time, with whether a trial ended just now.
     """
-    os.environ.update({**ENVIRONMENT, **TUNE_ENVIRONMENT})
+    update_environment({**ENVIRONMENT, **TUNE_ENVIRONMENT})
     scheduler = make_scheduler(tracker.spec)
     tell(scheduler, tracker)
     tuner = tune.Tuner(

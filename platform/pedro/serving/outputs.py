@@ -1,23 +1,26 @@
-"""What one ingress gets from a replica: the outputs of all its calls over one stream. Knows nothing of the transport.
+"""A replica's outputs on their way to one ingress: as the gateway's deltas, those of all its calls over one stream.
 
 The engine's thread hands over once a step and wakes the event loop only for what must leave at once: the first
-tokens of a call and its last. All else waits for the end of the slice.
+tokens of a call and its last. All else waits for the end of the slice of time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from pedro.engine.sequence import Output
+from pedro.engine.sequence import Output, Request
+from pedro.engine.sequence import TokenLogprob as EngineLogprob
 from pedro.errors import PedroError, UnavailableError
-from pedro.gateway.backend import Delta
-from pedro.serving.deltas import Deltas
-from pedro.serving.wire import HEARTBEAT_S, SLICE_S, Slice, slice_s
+from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
+from pedro.serving.protocol import HEARTBEAT_S, SLICE_S, OutputBatch, slice_s
+from pedro.serving.tokens import TokenTexts
 
 TURNS = 4  # every part costs an item of the stream
 log = logging.getLogger("pedro.serving")
@@ -28,17 +31,17 @@ class _Open:
     """A call that is not finished: how its outputs become deltas, and those that wait for the end of the slice."""
 
     number: int
-    deltas: Deltas
+    deltas: DeltaBuilder
     unfinished: int  # choices
     opened: bool = False
     pending: list[Output] = field(default_factory=list)
     failed: PedroError | None = None
 
 
-class Outlet:
+class OutputStream:
     """Belongs to the event loop that made it; `take` alone is called from the engine's thread.
 
-    `count` says how many calls of all outlets are unfinished; `end` ends a request of the engine by its id.
+    `count` says how many calls of all streams are unfinished; `end` ends a request of the engine by its id.
     """
 
     def __init__(self, count: Callable[[], int], end: Callable[[str], None]) -> None:
@@ -64,7 +67,7 @@ class Outlet:
         self._admitting[number] = work
         work.add_done_callback(lambda _: self._admitting.pop(number, None))
 
-    def open(self, number: int, request_id: str, choices: int, deltas: Deltas) -> None:
+    def open(self, number: int, request_id: str, choices: int, deltas: DeltaBuilder) -> None:
         """The engine is about to take call `number`."""
         self._calls[request_id] = _Open(number, deltas, choices)
         self._ids[number] = request_id
@@ -91,15 +94,15 @@ class Outlet:
             self.cancel(number)
 
     def take(self, outputs: list[Output]) -> None:
-        """Called on the engine's thread, once a step, with outputs of this outlet's calls."""
+        """Called on the engine's thread, once a step, with outputs of this stream's calls."""
         self._arrived.extend(outputs)
         if any(output.finish_reason is not None or output.request_id in self._urgent for output in outputs):
             with suppress(RuntimeError):  # the loop closed: nobody reads any more
                 self._loop.call_soon_threadsafe(self._wake.set)
 
-    async def slices(self) -> AsyncGenerator[Slice, None]:
-        """The stream. Its first item is empty: from then on calls may be posted."""
-        yield self._slice([])
+    async def batches(self) -> AsyncGenerator[OutputBatch, None]:
+        """What leaves. The first batch is empty: from then on calls may be submitted."""
+        yield self._batch([])
         sent = ticked = self._loop.time()
         while True:
             due = ticked + (slice_s(len(self)) / self._turns if self._calls else HEARTBEAT_S)
@@ -114,7 +117,7 @@ class Outlet:
             parts = self._collect(tick)
             if parts or now >= sent + HEARTBEAT_S:
                 sent = now
-                yield self._slice(parts)
+                yield self._batch(parts)
 
     def _collect(self, tick: bool) -> list[tuple[int, list[Delta] | PedroError]]:
         """What leaves now: first and last outputs at once, all else at the end of the call's slice of time.
@@ -163,8 +166,8 @@ class Outlet:
         """In how many parts the calls' slices end."""
         return max(1, min(TURNS, int(slice_s(len(self)) / SLICE_S)))
 
-    def _slice(self, parts: list[tuple[int, list[Delta] | PedroError]]) -> Slice:
-        return Slice(self._count(), len(self), tuple(parts))
+    def _batch(self, parts: list[tuple[int, list[Delta] | PedroError]]) -> OutputBatch:
+        return OutputBatch(self._count(), len(self), tuple(parts))
 
     def _forget(self, number: int) -> str | None:
         request_id = self._ids.pop(number, None)
@@ -172,3 +175,67 @@ class Outlet:
             self._calls.pop(request_id, None)
             self._urgent.discard(request_id)
         return request_id
+
+
+class DeltaBuilder:
+    """Makes the deltas of one call. With echo, the prompt stands in front of each choice's first."""
+
+    def __init__(
+        self, tokenizer: Any, texts: TokenTexts, request: Request, call: GenerateCall, fingerprint: str
+    ) -> None:
+        self._texts = texts
+        self._request = request
+        self._fingerprint = fingerprint
+        self._logprobs = call.params.get("logprobs") is not None
+        self._unopened = set(range(request.n)) if call.echo else set()
+        self._text = call.prompt if isinstance(call.prompt, str) else None
+        if call.echo and self._text is None:
+            self._text = tokenizer.decode(request.prompt_ids, skip_special_tokens=True)
+
+    def __call__(self, outputs: Iterable[Output]) -> list[Delta]:
+        """One delta a choice for all its outputs, in the order of their first ones."""
+        choices: dict[int, list[Output]] = {}
+        for output in outputs:
+            choices.setdefault(output.index, []).append(output)
+        return [self._merge(index, of_choice) for index, of_choice in choices.items()]
+
+    def _merge(self, index: int, outputs: list[Output]) -> Delta:
+        last = outputs[-1]
+        logprobs = None
+        if outputs[0].logprobs is not None:
+            logprobs = tuple(self._logprob(entry) for output in outputs for entry in output.logprobs or ())
+        delta = Delta(
+            index=index,
+            text="".join([output.text for output in outputs]),
+            token_ids=tuple([token for output in outputs for token in output.token_ids]),
+            finish_reason=last.finish_reason,
+            logprobs=logprobs,
+            prompt_tokens=last.prompt_tokens,
+            completion_tokens=last.completion_tokens,
+            fingerprint=self._fingerprint,
+            queue_s=last.timing.queue_s if last.timing else None,
+        )
+        if index in self._unopened:
+            self._unopened.discard(index)
+            return self._echoed(delta, outputs[0])
+        return delta
+
+    def _echoed(self, delta: Delta, first: Output) -> Delta:
+        """The delta with the prompt's text, ids and logprobs before it."""
+        ids = self._request.prompt_ids
+        logprobs = delta.logprobs
+        if self._logprobs and first.prompt_logprobs is not None:
+            pairs = zip(ids, first.prompt_logprobs, strict=True)
+            scored = [self._logprob(entry or EngineLogprob(token, math.nan)) for token, entry in pairs]
+            logprobs = (*scored, *(logprobs or ()))
+        return replace(
+            delta, text=(self._text or "") + delta.text, token_ids=(*ids, *delta.token_ids), logprobs=logprobs
+        )
+
+    def _logprob(self, entry: EngineLogprob) -> TokenLogprob:
+        text, raw = self._texts(entry.token_id)
+        top = []
+        for token_id, logprob in entry.top:
+            other, other_raw = self._texts(token_id)
+            top.append(Alternative(other, logprob, other_raw))
+        return TokenLogprob(text, None if math.isnan(entry.logprob) else entry.logprob, tuple(top), raw)

@@ -1,6 +1,8 @@
-"""One version's answer, whatever becomes of the replica that began it: a call whose replica dies is issued again.
+"""How an answer survives what fails: a replica that dies, and an adapter version that cannot be served.
 
-Names are resolved by the caller (`pedro.serving.backend`); `pedro.serving.faults` keeps which versions are suspected.
+A call whose replica dies is issued again (`Retries`). A name that means a version which cannot be loaded keeps meaning
+the last one that answered, as far as one ingress found out (`VersionFaults`); a version that a request asks for by
+number is never another. Names are resolved by the caller, `pedro.serving.backend`.
 """
 
 from __future__ import annotations
@@ -8,30 +10,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
-from pedro.errors import DeadlineError, UnavailableError
+from pedro.errors import DeadlineError, PedroError, UnavailableError
 from pedro.gateway.backend import Delta, GenerateCall
 from pedro.refs import ModelRef
-from pedro.serving.faults import Faults
-from pedro.serving.fleet import Fleet
-from pedro.serving.wire import ReplicaLost
+from pedro.registry import Version
+from pedro.serving.protocol import ReplicaLost
+from pedro.serving.router import ReplicaSet
 
 ATTEMPTS = 3
 PROBE_S = 30.0  # how long a suspected adapter may keep others apart while its first token is awaited
 GRACE_S = 0.5
 TOO_LATE = "the time that this request may take has passed; allow more or ask for fewer tokens"
 LOST = "the engine that answered was lost; try again"
+SET_ASIDE_S = {"adapter_unusable": 60.0, "adapter_unavailable": 5.0, "adapter_quarantined": 600.0}
+"""The codes of errors that are a version's own, and how long each is taken as said before it is tried again."""
+MAX_KNOWN = 4096
 log = logging.getLogger("pedro.serving")
 
 
 class Retries:
-    """Calls of one ingress on the replicas of `fleet`. On one event loop."""
+    """Calls of one ingress on the `replicas`. On one event loop."""
 
-    def __init__(self, fleet: Fleet, faults: Faults) -> None:
-        self._fleet = fleet
+    def __init__(self, replicas: ReplicaSet, faults: VersionFaults) -> None:
+        self._replicas = replicas
         self._faults = faults
         self._probing = asyncio.Lock()
 
@@ -51,7 +58,9 @@ class Retries:
             try:
                 async with (
                     self._alone(ref if suspected else None, until) as begun,
-                    aclosing(self._fleet.generate(replace(call, timeout_s=_left(until)), ref, tuple(sent))) as batches,
+                    aclosing(
+                        self._replicas.generate(replace(call, timeout_s=_left(until)), ref, tuple(sent))
+                    ) as batches,
                 ):
                     async for batch in _in_time(batches, until):
                         begun()
@@ -129,3 +138,81 @@ def _left(until: float) -> float:
     if left_s <= 0:
         raise DeadlineError(TOO_LATE)
     return left_s
+
+
+@dataclass(frozen=True)
+class _Fault:
+    error: PedroError
+    until: float
+
+
+class VersionFaults:
+    """On one event loop. A version is named with its digest."""
+
+    def __init__(self) -> None:
+        self._faults: OrderedDict[ModelRef, _Fault] = OrderedDict()
+        self._good: OrderedDict[str, Version] = OrderedDict()
+        self._served_at: OrderedDict[ModelRef, float] = OrderedDict()
+        self._lost_at: OrderedDict[ModelRef, float] = OrderedDict()
+
+    def current(self, ref: ModelRef) -> PedroError | None:
+        """The error that `ref` ended in not long ago."""
+        fault = self._faults.get(ref)
+        return fault.error if fault is not None and time.monotonic() < fault.until else None
+
+    def add(self, ref: ModelRef, error: PedroError) -> None:
+        """`ref` cannot be served."""
+        if ref not in self._faults:
+            log.error("adapter %s cannot be served: %s", ref.without_digest, error.message)
+        self._faults[ref] = _Fault(error, time.monotonic() + SET_ASIDE_S[str(error.code)])
+        _bound(self._faults)
+
+    def served(self, model: str, version: Version, ref: ModelRef) -> None:
+        """`ref`, which is `version`, answered as what `model` means."""
+        self._faults.pop(ref, None)
+        self._served_at[ref] = time.monotonic()
+        _bound(self._served_at)
+        if self._good.get(model) is not version:
+            self._good[model] = version
+            _bound(self._good)
+
+    def suspect(self, ref: ModelRef) -> None:
+        """A replica was lost before a request of `ref` had its first token; that may be why."""
+        self._lost_at[ref] = time.monotonic()
+        _bound(self._lost_at)
+
+    def suspected(self, ref: ModelRef) -> bool:
+        """Whether no request of `ref` was answered since it was suspected."""
+        return ref in self._lost_at and self._served_at.get(ref, 0.0) <= self._lost_at[ref]
+
+    def last_good(self, model: str) -> Version | None:
+        """The version that answered last as what `model` means."""
+        return self._good.get(model)
+
+    def reason(self, ref: ModelRef) -> str | None:
+        """Why `ref` cannot be served, for operators; None for one that answered since, or was never asked."""
+        fault = self._faults.get(ref)
+        return None if fault is None else fault.error.message
+
+    def quarantine(self, ref: ModelRef) -> None:
+        """A request of `ref` took two replicas down, one after the other, before its first token."""
+        named = ref.without_digest
+        self.add(
+            ref,
+            UnavailableError(
+                f"model: {named} is set aside, since engine replicas were lost on its requests; ask an operator",
+                param="model",
+                code="adapter_quarantined",
+            ),
+        )
+
+    def metrics(self) -> str:
+        """Prometheus text."""
+        name = "pedro_adapter_versions_set_aside"
+        help_text = "Adapter versions that could not be served when this gateway asked last."
+        return f"# HELP {name} {help_text}\n# TYPE {name} gauge\n{name} {len(self._faults)}\n"
+
+
+def _bound(known: OrderedDict[Any, Any]) -> None:
+    if len(known) > MAX_KNOWN:
+        known.popitem(last=False)

@@ -1,7 +1,4 @@
-"""One ingress's long-lived stream with one replica: posts calls, hands each its share of what comes back.
-
-Knows nothing of HTTP, of names, or of how a replica is reached.
-"""
+"""One ingress's client of one replica: submits calls over its connection, hands each its share of what comes back."""
 
 from __future__ import annotations
 
@@ -14,32 +11,34 @@ from contextlib import suppress
 from pedro.errors import PedroError
 from pedro.gateway.backend import Delta, GenerateCall
 from pedro.refs import ModelRef
-from pedro.serving.wire import SILENCE_S, Peer, Posted, ReplicaLost, Slice
+from pedro.serving.protocol import SILENCE_S, OutputBatch, ReplicaConnection, ReplicaLost, SubmitRequest
 
-MAX_UNREAD = 1024  # slices: at least half a minute that a client did not read
+MAX_UNREAD = 1024  # batches: at least half a minute that a client did not read
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
 log = logging.getLogger("pedro.serving")
 
 
-class Link:
+class ReplicaClient:
     """Keeps the stream open until `close`; between a break and the next stream it is not `ready`.
 
     `on_change` is called whenever `ready` changes. All on one event loop.
     """
 
-    def __init__(self, replica: str, peer: Peer, on_change: Callable[[], None], backbone: str = "") -> None:
+    def __init__(
+        self, replica: str, connection: ReplicaConnection, on_change: Callable[[], None], backbone: str = ""
+    ) -> None:
         self.replica = replica
-        self.peer = peer
+        self.connection = connection
         self.ready = False
         self._on_change = on_change
         self._backbone = backbone
         self._id = ""
-        self._others = 0  # calls of other ingresses, as of the last slice
+        self._others = 0  # calls of other ingresses, as of the last batch
         self._numbers = iter(range(1, 2**62))
         self._inboxes: dict[int, _Inbox] = {}
-        self._to_post: list[Posted] = []
+        self._to_submit: list[SubmitRequest] = []
         self._to_cancel: list[int] = []
-        self._something_to_post = asyncio.Event()
+        self._something_to_send = asyncio.Event()
         self._draining = False
         self._retry_s = FIRST_RETRY_S
         self._task = asyncio.create_task(self._run())
@@ -49,7 +48,7 @@ class Link:
         """Unfinished calls on the replica, of this ingress and of others."""
         return self._others + len(self._inboxes)
 
-    async def call(
+    async def generate(
         self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...]
     ) -> AsyncGenerator[list[Delta], None]:
         """The deltas of one call, as they come. Leaving early ends the call on the replica.
@@ -60,8 +59,8 @@ class Link:
             raise ReplicaLost(self.replica)
         number = next(self._numbers)
         inbox = self._inboxes[number] = _Inbox(call.n)
-        self._to_post.append(Posted(number, call, ref, resumed, self._backbone))
-        self._something_to_post.set()
+        self._to_submit.append(SubmitRequest(number, call, ref, resumed, self._backbone))
+        self._something_to_send.set()
         try:
             while not inbox.finished:
                 yield await inbox.get()
@@ -90,12 +89,12 @@ class Link:
         self._end_if_drained()
 
     def _cancel(self, number: int) -> None:
-        waiting = [posted for posted in self._to_post if posted.number != number]
-        if len(waiting) < len(self._to_post):  # the replica never heard of it
-            self._to_post = waiting
+        waiting = [request for request in self._to_submit if request.number != number]
+        if len(waiting) < len(self._to_submit):  # the replica never heard of it
+            self._to_submit = waiting
             return
         self._to_cancel.append(number)
-        self._something_to_post.set()
+        self._something_to_send.set()
 
     async def _run(self) -> None:
         """Stream for ever, again after each break. What was unfinished at a break is lost: its callers are told."""
@@ -115,24 +114,24 @@ class Link:
 
     async def _stream(self) -> None:
         """One stream, from its first item until it breaks."""
-        stream = self.peer.stream(self._id)
+        stream = self.connection.stream(self._id)
         try:
             await self._next(stream)
             self._retry_s = FIRST_RETRY_S
             self._set_ready(not self._draining)
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._read(stream))
-                both.create_task(self._post())
+                both.create_task(self._submit())
         finally:
             self._lose()
             with suppress(Exception):  # what broke need not close well
                 await stream.aclose()
 
-    async def _read(self, stream: AsyncGenerator[Slice, None]) -> None:
+    async def _read(self, stream: AsyncGenerator[OutputBatch, None]) -> None:
         while True:
             self._hand_out(await self._next(stream))
 
-    async def _next(self, stream: AsyncGenerator[Slice, None]) -> Slice:
+    async def _next(self, stream: AsyncGenerator[OutputBatch, None]) -> OutputBatch:
         try:
             async with asyncio.timeout(SILENCE_S):
                 return await anext(stream)
@@ -141,19 +140,19 @@ class Link:
         except TimeoutError as error:
             raise ReplicaLost(f"nothing came for {SILENCE_S:g} s") from error
 
-    async def _post(self) -> None:
+    async def _submit(self) -> None:
         """Send what is to be sent, one message at a time, so that calls which come together travel together."""
         while True:
-            await self._something_to_post.wait()
-            self._something_to_post.clear()
-            calls, self._to_post = self._to_post, []
+            await self._something_to_send.wait()
+            self._something_to_send.clear()
+            requests, self._to_submit = self._to_submit, []
             cancelled, self._to_cancel = self._to_cancel, []
-            if calls or cancelled:
-                await self.peer.post(self._id, calls, cancelled)
+            if requests or cancelled:
+                await self.connection.submit(self._id, requests, cancelled)
 
-    def _hand_out(self, piece: Slice) -> None:
-        self._others = max(0, piece.load - piece.mine)
-        for number, part in piece.parts:
+    def _hand_out(self, batch: OutputBatch) -> None:
+        self._others = max(0, batch.load - batch.mine)
+        for number, part in batch.parts:
             inbox = self._inboxes.get(number)
             if inbox is not None and not inbox.put(part):
                 self._cancel(number)
@@ -161,7 +160,7 @@ class Link:
     def _lose(self) -> None:
         """The stream is gone, and with it what was unfinished."""
         self._set_ready(False)
-        self._to_post, self._to_cancel = [], []
+        self._to_submit, self._to_cancel = [], []
         for inbox in self._inboxes.values():
             inbox.fail(ReplicaLost(self.replica))
         self._others = 0
@@ -196,7 +195,7 @@ class _Inbox:
         return not self._unread and self._error is None and self._unfinished <= 0
 
     def put(self, part: list[Delta] | PedroError) -> bool:
-        """Take a slice; False where the call is to be ended because nobody reads it."""
+        """Take a part; False where the call is to be ended because nobody reads it."""
         if self.ended:
             return True
         if isinstance(part, PedroError):

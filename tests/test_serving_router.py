@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from pedro.refs import ModelRef
-from pedro.serving.routing import SHARE, choose
+from pedro.serving.router import SHARE, choose
 
 REPLICAS = [f"replica-{i}" for i in range(4)]
 

@@ -1,6 +1,6 @@
 """OpenAI's response bodies, as plain dictionaries. Knows nothing of HTTP or of where the deltas come from.
 
-Two shapes, `CompletionShape` and `ChatShape`, with the same three methods: `chunks` of a stream, one `choice` of a
+Two formats, `CompletionFormat` and `ChatFormat`, with the same three methods: `chunks` of a stream, one `choice` of a
 whole answer, and the envelope around either.
 Reference: https://platform.openai.com/docs/api-reference/completions/object and .../chat/streaming
 """
@@ -44,7 +44,7 @@ class Choice:
                 self.logprobs += delta.logprobs
 
 
-class Shape(Protocol):
+class ResponseFormat(Protocol):
     id: str
     object: str
     chunk_object: str
@@ -58,7 +58,7 @@ class Shape(Protocol):
     def choice(self, choice: Choice) -> dict[str, Any]: ...
 
 
-class CompletionShape:
+class CompletionFormat:
     object = chunk_object = "text_completion"
 
     def __init__(self, request_id: str, model: str) -> None:
@@ -78,7 +78,7 @@ class CompletionShape:
         return _completion_choice(choice.index, "".join(choice.text), logprobs, choice.finish_reason)
 
 
-class ChatShape:
+class ChatFormat:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -106,12 +106,14 @@ class ChatShape:
         }
 
 
-def envelope(shape: Shape, kind: str, choices: list[dict[str, Any]], fingerprint: str | None) -> dict[str, Any]:
+def envelope(
+    response_format: ResponseFormat, kind: str, choices: list[dict[str, Any]], fingerprint: str | None
+) -> dict[str, Any]:
     return {
-        "id": shape.id,
+        "id": response_format.id,
         "object": kind,
-        "created": shape.created,
-        "model": shape.model,
+        "created": response_format.created,
+        "model": response_format.model,
         "system_fingerprint": fingerprint,
         "choices": choices,
     }

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
-from serving_peers import LocalPeer
+from serving_connections import LocalConnection
 
 from pedro.data import FORMATS, PromptFormat, encode_prompt, load_rows, parse_line
 from pedro.data.template_worker import TemplateBoundsError
@@ -22,10 +22,10 @@ from pedro.gateway.parsing import parse
 from pedro.gateway.schemas import ChatRequest, CompletionRequest
 from pedro.refs import ModelRef
 from pedro.registry import Registry
+from pedro.serving.client import ReplicaClient
 from pedro.serving.config import ServeConfig
-from pedro.serving.links import Link
-from pedro.serving.rendering import Rendering
-from pedro.serving.replica import Replica
+from pedro.serving.prompts import TemplateRenderer
+from pedro.serving.server import ReplicaServer
 
 SHAPES = ("messages", "completion", "alpaca", "sharegpt")
 HARD = "  Zoé said:\n\t\"<s> 'naïve' …\" 日本 \U0001f600  "
@@ -79,7 +79,7 @@ def served(tmp_path_factory):
     for seed, (name, shape) in enumerate(names.items(), start=1):
         models[name] = make_adapter(folder / name, seed, shape)
         versions[name] = register(registry, folder / name, name)
-    replica = Replica(ServeConfig(max_batch=8), settings)
+    replica = ReplicaServer(ServeConfig(max_batch=8), settings)
     yield SimpleNamespace(replica=replica, registry=registry, models=models, versions=versions, folder=folder)
     replica.close()
 
@@ -103,7 +103,7 @@ def chat(messages, **fields):
 async def answer(replica, call, ref=None, **known):
     """The choices of one call, whole; raises the error that the stream ends in."""
     choices = {}
-    async with linked(replica, **known) as link, aclosing(link.call(call, ref, ())) as batches:
+    async with connected(replica, **known) as client, aclosing(client.generate(call, ref, ())) as batches:
         async for batch in batches:
             for delta in batch:
                 choice = choices.setdefault(
@@ -119,18 +119,18 @@ async def answer(replica, call, ref=None, **known):
 
 
 @asynccontextmanager
-async def linked(replica, **known):
-    """An ingress's link with the replica, ready."""
+async def connected(replica, **known):
+    """An ingress's client of the replica, ready."""
     changed = asyncio.Event()
-    link = Link(replica.name, LocalPeer(replica), changed.set, **known)
+    client = ReplicaClient(replica.name, LocalConnection(replica), changed.set, **known)
     try:
         async with asyncio.timeout(10):
-            while not link.ready:
+            while not client.ready:
                 changed.clear()
                 await changed.wait()
-        yield link
+        yield client
     finally:
-        await link.close()
+        await client.close()
 
 
 def ask(replica, call, ref=None):
@@ -165,8 +165,8 @@ def text_after(ids, generated):
 def test_served_prompt_ids_are_the_training_prompt_ids(served, tmp_path, shape):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[shape]))
-    form = served.replica._formats.get(ref(served, f"acme.{shape}")) or asyncio.run(
-        served.replica._format_of(ref(served, f"acme.{shape}"))
+    form = served.replica._prompts._formats.get(ref(served, f"acme.{shape}")) or asyncio.run(
+        served.replica._prompts._format_of(ref(served, f"acme.{shape}"))
     )
     rows = load_rows(file, tokenizer(), form, 512, tmp_path / "cache")
     examples = [
@@ -410,7 +410,7 @@ def test_whoever_asks_and_leaves_holds_one_thread_and_is_refused_as_others_are(m
         raise TemplateBoundsError("prompt_format: too much")
 
     async def go():
-        rendering = Rendering(None, [])
+        rendering = TemplateRenderer(None, [])
         form = PromptFormat("chat", "own")
         monkeypatch.setattr(PromptFormat, "prompt", slow)
         for _ in range(4):
@@ -437,8 +437,8 @@ def test_ending_a_stream_early_frees_its_slot(served):
         slots = served.replica.stats()["slots"]
         call = completion(max_tokens=400, ignore_eos=True)
         async with (
-            linked(served.replica) as link,
-            aclosing(link.call(call, ref(served, "acme.completion"), ())) as stream,
+            connected(served.replica) as client,
+            aclosing(client.generate(call, ref(served, "acme.completion"), ())) as stream,
         ):
             await anext(stream)
             assert served.replica.stats()["slots_free"] == slots - 1
@@ -491,11 +491,11 @@ def test_a_call_whose_outputs_cannot_be_written_ends_alone(served, monkeypatch):
 
     async def go():
         scored = completion("One day", max_tokens=60, logprobs=1, ignore_eos=True)
-        async with linked(served.replica) as link:
-            other = link.call(completion(max_tokens=60, ignore_eos=True), None, ())
+        async with connected(served.replica) as client:
+            other = client.generate(completion(max_tokens=60, ignore_eos=True), None, ())
             received = list(await anext(other))
             with pytest.raises(UnavailableError) as caught:
-                async for _ in link.call(scored, None, ()):
+                async for _ in client.generate(scored, None, ()):
                     pass
             async for batch in other:
                 received += batch
@@ -521,15 +521,15 @@ def test_a_request_id_in_use_is_refused_and_the_first_request_goes_on(served):
 
 
 def test_an_operators_shares_reach_the_engine_and_nonsense_is_refused(served, tmp_path):
-    weighted = Replica(ServeConfig(max_batch=1, tenant_weights={"acme": 2.0}), settings_at(tmp_path / "home"))
+    weighted = ReplicaServer(ServeConfig(max_batch=1, tenant_weights={"acme": 2.0}), settings_at(tmp_path / "home"))
     assert weighted._engine.config.tenant_weights == {"acme": 2.0}
     weighted.close()
     with pytest.raises(PedroError, match=r"tenant_weights\.acme"):
-        Replica(ServeConfig(max_batch=1, tenant_weights={"acme": 0.0}), settings_at(tmp_path / "home"))
+        ReplicaServer(ServeConfig(max_batch=1, tenant_weights={"acme": 0.0}), settings_at(tmp_path / "home"))
 
 
 def test_a_full_queue_is_a_503_that_says_when_to_come_back(served, tmp_path):
-    small = Replica(ServeConfig(max_batch=1, max_waiting=1), settings_at(tmp_path / "home"))
+    small = ReplicaServer(ServeConfig(max_batch=1, max_waiting=1), settings_at(tmp_path / "home"))
 
     async def go():
         running = [asyncio.create_task(answer(small, completion(max_tokens=200, ignore_eos=True))) for _ in range(4)]
@@ -548,7 +548,7 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_back(served, tmp_path):
 
 def test_a_long_text_does_not_hold_up_the_streams_of_others(served, monkeypatch):
     """Tokenising half a megabyte takes about a second; the bound that refuses it at once is taken away here."""
-    monkeypatch.setattr("pedro.serving.replica.SHRINKAGE", 10**9)
+    monkeypatch.setattr("pedro.serving.prompts.SHRINKAGE", 10**9)
 
     async def go():
         turns = 0

@@ -11,7 +11,7 @@ from serving_adapters import OTHER_BACKBONE, register, settings_at, stub_adapter
 from pedro.errors import AdapterError, NotFoundError, UnavailableError, model_not_found
 from pedro.gateway.backend import ALL_TENANTS
 from pedro.registry import Registry
-from pedro.serving.catalog import Catalog
+from pedro.serving.resolver import ModelResolver
 
 OURS = "sha256:" + "a" * 64
 _count = itertools.count()
@@ -40,43 +40,43 @@ def add(registry, tmp_path):
 
 
 @pytest.fixture
-def catalog(registry):
-    return Catalog(registry, "stories", OURS, interval_s=0.01)
+def resolver(registry):
+    return ModelResolver(registry, "stories", OURS, interval_s=0.01)
 
 
-def resolve(catalog, tenant, model, *, refresh=True):
+def resolve(resolver, tenant, model, *, refresh=True):
     async def go():
         if refresh:
-            await catalog.refresh()
-        return await catalog.resolve(tenant, model)
+            await resolver.refresh()
+        return await resolver.resolve(tenant, model)
 
     return asyncio.run(go())
 
 
-def test_the_bare_name_is_the_champion_and_aliases_and_versions_name_the_others(catalog, registry, add):
+def test_the_bare_name_is_the_champion_and_aliases_and_versions_name_the_others(resolver, registry, add):
     first, second, third = add("acme.faq"), add("acme.faq"), add("acme.faq", promote=False)
     registry.set_alias("acme.faq", "candidate", 3)
-    assert resolve(catalog, "acme", "acme.faq").digest == second.digest
-    assert resolve(catalog, "acme", "acme.faq@champion").digest == second.digest
-    assert resolve(catalog, "acme", "acme.faq@previous").digest == first.digest
-    assert resolve(catalog, "acme", "acme.faq@candidate").digest == third.digest
-    assert resolve(catalog, "acme", "acme.faq:1").digest == first.digest
+    assert resolve(resolver, "acme", "acme.faq").digest == second.digest
+    assert resolve(resolver, "acme", "acme.faq@champion").digest == second.digest
+    assert resolve(resolver, "acme", "acme.faq@previous").digest == first.digest
+    assert resolve(resolver, "acme", "acme.faq@candidate").digest == third.digest
+    assert resolve(resolver, "acme", "acme.faq:1").digest == first.digest
 
 
-def test_a_name_without_a_champion_is_not_found(catalog, add):
+def test_a_name_without_a_champion_is_not_found(resolver, add):
     add("acme.raw", promote=False)
     with pytest.raises(NotFoundError):
-        resolve(catalog, "acme", "acme.raw")
-    assert resolve(catalog, "acme", "acme.raw:1").version == 1
+        resolve(resolver, "acme", "acme.raw")
+    assert resolve(resolver, "acme", "acme.raw:1").version == 1
 
 
 @pytest.mark.parametrize("suffix", ["", "@champion", "@nothing", ":1", ":99"])
-def test_a_foreign_name_and_an_unknown_one_get_the_same_error(catalog, add, suffix):
+def test_a_foreign_name_and_an_unknown_one_get_the_same_error(resolver, add, suffix):
     add("globex.secret")
     bodies = set()
     for name in ("globex.secret", "globex.nothere"):
         with pytest.raises(NotFoundError) as caught:
-            resolve(catalog, "acme", name + suffix)
+            resolve(resolver, "acme", name + suffix)
         assert caught.value.status == 404
         assert caught.value.body() == model_not_found(name + suffix).body()
         bodies.add(str(caught.value.body()).replace(name, "NAME"))
@@ -89,42 +89,42 @@ def test_a_foreign_name_and_an_unknown_one_get_the_same_error(catalog, add, suff
      "acme.faq:1@champion", "../acme.faq", "acme/faq", "acme.faq\n", "acme.faq:9999999999", "ACME.faq", "acme.f%61q",
      "acme.faq' OR '1'='1", "*", "*.faq", "acme.faq\x00", "acme.faq@champion ", "acmé.faq"],
 )  # fmt: skip
-def test_a_hostile_name_is_simply_not_found(catalog, name):
+def test_a_hostile_name_is_simply_not_found(resolver, name):
     with pytest.raises(NotFoundError) as caught:
-        resolve(catalog, "acme", name)
+        resolve(resolver, "acme", name)
     assert caught.value.body() == model_not_found(name).body()
 
 
-def test_an_admin_sees_every_tenant_and_a_tenant_only_its_own(catalog, add):
+def test_an_admin_sees_every_tenant_and_a_tenant_only_its_own(resolver, add):
     add("acme.mine"), add("globex.theirs")
 
     async def names(tenant):
-        await catalog.refresh()
-        return {version.name for version in await catalog.champions(tenant)}
+        await resolver.refresh()
+        return {version.name for version in await resolver.champions(tenant)}
 
     assert asyncio.run(names("acme")) >= {"acme.mine"}
     assert all(name.startswith("acme.") for name in asyncio.run(names("acme")))
     assert asyncio.run(names(ALL_TENANTS)) >= {"acme.mine", "globex.theirs"}
-    assert resolve(catalog, ALL_TENANTS, "globex.theirs").tenant == "globex"
+    assert resolve(resolver, ALL_TENANTS, "globex.theirs").tenant == "globex"
 
 
-def test_a_tenant_whose_name_begins_with_anothers_is_a_stranger(catalog, add):
+def test_a_tenant_whose_name_begins_with_anothers_is_a_stranger(resolver, add):
     add("acme-two.faq")
     with pytest.raises(NotFoundError):
-        resolve(catalog, "acme", "acme-two.faq")
+        resolve(resolver, "acme", "acme-two.faq")
 
 
-def test_an_alias_move_is_seen_at_the_next_refresh_and_not_before(catalog, registry, add):
+def test_an_alias_move_is_seen_at_the_next_refresh_and_not_before(resolver, registry, add):
     old, new = add("acme.swap"), add("acme.swap", promote=False)
-    assert resolve(catalog, "acme", "acme.swap").digest == old.digest
+    assert resolve(resolver, "acme", "acme.swap").digest == old.digest
     registry.promote("acme.swap", new.version)
-    assert resolve(catalog, "acme", "acme.swap", refresh=False).digest == old.digest
-    assert resolve(catalog, "acme", "acme.swap").digest == new.digest
+    assert resolve(resolver, "acme", "acme.swap", refresh=False).digest == old.digest
+    assert resolve(resolver, "acme", "acme.swap").digest == new.digest
     registry.rollback("acme.swap")
-    assert resolve(catalog, "acme", "acme.swap").digest == old.digest
+    assert resolve(resolver, "acme", "acme.swap").digest == old.digest
 
 
-def test_a_reading_of_an_unchanged_registry_costs_one_look_and_any_change_is_seen(catalog, registry, add, monkeypatch):
+def test_a_reading_of_an_unchanged_registry_costs_one_look_and_any_change_is_seen(resolver, registry, add, monkeypatch):
     add("acme.quiet")
     readings = []
     read = registry.catalog
@@ -132,15 +132,15 @@ def test_a_reading_of_an_unchanged_registry_costs_one_look_and_any_change_is_see
 
     async def go():
         for _ in range(5):
-            await catalog.refresh()
+            await resolver.refresh()
         assert len(readings) == 1
-        assert catalog.fresh
+        assert resolver.fresh
         await asyncio.to_thread(add, "acme.quiet")
-        await catalog.refresh()
-        assert (await catalog.resolve("acme", "acme.quiet")).version == 2
+        await resolver.refresh()
+        assert (await resolver.resolve("acme", "acme.quiet")).version == 2
         await asyncio.to_thread(registry.rollback, "acme.quiet")
-        await catalog.refresh()
-        assert (await catalog.resolve("acme", "acme.quiet")).version == 1
+        await resolver.refresh()
+        assert (await resolver.resolve("acme", "acme.quiet")).version == 1
 
     asyncio.run(go())
     assert len(readings) == 3
@@ -159,17 +159,17 @@ def test_a_registry_restored_from_a_copy_is_read_anew(home, tmp_path, registry, 
     assert Registry("http://127.0.0.1:9", str(tmp_path), tmp_path).stamp() is None
 
 
-def test_the_watcher_follows_moves_and_ends_when_cancelled(catalog, registry, add):
+def test_the_watcher_follows_moves_and_ends_when_cancelled(resolver, registry, add):
     add("acme.watched"), add("acme.watched", promote=False)
 
     async def go():
-        watching = asyncio.create_task(catalog.watch())
+        watching = asyncio.create_task(resolver.watch())
         async with asyncio.timeout(20):
-            while not catalog.fresh:
+            while not resolver.fresh:
                 await asyncio.sleep(0.01)
-            assert (await catalog.resolve("acme", "acme.watched")).version == 1
+            assert (await resolver.resolve("acme", "acme.watched")).version == 1
             await asyncio.to_thread(registry.promote, "acme.watched", 2)
-            while (await catalog.resolve("acme", "acme.watched")).version != 2:
+            while (await resolver.resolve("acme", "acme.watched")).version != 2:
                 await asyncio.sleep(0.01)
         watching.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -178,61 +178,61 @@ def test_the_watcher_follows_moves_and_ends_when_cancelled(catalog, registry, ad
     asyncio.run(go())
 
 
-def test_a_name_deleted_and_registered_again_never_means_the_old_version(catalog, registry, add):
+def test_a_name_deleted_and_registered_again_never_means_the_old_version(resolver, registry, add):
     old = add("acme.reborn")
-    assert resolve(catalog, "acme", "acme.reborn:1").digest == old.digest
+    assert resolve(resolver, "acme", "acme.reborn:1").digest == old.digest
     registry.delete("acme.reborn")
     new = add("acme.reborn")
     assert (new.version, new.digest != old.digest) == (1, True)
-    assert resolve(catalog, "acme", "acme.reborn").digest == new.digest
-    assert resolve(catalog, "acme", "acme.reborn:1").digest == new.digest
+    assert resolve(resolver, "acme", "acme.reborn").digest == new.digest
+    assert resolve(resolver, "acme", "acme.reborn:1").digest == new.digest
 
 
-def test_a_deleted_name_is_not_found(catalog, registry, add):
+def test_a_deleted_name_is_not_found(resolver, registry, add):
     add("acme.gone")
-    assert resolve(catalog, "acme", "acme.gone")
+    assert resolve(resolver, "acme", "acme.gone")
     registry.delete("acme.gone")
     with pytest.raises(NotFoundError):
-        resolve(catalog, "acme", "acme.gone")
+        resolve(resolver, "acme", "acme.gone")
 
 
-def test_a_deleted_version_is_not_found_though_it_was_served_before(catalog, registry, add):
+def test_a_deleted_version_is_not_found_though_it_was_served_before(resolver, registry, add):
     add("acme.part", promote=False), add("acme.part")
-    assert resolve(catalog, "acme", "acme.part:1").version == 1
+    assert resolve(resolver, "acme", "acme.part:1").version == 1
     registry.delete("acme.part", 1)
 
     async def go():
-        await catalog.refresh()
+        await resolver.refresh()
         await asyncio.sleep(0.02)
-        await catalog.resolve("acme", "acme.part:1")
+        await resolver.resolve("acme", "acme.part:1")
 
     with pytest.raises(NotFoundError):
         asyncio.run(go())
-    assert resolve(catalog, "acme", "acme.part").version == 2
+    assert resolve(resolver, "acme", "acme.part").version == 2
 
 
-def test_an_adapter_of_another_backbone_is_refused_with_both_digests_and_not_listed(catalog, add):
+def test_an_adapter_of_another_backbone_is_refused_with_both_digests_and_not_listed(resolver, add):
     add("acme.alien", backbone_digest=OTHER_BACKBONE)
     with pytest.raises(AdapterError) as caught:
-        resolve(catalog, "acme", "acme.alien")
+        resolve(resolver, "acme", "acme.alien")
     assert OURS in caught.value.message
     assert OTHER_BACKBONE in caught.value.message
-    assert "acme.alien" not in {version.name for version in asyncio.run(catalog.champions("acme"))}
+    assert "acme.alien" not in {version.name for version in asyncio.run(resolver.champions("acme"))}
 
 
-def test_before_the_first_reading_a_name_is_unavailable_rather_than_unknown(catalog):
+def test_before_the_first_reading_a_name_is_unavailable_rather_than_unknown(resolver):
     with pytest.raises(UnavailableError):
-        resolve(catalog, "acme", "acme.faq", refresh=False)
-    assert not catalog.fresh
+        resolve(resolver, "acme", "acme.faq", refresh=False)
+    assert not resolver.fresh
 
 
-def test_a_name_deleted_since_the_last_reading_is_left_out_of_the_list(catalog, registry, add):
+def test_a_name_deleted_since_the_last_reading_is_left_out_of_the_list(resolver, registry, add):
     add("acme.fleeting"), add("acme.lasting")
 
     async def go():
-        await catalog.refresh()
+        await resolver.refresh()
         await asyncio.to_thread(registry.delete, "acme.fleeting")
-        return {version.name for version in await catalog.champions("acme")}
+        return {version.name for version in await resolver.champions("acme")}
 
     names = asyncio.run(go())
     assert "acme.lasting" in names
@@ -244,24 +244,24 @@ def test_while_the_registry_is_away_the_last_state_stays_in_force(home, tmp_path
     database = tmp_path / "mlflow.db"
     shutil.copy(home / "mlflow.db", database)
     own = Registry(f"sqlite:///{database}", registry.artifact_root, tmp_path / "cache")
-    catalog = Catalog(own, "stories", OURS, interval_s=0.01)
+    resolver = ModelResolver(own, "stories", OURS, interval_s=0.01)
 
     async def go():
-        watching = asyncio.create_task(catalog.watch())
+        watching = asyncio.create_task(resolver.watch())
         async with asyncio.timeout(30):
-            while not catalog.fresh:
+            while not resolver.fresh:
                 await asyncio.sleep(0.01)
-            assert (await catalog.resolve("acme", "acme.steady")).version == 2
-            assert (await catalog.resolve("acme", "acme.steady:1")).version == 1
+            assert (await resolver.resolve("acme", "acme.steady")).version == 2
+            assert (await resolver.resolve("acme", "acme.steady:1")).version == 1
             database.unlink()
             Path(f"{database}").mkdir()  # nothing can be opened or made here now
             await asyncio.sleep(0.3)
             assert not watching.done()
-            assert (await catalog.resolve("acme", "acme.steady")).version == 2
-            assert (await catalog.resolve("acme", "acme.steady:1")).version == 1
-            assert "acme.steady" in {version.name for version in await catalog.champions("acme")}
+            assert (await resolver.resolve("acme", "acme.steady")).version == 2
+            assert (await resolver.resolve("acme", "acme.steady:1")).version == 1
+            assert "acme.steady" in {version.name for version in await resolver.champions("acme")}
             with pytest.raises(NotFoundError):
-                await catalog.resolve("acme", "acme.nothere")
+                await resolver.resolve("acme", "acme.nothere")
         watching.cancel()
 
     asyncio.run(go())
@@ -270,8 +270,8 @@ def test_while_the_registry_is_away_the_last_state_stays_in_force(home, tmp_path
 def test_a_registry_that_never_answered_is_told_as_such(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     registry = Registry("http://127.0.0.1:9", str(tmp_path), tmp_path)
-    catalog = Catalog(registry, "stories", OURS, interval_s=0.01)
+    resolver = ModelResolver(registry, "stories", OURS, interval_s=0.01)
     with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
-        asyncio.run(catalog.refresh())
+        asyncio.run(resolver.refresh())
     with pytest.raises(UnavailableError):
-        resolve(catalog, "acme", "acme.faq", refresh=False)
+        resolve(resolver, "acme", "acme.faq", refresh=False)

@@ -1,4 +1,4 @@
-"""Which adapter version a model name means, now. Knows nothing of HTTP, tensors or Ray.
+"""Which adapter version a model name means, now.
 
 Aliases are read from the registry every `interval_s`; a name is resolved to one immutable version when a request
 is admitted, so a request never sees two versions. A name deleted and made again is another name.
@@ -22,7 +22,7 @@ Key = tuple[str, int, int]  # name, when it was made, version: a name made again
 log = logging.getLogger("pedro.serving")
 
 
-class Catalog:
+class ModelResolver:
     """Resolves names for one serving process; `watch` runs for as long as the process serves."""
 
     def __init__(self, registry: Registry, backbone_id: str, backbone_digest: str, interval_s: float) -> None:

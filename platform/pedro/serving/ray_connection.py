@@ -1,9 +1,9 @@
-"""Reaches one engine replica by name through Ray Serve. Knows nothing of what is said.
+"""Reaches one engine replica by its id through Ray Serve.
 
 Serve's own routers choose a replica for each request: at random among two, by session (consistent hashing, without
 regard to load) or by the models a replica reports to have (multiplexing: known late, and a hot model stays where it
 is). Here the ingress chooses, since it alone knows the load of each stream, and a stream belongs to one replica; so
-this router does as it is told, and tells which replicas there are.
+this router does as it is told, and publishes which replicas there are.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from pedro.serving.wire import Posted, ReplicaLost, Slice
+from pedro.serving.protocol import ControlRequest, OutputBatch, ReplicaLost, SubmitRequest
 
-ROUTER = "pedro.serving.peers:AddressedRouter"
+ROUTER = "pedro.serving.ray_connection:AddressedRouter"
+T = TypeVar("T")
 
 
 class AddressedRouter(RequestRouter):
@@ -42,42 +43,45 @@ class AddressedRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve whenever the deployment's replicas change, on its router's thread."""
         super().update_replicas(replicas)
-        from pedro.serving.live import LIVE  # Serve ships this class by value: a global of the module would be a copy
+        from pedro.serving.discovery import DISCOVERY  # Serve ships this class by value: a global here would be a copy
 
-        LIVE.tell(frozenset(replica.replica_id.unique_id for replica in replicas))
+        DISCOVERY.publish(frozenset(replica.replica_id.unique_id for replica in replicas))
 
 
-class HandlePeer:
-    """Conforms to `pedro.serving.wire.Peer`."""
+class RayReplicaConnection:
+    """Conforms to `pedro.serving.protocol.ReplicaConnection`."""
 
     def __init__(self, engine: DeploymentHandle, replica: str) -> None:
         self._engine = engine
         self._replica = replica
 
-    async def stream(self, link: str) -> AsyncGenerator[Slice, None]:
-        """The outputs of the calls posted under `link`."""
-        pieces: Any = self._engine.options(stream=True).stream.remote(link, to=self._replica)
+    async def stream(self, stream_id: str) -> AsyncGenerator[OutputBatch, None]:
+        """The outputs of the calls submitted under `stream_id`."""
+        batches: Any = self._engine.options(stream=True).stream.remote(stream_id, to=self._replica)
         try:
-            async for piece in pieces:
-                yield _checked(piece)
+            async for batch in batches:
+                yield _checked(batch)
         except (RayError, RayServeException) as error:
             raise ReplicaLost(str(error).partition("\n")[0]) from error
         finally:
-            pieces.cancel()
+            batches.cancel()
 
-    async def post(self, link: str, calls: list[Posted], cancelled: list[int]) -> None:
+    async def submit(self, stream_id: str, requests: list[SubmitRequest], cancelled: list[int]) -> None:
         """Start calls and end others."""
-        await self.ask("post", link, calls, cancelled)
+        await self._call(self._engine.submit, stream_id, requests, cancelled)
 
-    async def ask(self, method: str, *arguments: Any) -> Any:
-        """What the replica's method answers."""
+    async def ask(self, request: ControlRequest[T]) -> T:
+        """What the replica answers."""
+        return await self._call(self._engine.ask, request)
+
+    async def _call(self, method: DeploymentHandle, *arguments: Any) -> Any:
         # Serve tells calls apart by the HTTP request that they are part of: one request's calls to several replicas
         # would be mistaken for one another, hence a context of their own.
-        return await asyncio.create_task(self._ask(method, arguments), context=contextvars.Context())
+        return await asyncio.create_task(self._answer(method, arguments), context=contextvars.Context())
 
-    async def _ask(self, method: str, arguments: tuple[Any, ...]) -> Any:
+    async def _answer(self, method: DeploymentHandle, arguments: tuple[Any, ...]) -> Any:
         try:
-            return _checked(await getattr(self._engine, method).remote(*arguments, to=self._replica))
+            return _checked(await method.remote(*arguments, to=self._replica))
         except RayTaskError:
             raise
         except (RayError, RayServeException) as error:

@@ -5,30 +5,32 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
-from pedro.serving.replica import Replica
-from pedro.serving.wire import Posted, ReplicaLost, Slice
+from pedro.serving.protocol import ControlRequest, OutputBatch, ReplicaLost, SubmitRequest, T
+from pedro.serving.server import ReplicaServer
 
 
-class LocalPeer:
-    """Conforms to `pedro.serving.wire.Peer`. `lost` set: the replica is gone; `broken` breaks the stream once."""
+class LocalConnection:
+    """Conforms to `pedro.serving.protocol.ReplicaConnection`.
 
-    def __init__(self, replica: Replica) -> None:
+    `lost` set: the replica is gone; `broken` breaks the stream once.
+    """
+
+    def __init__(self, replica: ReplicaServer) -> None:
         self.replica = replica
         self.lost = asyncio.Event()
         self.broken = asyncio.Event()
         self.streams = 0
-        self.slices: list[Slice] = []
-        self.posts: list[tuple[int, int]] = []  # calls and cancellations of each
+        self.batches: list[OutputBatch] = []
+        self.submits: list[tuple[int, int]] = []  # requests and cancellations of each
 
-    async def stream(self, link: str) -> AsyncGenerator[Slice, None]:
+    async def stream(self, stream_id: str) -> AsyncGenerator[OutputBatch, None]:
         self._check()
         self.streams += 1
         self.broken.clear()
-        async with aclosing(self.replica.stream(link)) as slices:
+        async with aclosing(self.replica.stream(stream_id)) as batches:
             while True:
-                following = asyncio.ensure_future(anext(slices))
+                following = asyncio.ensure_future(anext(batches))
                 breaks = [asyncio.ensure_future(event.wait()) for event in (self.lost, self.broken)]
                 try:
                     await asyncio.wait([following, *breaks], return_when=asyncio.FIRST_COMPLETED)
@@ -39,17 +41,17 @@ class LocalPeer:
                         if not task.done():
                             task.cancel()
                     await asyncio.gather(following, *breaks, return_exceptions=True)
-                self.slices.append(following.result())
+                self.batches.append(following.result())
                 yield following.result()
 
-    async def post(self, link: str, calls: list[Posted], cancelled: list[int]) -> None:
+    async def submit(self, stream_id: str, requests: list[SubmitRequest], cancelled: list[int]) -> None:
         self._check()
-        self.posts.append((len(calls), len(cancelled)))
-        await self.replica.post(link, calls, cancelled)
+        self.submits.append((len(requests), len(cancelled)))
+        await self.replica.submit(stream_id, requests, cancelled)
 
-    async def ask(self, method: str, *arguments: Any) -> Any:
+    async def ask(self, request: ControlRequest[T]) -> T:
         self._check()
-        return await getattr(self.replica, method)(*arguments)
+        return await self.replica.ask(request)
 
     def _check(self) -> None:
         if self.lost.is_set():

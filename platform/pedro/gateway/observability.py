@@ -1,0 +1,139 @@
+"""What an operator sees of each request: one line in the access log, and Prometheus's figures of all of them.
+
+A line says who asked which model, for how many tokens, and how long it took; never what was asked or answered. Lines go
+to the logger `pedro.access`; `write_to` gives it a file. Labels of metrics are route templates and status classes:
+their number does not grow with tenants, adapters or stray URLs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+PROBES = frozenset({"/health", "/ready"})
+MAX_FILE_BYTES, KEPT_FILES = 10 * 2**20, 3
+MAX_MODEL = 120  # characters of a name that a client chose
+UNKNOWN_ROUTE = "unknown"
+METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+LEFT_EARLY = 499  # the status of a request whose client left before an answer began
+
+log = logging.getLogger("pedro.access")
+
+
+def note(scope: Scope, **facts: Any) -> None:
+    """Have this request's line tell `facts`."""
+    scope["state"].setdefault("access", {}).update(facts)
+
+
+def write_to(path: Path) -> None:
+    """Log to a file that begins anew at `MAX_FILE_BYTES`, the last few kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = RotatingFileHandler(path, maxBytes=MAX_FILE_BYTES, backupCount=KEPT_FILES, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO)
+
+
+class GatewayMetrics:
+    """The gateway's own figures, in a registry of its own: several gateways may live in one process."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        by_route = ("method", "route", "status")
+        self._requests = Counter("pedro_gateway_requests", "Requests answered.", by_route, registry=self.registry)
+        self._refused = Counter(
+            "pedro_gateway_too_many_requests",
+            "Requests answered 429: over a quota a minute, or over the tenant's own queue.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "pedro_gateway_request_seconds",
+            "From a request's headers to the last byte of its answer.",
+            ("route",),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._open_requests = Gauge("pedro_gateway_open_requests", "Requests being answered.", registry=self.registry)
+        self._open_streams = Gauge("pedro_gateway_open_streams", "Event streams being sent.", registry=self.registry)
+        for reason in ("quota", "queue"):
+            self._refused.labels(reason)
+
+    def text(self) -> str:
+        """Prometheus's text format."""
+        return generate_latest(self.registry).decode()
+
+    def opened(self) -> None:
+        """A request came."""
+        self._open_requests.inc()
+
+    def streaming(self, change: int) -> None:
+        """`change` more event streams are being sent."""
+        self._open_streams.inc(change)
+
+    def answered(self, scope: Scope, status: int, total_s: float) -> None:
+        """A request was answered with `status`, `total_s` after it came."""
+        self._open_requests.dec()
+        route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
+        method = scope["method"] if scope["method"] in METHODS else UNKNOWN_ROUTE
+        self._requests.labels(method, route, f"{status // 100}xx").inc()
+        if status == 429:
+            self._refused.labels("quota" if scope["state"].get("over_quota") else "queue").inc()
+        self._seconds.labels(route).observe(total_s)
+
+
+class Observed:
+    """The ASGI layer around everything else, so that it sees the status that the client sees."""
+
+    def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, streaming, begun = LEFT_EARLY, False, time.monotonic()
+
+        async def watched(message: Message) -> None:
+            nonlocal status, streaming
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                streaming = any(
+                    name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+                    for name, value in message["headers"]
+                )
+                self._metrics.streaming(streaming)
+            await send(message)
+
+        self._metrics.opened()
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            total_s = time.monotonic() - begun
+            self._metrics.streaming(-streaming)
+            self._metrics.answered(scope, status, total_s)
+            route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
+            if route not in PROBES or status >= 400:
+                log.info("%s", _line(scope, route, status, total_s))
+
+
+def _line(scope: Scope, route: str, status: int, total_s: float) -> str:
+    facts = dict(scope["state"].get("access", {}))
+    words = [scope["state"]["request_id"], facts.pop("tenant", "-"), scope["method"], route, str(status)]
+    for name, value in facts.items():
+        if isinstance(value, float):
+            words.append(f"{name}={value:.3f}s")
+        elif value is not None:  # a name is quoted, so that it cannot break the line
+            words.append(f"{name}={json.dumps(value[:MAX_MODEL]) if isinstance(value, str) else value}")
+    return " ".join([*words, f"total={total_s:.3f}s"])

@@ -1,0 +1,196 @@
+"""Prompts as token ids: messages rendered by their adapter's own format, texts encoded as in training.
+
+One tenant's template delays nobody else. The packaged templates and the backbone's own are the operator's and run in
+this process; any other was written by a stranger and runs in a worker with bounds. A tenant has one prompt there at a
+time, so none waits behind a flood of another's; and a template that went beyond its bounds is refused unseen for a
+while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pedro.data.prompt_format import FORMATS, PromptFormat, encode_prompt, encode_text, format_for_shape
+from pedro.data.row_shapes import RowShape
+from pedro.data.special_tokens import Prompt, special_tokens
+from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
+from pedro.errors import DataError, PedroError
+from pedro.methods.adapter_files import read_manifest
+from pedro.refs import ModelRef
+
+CACHED_FORMATS = 4096
+LONG_TEXT = 8192  # characters; tokenising more takes long enough to hold up the streams of others
+SHRINKAGE = 4  # how much shorter a tokenizer's normalisation could make a text
+LONG_CHARS, LONG_MESSAGES = 8192, 64  # what takes long enough in this process to hold up the streams of others
+FIRST_REFUSAL_S, LAST_REFUSAL_S = 30.0, 3600.0
+MAX_REFUSALS = 4096
+log = logging.getLogger("pedro.serving")
+Messages = tuple[Mapping[str, Any], ...]
+T = TypeVar("T")
+
+
+class PromptProcessor:
+    """Of one replica, on its event loop. `fetch` gives the directory of an adapter version; it may block."""
+
+    def __init__(self, tokenizer: Any, max_length: int, fetch: Callable[[str], Path]) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._fetch = fetch
+        self._longest_piece = max(map(len, tokenizer.get_vocab()))
+        self._encoding = asyncio.Semaphore(2)
+        self._plain_format = format_for_shape(RowShape.MESSAGES, tokenizer)
+        self._renderer = TemplateRenderer(tokenizer, [self._plain_format.template])
+        self._formats: OrderedDict[ModelRef, PromptFormat] = OrderedDict()
+
+    async def message_ids(self, messages: Messages, ref: ModelRef | None) -> list[int]:
+        """Of messages as `ref` (None: the bare backbone) was trained to read them."""
+        form = self._plain_format if ref is None else await self._format_of(ref)
+        return await self._encode(await self._renderer.prompt(form, messages, ref), "messages")
+
+    async def text_ids(self, text: str, ref: ModelRef | None, add_special_tokens: bool = True) -> list[int]:
+        """Of a text as in the training of `ref`; without `add_special_tokens`, of the text alone."""
+        prompt = await self._raw(text, ref) if add_special_tokens else text
+        return await self._encode(prompt, "prompt", add_special_tokens)
+
+    def close(self) -> None:
+        """End the worker that renders."""
+        self._renderer.close()
+
+    async def _raw(self, text: str, ref: ModelRef | None) -> str:
+        """A rendered prompt: what it spells is text or special tokens, as in the training of `ref`."""
+        self._check_size(text, "prompt")
+        if ref is None or not special_tokens(self._tokenizer).cuts(text):
+            return text
+        try:
+            return (await self._format_of(ref)).raw_prompt(text, self._tokenizer)
+        except DataError:  # an adapter without a format: its prompts are all its callers' own
+            return text
+
+    async def _encode(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
+        """The prompt's ids. A long text is tokenised on a thread."""
+        self._check_size(text, param)
+
+        def encode() -> list[int]:
+            if add_special_tokens:
+                return encode_prompt(self._tokenizer, text)
+            return encode_text(self._tokenizer, text)
+
+        if len(text) <= LONG_TEXT:
+            return encode()
+        async with self._encoding:
+            return await to_its_end(encode)
+
+    def _check_size(self, text: str, param: str) -> None:
+        """Refuse a text that cannot fit, before any work is done on it."""
+        longest = self._max_length
+        least = len(text) // (self._longest_piece * SHRINKAGE)
+        if least > longest:
+            raise PedroError(
+                f"{param}: a prompt of {len(text):,} characters has more than {least:,} tokens, and the context is "
+                f"{longest:,} tokens; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    async def _format_of(self, ref: ModelRef) -> PromptFormat:
+        form = self._formats.get(ref)
+        if form is None:
+            directory = await asyncio.to_thread(self._fetch, str(ref))
+            form = PromptFormat.from_dict(read_manifest(directory).get("prompt_format") or {})
+            self._formats[ref] = form
+            if len(self._formats) > CACHED_FORMATS:
+                self._formats.popitem(last=False)
+        return form
+
+
+class TemplateRenderer:
+    """Of one replica, on its event loop. `trusted` are templates beside the packaged ones."""
+
+    def __init__(self, tokenizer: Any, trusted: Iterable[str]) -> None:
+        self._tokenizer = tokenizer
+        self._trusted = {*trusted, *(form.template for form in FORMATS.values())}
+        self._worker = TemplateWorker()
+        self._free = asyncio.Lock()  # in the order of asking
+        self._tenants: dict[str, _Queue] = {}
+        self._refusals: OrderedDict[ModelRef, _Refusal] = OrderedDict()
+
+    async def prompt(self, form: PromptFormat, messages: Messages, ref: ModelRef | None) -> Prompt:
+        """The prompt of an adapter version (None: of the backbone).
+
+        Raises DataError; TemplateBoundsError where the template does too much.
+        """
+        if form.template not in self._trusted:
+            assert ref is not None, "the backbone's own template is trusted"
+            return await self._bounded(form, messages, ref)
+        if len(messages) <= LONG_MESSAGES and sum(len(str(m.get("content", ""))) for m in messages) <= LONG_CHARS:
+            return form.prompt(messages, self._tokenizer)
+        return await asyncio.to_thread(form.prompt, messages, self._tokenizer)
+
+    def close(self) -> None:
+        """End the worker."""
+        self._worker.close()
+
+    async def _bounded(self, form: PromptFormat, messages: Messages, ref: ModelRef) -> Prompt:
+        async with self._turn(ref.tenant):
+            refusal = self._refusals.get(ref)
+            if refusal is not None and time.monotonic() < refusal.until:
+                raise refusal.error.with_traceback(None)
+            try:
+                return await to_its_end(form.prompt, messages, self._tokenizer, self._worker.render)
+            except TemplateBoundsError as error:
+                self._refuse(ref, error)
+                raise
+
+    @asynccontextmanager
+    async def _turn(self, tenant: str) -> AsyncIterator[None]:
+        queue = self._tenants.setdefault(tenant, _Queue())
+        queue.waiting += 1
+        try:
+            async with queue.lock, self._free:
+                yield
+        finally:
+            queue.waiting -= 1
+            if not queue.waiting:
+                del self._tenants[tenant]
+
+    def _refuse(self, ref: ModelRef, error: TemplateBoundsError) -> None:
+        times = self._refusals[ref].times + 1 if ref in self._refusals else 1
+        for_s = min(FIRST_REFUSAL_S * 2 ** (times - 1), LAST_REFUSAL_S)
+        self._refusals[ref] = _Refusal(error, times, time.monotonic() + for_s)
+        if len(self._refusals) > MAX_REFUSALS:
+            self._refusals.popitem(last=False)
+        log.warning("adapter %s: %s; its chats are refused for %g s", ref.without_digest, error, for_s)
+
+
+async def to_its_end(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` returns on a thread. A caller that is cancelled leaves once it ended, with what it raised.
+
+    Else whoever asks and leaves, again and again, would hold every thread of the process.
+    """
+    work = asyncio.create_task(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        error = work.exception()
+        if error is not None:
+            raise error from None
+        raise
+
+
+class _Queue:
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.waiting = 0
+
+
+class _Refusal:
+    def __init__(self, error: TemplateBoundsError, times: int, until: float) -> None:
+        self.error, self.times, self.until = error, times, until

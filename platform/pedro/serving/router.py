@@ -1,0 +1,122 @@
+"""Which replica answers: a client of each that there is, and a call's choice among them.
+
+Each adapter has its own order of the replicas (rendezvous hashing), so that it is resident on few of them and a
+replica that comes or goes moves only its own share. No replica takes more than a bounded share of the load
+(Mirrokni, Thorup, Zadimoghaddam 2016, "Consistent Hashing with Bounded Loads"): what exceeds it goes to the next in
+order, so a hot adapter spreads over as many replicas as its load asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import aclosing
+from functools import lru_cache
+from hashlib import blake2b
+from typing import TypeVar
+
+from pedro.errors import UnavailableError
+from pedro.gateway.backend import Delta, GenerateCall
+from pedro.refs import ModelRef
+from pedro.serving.client import ReplicaClient
+from pedro.serving.protocol import ControlRequest, ReplicaConnection, ReplicaLost
+
+SHARE = 1.25  # of the mean load
+PATIENCE_S = 120.0  # how long a call waits for a replica where there is none, as while one is replaced
+
+
+T = TypeVar("T")
+
+
+class ReplicaSet:
+    """The replicas of one engine deployment. `connect(replica)` gives the connection to a replica by its id.
+
+    `backbone` is the digest of the one that calls mean. All on one event loop; `update` says which replicas there are.
+    """
+
+    def __init__(self, connect: Callable[[str], ReplicaConnection], backbone: str = "") -> None:
+        self._connect = connect
+        self._backbone = backbone
+        self._clients: dict[str, ReplicaClient] = {}
+        self._leaving: list[ReplicaClient] = []  # their last calls still run
+        self._changed = asyncio.Event()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call would go out at once."""
+        return any(client.ready for client in self._clients.values())
+
+    def update(self, replicas: Iterable[str]) -> None:
+        """These are the replicas from now on: new ones get a stream, missing ones no new calls."""
+        wanted = set(replicas)
+        self._leaving = [client for client in self._leaving if not client.closed]
+        for replica in [replica for replica in self._clients if replica not in wanted]:
+            client = self._clients.pop(replica)
+            client.drain()
+            self._leaving.append(client)
+        for replica in wanted - self._clients.keys():
+            self._clients[replica] = ReplicaClient(replica, self._connect(replica), self._changed.set, self._backbone)
+
+    async def generate(
+        self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...] = ()
+    ) -> AsyncGenerator[list[Delta], None]:
+        """The deltas of one call, on the replica that suits it.
+
+        Raises the call's PedroError, ReplicaLost where the replica was lost on the way, UnavailableError where there
+        is none.
+        """
+        client = await self._choose(ref)
+        async with aclosing(client.generate(call, ref, resumed)) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def ask(self, request: ControlRequest[T]) -> T:
+        """What any one replica answers."""
+        client = await self._choose(None)
+        try:
+            return await client.connection.ask(request)
+        except ReplicaLost as error:
+            raise UnavailableError("the engine that was asked was lost; try again", code="replica_lost") from error
+
+    async def ask_all(self, request: ControlRequest[T]) -> list[T]:
+        """What each replica answers. One that is lost meanwhile is left out; any other error is raised."""
+        asked = [client.connection.ask(request) for client in self._clients.values()]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ReplicaLost):
+                raise answer
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    async def close(self) -> None:
+        """End all streams."""
+        await asyncio.gather(*(client.close() for client in [*self._clients.values(), *self._leaving]))
+
+    async def _choose(self, ref: ModelRef | None) -> ReplicaClient:
+        """The client to ask for adapter version `ref`; waits for one where there is none."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not self.ready:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError as error:
+            raise UnavailableError("no engine replica answers; try again later", code="no_replica") from error
+        return self._clients[choose(ref, {name: client.load for name, client in self._clients.items() if client.ready})]
+
+
+def choose(ref: ModelRef | None, loads: Mapping[str, int]) -> str:
+    """The replica for adapter version `ref`, given the unfinished calls of each replica (at least one).
+
+    The bare backbone (None) is at home everywhere: it goes to the least loaded.
+    """
+    if ref is None:
+        return min(loads, key=lambda replica: (loads[replica], random.random()))  # noqa: S311 (breaks ties)
+    bound = math.ceil(SHARE * (sum(loads.values()) + 1) / len(loads))
+    by_rank = sorted(loads, key=lambda replica: _rank(ref, replica), reverse=True)
+    return next(replica for replica in by_rank if loads[replica] < bound)
+
+
+@lru_cache(maxsize=65536)
+def _rank(ref: ModelRef, replica: str) -> bytes:
+    return blake2b(f"{replica}\n{ref}".encode(), digest_size=8).digest()

@@ -1,0 +1,84 @@
+"""How many rooms one chat completion enters: the real gateway, serving and engine, traced over all their threads."""
+
+import asyncio
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from serving_adapters import backbone, make_adapter, register, settings_at
+from serving_connections import LocalConnection
+
+import pedro
+from pedro.gateway.app import create_app
+from pedro.registry import Registry
+from pedro.serving.backend import ServeBackend
+from pedro.serving.config import ServeConfig
+from pedro.serving.resolver import ModelResolver
+from pedro.serving.router import ReplicaSet
+from pedro.serving.server import ReplicaServer
+from pedro.store import Store
+
+ROOT = Path(pedro.__file__).parent
+MOST_FILES = 20
+
+
+class Trace:
+    """The project's files that any thread started since enters while it is `on`, and the calls in each."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.calls: Counter[str] = Counter()
+
+    def __call__(self, frame, event, _) -> None:
+        if self.on and event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
+            self.calls[str(Path(frame.f_code.co_filename).relative_to(ROOT))] += 1
+
+
+@pytest.fixture
+def trace():
+    trace = Trace()
+    threading.setprofile(trace)  # what the engine and the pools of threads start from now on
+    sys.setprofile(trace)
+    yield trace
+    sys.setprofile(None)
+    threading.setprofile(None)
+
+
+def test_one_chat_completion_enters_at_most_twenty_files(trace, tmp_path):
+    torch.set_num_threads(1)
+    settings = settings_at(tmp_path / "home")
+    registry, store = Registry.open(settings), Store(settings.database_url)
+    make_adapter(tmp_path / "made", 1)
+    register(registry, tmp_path / "made", "acme.faq")
+    replica = ReplicaServer(ServeConfig(max_batch=8), settings, "r0")
+    secret = store.create_key("acme", ("infer",))[1]
+
+    async def go():
+        replicas = ReplicaSet(lambda name: LocalConnection(replica))
+        resolver = ModelResolver(registry, "stories260K", backbone().digest, 3600.0)
+        await resolver.refresh()
+        replicas.update(["r0"])
+        backend = ServeBackend("stories260K", 512, resolver, registry, replicas)
+        transport = httpx.ASGITransport(create_app(lambda: backend, store))
+        headers = {"Authorization": f"Bearer {secret}"}
+        body = {"model": "acme.faq", "messages": [{"role": "user", "content": "Once"}], "max_tokens": 8}
+        async with httpx.AsyncClient(transport=transport, base_url="http://here", headers=headers) as client:
+            await client.post("/v1/chat/completions", json=body)  # loads the adapter, as the first of many
+            trace.on = True
+            answer = await client.post("/v1/chat/completions", json=body)
+            trace.on = False
+        await replicas.close()
+        return answer
+
+    answer = asyncio.run(go())
+    replica.close()
+    store.close()
+    assert answer.status_code == 200, answer.text
+    entered = "\n".join(f"{calls:5} {file}" for file, calls in sorted(trace.calls.items()))
+    assert {"gateway/calls.py"} <= trace.calls.keys(), "the trace sees the gateway"
+    assert any(file.startswith("engine/") for file in trace.calls), "the trace sees the engine's thread"
+    assert len(trace.calls) <= MOST_FILES, f"{len(trace.calls)} files:\n{entered}"
