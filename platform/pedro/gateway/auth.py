@@ -1,4 +1,4 @@
-"""Says who is calling, from the bearer key. Knows nothing of models, nor of what was used of a quota.
+"""Authenticates a caller by its bearer key and checks the key's scope.
 
 The key is looked up at every request, so a revoked one fails at once; the lookup runs on threads of its own, so
 that a slow disk or database never holds up the streams of others.

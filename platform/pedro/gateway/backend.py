@@ -61,8 +61,8 @@ class GenerateCall:
     `params` holds only what the request set, under the names of the engine's `SamplingParams`: max_tokens,
     temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos, logprobs (number of alternatives; 0
     is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty, logit_bias (by token id).
-    `conditioning_length`: so many first tokens of the prompt condition the vectors; None is the whole prompt.
-    `timeout_s`: the call ends in a DeadlineError after so long; None and more than the server's own mean that.
+    `conditioning_length`: the first N tokens of the prompt condition the vectors; None: all of them.
+    `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
     """
 

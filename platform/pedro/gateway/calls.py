@@ -1,4 +1,4 @@
-"""Turns a checked request into calls for the backend. Knows nothing of HTTP or of what the answers look like."""
+"""Turns a validated request into calls for the backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pedro.errors import PedroError
 from pedro.gateway.backend import GenerateCall
 from pedro.gateway.schemas import ChatRequest, CompletionRequest, Message, SamplingFields
 
-COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat goes on to the end of the context
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat may run to the end of the context
 _BEAMS = ("length_penalty", "early_stopping")
 _SHARED = ("seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty", "ignore_eos")
 

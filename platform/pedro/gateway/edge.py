@@ -2,7 +2,7 @@
 
 A request that is answered before its body was read has its connection closed: nobody reads the rest.
 
-Pure ASGI, so that disconnects and streams pass through untouched. Knows nothing of routes or keys.
+Pure ASGI, so that disconnects and streams pass through untouched.
 """
 
 from __future__ import annotations

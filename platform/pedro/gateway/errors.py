@@ -1,4 +1,4 @@
-"""Turns whatever went wrong into OpenAI's error body. Knows nothing of routes.
+"""Turns any error into OpenAI's error body.
 
 Only the text of a `PedroError` reaches a client; everything else goes to the log with the request id.
 Shape: https://platform.openai.com/docs/guides/error-codes
@@ -55,7 +55,7 @@ def error_response(error: PedroError) -> JSONResponse:
 
 
 def internal_error_body(request_id: str) -> dict[str, Any]:
-    """The one text for every fault of ours; the details are in the log under the request id."""
+    """The one text for every internal error; the details are in the log under the request id."""
     return {
         "error": {
             "message": f"The server had an error while processing your request (request id {request_id}).",

@@ -20,7 +20,7 @@ from pedro.gateway.auth import Principal
 from pedro.gateway.backend import GenerateCall
 from pedro.gateway.edge import at_end, response_headers
 
-MAX_BUCKETS = 10_000  # above so many, those that are full are forgotten: a new one is full as well
+MAX_BUCKETS = 10_000  # above this number full ones are dropped: a new one is full as well
 CHARACTERS_A_TOKEN = 4  # of a text that nobody has tokenised yet; what it really was is settled
 ANSWER_ESTIMATE = 256  # tokens of an answer whose length the request leaves open
 REQUESTS, TOKENS = "requests", "tokens"
@@ -96,7 +96,7 @@ class Quotas:
     def admit(self, caller: Principal, tokens: int = 0) -> Ticket:
         """Takes one request and `tokens` from the caller's quotas, all or nothing. Raises RateLimitError.
 
-        Its `retry_after_s` is None where waiting does not help, because the quota never holds so many tokens.
+        Its `retry_after_s` is None where waiting does not help, because the quota never holds that many tokens.
         """
         now = self._clock()
         limits = [limit for limit in self._limits(caller, tokens, now) if limit.amount]

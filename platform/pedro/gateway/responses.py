@@ -1,4 +1,4 @@
-"""OpenAI's response bodies, as plain dictionaries. Knows nothing of HTTP or of where the deltas come from.
+"""OpenAI's response bodies, as plain dictionaries.
 
 Two formats, `CompletionFormat` and `ChatFormat`, with the same three methods: `chunks` of a stream, one `choice` of a
 whole answer, and the envelope around either.

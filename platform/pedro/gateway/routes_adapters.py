@@ -1,4 +1,4 @@
-"""/v1/adapters for operators: versions, promote and roll back, residence. Knows nothing of registry or engine."""
+"""/v1/adapters for operators: versions, promote and roll back, and where an adapter is resident."""
 
 from __future__ import annotations
 

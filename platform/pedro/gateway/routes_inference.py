@@ -1,4 +1,4 @@
-"""/v1/completions and /v1/chat/completions: read, check, admit, call. Knows nothing of how an answer is sent."""
+"""/v1/completions and /v1/chat/completions: read the body, validate, admit, call the backend."""
 
 from __future__ import annotations
 

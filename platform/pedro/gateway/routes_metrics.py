@@ -1,4 +1,4 @@
-"""/metrics: the gateway's and the engines' figures in Prometheus's text format. Knows nothing of what is measured.
+"""/metrics: the gateway's and the engines' figures in Prometheus's text format.
 
 They show every tenant, so they need an admin key, from this machine too: a proxy on it looks like any other caller.
 """

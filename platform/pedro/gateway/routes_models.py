@@ -1,4 +1,4 @@
-"""/v1/models: the names that the caller may use. Knows nothing of generation."""
+"""/v1/models: the names that the caller may use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info in the form of vLLM's server. Knows nothing of vocabularies.
+"""/tokenize, /detokenize and /tokenizer_info in the form of vLLM's server.
 
 Each counts as one request of the caller's quota, and as no tokens.
 """

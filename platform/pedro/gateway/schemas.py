@@ -1,4 +1,4 @@
-"""The bodies of requests: what is read, with which bounds, and what is refused. Knows nothing of models.
+"""The bodies of requests: which fields are read, within which bounds, and which are refused.
 
 Every field that OpenAI or vLLM's server documents is recognised. One that cannot be honoured is refused by name unless
 it asks for what happens anyway; an unknown one is refused by name too: no setting is dropped in silence. Fields OpenAI

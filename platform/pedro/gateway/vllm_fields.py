@@ -1,6 +1,6 @@
 """The request fields of vLLM's server that this one does not honour: which values ask for nothing, and why not others.
 
-Fields that it does honour stand in the schemas. Knows nothing of how requests are read.
+Fields that it does honour stand in the schemas.
 Reference: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html ("Extra parameters")
 """
 

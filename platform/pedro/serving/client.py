@@ -97,7 +97,7 @@ class ReplicaClient:
         self._something_to_send.set()
 
     async def _run(self) -> None:
-        """Stream for ever, again after each break. What was unfinished at a break is lost: its callers are told."""
+        """Stream until closed, reconnecting after each break. Calls unfinished at a break fail with ReplicaLost."""
         try:
             while not self._draining:
                 self._id = f"{self.replica}-{secrets.token_hex(6)}"

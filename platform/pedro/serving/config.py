@@ -1,4 +1,4 @@
-"""What a server is told: which backbone, how large, where. Knows nothing of Ray."""
+"""Arguments of a server: which backbone, how large, on which device."""
 
 from __future__ import annotations
 

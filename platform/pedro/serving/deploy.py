@@ -1,4 +1,4 @@
-"""Puts the application on a cluster and takes it off again. Knows nothing of what the application does."""
+"""Deploys the application on a cluster and takes it down again."""
 
 from __future__ import annotations
 

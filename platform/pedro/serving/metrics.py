@@ -1,4 +1,4 @@
-"""What a replica tells Prometheus: per adapter and in all. Knows nothing of HTTP, or of how replicas are reached.
+"""A replica's figures for Prometheus: for each adapter and in total.
 
 Label sets are bounded: the adapters with the most traffic have series of their own, the rest share "other".
 """

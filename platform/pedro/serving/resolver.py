@@ -1,4 +1,4 @@
-"""Which adapter version a model name means, now.
+"""Resolves a model's name to the adapter version that it means now.
 
 Aliases are read from the registry every `interval_s`; a name is resolved to one immutable version when a request
 is admitted, so a request never sees two versions. A name deleted and made again is another name.
@@ -42,7 +42,7 @@ class ModelResolver:
         return self._read_at is not None and time.monotonic() - self._read_at < STALE_AFTER_S
 
     async def watch(self) -> None:
-        """Read the aliases for ever; a registry that does not answer leaves the last state in force."""
+        """Read the aliases until cancelled; while the registry does not answer, the last state stays in force."""
         away = False
         while True:
             try:

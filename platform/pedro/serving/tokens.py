@@ -1,4 +1,4 @@
-"""What a tokenizer says of single tokens and of itself. Knows nothing of requests."""
+"""A tokenizer's single tokens, as text and bytes, and its settings."""
 
 from __future__ import annotations
 
