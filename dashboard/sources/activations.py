@@ -47,9 +47,10 @@ class LayerActivation:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """R(x), eq. 7 of arXiv 2409.17834."""
         if not self.learned:
-            return np.maximum(x, 0.0) if self.activation == "relu" else gelu(x)
+            return np.asarray(np.maximum(x, 0.0)) if self.activation == "relu" else gelu(x)
         above = np.polynomial.polynomial.polyval(x, self.a)
-        return above / (1 + np.abs(np.polynomial.polynomial.polyval(x, (0.0, *self.b))))
+        y: np.ndarray = above / (1 + np.abs(np.polynomial.polynomial.polyval(x, (0.0, *self.b))))
+        return y
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ def moved(layer: LayerActivation) -> Callable[[np.ndarray], np.ndarray]:
 
 def gelu(x: np.ndarray) -> np.ndarray:
     """The exact one, by the error function."""
-    return 0.5 * x * (1 + np.array([math.erf(value) for value in np.ravel(x / math.sqrt(2))]).reshape(np.shape(x)))
+    y: np.ndarray = (
+        0.5 * x * (1 + np.array([math.erf(value) for value in np.ravel(x / math.sqrt(2))]).reshape(np.shape(x)))
+    )
+    return y
 
 
 def grid(reach: float = REACH) -> np.ndarray:

@@ -137,11 +137,13 @@ def search(
         "With a candidate": lambda row: row.candidate is not None,
         "Without a champion": lambda row: row.champion is None,
     }
-    fits = kept.get(state, lambda _row: True)
+    fits = kept.get(state)
     return [
         row
         for row in rows
-        if all(term in row.name for term in terms) and (not tenants or row.tenant in tenants) and fits(row)
+        if all(term in row.name for term in terms)
+        and (not tenants or row.tenant in tenants)
+        and (fits is None or fits(row))
     ]
 
 

@@ -82,7 +82,8 @@ class GatewayClient:
 
     def models(self) -> list[dict[str, Any]]:
         """The models that the key may ask for: the backbone, and champions."""
-        return self._ask("GET", "/v1/models")["data"]
+        models: list[dict[str, Any]] = self._ask("GET", "/v1/models")["data"]
+        return models
 
     def adapter(self, name: str) -> dict[str, Any]:
         """Versions, aliases, and where it is resident."""

@@ -144,7 +144,7 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process may still take: of the machine, and of its container where that has a limit."""
     import psutil
 
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     try:
         limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
         return min(free, int(limit) - int(used))

@@ -11,6 +11,7 @@ import streamlit as st
 from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, background_colour, number
 from pedro.config import Settings
 from pedro.training.sweep.records import TrialState
+from pedro.training.sweep.report import metric
 from sources import sweeps as data
 
 REFRESH_S = 10
@@ -70,7 +71,7 @@ def heading(sweep: data.Sweep) -> None:
         number(columns[1], "Best validation loss", "–", "no trial has finished yet")
         return
     number(columns[1], "Best validation loss", f"{best.loss:.4f}", f"trial {best.number}")
-    accuracy = data.metric(best, data.ACCURACY)
+    accuracy = metric(best, data.ACCURACY)
     parameters = f"{best.outcome.trainable_parameters:,} trained parameters" if best.outcome else ""
     number(columns[2], "Its accuracy", "–" if accuracy is None else f"{accuracy:.1%}", parameters)
     st.markdown(

@@ -91,9 +91,10 @@ def make_model(size: ModelSize, device: str = "cpu", dtype: str | None = None) -
     )
     wanted = getattr(torch, dtype or default_dtype(device))
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)
     model.generation_config.eos_token_id = None
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def default_dtype(device: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from jobs.benchmarks.model_sizes import ModelSize, make_model, prompts
-from pedro.methods.registry import METHODS, Method
+from pedro.methods.method import Method
+from pedro.methods.registry import METHODS
 from pedro.training.bilevel import OMEGA, THETA, Alternation, GroupedAdamW
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan, TrainState, batch_step, train

@@ -43,7 +43,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The nearest matrix whose singular values are about 1 (between 0.7 and 1.2) [n, m] -> [n, m]."""
     a, b, c = COEFFICIENTS
     wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
+    x: torch.Tensor = wide / (wide.norm() + 1e-7)
     for _ in range(NEWTON_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

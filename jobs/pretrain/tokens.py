@@ -84,4 +84,5 @@ def save_ids(ids: np.ndarray, path: Path) -> None:
 
 
 def load_ids(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    ids: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return ids

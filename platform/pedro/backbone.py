@@ -157,8 +157,8 @@ def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, with the shapes
         )
-    model, report = loaded
-    _check_weights(backbone.id, model, report)
+    model: torch.nn.Module = loaded[0]
+    _check_weights(backbone.id, model, loaded[1])
     return model.requires_grad_(False).eval().to(device)
 
 

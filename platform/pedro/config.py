@@ -221,7 +221,7 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
         return f"{path}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{path}: required, but not given"
-    message = item["msg"]
+    message: str = item["msg"]
     for theirs, ours in PLAIN_WORDS.items():
         message = re.sub(theirs, ours, message)
     if not item["loc"]:  # of the whole: its message names the fields

@@ -51,7 +51,8 @@ class Database:
         """The statement that writes `values` into the row of `key`, new or not."""
         dialect: Any = postgresql if self._engine.dialect.name == "postgresql" else sqlite
         insert = dialect.insert(table).values(**key, **values)
-        return insert.on_conflict_do_update(index_elements=list(key), set_=values)
+        upsert: sa.Insert = insert.on_conflict_do_update(index_elements=list(key), set_=values)
+        return upsert
 
     def _create(self, metadata: sa.MetaData) -> None:
         for last_try in (False, False, True):

@@ -342,7 +342,7 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _keys_with_quotas() -> sa.Select:
+def _keys_with_quotas() -> sa.Select[Any]:
     of_key, of_tenant = _quotas.alias(), _quotas.alias()
     joined = _keys.outerjoin(of_key, of_key.c.subject == "key:" + _keys.c.id)
     joined = joined.outerjoin(of_tenant, of_tenant.c.subject == "tenant:" + _keys.c.tenant)
@@ -358,7 +358,7 @@ def _keys_with_quotas() -> sa.Select:
 _KEYS_WITH_QUOTAS = _keys_with_quotas()
 
 
-def _key_record(row: sa.Row) -> KeyRecord:
+def _key_record(row: sa.Row[Any]) -> KeyRecord:
     return KeyRecord(
         row.id,
         row.tenant,
@@ -381,7 +381,7 @@ def _key_not_found(key_id: str) -> NotFoundError:
     return NotFoundError(f"key '{key_id}' does not exist; list keys to see their ids", param="key")
 
 
-def _job_record(row: sa.Row) -> JobRecord:
+def _job_record(row: sa.Row[Any]) -> JobRecord:
     values = {column.name: getattr(row, column.name) for column in _jobs.columns}
     return JobRecord(**{**values, "status": JobStatus(row.status)})
 

@@ -107,6 +107,7 @@ def _stream(base: str, key: str, body: dict[str, Any]) -> Iterator[str]:
 
 def _message(text: str, status: int) -> str:
     try:
-        return json.loads(text)["error"]["message"]
+        message: str = json.loads(text)["error"]["message"]
+        return message
     except (ValueError, KeyError, TypeError):
         return f"the server answered with status {status}"

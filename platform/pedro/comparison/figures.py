@@ -191,11 +191,13 @@ def rational(x: NDArray[np.float64], a: Sequence[float], b: Sequence[float]) -> 
     """PEDRO eq. 7: sum of a_j x^j over 1 + |sum of b_i x^i|, with j from 0 and i from 1."""
     above = np.polynomial.polynomial.polyval(x, a)
     below = np.polynomial.polynomial.polyval(x, [0.0, *b])
-    return above / (1 + np.abs(below))
+    y: NDArray[np.float64] = above / (1 + np.abs(below))
+    return y
 
 
 def gelu(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return x * 0.5 * (1 + np.array([math.erf(value / math.sqrt(2)) for value in x]))
+    y: NDArray[np.float64] = x * 0.5 * (1 + np.array([math.erf(value / math.sqrt(2)) for value in x]))
+    return y
 
 
 def _natural(name: str) -> tuple[float, str]:
@@ -250,8 +252,8 @@ def _curve(plot: Axes, entries: Sequence[TableEntry], look: dict[str, Any]) -> N
         return
     x = [entry.parameters for entry in found]
     value, low, high = (
-        [_scale(entry) * (math.nan if part(entry) is None else part(entry)) for entry in found]
-        for part in (lambda e: e.value, lambda e: e.low, lambda e: e.high)
+        [_scale(entry) * (math.nan if part is None else part) for entry, part in zip(found, parts, strict=True)]
+        for parts in ([e.value for e in found], [e.low for e in found], [e.high for e in found])
     )
     if len(found) > 1:
         plot.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)

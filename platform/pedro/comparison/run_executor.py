@@ -233,7 +233,8 @@ def capacity(spec: ComparisonSpec) -> int:
     """How many runs fit on the cluster at a time."""
     import ray
 
-    available, needs = ray.cluster_resources(), {"CPU": spec.resources.cpus, "GPU": spec.resources.gpus}
+    available: dict[str, float] = ray.cluster_resources()
+    needs = {"CPU": spec.resources.cpus, "GPU": spec.resources.gpus}
     return max(1, min(math.floor(available.get(name, 0) / need) for name, need in needs.items() if need))
 
 

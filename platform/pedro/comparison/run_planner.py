@@ -50,12 +50,14 @@ class PlannedRun:
 
     @property
     def lr(self) -> float:
-        return self.training["lr"]
+        lr: float = self.training["lr"]
+        return lr
 
     @property
     def options(self) -> dict[str, Any]:
         """The method's."""
-        return json.loads(json.dumps(dict(self.group.options)))
+        options: dict[str, Any] = json.loads(json.dumps(dict(self.group.options)))
+        return options
 
     def __str__(self) -> str:
         budget = f" at {self.group.budget:,}" if self.group.budget else ""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -27,6 +27,7 @@ MOST_RUNS = 100_000
 KINDS = ("comparison", "efficiency")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0, le=100)]
+T = TypeVar("T")
 
 
 def _printable(tree: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -366,7 +367,7 @@ def _checked_json(where: str, tree: Any) -> None:
         raise ValueError(f"{where}: expected text, numbers, lists and mappings by text ({error})") from None
 
 
-def _checked(check: Any) -> Any:
+def _checked(check: Callable[[], T]) -> T:
     """A ConfigError as the ValueError that pydantic collects."""
     try:
         return check()

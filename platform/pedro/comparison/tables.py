@@ -116,7 +116,8 @@ def _column(task: str, runs: Runs) -> list[TableEntry]:
 def _rows(score: TaskResult) -> np.ndarray:
     """The rows' values, moved so that their mean is the score: where it is a mean over groups, that is another."""
     rows = np.array(score.per_row or (score.value,), dtype=np.float64)
-    return rows + (score.value - rows.mean())
+    moved: np.ndarray = rows + (score.value - rows.mean())
+    return moved
 
 
 def _entry(

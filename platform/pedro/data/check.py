@@ -259,10 +259,10 @@ class _Tally:
     dropped: int = 0
     empty_answers: int = 0
     error_count: int = 0
-    prompts: array = field(default_factory=lambda: array("Q"))
-    pairs: array = field(default_factory=lambda: array("Q"))
-    prompt_lengths: array = field(default_factory=lambda: array("I"))
-    completion_lengths: array = field(default_factory=lambda: array("I"))
+    prompts: array[int] = field(default_factory=lambda: array("Q"))
+    pairs: array[int] = field(default_factory=lambda: array("Q"))
+    prompt_lengths: array[int] = field(default_factory=lambda: array("I"))
+    completion_lengths: array[int] = field(default_factory=lambda: array("I"))
     ignored: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
     numbers: int = 0
@@ -337,13 +337,13 @@ def _hash(*texts: str) -> int:
     return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest())
 
 
-def _repeats(hashes: array) -> int:
+def _repeats(hashes: array[int]) -> int:
     import numpy as np
 
     return len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) if hashes else 0
 
 
-def _shared(hashes: array, others: array) -> int:
+def _shared(hashes: array[int], others: array[int]) -> int:
     """How many distinct hashes are in both."""
     import numpy as np
 
@@ -352,7 +352,7 @@ def _shared(hashes: array, others: array) -> int:
     return len(np.intersect1d(np.frombuffer(hashes, dtype=np.uint64), np.frombuffer(others, dtype=np.uint64)))
 
 
-def _lengths(values: array) -> Lengths | None:
+def _lengths(values: array[int]) -> Lengths | None:
     import numpy as np
 
     if not values:

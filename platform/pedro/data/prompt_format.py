@@ -130,7 +130,8 @@ def format_for_shape(shape: RowShape | str, tokenizer: Any = None) -> PromptForm
 def _default_template(tokenizer: Any) -> str:
     """The tokenizer's chat template; of several named ones, `default`. Raises BackboneError where none is."""
     try:
-        return tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template()
+        return template
     except ValueError:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise BackboneError(

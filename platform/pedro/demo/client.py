@@ -54,7 +54,8 @@ async def _accuracy(url: str, key: str, model: str, rows: Sequence[Example]) -> 
                 reply = await client.post("/v1/chat/completions", json=_body(model, row))
             if reply.status_code != 200:
                 raise PedroError(f"{model}: the server answered {reply.status_code}: {reply.text[:300]}")
-            return reply.json()["choices"][0]["message"]["content"].strip() == row.completion.strip()
+            answer: str = reply.json()["choices"][0]["message"]["content"]
+            return answer.strip() == row.completion.strip()
 
         return sum(await asyncio.gather(*(right(row) for row in rows))) / len(rows)
 
@@ -117,4 +118,5 @@ def _body(model: str, row: Example, stream: bool = False) -> dict[str, Any]:
 def _event(line: str) -> dict[str, Any]:
     import json
 
-    return json.loads(line.removeprefix("data: "))
+    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+    return event

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Generic
+from typing import Any, Generic
 
 from pedro.engine.adapter_state import A, AdapterState, Failure, PooledAdapter, ResidentAdapter
 from pedro.errors import AdapterError, AdapterUnusableError, ConflictError, PedroError, UnavailableError
@@ -168,7 +168,7 @@ class AdapterPool(Generic[A]):
                 for entry in (*self._draining, *self._entries.values())
             }
 
-    def stats(self) -> dict:
+    def stats(self) -> dict[str, Any]:
         """Counts since the start, and bytes now."""
         with self._changed:
             return {

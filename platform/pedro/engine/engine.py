@@ -162,7 +162,7 @@ class Engine:
                 for sequence in list(sequences):
                     self._finish(sequence, "error", error=error)
 
-    def stats(self) -> dict:
+    def stats(self) -> dict[str, Any]:
         """What runs and waits now, totals since the start, and the adapter pool's figures."""
         with self._lock:
             return {

@@ -23,6 +23,7 @@ LENGTH_STEP = 256  # positions by which the masked form rounds up
 MAX_GRAPHS = 64  # the least recently used gives way
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
+PagedAttention = Callable[..., torch.Tensor]
 
 
 def uses_graphs(device: torch.device) -> bool:
@@ -30,14 +31,15 @@ def uses_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def find_paged_attention(dtype: torch.dtype) -> Callable | None:
+def find_paged_attention(dtype: torch.dtype) -> PagedAttention | None:
     """torch's variable-length attention over pages, where the installed torch has it and the dtype fits."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     fits = {"block_table", "seqused_k"} <= set(inspect.signature(varlen_attn).parameters)
-    return varlen_attn if fits and dtype in (torch.float16, torch.bfloat16) else None
+    found: PagedAttention = varlen_attn  # type: ignore[assignment]  # a pair only where `return_aux` asks for it
+    return found if fits and dtype in (torch.float16, torch.bfloat16) else None
 
 
 class GraphCapture:
@@ -65,7 +67,9 @@ class GraphCapture:
 class StaticStep:
     """A decode step whose shapes never change: it stands where transformers expects a cache, and attends."""
 
-    def __init__(self, cache: KVCache, rows: int, length: int, paged: Callable | None, device: torch.device) -> None:
+    def __init__(
+        self, cache: KVCache, rows: int, length: int, paged: PagedAttention | None, device: torch.device
+    ) -> None:
         self.rows = rows
         self.ids = torch.zeros(1, rows, dtype=torch.long, device=device)
         self.slots = torch.full((rows,), cache.spare, device=device)
@@ -153,13 +157,13 @@ class GraphedDecoder:
         cache: KVCache,
         run: Callable[[StaticStep, bool], torch.Tensor],
         version: Callable[[], Hashable],
-        paged: Callable | None,
+        paged: PagedAttention | None,
         device: torch.device,
         capture: Capture,
     ) -> None:
         self._cache, self._run, self._version = cache, run, version
         self._paged, self._device, self._capture = paged, device, capture
-        self._graphs: dict[tuple, _Graph] = {}
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int], modulated: bool) -> Logits:
         """One step of every row."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ class Modulation:
 
         Returns what generates those; `generating` must hold it whenever the prefill runs.
         """
-        by_form: dict[tuple, list[ConditionedRow]] = {}
+        by_form: dict[tuple[Any, ...], list[ConditionedRow]] = {}
         for row in rows:
             slot, adapter = row.segment.slot, row.adapter
             was, self.modulated[slot] = self.modulated[slot], row.modulated

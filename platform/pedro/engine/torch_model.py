@@ -8,7 +8,6 @@ Legend: N tokens of the packed batch, B rows, D model width, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 
 from pedro.engine import attention
 from pedro.engine.attention import DecodeStep, PrefillStep
-from pedro.engine.graphs import Capture, GraphedDecoder, StaticStep
+from pedro.engine.graphs import Capture, GraphedDecoder, PagedAttention, StaticStep
 from pedro.engine.hooks import Hooks
 from pedro.engine.kv_cache import KVCache
 from pedro.engine.model_executor import Logits
@@ -51,7 +50,7 @@ class TorchModel:
         cache: KVCache,
         modulation: Modulation,
         capture: Capture | None = None,
-        paged: Callable | None = None,
+        paged: PagedAttention | None = None,
     ) -> None:
         self._trunk = make_trunk(model)
         self.whole = self._trunk.num_parts == 1
@@ -146,7 +145,8 @@ class LayerTrunk:
 
     def finish(self, state: ForwardState) -> torch.Tensor:
         """The normed hidden states, [N, D], once all layers ran."""
-        return self._base.norm(state.hidden)[0]
+        hidden: torch.Tensor = self._base.norm(state.hidden)[0]
+        return hidden
 
 
 class WholeTrunk:
@@ -184,7 +184,7 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, D] → [n, V], float32."""
-        logits = self._projection(hidden)
+        logits: torch.Tensor = self._projection(hidden)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits.float()

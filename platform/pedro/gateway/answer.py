@@ -249,7 +249,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _end(*tasks: asyncio.Future) -> None:
+async def _end(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

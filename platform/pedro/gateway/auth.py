@@ -58,7 +58,7 @@ def require(scope: str) -> Callable[[Request], Awaitable[Principal]]:
     """
 
     async def caller(request: Request) -> Principal:
-        principal = await request.app.state.authenticator(request.headers.get("authorization"))
+        principal: Principal = await request.app.state.authenticator(request.headers.get("authorization"))
         if not principal.scopes & {scope, ADMIN}:
             raise ScopeError(f"This API key lacks the scope '{scope}'; use a key that was created with it.")
         note(request.scope, tenant=principal.tenant)

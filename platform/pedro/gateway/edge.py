@@ -34,12 +34,14 @@ def choose_request_id(offered: str | None) -> str:
 
 
 def request_id_of(scope: Scope) -> str:
-    return scope["state"]["request_id"]
+    request_id: str = scope["state"]["request_id"]
+    return request_id
 
 
 def response_headers(scope: Scope) -> dict[str, str]:
     """Headers that the response to this request will carry, whatever it turns out to be."""
-    return scope["state"]["response_headers"]
+    headers: dict[str, str] = scope["state"]["response_headers"]
+    return headers
 
 
 def at_end(scope: Scope, leave: Callable[[], None]) -> None:

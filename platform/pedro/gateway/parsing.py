@@ -85,7 +85,7 @@ def _drop_harmless(kind: type[Body], value: dict[str, Any], prefix: str) -> None
             raise PedroError(message, param=field, code="unsupported_parameter")
 
 
-_EXPECTED: dict[str, Callable[[dict], str]] = {
+_EXPECTED: dict[str, Callable[[dict[str, Any]], str]] = {
     "missing": lambda _ctx: "is required",
     "int_type": lambda _ctx: "expected a whole number",
     "float_type": lambda _ctx: "expected a number",

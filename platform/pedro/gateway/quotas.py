@@ -193,7 +193,7 @@ def admit(request: Request, caller: Principal, tokens: int = 0) -> Ticket:
 
 def reservation(calls: Sequence[GenerateCall]) -> int:
     """Tokens to set aside for `calls`: their prompts, and for each answer the most that it may have."""
-    answers = sum(call.n * call.params.get("max_tokens", ANSWER_ESTIMATE) for call in calls)
+    answers: int = sum(call.n * call.params.get("max_tokens", ANSWER_ESTIMATE) for call in calls)
     return sum(prompt_estimate(call) for call in calls) + answers
 
 

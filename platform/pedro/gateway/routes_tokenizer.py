@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 
 from pedro.errors import PedroError
 from pedro.gateway.auth import Principal, require
+from pedro.gateway.backend import Backend
 from pedro.gateway.calls import plain_messages
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.quotas import admit
@@ -50,4 +51,5 @@ async def detokenize(request: Request, caller: Caller) -> dict[str, str]:
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request, caller: Caller) -> dict[str, Any]:
     admit(request, caller)
-    return await request.app.state.backend().tokenizer_info()
+    backend: Backend = request.app.state.backend()
+    return await backend.tokenizer_info()

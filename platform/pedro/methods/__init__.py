@@ -8,8 +8,9 @@ alone: it imports nothing of training, and files are read and written by adapter
 from pedro.methods.bottleneck import BottleneckConfig
 from pedro.methods.constants import ConstantConfig
 from pedro.methods.late_prompt import LatePromptConfig
+from pedro.methods.method import Method
 from pedro.methods.pedro import PedroConfig, PedroModel
-from pedro.methods.registry import METHODS, Method, count_parameters, get_method
+from pedro.methods.registry import METHODS, count_parameters, get_method
 from pedro.methods.sparse_search import SparseSearchConfig
 
 __all__ = [

@@ -141,7 +141,7 @@ def read_config(directory: str | Path) -> PeftConfig:
     if not (directory / CONFIG).is_file():
         raise AdapterError(f"{CONFIG}: not found in {directory}, so this is no PEFT adapter; fetch the adapter again")
     try:
-        config = PeftConfig.from_pretrained(str(directory))
+        config: PeftConfig = PeftConfig.from_pretrained(str(directory))
         unknown = unknown_keys(config, json.loads((directory / CONFIG).read_text(encoding="utf-8")))
     except PedroError:
         raise

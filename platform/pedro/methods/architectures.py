@@ -77,7 +77,7 @@ class Layout:
 
 def head_width(config: Any) -> int:
     """How many channels a head has."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _cut_qkv(config: Any) -> dict[str, Rows]:
@@ -187,7 +187,7 @@ def _describe_block(block: nn.Module, name: str, layout: Layout, config: Any) ->
 
 
 def _width(module: nn.Module, rows: Rows) -> int:
-    full: Any = module.out_features if hasattr(module, "out_features") else module.nf  # nf: transformers' Conv1D
+    full: int = getattr(module, "out_features" if hasattr(module, "out_features") else "nf")  # transformers' Conv1D
     if rows is None:
         return full
     return len(range(full)[rows]) if isinstance(rows, slice) else len(rows)

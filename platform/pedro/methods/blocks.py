@@ -30,7 +30,7 @@ class TunerConfig(PeftConfig):
     target_modules = None  # no field: PEFT reads it, but blocks are found by the table of architectures
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(self.kind)
 
 

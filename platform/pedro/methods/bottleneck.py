@@ -108,7 +108,10 @@ class BottleneckLayer(BlockLayer):
             narrow = torch.stack([w * act(narrow) for w, act in zip(weights, CANDIDATES.values(), strict=True)]).sum(0)
         else:
             narrow = CANDIDATES[config.activation](narrow)
-        return narrow @ self.bottleneck_up[adapter_name][place] + self.bottleneck_up_bias[adapter_name][place]
+        wide: torch.Tensor = (
+            narrow @ self.bottleneck_up[adapter_name][place] + self.bottleneck_up_bias[adapter_name][place]
+        )
+        return wide
 
     def _adapt(self, site: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         names = [name for name in self.live() if site in self.configs[name].sites]

@@ -97,7 +97,8 @@ class EtherLayer(DeltaLayer):
         return (parts[1] - parts[0] if config.plus else -2 * parts[0]).flatten(-2)
 
     def _part(self, part: str, target: str) -> nn.ParameterDict:
-        return getattr(self, f"{PREFIX}{part}_{target}")
+        held: nn.ParameterDict = getattr(self, f"{PREFIX}{part}_{target}")
+        return held
 
 
 class EtherModel(DeltaTuner):

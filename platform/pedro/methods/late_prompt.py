@@ -99,7 +99,8 @@ class LatePromptLayer(BlockLayer):
         count = self.configs[adapter_name].tokens
         pieces = [functional.adaptive_max_pool1d(row[own].T, count).T for row, own in zip(narrow, prompt, strict=True)]
         pooled = functional.relu(torch.stack(pieces))  # [B, P, R]
-        return pooled @ self.late_prompt_up[adapter_name] + self.late_prompt_up_bias[adapter_name]
+        prompts: torch.Tensor = pooled @ self.late_prompt_up[adapter_name] + self.late_prompt_up_bias[adapter_name]
+        return prompts
 
     def _before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -201,7 +202,7 @@ class LatePromptModel(ConditionedTuner):
         getattr(block, CHILD).update_layer(adapter_name, config)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return self._blocks.get(key) == peft_config.place(len(self._blocks))
+        return bool(self._blocks.get(key) == peft_config.place(len(self._blocks)))
 
 
 def _build(model_config: Any, *, r: int = 1024, tokens: int = 64, layer: int | None = None) -> LatePromptConfig:

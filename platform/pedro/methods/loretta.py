@@ -160,7 +160,8 @@ class LorettaLayer(DeltaLayer):
         return changed.to(output.dtype)
 
     def _named(self, name: str) -> nn.ParameterDict:
-        return getattr(self, PREFIX + name)
+        held: nn.ParameterDict = getattr(self, PREFIX + name)
+        return held
 
     def _part(self, target: str, side: str, part: str) -> nn.ParameterDict:
         return self._named(f"{target}_{side}_{part}")

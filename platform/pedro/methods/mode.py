@@ -69,7 +69,8 @@ class ModeLayer(DeltaLayer):
         return torch.einsum("...rm,rmw->...w", shares * narrow[..., None], up)
 
     def _part(self, part: str, target: str) -> nn.ParameterDict:
-        return getattr(self, f"{PREFIX}{part}_{target}")
+        held: nn.ParameterDict = getattr(self, f"{PREFIX}{part}_{target}")
+        return held
 
 
 class ModeModel(DeltaTuner):

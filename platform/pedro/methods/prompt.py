@@ -148,7 +148,8 @@ def find_prompt(given: dict[str, Any], width: int | None = None) -> torch.Tensor
         prompt = attended & (torch.arange(attended.shape[1], device=attended.device) < width)
     else:
         return attended
-    return prompt | (attended & (rank == 1))
+    marked: torch.Tensor = prompt | (attended & (rank == 1))
+    return marked
 
 
 def _guessed(model: Any, given: dict[str, Any]) -> str:
@@ -180,9 +181,11 @@ def find_attended(given: dict[str, Any]) -> torch.Tensor:
         return torch.ones(shape, dtype=torch.bool, device=device)
     if mask.dim() == 4:  # [B, 1, T, S]: a token that is no padding attends to itself
         itself = mask[:, 0].diagonal(dim1=1, dim2=2)[:, : shape[1]]
-        return (itself if itself.dtype == torch.bool else itself == 0).expand(shape)
+        attended: torch.Tensor = (itself if itself.dtype == torch.bool else itself == 0).expand(shape)
+        return attended
     _expect_shape("attention_mask", mask, shape)
-    return mask.to(device).bool()
+    attended = mask.to(device).bool()
+    return attended
 
 
 def keep_vectors(cache: Any, vectors: dict[int, Vectors]) -> None:

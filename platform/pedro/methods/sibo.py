@@ -71,10 +71,14 @@ class SiboLayer(DeltaLayer):
         config, initial = self.configs[name], self.first.initial
         assert initial is not None, "a block was called outside its model"
         mixed = (1 - config.residual) * x + config.residual * initial.to(x.device).float()
-        return mixed @ self._part("a", target)[name].T @ self._part("b", target)[name].T * (config.alpha / config.r)
+        added: torch.Tensor = (
+            mixed @ self._part("a", target)[name].T @ self._part("b", target)[name].T * (config.alpha / config.r)
+        )
+        return added
 
     def _part(self, part: str, target: str) -> nn.ParameterDict:
-        return getattr(self, f"{PREFIX}{part}_{target}")
+        held: nn.ParameterDict = getattr(self, f"{PREFIX}{part}_{target}")
+        return held
 
     def _keep(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.initial = args[0] if args else kwargs["hidden_states"]

@@ -90,11 +90,13 @@ class SparseSearchLayer(DeltaLayer):
 
     def part(self, name: str, target: str) -> nn.ParameterDict:
         """The parameters a, b or shift of one target, by adapter."""
-        return getattr(self, f"{PREFIX}{name}_{target}")
+        held: nn.ParameterDict = getattr(self, f"{PREFIX}{name}_{target}")
+        return held
 
     def gates(self, adapter_name: str) -> nn.Parameter:
         """The logits [2, targets] of a search that is not over."""
-        return getattr(self, f"{PREFIX}gates")[adapter_name]
+        logits: nn.Parameter = getattr(self, f"{PREFIX}gates")[adapter_name]
+        return logits
 
     def sizes(self, adapter_name: str) -> torch.Tensor:
         """Parameters of each candidate [2, targets]."""
@@ -144,7 +146,7 @@ class SparseSearch:
     def __init__(self, model: Any, steps: int) -> None:
         self.config: SparseSearchConfig = model.peft_config["default"]
         self.layers: list[SparseSearchLayer] = list(model.base_model.layers())
-        self.last = max(1, round(self.config.search * steps))  # step after which the structure is decided
+        self.last: int = max(1, round(self.config.search * steps))  # step after which the structure is decided
         self.sizes = torch.cat([layer.sizes("default").flatten() for layer in self.layers])  # [C]
         self.decided: torch.Tensor | None = None  # [C] bool
         self._handle = model.get_base_model().register_forward_pre_hook(self._open_gates)

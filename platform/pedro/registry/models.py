@@ -255,7 +255,8 @@ def _quotable(name: str) -> str:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return manifest
     except (OSError, ValueError, RecursionError) as error:
         message = f"{directory.name}: no readable {MANIFEST}, so this is no adapter directory"
         raise AdapterError(message, code=DAMAGED) from error

@@ -51,4 +51,5 @@ def finish(client: Any, model: Any) -> None:
 
 
 def _under_way(model: Any) -> dict[str, int | None]:
-    return json.loads(model.tags.get(MOVE) or "{}")
+    moves: dict[str, int | None] = json.loads(model.tags.get(MOVE) or "{}")
+    return moves

@@ -44,7 +44,8 @@ class Tracking(Connection):
         entries = [Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in params.items()]
         for start in range(0, len(entries), _BATCH):
             self.client.log_batch(run.info.run_id, params=entries[start : start + _BATCH])
-        return run.info.run_id
+        run_id: str = run.info.run_id
+        return run_id
 
     def log_metrics(self, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
         """Add one point to each of the metrics' histories."""

@@ -81,7 +81,7 @@ class EngineReplica:
 class Gateway:
     """The HTTP edge: keys, OpenAI schemas, model names."""
 
-    def __init__(self, config: dict[str, Any], settings: Settings, engine: DeploymentHandle) -> None:
+    def __init__(self, config: dict[str, Any], settings: Settings, engine: DeploymentHandle[Any]) -> None:
         from pedro.backbone import context_length, resolve_backbone
         from pedro.registry import Registry
         from pedro.serving.resolver import ModelResolver
@@ -156,4 +156,5 @@ def build_app(args: dict[str, Any]) -> Application:
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
     ).bind(config.model_dump(), settings)
-    return gateway.bind(config.model_dump(), settings, engine)
+    application: Application = gateway.bind(config.model_dump(), settings, engine)
+    return application

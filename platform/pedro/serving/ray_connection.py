@@ -51,7 +51,7 @@ class AddressedRouter(RequestRouter):
 class RayReplicaConnection:
     """Conforms to `pedro.serving.protocol.ReplicaConnection`."""
 
-    def __init__(self, engine: DeploymentHandle, replica: str) -> None:
+    def __init__(self, engine: DeploymentHandle[Any], replica: str) -> None:
         self._engine = engine
         self._replica = replica
 
@@ -72,14 +72,15 @@ class RayReplicaConnection:
 
     async def ask(self, request: ControlRequest[T]) -> T:
         """What the replica answers."""
-        return await self._call(self._engine.ask, request)
+        answer: T = await self._call(self._engine.ask, request)
+        return answer
 
-    async def _call(self, method: DeploymentHandle, *arguments: Any) -> Any:
+    async def _call(self, method: DeploymentHandle[Any], *arguments: Any) -> Any:
         # Serve tells calls apart by the HTTP request that they are part of: one request's calls to several replicas
         # would be mistaken for one another, hence a context of their own.
         return await asyncio.create_task(self._answer(method, arguments), context=contextvars.Context())
 
-    async def _answer(self, method: DeploymentHandle, arguments: tuple[Any, ...]) -> Any:
+    async def _answer(self, method: DeploymentHandle[Any], arguments: tuple[Any, ...]) -> Any:
         try:
             return _checked(await method.remote(*arguments, to=self._replica))
         except RayTaskError:

@@ -13,7 +13,8 @@ from pedro.backbone import context_length, load_model, load_tokenizer, resolve_b
 from pedro.config import Settings
 from pedro.engine.adapter_pool import unusable
 from pedro.engine.adapter_state import ResidentAdapter
-from pedro.engine.engine import Engine, EngineConfig
+from pedro.engine.config import EngineConfig
+from pedro.engine.engine import Engine
 from pedro.engine.engine_thread import EngineThread
 from pedro.engine.kernel_threads import granted_cores
 from pedro.engine.sequence import Output, Request, SamplingParams

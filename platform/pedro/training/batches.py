@@ -53,7 +53,9 @@ def passed_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
     return sum(len(row["input_ids"]) for row in rows)
 
 
-def slices(rows: Sequence[Mapping[str, Any]], rank: int, world: int, accumulation: int) -> list[Sequence]:
+def slices(
+    rows: Sequence[Mapping[str, Any]], rank: int, world: int, accumulation: int
+) -> list[Sequence[Mapping[str, Any]]]:
     """This worker's share of a batch, cut in `accumulation` slices; one may be empty at the end of a data set."""
     mine = rows[rank::world]
     return [mine[part::accumulation] for part in range(accumulation)]

@@ -12,7 +12,8 @@ from torch import nn
 
 from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
 from pedro.errors import ConfigError
-from pedro.methods.registry import Method, count_parameters, get_method
+from pedro.methods.method import Method
+from pedro.methods.registry import count_parameters, get_method
 from pedro.training.bilevel import Alternation, GroupedAdamW, Named
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan

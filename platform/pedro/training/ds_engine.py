@@ -43,7 +43,8 @@ class DeepSpeedEngine:
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         with logits_at(self.model, positions):
-            return self._engine(**batch).logits[0]
+            logits: torch.Tensor = self._engine(**batch).logits[0]
+            return logits
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss * self.world, scale_wrt_gas=False)
@@ -58,7 +59,10 @@ class DeepSpeedEngine:
         if self._stage < 3:
             return nullcontext()
         # modifier_rank: what rank 0 wrote is what every partition keeps
-        return self._deepspeed.zero.GatheredParameters([p for _, p in self.parameters], modifier_rank=0)
+        gathered: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
+            [p for _, p in self.parameters], modifier_rank=0
+        )
+        return gathered
 
     def masters(self) -> Sequence[torch.Tensor]:
         if self._stage == 3:

@@ -68,7 +68,8 @@ class TorchEngine:
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         with logits_at(self.model, positions):
-            return self.model(**batch).logits[0]
+            logits: torch.Tensor = self.model(**batch).logits[0]
+            return logits
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

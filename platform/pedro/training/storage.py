@@ -61,7 +61,8 @@ def read_text(location: str) -> str | None:
         if "://" not in location:
             return Path(location).read_text(encoding="utf-8")
         system, path = _filesystem(location)
-        return system.cat_file(path).decode()
+        text: str = system.cat_file(path).decode()
+        return text
     except FileNotFoundError:
         return None
 
@@ -71,7 +72,8 @@ def exists(location: str) -> bool:
     if "://" not in location:
         return Path(location).is_file()
     system, path = _filesystem(location)
-    return system.exists(path)
+    there: bool = system.exists(path)
+    return there
 
 
 def folders(location: str) -> list[str]:
@@ -128,7 +130,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     try:
-        return url_to_fs(url)
+        found: tuple[Any, str] = url_to_fs(url)
+        return found
     except (ImportError, ValueError) as error:
         raise UnavailableError(
             f"{url} cannot be used: {error}; install what it names", param="PEDRO_STORAGE"

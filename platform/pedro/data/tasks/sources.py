@@ -89,7 +89,8 @@ def read_text(path: Path, newline: str | None = None) -> IO[str]:
     """The file as UTF-8 text, unpacked if it ends in .gz or .bz2. Raises DataError if it cannot be opened."""
     opener = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
     try:
-        return opener(path, "rt", encoding="utf-8", newline=newline)  # type: ignore[operator]
+        stream: IO[str] = opener(path, "rt", encoding="utf-8", newline=newline)  # type: ignore[operator]
+        return stream
     except OSError as error:
         raise DataError(f"data: {str(path)!r} cannot be read: {error.strerror or error}", param="data") from None
 

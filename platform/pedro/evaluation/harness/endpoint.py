@@ -123,7 +123,8 @@ class EndpointModel(HarnessModel):
     def _special(self, name: str) -> int | None:
         """The id of BOS or EOS."""
         if self._local is not None:
-            return getattr(self._local, f"{name}_id")
+            own: int | None = getattr(self._local, f"{name}_id")
+            return own
         text = self._ask("GET", "/tokenizer_info").get(name)
         ids = self._ids(text) if text else []
         return ids[0] if len(ids) == 1 else None
@@ -236,7 +237,8 @@ def _seconds(value: float | str, name: str) -> float:
 def _tokenizer(name: str) -> Tokenizer:
     from pedro.backbone import load_tokenizer, resolve_backbone
 
-    return load_tokenizer(resolve_backbone(name))
+    tokenizer: Tokenizer = load_tokenizer(resolve_backbone(name))
+    return tokenizer
 
 
 def _message(response: httpx.Response) -> str:

@@ -110,7 +110,8 @@ class LowRankLayer(DeltaLayer):
 
     def factors(self, adapter_name: str, target: str) -> Factors:
         """An adapter's `a` and `b` of one target."""
-        return self.configs[adapter_name].factors(self.tensors(adapter_name, target), self.linear(target))
+        a_b: Factors = self.configs[adapter_name].factors(self.tensors(adapter_name, target), self.linear(target))
+        return a_b
 
     def delta(self, name: str, target: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """x [B, T, in] -> [B, T, W]."""

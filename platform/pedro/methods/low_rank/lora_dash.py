@@ -105,7 +105,7 @@ class Launch:
     def __init__(self, model: Any, steps: int, launch: int) -> None:
         expect(launch < steps, "method.launch", f"less than the {steps} steps of the run", launch)
         self.layers: list[LoraDashLayer] = list(model.base_model.layers())
-        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.trained: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.at = launch
 
     def penalty(self) -> None:

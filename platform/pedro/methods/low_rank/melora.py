@@ -75,7 +75,8 @@ class MeloraLayer(LowRankLayer):
         """As its factors say, piece by piece, without the zeros of the block diagonals."""
         config, (a, b) = self.configs[name], self.tensors(name, target).values()
         narrow = torch.einsum("...ni,nri->...nr", x.unflatten(-1, (config.n, -1)), a)
-        return torch.einsum("...nr,nor->...no", narrow, b).flatten(-2) * (config.alpha / config.r)
+        wide: torch.Tensor = torch.einsum("...nr,nor->...no", narrow, b).flatten(-2) * (config.alpha / config.r)
+        return wide
 
 
 class MeloraModel(LowRankTuner):

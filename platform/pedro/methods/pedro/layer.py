@@ -159,7 +159,7 @@ class PedroLayer(BlockLayer):
         return args, kwargs
 
     def _scale(
-        self, cuts: list[tuple[str, Rows]], module: nn.Module, args: tuple, output: torch.Tensor
+        self, cuts: list[tuple[str, Rows]], module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
         vectors = self._vectors
         if not vectors or not any(target in vectors for target, _ in cuts):

@@ -73,7 +73,8 @@ class Trial:
     def loss(self) -> float | None:
         """The validation loss that counts: of the kept checkpoint if it finished, else the last finite one seen."""
         if self.outcome and "validation_loss" in self.outcome.metrics:
-            return self.outcome.metrics["validation_loss"]
+            kept: float = self.outcome.metrics["validation_loss"]
+            return kept
         return next((loss for _, loss in reversed(self.reports) if math.isfinite(loss)), None)
 
     @property
