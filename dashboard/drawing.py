@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import altair as alt
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
+
+if TYPE_CHECKING:
+    from streamlit.delta_generator import DeltaGenerator
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; series are told apart by dashes or shapes as well.
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY = (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from pedro.config import Settings
-from pedro.registry import Version
 from sources import adapters as data
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.registry import Version
 
 REFRESH_S = 5
 

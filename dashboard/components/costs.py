@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import pandas as pd
@@ -10,8 +10,10 @@ import streamlit as st
 
 from drawing import BLUE, GREY, INK
 from sources import pareto
-from sources.compare import FilteredComparison
 from sources.pareto import METRICS
+
+if TYPE_CHECKING:
+    from sources.compare import FilteredComparison
 
 USUAL = ("score", "parameters", "seconds")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import altair as alt
 import numpy as np
@@ -11,8 +12,10 @@ import streamlit as st
 
 from drawing import INK, SERIES, colours
 from pedro.errors import PedroError
-from pedro.registry import Version
 from sources import vectors
+
+if TYPE_CHECKING:
+    from pedro.registry import Version
 
 MOST_PROMPTS = 6
 PROMPTS = "play some jazz music\nwhat is the weather like tomorrow\nbook a table for two at eight"

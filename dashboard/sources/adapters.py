@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pedro.config import Settings
 from pedro.refs import tenant_of
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
 from pedro.registry.queries import promotions
 from pedro.secret_files import without_password
 from sources.stores import ask_registry
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 PAGE = 25
 STATES = ("All", "In service", "With a candidate", "Without a champion")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -22,7 +22,9 @@ from pedro.comparison.result_model import Comparison, RunResult, Table, format_s
 from pedro.comparison.run_files import METADATA, count_runs, last_change, read_comparison
 from pedro.comparison.selection import select
 from pedro.comparison.tables import build_tables
-from pedro.config import Settings
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 CHECKOUT = Path(__file__).parents[2]
 HTML = renderers.Style("<b>{}</b>", "{}*", "<u>{}</u>", "{}†", "{}!")

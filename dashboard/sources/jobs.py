@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.refs import ModelRef
 from pedro.registry import Registry, queries
@@ -20,6 +19,9 @@ from pedro.training.job_log import kept_log
 from pedro.training.job_status import FROM_RAY, ClusterJobs, ReconciledJob, reconcile
 from sources.services import find_ray
 from sources.stores import ask_registry, ask_store
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 FINE_TUNING, SWEEP = "fine-tuning", "sweep"
 OPEN = (JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.PAUSED)

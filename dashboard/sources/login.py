@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pedro.config import Settings
 from pedro.errors import AuthenticationError, PedroError
 from pedro.store import ADMIN, Store
 from sources.gateway import MAKE_KEY, Access, GatewayClient, default_url
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 REQUIRE_KEY = "PEDRO_DASHBOARD_REQUIRE_KEY"
 NOT_ADMIN = f"This is not an admin key. `{MAKE_KEY}` makes one."

@@ -11,16 +11,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pedro.comparison.result_model import FINAL, FINISHED, Comparison, RunResult, TaskResult
-from pedro.config import Settings
 from pedro.registry import Registry, queries, utc
-from pedro.registry.queries import TrackedRun
 from sources.compare import CURVES
 from sources.stores import ask_registry
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.registry.queries import TrackedRun
 
 NAME = "mlflow/runs"  # beside results/… and home/…
 TITLE = "Runs in MLflow"

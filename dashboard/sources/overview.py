@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from pedro.config import Settings
 from pedro.refs import tenant_of
 from pedro.registry import CHAMPION, Registry, queries
 from pedro.store import JobRecord, JobStatus, Store
 from sources.jobs import live_jobs
 from sources.stores import ask_registry, ask_store
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 MOST_NEWS = 200
 

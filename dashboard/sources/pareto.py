@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import TYPE_CHECKING
 
 from pedro.comparison.result_model import AVERAGE, RunResult, Table
-from sources.compare import FilteredComparison
+
+if TYPE_CHECKING:
+    from sources.compare import FilteredComparison
 
 
 @dataclass(frozen=True)

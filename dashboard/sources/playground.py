@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.errors import PedroError
-from sources.gateway import GatewayClient
+
+if TYPE_CHECKING:
+    from sources.gateway import GatewayClient
 
 MOST_COLUMNS = 3
 SHORTEST_S = 0.02  # that tells a speed: what arrives in one go says nothing of how it was made

@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
-from pedro.config import Settings
 from pedro.secret_files import without_password
 from sources.gateway import DEFAULT_URL, GatewayClient
 from sources.stores import SQLITE, is_there
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 TIMEOUT_S = 2.0
 

@@ -9,15 +9,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.registry import Registry
 from sources.adapters import read_champions, read_promotions
-from sources.gateway import GatewayClient
 from sources.metrics import Histogram, Scrape, SeriesSource, Traffic, gained, increase, parse_metrics
 from sources.stores import ask_registry
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from sources.gateway import GatewayClient
 
 INTERVAL_S = 5.0
 LONGEST_S = 3600.0  # that can be looked back

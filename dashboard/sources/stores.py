@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.registry import Registry
 from pedro.store import Store
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 SQLITE = "sqlite:///"
 Found = TypeVar("Found")

@@ -9,12 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.training.sweep.records import Records, Trial, TrialState, sweep_ids
 from pedro.training.sweep.report import axis, metric, rows_of
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 LOSS, ACCURACY = "validation loss", "accuracy"
 ORDERS = "method.orders"

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import altair as alt
-import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -21,6 +20,9 @@ from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.registry import CHAMPION, Version
 from sources import activations as data
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COLOURS = [colour for colour in SERIES if colour != GREY]
 MOST_LAYERS = len(COLOURS)

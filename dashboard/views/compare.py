@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import altair as alt
 import pandas as pd
@@ -10,11 +11,13 @@ import streamlit as st
 
 from components.costs import costs
 from drawing import background_colour, colours, dashes
-from pedro.comparison.result_model import Comparison, RunResult
 from pedro.config import Settings
 from sources import compare as data
 from sources import mlflow_runs
-from sources.compare import FilteredComparison
+
+if TYPE_CHECKING:
+    from pedro.comparison.result_model import Comparison, RunResult
+    from sources.compare import FilteredComparison
 
 REFRESH_S = 60
 Names = tuple[str, ...]

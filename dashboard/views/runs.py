@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import pandas as pd
@@ -13,9 +13,11 @@ import streamlit as st
 
 from drawing import DASHES, SERIES
 from pedro.config import Settings
-from pedro.registry.queries import TrackedRun
 from pedro.store import JobStatus
 from sources import jobs as data
+
+if TYPE_CHECKING:
+    from pedro.registry.queries import TrackedRun
 
 REFRESH_S = 3
 PAGE = 25

@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 from pydantic import BaseModel
+
+if typing.TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.pages import Page
 
 PACKAGE = Path(__file__).parents[2] / "platform" / "pedro"
 ASK = re.compile(r"^<!-- (\w+)(?:: (\S+))? -->$", re.MULTILINE)

@@ -11,16 +11,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
-from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, default_dtype, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio
 from jobs.benchmarks.timeline import Timeline
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
+    from jobs.benchmarks.engine_process import Log
 
 OFFERED = 1.2
 Figures = dict[str, float]

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from statistics import median
+from typing import TYPE_CHECKING
 
-from jobs.benchmarks.command_line import Options
 from jobs.benchmarks.engine_process import Log, python_path
 from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, prompts, saved_model
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import spread
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
 
 LIMIT_S = 10.0
 

@@ -17,12 +17,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, bench_folder
-from jobs.benchmarks.report import BenchmarkReport
 from pedro.errors import ConfigError
 from pedro.provenance import check_unchanged, code_state
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.engine_process import Log
+    from jobs.benchmarks.report import BenchmarkReport
 
 ABOUT = """\
 Measures the engine: beside its peers (serving), and against its own promises (the rest). Backbones have random weights

@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.benchmarks.command_line import Options
 from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, Log
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, spread
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
 
 NEIGHBOURS = (0, 1, 2)
 LEAST = 0.9  # of one thread's speed, whatever is beside

@@ -7,14 +7,17 @@ through one vector a layer, LoRA multiplies at each of its tokens.
 from __future__ import annotations
 
 from statistics import median
+from typing import TYPE_CHECKING
 
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
-from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport
 from jobs.benchmarks.stats import paired_ratio
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
+    from jobs.benchmarks.engine_process import Log
 
 KINDS = {"none": None, "PEDRO last": "pedro", "PEDRO mean": "pedro-1", "PEDRO max": "pedro-2", "LoRA r16": "lora"}
 LENGTHS, QUICK_LENGTHS = (64, 256, 1024, 2048), (64, 256)

@@ -11,14 +11,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.benchmarks.command_line import Options
 from jobs.benchmarks.engine_process import ROOT, Log
 from jobs.benchmarks.model_sizes import bench_folder
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from pedro.config import Settings
 from pedro.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
 
 COLUMNS = ("home", "page", "first_s", "cpu_s", "again_s", "failed")
 HOMES = {"demo": (12, 3), "synthetic": (10_000, 500)}  # runs, adapters

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.benchmarks.command_line import Options
 from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, default_dtype
 from jobs.benchmarks.peers import PeerComparison, measure_roofline
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, spread
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
 
 PAPER = {"pedro": 32.5, "ia3": 33.1, "lora": 25.1}  # tokens/s on an A40 at beam 1, batch size not stated
 TENANTS = 64

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 from functools import partial
+from typing import TYPE_CHECKING
 
 from jobs.benchmarks.command_line import Benchmark, Options
-from jobs.benchmarks.engine_process import Log
-from jobs.benchmarks.report import BenchmarkReport
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.engine_process import Log
+    from jobs.benchmarks.report import BenchmarkReport
 
 SERVING_COLUMNS = (
     *("engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"),

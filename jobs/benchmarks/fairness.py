@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.benchmarks.bench_engine import IDLE_S, BenchEngine, use_threads
-from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, ReportRow, Target, exactly
 from jobs.benchmarks.stats import percentile, percentile_ratio
-from pedro.engine import Output
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
+    from jobs.benchmarks.engine_process import Log
+    from pedro.engine import Output
 
 SLOTS = 32
 THINK_S = 0.15  # the mean of the quiet tenant's pauses

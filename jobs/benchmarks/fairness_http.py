@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.benchmarks.command_line import Options
 from jobs.benchmarks.engine_process import EnginePool, Log
 from jobs.benchmarks.fairness import FLOODS, THINK_S, WARM_S, Flood, Seen, add_rows, line
-from jobs.benchmarks.http_overhead import Server
 from jobs.benchmarks.model_sizes import NEW_TOKENS, PROMPT_TOKENS
-from jobs.benchmarks.report import BenchmarkReport
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
+    from jobs.benchmarks.http_overhead import Server
+    from jobs.benchmarks.report import BenchmarkReport
 
 ALONE_S, FLOOD_S = 9.0, 12.0  # of a round
 LIMIT = 1.5

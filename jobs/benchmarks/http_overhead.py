@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.benchmarks.command_line import Options
 from jobs.benchmarks.engine_process import EnginePool, Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, default_dtype
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, spread
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
 
 TTFT_LIMIT_MS = 30.0
 COLUMNS = ("engine", "adapters", "model", "batch", "tok_s", "decode_tok_s", "ttft_ms", "ratio", "ratio_interval")

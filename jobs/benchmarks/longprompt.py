@@ -7,16 +7,18 @@ the streams of a round with the long prompt.
 from __future__ import annotations
 
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.benchmarks.bench_engine import BenchEngine, take, use_threads
-from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import percentile, spread
 from jobs.benchmarks.timeline import Timeline
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
+    from jobs.benchmarks.engine_process import Log
 
 STREAMS, LONG, ARRIVES_AFTER = 8, 2048, 24
 QUICK_TOKENS, FULL_TOKENS = 96, 256

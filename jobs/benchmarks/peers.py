@@ -10,9 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.benchmarks.command_line import Options
 from jobs.benchmarks.engine_process import EnginePool, EngineProcessError, Log, peer_environment
 from jobs.benchmarks.model_sizes import (
     MODEL_SIZES,
@@ -25,6 +24,9 @@ from jobs.benchmarks.model_sizes import (
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import Ratio, paired_ratio
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
 
 QUICK_S = 22
 SHORT_WORK, SHORT_ROUNDS = 20_000_000, 3  # weights times rows: a run of a few tenths of a second needs more of them

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from jobs.benchmarks import dashboard_pages, fairness, fairness_http, http_overhead
 from jobs.benchmarks.command_line import Benchmark, Options
 from jobs.benchmarks.engine_benchmarks import FAIRNESS_COLUMNS
-from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, ModelSize, bench_folder, prompts, saved_model
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
@@ -28,6 +27,7 @@ from pedro.backbone import Backbone, resolve_backbone
 from pedro.config import Settings
 
 if TYPE_CHECKING:
+    from jobs.benchmarks.engine_process import Log
     from pedro.registry import Registry
 
 TENANT, ADAPTER = "bench", "demo"

@@ -13,16 +13,18 @@ import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.comparison.result_model import RunResult
 from pedro.comparison.run_files import write_run
-from pedro.config import Settings
 from pedro.registry import Registry
 from pedro.registry.tags import RUN_NAME, stored
 from pedro.store import Store
 from pedro.training.job import flat
 from pedro.training.spec import FineTuneSpec
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 METHODS = ("pedro", "lora", "ia3", "bitfit", "red")
 TENANTS = 50

@@ -12,16 +12,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.benchmarks.bench_engine import BenchEngine, take, use_threads
-from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, percentile
 from jobs.benchmarks.timeline import Timeline
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
+    from jobs.benchmarks.engine_process import Log
 
 ROOM = 64  # adapters that the pool may hold
 STREAMS, STREAM_TOKENS = 8, 160

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jobs.benchmarks.model_sizes import ModelSize, make_model, prompts
-from pedro.methods.method import Method
 from pedro.methods.registry import METHODS
 from pedro.training.bilevel import OMEGA, THETA, Alternation, GroupedAdamW
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan, TrainState, batch_step, train
-from pedro.training.worker_group import WorkerGroup
+
+if TYPE_CHECKING:
+    from pedro.methods.method import Method
+    from pedro.training.worker_group import WorkerGroup
 
 SMALL = ModelSize("small", "4 blocks of 256", 256, 4, 8, 4, 512, True, vocab=1000, context=512)
 TINY = ModelSize("tiny", "3 blocks of 32", 32, 3, 4, 2, 48, True, vocab=64, context=64)

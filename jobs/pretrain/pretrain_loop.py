@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from jobs.pretrain.files import replacing
 from jobs.pretrain.optimizer import Muon
-from jobs.pretrain.schedule import Schedule
-from jobs.pretrain.tokens import Stream
 from pedro.errors import TrainingError
+
+if TYPE_CHECKING:
+    from jobs.pretrain.schedule import Schedule
+    from jobs.pretrain.tokens import Stream
 
 CHECKPOINT = "checkpoint.safetensors"
 BETAS = (0.9, 0.95)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pedro.backbone import Tokenizer
 from pedro.data.prompt_format import encode_prompts
 from pedro.errors import TrainingError
+
+if TYPE_CHECKING:
+    from pedro.backbone import Tokenizer
 
 BATCH_TOKENS = 8192
 MOST_NATS = 700.0  # a token; what a perplexity can still be computed from

@@ -23,10 +23,12 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pedro.config import Settings
 from pedro.errors import ConfigError, UnavailableError
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 Answer = TypeVar("Answer")
 

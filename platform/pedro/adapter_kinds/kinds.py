@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from pedro.adapter_kinds.generator import GeneratorWeights
+if TYPE_CHECKING:
+    from pedro.adapter_kinds.generator import GeneratorWeights
 
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
 

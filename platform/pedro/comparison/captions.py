@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.comparison.result_model import AVERAGE, BUDGET_TOLERANCE, JUDGE, Comparison, RunResult, TableEntry
-from pedro.comparison.selection import Selection
 from pedro.comparison.statistics import FEWEST, NUM_SAMPLES
+
+if TYPE_CHECKING:
+    from pedro.comparison.selection import Selection
 
 
 def captions(selection: Selection, entries: Sequence[TableEntry]) -> tuple[str, ...]:

@@ -11,11 +11,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pedro.comparison.spec import ComparisonSpec, Evaluation, TaskChoice
 from pedro.data.tasks import Task, TaskRow, get_task
 from pedro.errors import DataError
 from pedro.training.storage import put_dataset
+
+if TYPE_CHECKING:
+    from pedro.comparison.spec import ComparisonSpec, Evaluation, TaskChoice
 
 VALIDATION_SHARE = 0.15  # of the training rows, where a task publishes no validation split
 

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pedro
 from pedro import errors
-from pedro.comparison.spec import EfficiencySpec
 from pedro.errors import PedroError, UnavailableError
 from pedro.provenance import check_unchanged, code_state
+
+if TYPE_CHECKING:
+    from pedro.comparison.spec import EfficiencySpec
 
 MODULE = "jobs.benchmarks.from_spec"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pedro.comparison.result_model import BEST, JUDGE, RunResult, Table, TableEntry
 from pedro.comparison.selection import Selection, position
@@ -21,6 +20,7 @@ from pedro.comparison.selection import Selection, position
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 # Okabe and Ito: told apart by people who do not tell all colours apart. Yellow is left out: too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -7,14 +7,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pedro.comparison.data import TestSet
-from pedro.comparison.run_planner import PlannedRun
-from pedro.comparison.spec import JudgeSpec
 from pedro.data.prompt_format import encode_prompt
 from pedro.evaluation.mt_bench import Judge, Messages, ask_questions, judge_answers, summary, write_records
 from pedro.evaluation.scoring import generate
 
 if TYPE_CHECKING:
+    from pedro.comparison.data import TestSet
+    from pedro.comparison.run_planner import PlannedRun
+    from pedro.comparison.spec import JudgeSpec
     from pedro.training.context import TrainingContext
 
 MARKS = 10.0

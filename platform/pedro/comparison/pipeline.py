@@ -7,20 +7,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.comparison.data import TaskData, gather
 from pedro.comparison.report import ComparisonReport, make_report, write_report
-from pedro.comparison.result_model import RunResult
 from pedro.comparison.run_executor import RunExecutor, reusable
 from pedro.comparison.run_files import METADATA, open_folder, read_comparison, read_named, read_runs
 from pedro.comparison.run_planner import RunPlanner, check, far_from_budget
 from pedro.comparison.run_tracker import RunTracker
 from pedro.comparison.spec import DATA_VARIABLE, ComparisonSpec
-from pedro.config import Settings
 from pedro.data.tasks.sources import HUB
 from pedro.errors import DataError
 from pedro.provenance import provenance
+
+if TYPE_CHECKING:
+    from pedro.comparison.result_model import RunResult
+    from pedro.config import Settings
 
 Log = Callable[[str], None]
 

@@ -11,9 +11,12 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pedro.comparison.paper import Paper
 from pedro.comparison.result_model import AVERAGE, BEST, SECOND, Difference, Table, TableEntry, format_score
+
+if TYPE_CHECKING:
+    from pedro.comparison.paper import Paper
 
 NOTHING = ("-", "")
 HEADS = ("method", "parameters")

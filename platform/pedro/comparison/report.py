@@ -10,15 +10,17 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.comparison import renderers
 from pedro.comparison.paper import Paper, parse_paper
-from pedro.comparison.renderers import RenderedTable, Style
 from pedro.comparison.result_model import SCHEMA, Comparison, Difference, Table, TableEntry
 from pedro.comparison.selection import Selection, select
 from pedro.comparison.tables import build_tables
 from pedro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pedro.comparison.renderers import RenderedTable, Style
 
 WIDTH, FILE_WIDTH = 160, 200
 SIGNS = "**proven best**   best without a claim*   _second_   † at chance   ! some runs failed"

@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pedro.comparison.statistics import BootstrapSamples
+if TYPE_CHECKING:
+    from pedro.comparison.statistics import BootstrapSamples
 
 SCHEMA = 1
 TUNE, FINAL = "tune", "final"

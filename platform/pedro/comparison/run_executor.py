@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pedro.comparison.data import TaskData
 from pedro.comparison.result_model import FAILED, FINAL, TUNE, RunResult, format_score
 from pedro.comparison.run_files import write_run
 from pedro.comparison.run_planner import PlannedRun, RunGroup, RunPlanner, choose
-from pedro.comparison.spec import ComparisonSpec
-from pedro.config import Settings
 from pedro.errors import ConfigError, TrainingError
 from pedro.training.trainer import ENVIRONMENT, pack_settings, unpack_settings
+
+if TYPE_CHECKING:
+    from pedro.comparison.data import TaskData
+    from pedro.comparison.spec import ComparisonSpec
+    from pedro.config import Settings
 
 Log = Callable[[str], None]
 TRIES = 3  # of a run whose worker died (out of memory, a lost node)

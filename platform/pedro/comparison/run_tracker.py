@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from pedro.comparison.result_model import RunResult
-from pedro.comparison.spec import ComparisonSpec
-from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.registry import Registry
+
+if TYPE_CHECKING:
+    from pedro.comparison.result_model import RunResult
+    from pedro.comparison.spec import ComparisonSpec
+    from pedro.config import Settings
 
 
 class RunTracker:

@@ -6,12 +6,9 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pedro.comparison.data import TaskData, TestSet
 from pedro.comparison.result_model import SCHEMA, RunResult
-from pedro.comparison.run_planner import PlannedRun
-from pedro.comparison.spec import JudgeSpec, ResourcesSpec
 from pedro.data.prompt_format import encode_prompts
 from pedro.data.tasks import TASKS, Task, TaskRow
 from pedro.errors import PedroError
@@ -21,6 +18,11 @@ from pedro.provenance import provenance
 from pedro.training.context import TrainingContext, build_context
 from pedro.training.loop import TrainState, train
 from pedro.training.spec import FineTuneSpec
+
+if TYPE_CHECKING:
+    from pedro.comparison.data import TaskData, TestSet
+    from pedro.comparison.run_planner import PlannedRun
+    from pedro.comparison.spec import JudgeSpec, ResourcesSpec
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.data.files import Kind
 from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
@@ -26,8 +26,10 @@ from pedro.data.prompt_format import (
     encode_prompts,
     format_for_shape,
 )
-from pedro.data.row_shapes import Example, Fields, ParsedLine, RowShape
 from pedro.errors import DataError
+
+if TYPE_CHECKING:
+    from pedro.data.row_shapes import Example, Fields, ParsedLine, RowShape
 
 MAX_ERRORS = 100
 SHOWN_ERRORS = 10

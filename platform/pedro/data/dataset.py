@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
 from pedro.data.mistakes import LineError
 from pedro.data.prompt_format import PromptFormat, encode_completions, encode_prompts
-from pedro.data.row_shapes import Example, Fields
 from pedro.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
+
+    from pedro.data.row_shapes import Example, Fields
 
 __all__ = ["RowCounts", "Splits", "collate", "data_digest", "load_rows", "row_counts", "split"]
 

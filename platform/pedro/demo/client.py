@@ -10,12 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from pedro.data.row_shapes import Example
 from pedro.errors import PedroError
+
+if TYPE_CHECKING:
+    from pedro.data.row_shapes import Example
 
 CONCURRENCY = 16
 MAX_TOKENS = 8  # the longest label and its end

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from pedro.errors import PedroError
+if TYPE_CHECKING:
+    from pedro.errors import PedroError
 
 
 class Loadable(Protocol):

@@ -10,15 +10,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-from pedro.engine.kv_cache import KVCache
-from pedro.engine.modulation import Segment
+if TYPE_CHECKING:
+    from pedro.engine.kv_cache import KVCache
+    from pedro.engine.modulation import Segment
 
 NAME = "pedro_engine"
 _current = threading.local()

@@ -13,13 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pedro.adapter_kinds import Adapter
 from pedro.engine.adapter_pool import AdapterPool
-from pedro.engine.adapter_state import PooledAdapter
 from pedro.engine.beam import BeamSequence
-from pedro.engine.config import EngineConfig
 from pedro.engine.prefill_budget import LONE_TOKENS, PrefillBudget
 from pedro.engine.request_processor import RequestProcessor
 from pedro.engine.runner import PrefillRow, Runner
@@ -29,6 +26,11 @@ from pedro.engine.sequence import Output, Request, Sequence, SequenceState, Toke
 from pedro.engine.steps import first_tokens, next_tokens, settle
 from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError
 from pedro.methods.servable import read_adapter
+
+if TYPE_CHECKING:
+    from pedro.adapter_kinds import Adapter
+    from pedro.engine.adapter_state import PooledAdapter
+    from pedro.engine.config import EngineConfig
 
 log = logging.getLogger(__name__)
 SHED = (

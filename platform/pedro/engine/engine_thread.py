@@ -11,10 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from pedro.engine.engine import Engine
 from pedro.engine.sequence import Output, Request
 from pedro.errors import PedroError, UnavailableError
+
+if TYPE_CHECKING:
+    from pedro.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.5  # wakes anyway, in case a deadline moved or a notice was missed

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pedro.adapter_kinds import Adapter, LowRank
-from pedro.engine.attention import DecodeStep
 from pedro.engine.modulation import SCALE, SHIFT, ConditionedRow, Modulation
-from pedro.methods.architectures import Architecture, Rows
 
 if TYPE_CHECKING:
+    from pedro.adapter_kinds import Adapter, LowRank
+    from pedro.engine.attention import DecodeStep
     from pedro.engine.graphs import StaticStep
+    from pedro.methods.architectures import Architecture, Rows
 
 
 @dataclass

@@ -5,11 +5,12 @@ Legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from pedro.engine.modulation import ConditionedRow
+    from pedro.engine.modulation import ConditionedRow
 
 
 class Logits(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import POINTER, addressof, c_int, c_void_p, cast, pointer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -18,10 +18,12 @@ from torch import nn
 from pedro.adapter_kinds import SITES, Adapter, Generator
 from pedro.engine import native
 from pedro.engine.kernel_threads import KernelThreads
-from pedro.engine.kv_cache import KVCache
 from pedro.engine.model_executor import Logits
-from pedro.engine.modulation import ConditionedRow, Modulation
-from pedro.methods.architectures import Architecture, LayerSites
+
+if TYPE_CHECKING:
+    from pedro.engine.kv_cache import KVCache
+    from pedro.engine.modulation import ConditionedRow, Modulation
+    from pedro.methods.architectures import Architecture, LayerSites
 
 MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GENERATOR_ACTIVATIONS = ("rational", "gelu", "relu")  # the order of native.c's enums

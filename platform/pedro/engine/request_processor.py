@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.engine.beam import BeamSequence
-from pedro.engine.config import EngineConfig
 from pedro.engine.sequence import Request, Sequence
 from pedro.errors import PedroError
+
+if TYPE_CHECKING:
+    from pedro.engine.config import EngineConfig
 
 
 class RequestProcessor:

@@ -7,23 +7,25 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pedro.adapter_kinds import Adapter
 from pedro.engine import native_model
 from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
 from pedro.engine.kernel_threads import granted_threads
 from pedro.engine.kv_cache import KVCache
-from pedro.engine.model_executor import Logits, ModelExecutor
 from pedro.engine.modulation import ConditionedRow, GeneratorBatch, Modulation, PreemptedState, Segment
 from pedro.engine.native_model import NativeModel
 from pedro.engine.sampler import token_logprobs
-from pedro.engine.sequence import TokenLogprob
 from pedro.engine.torch_model import TorchModel, refuse_unfit, softcapped
 from pedro.errors import BackboneError
 from pedro.methods.architectures import describe
+
+if TYPE_CHECKING:
+    from pedro.adapter_kinds import Adapter
+    from pedro.engine.model_executor import Logits, ModelExecutor
+    from pedro.engine.sequence import TokenLogprob
 
 KERNELS = ("auto", "native", "torch")
 HEAD_CHUNK = 256  # prompt positions whose logits exist at once

@@ -6,14 +6,16 @@ A sequence costs what it asks for: one that wants the likeliest token touches no
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.engine.beam import BeamSequence
-from pedro.engine.model_executor import Logits
 from pedro.engine.runner import DecodeRow, Runner
 from pedro.engine.sampler import SampleRow, greedy, sample
-from pedro.engine.scheduler_output import PrefillGroup
 from pedro.engine.sequence import Sequence, SequenceState, TokenLogprob
+
+if TYPE_CHECKING:
+    from pedro.engine.model_executor import Logits
+    from pedro.engine.scheduler_output import PrefillGroup
 
 NewToken = tuple[Sequence, int, TokenLogprob | None]  # the token is -1 where logits are not finite; beams use only that
 

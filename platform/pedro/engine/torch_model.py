@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,11 +17,13 @@ from pedro.engine import attention
 from pedro.engine.attention import DecodeStep, PrefillStep
 from pedro.engine.graphs import Capture, GraphedDecoder, PagedAttention, StaticStep
 from pedro.engine.hooks import Hooks
-from pedro.engine.kv_cache import KVCache
 from pedro.engine.model_executor import Logits
-from pedro.engine.modulation import ConditionedRow, Modulation
 from pedro.errors import BackboneError
-from pedro.methods.architectures import Architecture
+
+if TYPE_CHECKING:
+    from pedro.engine.kv_cache import KVCache
+    from pedro.engine.modulation import ConditionedRow, Modulation
+    from pedro.methods.architectures import Architecture
 
 log = logging.getLogger(__name__)
 DRIVEN = ("llama", "mistral", "phi3", "qwen2", "qwen3")

@@ -12,11 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pedro.data.tasks import Task, TaskRow
 from pedro.errors import ConfigError
 from pedro.evaluation.sql import execution_match, normalise_sql
+
+if TYPE_CHECKING:
+    from pedro.data.tasks import Task, TaskRow
 
 Parts = dict[str, float | None]
 """A row's values; None where the row cannot be judged so."""

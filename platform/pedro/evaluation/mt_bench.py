@@ -18,11 +18,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pedro.data.tasks import TaskRow
 from pedro.errors import UnavailableError
 
 if TYPE_CHECKING:
     import httpx
+
+    from pedro.data.tasks import TaskRow
 
 Messages = list[dict[str, str]]
 Chat = Callable[[Messages, float], str]

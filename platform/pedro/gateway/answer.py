@@ -13,20 +13,23 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from pedro.gateway.backend import Backend, Delta, GenerateCall
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.errors import stream_error_body
 from pedro.gateway.observability import note
 from pedro.gateway.quotas import Ticket, prompt_estimate
 from pedro.gateway.responses import Choice, ResponseFormat, envelope, usage
 from pedro.gateway.schemas import StreamOptions
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from pedro.gateway.backend import Backend, Delta, GenerateCall
 
 QUEUED_DELTAS = 256  # a client slower than this holds its own streams up, and nobody else's
 BLOCK = 64  # bytes

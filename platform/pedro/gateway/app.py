@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -17,12 +18,14 @@ from pedro.gateway import (
     routes_tokenizer,
 )
 from pedro.gateway.auth import Authenticator
-from pedro.gateway.backend import Backend
 from pedro.gateway.edge import Edge
 from pedro.gateway.errors import install_error_handlers
 from pedro.gateway.observability import GatewayMetrics, Observed
 from pedro.gateway.quotas import OpenRequests, Quotas
-from pedro.store import Store
+
+if TYPE_CHECKING:
+    from pedro.gateway.backend import Backend
+    from pedro.store import Store
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.errors import PedroError
 from pedro.gateway.backend import GenerateCall
-from pedro.gateway.schemas import ChatRequest, CompletionRequest, Message, SamplingFields
+
+if TYPE_CHECKING:
+    from pedro.gateway.schemas import ChatRequest, CompletionRequest, Message, SamplingFields
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat may run to the end of the context
 _BEAMS = ("length_penalty", "early_stopping")

@@ -6,15 +6,17 @@ import asyncio
 import difflib
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import Request
 from pydantic import ValidationError
 
 from pedro.errors import PedroError
 from pedro.gateway.errors import PayloadTooLargeError, RequestTimeoutError
 from pedro.gateway.schemas import Body
 from pedro.gateway.vllm_fields import REASONS
+
+if TYPE_CHECKING:
+    from fastapi import Request
 
 MAX_ITEMS = 4096  # of a list of bodies, messages for one
 MAX_SHOWN_VALUE = 80

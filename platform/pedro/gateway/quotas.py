@@ -11,14 +11,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from fastapi import Request
-from starlette.types import Scope
+from typing import TYPE_CHECKING
 
 from pedro.errors import RateLimitError
-from pedro.gateway.auth import Principal
-from pedro.gateway.backend import GenerateCall
 from pedro.gateway.edge import at_end, response_headers
+
+if TYPE_CHECKING:
+    from fastapi import Request
+    from starlette.types import Scope
+
+    from pedro.gateway.auth import Principal
+    from pedro.gateway.backend import GenerateCall
 
 MAX_BUCKETS = 10_000  # above this number full ones are dropped: a new one is full as well
 CHARACTERS_A_TOKEN = 4  # of a text that nobody has tokenised yet; what it really was is settled

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pedro.gateway.backend import Alternative, Delta, TokenLogprob
+if TYPE_CHECKING:
+    from pedro.gateway.backend import Alternative, Delta, TokenLogprob
 
 IMPOSSIBLE = -9999.0  # stands for minus infinity, which JSON has not
 

@@ -7,7 +7,7 @@ schedule by the run's number of steps, and keeps its memory for a resumed run.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import AdaLoraConfig
@@ -15,7 +15,6 @@ from torch import nn
 
 from pedro.adapter_kinds import Adapter, LowRank
 from pedro.errors import ConfigError
-from pedro.methods.architectures import Architecture
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_share, paths_of
 from pedro.methods.reader import (
@@ -29,6 +28,9 @@ from pedro.methods.reader import (
     rows_of,
     sites_by_module,
 )
+
+if TYPE_CHECKING:
+    from pedro.methods.architectures import Architecture
 
 LEAST_STEPS = 4
 UNKNOWN_STEPS = 1_000_000_000  # PEFT's config wants a number early; the hook sets the real one

@@ -20,15 +20,17 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel
 
 from pedro.errors import AdapterError, PedroError, UnavailableError
 from pedro.methods.config_check import changed_backbone, unknown_keys
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MANIFEST = "pedro_adapter.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -8,19 +8,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import AdaLoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from torch import nn
 
 from pedro.errors import ConfigError, PedroError
 from pedro.methods.adalora import UNKNOWN_STEPS, AdaLora
 from pedro.methods.method import Method
 from pedro.methods.options import expect
 from pedro.methods.peft_registration import OWN_NAMES
-from pedro.methods.training_hook import TrainingHook
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pedro.methods.training_hook import TrainingHook
 
 NOT_OPTIONS = {field.name for field in dataclasses.fields(PeftConfig)}
 # they want more in a batch or a model than rows of tokens: task ids, other adapters, an encoder, two models

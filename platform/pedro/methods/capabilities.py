@@ -5,13 +5,15 @@ Only shapes are made for the counts: no memory stands behind them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pedro.methods.method import Method
 from pedro.methods.registry import METHODS, count_parameters
+
+if TYPE_CHECKING:
+    from pedro.methods.method import Method
 
 LLAMA_2_7B: dict[str, Any] = {
     "vocab_size": 32000,

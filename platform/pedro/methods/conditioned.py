@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pedro.methods.blocks import BlockTuner
 from pedro.methods.prompt import PromptPass
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class ConditionedTuner(BlockTuner):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,7 +24,9 @@ from pedro.methods.conditioned import ConditionedTuner
 from pedro.methods.method import Method
 from pedro.methods.options import expect_count
 from pedro.methods.peft_registration import register
-from pedro.methods.prompt import PromptPass
+
+if TYPE_CHECKING:
+    from pedro.methods.prompt import PromptPass
 
 CHILD = "prompts"
 INIT_STD = 0.02

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 
 from pedro.adapter_kinds import Adapter, LowRank
-from pedro.methods.architectures import Architecture
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect_count, expect_share, paths_of
 from pedro.methods.reader import (
@@ -21,6 +20,9 @@ from pedro.methods.reader import (
     rows_of,
     sites_by_module,
 )
+
+if TYPE_CHECKING:
+    from pedro.methods.architectures import Architecture
 
 
 def _build(

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
@@ -20,8 +20,10 @@ from pedro.errors import ConfigError
 from pedro.methods.config_check import changed_backbone
 from pedro.methods.patterns import check_patterns
 from pedro.methods.prompt import PROMPT_ARGUMENTS
-from pedro.methods.reader import Reader
-from pedro.methods.training_hook import TrainingHook
+
+if TYPE_CHECKING:
+    from pedro.methods.reader import Reader
+    from pedro.methods.training_hook import TrainingHook
 
 Parameters = list[tuple[str, nn.Parameter]]
 

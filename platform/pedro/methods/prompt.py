@@ -12,14 +12,16 @@ from __future__ import annotations
 import inspect
 import warnings
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from pedro.errors import ConfigError
 from pedro.methods.generation import check_generation, prompt_width
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 IGNORED = -100  # the label of a token without supervision, as in transformers
 PROMPT_ARGUMENTS = ("prompt_lens", "prompt_mask")

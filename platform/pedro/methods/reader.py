@@ -10,15 +10,17 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
-from pedro.adapter_kinds import Adapter
 from pedro.errors import AdapterError
 from pedro.methods.adapter_files import WEIGHTS
-from pedro.methods.architectures import Architecture, LayerSites
+
+if TYPE_CHECKING:
+    from pedro.adapter_kinds import Adapter
+    from pedro.methods.architectures import Architecture, LayerSites
 
 ROOT = "base_model.model."  # PEFT's prefix of every tensor
 PEFT_FIELDS = frozenset({"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"})

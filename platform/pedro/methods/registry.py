@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from pedro.errors import ConfigError
-from pedro.methods.method import Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pedro.methods.method import Method
 
 MODULES = (  # of this package, in the order of every table; each holds a METHOD, or METHODS
     "pedro.methods",

@@ -7,17 +7,20 @@ Servability is stated once, by `Method.readers`: an adapter is served if a metho
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from pedro.adapter_kinds import Adapter
 from pedro.backbone import Backbone, load_config
 from pedro.errors import AdapterError
 from pedro.methods.adapter_files import CONFIG, read_config, verify_adapter
 from pedro.methods.architectures import Architecture, describe
 from pedro.methods.reader import Reader, SavedTensors
 from pedro.methods.registry import METHODS
+
+if TYPE_CHECKING:
+    from pedro.adapter_kinds import Adapter
 
 
 def read_adapter(

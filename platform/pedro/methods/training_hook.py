@@ -5,9 +5,10 @@ Most methods need none. AdaLoRA prunes ranks and the sparse structure search dec
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class TrainingHook(Protocol):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pedro.registry.models import Registry
 from pedro.registry.tags import PREFIX, ours
 from pedro.registry.versions import PROMOTED, Version, read_version
+
+if TYPE_CHECKING:
+    from pedro.registry.models import Registry
 
 RUNNING = "RUNNING"
 DAY_S = 24 * 3600

@@ -8,18 +8,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
 
 from pedro.config import Settings, validate_spec
 from pedro.errors import PedroError
 from pedro.serving.config import ServeConfig
 from pedro.serving.protocol import ControlRequest, OutputBatch, ReplicaLost, SubmitRequest, T
 from pedro.serving.ray_connection import ROUTER, RayReplicaConnection
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
 
 MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.errors import (
     AdapterError,
@@ -47,7 +47,9 @@ from pedro.serving.protocol import (
     UnpinAdapter,
 )
 from pedro.serving.resolver import ModelResolver, visible
-from pedro.serving.router import ReplicaSet
+
+if TYPE_CHECKING:
+    from pedro.serving.router import ReplicaSet
 
 log = logging.getLogger("pedro.serving")
 

@@ -7,11 +7,14 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from pedro.errors import PedroError
-from pedro.gateway.backend import Delta, GenerateCall
-from pedro.refs import ModelRef
 from pedro.serving.protocol import SILENCE_S, OutputBatch, ReplicaConnection, ReplicaLost, SubmitRequest
+
+if TYPE_CHECKING:
+    from pedro.gateway.backend import Delta, GenerateCall
+    from pedro.refs import ModelRef
 
 MAX_UNREAD = 1024  # batches: at least half a minute that a client did not read
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0

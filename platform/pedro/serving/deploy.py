@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pedro.config import Settings
 from pedro.errors import ConflictError, PedroError, UnavailableError
-from pedro.serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.serving.config import ServeConfig
 
 APP_NAME = "pedro"
 READY_TIMEOUT_S = 180

@@ -14,14 +14,16 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.errors import DeadlineError, PedroError, UnavailableError
-from pedro.gateway.backend import Delta, GenerateCall
-from pedro.refs import ModelRef
-from pedro.registry import Version
 from pedro.serving.protocol import ReplicaLost
-from pedro.serving.router import ReplicaSet
+
+if TYPE_CHECKING:
+    from pedro.gateway.backend import Delta, GenerateCall
+    from pedro.refs import ModelRef
+    from pedro.registry import Version
+    from pedro.serving.router import ReplicaSet
 
 ATTEMPTS = 3
 PROBE_S = 30.0  # how long a suspected adapter may keep others apart while its first token is awaited

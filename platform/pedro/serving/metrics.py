@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from pedro.refs import ModelRef
-
 if TYPE_CHECKING:  # the ingress, which only joins texts, does without an engine
     from pedro.engine.sequence import Output
+    from pedro.refs import ModelRef
 
 OTHER = "other"
 REASONS = ("stop", "length", "cancelled", "error")

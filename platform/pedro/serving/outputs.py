@@ -13,14 +13,16 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.engine.sequence import Output, Request
 from pedro.engine.sequence import TokenLogprob as EngineLogprob
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
 from pedro.serving.protocol import HEARTBEAT_S, SLICE_S, OutputBatch, slice_s
-from pedro.serving.tokens import TokenTexts
+
+if TYPE_CHECKING:
+    from pedro.serving.tokens import TokenTexts
 
 TURNS = 4  # every part costs an item of the stream
 log = logging.getLogger("pedro.serving")

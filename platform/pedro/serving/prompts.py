@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pedro.data.prompt_format import FORMATS, PromptFormat, encode_prompt, encode_text, format_for_shape
 from pedro.data.row_shapes import RowShape
@@ -23,7 +23,9 @@ from pedro.data.special_tokens import Prompt, special_tokens
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
 from pedro.errors import DataError, PedroError
 from pedro.methods.adapter_files import read_manifest
-from pedro.refs import ModelRef
+
+if TYPE_CHECKING:
+    from pedro.refs import ModelRef
 
 CACHED_FORMATS = 4096
 LONG_TEXT = 8192  # characters; tokenising more takes long enough to hold up the streams of others

@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from pedro.errors import PedroError
 from pedro.gateway.backend import AdapterResidence, Delta, GenerateCall, TokenizeResult
-from pedro.refs import ModelRef
+
+if TYPE_CHECKING:
+    from pedro.errors import PedroError
+    from pedro.refs import ModelRef
 
 SLICE_S = 0.03  # a slice of a few calls
 EVENT_S = 0.004  # what one call's share of a slice costs ingress, proxy and client: with more calls, longer slices

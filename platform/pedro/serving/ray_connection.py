@@ -11,14 +11,16 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncGenerator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from pedro.serving.protocol import ControlRequest, OutputBatch, ReplicaLost, SubmitRequest
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 ROUTER = "pedro.serving.ray_connection:AddressedRouter"
 T = TypeVar("T")

@@ -15,13 +15,15 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pedro.errors import UnavailableError
-from pedro.gateway.backend import Delta, GenerateCall
-from pedro.refs import ModelRef
 from pedro.serving.client import ReplicaClient
 from pedro.serving.protocol import ControlRequest, ReplicaConnection, ReplicaLost
+
+if TYPE_CHECKING:
+    from pedro.gateway.backend import Delta, GenerateCall
+    from pedro.refs import ModelRef
 
 SHARE = 1.25  # of the mean load
 PATIENCE_S = 120.0  # how long a call waits for a replica where there is none, as while one is replaced

@@ -7,12 +7,10 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
-from pedro.config import Settings
 from pedro.engine.adapter_pool import unusable
-from pedro.engine.adapter_state import ResidentAdapter
 from pedro.engine.config import EngineConfig
 from pedro.engine.engine import Engine
 from pedro.engine.engine_thread import EngineThread
@@ -24,12 +22,16 @@ from pedro.methods.adapter_files import check_tokenizer, read_manifest
 from pedro.process import configure_serving_process, set_torch_threads
 from pedro.refs import ModelRef
 from pedro.registry import DAMAGED, Registry
-from pedro.serving.config import ServeConfig
 from pedro.serving.metrics import ReplicaMetrics
 from pedro.serving.outputs import DeltaBuilder, OutputStream
 from pedro.serving.prompts import PromptProcessor
 from pedro.serving.protocol import ControlRequest, OutputBatch, Prompt, ReplicaLost, SubmitRequest, T
 from pedro.serving.tokens import TokenTexts, tokenizer_info
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.engine.adapter_state import ResidentAdapter
+    from pedro.serving.config import ServeConfig
 
 LOAD_TIMEOUT_S = 60.0
 log = logging.getLogger("pedro.serving")

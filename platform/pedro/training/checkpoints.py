@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from pedro.errors import TrainingError
 from pedro.training.engines import StepEngine, optimizer_tensors
 from pedro.training.loop import TrainState
-from pedro.training.worker_group import WorkerGroup
+
+if TYPE_CHECKING:
+    from pedro.training.worker_group import WorkerGroup
 
 HOOK = "companion.safetensors"  # the hook's state; the name is that of checkpoints made so far
 

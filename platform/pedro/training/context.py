@@ -12,17 +12,18 @@ from torch import nn
 
 from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
 from pedro.errors import ConfigError
-from pedro.methods.method import Method
 from pedro.methods.registry import count_parameters, get_method
 from pedro.training.bilevel import Alternation, GroupedAdamW, Named
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan
 from pedro.training.prepare import PreparedData, make_training_plan, prepare_data, sample
-from pedro.training.spec import FineTuneSpec
 from pedro.training.worker_group import ALONE, WorkerGroup
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from pedro.methods.method import Method
+    from pedro.training.spec import FineTuneSpec
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MakeEngine = Callable[[nn.Module, GroupedAdamW, Named], StepEngine]

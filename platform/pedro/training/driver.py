@@ -12,10 +12,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.errors import PedroError
-from pedro.training.job_record import OwnRecord
+
+if TYPE_CHECKING:
+    from pedro.training.job_record import OwnRecord
 
 
 def drive(work: Callable[[], dict[str, Any]], what: str, remedy: str, record: OwnRecord | None = None) -> int:

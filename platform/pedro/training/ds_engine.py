@@ -13,14 +13,16 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pedro.methods.output_head import logits_at
-from pedro.methods.training_hook import TrainingHook
-from pedro.training.bilevel import GroupedAdamW, Named
+
+if TYPE_CHECKING:
+    from pedro.methods.training_hook import TrainingHook
+    from pedro.training.bilevel import GroupedAdamW, Named
 
 
 class DeepSpeedEngine:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 from pedro.methods.output_head import logits_at
-from pedro.methods.training_hook import TrainingHook
-from pedro.training.bilevel import GroupedAdamW, Named
+
+if TYPE_CHECKING:
+    from pedro.methods.training_hook import TrainingHook
+    from pedro.training.bilevel import GroupedAdamW, Named
 
 
 class StepEngine(Protocol):

@@ -10,12 +10,14 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import Backbone, load_config, load_tokenizer, resolve_backbone
 from pedro.training.memory import Sizes, training_memory
 from pedro.training.prepare import PreparedData, make_training_plan, notes, prepare_data
-from pedro.training.spec import FineTuneSpec
+
+if TYPE_CHECKING:
+    from pedro.training.spec import FineTuneSpec
 
 TIMED_PARAMETERS = 100_000_000
 # Measured with Ray 2 jobs of stories260K on two cores that were busy otherwise too (load 3 to 5), 1 and 2 workers, ZeRO

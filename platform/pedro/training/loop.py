@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -27,8 +27,10 @@ from pedro.training.batches import (
     token_loss,
 )
 from pedro.training.bilevel import OMEGA, THETA, Alternation, learning_rate
-from pedro.training.engines import StepEngine
 from pedro.training.worker_group import WorkerGroup
+
+if TYPE_CHECKING:
+    from pedro.training.engines import StepEngine
 
 LOG_EVERY = 10  # steps between progress lines and reads of the loss (which wait for the device)
 

@@ -19,11 +19,12 @@ from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, s
 from pedro.data.prompt_format import check_format
 from pedro.errors import ConfigError, DataError
 from pedro.training.loop import TrainingPlan
-from pedro.training.spec import DataSpec, TrainingSpec
 from pedro.training.storage import fetch
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from pedro.training.spec import DataSpec, TrainingSpec
 
 MEASURED_ROWS = 50_000
 

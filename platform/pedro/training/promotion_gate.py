@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pedro.training.spec import GateSpec
+if TYPE_CHECKING:
+    from pedro.training.spec import GateSpec
 
 ROUNDING = 1e-9  # so that a gain of exactly min_gain passes
 

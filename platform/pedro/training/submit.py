@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from pedro.cluster import is_loopback
-from pedro.config import Settings
 from pedro.errors import NotFoundError, PedroError, TrainingError, UnavailableError
 from pedro.training.job import JobResult, new_job_id, stage
 from pedro.training.job_status import FROM_RAY, ClusterJobs, reconcile_record
-from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join, write_text
 from pedro.training.trainer import ENVIRONMENT
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from pedro.config import Settings
     from pedro.store import Store
+    from pedro.training.spec import FineTuneSpec
 
 CONTROLLER = "TrainController"
 PREFIX = re.compile(r"^(?:\x1b\[\d+m)*\((?P<actor>[\w.]+)(?:\([^)]*\))? pid=\d+[^)]*\)(?:\x1b\[0m)? ?")

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import load_model
 from pedro.evaluation.saved import backbone_of, changes_backbone, load_saved, release
@@ -18,6 +16,9 @@ from pedro.training.context import DTYPES, TrainingContext
 from pedro.training.loop import Reporter, TrainingOutcome, train
 from pedro.training.prepare import notes
 from pedro.training.worker_group import WorkerGroup
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING
 
-from pedro.data.tasks.task import TaskRow, Wording
+if TYPE_CHECKING:
+    from pedro.data.tasks.task import TaskRow, Wording
 
 ANSWER_IS = re.compile(r"\banswer(?:\s+is)?\s*(?::|-(?=\s))?\s*(?:\*\*|\"|')?\s*(?=\S)", re.IGNORECASE)
 LETTER = re.compile(r"^\W*\(?([A-Z])(?:[).:*\]]|\s*$|\s*\n)")

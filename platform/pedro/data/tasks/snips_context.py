@@ -11,11 +11,14 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 from pedro.data.demo import demo_tenant
 from pedro.data.tasks import intents
-from pedro.data.tasks.sources import Record
-from pedro.data.tasks.task import Task, TaskRow, Wording
+
+if TYPE_CHECKING:
+    from pedro.data.tasks.sources import Record
+    from pedro.data.tasks.task import Task, TaskRow, Wording
 
 WORDS = (0, 16, 32, 64, 128)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pedro.errors import ConfigError
-from pedro.methods.architectures import Architecture
 from pedro.methods.blocks import BlockTuner
-from pedro.methods.constants.config import ConstantConfig
 from pedro.methods.constants.layer import ConstantLayer
+
+if TYPE_CHECKING:
+    from pedro.methods.architectures import Architecture
+    from pedro.methods.constants.config import ConstantConfig
 
 CHILD = "vectors"
 

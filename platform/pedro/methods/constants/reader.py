@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-from peft import IA3Config
+from typing import TYPE_CHECKING
 
 from pedro.adapter_kinds import Adapter
 from pedro.errors import AdapterError
-from pedro.methods.architectures import Architecture
 from pedro.methods.constants.config import ConstantConfig, constant_vectors
 from pedro.methods.constants.model import CHILD
 from pedro.methods.reader import MODULE_FIELDS, PEFT_FIELDS, ROOT, Reader, SavedTensors, rows_of, sites_by_module
+
+if TYPE_CHECKING:
+    import torch
+    from peft import IA3Config
+
+    from pedro.methods.architectures import Architecture
 
 
 def read_constants(config: ConstantConfig, tensors: SavedTensors, architecture: Architecture) -> Adapter:

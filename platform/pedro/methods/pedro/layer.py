@@ -9,18 +9,20 @@ projections scale. Shapes: B rows, T tokens, D model width, R bottleneck, W all 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pedro.adapter_kinds import GeneratorWeights, generate_vectors
 from pedro.errors import ConfigError
-from pedro.methods.architectures import LayerSites, Rows
 from pedro.methods.blocks import BlockLayer
-from pedro.methods.pedro.config import PedroConfig
 from pedro.methods.pedro.rational import fit_gelu
-from pedro.methods.prompt import PromptPass, Vectors
+
+if TYPE_CHECKING:
+    from pedro.methods.architectures import LayerSites, Rows
+    from pedro.methods.pedro.config import PedroConfig
+    from pedro.methods.prompt import PromptPass, Vectors
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for a row without an adapter
 HANDED_DOWN = "pedro_vectors"

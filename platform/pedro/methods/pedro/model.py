@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import Architecture, head_width
 from pedro.methods.conditioned import ConditionedTuner
 from pedro.methods.pedro.config import HEAD, PedroConfig
 from pedro.methods.pedro.layer import BASE, PedroLayer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CHILD = "modulation"
 

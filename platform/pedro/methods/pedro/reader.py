@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pedro.adapter_kinds import Adapter, Generator, GeneratorWeights
-from pedro.methods.architectures import Architecture
 from pedro.methods.pedro.config import PedroConfig
 from pedro.methods.pedro.model import CHILD
 from pedro.methods.reader import ROOT, Reader, SavedTensors, check_targets
+
+if TYPE_CHECKING:
+    from pedro.methods.architectures import Architecture
 
 
 def read(config: PedroConfig, tensors: SavedTensors, architecture: Architecture) -> Adapter:

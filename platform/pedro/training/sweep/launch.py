@@ -5,15 +5,17 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pedro.config import Settings
 from pedro.errors import ConflictError, NotFoundError, TrainingError
 from pedro.training import submit
 from pedro.training.job import stage
 from pedro.training.job_status import RAY_OPEN
 from pedro.training.sweep.records import Records, SweepRecord, recall, remember
-from pedro.training.sweep.spec import SweepSpec
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.training.sweep.spec import SweepSpec
 
 
 def create(spec: SweepSpec, settings: Settings) -> SweepRecord:

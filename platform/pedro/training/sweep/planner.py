@@ -7,12 +7,14 @@ that a kill could lose.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pedro.training.sweep.records import Trial, TrialState
 from pedro.training.sweep.space import Dimension, Parameters, rounded
-from pedro.training.sweep.spec import SweepSpec
 from pedro.training.sweep.variants import planned_trials
+
+if TYPE_CHECKING:
+    from pedro.training.sweep.spec import SweepSpec
 
 
 class TrialPlanner(Protocol):

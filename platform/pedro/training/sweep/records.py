@@ -11,11 +11,13 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.training.storage import folders, join, read_text, write_text
-from pedro.training.sweep.space import Parameters
 from pedro.training.sweep.spec import SweepSpec
+
+if TYPE_CHECKING:
+    from pedro.training.sweep.space import Parameters
 
 BY_SPEC = "by-spec"
 LATER = ("fields", "special_tokens_in_content")  # of a spec's data: sweeps from before there were these are found too

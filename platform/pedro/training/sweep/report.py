@@ -8,10 +8,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.training.sweep.records import Trial, TrialState
-from pedro.training.sweep.tracker import TrialTracker
+
+if TYPE_CHECKING:
+    from pedro.training.sweep.tracker import TrialTracker
 
 EVERY_S = 20.0
 AT_MOST = 12  # trials in the table while it runs

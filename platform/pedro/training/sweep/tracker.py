@@ -6,13 +6,16 @@ Everything here happens in the driver, on one thread.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from pedro.registry import Registry
 from pedro.training.job import flat
-from pedro.training.sweep.planner import TrialPlanner
 from pedro.training.sweep.records import Records, Trial, TrialState
-from pedro.training.sweep.spec import SweepSpec
 from pedro.training.sweep.variants import variant
+
+if TYPE_CHECKING:
+    from pedro.registry import Registry
+    from pedro.training.sweep.planner import TrialPlanner
+    from pedro.training.sweep.spec import SweepSpec
 
 RUN_STATUS = {
     TrialState.FINISHED: "FINISHED",

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
-from pedro.config import Settings
 from pedro.process import update_environment
-from pedro.training.spec import ResourcesSpec
 from pedro.training.storage import join
 from pedro.training.sweep.records import TrialState
-from pedro.training.sweep.spec import SweepSpec
-from pedro.training.sweep.tracker import TrialTracker
 from pedro.training.sweep.trial import run_trial
 from pedro.training.trainer import ENVIRONMENT, pack_settings
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.training.spec import ResourcesSpec
+    from pedro.training.sweep.spec import SweepSpec
+    from pedro.training.sweep.tracker import TrialTracker
 
 LOSS, STEP, STEPS = "dev_loss", "step", "steps"
 UNBOUNDED_STEPS = 10**9

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import EMBEDDED, load_config, resolve_backbone
 from pedro.config import validate_spec
 from pedro.errors import BackboneError, ConfigError
 from pedro.training.spec import FineTuneSpec
 from pedro.training.sweep.space import Parameters, drawn, every
-from pedro.training.sweep.spec import SweepSpec
+
+if TYPE_CHECKING:
+    from pedro.training.sweep.spec import SweepSpec
 
 
 def variant(spec: SweepSpec, parameters: Parameters) -> FineTuneSpec:
