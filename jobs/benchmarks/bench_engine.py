@@ -7,13 +7,18 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jobs.benchmarks.model_sizes import ModelSize, make_model
 from jobs.benchmarks.timeline import Timeline
 from pedro.engine import Engine, EngineConfig, Output, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pedro.model_protocols import TokenDecoder
 
 IDLE_S = 0.0005
 LOAD_TIMEOUT_S = 120
@@ -22,9 +27,9 @@ LOAD_TIMEOUT_S = 120
 class SilentTokenizer:
     """A tokenizer whose tokens have no text: no engine turns tokens into text while it is measured."""
 
-    eos_token_id = None
+    eos_token_id: int | None = None
 
-    def decode(self, ids: Sequence[int], **_options: Any) -> str:
+    def decode(self, _token_ids: list[int], /, **_options: Any) -> str:
         return ""
 
 
@@ -36,8 +41,8 @@ class BenchEngine:
         size: ModelSize,
         device: str = "cpu",
         dtype: str | None = None,
-        model: torch.nn.Module | None = None,
-        tokenizer: Any = None,
+        model: PreTrainedModel | None = None,
+        tokenizer: TokenDecoder | None = None,
         digest: str | None = None,
         **options: Any,
     ) -> None:

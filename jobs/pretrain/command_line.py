@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,9 @@ from jobs.pretrain.tokens import Stream
 from pedro.backbone import context_length, load_model, load_tokenizer, quiet, resolve_backbone
 from pedro.errors import ConfigError, PedroError
 from pedro.provenance import check_unchanged, code_state, provenance
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
 
 BASELINE = "stories260K"
 CONTEXT = 512
@@ -215,7 +218,7 @@ def sample_texts(texts: tuple[corpus.HeldOut, ...]) -> tuple[corpus.HeldOut, ...
 
 
 def bits_per_char(
-    model: torch.nn.Module, tokenizer: Any, texts: tuple[corpus.HeldOut, ...], context: int
+    model: torch.nn.Module, tokenizer: Tokenizer, texts: tuple[corpus.HeldOut, ...], context: int
 ) -> dict[str, float]:
     return {text.name: measure_quality(model, tokenizer, text.pieces, context).bits_per_char for text in texts}
 

@@ -9,13 +9,16 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jobs.pretrain import corpus
 from jobs.pretrain.files import replacing
 from jobs.pretrain.pretrain_loop import CHECKPOINT
 from jobs.pretrain.tokens import load_ids, pack, save_ids, train_tokenizer
 from pedro.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
 
 RUN = "run.json"
 DATA = "data"  # the folder of the tokenizer and the ids
@@ -25,7 +28,7 @@ DATA = "data"  # the folder of the tokenizer and the ids
 class PretrainData:
     """The tokenizer, the ids of an epoch, the sources that they were made from, and the settings of the run."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     ids: Any
     sources: list[dict[str, Any]]
     made_with: dict[str, Any]
@@ -82,7 +85,9 @@ def _read(out: Path) -> PretrainData:
     try:
         run = json.loads((out / RUN).read_text())
         tokenizer = AutoTokenizer.from_pretrained(out / DATA, local_files_only=True, trust_remote_code=False)
-        return PretrainData(tokenizer, load_ids(out / DATA / "ids.npy"), run["sources"], run["made_with"])
+        return PretrainData(
+            cast("Tokenizer", tokenizer), load_ids(out / DATA / "ids.npy"), run["sources"], run["made_with"]
+        )
     except Exception as error:  # transformers and tokenizers raise any type for a damaged file
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise DataError(f"out: {str(out)!r} is damaged ({reason}); use a new --out", param="out") from error

@@ -6,13 +6,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jobs.pretrain.corpus import LEFT_OUT, SOURCES
 from jobs.pretrain.files import replacing
 from pedro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
 
 LIMIT_BYTES = 32_000_000
 LICENCE = """Weights and tokenizer: Creative Commons Attribution-ShareAlike 4.0 International (CC BY-SA 4.0)
@@ -34,7 +37,7 @@ def check_size(model: Any) -> None:
         )
 
 
-def publish(model: Any, tokenizer: Any, folder: Path, result: Mapping[str, Any]) -> None:
+def publish(model: Any, tokenizer: Tokenizer, folder: Path, result: Mapping[str, Any]) -> None:
     """Write the backbone (bf16 safetensors) with PROVENANCE.md and LICENSE; a former one stays until this is whole.
 
     Raises ConfigError if it is too large.

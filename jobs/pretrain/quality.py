@@ -16,7 +16,7 @@ from pedro.data.prompt_format import encode_prompts
 from pedro.errors import TrainingError
 
 if TYPE_CHECKING:
-    from pedro.backbone import Tokenizer
+    from pedro.model_protocols import Tokenizer
 
 BATCH_TOKENS = 8192
 MOST_NATS = 700.0  # a token; what a perplexity can still be computed from

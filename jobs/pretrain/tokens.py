@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
 
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 SPECIAL = (UNK, BOS, EOS, PAD)  # ids 0 to 3: unk, bos and eos as Llama has them
@@ -67,7 +70,7 @@ class Stream:
         return int(self._order[place])
 
 
-def pack(tokenizer: Any, groups: Sequence[Sequence[str]], seed: int) -> tuple[np.ndarray, list[int]]:
+def pack(tokenizer: Tokenizer, groups: Sequence[Sequence[str]], seed: int) -> tuple[np.ndarray, list[int]]:
     """The ids of all documents in an order drawn by the seed, each as BOS, text, EOS; and the tokens of each group."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows, counts = [], []

@@ -14,14 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 from pedro.backbone_files import VOCABULARIES, check_files, read_json
 from pedro.errors import BackboneError, ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchEncoding
+    from transformers import PreTrainedModel
+
+    from pedro.model_protocols import ModelConfig, Tokenizer
 
 EMBEDDED = Path(__file__).parent / "assets" / "backbones"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
@@ -36,19 +38,6 @@ TOKENIZER_FIELDS = (
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 """What older releases of transformers saved beside the weights, and compute today."""
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class Tokenizer(Protocol):
-    """What the platform asks of a tokenizer of transformers."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-    pad_token_id: int
-    chat_template: str | None
-
-    def __call__(self, text: str | list[str], **options: object) -> BatchEncoding: ...
-    def decode(self, token_ids: list[int], **options: object) -> str: ...
-    def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -96,15 +85,16 @@ def locate_backbone(name: str, *bases: Path) -> str:
     return str(found or places[0]) if found or is_path else name
 
 
-def load_config(backbone: Backbone) -> Any:
+def load_config(backbone: Backbone) -> ModelConfig:
     """The backbone's transformers config. Raises BackboneError for one that transformers does not take."""
     from transformers import AutoConfig
 
     with _reading(backbone.id, "config.json"):
-        return AutoConfig.from_pretrained(backbone.directory, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(backbone.directory, local_files_only=True, trust_remote_code=False)
+    return cast("ModelConfig", config)
 
 
-def load_tokenizer(backbone: Backbone) -> Any:
+def load_tokenizer(backbone: Backbone) -> Tokenizer:
     """The backbone's tokenizer, padded with EOS where it has no pad token of its own.
 
     Raises BackboneError if it cannot be read, or makes ids that the backbone has no embedding for.
@@ -135,10 +125,10 @@ def load_tokenizer(backbone: Backbone) -> Any:
             "tokenizer_config.json",
             param="backbone",
         )
-    return tokenizer
+    return cast("Tokenizer", tokenizer)
 
 
-def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") -> torch.nn.Module:
+def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """The backbone as a transformers causal LM in `dtype` (one of DTYPES), in eval mode, frozen.
 
     Raises ConfigError for a dtype or device that there is not, BackboneError for files that cannot be read.
@@ -157,9 +147,10 @@ def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, with the shapes
         )
-    model: torch.nn.Module = loaded[0]
+    model: PreTrainedModel = loaded[0]
     _check_weights(backbone.id, model, loaded[1])
-    return model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval().to(device)
+    return model
 
 
 def check_place(dtype: str, device: str) -> None:

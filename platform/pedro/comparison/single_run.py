@@ -20,9 +20,13 @@ from pedro.training.loop import TrainState, train
 from pedro.training.spec import FineTuneSpec
 
 if TYPE_CHECKING:
+    import torch
+
     from pedro.comparison.data import TaskData, TestSet
     from pedro.comparison.run_planner import PlannedRun
     from pedro.comparison.spec import JudgeSpec, ResourcesSpec
+    from pedro.training.engines import StepEngine
+    from pedro.training.worker_group import WorkerGroup
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
@@ -34,10 +38,12 @@ class CurveRecorder:
     def __init__(self) -> None:
         self.points: dict[str, list[list[float]]] = defaultdict(list)
 
-    def resume(self, engine: Any, group: Any) -> None:
+    def resume(self, engine: StepEngine, group: WorkerGroup) -> None:
         return None
 
-    def checkpoint(self, engine: Any, group: Any, state: TrainState, best: Mapping[str, Any]) -> None:
+    def checkpoint(
+        self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
+    ) -> None:
         """Nothing is kept."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:

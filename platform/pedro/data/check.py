@@ -30,6 +30,7 @@ from pedro.errors import DataError
 
 if TYPE_CHECKING:
     from pedro.data.row_shapes import Example, Fields, ParsedLine, RowShape
+    from pedro.model_protocols import Tokenizer
 
 MAX_ERRORS = 100
 SHOWN_ERRORS = 10
@@ -163,7 +164,7 @@ class MaskedRow:
 
 def check_file(
     path: Path | str,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     max_length: int | None = None,
     validation: Path | str | None = None,
     format: PromptFormat | None = None,
@@ -213,7 +214,7 @@ def check_file(
 
 def show_masks(
     path: Path | str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     n: int = 3,
     format: PromptFormat | None = None,
     max_length: int | None = None,
@@ -252,7 +253,7 @@ def show_masks(
 class _Tally:
     """The running totals of one file."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     max_length: int | None
     format: PromptFormat | None
     shape: RowShape | None = None
@@ -297,7 +298,7 @@ class _Tally:
             ):
                 self.answers[completion] += 1
         if self.tokenizer is not None and texts:
-            self._measure(texts)
+            self._measure(self.tokenizer, texts)
 
     def _render(self, examples: tuple[Example, ...]) -> list[tuple[str, str]]:
         try:
@@ -312,9 +313,9 @@ class _Tally:
             return self.format.render(example.messages)
         return self.format.prompt(example.messages, self.tokenizer)
 
-    def _measure(self, texts: list[tuple[str, str]]) -> None:
-        prompts = encode_prompts(self.tokenizer, [prompt for prompt, _ in texts])
-        completions = encode_completions(self.tokenizer, [completion for _, completion in texts])
+    def _measure(self, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> None:
+        prompts = encode_prompts(tokenizer, [prompt for prompt, _ in texts])
+        completions = encode_completions(tokenizer, [completion for _, completion in texts])
         for before, after in zip(prompts, completions, strict=True):
             self.prompt_lengths.append(len(before))
             self.completion_lengths.append(len(after))

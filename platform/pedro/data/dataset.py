@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
     from pedro.data.row_shapes import Example, Fields
+    from pedro.model_protocols import Tokenizer
 
 __all__ = ["RowCounts", "Splits", "collate", "data_digest", "load_rows", "row_counts", "split"]
 
@@ -59,7 +60,7 @@ class Splits:
 
 def load_rows(
     path: Path | str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     format: PromptFormat,
     max_length: int,
     cache_dir: Path | str,
@@ -148,7 +149,7 @@ def collate(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], pad
     return batch
 
 
-def _key(digest: str, tokenizer: Any, format_: PromptFormat, max_length: int, read_as: list[Any]) -> str:
+def _key(digest: str, tokenizer: Tokenizer, format_: PromptFormat, max_length: int, read_as: list[Any]) -> str:
     """Of everything that the rows depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -202,7 +203,7 @@ def _sweep(cache: Path) -> None:
 class _Writer:
     """Turns a file into batches of columns and counts what it does."""
 
-    def __init__(self, tokenizer: Any, format_: PromptFormat, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, format_: PromptFormat, max_length: int) -> None:
         self.tokenizer, self.format, self.max_length = tokenizer, format_, max_length
         self.examples = self.rows = self.truncated = 0
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.data import templates
 from pedro.data.row_shapes import RowShape
 from pedro.data.special_tokens import Prompt, as_text, encode_cut, marked, unmarked
 from pedro.errors import BackboneError, DataError
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 Run = Callable[[str, Mapping[str, Any]], str]
@@ -41,14 +44,14 @@ class PromptFormat:
     unk_token: str = ""
     special_tokens_in_content: bool = False
 
-    def prompt(self, messages: Messages, tokenizer: Any, run: Run = templates.render) -> Prompt:
+    def prompt(self, messages: Messages, tokenizer: Tokenizer, run: Run = templates.render) -> Prompt:
         """The prompt for `encode_prompt`, up to where the answer begins. Raises DataError as `render` does."""
         if self.special_tokens_in_content:
             return Prompt(self.render(messages, run))
         kept, marker = marked(tokenizer, messages, self.template)
         return unmarked(tokenizer, self.render(kept, run), marker)
 
-    def raw_prompt(self, text: str, tokenizer: Any) -> Prompt:
+    def raw_prompt(self, text: str, tokenizer: Tokenizer) -> Prompt:
         """A prompt that its sender rendered, for `encode_prompt`.
 
         The packaged templates write no control tokens, so all of it is content, as in training. Another template may
@@ -115,7 +118,7 @@ FORMAT_OF_SHAPE = {
 }
 
 
-def format_for_shape(shape: RowShape | str, tokenizer: Any = None) -> PromptFormat:
+def format_for_shape(shape: RowShape | str, tokenizer: Tokenizer | None = None) -> PromptFormat:
     """The format in which a file of this shape trains: `chat` is the tokenizer's own template where it has one."""
     name = FORMAT_OF_SHAPE[RowShape(shape)]
     if name != "chat" or tokenizer is None or not getattr(tokenizer, "chat_template", None):
@@ -127,13 +130,12 @@ def format_for_shape(shape: RowShape | str, tokenizer: Any = None) -> PromptForm
     )
 
 
-def _default_template(tokenizer: Any) -> str:
+def _default_template(tokenizer: Tokenizer) -> str:
     """The tokenizer's chat template; of several named ones, `default`. Raises BackboneError where none is."""
     try:
-        template: str = tokenizer.get_chat_template()
-        return template
+        return tokenizer.get_chat_template()
     except ValueError:
-        names = ", ".join(sorted(tokenizer.chat_template))
+        names = ", ".join(sorted(tokenizer.chat_template or ()))
         raise BackboneError(
             f"chat_template: the tokenizer has templates named {names}, and none is named 'default'; "
             "name the one that chats use so",
@@ -164,17 +166,17 @@ def check_format(form: PromptFormat) -> PromptFormat:
     return form
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a prompt: BOS once in front, where the tokenizer has one."""
     return encode_prompts(tokenizer, [text])[0]
 
 
-def encode_completion(tokenizer: Any, text: str) -> list[int]:
+def encode_completion(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of an answer, EOS at the end. Tokenised apart from the prompt, so no token spans the two."""
     return encode_completions(tokenizer, [text])[0]
 
 
-def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """`encode_prompt` of many texts at once, which the tokenizer spreads over the cores.
 
     A `Prompt` is read as it was made, special tokens in its content as text; in any other text they are themselves.
@@ -184,7 +186,7 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_completions(
-    tokenizer: Any, texts: Sequence[str], special_tokens_in_content: bool = False
+    tokenizer: Tokenizer, texts: Sequence[str], special_tokens_in_content: bool = False
 ) -> list[list[int]]:
     """`encode_completion` of many texts at once. Raises DataError where the tokenizer has no EOS.
 
@@ -194,16 +196,16 @@ def encode_completions(
     if eos is None:
         raise DataError("tokenizer: has no eos_token, so an answer could never end; set one", param="tokenizer")
     if not special_tokens_in_content:
-        texts = [as_text(tokenizer, text.removesuffix(spelled)) for text in texts]
+        texts = [as_text(tokenizer, text.removesuffix(spelled or "")) for text in texts]
     return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in _encode(tokenizer, texts)]
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text with nothing put in front or behind."""
     return _encode(tokenizer, [text])[0]
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     rows = tokenizer(list(texts), add_special_tokens=False).input_ids
     return [
         encode_cut(tokenizer, text, text.cuts) if isinstance(text, Prompt) and text.cuts else ids

@@ -11,10 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from pedro.errors import DataError
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
 
 MARKERS = "".join(map(chr, range(0xE000, 0xE100)))  # of the private use area: letters to nobody, split by tokenizers
 _known: WeakKeyDictionary[Any, tuple[int, SpecialTokens]] = WeakKeyDictionary()
@@ -35,7 +38,7 @@ class Prompt(str):
 class SpecialTokens:
     """The special tokens of one tokenizer, as text may spell them."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         spelled = {token.content for token in added} | {str(token) for token in tokenizer.all_special_tokens}
         self._each = _overlapping(spelled)
@@ -121,7 +124,7 @@ class SpecialTokens:
         return 1
 
 
-def special_tokens(tokenizer: Any) -> SpecialTokens:
+def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     """Those of `tokenizer`, looked up once."""
     size = len(tokenizer)
     found = _known.get(tokenizer)
@@ -130,13 +133,13 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
     return found[1]
 
 
-def as_text(tokenizer: Any, text: str) -> Prompt:
+def as_text(tokenizer: Tokenizer, text: str) -> Prompt:
     """A text whose spellings of special tokens are to be read as text."""
     special = special_tokens(tokenizer)
     return special.keep(text, special.cuts(text))
 
 
-def marked(tokenizer: Any, messages: Any, template: str) -> tuple[Any, str]:
+def marked(tokenizer: Tokenizer, messages: Any, template: str) -> tuple[Any, str]:
     """Messages for a template, and the marker that is in them: "" where nothing spells a special token.
 
     Raises DataError where a special token cannot be kept from them.
@@ -150,12 +153,12 @@ def marked(tokenizer: Any, messages: Any, template: str) -> tuple[Any, str]:
     return special.mark(messages, marker), marker
 
 
-def unmarked(tokenizer: Any, text: str, marker: str) -> Prompt:
+def unmarked(tokenizer: Tokenizer, text: str, marker: str) -> Prompt:
     """What the template made of marked messages."""
     return special_tokens(tokenizer).unmark(text, marker) if marker else Prompt(text)
 
 
-def encode_cut(tokenizer: Any, text: str, cuts: Sequence[int]) -> list[int]:
+def encode_cut(tokenizer: Tokenizer, text: str, cuts: Sequence[int]) -> list[int]:
     """The ids of `text`, no token reaching across a cut; each side is read as if the other stood beside it.
 
     A marker is tokenised along and its ids are left out. Where a tokenizer joins it to its neighbours, or tells no

@@ -10,13 +10,16 @@ Legend: K beams, C continuations looked at, V vocabulary.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pedro.engine.detokenizer import Detokenizer
 from pedro.engine.sampler import SampleRow, penalised
 from pedro.engine.sequence import Output, Request, Sequence, TokenLogprob
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import TokenDecoder
 
 NEVER = -1.0e9  # the score of what must not be chosen
 STOP_TAIL_TOKENS = 8  # decoded before the last token beside one for each byte of the longest stop text
@@ -27,7 +30,7 @@ class BeamSequence(Sequence):
 
     preemptible = False
 
-    def __init__(self, request: Request, max_tokens: int, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+    def __init__(self, request: Request, max_tokens: int, tokenizer: TokenDecoder, eos_ids: frozenset[int]) -> None:
         super().__init__(request, 0, max_tokens, tokenizer, eos_ids)
         self.width = request.params.num_beams
         self.done = False

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import TokenDecoder
 
 REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 6  # enough of what stands before for a tokenizer to place spaces
@@ -27,7 +30,7 @@ class Detokenizer:
 
     __slots__ = ("_context", "_decode", "_held", "_new_stream", "_pending", "_step", "_stop")
 
-    def __init__(self, tokenizer: Any, prompt_ids: list[int], stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: TokenDecoder, prompt_ids: list[int], stop: tuple[str, ...] = ()) -> None:
         self._decode, self._new_stream = _decoding(tokenizer)
         self._context, self._pending = self._whole_characters(list(prompt_ids[-CONTEXT_TOKENS:]))
         self._stop = stop
@@ -108,7 +111,9 @@ class _PlainStream:
         return after[len(before) :]
 
 
-def _decoding(tokenizer: Any) -> tuple[Callable[[list[int]], str], Callable[[list[int]], Callable[[int], str | None]]]:
+def _decoding(
+    tokenizer: TokenDecoder,
+) -> tuple[Callable[[list[int]], str], Callable[[list[int]], Callable[[int], str | None]]]:
     """How to decode some tokens at once, and how to begin a stream after some tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Tokenizer):

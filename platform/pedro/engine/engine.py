@@ -28,9 +28,12 @@ from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableE
 from pedro.methods.servable import read_adapter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pedro.adapter_kinds import Adapter
     from pedro.engine.adapter_state import PooledAdapter
     from pedro.engine.config import EngineConfig
+    from pedro.model_protocols import TokenDecoder
 
 log = logging.getLogger(__name__)
 SHED = (
@@ -48,7 +51,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, config: EngineConfig, load: Callable[[str], Path], backbone_digest: str
+        self,
+        model: PreTrainedModel,
+        tokenizer: TokenDecoder,
+        config: EngineConfig,
+        load: Callable[[str], Path],
+        backbone_digest: str,
     ) -> None:
         self.config = config
         self._processor = RequestProcessor(model, tokenizer, config)

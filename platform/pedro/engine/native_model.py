@@ -19,8 +19,11 @@ from pedro.adapter_kinds import SITES, Adapter, Generator
 from pedro.engine import native
 from pedro.engine.kernel_threads import KernelThreads
 from pedro.engine.model_executor import Logits
+from pedro.methods.architectures import config_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pedro.engine.kv_cache import KVCache
     from pedro.engine.modulation import ConditionedRow, Modulation
     from pedro.methods.architectures import Architecture, LayerSites
@@ -32,10 +35,10 @@ POOLS = ("last", "mean", "max")
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 
-def supported(model: Any) -> bool:
+def supported(model: PreTrainedModel) -> bool:
     """Whether the kernel exists here and can run this model."""
     weight = next(model.parameters())
-    config = model.config
+    config = config_of(model)
     return (
         config.model_type in MODELS
         and weight.device.type == "cpu"
@@ -69,11 +72,17 @@ class NativeModel:
     whole = False
 
     def __init__(
-        self, model: Any, architecture: Architecture, cache: KVCache, modulation: Modulation, slots: int, threads: int
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        cache: KVCache,
+        modulation: Modulation,
+        slots: int,
+        threads: int,
     ) -> None:
         kernel = native.load_kernel()
         assert kernel is not None, "asked for only where it is supported"
-        config = model.config
+        config = config_of(model)
         self._num_layers = len(architecture.layers)
         self._kernel, self._modulation, self._cache = kernel, modulation, cache
         self.threads = KernelThreads(threads)
@@ -82,16 +91,18 @@ class NativeModel:
         heads = config.num_attention_heads
         kv_heads, width = cache.keys[0].shape[1], cache.keys[0].shape[3]
         layers = (native.LayerStruct * self._num_layers)()
-        cos, sin = _rotations(model.base_model, cache.keys[0].shape[2])
-        self._sizes = {
+        decoder: Any = model.base_model
+        embedding: Any = model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        cos, sin = _rotations(decoder, cache.keys[0].shape[2])
+        self._sizes: dict[str, int] = {
             "dim": config.hidden_size,
             "heads": heads,
             "kv_heads": kv_heads,
             "head_dim": width,
             "ffn": config.intermediate_size,
-            "vocab": model.get_input_embeddings().num_embeddings,
+            "vocab": embedding.num_embeddings,
         }
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = head.weight.data_ptr() == embedding.weight.data_ptr()
         self._model = native.ModelStruct(
             **self._sizes,
@@ -105,7 +116,7 @@ class NativeModel:
             scaling=architecture.layers[0].attention.scaling,
             embed_scale=float(getattr(embedding, "embed_scale", 1.0)),
             embed=None if tied else self._hold(embedding.weight.data),
-            final_norm=self._hold(_norm(model.base_model.norm)),
+            final_norm=self._hold(_norm(decoder.norm)),
             head=self._hold(self._panels([head.weight.data])),
             cos=self._hold(cos),
             sin=self._hold(sin),

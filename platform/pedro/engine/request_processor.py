@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Any
 from pedro.engine.beam import BeamSequence
 from pedro.engine.sequence import Request, Sequence
 from pedro.errors import PedroError
+from pedro.methods.architectures import config_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pedro.engine.config import EngineConfig
+    from pedro.model_protocols import ModelConfig, TokenDecoder
 
 
 class RequestProcessor:
     """Checks requests against the backbone's vocabulary and context, and the engine's sizes."""
 
-    def __init__(self, model: Any, tokenizer: Any, config: EngineConfig) -> None:
-        context = _context_length(model.config)
+    def __init__(self, model: PreTrainedModel, tokenizer: TokenDecoder, config: EngineConfig) -> None:
+        context = _context_length(config_of(model))
         self.max_length = min(config.max_length or context, context)
         self._max_batch = config.max_batch
         self._tokenizer = tokenizer
-        self._vocab_size = model.get_input_embeddings().num_embeddings
+        embedding: Any = model.get_input_embeddings()
+        self._vocab_size: int = embedding.num_embeddings
         self._eos_ids = eos_ids(model, tokenizer)
 
     def process(self, request: Request) -> list[Sequence]:
@@ -60,11 +65,11 @@ class RequestProcessor:
             raise PedroError(f"{param}: token {bad} is outside the vocabulary of {self._vocab_size}", param=param)
 
 
-def _context_length(config: Any) -> int:
+def _context_length(config: ModelConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
 
 
-def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def eos_ids(model: PreTrainedModel, tokenizer: TokenDecoder) -> frozenset[int]:
     """Every id that ends an answer: the tokenizer's, and those of the model's generation config."""
     generation = getattr(model, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)

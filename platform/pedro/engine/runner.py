@@ -20,9 +20,11 @@ from pedro.engine.native_model import NativeModel
 from pedro.engine.sampler import token_logprobs
 from pedro.engine.torch_model import TorchModel, refuse_unfit, softcapped
 from pedro.errors import BackboneError
-from pedro.methods.architectures import describe
+from pedro.methods.architectures import config_of, describe
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pedro.adapter_kinds import Adapter
     from pedro.engine.model_executor import Logits, ModelExecutor
     from pedro.engine.sequence import TokenLogprob
@@ -71,10 +73,12 @@ class Runner:
     `threads`: the most that the native kernel uses; None takes what the machine grants.
     """
 
-    def __init__(self, model: Any, slots: int, length: int, kernel: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, slots: int, length: int, kernel: str = "auto", threads: int | None = None
+    ) -> None:
         self.architecture = describe(model)
         refuse_unfit(model)
-        config, weight = model.config, next(model.parameters())
+        config, weight = config_of(model), next(model.parameters())
         self.device = weight.device
         heads = config.num_attention_heads
         graphs = uses_graphs(self.device)

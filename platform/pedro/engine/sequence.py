@@ -20,6 +20,7 @@ from pedro.errors import PedroError
 
 if TYPE_CHECKING:
     from pedro.engine.modulation import PreemptedState
+    from pedro.model_protocols import TokenDecoder
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -197,7 +198,9 @@ class Sequence:
 
     width = 1  # slots that it takes
 
-    def __init__(self, request: Request, index: int, max_tokens: int, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self, request: Request, index: int, max_tokens: int, tokenizer: TokenDecoder, eos_ids: frozenset[int]
+    ) -> None:
         self.request = request
         self.index = index
         self.params = request.params

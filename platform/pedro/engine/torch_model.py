@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from pedro.engine import attention
 from pedro.engine.attention import DecodeStep, PrefillStep
@@ -21,6 +22,8 @@ from pedro.engine.model_executor import Logits
 from pedro.errors import BackboneError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pedro.engine.kv_cache import KVCache
     from pedro.engine.modulation import ConditionedRow, Modulation
     from pedro.methods.architectures import Architecture
@@ -47,7 +50,7 @@ class TorchModel:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         architecture: Architecture,
         cache: KVCache,
         modulation: Modulation,
@@ -124,9 +127,10 @@ class TorchModel:
 class LayerTrunk:
     """Drives embedding → layers → norm of a Llama-like model."""
 
-    def __init__(self, model: Any) -> None:
-        self._base = model.base_model
-        self.num_parts = len(self._base.layers)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._base: Any = model.base_model
+        self._layers = cast("nn.ModuleList", self._base.layers)
+        self.num_parts = len(self._layers)
 
     def advance(self, state: ForwardState, step: Any, last: int) -> None:
         """Run the layers up to `last`."""
@@ -134,7 +138,7 @@ class LayerTrunk:
             state.hidden = self._base.embed_tokens(state.ids)
             state.rotary = self._base.rotary_emb(state.hidden, position_ids=state.positions)
         with attention.attending(step):
-            for layer in self._base.layers[state.layer : last]:
+            for layer in self._layers[state.layer : last]:
                 state.hidden = layer(
                     state.hidden,
                     attention_mask=None,
@@ -156,8 +160,8 @@ class WholeTrunk:
 
     num_parts = 1
 
-    def __init__(self, model: Any) -> None:
-        self._base = model.base_model
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._base: Any = model.base_model
 
     def advance(self, state: ForwardState, step: Any, last: int) -> None:
         """Run everything."""
@@ -180,7 +184,7 @@ class WholeTrunk:
 class Head:
     """Hidden states to logits, as the model's own causal-LM class computes them."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._projection = model.get_output_embeddings()
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
 
@@ -192,7 +196,7 @@ class Head:
         return logits.float()
 
 
-def refuse_unfit(model: Any) -> None:
+def refuse_unfit(model: PreTrainedModel) -> None:
     """Raises BackboneError where rows of one batch would change each other or the cache has another form."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
@@ -207,14 +211,15 @@ def refuse_unfit(model: Any) -> None:
         raise BackboneError("backbone: bidirectional attention cannot be decoded from a cache", param="backbone")
 
 
-def softcapped(model: Any) -> bool:
+def softcapped(model: PreTrainedModel) -> bool:
     """Whether attention scores are squashed (Gemma 2), which fused attention kernels cannot."""
     return getattr(model.config, "attn_logit_softcapping", None) is not None
 
 
-def make_trunk(model: Any) -> LayerTrunk | WholeTrunk:
+def make_trunk(model: PreTrainedModel) -> LayerTrunk | WholeTrunk:
     """The trunk for this model. It takes the model over: from here on only the engine may run it."""
     attention.register()
+    base: Any = model.base_model
     model.config._attn_implementation = attention.NAME
-    model.base_model.config._attn_implementation = attention.NAME
+    base.config._attn_implementation = attention.NAME
     return (LayerTrunk if model.config.model_type in DRIVEN else WholeTrunk)(model)

@@ -58,6 +58,7 @@ def load_saved(
     from pedro.methods.registry import get_method
 
     config = _read_config(directory, manifest, backbone)
+    model: nn.Module
     if config is None:
         model = load_model(Backbone(backbone.id, directory, "", ""), dtype, device)
     else:

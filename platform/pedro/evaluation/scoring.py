@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pedro.backbone import Tokenizer
+    from pedro.model_protocols import Tokenizer
 
 EncodedRow = Mapping[str, Any]
 

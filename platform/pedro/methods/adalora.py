@@ -31,6 +31,7 @@ from pedro.methods.reader import (
 
 if TYPE_CHECKING:
     from pedro.methods.architectures import Architecture
+    from pedro.model_protocols import ModelConfig
 
 LEAST_STEPS = 4
 UNKNOWN_STEPS = 1_000_000_000  # PEFT's config wants a number early; the hook sets the real one
@@ -136,7 +137,7 @@ class AdaLora:
 
 
 def _build(  # noqa: PLR0913 - options
-    model_config: Any,
+    model_config: ModelConfig,
     *,
     r: int = 8,
     target_r: int = 4,

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from pedro.errors import BackboneError
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 TARGETS = ("q", "k", "v", "gate", "up")
 LINEARS = (*TARGETS, "o", "down")
@@ -75,23 +78,28 @@ class Layout:
     cuts: tuple[tuple[str, Cut], ...] = ()  # module path -> how to cut it, for the fused ones
 
 
-def head_width(config: Any) -> int:
+def config_of(model: nn.Module) -> ModelConfig:
+    """The config of a transformers model."""
+    return cast("ModelConfig", getattr(model, "config", None))
+
+
+def head_width(config: ModelConfig) -> int:
     """How many channels a head has."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _cut_qkv(config: Any) -> dict[str, Rows]:
+def _cut_qkv(config: ModelConfig) -> dict[str, Rows]:
     """[q | k | v]; fewer key-value heads than heads are allowed."""
     q = config.num_attention_heads * head_width(config)
     kv = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width(config)
     return {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}
 
 
-def _cut_gate_up(config: Any) -> dict[str, Rows]:
+def _cut_gate_up(config: ModelConfig) -> dict[str, Rows]:
     return {"gate": slice(0, config.intermediate_size), "up": slice(config.intermediate_size, None)}
 
 
-def _cut_qkv_by_head(config: Any) -> dict[str, Rows]:
+def _cut_qkv_by_head(config: ModelConfig) -> dict[str, Rows]:
     """GPT-NeoX: head by head, each [q | k | v]."""
     width = head_width(config)
     rows = torch.arange(3 * config.hidden_size, device="cpu").view(config.num_attention_heads, 3, width)
@@ -132,7 +140,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def layout_of(config: Any) -> Layout:
+def layout_of(config: ModelConfig) -> Layout:
     """The table's line for a transformers config. Raises BackboneError with the supported types for any other."""
     model_type = getattr(config, "model_type", None)
     if model_type not in LAYOUTS:
@@ -143,7 +151,7 @@ def layout_of(config: Any) -> Layout:
     return LAYOUTS[model_type]
 
 
-def projection_paths(config: Any) -> dict[str, str]:
+def projection_paths(config: ModelConfig) -> dict[str, str]:
     """Module paths inside a block, by q, k, v, gate (if there is one), up, o and down; fused ones share a path.
 
     Raises BackboneError for an unsupported architecture.
@@ -158,7 +166,7 @@ def describe(model: nn.Module) -> Architecture:
 
     Raises BackboneError for an unsupported architecture.
     """
-    config: Any = getattr(model, "config", None)
+    config = config_of(model)
     layout = layout_of(config)
     decoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
     blocks = decoder.get_submodule(layout.blocks)
@@ -168,7 +176,7 @@ def describe(model: nn.Module) -> Architecture:
     return Architecture(config.model_type, decoder, config.hidden_size, layers)
 
 
-def _describe_block(block: nn.Module, name: str, layout: Layout, config: Any) -> LayerSites:
+def _describe_block(block: nn.Module, name: str, layout: Layout, config: ModelConfig) -> LayerSites:
     cuts, sites = dict(layout.cuts), {}
     for targets, path in layout.projections:
         module = block.get_submodule(path)

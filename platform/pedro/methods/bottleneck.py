@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from pedro.methods.blocks import BlockLayer, BlockTuner, TunerConfig
 from pedro.methods.method import Method
 from pedro.methods.options import expect_count
 from pedro.methods.peft_registration import register
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 CHILD = "adapters"
 SITES = ("attention", "mlp")
@@ -139,12 +142,12 @@ class BottleneckModel(BlockTuner):
         getattr(block, CHILD).update_layer(adapter_name, config)
 
 
-def _build_houlsby(model_config: Any, *, r: int = 18, activation: str = "gelu") -> BottleneckConfig:
+def _build_houlsby(model_config: ModelConfig, *, r: int = 18, activation: str = "gelu") -> BottleneckConfig:
     projection_paths(model_config)
     return BottleneckConfig(r=r, activation=activation)
 
 
-def _build_learned(model_config: Any, *, r: int = 36) -> BottleneckConfig:
+def _build_learned(model_config: ModelConfig, *, r: int = 36) -> BottleneckConfig:
     projection_paths(model_config)
     return BottleneckConfig(r=r, sites=("mlp",), activation=LEARNED)
 

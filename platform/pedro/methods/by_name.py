@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pedro.methods.training_hook import TrainingHook
+    from pedro.model_protocols import ModelConfig
 
 NOT_OPTIONS = {field.name for field in dataclasses.fields(PeftConfig)}
 # they want more in a batch or a model than rows of tokens: task ids, other adapters, an encoder, two models
@@ -61,7 +62,7 @@ class PeftByName(Method):
         return attached
 
 
-def _build(_model_config: Any, *, peft_type: str | None = None, **options: Any) -> PeftConfig:
+def _build(_model_config: ModelConfig, *, peft_type: str | None = None, **options: Any) -> PeftConfig:
     """PEFT's config for a type. Raises ConfigError with PEFT's own words for a wrong value."""
     config_class = _config_class(peft_type)
     if issubclass(config_class, AdaLoraConfig):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from pedro.methods.deltas import DeltaLayer, DeltaTuner, inputs_of
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_names, targets_of
 from pedro.methods.peft_registration import register
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 PREFIX = "ether_"
 
@@ -118,7 +121,7 @@ class EtherModel(DeltaTuner):
                 expect(whole, "blocks", f"a divisor of {width}, a side of {target}", config.blocks)
 
 
-def _build(plus: bool, model_config: Any, *, blocks: int = 1, targets: Targets = ("q", "v")) -> EtherConfig:
+def _build(plus: bool, model_config: ModelConfig, *, blocks: int = 1, targets: Targets = ("q", "v")) -> EtherConfig:
     return EtherConfig(blocks=blocks, plus=plus, targets=targets_of(model_config, targets))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pedro.methods.method import Method
 
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
-def _build(_model_config: Any) -> None:
+
+def _build(_model_config: ModelConfig) -> None:
     return None
 
 

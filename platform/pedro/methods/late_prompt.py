@@ -27,6 +27,7 @@ from pedro.methods.peft_registration import register
 
 if TYPE_CHECKING:
     from pedro.methods.prompt import PromptPass
+    from pedro.model_protocols import ModelConfig
 
 CHILD = "prompts"
 INIT_STD = 0.02
@@ -207,7 +208,7 @@ class LatePromptModel(ConditionedTuner):
         return bool(self._blocks.get(key) == peft_config.place(len(self._blocks)))
 
 
-def _build(model_config: Any, *, r: int = 1024, tokens: int = 64, layer: int | None = None) -> LatePromptConfig:
+def _build(model_config: ModelConfig, *, r: int = 1024, tokens: int = 64, layer: int | None = None) -> LatePromptConfig:
     projection_paths(model_config)
     config = LatePromptConfig(r=r, tokens=tokens, layer=layer)
     config.place(model_config.num_hidden_layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft import LoraConfig
 
@@ -23,10 +23,11 @@ from pedro.methods.reader import (
 
 if TYPE_CHECKING:
     from pedro.methods.architectures import Architecture
+    from pedro.model_protocols import ModelConfig
 
 
 def _build(
-    model_config: Any, *, r: int = 8, alpha: int = 16, dropout: float = 0.0, targets: Targets = None
+    model_config: ModelConfig, *, r: int = 8, alpha: int = 16, dropout: float = 0.0, targets: Targets = None
 ) -> LoraConfig:
     expect_count("r", r)
     expect_count("alpha", alpha)

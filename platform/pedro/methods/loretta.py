@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from pedro.methods.deltas import DeltaLayer, DeltaTuner
 from pedro.methods.method import Method
 from pedro.methods.options import expect, expect_count, expect_names, names_in
 from pedro.methods.peft_registration import register
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 PREFIX = "loretta_"
 PLACES = ("gate", "up", "down")
@@ -193,7 +196,7 @@ def _norms(architecture: Architecture, index: int) -> list[nn.Module]:
 
 
 def _build(
-    model_config: Any, *, r: int = 64, rank: int = 5, activation: str = "relu", targets: list[str] | None = None
+    model_config: ModelConfig, *, r: int = 64, rank: int = 5, activation: str = "relu", targets: list[str] | None = None
 ) -> LorettaConfig:
     paths = projection_paths(model_config)
     chosen = tuple(place for place in PLACES if place in paths) if targets is None else names_in("targets", targets)

@@ -17,6 +17,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from pedro.errors import ConfigError
+from pedro.methods.architectures import config_of
 from pedro.methods.config_check import changed_backbone
 from pedro.methods.patterns import check_patterns
 from pedro.methods.prompt import PROMPT_ARGUMENTS
@@ -24,6 +25,7 @@ from pedro.methods.prompt import PROMPT_ARGUMENTS
 if TYPE_CHECKING:
     from pedro.methods.reader import Reader
     from pedro.methods.training_hook import TrainingHook
+    from pedro.model_protocols import ModelConfig
 
 Parameters = list[tuple[str, nn.Parameter]]
 
@@ -67,7 +69,7 @@ class Method:
         """Names of the options that are understood, given these."""
         return list(self.options)
 
-    def config(self, model_config: Any, options: dict[str, Any] | None = None) -> PeftConfig | None:
+    def config(self, model_config: ModelConfig, options: dict[str, Any] | None = None) -> PeftConfig | None:
         """The PEFT config for a backbone's config. Raises ConfigError for an unknown option or a wrong value."""
         options = dict(options or {})
         known = self.known(options)
@@ -86,7 +88,7 @@ class Method:
 
         Raises ConfigError for options that do not fit, BackboneError for an unsupported architecture.
         """
-        config = self.config(model.config, options)
+        config = self.config(config_of(model), options)
         if config is None:
             return self.wrap(model.requires_grad_(True))
         with _named():

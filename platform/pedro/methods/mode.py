@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, W output width of a projection, r rank, m experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from pedro.methods.deltas import DeltaLayer, DeltaTuner
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect_count, expect_names, targets_of
 from pedro.methods.peft_registration import register
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 PREFIX = "mode_"
 
@@ -82,7 +85,7 @@ class ModeModel(DeltaTuner):
     no_merge = "MoDE mixes its experts anew for every token, so no weight can hold them"
 
 
-def _build(model_config: Any, *, r: int = 4, experts: int = 4, targets: Targets = None) -> ModeConfig:
+def _build(model_config: ModelConfig, *, r: int = 4, experts: int = 4, targets: Targets = None) -> ModeConfig:
     return ModeConfig(r=r, experts=experts, targets=targets_of(model_config, targets))
 
 

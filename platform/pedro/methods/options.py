@@ -5,10 +5,13 @@ Each check raises ConfigError with the option's name, what was expected and what
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import projection_paths
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 Targets = list[str] | tuple[str, ...] | None
 LARGEST = 1_000_000  # of any count: more than any backbone is wide, and still a number that tensors can have
@@ -49,7 +52,7 @@ def expect_names(name: str, value: object, known: tuple[str, ...]) -> None:
     expect(good, name, f"distinct names of {', '.join(known)}", value)
 
 
-def targets_of(model_config: Any, targets: Targets) -> tuple[str, ...]:
+def targets_of(model_config: ModelConfig, targets: Targets) -> tuple[str, ...]:
     """`targets`, or all linears of the backbone. Raises BackboneError for an unsupported architecture."""
     paths = projection_paths(model_config)
     chosen = tuple(paths) if targets is None else names_in("targets", targets)
@@ -58,7 +61,7 @@ def targets_of(model_config: Any, targets: Targets) -> tuple[str, ...]:
     return chosen
 
 
-def paths_of(model_config: Any, targets: Targets) -> list[str]:
+def paths_of(model_config: ModelConfig, targets: Targets) -> list[str]:
     """The module paths inside a block of `targets`, or of all linears."""
     paths = projection_paths(model_config)
     return sorted({paths[target] for target in targets_of(model_config, targets)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peft import PrefixTuningConfig
 
@@ -10,8 +10,11 @@ from pedro.methods.architectures import projection_paths
 from pedro.methods.method import Method
 from pedro.methods.options import expect_count
 
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
-def _build(model_config: Any, *, tokens: int = 64) -> PrefixTuningConfig:
+
+def _build(model_config: ModelConfig, *, tokens: int = 64) -> PrefixTuningConfig:
     expect_count("tokens", tokens)
     projection_paths(model_config)
     return PrefixTuningConfig(num_virtual_tokens=tokens)

@@ -9,7 +9,7 @@ input, no weight can hold the change, and the engine's low-rank terms cannot eit
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from pedro.methods.deltas import DeltaLayer, DeltaTuner
 from pedro.methods.method import Method
 from pedro.methods.options import expect_count, expect_names, expect_share, names_in
 from pedro.methods.peft_registration import register
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 PREFIX = "sibo_"
 
@@ -94,7 +97,7 @@ class SiboModel(DeltaTuner):
 
 
 def _build(
-    model_config: Any,
+    model_config: ModelConfig,
     *,
     r: int = 8,
     alpha: int = 16,

@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, C candidates of all layers, c those of one block [2, t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_names, targets_of
 from pedro.methods.peft_registration import register
 from pedro.methods.reader import ROOT, Reader, SavedTensors, input_width
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 CHILD = "candidates"
 PREFIX = "sparse_search_"
@@ -231,7 +234,7 @@ def choose(logits: torch.Tensor, sizes: torch.Tensor, budget: float) -> torch.Te
 
 
 def _build(
-    model_config: Any,
+    model_config: ModelConfig,
     *,
     r: int = 8,
     alpha: int = 16,

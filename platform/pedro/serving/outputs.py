@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pedro.engine.sequence import Output, Request
 from pedro.engine.sequence import TokenLogprob as EngineLogprob
@@ -22,6 +22,7 @@ from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
 from pedro.serving.protocol import HEARTBEAT_S, SLICE_S, OutputBatch, slice_s
 
 if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
     from pedro.serving.tokens import TokenTexts
 
 TURNS = 4  # every part costs an item of the stream
@@ -183,7 +184,7 @@ class DeltaBuilder:
     """Makes the deltas of one call. With echo, the prompt stands in front of each choice's first."""
 
     def __init__(
-        self, tokenizer: Any, texts: TokenTexts, request: Request, call: GenerateCall, fingerprint: str
+        self, tokenizer: Tokenizer, texts: TokenTexts, request: Request, call: GenerateCall, fingerprint: str
     ) -> None:
         self._texts = texts
         self._request = request

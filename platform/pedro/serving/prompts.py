@@ -25,6 +25,7 @@ from pedro.errors import DataError, PedroError
 from pedro.methods.adapter_files import read_manifest
 
 if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
     from pedro.refs import ModelRef
 
 CACHED_FORMATS = 4096
@@ -41,7 +42,7 @@ T = TypeVar("T")
 class PromptProcessor:
     """Of one replica, on its event loop. `fetch` gives the directory of an adapter version; it may block."""
 
-    def __init__(self, tokenizer: Any, max_length: int, fetch: Callable[[str], Path]) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int, fetch: Callable[[str], Path]) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._fetch = fetch
@@ -115,7 +116,7 @@ class PromptProcessor:
 class TemplateRenderer:
     """Of one replica, on its event loop. `trusted` are templates beside the packaged ones."""
 
-    def __init__(self, tokenizer: Any, trusted: Iterable[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, trusted: Iterable[str]) -> None:
         self._tokenizer = tokenizer
         self._trusted = {*trusted, *(form.template for form in FORMATS.values())}
         self._worker = TemplateWorker()

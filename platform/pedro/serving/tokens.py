@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
 
 _SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "model_max_length")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -13,7 +16,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TokenTexts:
     """Looks up tokens of one tokenizer; each is worked out once."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._anchor = tokenizer("a", add_special_tokens=False).input_ids
         self._before = tokenizer.decode(self._anchor)
@@ -49,7 +52,7 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def tokenizer_info(tokenizer: Any) -> dict[str, Any]:
+def tokenizer_info(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a client needs to do as this tokenizer does, as JSON can hold it: the form of vLLM's `/tokenizer_info`."""
     info = {name: tokenizer.init_kwargs[name] for name in _SETTINGS if name in tokenizer.init_kwargs}
     info["tokenizer_class"] = type(tokenizer).__name__

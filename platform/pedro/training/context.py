@@ -13,6 +13,7 @@ from torch import nn
 from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
 from pedro.errors import ConfigError
 from pedro.methods.registry import count_parameters, get_method
+from pedro.model_protocols import Tokenizer
 from pedro.training.bilevel import Alternation, GroupedAdamW, Named
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from pedro.methods.method import Method
+    from pedro.model_protocols import Tokenizer
     from pedro.training.spec import FineTuneSpec
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -35,7 +37,7 @@ class TrainingContext:
 
     spec: FineTuneSpec
     backbone: Backbone
-    tokenizer: Any
+    tokenizer: Tokenizer
     method: Method
     model: nn.Module
     prepared: PreparedData
@@ -147,7 +149,7 @@ def fresh_model(spec: FineTuneSpec, backbone: Backbone) -> tuple[Method, nn.Modu
 
 def _load(
     spec: FineTuneSpec, cache: Path
-) -> tuple[Backbone, Any, Method, nn.Module, PreparedData, tuple[Named, Named]]:
+) -> tuple[Backbone, Tokenizer, Method, nn.Module, PreparedData, tuple[Named, Named]]:
     backbone = resolve_backbone(spec.backbone)
     tokenizer = load_tokenizer(backbone)
     method, model = fresh_model(spec, backbone)

@@ -17,6 +17,7 @@ from pedro.training.memory import Sizes, training_memory
 from pedro.training.prepare import PreparedData, make_training_plan, notes, prepare_data
 
 if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
     from pedro.training.spec import FineTuneSpec
 
 TIMED_PARAMETERS = 100_000_000
@@ -184,7 +185,13 @@ def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
 
 
 def _memory(
-    spec: FineTuneSpec, config: Any, frozen: int, trainable: int, batch_size: int, longest: int, longest_answer: int
+    spec: FineTuneSpec,
+    config: ModelConfig,
+    frozen: int,
+    trainable: int,
+    batch_size: int,
+    longest: int,
+    longest_answer: int,
 ) -> dict[str, int]:
     """Bytes on each worker, by part."""
     training, resources = spec.training, spec.resources

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -24,6 +24,7 @@ from pedro.training.storage import fetch
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from pedro.model_protocols import Tokenizer
     from pedro.training.spec import DataSpec, TrainingSpec
 
 MEASURED_ROWS = 50_000
@@ -91,7 +92,7 @@ class PreparedData:
 
 
 def prepare_data(
-    data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenizer: Any, cache: Path
+    data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenizer: Tokenizer, cache: Path
 ) -> PreparedData:
     """Tokenise the files of a spec (or find them in `cache`). Raises DataError, or ConfigError for max_length."""
     context = context_length(backbone)

@@ -28,7 +28,7 @@ from pedro.evaluation.harness.base import (
 )
 
 if TYPE_CHECKING:
-    from pedro.backbone import Tokenizer
+    from pedro.model_protocols import Tokenizer
 
 BUSY = (429, 502, 503, 504)
 TRIES = 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peft import IA3Config
 
@@ -14,8 +14,11 @@ from pedro.methods.method import Method
 from pedro.methods.options import Targets, paths_of, targets_of
 from pedro.methods.peft_registration import register
 
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
-def _build_ia3(model_config: Any, *, r: int | None = None) -> IA3Config | ConstantConfig:
+
+def _build_ia3(model_config: ModelConfig, *, r: int | None = None) -> IA3Config | ConstantConfig:
     if r is not None:
         projection_paths(model_config)
         return ConstantConfig(scale=("k", "v", "up"), r=r)
@@ -26,11 +29,11 @@ def _build_ia3(model_config: Any, *, r: int | None = None) -> IA3Config | Consta
     )
 
 
-def _build_bitfit(model_config: Any, *, r: int | None = None, targets: Targets = None) -> ConstantConfig:
+def _build_bitfit(model_config: ModelConfig, *, r: int | None = None, targets: Targets = None) -> ConstantConfig:
     return ConstantConfig(shift=targets_of(model_config, targets), r=r)
 
 
-def _build_red(model_config: Any) -> ConstantConfig:
+def _build_red(model_config: ModelConfig) -> ConstantConfig:
     projection_paths(model_config)
     return ConstantConfig(scale=("down",), shift=("down",))
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -15,6 +15,9 @@ from pedro.methods.low_rank.base import Factors, Linear, LowRankConfig, LowRankL
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect_count, targets_of
 from pedro.methods.peft_registration import register
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 PREFIX = "gift_"
 
@@ -62,7 +65,7 @@ class GiftModel(LowRankTuner):
     child = "gifts"
 
 
-def _build(model_config: Any, *, r: int = 16, targets: Targets = ("q", "v")) -> GiftConfig:
+def _build(model_config: ModelConfig, *, r: int = 16, targets: Targets = ("q", "v")) -> GiftConfig:
     return GiftConfig(r=r, targets=targets_of(model_config, targets))
 
 

@@ -10,7 +10,7 @@ Shapes: W output width of a projection, k = min(W, in).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -27,6 +27,9 @@ from pedro.methods.low_rank.base import (
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, targets_of
 from pedro.methods.peft_registration import register
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 PREFIX = "lora_dash_"
 FROZEN = ("u", "v")
@@ -146,7 +149,7 @@ class Launch:
 
 
 def _build(
-    model_config: Any,
+    model_config: ModelConfig,
     *,
     r: int = 8,
     alpha: int = 16,

@@ -9,7 +9,7 @@ M) parameters. It needs as many heads in each matrix, so k and v are left out wh
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -26,6 +26,9 @@ from pedro.methods.low_rank.base import (
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, expect_names, names_in
 from pedro.methods.peft_registration import register
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 PREFIX = "lorta_"
 MATRICES = ("q", "k", "v", "o")
@@ -99,7 +102,7 @@ class LortaModel(LowRankTuner):
     child = "cp_factors"
 
 
-def _build(model_config: Any, *, r: int = 8, alpha: int = 16, targets: Targets = None) -> LortaConfig:
+def _build(model_config: ModelConfig, *, r: int = 8, alpha: int = 16, targets: Targets = None) -> LortaConfig:
     projection_paths(model_config)
     heads = model_config.num_attention_heads
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads

@@ -7,7 +7,7 @@ i-th piece of the output. The rank is n r at the parameters of a LoRA of rank r.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -24,6 +24,9 @@ from pedro.methods.low_rank.base import (
 from pedro.methods.method import Method
 from pedro.methods.options import Targets, expect, expect_count, targets_of
 from pedro.methods.peft_registration import register
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
 
 PREFIX = "melora_"
 
@@ -87,7 +90,9 @@ class MeloraModel(LowRankTuner):
     child = "mini_loras"
 
 
-def _build(model_config: Any, *, r: int = 8, n: int = 2, alpha: int = 16, targets: Targets = None) -> MeloraConfig:
+def _build(
+    model_config: ModelConfig, *, r: int = 8, n: int = 2, alpha: int = 16, targets: Targets = None
+) -> MeloraConfig:
     return MeloraConfig(r=r, n=n, alpha=alpha, targets=targets_of(model_config, targets))
 
 

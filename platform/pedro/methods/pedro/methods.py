@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pedro.methods.architectures import projection_paths
 from pedro.methods.method import Method
@@ -13,12 +13,15 @@ from pedro.methods.pedro.model import PedroModel
 from pedro.methods.pedro.reader import READER
 from pedro.methods.peft_registration import register
 
+if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
+
 PAPER = "Zhu et al. 2024, arXiv 2409.17834"
 
 
 def _build(  # noqa: PLR0913 - options
     variant: int | None,
-    model_config: Any,
+    model_config: ModelConfig,
     *,
     r: int | list[int] | None = None,
     targets: list[str] | None = None,
@@ -44,7 +47,7 @@ def _build(  # noqa: PLR0913 - options
 
 
 def _build_para(
-    model_config: Any,
+    model_config: ModelConfig,
     *,
     r: int = 12,
     targets: list[str] | tuple[str, ...] = ("q", "v", "up"),
@@ -57,7 +60,7 @@ def _build_para(
     )
 
 
-def _checked(config: PedroConfig, model_config: Any) -> PedroConfig:
+def _checked(config: PedroConfig, model_config: ModelConfig) -> PedroConfig:
     paths = projection_paths(model_config)
     missing = [target for target in config.targets if target not in paths]
     expect(not missing, "targets", f"names that {model_config.model_type} has ({', '.join(paths)})", missing)

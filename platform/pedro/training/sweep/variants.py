@@ -17,6 +17,7 @@ from pedro.training.spec import FineTuneSpec
 from pedro.training.sweep.space import Parameters, drawn, every
 
 if TYPE_CHECKING:
+    from pedro.model_protocols import ModelConfig
     from pedro.training.sweep.spec import SweepSpec
 
 
@@ -86,7 +87,7 @@ def _method_mistakes(job: FineTuneSpec) -> list[str]:
         unknown = [name for name in options if name not in known]
         config = None if unknown else _model_config(job.backbone)
         if config is not None or unknown:
-            method.config(config, options)
+            method.config(config, options)  # type: ignore[arg-type]  # None: unknown options are told before it is read
     except ConfigError as error:
         return error.message.split("; method.")
     except BackboneError as error:
@@ -95,7 +96,7 @@ def _method_mistakes(job: FineTuneSpec) -> list[str]:
 
 
 @cache
-def _model_config(backbone: str) -> Any:
+def _model_config(backbone: str) -> ModelConfig | None:
     """The config of a backbone on this host; None for a hub id, whose job checks for itself."""
     places = (EMBEDDED / backbone, Path(backbone).expanduser())
     directory = next((place for place in places if (place / "config.json").is_file()), None)
