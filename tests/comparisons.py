@@ -25,7 +25,7 @@ def result(
     label: str,
     task: str,
     seed: int,
-    per_row: Sequence[float] = (),
+    per_row: Sequence[float] | np.ndarray = (),
     *,
     majority: float | None = 0.5,
     parameters: int = 20_000,

@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 LONG = ("training_workers", "serving_http", "wheel", "methods_peft", "cli", "training_loop", "bench", "comparison_grid")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers of pytest-xdist take files in this order: the long ones first, then those of many tests."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
@@ -25,6 +25,6 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _main_module(monkeypatch):
+def _main_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streamlit's AppTest makes its page `__main__`, which a process spawned by a later test would then run."""
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])

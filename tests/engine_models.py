@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
-from pedro.engine import Engine, EngineConfig, Output, Request, SamplingParams
+from pedro.engine import Engine, EngineConfig, Output, Request, SamplingParams, TokenLogprob
 from pedro.methods import get_method
 from pedro.methods.adapter_files import save_adapter
+from pedro.model_protocols import TokenDecoder, Tokenizer
 
 DIGEST = "sha256:the-backbone"
 VOCABULARY = 96
@@ -29,7 +33,7 @@ BASE = {
 }
 GROUPED = {**BASE, "num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
 WINDOWED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "mistral": {**GROUPED, "sliding_window": 6},
     "qwen2": {**GROUPED, **WINDOWED, "use_sliding_window": True},
@@ -46,13 +50,13 @@ ARCHITECTURES = {
 class Letters:
     """A tokenizer of one letter a token, for backbones that have none."""
 
-    eos_token_id = None
+    eos_token_id: int | None = None
 
-    def decode(self, ids, **_options) -> str:
-        return "".join(chr(ord("A") + i) for i in ids)
+    def decode(self, token_ids: list[int], /, **_options: Any) -> str:
+        return "".join(chr(ord("A") + i) for i in token_ids)
 
 
-def random_backbone(model_type: str = "llama", seed: int = 0, **changes):
+def random_backbone(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A backbone of this architecture with random weights, large enough that tokens differ clearly."""
     options = {k: v for k, v in {**ARCHITECTURES[model_type], **changes}.items()}
     torch.manual_seed(seed)
@@ -67,13 +71,13 @@ def random_backbone(model_type: str = "llama", seed: int = 0, **changes):
     return model.requires_grad_(False)
 
 
-def _launch(tuned) -> None:
+def _launch(tuned: Any) -> None:
     """LoRA-Dash after its launch."""
     for layer in tuned.base_model.layers():
         layer.launch("default")
 
 
-def _prune(tuned) -> None:
+def _prune(tuned: Any) -> None:
     """AdaLoRA after its pruning: of each module other ranks are kept, of one none."""
     pattern = {}
     for number, (name, p) in enumerate((n, p) for n, p in tuned.base_model.model.named_parameters() if "lora_E" in n):
@@ -83,7 +87,7 @@ def _prune(tuned) -> None:
     tuned.peft_config["default"].rank_pattern = pattern
 
 
-def _decide(tuned) -> None:
+def _decide(tuned: Any) -> None:
     """A structure search that has ended: every third candidate is kept."""
     config = tuned.peft_config["default"]
     layers = list(tuned.base_model.layers())
@@ -96,21 +100,29 @@ def _decide(tuned) -> None:
 SETTLED = {"lora-dash": _launch, "adalora": _prune, "ssp": _decide}  # what the end of their training does
 
 
-def make_adapter(model, directory: Path, seed: int, method: str = "pedro", digest: str = DIGEST, **options):
+def make_adapter(
+    model: nn.Module, directory: Path, seed: int, method: str = "pedro", digest: str = DIGEST, **options: Any
+) -> nn.Module:
     """Save an adapter with random weights for `model`; gives the PEFT model that carries it, the slow reference."""
     torch.manual_seed(seed)
     tuned = get_method(method).apply(copy.deepcopy(model), options)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if parameter.requires_grad:
-                parameter += torch.randn_like(parameter) * (0.3 if "pedro_up" in name else 0.05)
+                parameter.add_(torch.randn_like(parameter) * (0.3 if "pedro_up" in name else 0.05))
         SETTLED.get(method, lambda model: None)(tuned)
     manifest = {"backbone": {"id": "test", "digest": digest}, "method": {"name": method, "options": options}}
     save_adapter(tuned, directory, manifest)
     return tuned.eval()
 
 
-def make_engine(model, tokenizer=None, load=None, digest: str = DIGEST, **config) -> Engine:
+def make_engine(
+    model: Any,
+    tokenizer: TokenDecoder | None = None,
+    load: Callable[[str], Path] | None = None,
+    digest: str = DIGEST,
+    **config: Any,
+) -> Engine:
     """An engine over a copy of `model`, so that the original stays a reference."""
 
     def refuse(ref: str) -> Path:
@@ -120,7 +132,7 @@ def make_engine(model, tokenizer=None, load=None, digest: str = DIGEST, **config
     return Engine(copy.deepcopy(model), tokenizer or Letters(), EngineConfig(**options), load or refuse, digest)
 
 
-def stories() -> tuple:
+def stories() -> tuple[PreTrainedModel, Tokenizer, str]:
     """The embedded backbone: model, tokenizer, digest."""
     backbone = resolve_backbone("stories260K")
     return load_model(backbone), load_tokenizer(backbone), backbone.digest
@@ -131,7 +143,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(2, VOCABULARY), k=length)
 
 
-def request(name: str, prompt_ids: list[int], max_tokens: int = 8, **fields) -> Request:
+def request(name: str, prompt_ids: list[int], max_tokens: int = 8, **fields: Any) -> Request:
     """A request; fields of SamplingParams and of Request may be mixed."""
     own = {key: fields.pop(key) for key in list(fields) if key in Request.__dataclass_fields__}
     return Request(name, prompt_ids, params=SamplingParams(max_tokens=max_tokens, **fields), **own)
@@ -143,7 +155,7 @@ class Answer:
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.text = ""
-        self.logprobs: list = []
+        self.logprobs: list[TokenLogprob] = []
         self.last: Output | None = None
         self.outputs: list[Output] = []
 
@@ -155,9 +167,13 @@ class Answer:
         self.outputs.append(output)
 
 
-def drain(engine: Engine, until=None, timeout_s: float = 60.0) -> dict:
-    """Step until nothing is left (or `until(answers)`); answers by request id, or by (id, index) where n > 1."""
-    answers: dict = {}
+Answers = dict[Any, Answer]
+"""By request id, or by (id, index) where n > 1."""
+
+
+def drain(engine: Engine, until: Callable[[Answers], object] | None = None, timeout_s: float = 60.0) -> Answers:
+    """Step until nothing is left (or `until(answers)`)."""
+    answers: Answers = {}
     end = time.monotonic() + timeout_s
     while engine.has_work() and not (until and until(answers)):
         assert time.monotonic() < end, "the engine did not finish in time"
@@ -169,25 +185,26 @@ def drain(engine: Engine, until=None, timeout_s: float = 60.0) -> dict:
     return answers
 
 
-def run(engine: Engine, *requests: Request) -> dict:
+def run(engine: Engine, *requests: Request) -> Answers:
     """Add the requests, run them to their ends; none may fail."""
     for one in requests:
         engine.add(one)
     answers = drain(engine)
-    assert all(answer.last.error is None for answer in answers.values())
+    assert all(answer.last and answer.last.error is None for answer in answers.values())
     return answers
 
 
 @torch.no_grad()
-def reference_logits(model, ids: list[int], prompt_length: int) -> torch.Tensor:
+def reference_logits(model: Any, ids: list[int], prompt_length: int) -> torch.Tensor:
     """The logits of all positions [T, V] by one uncached forward, conditioned on the first `prompt_length` tokens."""
     conditioned = any(config.peft_type == "PEDRO" for config in getattr(model, "peft_config", {}).values())
     lens = {"prompt_lens": torch.tensor([prompt_length])} if conditioned else {}
     device = next(model.parameters()).device
-    return model(input_ids=torch.tensor([ids], device=device), **lens).logits[0]
+    logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=device), **lens).logits[0]
+    return logits
 
 
-def reference_greedy(model, prompt_ids: list[int], count: int, conditioning: int | None = None) -> list[int]:
+def reference_greedy(model: Any, prompt_ids: list[int], count: int, conditioning: int | None = None) -> list[int]:
     """Greedy tokens by a full recompute for each; stops early where the top two are too close to compare."""
     ids = list(prompt_ids)
     for _ in range(count):

@@ -167,7 +167,7 @@ def compare_answers(earlier: Checkout, here: Checkout, report: Report, quick: bo
 
 def _prompt(row: dict[str, Any]) -> str:
     """What a row of any shape asks."""
-    return row.get("prompt") or row.get("instruction") or row["messages"][0]["content"]
+    return str(row.get("prompt") or row.get("instruction") or row["messages"][0]["content"])
 
 
 def compare_tables(earlier: Checkout, here: Checkout, report: Report, quick: bool) -> None:

@@ -34,7 +34,8 @@ WHOLE = ("full", "peft")  # trains the backbone itself; needs options to mean an
 
 def main(task: str, asked: dict[str, Any]) -> Any:
     """Run one task of this file with the arguments of a JSON object, and give what is to be compared."""
-    return {"answers": answers, "reports": reports}[task](**asked)
+    tasks: dict[str, Callable[..., Any]] = {"answers": answers, "reports": reports}
+    return tasks[task](**asked)
 
 
 def answers(make: str, ask: str, prompts: list[str], of_logits: int, alone: int) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def make_adapters(folder: str) -> dict[str, str]:
         with torch.no_grad():
             for parameter in tuned.parameters():
                 if parameter.requires_grad:
-                    parameter += 0.05 * torch.randn_like(parameter)
+                    parameter.add_(0.05 * torch.randn_like(parameter))
         manifest = {
             "backbone": {"id": backbone.id, "digest": backbone.digest, "tokenizer_digest": backbone.tokenizer_digest},
             "method": {"name": method, "options": options},
@@ -201,7 +202,7 @@ def _find(package: str, name: str) -> Callable[..., Any]:
     """A function by its name, wherever in `package` it is defined."""
     root = importlib.import_module(package)
     for module in pkgutil.walk_packages(root.__path__, f"{package}."):
-        found = getattr(importlib.import_module(module.name), name, None)
+        found: Callable[..., Any] | None = getattr(importlib.import_module(module.name), name, None)
         if found is not None and found.__module__ == module.name:
             return found
     raise LookupError(f"{package} has no {name} any more; name what took its place in {Path(__file__).name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -101,7 +101,7 @@ class WordBackend:
             self.freed.set()
 
     async def tokenize(
-        self, tenant: str, model: str | None, prompt: str | tuple, add_special_tokens: bool
+        self, tenant: str, model: str | None, prompt: str | tuple[Mapping[str, str], ...], add_special_tokens: bool
     ) -> TokenizeResult:
         await self.get_model(tenant, model or BACKBONE)
         if not isinstance(prompt, str):

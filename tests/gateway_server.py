@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
@@ -36,7 +37,7 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def serve(directory, *, token_s: float = 0.0, settings: GatewaySettings | None = None) -> Iterator[Gateway]:
+def serve(directory: Path, *, token_s: float = 0.0, settings: GatewaySettings | None = None) -> Iterator[Gateway]:
     store = Store(f"sqlite:///{directory}/pedro.db")
     backend = WordBackend(token_s)
     app = create_app(lambda: backend, store, settings)

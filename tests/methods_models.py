@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pedro import PedroConfig
 from pedro.methods import get_method
@@ -23,7 +25,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SPECIAL = {
+SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8, "num_key_value_heads": 1},
     "gemma2": {"head_dim": 8, "sliding_window": 8},
@@ -34,20 +36,21 @@ SPECIAL = {
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox")
 
 
-def tiny_backbone(model_type: str = "llama", **changes) -> nn.Module:
+def tiny_backbone(model_type: str = "llama", **changes: Any) -> PreTrainedModel:
     """The same tiny causal LM each time it is asked for, with biases that are not zero, in eval mode."""
     options = {k: v for k, v in {**SIZES, **SPECIAL.get(model_type, {}), **changes}.items() if v is not None}
     if model_type == "gemma3_text":
         options["layer_types"] = options["layer_types"][: options["num_hidden_layers"]]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
             elif "embed" not in name and "wte" not in name:
                 parameter.mul_(8)  # far from linear, so that a wrong position or row shows
-    return model.eval()
+    model.eval()
+    return model
 
 
 def randomize(model: nn.Module, seed: int = 1, std: float = 0.3, adapter: str = "default") -> nn.Module:
@@ -61,13 +64,13 @@ def randomize(model: nn.Module, seed: int = 1, std: float = 0.3, adapter: str = 
     return model
 
 
-def tuned(model_type: str = "llama", seed: int = 1, changes: dict | None = None, **options) -> nn.Module:
+def tuned(model_type: str = "llama", seed: int = 1, changes: dict[str, Any] | None = None, **options: Any) -> nn.Module:
     """A tiny backbone with one random PEDRO adapter, in eval mode."""
     model = get_peft_model(tiny_backbone(model_type, **(changes or {})), PedroConfig(task_type="CAUSAL_LM", **options))
     return randomize(model, seed).eval()
 
 
-def late_prompt(model_type: str = "llama", attention: str = "sdpa", **options) -> nn.Module:
+def late_prompt(model_type: str = "llama", attention: str = "sdpa", **options: Any) -> nn.Module:
     """A tiny backbone with soft tokens that matter, in eval mode."""
     backbone = tiny_backbone(model_type)
     backbone.set_attn_implementation(attention)

@@ -7,15 +7,18 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
 from pedro.config import Settings
 from pedro.data.prompt_format import PromptFormat, format_for_shape
 from pedro.methods import get_method
 from pedro.methods.adapter_files import save_adapter, write_manifest
+from pedro.model_protocols import Tokenizer
 from pedro.registry import Registry, Version
 
 OTHER_BACKBONE = "sha256:" + "0" * 64
@@ -27,7 +30,7 @@ def backbone() -> Backbone:
 
 
 @functools.cache
-def tokenizer():
+def tokenizer() -> Tokenizer:
     return load_tokenizer(backbone())
 
 
@@ -46,7 +49,7 @@ def settings_at(home: Path) -> Settings:
     return Settings.from_env({"PEDRO_HOME": str(home)})
 
 
-def tuned_model(seed: int, strength: float = 0.4):
+def tuned_model(seed: int, strength: float = 0.4) -> nn.Module:
     """stories260K with a PEDRO adapter whose weights are as far from a fresh one as a long training takes them."""
     torch.manual_seed(seed)
     tuned = get_method("pedro").apply(load_model(backbone()), {})
@@ -55,13 +58,13 @@ def tuned_model(seed: int, strength: float = 0.4):
         for name, parameter in tuned.named_parameters():
             if parameter.requires_grad:
                 scale = strength if ".pedro_up" in name or ".pedro_bias" in name else 0.02
-                parameter += torch.randn(parameter.shape, generator=generator) * scale
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return tuned.eval()
 
 
 def make_adapter(
     directory: Path, seed: int, shape: str = "messages", *, digest: str | None = None, form: PromptFormat | None = None
-):
+) -> nn.Module:
     """Save an adapter of stories260K; gives the PEFT model that carries it, the slow reference."""
     model = tuned_model(seed)
     manifest = {
@@ -78,7 +81,7 @@ def make_adapter(
     return model
 
 
-def stub_adapter(directory: Path, mark: str, backbone_digest: str, **manifest) -> Path:
+def stub_adapter(directory: Path, mark: str, backbone_digest: str, **manifest: Any) -> Path:
     """A directory that the registry takes for an adapter, for tests that never load one; its digest is of `mark`."""
     directory.mkdir(parents=True)
     save_file({mark: torch.zeros(1)}, directory / "adapter_model.safetensors")

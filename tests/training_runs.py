@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,9 @@ def write_rows(path: Path, count: int = 72, start: int = 0) -> Path:
     return path
 
 
-def spec_for(folder: Path, method: str | dict = "pedro", resources: dict | None = None, **training) -> FineTuneSpec:
+def spec_for(
+    folder: Path, method: str | dict[str, Any] = "pedro", resources: dict[str, Any] | None = None, **training: Any
+) -> FineTuneSpec:
     """A spec on freshly written rows; `training` overrides the small defaults."""
     train_file = folder / "train.jsonl"
     if not train_file.exists():

@@ -5,6 +5,11 @@ Importing the package costs nothing; the names below load on first use (PEP 562)
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pedro.methods.pedro import PedroConfig, PedroModel
+
 __version__ = "0.1.0"
 __all__ = ["PedroConfig", "PedroModel", "__version__"]
 
