@@ -6,12 +6,17 @@ Loads PyTorch and the backbone into this process, on the CPU.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from pedro.methods.pedro import PedroLayer
 
 LONGEST = 2000  # characters of a prompt
 BINS = 40
@@ -152,17 +157,17 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         return free
 
 
-def _layers(model: Any) -> list[Any]:
+def _layers(model: torch.nn.Module) -> list[PedroLayer]:
     from pedro.methods.pedro import PedroLayer
 
     return [module for module in model.modules() if isinstance(module, PedroLayer)]
 
 
-def _keep_inputs(seen: dict[int, np.ndarray]) -> Any:
+def _keep_inputs(seen: dict[int, np.ndarray]) -> Callable[[PedroLayer, tuple[Any, ...], Any], None]:
     """A hook that keeps what a layer's activation is given: pooled W_down."""
     from pedro.methods.pedro.layer import pool
 
-    def keep(layer: Any, args: tuple[Any, ...], _output: Any) -> None:
+    def keep(layer: PedroLayer, args: tuple[Any, ...], _output: Any) -> None:
         hidden, prompt, adapter = args
         config = layer.configs[adapter]
         norm = layer.places.norm if config.pool_source == "normed" else None

@@ -154,7 +154,7 @@ def pretrain(
 
 
 def _step(
-    model: Any, optimizers: Optimizers, stream: Stream, settings: PretrainSettings, step: int, rate: float
+    model: torch.nn.Module, optimizers: Optimizers, stream: Stream, settings: PretrainSettings, step: int, rate: float
 ) -> float:
     """One update; its mean loss in nats a token."""
     model.train()

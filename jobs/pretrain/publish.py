@@ -27,7 +27,7 @@ whole, whether or not weights are an adaptation of the texts that they were trai
 """
 
 
-def check_size(model: Any) -> None:
+def check_size(model: torch.nn.Module) -> None:
     """Raise ConfigError for a model that is too large to be carried by the package."""
     size = 2 * sum(parameter.numel() for parameter in model.parameters())
     if size > LIMIT_BYTES:

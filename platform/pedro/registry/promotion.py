@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pedro.registry.tags import PREFIX
 from pedro.registry.versions import PROMOTED, utc
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import RegisteredModel
 
 MOVE = f"{PREFIX}move"
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 
 
-def aliases_of(model: Any) -> dict[str, int]:
+def aliases_of(model: RegisteredModel) -> dict[str, int]:
     """The aliases of a registered model of MLflow, a move that is under way included."""
     aliases = {alias: int(version) for alias, version in (model.aliases or {}).items()}
     for alias, version in _under_way(model).items():
@@ -30,7 +34,7 @@ def aliases_of(model: Any) -> dict[str, int]:
     return aliases
 
 
-def move(client: Any, name: str, wanted: Mapping[str, int | None]) -> None:
+def move(client: MlflowClient, name: str, wanted: Mapping[str, int | None]) -> None:
     """Move aliases of an adapter together; None takes one away. A new champion says when it became one."""
     if CHAMPION in wanted:
         client.set_model_version_tag(name, str(wanted[CHAMPION]), PROMOTED, utc(time.time()))
@@ -38,7 +42,7 @@ def move(client: Any, name: str, wanted: Mapping[str, int | None]) -> None:
     finish(client, client.get_registered_model(name))
 
 
-def finish(client: Any, model: Any) -> None:
+def finish(client: MlflowClient, model: RegisteredModel) -> None:
     """Set the aliases as the model's move says, if one is under way; again does no harm."""
     if MOVE not in model.tags:
         return
@@ -50,6 +54,6 @@ def finish(client: Any, model: Any) -> None:
     client.delete_registered_model_tag(model.name, MOVE)
 
 
-def _under_way(model: Any) -> dict[str, int | None]:
+def _under_way(model: RegisteredModel) -> dict[str, int | None]:
     moves: dict[str, int | None] = json.loads(model.tags.get(MOVE) or "{}")
     return moves
