@@ -119,6 +119,38 @@ def test_a_multi_host_cluster_is_refused_with_single_host_storage():
     cluster.check_storage(settings, hosts=1)
 
 
+HEAD_OF_FEW_TRIES = """#!{python}
+import pathlib, socket, sys, time
+tries = pathlib.Path({tries!r})
+tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+print("Ray runtime started", flush=True)
+flags = ("--dashboard-port=", "--ray-client-server-port=")
+ports = [int(word.split("=")[1]) for word in sys.argv if word.startswith(flags)]
+if len(tries.read_text()) < {good}:
+    socket.create_server(("127.0.0.1", ports[0]))
+    sys.exit("ray_client_server [exit code=1]")
+servers = [socket.create_server(("127.0.0.1", port)) for port in ports]
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("good", [1, 2, 3])
+def test_a_head_whose_parts_give_up_while_it_starts_is_started_once_more(home, tmp_path, monkeypatch, good):
+    settings = Settings.from_env({"PEDRO_HOME": str(home)})
+    ray, tries = tmp_path / "ray", tmp_path / "tries"
+    ray.write_text(HEAD_OF_FEW_TRIES.format(python=sys.executable, tries=str(tries), good=good))
+    ray.chmod(0o755)
+    monkeypatch.setattr(cluster.sys, "executable", str(ray))
+    if good > 2:
+        with pytest.raises(UnavailableError, match=r"did not start; its log is .*head\.log"):
+            cluster._ensure_head(settings, print)
+    else:
+        head = cluster._ensure_head(settings, print)
+        assert cluster.find_head(settings) == head
+        assert cluster.stop_head(settings)
+    assert len(tries.read_text()) == min(good, 2)
+
+
 def test_a_recorded_head_that_is_gone_is_not_found(home):
     settings = Settings.from_env({"PEDRO_HOME": str(home)})
     (home / "ray").mkdir()

@@ -198,6 +198,14 @@ def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
     return True
 
 
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 def _record(settings: Settings) -> Path:
     return settings.home / "ray" / "head.json"
 
@@ -241,6 +249,17 @@ def _ensure_head(settings: Settings, log: Callable[[str], None]) -> Head:
 
 
 def _start_head(folder: Path) -> Head:
+    """A head that answers. On a busy host parts of Ray give up on each other while they start: hence two tries."""
+    head = _try_head(folder) or _try_head(folder)
+    if head is None:
+        raise UnavailableError(
+            f"the local Ray head did not start; its log is {folder / 'head.log'}; `pedro doctor` checks the host"
+        )
+    return head
+
+
+def _try_head(folder: Path) -> Head | None:
+    """Start a head; None, with nothing left running, if it ends or does not answer in time."""
     import psutil
 
     session = _session_folder(folder)
@@ -248,19 +267,18 @@ def _start_head(folder: Path) -> Head:
     gcs, dashboard, agent, client = (free_port() for _ in range(4))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    command += [f"--ray-client-server-port={client}", f"--temp-dir={session}"]
+    command += [f"--ray-client-server-port={client}", f"--temp-dir={session}", "--include-dashboard=true"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--log-color=false"]
     command += [f"--num-cpus={os.cpu_count() or 1}"]
     log = folder / "head.log"
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + START_TIMEOUT_S
-    while b"Ray runtime started" not in log.read_bytes():
+    # Ray says "started" before its client server, which ends the whole head if it fails, and its jobs API answer
+    while not (b"Ray runtime started" in log.read_bytes() and _answers(client) and _answers(dashboard)):
         if process.poll() is not None or time.monotonic() > deadline:
             _end(process.pid)
-            raise UnavailableError(
-                f"the local Ray head did not start; its log is {log}; `pedro doctor` checks the host"
-            )
+            return None
         time.sleep(0.1)
     return Head(
         address=f"127.0.0.1:{gcs}",
