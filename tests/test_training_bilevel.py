@@ -4,7 +4,8 @@ import pytest
 import torch
 from training_runs import context_for, parameters, spec_for
 
-from pedro.training.batches import RowStream, supervised, supervised_tokens, tensors, token_loss
+from pedro.methods.output_head import supervised
+from pedro.training.batches import RowStream, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA, learning_rate
 from pedro.training.loop import batch_step
 

@@ -13,8 +13,9 @@ from pedro.errors import ConfigError, TrainingError, UnavailableError
 from pedro.evaluation.saved import load_saved
 from pedro.evaluation.scoring import answer_loss, score
 from pedro.methods.adapter_files import read_manifest, verify_adapter
+from pedro.methods.output_head import supervised
 from pedro.training import checkpoints, worker
-from pedro.training.batches import RowStream, slices, supervised, supervised_tokens, tensors, token_loss
+from pedro.training.batches import RowStream, slices, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA
 from pedro.training.loop import Data, batch_step, mean_loss, train
 from pedro.training.worker_group import WorkerGroup

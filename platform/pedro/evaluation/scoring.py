@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pedro.data.dataset import IGNORED_LABEL, collate
+from pedro.data.dataset import collate
 
 if TYPE_CHECKING:
     import torch
@@ -162,17 +162,16 @@ def _answer_logits(
     """Batch by batch: the logits [N, V] at the answers' tokens, row after row, these tokens [N], how many a row has."""
     import torch
 
-    from pedro.methods.output_head import logits_at
+    from pedro.methods.output_head import logits_at, supervised
 
     device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):
         columns = collate(list(rows[start : start + batch_size]), tokenizer.pad_token_id)
         batch = {name: torch.tensor(values, device=device) for name, values in columns.items()}
-        following = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED_LABEL)
-        chosen = following != IGNORED_LABEL
-        with torch.no_grad(), logits_at(model, chosen):
+        positions, wanted = supervised(batch.pop("labels"))
+        with torch.no_grad(), logits_at(model, positions):
             logits = model(**batch).logits[0].float()
-        yield logits, following[chosen], chosen.sum(1).tolist()
+        yield logits, wanted, positions.sum(1).tolist()
 
 
 def exact_match(answer: str, wanted: str) -> bool:

@@ -1,4 +1,4 @@
-"""Logits at chosen positions alone: the output projection, most of a small model's work, skips all others."""
+"""Logits before supervised tokens alone: the output projection, most of a small model's work, skips all others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+IGNORE = -100  # the label of a token that is not supervised, as in transformers
+
+
+def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions of labels [B, T] come before a supervised token ([B, T], bool), and these N tokens [N]."""
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    positions = following != IGNORE
+    return positions, following[positions]
 
 
 @contextmanager

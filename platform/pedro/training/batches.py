@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-IGNORE = -100
+from pedro.methods.output_head import IGNORE
 
 
 class Rows(Protocol):
@@ -83,13 +83,6 @@ def tensors(
     lens = torch.tensor([row["prompt_len"] for row in rows], dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompt_lens": lens}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which positions of labels [B, T] come before a supervised token ([B, T], bool), and these N tokens [N]."""
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    positions = following != IGNORE
-    return positions, following[positions]
 
 
 def token_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from pedro.errors import TrainingError
+from pedro.methods.output_head import supervised
 from pedro.training.batches import (
     Rows,
     RowStream,
     passed_tokens,
     slices,
-    supervised,
     supervised_tokens,
     tensors,
     token_loss,
