@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from pedro.serving.protocol import ControlRequest, OutputBatch, ReplicaLost, SubmitRequest, T
 from pedro.serving.server import ReplicaServer
@@ -56,3 +57,37 @@ class LocalConnection:
     def _check(self) -> None:
         if self.lost.is_set():
             raise ReplicaLost("killed by the test")
+
+
+class Faulty(LocalConnection):
+    """Once, at the third batch that holds anything: "loses" or "doubles" it, or "swaps" it with the next one.
+
+    `what` is so treated, "batch" or only the "parts" in it.
+    """
+
+    fault, what = "", ""
+
+    def __init__(self, replica: ReplicaServer) -> None:
+        super().__init__(replica)
+        self.seen = 0
+        self.held: OutputBatch | None = None
+
+    async def stream(self, stream_id: str) -> AsyncGenerator[OutputBatch, None]:
+        async with aclosing(super().stream(stream_id)) as batches:
+            async for batch in batches:
+                for changed in self._changed(batch):
+                    yield changed
+
+    def _changed(self, batch: OutputBatch) -> list[OutputBatch]:
+        self.seen += bool(batch.parts)
+        whole = self.what == "batch"
+        if self.held is not None and batch.parts:
+            first, self.held = self.held, None
+            return [batch, first] if whole else [replace(batch, parts=batch.parts + first.parts)]
+        if self.seen != 3 or not batch.parts:
+            return [batch]
+        if self.fault == "doubles":
+            return [batch, batch] if whole else [replace(batch, parts=batch.parts * 2)]
+        if self.fault == "swaps":
+            self.held = batch
+        return [] if whole else [replace(batch, parts=())]

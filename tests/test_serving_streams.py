@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import logging
+import sys
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
-from serving_connections import LocalConnection
+from serving_connections import Faulty, LocalConnection
 
-from pedro.engine.sequence import Output
+from pedro.engine.sequence import Output, Request
 from pedro.errors import (
     AdapterUnusableError,
     ConflictError,
@@ -23,11 +25,11 @@ from pedro.errors import (
 )
 from pedro.gateway.backend import ALL_TENANTS, GenerateCall
 from pedro.registry import Registry
-from pedro.serving import failover
+from pedro.serving import failover, router
 from pedro.serving.backend import ServeBackend
 from pedro.serving.config import ServeConfig
-from pedro.serving.outputs import OutputStream
-from pedro.serving.protocol import LONGEST_SLICE_S, SLICE_S, slice_s
+from pedro.serving.outputs import DeltaBuilder, OutputStream
+from pedro.serving.protocol import LONGEST_SLICE_S, SLICE_S, ReplicaLost, slice_s
 from pedro.serving.resolver import ModelResolver
 from pedro.serving.router import ReplicaSet
 from pedro.serving.server import ReplicaServer
@@ -202,6 +204,124 @@ def test_a_broken_stream_is_opened_again_and_its_calls_go_on_from_where_they_wer
     whole, received = run(go())
     assert "".join(delta.text for delta in received) == whole
     assert [delta.finish_reason for delta in received if delta.finish_reason] == ["length"]
+
+
+FAULTS = [(fault, what) for fault in ("loses", "doubles", "swaps") for what in ("batch", "parts")]
+
+
+def faulty(fault, what):
+    return type("Once", (Faulty,), {"fault": fault, "what": what})
+
+
+@pytest.mark.parametrize(("fault", "what"), FAULTS)
+def test_what_is_lost_doubled_or_swapped_on_the_way_is_made_again_and_never_text(served, fault, what, monkeypatch):
+    monkeypatch.setattr("pedro.serving.outputs.slice_s", lambda calls: 0.003)
+
+    async def go():
+        asked = {"max_tokens": 200, "temperature": 1.0, "seed": 7}
+        async with ingress(served, "r0") as at:
+            whole, ids, _ = await answer(at.backend, call(**asked))
+            echoed, _, _ = await answer(at.backend, replace(call(**asked), echo=True))
+        for echo in (False, True):
+            async with ingress(served, "r0", connection=faulty(fault, what)) as at:
+                text, came, _ = await answer(at.backend, replace(call(**asked), echo=echo))
+                assert text == (echoed if echo else whole)
+                assert came[-200:] == ids
+                assert at.connections["r0"].streams == (2 if what == "batch" else 1)
+                assert sum(calls for calls, _ in at.connections["r0"].submits) == 2, "it was issued again"
+                await until(lambda: idle(served))
+
+    run(go())
+
+
+@pytest.mark.parametrize(("fault", "what"), FAULTS)
+def test_several_choices_of_which_a_part_is_lost_end_in_an_error(served, fault, what, monkeypatch):
+    monkeypatch.setattr("pedro.serving.outputs.slice_s", lambda calls: 0.003)
+
+    async def choices(backend):
+        texts, asked = ["", "", ""], call(n=3, max_tokens=200, temperature=1.0, seed=7)
+        try:
+            async for delta in backend.generate(asked):
+                texts[delta.index] += delta.text
+        except UnavailableError as error:
+            return texts, error.code
+        return texts, None
+
+    async def go():
+        async with ingress(served, "r0") as at:
+            whole, code = await choices(at.backend)
+            assert code is None
+        async with ingress(served, "r0", connection=faulty(fault, what)) as at:
+            begun, code = await choices(at.backend)
+            assert code == "replica_lost"
+            assert all(right.startswith(text) for right, text in zip(whole, begun, strict=True))
+            await until(lambda: idle(served))
+
+    run(go())
+
+
+def test_beams_that_are_lost_with_their_batch_are_made_again(served):
+    async def beams(backend):
+        async with aclosing(backend.generate(call(n=2, max_tokens=30, num_beams=3))) as deltas:
+            return [(delta.index, delta.text, delta.finish_reason) async for delta in deltas]
+
+    async def go():
+        async with ingress(served, "r0") as at:
+            whole = await beams(at.backend)
+        async with ingress(served, "r0", connection=faulty("loses", "batch")) as at:
+            at.connections["r0"].seen = 2  # the first batch that holds anything
+            assert await beams(at.backend) == whole
+            assert at.connections["r0"].streams == 2
+
+    run(go())
+
+
+@pytest.mark.parametrize(
+    "tokens", [(1, 3), (1, 1), (1, 3, 2, 4), (2,)], ids=["lost", "doubled", "swapped", "first one lost"]
+)
+def test_outputs_that_are_lost_within_the_replica_end_the_call_as_lost(tokens):
+    request = Request("r", [1, 2], n=2)
+    builder = DeltaBuilder(tokenizer(), None, request, call(n=2), "m")
+
+    def output(number, index=0):
+        return Output("r", index, token_ids=[number], text=str(number), prompt_tokens=2, completion_tokens=number)
+
+    async def go():
+        stream = OutputStream(lambda: 1, lambda request_id: None)
+        stream.open(7, "r", 2, builder)
+        async with aclosing(stream.batches()) as batches:
+            await anext(batches)
+            stream.take([output(1, index=1)])
+            ((_, deltas),) = (await anext(batches)).parts
+            assert [delta.text for delta in deltas] == ["1"]
+            stream.take([output(number) for number in tokens])
+            ((number, error),) = (await anext(batches)).parts
+            return number, error, len(stream)
+
+    number, error, unfinished = run(go())
+    assert (number, unfinished) == (7, 0)
+    assert isinstance(error, ReplicaLost)
+
+
+def test_two_ingresses_on_one_replica_lose_no_output_however_often_its_threads_take_turns(served, monkeypatch, caplog):
+    monkeypatch.setattr("pedro.serving.outputs.slice_s", lambda calls: 0.001)
+    interval = sys.getswitchinterval()
+
+    async def go():
+        async with ingress(served, "r0") as one, ingress(served, "r0") as other:
+            prompts = [f"{i} cats" for i in range(4)]
+            alone = [(await answer(one.backend, call(prompt, max_tokens=200)))[0] for prompt in prompts]
+            sys.setswitchinterval(1e-6)
+            for _ in range(4):
+                asked = [answer(at.backend, call(p, max_tokens=200)) for at in (one, other) for p in prompts]
+                assert [text for text, _, _ in await asyncio.gather(*asked)] == alone * 2
+
+    try:
+        with caplog.at_level(logging.WARNING, "pedro.serving"):
+            run(go())
+    finally:
+        sys.setswitchinterval(interval)
+    assert not caplog.messages, "nothing had to be made again"
 
 
 def test_a_lost_replicas_calls_go_on_at_another(served):
@@ -524,6 +644,134 @@ def test_once_a_version_is_suspected_its_calls_take_one_more_replica_down_howeve
             errors = await asyncio.gather(*calls, return_exceptions=True)
             assert {error.code for error in errors} == {"replica_lost"}
             assert killed() == at_once + 1
+
+    run(go())
+
+
+def test_a_suspected_call_of_the_backbone_is_tried_again_apart_from_others(served):
+    async def go():
+        async with ingress(served, "r0", "r1", "r2", connection=Mortal) as at:
+
+            def killed():
+                return sum(hasattr(connection, "killed") for connection in at.connections.values())
+
+            async with at.backend._retries._probing:  # while another is suspected
+                calling = asyncio.create_task(answer(at.backend, text_call("kill", "stories260K")))
+                await until(killed)
+                await asyncio.sleep(0.2)
+                assert killed() == 1
+            (error,) = await asyncio.gather(calling, return_exceptions=True)
+            assert error.code == "replica_lost"
+            assert killed() == 2
+
+    run(go())
+
+
+class Stuck(LocalConnection):
+    """Calls with one of the `prompts` wait here without end. `dead` set: none is taken, though the stream lives on."""
+
+    prompts: tuple[str, ...] = ("stick",)
+    dead = False
+
+    def __init__(self, replica):
+        super().__init__(replica)
+        self.stuck = []
+
+    async def submit(self, stream_id, requests, cancelled):
+        if self.dead:
+            raise ReplicaLost("dead")
+        sticks = [request for request in requests if request.call.prompt in self.prompts]
+        self.stuck += sticks
+        await super().submit(stream_id, [request for request in requests if request not in sticks], cancelled)
+
+
+def in_order(monkeypatch):
+    """Calls go to the first replica by name that may have them."""
+    monkeypatch.setattr(router, "choose", lambda ref, loads: min(loads))
+
+
+async def suspected(at, tenant, model):
+    version = await at.backend._resolver.resolve(tenant, model)
+    return at.backend._faults.suspected(version.model_ref)
+
+
+def test_replicas_that_were_to_leave_are_no_evidence_against_what_ran_there(served, monkeypatch):
+    in_order(monkeypatch)
+
+    async def go():
+        async with ingress(served, "r0", "r1", "r2", connection=Stuck) as at:
+            await until(lambda: all(client.ready for client in at.replicas._clients.values()))
+            at.connections["r2"].prompts = ()
+            calling = asyncio.create_task(fingerprint(at.backend, text_call("stick")))
+            for lost, left in (("r0", ["r1", "r2"]), ("r1", ["r2"])):
+                await until(lambda lost=lost: at.connections[lost].stuck)
+                at.replicas.update(left)
+                at.connections[lost].lost.set()
+            assert await calling == "acme.faq:2"
+            assert not await suspected(at, "acme", "acme.faq:2")
+            assert await fingerprint(at.backend, text_call("a")) == "acme.faq:2"
+
+    run(go())
+
+
+def test_replicas_that_die_at_once_are_no_evidence_against_a_call_that_ran_on_one(served, monkeypatch):
+    in_order(monkeypatch)
+
+    async def go():
+        async with ingress(served, "r0", "r1", "r2", connection=Stuck) as at:
+            await until(lambda: all(client.ready for client in at.replicas._clients.values()))
+            for name in ("r1", "r2"):
+                at.connections[name].prompts = ()
+            calling = asyncio.create_task(fingerprint(at.backend, text_call("stick")))
+            await until(lambda: at.connections["r0"].stuck)
+            at.connections["r1"].dead = True  # and its stream will tell later
+            at.connections["r0"].lost.set()
+            assert await calling == "acme.faq:2"
+            assert sum(calls for calls, _ in at.connections["r2"].submits) == 1
+            assert not await suspected(at, "acme", "acme.faq:2")
+
+    run(go())
+
+
+def test_a_suspected_version_is_not_tried_where_anothers_call_may_take_the_replica_down(served, monkeypatch):
+    in_order(monkeypatch)
+
+    async def go():
+        async with ingress(served, "r1", connection=Stuck) as at:
+            poison = [asyncio.create_task(answer(at.backend, text_call("stick")))]
+            await until(lambda: at.connections["r1"].stuck)
+            at.replicas.update(["r0", "r1"])
+            await until(lambda: all(client.ready for client in at.replicas._clients.values()))
+            poison.append(asyncio.create_task(answer(at.backend, text_call("stick"))))
+            await until(lambda: at.connections["r0"].stuck)
+            other = text_call("stick", "globex.faq", tenant="globex")
+            innocent = asyncio.create_task(fingerprint(at.backend, other))
+            await until(lambda: len(at.connections["r0"].stuck) == 2)
+            async with at.backend._retries._probing:
+                at.connections["r0"].lost.set()
+                await until(lambda: not at.replicas._clients["r0"].ready)
+                await asyncio.sleep(0.05)
+                assert await suspected(at, "acme", "acme.faq")
+                assert await suspected(at, "globex", "globex.faq")
+                poison[1].cancel()  # so that the next to be tried is the other
+            await asyncio.sleep(0.2)
+            assert len(at.connections["r1"].stuck) == 1, "not beside the one that is stuck there"
+            at.replicas.update(["r1", "r2"])
+            at.connections["r2"].prompts = ()
+            assert await innocent == "globex.faq:1"
+            poison[0].cancel()
+            await asyncio.gather(*poison, return_exceptions=True)
+
+    run(go())
+
+
+def test_a_call_that_never_reached_its_replica_is_not_suspected(served):
+    async def go():
+        async with ingress(served, "r0") as at:
+            await until(lambda: at.replicas.ready)
+            served.replica._streams.clear()  # it knows nothing of its streams any more
+            async with at.backend._retries._probing, asyncio.timeout(5):  # while another is suspected
+                assert await fingerprint(at.backend, text_call("a")) == "acme.faq:2"
 
     run(go())
 

@@ -44,7 +44,7 @@ class EngineReplica:
     async def stream(self, stream_id: str, *, to: str) -> AsyncGenerator[OutputBatch | ReplicaLost, None]:
         """The long-lived stream of one ingress."""
         if to != self._id:
-            yield ReplicaLost(to)
+            yield ReplicaLost(to, blameless=True)
             return
         async with aclosing(self._server.stream(stream_id)) as batches:
             async for batch in batches:
@@ -71,7 +71,7 @@ class EngineReplica:
     async def _answer(self, to: str, work: Callable[[], Awaitable[T]]) -> T | ReplicaLost | PedroError:
         """What `work` gives; an error meant for the one who asked is a value (`RayReplicaConnection` raises it)."""
         if to != self._id:
-            return ReplicaLost(to)
+            return ReplicaLost(to, blameless=True)
         try:
             return await work()
         except (PedroError, ReplicaLost) as error:

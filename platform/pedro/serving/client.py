@@ -10,7 +10,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pedro.errors import PedroError
-from pedro.serving.protocol import SILENCE_S, OutputBatch, ReplicaConnection, ReplicaLost, SubmitRequest
+from pedro.serving.protocol import (
+    SILENCE_S,
+    OutputBatch,
+    OutputPart,
+    ReplicaConnection,
+    ReplicaLost,
+    SubmitRequest,
+    TokenCounts,
+)
 
 if TYPE_CHECKING:
     from pedro.gateway.backend import Delta, GenerateCall
@@ -24,7 +32,7 @@ log = logging.getLogger("pedro.serving")
 class ReplicaClient:
     """Keeps the stream open until `close`; between a break and the next stream it is not `ready`.
 
-    `on_change` is called whenever `ready` changes. All on one event loop.
+    `on_change` is called whenever `ready` or `waiting` changes. All on one event loop.
     """
 
     def __init__(
@@ -37,10 +45,13 @@ class ReplicaClient:
         self._backbone = backbone
         self._id = ""
         self._others = 0  # calls of other ingresses, as of the last batch
+        self._due = 0  # the number of the stream's next batch
+        self._blameless = False  # whether the stream broke for what can be no call's fault
         self._numbers = iter(range(1, 2**62))
         self._inboxes: dict[int, _Inbox] = {}
         self._to_submit: list[SubmitRequest] = []
         self._to_cancel: list[int] = []
+        self._to_answer: list[asyncio.Future[None]] = []
         self._something_to_send = asyncio.Event()
         self._draining = False
         self._retry_s = FIRST_RETRY_S
@@ -51,17 +62,33 @@ class ReplicaClient:
         """Unfinished calls on the replica, of this ingress and of others."""
         return self._others + len(self._inboxes)
 
+    @property
+    def waiting(self) -> set[ModelRef]:
+        """The adapter versions of calls here that have nothing yet."""
+        inboxes = self._inboxes.values()
+        return {inbox.ref for inbox in inboxes if inbox.ref is not None and not inbox.begun and not inbox.ended}
+
+    async def answer(self) -> None:
+        """Returns once the replica has answered a message sent from now on. Raises ReplicaLost."""
+        if not self.ready:
+            raise ReplicaLost(self.replica, blameless=True)
+        answered = asyncio.get_running_loop().create_future()
+        self._to_answer.append(answered)
+        self._something_to_send.set()
+        await answered
+
     async def generate(
         self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...]
     ) -> AsyncGenerator[list[Delta], None]:
         """The deltas of one call, as they come. Leaving early ends the call on the replica.
 
-        Raises the call's own PedroError, ReplicaLost where the stream broke before the call was finished.
+        Raises the call's own PedroError, ReplicaLost where the stream broke before the call was finished, or where a
+        part of the answer is missing, doubled or out of order.
         """
         if not self.ready:
-            raise ReplicaLost(self.replica)
+            raise ReplicaLost(self.replica, blameless=True)
         number = next(self._numbers)
-        inbox = self._inboxes[number] = _Inbox(call.n)
+        inbox = self._inboxes[number] = _Inbox(call, ref, len(resumed))
         self._to_submit.append(SubmitRequest(number, call, ref, resumed, self._backbone))
         self._something_to_send.set()
         try:
@@ -89,6 +116,7 @@ class ReplicaClient:
         inbox = self._inboxes.pop(number, None)
         if inbox is not None and not inbox.ended:
             self._cancel(number)
+        self._on_change()
         self._end_if_drained()
 
     def _cancel(self, number: int) -> None:
@@ -118,6 +146,7 @@ class ReplicaClient:
     async def _stream(self) -> None:
         """One stream, from its first item until it breaks."""
         stream = self.connection.stream(self._id)
+        self._due, self._blameless = 0, False
         try:
             await self._next(stream)
             self._retry_s = FIRST_RETRY_S
@@ -137,11 +166,16 @@ class ReplicaClient:
     async def _next(self, stream: AsyncGenerator[OutputBatch, None]) -> OutputBatch:
         try:
             async with asyncio.timeout(SILENCE_S):
-                return await anext(stream)
+                batch = await anext(stream)
         except StopAsyncIteration:
             raise ReplicaLost("it ended") from None
         except TimeoutError as error:
             raise ReplicaLost(f"nothing came for {SILENCE_S:g} s") from error
+        if batch.number != self._due:
+            self._blameless = True
+            raise ReplicaLost(f"batch {batch.number} came where {self._due} was due")
+        self._due += 1
+        return batch
 
     async def _submit(self) -> None:
         """Send what is to be sent, one message at a time, so that calls which come together travel together."""
@@ -150,22 +184,46 @@ class ReplicaClient:
             self._something_to_send.clear()
             requests, self._to_submit = self._to_submit, []
             cancelled, self._to_cancel = self._to_cancel, []
-            if requests or cancelled:
-                await self.connection.submit(self._id, requests, cancelled)
+            asked = len(self._to_answer)
+            if requests or cancelled or asked:
+                try:
+                    await self.connection.submit(self._id, requests, cancelled)
+                except ReplicaLost as lost:
+                    if lost.blameless:  # it took none of them
+                        self._to_submit = [*requests, *self._to_submit]
+                    raise
+            for answered in self._to_answer[:asked]:
+                if not answered.done():
+                    answered.set_result(None)
+            del self._to_answer[:asked]
 
     def _hand_out(self, batch: OutputBatch) -> None:
         self._others = max(0, batch.load - batch.mine)
         for number, part in batch.parts:
             inbox = self._inboxes.get(number)
-            if inbox is not None and not inbox.put(part):
+            if inbox is None:
+                continue
+            first = not inbox.begun
+            if not inbox.put(part):
                 self._cancel(number)
+            if first:
+                self._on_change()
 
     def _lose(self) -> None:
-        """The stream is gone, and with it what was unfinished."""
+        """The stream is gone, and with it what was unfinished.
+
+        No call is to blame where the replica was to leave anyway, nor one that it never heard of.
+        """
         self._set_ready(False)
+        blameless = self._blameless or self._draining
+        unsent = {request.number for request in self._to_submit}
         self._to_submit, self._to_cancel = [], []
-        for inbox in self._inboxes.values():
-            inbox.fail(ReplicaLost(self.replica))
+        for number, inbox in self._inboxes.items():
+            inbox.fail(ReplicaLost(self.replica, blameless or number in unsent))
+        for answered in self._to_answer:
+            if not answered.done():
+                answered.set_exception(ReplicaLost(self.replica, blameless=True))
+        self._to_answer.clear()
         self._others = 0
 
     def _set_ready(self, ready: bool) -> None:
@@ -181,8 +239,13 @@ class ReplicaClient:
 class _Inbox:
     """What came for one call and was not read yet: bounded, and never in the way of other calls."""
 
-    def __init__(self, choices: int) -> None:
-        self._unfinished = choices
+    def __init__(self, call: GenerateCall, ref: ModelRef | None, resumed: int) -> None:
+        self.ref = ref
+        self.begun = False  # whether anything came
+        self._echo = call.echo
+        self._resumed = resumed  # tokens of the answer that the client has already
+        self._counts = TokenCounts()
+        self._unfinished = call.n
         self._unread: list[list[Delta]] = []
         self._error: Exception | None = None
         self._news = asyncio.Event()
@@ -197,13 +260,22 @@ class _Inbox:
         """Whether all was read."""
         return not self._unread and self._error is None and self._unfinished <= 0
 
-    def put(self, part: list[Delta] | PedroError) -> bool:
-        """Take a part; False where the call is to be ended because nobody reads it."""
+    def put(self, part: OutputPart) -> bool:
+        """Take a part; False where the call is to be ended, as nobody reads it or this part is not the next."""
+        self.begun = True
         if self.ended:
             return True
-        if isinstance(part, PedroError):
+        if isinstance(part, Exception):
             self.fail(part)
             return True
+        try:
+            for delta in part:
+                before = self._resumed - (delta.prompt_tokens if self._echo else 0)  # a choice's first delta echoes
+                self._counts.add(delta.index, len(delta.token_ids), delta.completion_tokens, before)
+        except ReplicaLost as error:
+            log.error("a part of an answer was lost on its way: %s", error)
+            self.fail(error)
+            return False
         if len(self._unread) >= MAX_UNREAD:
             self.fail(PedroError("the answer was not read for too long, so it was ended", code="client_too_slow"))
             return False

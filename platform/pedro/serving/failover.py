@@ -49,8 +49,10 @@ class Retries:
 
         A call whose replica dies is issued again, from the token it had come to: the same version, conditioning and
         seed, so the answer is the one it would have been. Several choices begin again, unless some were sent already.
-        One that was lost before its first token may be why: it is issued again alone among its like, as are others of
-        its version until one is answered, and if one is lost so again, the version is set aside.
+
+        One that was lost before its first token may be why, unless the replica was to leave or the loss is known to be
+        another's fault. It is issued again alone among its like, as are others of its version until one is answered, to
+        a replica that lived after the first was lost; if one is lost so again, the version is set aside.
         """
         sent: list[int] = []
         name = call.request_id
@@ -59,9 +61,14 @@ class Retries:
             last: Delta | None = None
             try:
                 async with (
-                    self._alone(ref if suspected else None, until) as begun,
+                    self._alone(suspected, ref, until) as begun,
                     aclosing(
-                        self._replicas.generate(replace(call, timeout_s=_left(until)), ref, tuple(sent))
+                        self._replicas.generate(
+                            replace(call, timeout_s=_left(until)),
+                            ref,
+                            tuple(sent),
+                            apart_from=self._faults.suspected if suspected else None,
+                        )
                     ) as batches,
                 ):
                     async for batch in _in_time(batches, until):
@@ -73,9 +80,10 @@ class Retries:
                             yield last
                 return
             except ReplicaLost as error:
-                if suspected and last is None and ref is not None:
+                implicated = last is None and not error.blameless
+                if suspected and implicated and ref is not None:
                     self._faults.quarantine(ref)
-                if attempt == ATTEMPTS or (suspected and last is None) or (call.n > 1 and last is not None):
+                if attempt == ATTEMPTS or (suspected and implicated) or (call.n > 1 and last is not None):
                     raise UnavailableError(LOST, code="replica_lost") from error
                 log.warning(
                     "request %s (%s): its replica was lost after %d tokens; issued again",
@@ -83,19 +91,19 @@ class Retries:
                     name,
                     len(sent),
                 )
-                suspected = last is None
-                if suspected and ref is not None:
+                suspected = implicated or (suspected and last is None)
+                if implicated and ref is not None:
                     self._faults.suspect(ref)
                 call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
 
     @asynccontextmanager
-    async def _alone(self, suspect: ModelRef | None, until: float) -> AsyncIterator[Callable[[], None]]:
-        """Keeps suspected adapters apart, each until one call of it has begun: else one would incriminate others.
+    async def _alone(self, suspected: bool, ref: ModelRef | None, until: float) -> AsyncIterator[Callable[[], None]]:
+        """Keeps suspected calls apart, each version's until one has begun: else one would incriminate others.
 
         Of those that wait no other is tried once its adapter is set aside: each would take a replica down. After
         `PROBE_S` the next is tried, whatever this one does: a slow adapter must not hold other tenants' calls.
         """
-        held = suspect is not None
+        held = suspected
         if held:
             try:
                 async with asyncio.timeout(until - time.monotonic()):
@@ -111,10 +119,11 @@ class Retries:
 
         timer = asyncio.get_running_loop().call_later(PROBE_S, begun) if held else None
         try:
-            if suspect is not None and self._faults.current(suspect) is not None:
-                raise UnavailableError(LOST, code="replica_lost")
-            if suspect is not None and not self._faults.suspected(suspect):
-                begun()
+            if suspected and ref is not None:
+                if self._faults.current(ref) is not None:
+                    raise UnavailableError(LOST, code="replica_lost")
+                if not self._faults.suspected(ref):
+                    begun()
             yield begun
         finally:
             begun()

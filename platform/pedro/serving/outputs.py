@@ -7,6 +7,7 @@ tokens of a call and its last. All else waits for the end of the slice of time.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 from collections import deque
@@ -19,13 +20,22 @@ from pedro.engine.sequence import Output, Request
 from pedro.engine.sequence import TokenLogprob as EngineLogprob
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
-from pedro.serving.protocol import HEARTBEAT_S, SLICE_S, OutputBatch, slice_s
+from pedro.serving.protocol import (
+    HEARTBEAT_S,
+    SLICE_S,
+    OutputBatch,
+    OutputPart,
+    ReplicaLost,
+    TokenCounts,
+    slice_s,
+)
 
 if TYPE_CHECKING:
     from pedro.model_protocols import Tokenizer
     from pedro.serving.tokens import TokenTexts
 
 TURNS = 4  # every part costs an item of the stream
+ENGINE_FAILED = "the engine failed on this request; try again"
 log = logging.getLogger("pedro.serving")
 
 
@@ -38,7 +48,7 @@ class _Open:
     unfinished: int  # choices
     opened: bool = False
     pending: list[Output] = field(default_factory=list)
-    failed: PedroError | None = None
+    failed: PedroError | ReplicaLost | None = None
 
 
 class OutputStream:
@@ -54,13 +64,11 @@ class OutputStream:
         self._calls: dict[str, _Open] = {}  # by the engine's request id
         self._ids: dict[int, str] = {}
         self._admitting: dict[int, asyncio.Task[None]] = {}
-        self._refused: list[tuple[int, list[Delta] | PedroError]] = []
+        self._refused: list[tuple[int, OutputPart]] = []
+        self._numbers = itertools.count()  # of the batches
         self._arrived: deque[Output] = deque()
         self._urgent: set[str] = set()  # ids whose next output must not wait
         self._wake = asyncio.Event()
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._calls
 
     def __len__(self) -> int:
         return len(self._calls) + len(self._admitting)
@@ -122,7 +130,7 @@ class OutputStream:
                 sent = now
                 yield self._batch(parts)
 
-    def _collect(self, tick: bool) -> list[tuple[int, list[Delta] | PedroError]]:
+    def _collect(self, tick: bool) -> list[tuple[int, OutputPart]]:
         """What leaves now: first and last outputs at once, all else at the end of the call's slice of time.
 
         Where there are many calls their slices end in turns, so that a first token never stands behind them all.
@@ -137,7 +145,7 @@ class OutputStream:
             held.pending.append(output)
             if output.finish_reason is not None:
                 held.unfinished -= 1
-                held.failed = held.failed or output.error
+                held.failed = held.failed or _error_of(output)
             if output.finish_reason is not None or not held.opened:
                 due[output.request_id] = held
         if tick:
@@ -149,14 +157,16 @@ class OutputStream:
             self._urgent.discard(request_id)
             held.opened = True
             outputs, held.pending = held.pending, []
-            made = [output for output in outputs if output.error is None]
+            made = [output for output in outputs if _error_of(output) is None]
             if made:
                 try:
                     parts.append((held.number, held.deltas(made)))
+                except ReplicaLost as error:
+                    log.error("outputs of request %s were lost on their way: %s", request_id, error)
+                    held.failed = held.failed or error
                 except Exception:  # whatever it is, it ends this call and not the stream of all
                     log.exception("the outputs of request %s could not be written", request_id)
-                    error = UnavailableError("the engine failed on this request; try again", code="engine_error")
-                    held.failed = held.failed or error
+                    held.failed = held.failed or UnavailableError(ENGINE_FAILED, code="engine_error")
             if held.failed is not None:
                 parts.append((held.number, held.failed))
                 self.cancel(held.number)
@@ -169,8 +179,8 @@ class OutputStream:
         """In how many parts the calls' slices end."""
         return max(1, min(TURNS, int(slice_s(len(self)) / SLICE_S)))
 
-    def _batch(self, parts: list[tuple[int, list[Delta] | PedroError]]) -> OutputBatch:
-        return OutputBatch(self._count(), len(self), tuple(parts))
+    def _batch(self, parts: list[tuple[int, OutputPart]]) -> OutputBatch:
+        return OutputBatch(next(self._numbers), self._count(), len(self), tuple(parts))
 
     def _forget(self, number: int) -> str | None:
         request_id = self._ids.pop(number, None)
@@ -180,8 +190,17 @@ class OutputStream:
         return request_id
 
 
+def _error_of(output: Output) -> PedroError | None:
+    """Why its answer is none. Calls that end early are forgotten first: one cancelled here is the engine's fault."""
+    failed = output.finish_reason == "cancelled"
+    return UnavailableError(ENGINE_FAILED, code="engine_error") if failed else output.error
+
+
 class DeltaBuilder:
-    """Makes the deltas of one call. With echo, the prompt stands in front of each choice's first."""
+    """Makes the deltas of one call. With echo, the prompt stands in front of each choice's first.
+
+    Raises ReplicaLost where an output is missing, doubled or out of order.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, texts: TokenTexts, request: Request, call: GenerateCall, fingerprint: str
@@ -189,6 +208,7 @@ class DeltaBuilder:
         self._texts = texts
         self._request = request
         self._fingerprint = fingerprint
+        self._counts = TokenCounts()
         self._logprobs = call.params.get("logprobs") is not None
         self._unopened = set(range(request.n)) if call.echo else set()
         self._text = call.prompt if isinstance(call.prompt, str) else None
@@ -199,6 +219,8 @@ class DeltaBuilder:
         """One delta a choice for all its outputs, in the order of their first ones."""
         choices: dict[int, list[Output]] = {}
         for output in outputs:
+            before = len(self._request.resumed_ids)
+            self._counts.add(output.index, len(output.token_ids), output.completion_tokens, before)
             choices.setdefault(output.index, []).append(output)
         return [self._merge(index, of_choice) for index, of_choice in choices.items()]
 

@@ -29,7 +29,31 @@ Prompt = str | tuple[Mapping[str, str], ...]
 
 
 class ReplicaLost(Exception):
-    """The replica, or the way to it, is gone; what it had not sent is to be asked of another."""
+    """The replica, or the way to it, is gone; what it had not sent is to be asked of another.
+
+    `blameless`: whatever ran there is known not to be why.
+    """
+
+    def __init__(self, message: str, blameless: bool = False) -> None:
+        super().__init__(message)
+        self.blameless = blameless
+
+
+class TokenCounts:
+    """Counts the tokens of each choice of one call, so that nothing lost, doubled or out of order passes for text."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, int] = {}
+
+    def add(self, choice: int, tokens: int, total: int, before: int) -> None:
+        """`tokens` more came, which should make it `total`; a choice begins with `before`. Raises ReplicaLost."""
+        made = self._made[choice] = self._made.get(choice, before) + tokens
+        if made != total:
+            raise ReplicaLost(f"choice {choice} has {made} tokens where {total} were made", blameless=True)
+
+
+OutputPart = list[Delta] | PedroError | ReplicaLost
+"""The deltas of one call, or the error that ends it."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +73,15 @@ class SubmitRequest:
 
 @dataclass(frozen=True)
 class OutputBatch:
-    """What some calls gained: each its deltas, or the error that ends it.
+    """What some calls gained, by their numbers. `number` is the batch's own place in its stream, from 0.
 
     `load` counts the unfinished calls of the replica, `mine` those of this stream.
     """
 
+    number: int
     load: int
     mine: int
-    parts: tuple[tuple[int, list[Delta] | PedroError], ...] = ()
+    parts: tuple[tuple[int, OutputPart], ...] = ()
 
 
 class ReplicaControl(Protocol):
@@ -159,7 +184,7 @@ class ReplicaConnection(Protocol):
         ...
 
     async def submit(self, stream_id: str, requests: list[SubmitRequest], cancelled: list[int]) -> None:
-        """Start calls and end others, in this order."""
+        """Start calls and end others, in this order. Raises a blameless `ReplicaLost` where none was started."""
         ...
 
     async def ask(self, request: ControlRequest[T]) -> T:

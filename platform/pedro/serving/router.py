@@ -12,7 +12,7 @@ import asyncio
 import math
 import random
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, TypeVar
@@ -62,14 +62,19 @@ class ReplicaSet:
             self._clients[replica] = ReplicaClient(replica, self._connect(replica), self._changed.set, self._backbone)
 
     async def generate(
-        self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...] = ()
+        self,
+        call: GenerateCall,
+        ref: ModelRef | None,
+        resumed: tuple[int, ...] = (),
+        apart_from: Callable[[ModelRef], bool] | None = None,
     ) -> AsyncGenerator[list[Delta], None]:
-        """The deltas of one call, on the replica that suits it.
+        """The deltas of one call, on the replica that suits it; with `apart_from`, on one that is then lost to nothing
+        else: it lives now, and no call of another version that `apart_from` names waits there for its first token.
 
         Raises the call's PedroError, ReplicaLost where the replica was lost on the way, UnavailableError where there
         is none.
         """
-        client = await self._choose(ref)
+        client = await (self._choose(ref) if apart_from is None else self._choose_apart(ref, apart_from))
         async with aclosing(client.generate(call, ref, resumed)) as batches:
             async for batch in batches:
                 yield batch
@@ -95,16 +100,29 @@ class ReplicaSet:
         """End all streams."""
         await asyncio.gather(*(client.close() for client in [*self._clients.values(), *self._leaving]))
 
-    async def _choose(self, ref: ModelRef | None) -> ReplicaClient:
-        """The client to ask for adapter version `ref`; waits for one where there is none."""
+    async def _choose(
+        self, ref: ModelRef | None, suits: Callable[[ReplicaClient], bool] = lambda _: True
+    ) -> ReplicaClient:
+        """The client to ask for adapter version `ref`, of those that suit; waits for one where there is none."""
+
+        def loads() -> dict[str, int]:
+            return {name: client.load for name, client in self._clients.items() if client.ready and suits(client)}
+
         try:
             async with asyncio.timeout(PATIENCE_S):
-                while not self.ready:
+                while not (found := loads()):
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError as error:
             raise UnavailableError("no engine replica answers; try again later", code="no_replica") from error
-        return self._clients[choose(ref, {name: client.load for name, client in self._clients.items() if client.ready})]
+        return self._clients[choose(ref, found)]
+
+    async def _choose_apart(self, ref: ModelRef | None, apart_from: Callable[[ModelRef], bool]) -> ReplicaClient:
+        while True:
+            client = await self._choose(ref, lambda client: not any(map(apart_from, client.waiting - {ref})))
+            with suppress(ReplicaLost):
+                await client.answer()
+                return client
 
 
 def choose(ref: ModelRef | None, loads: Mapping[str, int]) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from pedro.process import configure_serving_process, set_torch_threads
 from pedro.refs import ModelRef
 from pedro.registry import DAMAGED, Registry
 from pedro.serving.metrics import ReplicaMetrics
-from pedro.serving.outputs import DeltaBuilder, OutputStream
+from pedro.serving.outputs import ENGINE_FAILED, DeltaBuilder, OutputStream
 from pedro.serving.prompts import PromptProcessor
 from pedro.serving.protocol import ControlRequest, OutputBatch, Prompt, ReplicaLost, SubmitRequest, T
 from pedro.serving.tokens import TokenTexts, tokenizer_info
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
 
 LOAD_TIMEOUT_S = 60.0
 log = logging.getLogger("pedro.serving")
+
+
+@dataclass
+class _Unfinished:
+    """A request that the engine has: where its outputs go, its adapter, its choices to finish."""
+
+    stream: OutputStream
+    ref: ModelRef | None
+    choices: int
 
 
 class ReplicaServer:
@@ -56,7 +66,7 @@ class ReplicaServer:
         self._tokenizer = load_tokenizer(backbone)
         self._texts = TokenTexts(self._tokenizer)
         self._streams: dict[str, OutputStream] = {}
-        self._refs: dict[str, tuple[ModelRef | None, int]] = {}  # of unfinished requests: adapter, choices to finish
+        self._unfinished: dict[str, _Unfinished] = {}  # by request id
         longest = context_length(backbone)
         self._engine = Engine(
             load_model(backbone, config.dtype, config.device),
@@ -101,7 +111,7 @@ class ReplicaServer:
         """Start calls and end others; all else comes over the stream. Raises ReplicaLost where none is open."""
         stream = self._streams.get(stream_id)
         if stream is None:
-            raise ReplicaLost(f"no stream of {stream_id} is open here")
+            raise ReplicaLost(f"no stream of {stream_id} is open here", blameless=True)
         for number in cancelled:
             stream.cancel(number)
         for request in requests:
@@ -120,35 +130,36 @@ class ReplicaServer:
                     "the server's backbone is being replaced; ask again in a moment", code="backbone_changed"
                 )
             request = await self._request(call, submitted.ref, submitted.resumed)
-            if request.id in self._refs:
+            if request.id in self._unfinished:
                 raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
             deltas = DeltaBuilder(self._tokenizer, self._texts, request, call, str(submitted.ref or self._bare))
-            self._refs[request.id] = (submitted.ref, request.n)
+            self._unfinished[request.id] = _Unfinished(stream, submitted.ref, request.n)
             stream.open(number, request.id, request.n, deltas)
             try:
                 self._thread.submit(request)
             except BaseException:
-                del self._refs[request.id]
+                del self._unfinished[request.id]
                 raise
         except PedroError as error:
             stream.refuse(number, error)
         except Exception:
             log.exception("request %s (%s) could not be started", call.trace_id, call.request_id)
-            stream.refuse(number, UnavailableError("the engine failed on this request; try again", code="engine_error"))
+            stream.refuse(number, UnavailableError(ENGINE_FAILED, code="engine_error"))
 
     def _hand_out(self, outputs: list[Output]) -> None:
         """Called on the engine's thread, once a step."""
-        streams = list(self._streams.values())
-        for stream in streams:
-            mine = outputs if len(streams) == 1 else [output for output in outputs if output.request_id in stream]
-            if mine:
-                stream.take(mine)
+        of_streams: dict[OutputStream, list[Output]] = {}
+        for output in outputs:
+            of_streams.setdefault(self._unfinished[output.request_id].stream, []).append(output)
+        for stream, of_stream in of_streams.items():
+            stream.take(of_stream)
         for output in outputs:
             if output.finish_reason is not None:
-                ref, unfinished = self._refs.pop(output.request_id)
-                if unfinished > 1:
-                    self._refs[output.request_id] = ref, unfinished - 1
-                self._metrics.finished(ref, output)
+                request = self._unfinished[output.request_id]
+                request.choices -= 1
+                if not request.choices:
+                    del self._unfinished[output.request_id]
+                self._metrics.finished(request.ref, output)
 
     # texts
 
