@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -62,11 +63,11 @@ class ReplicaClient:
         """Unfinished calls on the replica, of this ingress and of others."""
         return self._others + len(self._inboxes)
 
-    @property
-    def waiting(self) -> set[ModelRef]:
-        """The adapter versions of calls here that have nothing yet."""
-        inboxes = self._inboxes.values()
-        return {inbox.ref for inbox in inboxes if inbox.ref is not None and not inbox.begun and not inbox.ended}
+    def waiting(self, within_s: float) -> set[ModelRef]:
+        """The adapter versions of calls here that have nothing yet, though they came no longer ago."""
+        since = time.monotonic() - within_s
+        empty = [inbox for inbox in self._inboxes.values() if not inbox.begun and not inbox.ended]
+        return {inbox.ref for inbox in empty if inbox.ref is not None and inbox.since >= since}
 
     async def answer(self) -> None:
         """Returns once the replica has answered a message sent from now on. Raises ReplicaLost."""
@@ -241,6 +242,7 @@ class _Inbox:
 
     def __init__(self, call: GenerateCall, ref: ModelRef | None, resumed: int) -> None:
         self.ref = ref
+        self.since = time.monotonic()
         self.begun = False  # whether anything came
         self._echo = call.echo
         self._resumed = resumed  # tokens of the answer that the client has already

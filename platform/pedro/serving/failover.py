@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pedro.gateway.backend import Delta, GenerateCall
     from pedro.refs import ModelRef
     from pedro.registry import Version
+    from pedro.serving.client import ReplicaClient
     from pedro.serving.router import ReplicaSet
 
 ATTEMPTS = 3
@@ -67,7 +68,7 @@ class Retries:
                             replace(call, timeout_s=_left(until)),
                             ref,
                             tuple(sent),
-                            apart_from=self._faults.suspected if suspected else None,
+                            self._lost_to_no_other(ref) if suspected else None,
                         )
                     ) as batches,
                 ):
@@ -95,6 +96,14 @@ class Retries:
                 if implicated and ref is not None:
                     self._faults.suspect(ref)
                 call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
+
+    def _lost_to_no_other(self, ref: ModelRef | None) -> Callable[[ReplicaClient], bool]:
+        """Whether no other suspected version's call may take the replica down: none waits there for its first token."""
+
+        def suits(client: ReplicaClient) -> bool:
+            return not any(map(self._faults.suspected, client.waiting(PROBE_S) - {ref}))
+
+        return suits
 
     @asynccontextmanager
     async def _alone(self, suspected: bool, ref: ModelRef | None, until: float) -> AsyncIterator[Callable[[], None]]:

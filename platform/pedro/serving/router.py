@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SHARE = 1.25  # of the mean load
 PATIENCE_S = 120.0  # how long a call waits for a replica where there is none, as while one is replaced
-
+RECHECK_S = 0.5  # whether one suits may change with time alone
 
 T = TypeVar("T")
 
@@ -66,15 +66,14 @@ class ReplicaSet:
         call: GenerateCall,
         ref: ModelRef | None,
         resumed: tuple[int, ...] = (),
-        apart_from: Callable[[ModelRef], bool] | None = None,
+        suits: Callable[[ReplicaClient], bool] | None = None,
     ) -> AsyncGenerator[list[Delta], None]:
-        """The deltas of one call, on the replica that suits it; with `apart_from`, on one that is then lost to nothing
-        else: it lives now, and no call of another version that `apart_from` names waits there for its first token.
+        """The deltas of one call, on the replica that is best for it; with `suits`, on one that suits and lives now.
 
         Raises the call's PedroError, ReplicaLost where the replica was lost on the way, UnavailableError where there
         is none.
         """
-        client = await (self._choose(ref) if apart_from is None else self._choose_apart(ref, apart_from))
+        client = await (self._choose(ref) if suits is None else self._choose_alive(ref, suits))
         async with aclosing(client.generate(call, ref, resumed)) as batches:
             async for batch in batches:
                 yield batch
@@ -112,14 +111,16 @@ class ReplicaSet:
             async with asyncio.timeout(PATIENCE_S):
                 while not (found := loads()):
                     self._changed.clear()
-                    await self._changed.wait()
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(RECHECK_S):
+                            await self._changed.wait()
         except TimeoutError as error:
             raise UnavailableError("no engine replica answers; try again later", code="no_replica") from error
         return self._clients[choose(ref, found)]
 
-    async def _choose_apart(self, ref: ModelRef | None, apart_from: Callable[[ModelRef], bool]) -> ReplicaClient:
+    async def _choose_alive(self, ref: ModelRef | None, suits: Callable[[ReplicaClient], bool]) -> ReplicaClient:
         while True:
-            client = await self._choose(ref, lambda client: not any(map(apart_from, client.waiting - {ref})))
+            client = await self._choose(ref, suits)
             with suppress(ReplicaLost):
                 await client.answer()
                 return client
