@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 IGNORE = -100  # the label of a token that is not supervised, as in transformers
 

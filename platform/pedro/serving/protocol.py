@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from pedro.errors import PedroError
 from pedro.gateway.backend import AdapterResidence, Delta, GenerateCall, TokenizeResult
 
 if TYPE_CHECKING:
-    from pedro.errors import PedroError
     from pedro.refs import ModelRef
 
 SLICE_S = 0.03  # a slice of a few calls
