@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 INITS = (True, False, "gaussian")  # LoRA starts from these on the backbone as it is; every other value changes it
 CHANGES = ("kasa_config", "layer_replication")  # what else changes the backbone itself
 NOT_READ = ("runtime_config",)  # keys that PEFT takes off again
 
 
-def changed_backbone(config: Any) -> str:
+def changed_backbone(config: PeftConfig) -> str:
     """Which field has the method start from other weights than the backbone's, and what to do; empty if none does."""
     start = getattr(config, "init_lora_weights", True)
     if not any(start is known or (isinstance(start, str) and start == known) for known in INITS):
@@ -29,7 +32,7 @@ def changed_backbone(config: Any) -> str:
     return ""
 
 
-def unknown_keys(config: Any, written: Mapping[str, Any]) -> list[str]:
+def unknown_keys(config: PeftConfig, written: Mapping[str, Any]) -> list[str]:
     """Keys of adapter_config.json with a value, that the config's class has no field for."""
     fields = {field.name for field in dataclasses.fields(config)} | set(NOT_READ)
     return sorted(name for name, value in written.items() if name not in fields and value)

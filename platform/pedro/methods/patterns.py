@@ -12,9 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pedro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 LIMIT_S = 5.0
 SPECIAL = re.compile(r"[()\[\]{}*+?|\\^$]")
@@ -33,7 +36,7 @@ for place, pattern in enumerate(patterns):
 """
 
 
-def check_patterns(config: Any, names: Iterable[str]) -> None:
+def check_patterns(config: PeftConfig, names: Iterable[str]) -> None:
     """Try the patterns of a PEFT config on the names of a model's modules.
 
     Raises ConfigError that names the field of one that takes more than LIMIT_S seconds or a gigabyte.
@@ -62,7 +65,7 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
     )
 
 
-def _texts(config: Any) -> Iterator[tuple[str, str]]:
+def _texts(config: PeftConfig) -> Iterator[tuple[str, str]]:
     """Each text of a config that PEFT may read as a pattern, with its field."""
     for field in fields(config):
         value = getattr(config, field.name)

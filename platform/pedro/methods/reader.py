@@ -19,6 +19,8 @@ from pedro.errors import AdapterError
 from pedro.methods.adapter_files import WEIGHTS
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from pedro.adapter_kinds import Adapter
     from pedro.methods.architectures import Architecture, LayerSites
 
@@ -73,7 +75,7 @@ class Reader:
     read: Callable[[Any, SavedTensors, Architecture], Adapter]
     fields: frozenset[str] | None = None
 
-    def unsupported(self, config: Any) -> list[str]:
+    def unsupported(self, config: PeftConfig) -> list[str]:
         """The config's fields that are not at their defaults and that `read` does not implement, as `name = value`."""
         unsupported = []
         for field in dataclasses.fields(config):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pedro.registry.tags import PREFIX, ours
 from pedro.registry.versions import PROMOTED, Version, read_version
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from pedro.registry.models import Registry
 
 RUNNING = "RUNNING"
@@ -139,7 +141,7 @@ def _experiments(registry: Registry, models: Sequence[str]) -> dict[str, str]:
     return {experiment.experiment_id: experiment.name for experiment in found if experiment is not None}
 
 
-def _run(entity: Any, names: dict[str, str]) -> TrackedRun:
+def _run(entity: Run, names: dict[str, str]) -> TrackedRun:
     info, data = entity.info, entity.data
     return TrackedRun(
         id=info.run_id,

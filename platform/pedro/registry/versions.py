@@ -6,10 +6,13 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.refs import ModelRef
 from pedro.registry.tags import PREFIX, ours, stored
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 TENANT, GATE, PROMOTED = f"{PREFIX}tenant", f"{PREFIX}gate", f"{PREFIX}promoted"
 
@@ -69,7 +72,7 @@ def version_tags(manifest: Mapping[str, Any], gate: str) -> dict[str, str]:
     )
 
 
-def read_version(entity: Any, aliases: Mapping[str, int] | None = None) -> Version:
+def read_version(entity: ModelVersion, aliases: Mapping[str, int] | None = None) -> Version:
     """What MLflow says of a model version; `aliases` are its adapter's, if the entity does not know its own."""
     name = ModelRef.parse(entity.name)
     tags = ours(entity.tags)
@@ -90,7 +93,7 @@ def read_version(entity: Any, aliases: Mapping[str, int] | None = None) -> Versi
         metrics=json.loads(tags.get("metrics") or "{}"),
         spec=json.loads(tags.get("spec") or "{}"),
         gate=tags.get("gate", ""),
-        run_id=entity.run_id,
+        run_id=entity.run_id,  # type: ignore[arg-type]  # every version is registered of a run
         created=utc(entity.creation_timestamp / 1000),
         aliases=tuple(sorted(held)),
         promoted=tags.get("promoted", ""),

@@ -24,6 +24,7 @@ from pedro.training.storage import join
 
 if TYPE_CHECKING:
     import torch
+    from ray.train import Checkpoint
 
     from pedro.backbone import Backbone
     from pedro.training.context import TrainingContext
@@ -207,7 +208,7 @@ def _train(
         _report({"step": trained.outcome.steps, "steps": context.plan.steps}, checkpoint, group)
 
 
-def _report(metrics: dict[str, Any], checkpoint: Any, group: WorkerGroup) -> None:
+def _report(metrics: dict[str, Any], checkpoint: Checkpoint | None, group: WorkerGroup) -> None:
     """Hand a checkpoint to Ray Train. With one worker, a full disk is an error that is not retried."""
     import ray.train
 
@@ -260,7 +261,7 @@ class RayReporter:
         print(text, flush=True)
 
 
-def _finished(checkpoint: Any) -> bool:
+def _finished(checkpoint: Checkpoint | None) -> bool:
     """Whether the last checkpoint is the run's result: its worker was lost after everything was done."""
     if checkpoint is None:
         return False

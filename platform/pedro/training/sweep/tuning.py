@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pedro.process import update_environment
@@ -21,6 +21,8 @@ from pedro.training.sweep.trial import run_trial
 from pedro.training.trainer import ENVIRONMENT, pack_settings
 
 if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+
     from pedro.config import Settings
     from pedro.training.spec import ResourcesSpec
     from pedro.training.sweep.spec import SweepSpec
@@ -83,13 +85,13 @@ def concurrent_trials(resources: ResourcesSpec) -> int:
 class Halving(ASHAScheduler):
     """ASHA, but a trial that has trained to its end is let be: what is left is to score it."""
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if result.get(STEP, 0) >= result.get(STEPS, UNBOUNDED_STEPS):
             return self.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
 
 
-def make_scheduler(spec: SweepSpec) -> Any:
+def make_scheduler(spec: SweepSpec) -> TrialScheduler:
     """ASHA over Ω steps and the validation loss, or none."""
     if spec.scheduler.name == "none":
         return FIFOScheduler()
@@ -106,18 +108,19 @@ def make_scheduler(spec: SweepSpec) -> Any:
     )
 
 
-def tell(scheduler: Any, tracker: TrialTracker) -> None:
+def tell(scheduler: TrialScheduler, tracker: TrialTracker) -> None:
     """Let the scheduler know what trials reported that have ended before."""
     for trial in tracker.trials:
         if trial.state in (TrialState.FINISHED, TrialState.STOPPED):
             _replay(scheduler, f"before-{trial.number}", trial.reports)
 
 
-def _replay(scheduler: Any, trial_id: str, reports: tuple[tuple[int, float], ...]) -> None:
+def _replay(scheduler: TrialScheduler, trial_id: str, reports: tuple[tuple[int, float], ...]) -> None:
     stand_in: Any = SimpleNamespace(trial_id=trial_id)
-    scheduler.on_trial_add(None, stand_in)
+    controller: Any = None
+    scheduler.on_trial_add(controller, stand_in)
     for step, loss in reports:
-        scheduler.on_trial_result(None, stand_in, {STEP: step, LOSS: loss})
+        scheduler.on_trial_result(controller, stand_in, {STEP: step, LOSS: loss})
 
 
 class _OfThisProcess:
@@ -130,7 +133,7 @@ class _OfThisProcess:
 class Next(_OfThisProcess, Searcher):
     """Hands the tracker's trials to Tune."""
 
-    def __init__(self, tracker: TrialTracker, scheduler: Any) -> None:
+    def __init__(self, tracker: TrialTracker, scheduler: TrialScheduler) -> None:
         super().__init__(metric=LOSS, mode="min")
         self._tracker, self._scheduler = tracker, scheduler
 
@@ -158,19 +161,19 @@ class Watch(_OfThisProcess, tune.Callback):
         self._tracker, self._show = tracker, show
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         if LOSS in result:
             self._tracker.report(trial.config["number"], result[STEP], result[STEPS], result[LOSS])
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._tracker.ended(trial.config["number"])
         self._show(True)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         text = str(trial.get_error() or "").strip()
         self._tracker.ended(trial.config["number"], broke=text.splitlines()[-1] if text else "its process died")
         self._show(True)
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._show(False)
