@@ -349,7 +349,7 @@ def test_a_layer_uses_its_own_activation():
     hidden, prompt = torch.randn(2, 5, 32), torch.ones(2, 5, dtype=torch.bool)
     layers = [module for module in mixed.modules() if isinstance(module, PedroLayer)]
     for layer, activation in ((layers[0], torch.nn.functional.relu), (layers[2], torch.nn.functional.gelu)):
-        pooled = layer.places.norm(hidden)[:, -1]
+        pooled = layer.layer_sites.norm(hidden)[:, -1]
         expected = activation(pooled @ layer.pedro_down["default"]) @ layer.pedro_up["default"]
         got = torch.cat(list(layer(hidden, prompt, "default").values()), -1)
         torch.testing.assert_close(got, expected + layer.pedro_bias["default"])

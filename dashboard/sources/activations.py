@@ -70,13 +70,15 @@ def read_activations(directory: Path) -> Activations:
     if config.get("peft_type") != "PEDRO":
         kind = str(config.get("peft_type") or "no PEFT method")
         raise AdapterError(f"it is {kind}: only PEDRO and PARA generate vectors by an activation")
-    layers, found = _coefficients(directory)
+    layers, coefficients = _coefficients(directory)
     try:
         names = config.get("activation") or "rational"
         listed = [names] * len(layers) if isinstance(names, str) else list(names)
         return Activations(
             tuple(
-                LayerActivation(layer, str(name), found.get((layer, "a"), ()), found.get((layer, "b"), ()))
+                LayerActivation(
+                    layer, str(name), coefficients.get((layer, "a"), ()), coefficients.get((layer, "b"), ())
+                )
                 for layer, name in zip(layers, listed, strict=True)
             )
         )
@@ -156,22 +158,22 @@ def distance_rows(
 def _coefficients(directory: Path) -> tuple[list[int], dict[tuple[int, str], tuple[float, ...]]]:
     """The layers that have a generator, and a and b of those that learn their activation."""
     layers: list[int] = []
-    found: dict[tuple[int, str], tuple[float, ...]] = {}
+    coefficients: dict[tuple[int, str], tuple[float, ...]] = {}
     try:
         with safe_open(directory / WEIGHTS, framework="numpy") as weights:
             for name in weights.keys():  # noqa: SIM118 (a handle, no mapping)
                 if match := COEFFICIENT.search(name):
                     values = weights.get_tensor(name).astype(float).tolist()
-                    found[int(match["layer"]), match["letter"]] = tuple(values)
+                    coefficients[int(match["layer"]), match["letter"]] = tuple(values)
                 elif match := GENERATOR.search(name):
                     layers.append(int(match["layer"]))
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise AdapterError(f"{WEIGHTS} cannot be read ({type(error).__name__}); fetch the adapter again") from error
     if not layers:
         raise AdapterError(f"{WEIGHTS} holds no generator; fetch the adapter again")
-    if any((layer, other) not in found for layer, letter in found for other in "ab"):
+    if any((layer, other) not in coefficients for layer, letter in coefficients for other in "ab"):
         raise AdapterError(f"{WEIGHTS} holds half of a rational; fetch the adapter again")
-    return sorted(layers), found
+    return sorted(layers), coefficients
 
 
 def _config(directory: Path) -> dict[str, Any]:

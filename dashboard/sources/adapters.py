@@ -95,24 +95,24 @@ def read_catalog(settings: Settings) -> Catalog:
 
 def read_champions(settings: Settings) -> dict[str, int] | None:
     """The champions of all adapters; None while the registry does not answer."""
-    found, problem = ask_registry(settings, Registry.catalog, {})
+    adapters, problem = ask_registry(settings, Registry.catalog, {})
     if problem:
         return None
-    return {name: entry.aliases[CHAMPION] for name, entry in found.items() if CHAMPION in entry.aliases}
+    return {name: entry.aliases[CHAMPION] for name, entry in adapters.items() if CHAMPION in entry.aliases}
 
 
 def read_promotions(settings: Settings, since: float) -> list[tuple[float, str, int]]:
     """When (Unix seconds) which adapter got which champion since then, the first first."""
-    found, _ = ask_registry(settings, lambda registry: promotions(registry, since), [])
+    promoted, _ = ask_registry(settings, lambda registry: promotions(registry, since), [])
     return [
         (datetime.fromisoformat(version.promoted).timestamp(), version.name, version.version)
-        for version in reversed(found)
+        for version in reversed(promoted)
     ]
 
 
 def read_versions(settings: Settings, name: str) -> Versions:
-    found, problem = ask_registry(settings, lambda registry: tuple(reversed(registry.versions(name))), ())
-    return Versions(found, problem)
+    versions, problem = ask_registry(settings, lambda registry: tuple(reversed(registry.versions(name))), ())
+    return Versions(versions, problem)
 
 
 def read_stored(settings: Settings, version: Version) -> Stored:

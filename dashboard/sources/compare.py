@@ -186,26 +186,26 @@ def most_validated(runs: Iterable[RunResult]) -> str:
 
 def curve_rows(runs: Iterable[RunResult], task: str, curve: str) -> list[dict[str, Any]]:
     """One row a method and step: the median over seeds, and the seeds' least and most."""
-    found: dict[tuple[str, int], list[float]] = {}
+    points: dict[tuple[str, int], list[float]] = {}
     for run in runs:
         if run.task == task:
             for step, value in run.curves.get(curve, ()):
                 if math.isfinite(value):
-                    found.setdefault((_named(run), int(step)), []).append(value)
+                    points.setdefault((_named(run), int(step)), []).append(value)
     return [
         {"method": name, "step": step, "value": median(values), "low": min(values), "high": max(values)}
-        for (name, step), values in found.items()
+        for (name, step), values in points.items()
     ]
 
 
 def best_values(runs: Iterable[RunResult], task: str, curve: str) -> list[dict[str, Any]]:
     """One row a method: the best value of its runs (the median over seeds) and the last, which may be worse."""
-    found: dict[str, list[tuple[float, int, float]]] = {}
+    bests: dict[str, list[tuple[float, int, float]]] = {}
     for run in runs:
         points = [point for point in run.curves.get(curve, ()) if math.isfinite(point[1])]
         if run.task == task and points:
             step, best = min(points, key=lambda point: point[1])
-            found.setdefault(_named(run), []).append((best, int(step), points[-1][1]))
+            bests.setdefault(_named(run), []).append((best, int(step), points[-1][1]))
     rows = [
         {
             "method": name,
@@ -214,7 +214,7 @@ def best_values(runs: Iterable[RunResult], task: str, curve: str) -> list[dict[s
             "last": median([last for _, _, last in seeds]),
             "seeds": len(seeds),
         }
-        for name, seeds in found.items()
+        for name, seeds in bests.items()
     ]
     return sorted(rows, key=lambda row: row["best"])
 
@@ -275,10 +275,10 @@ def _figure(draw: Callable[[Path], None]) -> bytes:
 
 def _ours(selection: FilteredComparison, label: str, column: str) -> float | None:
     """The number of ours that belongs beside the paper's, as it is printed."""
-    found = [table.entries.get((label, at)) for table in selection.tables for at in table.columns]
+    entries = [table.entries.get((label, at)) for table in selection.tables for at in table.columns]
     if column == MILLIONS:
-        return next((entry.parameters / 1e6 for entry in found if entry is not None and entry.parameters), None)
-    mine = next((entry for entry in found if entry is not None and entry.task == column), None)
+        return next((entry.parameters / 1e6 for entry in entries if entry is not None and entry.parameters), None)
+    mine = next((entry for entry in entries if entry is not None and entry.task == column), None)
     return None if mine is None or mine.value is None else float(format_score(mine.value, mine.metric))
 
 

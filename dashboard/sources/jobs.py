@@ -81,8 +81,8 @@ def live_jobs(settings: Settings) -> Jobs:
     stored, problem = ask_store(settings, read, [])
     known = {job.record.id for job in stored}
     others = (_of_cluster(job) for job in cluster.jobs.values() if job["id"] not in known)
-    found = [*map(_of_store, stored), *(job for job in others if job.live)]
-    return Jobs(tuple(sorted(found, key=lambda job: -job.created)), None, cluster, problem)
+    jobs = [*map(_of_store, stored), *(job for job in others if job.live)]
+    return Jobs(tuple(sorted(jobs, key=lambda job: -job.created)), None, cluster, problem)
 
 
 def past_jobs(settings: Settings, status: str | None = None, limit: int = 25, offset: int = 0) -> Jobs:
@@ -95,8 +95,8 @@ def past_jobs(settings: Settings, status: str | None = None, limit: int = 25, of
             counts[state] = counts.get(state, 0) + count
         return reconcile(store, cluster, status=status, limit=limit, offset=offset), counts
 
-    found, problem = ask_store(settings, read, ([], {}))
-    return Jobs(tuple(map(_of_store, found[0])), found[1], cluster, problem)
+    page, problem = ask_store(settings, read, ([], {}))
+    return Jobs(tuple(map(_of_store, page[0])), page[1], cluster, problem)
 
 
 def ask_cluster(settings: Settings) -> ClusterJobs:
@@ -104,8 +104,8 @@ def ask_cluster(settings: Settings) -> ClusterJobs:
     ray = find_ray(settings)
     if not ray.url:
         return ClusterJobs({}, gone=settings.ray_address is None, problem=ray.problem)
-    found, problem = _ask(partial(submit.jobs, ray.url))
-    return ClusterJobs({job["id"]: job for job in found or ()}, ray.url, problem=problem)
+    listed, problem = _ask(partial(submit.jobs, ray.url))
+    return ClusterJobs({job["id"]: job for job in listed or ()}, ray.url, problem=problem)
 
 
 def log_tail(settings: Settings, job_id: str, lines: int = LOG_LINES) -> tuple[list[str], str]:

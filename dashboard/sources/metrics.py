@@ -152,7 +152,7 @@ def increase(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str,
 
 def gained(grown: Mapping[SeriesSource, Mapping[str, float]]) -> dict[str, Traffic]:
     """Increases of sources as traffic by adapter, replicas together; "" is what belongs to no adapter."""
-    found: dict[str, Traffic] = {}
+    traffic: dict[str, Traffic] = {}
     for source, series in grown.items():
         if not any(series.values()):
             continue
@@ -162,8 +162,8 @@ def gained(grown: Mapping[SeriesSource, Mapping[str, float]]) -> dict[str, Traff
             part = Traffic({COUNTERS[source.metric]: sum(series.values())})
             if source.metric == "pedro_requests_total":
                 part.counts["failed"] = sum(series.get(reason, 0.0) for reason in FAILED)
-        found[source.adapter] = found.get(source.adapter, Traffic()) + part
-    return found
+        traffic[source.adapter] = traffic.get(source.adapter, Traffic()) + part
+    return traffic
 
 
 def _histogram(series: Mapping[str, float]) -> Histogram:

@@ -35,8 +35,8 @@ SEED = "training.seed"
 
 def read_models(settings: Settings) -> tuple[list[str], str]:
     """The adapters that have runs, the last used first; and what went wrong."""
-    found, problem = ask_registry(settings, queries.experiment_names, [])
-    return [name for name in found if not name.startswith(OF_COMPARISONS)], problem
+    names, problem = ask_registry(settings, queries.experiment_names, [])
+    return [name for name in names if not name.startswith(OF_COMPARISONS)], problem
 
 
 def read_runs(settings: Settings, models: Sequence[str]) -> tuple[Comparison, str]:
@@ -47,8 +47,8 @@ def read_runs(settings: Settings, models: Sequence[str]) -> tuple[Comparison, st
         sizes = {v.run_id: v.trainable_parameters for model in models for v in registry.versions(model)}
         return page.runs, sizes
 
-    (found, sizes), problem = ask_registry(settings, read, ((), {}))
-    scored = [run for run in found if "final/accuracy" in run.metrics]
+    (runs, sizes), problem = ask_registry(settings, read, ((), {}))
+    scored = [run for run in runs if "final/accuracy" in run.metrics]
     results = tuple(
         _result(run, label, sizes.get(run.id, 0)) for run, label in zip(scored, _labels(scored), strict=True)
     )
@@ -66,14 +66,14 @@ def with_curves(settings: Settings, results: Iterable[RunResult], task: str) -> 
     return [replace(result, curves=drawn.get(result.id, {})) for result in mine]
 
 
-def _labels(found: Sequence[TrackedRun]) -> list[str]:
+def _labels(runs: Sequence[TrackedRun]) -> list[str]:
     """The method's name, and the parameters in which runs of that method differ, the seed apart."""
     values: dict[str, dict[str, set[str]]] = {}
-    for run in found:
+    for run in runs:
         for key, value in _asked(run).items():
             values.setdefault(_method(run), {}).setdefault(key, set()).add(value)
     labels = []
-    for run in found:
+    for run in runs:
         mine = _asked(run)
         apart = [key for key, seen in values[_method(run)].items() if len(seen) > 1 and key in mine]
         labels.append(" ".join([_method(run), *(f"{key.rpartition('.')[2]}={mine[key]}" for key in apart)]))

@@ -46,16 +46,16 @@ class Point:
 
 def points_of(selection: FilteredComparison) -> list[Point]:
     """Every method of the selection: its score over the chosen tasks, the medians of what its runs took."""
-    found = []
+    points = []
     for table in selection.tables:
         for label in table.rows:
             mine = [c for c in selection.runs if c.finished and _is_of(c, table, label)]
             values = {name: value for name, value in _costs(mine).items() if value}
             score = _score(table, label)
-            found.append(
+            points.append(
                 Point(label, table.backbone, table.budget, values | ({} if score is None else {"score": score}))
             )
-    return found
+    return points
 
 
 def undominated(points: Sequence[Point], metrics: Sequence[str]) -> list[bool]:

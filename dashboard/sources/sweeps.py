@@ -47,8 +47,8 @@ class Sweep:
 
     def counts(self) -> dict[str, int]:
         """How many trials are in each state that any is in."""
-        found = {state.value: sum(trial.state is state for trial in self.trials) for state in TrialState}
-        return {state: count for state, count in found.items() if count}
+        numbers = {state.value: sum(trial.state is state for trial in self.trials) for state in TrialState}
+        return {state: count for state, count in numbers.items() if count}
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def importances(sweep: Sweep) -> list[Importance]:
     """
     trials = sweep.ended
     losses = [trial.loss for trial in trials if trial.loss is not None]
-    found = []
+    ranked = []
     for key in sweep.keys:
         names = _groups([trial.parameters.get(key) for trial in trials])
         share = _epsilon_squared(names, losses)
-        found.append(Importance(key, share, len(set(names))))
-    return sorted(found, key=lambda one: -(one.share if one.share is not None else -1))
+        ranked.append(Importance(key, share, len(set(names))))
+    return sorted(ranked, key=lambda one: -(one.share if one.share is not None else -1))
 
 
 def parallel(sweep: Sweep) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -156,14 +156,16 @@ def parallel(sweep: Sweep) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def order_map(sweep: Sweep) -> list[dict[str, Any]]:
     """The median loss of the finished trials at each (m, n); nothing where the orders did not vary."""
-    found: dict[tuple[int, int], list[float]] = {}
+    losses_at: dict[tuple[int, int], list[float]] = {}
     for trial in sweep.ended:
         orders = trial.parameters.get(ORDERS)
         if isinstance(orders, list | tuple) and len(orders) == 2 and trial.loss is not None:
-            found.setdefault((int(orders[0]), int(orders[1])), []).append(trial.loss)
-    if len(found) < 2:
+            losses_at.setdefault((int(orders[0]), int(orders[1])), []).append(trial.loss)
+    if len(losses_at) < 2:
         return []
-    return [{"m": m, "n": n, "loss": median(losses), "trials": len(losses)} for (m, n), losses in sorted(found.items())]
+    return [
+        {"m": m, "n": n, "loss": median(losses), "trials": len(losses)} for (m, n), losses in sorted(losses_at.items())
+    ]
 
 
 def trial_rows(sweep: Sweep) -> list[dict[str, Any]]:

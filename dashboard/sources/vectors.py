@@ -170,7 +170,7 @@ def _keep_inputs(seen: dict[int, np.ndarray]) -> Callable[[PedroLayer, tuple[Any
     def keep(layer: PedroLayer, args: tuple[Any, ...], _output: Any) -> None:
         hidden, prompt, adapter = args
         config = layer.configs[adapter]
-        norm = layer.places.norm if config.pool_source == "normed" else None
+        norm = layer.layer_sites.norm if config.pool_source == "normed" else None
         pooled = pool(hidden, prompt, config.pool, norm).float()
         seen[layer.index] = (pooled @ layer.generator(adapter).down.float())[0].numpy()
 

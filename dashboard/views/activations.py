@@ -71,12 +71,12 @@ def choose(settings: Settings, columns: Sequence[Any], names: list[str], label: 
     name = columns[0].selectbox(label, names, key=key, bind="query-params")
     if name == NONE:
         return None
-    found = read_versions(settings, name)
-    if not found.versions:
-        st.warning(f"{name} has no version that can be read. {found.problem}", icon=":material/broken_image:")
+    adapter = read_versions(settings, name)
+    if not adapter.versions:
+        st.warning(f"{name} has no version that can be read. {adapter.problem}", icon=":material/broken_image:")
         return None
-    champion = found.holding(CHAMPION) or found.versions[0]
-    version = select_version(columns[1], found, champion, short_label, f"{key}_version_{name}")
+    champion = adapter.holding(CHAMPION) or adapter.versions[0]
+    version = select_version(columns[1], adapter, champion, short_label, f"{key}_version_{name}")
     stored = read_stored(settings, version)
     if stored.directory is None:
         st.warning(f"{version.ref} cannot be read: {stored.problem}", icon=":material/broken_image:")

@@ -82,11 +82,11 @@ def page() -> None:
 
 def chosen(settings: Settings) -> tuple[Comparison | None, str]:
     """The selected comparison, and a stamp that changes with its runs."""
-    found = {listed.key: listed for listed in list_all(settings)}
+    comparisons = {listed.key: listed for listed in list_all(settings)}
     models, problem = read_models(settings)
     if problem:
         st.warning(f"The registry cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
-    options = [*found, *([mlflow_runs.NAME] if models else [])]
+    options = [*comparisons, *([mlflow_runs.NAME] if models else [])]
     if not options:
         st.info(
             "Nothing to compare yet. `pedro compare jobs/configs/nano_table1.yaml` runs a grid of methods; jobs of "
@@ -95,8 +95,8 @@ def chosen(settings: Settings) -> tuple[Comparison | None, str]:
         )
         return None, ""
     key = st.selectbox("Comparison", options, key="comparison", bind="query-params")
-    if key in found:
-        listed = found[key]
+    if key in comparisons:
+        listed = comparisons[key]
         return read_one(listed), f"{key} {listed.stamp}"
     wanted = st.multiselect(
         "Adapters", models, default=models[:3], key="models", bind="query-params", max_selections=25

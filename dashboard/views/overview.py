@@ -63,9 +63,9 @@ def counts(seen: Overview) -> None:
     number(columns[4], "Jobs queued", f"{seen.queued:,}", "waiting for the cluster")
 
 
-def services(found: Sequence[Service]) -> None:
+def services(listed: Sequence[Service]) -> None:
     st.subheader("Services", anchor=False)
-    for column, service in zip(st.columns(len(found)), found, strict=True):
+    for column, service in zip(st.columns(len(listed)), listed, strict=True):
         with column.container(border=True, height="stretch", gap="small"):
             st.markdown(f"{SIGNS[service.state]} **{service.name}** {service.state}")
             st.caption(service.found + (f"  \n{service.remedy}" if service.remedy else ""))

@@ -25,18 +25,18 @@ read_one = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner="R
 def page() -> None:
     settings = Settings.from_env()
     st.title("Sweeps", anchor=False)
-    found, problem = read_all(settings)
+    sweeps, problem = read_all(settings)
     if problem:
         st.warning(f"The sweeps of `{settings.storage}` cannot be read.\n\n```\n{problem}\n```")
-    if not found:
+    if not sweeps:
         st.info(
             "No sweep yet. `pedro sweep jobs/configs/nano_sweep_orders.yaml --wait` runs one in minutes.",
             icon=":material/tune:",
         )
         return
-    names = {sweep.id: f"{sweep.model}/{sweep.name}/{sweep.id}" for sweep in found}
+    names = {sweep.id: f"{sweep.model}/{sweep.name}/{sweep.id}" for sweep in sweeps}
     chosen = st.selectbox("Sweep", list(names), format_func=names.__getitem__, key="sweep", bind="query-params")
-    show(settings, chosen or found[0].id)
+    show(settings, chosen or sweeps[0].id)
 
 
 @st.fragment(run_every=REFRESH_S)
@@ -118,8 +118,8 @@ def coordinates(sweep: data.Sweep) -> None:
 
 def importance(sweep: data.Sweep) -> None:
     st.subheader("What each parameter explains", anchor=False)
-    found = data.importances(sweep)
-    known = [one for one in found if one.share is not None]
+    importances = data.importances(sweep)
+    known = [one for one in importances if one.share is not None]
     if not known:
         st.caption("Appears when enough trials have finished, with more than one value of a parameter among them.")
         return
@@ -131,7 +131,7 @@ def importance(sweep: data.Sweep) -> None:
     )
     text = bars.mark_text(align="left", dx=4, color=INK).encode(text=alt.Text("share:Q", format=".0%"))
     st.altair_chart((bars.mark_bar(color=BLUE) + text).properties(height=60 + 42 * len(frame)), width="stretch")
-    unknown = [one.key for one in found if one.share is None]
+    unknown = [one.key for one in importances if one.share is None]
     st.caption(
         f"Of the variance of validation loss over {len(sweep.ended)} finished trials, what lies between the values of "
         "one parameter alone, less what chance would give (epsilon squared). Long lists of numbers are cut in quarters."

@@ -28,12 +28,12 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     report = BenchmarkReport("coldstart", {"rounds": rounds, "threads": options.threads})
     for name in options.models or ("S",):
         directory, adapter = saved_model(MODEL_SIZES[name]), adapter_directories(MODEL_SIZES[name], "pedro", 1)[0]
-        words = [name, str(directory), str(adapter), options.device, str(options.threads)]
+        arguments = [name, str(directory), str(adapter), options.device, str(options.threads)]
         env = {**os.environ, "PYTHONPATH": python_path()}
         seconds = []
         for number in range(rounds):
             began = time.perf_counter()
-            subprocess.run([sys.executable, "-m", __name__, *words], env=env, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, "-m", __name__, *arguments], env=env, check=True, stdout=subprocess.DEVNULL)
             seconds.append(time.perf_counter() - began)
             log(f"  {name}: start {number + 1} of {rounds}: {seconds[-1]:.1f} s")
         taken = spread(seconds)

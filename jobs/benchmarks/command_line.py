@@ -77,8 +77,8 @@ class Benchmark:
 
 def main(benchmarks: Mapping[str, Benchmark], results: Path, arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark that `arguments` name. Full runs are saved to `results`."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    parsed = _parser(benchmarks).parse_args(words)
+    argv = sys.argv[1:] if arguments is None else list(arguments)
+    parsed = _parser(benchmarks).parse_args(argv)
     options = _options(parsed)
     chosen = benchmarks[parsed.benchmark]
     folder = bench_folder() / "results" if options.quick else results
@@ -96,16 +96,16 @@ def main(benchmarks: Mapping[str, Benchmark], results: Path, arguments: Sequence
     except KeyboardInterrupt:
         _log("interrupted; nothing is left running")
         return 130
-    report.facts |= {"seconds": round(time.monotonic() - began, 1), "command": _command(words)}
+    report.facts |= {"seconds": round(time.monotonic() - began, 1), "command": _command(argv)}
     report.save(path, code)
     _log(f"\n{report.show(chosen.columns)}\n\n{report.facts['seconds']:.0f} s; saved to {path}\n")
     print(json.dumps(report.as_dict()), flush=True)
     return 0
 
 
-def _command(words: Sequence[str]) -> str:
+def _command(argv: Sequence[str]) -> str:
     """What was typed, without the places of this machine."""
-    shown = [re.sub(r"^(vllm)=.*", r"\1=PYTHON", word) for word in words]
+    shown = [re.sub(r"^(vllm)=.*", r"\1=PYTHON", word) for word in argv]
     if "--out" in shown:
         shown[shown.index("--out") + 1] = "FILE"
     return f"jobs.bench {shlex.join(shown)}"

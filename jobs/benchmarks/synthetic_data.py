@@ -130,10 +130,10 @@ def _run(tables: DatabaseTables, run: str, experiment: int, spec: FineTuneSpec, 
 
 
 def _version(tables: DatabaseTables, run: str, version: int, spec: FineTuneSpec, started: int, accuracy: float) -> None:
-    place = {"name": spec.name, "version": version, **WORKSPACE}
+    key_columns = {"name": spec.name, "version": version, **WORKSPACE}
     tables["model_versions"].append(
         {
-            **place,
+            **key_columns,
             "creation_time": started + MINUTE_MS,
             "last_updated_time": started + MINUTE_MS,
             "current_stage": "None",
@@ -154,7 +154,7 @@ def _version(tables: DatabaseTables, run: str, version: int, spec: FineTuneSpec,
         "spec": json.dumps(spec.to_dict()),
         "gate": "passed: accuracy is better",
     }
-    tables["model_version_tags"] += [{"key": k, "value": v, **place} for k, v in stored(tags).items()]
+    tables["model_version_tags"] += [{"key": k, "value": v, **key_columns} for k, v in stored(tags).items()]
 
 
 def _jobs(names: list[tuple[str, str]], runs: int) -> DatabaseTables:

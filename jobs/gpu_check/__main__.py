@@ -56,15 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2
-    found: dict[str, Any] = {"benchmark": "gpu_check", **provenance(code)}
-    found |= {"device": options.device, "model": options.model, "parts": {}}
+    report: dict[str, Any] = {"benchmark": "gpu_check", **provenance(code)}
+    report |= {"device": options.device, "model": options.model, "parts": {}}
     for name in options.only or LIMITS_S:
         print(f"== {name}, at most {options.limit or LIMITS_S[name]} s", flush=True)
-        found["parts"][name] = part = {"status": "started", "seconds": 0.0, "findings": []}
-        _run(name, part, options, lambda: _write(out, found))
-        _write(out, found)
+        report["parts"][name] = part = {"status": "started", "seconds": 0.0, "findings": []}
+        _run(name, part, options, lambda: _write(out, report))
+        _write(out, report)
         print(f"   {part['status']} after {part['seconds']:.0f} s", flush=True)
-    bad = {name: part["status"] for name, part in found["parts"].items() if part["status"] != "passed"}
+    bad = {name: part["status"] for name, part in report["parts"].items() if part["status"] != "passed"}
     print(f"{out}: {json.dumps(bad) if bad else 'everything passed'}", flush=True)
     return 1 if bad else 0
 
@@ -76,8 +76,8 @@ def note(finding: Mapping[str, Any]) -> None:
 
 def command(name: str, options: argparse.Namespace) -> list[str]:
     """What runs one part."""
-    words = ["--part", name, "--device", options.device, "--model", options.model]
-    return [sys.executable, "-m", "jobs.gpu_check", *words]
+    arguments = ["--part", name, "--device", options.device, "--model", options.model]
+    return [sys.executable, "-m", "jobs.gpu_check", *arguments]
 
 
 def _run(name: str, part: dict[str, Any], options: argparse.Namespace, save: Callable[[], None]) -> None:

@@ -85,11 +85,11 @@ class Optimizers:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the optimizers remember, as `<key>|<parameter>`."""
-        found = {}
+        remembered = {}
         for parameter, name in self.names.items():
             for key, value in self.owner[parameter].state[parameter].items():
-                found[f"{key}|{name}"] = value.detach().cpu().contiguous()
-        return found
+                remembered[f"{key}|{name}"] = value.detach().cpu().contiguous()
+        return remembered
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take up again what `tensors` gave; other entries are left alone."""
@@ -98,8 +98,8 @@ class Optimizers:
             key, bar, name = entry.partition("|")
             if bar:
                 parameter = parameters[name]
-                place = "cpu" if key == "step" else parameter.device  # as AdamW keeps it
-                self.owner[parameter].state[parameter][key] = value.to(place)
+                device = "cpu" if key == "step" else parameter.device  # as AdamW keeps it
+                self.owner[parameter].state[parameter][key] = value.to(device)
 
 
 def pretrain(

@@ -49,8 +49,8 @@ def measure_quality(model: torch.nn.Module, tokenizer: Tokenizer, pieces: Sequen
     windows.sort(key=lambda window: len(window[0]))
     nats, tokens = 0.0, 0
     for batch in _batches(windows):
-        found = _nats(model, batch)
-        nats += found
+        batch_nats = _nats(model, batch)
+        nats += batch_nats
         tokens += sum(len(ids) - start for ids, start in batch)
     model.train(was_training)
     if not nats / tokens < MOST_NATS:

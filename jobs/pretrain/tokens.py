@@ -64,10 +64,10 @@ class Stream:
         return torch.from_numpy(np.stack([self.ids[at : at + self.context + 1] for at in starts]).astype(np.int64))
 
     def _window(self, number: int) -> int:
-        epoch, place = divmod(number, self.windows)
+        epoch, index = divmod(number, self.windows)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.windows)
-        return int(self._order[place])
+        return int(self._order[index])
 
 
 def pack(tokenizer: Tokenizer, groups: Sequence[Sequence[str]], seed: int) -> tuple[np.ndarray, list[int]]:
@@ -79,7 +79,7 @@ def pack(tokenizer: Tokenizer, groups: Sequence[Sequence[str]], seed: int) -> tu
         rows += [np.array([bos, *row, eos], dtype=np.uint16) for row in ids]
         counts.append(sum(map(len, ids)) + 2 * len(ids))
     order = np.random.default_rng(seed).permutation(len(rows))
-    return np.concatenate([rows[place] for place in order]), counts
+    return np.concatenate([rows[index] for index in order]), counts
 
 
 def save_ids(ids: np.ndarray, path: Path) -> None:

@@ -121,8 +121,8 @@ def _config_problem(directory: Path, name: str) -> str | None:
     return None
 
 
-def _is_deeper(tree: Any, levels: int) -> bool:
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+def _is_deeper(value: Any, levels: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels < 0 or any(_is_deeper(child, levels - 1) for child in children)
 
 

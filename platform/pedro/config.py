@@ -1,6 +1,6 @@
 """Where things live and how a specification is read. Knows nothing of Ray, MLflow or tensors.
 
-`Settings` is the environment, read once; `load_spec` turns YAML and `key=value` words into a frozen pydantic
+`Settings` is the environment, read once; `load_spec` turns YAML and `key=value` overrides into a frozen pydantic
 model and reports every mistake at once. Precedence: defaults < YAML < `key=value`.
 """
 
@@ -154,18 +154,18 @@ def load_spec(path: str | Path, overrides: Iterable[str], kind: type[Spec]) -> S
 
     Raises one ConfigError that lists every mistake with its field, value and remedy.
     """
-    tree = read_yaml(path)
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}", param=str(path))
-    for word in overrides:
-        _override(tree, word)
-    return validate_spec(tree, kind, source=str(path))
+    fields = read_yaml(path)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(fields).__name__}", param=str(path))
+    for override in overrides:
+        _override(fields, override)
+    return validate_spec(fields, kind, source=str(path))
 
 
-def validate_spec(tree: dict[str, Any], kind: type[Spec], source: str = "spec") -> Spec:
-    """`tree` as `kind`, or one ConfigError that lists every mistake."""
+def validate_spec(fields: dict[str, Any], kind: type[Spec], source: str = "spec") -> Spec:
+    """`fields` as `kind`, or one ConfigError that lists every mistake."""
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(fields)
     except ValidationError as error:
         problems = mistakes(error, kind)
         head = f"{source}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}"
@@ -173,30 +173,30 @@ def validate_spec(tree: dict[str, Any], kind: type[Spec], source: str = "spec") 
 
 
 def mistakes(error: ValidationError, kind: type[BaseModel]) -> list[str]:
-    """What is wrong with a tree that should have been a `kind`: one line a mistake, with field, value and remedy."""
+    """What is wrong with what should have been a `kind`: one line a mistake, with field, value and remedy."""
     items = error.errors(include_url=False)
-    places = [item["loc"] for item in items]
+    locations = [item["loc"] for item in items]
 
     def follows(item: Any) -> bool:
         """Whether a list is too short only because what stands in it is wrong."""
         at = item["loc"]
-        return item["type"] == "too_short" and any(len(p) > len(at) and p[: len(at)] == at for p in places)
+        return item["type"] == "too_short" and any(len(p) > len(at) and p[: len(at)] == at for p in locations)
 
     return [_explain(item, kind) for item in items if not follows(item)]
 
 
-def _override(tree: dict[str, Any], word: str) -> None:
-    key, equals, value = word.partition("=")
+def _override(fields: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{word!r}: expected key=value, for instance training.lr=1e-3", param=word)
+        raise ConfigError(f"{override!r}: expected key=value, for instance training.lr=1e-3", param=override)
     *parents, leaf = key.split(".")
     if len(parents) >= MAX_DEPTH:
-        raise ConfigError(f"{word[:SHOWN]!r}: nested more than {MAX_DEPTH} deep", param=key[:SHOWN])
+        raise ConfigError(f"{override[:SHOWN]!r}: nested more than {MAX_DEPTH} deep", param=key[:SHOWN])
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{word!r}: {parent!r} is no section, so nothing can be set inside it", param=key)
-    tree[leaf] = _scalar(value)
+        fields = fields.setdefault(parent, {})
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{override!r}: {parent!r} is no section, so nothing can be set inside it", param=key)
+    fields[leaf] = _scalar(value)
 
 
 def _scalar(text: str) -> Any:

@@ -31,8 +31,8 @@ def without_password(value: str) -> str:
     if not holds_secret(value):
         return value
     scheme, _, rest = value.partition("://")
-    _, at, place = rest.rpartition("@")
-    return f"{scheme}://{'…@' if at else ''}{place.partition('?')[0]}"
+    _, at, address = rest.rpartition("@")
+    return f"{scheme}://{'…@' if at else ''}{address.partition('?')[0]}"
 
 
 def read(env: Mapping[str, str], name: str) -> str | None:

@@ -158,17 +158,17 @@ def _rows(tasks: Sequence[TableEntry]) -> str:
     """How many rows each task has, and how many did not fit: once where that is the same for all methods."""
     parts = []
     for task in dict.fromkeys(entry.task for entry in tasks):
-        found = [entry for entry in tasks if entry.task == task and entry.rows]
-        out = {entry.left_out for entry in found}
-        if not found:
+        scored = [entry for entry in tasks if entry.task == task and entry.rows]
+        out = {entry.left_out for entry in scored}
+        if not scored:
             continue
-        text = f"{task} {_range({entry.rows for entry in found})}"
+        text = f"{task} {_range({entry.rows for entry in scored})}"
         if out == {0}:
             parts.append(text)
         elif len(out) == 1:
             parts.append(f"{text} ({max(out):,} more are too long)")
         else:
-            each = ", ".join(f"{entry.label} {entry.left_out:,}" for entry in found)
+            each = ", ".join(f"{entry.label} {entry.left_out:,}" for entry in scored)
             parts.append(f"{text} (too long and left out: {each})")
     return f"Test rows: {', '.join(parts)}." if parts else ""
 
@@ -187,7 +187,7 @@ def _mixed(runs: Sequence[RunResult]) -> Iterable[str]:
     for run in runs:
         own = {name: value for name, value in run.training.items() if name not in ("seed", "lr")}
         settings[run.label, run.task].add(repr((sorted(own.items()), sorted(run.options.items()), run.wording)))
-    mixed = [f"{label} on {task}" for (label, task), found in settings.items() if len(found) > 1]
+    mixed = [f"{label} on {task}" for (label, task), variants in settings.items() if len(variants) > 1]
     if mixed:
         yield f"Runs with different settings are mixed in {', '.join(mixed)}: run the comparison again."
 

@@ -45,8 +45,8 @@ class TaskData:
 
 def gather(spec: ComparisonSpec, choice: TaskChoice, storage: str) -> TaskData:
     """Read a task's rows and put its training files into the storage. Raises DataError if they cannot be had."""
-    task, place = get_task(choice.task, choice.wording, choice.shots), spec.data_of(choice)
-    train, validation = _training_rows(task, place, choice)
+    task, folder = get_task(choice.task, choice.wording, choice.shots), spec.data_of(choice)
+    train, validation = _training_rows(task, folder, choice)
     files = [_stored(task, rows, storage) for rows in (train, validation)]
     tests = tuple(_test_set(spec, other) for other in choice.evaluations)
     parts = [*(Path(file).name for file in files), [_plain(test) for test in tests]]  # stored under their own digests
@@ -54,10 +54,10 @@ def gather(spec: ComparisonSpec, choice: TaskChoice, storage: str) -> TaskData:
     return TaskData(task, files[0], files[1], tuple(validation), tests, digest)
 
 
-def _training_rows(task: Task, place: str | None, choice: TaskChoice) -> tuple[list[TaskRow], list[TaskRow]]:
-    rows = list(task.rows("train", place))
-    if "validation" in task.splits(place):
-        train, validation = rows, list(task.rows("validation", place))
+def _training_rows(task: Task, folder: str | None, choice: TaskChoice) -> tuple[list[TaskRow], list[TaskRow]]:
+    rows = list(task.rows("train", folder))
+    if "validation" in task.splits(folder):
+        train, validation = rows, list(task.rows("validation", folder))
     else:
         train = [row for row in rows if _share(row) >= VALIDATION_SHARE]
         validation = [row for row in rows if _share(row) < VALIDATION_SHARE]

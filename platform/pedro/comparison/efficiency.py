@@ -65,9 +65,9 @@ def _ask(spec: EfficiencySpec, folder: Path | None) -> dict[str, Any]:
 
 def _checkout(spec: EfficiencySpec) -> Path:
     """The folder that holds `jobs/`: the package's own checkout, or one on Python's path."""
-    for place in (Path(pedro.__file__).parents[2], *map(Path, sys.path)):
-        if (place / MODULE.replace(".", "/")).with_suffix(".py").is_file():
-            return place
+    for folder in (Path(pedro.__file__).parents[2], *map(Path, sys.path)):
+        if (folder / MODULE.replace(".", "/")).with_suffix(".py").is_file():
+            return folder
     raise UnavailableError(
         f"{spec.name}: benchmarks are not part of the installed package; run this in a checkout of pedro"
     )

@@ -32,7 +32,7 @@ DPI = 150
 ACROSS = 5  # panels beside each other
 AT_MOST = 15  # runs whose activations are drawn
 FEW_GROUPS = 12  # that one panel can hold
-Place = tuple[int, int]
+PanelCell = tuple[int, int]
 """Row and column of a panel."""
 Panel = tuple[str, str]
 """Backbone and task."""
@@ -54,12 +54,12 @@ def draw_figures(tables: Sequence[Table], selection: Selection, folder: Path) ->
 
 def draw_table(tables: Sequence[Table], path: Path) -> None:
     """A panel for each task: the methods' medians, intervals and single seeds; a dashed line at the majority rate."""
-    places: list[Place] = []
+    cells: list[PanelCell] = []
     for table in tables:  # each begins a line of its own
-        first = 1 + max((row for row, _ in places), default=-1)
-        places += [(first + place // ACROSS, place % ACROSS) for place in range(len(table.columns))]
+        first = 1 + max((row for row, _ in cells), default=-1)
+        cells += [(first + index // ACROSS, index % ACROSS) for index in range(len(table.columns))]
     tall = max(len(table.rows) for table in tables)
-    figure, axes = _panels(places, (2.9, 0.9 + 0.24 * tall))
+    figure, axes = _panels(cells, (2.9, 0.9 + 0.24 * tall))
     panels = [(table, task) for table in tables for task in table.columns]
     several = len({table.backbone for table in tables}) > 1
     first_of: dict[str, Axes] = {}
@@ -91,12 +91,12 @@ def draw_budgets(tables: Sequence[Table], path: Path) -> None:
     panels = list(dict.fromkeys((table.backbone, task) for table in tables for task in table.columns))
     labels = list(dict.fromkeys(label for table in tables for label in table.rows))
     several = len({backbone for backbone, _ in panels}) > 1
-    figure, axes = _panels([divmod(place, ACROSS - 1) for place in range(len(panels))], (3.6, 3.1))
+    figure, axes = _panels([divmod(index, ACROSS - 1) for index in range(len(panels))], (3.6, 3.1))
     for (backbone, task), plot in zip(panels, axes, strict=True):
         mine = [table for table in tables if table.backbone == backbone]
         for label in labels:
-            found = [table.entries[label, task] for table in mine if (label, task) in table.entries]
-            _curve(plot, [entry for entry in found if entry.value is not None], _look(label, labels))
+            entries = [table.entries[label, task] for table in mine if (label, task) in table.entries]
+            _curve(plot, [entry for entry in entries if entry.value is not None], _look(label, labels))
         _majority(plot, [entry for table in mine for at, entry in table.entries.items() if at[1] == task], across=True)
         _count_axis(plot)
         plot.set_title(f"{task} · {backbone}" if several else task, fontsize=10)
@@ -115,25 +115,25 @@ def grouped(selection: Selection) -> dict[Panel, list[str]]:
     None where there are several budgets: lines would be too many.
     """
     runs = selection.runs
-    found: dict[Panel, set[str]] = defaultdict(set)
+    groups: dict[Panel, set[str]] = defaultdict(set)
     if len({run.budget for run in runs}) > 1:
         return {}
     for run in runs:
         for score in run.scores:
-            found[run.backbone, score.task].update(score.groups)
-    return {panel: sorted(names, key=_natural) for panel, names in found.items() if 1 < len(names) <= FEW_GROUPS}
+            groups[run.backbone, score.task].update(score.groups)
+    return {panel: sorted(names, key=_natural) for panel, names in groups.items() if 1 < len(names) <= FEW_GROUPS}
 
 
 def draw_groups(selection: Selection, path: Path) -> None:
     """A panel for each task that has a few groups: the score in each, a line a method, its seeds as dots."""
     panels, labels, runs = grouped(selection), selection.labels, selection.runs
     several = len({backbone for backbone, _ in panels}) > 1
-    figure, axes = _panels([divmod(place, ACROSS - 1) for place in range(len(panels))], (4.2, 3.3))
+    figure, axes = _panels([divmod(index, ACROSS - 1) for index in range(len(panels))], (4.2, 3.3))
     for ((backbone, task), names), plot in zip(panels.items(), axes, strict=True):
         for label in labels:
             look, seeds = _look(label, labels), _group_scores(runs, label, backbone, task)
             values = [[100 * groups[name] for groups in seeds if name in groups] for name in names]
-            shown = [(place, found) for place, found in enumerate(values) if found]
+            shown = [(x, y) for x, y in enumerate(values) if y]
             plot.plot([x for x, _ in shown], [np.median(y) for _, y in shown], linewidth=1.6, markersize=4.5, **look)
             for x, y in shown:
                 plot.plot([x] * len(y), y, color=look["color"], marker=".", linestyle="none", alpha=0.4)
@@ -154,7 +154,7 @@ def draw_activations(selection: Selection, path: Path) -> None:
     from matplotlib import colormaps
 
     runs = _with_activations(selection)[:AT_MOST]
-    blocks = [divmod(place, ACROSS) for place in range(len(runs))]
+    blocks = [divmod(index, ACROSS) for index in range(len(runs))]
     figure, axes = _panels([(2 * row + part, column) for row, column in blocks for part in (0, 1)], (2.9, 2.3))
     furthest = 0.0
     for above, below, run in zip(axes[::2], axes[1::2], runs, strict=True):
@@ -247,15 +247,15 @@ def _curve(plot: Axes, entries: Sequence[TableEntry], look: dict[str, Any]) -> N
     points: dict[int, TableEntry] = {}
     for entry in entries:
         points.setdefault(entry.parameters, entry)
-    found = [points[count] for count in sorted(points)]
-    if not found:
+    by_size = [points[count] for count in sorted(points)]
+    if not by_size:
         return
-    x = [entry.parameters for entry in found]
+    x = [entry.parameters for entry in by_size]
     value, low, high = (
-        [_scale(entry) * (math.nan if part is None else part) for entry, part in zip(found, parts, strict=True)]
-        for parts in ([e.value for e in found], [e.low for e in found], [e.high for e in found])
+        [_scale(entry) * (math.nan if part is None else part) for entry, part in zip(by_size, parts, strict=True)]
+        for parts in ([e.value for e in by_size], [e.low for e in by_size], [e.high for e in by_size])
     )
-    if len(found) > 1:
+    if len(by_size) > 1:
         plot.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)
     else:
         plot.vlines(x, low, high, color=look["color"], linewidth=1.2)
@@ -284,18 +284,18 @@ def _scale(entry: TableEntry) -> float:
 
 
 def _look(label: str, labels: Sequence[str]) -> dict[str, Any]:
-    place = labels.index(label)
-    solid = place < len(COLOURS)
+    index = labels.index(label)
+    solid = index < len(COLOURS)
     return {
-        "color": COLOURS[place % len(COLOURS)],
-        "marker": MARKERS[place % len(MARKERS)],
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
         "linestyle": "-" if solid else "-.",
     }
 
 
 def _few(count: int) -> list[int]:
     """At most six of so many layers, the first and the last among them."""
-    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, 6))})
+    return sorted({round(layer) for layer in np.linspace(0, count - 1, min(count, 6))})
 
 
 def _count_axis(plot: Axes) -> None:
@@ -310,23 +310,23 @@ def _count_axis(plot: Axes) -> None:
     plot.set_xlabel("trained parameters")
 
 
-def _panels(places: Sequence[Place], size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+def _panels(cells: Sequence[PanelCell], size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     """A figure with a panel of this size (inches) at each place."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    down, across = 1 + max(row for row, _ in places), 1 + max(column for _, column in places)
+    down, across = 1 + max(row for row, _ in cells), 1 + max(column for _, column in cells)
     figure = Figure(figsize=(size[0] * across + 1.2, size[1] * down + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(down, across, row * across + column + 1) for row, column in places]
+    axes = [figure.add_subplot(down, across, row * across + column + 1) for row, column in cells]
     for plot in axes:
         plot.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def _leftmost(plot: Axes) -> bool:
-    place = plot.get_subplotspec()
-    return place is not None and place.is_first_col()
+    spec = plot.get_subplotspec()
+    return spec is not None and spec.is_first_col()
 
 
 def _legend(figure: Figure, keys: Sequence[tuple[str, dict[str, Any]]]) -> None:

@@ -120,7 +120,7 @@ def as_latex(table: RenderedTable, notes: Sequence[str]) -> str:
     """A table environment for booktabs and graphicx, with the title and the notes as its caption."""
     caption = " ".join(escaped(text) for text in (f"{table.title}.", *notes))
     head = " & ".join(escaped(name) for name in table.head)
-    rows = [" & ".join(_latex_cell(cell, first=not place) for place, cell in enumerate(row)) for row in table.rows]
+    rows = [" & ".join(_latex_cell(cell, first=not column) for column, cell in enumerate(row)) for row in table.rows]
     return "\n".join(
         [
             r"\begin{table*}",
@@ -200,11 +200,11 @@ def _aligned(rows: Sequence[Sequence[Sequence[str]]]) -> list[str]:
     """Rows of cells of lines as lines of text: the first column to the left, the others to the right."""
     widths = [max(_visible(line) for row in rows for line in row[at]) for at in range(len(rows[0]))]
     lines = []
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         for part in range(max(map(len, row))):
             texts = [cell[part] if part < len(cell) else "" for cell in row]
             lines.append("  ".join(_padded(text, widths[at], left=not at) for at, text in enumerate(texts)))
-        if not place:
+        if not number:
             lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
     return lines
 

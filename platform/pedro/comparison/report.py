@@ -79,7 +79,7 @@ def write_report(report: ComparisonReport) -> None:
 
     Raises ConfigError if there is no comparison in it.
     """
-    comparison, found = report.comparison, report.tables
+    comparison, tables = report.comparison, report.tables
     if not comparison.metadata:
         why = "; ".join(comparison.problems)
         raise ConfigError(f"{comparison.folder} holds no comparison: {why}; name the folder of one, or run it first")
@@ -88,12 +88,12 @@ def write_report(report: ComparisonReport) -> None:
     folder = comparison.folder
     _write(folder / "table.txt", print_report(report, width=FILE_WIDTH))
     _write(folder / "summary.json", json.dumps(summarize(report), indent=1, ensure_ascii=False))
-    if not found:
+    if not tables:
         return
     _write(folder / "table.md", as_markdown(report))
     _write(folder / "table.tex", _latex(report))
-    _write(folder / "table.csv", renderers.as_csv(found, report.paper))
-    draw_figures(found, report.selection, folder)
+    _write(folder / "table.csv", renderers.as_csv(tables, report.paper))
+    draw_figures(tables, report.selection, folder)
 
 
 def summarize(report: ComparisonReport) -> dict[str, Any]:
@@ -135,8 +135,8 @@ def _latex(report: ComparisonReport) -> str:
     parts = [LATEX_HEAD]
     for table in report.tables:
         notes = [*table.notes, *([report.complaint] if report.complaint else [])]
-        for place, rendered in enumerate(_rendered(table, renderers.TEX)):
-            parts.append(renderers.as_latex(rendered, notes if not place else [PROVEN]))
+        for part, rendered in enumerate(_rendered(table, renderers.TEX)):
+            parts.append(renderers.as_latex(rendered, notes if not part else [PROVEN]))
     if paper:
         parts.append(renderers.as_latex(renderers.render_paper(paper), [paper.note] if paper.note else []))
     return "\n\n".join(parts)

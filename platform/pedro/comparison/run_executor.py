@@ -82,8 +82,8 @@ class ProgressReporter:
         else:
             scores = ", ".join(format_score(score.value, score.metric) for score in result.scores)
             what = f"validation {_validation(result)} · test {scores or '-'} · {result.seconds:.0f} s"
-        place = f"[{len(self.kept) + self.done}/{self.total}]"
-        self.log(f"{place} {plan} · {what} · {_clock(left)} left")
+        count = f"[{len(self.kept) + self.done}/{self.total}]"
+        self.log(f"{count} {plan} · {what} · {_clock(left)} left")
 
 
 class RunExecutor:

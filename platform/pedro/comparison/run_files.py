@@ -68,18 +68,19 @@ def read_comparison(folder: Path) -> Comparison:
 
 def read_named(folder: Path, name: str) -> Comparison:
     """What is in the folder. Raises ConfigError for another comparison's, or metadata that cannot be read."""
-    found = read_comparison(folder)
-    if (folder / METADATA).exists() and not found.metadata:
-        why = "; ".join(found.problems) or "it is empty"
+    comparison = read_comparison(folder)
+    if (folder / METADATA).exists() and not comparison.metadata:
+        why = "; ".join(comparison.problems) or "it is empty"
         raise ConfigError(
             f"--out: {folder / METADATA} cannot be read ({why}); delete that file: the runs beside it are kept",
             param="--out",
         )
-    if found.metadata and found.name != name:
+    if comparison.metadata and comparison.name != name:
         raise ConfigError(
-            f"--out: {folder} holds the comparison {found.name!r}, not {name!r}; name another folder", param="--out"
+            f"--out: {folder} holds the comparison {comparison.name!r}, not {name!r}; name another folder",
+            param="--out",
         )
-    return found
+    return comparison
 
 
 def read_runs(folder: Path) -> tuple[list[RunResult], list[str]]:
@@ -134,9 +135,9 @@ def last_change(folder: Path) -> float:
 def _stored(folder: Path) -> tuple[dict[str, tuple[dict[str, Any], RunResult]], list[str]]:
     """Every run that can be read, as it stands on disk and checked, sorted by id; and what could not be read."""
     problems: list[str] = []
-    found: dict[str, tuple[dict[str, Any], RunResult]] = {}
-    for place, name, text in _texts(folder, problems):
-        values = _parse(text, place, problems)
+    runs: dict[str, tuple[dict[str, Any], RunResult]] = {}
+    for where, name, text in _texts(folder, problems):
+        values = _parse(text, where, problems)
         if values is None:
             continue
         try:
@@ -144,10 +145,10 @@ def _stored(folder: Path) -> tuple[dict[str, tuple[dict[str, Any], RunResult]], 
             if name and run.id != name:
                 raise ValueError(f"run.id: expected {name}, as the file is called, got {run.id!r:.60}")
         except (ValueError, TypeError, AttributeError) as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{where}: {error}")
         else:
-            found[run.id] = (values, run)
-    return dict(sorted(found.items())), problems
+            runs[run.id] = (values, run)
+    return dict(sorted(runs.items())), problems
 
 
 def _texts(folder: Path, problems: list[str]) -> Iterator[tuple[str, str, bytes]]:
@@ -156,10 +157,10 @@ def _texts(folder: Path, problems: list[str]) -> Iterator[tuple[str, str, bytes]
         lines = (_read(folder / PACKED, PACKED, problems) or b"").split(b"\n")
         yield from ((f"{PACKED}:{number}", "", line) for number, line in enumerate(lines, start=1) if line.strip())
     for path in _files(folder):
-        place = f"{path.parent.name}/{path.name}"
-        text = _read(path, place, problems)
+        where = f"{path.parent.name}/{path.name}"
+        text = _read(path, where, problems)
         if text is not None:
-            yield place, path.stem, text
+            yield where, path.stem, text
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -168,22 +169,22 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from sorted((folder / name).glob("*.json"))
 
 
-def _read(path: Path, place: str, problems: list[str]) -> bytes | None:
+def _read(path: Path, where: str, problems: list[str]) -> bytes | None:
     try:
         return path.read_bytes()
     except OSError as error:
-        problems.append(f"{place}: {error.strerror}")
+        problems.append(f"{where}: {error.strerror}")
         return None
 
 
-def _parse(text: bytes, place: str, problems: list[str]) -> dict[str, Any] | None:
+def _parse(text: bytes, where: str, problems: list[str]) -> dict[str, Any] | None:
     try:
         values = json.loads(text.decode("utf-8"))
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        problems.append(f"{place}: not JSON: {error}")
+        problems.append(f"{where}: not JSON: {error}")
         return None
     if not isinstance(values, dict):
-        problems.append(f"{place}: expected an object, got {type(values).__name__}")
+        problems.append(f"{where}: expected an object, got {type(values).__name__}")
         return None
     return values
 

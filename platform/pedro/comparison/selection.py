@@ -80,16 +80,16 @@ def _table_keys(comparison: Comparison) -> list[TableKey]:
 
 def _columns(comparison: Comparison) -> dict[str, list[str]]:
     """The columns of each task that was trained on, in the order of the spec."""
-    found = {
+    columns = {
         choice["task"]: [other["task"] for other in choice.get("evaluate") or ()] or [choice["task"]]
         for choice in _listed(comparison, "tasks")
         if "task" in choice
     }
     for run in sorted(comparison.runs, key=lambda run: not run.scores):
         scored = [score.task for score in run.scores]
-        if run.task not in found and (scored or not run.finished):
-            found[run.task] = scored or [run.task]
-    return found
+        if run.task not in columns and (scored or not run.finished):
+            columns[run.task] = scored or [run.task]
+    return columns
 
 
 def _listed(comparison: Comparison, key: str) -> list[dict[str, Any]]:

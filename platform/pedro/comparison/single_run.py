@@ -99,7 +99,7 @@ def failed(plan: PlannedRun, message: str, curves: Mapping[str, Any] | None = No
     return _result(plan, state="failed", message=message, curves=dict(curves or {}), provenance=provenance())
 
 
-def _result(plan: PlannedRun, **found: Any) -> RunResult:
+def _result(plan: PlannedRun, **fields: Any) -> RunResult:
     group = plan.group
     return RunResult.from_dict(
         {
@@ -119,7 +119,7 @@ def _result(plan: PlannedRun, **found: Any) -> RunResult:
             "lr": plan.lr,
             "training": plan.training,
             "message": "",
-            **found,
+            **fields,
         }
     )
 
@@ -177,10 +177,10 @@ def _fitting(context: TrainingContext, task: Task, rows: Sequence[TaskRow]) -> t
     room = context_length(context.backbone) - task.max_new_tokens
     form = context.prepared.format
     prompts = encode_prompts(context.tokenizer, [form.prompt(row.messages, context.tokenizer) for row in rows])
-    kept = [place for place, ids in enumerate(prompts) if len(ids) < context.prepared.max_length and len(ids) <= room]
+    kept = [index for index, ids in enumerate(prompts) if len(ids) < context.prepared.max_length and len(ids) <= room]
     if not kept:
         raise PedroError(f"{task.name}: no test prompt fits into {context.prepared.max_length} tokens")
-    return [rows[place] for place in kept], [prompts[place] for place in kept]
+    return [rows[index] for index in kept], [prompts[index] for index in kept]
 
 
 def _answers(context: TrainingContext, plan: PlannedRun, task: Task, prompts: list[list[int]]) -> list[str]:

@@ -30,10 +30,10 @@ Rate = Annotated[float, Field(gt=0, le=100)]
 T = TypeVar("T")
 
 
-def _printable(tree: dict[str, Any] | None) -> dict[str, Any] | None:
-    _checked_json("paper", tree)
-    parse_paper(tree)
-    return tree
+def _printable(block: dict[str, Any] | None) -> dict[str, Any] | None:
+    _checked_json("paper", block)
+    parse_paper(block)
+    return block
 
 
 PaperBlock = Annotated[dict[str, Any] | None, AfterValidator(_printable)]
@@ -233,10 +233,10 @@ class ComparisonSpec(Frozen):
                 raise ValueError(f"tasks.{task.task}.tune_like: expected another task of `tasks`, with `tune` given")
             if other and self.task(other).tune_like:
                 raise ValueError(f"tasks.{task.task}.tune_like: {other} takes its own from elsewhere; name that one")
-        for where, tree in self._trainings():
-            if "seed" in tree:
+        for where, training in self._trainings():
+            if "seed" in training:
                 raise ValueError(f"{where}.seed: `seeds` of the comparison says which; leave it out here")
-            if "lr" in tree and self.tune:
+            if "lr" in training and self.tune:
                 raise ValueError(f"{where}.lr: `tune` searches the learning rate; leave out one of the two")
         return self
 
@@ -257,21 +257,21 @@ class ComparisonSpec(Frozen):
 
     def training_of(self, method: MethodChoice, task: TaskChoice, lr: float | None, seed: int = 0) -> TrainingSpec:
         """What one run trains with: the comparison's settings, the task's over them, then the method's."""
-        tree = {**self.training, **task.training, **method.training, "seed": seed}
+        settings = {**self.training, **task.training, **method.training, "seed": seed}
         if lr is not None:
-            tree["lr"] = lr
+            settings["lr"] = lr
         try:
-            return TrainingSpec.model_validate(tree)
+            return TrainingSpec.model_validate(settings)
         except ValidationError as error:
             wrong = "; ".join(f"training.{line}" for line in mistakes(error, TrainingSpec))
             raise ValueError(f"{wrong} ({label_of(method)} on {task.task})") from None
 
     def data_of(self, choice: Evaluation) -> str | None:
         """Where a task's rows are."""
-        place = choice.data or self.data or os.environ.get(DATA_VARIABLE)
+        folder = choice.data or self.data or os.environ.get(DATA_VARIABLE)
         if TASKS[choice.task].packaged is not None and choice.data is None:
             return None  # the same rows for everybody
-        return place
+        return folder
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved spec as JSON holds it."""
@@ -307,49 +307,49 @@ def label_of(method: MethodChoice) -> str:
 
 def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> ComparisonSpec | EfficiencySpec:
     """Read a spec file; relative paths start from its folder. Raises one ConfigError that lists every mistake."""
-    words = list(overrides)
+    overrides = list(overrides)
     spec: ComparisonSpec | EfficiencySpec
-    kind = _kind(path, words)
+    kind = _kind(path, overrides)
     if kind not in KINDS:
         raise ConfigError(f"kind: expected {' or '.join(KINDS)}, got {kind!r}", param="kind")
     if kind == "efficiency":
-        return load_spec(path, words, EfficiencySpec)
-    spec = load_spec(path, words, ComparisonSpec)
+        return load_spec(path, overrides, EfficiencySpec)
+    spec = load_spec(path, overrides, ComparisonSpec)
     base = Path(path).absolute().parent
     tasks = [_located(task, base) for task in spec.tasks]
-    _check_files(spec, tasks, base, words)
+    _check_files(spec, tasks, base, overrides)
     backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
-    return spec.model_copy(update={"backbones": backbones, "data": _place(spec.data, base), "tasks": tuple(tasks)})
+    return spec.model_copy(update={"backbones": backbones, "data": _resolved(spec.data, base), "tasks": tuple(tasks)})
 
 
-def _check_files(spec: ComparisonSpec, tasks: list[TaskChoice], base: Path, words: list[str]) -> None:
+def _check_files(spec: ComparisonSpec, tasks: list[TaskChoice], base: Path, overrides: Iterable[str]) -> None:
     """Raise ConfigError for a folder of data that a spec may not name; `data=DIR` by hand may lie anywhere."""
-    places = {"data": _place(spec.data, base)}
+    folders = {"data": _resolved(spec.data, base)}
     for number, task in enumerate(tasks):
-        places[f"tasks.{number}.data"] = task.data
-        places |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}
-    typed = {field for field in places if field in {word.partition("=")[0] for word in words}}
-    local = {field: place for field, place in places.items() if place and place != "hub"}
+        folders[f"tasks.{number}.data"] = task.data
+        folders |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}
+    typed = {field for field in folders if field in {override.partition("=")[0] for override in overrides}}
+    local = {field: folder for field, folder in folders.items() if folder and folder != "hub"}
     check_allowed_files(local, Settings.from_env(), [base], typed)
 
 
 def _located(task: TaskChoice, base: Path) -> TaskChoice:
-    evaluate = tuple(other.model_copy(update={"data": _place(other.data, base)}) for other in task.evaluate)
-    return task.model_copy(update={"data": _place(task.data, base), "evaluate": evaluate})
+    evaluate = tuple(other.model_copy(update={"data": _resolved(other.data, base)}) for other in task.evaluate)
+    return task.model_copy(update={"data": _resolved(task.data, base), "evaluate": evaluate})
 
 
-def _place(data: str | None, base: Path) -> str | None:
+def _resolved(data: str | None, base: Path) -> str | None:
     return data if data in (None, "hub") else str(base / Path(data).expanduser())
 
 
-def _kind(path: str | Path, words: Iterable[str]) -> str:
-    if given := [word.removeprefix("kind=") for word in words if word.startswith("kind=")]:
+def _kind(path: str | Path, overrides: Iterable[str]) -> str:
+    if given := [override.removeprefix("kind=") for override in overrides if override.startswith("kind=")]:
         return given[-1]
     try:
-        tree = read_yaml(path)
+        fields = read_yaml(path)
     except ConfigError:
         return "comparison"  # `load_spec` says what is wrong
-    return str(tree.get("kind", "comparison")) if isinstance(tree, Mapping) else "comparison"
+    return str(fields.get("kind", "comparison")) if isinstance(fields, Mapping) else "comparison"
 
 
 def _checked_line(where: str, text: str) -> str:
@@ -359,10 +359,10 @@ def _checked_line(where: str, text: str) -> str:
     return text
 
 
-def _checked_json(where: str, tree: Any) -> None:
+def _checked_json(where: str, value: Any) -> None:
     """Raise ValueError for what a result file cannot hold: dates, sets, NaN."""
     try:
-        json.dumps(tree, sort_keys=True, allow_nan=False)
+        json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: expected text, numbers, lists and mappings by text ({error})") from None
 

@@ -64,13 +64,13 @@ def bootstrap(methods: Mapping[str, Runs], rows_key: str = "") -> dict[str, Boot
     for name, runs in methods.items():
         if len(runs) == 0 or not all(len(rows) for rows in runs):
             raise ValueError(f"{name or 'a method'}: no runs, or one without rows")
-        for place, rows in enumerate(runs):
-            by_length[len(rows)].append((name, place))
+        for number, rows in enumerate(runs):
+            by_length[len(rows)].append((name, number))
     means = {name: np.empty((NUM_SAMPLES, len(runs))) for name, runs in methods.items()}  # [NUM_SAMPLES, S]
-    for places in by_length.values():
-        table = np.array([methods[name][place] for name, place in places], dtype=np.float64)  # [runs, N]
-        for (name, place), column in zip(places, _row_means(table, rows_key).T, strict=True):
-            means[name][:, place] = column
+    for members in by_length.values():
+        table = np.array([methods[name][number] for name, number in members], dtype=np.float64)  # [runs, N]
+        for (name, number), column in zip(members, _row_means(table, rows_key).T, strict=True):
+            means[name][:, number] = column
     return {name: _medians(values, f"{rows_key}|{name}") for name, values in means.items()}
 
 
@@ -82,8 +82,8 @@ def _row_means(table: NDArray[np.float64], key: str) -> NDArray[np.float64]:
     parts = []
     for start in range(0, NUM_SAMPLES, step):
         count = min(step, NUM_SAMPLES - start)
-        places = random.integers(0, rows, (count, rows)) + rows * np.arange(count)[:, None]
-        times = np.bincount(places.ravel(), minlength=count * rows).reshape(count, rows)  # how often a row is drawn
+        drawn = random.integers(0, rows, (count, rows)) + rows * np.arange(count)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=count * rows).reshape(count, rows)  # how often a row is drawn
         parts.append(times @ table.T / rows)
     return np.concatenate(parts)
 

@@ -48,11 +48,11 @@ def build_tables(
             by_table[table_key] += _marked(_column(task, wanted), selection.comparison.baseline)
     order, columns = selection.labels, selection.tasks
 
-    def place(entry: TableEntry) -> tuple[int, int]:
+    def sort_key(entry: TableEntry) -> tuple[int, int]:
         return (position(entry.label, order), position(entry.task, columns))
 
     return [
-        _table(sorted(by_table[key], key=place), selection)
+        _table(sorted(by_table[key], key=sort_key), selection)
         for key in sorted(by_table, key=lambda key: position(key, selection.table_keys))
         if by_table[key]
     ]
@@ -65,9 +65,9 @@ def _table(entries: Sequence[TableEntry], selection: Selection) -> Table:
     rows = tuple(dict.fromkeys(entry.label for entry in entries))
     present = {entry.task for entry in entries}
     tasks = tuple(task for task in selection.tasks if task in present)
-    by_place = {(entry.label, entry.task): entry for entry in entries}
-    averages = _marked(_averages(by_place, rows, tasks), comparison.baseline)
-    by_place |= {(entry.label, AVERAGE): entry for entry in averages}
+    by_cell = {(entry.label, entry.task): entry for entry in entries}
+    averages = _marked(_averages(by_cell, rows, tasks), comparison.baseline)
+    by_cell |= {(entry.label, AVERAGE): entry for entry in averages}
     sizes = {label: [e.parameters for e in entries if e.label == label and e.parameters] or [0] for label in rows}
     titles = [comparison.title]
     if len({run.backbone for run in comparison.runs}) > 1:
@@ -78,8 +78,8 @@ def _table(entries: Sequence[TableEntry], selection: Selection) -> Table:
         title=" · ".join(titles),
         rows=rows,
         columns=(*tasks, AVERAGE) if averages else tasks,
-        entries=by_place,
-        notes=captions(selection, list(by_place.values())),
+        entries=by_cell,
+        notes=captions(selection, list(by_cell.values())),
         baseline=comparison.baseline,
         backbone=backbone,
         budget=budget,
@@ -106,11 +106,11 @@ def _columns(selection: Selection) -> dict[tuple[TableKey, str], Runs]:
 
 def _column(task: str, runs: Runs) -> list[TableEntry]:
     """The entries of one column, not marked yet."""
-    scored = {label: [score for _, score in found if score is not None] for label, found in runs.items()}
+    scored = {label: [score for _, score in label_runs if score is not None] for label, label_runs in runs.items()}
     runs_of = {label: [_rows(score) for score in scores] for label, scores in scored.items()}
     several = {label: rows for label, rows in runs_of.items() if sum(map(len, rows)) > 1}  # one value has no spread
     samples = bootstrap(several, task)
-    return [_entry(task, found, samples.get(label)) for label, found in runs.items()]
+    return [_entry(task, label_runs, samples.get(label)) for label, label_runs in runs.items()]
 
 
 def _rows(score: TaskResult) -> np.ndarray:
@@ -121,23 +121,23 @@ def _rows(score: TaskResult) -> np.ndarray:
 
 
 def _entry(
-    task: str, found: Sequence[tuple[RunResult, TaskResult | None]], samples: BootstrapSamples | None
+    task: str, scored_runs: Sequence[tuple[RunResult, TaskResult | None]], samples: BootstrapSamples | None
 ) -> TableEntry:
-    found = sorted(found, key=lambda run: run[0].seed)
-    runs = [run for run, _ in found]
-    scores = [score for _, score in found if score is not None]
-    values = tuple((run.seed, score.value) for run, score in found if score is not None)
+    scored_runs = sorted(scored_runs, key=lambda run: run[0].seed)
+    runs = [run for run, _ in scored_runs]
+    scores = [score for _, score in scored_runs if score is not None]
+    values = tuple((run.seed, score.value) for run, score in scored_runs if score is not None)
     low, high = interval(samples) if samples is not None else (None, None)
     majorities = [score.majority for score in scores if score.majority is not None]
     majority = median(majorities) if majorities else None
-    broken = [run for run, score in found if score is None]
+    broken = [run for run, score in scored_runs if score is None]
     return TableEntry(
         label=runs[0].label,
         method=runs[0].method,
         task=task,
         backbone=runs[0].backbone,
         budget=runs[0].budget,
-        parameters=round(median([run.trainable_parameters for run, score in found if score] or [0])),
+        parameters=round(median([run.trainable_parameters for run, score in scored_runs if score] or [0])),
         metric=scores[0].metric if scores else "",
         value=median([value for _, value in values]) if values else None,
         low=low,
@@ -164,27 +164,27 @@ def _averages(
         return []
     averages = []
     for label in rows:
-        found = [entries[label, task] for task in tasks if (label, task) in entries]
-        values = [entry.value for entry in found if entry.value is not None]
+        scored = [entries[label, task] for task in tasks if (label, task) in entries]
+        values = [entry.value for entry in scored if entry.value is not None]
         if len(values) < len(tasks):
             continue
-        found_samples = [entry.samples for entry in found if entry.samples is not None and entry.rows]
-        samples = np.mean(found_samples, axis=0) if len(found_samples) == len(found) else None
+        row_samples = [entry.samples for entry in scored if entry.samples is not None and entry.rows]
+        samples = np.mean(row_samples, axis=0) if len(row_samples) == len(scored) else None
         low, high = interval(samples) if samples is not None else (None, None)
         averages.append(
             TableEntry(
                 label=label,
-                method=found[0].method,
+                method=scored[0].method,
                 task=AVERAGE,
-                backbone=found[0].backbone,
-                budget=found[0].budget,
-                parameters=round(median([entry.parameters for entry in found])),
+                backbone=scored[0].backbone,
+                budget=scored[0].budget,
+                parameters=round(median([entry.parameters for entry in scored])),
                 metric="mean",
                 value=float(np.mean(values)),
                 low=low,
                 high=high,
-                seeds=min(entry.seeds for entry in found),
-                failed=sum(entry.failed for entry in found),
+                seeds=min(entry.seeds for entry in scored),
+                failed=sum(entry.failed for entry in scored),
                 samples=samples,
             )
         )

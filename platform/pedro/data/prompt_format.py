@@ -92,14 +92,14 @@ class PromptFormat:
         missing = [name for name in ("id", "template") if not fields.get(name)]
         if missing:
             raise DataError(f"prompt_format: lacks {', '.join(missing)}", param="prompt_format")
-        found = {name: fields[name] for name in ("id", "template", *TOKENS) if fields.get(name) is not None}
-        wrong = [name for name, value in found.items() if not isinstance(value, str)]
+        given = {name: fields[name] for name in ("id", "template", *TOKENS) if fields.get(name) is not None}
+        wrong = [name for name, value in given.items() if not isinstance(value, str)]
         plain = fields.get("special_tokens_in_content") or False
         if not isinstance(plain, bool):
             wrong.append("special_tokens_in_content")
         if wrong:
             raise DataError(f"prompt_format: {', '.join(wrong)}: of another type than expected", param="prompt_format")
-        return cls(**found, special_tokens_in_content=plain)
+        return cls(**given, special_tokens_in_content=plain)
 
 
 _SYSTEM, _USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which card did I lose?"}

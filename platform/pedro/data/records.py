@@ -194,8 +194,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row | LineError]]:
 
 def _one_by_one(batch: Any) -> Iterator[Row | int]:
     """The rows of a batch; in place of one that is too large, how many bytes it has."""
-    for place in range(batch.num_rows):
-        row = batch.slice(place, 1)
+    for index in range(batch.num_rows):
+        row = batch.slice(index, 1)
         yield row.to_pylist()[0] if row.nbytes <= MAX_LINE_BYTES else row.nbytes
 
 

@@ -67,11 +67,11 @@ class SpecialTokens:
         """Where to cut a text of a tenant so that it spells no special token, by itself or with what is beside it."""
         if self._each is None:
             return []
-        found = {match.start() + self._inside(match[1]) for match in self._each.finditer(text)}
-        found.update(self._edges(text))
+        positions = {match.start() + self._inside(match[1]) for match in self._each.finditer(text)}
+        positions.update(self._edges(text))
         if self._spells_when_normalized(text):
-            found.update(range(1, len(text)))
-        return sorted(found)
+            positions.update(range(1, len(text)))
+        return sorted(positions)
 
     def unmark(self, text: str, marker: str) -> Prompt:
         """The rendered text without markers, cut where a special token would else be read from content."""
@@ -85,11 +85,11 @@ class SpecialTokens:
 
     def keep(self, text: str, cuts: Iterable[int]) -> Prompt:
         """The text with those of the cuts that are needed: where it has none, it is encoded as any other."""
-        found = set(cuts)
-        if found and self._each is not None and not self._spells_when_normalized(text):
+        needed = set(cuts)
+        if needed and self._each is not None and not self._spells_when_normalized(text):
             spans = [match.span(1) for match in self._each.finditer(text)]
-            found = {cut for start, end in spans for cut in range(start + 1, end) if cut in found}
-        return Prompt.cut(text, found)
+            needed = {cut for start, end in spans for cut in range(start + 1, end) if cut in needed}
+        return Prompt.cut(text, needed)
 
     def _edges(self, text: str) -> Iterable[int]:
         """Cuts at the ends of a text that begins or ends with a part of a special token: a neighbour may complete it.
@@ -127,10 +127,10 @@ class SpecialTokens:
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     """Those of `tokenizer`, looked up once."""
     size = len(tokenizer)
-    found = _known.get(tokenizer)
-    if found is None or found[0] != size:
-        found = _known[tokenizer] = size, SpecialTokens(tokenizer)
-    return found[1]
+    known = _known.get(tokenizer)
+    if known is None or known[0] != size:
+        known = _known[tokenizer] = size, SpecialTokens(tokenizer)
+    return known[1]
 
 
 def as_text(tokenizer: Tokenizer, text: str) -> Prompt:
@@ -164,13 +164,13 @@ def encode_cut(tokenizer: Tokenizer, text: str, cuts: Sequence[int]) -> list[int
     A marker is tokenised along and its ids are left out. Where a tokenizer joins it to its neighbours, or tells no
     offsets, the parts are tokenised apart.
     """
-    places = {cut + number for number, cut in enumerate(cuts)}  # of the markers, once they are in
+    positions = {cut + number for number, cut in enumerate(cuts)}  # of the markers, once they are in
     if tokenizer.is_fast:
         for marker in [marker for marker in MARKERS if marker not in text][:4]:
             made = tokenizer(insert(text, cuts, marker), add_special_tokens=False, return_offsets_mapping=True)
-            held = [not places.isdisjoint(range(start, end)) for start, end in made.offset_mapping]
-            alone = {start for start, end in made.offset_mapping if end == start + 1 and start in places}
-            if alone == places and not any(
+            held = [not positions.isdisjoint(range(start, end)) for start, end in made.offset_mapping]
+            alone = {start for start, end in made.offset_mapping if end == start + 1 and start in positions}
+            if alone == positions and not any(
                 holds and end > start + 1 for holds, (start, end) in zip(held, made.offset_mapping, strict=True)
             ):
                 return [token for token, holds in zip(made.input_ids, held, strict=True) if not holds]

@@ -46,13 +46,13 @@ def render(template: str, variables: Mapping[str, Any], max_chars: int | None = 
 
 
 def _within(max_chars: int, parts: Iterable[str]) -> str:
-    found, size = [], 0
+    written, size = [], 0
     for part in parts:
         size += len(part)
         if size > max_chars:
             raise TooLongError
-        found.append(part)
-    return "".join(found)
+        written.append(part)
+    return "".join(written)
 
 
 @lru_cache(maxsize=256)

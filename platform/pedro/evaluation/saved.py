@@ -112,13 +112,13 @@ def _read_config(directory: Path, manifest: Mapping[str, Any], backbone: Backbon
 
     if not any((directory / name).is_file() for name in CONFIGS):
         raise AdapterError(f"{directory.name}: neither an adapter nor a model; fetch it again")
-    found = read_config(directory) if (directory / CONFIG).is_file() else None
+    saved = read_config(directory) if (directory / CONFIG).is_file() else None
     name, options = manifest["method"]["name"], manifest["method"].get("options")
     made = get_method(name).config(load_config(backbone), options)
-    if type(found) is not type(made):
-        wanted, given = ("no config" if each is None else type(each).__name__ for each in (made, found))
+    if type(saved) is not type(made):
+        wanted, given = ("no config" if each is None else type(each).__name__ for each in (made, saved))
         raise AdapterError(f"{CONFIG}: {name} makes {wanted}, but there is {given}; fetch the adapter again")
-    return found
+    return saved
 
 
 def _attach(model: nn.Module, directory: Path, config: PeftConfig) -> nn.Module:

@@ -147,13 +147,13 @@ def answer_logprobs(
     model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int = 32
 ) -> list[tuple[float, bool]]:
     """Each row's log-likelihood (nats) of its answer given its prompt, and whether greedy decoding would give it."""
-    found: list[tuple[float, bool]] = []
+    scores: list[tuple[float, bool]] = []
     for logits, wanted, lengths in _answer_logits(model, tokenizer, rows, batch_size):
         picked = logits.log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1)  # [answer tokens of the batch]
         greedy = logits.argmax(-1) == wanted
         for nats, same in zip(picked.split(lengths), greedy.split(lengths), strict=True):
-            found.append((float(nats.double().sum()), bool(same.all())))
-    return found
+            scores.append((float(nats.double().sum()), bool(same.all())))
+    return scores
 
 
 def _answer_logits(

@@ -63,12 +63,12 @@ def execution_match(query: str, reference: str, database: str | Path | Mapping[s
         wanted = _run(connection, reference)
         if wanted is None:
             return None
-        found = _run(connection, query) if query else None
-    if found is None:
+        answer = _run(connection, query) if query else None
+    if answer is None:
         return False
     if re.search(r"\border\s+by\b", reference, re.IGNORECASE):
-        return found == wanted
-    return Counter(found) == Counter(wanted)
+        return answer == wanted
+    return Counter(answer) == Counter(wanted)
 
 
 def _connect(database: str | Path | Mapping[str, TableContent]) -> sqlite3.Connection:

@@ -132,10 +132,10 @@ class Observed:
 
 def _line(scope: Scope, route: str, status: int, total_s: float) -> str:
     facts = dict(scope["state"].get("access", {}))
-    words = [scope["state"]["request_id"], facts.pop("tenant", "-"), scope["method"], route, str(status)]
+    fields = [scope["state"]["request_id"], facts.pop("tenant", "-"), scope["method"], route, str(status)]
     for name, value in facts.items():
         if isinstance(value, float):
-            words.append(f"{name}={value:.3f}s")
+            fields.append(f"{name}={value:.3f}s")
         elif value is not None:  # a name is quoted, so that it cannot break the line
-            words.append(f"{name}={json.dumps(value[:MAX_MODEL]) if isinstance(value, str) else value}")
-    return " ".join([*words, f"total={total_s:.3f}s"])
+            fields.append(f"{name}={json.dumps(value[:MAX_MODEL]) if isinstance(value, str) else value}")
+    return " ".join([*fields, f"total={total_s:.3f}s"])

@@ -116,29 +116,29 @@ class Quotas:
     def headers(self, caller: Principal) -> dict[str, str]:
         """OpenAI's x-ratelimit-* of what is left, of the tighter of tenant's and key's; none without a quota."""
         now = self._clock()
-        found: dict[str, str] = {}
+        headers: dict[str, str] = {}
         for kind in (REQUESTS, TOKENS):
             buckets = [limit.bucket for limit in self._limits(caller, 0, now) if limit.kind == kind]
             if buckets:
                 tightest = min(buckets, key=lambda bucket: bucket.level(now))
-                found[f"x-ratelimit-limit-{kind}"] = str(tightest.limit)
-                found[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(tightest.level(now))))
-                found[f"x-ratelimit-reset-{kind}"] = _duration(tightest.wait_s(tightest.capacity, now))
-        return found
+                headers[f"x-ratelimit-limit-{kind}"] = str(tightest.limit)
+                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(tightest.level(now))))
+                headers[f"x-ratelimit-reset-{kind}"] = _duration(tightest.wait_s(tightest.capacity, now))
+        return headers
 
     def _limits(self, caller: Principal, tokens: int, now: float) -> list[_Limit]:
-        found = []
+        limits = []
         for whose, subject, quota in (
             (f"tenant {caller.tenant}", f"tenant:{caller.tenant}", caller.tenant_quota),
             ("this API key", caller.key_id, caller.key_quota),
         ):
             if quota.requests_per_minute is not None:
                 bucket = self._bucket(subject, REQUESTS, quota.requests_per_minute, now)
-                found.append(_Limit(REQUESTS, whose, bucket, 1))
+                limits.append(_Limit(REQUESTS, whose, bucket, 1))
             if quota.tokens_per_minute is not None:
                 bucket = self._bucket(subject, TOKENS, quota.tokens_per_minute, now)
-                found.append(_Limit(TOKENS, whose, bucket, tokens))
-        return found
+                limits.append(_Limit(TOKENS, whose, bucket, tokens))
+        return limits
 
     def _bucket(self, subject: str, kind: str, limit: int, now: float) -> Bucket:
         bucket = self._buckets.get((subject, kind))

@@ -153,10 +153,10 @@ def chat_logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dic
 
 
 def _alternatives(chosen: str, logprob: float, top: tuple[Alternative, ...]) -> dict[str, float]:
-    found = {chosen: logprob}
+    alternatives = {chosen: logprob}
     for alternative in top:
-        found.setdefault(_token_name(alternative), max(alternative.logprob, IMPOSSIBLE))
-    return found
+        alternatives.setdefault(_token_name(alternative), max(alternative.logprob, IMPOSSIBLE))
+    return alternatives
 
 
 def _token_name(token: TokenLogprob | Alternative) -> str:

@@ -32,12 +32,12 @@ async def tokenize(request: Request, caller: Caller) -> dict[str, Any]:
     prompt = wanted.prompt if wanted.prompt is not None else plain_messages(wanted.messages or ())
     special = wanted.prompt is not None and wanted.add_special_tokens is not False
     admit(request, caller)
-    found = await request.app.state.backend().tokenize(caller.view, wanted.model, prompt, special)
+    result = await request.app.state.backend().tokenize(caller.view, wanted.model, prompt, special)
     return {
-        "count": len(found.ids),
-        "max_model_len": found.max_model_len,
-        "tokens": list(found.ids),
-        "token_strs": list(found.token_strs) if wanted.return_token_strs and found.token_strs is not None else None,
+        "count": len(result.ids),
+        "max_model_len": result.max_model_len,
+        "tokens": list(result.ids),
+        "token_strs": list(result.token_strs) if wanted.return_token_strs and result.token_strs is not None else None,
     }
 
 

@@ -254,10 +254,10 @@ def _expect(manifest: dict[str, Any], field: str, kind: type[Any]) -> None:
         )
 
 
-def _expect_digest(manifest: dict[str, Any], field: str, what: str, found: str) -> None:
-    if found != manifest[field]:
+def _expect_digest(manifest: dict[str, Any], field: str, what: str, actual: str) -> None:
+    if actual != manifest[field]:
         raise AdapterError(
-            f"{field}: the {what} {found}, but the manifest says {manifest[field]}; "
+            f"{field}: the {what} {actual}, but the manifest says {manifest[field]}; "
             "the adapter is damaged or was changed, fetch it again",
             param=field,
         )

@@ -35,7 +35,7 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSites:
-    """The parts of one decoder block. `sites` maps q, k, v, gate (if there is one) and up to their places."""
+    """The parts of one decoder block. `sites` maps q, k, v, gate (if there is one) and up to their modules."""
 
     name: str  # of the block, as in model.named_modules()
     block: nn.Module

@@ -45,10 +45,10 @@ class BlockLayer(nn.Module, BaseTunerLayer):
     other_param_names: tuple[str, ...] = ("configs",)
     weight = bias = None  # type: ignore[assignment]  # PEFT's own look for a wrapped layer, and there is none
 
-    def __init__(self, index: int, places: LayerSites) -> None:
+    def __init__(self, index: int, layer_sites: LayerSites) -> None:
         super().__init__()
         self.index = index
-        self.places = places  # a plain record, so that the block's modules do not become ours
+        self.layer_sites = layer_sites  # a plain record, so that the block's modules do not become ours
         self.configs: dict[str, Any] = {}
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
@@ -63,7 +63,7 @@ class BlockLayer(nn.Module, BaseTunerLayer):
 
     def fresh(self) -> dict[str, Any]:
         """dtype and device of a new parameter."""
-        return {"dtype": torch.float32, "device": next(self.places.norm.parameters()).device}
+        return {"dtype": torch.float32, "device": next(self.layer_sites.norm.parameters()).device}
 
     def unhook(self) -> None:
         """Leave the block as it was."""
@@ -72,7 +72,7 @@ class BlockLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the block's device, as PEFT asks after loading; unlike PEFT's own, never to the block's dtype."""
-        device = device or next(self.places.norm.parameters()).device
+        device = device or next(self.layer_sites.norm.parameters()).device
         for name in self.adapter_layer_names:
             parameters = getattr(self, name)
             if adapter_name in parameters and not parameters[adapter_name].is_meta:

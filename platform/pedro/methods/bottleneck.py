@@ -83,10 +83,10 @@ class BottleneckLayer(BlockLayer):
     bottleneck_up_bias: nn.ParameterDict
     bottleneck_mix: nn.ParameterDict
 
-    def __init__(self, index: int, places: LayerSites, width: int) -> None:
-        super().__init__(index, places)
+    def __init__(self, index: int, layer_sites: LayerSites, width: int) -> None:
+        super().__init__(index, layer_sites)
         self.width = width
-        modules = {"attention": places.output, "mlp": places.down}
+        modules = {"attention": layer_sites.output, "mlp": layer_sites.down}
         self._handles = [m.register_forward_hook(partial(self._adapt, site)) for site, m in modules.items()]
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
@@ -104,15 +104,15 @@ class BottleneckLayer(BlockLayer):
     def forward(self, hidden: torch.Tensor, site: str, adapter_name: str) -> torch.Tensor:
         """What one adapter adds to a sublayer's output, float32: hidden [B, T, D] -> [B, T, D]."""
         config = self.configs[adapter_name]
-        place = config.sites.index(site)
-        narrow = hidden @ self.bottleneck_down[adapter_name][place] + self.bottleneck_down_bias[adapter_name][place]
+        index = config.sites.index(site)
+        narrow = hidden @ self.bottleneck_down[adapter_name][index] + self.bottleneck_down_bias[adapter_name][index]
         if config.activation == LEARNED:
-            weights = self.bottleneck_mix[adapter_name][place].softmax(dim=0)  # [C]
+            weights = self.bottleneck_mix[adapter_name][index].softmax(dim=0)  # [C]
             narrow = torch.stack([w * act(narrow) for w, act in zip(weights, CANDIDATES.values(), strict=True)]).sum(0)
         else:
             narrow = CANDIDATES[config.activation](narrow)
         wide: torch.Tensor = (
-            narrow @ self.bottleneck_up[adapter_name][place] + self.bottleneck_up_bias[adapter_name][place]
+            narrow @ self.bottleneck_up[adapter_name][index] + self.bottleneck_up_bias[adapter_name][index]
         )
         return wide
 

@@ -23,11 +23,11 @@ Cuts = list[tuple[str, Rows]]  # the targets of a module, and where they lie in 
 class DeltaLayer(BlockLayer):
     """One block's share; `first` is the first block's, which holds what all blocks share."""
 
-    def __init__(self, index: int, places: LayerSites, first: DeltaLayer | None = None) -> None:
-        super().__init__(index, places)
+    def __init__(self, index: int, layer_sites: LayerSites, first: DeltaLayer | None = None) -> None:
+        super().__init__(index, layer_sites)
         self._first = [first]  # in a list, so as not to become a child
         cuts_of: dict[nn.Module, Cuts] = {}
-        for target, site in places.linears.items():
+        for target, site in layer_sites.linears.items():
             cuts_of.setdefault(site.module, []).append((target, site.rows))
         self._handles = [m.register_forward_hook(partial(self._add_up, cuts)) for m, cuts in cuts_of.items()]
 
@@ -53,18 +53,18 @@ class DeltaLayer(BlockLayer):
 
     def base_weight(self, target: str) -> torch.Tensor:
         """The backbone's weight [W, in] of one target, float32."""
-        module, rows, _ = self.places.linears[target]
+        module, rows, _ = self.layer_sites.linears[target]
         return _oriented(module)[slice(None) if rows is None else rows].detach().float()
 
     def base_bias(self, target: str) -> torch.Tensor | None:
         """The backbone's bias [W] of one target, float32, if it has one."""
-        module, rows, _ = self.places.linears[target]
+        module, rows, _ = self.layer_sites.linears[target]
         bias: Any = module.bias
         return None if bias is None else bias[slice(None) if rows is None else rows].detach().float()
 
     def inputs(self, target: str) -> int:
         """How many inputs a target has."""
-        return inputs_of(self.places.linears[target].module)
+        return inputs_of(self.layer_sites.linears[target].module)
 
     def _add_up(
         self, cuts: Cuts, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
@@ -72,13 +72,13 @@ class DeltaLayer(BlockLayer):
         changed: torch.Tensor | None = None
         for name in self.live():
             for target, rows in cuts:
-                place = slice(None) if rows is None else rows
+                rows = slice(None) if rows is None else rows
                 if target not in self.configs[name].targets:
                     continue
-                added = self.delta(name, target, args[0].float(), output[..., place])
+                added = self.delta(name, target, args[0].float(), output[..., rows])
                 if added is not None:
                     changed = output.float().clone() if changed is None else changed
-                    changed[..., place] = changed[..., place] + added
+                    changed[..., rows] = changed[..., rows] + added
         return None if changed is None else changed.to(output.dtype)
 
 
@@ -135,7 +135,7 @@ def _oriented(module: Any) -> torch.Tensor:
 
 
 def _change_weight(layer: DeltaLayer, target: str, change: torch.Tensor) -> None:
-    module, rows, _ = layer.places.linears[target]
+    module, rows, _ = layer.layer_sites.linears[target]
     weight = _oriented(module)
-    place = slice(None) if rows is None else rows
-    weight[place] = (weight[place].float() + change).to(weight.dtype)
+    rows = slice(None) if rows is None else rows
+    weight[rows] = (weight[rows].float() + change).to(weight.dtype)

@@ -61,7 +61,7 @@ class EtherLayer(DeltaLayer):
         for target in config.targets:
             sides = {"": self.inputs(target)}
             if config.plus:
-                sides["out_"] = self.places.linears[target].width
+                sides["out_"] = self.layer_sites.linears[target].width
             for side, width in sides.items():
                 u = torch.empty(config.blocks, width // config.blocks, **self.fresh())
                 nn.init.kaiming_uniform_(u, a=5**0.5)

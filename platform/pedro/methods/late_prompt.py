@@ -53,7 +53,7 @@ class LatePromptConfig(TunerConfig):
         if self.layer is not None:
             expect_count("layer", self.layer)
 
-    def place(self, num_layers: int) -> int:
+    def first_layer(self, num_layers: int) -> int:
         """Index of the layer that reads the soft tokens first. Raises ConfigError where the backbone has no such."""
         layer = max(1, num_layers // 2) if self.layer is None else self.layer
         if layer >= num_layers:
@@ -112,7 +112,7 @@ class LatePromptLayer(BlockLayer):
             return None
         names = list(inspect.signature(block.forward).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
-        hidden, first = given.pop(names[0]), block is self.places.block
+        hidden, first = given.pop(names[0]), block is self.layer_sites.block
         prompt = self.prompts.read() if first else self.prompts.prompt
         if prompt is None:  # decoding: the soft tokens lie in this layer's cache
             cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
@@ -136,10 +136,10 @@ class LatePromptLayer(BlockLayer):
             return
         prompt = self.prompts.prompt
         assert prompt is not None, "called while the prompt is read"
-        place = prompt.to(positions.device).int().argmax(dim=1)  # [B], the first attended token
-        start = positions.expand(len(place), -1).gather(1, place[:, None])  # [B, 1]
+        first = prompt.to(positions.device).int().argmax(dim=1)  # [B], the first attended token
+        start = positions.expand(len(first), -1).gather(1, first[:, None])  # [B, 1]
         before = start - self._added + torch.arange(self._added, device=positions.device)
-        given["position_ids"] = torch.cat([before, positions.expand(len(place), -1)], dim=1)
+        given["position_ids"] = torch.cat([before, positions.expand(len(first), -1)], dim=1)
         rotary, turned = self._rotary[0], given.get("position_embeddings")
         if turned is not None and rotary is not None:
             soft = rotary(hidden, position_ids=before)
@@ -188,7 +188,7 @@ class LatePromptModel(ConditionedTuner):
 
     def check(self, config: LatePromptConfig, architecture: Architecture) -> None:
         """Raise ConfigError for a layer that the backbone lacks, BackboneError for sliding windows."""
-        config.place(len(architecture.layers))
+        config.first_layer(len(architecture.layers))
         backbone: Any = self.model.config
         kinds = getattr(backbone, "layer_types", None)
         if "sliding_attention" in kinds if kinds else getattr(backbone, "sliding_window", None):
@@ -205,13 +205,13 @@ class LatePromptModel(ConditionedTuner):
         getattr(block, CHILD).update_layer(adapter_name, config)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return bool(self._blocks.get(key) == peft_config.place(len(self._blocks)))
+        return bool(self._blocks.get(key) == peft_config.first_layer(len(self._blocks)))
 
 
 def _build(model_config: ModelConfig, *, r: int = 1024, tokens: int = 64, layer: int | None = None) -> LatePromptConfig:
     projection_paths(model_config)
     config = LatePromptConfig(r=r, tokens=tokens, layer=layer)
-    config.place(model_config.num_hidden_layers)
+    config.first_layer(model_config.num_hidden_layers)
     return config
 
 

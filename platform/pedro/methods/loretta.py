@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pedro.model_protocols import ModelConfig
 
 PREFIX = "loretta_"
-PLACES = ("gate", "up", "down")
+SITES = ("gate", "up", "down")
 MOST = {"wide": 16, "narrow": 4}  # largest factors of D and of the bottleneck
 
 
@@ -46,12 +46,12 @@ class LorettaConfig(TunerConfig):
     r: int = field(default=64, metadata={"help": "Width of the bottleneck."})
     rank: int = field(default=5, metadata={"help": "Rank of the tensor trains."})
     activation: str = field(default="relu", metadata={"help": f"One of {', '.join(CANDIDATES)}."})
-    targets: tuple[str, ...] = field(default=PLACES, metadata={"help": f"Places, of {', '.join(PLACES)}."})
+    targets: tuple[str, ...] = field(default=SITES, metadata={"help": f"Sites, of {', '.join(SITES)}."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.targets = tuple(self.targets)
-        expect_names("targets", self.targets, PLACES)
+        expect_names("targets", self.targets, SITES)
         expect_count("r", self.r)
         expect_count("rank", self.rank)
         expect(self.activation in tuple(CANDIDATES), "activation", f"one of {', '.join(CANDIDATES)}", self.activation)
@@ -86,18 +86,13 @@ class LorettaLayer(DeltaLayer):
     """One block's adapters by place, each "down" and "up" as cores and a bias, and what is added to its norms."""
 
     adapter_layer_names = (
-        *(
-            f"{PREFIX}{place}_{side}_{part}"
-            for place in PLACES
-            for side in ("down", "up")
-            for part in ("cores", "bias")
-        ),
+        *(f"{PREFIX}{site}_{side}_{part}" for site in SITES for side in ("down", "up") for part in ("cores", "bias")),
         f"{PREFIX}norm_weight",  # [N]
         f"{PREFIX}norm_bias",  # [N], of layer norms
     )
 
-    def __init__(self, index: int, places: LayerSites, first: DeltaLayer | None = None) -> None:
-        super().__init__(index, places, first)
+    def __init__(self, index: int, layer_sites: LayerSites, first: DeltaLayer | None = None) -> None:
+        super().__init__(index, layer_sites, first)
         self._norms: list[Any] = []
 
     def follow(self, norms: list[nn.Module]) -> None:
@@ -107,7 +102,7 @@ class LorettaLayer(DeltaLayer):
 
     def update_layer(self, adapter_name: str, config: LorettaConfig) -> None:
         """Add a fresh adapter: normal cores whose product varies as a linear layer's, uniform biases."""
-        fresh, hidden = self.fresh(), self.places.linears["down"].width
+        fresh, hidden = self.fresh(), self.layer_sites.linears["down"].width
         deviation = (hidden + config.r) ** -0.5
         for target in config.targets:
             for side, width in (("down", config.r), ("up", hidden)):
@@ -140,11 +135,11 @@ class LorettaLayer(DeltaLayer):
         return hidden
 
     def _shapes(self, config: LorettaConfig, side: str) -> list[tuple[int, int, int]]:
-        wide = factorized(self.places.linears["down"].width, MOST["wide"])
+        wide = factorized(self.layer_sites.linears["down"].width, MOST["wide"])
         narrow = factorized(config.r, MOST["narrow"])
         return core_shapes(*((wide, narrow) if side == "down" else (narrow, wide)), rank=config.rank)
 
-    def _renorm(self, place: int, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    def _renorm(self, index: int, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         """The norm with its weight, and bias, changed: both stand outside the normalization."""
         names = self.live()
         if not names:
@@ -157,9 +152,9 @@ class LorettaLayer(DeltaLayer):
             normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
         changed, widths = output.float(), [len(other.weight) for other in self._norms]
         for name in names:
-            changed = changed + normed * self._named("norm_weight")[name].split(widths)[place]
+            changed = changed + normed * self._named("norm_weight")[name].split(widths)[index]
             if name in self._named("norm_bias"):
-                changed = changed + self._named("norm_bias")[name].split(widths)[place]
+                changed = changed + self._named("norm_bias")[name].split(widths)[index]
         return changed.to(output.dtype)
 
     def _named(self, name: str) -> nn.ParameterDict:
@@ -199,7 +194,7 @@ def _build(
     model_config: ModelConfig, *, r: int = 64, rank: int = 5, activation: str = "relu", targets: list[str] | None = None
 ) -> LorettaConfig:
     paths = projection_paths(model_config)
-    chosen = tuple(place for place in PLACES if place in paths) if targets is None else names_in("targets", targets)
+    chosen = tuple(site for site in SITES if site in paths) if targets is None else names_in("targets", targets)
     return LorettaConfig(r=r, rank=rank, activation=activation, targets=chosen)
 
 

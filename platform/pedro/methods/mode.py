@@ -56,7 +56,7 @@ class ModeLayer(DeltaLayer):
         """Add a fresh adapter, which changes nothing: up = 0. Random routers tell the experts apart."""
         fresh, r, m = self.fresh(), config.r, config.experts
         for target in config.targets:
-            inputs, width = self.inputs(target), self.places.linears[target].width
+            inputs, width = self.inputs(target), self.layer_sites.linears[target].width
             down = nn.init.kaiming_uniform_(torch.empty(r, inputs, **fresh), a=5**0.5)
             router = nn.init.kaiming_uniform_(torch.empty(r * m, inputs, **fresh), a=5**0.5).view(r, m, inputs)
             self._part("down", target)[adapter_name] = nn.Parameter(down)

@@ -25,8 +25,8 @@ TRY = r"""
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 patterns, names = json.load(sys.stdin)
-for place, pattern in enumerate(patterns):
-    print(place, flush=True)
+for index, pattern in enumerate(patterns):
+    print(index, flush=True)
     for name in names:
         try:
             re.fullmatch(pattern, name)

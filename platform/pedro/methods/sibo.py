@@ -54,17 +54,17 @@ class SiboLayer(DeltaLayer):
 
     adapter_layer_names = tuple(f"{PREFIX}{part}_{target}" for target in TARGETS for part in "ab")
 
-    def __init__(self, index: int, places: LayerSites, first: DeltaLayer | None = None) -> None:
-        super().__init__(index, places, first)
+    def __init__(self, index: int, layer_sites: LayerSites, first: DeltaLayer | None = None) -> None:
+        super().__init__(index, layer_sites, first)
         self.initial: torch.Tensor | None = None  # h₀ [B, T, D]
         if first is None:
-            self._handles.append(places.block.register_forward_pre_hook(self._keep, with_kwargs=True))
+            self._handles.append(layer_sites.block.register_forward_pre_hook(self._keep, with_kwargs=True))
 
     def update_layer(self, adapter_name: str, config: SiboConfig) -> None:
         """Add a fresh adapter, which changes nothing: B = 0."""
         for target in config.targets:
             a = torch.empty(config.r, self.inputs(target), **self.fresh())
-            b = torch.zeros(self.places.linears[target].width, config.r, **self.fresh())
+            b = torch.zeros(self.layer_sites.linears[target].width, config.r, **self.fresh())
             self._part("a", target)[adapter_name] = nn.Parameter(nn.init.kaiming_uniform_(a, a=5**0.5))
             self._part("b", target)[adapter_name] = nn.Parameter(b)
         self.configs[adapter_name] = config

@@ -71,15 +71,15 @@ class SparseSearchLayer(DeltaLayer):
         f"{PREFIX}gates",  # [2, targets], logits of the two parts
     )
 
-    def __init__(self, index: int, places: LayerSites, first: DeltaLayer | None = None) -> None:
-        super().__init__(index, places, first)
+    def __init__(self, index: int, layer_sites: LayerSites, first: DeltaLayer | None = None) -> None:
+        super().__init__(index, layer_sites, first)
         self.open: dict[str, torch.Tensor] = {}  # how far each candidate is open [2, targets]; no entry: fully
 
     def update_layer(self, adapter_name: str, config: SparseSearchConfig) -> None:
         """Add fresh candidates, which change nothing: all of them, or those that the config says were kept."""
         fresh = self.fresh()
         for target in config.targets:
-            wide, width = self.inputs(target), self.places.linears[target].width
+            wide, width = self.inputs(target), self.layer_sites.linears[target].width
             if self._has(config, "lora", target):
                 down = nn.init.kaiming_uniform_(torch.empty(config.r, wide, **fresh), a=5**0.5)
                 self.part("a", target)[adapter_name] = nn.Parameter(down)
@@ -123,13 +123,13 @@ class SparseSearchLayer(DeltaLayer):
     def delta(self, name: str, target: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         """What the open candidates of one target add to its output: x [B, T, in] -> [B, T, width] or [width]."""
         config, opened = self.configs[name], self.open.get(name)
-        place, added = config.targets.index(target), None
+        index, added = config.targets.index(target), None
         if name in self.part("a", target):
             added = x @ self.part("a", target)[name].T @ self.part("b", target)[name].T * (config.alpha / config.r)
-            added = added if opened is None else added * opened[0, place]
+            added = added if opened is None else added * opened[0, index]
         if name in self.part("shift", target):
             shift = self.part("shift", target)[name]
-            shift = shift if opened is None else shift * opened[1, place]
+            shift = shift if opened is None else shift * opened[1, index]
             added = shift if added is None else added + shift
         return added
 
@@ -224,10 +224,10 @@ def balance(logits: torch.Tensor, sizes: torch.Tensor, budget: float) -> float:
 def choose(logits: torch.Tensor, sizes: torch.Tensor, budget: float) -> torch.Tensor:
     """Which candidates [C] are kept: the most open ones that fit into the budget together, and at least one."""
     left, kept = budget * float(sizes.sum()), torch.zeros(len(logits), dtype=torch.bool)
-    for place in logits.argsort(descending=True, stable=True).tolist():
-        if sizes[place] <= left:
-            kept[place] = True
-            left -= float(sizes[place])
+    for index in logits.argsort(descending=True, stable=True).tolist():
+        if sizes[index] <= left:
+            kept[index] = True
+            left -= float(sizes[index])
     if not kept.any():
         kept[int(sizes.argmin())] = True
     return kept

@@ -99,9 +99,9 @@ class Registry(Tracking):
 
     def versions(self, name: str) -> list[Version]:
         """All versions of `tenant.adapter`, oldest first; empty if there is no such adapter."""
-        found = self.pages(self.client.search_model_versions, filter_string=f"name = '{_quotable(name)}'")
+        entities = self.pages(self.client.search_model_versions, filter_string=f"name = '{_quotable(name)}'")
         aliases = self._aliases(name)
-        return sorted((read_version(entity, aliases) for entity in found), key=lambda version: version.version)
+        return sorted((read_version(entity, aliases) for entity in entities), key=lambda version: version.version)
 
     def models(self, tenant: str | None = None) -> list[str]:
         """Names of the registered adapters, of one tenant or of all."""
@@ -185,12 +185,12 @@ class Registry(Tracking):
                     raise model_not_found(name)
                 self.client.delete_registered_model(name)
                 return
-            found = self.get(name, version)
-            if CHAMPION in found.aliases:
+            current = self.get(name, version)
+            if CHAMPION in current.aliases:
                 raise ConflictError(
-                    f"{found.ref} is the champion; promote another version first, or delete all of {name}"
+                    f"{current.ref} is the champion; promote another version first, or delete all of {name}"
                 )
-            for alias in found.aliases:
+            for alias in current.aliases:
                 self.client.delete_registered_model_alias(name, alias)
             self.client.delete_model_version(name, str(version))
 

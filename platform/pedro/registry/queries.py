@@ -54,8 +54,8 @@ class RunPage:
 def experiment_names(registry: Registry) -> list[str]:
     """Names of the experiments, those that were written to last first; MLflow's own default is none."""
     with registry.answering():
-        found = list(registry.pages(registry.client.search_experiments))
-    named = [experiment for experiment in found if experiment.name != "Default"]
+        experiments = list(registry.pages(registry.client.search_experiments))
+    named = [experiment for experiment in experiments if experiment.name != "Default"]
     return [experiment.name for experiment in sorted(named, key=lambda one: -(one.last_update_time or 0))]
 
 
@@ -75,20 +75,20 @@ def search_runs(
         names = _experiments(registry, models)
         if not names:
             return RunPage((), None)
-        found = registry.client.search_runs(
+        page = registry.client.search_runs(
             list(names),
             filter_string=" and ".join(conditions),
             max_results=limit,
             order_by=["attributes.start_time DESC"],
             page_token=after,
         )
-    return RunPage(tuple(_run(entity, names) for entity in found), found.token or None)
+    return RunPage(tuple(_run(entity, names) for entity in page), page.token or None)
 
 
 def find_run_of_job(registry: Registry, model: str, job_id: str) -> TrackedRun | None:
     """The run that a job writes to, once it has begun one."""
-    found = search_runs(registry, [model], tags={"job": job_id}, limit=1).runs
-    return found[0] if found else None
+    runs = search_runs(registry, [model], tags={"job": job_id}, limit=1).runs
+    return runs[0] if runs else None
 
 
 def metric_histories(
@@ -107,17 +107,17 @@ def metric_histories(
 def new_versions(registry: Registry, since: float, limit: int = 200) -> list[Version]:
     """The versions that were registered since a time (Unix seconds), newest first; at most `limit`."""
     with registry.answering():
-        found = registry.client.search_model_versions(
+        entities = registry.client.search_model_versions(
             filter_string=None, max_results=limit, order_by=["creation_timestamp DESC"]
         )
-        return [read_version(entity) for entity in found if entity.creation_timestamp >= since * 1000]
+        return [read_version(entity) for entity in entities if entity.creation_timestamp >= since * 1000]
 
 
 def promotions(registry: Registry, since: float, limit: int = 200) -> list[Version]:
     """The versions that became champion since a time (Unix seconds), the last first; at most `limit` a day."""
     days = {time.strftime("%Y-%m-%d", time.gmtime(moment)) for moment in _every_day(since, time.time())}
     with registry.answering():
-        found = [
+        versions = [
             read_version(entity)
             for day in sorted(days)
             for entity in registry.client.search_model_versions(
@@ -125,7 +125,7 @@ def promotions(registry: Registry, since: float, limit: int = 200) -> list[Versi
             )
         ]
     start = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(since))
-    return sorted((one for one in found if one.promoted >= start), key=lambda one: one.promoted, reverse=True)
+    return sorted((one for one in versions if one.promoted >= start), key=lambda one: one.promoted, reverse=True)
 
 
 def _every_day(since: float, until: float) -> Iterator[float]:
@@ -137,8 +137,8 @@ def _every_day(since: float, until: float) -> Iterator[float]:
 
 def _experiments(registry: Registry, models: Sequence[str]) -> dict[str, str]:
     """Ids and names of the experiments."""
-    found = (registry.client.get_experiment_by_name(model) for model in models)
-    return {experiment.experiment_id: experiment.name for experiment in found if experiment is not None}
+    experiments = (registry.client.get_experiment_by_name(model) for model in models)
+    return {experiment.experiment_id: experiment.name for experiment in experiments if experiment is not None}
 
 
 def _run(entity: Run, names: dict[str, str]) -> TrackedRun:

@@ -29,16 +29,16 @@ class Tracking(Connection):
         parent: str | None = None,
     ) -> str:
         """Open a run, under the run `parent` if one is given, and return its id; any process may write to it."""
-        found = self.client.get_experiment_by_name(experiment)
-        if found is None:
+        entity = self.client.get_experiment_by_name(experiment)
+        if entity is None:
             local = self.tracking_uri.startswith("sqlite:")
             location = (Path(self.artifact_root) / experiment).as_uri() if local else None
             with suppress(self.error):  # somebody else was first
                 self.client.create_experiment(experiment, artifact_location=location)
-            found = self.client.get_experiment_by_name(experiment)
-        assert found is not None, f"experiment {experiment} was made and is gone"
+            entity = self.client.get_experiment_by_name(experiment)
+        assert entity is not None, f"experiment {experiment} was made and is gone"
         family = {PARENT: parent} if parent else {}
-        run = self.client.create_run(found.experiment_id, run_name=name, tags={**stored(tags), **family})
+        run = self.client.create_run(entity.experiment_id, run_name=name, tags={**stored(tags), **family})
         from mlflow.entities import Param
 
         entries = [Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in params.items()]

@@ -138,10 +138,12 @@ class ServeBackend:
             wanted.append(replace(named, alias=PREVIOUS))
         for ref in wanted:
             with suppress(PedroError):
-                found = await self._resolver.resolve(call.tenant, str(ref))
-                if found.version != version.version and self._faults.current(found.model_ref) is None:
-                    log.warning("%s is answered by %s, since %s cannot be served", call.model, found.ref, version.ref)
-                    return found
+                candidate = await self._resolver.resolve(call.tenant, str(ref))
+                if candidate.version != version.version and self._faults.current(candidate.model_ref) is None:
+                    log.warning(
+                        "%s is answered by %s, since %s cannot be served", call.model, candidate.ref, version.ref
+                    )
+                    return candidate
         return None
 
     def _check_size(self, prompt: str | tuple[int, ...] | None) -> None:
@@ -202,8 +204,8 @@ class ServeBackend:
 
     async def residents(self, tenant: str) -> list[AdapterResidence]:
         """Every adapter version of `tenant` that a replica holds now."""
-        found = await self._ask_all(ListResidents())
-        return [at for at in found if visible(at.name, tenant)]
+        residences = await self._ask_all(ListResidents())
+        return [at for at in residences if visible(at.name, tenant)]
 
     async def load_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
         """Make a version resident on every replica."""
@@ -245,10 +247,10 @@ class ServeBackend:
         return ref
 
     async def _load(self, tenant: str, ref: str, *, pin: bool) -> list[AdapterResidence]:
-        found = await self._ask_all(LoadAdapter(await self._version_ref(tenant, ref), pin))
-        if not found:
+        residences = await self._ask_all(LoadAdapter(await self._version_ref(tenant, ref), pin))
+        if not residences:
             raise UnavailableError("no engine replica answers; try again later", code="no_replica")
-        return found
+        return residences
 
     async def _ask_all(self, request: ControlRequest[list[AdapterResidence]]) -> list[AdapterResidence]:
         return [at for of_replica in await self._replicas.ask_all(request) for at in of_replica]

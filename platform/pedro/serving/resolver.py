@@ -103,7 +103,7 @@ class ModelResolver:
 
     async def champions(self, tenant: str) -> list[Version]:
         """The champions that `tenant` may call, by name, those of other backbones left out."""
-        found = []
+        champions = []
         for name, entry in sorted(self._entries.items()):
             if visible(name, tenant) and CHAMPION in entry.aliases:
                 try:
@@ -111,8 +111,8 @@ class ModelResolver:
                 except NotFoundError:  # deleted since the last reading
                     continue
                 if version.backbone_digest == self._backbone_digest:
-                    found.append(version)
-        return found
+                    champions.append(version)
+        return champions
 
     async def _version(self, name: str, entry: RegisteredAdapter, number: int, max_age_s: float, model: str) -> Version:
         """A version's record; an explicit number is asked for again once `max_age_s` has passed: it may be deleted.

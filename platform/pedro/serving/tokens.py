@@ -24,10 +24,10 @@ class TokenTexts:
 
     def __call__(self, token_id: int) -> tuple[str, bytes | None]:
         """The token's text with its leading space, and its bytes where the text alone cannot tell them."""
-        found = self._known.get(token_id)
-        if found is None:
-            found = self._known[token_id] = self._look(token_id)
-        return found
+        text = self._known.get(token_id)
+        if text is None:
+            text = self._known[token_id] = self._look(token_id)
+        return text
 
     def _look(self, token_id: int) -> tuple[str, bytes | None]:
         piece = self._tokenizer.convert_ids_to_tokens(token_id)

@@ -33,8 +33,10 @@ class RowStream:
     def batch(self, k: int) -> list[Mapping[str, Any]]:
         """The rows of the k-th batch, counted from 0."""
         size = len(self.rows)
-        places = range(k * self.batch_size, (k + 1) * self.batch_size)
-        return [self.rows[int(_permutation(size, self.seed, place // size)[place % size])] for place in places]
+        positions = range(k * self.batch_size, (k + 1) * self.batch_size)
+        return [
+            self.rows[int(_permutation(size, self.seed, position // size)[position % size])] for position in positions
+        ]
 
 
 @lru_cache(maxsize=4)  # a batch of either stream may lie across two epochs

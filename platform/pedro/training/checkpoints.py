@@ -78,10 +78,11 @@ def read_checkpoint(
     return TrainState(**progress), best
 
 
-def cannot_write(what: str, place: Path | str, error: Exception) -> TrainingError:
+def cannot_write(what: str, target: Path | str, error: Exception) -> TrainingError:
     """The error for a disk that is full or read-only."""
     reason = getattr(error, "strerror", None) or error
     return TrainingError(
-        f"{what}: cannot be written to {place} ({reason}); free some space or set PEDRO_STORAGE to a place that has it",
+        f"{what}: cannot be written to {target} ({reason}); free some space or set PEDRO_STORAGE to a place "
+        "that has it",
         param="PEDRO_STORAGE",
     )

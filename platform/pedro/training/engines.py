@@ -100,7 +100,7 @@ class TorchEngine:
 
 def optimizer_tensors(engine: StepEngine) -> Iterator[tuple[str, torch.Tensor]]:
     """Everything that a worker's optimizer remembers, named by place: masters, moments and step counts."""
-    for place, master in enumerate(engine.masters()):
-        yield f"{place}.master", master
+    for index, master in enumerate(engine.masters()):
+        yield f"{index}.master", master
         for name, tensor in sorted(engine.optimizer.state[master].items()):
-            yield f"{place}.{name}", tensor
+            yield f"{index}.{name}", tensor

@@ -70,14 +70,14 @@ def reconcile(
 
 def reconcile_record(record: JobRecord, cluster: ClusterJobs) -> ReconciledJob:
     """One job: its row's own word once it has ended, else the cluster's."""
-    found = cluster.jobs.get(record.id)
+    ray_job = cluster.jobs.get(record.id)
     if record.status.final or record.status == JobStatus.PAUSED:
         return ReconciledJob(record, record.status, record.message)
-    if found:
-        status = FROM_RAY.get(found["status"], record.status)
+    if ray_job:
+        status = FROM_RAY.get(ray_job["status"], record.status)
         if status != JobStatus.FAILED:
             return ReconciledJob(record, status, record.message)
-        why = str(found.get("message") or "").strip().partition("\n")[0]
+        why = str(ray_job.get("message") or "").strip().partition("\n")[0]
         return ReconciledJob(record, status, "its driver died" + (f": {why}" if why else ""))
     if record.submission_id and cluster.answered:
         return ReconciledJob(record, LOST, "its cluster was ended")

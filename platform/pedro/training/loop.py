@@ -142,8 +142,8 @@ def train(
         logger.omega(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k), passed_tokens(rows))
         if theta_rows and (k + 1) % plan.theta_every == 0:
             alternation.activate(THETA)
-            place = (k + 1) // plan.theta_every - 1
-            rows = theta_rows.batch(place)
+            theta_step = (k + 1) // plan.theta_every - 1
+            rows = theta_rows.batch(theta_step)
             logger.theta(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k + 1), passed_tokens(rows))
         state.step = k + 1
         if engine.hook:

@@ -238,17 +238,17 @@ def load_finetune_spec(path: str | Path, overrides: Iterable[str] = ()) -> FineT
 def check_data_files(data: DataSpec, folder: Path, overrides: Iterable[str] = (), section: str = "data") -> None:
     """Raise ConfigError for a file that the spec in `folder` may not name; those of overrides may lie anywhere."""
     files = {f"{section}.{role}": file for role, file in data.files().items()}
-    keys = {word.partition("=")[0] for word in overrides}
+    keys = {override.partition("=")[0] for override in overrides}
     typed = {field for field in files if any(field == key or field.startswith(f"{key}.") for key in keys)}
     check_allowed_files(files, Settings.from_env(), [folder, ASSETS], typed)
 
 
 def _located(base: Path, file: str) -> str:
     if file.startswith(PACKAGED):
-        place = (ASSETS / file.removeprefix(PACKAGED)).resolve()
-        if not place.is_relative_to(ASSETS.resolve()):
+        path = (ASSETS / file.removeprefix(PACKAGED)).resolve()
+        if not path.is_relative_to(ASSETS.resolve()):
             raise ConfigError(f"data: {file!r} leaves the data that the package carries", param="data")
-        return str(place)
+        return str(path)
     return file if "://" in file else str(base / Path(file).expanduser())
 
 

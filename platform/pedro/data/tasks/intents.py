@@ -74,10 +74,10 @@ def read_snips(path: Path) -> Iterator[Record]:
         return
     raw = path.read_bytes()
     try:
-        found = json.loads(raw.decode())
+        intents = json.loads(raw.decode())
     except UnicodeDecodeError:  # train_PlayMusic.json is published in Latin-1
-        found = json.loads(raw.decode("latin-1"))
-    for intent, rows in found.items():
+        intents = json.loads(raw.decode("latin-1"))
+    for intent, rows in intents.items():
         for row in rows:
             yield {"text": "".join(piece["text"] for piece in row["data"]), "intent": intent}
 

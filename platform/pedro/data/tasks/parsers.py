@@ -23,7 +23,7 @@ MARKS = " \t\r\n*_`\"'"
 def parse_label(text: str, _row: TaskRow, wording: Wording) -> str:
     """The class that the text names: after "answer is" (the last one), at its start, or the only one in it."""
     labels = list(dict.fromkeys(wording.labels.values()))
-    said = [found for match in ANSWER_IS.finditer(text) if (found := _starts_with(text[match.end() :], labels))]
+    said = [label for match in ANSWER_IS.finditer(text) if (label := _starts_with(text[match.end() :], labels))]
     return (said[-1] if said else "") or _starts_with(text, labels) or _only(text, labels)
 
 
@@ -33,12 +33,12 @@ def parse_choice(text: str, row: TaskRow, _wording: Wording) -> str:
     `row.extra["choices"]` are the choices' texts in the order of their letters.
     """
     choices = list(row.extra.get("choices", ()))
-    letters = [chr(ord("A") + place) for place in range(len(choices))]
+    letters = [chr(ord("A") + index) for index in range(len(choices))]
     said = [match.end() for match in ANSWER_IS.finditer(text)]
     for start in [*reversed(said), 0]:
-        found = LETTER.match(text[start:])
-        if found and found[1] in letters:
-            return found[1]
+        match = LETTER.match(text[start:])
+        if match and match[1] in letters:
+            return match[1]
     plain = text.strip(MARKS).rstrip(".").casefold()
     spelled = [
         letter
@@ -52,10 +52,10 @@ def parse_number(text: str, _row: TaskRow, _wording: Wording) -> str:
     """The number after "####", else after "answer is", else the last one, without its thousands' commas."""
     _, marked, after = text.rpartition("####")
     said = [text[match.end() :] for match in ANSWER_IS.finditer(text)]
-    for place in ([after] if marked else []) + said[::-1]:
-        found = NUMBER.search(place.partition("\n")[0])
-        if found:
-            return number(found[0])
+    for candidate in ([after] if marked else []) + said[::-1]:
+        match = NUMBER.search(candidate.partition("\n")[0])
+        if match:
+            return number(match[0])
     numbers = NUMBER.findall(text)
     return number(numbers[-1]) if numbers else ""
 
@@ -80,8 +80,8 @@ def parse_reasoned(text: str, row: TaskRow, _wording: Wording) -> str:
     after = re.split(r"the answer is:?\s*", text, flags=re.IGNORECASE)
     plain = (after[-1] if len(after) > 1 else text).strip().partition("\n")[0].strip(MARKS)
     if re.fullmatch(r"\([A-Z]\)", row.accepted[0]):
-        found = re.match(r"\(?([A-Z])(?:\)|\.|:|\s*$)", plain)
-        return f"({found[1]})" if found else ""
+        letter = re.match(r"\(?([A-Z])(?:\)|\.|:|\s*$)", plain)
+        return f"({letter[1]})" if letter else ""
     return " ".join(plain.rstrip(".").split())
 
 
@@ -116,10 +116,10 @@ def _starts_with(text: str, labels: list[str]) -> str:
 
 def _only(text: str, labels: list[str]) -> str:
     """The label that occurs if no other does; one within a longer one does not count."""
-    left, found = text.casefold(), []
+    left, named = text.casefold(), []
     for label in sorted(labels, key=len, reverse=True):
         pattern = rf"(?<!\w){re.escape(label.casefold())}(?!\w)"
         if re.search(pattern, left):
-            found.append(label)
+            named.append(label)
             left = re.sub(pattern, " ", left)
-    return found[0] if len(found) == 1 else ""
+    return named[0] if len(named) == 1 else ""

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 WORDS = (0, 16, 32, 64, 128)
 
 
-def _row(record: Record, words: Wording, shots: str, place: Callable[[str, str], str]) -> TaskRow | None:
+def _row(record: Record, words: Wording, shots: str, combine: Callable[[str, str], str]) -> TaskRow | None:
     row = intents.make_from_hub(record, words, "")
     if row is None:
         return None
     count, talk = other_talk(row.prompt)
-    prompt = f"{shots}{place(row.prompt, talk)}" if talk else f"{shots}{row.prompt}"
+    prompt = f"{shots}{combine(row.prompt, talk)}" if talk else f"{shots}{row.prompt}"
     return replace(row, prompt=prompt, group=f"{count} words")
 
 

@@ -220,12 +220,12 @@ def _stream(hub: HubSource, split: str) -> Iterator[Record]:
                 param="data",
             ) from error
         for record in [] if first is None else chain([first], records):
-            found = dict(record)
+            named = dict(record)
             for column, classes in names.items():
-                found[column] = classes[found[column]] if found[column] >= 0 else ""
+                named[column] = classes[named[column]] if named[column] >= 0 else ""
             if len(hub.configs) > 1:
-                found["group"] = config
-            yield found
+                named["group"] = config
+            yield named
 
 
 def _class_names(stream: Any) -> dict[str, list[str]]:

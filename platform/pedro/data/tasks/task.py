@@ -146,7 +146,7 @@ class Task:
         rows = self._rows(source, split)
         if limit is None:
             return rows
-        numbered = ((_share(row.prompt + row.input, b"pedro limit"), place, row) for place, row in enumerate(rows))
+        numbered = ((_share(row.prompt + row.input, b"pedro limit"), index, row) for index, row in enumerate(rows))
         kept = heapq.nsmallest(limit, numbered, key=lambda item: item[:2])
         return iter([row for _, _, row in sorted(kept, key=lambda item: item[1])])
 
@@ -216,16 +216,16 @@ class Task:
             row = self.make(record, plain, "")
             if row is None:
                 continue
-            found = texts[row.group]
-            if len(found) < self.shots:
-                found.append(f"{row.prompt} {row.completion}\n\n")
-            if not row.group and len(found) == self.shots:
+            examples = texts[row.group]
+            if len(examples) < self.shots:
+                examples.append(f"{row.prompt} {row.completion}\n\n")
+            if not row.group and len(examples) == self.shots:
                 break  # one group, and it is full
-        short = [group or self.name for group, found in texts.items() if len(found) < self.shots]
+        short = [group or self.name for group, examples in texts.items() if len(examples) < self.shots]
         if short or not texts:
             named = ", ".join(map(repr, short[:3]))
             raise ConfigError(f"shots: fewer than {self.shots} worked examples of {named}", param="shots")
-        return {group: "".join(found) for group, found in texts.items()}
+        return {group: "".join(examples) for group, examples in texts.items()}
 
 
 def _share(text: str, key: bytes) -> float:

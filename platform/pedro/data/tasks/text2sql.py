@@ -42,9 +42,9 @@ def read(path: Path) -> Iterator[Record]:
     """One record a question; `columns` of its table where the questions have one."""
     columns: dict[str, set[str]] = defaultdict(set)
     for entry in read_array(path):
-        found = set(COLUMN.findall(entry["sql"][0]))
-        for sentence in entry["sentences"] if found else ():
-            columns[sentence["table-id"]] |= found
+        columns_of_query = set(COLUMN.findall(entry["sql"][0]))
+        for sentence in entry["sentences"] if columns_of_query else ():
+            columns[sentence["table-id"]] |= columns_of_query
     for entry in read_array(path):
         examples = {variable["name"]: variable["example"] for variable in entry["variables"]}
         for sentence in entry["sentences"]:
@@ -67,16 +67,16 @@ def column_name(name: str) -> str:
 def _statement(template: str, values: dict[str, str]) -> str:
     """The query with its values, as one would write it."""
     plain = " ".join(template.replace("TABLEalias0.", "").split())
-    found = ONE_TABLE.fullmatch(plain)
-    if found is None:
+    match = ONE_TABLE.fullmatch(plain)
+    if match is None:
         return _many_tables(template, values)
     conditions = []
-    for condition in re.split(r" AND (?=\S+_FIELD )", found["where"]) if found["where"] else ():
+    for condition in re.split(r" AND (?=\S+_FIELD )", match["where"]) if match["where"] else ():
         parts = CONDITION.fullmatch(condition)
         if parts is None:
             raise ValueError(f"condition {condition!r}")
         conditions.append((column_name(parts[1]), parts[2], _fill(parts[3].strip('"'), values)))
-    return _one_table(column_name(found["wanted"]), (found["aggregate"] or "").upper(), conditions)
+    return _one_table(column_name(match["wanted"]), (match["aggregate"] or "").upper(), conditions)
 
 
 def _one_table(wanted: str, aggregate: str, conditions: list[tuple[str, str, str]]) -> str:
@@ -89,7 +89,7 @@ def _one_table(wanted: str, aggregate: str, conditions: list[tuple[str, str, str
 def _many_tables(template: str, values: dict[str, str]) -> str:
     """Advising's: texts in single quotes, values in place, no alias that is not needed."""
     query = _without_aliases(template)
-    quoted = re.sub(r'"([^"]*)"', lambda found: "'" + _fill(found[1], values).replace("'", "''") + "'", query)
+    quoted = re.sub(r'"([^"]*)"', lambda match: "'" + _fill(match[1], values).replace("'", "''") + "'", query)
     pieces = re.split(r"('(?:[^']|'')*')", quoted)
     filled = "".join(piece if piece.startswith("'") else _fill(piece, values) for piece in pieces)
     return " ".join(filled.rstrip().rstrip(";").split())
@@ -97,8 +97,8 @@ def _many_tables(template: str, values: dict[str, str]) -> str:
 
 def _without_aliases(query: str) -> str:
     """`COURSE AS COURSEalias0` is COURSE where no table is used twice."""
-    found = ALIASED.findall(query)
-    if len({table for table, _ in found}) != len(set(found)) or "DERIVED" in query:
+    aliased = ALIASED.findall(query)
+    if len({table for table, _ in aliased}) != len(set(aliased)) or "DERIVED" in query:
         return query
     return re.sub(r"\b(\w+?)alias\d+\b", r"\1", ALIASED.sub(r"\1", query))
 
@@ -107,15 +107,15 @@ def _fill(text: str, values: dict[str, str]) -> str:
     if not values:
         return text
     names = "|".join(sorted(map(re.escape, values), key=len, reverse=True))
-    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", lambda found: values[found[0]], text)
+    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", lambda match: values[match[0]], text)
 
 
 def from_hub(record: Record) -> Record:
     """Salesforce/wikisql's record, which holds the table and the query in parts."""
     table, parts = record["table"], record["sql"]
     names = _distinct([column_name(name) for name in table["header"]])
-    found = parts["conds"]
-    triples = zip(found["column_index"], found["operator_index"], found["condition"], strict=True)
+    conds = parts["conds"]
+    triples = zip(conds["column_index"], conds["operator_index"], conds["condition"], strict=True)
     conditions = [(names[column], OPERATORS[operator], str(value)) for column, operator, value in triples]
     query = _one_table(names[parts["sel"]], AGGREGATES[parts["agg"]], conditions)
     database = {TABLE: {"columns": names, "types": table["types"], "rows": table["rows"]}}
@@ -125,19 +125,19 @@ def from_hub(record: Record) -> Record:
 def _distinct(names: list[str]) -> list[str]:
     """The second of two equal names gets a number."""
     seen: Counter[str] = Counter()
-    found = []
+    distinct = []
     for name in names:
         seen[name] += 1
-        found.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return found
+        distinct.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return distinct
 
 
 def make(record: Record, words: Wording, shots: str) -> TaskRow:
-    found = from_hub(record) if "table" in record else record
-    columns = ", ".join(found["columns"])
-    fields = {"question": found["question"].strip(), "table": f"Table: {TABLE} ({columns})\n" if columns else ""}
-    extra: dict[str, Any] = {"database": found["database"]} if "database" in found else {}
-    return TaskRow(words.prompt(fields, shots), found["sql"][0], tuple(found["sql"]), extra=extra)
+    question = from_hub(record) if "table" in record else record
+    columns = ", ".join(question["columns"])
+    fields = {"question": question["question"].strip(), "table": f"Table: {TABLE} ({columns})\n" if columns else ""}
+    extra: dict[str, Any] = {"database": question["database"]} if "database" in question else {}
+    return TaskRow(words.prompt(fields, shots), question["sql"][0], tuple(question["sql"]), extra=extra)
 
 
 def _splits(file: str) -> dict[str, Part]:

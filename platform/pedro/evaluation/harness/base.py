@@ -78,10 +78,10 @@ class HarnessModel(LM):
         """For each (context, continuation) of the requests."""
         pairs = [request.args for request in requests]
         contexts, answers = self._encode(pairs)
-        found = self.score([self._bounded(*row) for row in zip(contexts, answers, strict=True)])
-        for pair, value in zip(pairs, found, strict=True):
+        scores = self.score([self._bounded(*row) for row in zip(contexts, answers, strict=True)])
+        for pair, value in zip(pairs, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, value)
-        return found
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token once. A window is conditioned by what it does not score: BOS, or one token."""

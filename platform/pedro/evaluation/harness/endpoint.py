@@ -90,8 +90,8 @@ class EndpointModel(HarnessModel):
         def ask(part: Sequence[ScoringRequest]) -> list[tuple[float, bool]]:
             lengths = [row.conditioning_length for row in part]
             fields = {"max_tokens": 0, "echo": True, "logprobs": 1, "conditioning_length": lengths}
-            found = self._complete([row.ids for row in part], fields)
-            return [likelihood(choice, length) for choice, length in zip(found, lengths, strict=True)]
+            choices = self._complete([row.ids for row in part], fields)
+            return [likelihood(choice, length) for choice, length in zip(choices, lengths, strict=True)]
 
         return self._in_batches(ask, rows)
 
@@ -136,7 +136,7 @@ class EndpointModel(HarnessModel):
 
     def _in_batches(self, ask: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) -> list[R]:
         parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        return [found for part in self._at_once(ask, parts) for found in part]
+        return [answer for part in self._at_once(ask, parts) for answer in part]
 
     def _at_once(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return list(self._pool.map(ask, items))
@@ -167,23 +167,23 @@ class EndpointModel(HarnessModel):
 
     def _fields(self, response: httpx.Response, want: str | None) -> dict[str, Any]:
         try:
-            found = response.json()
+            body = response.json()
         except ValueError:
-            found = None
-        if not isinstance(found, dict) or (want is not None and want not in found):
-            what = "no JSON object" if not isinstance(found, dict) else f"no {want}"
+            body = None
+        if not isinstance(body, dict) or (want is not None and want not in body):
+            what = "no JSON object" if not isinstance(body, dict) else f"no {want}"
             raise ConfigError(
                 f"base_url: {self._http.base_url} answers {response.request.url.path} with {what}, "
                 "so it is no pedro server; give the address of one",
                 param="base_url",
             )
-        return found
+        return body
 
 
 def likelihood(choice: dict[str, Any], length: int) -> tuple[float, bool]:
     """Of an echoed prompt, what follows its first `length` tokens: nats, and whether each was the likeliest."""
     nats = choice["logprobs"]["token_logprobs"][length:]
-    likeliest = [max(found.values()) for found in choice["logprobs"]["top_logprobs"][length:]]
+    likeliest = [max(top.values()) for top in choice["logprobs"]["top_logprobs"][length:]]
     return sum(nats), all(one >= best for one, best in zip(nats, likeliest, strict=True))
 
 

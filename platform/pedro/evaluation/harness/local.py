@@ -42,14 +42,14 @@ class LocalModel(HarnessModel):
         at = device or "cpu"
         if adapter is not None:
             directory = Path(adapter)
-            found, manifest, self.format = open_saved(directory)
-            self.model = load_saved(directory, manifest, found, dtype, at)
+            resolved, manifest, self.format = open_saved(directory)
+            self.model = load_saved(directory, manifest, resolved, dtype, at)
         else:
-            found = resolve_backbone(str(backbone))
-            self.model, self.format = load_model(found, dtype, at), FORMATS["raw"]
-        self.tokenizer = load_tokenizer(found)
-        self.bos, self.max_length = self.tokenizer.bos_token_id, context_length(found)
-        self._name = f"{found.id} {found.tokenizer_digest}"
+            resolved = resolve_backbone(str(backbone))
+            self.model, self.format = load_model(resolved, dtype, at), FORMATS["raw"]
+        self.tokenizer = load_tokenizer(resolved)
+        self.bos, self.max_length = self.tokenizer.bos_token_id, context_length(resolved)
+        self._name = f"{resolved.id} {resolved.tokenizer_digest}"
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
@@ -61,8 +61,8 @@ class LocalModel(HarnessModel):
         """Rows of like length share a batch."""
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
         ready = [{"input_ids": rows[i].ids, "prompt_len": rows[i].conditioning_length} for i in order]
-        found = scoring.answer_logprobs(self.model, self.tokenizer, ready, self.batch_size)
-        placed = dict(zip(order, found, strict=True))
+        scores = scoring.answer_logprobs(self.model, self.tokenizer, ready, self.batch_size)
+        placed = dict(zip(order, scores, strict=True))
         return [placed[index] for index in range(len(rows))]
 
     def generate(self, rows: Sequence[GenerationRequest]) -> list[str]:

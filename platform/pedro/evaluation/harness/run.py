@@ -46,7 +46,7 @@ def run_harness(
         loaded = manager.load(manager.match_tasks(list(tasks)))
         for name, task in loaded["tasks"].items():
             _set_shots(name, task, shots)
-        found = evaluate(
+        report = evaluate(
             lm=model,
             task_dict=loaded,
             limit=limit,
@@ -55,13 +55,13 @@ def run_harness(
             log_samples=False,
             bootstrap_iters=1000,
         )
-        assert found is not None, "lm-eval gives nothing to any rank but the first"
+        assert report is not None, "lm-eval gives nothing to any rank but the first"
         return {
             "harness": f"lm-eval {metadata.version('lm_eval')}",
-            "tasks": {name: _metrics(values) for name, values in found["results"].items()},
-            "groups": {name: _metrics(values) for name, values in found.get("groups", {}).items()},
-            "rows": {name: counts["effective"] for name, counts in found["n-samples"].items()},
-            "shots": dict(found["n-shot"]),
+            "tasks": {name: _metrics(values) for name, values in report["results"].items()},
+            "groups": {name: _metrics(values) for name, values in report.get("groups", {}).items()},
+            "rows": {name: counts["effective"] for name, counts in report["n-samples"].items()},
+            "shots": dict(report["n-shot"]),
         }
 
 

@@ -27,11 +27,11 @@ class ConstantLayer(BlockLayer):
         "constant_shift_up",  # [r, W_b]
     )
 
-    def __init__(self, index: int, places: LayerSites) -> None:
-        super().__init__(index, places)
-        self.widths = {target: site.width for target, site in places.linears.items()}
+    def __init__(self, index: int, layer_sites: LayerSites) -> None:
+        super().__init__(index, layer_sites)
+        self.widths = {target: site.width for target, site in layer_sites.linears.items()}
         cuts_of: dict[nn.Module, Cuts] = {}
-        for target, site in places.linears.items():
+        for target, site in layer_sites.linears.items():
             cuts_of.setdefault(site.module, []).append((target, site.rows))
         self._handles = [module.register_forward_hook(partial(self._modify, cuts)) for module, cuts in cuts_of.items()]
 

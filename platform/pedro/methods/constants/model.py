@@ -66,9 +66,9 @@ def _scale_weights(layer: ConstantLayer, adapter_name: str) -> None:
     scales, _ = layer.vectors(adapter_name)
     for target, vector in scales.items():
         module: Any
-        module, rows, _ = layer.places.linears[target]
-        place = slice(None) if rows is None else rows
+        module, rows, _ = layer.layer_sites.linears[target]
+        rows = slice(None) if rows is None else rows
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight  # [W, in]
-        weight[place] = (weight[place].float() * vector[:, None]).to(weight.dtype)
+        weight[rows] = (weight[rows].float() * vector[:, None]).to(weight.dtype)
         if module.bias is not None:
-            module.bias[place] = (module.bias[place].float() * vector).to(module.bias.dtype)
+            module.bias[rows] = (module.bias[rows].float() * vector).to(module.bias.dtype)

@@ -77,8 +77,8 @@ class LowRankLayer(DeltaLayer):
     frozen_names: ClassVar[tuple[str, ...]] = ()
     prefix: ClassVar[str]
 
-    def __init__(self, index: int, places: LayerSites, first: DeltaLayer | None = None) -> None:
-        super().__init__(index, places, first)
+    def __init__(self, index: int, layer_sites: LayerSites, first: DeltaLayer | None = None) -> None:
+        super().__init__(index, layer_sites, first)
         self.other_param_names = (*self.other_param_names, *self.frozen_names)
         for name in self.frozen_names:
             setattr(self, name, BufferDict({}, persistent=True))
@@ -98,7 +98,7 @@ class LowRankLayer(DeltaLayer):
 
     def linear(self, target: str) -> Linear:
         """One of the block's projections."""
-        width = self.places.linears[target].width
+        width = self.layer_sites.linears[target].width
         return Linear(target, self.index, self.inputs(target), width, lambda: self.base_weight(target))
 
     def tensors(self, adapter_name: str, target: str) -> dict[str, torch.Tensor]:
@@ -130,9 +130,9 @@ class LowRankTuner(DeltaTuner):
     def check(self, config: LowRankConfig, architecture: Architecture) -> None:
         """Raise ConfigError for targets that the backbone lacks, or that the method cannot change."""
         super().check(config, architecture)
-        for index, place in enumerate(architecture.layers):
+        for index, layer in enumerate(architecture.layers):
             for target in config.targets:
-                site = place.linears[target]
+                site = layer.linears[target]
                 config.shapes(Linear(target, index, inputs_of(site.module), site.width))
 
 

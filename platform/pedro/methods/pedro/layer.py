@@ -40,8 +40,8 @@ class PedroLayer(BlockLayer):
     pedro_a: nn.ParameterDict  # [m+1]
     pedro_b: nn.ParameterDict  # [n]
 
-    def __init__(self, index: int, places: LayerSites, width: int, prompts: PromptPass) -> None:
-        super().__init__(index, places)
+    def __init__(self, index: int, layer_sites: LayerSites, width: int, prompts: PromptPass) -> None:
+        super().__init__(index, layer_sites)
         self.width, self.prompts = width, prompts
         self.configs: dict[str, PedroConfig] = {}
         self.activations: dict[str, str] = {}
@@ -85,20 +85,20 @@ class PedroLayer(BlockLayer):
     def pooled(self, hidden: torch.Tensor, prompt: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """The rows' prompts [B, D] as one adapter's generator reads them: hidden [B, T, D], prompt [B, T] bool."""
         config = self.configs[adapter_name]
-        norm = self.places.norm if config.pool_source == "normed" else None
+        norm = self.layer_sites.norm if config.pool_source == "normed" else None
         return pool(hidden, prompt, config.pool, norm, config.window)
 
     def _entries(self, config: PedroConfig) -> list[int]:
-        return config.entries([self.places.sites[target].width for target in config.targets])
+        return config.entries([self.layer_sites.sites[target].width for target in config.targets])
 
     def _hook(self) -> list[Any]:
-        places = self.places
+        layer_sites = self.layer_sites
         by_module: dict[nn.Module, list[tuple[str, Rows]]] = {}
-        for target, site in places.sites.items():
+        for target, site in layer_sites.sites.items():
             by_module.setdefault(site.module, []).append((target, site.rows))
         return [
-            places.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
-            places.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
+            layer_sites.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            layer_sites.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             *(module.register_forward_hook(partial(self._scale, cuts)) for module, cuts in by_module.items()),
         ]
 

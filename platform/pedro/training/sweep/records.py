@@ -130,10 +130,10 @@ class Records:
 
     def trials(self) -> list[Trial]:
         """All trials that were ever begun, in order, with their own words on how they ended."""
-        found: list[Trial] = []
-        while (trial := self.trial(len(found))) is not None:
-            found.append(trial)
-        return found
+        trials: list[Trial] = []
+        while (trial := self.trial(len(trials))) is not None:
+            trials.append(trial)
+        return trials
 
     def trial(self, number: int) -> Trial | None:
         """One trial with its own word on how it ended; None if it was never begun."""

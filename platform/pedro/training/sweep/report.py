@@ -140,11 +140,11 @@ def draw_parallel(drawn: Sequence[Trial], keys: list[str], best: Trial | None, p
     shades = ScalarMappable(Normalize(min(losses), max(losses)), "viridis_r")
     for i, trial in enumerate(drawn):
         heights = [height(values[i]) for (_, values), (height, _) in zip(columns, axes, strict=True)]
-        places = [(x, y) for x, y in enumerate(heights) if y is not None]
+        points = [(x, y) for x, y in enumerate(heights) if y is not None]
         done, winner = trial.state is TrialState.FINISHED, best is not None and trial.number == best.number
         plot.plot(
-            [x for x, _ in places],
-            [y for _, y in places],
+            [x for x, _ in points],
+            [y for _, y in points],
             color=shades.to_rgba(np.array(trial.loss)) if done else "0.75",
             linewidth=3.5 if winner else 1.5 if done else 1.0,
             zorder=3 if winner else 2 if done else 1,
@@ -183,8 +183,10 @@ def axis(values: Sequence[Any]) -> tuple[Height, list[tuple[float, str]]]:
     known = [value for value in values if value is not None]
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known):
         names = list(dict.fromkeys(map(_value, known)))
-        places = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
-        return (lambda value: None if value is None else places[_value(value)]), [(y, n) for n, y in places.items()]
+        positions = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
+        return (lambda value: None if value is None else positions[_value(value)]), [
+            (y, n) for n, y in positions.items()
+        ]
     low, high = min(known), max(known)
     wide = low > 0 and high / low >= 8
     scale: Callable[[float], float] = math.log if wide else float
