@@ -117,7 +117,7 @@ def problems(comparison: Comparison) -> None:
 
 
 def filtered(comparison: Comparison, stamp: str) -> FilteredComparison:
-    """What the filters leave; they stand in the URL."""
+    """What the filters leave; they are kept in the URL."""
     open_to = data.choices(comparison)
     several = len(open_to.backbones) > 1
     columns = st.columns(3 if several else 2)

@@ -110,7 +110,7 @@ def _tell(report: BenchmarkReport, name: str, seen: dict[CaseKey, list[float]]) 
 
 @contextmanager
 def neighbours(count: int) -> Iterator[list[int]]:
-    """So many processes that spin; gives their ids."""
+    """`count` processes that spin; gives their ids."""
     running: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):

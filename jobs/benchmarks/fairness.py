@@ -56,7 +56,7 @@ FLOODS = (
 
 @dataclass
 class Seen:
-    """What one case gave: the quiet tenant's times, and the flood's tokens in so many seconds."""
+    """What one case gave: the quiet tenant's times, and the flood's tokens in `seconds`."""
 
     first_ms: list[float] = field(default_factory=list)
     token_ms: list[float] = field(default_factory=list)

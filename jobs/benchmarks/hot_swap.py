@@ -57,7 +57,7 @@ def swap(  # noqa: PLR0913
     max_tokens: int = 48,
     prompts: Sequence[Any] = PROMPTS,
 ) -> dict[str, Any]:
-    """Move `model` over `versions` every so many seconds for so many (each of `phases`) while `streams` run.
+    """Move `model` over `versions` while `streams` run. A phase is (seconds between two moves, seconds in all).
 
     Gives, for each phase, how many answers failed, were mixed (not one version's own) or stale (of a version that was
     not the champion in the last 2 s), the seconds from a move to the first event of its version, and whether after the

@@ -1,7 +1,7 @@
 """Fabricates a busy platform: thousands of runs and jobs, hundreds of adapters, written straight into the databases.
 
 The schemas are those that the real registry and store make; only the rows are made up, because MLflow would take an
-hour to write so many. For benchmarks of what reads them.
+hour to write as many. For benchmarks of what reads them.
 """
 
 from __future__ import annotations

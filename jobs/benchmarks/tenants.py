@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 ROOM = 64  # adapters that the pool may hold
 STREAMS, STREAM_TOKENS = 8, 160
-ARRIVAL_STEPS = 8  # a short request arrives after so many steps
+ARRIVAL_STEPS = 8  # after which a short request arrives
 
 
 @dataclass(frozen=True)
 class Case:
-    """So many registered adapters, drawn so."""
+    """How many adapters are registered, and how requests draw from them."""
 
     tenants: int
     draw: str

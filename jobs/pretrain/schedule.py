@@ -20,7 +20,7 @@ class Schedule:
     seconds: float | None = None
 
     def rate(self, tokens: int, decay_from: int | None) -> float:
-        """The learning rate after so many tokens: linear up, flat, linear down to 0."""
+        """The learning rate after `tokens` tokens: linear up, flat, linear down to 0."""
         up = min(1.0, (tokens + 1) / self.warmup_tokens)
         if decay_from is None:
             return self.lr * up

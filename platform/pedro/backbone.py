@@ -65,7 +65,7 @@ def embedded_backbones() -> list[str]:
 def resolve_backbone(name: str) -> Backbone:
     """The backbone called `name`: an embedded name, a directory, or a hub id, in this order.
 
-    Raises BackboneError if there is none such, it cannot be downloaded, or its files show that it cannot be used.
+    Raises BackboneError if there is none, it cannot be downloaded, or its files show that it cannot be used.
     """
     directory = _directory(str(name))
     check_files(directory, str(name))
@@ -136,7 +136,7 @@ def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") 
     import torch
     from transformers import AutoModelForCausalLM
 
-    check_place(dtype, device)
+    check_dtype_and_device(dtype, device)
     with _reading(backbone.id, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             backbone.directory,
@@ -153,7 +153,7 @@ def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") 
     return model
 
 
-def check_place(dtype: str, device: str) -> None:
+def check_dtype_and_device(dtype: str, device: str) -> None:
     """Raise ConfigError for a dtype that there is not, or a device that torch cannot use here."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}; choose one of them", param="dtype")
@@ -161,7 +161,7 @@ def check_place(dtype: str, device: str) -> None:
 
 
 def _check_weights(name: str, model: torch.nn.Module, report: Mapping[str, Any]) -> None:
-    """Raise BackboneError where the files lack a tensor, hold one too many or of another shape, or what is no number.
+    """Raise BackboneError where the files lack a tensor, hold one too many or of another shape, or NaN.
 
     `report` is `output_loading_info` of transformers, which leaves out tied tensors.
     """

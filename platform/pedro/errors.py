@@ -77,7 +77,7 @@ class AdapterUnusableError(AdapterError):
 
 
 class TrainingError(PedroError):
-    """Training cannot go on, for instance because the loss is not a number."""
+    """Training cannot continue, for instance because the loss is NaN."""
 
     code = "training_failed"
 

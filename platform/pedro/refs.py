@@ -29,7 +29,7 @@ class ModelRef:
 
     @classmethod
     def parse(cls, text: str) -> ModelRef:
-        """What `text` names. Raises NotFoundError where it is no such name."""
+        """What `text` names. Raises NotFoundError where it names no model."""
         match = _MODEL.fullmatch(text)
         if match is None:
             raise NotFoundError(f"{text!r} is no adapter name; expected tenant.adapter", param="model")

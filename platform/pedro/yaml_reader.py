@@ -91,7 +91,7 @@ class _BoundedLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Any value; a date or number that there is not is told with its place."""
+        """Any value; an impossible date or number is reported with its position."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, OverflowError, LookupError) as error:

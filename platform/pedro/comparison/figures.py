@@ -294,7 +294,7 @@ def _look(label: str, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _few(count: int) -> list[int]:
-    """At most six of so many layers, the first and the last among them."""
+    """At most six of `count` layers, the first and the last among them."""
     return sorted({round(layer) for layer in np.linspace(0, count - 1, min(count, 6))})
 
 

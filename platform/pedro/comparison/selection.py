@@ -28,7 +28,7 @@ class Selection:
 def select(comparison: Comparison) -> Selection:
     """The runs to show, in the order of the spec.
 
-    Left out are those whose label, task, backbone, budget or seed the spec does not name any more, and of several runs
+    Left out are those whose label, task, backbone, budget or seed the spec no longer names, and of several runs
     in one place (the spec was changed in between) all but the newest.
     """
     spec = comparison.metadata.get("spec") or {}

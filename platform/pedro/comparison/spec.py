@@ -51,7 +51,7 @@ class Evaluation(Frozen):
     data: str | None = None
     """Where its files are, if not where those of the others are."""
     test_rows: Positive | None = None
-    """At most so many rows are scored."""
+    """At most this many rows are scored."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +68,7 @@ class TaskChoice(Evaluation):
     """A task that models are trained on. All its rows are used where no number is given."""
 
     train_rows: Positive | None = None
-    """At most so many rows are trained on."""
+    """At most this many rows are trained on."""
     validation_rows: Positive | None = 500
     """Rows that choose the learning rate and the best checkpoint; 15 % of train where the task has no such split."""
     training: dict[str, Any] = Field(default_factory=dict)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MAX_ERRORS = 100
 SHOWN_ERRORS = 10
 MOST_ANSWERS = 5
-MAX_ANSWERS = 1000  # different ones that are counted, of at most so many characters: labels, not essays
+MAX_ANSWERS = 1000  # different ones that are counted, of at most this many characters: labels, not essays
 ANSWER_LENGTH = 100
 GOOD_ROW = '{"prompt": "The film was a delight.", "completion": "positive"}'
 MAX_IGNORED = 20

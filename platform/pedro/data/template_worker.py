@@ -104,7 +104,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _read(pipe: int, size: int, until: float) -> bytes:
-    """So many bytes. Raises EOFError where the other end is gone, TimeoutError after `until`."""
+    """`size` bytes. Raises EOFError where the other end is gone, TimeoutError after `until`."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     got = bytearray()

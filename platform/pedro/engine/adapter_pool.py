@@ -245,7 +245,7 @@ class AdapterPool(Generic[A]):
                 )
             while self._is_current(entry) and not self._make_room(adapter.nbytes):
                 if self._pinned_bytes + adapter.nbytes > self.budget_bytes:  # waiting would not help
-                    log.warning(self._no_room(adapter.nbytes, entry.ref))  # tenants are told no figures of others
+                    log.warning(self._no_room(adapter.nbytes, entry.ref))  # tenants see no figures of others
                     raise UnavailableError(
                         f"adapter {entry.ref!r} has no room beside the pinned ones; an operator must unpin or unload "
                         "one of them",

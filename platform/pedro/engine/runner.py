@@ -1,6 +1,6 @@
 """Runs prefills and decode steps on the model. Holds the tensors and no policy: who runs when is decided elsewhere.
 
-Batches are packed, never padded: the tokens of all rows stand in one line, so a row costs its own length.
+Batches are packed, never padded: the tokens of all rows lie in one line, so a row costs its own length.
 Legend: B rows, V vocabulary.
 """
 
@@ -50,7 +50,7 @@ class PrefillRow:
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """The last token of the sequence in `slot`, which stands at `position`."""
+    """The last token of the sequence in `slot`, at `position`."""
 
     slot: int
     token_id: int
@@ -193,7 +193,7 @@ class Runner:
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
-        """The sequence in `slot` ended or was preempted: nothing of it is needed any more."""
+        """The sequence in `slot` ended or was preempted: nothing of it is needed any longer."""
         self.modulation.release(slot)
 
     def close(self) -> None:

@@ -139,7 +139,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, its log-probability, and the likeliest tokens at its place with theirs, best first."""
+    """A token, its log-probability, and the likeliest tokens at its position with theirs, best first."""
 
     token_id: int
     logprob: float

@@ -25,13 +25,13 @@ class Tenant:
         self.running = 0  # slots that it holds, in a prefill or after
         self.asked = 0  # slots that all its unfinished sequences take
         self.seen = 0.0  # when it last asked, or had anything unfinished
-        self.ready: list[tuple[int, int, Sequence]] = []  # a heap; what does not wait any more is skipped
+        self.ready: list[tuple[int, int, Sequence]] = []  # a heap; what no longer waits is skipped
         self.requests: list[list[Sequence]] = []  # those that may not have begun, by arrival
         self.has_turn = False  # whether it stands in the heap of turns
         self.has_floor = False  # and in that of floors
 
     def drop_gone(self) -> bool:
-        """Take what does not wait any more from the top of the queue; whether anything is left in it."""
+        """Take what no longer waits from the top of the queue; whether anything is left in it."""
         while self.ready and self.ready[0][-1].state is not SequenceState.WAITING:
             heapq.heappop(self.ready)
         return bool(self.ready)

@@ -33,7 +33,7 @@ class Choice:
 
     def accept(self, delta: Delta, *, keep: bool) -> None:
         """Takes what is new; `keep` it for a whole answer."""
-        assert self.finish_reason is None, f"choice {self.index} went on after its finish_reason"
+        assert self.finish_reason is None, f"choice {self.index} continued after its finish_reason"
         self.finish_reason = delta.finish_reason
         self.queue_s = delta.queue_s
         self.prompt_tokens = max(self.prompt_tokens, delta.prompt_tokens)

@@ -89,14 +89,14 @@ async def _residents(backend: Backend, tenant: str) -> list[AdapterResidence] | 
 
 
 def _residence(held: list[AdapterResidence] | None, name: str) -> list[dict[str, Any]] | None:
-    return None if held is None else [_place(entry) for entry in held if entry.name == name]
+    return None if held is None else [_residence_body(entry) for entry in held if entry.name == name]
 
 
 def _held(ref: str, held: list[AdapterResidence]) -> dict[str, Any]:
-    return {"object": "adapter.residence", "model": ref, "residence": [_place(entry) for entry in held]}
+    return {"object": "adapter.residence", "model": ref, "residence": [_residence_body(entry) for entry in held]}
 
 
-def _place(entry: AdapterResidence) -> dict[str, Any]:
+def _residence_body(entry: AdapterResidence) -> dict[str, Any]:
     body = asdict(entry)
     del body["name"]
     return body

@@ -112,7 +112,7 @@ class EtherModel(DeltaTuner):
     child = "mirrors"
 
     def check(self, config: EtherConfig, architecture: Architecture) -> None:
-        """Raise ConfigError for targets that the backbone lacks, or whose sides cannot be cut into so many blocks."""
+        """Raise ConfigError for targets that the backbone lacks, or whose sides cannot be cut into that many blocks."""
         super().check(config, architecture)
         for target in config.targets:
             site = architecture.layers[0].linears[target]

@@ -54,7 +54,7 @@ class LatePromptConfig(TunerConfig):
             expect_count("layer", self.layer)
 
     def first_layer(self, num_layers: int) -> int:
-        """Index of the layer that reads the soft tokens first. Raises ConfigError where the backbone has no such."""
+        """Index of the layer that reads the soft tokens first. Raises ConfigError where there is no such layer."""
         layer = max(1, num_layers // 2) if self.layer is None else self.layer
         if layer >= num_layers:
             raise ConfigError(f"layer: expected 1 to {num_layers - 1}, the backbone's last, got {layer}", param="layer")

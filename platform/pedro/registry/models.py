@@ -91,7 +91,7 @@ class Registry(Tracking):
             raise model_not_found(name if which == CHAMPION else f"{name}@{which}") from error
 
     def find(self, ref: ModelRef) -> Version:
-        """The version that `ref` names, the champion where it names none; NotFoundError if there is none such."""
+        """The version that `ref` names, the champion where it names none; NotFoundError if there is none."""
         version = self.get(ref.name, CHAMPION if ref.which is None else ref.which)
         if ref.digest not in ("", version.digest):
             raise model_not_found(str(ref))

@@ -256,7 +256,7 @@ class ServeBackend:
         return [at for of_replica in await self._replicas.ask_all(request) for at in of_replica]
 
     async def _check_servable(self, name: str, which: int | str) -> int | None:
-        """Have a replica load a version before it becomes champion; its number, None if there is none such.
+        """Have a replica load a version before it becomes champion; its number, None if there is none.
 
         Raises ConflictError where it cannot be served. Where no replica answers it is not checked: a champion that
         brings them down must be possible to take back.

@@ -165,11 +165,11 @@ def _wait_ready(url: str) -> None:
 
 def _check(config: ServeConfig, here: bool) -> None:
     """Raise what a replica would fail on, before anything starts; `here`: replicas run on this host."""
-    from pedro.backbone import check_place, load_tokenizer, resolve_backbone
+    from pedro.backbone import check_dtype_and_device, load_tokenizer, resolve_backbone
 
     backbone = resolve_backbone(config.backbone)
     if here:
-        check_place(config.dtype, config.device)
+        check_dtype_and_device(config.dtype, config.device)
         load_tokenizer(backbone)
 
 

@@ -54,7 +54,7 @@ def keeping_log(storage: str, job_id: str) -> Iterator[None]:
 
 
 class _Log:
-    """A file that both streams write, from any thread, until it cannot be written any more."""
+    """A file that both streams write, from any thread, until it can no longer be written."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file: IO[str] | None = file

@@ -33,7 +33,7 @@ class ClusterJobs:
     jobs: Mapping[str, Mapping[str, Any]]
     url: str = ""
     gone: bool = False
-    """There is no cluster any more, so nothing runs."""
+    """The cluster is gone, so nothing runs."""
     problem: str = ""
 
     @property

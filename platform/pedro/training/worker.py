@@ -94,7 +94,7 @@ def _score_bare(context: TrainingContext, group: WorkerGroup) -> Score:
 
 
 def _trains_backbone(context: TrainingContext) -> bool:
-    """Whether the backbone's own weights are trained, so that it is not there any more afterwards."""
+    """Whether the backbone's own weights are trained, so that it is gone afterwards."""
     configs = getattr(context.model, "peft_config", None)
     return not configs or any(changes_backbone(config) for config in configs.values())
 

@@ -200,7 +200,7 @@ def wait_s(told: str | None, attempt: int) -> float:
 
 
 def _until(date: str) -> float:
-    """Seconds from now to a date as HTTP writes it, not a number if it is none."""
+    """Seconds from now to a date as HTTP writes it; NaN if it is none."""
     try:
         return parsedate_to_datetime(date).timestamp() - time.time()
     except ValueError:

@@ -29,7 +29,7 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # a [in, R], b [R, W]
 
 
 class Linear(NamedTuple):
-    """A projection as a low-rank term sees it. `weight` makes its [W, in]; None where nobody has it any more."""
+    """A projection as a low-rank term sees it. `weight` makes its [W, in]; None where it is gone."""
 
     target: str
     layer: int

@@ -181,7 +181,7 @@ def pool(
 ) -> torch.Tensor:
     """The prompt as one vector a row: hidden [B, T, D], prompt [B, T] bool -> [B, D], float32 for mean and max.
 
-    `norm` is applied token by token before pooling; for `last`, to that token only. With `window`, only so many of
+    `norm` is applied token by token before pooling; for `last`, to that token only. With `window`, only that many of
     the prompt's last tokens are pooled.
     """
     if window is not None:
