@@ -8,7 +8,7 @@ import pytest
 
 from pedro.backbone import load_tokenizer, resolve_backbone
 from pedro.data import FORMATS, PromptFormat, check_file, shape_of, show_masks
-from pedro.data.records import MAX_LINE_BYTES
+from pedro.data.row_reader import MAX_LINE_BYTES
 from pedro.errors import DataError
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pedro.data import LineError, check_file, data_digest, scan
 from pedro.data.lines import kind, parse_fields
-from pedro.data.records import CHUNK, MAX_LINE_BYTES, read_rows
+from pedro.data.row_reader import CHUNK, MAX_LINE_BYTES, read_rows
 from pedro.errors import ConfigError, DataError
 
 CASES = Path(__file__).parent / "fixtures" / "cases"

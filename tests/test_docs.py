@@ -19,6 +19,7 @@ HTTP_API = DOCS / "reference" / "http-api.md"
 CODES = re.compile(
     r"""\bcode(?:: str \| None)? ?= ?"([a-z_]+)"|^[A-Z_]+ = "([a-z_]+)"  # the code of an error""", re.MULTILINE
 )
+CLASS = re.compile(r"\b([A-Z][a-z]+(?:[A-Z][a-z]+)+(?:\.[a-z_]+)?|[A-Z][a-z]+\.[a-z_]+)\b")  # ModelRef, Method.readers
 CLIENTS = ("gateway", "serving", "engine")  # rooms whose errors reach clients
 
 
@@ -113,15 +114,33 @@ def test_every_message_of_troubleshooting_is_one_of_the_code(section):
             assert re.search(pattern, messages()), f"no text of the code is like {message!r}"
 
 
-def test_the_glossary_has_each_term_once_in_order_and_says_where_it_lives():
+def test_the_glossary_has_each_term_once_in_order_and_the_classes_it_names_are_where_it_says():
     rows = table(DOCS / "glossary.md")
     terms = [row[0] for row in rows]
     assert terms == sorted(terms, key=lambda term: term.lower().replace("_", " ").replace("ω", "omega"))
     assert len(set(terms)) == len(terms)
     for term, meaning, where in rows:
         assert meaning.endswith((".", ")")), f"{term}: a meaning is a sentence"
-        for place in re.findall(r"`([^`]+)`", where):
-            assert any((base / place).exists() for base in (PACKAGE, ROOT)), f"{term}: {place} is not there"
+        paths = [
+            next(filter(Path.exists, (PACKAGE / path, ROOT / path)), None) for path in re.findall(r"`([^`]+)`", where)
+        ]
+        assert paths, f"{term}: says where it lives"
+        assert None not in paths, f"{term}: {where} is not there"
+        defined = {name for path in paths if path for name in definitions(path)}
+        for name in CLASS.findall(f"{term} {meaning}"):
+            assert name in defined, f"{term}: {where} defines no {name}"
+
+
+def definitions(path: Path) -> Iterator[str]:
+    """The classes in a file or a folder's files, and `Class.attribute` of each."""
+    for file in [path] if path.suffix == ".py" and path.is_file() else files(path):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                yield node.name
+                for part in node.body:
+                    target = part.target if isinstance(part, ast.AnnAssign) else None
+                    name = target.id if isinstance(target, ast.Name) else getattr(part, "name", "")
+                    yield f"{node.name}.{name}"
 
 
 def test_no_page_asks_another_host_for_anything():

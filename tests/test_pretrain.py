@@ -19,7 +19,7 @@ from jobs.pretrain.prepare import RUN, prepare_data
 from jobs.pretrain.pretrain_loop import CHECKPOINT, PretrainSettings, pretrain
 from jobs.pretrain.quality import measure_quality
 from jobs.pretrain.schedule import Schedule
-from jobs.pretrain.tokens import Stream, pack, train_tokenizer
+from jobs.pretrain.token_windows import Stream, pack, train_tokenizer
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.data.prompt_format import encode_completion, encode_prompt
 from pedro.errors import ConfigError, DataError, TrainingError

@@ -13,7 +13,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from components import prompts
+from components import prompt_vectors
 from components.catalog import catalog_or_notice, read_stored, read_versions, select_version
 from drawing import DASHES, GREY, INK, SERIES
 from pedro.config import Settings
@@ -60,10 +60,10 @@ def page() -> None:
     other = choose(settings, columns[2:], [NONE, *names], "Compared with", "other")
     if one is None:
         return
-    seen = prompts.inputs_seen(one.ref)
+    seen = prompt_vectors.inputs_seen(one.ref)
     functions(one, other, seen)
     apart(one, other)
-    prompts.section(one.version, one.directory)
+    prompt_vectors.section(one.version, one.directory)
 
 
 def choose(settings: Settings, columns: Sequence[Any], names: list[str], label: str, key: str) -> Chosen | None:

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 
 from jobs.benchmarks.command_line import ALLOW_DIRTY
 from jobs.pretrain import corpus, publish
-from jobs.pretrain.files import check_writable
+from jobs.pretrain.atomic_files import check_writable
 from jobs.pretrain.prepare import RUN, PretrainData, prepare_data
 from jobs.pretrain.pretrain_loop import PretrainSettings, PretrainState, pretrain
 from jobs.pretrain.quality import measure_quality
 from jobs.pretrain.schedule import Schedule
-from jobs.pretrain.tokens import Stream
+from jobs.pretrain.token_windows import Stream
 from pedro.backbone import context_length, load_model, load_tokenizer, quiet, resolve_backbone
 from pedro.errors import ConfigError, PedroError
 from pedro.provenance import check_unchanged, code_state, provenance

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jobs.pretrain import corpus
-from jobs.pretrain.files import replacing
+from jobs.pretrain.atomic_files import replacing
 from jobs.pretrain.pretrain_loop import CHECKPOINT
-from jobs.pretrain.tokens import load_ids, pack, save_ids, train_tokenizer
+from jobs.pretrain.token_windows import load_ids, pack, save_ids, train_tokenizer
 from pedro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

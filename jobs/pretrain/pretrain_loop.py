@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from jobs.pretrain.files import replacing
+from jobs.pretrain.atomic_files import replacing
 from jobs.pretrain.optimizer import Muon
 from pedro.errors import TrainingError
 
 if TYPE_CHECKING:
     from jobs.pretrain.schedule import Schedule
-    from jobs.pretrain.tokens import Stream
+    from jobs.pretrain.token_windows import Stream
 
 CHECKPOINT = "checkpoint.safetensors"
 BETAS = (0.9, 0.95)

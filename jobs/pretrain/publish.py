@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jobs.pretrain.atomic_files import replacing
 from jobs.pretrain.corpus import LEFT_OUT, SOURCES
-from jobs.pretrain.files import replacing
 from pedro.errors import ConfigError
 
 if TYPE_CHECKING:

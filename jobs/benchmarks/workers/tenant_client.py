@@ -1,4 +1,4 @@
-"""A tenant's client over HTTP that keeps a number of streams running for a while, or asks one at a time. Needs httpx."""
+"""A tenant's client over HTTP that keeps streams running for a while, or asks one at a time. Needs httpx."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pedro.data.files import Kind, open_file
 from pedro.data.mistakes import LineError
-from pedro.data.records import file_kind, read_rows
+from pedro.data.row_reader import file_kind, read_rows
 from pedro.data.row_shapes import FIELDS, Fields, ParsedLine, RowShape, has_context, read_row
 from pedro.errors import ConfigError, DataError
 

@@ -19,7 +19,7 @@ from pedro.backbone import resolve_backbone
 from pedro.config import Settings, validate_spec
 from pedro.data.demo import DEMO_TENANTS, DemoTenant
 from pedro.data.row_shapes import Example, parse_line
-from pedro.demo.client import Swap, accuracy, swap_under_load
+from pedro.demo.tenant_client import Swap, accuracy, swap_under_load
 from pedro.errors import PedroError
 from pedro.provenance import provenance
 from pedro.refs import ModelRef
