@@ -17,8 +17,8 @@ from pedro.data import FORMATS, PromptFormat, encode_prompt, load_rows, parse_li
 from pedro.data.template_worker import TemplateBoundsError
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import GenerateCall
-from pedro.gateway.calls import chat_call, completion_calls
 from pedro.gateway.parsing import parse
+from pedro.gateway.routes_inference import chat_call, completion_calls
 from pedro.gateway.schemas import ChatRequest, CompletionRequest
 from pedro.refs import ModelRef
 from pedro.registry import Registry

@@ -79,6 +79,6 @@ def test_one_chat_completion_enters_no_more_files_than_it_must(trace, tmp_path):
     store.close()
     assert answer.status_code == 200, answer.text
     entered = "\n".join(f"{calls:5} {file}" for file, calls in sorted(trace.calls.items()))
-    assert {"gateway/calls.py"} <= trace.calls.keys(), "the trace sees the gateway"
+    assert {"gateway/routes_inference.py"} <= trace.calls.keys(), "the trace sees the gateway"
     assert any(file.startswith("engine/") for file in trace.calls), "the trace sees the engine's thread"
     assert len(trace.calls) <= MOST_FILES, f"{len(trace.calls)} files:\n{entered}"

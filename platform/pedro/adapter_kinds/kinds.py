@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Generator:
     layers: tuple[GeneratorWeights, ...]
     window: int | None = None  # pool only the last `window` tokens of the prompt
 
-    @property
+    @cached_property  # asked for at every prefill
     def form(self) -> tuple[Any, ...]:
         """Generators of one form can be run in one batch, their weights stacked."""
         layers = tuple(
@@ -66,7 +67,7 @@ class Adapter:
     def __post_init__(self) -> None:
         object.__setattr__(self, "nbytes", sum(tensor.nbytes for tensor in self._tensors()))
 
-    @property
+    @cached_property  # asked for at every prefill
     def acts_on_every_token(self) -> bool:
         """Whether decoding needs the adapter's weights, so that it must stay until its requests end."""
         return bool(self.low_rank)

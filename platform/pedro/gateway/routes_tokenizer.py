@@ -12,10 +12,9 @@ from fastapi import APIRouter, Depends, Request
 from pedro.errors import PedroError
 from pedro.gateway.auth import Principal, require
 from pedro.gateway.backend import Backend
-from pedro.gateway.calls import plain_messages
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.quotas import admit
-from pedro.gateway.schemas import DetokenizeRequest, TokenizeRequest
+from pedro.gateway.schemas import DetokenizeRequest, TokenizeRequest, plain_messages
 from pedro.store import INFER
 
 router = APIRouter()

@@ -12,6 +12,7 @@ https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
@@ -183,6 +184,14 @@ class Message(Body):
     }
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_role)]
     content: Content
+
+
+def plain_messages(messages: Sequence[Message]) -> tuple[Mapping[str, str], ...]:
+    """The messages as formats know them; OpenAI's `developer` is the system's new name."""
+    return tuple(
+        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        for message in messages
+    )
 
 
 class ChatRequest(SamplingFields):

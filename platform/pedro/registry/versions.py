@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pedro.refs import ModelRef
@@ -48,7 +49,7 @@ class Version:
         """`tenant.adapter:7`, which always means these weights."""
         return str(self.model_ref.without_digest)
 
-    @property
+    @cached_property  # asked for by every request
     def model_ref(self) -> ModelRef:
         """This version and its weights: it can never mean others."""
         return ModelRef(self.tenant, self.adapter, version=self.version, digest=self.digest)
