@@ -59,7 +59,7 @@ class TorchModel:
     ) -> None:
         self._trunk = make_trunk(model)
         self.whole = self._trunk.num_parts == 1
-        self._head = Head(model)
+        self._head = OutputHead(model)
         self._cache = cache
         self._hooks = Hooks(architecture, modulation)
         self._modulation = modulation
@@ -181,7 +181,7 @@ class WholeTrunk:
         return state.hidden[0]
 
 
-class Head:
+class OutputHead:
     """Hidden states to logits, as the model's own causal-LM class computes them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
