@@ -28,7 +28,7 @@ def add_jobs(settings: Settings) -> None:
     """Three jobs that ended and one that was begun on a cluster that is gone."""
     store = Store(settings.database_url)
     for number, (status, message) in enumerate(
-        [("succeeded", ""), ("failed", "training.lr: the loss is no number any more"), ("cancelled", "stopped")]
+        [("succeeded", ""), ("failed", "training.lr: the loss is NaN"), ("cancelled", "stopped")]
     ):
         job = store.create_job("acme", "intents", {"method": {"name": "pedro"}}, f"ftjob-{number}")
         store.update_job(job.id, status="running", submission_id=job.id)
@@ -73,7 +73,7 @@ def add_sweep(settings: Settings, sweep_id: str = "sweep-0123456789ab") -> Recor
         if state in (TrialState.FINISHED, TrialState.FAILED):
             metrics = {"validation_loss": loss, "accuracy": 1.2 - loss, "loss": loss, "steps": 300}
             failed = state is TrialState.FAILED
-            message = "the loss is no number any more" if failed else ""
+            message = "the loss is NaN" if failed else ""
             records.write_outcome(
                 number, TrialOutcome(state, 1, message, "sha256:aa", {} if failed else metrics, 20260, None, 31.0)
             )
@@ -162,7 +162,7 @@ def _result(
         "lr": 0.01 if method == "pedro" else 0.003,
         "training": {"lr": 0.01 if method == "pedro" else 0.003, "batch_size": 16, "max_steps": 150, "seed": seed},
         "state": "failed" if failed else "finished",
-        "message": "the loss is no number any more" if failed else "",
+        "message": "the loss is NaN" if failed else "",
         "provenance": {"commit": "0123456"},
     }
     if failed:

@@ -62,7 +62,7 @@ def test_the_page_counts_what_there_is_and_tells_what_changed(page, home):
         "globex.topics:1",
         "initech.tone:1",
     }
-    assert "the loss is no number any more" in "".join(news["detail"])
+    assert "the loss is NaN" in "".join(news["detail"])
 
 
 def test_services_that_are_missing_are_named_with_the_command_that_starts_them(page, home):

@@ -72,7 +72,7 @@ def test_ended_jobs_are_listed_with_what_became_of_them(page, home, settings):
     table = shown.dataframe[0].value
     assert list(table["status"]) == ["lost", "cancelled", "failed", "succeeded"]
     assert list(table["version"])[-1] == "acme.intents:2"
-    assert "training.lr: the loss is no number any more" in list(table["message"])
+    assert "training.lr: the loss is NaN" in list(table["message"])
     healthy(shown.selectbox(key="status").select("failed").run())
     assert list(shown.dataframe[0].value["status"]) == ["failed"]
 
