@@ -137,8 +137,8 @@ def job_runs(settings: Settings, job: Job) -> tuple[tuple[queries.TrackedRun, ..
 
     def read(registry: Registry) -> tuple[queries.TrackedRun, ...]:
         if job.sweep:
-            found = queries.search_runs(registry, [job.model], tags={"sweep": job.sweep}, limit=MOST_RUNS + 1)
-            return tuple(run for run in found.runs if "trial" in run.tags)[:MOST_RUNS]
+            page = queries.search_runs(registry, [job.model], tags={"sweep": job.sweep}, limit=MOST_RUNS + 1)
+            return tuple(run for run in page.runs if "trial" in run.tags)[:MOST_RUNS]
         run = queries.find_run_of_job(registry, job.model, job.id)
         return (run,) if run else ()
 

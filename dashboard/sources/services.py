@@ -119,8 +119,8 @@ def server_health(settings: Settings) -> Service:
             "Serve", ServiceState.DOWN, f"{url} answers, but is not ready", "it may still be loading its backbone"
         )
     named = bool(os.environ.get("PEDRO_GATEWAY_URL")) or (settings.home / "serve.json").is_file()
-    found = f"{url} does not answer" if named else "nothing is served"
-    return Service("Serve", ServiceState.DOWN if named else ServiceState.OFF, found, "`pedro serve` starts it")
+    seen = f"{url} does not answer" if named else "nothing is served"
+    return Service("Serve", ServiceState.DOWN if named else ServiceState.OFF, seen, "`pedro serve` starts it")
 
 
 def gateway_url(settings: Settings, env: Mapping[str, str] = os.environ) -> str:

@@ -81,7 +81,7 @@ def plain(line: str) -> str:
     text = re.sub(r" @([-,.])@ ", r"\1", text)
     text = re.sub(r" ([,.;:!?%)\]])|([(\[$]) ", r"\1\2", text)
     text = re.sub(r'" (.*?) "', r'"\1"', text)
-    return re.sub(r" (n't|'(?:s|t|re|ve|ll|d|m)\b)|(s) ' ", lambda found: found[1] or "s' ", text)
+    return re.sub(r" (n't|'(?:s|t|re|ve|ll|d|m)\b)|(s) ' ", lambda match: match[1] or "s' ", text)
 
 
 def task_rows(name: str, split: str = "train") -> Callable[[Path], Iterator[str]]:
@@ -109,10 +109,10 @@ def utterances(name: str, split: str) -> Callable[[Path], Iterator[str]]:
 
     def documents(data: Path) -> Iterator[str]:
         if name == "banking77":  # the task has ten of its intents; the text may be of any
-            found = (row["text"] for row in read_csv(data / "banking77" / f"{split}.csv"))
+            texts = (row["text"] for row in read_csv(data / "banking77" / f"{split}.csv"))
         else:
-            found = (record["text"] for record in get_task(name).open(data).records(split))
-        yield from (" ".join(text.split()) for text in found)
+            texts = (record["text"] for record in get_task(name).open(data).records(split))
+        yield from (" ".join(text.split()) for text in texts)
 
     return documents
 
@@ -159,16 +159,16 @@ SOURCES = (
 def documents(data: Path) -> dict[str, list[str]]:
     """The training documents of each source, each once, without what the held-out utterances say. Raises DataError."""
     seen = {key(text) for text in _texts("utterances", data, unseen_utterances)}
-    found: dict[str, list[str]] = {}
+    kept_of: dict[str, list[str]] = {}
     for source in SOURCES:
-        found[source.name] = kept = []
+        kept_of[source.name] = kept = []
         for text in _texts(source.name, data, source.documents):
             if key(text) not in seen:
                 seen.add(key(text))
                 kept.append(text)
         if not kept:
             raise DataError(f"data: {source.name} under {str(data)!r} holds no document; fetch it again", param="data")
-    return found
+    return kept_of
 
 
 def held_out(data: Path) -> tuple[HeldOut, ...]:
@@ -178,11 +178,11 @@ def held_out(data: Path) -> tuple[HeldOut, ...]:
         ("squad", "passages of SQuAD dev", unseen_passages),
         ("utterances", "SNIPS, CLINC150, Banking77: validation and test", unseen_utterances),
     )
-    found = tuple(HeldOut(name, what, _some(_texts(name, data, read))) for name, what, read in texts)
-    for text in found:
+    held = tuple(HeldOut(name, what, _some(_texts(name, data, read))) for name, what, read in texts)
+    for text in held:
         if not text.pieces:
             raise DataError(f"data: {str(data)!r} holds no held-out text ({text.what}); fetch it again", param="data")
-    return found
+    return held
 
 
 def key(text: str) -> str:

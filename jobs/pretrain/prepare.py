@@ -55,8 +55,8 @@ def _make(data: Path, out: Path, made_with: Mapping[str, Any], vocabulary: int, 
             f"out: {str(out)!r} holds a checkpoint, but no {RUN} that says what it was made with; use a new --out",
             param="out",
         )
-    found = corpus.documents(data)
-    picked = [source.picked(found[source.name]) for source in corpus.SOURCES]
+    documents = corpus.documents(data)
+    picked = [source.picked(documents[source.name]) for source in corpus.SOURCES]
     tokenizer = train_tokenizer((text for texts in picked for text in texts), vocabulary)
     ids, counts = pack(tokenizer, picked, made_with["seed"])
     if len(ids) <= context:
@@ -69,8 +69,8 @@ def _make(data: Path, out: Path, made_with: Mapping[str, Any], vocabulary: int, 
     sources = [
         {
             **{name: getattr(source, name) for name in ("name", "what", "origin", "licence", "share")},
-            "documents": len(found[source.name]),
-            "chars": sum(map(len, found[source.name])),
+            "documents": len(documents[source.name]),
+            "chars": sum(map(len, documents[source.name])),
             "tokens_per_epoch": count,
         }
         for source, count in zip(corpus.SOURCES, counts, strict=True)

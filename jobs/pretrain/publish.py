@@ -65,9 +65,9 @@ def provenance_text(result: Mapping[str, Any]) -> str:
         for entry in result["corpus"]["sources"]
     ]
     judged = [
-        f"| {name} | {found['bits_per_char']:.3f} | {found['perplexity']:.1f} "
+        f"| {name} | {scores['bits_per_char']:.3f} | {scores['perplexity']:.1f} "
         f"| {result['baseline']['quality'][name]['bits_per_char']:.3f} |"
-        for name, found in result["quality"].items()
+        for name, scores in result["quality"].items()
     ]
     return f"""# {result["name"]}
 
@@ -116,7 +116,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     left.set(xlabel="million tokens", ylabel="training loss, nats a token", title=result["name"])
     for number, name in enumerate(result["quality"]):
         colour = ("#0072b2", "#d55e00", "#009e73")[number % 3]
-        right.plot([t / 1e6 for t, _ in looks], [found[name] for _, found in looks], color=colour, label=name)
+        right.plot([t / 1e6 for t, _ in looks], [scores[name] for _, scores in looks], color=colour, label=name)
         right.axhline(result["baseline"]["sample"][name], color=colour, linestyle=":", linewidth=1)
     right.set(
         xlabel="million tokens", ylabel="bits a character, held out", title=f"dotted: {result['baseline']['name']}"

@@ -237,10 +237,10 @@ class Store:
     def list_quotas(self) -> dict[str, Quota]:
         """The quota of every tenant that has a key or a quota, by name."""
         with self._database.transaction() as connection:
-            found = {tenant: Quota() for (tenant,) in connection.execute(sa.select(_keys.c.tenant).distinct())}
+            quotas = {tenant: Quota() for (tenant,) in connection.execute(sa.select(_keys.c.tenant).distinct())}
             for row in connection.execute(sa.select(_quotas).where(_quotas.c.subject.startswith("tenant:"))):
-                found[row.subject.removeprefix("tenant:")] = Quota(row.requests_per_minute, row.tokens_per_minute)
-        return dict(sorted(found.items()))
+                quotas[row.subject.removeprefix("tenant:")] = Quota(row.requests_per_minute, row.tokens_per_minute)
+        return dict(sorted(quotas.items()))
 
     # jobs
 

@@ -68,12 +68,12 @@ def _local_url() -> str:
     from pedro.errors import ConfigError
     from pedro.serving.deploy import find
 
-    found = find(Settings.from_env())
-    if found is None:
+    server = find(Settings.from_env())
+    if server is None:
         raise ConfigError(
             "no server runs for this PEDRO_HOME; start one with `pedro serve`, or give --url", param="url"
         )
-    return found.url
+    return server.url
 
 
 def _stream(base: str, key: str, body: dict[str, Any]) -> Iterator[str]:

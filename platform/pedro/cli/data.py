@@ -41,9 +41,9 @@ def check(
     from pedro.data.mistakes import escaped
 
     named = parse_fields(fields) if fields else None
-    found = resolve_backbone(backbone)
-    tokenizer = load_tokenizer(found)
-    length = max_length or context_length(found)
+    resolved = resolve_backbone(backbone)
+    tokenizer = load_tokenizer(resolved)
+    length = max_length or context_length(resolved)
     report = check_file(file, tokenizer, length, validation=validation, fields=named)
     masks = show_masks(file, tokenizer, show, fields=named) if show and report.usable else []
     value = {**report.to_dict(), "masks": [asdict(mask) for mask in masks]} if show else report.to_dict()

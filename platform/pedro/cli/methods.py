@@ -40,7 +40,7 @@ def methods(
     from pedro.methods.capabilities import capabilities
 
     quiet()
-    found = capabilities(counts)
+    entries = capabilities(counts)
     rows = [
         (
             entry["name"],
@@ -52,7 +52,7 @@ def methods(
             entry["equation"],
             entry["source"],
         )
-        for entry in found
+        for entry in entries
     ]
     narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDE
     shown = len(COLUMNS) - 2 if narrow else len(COLUMNS)
@@ -62,7 +62,7 @@ def methods(
         if narrow:
             log(f"what each changes, and its paper: in {WIDE} columns, with --json, or by `pedro methods | cat`")
 
-    emit(found, as_json, show)
+    emit(entries, as_json, show)
 
 
 def _millions(count: int | None) -> str:

@@ -26,7 +26,7 @@ def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 def printable(text: str) -> str:
     """`text` without what could steer a terminal: control characters (but line ends and tabs) as escapes."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def table(

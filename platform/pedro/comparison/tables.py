@@ -44,7 +44,7 @@ def build_tables(
     by_table: dict[TableKey, list[TableEntry]] = defaultdict(list)
     for (table_key, task), runs in _columns(selection).items():
         if (tasks is None or task in tasks) and (backbones is None or table_key[0] in backbones):
-            wanted = {label: found for label, found in runs.items() if labels is None or label in labels}
+            wanted = {label: label_runs for label, label_runs in runs.items() if labels is None or label in labels}
             by_table[table_key] += _marked(_column(task, wanted), selection.comparison.baseline)
     order, columns = selection.labels, selection.tasks
 

@@ -145,9 +145,9 @@ def judge_prompt(row: TaskRow, answers: Sequence[str], turn: int) -> tuple[str, 
 def read_rating(judgment: str) -> float:
     """The mark in a judgment: "[[7]]", or "[7]" if that is missing; -1 if there is none."""
     for pattern in RATING:
-        found = pattern.search(judgment)
-        if found:
-            return float(found[1])
+        match = pattern.search(judgment)
+        if match:
+            return float(match[1])
     return NO_RATING
 
 

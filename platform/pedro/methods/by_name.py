@@ -55,7 +55,7 @@ class PeftByName(Method):
                 f"method.peft_type: {config.peft_type.value} cannot be put on this backbone: {error}",  # type: ignore[union-attr]
                 param="method.peft_type",
             ) from error
-        same = all(_checksum(p) == found for p, found in before)
+        same = all(_checksum(p) == checksum for p, checksum in before)
         expect(same, "peft_type", "options that leave the backbone's weights as they are", config.peft_type.value)  # type: ignore[union-attr]
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in attached.parameters() if p.requires_grad)
         expect(trained > 0, "peft_type", "options that leave something to train", config.peft_type.value)  # type: ignore[union-attr]

@@ -181,9 +181,9 @@ def _error_of_a_replica() -> PedroError | None:
 
     app = serve.status().applications.get(APP_NAME)
     said = "\n".join(deployment.message for deployment in app.deployments.values()) if app else ""
-    found = re.findall(r"pedro\.errors\.(\w+): (.+)", said)
-    kind = getattr(errors, found[-1][0], None) if found else None
-    return kind(found[-1][1]) if isinstance(kind, type) and issubclass(kind, PedroError) else None
+    raised = re.findall(r"pedro\.errors\.(\w+): (.+)", said)
+    kind = getattr(errors, raised[-1][0], None) if raised else None
+    return kind(raised[-1][1]) if isinstance(kind, type) and issubclass(kind, PedroError) else None
 
 
 def _last_line(error: Exception) -> str:

@@ -136,14 +136,14 @@ def sample(rows: Dataset, most: int) -> Dataset:
 
 def notes(prepared: PreparedData, training: TrainingSpec, plan: TrainingPlan) -> list[str]:
     """What a person should know before these rows are trained on."""
-    found = [
+    notes = [
         f"data.{name}: {count:,} of its prompts are in data.train too, which flatters its score"
         for name, count in prepared.leaked().items()
     ]
     if plan.batch_size < training.batch_size:
         rows = f"more than the {plan.batch_size:,} training rows; every batch is all of them"
-        found.append(f"training.batch_size: {training.batch_size:,} is {rows}")
-    return found
+        notes.append(f"training.batch_size: {training.batch_size:,} is {rows}")
+    return notes
 
 
 def make_training_plan(training: TrainingSpec, train_rows: int, has_theta: bool) -> TrainingPlan:

@@ -82,10 +82,10 @@ def folders(location: str) -> list[str]:
         if "://" not in location:
             return sorted(path.name for path in Path(location).iterdir() if path.is_dir())
         system, path = _filesystem(location)
-        found = system.ls(path, detail=True)
+        entries = system.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory")
+    return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
 
 
 def join(storage: str, *parts: str) -> str:

@@ -215,7 +215,7 @@ def stop(job_id: str, dashboard_url: str, store: Store | None = None) -> str:
 def jobs(dashboard_url: str) -> list[dict[str, Any]]:
     """The jobs of the platform that the cluster knows, newest first: id, metadata (tenant and adapter, or tenant,
     model and sweep), status, message, started, ended."""
-    found = sorted(_client(dashboard_url).list_jobs(), key=lambda job: job.start_time or 0, reverse=True)
+    submitted = sorted(_client(dashboard_url).list_jobs(), key=lambda job: job.start_time or 0, reverse=True)
     return [
         {
             "id": job.submission_id,
@@ -225,7 +225,7 @@ def jobs(dashboard_url: str) -> list[dict[str, Any]]:
             "started": (job.start_time or 0) / 1000,
             "ended": job.end_time / 1000 if job.end_time else None,
         }
-        for job in found
+        for job in submitted
         if job.submission_id and job.metadata
     ]
 

@@ -16,9 +16,9 @@ REFERENCES = ("gpt-4.jsonl", "reference_answer/gpt-4.jsonl")
 
 def read(path: Path) -> Iterator[Record]:
     """FastChat's question.jsonl, with the reference answers that lie beside it."""
-    found = [path.parent / name for name in REFERENCES if (path.parent / name).is_file()]
+    references = [path.parent / name for name in REFERENCES if (path.parent / name).is_file()]
     answers = {
-        record["question_id"]: record["choices"][0]["turns"] for file in found[:1] for record in read_jsonl(file)
+        record["question_id"]: record["choices"][0]["turns"] for file in references[:1] for record in read_jsonl(file)
     }
     for record in read_jsonl(path):
         yield {

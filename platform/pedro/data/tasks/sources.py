@@ -183,8 +183,8 @@ def _file_reader(task: Task, root: Path, layout: Layout) -> Callable[[str], Iter
 
 def _files(root: Path, part: Part) -> list[Path]:
     """The files of a part, sorted; nothing if one of its patterns has none."""
-    found = [sorted(root.glob(pattern)) for pattern in part.files]
-    return [path for paths in found for path in paths] if all(found) else []
+    by_pattern = [sorted(root.glob(pattern)) for pattern in part.files]
+    return [path for paths in by_pattern for path in paths] if all(by_pattern) else []
 
 
 def _patterns(layout: Layout) -> list[str]:

@@ -32,8 +32,8 @@ def reopen(spec: SweepSpec, settings: Settings, dashboard_url: str) -> SweepReco
 
     Raises NotFoundError if there is none, ConflictError if its driver still runs.
     """
-    found = recall(settings.storage, staged(spec, settings))
-    record = Records(settings.storage, found).record() if found else None
+    sweep_id = recall(settings.storage, staged(spec, settings))
+    record = Records(settings.storage, sweep_id).record() if sweep_id else None
     if record is None:
         raise NotFoundError(
             f"--resume: no sweep of exactly this spec and data was started in {settings.storage}; give the same file "
