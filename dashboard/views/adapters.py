@@ -101,21 +101,21 @@ def follow_table(table: Any, shown: list[dict[str, Any]]) -> None:
 
 
 def detail(settings: Settings, name: str, gateway: GatewayClient | None) -> None:
-    adapter = read_versions(settings, name)
-    if adapter.problem:
-        st.warning(f"{name} cannot be read.\n\n```\n{adapter.problem}\n```", icon=":material/broken_image:")
-    if not adapter.versions:
+    registered = read_versions(settings, name)
+    if registered.problem:
+        st.warning(f"{name} cannot be read.\n\n```\n{registered.problem}\n```", icon=":material/broken_image:")
+    if not registered.versions:
         st.caption(f"`{name}` has no versions.")
         return
     st.header(name, anchor=False)
-    champion, previous, candidate = (adapter.holding(alias) for alias in (CHAMPION, PREVIOUS, CANDIDATE))
+    champion, previous, candidate = (registered.holding(alias) for alias in (CHAMPION, PREVIOUS, CANDIDATE))
     facts = st.columns(4)
     number(facts[0], "Champion", *aliased(champion, "none yet"))
     number(facts[1], "Previous", *aliased(previous, "no roll back"))
     number(facts[2], "Candidate", *aliased(candidate, "none refused"))
-    residence(facts[3], name, gateway, adapter)
-    versions_table(adapter)
-    chosen = select_version(st, adapter, adapter.versions[0], label, f"version_{name}")
+    residence(facts[3], name, gateway, registered)
+    versions_table(registered)
+    chosen = select_version(st, registered, registered.versions[0], label, f"version_{name}")
     promotion.buttons(gateway, chosen, champion, previous, forget)
     verdict, reason = data.gate_of(chosen)
     st.markdown(f"**v{chosen.version}** · {VERDICTS[verdict]}: {reason}")
@@ -129,7 +129,7 @@ def aliased(version: Version | None, none: str) -> tuple[str, str]:
     return f"v{version.version}", "not measured" if accuracy is None else f"accuracy {accuracy:.1%}"
 
 
-def residence(column: Any, name: str, gateway: GatewayClient | None, adapter: data.Versions) -> None:
+def residence(column: Any, name: str, gateway: GatewayClient | None, registered: data.Versions) -> None:
     """Where the gateway's engines hold the adapter now."""
     if gateway is None:
         number(column, "Resident", "–", "needs a key")
@@ -150,7 +150,7 @@ def residence(column: Any, name: str, gateway: GatewayClient | None, adapter: da
         versions = ", ".join(sorted({f"v{entry.get('version')}" for entry in copies}))
         size = sum(int(entry.get("bytes") or 0) for entry in copies)
         number(column, "Resident", versions, f"{size / 1e3:,.0f} kB in all")
-    champion = adapter.holding(CHAMPION)
+    champion = registered.holding(CHAMPION)
     if champion and (adapter.get("aliases") or {}).get(CHAMPION) != champion.version:
         st.warning(
             f"The gateway at {gateway.url} answers with another champion of {name} than this registry names. Does it "
@@ -159,8 +159,8 @@ def residence(column: Any, name: str, gateway: GatewayClient | None, adapter: da
         )
 
 
-def versions_table(adapter: data.Versions) -> None:
-    rows = pd.DataFrame(data.version_rows(adapter.versions)).dropna(axis="columns", how="all")
+def versions_table(registered: data.Versions) -> None:
+    rows = pd.DataFrame(data.version_rows(registered.versions)).dropna(axis="columns", how="all")
     st.dataframe(
         rows,
         hide_index=True,
