@@ -1,4 +1,9 @@
-"""How many rooms one chat completion enters: the real gateway, serving and engine, traced over all their threads."""
+"""How many rooms one chat completion enters: the real gateway, serving and engine, traced over all their threads.
+
+The aim was 20 files. The 41 that are entered have 8,244 lines, so 20 would have 412 each, and a file of this repository
+has 400 at most. Fewer would be too large, or would join what is kept apart for a reason: the scheduler knows no tensor,
+the runner no sequence, and templates run in a process that imports nothing else.
+"""
 
 import asyncio
 import sys
@@ -23,7 +28,7 @@ from pedro.serving.server import ReplicaServer
 from pedro.store import Store
 
 ROOT = Path(pedro.__file__).parent
-MOST_FILES = 44  # the bound that holds; fewer is better, so lower it with every file that a request no longer enters
+MOST_FILES = 41  # the bound that holds; lower it with every file that a request no longer enters
 
 
 class Trace:
