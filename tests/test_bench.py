@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from jobs.benchmarks.stats import Ratio, paired_ratio, percentile, percentile_ratio
 from jobs.benchmarks.timeline import Timeline
 
+RESULTS = Path(__file__).parents[1] / "jobs" / "results"
 ROW_KEYS = {"engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"}
 
 
@@ -119,12 +121,29 @@ def test_ratios_are_taken_within_a_round():
     assert uneven.low <= 2.0 <= uneven.high
 
 
-def test_a_target_is_met_by_the_median_or_by_the_interval():
-    assert Target("fast", 1.0, Ratio(0.97, 0.9, 1.01)).met
-    assert not Target("fast", 1.0, Ratio(0.97, 0.9, 0.99)).met
-    assert Target("short", 3.0, exactly(2.9), at_most=True).met
-    assert Target("short", 3.0, Ratio(3.2, 2.8, 3.6), at_most=True).met
-    assert not Target("short", 3.0, exactly(3.1), at_most=True).met
+def test_a_target_is_met_by_the_value_and_unclear_while_the_interval_holds_it():
+    assert [
+        (t.met, t.unclear) for t in (Target("fast", 1.0, Ratio(1.02, 1.01, 1.03)), Target("fast", 1.0, exactly(1.0)))
+    ] == [
+        (True, False),
+        (True, False),
+    ]
+    assert [(t.met, t.unclear) for t in (Target("fast", 1.0, Ratio(0.97, 0.9, 1.01)),)] == [(False, True)]
+    short = [Target("short", 3.0, r, at_most=True) for r in (exactly(2.9), Ratio(2.9, 2.8, 3.6), Ratio(3.2, 2.8, 3.6))]
+    assert [(t.met, t.unclear) for t in (*short, Target("short", 3.0, exactly(3.1), at_most=True))] == [
+        (True, False),
+        (True, True),
+        (False, True),
+        (False, False),
+    ]
+
+
+def test_committed_verdicts_follow_from_the_values():
+    for path in RESULTS.glob("*.json"):
+        for target in json.loads(path.read_text()).get("targets", []):
+            sign, limit = target["target"].split()
+            keeps = target["value"] <= float(limit) if sign == "<=" else target["value"] >= float(limit)
+            assert target["met"] == keeps, (path.name, target)
 
 
 def test_decoding_counts_from_when_every_request_has_its_first_token():

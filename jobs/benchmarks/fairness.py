@@ -114,10 +114,14 @@ def line(seen: Seen) -> str:
     return f"{first}; a token {median(seen.token_ms):.1f} ms; the flood {seen.tokens / seen.seconds:.0f} tok/s"
 
 
-def add_rows(report: BenchmarkReport, where: str, seen: dict[str, Seen], lone: dict[str, Seen], limit: float) -> None:
-    """A row and targets for each case, beside the first, which is without a flood."""
+def add_rows(
+    report: BenchmarkReport, where: str, seen: dict[str, Seen], lone: dict[str, Seen], limit: float | None
+) -> None:
+    """A row and targets for each case, beside the first, which is without a flood and told where there is a limit."""
     alone = next(iter(seen.values()))
     for name, case in seen.items():
+        if case is alone and limit is None:
+            continue
         row: ReportRow = {"where": where, "case": name, "requests": len(case.first_ms)}
         for key, times in (("ttft", case.first_ms), ("token", case.token_ms)):
             row |= {f"{key}_{mark}_ms": round(percentile(times, s), 2) for mark, s in (("p50", 0.5), ("p95", 0.95))}
@@ -126,8 +130,9 @@ def add_rows(report: BenchmarkReport, where: str, seen: dict[str, Seen], lone: d
             slower = percentile_ratio(case.token_ms, alone.token_ms, 0.5)
             row |= {"ratio": round(most.value, 3), "ratio_interval": most.interval, "p50_ratio": round(half.value, 3)}
             row |= {"p50_interval": half.interval, "token_ratio": round(slower.value, 3)}
-            row |= {"flood_tok_s": round(case.tokens / case.seconds, 1)}
-            report.targets.append(Target(f"{where}, {name}: first token p95 / alone", limit, most, at_most=True))
+            if limit is not None:
+                row |= {"flood_tok_s": round(case.tokens / case.seconds, 1)}
+                report.targets.append(Target(f"{where}, {name}: first token p95 / alone", limit, most, at_most=True))
             if name in lone:
                 by_itself = lone[name].tokens / lone[name].seconds
                 kept = exactly(row["flood_tok_s"] / by_itself)

@@ -19,7 +19,7 @@ ReportRow = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """A promise and what was measured. Met when the median keeps it, or its 95 % interval reaches it."""
+    """A promise and its measure: met when the value keeps it, unclear while its 95 % interval holds the target."""
 
     name: str
     target: float
@@ -28,9 +28,12 @@ class Target:
 
     @property
     def met(self) -> bool:
-        if self.at_most:
-            return min(self.measured.value, self.measured.low) <= self.target
-        return max(self.measured.value, self.measured.high) >= self.target
+        value = self.measured.value
+        return value <= self.target if self.at_most else value >= self.target
+
+    @property
+    def unclear(self) -> bool:
+        return self.measured.low < self.target < self.measured.high
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -39,6 +42,7 @@ class Target:
             "value": round(self.measured.value, 4),
             "interval": self.measured.interval,
             "met": self.met,
+            "unclear": self.unclear,
         }
 
 
@@ -79,7 +83,7 @@ class BenchmarkReport:
         parts = [table(columns, [[_cell(row.get(column)) for column in columns] for row in self.rows])]
         if self.targets:
             lines = [target.as_dict() for target in self.targets]
-            heads = ("name", "target", "value", "interval", "met")
+            heads = ("name", "target", "value", "interval", "met", "unclear")
             parts.append(table(heads, [[_cell(line[head]) for head in heads] for line in lines]))
         parts += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n\n".join(parts)
