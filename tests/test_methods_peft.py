@@ -297,6 +297,7 @@ def test_a_copy_of_the_model_has_a_life_of_its_own():
     assert torch.equal(other.unload()(ids).logits, tiny_backbone()(ids).logits)
 
 
+@pytest.mark.slow
 def test_compiled_with_the_eager_backend_it_is_the_same():
     model, ids = tuned(), tokens()
     with torch.no_grad():

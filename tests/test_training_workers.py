@@ -117,7 +117,6 @@ def _largest_difference(one, other):
 
 SOME_AND_ALL = [
     pytest.param(1, (0, 1, 2), id="one worker"),
-    pytest.param(2, (0, 2), id="two workers"),
     pytest.param(1, (3,), id="one worker, ZeRO 3", marks=pytest.mark.slow),
     pytest.param(2, (0, 1, 2, 3), id="two workers, every stage", marks=pytest.mark.slow),
 ]
