@@ -20,12 +20,10 @@ from pedro.provenance import check_unchanged, code_state, provenance
 RESULTS = Path(bench.__file__).parent / "results"
 TO_RUN_AGAIN = {  # measured on changed code; jobs/results/README.md has the commands. Take off what was run again
     "arrivals.json",
-    "coldstart.json",
     "efficiency.json",
     "http-one-thread.json",
     "http.json",
     "longprompt.json",
-    "memory.json",
     "serving.json",
     "swap.json",
     "tenants.json",
