@@ -25,7 +25,6 @@ TO_RUN_AGAIN = {  # measured on changed code; jobs/results/README.md has the com
     "http.json",
     "longprompt.json",
     "serving.json",
-    "swap.json",
     "tenants.json",
 }
 
