@@ -250,7 +250,8 @@ def _ensure_head(settings: Settings, log: Callable[[str], None]) -> Head:
 
 def _start_head(folder: Path) -> Head:
     """A head that answers. On a busy host parts of Ray give up on each other while they start: hence two tries."""
-    head = _try_head(folder) or _try_head(folder)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    head = _try_head(folder, deadline) or _try_head(folder, deadline)
     if head is None:
         raise UnavailableError(
             f"the local Ray head did not start; its log is {folder / 'head.log'}; `pedro doctor` checks the host"
@@ -258,8 +259,8 @@ def _start_head(folder: Path) -> Head:
     return head
 
 
-def _try_head(folder: Path) -> Head | None:
-    """Start a head; None, with nothing left running, if it ends or does not answer in time."""
+def _try_head(folder: Path, deadline: float) -> Head | None:
+    """Start a head; None, with nothing left running, if it ends or does not answer by `deadline`."""
     import psutil
 
     session = _session_folder(folder)
@@ -273,7 +274,6 @@ def _try_head(folder: Path) -> Head | None:
     log = folder / "head.log"
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + START_TIMEOUT_S
     # Ray says "started" before its client server, which ends the whole head if it fails, and its jobs API answer
     while not (b"Ray runtime started" in log.read_bytes() and _answers(client) and _answers(dashboard)):
         if process.poll() is not None or time.monotonic() > deadline:
