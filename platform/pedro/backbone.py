@@ -1,7 +1,8 @@
 """Finds the frozen backbone and says which one it is. Knows nothing of adapters, training or serving.
 
-A backbone is named by an embedded name (`stories260K`), a transformers directory, or a hub id. Whatever the
-name, it resolves to a local directory and two digests, so that an adapter can refuse any other backbone.
+A backbone is named by an embedded name (`stories260K`), the name of one that PEDRO_HOME keeps (`pedro backbones`), a
+transformers directory, or a hub id; where a name could be several of these, the first of them. Whatever the name, it
+resolves to a local directory and two digests, so that an adapter can refuse any other backbone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pedro.backbone_files import VOCABULARIES, check_files, read_json
 from pedro.errors import BackboneError, ConfigError
+from pedro.home import backbones_folder, home_directory
+from pedro.refs import NAME
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +32,8 @@ EMBEDDED = Path(__file__).parent / "assets" / "backbones"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 TOKENIZER_V1 = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 TOKENIZER = (*TOKENIZER_V1, "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+HUB_FILES = (*WEIGHTS, *TOKENIZER, "*.json")
+"""What of a repository of the hub, or of a directory, is read."""
 TOKENIZER_FIELDS = (
     *("tokenizer_class", "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token"),
     *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "legacy", "split_special_tokens"),
@@ -62,8 +67,22 @@ def embedded_backbones() -> list[str]:
     return sorted(path.name for path in EMBEDDED.iterdir() if (path / "config.json").is_file())
 
 
+def kept_backbones() -> list[str]:
+    """Names of the backbones that the home keeps."""
+    folder = backbones_folder(home_directory())
+    return sorted(path.parent.name for path in folder.glob("*/config.json") if NAME.fullmatch(path.parent.name))
+
+
+def named_directory(name: str) -> Path | None:
+    """Where an embedded or a kept backbone lies; None for a path, a hub id, and a name that there is not."""
+    if (EMBEDDED / name / "config.json").is_file():
+        return EMBEDDED / name
+    kept = backbones_folder(home_directory()) / name
+    return kept if NAME.fullmatch(name) and (kept / "config.json").is_file() else None
+
+
 def resolve_backbone(name: str) -> Backbone:
-    """The backbone called `name`: an embedded name, a directory, or a hub id, in this order.
+    """The backbone called `name`: an embedded name, one that the home keeps, a directory, or a hub id, in this order.
 
     Raises BackboneError if there is none, it cannot be downloaded, or its files show that it cannot be used.
     """
@@ -75,9 +94,9 @@ def resolve_backbone(name: str) -> Backbone:
 def locate_backbone(name: str, *bases: Path) -> str:
     """`name` as it means the same in every process: a path is taken from the first of `bases` that has it.
 
-    Embedded names and hub ids stay as they are.
+    Embedded and kept names and hub ids stay as they are.
     """
-    if (EMBEDDED / name / "config.json").is_file():
+    if named_directory(name) is not None:
         return name
     places = [base.absolute() / Path(name).expanduser() for base in bases]
     found = next((place for place in places if place.is_dir()), None)
@@ -210,25 +229,26 @@ def context_length(backbone: Backbone) -> int:
 
 
 def _directory(name: str) -> Path:
-    if (EMBEDDED / name / "config.json").is_file():
-        return EMBEDDED / name
+    if (known := named_directory(name)) is not None:
+        return known
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
+    here = ", ".join([*embedded_backbones(), *kept_backbones()])
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise BackboneError(
-            f"backbone: {name!r} is no directory and no embedded backbone; give a transformers directory, "
-            f"a hub id (owner/name), or one of {', '.join(embedded_backbones())}",
+            f"backbone: {name!r} is no directory and no embedded backbone, and {backbones_folder(home_directory())} "
+            f"keeps none of that name; give a transformers directory, a hub id (owner/name), or one of {here}; "
+            "`pedro backbones list` says what can be pulled",
             param="backbone",
         )
     from huggingface_hub import snapshot_download
 
-    patterns = [*WEIGHTS, *TOKENIZER, "*.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the hub client raises dozens of types; each means "not to be had"
         raise BackboneError(
             f"backbone: {name!r} could not be had from the hub ({type(error).__name__}); check the id, your network "
-            f"and HF_TOKEN, or use one of {', '.join(embedded_backbones())}",
+            f"and HF_TOKEN, or use one of {here}",
             param="backbone",
         ) from error
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _problem(directory: Path, name: str) -> str | None:
     if "adapter_config.json" in names:  # transformers would load its base, whatever else is here
         base = read_json(directory / "adapter_config.json", name).get("base_model_name_or_path") or "its own backbone"
         return f"is an adapter, not a backbone; give the backbone that it was trained on ({base})"
-    return _weights_problem(directory, name, names) or _config_problem(directory, name)
+    return _weights_problem(directory, name, names) or config_problem(directory, name)
 
 
 def _weights_problem(directory: Path, name: str, names: set[str]) -> str | None:
@@ -95,7 +96,8 @@ def _weights_problem(directory: Path, name: str, names: set[str]) -> str | None:
     return None
 
 
-def _config_problem(directory: Path, name: str) -> str | None:
+def config_problem(directory: Path, name: str) -> str | None:
+    """Why the backbone whose configs are in `directory` cannot be used, as far as they say."""
     config = read_json(directory / "config.json", name)
     for file in ("config.json", "tokenizer_config.json"):
         if read_json(directory / file, name).get("auto_map"):
@@ -114,6 +116,11 @@ def _config_problem(directory: Path, name: str) -> str | None:
     if model_type not in MODEL_TYPES:
         kind = " (an encoder-decoder)" if config.get("is_encoder_decoder") is True else ""
         return f"has the architecture {model_type!r}{kind}, which is not supported; use one of {_known()}"
+    return size_problem(config)
+
+
+def size_problem(config: Mapping[str, Any]) -> str | None:
+    """Which size in a config no model has."""
     for field, most in LARGEST.items():
         value = config.get(field)
         if value is not None and (type(value) is not int or not 1 <= value <= most):

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pedro import secret_files
 from pedro.errors import ConfigError
+from pedro.home import home_directory
 from pedro.refs import NAME
 from pedro.yaml_reader import MAX_DEPTH, parse_yaml, read_yaml
 
@@ -64,7 +65,7 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         """Read the environment; create nothing. Raises ConfigError for a file of a secret that is not there."""
-        home = Path(env.get("PEDRO_HOME") or ".pedro").expanduser().absolute()
+        home = home_directory(env)
         storage = env.get("PEDRO_STORAGE") or str(home / "storage")
         if secret_files.holds_secret(storage):
             raise ConfigError(

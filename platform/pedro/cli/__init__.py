@@ -14,6 +14,7 @@ import typer
 
 from pedro.cli import (
     adapters,
+    backbones,
     chat,
     compare,
     dashboard,
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(backbones.app, name="backbones")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tenants.app, name="tenants")
 app.command("submit")(jobs.submit)

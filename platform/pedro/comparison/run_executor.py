@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro.backbones.sharing import obtain_backbone, offer_backbone
 from pedro.comparison.result_model import FAILED, FINAL, TUNE, RunResult, format_score
 from pedro.comparison.run_files import write_run
 from pedro.comparison.run_planner import PlannedRun, RunGroup, RunPlanner, choose
@@ -53,6 +54,7 @@ class RunWorker:
         from pedro.comparison.single_run import execute_run, failed
 
         try:
+            obtain_backbone(self._settings, plan.group.backbone)
             return execute_run(plan, data, spec.resources, spec.judge, self._settings.cache).to_dict()
         except Exception as error:  # noqa: BLE001 - one run of hundreds; its trace goes to the worker's log
             traceback.print_exc()
@@ -113,6 +115,8 @@ class RunExecutor:
     def run(self, settings: Settings, log: Log) -> None:
         """Run everything that is missing. Raises TrainingError if runs were lost with their workers."""
         self._begin()
+        for backbone in self.spec.backbones if self._queue else ():
+            offer_backbone(settings, backbone, log)
         lost = (
             self._drain(settings, log, ProgressReporter(self.planner.count(), self._kept, log)) if self._queue else []
         )

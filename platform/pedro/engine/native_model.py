@@ -38,13 +38,17 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 def supported(model: PreTrainedModel) -> bool:
     """Whether the kernel exists here and can run this model."""
     weight = next(model.parameters())
-    config = config_of(model)
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not unfit(config_of(model))
+
+
+def unfit(config: ModelConfig) -> str:
+    """Why the kernel cannot run models of this config here, on a CPU and in float32; empty where it can."""
+    if config.model_type not in MODELS:
+        return f"the native kernel runs {', '.join(MODELS)}, not {config.model_type}"
+    if config.hidden_act not in ACTIVATIONS:
+        return f"the native kernel has no {config.hidden_act}"
     return (
-        config.model_type in MODELS
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and config.hidden_act in ACTIVATIONS
-        and native.load_kernel() is not None
+        "" if native.load_kernel() is not None else "the native kernel could not be built here; it needs a C compiler"
     )
 
 

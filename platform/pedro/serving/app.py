@@ -85,11 +85,13 @@ class Gateway:
 
     def __init__(self, config: dict[str, Any], settings: Settings, engine: DeploymentHandle[Any]) -> None:
         from pedro.backbone import context_length, resolve_backbone
+        from pedro.backbones.sharing import obtain_backbone
         from pedro.registry import Registry
         from pedro.serving.resolver import ModelResolver
         from pedro.store import Store
 
         self._config = ServeConfig(**config)
+        obtain_backbone(settings, self._config.backbone)
         backbone = resolve_backbone(self._config.backbone)
         self._registry = Registry.open(settings)
         self._backbone_digest = backbone.digest
@@ -148,10 +150,12 @@ def build_app(args: dict[str, Any]) -> Application:
     Raises ConfigError for wrong arguments and BackboneError for a backbone that cannot be had, before anything starts.
     """
     from pedro.backbone import resolve_backbone
+    from pedro.backbones.sharing import obtain_backbone
 
     config = validate_spec(args, ServeConfig, source="serve arguments")
-    resolve_backbone(config.backbone)
     settings = Settings.from_env()
+    obtain_backbone(settings, config.backbone)
+    resolve_backbone(config.backbone)
     replica: Any = EngineReplica
     gateway: Any = Gateway
     engine = replica.options(

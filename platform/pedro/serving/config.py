@@ -14,7 +14,7 @@ class ServeConfig(Frozen):
     """Arguments of `build_app`; the same on the command line, in a Serve config file and in k8s manifests."""
 
     backbone: str = "stories260K"
-    """Embedded name, transformers directory or hub id."""
+    """A name of `pedro backbones list`, a transformers directory, or a hub id."""
     served_name: str | None = None
     """How requests name the bare backbone; its id, or the directory's name, if not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -43,9 +43,11 @@ def deploy(
     """
     from pedro import cluster
     from pedro.backbone import locate_backbone
+    from pedro.backbones.sharing import offer_backbone
 
     config = config.model_copy(update={"backbone": locate_backbone(config.backbone, Path.cwd())})
     _check(config, here=settings.ray_address is None)
+    offer_backbone(settings, config.backbone, log)
     running = find(settings)
     if running is not None:
         raise ConflictError(

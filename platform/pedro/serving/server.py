@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
+from pedro.backbones.sharing import obtain_backbone
 from pedro.engine.adapter_pool import unusable
 from pedro.engine.config import EngineConfig
 from pedro.engine.engine import Engine
@@ -56,6 +57,7 @@ class ReplicaServer:
     def __init__(self, config: ServeConfig, settings: Settings, name: str = "local") -> None:
         threads = config.threads or granted_cores()
         configure_serving_process(threads)
+        obtain_backbone(settings, config.backbone)
         backbone = resolve_backbone(config.backbone)
         self.name = name
         self._tokenizer_digests = backbone.tokenizer_digests

@@ -184,7 +184,7 @@ class FineTuneSpec(Frozen):
     adapter: str
     """The second part of its name, `tenant.adapter`."""
     backbone: str = "stories260K"
-    """A packaged backbone, a transformers directory, or a hub id."""
+    """A name of `pedro backbones list`, a transformers directory, or a hub id."""
     data: DataSpec
     method: MethodSpec = MethodSpec()
     training: TrainingSpec = TrainingSpec()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from pedro.backbones.sharing import offer_backbone
 from pedro.cluster import is_loopback
 from pedro.errors import NotFoundError, PedroError, TrainingError, UnavailableError
 from pedro.training.job import JobResult, new_job_id, stage
@@ -57,7 +58,7 @@ STOP_S = 10.0  # Ray kills a driver that does not end within 3
 def submit(
     spec: FineTuneSpec, settings: Settings, dashboard_url: str, store: Store | None = None, job_id: str | None = None
 ) -> str:
-    """Start a job and return its id. Its data and its resolved spec are in the storage by then.
+    """Start a job and return its id. Its data, its resolved spec and a kept backbone are in the storage by then.
 
     `job_id` is given for a job that the store knows already. Raises DataError for unreadable data, UnavailableError
     if the storage or the cluster cannot be reached.
@@ -66,6 +67,7 @@ def submit(
         record = store.create_job(spec.tenant, spec.adapter, spec.to_dict()) if store else None
         job_id = record.id if record else new_job_id()
     try:
+        offer_backbone(settings, spec.backbone)
         staged = stage(spec, settings.storage)
         location = join(settings.storage, "jobs", job_id, "spec.json")
         write_text(location, json.dumps(staged.to_dict(), indent=2))

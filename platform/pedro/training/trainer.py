@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro.backbones.sharing import obtain_backbone
 from pedro.config import Settings
 from pedro.errors import NotFoundError, PedroError, TrainingError
 from pedro.process import set_torch_threads, update_environment
@@ -161,6 +162,7 @@ def _work(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     group = WorkerGroup(context.get_world_rank(), context.get_world_size())
     set_torch_threads(max(1, int(spec.resources.cpus_per_worker)))
+    obtain_backbone(settings, spec.backbone)
     registry = Registry.open(settings)
     curves = CurveWriter(lambda: _log_to(registry, config["run_id"])) if group.rank == 0 else None
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pedro.backbone import resolve_backbone
+from pedro.backbones.sharing import obtain_backbone
 from pedro.config import Settings
 from pedro.errors import ConfigError, PedroError, TrainingError
 from pedro.provenance import provenance
@@ -155,6 +156,7 @@ def _register(tracker: TrialTracker, best: Trial, registry: Registry) -> tuple[V
             alias = CHAMPION if version.gate.startswith("passed") else "candidate"
             return version, alias, version.gate.partition(": ")[2]
     assert best.outcome is not None
+    obtain_backbone(Settings.from_env(), job.backbone)
     champion = Champion(**best.outcome.champion) if best.outcome.champion else None
     with tempfile.TemporaryDirectory() as scratch:
         directory = registry.download_artifacts(best.run_id, "adapter", Path(scratch), of=f"trial {best.number}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pedro.backbones.sharing import offer_backbone
 from pedro.errors import ConflictError, NotFoundError, TrainingError
 from pedro.training import submit
 from pedro.training.job import stage
@@ -57,6 +58,9 @@ def start(record: SweepRecord, settings: Settings, dashboard_url: str) -> None:
     """Have the cluster run a driver for a sweep."""
     module = f"pedro.training.sweep.job --sweep {record.id}"
     base = record.spec["base"]
+    tried = record.spec["space"].get("backbone") or {}
+    for backbone in {base["backbone"], *map(str, tried.get("values") or ())}:
+        offer_backbone(settings, backbone)
     # no "adapter" in the metadata, which would make it a fine-tuning job in lists
     metadata = {"tenant": base["tenant"], "sweep": record.id, "model": f"{base['tenant']}.{base['adapter']}"}
     submit.launch(module, record.submission_id, settings, dashboard_url, metadata)

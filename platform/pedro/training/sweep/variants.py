@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.backbone import EMBEDDED, load_config, resolve_backbone
+from pedro.backbone import load_config, named_directory, resolve_backbone
 from pedro.config import validate_spec
 from pedro.errors import BackboneError, ConfigError
 from pedro.training.spec import FineTuneSpec
@@ -98,6 +98,5 @@ def _method_mistakes(job: FineTuneSpec) -> list[str]:
 @cache
 def _model_config(backbone: str) -> ModelConfig | None:
     """The config of a backbone on this host; None for a hub id, whose job checks for itself."""
-    places = (EMBEDDED / backbone, Path(backbone).expanduser())
-    directory = next((place for place in places if (place / "config.json").is_file()), None)
-    return None if directory is None else load_config(resolve_backbone(str(directory)))
+    directory = named_directory(backbone) or Path(backbone).expanduser()
+    return load_config(resolve_backbone(backbone)) if (directory / "config.json").is_file() else None
