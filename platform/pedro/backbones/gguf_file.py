@@ -6,9 +6,11 @@ scaling that it drops, a tokenizer that comes out as another one.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +68,7 @@ def convert_gguf(path: Path, directory: Path, log: Log) -> None:
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise _refused(path, f"does not hold what its architecture needs ({_line(error)})") from error
     log("making the tokenizer")
-    try:
-        _write_tokenizer(path, directory)
-    except BackboneError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain exceptions
-        raise _refused(path, f"holds a tokenizer that cannot be rebuilt ({_line(error)})") from error
+    _write_tokenizer(path, directory)
     for file in ("config.json", "tokenizer_config.json"):
         _drop(directory / file, WRITTEN_BY)
 
@@ -156,9 +153,11 @@ def _write_weights(path: Path, header: GGUFHeader, directory: Path) -> None:
             raise _refused(path, f"lacks the tensor {name}")
         if tensors[name].shape != parameter.shape:
             raise _refused(path, f"has {name} of shape {list(tensors[name].shape)}, not {list(parameter.shape)}")
+    config.architectures = [type(model).__name__]
     directory.joinpath("config.json").write_text(_json(config.to_diff_dict()), encoding="utf-8")
     kept = {name: tensors[name].contiguous() for name, _ in model.named_parameters()}
-    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    with _writing(directory):
+        save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _config(path: Path, header: GGUFHeader) -> Any:
@@ -180,6 +179,19 @@ def _config(path: Path, header: GGUFHeader) -> Any:
 
 
 def _write_tokenizer(path: Path, directory: Path) -> None:
+    """Write the tokenizer's files, and read them again: what they make of the file's tokens is compared."""
+    from transformers import PreTrainedTokenizerFast
+
+    with _rebuilding(path):
+        facts, tokenizer = _tokenizer(path)
+    with _writing(directory):
+        tokenizer.save_pretrained(directory)
+    with _rebuilding(path):
+        _check_tokenizer(path, facts, PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True))
+
+
+def _tokenizer(path: Path) -> tuple[Mapping[str, Any], Any]:
+    """What the file says of its tokenizer, and the tokenizer."""
     from tokenizers import pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
@@ -191,9 +203,7 @@ def _write_tokenizer(path: Path, directory: Path) -> None:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     given = {name: value for name, value in config.items() if value is not None}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **given)
-    tokenizer.save_pretrained(directory)
-    _check_tokenizer(path, facts, PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True))
+    return facts, PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **given)
 
 
 def _check_tokenizer(path: Path, facts: Mapping[str, Any], tokenizer: Any) -> None:
@@ -220,6 +230,28 @@ def _check_tokenizer(path: Path, facts: Mapping[str, Any], tokenizer: Any) -> No
     text = tokenizer.decode(ids)
     if tokenizer.unk_token_id not in ids and text.strip() != SAMPLE.strip():
         raise _refused(path, f"holds a tokenizer that cannot be rebuilt (it reads {SAMPLE!r} as {text!r:.80})")
+
+
+@contextmanager
+def _rebuilding(path: Path) -> Iterator[None]:
+    """Whatever a tokenizer's parts make its libraries raise becomes a BackboneError."""
+    try:
+        yield
+    except BackboneError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise _refused(path, f"holds a tokenizer that cannot be rebuilt ({_line(error)})") from error
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """What the libraries in Rust raise of a disk becomes an OSError, as it is elsewhere."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # plain exceptions
+        raise OSError(errno.EIO, str(error), str(directory)) from error
 
 
 def _drop(path: Path, keys: tuple[str, ...]) -> None:

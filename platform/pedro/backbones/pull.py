@@ -92,7 +92,11 @@ def add(home: Path, path: Path, log: Log, name: str | None = None, licence: str 
         raise _taken(chosen, None)
     if path.is_dir():
         return _made(
-            home, chosen, Origin(str(path), "directory", licence=licence), lambda folder: _copied(path, folder), log
+            home,
+            chosen,
+            Origin(str(path), "directory", licence=licence),
+            lambda folder: _copied(path, folder, log),
+            log,
         )
     header = check_gguf(path)
     _check_room(home, header.parameters, 0, path.name)
@@ -109,8 +113,9 @@ def _made(home: Path, name: str, origin: Origin, fill: Callable[[Path], None], l
             return _same_or_refuse(name, there, origin)
         with made_whole(home, name) as folder:
             fill(folder)
-            log("checking weights, tokenizer and chat template")
-            check_backbone(folder, name)
+            if origin.kind != "directory":  # that is checked before it is copied
+                log("checking weights, tokenizer and chat template")
+                check_backbone(folder, name)
             write_origin(folder, origin)
     directory = find_kept(home, name)
     assert directory is not None, "renamed to it above"
@@ -176,9 +181,10 @@ def _of_hub(home: Path, snapshot: hub.Snapshot, name: str, folder: Path, log: Lo
     shutil.rmtree(downloads)
 
 
-def _copied(source: Path, folder: Path) -> None:
+def _copied(source: Path, folder: Path, log: Log) -> None:
     """Copies of the files that a backbone has; the source is checked before anything is copied."""
-    check_backbone(source, str(source))
+    log("checking weights, tokenizer and chat template")
+    digest = check_backbone(source, str(source)).digest
     files = [
         path
         for path in source.iterdir()
@@ -187,6 +193,8 @@ def _copied(source: Path, folder: Path) -> None:
     check_space(folder, sum(path.stat().st_size for path in files), str(source))
     for path in files:
         shutil.copyfile(path, folder / path.name)
+    if resolve_backbone(str(folder)).digest != digest:
+        raise BackboneError(f"backbone: {str(source)!r} changed while it was copied; add it again", param="backbone")
 
 
 def _only_gguf(directory: Path) -> Path:

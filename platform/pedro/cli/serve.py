@@ -15,7 +15,9 @@ from pedro.cli.output import AsJson, emit, log
 
 
 def serve(
-    backbone: Annotated[str, typer.Option(help="A name of `pedro backbones list`, a directory or a hub id.")] = "stories260K",
+    backbone: Annotated[
+        str, typer.Option(help="A name of `pedro backbones list`, a directory or a hub id.")
+    ] = "stories260K",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(help="Engine replicas, one a device.")] = 1,
