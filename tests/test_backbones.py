@@ -402,6 +402,7 @@ def test_the_list_tells_what_is_packaged_here_or_to_be_pulled(pedro, home, index
     status, out, _ = pedro("backbones", "list")
     assert status == 0
     assert "damaged" in out
+    assert pedro("backbones", "remove", "tiny", "--yes")[0] == 0
 
 
 def test_show_tells_sizes_memory_kernel_template_and_origin(pedro, home, index):

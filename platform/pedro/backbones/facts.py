@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pedro.backbone_files import read_json
+from pedro.errors import BackboneError
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Facts:
 
 
 def read_facts(directory: Path) -> Facts:
-    """The facts of the backbone in `directory`. Raises BackboneError for a config that cannot be read."""
+    """The facts of the backbone in `directory`. Raises BackboneError for files that cannot be read."""
     config = read_json(directory / "config.json", directory.name)
     tensors = _tensors(directory)
     counts: dict[str, int] = {}
@@ -60,12 +61,17 @@ def read_facts(directory: Path) -> Facts:
 
 def _tensors(directory: Path) -> dict[str, tuple[str, int]]:
     """The dtype of each tensor and how many numbers it has."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     found: dict[str, tuple[str, int]] = {}
     for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                part = file.get_slice(name)
-                found[name] = str(part.get_dtype()), math.prod(part.get_shape())
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    part = file.get_slice(name)
+                    found[name] = str(part.get_dtype()), math.prod(part.get_shape())
+        except SafetensorError as error:
+            raise BackboneError(
+                f"backbone: {path} cannot be read ({error}); copy it again", param="backbone"
+            ) from error
     return found

@@ -5,6 +5,7 @@ Needs no account for models that are open.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pedro.backbones.wheels import check_sha256
 from pedro.errors import BackboneError, UnavailableError
 
 TIMEOUT_S = 20.0
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _asking(hub_id: str, revision: str | None) -> Iterator[None]:
             param="backbone",
         ) from error
     except OSError as error:
-        if error.errno is not None and error.filename is not None:  # of this disk
+        if error.errno in OF_THE_DISK:
             raise
         raise _unreachable(hub_id, error) from error
     except Exception as error:  # the client raises dozens of types; each means "not to be had"

@@ -123,7 +123,6 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Remove a backbone from PEDRO_HOME; says first which server and which adapters need it, and asks."""
-    from pedro.backbones.facts import read_facts
     from pedro.backbones.kept import check_removable, remove_kept
     from pedro.backbones.sharing import withdraw_backbone
     from pedro.cli.output import confirm
@@ -133,7 +132,8 @@ def remove(
     directory = check_removable(settings.home, name)
     for line in _needed_by(settings, name):
         log(line)
-    confirm(f"Remove {name} ({read_facts(directory).bytes / 1e6:,.1f} MB)?", yes, as_json)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    confirm(f"Remove {name} ({size / 1e6:,.1f} MB)?", yes, as_json)
     remove_kept(settings.home, name, log)
     withdraw_backbone(settings, name)
     emit({"removed": name}, as_json, lambda: typer.echo(f"removed {name}"))
@@ -143,7 +143,7 @@ def _needed_by(settings: Any, name: str) -> list[str]:
     """Who would miss the backbone, a line each."""
     from pedro.backbone import resolve_backbone
     from pedro.cli.backbone_report import adapters_of
-    from pedro.errors import BackboneError
+    from pedro.errors import PedroError
     from pedro.serving.deploy import find
 
     lines = []
@@ -154,7 +154,7 @@ def _needed_by(settings: Any, name: str) -> list[str]:
         )
     try:
         adapters = adapters_of(settings, resolve_backbone(name).digest)
-    except BackboneError as error:
+    except PedroError as error:
         lines.append(f"which adapters were made for it cannot be said: {error.message}")
         adapters = []
     if adapters:
