@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from gguf_files import MERGES, TEMPLATE, TOKENS, tiny, write_gguf
+from gguf_files import ENDLESS, MERGES, TEMPLATE, TOKENS, tiny, write_gguf
 
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.backbones.gguf_file import check_gguf
@@ -110,7 +110,7 @@ def test_the_same_file_gives_the_same_digests_wherever_it_lies(home, tmp_path):
         ({"tokenizer__ggml__bos_token_id": 9_999}, "tokenizer that cannot be rebuilt"),
         ({"tokenizer__ggml__eos_token_id": None}, r"names no end of text \(tokenizer\.ggml\.eos_token_id\)"),
         ({"tokenizer__ggml__tokens": TOKENS[:-20]}, "of shape|tokenizer that cannot be rebuilt"),
-        ({"tokenizer__chat_template": "{% for a in range(9**9) %}{% endfor %}"}, "prompt format|template"),
+        ({"tokenizer__chat_template": ENDLESS}, "prompt format|template"),
         ({"tokenizer__chat_template": "{% for"}, "prompt format|template"),
         ({"tokenizer__chat_template": "x" * 3_000_000}, r"a text of 3,000,000 bytes where at most 2,000,000"),
     ],

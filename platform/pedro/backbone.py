@@ -75,7 +75,7 @@ def kept_backbones() -> list[str]:
 
 def named_directory(name: str) -> Path | None:
     """Where an embedded or a kept backbone lies; None for a path, a hub id, and a name that there is not."""
-    if (EMBEDDED / name / "config.json").is_file():
+    if name in embedded_backbones():
         return EMBEDDED / name
     kept = backbones_folder(home_directory()) / name
     return kept if NAME.fullmatch(name) and (kept / "config.json").is_file() else None

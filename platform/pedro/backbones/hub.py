@@ -1,4 +1,4 @@
-"""Downloads a model of the hub by its id: what pedro reads of it, at one commit, resumed where a download broke off.
+"""Downloads a model of the hub by its id: what pedro reads of it, at one commit; what has come is not asked for again.
 
 Needs no account for models that are open.
 """
@@ -115,7 +115,7 @@ def _asking(hub_id: str, revision: str | None) -> Iterator[None]:
 def _unreachable(hub_id: str, error: Exception) -> UnavailableError:
     return UnavailableError(
         f"backbone: {hub_id!r} could not be had from the hub ({type(error).__name__}); check your network and HF_TOKEN "
-        f"and pull again, which goes on where it stopped; `pedro backbones add` takes files, and "
+        f"and pull again, which keeps the files that have come; `pedro backbones add` takes files, and "
         f"{', '.join(embedded_backbones())} need no network",
         param="backbone",
     )

@@ -60,14 +60,20 @@ def pull(home: Path, what: str, log: Log, name: str | None = None, revision: str
             recipe.licence,
             recipe.requirement,
         )
-        return _made(home, name or recipe.name, origin, lambda folder: _of_recipe(home, recipe, folder, log), log)
+        return _made(
+            home,
+            recipe.name if name is None else name,
+            origin,
+            lambda folder: _of_recipe(home, recipe, folder, log),
+            log,
+        )
     if what.count("/") != 1 or what.startswith((".", "/", "~")):
         raise ConfigError(
             f"name: {what[:100]!r} can be pulled neither by name nor from the hub; names are {', '.join(RECIPES)}, hub "
             "ids owner/name; `pedro backbones add` takes a directory or a GGUF file",
             param="name",
         )
-    chosen = check_backbone_name(name or name_from(what.partition("/")[2]))
+    chosen = check_backbone_name(name_from(what.partition("/")[2]) if name is None else name)
     there = find_kept(home, chosen)
     if there is not None and revision is None:  # without asking the hub what its newest commit is
         return _same_or_refuse(chosen, there, Origin(what, "hub"))
@@ -87,7 +93,7 @@ def add(home: Path, path: Path, log: Log, name: str | None = None, licence: str 
         raise BackboneError(
             f"backbone: {str(path)!r} is neither a directory nor a GGUF file (*.gguf)", param="backbone"
         )
-    chosen = check_backbone_name(name or name_from(path.stem if path.is_file() else path.name))
+    chosen = check_backbone_name(name_from(path.stem if path.is_file() else path.name) if name is None else name)
     if find_kept(home, chosen) is not None:
         raise _taken(chosen, None)
     if path.is_dir():
@@ -173,6 +179,8 @@ def _of_hub(home: Path, snapshot: hub.Snapshot, name: str, folder: Path, log: Lo
     if downloads.is_dir() and (not left.is_file() or left.read_text() != f"{snapshot.hub_id} {snapshot.commit}"):
         shutil.rmtree(downloads)
     (downloads / "files").mkdir(parents=True, exist_ok=True)
+    for part in downloads.rglob("*.incomplete"):  # of a process that was killed; the hub's client begins a file anew
+        part.unlink()
     left.write_text(f"{snapshot.hub_id} {snapshot.commit}")
     hub.download_snapshot(snapshot, downloads / "files", log)
     for file in snapshot.sizes:

@@ -88,7 +88,7 @@ def pull(
     revision: Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download a backbone into PEDRO_HOME; goes on where it stopped, and does nothing if it is there.
+    """Download a backbone into PEDRO_HOME; keeps what has come when it is stopped, does nothing if it is there.
 
     Example: `pedro backbones pull smollm2-135m`, then `pedro serve --backbone smollm2-135m`
     """
