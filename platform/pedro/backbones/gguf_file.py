@@ -116,11 +116,11 @@ def _unreadable(header: GGUFHeader) -> str:
                 f"is cut short: {tensor.name!r:.80} ends at byte {tensor.offset + taken:,} of its tensors, of which "
                 f"{header.data_bytes:,} are there; download it again"
             )
-    kind = header.metadata.get("tokenizer.ggml.model")
+    model = header.metadata.get("tokenizer.ggml.model")
     split = header.metadata.get("tokenizer.ggml.pre", "")
-    if kind not in GGUF_TOKENIZER_TYPES or kind == "t5":
-        return f"holds a tokenizer that cannot be rebuilt (of the kind {kind!r:.40})"
-    if kind == "gpt2" and split not in (*PLAIN_SPLITS, "smollm", *GGUF_PRE_TOKENIZER_SPLITS):
+    if model not in GGUF_TOKENIZER_TYPES or model == "t5":
+        return f"holds a tokenizer that cannot be rebuilt (of the kind {model!r:.40})"
+    if model == "gpt2" and split not in (*PLAIN_SPLITS, "smollm", *GGUF_PRE_TOKENIZER_SPLITS):
         return f"holds a tokenizer that cannot be rebuilt (it splits text as {split!r:.40} does, which is not known)"
     return ""
 

