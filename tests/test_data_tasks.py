@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from task_files import EXCERPTS, make_task_files
 
 from pedro.backbone import load_tokenizer, resolve_backbone
 from pedro.data import FORMATS, check_file, load_rows
@@ -15,61 +16,12 @@ from pedro.data.tasks.sources import read_array
 from pedro.data.tasks.text2sql import column_name
 from pedro.errors import ConfigError, DataError
 
-EXCERPTS = Path(__file__).parent / "fixtures" / "tasks"
 WHOLE = Path(os.environ.get("PEDRO_TASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-SST2 = "sentence\tlabel\na warm and clever film . \t1\nit drags . \t0\n"
-RTE = "index\tsentence1\tsentence2\tlabel\n0\tA man sings.\tSomebody sings.\tentailment\n"
-QNLI = "index\tquestion\tsentence\tlabel\n" + "".join(
-    f'{i}\tWho wrote book {i}?\tBook {i} has "many" pages.\tnot_entailment\n' for i in range(200)
-)
-COPA = {"premise": "The glass fell.", "choice1": "It broke.", "choice2": "It rang.", "question": "effect", "label": 0}
-BALANCED_COPA = """<?xml version="1.0"?><copa-corpus>
-<item id="7" asks-for="effect" most-plausible-alternative="1"><p>The  glass fell.</p><a1>a</a1><a2>b</a2></item>
-<item id="1007" asks-for="effect" most-plausible-alternative="2"><p>The glass stood.</p><a1>a</a1><a2>b</a2></item>
-<item id="8" asks-for="cause" most-plausible-alternative="2"><p>It rained.</p><a1>Sun.</a1><a2>Clouds.</a2></item>
-</copa-corpus>"""
-RECORD = {
-    "passage": {
-        "text": "Ann met Bob in Rome\n@highlight\nBob lives there",
-        "entities": [{"start": start, "end": end} for start, end in ((0, 2), (8, 10), (15, 18), (31, 33))],
-    },
-    "qas": [
-        {"query": "Ann likes @placeholder.", "answers": [{"text": "Bob"}, {"text": "Bob"}]},
-        {"query": "hidden @placeholder"},
-    ],
-}
-ALPACA = [
-    {"instruction": "Add.", "input": "1 2", "output": "3"},
-    {"instruction": "Greet.", "input": "", "output": "Hello"},
-    {"instruction": "Say nothing.", "input": "", "output": ""},
-]
-MADE = {
-    "sst2/train.tsv": SST2,
-    "sst2/dev.tsv": SST2,
-    "sst2/test.tsv": SST2,
-    "rte/train.tsv": RTE,
-    "rte/dev.tsv": RTE,
-    "qnli/dev.tsv": QNLI,
-    "copa/val.jsonl": json.dumps(COPA),
-    "copa/balanced-copa-dev-all.xml": BALANCED_COPA,
-    "record/train.jsonl": json.dumps(RECORD),
-    "record/dev32.jsonl": json.dumps(RECORD),
-    "alpaca/alpaca_data.json": json.dumps(ALPACA, indent=1),
-}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A data directory: licensed excerpts, and files made here for sources whose licence is not stated."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, text in MADE.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    for excerpt in EXCERPTS.iterdir():
-        if excerpt.is_dir():
-            (folder / excerpt.name).symlink_to(excerpt)
-    return folder
+    return make_task_files(tmp_path_factory.mktemp("data"))
 
 
 def first(name, split, data=None, **options):
@@ -125,7 +77,9 @@ def test_the_demos_tasks_need_no_files(name):
 
 @pytest.mark.parametrize(("name", "command_first"), [("snips_talk_first", False), ("snips_command_first", True)])
 def test_a_command_among_other_talk_keeps_its_answer_and_its_group_is_the_talks_length(name, command_first):
-    plain, among = list(get_task("snips").rows("test")), list(get_task(name).rows("test"))
+    plain, among = list(get_task("snips", "bare").rows("test")), list(get_task(name, "bare").rows("test"))
+    inside = [f"Text: {row.prompt}\nIntent:" for row in among]
+    assert [row.prompt for row in get_task(name).rows("test")] == inside
     assert [row.completion for row in among] == [row.completion for row in plain]
     lengths = set()
     for short, long in zip(plain, among, strict=True):
@@ -152,7 +106,7 @@ def test_a_worded_reference_is_what_the_parser_makes_of_the_answer(data):
 def test_a_shared_tasks_words_can_be_chosen(data):
     row = first("sst2", "test", data, wording="short")
     assert (row.prompt, row.completion) == ("a warm and clever film .", "good")
-    with pytest.raises(ConfigError, match=r"sst2 has no 'long'; choose one of: full, short"):
+    with pytest.raises(ConfigError, match=r"sst2 has no 'long'; choose one of: template, bare, full, short"):
         get_task("sst2", wording="long")
 
 

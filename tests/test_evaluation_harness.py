@@ -65,7 +65,7 @@ def endpoint(made):
 
 
 def banking():
-    task = get_task("banking77")
+    task = get_task("banking77", "bare")
     rows = [row for row, _ in zip(task.rows("test"), range(ROWS), strict=False)]
     return rows, list(dict.fromkeys(task.words.labels.values()))
 
@@ -121,7 +121,7 @@ def task_file(folder, rows):
 @pytest.fixture(scope="module")
 def answered(made, tmp_path_factory):
     """A task on SNIPS whose right answer to every other row is what our own generation gives; our score on it."""
-    prompts = [row.prompt for row, _ in zip(get_task("snips").rows("test"), range(12), strict=False)]
+    prompts = [row.prompt for row, _ in zip(get_task("snips", "bare").rows("test"), range(12), strict=False)]
     rows = [{"input_ids": ids, "prompt_len": len(ids)} for ids in (encode_prompt(tokenizer(), p) for p in prompts)]
     texts = [text.split("\n")[0].strip() for text in scoring.generate(made.model, tokenizer(), rows, 6)]
     right = [text if number % 2 else "zebra" for number, text in enumerate(texts)]

@@ -24,7 +24,7 @@ def tasks(
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Print the first N rows of --split.")] = 0,
     split: Annotated[str, typer.Option(help="Which rows to show.")] = "test",
-    wording: Annotated[str, typer.Option(help="In which words prompts are put: full, short, ...")] = "full",
+    wording: Annotated[str, typer.Option(help="In which words prompts are put: template, bare, ...")] = "template",
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each prompt.")] = 0,
     write: Annotated[Path | None, typer.Option(help="Write each split as JSONL into this directory.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Write a fair sample of N rows per split.")] = None,
@@ -35,7 +35,7 @@ def tasks(
     Rows are counted in --data; without it they are those that the source publishes or the package carries.
 
     Examples: pedro tasks; pedro tasks gsm8k --data benchmarks --show 2;
-    pedro tasks sst2 --data hub --wording short --write sst2
+    pedro tasks sst2 --data hub --wording bare --write sst2
     """
     from pedro.data.tasks import TASKS, get_task
 
@@ -75,7 +75,7 @@ def _record(task: Task, data: str | None) -> dict[str, Any]:
         "title": task.title,
         "metric": task.metric,
         "rows": rows,
-        "wordings": list(task.wordings),
+        "wordings": task.wording_names,
         "licence": task.licence,
         "hub": task.hub.path if task.hub else None,
         "source": source,

@@ -6,15 +6,16 @@ nothing of files or models.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.data import templates
 from pedro.data.row_shapes import RowShape
 from pedro.data.special_tokens import Prompt, as_text, encode_cut, marked, unmarked
-from pedro.errors import BackboneError, DataError
+from pedro.errors import BackboneError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from pedro.model_protocols import Tokenizer
@@ -116,6 +117,34 @@ FORMAT_OF_SHAPE = {
     RowShape.MESSAGES: "chat",
     RowShape.SHAREGPT: "chat",
 }
+
+
+SLOT = "{prompt}"
+
+
+def check_slot(text: str) -> str:
+    """A text around prompts, if it has one place for them. Raises ConfigError."""
+    if text.count(SLOT) != 1 or text.strip() == SLOT:
+        raise ConfigError(
+            f"data.template: expected text with {SLOT} in it once, such as 'Text: {SLOT}\\nIntent:', got {text!r:.80}",
+            param="data.template",
+        )
+    return text
+
+
+def around(form: PromptFormat, text: str) -> PromptFormat:
+    """The raw format with `text` around each prompt, in training and in serving: `Text: {prompt}\\nIntent:`.
+
+    Raises DataError for another format, whose template is around its prompts already.
+    """
+    if form.id != "raw":
+        raise DataError(
+            f"data.template: is for rows of prompt and completion; these have the {form.id} format, which brings its "
+            "own; leave it out",
+            param="data.template",
+        )
+    before, _, after = check_slot(text).partition(SLOT)
+    return replace(form, template=f"{{{{ {json.dumps(before)} }}}}{RAW}{{{{ {json.dumps(after)} }}}}")
 
 
 def format_for_shape(shape: RowShape | str, tokenizer: Tokenizer | None = None) -> PromptFormat:

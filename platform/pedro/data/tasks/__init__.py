@@ -25,10 +25,10 @@ from pedro.data.tasks import (
     sst2,
     text2sql,
 )
-from pedro.data.tasks.task import Task, TaskRow, Wording
+from pedro.data.tasks.task import BARE, TEMPLATE, Task, TaskRow, Wording
 from pedro.errors import ConfigError
 
-__all__ = ["TASKS", "Task", "TaskRow", "Wording", "get_task"]
+__all__ = ["BARE", "TASKS", "TEMPLATE", "Task", "TaskRow", "Wording", "get_task"]
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -56,7 +56,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def get_task(name: str, wording: str = "full", shots: int = 0) -> Task:
+def get_task(name: str, wording: str = TEMPLATE, shots: int = 0) -> Task:
     """The task called `name`, in one of its wordings, with `shots` worked examples before each prompt.
 
     Raises ConfigError that lists the tasks, or the wordings that this one has.

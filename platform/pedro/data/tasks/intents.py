@@ -1,7 +1,8 @@
 """SNIPS, CLINC150 by domain, Banking77: which intent a short utterance has, as the packaged demo asks it.
 
 The packaged rows are the demo's (short prompts, one word an intent). A directory with the public sources gives all
-their rows, in the same words; of Banking77 only the demo's ten intents.
+their rows, in the same words; of Banking77 only the demo's ten intents. The wording `template` puts a text between
+"Text:" and "Intent:"; `bare` (first called `full`) leaves it alone, so that a prompt may end anywhere.
 """
 
 import json
@@ -108,9 +109,19 @@ def make_from_hub(record: Record, words: Wording, shots: str) -> TaskRow | None:
     return make({"text": record["text"], "intent": intent}, words, shots)
 
 
-def _wordings(intents: dict[str, str]) -> dict[str, Wording]:
-    ask = "Which intent is it: " + ", ".join(intents.values()) + "?"
-    return {"full": Wording("{text}", intents), "asked": Wording("{text}\n" + ask + "\nAnswer:", intents)}
+def _wordings(intents: dict[str, str], what: str) -> dict[str, Wording]:
+    """`full` is the bare text: the name is that of the first results, which keep it. `what` a text is asked for."""
+    listed = ", ".join(intents.values())
+    asked = f"{{text}}\nWhich intent is it: {listed}?\nAnswer:"
+    instruction = f"Say which {what.lower()} the text has: {listed}."
+    return {
+        "full": Wording("{text}", intents),
+        "asked": Wording(asked, intents),
+        "template": Wording(f"Text: {{text}}\n{what}:", intents, instruction=instruction),
+    }
+
+
+BARE_IS_FULL = {"bare": "full"}
 
 
 SNIPS_TASK = Task(
@@ -119,7 +130,8 @@ SNIPS_TASK = Task(
     metric="accuracy",
     licence=demo_tenant("acme").licence,
     source="https://github.com/sonos/nlu-benchmark",
-    wordings=_wordings(SNIPS),
+    wordings=_wordings(SNIPS, "Intent"),
+    second_names=BARE_IS_FULL,
     make=make_from_hub,
     parser=parse_label,
     read=read_snips,
@@ -136,7 +148,8 @@ CLINC_TASK = Task(
     metric="accuracy",
     licence=demo_tenant("globex").licence,
     source="https://github.com/clinc/oos-eval",
-    wordings=_wordings(CLINC150),
+    wordings=_wordings(CLINC150, "Domain"),
+    second_names=BARE_IS_FULL,
     make=make,
     parser=parse_label,
     read=read_clinc,
@@ -158,7 +171,8 @@ BANKING_TASK = Task(
     metric="accuracy",
     licence=demo_tenant("initech").licence,
     source="https://github.com/PolyAI-LDN/task-specific-datasets",
-    wordings=_wordings(BANKING77),
+    wordings=_wordings(BANKING77, "Intent"),
+    second_names=BARE_IS_FULL,
     make=make_from_hub,
     parser=parse_label,
     read=read_banking,

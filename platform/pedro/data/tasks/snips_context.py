@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from pedro.data.tasks.task import Task, TaskRow, Wording
 
 WORDS = (0, 16, 32, 64, 128)
+BARE, TEMPLATE = intents.SNIPS_TASK.wordings["full"], intents.SNIPS_TASK.wordings["template"]
 
 
 def _row(record: Record, words: Wording, shots: str, combine: Callable[[str, str], str]) -> TaskRow | None:
-    row = intents.make_from_hub(record, words, "")
+    row = intents.make_from_hub(record, BARE, "")
     if row is None:
         return None
     count, talk = other_talk(row.prompt)
-    prompt = f"{shots}{combine(row.prompt, talk)}" if talk else f"{shots}{row.prompt}"
-    return replace(row, prompt=prompt, group=f"{count} words")
+    text = combine(row.prompt, talk) if talk else row.prompt
+    return recombine(row, prompt=words.prompt({"text": text}, shots), group=f"{count} words")
 
 
 def make_before(record: Record, words: Wording, shots: str) -> TaskRow | None:
@@ -62,7 +63,7 @@ TALK_FIRST_TASK = replace(
     name="snips_talk_first",
     folder="snips",
     title="SNIPS behind up to 128 words of other talk",
-    wordings={"full": intents.SNIPS_TASK.wordings["full"]},
+    wordings={"full": BARE, "template": TEMPLATE},
     make=make_before,
 )
 COMMAND_FIRST_TASK: Task = replace(

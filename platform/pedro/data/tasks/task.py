@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 from pedro.data.row_shapes import RowShape
@@ -55,13 +56,21 @@ class Wording:
     """How a record is put into words: `str.format` templates over its fields.
 
     A prompt is `head`, then worked examples if any are asked for, then `body`. `labels` are the words for the
-    source's classes. `reasons` says that answers spell out their reasoning.
+    source's classes. `reasons` says that answers spell out their reasoning. `instruction` is what a model that was not
+    trained on the task is told before the prompt, where the prompt itself does not say what is asked.
     """
 
     body: str
     labels: Mapping[str, str] = field(default_factory=dict)
     head: str = ""
     reasons: bool = False
+    instruction: str = ""
+
+    @property
+    def ending(self) -> str:
+        """What every prompt ends with, whatever the record says; "" where it ends with the record's own words."""
+        literal, name, *_ = list(Formatter().parse(self.body))[-1]
+        return literal if name is None else ""
 
     def prompt(self, fields: Mapping[str, Any], shots: str = "") -> str:
         """The prompt, up to where the answer begins."""
@@ -76,6 +85,9 @@ class Wording:
             raise DataError(f"label: {name!r} is not a class of this task; expected one of {known}") from None
 
 
+TEMPLATE, BARE = "template", "bare"
+SECOND_NAMES = {TEMPLATE: "full", BARE: "short"}
+"""Names of wordings that a task knows under another one, unless it says so itself: what results and their ids hold."""
 Make = Callable[[Record, Wording, str], TaskRow | None]
 """(record, wording, worked examples) -> its row, or None for a record that the task leaves out."""
 Parse = Callable[[str, TaskRow, Wording], str]
@@ -85,6 +97,9 @@ Parse = Callable[[str, TaskRow, Wording], str]
 @dataclass(frozen=True)
 class Task:
     """A benchmark. `metric` names one of `pedro.evaluation.metrics`; `average` says over what it is taken.
+
+    Every task has the wording `template`, whose prompts end with the same words whatever the record says; `bare` is the
+    record's text with nothing around it. Both may be `second_names` of wordings that are called otherwise.
 
     `layouts` are the file trees that are known, the most specific first, under `folder` of a data directory (the name
     if not given); `read` turns one of their files into records of the hub's form. `packaged` is a folder of the
@@ -111,21 +126,38 @@ class Task:
     stops: tuple[str, ...] = ()
     shots_from: str = "train"
     average: Literal["rows", "groups"] = "rows"
-    wording: str = "full"
+    wording: str = TEMPLATE
     shots: int = 0
+    second_names: Mapping[str, str] = field(default_factory=lambda: SECOND_NAMES)
 
-    def configured(self, wording: str = "full", shots: int = 0) -> Task:
+    def configured(self, wording: str = TEMPLATE, shots: int = 0) -> Task:
         """The same task in other words or with worked examples. Raises ConfigError for what it does not have."""
-        if wording not in self.wordings:
-            known = ", ".join(self.wordings)
+        if wording not in self.wording_names:
+            known = ", ".join(self.wording_names)
             raise ConfigError(f"wording: {self.name} has no {wording!r}; choose one of: {known}", param="wording")
         if shots < 0:
             raise ConfigError(f"shots: expected 0 or more, got {shots}", param="shots")
         return replace(self, wording=wording, shots=shots)
 
     @property
+    def wording_names(self) -> list[str]:
+        """Every name that `configured` takes."""
+        second = [name for name, first in self.second_names.items() if first in self.wordings]
+        return list(dict.fromkeys([*second, *self.wordings]))
+
+    @property
+    def stored_wording(self) -> str:
+        """The wording's first name, which results and their ids hold."""
+        return self.wording if self.wording in self.wordings else self.second_names[self.wording]
+
+    @property
     def words(self) -> Wording:
-        return self.wordings[self.wording]
+        return self.wordings[self.stored_wording]
+
+    @property
+    def as_chat(self) -> bool:
+        """Whether its rows are conversations where the backbone has a chat template."""
+        return self.wording == TEMPLATE and self.shape is RowShape.COMPLETION
 
     def open(self, data: str | Path | None = None) -> Source:
         """Where the rows are: a directory, "hub", or None for data that the package carries. Raises DataError."""
@@ -157,8 +189,10 @@ class Task:
             text = before if before.strip() else text
         return self.parser(text, row, self.words)
 
-    def line(self, row: TaskRow) -> dict[str, str]:
-        """The row as a line of a training file."""
+    def line(self, row: TaskRow, chat: bool = False) -> dict[str, Any]:
+        """The row as a line of a training file; as a conversation if that is asked for."""
+        if chat:
+            return {"messages": [*row.messages, {"role": "assistant", "content": row.completion}]}
         if self.shape is RowShape.ALPACA:
             return {"instruction": row.prompt, "input": row.input, "output": row.completion}
         return {"prompt": row.prompt, "completion": row.completion}
