@@ -184,6 +184,7 @@ def _result(
             "seconds": 20.0 + len(label),
             "scoring_seconds": 3.0,
             "tokens_per_second": 4000.0 + 100 * len(label),
+            "answer_tokens_per_second": 400.0 + 10 * len(label),
             "peak_memory_bytes": 700 << 20,
             "curves": {
                 "train/loss": [[step, 1 - value + 30 / step] for step in points],

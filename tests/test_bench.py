@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs.benchmarks import contention, fairness, peers
+from jobs.benchmarks import contention, dry_run, fairness, peers
 from jobs.benchmarks.bench_engine import BenchEngine
 from jobs.benchmarks.command_line import main
 from jobs.benchmarks.efficiency import copy_limit_tok_s
@@ -275,3 +275,24 @@ def test_help_teaches_without_importing_torch():
     out = subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True)
     assert out.returncode == 0, out.stderr.decode()
     assert b"--peer vllm=/path/to/python" in out.stdout
+
+
+def test_promises_of_a_dry_run_stand_beside_what_the_job_took():
+    report, said = BenchmarkReport("dryrun", {}), []
+    promise = {
+        "seconds": 100.0,
+        "seconds_by_part": {"to start": 45.0, "of steps": 40.0, "of validation": 5.0, "of scoring": 10.0},
+        "memory_bytes": {"backbone": 100 * 2**20, "activations": 50 * 2**20},
+        "process_bytes": 750 * 2**20,
+        "time_from": "timed on this machine",
+    }
+    measured = {"job s": 110.0, "training s": 90.0, "memory MB": 1000.0}
+    dry_run._compare(report, "pedro-nano", "pedro", promise, measured, said.append)
+    assert [(row["what"], row["promised"], row["measured"], row["off"]) for row in report.rows] == [
+        ("job s", 100.0, 110.0, -0.091),
+        ("training s", 45.0, 90.0, -0.5),
+        ("memory MB", 900.0, 1000.0, -0.1),
+    ]
+    assert [target.met for target in report.targets] == [True, False, True]
+    assert any("promised 900.0, measured 1,000.0 (-10%)" in line for line in said)
+    assert dry_run._spec("pedro", "stories260K", 20).training.eval_every == 5

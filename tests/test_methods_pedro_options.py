@@ -20,6 +20,7 @@ OPTIONS = [
     {"pool": "max", "window": 2},
     {"r": [2, 5, 12]},
     {"orders": [[6, 5], [4, 3], [2, 2]]},
+    {"init_std": "width"},
 ]
 
 
@@ -105,6 +106,7 @@ def test_each_layer_has_its_own_width_and_orders():
 def test_the_defaults_are_what_they_were():
     config = PedroConfig()
     assert (config.r, config.orders, config.pool, config.window, config.group_size) == (12, (6, 5), "last", None, 1)
+    assert config.init_std == 0.02
     assert config.by_layer(2) == [("rational", 12, (6, 5))] * 2
 
 
@@ -139,3 +141,20 @@ def test_groups_that_do_not_divide_a_projection_are_refused_before_anything_is_c
     with pytest.raises(ConfigError, match=r"group_size: expected a divisor of 32, the width of a target; .*got 5"):
         get_method("pedro").apply(backbone, {"group_size": 5})
     assert not any("modulation" in name for name, _ in backbone.named_modules())
+
+
+def test_a_fresh_w_down_can_be_as_wide_as_the_width_asks(tmp_path):
+    def spread(**options) -> float:
+        torch.manual_seed(0)
+        model = get_method("pedro").apply(tiny_backbone(), {"r": 64, **options})
+        layers = [layer.block.modulation.pedro_down["default"] for layer in describe(model.get_base_model()).layers]
+        return float(torch.stack([layer.detach() for layer in layers]).std())
+
+    width = 32
+    assert spread() == pytest.approx(0.02, rel=0.05)
+    assert spread(init_std=0.1) == pytest.approx(0.1, rel=0.05)
+    assert spread(init_std="width") == pytest.approx(0.02 * (4096 / width) ** 0.5, rel=0.05)
+    for wrong in (0, -1, "height", True):
+        with pytest.raises(ConfigError, match=r"method\.init_std: expected a number > 0, or width"):
+            get_method("pedro").apply(tiny_backbone(), {"init_std": wrong})
+    assert get_method("para").apply(tiny_backbone(), {"init_std": "width"})

@@ -4,9 +4,11 @@ import pytest
 import torch
 from training_runs import context_for, parameters, spec_for
 
+from pedro.errors import ConfigError
 from pedro.methods.output_head import supervised
 from pedro.training.batches import RowStream, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA, learning_rate
+from pedro.training.estimate import dry_run
 from pedro.training.loop import batch_step
 
 
@@ -103,3 +105,33 @@ def test_the_learning_rate_climbs_then_falls_and_never_stands_still_at_zero(step
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert min(rates) > 0
     assert max(rates) == 1.0
+
+
+def test_b_up_learns_at_a_rate_of_its_own_where_that_is_asked_for(tmp_path):
+    context = context_for(spec_for(tmp_path, b_up_lr_ratio=10), tmp_path)
+    context.engine.mode(training=True)
+    before = parameters(context)
+    _step(context, OMEGA, context.data.train, lr=1e-3)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in parameters(context).items()}
+    bias = [size for name, size in moved.items() if ".pedro_bias." in f"{name}."]
+    up = [size for name, size in moved.items() if ".pedro_up." in f"{name}."]
+    assert bias == pytest.approx([1e-2] * len(bias), rel=0.01), "Adam's first step is the rate itself"
+    assert up == pytest.approx([1e-3] * len(up), rel=0.01)
+
+
+def test_a_ratio_of_one_is_the_training_without_it_to_the_bit(tmp_path):
+    plain, ratio = (context_for(spec_for(tmp_path, b_up_lr_ratio=r), tmp_path) for r in (None, 1))
+    for context in (plain, ratio):
+        context.engine.mode(training=True)
+        for place in range(3):
+            _step(context, OMEGA, context.data.train, place)
+            _step(context, THETA, context.data.theta, place)
+    wanted = parameters(plain)
+    assert all(torch.equal(value, wanted[name]) for name, value in parameters(ratio).items())
+
+
+def test_a_rate_of_b_up_is_refused_by_methods_that_have_none(tmp_path):
+    spec = spec_for(tmp_path, "lora", b_up_lr_ratio=3)
+    for attempt in (lambda: context_for(spec, tmp_path), lambda: dry_run(spec, calibrated=False)):
+        with pytest.raises(ConfigError, match=r"training\.b_up_lr_ratio: lora has no b_up"):
+            attempt()

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from training_runs import context_for, run, spec_for
 
 from pedro.errors import ConfigError, DataError
+from pedro.training import context
+from pedro.training.calibrate import Calibration, calibrate
 from pedro.training.estimate import dry_run
 
 
@@ -107,3 +110,51 @@ def test_a_missing_file_is_named(tmp_path):
     gone = spec.model_copy(update={"data": spec.data.model_copy(update={"train": str(tmp_path / "gone.jsonl")})})
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         dry_run(gone)
+
+
+def test_a_dry_run_measures_what_a_step_takes_and_says_so(tmp_path):
+    report = dry_run(spec_for(tmp_path, batch_size=40, theta_every=2))
+    assert report.memory_from == "measured"
+    assert report.memory_bytes["activations"] > 2**20
+    assert "steps of 40 rows" in report.time_from
+    assert "(measured)" in str(report)
+
+
+def test_without_calibration_nothing_is_loaded_and_a_speed_is_assumed(tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a backbone was loaded")
+
+    monkeypatch.setattr(context, "load_model", refuse)
+    report = dry_run(spec_for(tmp_path), calibrated=False)
+    assert report.time_from.endswith("assumed 5e+10/s for each worker; not timed: not asked for")
+    assert report.memory_from == "estimate"
+    assert report.seconds_per_step > 0
+    with pytest.raises(AssertionError, match="a backbone was loaded"):
+        dry_run(spec_for(tmp_path))
+
+
+def test_a_calibration_that_has_no_time_left_falls_back(tmp_path):
+    report = dry_run(spec_for(tmp_path), bound_s=0.0)
+    assert "not timed: loading the backbone took all of the time" in report.time_from
+    assert report.seconds_per_step > 0
+
+
+def test_a_batch_that_would_take_too_long_is_cut_and_scaled(tmp_path):
+    spec = spec_for(tmp_path, batch_size=8)
+    sizes = {"parameters": 10**6, "trained": 10**5}
+    whole = calibrate(spec, tmp_path / "cache", 8, **sizes, row_s=0.01, bound_s=60)
+    cut = calibrate(spec, tmp_path / "cache", 8, **sizes, row_s=60 / 8 / 2, bound_s=60)
+    assert isinstance(whole, Calibration)
+    assert isinstance(cut, Calibration)
+    assert (whole.rows, cut.rows) == (8, 2)
+    assert whole.steps >= 2
+    assert cut.per_step > 0.3 * whole.per_step, "a step of two rows counts for one of eight"
+
+
+def test_what_does_not_fit_into_memory_is_not_loaded_to_be_timed(tmp_path):
+    told = calibrate(spec_for(tmp_path), tmp_path, 8, parameters=10**9, trained=10**12, row_s=0.01)
+    assert isinstance(told, str)
+    assert "too much for the" in told
+    if not torch.cuda.is_available():
+        on_gpu = spec_for(tmp_path, "pedro", {"gpus_per_worker": 1})
+        assert calibrate(on_gpu, tmp_path, 8, parameters=1, trained=1, row_s=0.01) == "there is no GPU here"

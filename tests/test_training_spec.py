@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pedro.comparison.spec import load_comparison_spec
+from pedro.comparison.spec_file import load_comparison_spec
 from pedro.config import Settings
 from pedro.errors import ConfigError
 from pedro.training.job import flat, read_spec, stage
@@ -210,6 +210,6 @@ def test_of_epochs_and_steps_that_are_both_given_the_first_to_be_reached_ends_tr
     both = load_finetune_spec(_write(tmp_path, training={"epochs": 3, "max_steps": 2000}))
     stored = FineTuneSpec.model_validate({**SMALL, "training": {"epochs": 3.0, "max_steps": 2000}})  # before this rule
     neither = load_finetune_spec(_write(tmp_path))
-    assert [make_training_plan(one.training, 2208, True).steps for one in (both, stored, neither)] == [414, 414, 414]
+    assert [make_training_plan(one.training, 2208, True).steps for one in (both, stored, neither)] == [414, 414, 1380]
     with pytest.raises(ConfigError, match="epochs is null and max_steps not given"):
         load_finetune_spec(_write(tmp_path, training={"epochs": None}))

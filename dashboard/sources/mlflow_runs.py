@@ -7,7 +7,7 @@ in their seed are the seeds of one method.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ def _labels(runs: Sequence[TrackedRun]) -> list[str]:
 def _result(run: TrackedRun, label: str, parameters: int) -> RunResult:
     asked, metrics = _asked(run), run.metrics
     majority = metrics.get("final/majority_accuracy")
+    speeds = _speeds(metrics)
     score = TaskResult(run.model, "accuracy", metrics["final/accuracy"], majority=majority)
     return RunResult(
         id=run.id,
@@ -102,10 +103,20 @@ def _result(run: TrackedRun, label: str, parameters: int) -> RunResult:
         scores=(score,),
         trainable_parameters=parameters,
         seconds=metrics.get("final/seconds", 0.0),
-        tokens_per_second=metrics.get("train/answer_tokens_per_second", metrics.get("train/tokens_per_second", 0.0)),
+        tokens_per_second=speeds.get("tokens_per_second", 0.0),
+        answer_tokens_per_second=speeds["answer_tokens_per_second"],
+        samples_per_second=speeds.get("samples_per_second", 0.0),
         peak_memory_bytes=int(metrics.get("system/memory_mb", 0.0) * 2**20),
         provenance={"created": utc(run.started)},
     )
+
+
+def _speeds(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Runs that have no speed of answers by its own name counted answers alone under the other."""
+    if "train/answer_tokens_per_second" not in metrics:
+        return {"answer_tokens_per_second": metrics.get("train/tokens_per_second", 0.0)}
+    names = ("tokens_per_second", "answer_tokens_per_second", "samples_per_second")
+    return {name: metrics.get(f"train/{name}", 0.0) for name in names}
 
 
 def _asked(run: TrackedRun) -> dict[str, str]:

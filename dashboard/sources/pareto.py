@@ -27,7 +27,8 @@ class CostMetric:
 METRICS = {
     "score": CostMetric("Score (%)", more_is_better=True, unit=0.01, format=".1f"),
     "parameters": CostMetric("Trained parameters", log=True),
-    "tokens_per_second": CostMetric("Answer tokens per second in training", more_is_better=True),
+    "tokens_per_second": CostMetric("Tokens per second in training", more_is_better=True),
+    "answer_tokens_per_second": CostMetric("Answer tokens per second in training", more_is_better=True),
     "peak_memory": CostMetric("Peak memory (MiB)", unit=2**20),
     "seconds": CostMetric("Training time (s)", format=",.1f"),
     "adapter_bytes": CostMetric("Adapter (kB)", unit=1000.0, format=",.1f", log=True),
@@ -106,6 +107,7 @@ def _costs(runs: Sequence[RunResult]) -> dict[str, float]:
     return {
         "parameters": median(run.trainable_parameters for run in runs),
         "tokens_per_second": median(run.tokens_per_second for run in runs),
+        "answer_tokens_per_second": median(run.answer_tokens_per_second for run in runs),
         "peak_memory": median(run.peak_memory_bytes for run in runs),
         "seconds": median(run.seconds for run in runs),
         "adapter_bytes": median(run.adapter_bytes for run in runs),

@@ -64,6 +64,7 @@ class Options:
     device: str
     peers: Mapping[str, str]
     engines: tuple[str, ...] | None
+    backbones: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
         command.add_argument("--device", type=_device, default="cpu", help="cpu (float32) or cuda (bfloat16)")
         command.add_argument("--peer", type=_peer, action="append", default=[], metavar="vllm=PYTHON")
         command.add_argument("--engines", type=_engines, metavar="ours,vllm", help=f"of {', '.join(ENGINES)}")
+        command.add_argument("--backbones", type=_names, metavar="A,B", help="that dryrun trains on; the packaged ones")
         command.add_argument("--out", type=_file, metavar="FILE", help="where the result goes instead")
         command.add_argument("--allow-dirty", action="store_true", help=ALLOW_DIRTY)
     return parser
@@ -144,6 +146,7 @@ def _options(parsed: argparse.Namespace) -> Options:
         device=parsed.device,
         peers=dict(parsed.peer),
         engines=parsed.engines,
+        backbones=parsed.backbones,
     )
 
 
@@ -152,6 +155,10 @@ def _models(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in MODEL_SIZES]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(MODEL_SIZES)}")
     return names
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _engines(text: str) -> tuple[str, ...]:

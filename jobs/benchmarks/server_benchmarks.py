@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from jobs.benchmarks import dashboard_pages, fairness, fairness_http, http_overhead
+from jobs.benchmarks import dashboard_pages, dry_run, fairness, fairness_http, http_overhead
 from jobs.benchmarks.command_line import Benchmark, Options
 from jobs.benchmarks.engine_benchmarks import FAIRNESS_COLUMNS
 from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, ModelSize, bench_folder, prompts, saved_model
@@ -138,6 +138,11 @@ SERVER_BENCHMARKS = {
         "what a miss costs in the registry, before the engine's loader", registry_report, REGISTRY_COLUMNS
     ),
     "http": Benchmark("streaming through Ray Serve against the engine in process", http_report, http_overhead.COLUMNS),
+    "dryrun": Benchmark(
+        "time and memory that `pedro submit --dry-run` promises, beside what the job takes",
+        dry_run.run,
+        dry_run.COLUMNS,
+    ),
     "swap": Benchmark(
         "an alias that moves under load: nothing fails, nothing is mixed",
         swap_report,

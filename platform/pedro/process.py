@@ -1,4 +1,5 @@
 """What pedro changes of the process that it runs in: PyTorch's threads, the interpreter's switching, the environment.
+And what the process takes of memory, as Linux tells it.
 
 Serving and training own their processes and do so on purpose; whoever embeds them in a process of their own finds here
 all that changes. Standard library, and torch where it is used.
@@ -9,7 +10,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SWITCH_S = 0.0005  # how long an event loop may keep the interpreter from the engine's thread
 
 
@@ -29,3 +32,48 @@ def set_torch_threads(threads: int) -> None:
 def update_environment(values: Mapping[str, str]) -> None:
     """Set environment variables, for libraries that read theirs once and for the processes that start from here."""
     os.environ.update(values)
+
+
+def reset_peak_memory() -> bool:
+    """Forget this process's peak so far; whether the system could (Linux: VmHWM starts anew, proc(5))."""
+    try:
+        RESET.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """The most bytes that this process had resident, since its start or the last reset."""
+    found = _status("VmHWM")
+    if found is None:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return found
+
+
+def resident_memory() -> int:
+    """Bytes that this process has resident; 0 where the system does not tell."""
+    return _status("VmRSS") or 0
+
+
+def available_memory() -> int | None:
+    """Bytes that a process may still take of this machine or of its container; None where neither tells."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - used))
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -31,6 +31,13 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Start nothing; show parameters, memory, steps and time.")
     ] = False,
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="In a dry run, load the backbone and time steps (a minute at most), or assume a speed.",
+        ),
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter as a Ray job, evaluate it, register it, and make it champion if its gate says so.
@@ -48,7 +55,7 @@ def submit(
         from pedro.training.estimate import dry_run as estimate
 
         quiet()
-        report = estimate(wanted)
+        report = estimate(wanted, calibrated)
         emit(report.to_dict(), as_json, lambda: typer.echo(str(report)))
         return
     from pedro.cluster import connect

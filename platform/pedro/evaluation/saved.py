@@ -170,7 +170,7 @@ def score_file(
     tokenizer = load_tokenizer(backbone)
     shape = shape_of(file, fields)
     fresh = format_for_shape(shape, tokenizer)
-    if (fresh.id, fresh.template) != (form.id, form.template):
+    if fresh.id != form.id or (fresh.id != "raw" and fresh.template != form.template):  # raw may have a text around it
         raise DataError(
             f"{file}: holds {shape}, but the adapter was trained on prompts of the format {form.id!r}; "
             "bring the rows in the shape of its training data",

@@ -51,6 +51,7 @@ class Method:
     conditions_on_prompt: bool = False
     reads_weights: bool = False  # multiplies the backbone's weights at every step, so they must be whole on each worker
     theta: tuple[str, ...] = ()  # parts of the names of what Θ steps train (eq. 8); the rest is Ω
+    b_up: tuple[str, ...] = ()  # parts of the names of b_up of eq. 6, which may learn at a rate of its own
     paper: dict[str, Any] = field(default_factory=dict)  # options of the PEDRO paper's table 1, where not the defaults
     make_hook: Callable[[Any, int, dict[str, Any]], TrainingHook | None] | None = None  # model, steps, options
 
@@ -124,6 +125,10 @@ class Method:
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         theta = [(name, p) for name, p in trainable if self._is_theta(name)]
         return [(name, p) for name, p in trainable if not self._is_theta(name)], theta
+
+    def is_b_up(self, name: str) -> bool:
+        """Whether the parameter called `name` is b_up of eq. 6."""
+        return any(part in f"{name}." for part in self.b_up)
 
     def _is_theta(self, name: str) -> bool:
         return any(part in f"{name}." for part in self.theta)

@@ -20,13 +20,24 @@ Named = Sequence[tuple[str, nn.Parameter]]
 class GroupedAdamW(torch.optim.AdamW):
     """AdamW with a group for Ω and one for Θ, stepping only the groups named in `active`.
 
-    Groups are found by their `role`, never by position: ZeRO hands them over one at a time, with flat partitions
-    in place of the parameters.
+    What `is_faster` names of Ω has a group of its own, whose rate is Ω's times `ratio`. Groups are found by their
+    `role`, never by position: ZeRO hands them over one at a time, with flat partitions in place of the parameters.
     """
 
-    def __init__(self, omega: Named, theta: Named, *, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        omega: Named,
+        theta: Named,
+        *,
+        weight_decay: float = 0.0,
+        ratio: float = 1.0,
+        is_faster: Callable[[str], bool] = lambda _name: False,
+    ) -> None:
+        faster = [p for name, p in omega if is_faster(name)]
+        plain = [p for name, p in omega if not is_faster(name)]
         groups: list[dict[str, Any]] = [
-            {"params": [p for _, p in omega], "role": OMEGA, "weight_decay": weight_decay},
+            {"params": plain, "role": OMEGA, "weight_decay": weight_decay},
+            {"params": faster, "role": OMEGA, "weight_decay": weight_decay, "ratio": ratio},
             {"params": [p for _, p in theta], "role": THETA, "weight_decay": 0.0},
         ]
         super().__init__([group for group in groups if group["params"]], lr=0.0)
@@ -45,7 +56,7 @@ class GroupedAdamW(torch.optim.AdamW):
     def set_lr(self, omega: float, theta: float) -> None:
         """Set the learning rates of the coming step."""
         for group in self.param_groups:
-            group["lr"] = theta if group["role"] == THETA else omega
+            group["lr"] = theta if group["role"] == THETA else omega * group.get("ratio", 1.0)
 
     def materialise(self, masters: Iterable[torch.Tensor]) -> None:
         """Give every master tensor its (zero) state now, so that a checkpoint finds the same whenever it is made."""

@@ -64,7 +64,7 @@ def build_context(
     with_theta = bool(theta) and spec.training.bilevel
     train, theta_rows, validation = group.together(lambda: prepared.splits(with_theta))
     plan = make_training_plan(spec.training, len(train), with_theta)
-    optimizer = GroupedAdamW(omega, theta, weight_decay=spec.training.weight_decay)
+    optimizer = make_optimizer(spec, method, omega, theta)
     parameters = [*omega, *theta]
     engine = (make_engine or torch_engine(spec))(model, optimizer, parameters)
     engine.hook = method.training_hook(model, spec.method.options, plan.steps)
@@ -96,6 +96,25 @@ def build_context(
         plan=plan,
         data=data,
         trainable_parameters=count_parameters(model)["trainable"],
+    )
+
+
+def make_optimizer(spec: FineTuneSpec, method: Method, omega: Named, theta: Named) -> GroupedAdamW:
+    """The spec's optimizer. Raises ConfigError for a rate of b_up where the method has none."""
+    training = spec.training
+    if training.b_up_lr_ratio is None:
+        return GroupedAdamW(omega, theta, weight_decay=training.weight_decay)
+    if not any(method.is_b_up(name) for name, _ in omega):
+        raise ConfigError(
+            f"training.b_up_lr_ratio: {method.name} has no b_up, which PEDRO and PARA have; leave it out",
+            param="training.b_up_lr_ratio",
+        )
+    return GroupedAdamW(
+        omega,
+        theta,
+        weight_decay=training.weight_decay,
+        ratio=training.b_up_lr_ratio,
+        is_faster=method.is_b_up,
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pedro.process import peak_memory
+
 LOG = logging.getLogger(__name__)
 LogPoint = Callable[[int, Mapping[str, float]], None]
 FLUSH_TIMEOUT_S = 60
@@ -48,10 +50,13 @@ class CurveWriter:
 
 
 def system_metrics() -> dict[str, float]:
-    """What this process takes of the machine: resident memory, processor use since the last call, peak GPU memory."""
+    """What this process takes of the machine: resident memory and its peak, processor use since the last call, and the
+    peak of GPU memory.
+    """
     process = _this_process()
     values = {
         "system/memory_mb": process.memory_info().rss / 2**20,
+        "system/peak_memory_mb": peak_memory() / 2**20,
         "system/cpu_percent": process.cpu_percent(None),
     }
     if torch.cuda.is_available():

@@ -1,18 +1,18 @@
 """What a job would take, before it starts: parameters, memory by part, steps and time. Starts no cluster.
 
-Counts are exact; what activations take and how long a step lasts are estimates, and the report says which. A model
-of at most 100 M parameters, its adapter included, is timed on this machine; of a larger one only the shapes are made.
+Counts are exact; what activations take and how long a step lasts are measured by a few real steps (`calibrate.py`), or
+else estimated, and the report says which.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import Backbone, load_config, load_tokenizer, resolve_backbone
+from pedro.training.calibrate import BOUND_S, Calibration, calibrate
 from pedro.training.memory import Sizes, training_memory
 from pedro.training.prepare import PreparedData, make_training_plan, notes, prepare_data
 
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
     from pedro.model_protocols import ModelConfig
     from pedro.training.spec import FineTuneSpec
 
-TIMED_PARAMETERS = 100_000_000
 # Measured with Ray 2 jobs of stories260K on two cores that were busy otherwise too (load 3 to 5), 1 and 2 workers, ZeRO
 # 0, 1 and 3: 45 to 60 s beside training and scoring; resident memory of a worker, whose tensors take 2 MB.
 STARTUP_S = 45.0
 PROCESS_BYTES = {0: 770_000_000, 1: 790_000_000, 2: 790_000_000, 3: 810_000_000}
 ROLES = {"theta": "theta (for the steps on Θ)"}
-SCORED_ROWS = 8  # that are timed
-ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only for backbones that are not timed here
+ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only for what is not timed here
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class DryRun:
     rows: dict[str, int]
     tokens_per_row: float
     memory_bytes: dict[str, int]
+    memory_from: str
+    """Whether what activations take was measured or is an estimate; the rest is counted."""
     process_bytes: int
     """What a worker's process takes beside its tensors: libraries, and DeepSpeed's own for a ZeRO stage."""
     steps: int
@@ -80,30 +80,36 @@ class DryRun:
             f"about {_size(tensors + self.process_bytes)} as a process",
         ]
         for name, size in self.memory_bytes.items():
-            lines.append(f"  {name:<12}{_size(size):>10}{' (estimate)' if name == 'activations' else ''}")
+            told = f" ({self.memory_from})" if name == "activations" else ""
+            lines.append(f"  {name:<12}{_size(size):>10}{told}")
         lines.append(f"  {'process':<12}{_size(self.process_bytes):>10} (estimate)")
         if spec["resources"]["zero_stage"] == 3:
             lines.append("  stage 3 saves no memory of a worker's process here: each loads the whole backbone first")
         return "\n".join([*lines, *(f"note         {note}" for note in self.notes)])
 
 
-def dry_run(spec: FineTuneSpec) -> DryRun:
+def dry_run(spec: FineTuneSpec, calibrated: bool = True, bound_s: float = BOUND_S) -> DryRun:
     """Resolve a spec completely, data and method options included, and say what it would take.
 
-    Raises the same errors as the job would.
+    `calibrated`: load the backbone and time steps, for about `bound_s` at most. Raises the same errors as the job
+    would.
     """
     backbone = resolve_backbone(spec.backbone)
     with tempfile.TemporaryDirectory() as cache:
         prepared = prepare_data(spec.data, spec.training, backbone, load_tokenizer(backbone), Path(cache))
-        return _estimate(spec, backbone, prepared, Path(cache))
+        return _estimate(spec, backbone, prepared, Path(cache), bound_s if calibrated else None)
 
 
-def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: PreparedData, cache: Path) -> DryRun:
+def _estimate(
+    spec: FineTuneSpec, backbone: Backbone, prepared: PreparedData, cache: Path, bound_s: float | None
+) -> DryRun:
     from pedro.methods.registry import count_parameters, get_method
+    from pedro.training.context import make_optimizer
 
     model = _shapes(spec, backbone)
     method = get_method(spec.method.name)
-    _, theta = method.parameter_groups(model)
+    omega, theta = method.parameter_groups(model)
+    make_optimizer(spec, method, omega, theta)  # refuses what the job would refuse
     counts = count_parameters(model)
     frozen = counts["total"] - counts["trainable"]
     backbone_parameters = counts["total"] if method.name == "full" else frozen
@@ -116,16 +122,29 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: PreparedData, ca
     validations = -(-plan.steps // plan.validate_every) if validation is not None else 0
     validated = validations * min(len(validation), spec.training.eval_rows) if validation is not None else 0
     to_score = 2 * len(scored) if scored is not None else 0  # with the adapter and without
-    small = counts["total"] <= TIMED_PARAMETERS and not spec.resources.gpus_per_worker
-    if small:
-        (per_step, a_validated, a_scored), time_from = _timed(spec, cache, plan.batch_size), "timed on this machine"
+    device = "gpu" if spec.resources.gpus_per_worker else "cpu"
+    work = (6 if method.name == "full" else 4) * backbone_parameters * tokens * plan.batch_size
+    per_worker = work / spec.resources.workers / ASSUMED_FLOPS[device]
+    found: Calibration | str = "not asked for"
+    if bound_s is not None:
+        row_s = per_worker / max(1, plan.batch_size // spec.resources.workers)
+        found = calibrate(
+            spec,
+            cache,
+            plan.batch_size,
+            parameters=counts["total"],
+            trained=counts["trainable"],
+            row_s=row_s,
+            bound_s=bound_s,
+        )
+    if isinstance(found, Calibration):
+        per_step, a_validated, a_scored = found.per_step, found.per_validated, found.per_scored
+        time_from = f"timed on this machine ({found.steps} steps of {found.rows} rows)"
     else:
-        device = "gpu" if spec.resources.gpus_per_worker else "cpu"
-        work = (6 if method.name == "full" else 4) * backbone_parameters * tokens * plan.batch_size
-        rate = ASSUMED_FLOPS[device] * spec.resources.workers
-        per_step = work / rate * (1 + (1 / plan.theta_every if bilevel else 0))
+        per_step = per_worker * (1 + (1 / plan.theta_every if bilevel else 0))
         a_validated = a_scored = 2 * backbone_parameters * tokens / ASSUMED_FLOPS[device]
-        time_from = f"from {work:.1e} operations a step at an assumed {ASSUMED_FLOPS[device]:.0e}/s for each worker"
+        speed = f"{work:.1e} operations a step at an assumed {ASSUMED_FLOPS[device]:.0e}/s for each worker"
+        time_from = f"from {speed}; not timed: {found}"
     rows = {"train": len(train)}
     if theta_rows is not None:
         rows["theta"] = len(theta_rows)
@@ -133,6 +152,10 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: PreparedData, ca
         rows["validation"] = len(validation)
     if split == "test" and scored is not None:
         rows["test"] = len(scored)
+    memory = _memory(spec, model.config, frozen, counts["trainable"], plan.batch_size, longest, longest_answer)
+    measured = isinstance(found, Calibration) and found.activation_bytes is not None
+    if isinstance(found, Calibration) and found.activation_bytes is not None:
+        memory["activations"] = found.activation_bytes
     workers = spec.resources.workers
     parts = {
         "to start": STARTUP_S,
@@ -147,7 +170,8 @@ def _estimate(spec: FineTuneSpec, backbone: Backbone, prepared: PreparedData, ca
         backbone_parameters=backbone_parameters,
         rows=rows,
         tokens_per_row=tokens,
-        memory_bytes=_memory(spec, model.config, frozen, counts["trainable"], plan.batch_size, longest, longest_answer),
+        memory_bytes=memory,
+        memory_from="measured" if measured else "estimate",
         process_bytes=PROCESS_BYTES[spec.resources.zero_stage],
         steps=plan.steps,
         optimizer_steps=plan.optimizer_steps(plan.steps),
@@ -208,55 +232,6 @@ def _memory(
         workers=resources.workers,
         zero_stage=resources.zero_stage,
     )
-
-
-def _timed(spec: FineTuneSpec, cache: Path, batch_size: int) -> tuple[float, float, float]:
-    """Seconds of one step (Ω, and Θ where it has its turn) on one worker's share, of one row that is validated, and of
-    one that is scored, measured in this process.
-    """
-    from pedro.evaluation.scoring import score
-    from pedro.training.batches import RowStream
-    from pedro.training.bilevel import OMEGA, THETA
-    from pedro.training.context import build_context
-    from pedro.training.loop import batch_step, mean_loss
-    from pedro.training.worker_group import ALONE
-
-    share = max(1, batch_size // spec.resources.workers)
-    accumulation = min(spec.training.gradient_accumulation, share)
-    alone = spec.model_copy(
-        update={
-            "resources": spec.resources.model_copy(update={"workers": 1, "zero_stage": 0}),
-            "training": spec.training.model_copy(update={"batch_size": share, "gradient_accumulation": accumulation}),
-        }
-    )
-    context = build_context(alone, cache)
-    plan, data, engine = context.plan, context.data, context.engine
-    streams = [(OMEGA, RowStream(data.train, share, 0), 1.0)]
-    if plan.bilevel:
-        streams.append((THETA, RowStream(data.theta, share, 0), 1 / plan.theta_every))
-    engine.mode(training=True)
-    total = 0.0
-    for role, stream, turns in streams:
-        context.alternation.activate(*((role,) if plan.bilevel else (OMEGA, THETA)))
-        batch_step(engine, stream.batch(0), plan, data.pad_id, salt=0)
-        started = time.perf_counter()
-        for k in (1, 2):
-            batch_step(engine, stream.batch(k), plan, data.pad_id, salt=k)
-        total += turns * (time.perf_counter() - started) / 2
-    a_validated = a_scored = 0.0
-    if len(data.validation):
-        some = [data.validation[i] for i in range(min(len(data.validation), share))]
-        started = time.perf_counter()
-        mean_loss(engine, some, share, data.pad_id, ALONE)
-        a_validated = (time.perf_counter() - started) / len(some)
-    _, scored = context.scored_rows()
-    if scored is not None:
-        some = [scored[i] for i in range(min(len(scored), SCORED_ROWS))]
-        engine.mode(training=False)
-        started = time.perf_counter()
-        score(context.model, context.tokenizer, some)
-        a_scored = (time.perf_counter() - started) / len(some)
-    return total, a_validated, a_scored
 
 
 def _size(size: float) -> str:

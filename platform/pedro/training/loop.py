@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -77,6 +77,10 @@ class TrainState:
     without_gain: int = 0
     tokens: int = 0
     """Of answers, which the loss is taken of."""
+    all_tokens: int = 0
+    """Of prompts and answers: all that went through the model, padding excluded."""
+    samples: int = 0
+    """Rows, each as often as it was read."""
     seconds: float = 0.0
     validations: list[tuple[int, float]] = field(default_factory=list)
 
@@ -93,6 +97,9 @@ class TrainingOutcome:
     best_step: int
     validation_loss: float | None
     tokens: int
+    """Of answers."""
+    all_tokens: int
+    samples: int
     seconds: float
     stopped_early: bool
     validations: tuple[tuple[int, float], ...]
@@ -139,12 +146,12 @@ def train(
         )
         alternation.activate(*((OMEGA,) if theta_rows else (OMEGA, THETA)))
         rows = omega_rows.batch(k)
-        logger.omega(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k), passed_tokens(rows))
+        logger.omega(batch_step(engine, rows, plan, data.pad_id, salt=2 * k), rows)
         if theta_rows and (k + 1) % plan.theta_every == 0:
             alternation.activate(THETA)
             theta_step = (k + 1) // plan.theta_every - 1
             rows = theta_rows.batch(theta_step)
-            logger.theta(*batch_step(engine, rows, plan, data.pad_id, salt=2 * k + 1), passed_tokens(rows))
+            logger.theta(batch_step(engine, rows, plan, data.pad_id, salt=2 * k + 1), rows)
         state.step = k + 1
         if engine.hook:
             engine.hook.after_step(state.step)
@@ -174,6 +181,8 @@ def train(
         best_step=state.best_step if len(data.validation) else state.step,
         validation_loss=state.best_loss if len(data.validation) else None,
         tokens=state.tokens,
+        all_tokens=state.all_tokens,
+        samples=state.samples,
         seconds=state.seconds,
         stopped_early=state.step < plan.steps,
         validations=tuple((int(step), float(loss)) for step, loss in state.validations),
@@ -261,21 +270,23 @@ class MetricsLogger:
 
     def _clear(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._counts, self._passed, self._answers, self._since = [0, 0], 0, 0, time.monotonic()
+        self._counts, self._since = [0, 0], time.monotonic()
+        self._before = (self.state.all_tokens, self.state.tokens, self.state.samples)
 
-    def omega(self, loss: torch.Tensor, answers: int, passed: int) -> None:
-        """A step on Ω: its loss, and how many tokens of answers and of all were in its batch."""
-        self._add(0, loss, answers, passed)
+    def omega(self, step: tuple[torch.Tensor, int], rows: Sequence[Mapping[str, Any]]) -> None:
+        """A step on Ω: its loss and its answers' tokens, as `batch_step` returns them, and the rows of its batch."""
+        self._add(0, step, rows)
 
-    def theta(self, loss: torch.Tensor, answers: int, passed: int) -> None:
-        self._add(1, loss, answers, passed)
+    def theta(self, step: tuple[torch.Tensor, int], rows: Sequence[Mapping[str, Any]]) -> None:
+        self._add(1, step, rows)
 
-    def _add(self, which: int, loss: torch.Tensor, answers: int, passed: int) -> None:
+    def _add(self, which: int, step: tuple[torch.Tensor, int], rows: Sequence[Mapping[str, Any]]) -> None:
+        loss, answers = step
         self._sums[which] += loss.double()
         self._counts[which] += 1
-        self._passed += passed
-        self._answers += answers
         self.state.tokens += answers
+        self.state.all_tokens += passed_tokens(rows)
+        self.state.samples += len(rows)
 
     def log(self, group: WorkerGroup, reporter: Reporter) -> None:
         """Log the mean losses since the last call. Raises TrainingError on every worker if one is NaN or infinite."""
@@ -294,13 +305,15 @@ class MetricsLogger:
             )
         if group.rank == 0:
             took = max(1e-9, now - self._since)
-            speed, answers = self._passed / took, self._answers / took
+            now_at = (self.state.all_tokens, self.state.tokens, self.state.samples)
+            speed, answers, samples = ((at - before) / took for at, before in zip(now_at, self._before, strict=True))
             values = {"train/loss": loss, "train/tokens_per_second": speed, "train/lr": self._lr()}
-            values["train/answer_tokens_per_second"] = answers
+            values |= {"train/answer_tokens_per_second": answers, "train/samples_per_second": samples}
             if self._counts[1]:
                 values["train/theta_loss"] = theta / self._counts[1]
             reporter.metrics(self.state.step, values)
-            reporter.line(self._line(loss, speed, answers, now))
+            rate = f"{speed:,.0f} tokens/s ({answers:,.0f} of answers), {samples:,.1f} samples/s"
+            reporter.line(self._line(loss, rate, now))
         self._clear()
 
     def validated(self, loss: float, group: WorkerGroup, reporter: Reporter) -> None:
@@ -318,11 +331,10 @@ class MetricsLogger:
     def _lr(self) -> float:
         return learning_rate(self.state.step - 1, self.plan.steps, self.plan.lr, self.plan.warmup)
 
-    def _line(self, loss: float, speed: float, answers: float, now: float) -> str:
+    def _line(self, loss: float, rate: str, now: float) -> str:
         done = self.state.step - self._started
         self._spent += now - self._since
         left = self._spent / max(1, done) * (self.plan.steps - self.state.step)
         dev = f" · dev {self._last_dev:.3f}" if self._last_dev is not None else ""
         step = f"step {self.state.step:,}/{self.plan.steps:,} · loss {loss:.3f}{dev}"
-        rate = f"{speed:,.0f} tokens/s ({answers:,.0f} of answers)"
         return f"{step} · {rate} · {int(left) // 60}:{int(left) % 60:02d} left"

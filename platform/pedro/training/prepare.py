@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from pedro.backbone import Backbone, context_length
 from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, shape_of, split
-from pedro.data.prompt_format import check_format
+from pedro.data.prompt_format import around, check_format
 from pedro.errors import ConfigError, DataError
 from pedro.training.loop import TrainingPlan
 from pedro.training.storage import fetch
@@ -108,6 +108,8 @@ def prepare_data(
         name: replace(format_for_shape(shape, tokenizer), special_tokens_in_content=data.special_tokens_in_content)
         for name, shape in shapes.items()
     }
+    if data.template is not None:
+        formats = {name: around(form, data.template) for name, form in formats.items()}
     check_format(formats["train"])
     for name, form in formats.items():
         if form != formats["train"]:

@@ -20,6 +20,8 @@ from pedro.training.allowed_files import check_allowed_files
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 FILES = ("train", "theta", "validation", "test")
+LATER = ("b_up_lr_ratio",)
+"""Keys of `training` that earlier versions did not have; none is the default of each."""
 PACKAGED = "pedro://"
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -40,8 +42,21 @@ class DataSpec(Frozen):
     special_tokens_in_content: bool = False
     """Whether `</s>` and the like, spelled in a row's text, are the special tokens themselves, in training and serving;
     else they are plain text."""
+    template: str | None = None
+    """What stands around each prompt of a file of prompts and completions, in training and serving: `Text: {prompt}`,
+    a line break, `Intent:`. So every prompt ends with the same token, which PEDRO reads."""
     fields: dict[str, str] = Field(default_factory=dict)
     """Which columns of the files stand for which fields, where their names are others: {prompt: question}."""
+
+    @field_validator("template")
+    @classmethod
+    def _has_a_slot(cls, value: str | None) -> str | None:
+        from pedro.data.prompt_format import check_slot
+
+        try:
+            return value if value is None else check_slot(value)
+        except ConfigError as error:
+            raise ValueError(error.message.partition(": ")[2]) from error
 
     @field_validator("fields")
     @classmethod
@@ -94,7 +109,7 @@ class MethodSpec(BaseModel):
 class TrainingSpec(Frozen):
     """The optimisation; defaults are the paper's setup (section 4.3) where it names one."""
 
-    epochs: float | None = Field(3.0, gt=0, le=100_000)
+    epochs: float | None = Field(10.0, gt=0, le=100_000)
     """Passes over train; without one, and where only `max_steps` is given, `max_steps` alone ends training."""
     max_steps: int | None = Field(None, ge=1, le=10**9)
     """Ω steps at most; beside `epochs`, whichever ends first."""
@@ -120,6 +135,8 @@ class TrainingSpec(Frozen):
     """Ω steps from one Θ step to the next."""
     theta_lr: float | None = Field(None, gt=0, le=100)
     """Learning rate of Θ; `lr` if not given. Where `lr` is above 1e-4, leave Θ there: 1e-3 costs up to 11 points."""
+    b_up_lr_ratio: float | None = Field(None, gt=0, le=1000)
+    """How many times faster b_up of equation 6 learns, which is an (IA)³ of its own; 1 if not given."""
     eval_every: int = Field(200, ge=0, le=10**9)
     """Ω steps between validations; 0 means once an epoch."""
     eval_rows: int = Field(2000, ge=1, le=10**9)
@@ -140,6 +157,14 @@ class TrainingSpec(Frozen):
         if isinstance(value, dict) and value.get("max_steps") is not None and "epochs" not in value:
             return {**value, "epochs": None}
         return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; what came later than the first results is left out at its default: ids are made of it."""
+        return {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if value is not None or name not in LATER
+        }
 
     @model_validator(mode="after")
     def _ends(self) -> TrainingSpec:

@@ -41,7 +41,8 @@ def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
         bare = _score_bare(context, group)
     outcome = train(context.engine, context.alternation, context.plan, context.data, reporter)
     if group.rank == 0:
-        reporter.line(f"trained {outcome.steps:,} steps in {outcome.seconds:.0f} s; scoring")
+        end = ", where validation had stopped improving," if outcome.stopped_early else ""
+        reporter.line(f"trained {outcome.steps:,} steps{end} in {outcome.seconds:.0f} s; scoring")
     counts: dict[str, Any] = {
         "train_rows": len(context.data.train),
         "steps": outcome.steps,

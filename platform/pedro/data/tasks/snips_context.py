@@ -30,7 +30,7 @@ def _row(record: Record, words: Wording, shots: str, combine: Callable[[str, str
         return None
     count, talk = other_talk(row.prompt)
     text = combine(row.prompt, talk) if talk else row.prompt
-    return recombine(row, prompt=words.prompt({"text": text}, shots), group=f"{count} words")
+    return replace(row, prompt=words.prompt({"text": text}, shots), group=f"{count} words")
 
 
 def make_before(record: Record, words: Wording, shots: str) -> TaskRow | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,7 +14,9 @@ from pedro.methods.options import expect, expect_count, expect_names, is_count
 
 POOLS = ("last", "mean", "max")
 POOL_SOURCES = ("normed", "residual")
-HEAD = "head"
+HEAD, WIDTH = "head", "width"
+INIT_STD = 0.02
+PAPER_WIDTH = 4096  # of LLaMA-2 7B
 
 
 @dataclass
@@ -49,6 +52,13 @@ class PedroConfig(TunerConfig):
     group_size: int | str = field(
         default=1,
         metadata={"help": f"Neighbouring channels that share one entry of a vector; {HEAD}: as many as a head has."},
+    )
+
+    init_std: float | str = field(
+        default=INIT_STD,
+        metadata={
+            "help": f"Spread of a fresh W_down; {WIDTH}: so large that sums vary as at the paper's {PAPER_WIDTH:,}."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -89,6 +99,19 @@ class PedroConfig(TunerConfig):
         )
         group = self.group_size == HEAD or (is_count(self.group_size) and self.group_size > 0)  # type: ignore[operator]
         expect(group, "group_size", f"a whole number of channels > 0, or {HEAD}", self.group_size)
+
+        spread = isinstance(self.init_std, (int, float)) and not isinstance(self.init_std, bool) and self.init_std > 0
+        expect(spread or self.init_std == WIDTH, "init_std", f"a number > 0, or {WIDTH}", self.init_std)
+
+    def spread(self, width: int) -> float:
+        """The standard deviation of a fresh W_down on a backbone of this width.
+
+        An input of norm's size gives sums that vary as std · sqrt(width): with one std for all widths, those of a small
+        backbone stay where the activation is a straight line.
+        """
+        if isinstance(self.init_std, str):
+            return INIT_STD * math.sqrt(PAPER_WIDTH / width)
+        return self.init_std
 
     def by_layer(self, num_layers: int) -> list[tuple[str, int, tuple[int, int]]]:
         """Activation, r and orders of each layer. Raises ConfigError where a list has another length than the model."""

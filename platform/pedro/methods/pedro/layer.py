@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for a row without an adapter
 HANDED_DOWN = "pedro_vectors"
-INIT_STD = 0.02
 
 
 class PedroLayer(BlockLayer):
@@ -49,11 +48,13 @@ class PedroLayer(BlockLayer):
         self._handles = self._hook()
 
     def update_layer(self, adapter_name: str, config: PedroConfig, num_layers: int) -> None:
-        """Add a fresh adapter, which changes nothing: W_down ~ N(0, 0.02), W_up = 0, b_up = 1, R = GELU."""
+        """Add a fresh adapter, which changes nothing: W_down ~ N(0, `init_std`), W_up = 0, b_up = 1, R = GELU."""
         activation, r, orders = config.by_layer(num_layers)[self.index]
         total = sum(self._entries(config))
         fresh = self.fresh()
-        self.pedro_down[adapter_name] = nn.Parameter(torch.empty(self.width, r, **fresh).normal_(std=INIT_STD))
+        self.pedro_down[adapter_name] = nn.Parameter(
+            torch.empty(self.width, r, **fresh).normal_(std=config.spread(self.width))
+        )
         self.pedro_up[adapter_name] = nn.Parameter(torch.zeros(r, total, **fresh))
         self.pedro_bias[adapter_name] = nn.Parameter(torch.ones(total, **fresh))
         if activation == "rational":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pedro.methods.architectures import projection_paths
 from pedro.methods.method import Method
 from pedro.methods.options import expect, names_in
-from pedro.methods.pedro.config import PedroConfig, variant_options
+from pedro.methods.pedro.config import INIT_STD, PedroConfig, variant_options
 from pedro.methods.pedro.model import PedroModel
 from pedro.methods.pedro.reader import READER
 from pedro.methods.peft_registration import register
@@ -16,6 +16,7 @@ from pedro.methods.peft_registration import register
 if TYPE_CHECKING:
     from pedro.model_protocols import ModelConfig
 
+B_UP = (".pedro_bias.",)
 PAPER = "Zhu et al. 2024, arXiv 2409.17834"
 
 
@@ -31,6 +32,7 @@ def _build(  # noqa: PLR0913 - options
     pool_source: str | None = None,
     window: int | None = None,
     group_size: int | str | None = None,
+    init_std: float | str | None = None,
 ) -> PedroConfig:
     given = {
         "r": r,
@@ -41,6 +43,7 @@ def _build(  # noqa: PLR0913 - options
         "pool_source": pool_source,
         "window": window,
         "group_size": group_size,
+        "init_std": init_std,
     }
     changes = variant_options(variant, model_config.num_hidden_layers) if variant else {}
     return _checked(PedroConfig(**{**changes, **{k: v for k, v in given.items() if v is not None}}), model_config)
@@ -53,10 +56,12 @@ def _build_para(
     targets: list[str] | tuple[str, ...] = ("q", "v", "up"),
     activation: str = "gelu",
     pool: str = "last",
+    init_std: float | str = INIT_STD,
 ) -> PedroConfig:
     expect(activation in ("gelu", "relu"), "activation", "gelu or relu (PARA's is fixed)", activation)
     return _checked(
-        PedroConfig(r=r, targets=names_in("targets", targets), activation=activation, pool=pool), model_config
+        PedroConfig(r=r, targets=names_in("targets", targets), activation=activation, pool=pool, init_std=init_std),
+        model_config,
     )
 
 
@@ -80,6 +85,7 @@ def _entry(variant: int | None, title: str) -> Method:
         identity_at_init=True,
         conditions_on_prompt=True,
         theta=(".pedro_a.", ".pedro_b."),
+        b_up=B_UP,
     )
 
 
@@ -98,11 +104,12 @@ METHODS = (
         name="para",
         title="PARA",
         source="arXiv 2502.01033",
-        equation="PEDRO's with a fixed activation",
+        equation="PEDRO's with a fixed activation (as we understand it: PEDRO-6)",
         build=_build_para,
         readers=(READER,),
         mergeable=False,
         identity_at_init=True,
         conditions_on_prompt=True,
+        b_up=B_UP,
     ),
 )

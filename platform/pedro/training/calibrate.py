@@ -1,0 +1,214 @@
+"""Times real steps of a job in this process, so that a dry run need not assume a speed. Bounded; trains nothing.
+
+The first step reads the longest rows, which shows the most memory that a step takes; then steps of rows as they come
+are timed, at least two. Every part is skipped once the time is spent, and then worked out from the steps.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pedro.process import peak_memory, reset_peak_memory, resident_memory
+from pedro.training.memory import BYTES
+from pedro.training.spec import FineTuneSpec
+
+if TYPE_CHECKING:
+    from pedro.training.batches import RowStream
+
+BOUND_S = 60.0
+STEPS, FEW_SECONDS, MOST_STEPS = 2, 0.5, 10  # at least so many steps are timed, more of short ones
+SCORED_ROWS = 8  # that are timed
+MOST_PARAMETERS = 1_000_000_000  # that are timed on a CPU
+LOADING, TRAINED_BYTES = 1.5, 12  # times the weights while they load; a gradient and two moments of a parameter
+ROOM = 0.7  # of the free memory; the rest is for activations
+FORWARD_SHARE = 0.5  # of a step with a frozen backbone: as much again goes backward
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured: seconds of a step (Θ's share included), of a row validated and scored, and bytes.
+
+    `activation_bytes` is what a step on the longest rows took beside parameters, gradients and the optimizer's state,
+    or what loading took for a moment where that is more; None where the system does not tell.
+    """
+
+    per_step: float
+    per_validated: float
+    per_scored: float
+    activation_bytes: int | None
+    steps: int
+    rows: int
+    """Rows of a timed step; where they are fewer than a batch has, `per_step` is scaled up."""
+
+
+def calibrate(
+    spec: FineTuneSpec,
+    cache: Path,
+    batch_size: int,
+    *,
+    parameters: int,
+    trained: int,
+    row_s: float,
+    bound_s: float = BOUND_S,
+) -> Calibration | str:
+    """Measure, or say why that cannot be.
+
+    `parameters` of the model with its adapter, of which so many are `trained`; `row_s` is a guess of a row's part of a
+    step: by it a batch that would take too long is cut to fewer rows.
+    """
+    import torch
+
+    from pedro.process import available_memory, set_torch_threads
+
+    on_gpu = spec.resources.gpus_per_worker > 0
+    if on_gpu and not torch.cuda.is_available():
+        return "there is no GPU here"
+    if not on_gpu and parameters > MOST_PARAMETERS:
+        return f"{parameters / 1e9:.1f} billion parameters are not loaded to be timed on a CPU"
+    needed = int(LOADING * parameters * BYTES[spec.training.precision]) + TRAINED_BYTES * trained
+    free = available_memory()
+    if free is not None and needed > ROOM * free:
+        return f"it takes {needed / 1e9:.1f} GB, too much for the {free / 1e9:.1f} GB that are free here"
+    share = max(1, batch_size // spec.resources.workers)
+    rows = max(1, min(share, int(bound_s / 2 / (4 * row_s)))) if row_s > 0 else share
+    threads = torch.get_num_threads()
+    set_torch_threads(max(1, int(spec.resources.cpus_per_worker)))
+    try:
+        return _Calibrator(_alone(spec, rows), cache, share, bound_s).measure()
+    finally:
+        set_torch_threads(threads)
+
+
+def _alone(spec: FineTuneSpec, rows: int) -> FineTuneSpec:
+    """One worker's share of the job, or less of it, by one worker."""
+    accumulation = min(spec.training.gradient_accumulation, rows)
+    return spec.model_copy(
+        update={
+            "resources": spec.resources.model_copy(update={"workers": 1, "zero_stage": 0}),
+            "training": spec.training.model_copy(update={"batch_size": rows, "gradient_accumulation": accumulation}),
+        }
+    )
+
+
+class _Calibrator:
+    """One measurement. `share` is how many rows a worker has of a batch, of which the spec may hold fewer."""
+
+    def __init__(self, spec: FineTuneSpec, cache: Path, share: int, bound_s: float) -> None:
+        from pedro.training.context import build_context
+
+        self._share, self._end = share, time.perf_counter() + bound_s
+        self._told = reset_peak_memory()
+        before = resident_memory()
+        self.context = build_context(spec, cache)
+        self._loading = peak_memory() - resident_memory() if self._told and before else 0
+        self._on_gpu = self.context.engine.device.type == "cuda"
+
+    def measure(self) -> Calibration | str:
+        from pedro.training.batches import RowStream
+        from pedro.training.bilevel import OMEGA, THETA
+
+        context, plan, data = self.context, self.context.plan, self.context.data
+        rows = plan.batch_size
+        if self._spent():
+            return "loading the backbone took all of the time"
+        context.engine.mode(training=True)
+        roles = ((OMEGA, data.train, 1.0), (THETA, data.theta, 1 / plan.theta_every))[: 1 + plan.bilevel]
+        activations = self._longest(rows, OMEGA if plan.bilevel else None)
+        per_step, timed = 0.0, 0
+        for role, split, turns in roles:
+            self._activate(role if plan.bilevel else None)
+            if timed and self._spent():
+                per_step *= 1 + turns
+                continue
+            seconds, count = self._timed(RowStream(split, rows, 0))
+            per_step, timed = per_step + turns * seconds, timed + count
+        scale = self._share / rows
+        forward = FORWARD_SHARE * per_step / rows
+        return Calibration(
+            per_step=per_step * scale,
+            per_validated=self._validated(rows, forward),
+            per_scored=self._scored(forward),
+            activation_bytes=None if activations is None else max(int(activations * scale), self._loading),
+            steps=timed,
+            rows=rows,
+        )
+
+    def _spent(self) -> bool:
+        return time.perf_counter() > self._end
+
+    def _activate(self, role: str | None) -> None:
+        from pedro.training.bilevel import OMEGA, THETA
+
+        self.context.alternation.activate(*((role,) if role else (OMEGA, THETA)))
+
+    def _step(self, rows: list[Any], salt: int) -> None:
+        from pedro.training.loop import batch_step
+
+        batch_step(self.context.engine, rows, self.context.plan, self.context.data.pad_id, salt=salt)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+
+    def _longest(self, count: int, role: str | None) -> int | None:
+        """A step on the longest rows; what it took beside what stands in memory before and after it."""
+        import torch
+
+        train = self.context.data.train
+        order = sorted(range(min(len(train), 5000)), key=lambda place: -len(train[place]["input_ids"]))
+        self._activate(role)
+        self._step([train[order[-1]]] * max(1, self.context.plan.accumulation), 0)  # what is made once is there by now
+        longest = [train[place] for place in order[:count]]
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self._step(longest, 0)
+            return int(torch.cuda.max_memory_allocated() - before)
+        told = reset_peak_memory()
+        before = resident_memory()
+        self._step(longest, 0)
+        return max(0, peak_memory() - before) if told and before else None
+
+    def _timed(self, stream: RowStream) -> tuple[float, int]:
+        """Mean seconds of a step on the stream's batches, and how many were timed."""
+        started, count = time.perf_counter(), 0
+        while count < STEPS or (count < MOST_STEPS and time.perf_counter() - started < FEW_SECONDS):
+            if count and self._spent():
+                break
+            count += 1
+            self._step(stream.batch(count), count)
+        return (time.perf_counter() - started) / count, count
+
+    def _validated(self, rows: int, forward: float) -> float:
+        from pedro.training.loop import mean_loss
+        from pedro.training.worker_group import ALONE
+
+        data = self.context.data
+        if not len(data.validation) or self._spent():
+            return forward
+        some = [data.validation[place] for place in range(min(len(data.validation), rows))]
+        started = time.perf_counter()
+        mean_loss(self.context.engine, some, rows, data.pad_id, ALONE)
+        return (time.perf_counter() - started) / len(some)
+
+    def _scored(self, forward: float) -> float:
+        """A row's answer is generated token by token, and its loss taken."""
+        from pedro.evaluation.scoring import score
+
+        _, scored = self.context.scored_rows()
+        if scored is None:
+            return 0.0
+        some = [scored[place] for place in range(min(len(scored), SCORED_ROWS))]
+        if self._spent():
+            return 3 * forward
+        self.context.engine.mode(training=False)
+        started = time.perf_counter()
+        score(self.context.model, self.context.tokenizer, some)
+        self._wait()
+        return (time.perf_counter() - started) / len(some)
