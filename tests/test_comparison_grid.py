@@ -22,19 +22,21 @@ from pedro.cli import app
 from pedro.comparison import run_planner
 from pedro.comparison.data import gather
 from pedro.comparison.pipeline import compare, prepare
+from pedro.comparison.rate_search import choose
 from pedro.comparison.result_model import FAILED, FINAL, FINISHED, TUNE, RunResult, TaskResult
 from pedro.comparison.run_executor import RunExecutor, missing_resources, reusable
 from pedro.comparison.run_files import open_folder, read_comparison, write_run
-from pedro.comparison.run_planner import RunPlanner, check, choose, count_parameters_of, far_from_budget, sized
+from pedro.comparison.run_planner import RunPlanner, check, count_parameters_of, far_from_budget, sized
 from pedro.comparison.single_run import execute_run, failed
-from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, MethodChoice, load_comparison_spec
+from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, MethodChoice
+from pedro.comparison.spec_file import load_comparison_spec
 from pedro.config import Settings, validate_spec
 from pedro.errors import ConfigError, DataError
 
 CONFIGS = sorted(
     path
     for path in (Path(__file__).parents[1] / "jobs/configs").glob("*.yaml")
-    if path.stem.startswith(("paper_", "nano_")) and "sweep" not in path.stem
+    if path.stem.startswith(("paper_", "nano_", "smollm2_")) and "sweep" not in path.stem
 )
 RATES = [1e-3, 1e-2]
 SIZELESS = [{"name": "pedro", "label": "PEDRO"}, {"name": "lora", "label": "LoRA"}]
@@ -321,7 +323,7 @@ def test_runs_of_an_earlier_wording_leave_the_table(tmp_path):
 def test_every_method_sees_the_same_rows_and_none_twice(tmp_path):
     spec = spec_of(tasks=[{"task": "snips"}])
     data = gather(spec, spec.tasks[0], str(tmp_path))
-    train = [json.loads(line)["prompt"] for line in Path(data.train).read_text().splitlines()]
+    train = [json.loads(line)["prompt"] for line in Path(data.files[0]).read_text().splitlines()]
     held = {row.prompt for row in data.validation_rows}
     assert len(held) > 0.1 * len(train)
     assert not held & set(train)

@@ -55,7 +55,8 @@ def compare(
     `pedro compare jobs/configs/nano_table1.yaml --out jobs/results/nano_table1 --report`,
     `pedro compare jobs/configs/paper_table1.yaml --dry-run`
     """
-    from pedro.comparison.spec import EfficiencySpec, load_comparison_spec
+    from pedro.comparison.spec import EfficiencySpec
+    from pedro.comparison.spec_file import load_comparison_spec
     from pedro.config import Settings
 
     wanted = load_comparison_spec(spec, overrides or [])
@@ -108,9 +109,10 @@ def _show_plan(spec: ComparisonSpec, prepared: PreparedComparison, folder: Path,
     planner = prepared.planner
     rows = []
     for group in planner.groups:
-        options = dict(group.options)
-        count = count_parameters_of(group.method, json.dumps(options, sort_keys=True), group.backbone)
-        rows.append([group.label, group.task, group.backbone, group.budget or "-", f"{count:,}"])
+        options, trained = dict(group.options), "-"
+        if not group.untrained:
+            trained = f"{count_parameters_of(group.method, json.dumps(options, sort_keys=True), group.backbone):,}"
+        rows.append([group.label, group.task, group.backbone, group.budget or "-", trained])
     done = len(prepared.kept)
     shown: dict[str, Any] = {
         "name": spec.name,
@@ -123,6 +125,7 @@ def _show_plan(spec: ComparisonSpec, prepared: PreparedComparison, folder: Path,
     def show() -> None:
         table(["method", "task", "backbone", "budget", "trained parameters"], rows)
         searched = f", learning rate from {', '.join(f'{lr:g}' for lr in spec.tune.lr)}" if spec.tune else ""
+        searched += f" and up to {spec.tune.extend} values beyond" if spec.tune and spec.tune.extend else ""
         typer.echo(f"{spec.name}: {planner.count()} runs, {done} done; seeds {list(spec.seeds)}{searched}")
 
     emit(shown, as_json, show)

@@ -5,11 +5,21 @@ Budgets, seeds, intervals, failures, from the runs and the entries that the tabl
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pedro.comparison.result_model import AVERAGE, BUDGET_TOLERANCE, JUDGE, Comparison, RunResult, TableEntry
+from pedro.comparison.result_model import (
+    AVERAGE,
+    BACKBONE,
+    BUDGET_TOLERANCE,
+    CAP,
+    EARLY,
+    JUDGE,
+    Comparison,
+    RunResult,
+    TableEntry,
+)
 from pedro.comparison.statistics import FEWEST, NUM_SAMPLES
 
 if TYPE_CHECKING:
@@ -21,12 +31,15 @@ def captions(selection: Selection, entries: Sequence[TableEntry]) -> tuple[str, 
     comparison = selection.comparison
     labels = {entry.label for entry in entries}
     table_keys = {(entry.backbone, entry.budget) for entry in entries}
-    runs = [run for run in selection.runs if run.label in labels and (run.backbone, run.budget) in table_keys]
+    shown = [run for run in selection.runs if run.label in labels and (run.backbone, run.budget) in table_keys]
+    runs = [run for run in shown if run.method != BACKBONE]
     tasks = [entry for entry in entries if entry.task != AVERAGE]
     notes = [
-        _equal(comparison, runs, tasks),
+        _equal(comparison, runs, tasks) if runs or not shown else "",
+        _ends_of_training(runs),
         _values(entries),
         _learning_rates(comparison, runs),
+        _untrained(shown),
         _intervals(tasks),
         _best(entries),
         _chance(tasks),
@@ -70,7 +83,39 @@ def _equal(comparison: Comparison, runs: Sequence[RunResult], tasks: Sequence[Ta
             f"Equal for all methods: the number of trained parameters ({sizes}{near}) and compute ({compute}{extra})."
         )
     asked = f" (asked for: {budget:,})" if budget else ""
+    if comparison.equal == "effort":
+        return (
+            "Equal for all methods: effort (the same training rows, the same rules for the learning rate and for the "
+            f"end of training; rows a step: {batches}). Not equal: steps ({steps}{extra}) and trained parameters, "
+            f"{sizes}{asked}."
+        )
     return f"Equal for all methods: compute ({compute}{extra}). Not equal: trained parameters, {sizes}{asked}."
+
+
+def _ends_of_training(runs: Sequence[RunResult]) -> str:
+    """What ended training, and how often that was the cap: such a run might have gone on."""
+    known = [run for run in runs if run.ended_by in (EARLY, CAP)]
+    if not known:
+        return ""
+    patience = _range({run.training.get("patience") for run in known} - {None})
+    every = _range({run.training.get("eval_every") for run in known} - {None})
+    capped = Counter(f"{run.label} on {run.task}" for run in known if run.ended_by == CAP)
+    steps = _by_task([run for run in known if run.ended_by == CAP], lambda run: run.steps)
+    where = "; ".join(f"{name}: {count}" for name, count in capped.items())
+    return (
+        f"Training ends after {patience} validations ({every} steps apart) without a better loss, or at a cap. "
+        f"The cap was hit by {capped.total()} of {len(known)} runs" + (f" ({steps} steps; {where})." if capped else ".")
+    )
+
+
+def _untrained(runs: Sequence[RunResult]) -> str:
+    """What the rows of the backbone itself are."""
+    if all(run.method != BACKBONE for run in runs):
+        return ""
+    return (
+        "Backbone: nothing is trained. It is told the task's instruction, then worked examples from the training rows "
+        "(others for each seed); its answer is the likeliest of the task's labels, or, by exact match, what it writes."
+    )
 
 
 def _values(entries: Sequence[TableEntry]) -> str:
@@ -103,11 +148,21 @@ def _learning_rates(comparison: Comparison, runs: Sequence[RunResult]) -> str:
         if task.get("tune_like"):
             like[task["tune_like"]].append(task["task"])
     text += "".join(f"; {', '.join(others)} as on {task}" for task, others in like.items())
+    searches = list({(run.label, run.task): run.searched for run in runs}.values())
+    if tune.get("extend"):
+        more = Counter(searched.get("extended", 0) for searched in searches)
+        counts = ", ".join(f"{count} times by {values}" for values, count in sorted(more.items()) if values)
+        text += f"; where the best is the smallest or the largest, up to {tune['extend']} values beyond it are tried"
+        text += f" ({counts})" if counts else " (never needed)"
     if tune.get("once") and spec.get("budgets"):
         text += "; searched at the middle budget alone"
     borrowed = [task for others in like.values() for task in others]
     chosen = {(run.label, run.task): run.lr for run in runs if run.task not in borrowed}
-    if edge := sum(lr in _ends(tune["lr"]) for lr in chosen.values()) if tune.get("lr") else 0:
+    if tune.get("extend"):
+        edge = sum(bool(searched.get("at_edge")) for searched in searches)
+    else:
+        edge = sum(lr in _ends(tune["lr"]) for lr in chosen.values()) if tune.get("lr") else 0
+    if edge:
         text += f"; {edge} of {len(chosen)} times it is the smallest or the largest of them"
     return f"{text}."
 

@@ -10,9 +10,11 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pedro.backbone import load_tokenizer, resolve_backbone
 from pedro.data.tasks import Task, TaskRow, get_task
 from pedro.errors import DataError
 from pedro.training.storage import put_dataset
@@ -33,25 +35,48 @@ class TestSet:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's rows, cut as the comparison asks. `digest` changes with any of them."""
+    """A task's rows, cut as the comparison asks. `digest` changes with any of them.
+
+    `files` are those to train and to validate on; `chats` the same rows as conversations, for backbones that have a
+    chat template, where the wording has that.
+    """
 
     task: Task
-    train: str
-    validation: str
+    files: tuple[str, str]
+    chats: tuple[str, str] | None
+    train_rows: tuple[TaskRow, ...]
     validation_rows: tuple[TaskRow, ...]
     tests: tuple[TestSet, ...]
     digest: str
 
 
-def gather(spec: ComparisonSpec, choice: TaskChoice, storage: str) -> TaskData:
-    """Read a task's rows and put its training files into the storage. Raises DataError if they cannot be had."""
+@cache
+def has_chat_template(backbone: str) -> bool:
+    """Whether the backbone's tokenizer has a chat template of its own. Raises BackboneError."""
+    return bool(load_tokenizer(resolve_backbone(backbone)).chat_template)
+
+
+def gather(spec: ComparisonSpec, choice: TaskChoice, storage: str, like: TaskChoice | None = None) -> TaskData:
+    """Read a task's rows and put its training files into the storage. Raises DataError if they cannot be had.
+
+    `like` is the same task in other words, whose rows these are to be: which ones are taken depends on the words.
+    """
     task, folder = get_task(choice.task, choice.wording, choice.shots), spec.data_of(choice)
     train, validation = _training_rows(task, folder, choice)
-    files = [_stored(task, rows, storage) for rows in (train, validation)]
-    tests = tuple(_test_set(spec, other) for other in choice.evaluations)
+    if like is not None and like.wording != choice.wording:
+        chosen = _training_rows(get_task(like.task, like.wording, like.shots), folder, like)
+        held = "validation" if "validation" in task.splits(folder) else "train"
+        train = _with_ids(list(task.rows("train", folder)), chosen[0])
+        validation = _with_ids(list(task.rows(held, folder)), chosen[1])
+    files = (_stored(task, train, storage), _stored(task, validation, storage))
+    chats = None
+    if task.as_chat and any(map(has_chat_template, spec.backbones)):
+        chats = (_stored(task, train, storage, chat=True), _stored(task, validation, storage, chat=True))
+    asked = zip(choice.evaluations, (like or choice).evaluations, strict=True)
+    tests = tuple(_test_set(spec, other, plain) for other, plain in asked)
     parts = [*(Path(file).name for file in files), [_plain(test) for test in tests]]  # stored under their own digests
     digest = hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
-    return TaskData(task, files[0], files[1], tuple(validation), tests, digest)
+    return TaskData(task, files, chats, tuple(train), tuple(validation), tests, digest)
 
 
 def _training_rows(task: Task, folder: str | None, choice: TaskChoice) -> tuple[list[TaskRow], list[TaskRow]]:
@@ -66,18 +91,28 @@ def _training_rows(task: Task, folder: str | None, choice: TaskChoice) -> tuple[
     return _sample(train, choice.train_rows), _sample(validation, choice.validation_rows)
 
 
-def _test_set(spec: ComparisonSpec, choice: Evaluation) -> TestSet:
+def _with_ids(rows: list[TaskRow], chosen: Sequence[TaskRow]) -> list[TaskRow]:
+    """Those that are `chosen` in other words."""
+    ids = {row.id for row in chosen}
+    return [row for row in rows if row.id in ids]
+
+
+def _test_set(spec: ComparisonSpec, choice: Evaluation, like: Evaluation) -> TestSet:
     task = get_task(choice.task, choice.wording, choice.shots)
-    rows = tuple(task.rows("test", spec.data_of(choice), choice.test_rows))
+    place = spec.data_of(choice)
+    rows = tuple(task.rows("test", place, choice.test_rows))
+    if like.wording != choice.wording:
+        plain = get_task(like.task, like.wording, like.shots)
+        rows = tuple(_with_ids(list(task.rows("test", place)), list(plain.rows("test", place, like.test_rows))))
     if not rows:
         raise DataError(f"{task.name}: there are no test rows to score on; look at its files", param="data")
     return TestSet(task, rows)
 
 
-def _stored(task: Task, rows: Sequence[TaskRow], storage: str) -> str:
+def _stored(task: Task, rows: Sequence[TaskRow], storage: str, chat: bool = False) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{task.name}.jsonl"
-        lines = (json.dumps(task.line(row), ensure_ascii=False) for row in rows)
+        lines = (json.dumps(task.line(row, chat), ensure_ascii=False) for row in rows)
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return put_dataset(str(file), storage)
 
@@ -97,4 +132,4 @@ def _share(row: TaskRow, salt: bytes = b"") -> float:
 
 def _plain(test: TestSet) -> list[object]:
     rows = [[row.prompt, row.input, row.completion, row.references, row.group] for row in test.rows]
-    return [test.task.name, test.task.wording, test.task.shots, rows]
+    return [test.task.name, test.task.stored_wording, test.task.shots, rows]

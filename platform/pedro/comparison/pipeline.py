@@ -15,7 +15,7 @@ from pedro.comparison.run_executor import RunExecutor, reusable
 from pedro.comparison.run_files import METADATA, open_folder, read_comparison, read_named, read_runs
 from pedro.comparison.run_planner import RunPlanner, check, far_from_budget
 from pedro.comparison.run_tracker import RunTracker
-from pedro.comparison.spec import DATA_VARIABLE, ComparisonSpec
+from pedro.comparison.spec import DATA_VARIABLE, ComparisonSpec, data_key
 from pedro.data.tasks.sources import HUB
 from pedro.errors import DataError
 from pedro.provenance import provenance
@@ -53,16 +53,19 @@ def prepare(spec: ComparisonSpec, settings: Settings, folder: Path, retry_failed
 def _gather(spec: ComparisonSpec, settings: Settings, log: Log) -> dict[str, TaskData]:
     """The rows of every task. Raises one DataError that names all tasks whose rows cannot be had."""
     data, missing = {}, []
-    for choice in spec.tasks:
+    asked = {
+        data_key(t, shown): (shown, t) for t in spec.tasks for m in spec.methods for shown in [spec.choice_of(m, t)]
+    }
+    for key, (choice, plain) in asked.items():
         try:
-            data[choice.task] = gather(spec, choice, settings.storage)
+            data[key] = gather(spec, choice, settings.storage, plain)
         except DataError as error:
             missing.append(error.message)
             if spec.data_of(choice) == HUB:
                 break  # a hub that does not answer is asked once
             continue
-        tests = ", ".join(f"{len(test.rows):,} of {test.task.name}" for test in data[choice.task].tests)
-        log(f"{choice.task}: tested on {tests}")
+        tests = ", ".join(f"{len(test.rows):,} of {test.task.name}" for test in data[key].tests)
+        log(f"{key}: tested on {tests}")
     if missing:
         head = f"{spec.name}: rows are missing; name their directory in `data:` of the spec or {DATA_VARIABLE}"
         raise DataError("\n  ".join([head, *missing]), param="data")

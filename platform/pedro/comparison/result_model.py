@@ -18,8 +18,10 @@ SCHEMA = 1
 TUNE, FINAL = "tune", "final"
 FINISHED, FAILED = "finished", "failed"
 STAGES, STATES = (TUNE, FINAL), (FINISHED, FAILED)
+EARLY, CAP = "early stopping", "cap"  # what ended a training
 AVERAGE = "Avg."
 BEST, SECOND = "best", "second"
+BACKBONE = "backbone"  # the name that stands in `methods` for the backbone itself, with nothing trained
 JUDGE = "judge"  # the metric whose values are marks from 1 to 10 and not fractions
 BUDGET_TOLERANCE = 0.1  # of a budget: a method farther from it is named
 TableKey = tuple[str, int | None]
@@ -59,7 +61,12 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: what was trained and how, its scores, what it cost. A failed one has a message and no scores."""
+    """One run: what was trained and how, its scores, what it cost. A failed one has a message and no scores.
+
+    `tokens_per_second` counts all tokens that training put through the model, padding excluded; `tokens` and
+    `answer_tokens_per_second` those of answers, which the loss is taken of. `ended_by` says whether validation ended
+    training or its steps were over, `searched` how the learning rate was found. Runs of earlier versions lack them.
+    """
 
     id: str
     stage: str
@@ -85,10 +92,17 @@ class RunResult:
     steps: int = 0
     optimizer_steps: int = 0
     best_step: int = 0
+    ended_by: str = ""
+    prompt_format: str = ""
+    searched: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
+    all_tokens: int = 0
+    samples: int = 0
     seconds: float = 0.0
     scoring_seconds: float = 0.0
     tokens_per_second: float = 0.0
+    answer_tokens_per_second: float = 0.0
+    samples_per_second: float = 0.0
     peak_memory_bytes: int = 0
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
     activations: dict[str, Any] | None = None
@@ -119,6 +133,8 @@ class RunResult:
         scores = known.get("scores") or ()
         if not isinstance(scores, Sequence):
             raise ValueError(f"run.scores: expected a list, got {type(scores).__name__}")
+        if "answer_tokens_per_second" not in values:  # earlier versions counted answers alone, under the other's name
+            known["answer_tokens_per_second"] = known.pop("tokens_per_second", 0.0)
         curves = {name: [_point(point) for point in curve] for name, curve in known.get("curves", {}).items()}
         return cls(**{**known, "curves": curves, "scores": tuple(map(TaskResult.from_dict, scores))})
 
@@ -126,7 +142,8 @@ class RunResult:
 _REQUIRED = ("id", "stage", "comparison", "method", "label", "task", "backbone", "seed", "state")
 _MEASURED = (
     *("validation", "trainable_parameters", "trainable_without_bias", "adapter_bytes", "steps", "optimizer_steps"),
-    *("best_step", "tokens", "seconds", "scoring_seconds", "tokens_per_second", "peak_memory_bytes"),
+    *("best_step", "tokens", "all_tokens", "samples", "seconds", "scoring_seconds", "tokens_per_second"),
+    *("answer_tokens_per_second", "samples_per_second", "peak_memory_bytes"),
 )
 
 

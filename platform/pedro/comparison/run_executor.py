@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbones.sharing import obtain_backbone, offer_backbone
+from pedro.comparison.rate_search import Chosen, chosen, next_rate
 from pedro.comparison.result_model import FAILED, FINAL, TUNE, RunResult, format_score
 from pedro.comparison.run_files import write_run
-from pedro.comparison.run_planner import PlannedRun, RunGroup, RunPlanner, choose
+from pedro.comparison.run_planner import PlannedRun, RunGroup, RunPlanner
 from pedro.errors import ConfigError, TrainingError
 from pedro.training.trainer import ENVIRONMENT, pack_settings, unpack_settings
 
@@ -78,7 +79,8 @@ class ProgressReporter:
         self.done += 1
         self.failed += result.state == FAILED
         spent = time.monotonic() - self.started
-        left = max(0, self.total - len(self.kept) - self.done) * spent / self.done
+        self.total = max(self.total, len(self.kept) + self.done)  # searches were extended
+        left = (self.total - len(self.kept) - self.done) * spent / self.done
         if result.state == FAILED:
             what = f"failed: {result.message}"
         else:
@@ -89,7 +91,7 @@ class ProgressReporter:
 
 
 class RunExecutor:
-    """Executes the runs of one comparison and keeps them in its folder. `data` are the tasks' rows by name."""
+    """Executes the runs of one comparison and keeps them in its folder. `data` are the tasks' rows by `data_key`."""
 
     def __init__(
         self,
@@ -156,7 +158,7 @@ class RunExecutor:
         while running or self._queue:
             while idle and self._queue:
                 worker, plan = idle.pop(), self._queue.popleft()
-                running[worker.run.remote(plan, shared[plan.group.task], spec)] = (worker, plan)
+                running[worker.run.remote(plan, shared[plan.data_key], spec)] = (worker, plan)
             (ended, *_), _ = ray.wait(list(running), num_returns=1)
             worker, plan = running.pop(ended)
             try:
@@ -187,8 +189,8 @@ class RunExecutor:
                     self._enqueue(plan)
         for group in list(self._waits):
             self._decide(group)
-        if self.spec.tune is None:
-            for group in self.planner.groups:
+        for group in self.planner.groups:
+            if self.spec.tune is None or group.untrained:
                 self._finish(group, None)
 
     def _enqueue(self, plan: PlannedRun) -> None:
@@ -200,7 +202,8 @@ class RunExecutor:
             if plan.id not in self._seen:
                 self._kept.add(plan.id)
             stage = FINAL if plan.id in self._shown else plan.stage
-            mine = replace(done, stage=stage, label=plan.group.label, comparison=plan.comparison)
+            searched = plan.searched or done.searched
+            mine = replace(done, stage=stage, label=plan.group.label, comparison=plan.comparison, searched=searched)
             if mine != done:
                 self._keep(mine)
         elif plan.id not in self._seen:
@@ -219,19 +222,28 @@ class RunExecutor:
         write_run(self.folder, result)
 
     def _decide(self, group: RunGroup) -> None:
-        """Once a group's search is over, final runs can start: its own and those that take its learning rate."""
-        searches = self._waits[group]
-        if group in self._decided or not all(plan.id in self.results for plan in searches):
-            return
-        self._decided.add(group)
-        lr = choose([self.results[plan.id] for plan in searches])
-        chosen = searches[0].lr if lr is None else lr  # all diverged: the final runs will say so
-        for other in self.planner.groups:
-            if self.planner.lr_source(other) == group:
-                self._finish(other, chosen)
+        """Once a group's search is over, final runs can start: its own and those that take its learning rate.
 
-    def _finish(self, group: RunGroup, lr: float | None) -> None:
-        for plan in self.planner.finals(group, lr):
+        A search whose best value lies at an edge goes on beyond it, as far as the spec allows.
+        """
+        trials, tune = self._waits[group], self.spec.tune
+        assert tune is not None, "only what is searched waits"
+        while group not in self._decided and all(plan.id in self.results for plan in trials):
+            runs = [self.results[plan.id] for plan in trials]
+            following = next_rate(runs, tune)
+            if following is not None:
+                trials.append(self.planner.trial(group, following))
+                self._enqueue(trials[-1])
+                continue
+            self._decided.add(group)
+            found = chosen(runs, tune)
+            for other in self.planner.groups:
+                if self.planner.lr_source(other) == group:
+                    self._finish(other, found)
+
+    def _finish(self, group: RunGroup, found: Chosen | None) -> None:
+        lr, searched = (found.lr, found.searched) if found else (None, None)
+        for plan in self.planner.finals(group, lr, searched):
             self._enqueue(plan)
 
 

@@ -20,7 +20,7 @@ from pedro.errors import ConfigError
 
 METADATA, PACKED = "comparison.json", "runs.jsonl"
 RUNS, EARLIER = "runs", "cells"
-EQUALITIES = ("parameters", "compute")
+EQUALITIES = ("parameters", "compute", "effort")
 
 
 def folder_of(name: str, home: Path, out: Path | None) -> Path:

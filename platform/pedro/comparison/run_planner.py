@@ -1,4 +1,4 @@
-"""From a spec to its runs: which there are, what each is called, which learning rate a search chose.
+"""From a spec to its runs: which there are, and what each is called.
 
 A run's id is a hash of everything that its result depends on, so that a comparison which was killed or changed only
 does what is missing. Trains nothing.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from pedro.backbone import load_config, resolve_backbone
-from pedro.comparison.result_model import BUDGET_TOLERANCE, FINAL, FINISHED, TUNE, RunResult
-from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, label_of
-from pedro.data.tasks import TASKS
+from pedro.comparison.data import has_chat_template
+from pedro.comparison.result_model import BACKBONE, BUDGET_TOLERANCE, FINAL, TUNE
+from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, data_key, label_of
+from pedro.comparison.untrained import Untrained
+from pedro.data.tasks import TASKS, get_task
 from pedro.errors import BackboneError, ConfigError
 
 
@@ -32,10 +34,15 @@ class RunGroup:
     backbone: str
     budget: int | None
 
+    @property
+    def untrained(self) -> Untrained | None:
+        """How the backbone is asked, where this is the backbone itself."""
+        return Untrained.of(dict(self.options)) if self.method == BACKBONE else None
+
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run."""
+    """One run. `chat`: its rows are conversations in the backbone's own chat template."""
 
     id: str
     stage: str
@@ -47,10 +54,16 @@ class PlannedRun:
     num_beams: int
     eval_batch_size: int
     theta: float
+    chat: bool = False
+    data_key: str = ""
+    """Which rows it is trained and scored on (`spec.data_key`)."""
+    searched: dict[str, Any] = field(default_factory=dict)
+    """How its learning rate was found (`rate_search.Chosen`); no part of its id."""
 
     @property
     def lr(self) -> float:
-        lr: float = self.training["lr"]
+        """NaN where nothing is trained."""
+        lr: float = self.training.get("lr", math.nan)
         return lr
 
     @property
@@ -61,11 +74,12 @@ class PlannedRun:
 
     def __str__(self) -> str:
         budget = f" at {self.group.budget:,}" if self.group.budget else ""
-        return f"{self.group.label}{budget} · {self.group.task} · lr {self.lr:g} · seed {self.seed}"
+        rate = f" · lr {self.lr:g}" if self.training else ""
+        return f"{self.group.label}{budget} · {self.group.task}{rate} · seed {self.seed}"
 
 
 class RunPlanner:
-    """Lists the runs of a spec. `digests` are those of the tasks' data."""
+    """Lists the runs of a spec. `digests` are those of the tasks' rows, by `data_key`."""
 
     def __init__(self, spec: ComparisonSpec, digests: dict[str, str]) -> None:
         self.spec, self._digests = spec, digests
@@ -73,10 +87,15 @@ class RunPlanner:
         self.groups = list(self._groups())
 
     def tuning(self, group: RunGroup) -> list[PlannedRun]:
-        """The runs that choose the group's learning rate; none where it is given or taken from another group."""
-        if self.spec.tune is None or self.lr_source(group) != group:
-            return []
-        return [self._plan(group, TUNE, lr, self.spec.tune.seed) for lr in self.spec.tune.lr]
+        """The runs that choose the group's learning rate first; none where it is given, taken from another group, or
+        nothing is trained.
+        """
+        return [self.trial(group, lr) for lr in self.spec.tune.lr] if self.spec.tune and self._searches(group) else []
+
+    def trial(self, group: RunGroup, lr: float) -> PlannedRun:
+        """The run of the search that tries `lr`."""
+        assert self.spec.tune is not None, "trials belong to a search"
+        return self._plan(group, TUNE, lr, self.spec.tune.seed)
 
     def lr_source(self, group: RunGroup) -> RunGroup:
         """The group whose learning rate this one takes; mostly itself."""
@@ -90,62 +109,78 @@ class RunPlanner:
         ]
         return like[len(like) // 2]
 
-    def finals(self, group: RunGroup, lr: float | None) -> list[PlannedRun]:
-        """The runs that tables show."""
-        return [self._plan(group, FINAL, lr, seed) for seed in self.spec.seeds]
+    def finals(self, group: RunGroup, lr: float | None, searched: Mapping[str, Any] | None = None) -> list[PlannedRun]:
+        """The runs that tables show, at a learning rate and with what was searched for it."""
+        plans = [self._plan(group, FINAL, lr, seed) for seed in self._seeds(group)]
+        return [replace(plan, searched=dict(searched)) for plan in plans] if searched else plans
 
     def count(self) -> int:
-        """How many runs there are, those counted once that serve both ends."""
-        tune = self.spec.tune
-        tunes = len(tune.lr) * sum(self.lr_source(group) == group for group in self.groups) if tune else 0
-        shared = sum(self.lr_source(group) == group for group in self.groups) if tune and self._shared else 0
-        return tunes + len(self.groups) * len(self.spec.seeds) - shared
+        """How many runs there are, those counted once that serve both ends; those that extend a search are not known
+        before.
+        """
+        finals = sum(len(self._seeds(group)) for group in self.groups)
+        if self.spec.tune is None:
+            return finals
+        shared = self.spec.tune.seed in self.spec.seeds
+        return finals + sum(map(self._searches, self.groups)) * (len(self.spec.tune.lr) - shared)
 
-    @property
-    def _shared(self) -> bool:
-        return self.spec.tune is not None and self.spec.tune.seed in self.spec.seeds
+    def _searches(self, group: RunGroup) -> bool:
+        """Whether the group searches a learning rate of its own."""
+        return self.spec.tune is not None and not group.untrained and self.lr_source(group) == group
+
+    def _seeds(self, group: RunGroup) -> tuple[int, ...]:
+        """Nothing of a backbone without examples depends on a seed."""
+        alike = group.untrained is not None and not group.untrained.shots
+        return self.spec.seeds[:1] if alike else self.spec.seeds
 
     def _groups(self) -> Iterator[RunGroup]:
         for backbone in self.spec.backbones:
             for task in self.spec.tasks:
                 for method in self.spec.methods:
+                    if method.name == BACKBONE and not _asked(method, self.spec.choice_of(method, task)):
+                        continue
                     for budget, options in self._sizes(method, backbone):
                         pairs = tuple(sorted((key, _frozen(value)) for key, value in options.items()))
                         yield RunGroup(method.name, label_of(method), pairs, task.task, backbone, budget)
 
     def _sizes(self, method: MethodChoice, backbone: str) -> Iterator[tuple[int | None, dict[str, Any]]]:
-        if not self.spec.budgets:
-            yield None, method.options
-            return
-        for budget in self.spec.budgets:
-            yield budget, sized(method, backbone, budget)
+        for budget in self.spec.budgets or (None,):
+            trains = method.name != BACKBONE and budget is not None
+            yield budget, sized(method, backbone, budget) if trains and budget else method.options
 
     def _plan(self, group: RunGroup, stage: str, lr: float | None, seed: int) -> PlannedRun:
-        task = self.spec.task(group.task)
-        training = self.spec.training_of(self._method(group), task, lr, seed).model_dump(mode="json")
+        plain = self.spec.task(group.task)
+        choice = self.spec.choice_of(self._method(group), plain)
+        key = data_key(plain, choice)
+        task = get_task(choice.task, choice.wording)
+        training = {} if group.untrained else self.spec.training_of(self._method(group), choice, lr, seed).to_dict()
+        chat = task.as_chat and has_chat_template(group.backbone)
         depends = {
             **asdict(group),
             "label": None,
-            "wording": task.wording,
+            "wording": task.stored_wording,
             "training": training,
             "num_beams": self.spec.num_beams,
             "theta": self.spec.theta,
-            "data": self._digests[group.task],
+            "data": self._digests[key],
             "backbone_digest": resolve_backbone(group.backbone).digest,
-            **self._judge(task),
+            **self._judge(choice),
+            **({"chat": True} if chat else {}),
+            **({"seed": seed} if group.untrained else {}),  # that of a training is among its settings
         }
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         return PlannedRun(
-            digest,
-            stage,
-            self.spec.name,
-            group,
-            task.wording,
-            seed,
-            training,
-            self.spec.num_beams,
-            self.spec.eval_batch_size,
-            self.spec.theta,
+            id=hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16],
+            stage=stage,
+            comparison=self.spec.name,
+            group=group,
+            wording=task.stored_wording,
+            seed=seed,
+            training=training,
+            num_beams=self.spec.num_beams,
+            eval_batch_size=self.spec.eval_batch_size,
+            theta=self.spec.theta,
+            chat=chat,
+            data_key=key,
         )
 
     def _judge(self, task: TaskChoice) -> dict[str, Any]:
@@ -157,17 +192,10 @@ class RunPlanner:
         return self._methods[group.label]
 
 
-def choose(runs: Sequence[RunResult]) -> float | None:
-    """The learning rate whose run has the best score on validation, then the least loss; None if every run failed."""
-    ended = [run for run in runs if run.state == FINISHED]
-    if not ended:
-        return None
-
-    def worth(run: RunResult) -> tuple[float, float]:
-        value, loss = run.validation.get("value"), run.validation.get("loss")  # null where it was NaN
-        return (-math.inf if value is None else value, -math.inf if loss is None else -loss)
-
-    return max(ended, key=worth).lr
+def _asked(method: MethodChoice, task: TaskChoice) -> bool:
+    """Whether the backbone can be asked any of a task's evaluations in this way."""
+    way = Untrained.of(method.options)
+    return any(way.fits(get_task(other.task, other.wording)) for other in task.evaluations)
 
 
 def check(spec: ComparisonSpec) -> None:
@@ -180,6 +208,8 @@ def check(spec: ComparisonSpec) -> None:
             mistakes[error.message] = None
             continue
         for method in spec.methods:
+            if method.name == BACKBONE:
+                continue
             for budget in spec.budgets or (None,):
                 try:
                     options = sized(method, backbone, budget) if budget else method.options
@@ -237,7 +267,7 @@ def far_from_budget(groups: Iterable[RunGroup]) -> list[str]:
     """A line for each method that cannot come near a budget, as its table will say."""
     lines: dict[str, None] = {}
     for group in groups:
-        if group.budget is not None:
+        if group.budget is not None and not group.untrained:
             count = count_parameters_of(group.method, _key(dict(group.options)), group.backbone)
             if abs(count - group.budget) > BUDGET_TOLERANCE * group.budget:
                 lines[f"budget {group.budget:,} on {group.backbone}: {group.label} has {count:,} at the nearest"] = None

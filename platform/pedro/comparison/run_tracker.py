@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pedro.comparison.spec import ComparisonSpec
     from pedro.config import Settings
 
+SPEEDS = ("seconds", "tokens_per_second", "answer_tokens_per_second", "samples_per_second")
+
 
 class RunTracker:
     """Logs runs as they end. A tracking server that fails costs the log, not the comparison."""
@@ -65,6 +67,6 @@ class RunTracker:
             numbers |= {"trainable_parameters": result.trainable_parameters}
             if result.validation.get("value") is not None:
                 numbers |= {"validation": result.validation["value"]}
-            numbers |= {"seconds": result.seconds, "tokens_per_second": result.tokens_per_second}
+            numbers |= {name: getattr(result, name) for name in SPEEDS}
             registry.log_metrics(run_id, result.steps, numbers)
         registry.finish_run(run_id, "FINISHED" if result.finished else "FAILED")

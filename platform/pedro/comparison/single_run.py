@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.comparison.result_model import SCHEMA, RunResult
+from pedro.comparison.result_model import CAP, EARLY, SCHEMA, RunResult
 from pedro.data.prompt_format import encode_prompts
 from pedro.data.tasks import TASKS, Task, TaskRow
 from pedro.errors import PedroError
-from pedro.evaluation.metrics import ELSEWHERE, score_answers
+from pedro.evaluation.metrics import ELSEWHERE, TaskScore, score_answers
 from pedro.evaluation.scoring import generate, majority
+from pedro.process import peak_memory, reset_peak_memory
 from pedro.provenance import provenance
 from pedro.training.context import TrainingContext, build_context
 from pedro.training.loop import TrainState, train
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from pedro.comparison.spec import JudgeSpec, ResourcesSpec
     from pedro.training.engines import StepEngine
     from pedro.training.worker_group import WorkerGroup
-
-STATUS = Path("/proc/self/status")
-RESET = Path("/proc/self/clear_refs")
 
 
 class CurveRecorder:
@@ -59,6 +57,8 @@ def execute_run(
     plan: PlannedRun, data: TaskData, resources: ResourcesSpec, judge: JudgeSpec | None, cache: Path
 ) -> RunResult:
     """Train and score; a run that cannot be trained (it diverges, or its options do not fit) is a failed run."""
+    if plan.group.untrained:
+        return _ask_backbone(plan, data, resources)
     curves = CurveRecorder()
     _reset_peak()
     try:
@@ -83,15 +83,47 @@ def execute_run(
         steps=outcome.steps,
         optimizer_steps=outcome.optimizer_steps,
         best_step=outcome.best_step,
+        ended_by=EARLY if outcome.stopped_early else CAP,
+        prompt_format=context.prepared.format.id,
         tokens=outcome.tokens,
+        all_tokens=outcome.all_tokens,
+        samples=outcome.samples,
         seconds=round(outcome.seconds, 2),
         scoring_seconds=round(spent, 2),
-        tokens_per_second=round(outcome.tokens / max(outcome.seconds, 1e-9), 1),
-        peak_memory_bytes=_peak(context),
+        tokens_per_second=_rate(outcome.all_tokens, outcome.seconds),
+        answer_tokens_per_second=_rate(outcome.tokens, outcome.seconds),
+        samples_per_second=_rate(outcome.samples, outcome.seconds),
+        peak_memory_bytes=_peak(context.engine.device.type == "cuda"),
         curves=dict(curves.points),
         activations=_activations(context),
         provenance=provenance(),
     )
+
+
+def _ask_backbone(plan: PlannedRun, data: TaskData, resources: ResourcesSpec) -> RunResult:
+    """The score of the backbone itself."""
+    from pedro.comparison.untrained_run import BackboneAsker
+
+    started = time.monotonic()
+    _reset_peak()
+    try:
+        asker = BackboneAsker(plan, resources)
+        scores = [_scored(test, rows, result) for test, rows, result in asker.scores(data)]
+    except PedroError as error:
+        return failed(plan, error.message)
+    return _result(
+        plan,
+        state="finished",
+        scores=scores,
+        prompt_format=asker.form.id,
+        scoring_seconds=round(time.monotonic() - started, 2),
+        peak_memory_bytes=_peak(bool(resources.gpus)),
+        provenance=provenance(),
+    )
+
+
+def _rate(count: int, seconds: float) -> float:
+    return round(count / max(seconds, 1e-9), 1)
 
 
 def failed(plan: PlannedRun, message: str, curves: Mapping[str, Any] | None = None) -> RunResult:
@@ -118,6 +150,7 @@ def _result(plan: PlannedRun, **fields: Any) -> RunResult:
             "seed": plan.seed,
             "lr": plan.lr,
             "training": plan.training,
+            "searched": plan.searched,
             "message": "",
             **fields,
         }
@@ -126,12 +159,13 @@ def _result(plan: PlannedRun, **fields: Any) -> RunResult:
 
 def _job(plan: PlannedRun, data: TaskData, resources: ResourcesSpec) -> FineTuneSpec:
     """The run as a fine-tuning job, which is what the loop and its preparation understand."""
+    train, validation = data.chats if plan.chat and data.chats else data.files
     return FineTuneSpec.model_validate(
         {
             "tenant": "comparison",
             "adapter": plan.group.method,
             "backbone": plan.group.backbone,
-            "data": {"train": data.train, "validation": data.validation, "theta": plan.theta},
+            "data": {"train": train, "validation": validation, "theta": plan.theta},
             "method": {"name": plan.group.method, **plan.options},
             "training": plan.training,
             "resources": {"cpus_per_worker": resources.cpus, "gpus_per_worker": resources.gpus},
@@ -160,7 +194,11 @@ def _score(
     if test.task.metric in ELSEWHERE:
         return None
     rows, prompts = _fitting(context, test.task, test.rows)
-    result = score_answers(test.task, rows, _answers(context, plan, test.task, prompts))
+    return _scored(test, rows, score_answers(test.task, rows, _answers(context, plan, test.task, prompts)))
+
+
+def _scored(test: TestSet, rows: list[TaskRow], result: TaskScore) -> dict[str, Any]:
+    """As a result holds it."""
     guess = majority(row.completion for row in rows)
     return {
         **{key: value for key, value in result.to_dict().items() if key != "per_row"},
@@ -222,22 +260,13 @@ def _reset_peak() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
-        RESET.write_text("5")  # Linux: VmHWM starts anew (proc(5))
-    except OSError:
-        return
+    reset_peak_memory()
 
 
-def _peak(context: TrainingContext) -> int:
+def _peak(on_gpu: bool) -> int:
     """The run's peak: of the GPU's memory there, else of the process's."""
     import torch
 
-    if context.engine.device.type == "cuda":
+    if on_gpu:
         return int(torch.cuda.max_memory_allocated())
-    try:
-        lines = STATUS.read_text().splitlines()
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return peak_memory()

@@ -5,28 +5,26 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pedro.backbone import locate_backbone
 from pedro.comparison.paper import parse_paper
-from pedro.config import Frozen, Settings, check_name, load_spec, mistakes
-from pedro.data.tasks import TASKS, get_task
+from pedro.comparison.result_model import BACKBONE
+from pedro.comparison.untrained import Untrained
+from pedro.config import Frozen, check_name, mistakes
+from pedro.data.tasks import TASKS, TEMPLATE, get_task
 from pedro.errors import ConfigError
-from pedro.training.allowed_files import check_allowed_files
 from pedro.training.spec import TrainingSpec
-from pedro.yaml_reader import read_yaml
 
 DATA_VARIABLE = "PEDRO_TASK_DATA"
 SIZES = ("r", "tokens")  # the option that a budget of parameters decides, the first that a method has
 Positive = Annotated[int, Field(ge=1, le=10**12)]
 MOST_RUNS = 100_000
-KINDS = ("comparison", "efficiency")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Rate = Annotated[float, Field(gt=0, le=100)]
+MOST_RATE = 100.0
+Rate = Annotated[float, Field(gt=0, le=MOST_RATE)]
 T = TypeVar("T")
 
 
@@ -44,8 +42,8 @@ class Evaluation(Frozen):
 
     task: str
     """As `pedro tasks` lists it."""
-    wording: str = "full"
-    """In which words prompts are put."""
+    wording: str = TEMPLATE
+    """In which words prompts are put; `template` is within the chat template of a backbone that has one."""
     shots: int = Field(0, ge=0)
     """Worked examples before each prompt."""
     data: str | None = None
@@ -85,9 +83,10 @@ class TaskChoice(Evaluation):
 
 
 class MethodChoice(BaseModel):
-    """A method with its options beside its name, as in a fine-tuning job; a name alone will do.
+    """A method with its options beside its name, as in a fine-tuning job; a name alone will do. `backbone` is the
+    backbone itself, asked with `shots` examples; `by: match` takes what it writes, in place of its likeliest label.
 
-    What is neither name, label nor training is an option of the method.
+    What is neither name, label, training nor wording is an option of the method.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
@@ -98,6 +97,8 @@ class MethodChoice(BaseModel):
     """What tables call it; the method's title, with the options given, if not set."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Laid over the comparison's `training`, and the task's."""
+    wording: str = ""
+    """In place of the tasks' own: for a row that shows what the words do."""
 
     @model_validator(mode="before")
     @classmethod
@@ -109,12 +110,14 @@ class MethodChoice(BaseModel):
     @model_validator(mode="after")
     def _plain(self) -> MethodChoice:
         _checked_json(self.name, self.options)
+        if self.name == BACKBONE:
+            Untrained.of(self.options)
         _checked_line("label", self.label)
         return self
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is neither name, label nor training."""
+        """What is an option of the method."""
         return dict(self.model_extra or {})
 
 
@@ -127,6 +130,8 @@ class TuneSpec(Frozen):
     """Of these runs; where it is among `seeds`, the winning run counts as that seed's."""
     once: bool = False
     """Search at the middle budget alone, and take its learning rate for the others."""
+    extend: int = Field(0, ge=0, le=20)
+    """How many more values may be tried, one after the other, while the best is the smallest or the largest."""
 
 
 class JudgeSpec(Frozen):
@@ -161,8 +166,9 @@ class ComparisonSpec(Frozen):
     budgets: tuple[Positive, ...] = ()
     """Numbers of trained parameters: each method's size (r, or tokens) is set so that it comes nearest."""
     seeds: tuple[Seed, ...] = Field((0, 1, 2, 3, 4), min_length=1)  # a run each
-    equal: Literal["compute", "parameters"] = "compute"
-    """What all methods have alike, for the table to say: steps and rows, or (also) the number of parameters."""
+    equal: Literal["compute", "parameters", "effort"] = "compute"
+    """What all methods have alike, for the table to say: steps and rows, or (also) the number of parameters; or the
+    effort: rows, search, and what ends training."""
     baseline: str = ""
     """The label that differences are taken from; the first method's if not given."""
     data: str | None = None
@@ -216,7 +222,7 @@ class ComparisonSpec(Frozen):
         same: dict[Any, str] = {}
         for method in self.methods:
             runs = [self.training_of(method, task, None).model_dump_json() for task in self.tasks]
-            key = (method.name, json.dumps(method.options, sort_keys=True), *runs)
+            key = (method.name, method.wording, json.dumps(method.options, sort_keys=True), *runs)
             if key in same:
                 raise ValueError(f"methods: {same[key]!r} and {label_of(method)!r} are the same runs; leave one out")
             same[key] = label_of(method)
@@ -233,6 +239,12 @@ class ComparisonSpec(Frozen):
                 raise ValueError(f"tasks.{task.task}.tune_like: expected another task of `tasks`, with `tune` given")
             if other and self.task(other).tune_like:
                 raise ValueError(f"tasks.{task.task}.tune_like: {other} takes its own from elsewhere; name that one")
+        for method in self.methods:
+            for task in self.tasks:
+                evaluations = _checked(lambda m=method, t=task: self.choice_of(m, t)).evaluations
+                if method.name == BACKBONE:
+                    scored = [get_task(other.task, other.wording) for other in evaluations]
+                    Untrained.of(method.options).check(task.task, scored)
         for where, training in self._trainings():
             if "seed" in training:
                 raise ValueError(f"{where}.seed: `seeds` of the comparison says which; leave it out here")
@@ -254,6 +266,13 @@ class ComparisonSpec(Frozen):
     def task(self, name: str) -> TaskChoice:
         """The task called so."""
         return next(task for task in self.tasks if task.task == name)
+
+    def choice_of(self, method: MethodChoice, task: TaskChoice) -> TaskChoice:
+        """The task as this method is shown it. Raises ConfigError for a wording that it does not have."""
+        if not method.wording or method.wording == task.wording:
+            return task
+        get_task(task.task, method.wording, task.shots)
+        return task.model_copy(update={"wording": method.wording})
 
     def training_of(self, method: MethodChoice, task: TaskChoice, lr: float | None, seed: int = 0) -> TrainingSpec:
         """What one run trains with: the comparison's settings, the task's over them, then the method's."""
@@ -292,10 +311,17 @@ class EfficiencySpec(Frozen):
     paper: PaperBlock = None  # what a paper reports, shown beside
 
 
+def data_key(choice: TaskChoice, asked: TaskChoice) -> str:
+    """What the rows of a task are called; `asked` is the task in other words, where a method has such."""
+    return choice.task if asked.wording == choice.wording else f"{choice.task}, {asked.wording}"
+
+
 def label_of(method: MethodChoice) -> str:
     """What tables call a method: its label, or its title with the options that were given."""
     if method.label:
         return method.label
+    if method.name == BACKBONE:
+        return Untrained.of(method.options).label
     from pedro.methods.registry import METHODS
 
     title = METHODS[method.name].title.partition(":")[0] if method.name in METHODS else method.name
@@ -303,53 +329,6 @@ def label_of(method: MethodChoice) -> str:
         title = str(method.options.get("peft_type", "PEFT"))
     given = ", ".join(f"{key}={value}" for key, value in method.options.items() if key != "peft_type")
     return f"{title} ({given})" if given else title
-
-
-def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> ComparisonSpec | EfficiencySpec:
-    """Read a spec file; relative paths start from its folder. Raises one ConfigError that lists every mistake."""
-    overrides = list(overrides)
-    spec: ComparisonSpec | EfficiencySpec
-    kind = _kind(path, overrides)
-    if kind not in KINDS:
-        raise ConfigError(f"kind: expected {' or '.join(KINDS)}, got {kind!r}", param="kind")
-    if kind == "efficiency":
-        return load_spec(path, overrides, EfficiencySpec)
-    spec = load_spec(path, overrides, ComparisonSpec)
-    base = Path(path).absolute().parent
-    tasks = [_located(task, base) for task in spec.tasks]
-    _check_files(spec, tasks, base, overrides)
-    backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
-    return spec.model_copy(update={"backbones": backbones, "data": _resolved(spec.data, base), "tasks": tuple(tasks)})
-
-
-def _check_files(spec: ComparisonSpec, tasks: list[TaskChoice], base: Path, overrides: Iterable[str]) -> None:
-    """Raise ConfigError for a folder of data that a spec may not name; `data=DIR` by hand may lie anywhere."""
-    folders = {"data": _resolved(spec.data, base)}
-    for number, task in enumerate(tasks):
-        folders[f"tasks.{number}.data"] = task.data
-        folders |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}
-    typed = {field for field in folders if field in {override.partition("=")[0] for override in overrides}}
-    local = {field: folder for field, folder in folders.items() if folder and folder != "hub"}
-    check_allowed_files(local, Settings.from_env(), [base], typed)
-
-
-def _located(task: TaskChoice, base: Path) -> TaskChoice:
-    evaluate = tuple(other.model_copy(update={"data": _resolved(other.data, base)}) for other in task.evaluate)
-    return task.model_copy(update={"data": _resolved(task.data, base), "evaluate": evaluate})
-
-
-def _resolved(data: str | None, base: Path) -> str | None:
-    return data if data in (None, "hub") else str(base / Path(data).expanduser())
-
-
-def _kind(path: str | Path, overrides: Iterable[str]) -> str:
-    if given := [override.removeprefix("kind=") for override in overrides if override.startswith("kind=")]:
-        return given[-1]
-    try:
-        fields = read_yaml(path)
-    except ConfigError:
-        return "comparison"  # `load_spec` says what is wrong
-    return str(fields.get("kind", "comparison")) if isinstance(fields, Mapping) else "comparison"
 
 
 def _checked_line(where: str, text: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from pedro.comparison.captions import captions
 from pedro.comparison.result_model import (
     AVERAGE,
+    BACKBONE,
     BEST,
     FAILED,
     JUDGE,
@@ -150,7 +151,7 @@ def _entry(
         rows=max((score.rows for score in scores), default=0),
         left_out=max((score.left_out for score in scores), default=0),
         values=values,
-        lrs=tuple((run.seed, run.lr) for run in runs),
+        lrs=tuple((run.seed, run.lr) for run in runs if run.method != BACKBONE),
         samples=samples,
     )
 

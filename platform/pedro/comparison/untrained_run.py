@@ -1,0 +1,84 @@
+"""Asks the backbone itself, with nothing trained: the run behind a table's rows that are called "Backbone, …"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
+from pedro.comparison.data import TaskData, TestSet
+from pedro.comparison.run_planner import PlannedRun
+from pedro.comparison.spec import ResourcesSpec
+from pedro.comparison.untrained import LIKELIHOOD, candidates, prompt_of
+from pedro.data.prompt_format import FORMATS, PromptFormat, encode_prompt, encode_text, format_for_shape
+from pedro.data.row_shapes import RowShape
+from pedro.data.tasks import Task, TaskRow
+from pedro.errors import PedroError
+from pedro.evaluation.metrics import score_answers
+from pedro.evaluation.ranking import likeliest
+from pedro.evaluation.scoring import generate
+
+
+class BackboneAsker:
+    """One backbone, asked in the way of a planned run."""
+
+    def __init__(self, plan: PlannedRun, resources: ResourcesSpec) -> None:
+        backbone = resolve_backbone(plan.group.backbone)
+        way = plan.group.untrained
+        assert way is not None, "only the backbone itself is asked here"
+        self.plan, self.way = plan, way
+        self.tokenizer = load_tokenizer(backbone)
+        self.model = load_model(backbone, device="cuda" if resources.gpus else "cpu")
+        self.form: PromptFormat = format_for_shape(RowShape.MESSAGES, self.tokenizer) if plan.chat else FORMATS["raw"]
+        self.context = context_length(backbone)
+
+    def scores(self, data: TaskData) -> list[tuple[TestSet, list[TaskRow], Any]]:
+        """(test set, its rows that fit, their score) of every test set that can be asked so."""
+        found = []
+        for test in data.tests:
+            if self.way.fits(test.task):
+                examples = self.way.examples(test.task, data.train_rows, self.plan.seed) if self.way.shots else []
+                rows, answers = self._answers(test.task, test.rows, examples)
+                found.append((test, rows, score_answers(test.task, rows, answers)))
+        return found
+
+    def _answers(
+        self, task: Task, rows: Sequence[TaskRow], examples: Sequence[TaskRow]
+    ) -> tuple[list[TaskRow], list[str]]:
+        """The rows whose prompt leaves room for an answer, and the answers."""
+        texts = [prompt_of(task, row, examples) for row in rows]
+        prompts = [self._encode(text) for text in texts]
+        kept = [place for place, ids in enumerate(prompts) if len(ids) + task.max_new_tokens <= self.context]
+        if not kept:
+            longest = max(map(len, prompts))
+            raise PedroError(
+                f"{task.name}: no prompt with {len(examples)} examples fits into {self.context} tokens (the longest "
+                f"has {longest:,}); ask with fewer"
+            )
+        shown = [rows[place] for place in kept]
+        if self.way.by == LIKELIHOOD:
+            return shown, [self._likeliest(task, rows[place], texts[place], prompts[place]) for place in kept]
+        encoded = [{"input_ids": prompts[place], "prompt_len": len(prompts[place])} for place in kept]
+        return shown, generate(
+            self.model,
+            self.tokenizer,
+            encoded,
+            max_new_tokens=task.max_new_tokens,
+            batch_size=self.plan.eval_batch_size,
+            num_beams=self.plan.num_beams,
+        )
+
+    def _likeliest(self, task: Task, row: TaskRow, text: str, prompt: list[int]) -> str:
+        labels = candidates(task, row)
+        return labels[likeliest(self.model, prompt, [self._continued(text, prompt, label) for label in labels])]
+
+    def _encode(self, text: str) -> list[int]:
+        return encode_prompt(self.tokenizer, self.form.prompt([{"role": "user", "content": text}], self.tokenizer))
+
+    def _continued(self, text: str, prompt: list[int], label: str) -> list[int]:
+        """A label's tokens as they follow the prompt: behind a space, unless a chat's answer begins there."""
+        if self.plan.chat:
+            return encode_text(self.tokenizer, label)
+        whole = self._encode(f"{text} {label}")
+        together = len(whole) > len(prompt) and whole[: len(prompt)] == prompt
+        return whole[len(prompt) :] if together else encode_text(self.tokenizer, f" {label}")
