@@ -74,6 +74,7 @@ def _recipe(wheel, **changes):
         "wheel_bytes": wheel.path.stat().st_size,
         "member": MEMBER,
         "member_sha256": wheel.member_sha256,
+        "quantisation": "Q4_1, F32",
         "licence": "MIT",
         "hub_id": "someone/tiny",
         "parameters": 100_000,

@@ -35,7 +35,7 @@ LEFT_OUT = {
 CONTROL, USER_DEFINED = 3, 4
 PLAIN_SPLITS = ("", "default", "gpt-2", "gpt2")  # GPT-2's, which transformers takes where it is told nothing
 SAMPLE = "In 2024, naïve café-goers paid 3 × £1,250 — “really?”\n\tYes."
-WRITTEN_BY = ("transformers_version", "_name_or_path")  # change with the machine, and so would the digest
+WRITTEN_BY = ("transformers_version", "_name_or_path", "_model_name_or_path")  # not what the model is
 
 
 def check_gguf(path: Path) -> GGUFHeader:
@@ -162,6 +162,7 @@ def _write_weights(path: Path, header: GGUFHeader, directory: Path) -> None:
 
 def _config(path: Path, header: GGUFHeader) -> Any:
     """The config that transformers makes of the metadata, and what of them it leaves at a default."""
+    import numpy as np
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
@@ -169,6 +170,9 @@ def _config(path: Path, header: GGUFHeader) -> Any:
         value = header.metadata.get(f"{header.architecture}.{key}")
         if value is not None and hasattr(config, field):
             setattr(config, field, value)
+    for field in ("rms_norm_eps", "layer_norm_epsilon"):  # 32 bits in the file: 1e-05 reads as 9.999999747378752e-06
+        if (value := getattr(config, field, None)) is not None:
+            setattr(config, field, float(str(np.float32(value))))
     for ours, theirs in SPECIAL.items():
         if ours != "unk":
             setattr(config, f"{ours}_token_id", header.metadata.get(f"tokenizer.ggml.{theirs}_token_id"))

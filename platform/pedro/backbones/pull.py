@@ -59,6 +59,7 @@ def pull(home: Path, what: str, log: Log, name: str | None = None, revision: str
             recipe.member_sha256,
             recipe.licence,
             recipe.requirement,
+            recipe.quantisation,
         )
         return _made(
             home,

