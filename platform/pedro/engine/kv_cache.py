@@ -1,4 +1,6 @@
-"""Keys and values of every running sequence, allocated once. Who owns a slot is decided elsewhere.
+"""Keys and values of every running sequence, allocated once; on a CPU, pages take memory when they are first written.
+
+Who owns a slot is decided elsewhere.
 
 Legend: S slots, K key-value heads, T positions, d head width, N tokens of a packed batch, B rows.
 """
@@ -6,6 +8,7 @@ Legend: S slots, K key-value heads, T positions, d head width, N tokens of a pac
 from __future__ import annotations
 
 import math
+import mmap
 
 import torch
 
@@ -37,7 +40,7 @@ class KVCache:
 
         def make() -> list[torch.Tensor]:
             size = math.prod(shape)
-            whole = [torch.zeros(size + MARGIN, dtype=dtype, device=device) for _ in range(num_layers)]
+            whole = [_zeros(size + MARGIN, dtype, device) for _ in range(num_layers)]
             return [tensor[:size].view(shape).transpose(1, 2 if paged else 1) for tensor in whole]
 
         self.keys, self.values = make(), make()
@@ -51,7 +54,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the cache takes, used or not."""
+        """Bytes that the cache takes once all of it is used."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def fill(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -89,3 +92,11 @@ class KVCache:
         poison what comes next."""
         for tensor in (*self.keys, *self.values):
             tensor[slot, :, :length].zero_()
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, on a CPU in memory that the operating system gives page by page: `torch.zeros` would write all of it."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)
