@@ -169,7 +169,7 @@ def _row(name: str, state: str, directory: Path) -> dict[str, Any]:
 
     origin = read_origin(directory)
     row: dict[str, Any] = {"name": name, "state": state, "architecture": "?", "parameters": 0, "bytes": 0}
-    row |= {"context": None, "licence": origin.licence if origin else None, "source": str(directory)}
+    row |= {"context": None, "licence": origin.licence if origin else None, "source": "with pedro"}
     if origin is not None:
         row["source"] = f"{origin.kind} {origin.source}"
     try:
