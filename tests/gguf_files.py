@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from methods_models import tiny_backbone
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -23,9 +28,9 @@ HEADS = {"llama": 16, "qwen2": 16, "qwen3": 32, "gemma2": 32, "phi3": 16}
 GGUF_NAMES = {"gemma3_text": "gemma3"}
 
 
-def tiny(model_type: str = "llama"):
+def tiny(model_type: str = "llama") -> PreTrainedModel:
     """The tiny backbone of an architecture, wide enough for blocks of 32 and with a vocabulary of TOKENS."""
-    changes = {**SIZES, **({"head_dim": 32} if HEADS.get(model_type) == 32 else {})}
+    changes: dict[str, Any] = {**SIZES, **({"head_dim": 32} if HEADS.get(model_type) == 32 else {})}
     if model_type == "gpt2":
         changes = {**SIZES, "intermediate_size": None, "n_inner": 96}
     tied = {"tie_word_embeddings": True} if model_type == "llama" else {}
@@ -39,7 +44,15 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     )
 
 
-def write_gguf(path: Path, model, kind: str = "F16", *, skip=(), extra=(), **changes) -> dict[str, torch.Tensor]:
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    kind: str = "F16",
+    *,
+    skip: Sequence[str] = (),
+    extra: Sequence[str] = (),
+    **changes: Any,
+) -> dict[str, torch.Tensor]:
     """Write `model` to `path` with its matrices quantised as `kind`; the dequantised weights by the model's names.
 
     `changes` are metadata keys with "__" for ".", None to leave one out; `skip` and `extra` name tensors.
@@ -81,6 +94,7 @@ def write_gguf(path: Path, model, kind: str = "F16", *, skip=(), extra=(), **cha
     form = GGMLQuantizationType[kind]
     for name, parameter in model.named_parameters():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
         weight = parameter.detach().clone()
         if arch == "llama" and (".q_proj" in name or ".k_proj" in name):
             heads = config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads
@@ -118,4 +132,5 @@ def _add(writer: GGUFWriter, key: str, value: object) -> None:
     elif isinstance(value, str):
         writer.add_string(key, value)
     else:
+        assert isinstance(value, list)
         writer.add_array(key, value)

@@ -12,16 +12,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.benchmarks.command_line import Options
-from jobs.benchmarks.engine_process import Log
 from jobs.benchmarks.model_sizes import bench_folder
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from pedro.backbone import embedded_backbones, resolve_backbone
 from pedro.config import Settings, validate_spec
 from pedro.errors import PedroError
 from pedro.training.spec import FineTuneSpec
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
+    from jobs.benchmarks.engine_process import Log
 
 COLUMNS = ("backbone", "method", "what", "promised", "measured", "off", "time_from")
 TIME_WITHIN, MEMORY_WITHIN = 0.30, 0.15

@@ -12,12 +12,14 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.backbone_files import size_problem
 from pedro.backbones.gguf_header import GGUFHeader, read_header
-from pedro.backbones.kept import Log
 from pedro.errors import BackboneError
+
+if TYPE_CHECKING:
+    from pedro.backbones.kept import Log
 
 ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3")
 """Those of GGUF that both transformers reads and `pedro.backbone_files.MODEL_TYPES` has."""
@@ -140,7 +142,7 @@ def _write_weights(path: Path, header: GGUFHeader, directory: Path) -> None:
     config = _config(path, header)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())  # type: ignore[no-untyped-call]
     places = get_gguf_hf_weights_map(model, processor)
     if lost := sorted(tensor.name for tensor in header.tensors if tensor.name not in places):
         more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
@@ -198,7 +200,7 @@ def _tokenizer(path: Path) -> tuple[Mapping[str, Any], Any]:
     """What the file says of its tokenizer, and the tokenizer."""
     from tokenizers import pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer  # type: ignore[attr-defined]
 
     architecture, facts, config = get_gguf_tokenizer(str(path))
     backend, _ = convert_gguf_tokenizer(architecture, facts)

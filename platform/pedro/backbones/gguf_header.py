@@ -126,7 +126,7 @@ class _Reader:
         return self._take(self._length(most)).decode("utf-8")
 
     def _length(self, most: int) -> int:
-        length = self._number("<Q")
+        length: int = self._number("<Q")
         if length > most:
             raise self._refused(f"has a text of {length:,} bytes where at most {most:,} are read")
         return length

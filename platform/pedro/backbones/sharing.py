@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import named_directory, resolve_backbone
 from pedro.backbones.kept import Log, find_kept, locked, made_whole
-from pedro.config import Settings
 from pedro.errors import BackboneError, UnavailableError
 from pedro.home import BACKBONES
 from pedro.refs import NAME
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 
 def offer_backbone(settings: Settings, name: str, log: Log = lambda _line: None) -> None:
@@ -98,9 +100,10 @@ def _get(settings: Settings, system: Any, offered: dict[str, Any], folder: Path)
 
 def _offered(system: Any, root: str, name: str) -> dict[str, Any] | None:
     try:
-        return json.loads(system.cat_file(f"{root}/{name}.json"))
+        facts: dict[str, Any] = json.loads(system.cat_file(f"{root}/{name}.json"))
     except FileNotFoundError:
         return None
+    return facts
 
 
 def _in_home(settings: Settings) -> bool:

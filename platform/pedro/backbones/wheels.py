@@ -14,10 +14,13 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pedro.backbones.kept import Log
-from pedro.backbones.recipes import Recipe
 from pedro.errors import BackboneError, UnavailableError
+
+if TYPE_CHECKING:
+    from pedro.backbones.kept import Log
+    from pedro.backbones.recipes import Recipe
 
 PROGRESS_S = 2.0
 CHUNK = 2**20

@@ -19,12 +19,12 @@ from pedro.backbones.sharing import obtain_backbone, offer_backbone
 from pedro.comparison.rate_search import Chosen, chosen, next_rate
 from pedro.comparison.result_model import FAILED, FINAL, TUNE, RunResult, format_score
 from pedro.comparison.run_files import write_run
-from pedro.comparison.run_planner import PlannedRun, RunGroup, RunPlanner
 from pedro.errors import ConfigError, TrainingError
 from pedro.training.trainer import ENVIRONMENT, pack_settings, unpack_settings
 
 if TYPE_CHECKING:
     from pedro.comparison.data import TaskData
+    from pedro.comparison.run_planner import PlannedRun, RunGroup, RunPlanner
     from pedro.comparison.spec import ComparisonSpec
     from pedro.config import Settings
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -241,7 +242,7 @@ class ComparisonSpec(Frozen):
                 raise ValueError(f"tasks.{task.task}.tune_like: {other} takes its own from elsewhere; name that one")
         for method in self.methods:
             for task in self.tasks:
-                evaluations = _checked(lambda m=method, t=task: self.choice_of(m, t)).evaluations
+                evaluations = _checked(partial(self.choice_of, method, task)).evaluations
                 if method.name == BACKBONE:
                     scored = [get_task(other.task, other.wording) for other in evaluations]
                     Untrained.of(method.options).check(task.task, scored)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
-from pedro.comparison.data import TaskData, TestSet
-from pedro.comparison.run_planner import PlannedRun
-from pedro.comparison.spec import ResourcesSpec
 from pedro.comparison.untrained import LIKELIHOOD, candidates, prompt_of
 from pedro.data.prompt_format import FORMATS, PromptFormat, encode_prompt, encode_text, format_for_shape
 from pedro.data.row_shapes import RowShape
-from pedro.data.tasks import Task, TaskRow
 from pedro.errors import PedroError
 from pedro.evaluation.metrics import score_answers
 from pedro.evaluation.ranking import likeliest
 from pedro.evaluation.scoring import generate
+
+if TYPE_CHECKING:
+    from pedro.comparison.data import TaskData, TestSet
+    from pedro.comparison.run_planner import PlannedRun
+    from pedro.comparison.spec import ResourcesSpec
+    from pedro.data.tasks import Task, TaskRow
 
 
 class BackboneAsker:

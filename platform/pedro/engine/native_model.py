@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pedro.engine.kv_cache import KVCache
     from pedro.engine.modulation import ConditionedRow, Modulation
     from pedro.methods.architectures import Architecture, LayerSites
+    from pedro.model_protocols import ModelConfig
 
 MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GENERATOR_ACTIVATIONS = ("rational", "gelu", "relu")  # the order of native.c's enums

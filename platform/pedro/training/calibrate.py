@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.process import peak_memory, reset_peak_memory, resident_memory
 from pedro.training.memory import BYTES
-from pedro.training.spec import FineTuneSpec
 
 if TYPE_CHECKING:
     from pedro.training.batches import RowStream
+    from pedro.training.spec import FineTuneSpec
 
 BOUND_S = 60.0
 STEPS, FEW_SECONDS, MOST_STEPS = 2, 0.5, 10  # at least so many steps are timed, more of short ones
