@@ -364,7 +364,7 @@ def test_steps_that_vary_are_cut_neither_by_the_default_of_epochs_nor_by_the_ste
     tree = {"name": "steps", "base": base, "space": {"training.max_steps": {"grid": [5, 5000]}}}
     spec = SweepSpec.model_validate(tree)
     for read in (spec, SweepSpec.model_validate(spec.to_dict())):
-        assert [variant(read, each).training.epochs for each in (*planned_trials(read), {})] == [None, None, 3.0]
+        assert [variant(read, each).training.epochs for each in (*planned_trials(read), {})] == [None, None, 10.0]
     base["training"] = {"epochs": 3}
     assert variant(SweepSpec.model_validate(tree), {"training.max_steps": 5}).training.epochs == 3
     base["training"] = {"max_steps": 100}

@@ -43,6 +43,15 @@ def reset_peak_memory() -> bool:
     return True
 
 
+def release_freed_memory() -> None:
+    """Give freed memory back to the system, so that what is taken next is seen to be taken (glibc; else nothing)."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def peak_memory() -> int:
     """The most bytes that this process had resident, since its start or the last reset."""
     found = _status("VmHWM")

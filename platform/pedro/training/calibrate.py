@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.process import peak_memory, reset_peak_memory, resident_memory
+from pedro.process import peak_memory, release_freed_memory, reset_peak_memory, resident_memory
 from pedro.training.memory import BYTES
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ class _Calibrator:
             before = torch.cuda.memory_allocated()
             self._step(longest, 0)
             return int(torch.cuda.max_memory_allocated() - before)
+        release_freed_memory()
         told = reset_peak_memory()
         before = resident_memory()
         self._step(longest, 0)
