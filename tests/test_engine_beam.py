@@ -21,6 +21,7 @@ def reference(model, ids, beams, max_tokens, n=1, eos=None, **options):
         num_return_sequences=n,
         max_new_tokens=max_tokens,
         do_sample=False,
+        min_new_tokens=options.pop("min_tokens", 0),
         eos_token_id=eos,
         pad_token_id=95,
         **options,
@@ -51,6 +52,7 @@ def hypotheses(answers, name="r"):
         ({"length_penalty": -1.0}, tuple(range(2, 20))),
         ({"early_stopping": True}, tuple(range(2, 20))),
         ({"repetition_penalty": 1.3}, (7, 11)),
+        ({"min_tokens": 5}, tuple(range(2, 40))),
     ],
 )
 def test_beams_equal_those_of_transformers(model, options, eos):
@@ -134,6 +136,7 @@ def test_more_beams_than_slots_are_refused(model):
         ({"num_beams": 2, "logprobs": 1}, "logprobs"),
         ({"num_beams": 2, "max_tokens": 0, "prompt_logprobs": 0}, "max_tokens"),
         ({"length_penalty": float("inf")}, "length_penalty"),
+        ({"num_beams": 2, "stop": ("x",), "min_tokens": 1}, "min_tokens"),
     ],
 )
 def test_options_that_do_not_go_together_are_named(wrong, param):

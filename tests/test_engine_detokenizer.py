@@ -86,6 +86,13 @@ def test_what_only_looked_like_a_stop_text_is_given_out():
     assert feed(detokenizer, range(4)) == (["a ", "", "ENT", " "], "E", False)
 
 
+def test_a_stop_text_that_ends_within_the_least_tokens_is_text_and_one_that_ends_after_them_stops():
+    detokenizer = Detokenizer(Pieces("a END", " b", " EN", "D c"), [], stop=("END",), min_tokens=3)
+    assert feed(detokenizer, range(4)) == (["a END", " b", " ", ""], "", True)
+    inside = Detokenizer(Pieces("xab", "z"), [], stop=("ab", "xaby"), min_tokens=1)
+    assert feed(inside, range(2)) == (["", "xabz"], "", False)
+
+
 def test_the_first_of_several_stop_texts_counts():
     detokenizer = Detokenizer(Pieces("one two", " three"), [], stop=("three", "two"))
     assert feed(detokenizer, range(2)) == (["one "], "", True)

@@ -1,10 +1,13 @@
 """Tokens are chosen as asked, and the same ones whoever shares the batch."""
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from engine_models import Letters, drain, make_engine, prompt, random_backbone, request, run, stories
+from transformers import GenerationConfig
 
 from pedro.engine import SamplingParams
 from pedro.engine.sampler import SampleRow, greedy, sample, uniform
@@ -150,6 +153,39 @@ def test_stop_ids_and_eos_end_the_answer_and_give_no_text(model):
     assert ignored.token_ids == whole.token_ids
 
 
+def generated(model, ids, count, least, eos):
+    """The answer of transformers' greedy generate."""
+    config = GenerationConfig(
+        max_new_tokens=count, min_new_tokens=least, do_sample=False, eos_token_id=list(eos), pad_token_id=95
+    )
+    made = model.generate(torch.tensor([ids]), generation_config=config, attention_mask=torch.ones(1, len(ids)))
+    return made[0, len(ids) :].tolist()
+
+
+def test_min_tokens_holds_off_every_token_that_would_end_the_answer_as_generate_does(model):
+    ends = tuple(range(2, 50))
+    for least, seed in itertools.product((1, 4, 12), range(3)):
+        ids = prompt(6, seed)
+        expected = generated(model, ids, 12, least, ends)
+        neighbours = [request(f"n{i}", prompt(5, 9 + i), 12, stop_token_ids=ends) for i in range(2)]
+        asked = request("r", ids, 12, stop_token_ids=ends, min_tokens=least)
+        answers = run(make_engine(model), asked, *neighbours)
+        assert answers["r"].token_ids == expected
+        assert least <= len(expected)
+        assert [answers[n.id].token_ids for n in neighbours] == [
+            generated(model, n.prompt_ids, 12, 0, ends) for n in neighbours
+        ]
+        if len(expected) > 3:
+            again = request("r", ids, 12, stop_token_ids=ends, min_tokens=least, resumed_ids=tuple(expected[:3]))
+            assert run(make_engine(model), again)["r"].token_ids == expected[3:], "tokens of before a failover count"
+
+
+def test_no_draw_ends_an_answer_before_min_tokens():
+    row = SampleRow(SamplingParams(temperature=1.0), 0, 0, [], [], barred=frozenset({1, 2}))
+    rows = [replace(row, seed=seed) for seed in range(200)]
+    assert {one.token_id for one in sample(torch.tensor([[0.0, 1.0, 9.0, -1.0]]).repeat(200, 1), rows)} == {0, 3}
+
+
 def test_max_tokens_ends_the_answer_and_none_fills_the_context(model):
     engine = make_engine(model, max_length=32)
     answers = run(engine, request("r", prompt(6), 5), request("all", prompt(6), None))
@@ -179,6 +215,8 @@ def test_logits_that_are_no_numbers_fail_their_request_and_poison_no_other(model
         {"top_k": -1},
         {"min_p": 2.0},
         {"max_tokens": 0},
+        {"min_tokens": -1},
+        {"min_tokens": 4, "max_tokens": 3},
         {"repetition_penalty": 1e-40},
         {"presence_penalty": 3.0},
         {"frequency_penalty": -3.0},

@@ -294,7 +294,7 @@ BAD_COMPLETIONS = [
     ({"stream": "yes"}, "stream"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
     ({"stream": True, "stream_options": 5}, "stream_options"),
-    ({"min_tokens": 3}, "min_tokens"),
+    ({"min_tokens": -1}, "min_tokens"),
     ({"skip_special_tokens": False}, "skip_special_tokens"),
     ({"guided_json": {"type": "object"}}, "guided_json"),
     ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
@@ -402,7 +402,7 @@ def test_every_mistake_of_a_body_is_told_at_once(http):
         ({"temprature": 1}, "(did you mean temperature?)"),
         ({"stream": True, "stream_options": {"include_usag": True}}, "(did you mean include_usage?)"),
         ({"ignore_eos": None, "echo": [True, None]}, "got [true, null]"),
-        ({"min_tokens": 3}, "got 3; an answer ends where the model ends it"),
+        ({"priority": 3}, "got 3; a busy engine is shared by tenant, not by request"),
     ],
 )
 def test_a_mistake_is_told_in_jsons_words_with_what_was_meant_or_why(http, change, told):

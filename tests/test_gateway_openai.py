@@ -144,7 +144,7 @@ def test_beam_search_is_asked_for_as_of_vllms_server(gateway, client, asked, n, 
         ({"stop": ["", "x"]}, {"stop": ("x",)}),
         ({"stream_options": {}}, {}),
         ({"stream_options": {"include_usage": True}}, {}),
-        ({"extra_body": {"min_tokens": 0, "skip_special_tokens": True, "chat_template_kwargs": {}}}, {}),
+        ({"extra_body": {"skip_special_tokens": True, "chat_template_kwargs": {}}}, {}),
         ({"extra_body": {"add_generation_prompt": True, "continue_final_message": False, "cache_salt": "x"}}, {}),
     ],
     ids=str,
@@ -191,6 +191,7 @@ def test_sampling_fields_and_extensions_reach_the_backend_under_the_engines_name
             "repetition_penalty": 1.1,
             "stop_token_ids": [2],
             "ignore_eos": True,
+            "min_tokens": 2,
             "conditioning_length": 2,
         },
     )
@@ -209,6 +210,7 @@ def test_sampling_fields_and_extensions_reach_the_backend_under_the_engines_name
         "repetition_penalty": 1.1,
         "stop_token_ids": (2,),
         "ignore_eos": True,
+        "min_tokens": 2,
     }
 
 

@@ -16,7 +16,7 @@ import torch
 
 from pedro.engine.detokenizer import Detokenizer
 from pedro.engine.sampler import SampleRow, penalised
-from pedro.engine.sequence import Output, Request, Sequence, TokenLogprob
+from pedro.engine.sequence import NOTHING, Output, Request, Sequence, TokenLogprob
 
 if TYPE_CHECKING:
     from pedro.model_protocols import TokenDecoder
@@ -89,9 +89,10 @@ class BeamSequence(Sequence):
     def _continuations(self, logits: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
         """The best continuations: accumulated scores [C] best first, the beams they continue, and their tokens."""
         logprobs = torch.log_softmax(logits.float(), -1).expand(self.width, -1)
-        if self.params.penalised:
+        barred = self.stop_ids if self.num_made < self.params.min_tokens else NOTHING
+        if self.params.penalised or barred:
             prompt = self.request.prompt_ids
-            logprobs = penalised(logprobs, [SampleRow(self.params, 0, 0, prompt, beam) for beam in self._beams])
+            logprobs = penalised(logprobs, [SampleRow(self.params, 0, 0, prompt, beam, barred) for beam in self._beams])
         total = (logprobs + self._scores.to(logprobs.device)[:, None]).reshape(-1)
         count = min(max(2, 1 + len(self.stop_ids)) * self.width, len(total))
         best, at = total.topk(count)

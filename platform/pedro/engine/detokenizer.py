@@ -25,16 +25,21 @@ UNFINISHED_TOKENS = 3  # a UTF-8 character has at most four bytes, a token at le
 class Detokenizer:
     """The text of one answer, incrementally; the tail of the prompt stands before it so that spaces come out right.
 
-    Without a prompt the text is the answer's alone, as it was before it was tokenised apart from its prompt.
+    Without a prompt the text is the answer's alone, as it was before it was tokenised apart from its prompt. Stop texts
+    count from the token after `min_tokens` on: one that ends in a later token's text, wherever it begins.
     """
 
-    __slots__ = ("_context", "_decode", "_held", "_new_stream", "_pending", "_step", "_stop")
+    __slots__ = ("_context", "_decode", "_held", "_new_stream", "_passed", "_pending", "_step", "_stop", "_unstoppable")
 
-    def __init__(self, tokenizer: TokenDecoder, prompt_ids: list[int], stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, tokenizer: TokenDecoder, prompt_ids: list[int], stop: tuple[str, ...] = (), min_tokens: int = 0
+    ) -> None:
         self._decode, self._new_stream = _decoding(tokenizer)
         self._context, self._pending = self._whole_characters(list(prompt_ids[-CONTEXT_TOKENS:]))
         self._stop = stop
         self._held = ""  # decoded, but perhaps the beginning of a stop text
+        self._passed = 0  # characters of it that are of the first `min_tokens`: no stop text ends there
+        self._unstoppable = min_tokens  # tokens that are still to come of these
         self._step = self._new_stream(self._context)
         for token_id in self._pending:
             self._step(token_id)
@@ -42,12 +47,16 @@ class Detokenizer:
     def add(self, token_id: int) -> tuple[str, bool]:
         """Take a token. Returns the text that became certain and whether a stop text was reached (it is cut off)."""
         text = self._take(token_id)
-        return self._release(text) if self._stop else (text, False)
+        if not self._stop:
+            return text, False
+        stoppable = self._unstoppable <= 0
+        self._unstoppable -= 1
+        return self._release(text, stoppable)
 
     def flush(self) -> str:
         """The text still held back, when no token follows."""
         rest, self._pending = self._text_of(self._pending), []
-        text, _ = self._release(rest) if self._stop else (rest, False)
+        text, _ = self._release(rest, self._unstoppable < 0) if self._stop else (rest, False)
         text, self._held = text + self._held, ""
         return text
 
@@ -81,14 +90,15 @@ class Detokenizer:
                 return ids[:cut], ids[cut:]
         return [], []
 
-    def _release(self, text: str) -> tuple[str, bool]:
+    def _release(self, text: str, stoppable: bool) -> tuple[str, bool]:
         text = self._held + text
-        hits = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if hits:
+        passed = self._passed if stoppable else len(text)
+        hits = [at for at in (text.find(stop, max(0, passed - len(stop) + 1)) for stop in self._stop) if at >= 0]
+        if hits and stoppable:
             self._held = ""
             return text[: min(hits)], True
         keep = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - keep :]
+        self._held, self._passed = text[len(text) - keep :], max(0, passed - (len(text) - keep))
         return text[: len(text) - keep], False
 
 

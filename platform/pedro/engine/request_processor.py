@@ -33,8 +33,11 @@ class RequestProcessor:
         """The request's sequences, or PedroError for what can never run."""
         prompt, wanted = len(request.prompt_ids), request.params.max_tokens
         room = self.max_length - prompt
-        if room < (1 if wanted is None else wanted):
-            asked = "at least one token of answer" if wanted is None else f"max_tokens = {wanted}"
+        least = max(1, request.params.min_tokens)
+        if room < (least if wanted is None else wanted):
+            asked = f"max_tokens = {wanted}"
+            if wanted is None:
+                asked = f"min_tokens = {least}" if request.params.min_tokens else "at least one token of answer"
             raise PedroError(
                 f"the prompt has {prompt} tokens and with {asked} exceeds the context of {self.max_length} tokens; "
                 "shorten the prompt or lower max_tokens",

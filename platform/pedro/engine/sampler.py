@@ -30,6 +30,7 @@ class SampleRow:
     choice: int
     prompt_ids: list[int]
     output_ids: list[int]
+    barred: frozenset[int] = frozenset()  # tokens that cannot be chosen
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,12 @@ def token_logprobs(logits: torch.Tensor, token_ids: list[int], top: int) -> list
 
 
 def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """Logits [R, V] after the bias and the repetition, presence and frequency penalties; the same where there is none.
+    """Logits [R, V] after the bias, the repetition, presence and frequency penalties and what is barred; the same where
+    there is none of it.
 
     Repetition as in CTRL (arXiv 1909.05858, section 4.1); presence and frequency as in the OpenAI API reference.
     """
-    if not any(row.params.penalised for row in rows):
+    if not any(row.params.penalised or row.barred for row in rows):
         return logits
     scores, params = logits.clone(), [row.params for row in rows]
     repeated = [[*r.prompt_ids, *r.output_ids] if p.repetition_penalty != 1 else [] for r, p in zip(rows, params)]  # noqa: B905
@@ -109,6 +111,9 @@ def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
         if bias:
             ids = torch.tensor(list(bias), device=logits.device)
             scores[i, ids] += _column(list(bias.values()), scores)
+    for i, row in enumerate(rows):
+        if row.barred:
+            scores[i, list(row.barred)] = -math.inf
     return scores
 
 

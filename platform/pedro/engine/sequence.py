@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_BEAMS = 64
+NOTHING: frozenset[int] = frozenset()
 MIN_TURN_TOKENS = 16  # that a sequence makes before it may be preempted (again)
 
 
@@ -55,6 +56,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0  # until then no stop token can be chosen, and stop texts end nothing
     logprobs: int | None = None  # how many alternatives beside the chosen token
     prompt_logprobs: int | None = None
     num_beams: int = 1
@@ -66,6 +68,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         least = 0 if self.prompt_logprobs is not None and self.num_beams == 1 else 1
         _require(self.max_tokens is None or self.max_tokens >= least, "max_tokens", f"≥ {least}", self.max_tokens)
+        most, range_ = (math.inf, "≥ 0") if self.max_tokens is None else (self.max_tokens, f"0 to {self.max_tokens}")
+        _require(0 <= self.min_tokens <= most, "min_tokens", f"{range_} (max_tokens)", self.min_tokens)
         _require(0 <= self.temperature <= 100, "temperature", "0 to 100", self.temperature)
         _require(self.top_k >= 0, "top_k", "≥ 0 (0 keeps every token)", self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
@@ -84,6 +88,8 @@ class SamplingParams:
         if self.num_beams > 1:
             _require(self.temperature == 0, "temperature", "0 where num_beams is above 1", self.temperature)
             _require(self.logprobs is None, "logprobs", "none where num_beams is above 1", self.logprobs)
+            both = self.min_tokens and self.stop
+            _require(not both, "min_tokens", "0 where num_beams is above 1 and stop is given", self.min_tokens)
 
     @cached_property
     def penalised(self) -> bool:
@@ -204,7 +210,6 @@ class Sequence:
         self.request = request
         self.index = index
         self.params = request.params
-        self.plain = request.params.plain
         self.seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         self.max_tokens = max_tokens
         self.state = SequenceState.WAITING
@@ -226,9 +231,19 @@ class Sequence:
         self.stop_ids = frozenset(request.params.stop_token_ids) | (
             frozenset() if request.params.ignore_eos else eos_ids
         )
-        self._text = Detokenizer(tokenizer, request.text_before, request.params.stop)
+        self._text = Detokenizer(tokenizer, request.text_before, request.params.stop, request.params.min_tokens)
         for token_id in request.resumed_ids:
             self._text.add(token_id)
+
+    @property
+    def barred(self) -> frozenset[int]:
+        """The tokens that cannot be chosen next, since they would end the answer before `min_tokens`."""
+        return self.stop_ids if len(self.output_ids) < self.params.min_tokens else NOTHING
+
+    @property
+    def plain(self) -> bool:
+        """Whether its next token is the model's likeliest, whatever that is."""
+        return self.params.plain and not self.barred
 
     @property
     def prefill_ids(self) -> list[int]:

@@ -110,4 +110,5 @@ def _advance(beam: BeamSequence, logits: Any) -> tuple[int, list[tuple[int, int]
 
 
 def _sample_row(sequence: Sequence) -> SampleRow:
-    return SampleRow(sequence.params, sequence.seed, sequence.index, sequence.request.prompt_ids, sequence.output_ids)
+    prompt, output = sequence.request.prompt_ids, sequence.output_ids
+    return SampleRow(sequence.params, sequence.seed, sequence.index, prompt, output, sequence.barred)

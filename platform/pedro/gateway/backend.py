@@ -59,8 +59,9 @@ class GenerateCall:
     `tenant` says whose models may be used (`ALL_TENANTS` for an admin key).
     Exactly one of `prompt` and `messages` is set. Token ids are taken as they are; text is encoded as in training.
     `params` holds only what the request set, under the names of the engine's `SamplingParams`: max_tokens,
-    temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos, logprobs (number of alternatives; 0
-    is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty, logit_bias (by token id).
+    temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos, min_tokens, logprobs (number of
+    alternatives; 0 is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty, logit_bias
+    (by token id).
     `conditioning_length`: the first N tokens of the prompt condition the vectors; None: all of them.
     `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.

@@ -23,7 +23,7 @@ from pedro.store import INFER
 TIMEOUT = "x-request-timeout"
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat may run to the end of the context
 _BEAMS = ("length_penalty", "early_stopping")
-_SHARED = ("seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty", "ignore_eos")
+_SHARED = ("seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty", "ignore_eos", "min_tokens")
 router = APIRouter()
 
 

@@ -147,6 +147,7 @@ class SamplingFields(Body):
     repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None  # divides tokens of prompt and answer
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=64)] = None  # tokens that end the answer
     ignore_eos: bool | None = None  # continue to max_tokens
+    min_tokens: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None  # of each answer before anything ends it
     use_beam_search: bool | None = None  # the n best of best_of beams
     best_of: Annotated[int | None, Field(ge=1, le=128), Whole] = (
         None  # beams kept; without beam search it must equal `n`
