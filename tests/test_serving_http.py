@@ -69,6 +69,7 @@ def served(here):
 
     add("acme.faq", 1), add("acme.faq", 2), add("globex.faq", 3, shape="completion")
     add("acme.alien", 4, digest=OTHER_BACKBONE)
+    os.environ["PEDRO_HTTP_HEADERS_TIMEOUT_S"] = "3"
     cluster.prepare_environment(settings)
     reset_auth_token_state()  # Ray reads mode and token once a process, and another test may have met it first
     try:
@@ -143,6 +144,14 @@ def test_probes_need_no_key_and_say_only_yes(served):
         assert plain.get("/health").json() == {"status": "ok"}
         assert plain.get("/ready").json() == {"status": "ready"}
         assert plain.get("/v1/models").status_code == 401
+
+
+def test_half_sent_headers_are_closed_by_serves_own_proxy_while_others_are_answered(served):
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=3 + SOON_S) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        assert http(served, None).get("/health").status_code == 200
+        assert line.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 def test_the_client_lists_the_backbone_and_the_tenants_own_champions(client):
@@ -493,6 +502,13 @@ def test_serving_twice_from_one_home_is_refused_and_disturbs_nothing(served, cli
         deploy(served.settings, ServeConfig(), port=0)
     assert complete(client(), "acme.faq", max_tokens=1)
     assert find(served.settings).url == served.url
+
+
+def test_a_limit_of_connections_that_is_no_number_is_told_and_nothing_is_started(here, monkeypatch):
+    monkeypatch.setenv("PEDRO_HTTP_CONNECTIONS_PER_CLIENT", "many")
+    with pytest.raises(ConfigError, match="PEDRO_HTTP_CONNECTIONS_PER_CLIENT"):
+        deploy(settings_at(here / "numbers"), ServeConfig(), port=0)
+    assert cluster.find_head(settings_at(here / "numbers")) is None
 
 
 def test_a_port_in_use_is_told_and_nothing_is_started(here):

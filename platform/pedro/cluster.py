@@ -228,6 +228,8 @@ def prepare_environment(settings: Settings) -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     # Threads that wait spin for long by default, which starves whoever shares the cores: gateway, proxy, clients
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # What Serve's proxy calls as it starts: bounds on connections, for which Serve has no settings
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "pedro.gateway.connections:bound_connections")
     os.environ.update(settings.env())
 
 

@@ -37,15 +37,18 @@ def deploy(
 ) -> Served:
     """Serve `config` on the cluster of `settings` and wait until it answers.
 
-    Raises BackboneError for a backbone that cannot be had or loaded, ConfigError for a device that there is not,
+    Raises BackboneError for a backbone that cannot be had or loaded, ConfigError for a device that there is not or a
+    limit of connections that is no number,
     UnavailableError if the port is taken or the application does not come up, ConflictError if this home serves
     already; nothing is left half started.
     """
     from pedro import cluster
     from pedro.backbone import locate_backbone
     from pedro.backbones.sharing import offer_backbone
+    from pedro.gateway.connections import ConnectionLimits
 
     config = config.model_copy(update={"backbone": locate_backbone(config.backbone, Path.cwd())})
+    ConnectionLimits.from_env()
     _check(config, here=settings.ray_address is None)
     offer_backbone(settings, config.backbone, log)
     running = find(settings)

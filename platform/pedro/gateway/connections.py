@@ -1,0 +1,143 @@
+"""Bounds on connections, for the HTTP server in front of the gateway: how many one client address may hold, and how
+long a request may take to arrive.
+
+That server is uvicorn, in a process of Ray Serve's own, its proxy. Serve has no setting for either bound, but calls the
+function that RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names as the proxy starts: `bound_connections`. uvicorn takes
+the class of its connections from a table of names; from then on that is `BoundedProtocol`. Knows neither keys nor
+models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from pedro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asyncio import TimerHandle
+
+PREFIX = "PEDRO_HTTP_"
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """0 is no limit. Each is an environment variable of the host's proxy: `PEDRO_HTTP_CONNECTIONS_PER_CLIENT`, …"""
+
+    connections_per_client: int = 1024  # that one address holds at once; behind a reverse proxy all come from its own
+    headers_timeout_s: int = 10  # from the connection, or the first byte of a further request, to the last header
+    body_timeout_s: int = 30  # between two pieces of a body
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> ConnectionLimits:
+        """Raises ConfigError for what is no whole number."""
+        limits = {}
+        for field in fields(cls):
+            name = PREFIX + field.name.upper()
+            given = env.get(name, str(field.default))
+            if not given.isascii() or not given.isdigit() or len(given) > 9:
+                raise ConfigError(f"{name}: expected a whole number, 0 for no limit, got {given[:40]!r}", param=name)
+            limits[field.name] = int(given)
+        return cls(**limits)
+
+
+def bound_connections() -> list[Any]:
+    """Called by Serve as its proxy starts; gives the middlewares that it wants from such a function: none."""
+    import uvicorn.config
+
+    BoundedProtocol.limits = ConnectionLimits.from_env()
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"
+    return []
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection of uvicorn's. All on one event loop."""
+
+    limits: ClassVar[ConnectionLimits] = ConnectionLimits()
+    held: ClassVar[Counter[str]] = Counter()  # connections by client address
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._address: str | None = None  # while it is counted
+        self._timer: TimerHandle | None = None
+        self._awaits_headers = False
+        self._silent = True  # nothing came yet
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        address = self.client[0] if self.client else ""
+        most = self.limits.connections_per_client
+        if most and self.held[address] >= most:
+            self._end(
+                503, f"This address holds {most} connections, which is the most; close some of them.", "overloaded"
+            )
+            return
+        self._address = address
+        self.held[address] += 1
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        if self._address is not None:
+            self.held[self._address] -= 1
+            if not self.held[self._address]:
+                del self.held[self._address]
+            self._address = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        before, self._silent = self.cycle, False
+        super().data_received(data)
+        cycle = self.cycle
+        if self.transport.is_closing():
+            self._stop_waiting()
+        elif cycle is None or (cycle is before and cycle.response_complete):
+            self._await_headers()
+        elif cycle.more_body:
+            self._wait(self.limits.body_timeout_s)
+        else:
+            self._stop_waiting()
+
+    def _should_upgrade_to_ws(self) -> bool:
+        return False  # a connection that became a web socket would not be counted, and there are no routes for any
+
+    def _await_headers(self) -> None:
+        """From the first byte on, however many follow."""
+        if not self._awaits_headers:
+            self._wait(self.limits.headers_timeout_s)
+            self._awaits_headers = True
+
+    def _wait(self, seconds: float) -> None:
+        self._stop_waiting()
+        if seconds:
+            self._timer = self.loop.call_later(seconds, self._too_late)
+
+    def _stop_waiting(self) -> None:
+        self._awaits_headers = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_late(self) -> None:
+        if not self._awaits_headers and self.flow.read_paused:  # what is missing was not read yet
+            self._wait(self.limits.body_timeout_s)
+        elif self._silent or (self.cycle is not None and self.cycle.response_started):
+            self.transport.close()
+        else:
+            self._end(408, "The request did not arrive in time.", "request_timeout")
+
+    def _end(self, status: int, message: str, code: str) -> None:
+        """Answer in OpenAI's form, and close."""
+        error = {"message": message, "type": "timeout_error" if status == 408 else "server_error", "param": None}
+        body = json.dumps({"error": {**error, "code": code}}).encode()
+        reason = {408: "Request Timeout", 503: "Service Unavailable"}[status]
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()

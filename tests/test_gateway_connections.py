@@ -1,0 +1,125 @@
+"""The server in front of the gateway bounds what a client that sends slowly, or opens too much, can hold."""
+
+import socket
+import time
+from contextlib import ExitStack
+
+import pytest
+import uvicorn.config
+from gateway_server import serve
+
+from pedro.errors import ConfigError
+from pedro.gateway.connections import BoundedProtocol, ConnectionLimits, bound_connections
+
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Sets the limits as the proxy of Ray Serve does when it starts."""
+    monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", uvicorn.config.HTTP_PROTOCOLS["auto"])
+    monkeypatch.setattr(BoundedProtocol, "limits", ConnectionLimits())
+
+    def limits(**given):
+        for name, value in given.items():
+            monkeypatch.setenv(f"PEDRO_HTTP_{name.upper()}", str(value))
+        assert bound_connections() == []
+
+    return limits
+
+
+def connect(gateway):
+    host, port = gateway.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def ending(line, send=b"", every_s=0.2):
+    """What comes until the server closes the connection, and after how long; `send` is said again and again."""
+    begun, answer = time.monotonic(), b""
+    line.settimeout(every_s)
+    while time.monotonic() < begun + 8:
+        try:
+            if send:
+                line.sendall(send)
+            piece = line.recv(65536)
+        except TimeoutError:
+            continue
+        except OSError:
+            break
+        if not piece:
+            break
+        answer += piece
+    return answer, time.monotonic() - begun
+
+
+def test_half_sent_headers_are_closed_in_time_however_they_trickle_and_a_silent_connection_too(limits, tmp_path):
+    limits(headers_timeout_s=1)
+    with serve(tmp_path) as gateway, connect(gateway) as trickling, connect(gateway) as silent:
+        trickling.sendall(HEAD.encode())
+        answer, lasted_s = ending(trickling, b"x-a: 1\r\n")
+        assert 0.5 < lasted_s < 4
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b'"code": "request_timeout"' in answer
+        assert ending(silent)[0] == b""
+
+
+def test_a_further_request_on_a_connection_has_the_same_time_for_its_headers(limits, tmp_path):
+    limits(headers_timeout_s=1)
+    with serve(tmp_path) as gateway, connect(gateway) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert line.recv(65536).startswith(b"HTTP/1.1 200")
+        time.sleep(1.5)  # idle between requests: that is no half-sent one
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert line.recv(65536).startswith(b"HTTP/1.1 200")
+        line.sendall(b"GET /hea")
+        assert 0.5 < ending(line)[1] < 4
+
+
+def test_a_body_that_is_held_back_is_closed_and_one_that_keeps_coming_is_read(limits, tmp_path):
+    limits(body_timeout_s=1)
+    with serve(tmp_path) as gateway, connect(gateway) as held, connect(gateway) as slow:
+        head = f"{HEAD}Authorization: Bearer {gateway.key()}\r\nContent-Length: 10\r\n\r\n"
+        held.sendall(head.encode())
+        answer, lasted_s = ending(held)
+        assert 0.5 < lasted_s < 4
+        assert answer.startswith(b"HTTP/1.1 408")
+        slow.sendall(head.encode())
+        for _ in range(10):
+            time.sleep(0.2)
+            slow.sendall(b"1")
+        assert slow.recv(65536).startswith(b"HTTP/1.1 400"), "read to its end, and no JSON object"
+
+
+def test_an_answer_may_take_longer_than_its_request(limits, tmp_path):
+    limits(headers_timeout_s=1, body_timeout_s=1)
+    with serve(tmp_path, token_s=0.4) as gateway, gateway.http(gateway.key()) as http:
+        body = {"model": "words-1", "prompt": "a b c", "max_tokens": 6}
+        assert http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 6
+
+
+def test_one_address_holds_so_many_connections_and_finds_room_again_once_some_are_closed(limits, tmp_path):
+    limits(connections_per_client=3)
+    with serve(tmp_path) as gateway, ExitStack() as open_ones:
+        lines = [open_ones.enter_context(connect(gateway)) for _ in range(3)]
+        for line in lines:
+            line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert line.recv(65536).startswith(b"HTTP/1.1 200")
+        with connect(gateway) as refused:
+            answer, _ = ending(refused)
+            assert answer.startswith(b"HTTP/1.1 503")
+            assert b"holds 3 connections" in answer
+        lines.pop().close()
+        for _ in range(50):
+            with connect(gateway) as line:
+                line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                if line.recv(65536).startswith(b"HTTP/1.1 200"):
+                    break
+            time.sleep(0.1)
+        else:
+            pytest.fail("no room, though a connection was closed")
+    assert not BoundedProtocol.held, "none is counted any more"
+
+
+def test_a_limit_that_is_no_number_is_named():
+    with pytest.raises(ConfigError, match="PEDRO_HTTP_BODY_TIMEOUT_S: expected a whole number"):
+        ConnectionLimits.from_env({"PEDRO_HTTP_BODY_TIMEOUT_S": "1.5"})
