@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,9 +23,11 @@ from pedro.gateway.routes_inference import chat_call, completion_calls
 from pedro.gateway.schemas import ChatRequest, CompletionRequest
 from pedro.refs import ModelRef
 from pedro.registry import Registry
+from pedro.serving import prompts
 from pedro.serving.client import ReplicaClient
 from pedro.serving.config import ServeConfig
 from pedro.serving.prompts import TemplateRenderer
+from pedro.serving.protocol import SubmitRequest
 from pedro.serving.server import ReplicaServer
 
 SHAPES = ("messages", "completion", "alpaca", "sharegpt")
@@ -418,7 +421,7 @@ def test_whoever_asks_and_leaves_holds_one_thread_and_is_refused_as_others_are(m
             await asyncio.sleep(0.02)
             asked.cancel()
         await asyncio.sleep(0.5)
-        return [*rendering._refusals], len(rendering._tenants)
+        return [*rendering._refusals], len(rendering._turns._tenants)
 
     assert asyncio.run(go()) == ([evil], 0)
     assert most == 1
@@ -504,6 +507,57 @@ def test_a_call_whose_outputs_cannot_be_written_ends_alone(served, monkeypatch):
     received, error = asyncio.run(go())
     assert sum(len(delta.token_ids) for delta in received) == 60
     assert error.code == "engine_error"
+
+
+def test_a_burst_of_one_tenant_stands_behind_itself_and_not_before_another(served, monkeypatch):
+    order = []
+    submit = served.replica._thread.submit
+
+    def recorded(request):
+        order.append(request.tenant)
+        submit(request)
+
+    monkeypatch.setattr(served.replica._thread, "submit", recorded)
+
+    def submitted(number, tenant):
+        call = replace(completion(f"Once upon {number}", max_tokens=1), tenant=tenant)
+        return SubmitRequest(number, call, ref(served, "globex.faq"))
+
+    async def go():
+        stream = served.replica.stream("burst")
+        await anext(stream)
+        await served.replica.submit("burst", [submitted(number, "flood") for number in range(64)], [])
+        await served.replica.submit("burst", [submitted(64, "quiet")], [])
+        ended = set()
+        async with asyncio.timeout(60), aclosing(stream):
+            while len(ended) < 65:
+                ended |= {number for number, _ in (await anext(stream)).parts}
+
+    asyncio.run(go())
+    assert order.count("flood") == 64
+    assert order.index("quiet") <= 2
+
+
+def test_long_texts_of_one_tenant_are_tokenised_behind_another_tenants(served, monkeypatch):
+    order = []
+
+    def slow(_tokenizer, text):
+        order.append(text[:5])
+        time.sleep(0.02)
+        return [5]
+
+    monkeypatch.setattr(prompts, "encode_prompt", slow)
+
+    async def go():
+        asked = [("flood", "flood")] * 8 + [("quiet", "quiet")]
+        texts = [(tenant, word + " x" * prompts.LONG_TEXT) for tenant, word in asked]
+        processor = served.replica._prompts
+        monkeypatch.setattr(processor, "_max_length", 10**9)
+        await asyncio.gather(*(processor.text_ids(text, None, tenant=tenant) for tenant, text in texts))
+
+    asyncio.run(go())
+    assert order.index("quiet") == 1
+    assert len(order) == 9
 
 
 def test_a_request_id_in_use_is_refused_and_the_first_request_goes_on(served):

@@ -12,8 +12,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +22,7 @@ from pedro.data.special_tokens import Prompt, special_tokens
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
 from pedro.errors import DataError, PedroError
 from pedro.methods.adapter_files import read_manifest
+from pedro.serving.turns import Turns
 
 if TYPE_CHECKING:
     from pedro.model_protocols import Tokenizer
@@ -48,19 +48,22 @@ class PromptProcessor:
         self._fetch = fetch
         self._longest_piece = max(map(len, tokenizer.get_vocab()))
         self._encoding = asyncio.Semaphore(2)
+        self._encoding_turns = Turns()
         self._plain_format = format_for_shape(RowShape.MESSAGES, tokenizer)
         self._renderer = TemplateRenderer(tokenizer, [self._plain_format.template])
         self._formats: OrderedDict[ModelRef, PromptFormat] = OrderedDict()
 
-    async def message_ids(self, messages: Messages, ref: ModelRef | None) -> list[int]:
-        """Of messages as `ref` (None: the bare backbone) was trained to read them."""
+    async def message_ids(self, messages: Messages, ref: ModelRef | None, tenant: str = "") -> list[int]:
+        """Of messages as `ref` (None: the bare backbone) was trained to read them; `tenant` is the one who asks."""
         form = self._plain_format if ref is None else await self._format_of(ref)
-        return await self._encode(await self._renderer.prompt(form, messages, ref), "messages")
+        return await self._encode(await self._renderer.prompt(form, messages, ref), "messages", tenant)
 
-    async def text_ids(self, text: str, ref: ModelRef | None, add_special_tokens: bool = True) -> list[int]:
+    async def text_ids(
+        self, text: str, ref: ModelRef | None, add_special_tokens: bool = True, tenant: str = ""
+    ) -> list[int]:
         """Of a text as in the training of `ref`; without `add_special_tokens`, of the text alone."""
         prompt = await self._raw(text, ref) if add_special_tokens else text
-        return await self._encode(prompt, "prompt", add_special_tokens)
+        return await self._encode(prompt, "prompt", tenant, add_special_tokens)
 
     def close(self) -> None:
         """End the worker that renders."""
@@ -76,8 +79,8 @@ class PromptProcessor:
         except DataError:  # an adapter without a format: its prompts are all its callers' own
             return text
 
-    async def _encode(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
-        """The prompt's ids. A long text is tokenised on a thread."""
+    async def _encode(self, text: str, param: str, tenant: str, add_special_tokens: bool = True) -> list[int]:
+        """The prompt's ids. A long text is tokenised on a thread, one of each tenant at a time."""
         self._check_size(text, param)
 
         def encode() -> list[int]:
@@ -87,7 +90,7 @@ class PromptProcessor:
 
         if len(text) <= LONG_TEXT:
             return encode()
-        async with self._encoding:
+        async with self._encoding_turns.of(tenant), self._encoding:
             return await to_its_end(encode)
 
     def _check_size(self, text: str, param: str) -> None:
@@ -121,7 +124,7 @@ class TemplateRenderer:
         self._trusted = {*trusted, *(form.template for form in FORMATS.values())}
         self._worker = TemplateWorker()
         self._free = asyncio.Lock()  # in the order of asking
-        self._tenants: dict[str, _Queue] = {}
+        self._turns = Turns()
         self._refusals: OrderedDict[ModelRef, _Refusal] = OrderedDict()
 
     async def prompt(self, form: PromptFormat, messages: Messages, ref: ModelRef | None) -> Prompt:
@@ -141,7 +144,7 @@ class TemplateRenderer:
         self._worker.close()
 
     async def _bounded(self, form: PromptFormat, messages: Messages, ref: ModelRef) -> Prompt:
-        async with self._turn(ref.tenant):
+        async with self._turns.of(ref.tenant), self._free:
             refusal = self._refusals.get(ref)
             if refusal is not None and time.monotonic() < refusal.until:
                 raise refusal.error.with_traceback(None)
@@ -150,18 +153,6 @@ class TemplateRenderer:
             except TemplateBoundsError as error:
                 self._refuse(ref, error)
                 raise
-
-    @asynccontextmanager
-    async def _turn(self, tenant: str) -> AsyncIterator[None]:
-        queue = self._tenants.setdefault(tenant, _Queue())
-        queue.waiting += 1
-        try:
-            async with queue.lock, self._free:
-                yield
-        finally:
-            queue.waiting -= 1
-            if not queue.waiting:
-                del self._tenants[tenant]
 
     def _refuse(self, ref: ModelRef, error: TemplateBoundsError) -> None:
         times = self._refusals[ref].times + 1 if ref in self._refusals else 1
@@ -186,12 +177,6 @@ async def to_its_end(function: Callable[..., T], *arguments: Any) -> T:
         if error is not None:
             raise error from None
         raise
-
-
-class _Queue:
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.waiting = 0
 
 
 class _Refusal:

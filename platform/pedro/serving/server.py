@@ -29,6 +29,7 @@ from pedro.serving.outputs import ENGINE_FAILED, DeltaBuilder, OutputStream
 from pedro.serving.prompts import PromptProcessor
 from pedro.serving.protocol import ControlRequest, OutputBatch, Prompt, ReplicaLost, SubmitRequest, T
 from pedro.serving.tokens import TokenTexts, tokenizer_info
+from pedro.serving.turns import Turns
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -69,6 +70,7 @@ class ReplicaServer:
         self._texts = TokenTexts(self._tokenizer)
         self._streams: dict[str, OutputStream] = {}
         self._unfinished: dict[str, _Unfinished] = {}  # by request id
+        self._turns = Turns()  # of calls that come in
         longest = context_length(backbone)
         self._engine = Engine(
             load_model(backbone, config.dtype, config.device),
@@ -126,6 +128,7 @@ class ReplicaServer:
     async def _admit(self, stream: OutputStream, submitted: SubmitRequest) -> None:
         """Give the call to the engine, or tell why not."""
         call, number = submitted.call, submitted.number
+        await self._turns.next(call.tenant)
         try:
             if submitted.backbone not in ("", self._backbone_digest):
                 raise UnavailableError(
@@ -271,9 +274,9 @@ class ReplicaServer:
     async def _request(self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...] = ()) -> Request:
         """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""
         if call.messages is not None:
-            ids = await self._prompts.message_ids(call.messages, ref)
+            ids = await self._prompts.message_ids(call.messages, ref, call.tenant)
         elif isinstance(call.prompt, str):
-            ids = await self._prompts.text_ids(call.prompt, ref)
+            ids = await self._prompts.text_ids(call.prompt, ref, tenant=call.tenant)
         else:
             ids = list(call.prompt or ())
         prompt_logprobs = (call.params.get("logprobs") or 0) if call.echo else None
