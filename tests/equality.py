@@ -8,7 +8,7 @@ Each checkout runs in processes and PEDRO_HOMEs of its own, with the Python that
   the engine's log-probabilities to the last bit, and its greedy answers to 200 prompts under 6 of the adapters at once;
 - tables: what `pedro compare SPEC --out FOLDER --report` makes of every committed comparison, and what this checkout
   makes of the earlier one's folders;
-- demo: digests of the demo's three adapters, trained by `pedro submit` from the same seed.
+- demo: digests of the small demo's three adapters, trained by `pedro submit` from the same seed.
 
 It prints what it compared and ends with status 1 where anything differs.
 """
@@ -31,28 +31,21 @@ HERE = Path(__file__).resolve().parents[1]
 PROBE = Path(__file__).with_name("equality_probe.py")
 PARTS = ("answers", "tables", "demo")
 PROMPTS, LOGIT_PROMPTS, ALONE = 200, 20, 10
-DEMO_TENANTS = {"acme": ("voice", 300), "globex": ("assistant", 300), "initech": ("support", 150)}
-DEMO_SPEC: dict[str, Any] = {  # as `pedro demo` trains; a test compares it with the demo's own
-    "backbone": "stories260K",
+DEMO_TENANTS = {"acme": ("voice", 80), "globex": ("assistant", 100), "initech": ("support", 80)}
+DEMO_SPEC: dict[str, Any] = {  # as `pedro demo --small` trains; a test compares it with the demo's own
+    "backbone": "pedro-nano",
     "method": {"name": "pedro", "r": 12},
-    "training": {
-        "epochs": 100,
-        "lr": 2e-2,
-        "theta_lr": 1e-3,
-        "theta_every": 5,
-        "batch_size": 32,
-        "eval_every": 50,
-        "patience": 100,
-    },
-    "resources": {"workers": 1},
+    "training": {"lr": 2e-2, "theta_lr": 1e-4, "theta_every": 5, "batch_size": 32, "eval_every": 50},
+    "gate": {"max_rows": 32},
 }
+TEMPLATES = {"acme": {"template": "Text: {prompt}\nIntent:"}}
 
 
 def demo_spec(tenant: str, steps: int) -> dict[str, Any]:
     """The spec of a demo tenant's adapter, for `pedro submit`."""
     files = {part: f"pedro://demo/{tenant}/{part}.jsonl" for part in ("train", "test")}
-    training = {**DEMO_SPEC["training"], "max_steps": steps}
-    return {**DEMO_SPEC, "tenant": tenant, "adapter": DEMO_TENANTS[tenant][0], "data": files, "training": training}
+    own = {"data": {**files, **TEMPLATES.get(tenant, {})}, "training": {**DEMO_SPEC["training"], "max_steps": steps}}
+    return {**DEMO_SPEC, **own, "tenant": tenant, "adapter": DEMO_TENANTS[tenant][0]}
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

@@ -6,10 +6,13 @@ from collections import Counter
 import pytest
 
 from pedro.backbone import load_tokenizer, resolve_backbone
-from pedro.data import DEMO_TENANTS, check_file, demo_tenant, encode_completion, scan
+from pedro.data import CHAT_TENANTS, DEMO_TENANTS, check_file, demo_tenant, encode_completion, scan
 from pedro.errors import NotFoundError
 
 TENANTS = pytest.mark.parametrize("tenant", DEMO_TENANTS, ids=lambda tenant: tenant.name)
+EVERY = pytest.mark.parametrize(
+    "tenant", [*DEMO_TENANTS, *CHAT_TENANTS[1:]], ids=lambda tenant: tenant.folder or tenant.name
+)
 
 
 def examples(path):
@@ -20,15 +23,15 @@ def prompt(example):
     return " ".join(example.messages[-1]["content"].casefold().split())
 
 
-@TENANTS
+@EVERY
 def test_both_files_are_usable_and_share_no_prompt(tenant):
-    tokenizer = load_tokenizer(resolve_backbone("stories260K"))
+    tokenizer = load_tokenizer(resolve_backbone("pedro-nano"))
     train = check_file(tenant.train, tokenizer, 512, validation=tenant.test)
     test = check_file(tenant.test, tokenizer, 512)
     assert train.usable
     assert test.usable
     assert (train.leaked, train.duplicates, train.truncated, train.dropped, train.empty_answers) == (0, 0, 0, 0, 0)
-    assert test.examples >= 200
+    assert test.examples >= 100
     assert not {prompt(e) for e in examples(tenant.train)} & {prompt(e) for e in examples(tenant.test)}
 
 
@@ -47,7 +50,7 @@ def test_the_first_token_of_an_answer_tells_the_labels_apart(tenant):
     assert len(first) == len(tenant.labels)
 
 
-@TENANTS
+@EVERY
 def test_rows_ship_with_their_licence_and_stay_small(tenant):
     folder = tenant.train.parent
     assert (folder / "LICENSE").stat().st_size > 1000

@@ -66,7 +66,7 @@ def test_the_first_row_of_a_task_is_put_into_words(name, data):
     assert row.id
 
 
-@pytest.mark.parametrize("name", ["snips", "clinc_domains", "banking77"])
+@pytest.mark.parametrize("name", ["snips", "clinc_domains", "banking77", "banking77_all"])
 def test_the_demos_tasks_need_no_files(name):
     task = get_task(name)
     assert task.splits() == ("train", "test")

@@ -8,21 +8,19 @@ import pytest
 from equality import DEMO_TENANTS, Report, demo_spec, differences
 
 from pedro.config import validate_spec
-from pedro.data.demo import DEMO_TENANTS as PACKAGED
-from pedro.demo import STEPS
-from pedro.demo import demo_spec as packaged_spec
+from pedro.demo.stories import SMALL
+from pedro.demo.stories import demo_spec as packaged_spec
 from pedro.training.spec import FineTuneSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_script_trains_the_last_version_of_each_demo_adapter_just_as_the_demo_does():
-    assert [steps[-1] for steps in STEPS] == [steps for _, steps in DEMO_TENANTS.values()]
-    for tenant in PACKAGED:
-        steps = DEMO_TENANTS[tenant.name][1]
-        spec = validate_spec(demo_spec(tenant.name, steps), FineTuneSpec)
+    assert {part.tenant.name: (part.tenant.adapter, part.steps[-1]) for part in SMALL.parts} == DEMO_TENANTS
+    for part in SMALL.parts:
+        spec = validate_spec(demo_spec(part.tenant.name, part.steps[-1]), FineTuneSpec)
         spec = spec.model_copy(update={"data": spec.data.located(ROOT)})
-        assert spec == packaged_spec(tenant, steps)
+        assert spec == packaged_spec(SMALL, part, part.steps[-1])
 
 
 def test_a_value_that_changed_came_or_went_is_told_with_its_place(capsys):

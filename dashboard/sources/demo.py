@@ -26,15 +26,20 @@ class _Read(BaseModel):
 
 
 class TenantResult(_Read):
-    """One tenant's adapter as the demo measured it over HTTP; accuracies are shares of `test_rows` answered exactly."""
+    """One tenant's adapter as the demo measured it over HTTP: means of `metric` over `test_rows`.
+
+    `zero_shot` and `few_shot` are the bare backbone's; None is what was not asked, or has no meaning for the task.
+    """
 
     tenant: str
     adapter: str
     title: str
     version: Count
-    accuracy: Share
-    backbone_accuracy: Share
-    majority_accuracy: Share
+    metric: str
+    score: Share
+    zero_shot: Share
+    few_shot: Share | None = None
+    majority: Share | None = None
     test_rows: Count
     trainable_parameters: Count
     rows: Count | None = None
@@ -104,23 +109,32 @@ def read_demo(home: Path) -> DemoResult:
     )
 
 
-def accuracy_rows(tenants: Iterable[TenantResult]) -> list[dict[str, Any]]:
-    """The accuracy chart: three bars a tenant, on the same held-out rows."""
+def score_rows(tenants: Iterable[TenantResult]) -> list[dict[str, Any]]:
+    """The chart of scores: up to four bars a tenant, on the same held-out rows."""
     return [
-        {"adapter": tenant.name, "title": tenant.title, "rows": tenant.test_rows, "answers": answers, "accuracy": value}
+        {
+            "adapter": tenant.name,
+            "title": tenant.title,
+            "metric": tenant.metric,
+            "rows": tenant.test_rows,
+            "answers": answers,
+            "score": value,
+        }
         for tenant in tenants
         for answers, value in (
-            ("Backbone alone", tenant.backbone_accuracy),
-            ("Majority class", tenant.majority_accuracy),
-            ("With adapter", tenant.accuracy),
+            ("Majority class", tenant.majority),
+            ("Backbone alone", tenant.zero_shot),
+            ("Backbone with examples", tenant.few_shot),
+            ("With adapter", tenant.score),
         )
+        if value is not None
     ]
 
 
-def mean_accuracy(tenants: Sequence[TenantResult]) -> tuple[float, float]:
-    """Mean accuracy of the bare backbone and with the adapters, over one or more tenants."""
-    backbone = sum(tenant.backbone_accuracy for tenant in tenants) / len(tenants)
-    return backbone, sum(tenant.accuracy for tenant in tenants) / len(tenants)
+def mean_score(tenants: Sequence[TenantResult]) -> tuple[float, float]:
+    """Mean score of the bare backbone and with the adapters, over one or more tenants."""
+    backbone = sum(tenant.zero_shot for tenant in tenants) / len(tenants)
+    return backbone, sum(tenant.score for tenant in tenants) / len(tenants)
 
 
 Parsed = TypeVar("Parsed", bound=_Read)

@@ -8,14 +8,14 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import BLUE, GREY, INK, ORANGE, number
+from drawing import BLUE, GREEN, GREY, INK, ORANGE, number
 from pedro.config import Settings
 from sources import demo as data
 from sources.overview import Overview, read_overview
 from sources.services import Service, ServiceState, health
 
 REFRESH_S = 10
-ANSWERS = {"Backbone alone": GREY, "Majority class": ORANGE, "With adapter": BLUE}
+ANSWERS = {"Majority class": ORANGE, "Backbone alone": GREY, "Backbone with examples": GREEN, "With adapter": BLUE}
 SIGNS = {
     ServiceState.UP: ":green[:material/check_circle:]",
     ServiceState.OFF: ":gray[:material/radio_button_unchecked:]",
@@ -115,7 +115,7 @@ def demo_result(settings: Settings) -> None:
         figures(demo.tenants, demo.swap)
         left, right = st.columns(2, gap="large")
         with left:
-            accuracy(demo)
+            scores(demo)
         with right:
             swap(demo)
     else:
@@ -124,11 +124,11 @@ def demo_result(settings: Settings) -> None:
 
 def figures(tenants: Sequence[data.TenantResult], swapped: data.SwapResult | None) -> None:
     """The result in four numbers."""
-    backbone, adapted = data.mean_accuracy(tenants)
+    backbone, adapted = data.mean_score(tenants)
     numbers = st.columns(4)
     number(numbers[0], "Adapters on one backbone", f"{len(tenants)}", "one a tenant")
     gain = f"{100 * (adapted - backbone):+.1f} points over the backbone"
-    numbers[1].metric("Mean accuracy with adapter", f"{adapted:.1%}", gain, border=True, height="stretch")
+    numbers[1].metric("Mean score with adapter", f"{adapted:.1%}", gain, border=True, height="stretch")
     sizes = sorted({tenant.trainable_parameters for tenant in tenants})
     largest = f" to {sizes[-1]:,}" if len(sizes) > 1 else ""
     number(numbers[2], "Trained parameters", f"{sizes[0]:,}{largest}", "an adapter; the backbone stays frozen")
@@ -139,18 +139,19 @@ def figures(tenants: Sequence[data.TenantResult], swapped: data.SwapResult | Non
         number(numbers[3], "Requests lost in a hot swap", lost, f"of {swapped.requests:,} while the alias moved")
 
 
-def accuracy(demo: data.DemoResult) -> None:
-    st.markdown("**Accuracy**")
-    frame = pd.DataFrame(data.accuracy_rows(demo.tenants))
+def scores(demo: data.DemoResult) -> None:
+    st.markdown("**Score**")
+    frame = pd.DataFrame(data.score_rows(demo.tenants))
     base = alt.Chart(frame).encode(
         x=alt.X("adapter:N", title=None, sort=None, axis=alt.Axis(labelAngle=0, labelLimit=160)),
         xOffset=alt.XOffset("answers:N", sort=list(ANSWERS)),
-        y=alt.Y("accuracy:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", tickCount=5)),
+        y=alt.Y("score:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", tickCount=5)),
         tooltip=[
             alt.Tooltip("adapter:N"),
             alt.Tooltip("title:N", title="task"),
             alt.Tooltip("answers:N"),
-            alt.Tooltip("accuracy:Q", format=".1%"),
+            alt.Tooltip("metric:N"),
+            alt.Tooltip("score:Q", format=".1%"),
             alt.Tooltip("rows:Q", title="test rows", format=","),
         ],
     )
@@ -162,10 +163,10 @@ def accuracy(demo: data.DemoResult) -> None:
             legend=alt.Legend(title=None, orient="top"),
         )
     )
-    values = base.mark_text(dy=-7, fontSize=12, color=INK).encode(text=alt.Text("accuracy:Q", format=".0%"))
+    values = base.mark_text(dy=-7, fontSize=12, color=INK).encode(text=alt.Text("score:Q", format=".0%"))
     st.altair_chart((bars + values).properties(height=300), width="stretch")
-    rows = ", ".join(f"{tenant.name} {tenant.test_rows:,}" for tenant in demo.tenants)
-    st.caption(f"Share of held-out rows answered exactly, from the prompt alone, over HTTP. Rows: {rows}.")
+    rows = ", ".join(f"{tenant.name} {tenant.test_rows:,} by {tenant.metric}" for tenant in demo.tenants)
+    st.caption(f"Held-out rows, from the prompt alone, over HTTP: {rows}.")
 
 
 def swap(demo: data.DemoResult) -> None:

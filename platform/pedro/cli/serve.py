@@ -109,18 +109,22 @@ def down(
 
 
 def demo(
+    small: Annotated[
+        bool, typer.Option("--small", help="On a small packaged backbone, with short answers; a few minutes.")
+    ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server running.")] = False,
     port: Annotated[int, typer.Option(help="Port of the server; 0 takes a free one.", min=0, max=65535)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Three tenants, three tasks, one backbone: train, register, serve, hot-swap and measure, on this machine.
 
-    A second run starts from the adapters that are there. Results: PEDRO_HOME/demo/result.json.
+    Pulls smollm2-135m if it is not there; where that cannot be had, does as with --small. A second run starts from the
+    adapters that are there. Results: PEDRO_HOME/demo/result.json.
     """
     from pedro.config import Settings
     from pedro.demo import run_demo
 
-    result = run_demo(Settings.from_env(), keep=keep, port=port, log=log if as_json else typer.echo)
+    result = run_demo(Settings.from_env(), small=small, keep=keep, port=port, log=log if as_json else typer.echo)
     emit(result, as_json, lambda: None)
 
 

@@ -12,13 +12,14 @@ demo.py              the packaged tenants
 
 from pedro.data.check import DataReport, MaskedRow, check_file, show_masks
 from pedro.data.dataset import RowCounts, Splits, collate, data_digest, load_rows, row_counts, split
-from pedro.data.demo import DEMO_TENANTS, DemoTenant, demo_tenant
+from pedro.data.demo import CHAT_TENANTS, DEMO_TENANTS, DemoTenant, demo_tenant
 from pedro.data.lines import scan, shape_of
 from pedro.data.mistakes import LineError
 from pedro.data.prompt_format import FORMATS, PromptFormat, encode_completion, encode_prompt, format_for_shape
 from pedro.data.row_shapes import Example, RowShape, parse_line
 
 __all__ = [
+    "CHAT_TENANTS",
     "DEMO_TENANTS",
     "FORMATS",
     "DataReport",

@@ -50,6 +50,7 @@ TASKS: dict[str, Task] = {
         intents.SNIPS_TASK,
         intents.CLINC_TASK,
         intents.BANKING_TASK,
+        intents.BANKING_ALL_TASK,
         snips_context.TALK_FIRST_TASK,
         snips_context.COMMAND_FIRST_TASK,
     )

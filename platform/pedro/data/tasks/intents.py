@@ -1,15 +1,18 @@
 """SNIPS, CLINC150 by domain, Banking77: which intent a short utterance has, as the packaged demo asks it.
 
 The packaged rows are the demo's (short prompts, one word an intent). A directory with the public sources gives all
-their rows, in the same words; of Banking77 only the demo's ten intents. The wording `template` puts a text between
-"Text:" and "Intent:"; `bare` (first called `full`) leaves it alone, so that a prompt may end anywhere.
+their rows, in the same words; of Banking77 either ten intents or all 77, which keep their names. The wording `template`
+puts a text between "Text:" and "Intent:"; `bare` (first called `full`) leaves it alone, so that a prompt may end
+anywhere.
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from pedro.data.demo import demo_tenant
+from pedro.data.demo import CHAT_TENANTS, demo_tenant
 from pedro.data.row_shapes import parse_line
 from pedro.data.tasks.parsers import parse_label
 from pedro.data.tasks.sources import HubSource, Part, Record, read_csv, read_text
@@ -49,6 +52,26 @@ BANKING77 = {
     "edit_personal_details": "edit",
     "getting_spare_card": "spare",
 }
+_BANKING77_NAMES = """
+activate_my_card age_limit apple_pay_or_google_pay atm_support automatic_top_up
+balance_not_updated_after_bank_transfer balance_not_updated_after_cheque_or_cash_deposit beneficiary_not_allowed
+cancel_transfer card_about_to_expire card_acceptance card_arrival card_delivery_estimate card_linking
+card_not_working card_payment_fee_charged card_payment_not_recognised card_payment_wrong_exchange_rate
+card_swallowed cash_withdrawal_charge cash_withdrawal_not_recognised change_pin compromised_card
+contactless_not_working country_support declined_card_payment declined_cash_withdrawal declined_transfer
+direct_debit_payment_not_recognised disposable_card_limits edit_personal_details exchange_charge exchange_rate
+exchange_via_app extra_charge_on_statement failed_transfer fiat_currency_support get_disposable_virtual_card
+get_physical_card getting_spare_card getting_virtual_card lost_or_stolen_card lost_or_stolen_phone
+order_physical_card passcode_forgotten pending_card_payment pending_cash_withdrawal pending_top_up
+pending_transfer pin_blocked receiving_money Refund_not_showing_up request_refund reverted_card_payment?
+supported_cards_and_currencies terminate_account top_up_by_bank_transfer_charge top_up_by_card_charge
+top_up_by_cash_or_cheque top_up_failed top_up_limits top_up_reverted topping_up_by_card
+transaction_charged_twice transfer_fee_charged transfer_into_account transfer_not_received_by_recipient
+transfer_timing unable_to_verify_identity verify_my_identity verify_source_of_funds verify_top_up
+virtual_card_not_working visa_or_mastercard why_verify_identity wrong_amount_of_cash_received
+wrong_exchange_rate_for_cash_withdrawal
+"""
+BANKING77_ALL = {name: name.strip("?").replace("_", " ").lower() for name in _BANKING77_NAMES.split()}
 PACKAGED = {"train": Part(("train.jsonl",)), "test": Part(("test.jsonl",))}
 
 
@@ -95,9 +118,9 @@ def read_clinc(path: Path) -> Iterator[Record]:
             yield {"text": text, "intent": domain_of.get(intent, intent), "split": split}
 
 
-def read_banking(path: Path) -> Iterator[Record]:
+def read_banking(path: Path, intents: dict[str, str] = BANKING77) -> Iterator[Record]:
     if path.suffix == ".jsonl":
-        yield from read_packaged(path, BANKING77)
+        yield from read_packaged(path, intents)
         return
     for record in read_csv(path):
         yield {"text": record["text"], "intent": record["category"]}
@@ -181,4 +204,14 @@ BANKING_TASK = Task(
     packaged=demo_tenant("initech").train.parent,
     max_new_tokens=8,
     stops=("\n",),
+)
+BANKING_ALL_TASK = replace(
+    BANKING_TASK,
+    name="banking77_all",
+    folder="banking77",
+    title="Banking77: all 77 intents",
+    wordings=_wordings(BANKING77_ALL, "Intent"),
+    read=partial(read_banking, intents=BANKING77_ALL),
+    packaged=CHAT_TENANTS[2].train.parent,
+    max_new_tokens=16,
 )

@@ -30,7 +30,10 @@ TASK = Task(
     licence="CC-BY-SA-4.0",
     source="https://rajpurkar.github.io/SQuAD-explorer",
     wordings={
-        "full": Wording("Passage: {context}\nQuestion: {question}\nAnswer:"),
+        "full": Wording(
+            "Passage: {context}\nQuestion: {question}\nAnswer:",
+            instruction="Answer the question in words of the passage, as few as possible.",
+        ),
         "short": Wording("{context}\n{question}"),
     },
     make=make,
