@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install ## train, register, serve, hot-swap and measure three tenants (ARGS=--keep leaves it running)
+demo: install ## train, register, serve, hot-swap and measure three tenants (ARGS: --small, --keep)
 	@$(BIN)/pedro demo $(ARGS)
 
 serve: install ## serve every registered adapter on 127.0.0.1:8000

@@ -117,8 +117,8 @@ def _memory() -> Check:
 
     memory = psutil.virtual_memory()
     found = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
-    if memory.available < 4 * 2**30:
-        return Check("memory", "warn", found, "the demo needs about 4 GiB: close other programs")
+    if memory.available < 10 * 2**30:
+        return Check("memory", "warn", found, "the demo needs about 10 GiB, with --small 4: close other programs")
     return Check("memory", "ok", found)
 
 

@@ -39,12 +39,13 @@ SHOWN = 3  # rows of each tenant whose answers the result holds as text
 
 def run_demo(settings: Settings, *, small: bool, keep: bool, port: int, log: Log) -> dict[str, Any]:
     """Run the story and return what `demo/result.json` of the home holds too. Adapters of an earlier run are reused."""
+    began, code = time.monotonic(), provenance()
     story = choose_story(settings.home, small, log)
-    started, code = time.monotonic(), provenance()
+    started = time.monotonic()
     digest = resolve_backbone(story.backbone).digest
     registry, store = Registry.open(settings), Store(settings.database_url)
-    connected = cluster.connect(settings, log)
     served = _server_of(story, settings)
+    connected = cluster.connect(settings, log)
     jobs = _train_missing(story, digest, settings, registry, store, connected.dashboard_url, log)
     keys, secrets = _keys(story, store)
     try:
@@ -65,6 +66,7 @@ def run_demo(settings: Settings, *, small: bool, keep: bool, port: int, log: Log
         result = {
             **code,
             "seconds": round(time.monotonic() - started, 1),
+            "pull_seconds": round(started - began, 1),
             "training_seconds": round(trained, 1),
             "backbone": story.backbone,
             "backbone_digest": digest,
