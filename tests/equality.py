@@ -31,12 +31,12 @@ HERE = Path(__file__).resolve().parents[1]
 PROBE = Path(__file__).with_name("equality_probe.py")
 PARTS = ("answers", "tables", "demo")
 PROMPTS, LOGIT_PROMPTS, ALONE = 200, 20, 10
-DEMO_TENANTS = {"acme": ("voice", 80), "globex": ("assistant", 100), "initech": ("support", 80)}
+DEMO_TENANTS = {"acme": ("voice", 100), "globex": ("assistant", 150), "initech": ("support", 100)}
 DEMO_SPEC: dict[str, Any] = {  # as `pedro demo --small` trains; a test compares it with the demo's own
     "backbone": "pedro-nano",
     "method": {"name": "pedro", "r": 12},
-    "training": {"lr": 2e-2, "theta_lr": 1e-4, "theta_every": 5, "batch_size": 32, "eval_every": 50},
-    "gate": {"max_rows": 32},
+    "training": {"lr": 1e-2, "theta_lr": 1e-4, "theta_every": 5, "batch_size": 16, "eval_every": 50},
+    "gate": {"max_rows": 16},
 }
 TEMPLATES = {"acme": {"template": "Text: {prompt}\nIntent:"}}
 

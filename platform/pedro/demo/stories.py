@@ -49,13 +49,13 @@ class Story:
         return next(part for part in self.parts if len(part.steps) == 2)
 
 
-_SMALL: dict[str, Any] = {"lr": 2e-2, "theta_lr": 1e-4, "theta_every": 5, "batch_size": 32, "eval_every": 50}
+_SMALL: dict[str, Any] = {"lr": 1e-2, "theta_lr": 1e-4, "theta_every": 5, "batch_size": 16, "eval_every": 50}
 _CHAT: dict[str, Any] = {"lr": 1e-2, "theta_lr": 1e-4, "theta_every": 10, "eval_every": 20, "eval_rows": 32}
 ACME, GLOBEX, INITECH = DEMO_TENANTS
 _, READER, SUPPORT = CHAT_TENANTS
 SMALL = Story(
     "pedro-nano",
-    (Part(GLOBEX, (100,), _SMALL), Part(ACME, (20, 80), _SMALL), Part(INITECH, (80,), _SMALL)),
+    (Part(GLOBEX, (150,), _SMALL), Part(ACME, (15, 100), _SMALL), Part(INITECH, (100,), _SMALL)),
     rows=200,
     margin=0.20,
     threads=1,
@@ -63,11 +63,11 @@ SMALL = Story(
 FULL = Story(
     "smollm2-135m",
     (
-        Part(SUPPORT, (60,), {**_CHAT, "batch_size": 16}, shots=16),
+        Part(SUPPORT, (80,), {**_CHAT, "batch_size": 16}, shots=8),
         Part(ACME, (10, 45), {**_CHAT, "batch_size": 8}, shots="label"),
-        Part(READER, (24,), {**_CHAT, "batch_size": 8}, shots=3),
+        Part(READER, (20,), {**_CHAT, "batch_size": 8}, shots=2),
     ),
-    rows=100,
+    rows=60,
     margin=0.05,
 )
 
@@ -85,6 +85,6 @@ def demo_spec(story: Story, part: Part, steps: int) -> FineTuneSpec:
         "data": data,
         "method": {"name": "pedro", "r": 12},
         "training": {"max_steps": steps, **part.training},
-        "gate": {"max_rows": 32},  # every row that is asked is scored over HTTP
+        "gate": {"max_rows": 16},  # every row that is asked is scored over HTTP
     }
     return validate_spec(spec, FineTuneSpec, source=f"demo tenant {tenant.name}")
