@@ -79,14 +79,12 @@ def test_an_adapter_is_asked_in_the_words_of_its_file_and_the_backbone_is_told_w
 def test_examples_are_training_rows_and_as_many_as_the_story_says():
     for part in FULL.parts:
         questions = Questions(part.tenant, 5)
-        told, *turns, asked = questions.to_backbone(part.shots)[0]
-        train = {(q.row.prompt, q.row.completion) for q in read_questions(part.tenant.train, part.tenant.template)}
-        examples = [(a["content"], b["content"]) for a, b in zip(turns[::2], turns[1::2], strict=True)]
-        assert told == {"role": "system", "content": questions.task.words.instruction}
-        assert {message["role"] for message in turns[::2]} == {"user"}
+        rows = [question.row for question in read_questions(part.tenant.train, part.tenant.template)]
+        told, *examples, asked = questions.with_examples(part.shots)[0].split("\n\n")
+        assert told == questions.task.words.instruction
         assert len(examples) == (7 if part.shots == "label" else part.shots)
-        assert set(examples) <= train
-        assert asked["content"] == questions.rows[0].prompt
+        assert set(examples) <= {f"{row.prompt} {row.completion}" for row in rows}
+        assert asked == questions.rows[0].prompt
 
 
 def test_a_passages_question_counts_by_its_best_answer():

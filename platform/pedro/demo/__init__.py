@@ -176,7 +176,7 @@ def _measure(part: Part, version: Version, served: Served, secret: str, rows: in
     ask = partial(answers, served.url, secret)
     said = {"zero_shot": ask(served.backbone, questions.to_backbone())}
     if part.shots:
-        said["few_shot"] = ask(served.backbone, questions.to_backbone(part.shots))
+        said["few_shot"] = ask(served.backbone, questions.with_examples(part.shots))
     said["adapter"] = ask(version.name, questions.to_adapter())
     return {
         "tenant": part.tenant.name,

@@ -47,14 +47,15 @@ class Questions:
     def to_adapter(self) -> list[Messages]:
         return [question.messages for question in self.asked]
 
-    def to_backbone(self, shots: int | str = 0) -> list[Messages]:
-        """The task's instruction, which lists the labels; worked examples, if any, as turns; the row."""
-        if not shots:
-            return [({"role": "user", "content": prompt_of(self.task, row, ())},) for row in self.rows]
-        told = [{"role": "system", "content": self.task.words.instruction}]
-        for example in Untrained(shots, MATCH).examples(self.task, self._train, seed=0):
-            told += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
-        return [(*told, {"role": "user", "content": row.prompt}) for row in self.rows]
+    def to_backbone(self) -> list[Messages]:
+        """The task's instruction, which lists the labels, and the row."""
+        return [({"role": "user", "content": prompt_of(self.task, row, ())},) for row in self.rows]
+
+    def with_examples(self, shots: int | str) -> list[str]:
+        """The instruction, worked examples and the row as a text to be continued: the bare model does better so than
+        with examples as turns of a chat."""
+        examples = Untrained(shots, MATCH).examples(self.task, self._train, seed=0)
+        return [prompt_of(self.task, row, examples) for row in self.rows]
 
     def score(self, answers: Sequence[str]) -> float:
         """The mean over rows of the tenant's metric."""

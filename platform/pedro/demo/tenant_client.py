@@ -36,8 +36,11 @@ class Swap:
     answers: Counter[str] = field(default_factory=Counter)
 
 
-def answers(url: str, key: str, model: str, asked: Sequence[Messages]) -> list[str]:
-    """What `model` answers to each of `asked`, greedy, over `/v1/chat/completions`."""
+def answers(url: str, key: str, model: str, asked: Sequence[Messages | str]) -> list[str]:
+    """What `model` answers to each of `asked`, greedy, over `/v1/chat/completions`.
+
+    A text is continued to the end of its line instead, over `/v1/completions`.
+    """
     return asyncio.run(_answers(url, key, model, asked))
 
 
@@ -48,19 +51,22 @@ def swap_under_load(
     return asyncio.run(_swap_under_load(url, key, admin_key, model, version, asked, seconds))
 
 
-async def _answers(url: str, key: str, model: str, asked: Sequence[Messages]) -> list[str]:
+async def _answers(url: str, key: str, model: str, asked: Sequence[Messages | str]) -> list[str]:
     gate = asyncio.Semaphore(CONCURRENCY)
     async with _client(url, key) as client:
 
-        async def answer(messages: Messages) -> str:
+        async def answer(question: Messages | str) -> str:
+            chat = not isinstance(question, str)
+            body: dict[str, Any] = {"messages": list(question)} if chat else {"prompt": question, "stop": "\n"}
             async with gate:
-                reply = await client.post("/v1/chat/completions", json=_body(model, messages))
+                reply = await client.post(f"/v1/{'chat/' if chat else ''}completions", json=_body(model, body))
             if reply.status_code != 200:
                 raise PedroError(f"{model}: the server answered {reply.status_code}: {reply.text[:300]}")
-            text: str = reply.json()["choices"][0]["message"]["content"]
+            choice = reply.json()["choices"][0]
+            text: str = choice["message"]["content"] if chat else choice["text"]
             return text
 
-        return await asyncio.gather(*(answer(messages) for messages in asked))
+        return await asyncio.gather(*(answer(question) for question in asked))
 
 
 async def _swap_under_load(
@@ -78,7 +84,7 @@ async def _swap_under_load(
                 seen.requests += 1
                 prints: set[str] = set()
                 try:
-                    body = _body(model, asked[seen.requests % len(asked)], stream=True)
+                    body = _body(model, {"messages": list(asked[seen.requests % len(asked)])}, stream=True)
                     async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
                         lines = [line async for line in reply.aiter_lines() if line.startswith("data: ")]
                     ok = reply.status_code == 200 and bool(lines) and lines[-1] == "data: [DONE]"
@@ -113,8 +119,8 @@ def _client(url: str, key: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=TIMEOUT_S)
 
 
-def _body(model: str, messages: Messages, stream: bool = False) -> dict[str, Any]:
-    return {"model": model, "messages": list(messages), "max_tokens": MAX_TOKENS, "temperature": 0, "stream": stream}
+def _body(model: str, asked: dict[str, Any], stream: bool = False) -> dict[str, Any]:
+    return {"model": model, **asked, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": stream}
 
 
 def _event(line: str) -> dict[str, Any]:
