@@ -59,7 +59,7 @@ def costs(selection: FilteredComparison) -> None:
     with st.expander("As numbers", icon=":material/table:"):
         frame = pd.DataFrame(
             {
-                "method": _named(point),
+                "method": point.name,
                 "unbeaten": mark,
                 **{titles[name]: point.values.get(name, float("nan")) / METRICS[name].unit for name in measured},
             }
@@ -94,15 +94,11 @@ def _draw_front(frame: pd.DataFrame, line: pd.DataFrame, x: str, y: str) -> None
 
 def _point(point: pareto.Point, x: str, y: str, unbeaten: bool) -> dict[str, Any]:
     return {
-        "method": _named(point),
+        "method": point.name,
         "x": point.values[x] / METRICS[x].unit,
         "y": point.values[y] / METRICS[y].unit,
         "unbeaten": unbeaten,
     }
-
-
-def _named(point: pareto.Point) -> str:
-    return point.label if point.budget is None else f"{point.label} at {point.budget:,}"
 
 
 def _axis(name: str, field: str) -> dict[str, Any]:

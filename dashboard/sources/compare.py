@@ -134,7 +134,17 @@ def paper_of(comparison: Comparison) -> Paper | None:
 
 def table_html(table: Table) -> str:
     """A table for a page: number and marks, the interval below it; wide ones scroll, by keyboard too."""
-    rendered = renderers.render_scores(table, HTML)
+    return _html(renderers.render_scores(table, HTML))
+
+
+def beside_html(selection: FilteredComparison) -> str:
+    """What was measured beside scores, and what others report, as tables for a page; empty where there is neither."""
+    costs = [rendered for table in selection.tables if (rendered := renderers.render_costs(table))]
+    theirs = [renderers.render_imported(selection.comparison.imported)] if selection.comparison.imported else []
+    return "".join(map(_html, [*costs, *theirs]))
+
+
+def _html(rendered: renderers.RenderedTable) -> str:
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in rendered.head)
     rows = "".join(
         f'<tr><th scope="row">{html.escape(row[0][0])}</th>'

@@ -136,6 +136,8 @@ def filtered(comparison: Comparison, stamp: str) -> FilteredComparison:
 def table(selection: FilteredComparison) -> None:
     style = STYLE % background_colour()  # of the first column, which stays while the others scroll
     st.html(style + "".join(data.table_html(table) for table in selection.tables))
+    if beside := data.beside_html(selection):
+        st.html(beside)
     heads = {table.notes[0] for table in selection.tables if table.notes}  # which budget is equal
     st.caption("  \n".join([data.LEGEND, *(map(_literal, heads) if len(heads) == 1 else ())]))
     notes = dict.fromkeys(note for table in selection.tables for note in table.notes)

@@ -35,6 +35,27 @@ def compare(
             "--pack", help="Start nothing; gather the runs' files into one runs.jsonl to commit, then as --report."
         ),
     ] = False,
+    pareto: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pareto",
+            metavar="X,Y",
+            help="Draw the Pareto front of two columns, as parameters,score; may be repeated.",
+        ),
+    ] = None,
+    export_peft: Annotated[
+        Path | None,
+        typer.Option(
+            "--export-peft", help="As --report; write the runs as PEFT's method_comparison has them, to here."
+        ),
+    ] = None,
+    import_peft: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--import-peft",
+            help="As --report; show results of PEFT's method_comparison beside (a file or a folder; may be repeated).",
+        ),
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")] = False,
     allow_dirty: Annotated[
         bool,
@@ -60,22 +81,32 @@ def compare(
     from pedro.config import Settings
 
     wanted = load_comparison_spec(spec, overrides or [])
+    reports = report or pack or export_peft is not None or bool(import_peft)
     if isinstance(wanted, EfficiencySpec):
-        if report or pack or retry_failed:
+        if reports or pareto or retry_failed:
             raise typer.BadParameter("an efficiency spec has no runs to report or to try again; run it as it is")
         _efficiency(wanted, out, dry_run, allow_dirty, as_json)
         return
-    from pedro.comparison.report import make_report, print_report, summarize, write_report
+    from pedro.comparison.report import draw_front, make_report, print_report, summarize, write_report
     from pedro.comparison.run_files import PACKED, folder_of, open_folder, pack_runs, read_named
 
     settings = Settings.from_env()
     folder = folder_of(wanted.name, settings.home, out)
-    if report or pack:
-        comparison = read_named(folder, wanted.name)
+    fronts = _fronts(pareto or [], wanted)
+    if reports:
         if pack:
+            read_named(folder, wanted.name)
             log(f"{pack_runs(folder)} runs packed into {folder / PACKED}")
-        made = make_report(comparison)
+        if import_peft:
+            from pedro.comparison.peft_results import import_results
+
+            log(f"{import_results(read_named(folder, wanted.name), import_peft)} results of PEFT's imported")
+        made = make_report(read_named(folder, wanted.name))
         write_report(made)
+        if export_peft:
+            from pedro.comparison.peft_results import export_results
+
+            log(f"{len(export_results(made.selection, export_peft))} results written to {export_peft}")
     else:
         from pedro.comparison.pipeline import compare as run
         from pedro.comparison.pipeline import prepare
@@ -91,6 +122,9 @@ def compare(
         open_folder(folder)
         connect(settings, log, attach=True)
         made = run(wanted, settings, folder, prepared, log)
+    for x, y in fronts:
+        figure, unbeaten = draw_front(made, x, y)
+        log(f"{figure}: no other beats {', '.join(unbeaten)}")
     for problem in made.comparison.problems:
         log(f"left out: {problem}")
     person = sys.stdout.isatty()
@@ -100,6 +134,18 @@ def compare(
         typer.echo(f"{print_report(made, width=width, ansi=person)}\n\ntables, figures and runs: {folder}")
 
     emit(summarize(made), as_json, show)
+
+
+def _fronts(words: list[str], spec: ComparisonSpec) -> list[tuple[str, str]]:
+    """The pairs of columns of --pareto, checked before anything starts."""
+    from pedro.comparison.costs import METRICS
+
+    known = [*METRICS, *(other.task for task in spec.tasks for other in task.evaluations)]
+    pairs = [tuple(word.split(",")) for word in words]
+    for word, pair in zip(words, pairs, strict=True):
+        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(known):
+            raise typer.BadParameter(f"--pareto: expected two of {', '.join(known)} with a comma between, got {word!r}")
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
 def _show_plan(spec: ComparisonSpec, prepared: PreparedComparison, folder: Path, as_json: bool) -> None:

@@ -5,6 +5,7 @@ Budgets, seeds, intervals, failures, from the runs and the entries that the tabl
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,11 @@ from pedro.comparison.result_model import (
     Comparison,
     RunResult,
     TableEntry,
+    format_score,
 )
 from pedro.comparison.statistics import FEWEST, NUM_SAMPLES
+
+TEXT = "WikiText-2's test part"
 
 if TYPE_CHECKING:
     from pedro.comparison.selection import Selection
@@ -46,6 +50,7 @@ def captions(selection: Selection, entries: Sequence[TableEntry]) -> tuple[str, 
         _rows(tasks),
         *_failures(tasks),
         *_mixed(runs),
+        *_measured(runs),
     ]
     if selection.left_out:
         notes.append(f"{selection.left_out} earlier runs with other settings are in the folder and not in the table.")
@@ -245,6 +250,31 @@ def _mixed(runs: Sequence[RunResult]) -> Iterable[str]:
     mixed = [f"{label} on {task}" for (label, task), variants in settings.items() if len(variants) > 1]
     if mixed:
         yield f"Runs with different settings are mixed in {', '.join(mixed)}: run the comparison again."
+
+
+def _measured(runs: Sequence[RunResult]) -> Iterable[str]:
+    """How forgetting and serving were measured, where they were."""
+    asked = [run.forgetting for run in runs if run.forgetting]
+    if asked:
+        before = _range({round(math.exp(found["loss_before"]), 2) for found in asked if found.get("loss_before")})
+        tokens = _range({found.get("tokens") for found in asked} - {None})
+        tasks = {found["task"]: found for found in asked if found.get("task")}
+        text = (
+            f"Forgetting: perplexity of {tokens} tokens of {TEXT}, after tuning minus the backbone's own ({before}). "
+            "Windows of text follow each other; the first quarter of each is read as a prompt, which conditions the "
+            "vectors of methods that have such, and the rest is predicted"
+        )
+        for task, found in tasks.items():
+            score = found.get("score_before")
+            own = f", where the backbone has {format_score(score, task)}" if score is not None else ""
+            text += f"; {task}: {found.get('rows')} rows, asked without examples, by the likeliest label{own}"
+        yield f"{text}."
+    refused = {run.label: run.not_served for run in runs if run.not_served}
+    if refused or any(run.served_tokens_per_second for run in runs):
+        text = "Served: answers of equal length to requests that run together, in this platform's engine, on one worker"
+        yield (
+            text + "".join(f"; {label} is not ({reason.partition(';')[0]})" for label, reason in refused.items()) + "."
+        )
 
 
 def _by_task(runs: Sequence[RunResult], value: Callable[[RunResult], int]) -> str:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pedro.backbone import load_tokenizer, resolve_backbone
+from pedro.comparison.spec import Evaluation
 from pedro.data.tasks import Task, TaskRow, get_task
 from pedro.errors import DataError
 from pedro.training.storage import put_dataset
 
 if TYPE_CHECKING:
-    from pedro.comparison.spec import ComparisonSpec, Evaluation, TaskChoice
+    from pedro.comparison.spec import ComparisonSpec, TaskChoice
 
 VALIDATION_SHARE = 0.15  # of the training rows, where a task publishes no validation split
 
@@ -38,7 +39,7 @@ class TaskData:
     """A task's rows, cut as the comparison asks. `digest` changes with any of them.
 
     `files` are those to train and to validate on; `chats` the same rows as conversations, for backbones that have a
-    chat template, where the wording has that.
+    chat template, where the wording has that. `general` is another task, which tells what tuning forgot.
     """
 
     task: Task
@@ -48,6 +49,7 @@ class TaskData:
     validation_rows: tuple[TaskRow, ...]
     tests: tuple[TestSet, ...]
     digest: str
+    general: TestSet | None = None
 
 
 @cache
@@ -74,9 +76,11 @@ def gather(spec: ComparisonSpec, choice: TaskChoice, storage: str, like: TaskCho
         chats = (_stored(task, train, storage, chat=True), _stored(task, validation, storage, chat=True))
     asked = zip(choice.evaluations, (like or choice).evaluations, strict=True)
     tests = tuple(_test_set(spec, other, plain) for other, plain in asked)
+    general = _general(spec)
     parts = [*(Path(file).name for file in files), [_plain(test) for test in tests]]  # stored under their own digests
+    parts += [_plain(general)] if general else []
     digest = hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
-    return TaskData(task, files, chats, tuple(train), tuple(validation), tests, digest)
+    return TaskData(task, files, chats, tuple(train), tuple(validation), tests, digest, general)
 
 
 def _training_rows(task: Task, folder: str | None, choice: TaskChoice) -> tuple[list[TaskRow], list[TaskRow]]:
@@ -107,6 +111,13 @@ def _test_set(spec: ComparisonSpec, choice: Evaluation, like: Evaluation) -> Tes
     if not rows:
         raise DataError(f"{task.name}: there are no test rows to score on; look at its files", param="data")
     return TestSet(task, rows)
+
+
+def _general(spec: ComparisonSpec) -> TestSet | None:
+    asked = spec.forgetting
+    if asked is None or asked.task is None:
+        return None
+    return _test_set(spec, *[Evaluation(task=asked.task, test_rows=asked.rows, data=asked.data)] * 2)
 
 
 def _stored(task: Task, rows: Sequence[TaskRow], storage: str, chat: bool = False) -> str:

@@ -1,5 +1,5 @@
 """A comparison in pictures: every method with its interval, scores against budgets (the paper's figure 3), scores by
-group, learned activations (its figure 2). Draws what `tables.py` found; decides nothing.
+group, learned activations (its figure 2), Pareto fronts of two columns. Draws what others found; decides nothing.
 
 matplotlib is imported where it is used, by its objects alone, so that nothing here depends on a display.
 """
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pedro.comparison.costs import front, metric, points_of
 from pedro.comparison.result_model import BEST, JUDGE, RunResult, Table, TableEntry
 from pedro.comparison.selection import Selection, position
+from pedro.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,6 +109,42 @@ def draw_budgets(tables: Sequence[Table], path: Path) -> None:
     keys = [(label, _look(label, labels)) for label in labels]
     _legend(figure, [*keys, ("majority rate", {"color": PLAIN, "linestyle": "--"})])
     figure.savefig(path, dpi=DPI)
+
+
+def draw_pareto(tables: Sequence[Table], runs: Sequence[RunResult], x: str, y: str, path: Path) -> list[str]:
+    """A panel for each backbone: every method that has both columns, those that no other beats in both filled and
+    joined. Their names; raises ConfigError for a column that there is not, or that no method has.
+    """
+    across, up = metric(x, tables), metric(y, tables)
+    points = [point for point in points_of(tables, runs) if x in point.values and y in point.values]
+    if not points:
+        raise ConfigError(f"--pareto: no method has both {x} and {y}; choose other columns", param="--pareto")
+    backbones = list(dict.fromkeys(point.backbone for point in points))
+    figure, axes = _panels([divmod(index, ACROSS - 1) for index in range(len(backbones))], (5.2, 3.8))
+    unbeaten: list[str] = []
+    for backbone, plot in zip(backbones, axes, strict=True):
+        mine = [point for point in points if point.backbone == backbone]
+        best = front(mine, x, y)
+        unbeaten += [point.name for point in best]
+        values = {point.name: (point.values[x] / across.unit, point.values[y] / up.unit) for point in mine}
+        line = [values[point.name] for point in best]
+        plot.plot([at for at, _ in line], [at for _, at in line], color=STRONG, linestyle="--", linewidth=1.2)
+        for point in mine:
+            look = {"color": STRONG} if point in best else {"color": PLAIN, "markerfacecolor": "white"}
+            plot.plot(*values[point.name], marker="o", markersize=6, **look)
+            plot.annotate(point.name, values[point.name], (5, 5), textcoords="offset points", fontsize=8)
+        if across.log:
+            _count_axis(plot)
+        plot.set_yscale("log" if up.log else "linear")
+        plot.set_xlabel(across.title)
+        plot.set_ylabel(up.title)
+        plot.margins(0.15)
+        plot.grid(color=PALE, linewidth=0.6)
+        plot.set_title(backbone, fontsize=10)
+    keys = [("no other is as good in both, and better in one", {"color": STRONG, "marker": "o", "linestyle": "--"})]
+    _legend(figure, [*keys, ("beaten", {"color": PLAIN, "marker": "o", "markerfacecolor": "white", "linestyle": ""})])
+    figure.savefig(path, dpi=DPI)
+    return unbeaten
 
 
 def grouped(selection: Selection) -> dict[Panel, list[str]]:

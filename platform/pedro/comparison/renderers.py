@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pedro.comparison.result_model import AVERAGE, BEST, SECOND, Difference, Table, TableEntry, format_score
+from pedro.comparison.costs import MEASURED, METRICS, SERVED
+from pedro.comparison.result_model import AVERAGE, BEST, SECOND, Cost, Difference, Table, TableEntry, format_score
 
 if TYPE_CHECKING:
+    from pedro.comparison.imported import ImportedRun
     from pedro.comparison.paper import Paper
 
 NOTHING = ("-", "")
 HEADS = ("method", "parameters")
+IMPORTED_TITLE = "As PEFT's method_comparison reports them: other data, hyperparameters and seeds, no intervals"
 MARKDOWN_SIGNS = re.compile(r"[\\`*<|]|\[(?=[^\]]*\]\()")  # as for "[", only where a link would begin
 FORMULA = ("=", "+", "-", "@")  # what a spreadsheet takes for the beginning of one
 ESCAPES = re.compile("\033\\[[0-9]*m")
@@ -32,7 +35,7 @@ LATEX = {
 CSV_COLUMNS = (
     *("backbone", "budget", "label", "method", "task", "metric", "value", "low", "high", "seeds", "failed"),
     *("values", "parameters", "lr", "mark", "proven", "at_chance", "majority", "rows"),
-    *("baseline", "gain", "gain_low", "gain_high", "gain_proven", "paper"),
+    *("baseline", "gain", "gain_low", "gain_high", "gain_proven", "paper", *MEASURED),
 )
 
 
@@ -88,6 +91,17 @@ def render_differences(table: Table, style: Style) -> RenderedTable | None:
     return RenderedTable(title, ("method", *table.columns), tuple(rows))
 
 
+def render_costs(table: Table) -> RenderedTable | None:
+    """What was measured beside scores, least and most over runs; None where nothing was."""
+    names = [name for name in MEASURED if any(at[1] == name for at in table.costs)]
+    if not names:
+        return None
+    labels = [label for label in table.rows if any(at[0] == label for at in table.costs)]
+    rows = [((label, ""), *(_cost(table.costs.get((label, name)), name) for name in names)) for label in labels]
+    title = f"{table.title}: served and forgotten; median over runs, least and most"
+    return RenderedTable(title, ("method", *(METRICS[name].title for name in names)), tuple(rows))
+
+
 def render_paper(paper: Paper) -> RenderedTable:
     """What the paper prints, as it prints it."""
     rows = []
@@ -95,6 +109,23 @@ def render_paper(paper: Paper) -> RenderedTable:
         values = [paper.value(label, column) for column in paper.columns]
         rows.append(((label, ""), *(NOTHING if value is None else (f"{value}", "") for value in values)))
     return RenderedTable(paper.title, ("method", *paper.columns), tuple(rows))
+
+
+def render_imported(runs: Sequence[ImportedRun]) -> RenderedTable:
+    """Results of PEFT's method_comparison as they report them."""
+    head = ("theirs", "parameters", "lr", "steps", "test accuracy", "forgetting (nats)", "training (s)", "saved (kB)")
+    rows = [
+        tuple(
+            (text, "")
+            for text in (
+                *(run.label, f"{run.parameters:,}", f"{run.lr:g}", f"{run.steps:,}", f"{100 * run.accuracy:.1f}"),
+                "-" if run.forgetting is None else f"{run.forgetting:+.3f}",
+                *(f"{run.seconds:,.0f}", f"{run.file_size / 1000:,.1f}", f"{run.memory / 2**20:,.0f}"),
+            )
+        )
+        for run in runs
+    ]
+    return RenderedTable(IMPORTED_TITLE, (*head, "memory (MiB)"), tuple(rows))
 
 
 def as_text(table: RenderedTable, width: int) -> str:
@@ -189,6 +220,20 @@ def _gain(entry: TableEntry | None, style: Style) -> Text:
     return (style.proven.format(value) if gain.proven else value, f"[{low}, {high}]")
 
 
+def _cost(cost: Cost | None, name: str) -> Text:
+    if cost is None or (cost.value is None and name != SERVED):
+        return NOTHING
+    if cost.value is None or cost.low is None or cost.high is None:
+        return ("n/a", "")
+    value, low, high = (_number(part, name) for part in (cost.value, cost.low, cost.high))
+    return (value, "" if low == high else f"[{low}, {high}]")
+
+
+def _number(value: float, name: str) -> str:
+    text = format(value / METRICS[name].unit, METRICS[name].format)
+    return text.lstrip("+-") if float(text.replace(",", "")) == 0 else text
+
+
 def _sizes(table: Table, label: str) -> str:
     low, high = table.parameters[label]
     if not high:
@@ -239,6 +284,7 @@ def _csv_row(entry: TableEntry, table: Table, paper: Paper | None) -> list[objec
         _cell(table.baseline),
         *((gain.value, gain.low, gain.high, gain.proven) if gain else ("", "", "", "")),
         paper.value(entry.label, entry.task) if paper else None,
+        *((cost := table.costs.get((entry.label, name))) and cost.value for name in MEASURED),
     ]
 
 

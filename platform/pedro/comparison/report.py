@@ -71,6 +71,7 @@ def print_report(report: ComparisonReport, *, width: int = WIDTH, ansi: bool = F
     if report.paper:
         paper = renderers.as_text(renderers.render_paper(report.paper), width)
         parts.append("\n".join(filter(None, [paper, report.paper.note])))
+    parts += [renderers.as_text(rendered, width) for rendered in _imported(report)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -96,6 +97,17 @@ def write_report(report: ComparisonReport) -> None:
     draw_figures(tables, report.selection, folder)
 
 
+def draw_front(report: ComparisonReport, x: str, y: str) -> tuple[Path, list[str]]:
+    """Draw the Pareto front of two columns into the comparison's folder: the figure, and the methods on the front.
+
+    Raises ConfigError for columns that there are not.
+    """
+    from pedro.comparison.figures import draw_pareto
+
+    path = report.comparison.folder / f"pareto_{x}_{y}.png"
+    return path, draw_pareto(report.tables, report.selection.runs, x, y, path)
+
+
 def summarize(report: ComparisonReport) -> dict[str, Any]:
     """The comparison for programs: every number of the tables, the notes, and where they come from."""
     comparison, runs = report.comparison, report.selection.runs
@@ -111,6 +123,7 @@ def summarize(report: ComparisonReport) -> dict[str, Any]:
         "tables": [_as_dict(table) for table in report.tables],
         "notes": _notes(report)[1],
         "paper": comparison.metadata.get("paper") if report.paper else None,
+        "imported": [run.to_dict() for run in comparison.imported],
         "problems": list(comparison.problems),
         "provenance": comparison.metadata.get("provenance"),
     }
@@ -127,6 +140,7 @@ def as_markdown(report: ComparisonReport) -> str:
     parts.append(_listed(map(renderers.literal, shared)))
     if report.paper:
         parts += [renderers.as_markdown(renderers.render_paper(report.paper)), renderers.literal(report.paper.note)]
+    parts += map(renderers.as_markdown, _imported(report))
     return "\n\n".join(filter(None, parts))
 
 
@@ -139,12 +153,21 @@ def _latex(report: ComparisonReport) -> str:
             parts.append(renderers.as_latex(rendered, notes if not part else [PROVEN]))
     if paper:
         parts.append(renderers.as_latex(renderers.render_paper(paper), [paper.note] if paper.note else []))
+    parts += [renderers.as_latex(rendered, []) for rendered in _imported(report)]
     return "\n\n".join(parts)
 
 
 def _rendered(table: Table, style: Style) -> list[RenderedTable]:
-    rendered = (renderers.render_scores(table, style), renderers.render_differences(table, style))
+    rendered = (
+        *(renderers.render_scores(table, style), renderers.render_differences(table, style)),
+        renderers.render_costs(table),
+    )
     return [one for one in rendered if one]
+
+
+def _imported(report: ComparisonReport) -> list[RenderedTable]:
+    """What others report, where their results were imported."""
+    return [renderers.render_imported(report.comparison.imported)] if report.comparison.imported else []
 
 
 def _headline(report: ComparisonReport) -> str:
@@ -184,6 +207,7 @@ def _as_dict(table: Table) -> dict[str, Any]:
             {
                 "label": label,
                 "parameters": list(table.parameters[label]),
+                "costs": {name: dict(vars(cost)) for (of, name), cost in table.costs.items() if of == label},
                 "entries": {at: _entry(e) for at in table.columns if (e := table.entries.get((label, at)))},
             }
             for label in table.rows

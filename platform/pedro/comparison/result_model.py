@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pedro.comparison.imported import ImportedRun
     from pedro.comparison.statistics import BootstrapSamples
 
 SCHEMA = 1
@@ -66,6 +67,10 @@ class RunResult:
     `tokens_per_second` counts all tokens that training put through the model, padding excluded; `tokens` and
     `answer_tokens_per_second` those of answers, which the loss is taken of. `ended_by` says whether validation ended
     training or its steps were over, `searched` how the learning rate was found. Runs of earlier versions lack them.
+
+    `adapter_bytes` counts what is trained, `saved_bytes` the file it is saved in. `forgetting` holds `loss_before` and
+    `loss` (nats of a token of general text, without and with the adapter), `tokens`, and where a general task was asked
+    `task`, `score_before`, `score` and `rows`. `not_served` says why `served_tokens_per_second` is not known.
     """
 
     id: str
@@ -104,6 +109,10 @@ class RunResult:
     answer_tokens_per_second: float = 0.0
     samples_per_second: float = 0.0
     peak_memory_bytes: int = 0
+    saved_bytes: int = 0
+    served_tokens_per_second: float = 0.0
+    not_served: str = ""
+    forgetting: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
     activations: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -143,7 +152,8 @@ _REQUIRED = ("id", "stage", "comparison", "method", "label", "task", "backbone",
 _MEASURED = (
     *("validation", "trainable_parameters", "trainable_without_bias", "adapter_bytes", "steps", "optimizer_steps"),
     *("best_step", "tokens", "all_tokens", "samples", "seconds", "scoring_seconds", "tokens_per_second"),
-    *("answer_tokens_per_second", "samples_per_second", "peak_memory_bytes"),
+    *("answer_tokens_per_second", "samples_per_second", "peak_memory_bytes", "saved_bytes"),
+    *("served_tokens_per_second", "forgetting"),
 )
 
 
@@ -159,6 +169,8 @@ class Comparison:
     runs: tuple[RunResult, ...]
     problems: tuple[str, ...]
     metadata: dict[str, Any]
+    imported: tuple[ImportedRun, ...] = ()
+    """Results of others, shown beside."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +221,19 @@ class TableEntry:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a method's runs took or did, beside its scores: the median over runs, the least and the most.
+
+    All None, with a reason, where it could not be measured of any.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
     """Methods × tasks on one backbone at one budget. A method that did not run on a task has no entry there."""
 
@@ -222,6 +247,8 @@ class Table:
     budget: int | None
     parameters: Mapping[str, tuple[int, int]]
     """Least and most trained parameters of a method over the tasks; mostly the same."""
+    costs: Mapping[tuple[str, str], Cost] = field(default_factory=dict)
+    """By label and name of a metric (`costs.METRICS`): what was asked to be measured beside scores."""
 
 
 def format_score(value: float, metric: str, sign: bool = False) -> str:

@@ -3,7 +3,8 @@
 While a comparison runs, every finished run is a file of its own under runs/, written whole or not at all, so that what
 is killed can resume. `pack_runs` gathers them into one runs.jsonl, a line a run, which is what a repository keeps.
 Both may stand side by side (a packed comparison that was resumed): the file of its own is the newer. cells/ is where
-earlier versions kept the runs' files; it is read and never written.
+earlier versions kept the runs' files; it is read and never written. imported.json, where it is, holds results of others
+(`imported.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pedro.comparison.imported import ImportedRun
 from pedro.comparison.result_model import Comparison, RunResult
 from pedro.errors import ConfigError
 
-METADATA, PACKED = "comparison.json", "runs.jsonl"
+METADATA, PACKED, IMPORTED = "comparison.json", "runs.jsonl", "imported.json"
 RUNS, EARLIER = "runs", "cells"
 EQUALITIES = ("parameters", "compute", "effort")
 
@@ -52,6 +54,7 @@ def read_comparison(folder: Path) -> Comparison:
         metadata = {key: value for key, value in metadata.items() if _fits(key, value, problems)}
         runs, broken = read_runs(folder)
         problems += broken
+    imported = _imported(folder, problems) if (folder / IMPORTED).exists() else []
     metadata = metadata or {}
     name = str(metadata.get("name") or folder.name)
     return Comparison(
@@ -63,6 +66,7 @@ def read_comparison(folder: Path) -> Comparison:
         runs=tuple(runs),
         problems=tuple(problems),
         metadata=metadata,
+        imported=tuple(imported),
     )
 
 
@@ -95,7 +99,7 @@ def write_run(folder: Path, run: RunResult) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     values = run.to_dict().items()
     lines = (f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}" for key, value in values)
-    _replace(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def pack_runs(folder: Path) -> int:
@@ -110,7 +114,7 @@ def pack_runs(folder: Path) -> int:
         why = "; ".join(problems[:3]) or "it holds no runs"
         raise ConfigError(f"{folder} cannot be packed: {why}; remove or mend what is broken, or name another folder")
     lines = (json.dumps(values, ensure_ascii=False) for values, _ in stored.values())
-    _replace(folder / PACKED, "".join(f"{line}\n" for line in lines))
+    write_text(folder / PACKED, "".join(f"{line}\n" for line in lines))
     for path in list(_files(folder)):
         path.unlink()
     for name in (RUNS, EARLIER):
@@ -128,8 +132,19 @@ def count_runs(folder: Path) -> int:
 
 def last_change(folder: Path) -> float:
     """When the last run was added, or comparison.json changed."""
-    changing = [folder / name for name in (METADATA, PACKED, RUNS, EARLIER)]
+    changing = [folder / name for name in (METADATA, PACKED, IMPORTED, RUNS, EARLIER)]
     return max((path.stat().st_mtime for path in changing if path.exists()), default=0.0)
+
+
+def _imported(folder: Path, problems: list[str]) -> list[ImportedRun]:
+    """Results of others; none where the file is broken."""
+    try:
+        return [ImportedRun.from_dict(values) for values in json.loads((folder / IMPORTED).read_text(encoding="utf-8"))]
+    except OSError as error:
+        problems.append(f"{IMPORTED}: {error.strerror}")
+    except (ValueError, TypeError) as error:
+        problems.append(f"{IMPORTED}: {error}; import the results again")
+    return []
 
 
 def _stored(folder: Path) -> tuple[dict[str, tuple[dict[str, Any], RunResult]], list[str]]:
@@ -200,7 +215,7 @@ def _fits(key: str, value: Any, problems: list[str]) -> bool:
     return good
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     scratch = path.with_name(f".{path.stem}.{os.getpid()}.new")
     scratch.write_text(text, encoding="utf-8")

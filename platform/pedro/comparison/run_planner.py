@@ -16,6 +16,7 @@ from typing import Any
 
 from pedro.backbone import load_config, resolve_backbone
 from pedro.comparison.data import has_chat_template
+from pedro.comparison.measures import ForgettingSpec, ServingSpec, identity
 from pedro.comparison.result_model import BACKBONE, BUDGET_TOLERANCE, FINAL, TUNE
 from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, data_key, label_of
 from pedro.comparison.untrained import Untrained
@@ -59,6 +60,8 @@ class PlannedRun:
     """Which rows it is trained and scored on (`spec.data_key`)."""
     searched: dict[str, Any] = field(default_factory=dict)
     """How its learning rate was found (`rate_search.Chosen`); no part of its id."""
+    forgetting: ForgettingSpec | None = None
+    serving: ServingSpec | None = None
 
     @property
     def lr(self) -> float:
@@ -166,6 +169,7 @@ class RunPlanner:
             "backbone_digest": resolve_backbone(group.backbone).digest,
             **self._judge(choice),
             **({"chat": True} if chat else {}),
+            **({} if group.untrained else identity(self.spec.forgetting, self.spec.serving)),
             **({"seed": seed} if group.untrained else {}),  # that of a training is among its settings
         }
         return PlannedRun(
@@ -181,6 +185,8 @@ class RunPlanner:
             theta=self.spec.theta,
             chat=chat,
             data_key=key,
+            forgetting=self.spec.forgetting,
+            serving=self.spec.serving,
         )
 
     def _judge(self, task: TaskChoice) -> dict[str, Any]:

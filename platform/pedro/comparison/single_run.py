@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro.backbone import resolve_backbone
+from pedro.comparison.forgetting import AbilityMeter
 from pedro.comparison.result_model import CAP, EARLY, SCHEMA, RunResult
+from pedro.comparison.serving_probe import probe_serving
 from pedro.data.prompt_format import encode_prompts
 from pedro.data.tasks import TASKS, Task, TaskRow
 from pedro.errors import PedroError
@@ -16,7 +19,7 @@ from pedro.evaluation.metrics import ELSEWHERE, TaskScore, score_answers
 from pedro.evaluation.scoring import generate, majority
 from pedro.process import peak_memory, reset_peak_memory
 from pedro.provenance import provenance
-from pedro.training.context import TrainingContext, build_context
+from pedro.training.context import DTYPES, TrainingContext, build_context
 from pedro.training.loop import TrainState, train
 from pedro.training.spec import FineTuneSpec
 
@@ -60,8 +63,10 @@ def execute_run(
     if plan.group.untrained:
         return _ask_backbone(plan, data, resources)
     curves = CurveRecorder()
-    _reset_peak()
     try:
+        meter = _meter(plan, data)
+        before = meter and meter.bare(DTYPES[plan.training["precision"]], _device(resources))
+        _reset_peak()
         context = build_context(_job(plan, data, resources), cache)
         outcome = train(context.engine, context.alternation, context.plan, context.data, curves)
         context.model.eval()
@@ -69,6 +74,10 @@ def execute_run(
         validation = _validation(context, plan, data, outcome.validation_loss)
         scores = [_score(context, plan, test, judge, cache) for test in data.tests]
         spent = time.monotonic() - started
+        peak = _peak(context.engine.device.type == "cuda")
+        measured: dict[str, Any] = {"forgetting": meter.changed(before, context.model)} if meter and before else {}
+        if plan.serving:
+            measured |= probe_serving(context, plan.serving, max(1, int(resources.cpus)))
     except PedroError as error:
         return failed(plan, error.message, dict(curves.points))
     trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
@@ -93,7 +102,8 @@ def execute_run(
         tokens_per_second=_rate(outcome.all_tokens, outcome.seconds),
         answer_tokens_per_second=_rate(outcome.tokens, outcome.seconds),
         samples_per_second=_rate(outcome.samples, outcome.seconds),
-        peak_memory_bytes=_peak(context.engine.device.type == "cuda"),
+        peak_memory_bytes=peak,
+        **measured,
         curves=dict(curves.points),
         activations=_activations(context),
         provenance=provenance(),
@@ -115,11 +125,24 @@ def _ask_backbone(plan: PlannedRun, data: TaskData, resources: ResourcesSpec) ->
         plan,
         state="finished",
         scores=scores,
-        prompt_format=asker.form.id,
+        prompt_format=asker.encoder.form.id,
         scoring_seconds=round(time.monotonic() - started, 2),
         peak_memory_bytes=_peak(bool(resources.gpus)),
         provenance=provenance(),
     )
+
+
+def _meter(plan: PlannedRun, data: TaskData) -> AbilityMeter | None:
+    """What tells how much was forgotten, where that is asked for."""
+    if plan.forgetting is None:
+        return None
+    return AbilityMeter(resolve_backbone(plan.group.backbone), plan.forgetting, data.general)
+
+
+def _device(resources: ResourcesSpec) -> str:
+    import torch
+
+    return "cuda" if resources.gpus and torch.cuda.is_available() else "cpu"
 
 
 def _rate(count: int, seconds: float) -> float:

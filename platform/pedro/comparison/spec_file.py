@@ -29,12 +29,17 @@ def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> Com
     tasks = [_located(task, base) for task in spec.tasks]
     _check_files(spec, tasks, base, overrides)
     backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
-    return spec.model_copy(update={"backbones": backbones, "data": _resolved(spec.data, base), "tasks": tuple(tasks)})
+    changes = {"backbones": backbones, "data": _resolved(spec.data, base), "tasks": tuple(tasks)}
+    if spec.forgetting:
+        own = {"data": _resolved(spec.forgetting.data, base)}
+        changes["forgetting"] = spec.forgetting.model_copy(update=own)
+    return spec.model_copy(update=changes)
 
 
 def _check_files(spec: ComparisonSpec, tasks: list[TaskChoice], base: Path, overrides: Iterable[str]) -> None:
     """Raise ConfigError for a folder of data that a spec may not name; `data=DIR` by hand may lie anywhere."""
     folders = {"data": _resolved(spec.data, base)}
+    folders |= {"forgetting.data": _resolved(spec.forgetting.data, base)} if spec.forgetting else {}
     for number, task in enumerate(tasks):
         folders[f"tasks.{number}.data"] = task.data
         folders |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}

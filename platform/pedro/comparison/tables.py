@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from pedro.comparison.captions import captions
+from pedro.comparison.costs import measured_costs
 from pedro.comparison.result_model import (
     AVERAGE,
     BACKBONE,
@@ -69,6 +70,9 @@ def _table(entries: Sequence[TableEntry], selection: Selection) -> Table:
     by_cell = {(entry.label, entry.task): entry for entry in entries}
     averages = _marked(_averages(by_cell, rows, tasks), comparison.baseline)
     by_cell |= {(entry.label, AVERAGE): entry for entry in averages}
+    measured = [run for run in selection.runs if (run.saved_bytes or run.forgetting) and run.label in rows]
+    measured = [run for run in measured if (run.backbone, run.budget) == (backbone, budget)]
+    measured = [run for run in measured if present.intersection(selection.columns.get(run.task, ()))]
     sizes = {label: [e.parameters for e in entries if e.label == label and e.parameters] or [0] for label in rows}
     titles = [comparison.title]
     if len({run.backbone for run in comparison.runs}) > 1:
@@ -85,6 +89,7 @@ def _table(entries: Sequence[TableEntry], selection: Selection) -> Table:
         backbone=backbone,
         budget=budget,
         parameters={label: (min(counts), max(counts)) for label, counts in sizes.items()},
+        costs=measured_costs(measured) if measured else {},
     )
 
 

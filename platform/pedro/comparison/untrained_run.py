@@ -19,6 +19,27 @@ if TYPE_CHECKING:
     from pedro.comparison.run_planner import PlannedRun
     from pedro.comparison.spec import ResourcesSpec
     from pedro.data.tasks import Task, TaskRow
+    from pedro.model_protocols import Tokenizer
+
+
+class QuestionEncoder:
+    """Questions and labels as token ids: in a conversation of the tokenizer's own template, or as they stand."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: bool) -> None:
+        self.tokenizer, self.chat = tokenizer, chat
+        self.form: PromptFormat = format_for_shape(RowShape.MESSAGES, tokenizer) if chat else FORMATS["raw"]
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens up to where an answer begins."""
+        return encode_prompt(self.tokenizer, self.form.prompt([{"role": "user", "content": text}], self.tokenizer))
+
+    def label(self, text: str, prompt: list[int], label: str) -> list[int]:
+        """A label's tokens as they follow the prompt: behind a space, unless a chat's answer begins there."""
+        if self.chat:
+            return encode_text(self.tokenizer, label)
+        whole = self.prompt(f"{text} {label}")
+        together = len(whole) > len(prompt) and whole[: len(prompt)] == prompt
+        return whole[len(prompt) :] if together else encode_text(self.tokenizer, f" {label}")
 
 
 class BackboneAsker:
@@ -31,7 +52,7 @@ class BackboneAsker:
         self.plan, self.way = plan, way
         self.tokenizer = load_tokenizer(backbone)
         self.model = load_model(backbone, device="cuda" if resources.gpus else "cpu")
-        self.form: PromptFormat = format_for_shape(RowShape.MESSAGES, self.tokenizer) if plan.chat else FORMATS["raw"]
+        self.encoder = QuestionEncoder(self.tokenizer, plan.chat)
         self.context = context_length(backbone)
 
     def scores(self, data: TaskData) -> list[tuple[TestSet, list[TaskRow], Any]]:
@@ -49,7 +70,7 @@ class BackboneAsker:
     ) -> tuple[list[TaskRow], list[str]]:
         """The rows whose prompt leaves room for an answer, and the answers."""
         texts = [prompt_of(task, row, examples) for row in rows]
-        prompts = [self._encode(text) for text in texts]
+        prompts = [self.encoder.prompt(text) for text in texts]
         kept = [place for place, ids in enumerate(prompts) if len(ids) + task.max_new_tokens <= self.context]
         if not kept:
             longest = max(map(len, prompts))
@@ -72,15 +93,5 @@ class BackboneAsker:
 
     def _likeliest(self, task: Task, row: TaskRow, text: str, prompt: list[int]) -> str:
         labels = candidates(task, row)
-        return labels[likeliest(self.model, prompt, [self._continued(text, prompt, label) for label in labels])]
-
-    def _encode(self, text: str) -> list[int]:
-        return encode_prompt(self.tokenizer, self.form.prompt([{"role": "user", "content": text}], self.tokenizer))
-
-    def _continued(self, text: str, prompt: list[int], label: str) -> list[int]:
-        """A label's tokens as they follow the prompt: behind a space, unless a chat's answer begins there."""
-        if self.plan.chat:
-            return encode_text(self.tokenizer, label)
-        whole = self._encode(f"{text} {label}")
-        together = len(whole) > len(prompt) and whole[: len(prompt)] == prompt
-        return whole[len(prompt) :] if together else encode_text(self.tokenizer, f" {label}")
+        encoded = [self.encoder.label(text, prompt, label) for label in labels]
+        return labels[likeliest(self.model, prompt, encoded)]
