@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.cli import app
+from pedro.comparison import data as task_data
 from pedro.comparison.costs import METRICS, front, points_of, undominated
-from pedro.comparison.data import TestSet, gather
+from pedro.comparison.data import gather
 from pedro.comparison.forgetting import AbilityMeter
 from pedro.comparison.measures import ForgettingSpec
 from pedro.comparison.report import draw_front, make_report, print_report, summarize, write_report
@@ -27,7 +28,7 @@ from pedro.data.tasks import get_task
 from pedro.errors import ConfigError
 from pedro.methods.registry import get_method
 
-RSLORA = {"peft_type": "LORA", "label": "rsLoRA", "r": 2, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}
+HIRA = {"peft_type": "HIRA", "label": "HiRA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 FORGOT = {"loss_before": 2.0, "loss": 2.5, "tokens": 64}
 
 
@@ -35,7 +36,7 @@ def spec_of(**changes) -> ComparisonSpec:
     tree = {
         "name": "costs",
         "tasks": [{"task": "snips", "train_rows": 32, "validation_rows": 4, "test_rows": 4}],
-        "methods": [{"name": "pedro", "label": "PEDRO", "r": 2}, RSLORA, {"name": "full", "label": "Full"}],
+        "methods": [{"name": "pedro", "label": "PEDRO", "r": 2}, HIRA, {"name": "full", "label": "Full"}],
         "seeds": [0],
         "training": {"lr": 1e-2, "epochs": 100, "max_steps": 2, "batch_size": 4, "eval_every": 2},
         "forgetting": {"tokens": 64, "task": "banking77", "rows": 3},
@@ -64,7 +65,7 @@ def test_windows_of_general_text_hold_exactly_the_tokens_asked_for_one_after_the
 # forgetting
 
 
-def meter_of(name: str = "stories260K", general: TestSet | None = None, tokens: int = 300) -> AbilityMeter:
+def meter_of(name: str = "stories260K", general: task_data.TestSet | None = None, tokens: int = 300) -> AbilityMeter:
     return AbilityMeter(resolve_backbone(name), ForgettingSpec(tokens=tokens), general)
 
 
@@ -119,7 +120,7 @@ def test_the_general_task_is_scored_as_the_backbones_own_row_is(tmp_path):
     planner = RunPlanner(spec, {"banking77": data.digest})
     (plan,) = planner.finals(planner.groups[0], None)
     row = execute_run(plan, data, spec.resources, None, tmp_path / "cache")
-    meter = meter_of("pedro-nano", TestSet(get_task("banking77"), data.tests[0].rows), 64)
+    meter = meter_of("pedro-nano", task_data.TestSet(get_task("banking77"), data.tests[0].rows), 64)
     measured = meter.measure(load_model(meter.backbone))
     assert (measured.score, measured.rows) == (row.scores[0].value, 12)
 
@@ -134,7 +135,7 @@ def test_a_run_says_what_it_forgot_and_what_serving_it_costs(tmp_path):
     plans = [planner.finals(group, None)[0] for group in planner.groups]
     runs = [execute_run(plan, data, spec.resources, None, tmp_path / "cache") for plan in plans]
     assert not [run.message for run in runs if run.message]
-    pedro, rslora, full = runs
+    pedro, hira, full = runs
     for run in runs:
         assert run.forgetting["tokens"] == 64
         assert run.forgetting["loss_before"] == pedro.forgetting["loss_before"] != run.forgetting["loss"]
@@ -142,14 +143,14 @@ def test_a_run_says_what_it_forgot_and_what_serving_it_costs(tmp_path):
     assert pedro.served_tokens_per_second > 0
     assert not pedro.not_served
     assert pedro.saved_bytes > pedro.adapter_bytes, "the file has a head"
-    assert not rslora.served_tokens_per_second
-    assert "use_rslora" in rslora.not_served
+    assert not hira.served_tokens_per_second
+    assert "not HIRA" in hira.not_served
     assert "a whole model" in full.not_served
     assert full.saved_bytes == 4 * full.trainable_parameters
     table = print_report(make_report(read_comparison(write_comparison(tmp_path / "out", runs))))
     assert "Saved adapter (kB)" in table
     assert "n/a" in table
-    assert "use_rslora" in table
+    assert "HiRA is not" in table
 
 
 def test_ids_hold_where_nothing_is_measured_and_the_backbones_rows_measure_nothing():

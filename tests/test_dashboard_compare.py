@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
-from comparisons import printed, tables_of
+from comparisons import printed, result, rows_of, tables_of, write_comparison
 from dashboard_app import DASHBOARD, healthy, opener, words
 from dashboard_home import copy_of_home
 from dashboard_results import add_comparison
@@ -181,6 +181,29 @@ def test_a_third_metric_keeps_what_two_would_drop(sources, made):
     three = sources.pareto.undominated(listed, ["score", "parameters", "tokens_per_second"])
     assert sum(three) >= sum(two)
     assert all(mark for mark, before in zip(three, two, strict=True) if before)
+
+
+def test_what_was_measured_beside_scores_and_what_others_report_are_tables_of_the_page(sources, tmp_path):
+    forgot = {"loss_before": 2.0, "loss": 2.5, "tokens": 64}
+    runs = [
+        result(label, "sst2", 0, rows_of("sst2", 0, 1.0, 20), saved_bytes=size, forgetting=forgot)
+        for label, size in (("PEDRO", 80_000), ("LoRA", 120_000))
+    ]
+    folder = write_comparison(tmp_path / "made", runs)
+    theirs = {**dict.fromkeys(("peft_type", "model", "data", "created", "peft_version"), "x"), "forgetting": None}
+    numbers = dict.fromkeys(("seed", "lr", "steps", "accuracy", "parameters", "file_size", "memory", "seconds"), 1)
+    (folder / "imported.json").write_text(json.dumps([{"experiment": "<script>", **theirs, **numbers}]))
+    selection = sources.compare.filter_comparison(read_comparison(folder))
+    beside = Tables(sources.compare.beside_html(selection)).rows
+    assert ["PEDRO", "80.0", "+4.79"] in beside
+    assert any(row[0].startswith("<script>") for row in beside), "as text"
+    points = {point.label: point.values for point in sources.pareto.points_of(selection)}
+    assert points["LoRA"]["saved_bytes"] == 120_000
+    assert not sources.compare.beside_html(
+        sources.compare.filter_comparison(
+            read_comparison(write_comparison(tmp_path / "old", [result("A", "a", 0, [1])]))
+        )
+    )
 
 
 def test_scores_stand_against_budgets_where_there_are_several(page, sources, made):

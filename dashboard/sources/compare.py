@@ -139,7 +139,7 @@ def table_html(table: Table) -> str:
 
 def beside_html(selection: FilteredComparison) -> str:
     """What was measured beside scores, and what others report, as tables for a page; empty where there is neither."""
-    costs = [rendered for table in selection.tables if (rendered := renderers.render_costs(table))]
+    costs = [renderers.render_costs(table) for table in selection.tables if table.costs]
     theirs = [renderers.render_imported(selection.comparison.imported)] if selection.comparison.imported else []
     return "".join(map(_html, [*costs, *theirs]))
 

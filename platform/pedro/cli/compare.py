@@ -92,7 +92,7 @@ def compare(
 
     settings = Settings.from_env()
     folder = folder_of(wanted.name, settings.home, out)
-    fronts = _fronts(pareto or [], wanted)
+    fronts = _fronts(pareto, wanted) if pareto else []
     if reports:
         if pack:
             read_named(folder, wanted.name)

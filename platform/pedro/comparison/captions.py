@@ -266,7 +266,7 @@ def _measured(runs: Sequence[RunResult]) -> Iterable[str]:
         )
         for task, found in tasks.items():
             score = found.get("score_before")
-            own = f", where the backbone has {format_score(score, task)}" if score is not None else ""
+            own = f", where the backbone has {format_score(score, 'accuracy')}" if score is not None else ""
             text += f"; {task}: {found.get('rows')} rows, asked without examples, by the likeliest label{own}"
         yield f"{text}."
     refused = {run.label: run.not_served for run in runs if run.not_served}

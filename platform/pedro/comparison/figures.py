@@ -130,7 +130,7 @@ def draw_pareto(tables: Sequence[Table], runs: Sequence[RunResult], x: str, y: s
         line = [values[point.name] for point in best]
         plot.plot([at for at, _ in line], [at for _, at in line], color=STRONG, linestyle="--", linewidth=1.2)
         for point in mine:
-            look = {"color": STRONG} if point in best else {"color": PLAIN, "markerfacecolor": "white"}
+            look: dict[str, Any] = {"color": STRONG} if point in best else {"color": PLAIN, "markerfacecolor": "white"}
             plot.plot(*values[point.name], marker="o", markersize=6, **look)
             plot.annotate(point.name, values[point.name], (5, 5), textcoords="offset points", fontsize=8)
         if across.log:

@@ -54,7 +54,8 @@ def import_results(comparison: Comparison, paths: Iterable[Path]) -> int:
     """
     if not comparison.metadata:
         raise ConfigError(f"{comparison.folder} holds no comparison yet; run it first, or name the folder of one")
-    read, wrong = [], []
+    read: list[ImportedRun] = []
+    wrong: list[str] = []
     for path in [file for given in paths for file in (sorted(given.glob("*.json")) if given.is_dir() else [given])]:
         try:
             read.append(ImportedRun.from_peft(json.loads(path.read_text(encoding="utf-8"))))

@@ -91,11 +91,9 @@ def render_differences(table: Table, style: Style) -> RenderedTable | None:
     return RenderedTable(title, ("method", *table.columns), tuple(rows))
 
 
-def render_costs(table: Table) -> RenderedTable | None:
-    """What was measured beside scores, least and most over runs; None where nothing was."""
+def render_costs(table: Table) -> RenderedTable:
+    """What was measured beside scores, least and most over runs; for a table that has any."""
     names = [name for name in MEASURED if any(at[1] == name for at in table.costs)]
-    if not names:
-        return None
     labels = [label for label in table.rows if any(at[0] == label for at in table.costs)]
     rows = [((label, ""), *(_cost(table.costs.get((label, name)), name) for name in names)) for label in labels]
     title = f"{table.title}: served and forgotten; median over runs, least and most"

@@ -71,7 +71,8 @@ def print_report(report: ComparisonReport, *, width: int = WIDTH, ansi: bool = F
     if report.paper:
         paper = renderers.as_text(renderers.render_paper(report.paper), width)
         parts.append("\n".join(filter(None, [paper, report.paper.note])))
-    parts += [renderers.as_text(rendered, width) for rendered in _imported(report)]
+    if theirs := report.comparison.imported:
+        parts.append(renderers.as_text(renderers.render_imported(theirs), width))
     return "\n\n".join(filter(None, parts))
 
 
@@ -140,7 +141,8 @@ def as_markdown(report: ComparisonReport) -> str:
     parts.append(_listed(map(renderers.literal, shared)))
     if report.paper:
         parts += [renderers.as_markdown(renderers.render_paper(report.paper)), renderers.literal(report.paper.note)]
-    parts += map(renderers.as_markdown, _imported(report))
+    if theirs := report.comparison.imported:
+        parts.append(renderers.as_markdown(renderers.render_imported(theirs)))
     return "\n\n".join(filter(None, parts))
 
 
@@ -153,21 +155,16 @@ def _latex(report: ComparisonReport) -> str:
             parts.append(renderers.as_latex(rendered, notes if not part else [PROVEN]))
     if paper:
         parts.append(renderers.as_latex(renderers.render_paper(paper), [paper.note] if paper.note else []))
-    parts += [renderers.as_latex(rendered, []) for rendered in _imported(report)]
+    if theirs := report.comparison.imported:
+        parts.append(renderers.as_latex(renderers.render_imported(theirs), []))
     return "\n\n".join(parts)
 
 
 def _rendered(table: Table, style: Style) -> list[RenderedTable]:
-    rendered = (
-        *(renderers.render_scores(table, style), renderers.render_differences(table, style)),
-        renderers.render_costs(table),
-    )
+    rendered = [renderers.render_scores(table, style), renderers.render_differences(table, style)]
+    if table.costs:
+        rendered.append(renderers.render_costs(table))
     return [one for one in rendered if one]
-
-
-def _imported(report: ComparisonReport) -> list[RenderedTable]:
-    """What others report, where their results were imported."""
-    return [renderers.render_imported(report.comparison.imported)] if report.comparison.imported else []
 
 
 def _headline(report: ComparisonReport) -> str:

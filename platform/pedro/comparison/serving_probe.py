@@ -55,9 +55,10 @@ def _tokens_per_second(context: TrainingContext, directory: Path, asked: Serving
     room = context_length(context.backbone)
     rows = windows(context.tokenizer, asked.requests * WINDOW, room)
     prompts = [row["input_ids"][: max(1, min(row["prompt_len"], room - asked.tokens))] for row in rows]
-    params = SamplingParams(max_tokens=min(asked.tokens, room - len(prompts[0])), ignore_eos=True)
+    length = max(map(len, prompts))
+    params = SamplingParams(max_tokens=min(asked.tokens, room - length), ignore_eos=True)
     model = load_model(context.backbone, device=str(context.engine.device))
-    config = EngineConfig(max_batch=asked.requests, threads=threads)
+    config = EngineConfig(max_batch=asked.requests, max_length=min(room, length + asked.tokens), threads=threads)
     engine = Engine(model, context.tokenizer, config, lambda _ref: directory, context.backbone.digest)
     times = []
     try:

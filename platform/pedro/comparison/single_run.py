@@ -65,7 +65,7 @@ def execute_run(
     curves = CurveRecorder()
     try:
         meter = _meter(plan, data)
-        before = meter and meter.bare(DTYPES[plan.training["precision"]], _device(resources))
+        before = meter.bare(DTYPES[plan.training["precision"]], _device(resources)) if meter else None
         _reset_peak()
         context = build_context(_job(plan, data, resources), cache)
         outcome = train(context.engine, context.alternation, context.plan, context.data, curves)
