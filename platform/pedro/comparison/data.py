@@ -77,7 +77,10 @@ def gather(spec: ComparisonSpec, choice: TaskChoice, storage: str, like: TaskCho
     asked = zip(choice.evaluations, (like or choice).evaluations, strict=True)
     tests = tuple(_test_set(spec, other, plain) for other, plain in asked)
     general = _general(spec)
-    parts = [*(Path(file).name for file in files), [_plain(test) for test in tests]]  # stored under their own digests
+    parts: list[object] = [
+        *(Path(file).name for file in files),
+        [_plain(test) for test in tests],
+    ]  # stored under their own digests
     parts += [_plain(general)] if general else []
     digest = hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
     return TaskData(task, files, chats, tuple(train), tuple(validation), tests, digest, general)

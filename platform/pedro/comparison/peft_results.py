@@ -87,14 +87,13 @@ def _result(run: RunResult, score: TaskResult, experiment: str) -> dict[str, Any
     provenance, versions = run.provenance, run.provenance.get("versions") or {}
     curve = [{"step": int(step), "valid loss": _finite(loss)} for step, loss in run.curves.get("dev/loss", ())]
     before, after = run.forgetting.get("loss_before"), run.forgetting.get("loss")
-    known = before is not None and after is not None
     last = {
         "step": run.steps,
         "test accuracy": score.value,
         "train loss": _finite(run.curves["train/loss"][-1][1]) if run.curves.get("train/loss") else None,
         "train samples": run.samples,
         "train total tokens": run.all_tokens,
-        **({"forgetting": after - before} if known else {}),
+        **({} if before is None or after is None else {"forgetting": after - before}),
     }
     return {
         "run_info": {

@@ -29,7 +29,7 @@ def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> Com
     tasks = [_located(task, base) for task in spec.tasks]
     _check_files(spec, tasks, base, overrides)
     backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
-    changes = {"backbones": backbones, "data": _resolved(spec.data, base), "tasks": tuple(tasks)}
+    changes: dict[str, object] = {"backbones": backbones, "data": _resolved(spec.data, base), "tasks": tuple(tasks)}
     if spec.forgetting:
         own = {"data": _resolved(spec.forgetting.data, base)}
         changes["forgetting"] = spec.forgetting.model_copy(update=own)
