@@ -197,3 +197,25 @@ def test_a_rollback_that_was_meant_for_another_version_moves_nothing(settings):
     assert standing(settings) == (2, 1)
     registry.rollback(NAME, expected=1)
     assert standing(settings) == (1, 2)
+
+
+def test_a_move_asks_the_store_no_more_than_it_must_and_says_where_the_aliases_stand(settings, monkeypatch):
+    registry = Registry.open(settings)
+    client, asked = registry.client, []
+
+    class Counted:
+        def __getattr__(self, name):
+            def call(*args, **kwargs):
+                asked.append(name)
+                return getattr(client, name)(*args, **kwargs)
+
+            return call
+
+    monkeypatch.setitem(registry.__dict__, "client", Counted())
+    assert registry.promote(NAME, 3).aliases == ("champion",)
+    assert standing(settings) == (3, 2)
+    reads = [name for name in asked if name.startswith("get_")]
+    assert len(reads) == 4, "the adapter and the version, before and after"
+    assert len(asked) - len(reads) == 5
+    assert registry.rollback(NAME).aliases == ("champion",)
+    assert standing(settings) == (2, 3)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.config import Settings, check_name
 from pedro.data.prompt_format import PromptFormat, check_format
@@ -28,6 +28,9 @@ from pedro.registry.promotion import CANDIDATE, CHAMPION, PREVIOUS, aliases_of, 
 from pedro.registry.tags import stored
 from pedro.registry.tracking import Tracking
 from pedro.registry.versions import GATE, TENANT, Version, read_version, version_tags
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import RegisteredModel
 
 WHATEVER = -1  # an expected champion that is not compared
 MANIFEST = "pedro_adapter.json"
@@ -81,7 +84,10 @@ class Registry(Tracking):
 
     def get(self, name: str, which: str | int = CHAMPION) -> Version:
         """A version of `tenant.adapter` by number or alias; NotFoundError (the uniform 404) if there is none."""
-        aliases = self._aliases(name)
+        return self._version(name, which, self._aliases(name))
+
+    def _version(self, name: str, which: str | int, aliases: dict[str, int]) -> Version:
+        """The version, where the adapter's aliases are known: half the questions."""
         number = which if isinstance(which, int) or which.isdigit() else aliases.get(which, 0)
         try:
             return read_version(self.client.get_model_version(name, str(number)), aliases)
@@ -130,10 +136,10 @@ class Registry(Tracking):
 
     def set_alias(self, name: str, alias: str, version: int) -> Version:
         """Point `alias` at a version that exists."""
-        with self._moving(name):
-            self.get(name, version)
+        with self._moving(name) as aliases:
+            self._version(name, version, aliases)
             self.client.set_registered_model_alias(name, alias, str(version))
-            return self.get(name, version)
+            return self._version(name, version, {**aliases, alias: version})
 
     def tag_gate(self, version: Version, gate: str) -> None:
         """Record on a version what its gate decided and why."""
@@ -145,7 +151,7 @@ class Registry(Tracking):
         Raises ConflictError if `expected` is given and the champion is another one by now (None: there is one).
         """
         with self._moving(name) as aliases:
-            self.get(name, version)
+            self._version(name, version, aliases)
             champion = aliases.get(CHAMPION)
             if expected not in (WHATEVER, champion):
                 now, then = (f"version {n}" if n is not None else "none" for n in (champion, expected))
@@ -157,8 +163,7 @@ class Registry(Tracking):
                 wanted[PREVIOUS] = champion
             if aliases.get(CANDIDATE) == version:
                 wanted[CANDIDATE] = None
-            move(self.client, name, wanted)
-            return self.get(name, version)
+            return self._version(name, version, move(self.client, name, wanted))
 
     def rollback(self, name: str, *, expected: int | None = None) -> Version:
         """Swap champion and previous; ConflictError if there is no previous version, or another than `expected`."""
@@ -173,9 +178,10 @@ class Registry(Tracking):
                 raise ConflictError(
                     f"{name}: the previous version is {aliases[PREVIOUS]} by now; look, and roll back again"
                 )
-            self.get(name, aliases[PREVIOUS])
-            move(self.client, name, {CHAMPION: aliases[PREVIOUS], PREVIOUS: aliases[CHAMPION]})
-            return self.get(name, aliases[PREVIOUS])
+            previous = aliases[PREVIOUS]
+            self._version(name, previous, aliases)
+            moved = move(self.client, name, {CHAMPION: previous, PREVIOUS: aliases[CHAMPION]})
+            return self._version(name, previous, moved)
 
     def delete(self, name: str, version: int | None = None) -> None:
         """Delete one version, or the adapter with all of them; the champion alone is refused (ConflictError)."""
@@ -224,18 +230,25 @@ class Registry(Tracking):
     def _moving(self, name: str) -> Iterator[dict[str, int]]:
         """Alone among all who move an adapter's aliases: these, after a move that was broken off has been finished."""
         with exclusive(self._lock, name):
-            with suppress(self.error):  # no such adapter, as what follows will say
-                finish(self.client, self.client.get_registered_model(name))
-            yield self._aliases(name)
+            model = self._model(name)
+            if model is not None:
+                with suppress(self.error):  # what is left over once more is finished by the next who moves
+                    finish(self.client, model)
+            yield {} if model is None else aliases_of(model)
 
     def _aliases(self, name: str) -> dict[str, int]:
         """The adapter's aliases; none if there is no such adapter."""
+        model = self._model(name)
+        return {} if model is None else aliases_of(model)
+
+    def _model(self, name: str) -> RegisteredModel | None:
+        """What MLflow has of the adapter; None, as what follows will say, if there is no such adapter."""
         try:
-            return aliases_of(self.client.get_registered_model(name))
+            return self.client.get_registered_model(name)
         except self.error as error:
             if not _is_missing(error):
                 raise UnavailableError("the adapter registry does not answer; try again in a moment") from error
-            return {}
+            return None
 
 
 def _is_missing(error: Any) -> bool:

@@ -34,12 +34,17 @@ def aliases_of(model: RegisteredModel) -> dict[str, int]:
     return aliases
 
 
-def move(client: MlflowClient, name: str, wanted: Mapping[str, int | None]) -> None:
-    """Move aliases of an adapter together; None takes one away. A new champion says when it became one."""
+def move(client: MlflowClient, name: str, wanted: Mapping[str, int | None]) -> dict[str, int]:
+    """Move aliases of an adapter together; None takes one away. Gives where all stand then.
+
+    A new champion says when it became one.
+    """
     if CHAMPION in wanted:
         client.set_model_version_tag(name, str(wanted[CHAMPION]), PROMOTED, utc(time.time()))
     client.set_registered_model_tag(name, MOVE, json.dumps(dict(wanted)))
-    finish(client, client.get_registered_model(name))
+    model = client.get_registered_model(name)
+    finish(client, model)
+    return aliases_of(model)
 
 
 def finish(client: MlflowClient, model: RegisteredModel) -> None:
