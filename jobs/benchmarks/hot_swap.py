@@ -20,6 +20,7 @@ from pedro.errors import PedroError
 from pedro.refs import ModelRef
 
 SEEN_WITHIN_S = 2.0  # a moved alias is followed within this time
+PARTS = ("promotion", "until_asked", "first_token")  # of the time until a version is first served
 PATIENCE_S = 30.0  # for an answer after the last move
 PROMPTS = tuple([3 + (29 * row + 7 * column) % 200 for column in range(16)] for row in range(4))  # of any vocabulary
 
@@ -41,6 +42,7 @@ class _Phase:
     """What one rhythm of moves saw: (when asked for, version) of each, the answers, and who failed."""
 
     moves: list[tuple[float, int]]
+    took: list[float]  # until the server said that the alias has moved
     answers: list[_Answer] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -60,9 +62,9 @@ def swap(  # noqa: PLR0913
     """Move `model` over `versions` while `streams` run. A phase is (seconds between two moves, seconds in all).
 
     Gives, for each phase, how many answers failed, were mixed (not one version's own) or stale (of a version that was
-    not the champion in the last 2 s), the seconds from a move to the first event of its version, and whether after the
-    last move only its version answered. Raises PedroError where the server does not do as asked, or where all versions
-    log the same, so that nothing could be seen.
+    not the champion in the last 2 s), the seconds from a move to the first event of its version, what the slowest of
+    them was made of, and whether after the last move only its version answered. Raises PedroError where the server does
+    not do as asked, or where all versions log the same, so that nothing could be seen.
     """
     if len(set(versions)) < 2:
         raise PedroError(f"versions: expected at least two to swap, got {list(versions)}", param="versions")
@@ -102,8 +104,8 @@ class _Load:
         self, client: httpx.AsyncClient, versions: Sequence[int], streams: int, every: float, seconds: float
     ) -> dict[str, Any]:
         began = time.monotonic()
-        await self._move(client, versions[0])
-        phase = _Phase([(began, versions[0])])
+        phase = _Phase([], [])
+        await self._move(client, versions[0], phase)
         stop = asyncio.Event()
         running = [asyncio.create_task(self._keep_asking(client, number, phase, stop)) for number in range(streams)]
         try:
@@ -112,8 +114,7 @@ class _Load:
                 due = began + SEEN_WITHIN_S + (number - 1) * every
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 version = versions[number % len(versions)]
-                phase.moves.append((time.monotonic(), version))
-                await self._move(client, version)
+                await self._move(client, version, phase)
             settled = phase.moves[-1][0] + SEEN_WITHIN_S
             while time.monotonic() < settled + PATIENCE_S and not any(a.asked > settled for a in phase.answers):
                 await asyncio.sleep(0.1)
@@ -133,7 +134,9 @@ class _Load:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), 0.1)
 
-    async def _move(self, client: httpx.AsyncClient, version: int) -> None:
+    async def _move(self, client: httpx.AsyncClient, version: int, phase: _Phase) -> None:
+        began = time.monotonic()
+        phase.moves.append((began, version))
         reply = await client.post(
             f"/v1/adapters/{self._model}/promote",
             json={"version": version},
@@ -141,6 +144,7 @@ class _Load:
         )
         if reply.status_code != 200:
             raise PedroError(f"{self._model}: promote answered {reply.status_code}: {reply.text[:300]}")
+        phase.took.append(time.monotonic() - began)
 
     async def _stream(self, client: httpx.AsyncClient, model: str, answer: _Answer) -> None:
         """Fill `answer`; raises for one that is not whole."""
@@ -180,7 +184,8 @@ def _figures(phase: _Phase, said: dict[tuple[int, int], str]) -> dict[str, Any]:
     mixed = [a for a in phase.answers if len(a.versions) != 1 or a.text != said[min(a.versions), a.prompt]]
     last_moved, last = phase.moves[-1]
     late = [answer for answer in phase.answers if answer.asked > last_moved + SEEN_WITHIN_S]
-    firsts = list(_first_served(phase))
+    served = list(_first_served(phase))
+    firsts = [first for first, *_ in served]
     return {
         "moves": len(phase.moves) - 1,
         "answers": len(phase.answers),
@@ -191,22 +196,27 @@ def _figures(phase: _Phase, said: dict[tuple[int, int], str]) -> dict[str, Any]:
             "median": round(median(firsts), 3) if firsts else None,
             "max": round(max(firsts), 3) if firsts else None,
         },
+        "slowest_s": None if not served else dict(zip(PARTS, (round(s, 3) for s in max(served)[1:]), strict=True)),
         "last_version_wins": bool(late) and all(answer.versions == {last} for answer in late),
         "first_failure": phase.failures[0] if phase.failures else None,
         "first_mixed": None if not mixed else f"versions {sorted(mixed[0].versions)}: {mixed[0].text!r}",
     }
 
 
-def _first_served(phase: _Phase) -> Iterable[float]:
-    """Seconds from each move to the first event of an answer that was asked after it and is of its version.
+def _first_served(phase: _Phase) -> Iterable[tuple[float, float, float, float]]:
+    """Seconds from each move to the first event of an answer that was asked after it and is of its version; then until
+    the server had moved it, until that answer was asked for, and from there to its first event.
 
     Moves that were overtaken by the next before anybody could see them are left out.
     """
     for number, (moved, version) in enumerate(phase.moves[1:], start=1):
         following = phase.moves[number + 1][0] if number + 1 < len(phase.moves) else float("inf")
-        seen = [a.first for a in phase.answers if moved <= a.asked < following and a.versions == {version}]
-        if seen or following > moved + SEEN_WITHIN_S:
-            yield min(seen, default=float("inf")) - moved
+        seen = [a for a in phase.answers if moved <= a.asked < following and a.versions == {version}]
+        if seen:
+            first = min(seen, key=lambda answer: answer.first)
+            yield first.first - moved, phase.took[number], first.asked - moved, first.first - first.asked
+        elif following > moved + SEEN_WITHIN_S:
+            yield float("inf"), phase.took[number], float("inf"), float("inf")
 
 
 def _in_force(moves: Sequence[tuple[float, int]], answer: _Answer) -> set[int]:
