@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from task_files import EXCERPTS, make_task_files
 
 from pedro.backbone import load_tokenizer, resolve_backbone
+from pedro.comparison.untrained import candidates
 from pedro.data import FORMATS, check_file, load_rows
-from pedro.data.tasks import TASKS, get_task
+from pedro.data.tasks import TASKS, TaskRow, get_task, proportional
 from pedro.data.tasks.sources import read_array
 from pedro.data.tasks.text2sql import column_name
 from pedro.errors import ConfigError, DataError
@@ -121,6 +123,28 @@ def test_worked_examples_are_those_of_the_rows_own_subject(data):
     assert blocks[2].endswith("\nAnswer:")
     with pytest.raises(ConfigError, match=r"fewer than 9 worked examples of .*'management'"):
         first("mmlu", "test", data, shots=9)
+
+
+def test_a_cloze_question_shows_no_choices_and_its_answer_is_the_words_of_one(data):
+    task = get_task("mmlu", "cloze")
+    row = next(task.rows("test", data))
+    letters = next(get_task("mmlu").rows("test", data))
+    assert row.prompt.startswith("The following are questions about astronomy.\nQuestion: ")
+    assert row.prompt.endswith("\nAnswer:")
+    assert row.completion == row.extra["choices"]["ABCD".index(letters.completion)]
+    assert task.parse(row.completion, row) in row.accepted
+    assert candidates(task, row) == list(row.extra["choices"])
+    assert candidates(get_task("mmlu"), letters) == list("ABCD")
+
+
+def test_a_proportional_sample_gives_each_group_its_share_and_holds_every_smaller_one():
+    rows = [TaskRow(f"{group} {number}", "x", group=group) for group in "abc" for number in range(10)]
+    rows += [TaskRow(f"big {number}", "x", group="big") for number in range(70)]
+    sample = proportional(rows, 20)
+    assert Counter(row.group for row in sample) == {"a": 2, "b": 2, "c": 2, "big": 14}
+    assert sample == [row for row in rows if row in sample], "in the source's order"
+    assert all(row in sample for row in proportional(rows, 9))
+    assert proportional(rows, 1000) == rows
 
 
 def test_chain_of_thought_examples_reason_and_direct_ones_do_not(data):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.benchmarks.model_sizes import MODEL_SIZES, bench_folder
-from pedro.errors import ConfigError
+from pedro.errors import ConfigError, PedroError
 from pedro.provenance import check_unchanged, code_state
 
 if TYPE_CHECKING:
@@ -97,6 +97,9 @@ def main(benchmarks: Mapping[str, Benchmark], results: Path, arguments: Sequence
     except KeyboardInterrupt:
         _log("interrupted; nothing is left running")
         return 130
+    except PedroError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2
     report.facts |= {"seconds": round(time.monotonic() - began, 1), "command": _command(argv)}
     report.save(path, code)
     _log(f"\n{report.show(chosen.columns)}\n\n{report.facts['seconds']:.0f} s; saved to {path}\n")
@@ -130,7 +133,9 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
         command.add_argument("--device", type=_device, default="cpu", help="cpu (float32) or cuda (bfloat16)")
         command.add_argument("--peer", type=_peer, action="append", default=[], metavar="vllm=PYTHON")
         command.add_argument("--engines", type=_engines, metavar="ours,vllm", help=f"of {', '.join(ENGINES)}")
-        command.add_argument("--backbones", type=_names, metavar="A,B", help="that dryrun trains on; the packaged ones")
+        command.add_argument(
+            "--backbones", type=_names, metavar="A,B", help="of dryrun and published, instead of their own"
+        )
         command.add_argument("--out", type=_file, metavar="FILE", help="where the result goes instead")
         command.add_argument("--allow-dirty", action="store_true", help=ALLOW_DIRTY)
     return parser

@@ -1,4 +1,4 @@
-"""Medians, percentiles and bootstrap intervals of paired rounds. Standard library only."""
+"""Medians, percentiles, shares and their intervals, bootstrap or Wilson. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 RESAMPLES = 2000
+Z = 1.959964  # 95 % of a normal distribution lie within as many standard deviations
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,19 @@ def percentile_ratio(ours: Sequence[float], theirs: Sequence[float], share: floa
     ratios = sorted(again(ours) / again(theirs) for _ in range(RESAMPLES))
     low, high = ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1]
     return Ratio(percentile(ours, share) / percentile(theirs, share), low, high)
+
+
+def wilson(right: int, rows: int) -> Ratio:
+    """A share of independent rows with its 95 % Wilson score interval (Wilson 1927), which holds near 0 as well."""
+    share, spread_of_z = right / rows, Z * Z / rows
+    middle = (share + spread_of_z / 2) / (1 + spread_of_z)
+    half = Z * math.sqrt(share * (1 - share) / rows + spread_of_z / (4 * rows)) / (1 + spread_of_z)
+    return Ratio(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def mean_of_groups(groups: Sequence[Sequence[float]]) -> Ratio:
+    """The mean of the groups' means, and the 95 % interval over rows drawn again within each group."""
+    rng = random.Random(0)  # noqa: S311
+    means = sorted(fmean(fmean(rng.choices(group, k=len(group))) for group in groups) for _ in range(RESAMPLES))
+    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+    return Ratio(fmean(map(fmean, groups)), low, high)

@@ -90,11 +90,12 @@ class Untrained:
 
 
 def candidates(task: Task, row: TaskRow) -> list[str]:
-    """The labels among which the likeliest is taken: the task's own, or the letters of the row's choices."""
+    """The labels among which the likeliest is taken: the task's own, or the row's choices, by letter or spelled out."""
     if task.words.labels:
         return list(dict.fromkeys(task.words.labels.values()))
     if task.parser is parse_choice:
-        return [chr(ord("A") + place) for place in range(len(row.extra.get("choices", ())))]
+        choices = list(row.extra.get("choices", ()))
+        return choices if task.words.spelled else [chr(ord("A") + place) for place in range(len(choices))]
     return []
 
 

@@ -11,7 +11,7 @@ from pedro.data.prompt_format import FORMATS, PromptFormat, encode_prompt, encod
 from pedro.data.row_shapes import RowShape
 from pedro.errors import PedroError
 from pedro.evaluation.metrics import score_answers
-from pedro.evaluation.ranking import likeliest
+from pedro.evaluation.ranking import PromptReader, likeliest
 from pedro.evaluation.scoring import generate
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class BackboneAsker:
         self.plan, self.way = plan, way
         self.tokenizer = load_tokenizer(backbone)
         self.model = load_model(backbone, device="cuda" if resources.gpus else "cpu")
+        self.reader = PromptReader(self.model)
         self.encoder = QuestionEncoder(self.tokenizer, plan.chat)
         self.context = context_length(backbone)
 
@@ -93,5 +94,6 @@ class BackboneAsker:
 
     def _likeliest(self, task: Task, row: TaskRow, text: str, prompt: list[int]) -> str:
         labels = candidates(task, row)
+        lengths = [len(label) for label in labels] if task.words.spelled else None
         encoded = [self.encoder.label(text, prompt, label) for label in labels]
-        return labels[likeliest(self.model, prompt, encoded)]
+        return labels[likeliest(self.reader, prompt, encoded, lengths)]

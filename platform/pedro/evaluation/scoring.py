@@ -7,14 +7,16 @@ would look perfect.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pedro.data.dataset import collate
+from pedro.evaluation.ranking import PromptReader, common_beginning, is_bare, reads_once
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from pedro.model_protocols import Tokenizer
 
 EncodedRow = Mapping[str, Any]
+SHARED = 32  # tokens: prompts that begin with as many the same have these read once
 
 
 @dataclass(frozen=True)
@@ -75,29 +78,51 @@ def generate(
 ) -> list[str]:
     """Each row's answer, decoded greedily (or by beams, as in the paper) from its prompt, in the order of rows.
 
-    Rows of like length share a batch; prompts are padded on the left. An answer ends with the first of `stops` in it.
+    Rows of like length share a batch; prompts are padded on the left, behind what all of them begin with. An answer
+    ends with the first of `stops` in it.
     """
     import torch
 
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_len"])
     texts = [""] * len(rows)
+    head = _common_head(model, [row["input_ids"][: row["prompt_len"]] for row in rows]) if num_beams == 1 else 0
+    cache = PromptReader(model).read(rows[0]["input_ids"][:head])[1] if head else None
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         prompts = [rows[i]["input_ids"][: rows[i]["prompt_len"]] for i in indices]
         width = max(map(len, prompts))
         pad = tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        padded = [[*p[:head], *[pad] * (width - len(p)), *p[head:]] for p in prompts]
+        ids = torch.tensor(padded, device=device)
+        mask = torch.tensor(
+            [[1] * head + [0] * (width - len(p)) + [1] * (len(p) - head) for p in prompts], device=device
+        )
+        begun = {}
+        if cache is not None:
+            begun["past_key_values"] = copy.deepcopy(cache)
+            begun["past_key_values"].batch_repeat_interleave(len(prompts))
         with torch.no_grad(), _decoding(model, tokenizer, max_new_tokens, num_beams):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
+                **begun,
                 **({"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}),
             )
         for index, row in zip(indices, out[:, width:].tolist(), strict=True):
             texts[index] = tokenizer.decode(row, skip_special_tokens=True)
     return texts
+
+
+def _common_head(model: Any, prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with and a bare backbone reads once for all; 0 where that is not worth it.
+
+    Each prompt keeps a token of its own. What an adapter makes of a beginning may depend on the prompt's end.
+    """
+    if len(prompts) < 2 or not is_bare(model) or getattr(model.config, "sliding_window", None):
+        return 0
+    shared = common_beginning([list(prompt[:-1]) for prompt in prompts])
+    return shared if shared >= SHARED else 0
 
 
 @contextmanager
@@ -144,9 +169,30 @@ def answer_loss(
 
 
 def answer_logprobs(
-    model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int = 32
+    model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int = 32, shared: bool = True
 ) -> list[tuple[float, bool]]:
-    """Each row's log-likelihood (nats) of its answer given its prompt, and whether greedy decoding would give it."""
+    """Each row's log-likelihood (nats) of its answer given its prompt, and whether greedy decoding would give it.
+
+    A prompt that several rows have is read once; with `shared=False`, the slow reference, every row by itself.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_prompt[tuple(row["input_ids"][: row["prompt_len"]])].append(index)
+    groups = by_prompt.items() if shared and reads_once(model) else ()
+    together = {prompt: places for prompt, places in groups if len(places) > 1}
+    apart = [index for prompt, places in by_prompt.items() if prompt not in together for index in places]
+    scores = dict(zip(apart, _logprobs_apart(model, tokenizer, [rows[i] for i in apart], batch_size), strict=True))
+    if together:
+        reader = PromptReader(model)
+        for prompt, places in together.items():
+            found = reader.scores(prompt, [rows[place]["input_ids"][len(prompt) :] for place in places])
+            scores |= dict(zip(places, found, strict=True))
+    return [scores[index] for index in range(len(rows))]
+
+
+def _logprobs_apart(
+    model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int
+) -> list[tuple[float, bool]]:
     scores: list[tuple[float, bool]] = []
     for logits, wanted, lengths in _answer_logits(model, tokenizer, rows, batch_size):
         picked = logits.log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1)  # [answer tokens of the batch]

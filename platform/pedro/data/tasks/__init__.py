@@ -25,10 +25,10 @@ from pedro.data.tasks import (
     sst2,
     text2sql,
 )
-from pedro.data.tasks.task import BARE, TEMPLATE, Task, TaskRow, Wording
+from pedro.data.tasks.task import BARE, TEMPLATE, Task, TaskRow, Wording, proportional
 from pedro.errors import ConfigError
 
-__all__ = ["BARE", "TASKS", "TEMPLATE", "Task", "TaskRow", "Wording", "get_task"]
+__all__ = ["BARE", "TASKS", "TEMPLATE", "Task", "TaskRow", "Wording", "get_task", "proportional"]
 
 TASKS: dict[str, Task] = {
     task.name: task

@@ -1,4 +1,7 @@
-"""MMLU: multiple choice over 57 subjects (Hendrycks et al., 2021). Worked examples are the subject's dev rows."""
+"""MMLU: multiple choice over 57 subjects (Hendrycks et al., 2021). Worked examples are the subject's dev rows.
+
+The wording `cloze` shows no choices; the answer is the words of one. Small models are compared so.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +27,10 @@ def make(record: Record, words: Wording, shots: str) -> TaskRow:
     letter = answer if isinstance(answer, str) else LETTERS[answer]
     choices = dict(zip(LETTERS, (choice.strip() for choice in record["choices"]), strict=True))
     fields = {"question": record["question"].strip(), "subject": subject.replace("_", " "), **choices}
-    return TaskRow(words.prompt(fields, shots), letter, group=subject, extra={"choices": tuple(choices.values())})
+    extra = {"choices": tuple(choices.values())}
+    if words.spelled:
+        return TaskRow(words.prompt(fields, shots), choices[letter], (letter,), group=subject, extra=extra)
+    return TaskRow(words.prompt(fields, shots), letter, group=subject, extra=extra)
 
 
 TASK = Task(
@@ -37,7 +43,10 @@ TASK = Task(
         "full": Wording(
             "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:",
             head="The following are multiple choice questions (with answers) about {subject}.\n\n",
-        )
+        ),
+        "cloze": Wording(
+            "Question: {question}\nAnswer:", head="The following are questions about {subject}.\n", spelled=True
+        ),
     },
     make=make,
     parser=parse_choice,

@@ -56,14 +56,16 @@ class Wording:
     """How a record is put into words: `str.format` templates over its fields.
 
     A prompt is `head`, then worked examples if any are asked for, then `body`. `labels` are the words for the
-    source's classes. `reasons` says that answers spell out their reasoning. `instruction` is what a model that was not
-    trained on the task is told before the prompt, where the prompt itself does not say what is asked.
+    source's classes. `reasons` says that answers spell out their reasoning, `spelled` that an answer is a choice's own
+    words and not its letter, so that the likeliest for each character is taken. `instruction` is what a model that was
+    not trained on the task is told before the prompt, where the prompt itself does not say what is asked.
     """
 
     body: str
     labels: Mapping[str, str] = field(default_factory=dict)
     head: str = ""
     reasons: bool = False
+    spelled: bool = False
     instruction: str = ""
 
     @property
@@ -260,6 +262,24 @@ class Task:
             named = ", ".join(map(repr, short[:3]))
             raise ConfigError(f"shots: fewer than {self.shots} worked examples of {named}", param="shots")
         return {group: "".join(examples) for group, examples in texts.items()}
+
+
+def proportional(rows: Iterable[TaskRow], count: int) -> list[TaskRow]:
+    """A fair sample in which every group (subject, sub-task) has its share, in the source's order.
+
+    A smaller sample is part of every larger one.
+    """
+    numbered = list(enumerate(rows))
+    groups: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for index, row in numbered:
+        groups[row.group].append((_share(row.prompt + row.input, b"pedro proportional"), index))
+    places = sorted(
+        ((rank + 0.5) / len(found), share, index)
+        for found in groups.values()
+        for rank, (share, index) in enumerate(sorted(found))
+    )
+    kept = {index for _, _, index in places[:count]}
+    return [row for index, row in numbered if index in kept]
 
 
 def _share(text: str, key: bytes) -> float:

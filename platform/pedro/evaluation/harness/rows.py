@@ -8,13 +8,21 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pedro.data.tasks import get_task
+from pedro.data.tasks import get_task, proportional
 
 
-def load(task: str, wording: str = "full", limit: int | None = None, packaged: bool = False, **_: Any) -> Any:
-    """A `DatasetDict` of the task's splits: prompt, completion and `choices`, the words for its classes if it has any.
+def load(
+    task: str,
+    wording: str = "full",
+    limit: int | None = None,
+    sample: int | None = None,
+    packaged: bool = False,
+    **_: Any,
+) -> Any:
+    """A `DatasetDict` of the task's splits: prompt, completion and `choices`, the row's own or the task's classes.
 
-    `packaged` takes the package's own rows whatever PEDRO_TASK_DATA says; `limit` a fair sample of a split.
+    `packaged` takes the package's own rows whatever PEDRO_TASK_DATA says; `limit` a fair sample of a split, `sample`
+    one in which each group has its share.
     """
     from datasets import Dataset, DatasetDict
 
@@ -24,7 +32,16 @@ def load(task: str, wording: str = "full", limit: int | None = None, packaged: b
     splits = {}
     for split in wanted.splits(data):
         rows = wanted.rows(split, data, limit)
+        if sample is not None:
+            rows = iter(proportional(rows, sample))
         splits[split] = Dataset.from_list(
-            [{"prompt": row.prompt, "completion": row.completion, "choices": choices} for row in rows]
+            [
+                {
+                    "prompt": row.prompt,
+                    "completion": row.completion,
+                    "choices": list(row.extra.get("choices", ())) or choices,
+                }
+                for row in rows
+            ]
         )
     return DatasetDict(splits)
