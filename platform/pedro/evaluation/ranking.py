@@ -99,7 +99,7 @@ class PromptReader:
         return torch.tensor(values, device=next(self.model.parameters()).device)
 
 
-def common_beginning(rows: Sequence[Sequence[int]]) -> int:
+def common_beginning(rows: Sequence[list[int]]) -> int:
     """How many tokens all rows begin with."""
     first, last = min(rows), max(rows)  # in the order of their tokens: whatever these share, all between them do
     return next(

@@ -98,7 +98,7 @@ def generate(
         mask = torch.tensor(
             [[1] * head + [0] * (width - len(p)) + [1] * (len(p) - head) for p in prompts], device=device
         )
-        begun = {}
+        begun: dict[str, Any] = {}
         if cache is not None:
             begun["past_key_values"] = copy.deepcopy(cache)
             begun["past_key_values"].batch_repeat_interleave(len(prompts))
