@@ -5,6 +5,7 @@ Answers are those of the bare model, greedy or ranked, in float32. Nothing here 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tempfile
@@ -52,6 +53,7 @@ class Subject:
     def __init__(self, name: str, data: Path, threads: int) -> None:
         self.backbone: Backbone = resolve_backbone(name)
         self.data, self.threads = data, threads
+        self.ranked: dict[tuple[str, bool], tuple[bool, bool]] = {}  # what the samples of MMLU share is asked once
 
     @cached_property
     def model(self) -> Any:
@@ -107,10 +109,9 @@ def harness(subject: Subject, sizes: Sizes) -> Rows:
 
     name = "sampled_mmlu_cloze"
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, f"{name}.yaml").write_text(
-            f"include: {TASKS / 'pedro_mmlu_cloze.yaml'}\ntask: {name}\n"
-            f"dataset_kwargs: {{task: mmlu, wording: cloze, sample: {sizes.harness}}}\n"
-        )
+        rows_from = {"task": "mmlu", "wording": "cloze", "sample": sizes.harness, "data": str(subject.data)}
+        task = {"include": str(TASKS / "pedro_mmlu_cloze.yaml"), "task": name, "dataset_kwargs": rows_from}
+        Path(folder, f"{name}.yaml").write_text(json.dumps(task))  # any JSON is YAML
         found = run_harness({"backbone": subject.backbone.id}, [name], include_path=Path(folder))
     rows = _mmlu_rows(subject, sizes.harness)
     each, _ = _ranked(subject, rows, chat=False)
@@ -192,23 +193,27 @@ def _mmlu_rows(subject: Subject, count: int) -> list[TaskRow]:
 
 def _ranked(subject: Subject, rows: Sequence[TaskRow], chat: bool) -> tuple[list[bool], list[bool]]:
     """Whether each row's right choice is the likeliest for each character, and as a whole."""
-    tokenizer, reader = subject.tokenizer, PromptReader(subject.model)
-    form = format_for_shape(RowShape.MESSAGES, tokenizer)
-    each, whole = [], []
+    reader = PromptReader(subject.model)
     for row in rows:
-        choices = row.extra["choices"]
-        if chat:
-            prompt = encode_prompt(tokenizer, form.prompt(list(row.messages), tokenizer))
-            answers = [encode_text(tokenizer, choice) for choice in choices]
-        else:
-            prompt = encode_prompt(tokenizer, row.prompt)
-            answers = [encode_prompt(tokenizer, f"{row.prompt} {choice}")[len(prompt) :] for choice in choices]
-        nats = [value for value, _ in reader.scores(prompt, answers)]
-        shares = [value / max(1, len(choice)) for value, choice in zip(nats, choices, strict=True)]
-        right = choices.index(row.completion)
-        each.append(shares.index(max(shares)) == right)
-        whole.append(nats.index(max(nats)) == right)
-    return each, whole
+        if (row.id, chat) not in subject.ranked:
+            subject.ranked[row.id, chat] = _ranks(subject.tokenizer, reader, row, chat)
+    found = [subject.ranked[row.id, chat] for row in rows]
+    return [each for each, _ in found], [whole for _, whole in found]
+
+
+def _ranks(tokenizer: Tokenizer, reader: PromptReader, row: TaskRow, chat: bool) -> tuple[bool, bool]:
+    choices = row.extra["choices"]
+    if chat:
+        form = format_for_shape(RowShape.MESSAGES, tokenizer)
+        prompt = encode_prompt(tokenizer, form.prompt(list(row.messages), tokenizer))
+        answers = [encode_text(tokenizer, choice) for choice in choices]
+    else:
+        prompt = encode_prompt(tokenizer, row.prompt)
+        answers = [encode_prompt(tokenizer, f"{row.prompt} {choice}")[len(prompt) :] for choice in choices]
+    nats = [value for value, _ in reader.scores(prompt, answers)]
+    shares = [value / max(1, len(choice)) for value, choice in zip(nats, choices, strict=True)]
+    right = choices.index(row.completion)
+    return shares.index(max(shares)) == right, nats.index(max(nats)) == right
 
 
 def _right(task: Task, rows: Sequence[TaskRow], answers: Sequence[str]) -> tuple[float, ...]:

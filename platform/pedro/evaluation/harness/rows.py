@@ -17,17 +17,18 @@ def load(
     limit: int | None = None,
     sample: int | None = None,
     packaged: bool = False,
+    data: str | None = None,
     **_: Any,
 ) -> Any:
     """A `DatasetDict` of the task's splits: prompt, completion and `choices`, the row's own or the task's classes.
 
-    `packaged` takes the package's own rows whatever PEDRO_TASK_DATA says; `limit` a fair sample of a split, `sample`
-    one in which each group has its share.
+    `data` is a directory in place of PEDRO_TASK_DATA's; `packaged` takes the package's own rows whatever that says;
+    `limit` a fair sample of a split, `sample` one in which each group has its share.
     """
     from datasets import Dataset, DatasetDict
 
     wanted = get_task(task, wording)
-    data = None if packaged else os.environ.get("PEDRO_TASK_DATA")
+    data = None if packaged else data or os.environ.get("PEDRO_TASK_DATA")
     choices = list(dict.fromkeys(wanted.words.labels.values()))
     splits = {}
     for split in wanted.splits(data):
