@@ -167,7 +167,7 @@ def wikitext2(subject: Subject, sizes: Sizes) -> Rows:
         loss, scored = answer_loss(subject.model, subject.tokenizer, [{"input_ids": window, "prompt_len": 1}])
         nats.append(loss / scored)
         tokens += scored
-    mean = mean_of_groups(nats)
+    mean = mean_of_groups([nats])
     rows = []
     for what, power in (("token", 1.0), ("word", len(ids) / words)):
         values = (math.exp(value * power) for value in (mean.value, mean.low, mean.high))
