@@ -34,7 +34,7 @@ SOURCES = {
 }
 PUBLISHED = {"MMLU, cloze": 29.3, "BBH, 3-shot": 28.2, "GSM8K, 5-shot": 1.4}  # percent
 NO_DATA = {"HellaSwag": 40.9, "ARC (average)": 37.3, "PIQA": 66.3, "IFEval": 29.9, "MT-Bench": 1.98}
-FULL = Sizes(mmlu=228, mmlu_chat=114, harness=57, bbh_each=5, gsm8k=24, windows=10)
+FULL = Sizes(mmlu=228, mmlu_chat=57, harness=57, bbh_each=4, gsm8k=20, windows=8)
 QUICK = Sizes(mmlu=4, mmlu_chat=2, harness=2, bbh_each=1, gsm8k=1, windows=1)
 
 

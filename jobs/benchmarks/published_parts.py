@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 MARKED = re.compile(r"####\s*(-?[\d.,]+)")
 WINDOW = 1024
-BATCH = 12
+BATCH = 20
 BBH_TOKENS, GSM8K_TOKENS = 64, 256
 
 
