@@ -21,8 +21,19 @@ def test_the_demos_table_is_the_demos_result():
     for row, tenant in zip(table(PAGE, "## Demo"), tenants, strict=True):
         adapter = f"`{tenant['tenant']}.{tenant['adapter']}`"
         counts = (tenant["rows"], tenant["steps"], tenant["trainable_parameters"], tenant["test_rows"])
-        scores = (f"{tenant[name]:.3f}" for name in ("backbone_accuracy", "majority_accuracy", "accuracy"))
-        assert plain(row) == [adapter, tenant["title"], *(f"{count:,}" for count in counts), *scores]
+        values = (tenant[name] for name in ("majority", "zero_shot", "few_shot", "score"))
+        scores = ("–" if value is None else f"{value:.3f}" for value in values)
+        metric = tenant["metric"].replace("f1", "F1")
+        assert plain(row) == [adapter, tenant["title"], *(f"{count:,}" for count in counts), metric, *scores]
+
+
+def test_the_demos_sentences_say_what_was_measured():
+    measured = json.loads((RESULTS / "demo.json").read_text())
+    swap, page = measured["swap"], " ".join(PAGE.read_text().split())
+    assert f"{measured['seconds']:.0f} s after installation and the download" in page
+    assert f"{swap['requests']} requests, {swap['failed']} failed, {swap['mixed']} answered by two versions" in page
+    assert f"after {swap['seconds_to_first_new']:.1f} s; accuracy {swap['old_accuracy']:.3f} → " in page
+    assert not measured["commit"].endswith("+")
 
 
 def test_the_readme_shows_rows_of_the_demos_table():

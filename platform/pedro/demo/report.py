@@ -75,7 +75,7 @@ def show(result: dict[str, Any], log: Log) -> None:
             row["metric"],
             f"v{row['version']} {' '.join(row['aliases'])}",
         )
-    console = Console(width=120, highlight=False)
+    console = Console(width=160, highlight=False)
     with console.capture() as drawn:
         console.print(grid)
     log(drawn.get())
