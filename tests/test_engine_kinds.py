@@ -161,6 +161,30 @@ def test_an_adapter_whose_form_is_not_served_is_refused_by_name(tmp_path):
         read_adapter(tmp_path / "ia3", runner.architecture, DIGEST, runner.device, runner.simd_width)
 
 
+@pytest.mark.parametrize("inputs", [["down_proj"], []])
+def test_ia3_of_peft_on_any_projection_equals_its_model(inputs, tmp_path):
+    model = random_backbone("llama")
+    options = {"target_modules": ["q_proj", "up_proj", "down_proj"], "feedforward_modules": inputs}
+    tuned = make_adapter(model, tmp_path / "ia3", seed=1, method="peft", peft_type="IA3", **options)
+    runner = Runner(copy.deepcopy(model), slots=1, length=16)
+    adapter = read_adapter(tmp_path / "ia3", runner.architecture, DIGEST, runner.device, runner.simd_width)
+    runner.begin([PrefillRow(0, prompt(7), 7, adapter)])
+    runner.advance(None)
+    logits, _ = runner.end()
+    torch.testing.assert_close(logits.values[0], reference_logits(tuned, prompt(7), 7)[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_ia3_on_the_input_of_another_projection_is_refused_by_its_name(tmp_path):
+    model = random_backbone("llama")
+    options = {"target_modules": ["gate_proj"], "feedforward_modules": ["gate_proj"]}
+    make_adapter(model, tmp_path / "ia3", seed=1, method="peft", peft_type="IA3", **options)
+    runner = Runner(copy.deepcopy(model), slots=1, length=16)
+    with pytest.raises(
+        AdapterError, match=r"on the input of mlp\.gate_proj is not served; leave it out of feedforward"
+    ):
+        read_adapter(tmp_path / "ia3", runner.architecture, DIGEST, runner.device, runner.simd_width)
+
+
 def test_every_kind_answers_through_the_engine_beside_the_others(tmp_path):
     model = random_backbone("llama")
     tuned = {}

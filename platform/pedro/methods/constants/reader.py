@@ -31,7 +31,10 @@ def read_constants(config: ConstantConfig, tensors: SavedTensors, architecture: 
 
 
 def read_ia3(_config: IA3Config, tensors: SavedTensors, architecture: Architecture) -> Adapter:
-    """(IA)³ as PEFT saves it. Its factor on the input of `down` is one on the output of `up`, where there is a gate."""
+    """(IA)³ as PEFT saves it. Its factor on the input of `down` is one on the output of `up`, where there is a gate.
+
+    A factor on an input (of `feedforward_modules`) has one row; on that of any other module it is not served.
+    """
     scales = []
     for block in architecture.layers:
         scale: dict[str, torch.Tensor] = {}
@@ -39,13 +42,18 @@ def read_ia3(_config: IA3Config, tensors: SavedTensors, architecture: Architectu
             key = f"{ROOT}{block.name}.{path}.ia3_l"
             if key not in tensors:
                 continue
-            if "down" in sites:
+            if tensors.rows(key) == 1:
+                if "down" not in sites:
+                    raise AdapterError(
+                        f"adapter: (IA)³ on the input of {path} is not served; leave it out of feedforward_modules"
+                    )
                 if "gate" not in block.sites:
                     raise AdapterError("adapter: (IA)³ on the MLP of a backbone without a gate is not served")
-                scale["up"] = tensors.take(key, (1, block.sites["up"].width))[0]
-                continue
-            factor = tensors.take(key, (sum(block.linears[site].width for site in sites), 1))[:, 0]
-            scale |= {site: rows_of(factor, block, site) for site in sites}
+                made = {"up": tensors.take(key, (1, block.sites["up"].width))[0]}
+            else:
+                factor = tensors.take(key, (sum(block.linears[site].width for site in sites), 1))[:, 0]
+                made = {site: rows_of(factor, block, site) for site in sites}
+            scale |= {site: row * scale[site] if site in scale else row for site, row in made.items()}
         scales.append(scale)
     return Adapter(scale=tuple(scales))
 
