@@ -20,7 +20,17 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 TESTS = Path(__file__).parent
-LONGEST = ("dashboard_browser", "demo", "training_job", "training_sweep", "cluster", "comparison_grid")
+LONGEST = (
+    "dashboard_browser",
+    "demo",
+    "training_job",
+    "docs_commands",
+    "training_sweep",
+    "serving_http",
+    "cluster",
+    "training_workers",
+    "comparison_grid",
+)
 NOTHING_COLLECTED = 5
 TimedTest = tuple[float, str]
 

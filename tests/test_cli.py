@@ -21,6 +21,17 @@ from pedro.registry import Registry
 ASSETS = Path(cli.__file__).parents[1] / "assets"
 TRAIN = ASSETS / "demo" / "acme" / "train.jsonl"
 PEDRO = [sys.executable, "-m", "pedro.cli"]
+HELP_OF_EACH = """
+import json, os, sys
+from pedro import cli
+
+for number, words in enumerate(json.loads(sys.argv[1])):
+    if os.fork() == 0:  # each command is the first that its process runs
+        os.dup2(os.open(str(number), os.O_CREAT | os.O_WRONLY), 1)
+        sys.argv = ["pedro", *words, "--help"]
+        cli.main()
+    assert os.wait()[1] == 0, words
+"""
 
 
 def commands() -> list[tuple[str, ...]]:
@@ -86,11 +97,18 @@ def one_value(result, status=0):
     return json.loads(result[1])
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_help_answers_with_an_example_or_a_list(words):
-    run = subprocess.run([*PEDRO, *words, "--help"], capture_output=True, text=True, timeout=60)
+def test_help_answers_for_every_command_and_group(tmp_path):
+    script = [sys.executable, "-c", HELP_OF_EACH, json.dumps(commands())]
+    run = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(f"Usage: {' '.join(['python -m pedro.cli', *words])}")
+    for number, words in enumerate(commands()):
+        assert (tmp_path / str(number)).read_text().startswith(f"Usage: {' '.join(['pedro', *words])} ")
+
+
+def test_the_module_answers_as_the_command_does():
+    run = subprocess.run([*PEDRO, "keys", "list", "--help"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Usage: python -m pedro.cli keys list ")
 
 
 def test_help_costs_under_half_a_second_of_cpu():

@@ -92,8 +92,9 @@ def fit(
     """
     update_environment(ENVIRONMENT)
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
+    from pedro.training.lean_trainer import LeanTorchTrainer
     from pedro.training.lost_workers import TellLosses, reason
 
     resources = spec.resources
@@ -102,7 +103,7 @@ def fit(
         per_worker["GPU"] = resources.gpus_per_worker
     run_config: Any = ray.train.RunConfig  # V2's fields and return values are not those that V1's types tell
     loop: Any = work
-    trainer = TorchTrainer(
+    trainer = LeanTorchTrainer(
         loop,
         train_loop_config={
             "spec": spec.to_dict(),
