@@ -21,7 +21,7 @@ class LeanTorchTrainer(TorchTrainer):
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        made = super()._create_default_callbacks()
+        made = super()._create_default_callbacks()  # type: ignore[misc]  # only version 2 of Ray Train has it
         unused = {DATASETS} if _in_sweep() else {DATASETS, CLEANER}
         return [callback for callback in made if type(callback).__name__ not in unused]
 
