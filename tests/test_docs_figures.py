@@ -52,6 +52,17 @@ def test_the_table_of_speeds_is_what_the_benchmark_measured():
         assert plain(row)[1:] == [f"{decoding:,.0f} ({whole:,.0f})" for decoding, whole in cells]
 
 
+def test_the_published_figures_stand_beside_what_the_benchmark_measured():
+    held = json.loads((RESULTS / "published.json").read_text())
+    wanted = []
+    for row in held["rows"]:
+        low, high = row["interval"]
+        theirs = f"{row['published']:.1f}" if "published" in row else ""
+        unit = f"{row['rows']:,} tokens" if row["unit"] == "perplexity" else f"{row['rows']}"
+        wanted.append([row["task"], row["asked"], unit, f"{row['score']:.1f} [{low:.1f}, {high:.1f}]", theirs])
+    assert [plain(row) for row in table(PAGE, "## Published figures")] == wanted
+
+
 @pytest.mark.parametrize(
     ("section", "comparison"),
     [("### On stories260K", "nano_table1"), ("### On pedro-nano", "nano_table1_pedro_nano")],
