@@ -51,10 +51,14 @@ def chat_backbone(folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("wording", "form"), [("template", "chat"), ("bare", "raw")])
-def test_a_run_is_a_chat_where_the_backbone_has_a_template_for_it(wording, form, tmp_path):
+@pytest.mark.parametrize(
+    ("wording", "given", "form"),
+    [("template", {}, "chat"), ("bare", {}, "raw"), ("template", {"chat_template": False}, "raw")],
+)
+def test_a_run_is_a_chat_where_the_backbone_has_a_template_for_it(wording, given, form, tmp_path):
     task = {"task": "snips", "wording": wording, "train_rows": 40, "validation_rows": 6, "test_rows": 6}
     tree = {"name": "chats", "tasks": [task], "methods": [{"name": "lora", "r": 1}], "seeds": [0], "training": TRAINING}
+    tree |= given
     spec = validate_spec({**tree, "backbones": [chat_backbone(tmp_path / "chat")]}, ComparisonSpec)
     plain = validate_spec({**tree, "backbones": ["pedro-nano"]}, ComparisonSpec)
     data = gather(spec, spec.tasks[0], str(tmp_path / "storage"))

@@ -72,7 +72,7 @@ def gather(spec: ComparisonSpec, choice: TaskChoice, storage: str, like: TaskCho
         validation = _with_ids(list(task.rows(held, folder)), chosen[1])
     files = (_stored(task, train, storage), _stored(task, validation, storage))
     chats = None
-    if task.as_chat and any(map(has_chat_template, spec.backbones)):
+    if spec.chat_template and task.as_chat and any(map(has_chat_template, spec.backbones)):
         chats = (_stored(task, train, storage, chat=True), _stored(task, validation, storage, chat=True))
     asked = zip(choice.evaluations, (like or choice).evaluations, strict=True)
     tests = tuple(_test_set(spec, other, plain) for other, plain in asked)

@@ -157,7 +157,7 @@ class RunPlanner:
         key = data_key(plain, choice)
         task = get_task(choice.task, choice.wording)
         training = {} if group.untrained else self.spec.training_of(self._method(group), choice, lr, seed).to_dict()
-        chat = task.as_chat and has_chat_template(group.backbone)
+        chat = self.spec.chat_template and task.as_chat and has_chat_template(group.backbone)
         depends = {
             **asdict(group),
             "label": None,

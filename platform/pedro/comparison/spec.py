@@ -175,6 +175,8 @@ class ComparisonSpec(Frozen):
     """The label that differences are taken from; the first method's if not given."""
     data: str | None = None
     """Where tasks find their files: a directory, or "hub"; PEDRO_TASK_DATA, or what the package carries, without it."""
+    chat_template: bool = True
+    """Whether rows in the wording `template` stand in the chat template of a backbone that has one; shorter without."""
     theta: float = Field(0.1, ge=0, lt=1)
     """Share of the training rows for Θ steps, for methods that have them."""
     training: dict[str, Any] = Field(default_factory=dict)
