@@ -212,8 +212,8 @@ def test_metrics_hold_the_gateways_figures_and_the_engines_in_prometheus_form(ga
 
 
 def test_open_streams_are_counted_while_they_are_open(tmp_path):
-    with serve(tmp_path, token_s=0.01) as gateway, gateway.http(gateway.key()) as http, operator(gateway) as local:
-        body = {"model": BACKBONE, "prompt": "a", "max_tokens": 1000, "stream": True}
+    with serve(tmp_path, token_s=0.1) as gateway, gateway.http(gateway.key()) as http, operator(gateway) as local:
+        body = {"model": BACKBONE, "prompt": "a", "max_tokens": 1000, "stream": True}  # the context ends it after 6 s
         with http.stream("POST", "/v1/completions", json=body) as reply:
             next(reply.iter_lines())
             assert figures(local.get("/metrics").text)["pedro_gateway_open_streams",] == 1

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +23,6 @@ from pedro.data.special_tokens import Prompt, special_tokens
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
 from pedro.errors import DataError, PedroError
 from pedro.methods.adapter_files import read_manifest
-from pedro.serving.turns import Turns
 
 if TYPE_CHECKING:
     from pedro.model_protocols import Tokenizer
@@ -37,6 +37,41 @@ MAX_REFUSALS = 4096
 log = logging.getLogger("pedro.serving")
 Messages = tuple[Mapping[str, Any], ...]
 T = TypeVar("T")
+
+
+class Turns:
+    """Of what one place does for calls, in the order of asking: a tenant's wait for one another, never in front of
+    another tenant's. On one event loop."""
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, _Queue] = {}
+
+    @asynccontextmanager
+    async def of(self, tenant: str) -> AsyncIterator[None]:
+        """While inside, no other call of the tenant is."""
+        queue = self._tenants.setdefault(tenant, _Queue())
+        queue.waiting += 1
+        try:
+            async with queue.lock:
+                yield
+        finally:
+            queue.waiting -= 1
+            if not queue.waiting:
+                del self._tenants[tenant]
+
+    async def next(self, tenant: str) -> None:
+        """Returns when the call may go on: one of each tenant in a pass of the event loop, which sees who came since.
+
+        What it waits for afterwards holds up none of its tenant's other calls.
+        """
+        async with self.of(tenant):
+            await asyncio.sleep(0)
+
+
+class _Queue:
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.waiting = 0
 
 
 class PromptProcessor:

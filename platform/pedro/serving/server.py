@@ -26,10 +26,9 @@ from pedro.refs import ModelRef
 from pedro.registry import DAMAGED, Registry
 from pedro.serving.metrics import ReplicaMetrics
 from pedro.serving.outputs import ENGINE_FAILED, DeltaBuilder, OutputStream
-from pedro.serving.prompts import PromptProcessor
+from pedro.serving.prompts import PromptProcessor, Turns
 from pedro.serving.protocol import ControlRequest, OutputBatch, Prompt, ReplicaLost, SubmitRequest, T
 from pedro.serving.tokens import TokenTexts, tokenizer_info
-from pedro.serving.turns import Turns
 
 if TYPE_CHECKING:
     from pedro.config import Settings
