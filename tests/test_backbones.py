@@ -12,11 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from cli_commands import command_runner
 from gguf_files import ENDLESS, tiny, write_gguf
 from safetensors.torch import load_file, save_file
 from serving_adapters import make_adapter, register, settings_at
 
-from pedro import cli
 from pedro.backbone import EMBEDDED, kept_backbones, load_model, locate_backbone, resolve_backbone
 from pedro.backbones import kept, recipes
 from pedro.backbones.kept import read_origin
@@ -369,17 +369,7 @@ main()
 @pytest.fixture
 def pedro(home, monkeypatch, capfd):
     """Run a command in this process; gives exit status, standard output and standard error."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["pedro", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return ended.value.code or 0, out, err
-
-    return run
+    return command_runner(monkeypatch, capfd)
 
 
 def test_the_list_tells_what_is_packaged_here_or_to_be_pulled(pedro, home, index):

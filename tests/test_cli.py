@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from cli_commands import command_runner
 from safetensors.torch import load_file
 from serving_adapters import OTHER_BACKBONE, make_adapter, register, settings_at
 
@@ -64,19 +65,7 @@ def pedro(home, monkeypatch, capfd):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PEDRO_HOME", str(home))
     environment = dict(os.environ)
-
-    def run(*words, **environment):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(sys, "argv", ["pedro", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return ended.value.code or 0, out, err
-
-    yield run
+    yield command_runner(monkeypatch, capfd)
     os.environ.clear()  # connecting to a cluster sets what Ray's processes must agree on
     os.environ.update(environment)
 

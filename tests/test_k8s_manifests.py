@@ -17,6 +17,7 @@ from k8s_render import OVERLAYS, PLATFORMS, ROOT, SPEC, matches, one, pods, rend
 
 import pedro
 from pedro.config import Settings, validate_spec
+from pedro.gateway.connections import ConnectionLimits
 from pedro.serving.config import ServeConfig
 from pedro.training.job import read_spec
 
@@ -161,6 +162,7 @@ def test_every_variable_is_one_that_somebody_reads(platform):
             return super().get(key, default)
 
     Settings.from_env(Recorder())
+    ConnectionLimits.from_env(Recorder())
     objects = whole(platform)
     for pod in pods(objects):
         known = read | (DASHBOARD_READS if pod.where == "Deployment/dashboard" else set())

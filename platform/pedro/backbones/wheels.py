@@ -100,7 +100,7 @@ def _download(recipe: Recipe, folder: Path, cache: Path, log: Log) -> None:
                 try:
                     process.wait(PROGRESS_S)
                 except subprocess.TimeoutExpired:
-                    log(f"{_size(folder) / 1e6:,.0f} of {recipe.wheel_bytes / 1e6:,.0f} MB")
+                    log(f"{_largest(folder) / 1e6:,.0f} of {recipe.wheel_bytes / 1e6:,.0f} MB")
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -112,16 +112,16 @@ def _download(recipe: Recipe, folder: Path, cache: Path, log: Log) -> None:
     log(f"downloaded in {time.monotonic() - started:.0f} s")
 
 
-def _size(folder: Path) -> int:
-    """Bytes below a folder that another process writes."""
-    total = 0
+def _largest(folder: Path) -> int:
+    """Bytes of the largest file below a folder that another process writes: pip copies what it downloaded."""
+    largest = 0
     for place, _, files in os.walk(folder):
         for name in files:
             try:
-                total += os.lstat(os.path.join(place, name)).st_size
+                largest = max(largest, os.lstat(os.path.join(place, name)).st_size)
             except FileNotFoundError:
                 continue
-    return total
+    return largest
 
 
 def _reason(said: str) -> str:

@@ -35,7 +35,7 @@ def submit(
         bool,
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="In a dry run, load the backbone and time steps (a minute at most), or assume a speed.",
+            help="In a dry run, load the backbone and time steps (about a minute), or assume a speed.",
         ),
     ] = True,
     as_json: AsJson = False,
