@@ -131,15 +131,14 @@ def test_deadlines_are_kept_while_nothing_runs(model, tmp_path):
     gate = threading.Event()
 
     def load(ref):
-        gate.wait(10)
+        gate.wait(60)
         raise OSError("too late")
 
     with EngineThread(make_engine(model, load=load)) as thread:
         client = Client()
-        began = time.monotonic()
         thread.submit(request("r", prompt(4), 4, adapter="slow", deadline_s=0.1), client)
         assert client.result().last.error.code == "deadline_exceeded"
-        assert time.monotonic() - began < 0.4
+        assert not gate.is_set()
         gate.set()
 
 

@@ -113,33 +113,34 @@ def test_an_infer_key_may_not_promote(gateway, http):
 # doors
 
 
-def talk(gateway: Gateway, head: str, pieces: int, wait_s: float = 0.05) -> tuple[bytes, float]:
-    """Sends a request's head, then pieces of a body for as long as the server listens: its answer, and how long that
-    was."""
+def talk(gateway: Gateway, head: str, pieces: int, wait_s: float = 0.05) -> tuple[bytes, int]:
+    """Sends a request's head, then pieces of a body for as long as the server listens: its answer, and how many it
+    took."""
     host, port = gateway.url.removeprefix("http://").split(":")
-    begun, answer = time.monotonic(), b""
+    taken, answer = 0, b""
     with socket.create_connection((host, int(port)), timeout=5) as line:
         line.sendall(head.replace("\n", "\r\n").encode())
         try:
             for _ in range(pieces):
                 time.sleep(wait_s)
                 line.sendall(b"1\r\n \r\n")
+                taken += 1
         except OSError:  # closed
             pass
         with contextlib.suppress(OSError):
             while piece := line.recv(65536):
                 answer += piece
-    return answer, time.monotonic() - begun
+    return answer, taken
 
 
 @pytest.mark.parametrize("key", [None, "sk-pedro-unknown"], ids=["no key", "an unknown one"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/metrics", "/nowhere"])
 def test_the_body_of_a_stranger_is_not_read_and_the_connection_is_closed(gateway, key, path):
     bearer = f"Authorization: Bearer {key}\n" if key else ""
-    answer, lasted_s = talk(gateway, f"POST {path} HTTP/1.1\nHost: x\n{bearer}Transfer-Encoding: chunked\n\n", 100)
+    answer, taken = talk(gateway, f"POST {path} HTTP/1.1\nHost: x\n{bearer}Transfer-Encoding: chunked\n\n", 100)
     assert answer.partition(b" ")[2][:3] in (b"401", b"404", b"405")
     assert b"connection: close" in answer
-    assert lasted_s < 2
+    assert taken < 100
 
 
 def test_a_body_declared_too_large_is_refused_before_it_is_read_and_one_that_grows_when_it_is(gateway):
@@ -169,7 +170,7 @@ def test_one_tenant_takes_half_of_the_open_requests_and_a_newcomer_finds_its_sha
         assert [open_one(second) for _ in range(3)] == [200, 200, 429]
         assert open_one(third) == 200
         opened.pop_all().close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while gateway.backend.running and time.monotonic() < deadline:
             time.sleep(0.02)
         with gateway.http(gateway.key("tenant-0")) as again:
@@ -614,7 +615,7 @@ def test_a_client_that_goes_away_frees_the_backend(tmp_path, stream, prompts):
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/completions", json=body, timeout=0.5)
         assert gateway.backend.freed.wait(5)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while gateway.backend.running and time.monotonic() < deadline:
             time.sleep(0.01)
         assert gateway.backend.running == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partialmethod
 
 import httpx
 import openai
@@ -136,8 +137,11 @@ def test_full_buckets_of_many_tenants_are_forgotten(clock, monkeypatch):
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("gateway"), token_s=0.002) as running:
-        yield running
+    """Its buckets refill never: what they hold does not depend on how fast the machine is."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Quotas, "__init__", partialmethod(Quotas.__init__, clock=Clock()))
+        with serve(tmp_path_factory.mktemp("gateway"), token_s=0.002) as running:
+            yield running
 
 
 _tenants = iter(f"tenant-{number}" for number in range(100))
@@ -172,7 +176,7 @@ def test_over_the_requests_of_a_minute_the_openai_client_gets_its_rate_limit_err
     error, headers = caught.value, caught.value.response.headers
     assert (error.type, error.code, error.param) == ("rate_limit_error", "rate_limit_exceeded", None)
     assert "requests per minute" in error.message
-    assert 25 <= int(headers["retry-after"]) <= 30
+    assert headers["retry-after"] == "30"
     assert headers["x-ratelimit-limit-requests"] == "2"
     assert headers["x-ratelimit-remaining-requests"] == "0"
     assert headers["x-ratelimit-reset-requests"].endswith("s")
@@ -191,7 +195,7 @@ def test_prompt_and_max_tokens_are_reserved_while_a_request_runs_and_the_rest_co
         next(iter(stream))
         with pytest.raises(openai.RateLimitError, match="tokens per minute"):
             ask(client, max_tokens=200)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while gateway.backend.running and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.02)
@@ -206,7 +210,7 @@ def test_an_answer_costs_its_prompt_once_and_every_token_of_its_choices(limited,
     if stream:
         list(reply)
     spent = 600 - (left(ask(client, max_tokens=1), "tokens") + 3)
-    assert 5 + 80 * n - 30 <= spent <= 5 + 80 * n  # some came back meanwhile, ten a second
+    assert spent == 5 + 80 * n
 
 
 def test_text_is_guessed_at_first_and_paid_for_as_it_was(limited):
@@ -223,7 +227,7 @@ def test_a_client_that_leaves_before_the_first_token_pays_for_its_prompt(gateway
     with gateway.http(gateway.key(tenant)) as http, pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=body, timeout=0.5)
     gateway.backend.first_token_s = 0.0
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while gateway.backend.running and time.monotonic() < deadline:
         time.sleep(0.01)
     assert left(ask(client, max_tokens=1), "tokens") < 120
@@ -269,10 +273,8 @@ def test_a_request_that_is_wrong_costs_nothing(gateway, limited):
 def test_a_request_larger_than_the_quota_is_not_tried_again_by_the_client(gateway, limited):
     _, client = limited(tokens=50)
     patient = client.with_options(max_retries=5)
-    begun = time.monotonic()
     with pytest.raises(openai.RateLimitError, match="Request too large") as caught:
         ask(patient, max_tokens=51)
-    assert time.monotonic() - begun < 5
     assert "retry-after" not in caught.value.response.headers
 
 

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import shutil
+import threading
 import time
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from serving_adapters import backbone, make_adapter, register, settings_at, toke
 from serving_connections import LocalConnection
 
 from pedro.data import FORMATS, PromptFormat, encode_prompt, load_rows, parse_line
-from pedro.data.template_worker import TemplateBoundsError
+from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import GenerateCall
 from pedro.gateway.parsing import parse
@@ -127,7 +128,7 @@ async def connected(replica, **known):
     changed = asyncio.Event()
     client = ReplicaClient(replica.name, LocalConnection(replica), changed.set, **known)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not client.ready:
                 changed.clear()
                 await changed.wait()
@@ -310,15 +311,14 @@ def test_a_stop_text_ends_the_answer_and_is_not_in_it(served):
     assert choice.text == whole.text[: whole.text.index(stop)]
 
 
-def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(served):
+def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(served, monkeypatch):
     with pytest.raises(PedroError, match=r"512 tokens") as caught:
         ask(served.replica, completion("word " * 600, max_tokens=5))
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
-    began = time.monotonic()
+    monkeypatch.delattr(prompts, "encode_prompt")  # refused before it is tokenised, which would take long
     with pytest.raises(PedroError, match="5,000,000 characters") as caught:
         ask(served.replica, completion("word " * 1_000_000, max_tokens=5))
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
-    assert time.monotonic() - began < 2  # refused before it is tokenised, which would take long
 
 
 def test_a_version_whose_digest_is_gone_is_a_503_and_never_another_version(served):
@@ -372,32 +372,35 @@ LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
 
 
 @pytest.mark.parametrize("evil", [LOOPS, "{{ 'x' * 2000000000 }}"])
-def test_a_template_without_end_delays_no_other_tenant_and_is_told_to_its_own(served, evil):
+def test_a_template_without_end_delays_no_other_tenant_and_is_told_to_its_own(served, evil, monkeypatch):
     name = f"evil.{'loops' if evil == LOOPS else 'grows'}"
     poison = hostile(served, name, "{% if messages[0].content == 'go' %}" + evil + "{% endif %}x")
+
+    hello = chat([{"role": "user", "content": "Hi"}], max_tokens=2)
+    render, begun, answered = TemplateWorker.render, threading.Event(), threading.Event()
+
+    def held(*arguments):
+        begun.set()
+        answered.wait(10)
+        return render(*arguments)
+
+    monkeypatch.setattr(TemplateWorker, "render", held)
 
     async def go():
         calls = [chat([{"role": "user", "content": "go"}]) for _ in range(8)]
         refused = [asyncio.create_task(answer(served.replica, call, poison)) for call in calls]
-        longest, began = 0.0, time.monotonic()
-        while not all(task.done() for task in refused):
-            turn = time.monotonic()
-            await asyncio.sleep(0.005)
-            longest = max(longest, time.monotonic() - turn)
-            if turn - began > 20:
-                break
-        errors = await asyncio.gather(*refused, return_exceptions=True)
-        return longest, errors
+        await asyncio.to_thread(begun.wait, 60)
+        assert await answer(served.replica, hello, ref(served, "acme.messages"))
+        assert not any(task.done() for task in refused), "the neighbour waited for them"
+        answered.set()
+        return await asyncio.gather(*refused, return_exceptions=True)
 
-    longest, errors = asyncio.run(go())
-    assert longest < 0.4
+    errors = asyncio.run(go())
     assert {(type(error), error.status, error.param) for error in errors} == {
         (TemplateBoundsError, 400, "prompt_format")
     }
-    hello = chat([{"role": "user", "content": "Hi"}], max_tokens=2)
     with pytest.raises(TemplateBoundsError):  # for a while no call of its template is tried
         ask(served.replica, hello, poison)
-    assert ask(served.replica, hello, ref(served, "acme.messages"))
 
 
 def test_whoever_asks_and_leaves_holds_one_thread_and_is_refused_as_others_are(monkeypatch):
@@ -416,11 +419,11 @@ def test_whoever_asks_and_leaves_holds_one_thread_and_is_refused_as_others_are(m
         rendering = TemplateRenderer(None, [])
         form = PromptFormat("chat", "own")
         monkeypatch.setattr(PromptFormat, "prompt", slow)
-        for _ in range(4):
-            asked = asyncio.create_task(rendering.prompt(form, (), evil))
+        asked = [asyncio.create_task(rendering.prompt(form, (), evil)) for _ in range(4)]
+        for task in asked:
             await asyncio.sleep(0.02)
-            asked.cancel()
-        await asyncio.sleep(0.5)
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
         return [*rendering._refusals], len(rendering._turns._tenants)
 
     assert asyncio.run(go()) == ([evil], 0)
@@ -445,7 +448,7 @@ def test_ending_a_stream_early_frees_its_slot(served):
         ):
             await anext(stream)
             assert served.replica.stats()["slots_free"] == slots - 1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while served.replica.stats()["slots_free"] < slots:
                 await asyncio.sleep(0.01)
         assert served.replica.stats()["running"] == 0
@@ -457,7 +460,7 @@ def test_cancelling_a_waiting_consumer_frees_its_slot(served):
     async def go():
         call = completion(max_tokens=400, ignore_eos=True)
         task = asyncio.create_task(answer(served.replica, call, ref(served, "acme.completion")))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not served.replica.stats()["running"]:
                 await asyncio.sleep(0.005)
             task.cancel()

@@ -55,13 +55,10 @@ def run_demo(settings: Settings, *, small: bool, keep: bool, port: int, log: Log
             outcome.result()
         trained = time.monotonic() - started
         made = {part.name: _versions(registry, part, digest)[: len(part.steps)] for part in story.parts}
-        swap = _swap(story.swapped, made, served, secrets, registry, story.rows, log)
+        swap = _swap(story.swapped, made, served, secrets, registry, log)
         log("\nasking held-out rows over HTTP: the bare backbone, then the adapter")
         parts = sorted(story.parts, key=lambda part: part.name)
-        tenants = [
-            _measure(part, registry.get(part.name), served, secrets[part.tenant.name], story.rows, log)
-            for part in parts
-        ]
+        tenants = [_measure(part, registry.get(part.name), served, secrets[part.tenant.name], log) for part in parts]
         own = next(row for row in tenants if row["tenant"] == story.swapped.tenant.name)
         result = {
             **code,
@@ -154,7 +151,6 @@ def _swap(
     served: Served,
     secrets: dict[str, str],
     registry: Registry,
-    rows: int,
     log: Log,
 ) -> dict[str, Any]:
     """The champions as the story wants them; then the old version of `part` gives way to the new one under load."""
@@ -162,16 +158,16 @@ def _swap(
     for versions in made.values():
         registry.promote(versions[0].name, versions[0].version)
     time.sleep(2)  # the server follows within its watch interval
-    questions, secret = Questions(part.tenant, rows), secrets[part.tenant.name]
+    questions, secret = Questions(part.tenant, part.rows), secrets[part.tenant.name]
     log(f"\nhot swap: {old.ref} → {new.ref} while requests run")
     before = questions.score(answers(served.url, secret, old.name, questions.to_adapter()))
     seen = swap_under_load(served.url, secret, secrets["*"], old.name, new.version, questions.to_adapter())
     return {**swap_report(old, new, seen), "old_accuracy": before}
 
 
-def _measure(part: Part, version: Version, served: Served, secret: str, rows: int, log: Log) -> dict[str, Any]:
+def _measure(part: Part, version: Version, served: Served, secret: str, log: Log) -> dict[str, Any]:
     """The same rows by the bare backbone, told what is asked, with and without examples, and by the adapter."""
-    questions = Questions(part.tenant, rows)
+    questions = Questions(part.tenant, part.rows)
     log(f"  {version.ref}: {len(questions.asked)} rows")
     ask = partial(answers, served.url, secret)
     said = {"zero_shot": ask(served.backbone, questions.to_backbone())}

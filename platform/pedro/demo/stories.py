@@ -21,6 +21,8 @@ class Part:
     tenant: DemoTenant
     steps: tuple[int, ...]
     training: Mapping[str, Any]
+    rows: int
+    """How many of the tenant's test rows are asked."""
     shots: int | str = 0
     """Worked examples that the bare backbone sees when it is asked a second time; "label" is one of each label."""
 
@@ -36,8 +38,6 @@ class Story:
 
     backbone: str
     parts: tuple[Part, ...]
-    rows: int
-    """How many of each tenant's test rows are asked."""
     margin: float
     """How far every adapter is to be above the bare backbone and the most frequent answer."""
     threads: int | None = None
@@ -55,19 +55,17 @@ ACME, GLOBEX, INITECH = DEMO_TENANTS
 _, READER, SUPPORT = CHAT_TENANTS
 SMALL = Story(
     "pedro-nano",
-    (Part(GLOBEX, (150,), _SMALL), Part(ACME, (15, 100), _SMALL), Part(INITECH, (100,), _SMALL)),
-    rows=200,
+    (Part(GLOBEX, (150,), _SMALL, 200), Part(ACME, (15, 100), _SMALL, 200), Part(INITECH, (100,), _SMALL, 200)),
     margin=0.20,
     threads=1,
 )
 FULL = Story(
     "smollm2-135m",
     (
-        Part(SUPPORT, (80,), {**_CHAT, "batch_size": 16}, shots=8),
-        Part(ACME, (10, 45), {**_CHAT, "batch_size": 8}, shots="label"),
-        Part(READER, (20,), {**_CHAT, "batch_size": 8}, shots=2),
+        Part(SUPPORT, (60,), {**_CHAT, "batch_size": 16}, 30, shots=4),  # each prompt lists 77 labels
+        Part(ACME, (10, 30), {**_CHAT, "batch_size": 8}, 60, shots="label"),
+        Part(READER, (14,), {**_CHAT, "batch_size": 8}, 60, shots=2),
     ),
-    rows=60,
     margin=0.05,
 )
 
