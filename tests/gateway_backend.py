@@ -44,7 +44,7 @@ class WordBackend:
     def __init__(self, token_s: float = 0.0) -> None:
         self.token_s = token_s
         self.first_token_s = 0.0
-        self.is_ready = True
+        self.is_ready, self.is_degraded = True, False
         self.running = 0
         self.freed = threading.Event()
         self.calls: list[GenerateCall] = []
@@ -164,6 +164,9 @@ class WordBackend:
 
     async def ready(self) -> bool:
         return self.is_ready
+
+    async def degraded(self) -> bool:
+        return self.is_degraded
 
     def _hold(self, tenant: str, ref: str, *, pinned: bool) -> list[AdapterResidence]:
         version = self._adapter(tenant, ref).aliases["champion"]

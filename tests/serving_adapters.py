@@ -38,7 +38,7 @@ def tokenizer() -> Tokenizer:
 def _empty_store() -> Path:
     """An MLflow store with nothing in it but its schema, which takes seconds to make: made once, copied often."""
     folder = Path(tempfile.mkdtemp(prefix="pedro-store-"))
-    Registry(f"sqlite:///{folder / 'mlflow.db'}", str(folder), folder).catalog()
+    Registry(f"sqlite:///{folder / 'mlflow.db'}", str(folder), folder, f"sqlite:///{folder / 'pedro.db'}").connect()
     return folder / "mlflow.db"
 
 

@@ -231,7 +231,7 @@ def test_a_registry_that_did_not_change_is_not_read_again(served, monkeypatch):
     for seconds in (0, 5, 10):
         serving.follow_registry(history, served.settings, now + seconds)
     assert len(readings) == 1
-    served.registry.tag_gate(served.registry.get("globex.faq", 1), "passed: looked at again")
+    served.registry.set_gate(served.registry.get("globex.faq", 1), "passed: looked at again")
     serving.follow_registry(history, served.settings, now + 15)
     assert len(readings) == 2
 

@@ -55,6 +55,14 @@ def holds(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
+def test_the_home_gets_this_releases_schema_when_it_is_first_used(frozen):
+    assert pedro("db", "current") == {"schema": "0.1.0", "state": "older"}
+    assert pedro("db", "check")["ok"], "it needs no command"
+    pedro("adapters", "list")
+    checked = pedro("db", "check")
+    assert (checked["state"], checked["taken_over"], checked["unmirrored"]) == ("current", True, [])
+
+
 def test_adapters_are_listed_and_shown_as_they_were(frozen):
     assert holds(pedro("adapters", "list"), frozen.adapters)
     for name, versions in frozen.versions.items():

@@ -674,8 +674,10 @@ def test_streams_flow_while_others_authenticate(tmp_path):
 def test_health_and_ready_need_no_key_and_ready_follows_the_backend(gateway):
     with gateway.http() as nobody:
         assert nobody.get("/health").status_code == 200
-        assert nobody.get("/ready").status_code == 200
-        gateway.backend.is_ready = False
+        assert (nobody.get("/ready").status_code, nobody.get("/ready").json()) == (200, {"status": "ready"})
+        gateway.backend.is_degraded = True
+        assert (nobody.get("/ready").status_code, nobody.get("/ready").json()) == (200, {"status": "degraded"})
+        gateway.backend.is_ready, gateway.backend.is_degraded = False, False
         try:
             assert nobody.get("/ready").status_code == 503
             assert nobody.get("/health").status_code == 200

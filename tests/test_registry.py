@@ -19,7 +19,7 @@ from pedro.registry import Registry
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    return Registry(f"sqlite:///{home / 'mlflow.db'}", str(home / "artifacts"), home / "cache")
+    return Registry.open(settings_at(home))
 
 
 def adapter_directory(path, mark):

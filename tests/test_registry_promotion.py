@@ -1,25 +1,28 @@
-"""Moves of aliases beside each other, and broken off half way: on a real sqlite MLflow store."""
+"""Moves of aliases beside each other, broken off half way, and as a real sqlite MLflow store shows them."""
 
 from __future__ import annotations
 
-import os
+import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+import sqlalchemy
 from serving_adapters import settings_at, stub_adapter
+from typer.testing import CliRunner
 
+from pedro.cli import app
 from pedro.config import Settings
-from pedro.database import exclusive
-from pedro.errors import ConflictError
+from pedro.errors import ConfigError, ConflictError, NotFoundError, PedroError
 from pedro.registry import Registry
+from pedro.store import aliases, exclusive
 from pedro.training.job import move_alias
 from pedro.training.promotion_gate import GateDecision
 
 NAME = "acme.moved"
-WRITES = ("set_registered_model_alias", "delete_registered_model_alias")
-WRITES += ("set_registered_model_tag", "delete_registered_model_tag", "set_model_version_tag")
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +38,14 @@ def versions(tmp_path_factory) -> Settings:
 
 
 @pytest.fixture
-def settings(versions) -> Settings:
-    """The same with version 2 as champion and version 1 as previous."""
-    registry = Registry.open(versions)
+def settings(versions, tmp_path) -> Settings:
+    """A copy of it, with version 2 as champion and version 1 as previous."""
+    shutil.copytree(versions.home, tmp_path / "home")
+    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
+    registry = Registry.open(settings)
     registry.promote(NAME, 1)
     registry.promote(NAME, 2)
-    return versions
+    return settings
 
 
 def standing(settings: Settings) -> tuple[int, int]:
@@ -56,29 +61,19 @@ def standing(settings: Settings) -> tuple[int, int]:
     return aliases["champion"], aliases["previous"]
 
 
-class Interrupted:
-    """MLflow's client; calls `before(n)` ahead of the n-th call that writes."""
+def in_mlflow(registry: Registry) -> dict[str, int]:
+    """The aliases that MLflow's pages show."""
+    aliases = registry.client.get_registered_model(NAME).aliases
+    return {alias: int(version) for alias, version in aliases.items()}
 
-    def __init__(self, client, before) -> None:
-        self._client, self._before, self._count = client, before, 0
+
+class Away:
+    """MLflow's client while its server is away."""
 
     def __getattr__(self, name):
-        found = getattr(self._client, name)
-        if name not in WRITES:
-            return found
+        from mlflow.exceptions import MlflowException
 
-        def write(*args):
-            self._count += 1
-            self._before(self._count)
-            return found(*args)
-
-        return write
-
-
-def interrupted(settings: Settings, before) -> Registry:
-    registry = Registry.open(settings)
-    registry.__dict__["client"] = Interrupted(registry.client, before)
-    return registry
+        raise MlflowException("no answer")
 
 
 def promote(version, **how):
@@ -99,55 +94,133 @@ def rollback(registry):
     ],
     ids=["rollback, promote", "promote, rollback", "promote, promote", "rollback, rollback"],
 )
-def test_a_move_beside_another_waits_for_it_and_loses_no_version(settings, first, second, end):
+def test_a_move_beside_another_waits_for_it_and_loses_no_version(settings, monkeypatch, first, second, end):
     half_way, go_on = threading.Event(), threading.Event()
+    announce = aliases.announce
 
-    def pause(count):
-        if count == 2:
-            half_way.set()
-            go_on.wait(10)
+    def pause(*arguments):
+        monkeypatch.setattr(aliases, "announce", announce)
+        half_way.set()
+        go_on.wait(10)
+        announce(*arguments)
 
-    slow, other = interrupted(settings, pause), Registry.open(settings)
-    other.connect()
+    slow, other = Registry.open(settings), Registry.open(settings)
+    assert slow.store.url == other.store.url
+    monkeypatch.setattr(aliases, "announce", pause)  # all is written, and nothing committed
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(first, slow)
         assert half_way.wait(10)
+        assert standing(settings) == (2, 1)
         two = pool.submit(second, other)
         with pytest.raises(TimeoutError):
             two.result(0.3)
         go_on.set()
         one.result(), two.result()
     assert standing(settings) == end
+    slow.mirror()
+    assert in_mlflow(slow) == slow.catalog()[NAME].aliases
 
 
 @pytest.mark.parametrize(("move", "after"), [(rollback, (1, 2)), (promote(3), (3, 2))], ids=["rollback", "promote"])
 def test_a_move_that_was_killed_anywhere_is_done_or_not_and_the_next_one_works(settings, move, after):
+    """At each statement of its transaction."""
+
     class Killed(BaseException):
         pass
 
-    seen, writes = [], 0
+    seen, statements, again = [], 0, Registry.open(settings)
     while True:
-        writes += 1
+        statements += 1
+        left = [statements]
+        registry = Registry.open(settings)
 
-        def kill(count, at=writes):
-            if count == at:
+        @sqlalchemy.event.listens_for(registry.store._database._engine, "before_cursor_execute")
+        def kill(*_, left=left):
+            left[0] -= threading.current_thread() is threading.main_thread()
+            if not left[0]:
                 raise Killed
 
         try:
-            move(interrupted(settings, kill))
+            move(registry)
         except Killed:
             seen.append(standing(settings))
-            registry = Registry.open(settings)
-            champion, previous = seen[-1]
-            assert registry.rollback(NAME).version == previous
-            assert standing(settings) == (previous, champion)
-            registry.promote(NAME, 1)
-            registry.promote(NAME, 2)
         else:
             break
-    assert set(seen) == {(2, 1), after}
-    assert seen == sorted(seen, key=(2, 1).__ne__)
+        champion, previous = standing(settings)
+        assert again.rollback(NAME).version == previous
+        assert standing(settings) == (previous, champion)
+        again.promote(NAME, 1)
+        again.promote(NAME, 2)
+    assert len(seen) > 5
+    assert set(seen) == {(2, 1)}
     assert standing(settings) == after
+
+
+def test_mlflow_shows_each_move_and_is_not_waited_for(settings, caplog):
+    registry = Registry.open(settings)
+    registry.set_alias(NAME, "candidate", 4)
+    assert in_mlflow(registry) == {"champion": 2, "previous": 1, "candidate": 4}
+    registry.promote(NAME, 4)
+    assert in_mlflow(registry) == {"champion": 4, "previous": 2}
+    assert registry.store.unmirrored() == []
+    away = Registry.open(settings)
+    away.__dict__["client"] = Away()
+    assert away.rollback(NAME).version == 2
+    assert "could not be told" in caplog.text
+    assert standing(settings) == (2, 4)
+    assert in_mlflow(registry) == {"champion": 4, "previous": 2}
+    assert away.mirror() == [NAME] == registry.store.unmirrored()
+    assert registry.mirror() == []
+    assert in_mlflow(registry) == {"champion": 2, "previous": 4}
+
+
+def test_a_deletion_that_mlflow_has_not_heard_of_holds_and_the_name_can_be_had_again(tmp_path):
+    settings = settings_at(tmp_path / "home")
+    registry = Registry.open(settings)
+
+    def add(mark):
+        run = registry.start_run(experiment="acme", name="job", params={}, tags={})
+        return registry.register(run, stub_adapter(tmp_path / mark, mark, "sha256:bb"), "acme", "again")
+
+    add("one"), add("two"), add("three")
+    registry.promote("acme.again", 2)
+    registry.delete("acme.again", 1)
+    assert sorted(int(v.version) for v in registry.client.search_model_versions("name='acme.again'")) == [2, 3]
+    away = Registry.open(settings)
+    away.__dict__["client"] = Away()
+    away.delete("acme.again", 3)
+    assert [version.version for version in registry.versions("acme.again")] == [2]
+    away.delete("acme.again")
+    assert registry.models() == []
+    with pytest.raises(NotFoundError):
+        registry.get("acme.again")
+    new = add("four")
+    assert (new.version, registry.catalog()["acme.again"].aliases) == (1, {})
+    assert [int(v.version) for v in registry.client.search_model_versions("name='acme.again'")] == [1]
+    assert registry.store.unmirrored() == []
+
+
+def test_a_version_that_somebody_deleted_in_mlflow_stops_no_move(settings, caplog):
+    registry = Registry.open(settings)
+    registry.client.delete_registered_model_alias(NAME, "champion")
+    registry.client.set_registered_model_alias(NAME, "mine", "1")
+    registry.promote(NAME, 3)
+    assert in_mlflow(registry) == {"champion": 3, "previous": 2}
+    assert standing(settings) == (3, 2)
+
+
+def test_racing_moves_leave_mlflow_as_the_store_is(settings):
+    registry = Registry.open(settings)
+    registry.connect()
+
+    def move(number):
+        with suppress(PedroError):
+            registry.rollback(NAME) if number % 3 else registry.promote(NAME, 1 + number % 4)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(move, range(30)))
+    assert registry.mirror() == []
+    assert in_mlflow(registry) == registry.catalog()[NAME].aliases
 
 
 def test_of_two_jobs_that_pass_against_the_same_champion_the_later_stays_candidate(settings):
@@ -172,14 +245,11 @@ def test_a_candidate_that_is_promoted_is_no_candidate_any_more_in_the_same_step(
     assert Registry.open(settings).promote(NAME, 3).aliases == ("champion",)
 
 
-@pytest.mark.parametrize("url", ["sqlite:///{}/x.db", os.environ.get("PEDRO_TEST_DATABASE_URL")])
-def test_of_many_that_want_the_lock_one_has_it(url, tmp_path):
-    if url is None:
-        pytest.skip("no PEDRO_TEST_DATABASE_URL")
+def test_of_many_that_want_the_lock_one_has_it(url):
     inside = SimpleNamespace(now=0, most=0)
 
     def enter(_):
-        with exclusive(url.format(tmp_path), "acme.moved"):
+        with exclusive(url, "acme.moved"):
             inside.now += 1
             inside.most = max(inside.most, inside.now)
             threading.Event().wait(0.02)
@@ -199,7 +269,35 @@ def test_a_rollback_that_was_meant_for_another_version_moves_nothing(settings):
     assert standing(settings) == (1, 2)
 
 
-def test_a_move_asks_the_store_no_more_than_it_must_and_says_where_the_aliases_stand(settings, monkeypatch):
+def test_the_command_line_splits_an_alias_and_tells_how_it_was_moved(settings, monkeypatch):
+    monkeypatch.setenv("PEDRO_HOME", str(settings.home))
+
+    def pedro(*words, code=0):
+        done = CliRunner().invoke(app, ["adapters", *words])
+        assert (done.exit_code if not isinstance(done.exception, PedroError) else 1) == code, done.output
+        return done
+
+    assert "acme.moved:3 answers 12.5% of acme.moved" in pedro("canary", NAME, "3", "--weight", "0.125").output
+    assert "v2 " in pedro("list").output
+    listed = json.loads(pedro("list", "--json").stdout)
+    assert listed[0]["canary"] == {"version": 3, "weight": 0.125}
+    told = pedro("history", NAME).output
+    for part in ("canary", "champion=v2 previous=v1 canary=v3 (12.5%)", "promote", "user:"):
+        assert part in told
+    moves = json.loads(pedro("history", NAME, "--limit", "2", "--json").stdout)
+    assert [move["action"] for move in moves] == ["canary", "promote"]
+    assert "is no canary any more" in pedro("canary", NAME, "3", "--weight", "0").output
+    assert isinstance(pedro("canary", NAME, "2", "--weight", "0.5", code=1).exception, ConflictError)
+    assert "canary" not in json.loads(pedro("list", "--json").stdout)[0]
+
+
+@pytest.mark.parametrize("weight", [1.0, -0.1, float("nan")])
+def test_a_weight_that_is_no_share_is_refused(settings, weight):
+    with pytest.raises(ConfigError, match="weight"):
+        Registry.open(settings).canary(NAME, 3, weight)
+
+
+def test_a_move_asks_mlflow_no_more_than_it_must_and_says_where_the_aliases_stand(settings, monkeypatch):
     registry = Registry.open(settings)
     client, asked = registry.client, []
 
@@ -214,8 +312,11 @@ def test_a_move_asks_the_store_no_more_than_it_must_and_says_where_the_aliases_s
     monkeypatch.setitem(registry.__dict__, "client", Counted())
     assert registry.promote(NAME, 3).aliases == ("champion",)
     assert standing(settings) == (3, 2)
-    reads = [name for name in asked if name.startswith("get_")]
-    assert len(reads) == 4, "the adapter and the version, before and after"
-    assert len(asked) - len(reads) == 5
+    assert sorted(asked) == [
+        "get_registered_model",
+        "set_model_version_tag",
+        "set_registered_model_alias",
+        "set_registered_model_alias",
+    ]
     assert registry.rollback(NAME).aliases == ("champion",)
     assert standing(settings) == (2, 3)

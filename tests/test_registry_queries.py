@@ -59,7 +59,7 @@ def test_what_is_new_and_what_was_promoted_is_told_by_time(registry):
 
 def test_a_registry_that_is_away_is_told_as_such(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    away = Registry("http://127.0.0.1:9", str(tmp_path), tmp_path)
+    away = Registry("http://127.0.0.1:9", str(tmp_path), tmp_path, f"sqlite:///{tmp_path}/pedro.db")
     with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
         queries.experiment_names(away)
 

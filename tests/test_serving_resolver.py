@@ -1,8 +1,8 @@
-"""What a model name means: the catalogue on a real sqlite MLflow store."""
+"""What a model name means: the catalogue on a real store."""
 
 import asyncio
 import itertools
-import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,12 @@ def add(registry, tmp_path):
 @pytest.fixture
 def resolver(registry):
     return ModelResolver(registry, "stories", OURS, interval_s=0.01)
+
+
+def backup(home, copy):
+    """A copy of a home's records, as they are now."""
+    with sqlite3.connect(home / "pedro.db") as there, sqlite3.connect(copy) as here:
+        there.backup(here)
 
 
 def resolve(resolver, tenant, model, *, refresh=True):
@@ -114,6 +120,24 @@ def test_a_tenant_whose_name_begins_with_anothers_is_a_stranger(resolver, add):
         resolve(resolver, "acme", "acme-two.faq")
 
 
+def test_a_canary_answers_its_share_of_the_bare_name_and_nothing_else(resolver, registry, add):
+    champion, canary = add("acme.split"), add("acme.split", promote=False)
+    registry.canary("acme.split", canary.version, 0.25)
+
+    async def go(model, share):
+        await resolver.refresh()
+        return (await resolver.resolve("acme", model, share)).version
+
+    shares = [number / 100 for number in range(100)]
+    asked = [asyncio.run(go("acme.split", share)) for share in shares[::5]]
+    assert asked == [canary.version] * 5 + [champion.version] * 15
+    assert asyncio.run(go("acme.split@champion", 0.0)) == canary.version
+    assert asyncio.run(go("acme.split:1", 0.0)) == champion.version
+    assert resolve(resolver, "acme", "acme.split").version == champion.version
+    registry.promote("acme.split", champion.version)
+    assert asyncio.run(go("acme.split", 0.0)) == champion.version
+
+
 def test_an_alias_move_is_seen_at_the_next_refresh_and_not_before(resolver, registry, add):
     old, new = add("acme.swap"), add("acme.swap", promote=False)
     assert resolve(resolver, "acme", "acme.swap").digest == old.digest
@@ -124,17 +148,18 @@ def test_an_alias_move_is_seen_at_the_next_refresh_and_not_before(resolver, regi
     assert resolve(resolver, "acme", "acme.swap").digest == old.digest
 
 
-def test_a_reading_of_an_unchanged_registry_costs_one_look_and_any_change_is_seen(resolver, registry, add, monkeypatch):
+def test_a_reading_of_an_unchanged_store_costs_one_look_and_any_change_is_seen(resolver, registry, add, monkeypatch):
     add("acme.quiet")
     readings = []
-    read = registry.catalog
-    monkeypatch.setattr(registry, "catalog", lambda: readings.append(1) or read())
+    read = registry.store.changes
+    monkeypatch.setattr(registry.store, "changes", lambda since: readings.append(1) or read(since))
 
     async def go():
         for _ in range(5):
             await resolver.refresh()
-        assert len(readings) == 1
+        assert readings == []
         assert resolver.fresh
+        assert (await resolver.resolve("acme", "acme.quiet")).version == 1
         await asyncio.to_thread(add, "acme.quiet")
         await resolver.refresh()
         assert (await resolver.resolve("acme", "acme.quiet")).version == 2
@@ -143,20 +168,21 @@ def test_a_reading_of_an_unchanged_registry_costs_one_look_and_any_change_is_see
         assert (await resolver.resolve("acme", "acme.quiet")).version == 1
 
     asyncio.run(go())
-    assert len(readings) == 3
+    assert len(readings) == 2
 
 
-def test_a_registry_restored_from_a_copy_is_read_anew(home, tmp_path, registry, add):
+def test_a_store_restored_from_a_copy_is_read_anew(tmp_path, add, registry):
     add("acme.restored")
-    database = tmp_path / "mlflow.db"
-    shutil.copy(home / "mlflow.db", database)
-    own = Registry(f"sqlite:///{database}", registry.artifact_root, tmp_path / "cache")
-    before = own.stamp()
-    assert own.stamp() == before
-    shutil.copy(home / "mlflow.db", tmp_path / "copy.db")
-    (tmp_path / "copy.db").rename(database)
-    assert own.stamp() != before
-    assert Registry("http://127.0.0.1:9", str(tmp_path), tmp_path).stamp() is None
+    own = Registry.open(settings_at(tmp_path / "own"))
+    register(own, stub_adapter(tmp_path / "one", "sha256:1", OURS), "acme.restored")
+    backup(tmp_path / "own", tmp_path / "copy.db")
+    register(own, stub_adapter(tmp_path / "two", "sha256:2", OURS), "acme.restored")
+    resolver = ModelResolver(own, "stories", OURS, interval_s=0.01)
+    assert resolve(resolver, "acme", "acme.restored").version == 2
+    (tmp_path / "copy.db").rename(tmp_path / "own" / "pedro.db")
+    for journal in (tmp_path / "own").glob("pedro.db-*"):
+        journal.unlink()
+    assert resolve(resolver, "acme", "acme.restored").version == 1
 
 
 def test_the_watcher_follows_moves_and_ends_when_cancelled(resolver, registry, add):
@@ -239,11 +265,11 @@ def test_a_name_deleted_since_the_last_reading_is_left_out_of_the_list(resolver,
     assert "acme.fleeting" not in names
 
 
-def test_while_the_registry_is_away_the_last_state_stays_in_force(home, tmp_path, registry, add):
+def test_while_the_store_is_away_the_last_state_stays_in_force(home, tmp_path, registry, add):
     add("acme.steady"), add("acme.steady")
-    database = tmp_path / "mlflow.db"
-    shutil.copy(home / "mlflow.db", database)
-    own = Registry(f"sqlite:///{database}", registry.artifact_root, tmp_path / "cache")
+    database = tmp_path / "pedro.db"
+    backup(home, database)
+    own = Registry(registry.tracking_uri, registry.artifact_root, tmp_path / "cache", f"sqlite:///{database}")
     resolver = ModelResolver(own, "stories", OURS, interval_s=0.01)
 
     async def go():
@@ -253,6 +279,8 @@ def test_while_the_registry_is_away_the_last_state_stays_in_force(home, tmp_path
                 await asyncio.sleep(0.01)
             assert (await resolver.resolve("acme", "acme.steady")).version == 2
             assert (await resolver.resolve("acme", "acme.steady:1")).version == 1
+            with pytest.raises(NotFoundError):
+                await resolver.resolve("acme", "acme.nothere")
             database.unlink()
             Path(f"{database}").mkdir()  # nothing can be opened or made here now
             await asyncio.sleep(0.3)
@@ -262,6 +290,8 @@ def test_while_the_registry_is_away_the_last_state_stays_in_force(home, tmp_path
             assert "acme.steady" in {version.name for version in await resolver.champions("acme")}
             with pytest.raises(NotFoundError):
                 await resolver.resolve("acme", "acme.nothere")
+            with pytest.raises(UnavailableError):  # whether there is one cannot be known now
+                await resolver.resolve("acme", "acme.neverasked")
         watching.cancel()
 
     asyncio.run(go())
@@ -269,7 +299,7 @@ def test_while_the_registry_is_away_the_last_state_stays_in_force(home, tmp_path
 
 def test_a_registry_that_never_answered_is_told_as_such(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    registry = Registry("http://127.0.0.1:9", str(tmp_path), tmp_path)
+    registry = Registry("http://127.0.0.1:9", str(tmp_path), tmp_path, f"sqlite:///{tmp_path}/pedro.db")
     resolver = ModelResolver(registry, "stories", OURS, interval_s=0.01)
     with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
         asyncio.run(resolver.refresh())

@@ -1,11 +1,7 @@
-"""Keys and jobs are kept, frozen, and safe with many threads and processes at once.
-
-On sqlite, or on the (scratch!) database that PEDRO_TEST_DATABASE_URL names.
-"""
+"""Keys and jobs are kept, frozen, and safe with many threads and processes at once: on sqlite and on PostgreSQL."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import sqlite3
 import subprocess
@@ -15,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 
 import pytest
-import sqlalchemy
 
 from pedro.errors import AuthenticationError, ConfigError, ConflictError, NotFoundError, PedroError, UnavailableError
 from pedro.store import JobStatus, Quota, Store
@@ -24,18 +19,6 @@ from pedro.store import JobStatus, Quota, Store
 @pytest.fixture
 def sqlite_url(tmp_path) -> str:
     return f"sqlite:///{tmp_path}/deep/er/pedro.db"
-
-
-@pytest.fixture
-def url(sqlite_url) -> str:
-    given = os.environ.get("PEDRO_TEST_DATABASE_URL")
-    if given is None:
-        return sqlite_url
-    engine = sqlalchemy.create_engine(given)
-    with engine.begin() as connection:
-        connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS pedro_keys, pedro_quotas, pedro_jobs"))
-    engine.dispose()
-    return given
 
 
 @pytest.fixture
@@ -138,17 +121,6 @@ def test_a_limit_that_makes_no_sense_is_refused_by_name(store, limits):
         store.set_quota(key_id="key_none", requests_per_minute=1)
     with pytest.raises(ConfigError, match="tenant"):
         store.set_quota(tenant="A B", requests_per_minute=1)
-
-
-def test_keys_made_before_there_were_quotas_still_work(url, store):
-    secret = store.create_key("acme")[1]
-    engine = sqlalchemy.create_engine(url)
-    with engine.begin() as connection:
-        connection.execute(sqlalchemy.text("DROP TABLE pedro_quotas"))
-    engine.dispose()
-    reopened = Store(url)
-    assert reopened.authenticate(secret)[1] == Quota()
-    reopened.close()
 
 
 def test_a_job_lives_from_queued_to_its_end(store):
@@ -296,34 +268,3 @@ def test_a_database_that_cannot_be_opened_is_told_without_the_password(tmp_path)
     with pytest.raises(PedroError) as caught:
         Store("postgresql://user:hunter2@127.0.0.1:1/pedro")
     assert "hunter2" not in caught.value.message
-
-
-# databases of earlier releases
-
-
-def without(path, table, column):
-    with sqlite3.connect(path) as link:
-        link.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-
-
-def test_a_column_that_may_be_empty_is_added_to_a_table_that_lacks_it(tmp_path):
-    url = f"sqlite:///{tmp_path}/old.db"
-    store = Store(url)
-    _, secret = store.create_key("acme")
-    job = store.create_job("acme", "support", {})
-    store.close()
-    for table, column in (("pedro_quotas", "tokens_per_minute"), ("pedro_jobs", "result")):
-        without(tmp_path / "old.db", table, column)
-    store = Store(url)
-    assert store.authenticate(secret)[0].tenant == "acme"
-    assert store.get_job(job.id).result is None
-    assert store.set_quota(tenant="acme", tokens_per_minute=5).tokens_per_minute == 5
-    store.close()
-
-
-def test_a_column_that_no_row_may_be_without_is_told_by_name_and_not_to_be_tried_again(tmp_path):
-    url = f"sqlite:///{tmp_path}/old.db"
-    Store(url).close()
-    without(tmp_path / "old.db", "pedro_keys", "hint")
-    with pytest.raises(ConfigError, match=r"pedro_keys lacks the column hint.*restore a backup"):
-        Store(url)

@@ -84,7 +84,7 @@ def read_catalog(settings: Settings) -> Catalog:
                 champion=entry.aliases.get(CHAMPION),
                 candidate=entry.aliases.get(CANDIDATE),
                 previous=entry.aliases.get(PREVIOUS),
-                created=datetime.fromtimestamp(entry.created / 1000, UTC).isoformat(timespec="seconds"),
+                created=datetime.fromtimestamp(entry.created, UTC).isoformat(timespec="seconds"),
             )
             for name, entry in sorted(registry.catalog().items())
         )

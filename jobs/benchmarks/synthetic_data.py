@@ -39,12 +39,13 @@ DatabaseTables = Mapping[str, list[DatabaseRow]]
 
 def fabricate(settings: Settings, runs: int, adapters: int, seed: int = 0) -> None:
     """Fill a new home: `runs` runs and jobs of `adapters` adapters, every second run a version; one comparison."""
-    Registry.open(settings).catalog()  # makes the schema
+    Registry.open(settings).connect()  # makes the schema
     Store(settings.database_url).close()
     rng = random.Random(seed)  # noqa: S311 - made-up numbers
     names = [(f"tenant{i % TENANTS:02d}", f"adapter{i // TENANTS:02d}") for i in range(adapters)]
     _insert(settings.tracking_uri, _registry(names, runs, rng))
     _insert(settings.database_url, _jobs(names, runs))
+    Registry.open(settings).take_over()
     _comparison(settings, rng)
 
 

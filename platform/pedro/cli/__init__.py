@@ -19,6 +19,7 @@ from pedro.cli import (
     compare,
     dashboard,
     data,
+    db,
     doctor,
     jobs,
     keys,
@@ -50,6 +51,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(backbones.app, name="backbones")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(db.app, name="db")
 app.command("submit")(jobs.submit)
 app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)

@@ -15,7 +15,9 @@ from pedro.refs import ModelRef
 if TYPE_CHECKING:
     from pedro.registry import Registry, Version
 
-app = typer.Typer(help="Adapter versions: list, promote, roll back, delete, export, import.", no_args_is_help=True)
+app = typer.Typer(
+    help="Adapter versions: list, promote, roll back, split, delete, export, import.", no_args_is_help=True
+)
 Moved = Annotated[
     str | None, typer.Option("--backbone", help="Where the adapter's backbone is now, if it was renamed or moved.")
 ]
@@ -32,7 +34,7 @@ def list_adapters(
     for name, entry in sorted(registry.catalog().items()):
         if tenant is None or name.startswith(f"{tenant}."):
             champion = asdict(registry.get(name)) if "champion" in entry.aliases else None
-            rows.append({"model": name, "aliases": entry.aliases, "champion": champion})
+            rows.append({"model": name, **entry.standing.to_dict(), "champion": champion})
 
     def show() -> None:
         table(
@@ -111,6 +113,53 @@ def rollback(name: Name, as_json: AsJson = False) -> None:
         expected = wanted.version
         _check_servable(registry, wanted)
     _changed(registry.rollback(name, expected=expected), as_json)
+
+
+@app.command()
+def canary(
+    name: Name,
+    version: Annotated[int, typer.Argument(help="The version number.")],
+    weight: Annotated[float, typer.Option(help="Its share of what is asked of the champion; 0 ends it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Have a version answer a share of what is asked of the champion; a promotion or a rollback ends it.
+
+    Example: `pedro adapters canary acme.support 8 --weight 0.1`
+    """
+    registry = _registry()
+    if weight:
+        _check_servable(registry, registry.get(name, version))
+    after = registry.canary(name, version, weight)
+    now = f"answers {weight:.1%} of {name}" if weight else "is no canary any more"
+    emit({**asdict(after), "weight": weight}, as_json, lambda: typer.echo(f"{after.ref} {now}"))
+
+
+@app.command()
+def history(
+    name: Name,
+    limit: Annotated[int, typer.Option(help="The last so many moves.", min=1)] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Show how an adapter's aliases were moved: when, by whom, from where to where."""
+    from pedro.registry import utc
+
+    moves = _registry().store.alias_history(name, limit)
+
+    def show() -> None:
+        table(
+            ["when", "by", "move", "before", "after", "reason"],
+            [[utc(m.at), m.actor, m.action, standing(m.before), standing(m.after), m.reason] for m in moves],
+            empty="its aliases were never moved",
+        )
+
+    def standing(state: dict[str, Any] | None) -> str:
+        if state is None:
+            return "-"
+        split = state.get("canary")
+        parts = [f"{alias}=v{version}" for alias, version in sorted(state["aliases"].items())]
+        return " ".join([*parts, *([f"canary=v{split['version']} ({split['weight']:.1%})"] if split else [])])
+
+    emit([asdict(move) for move in moves], as_json, show)
 
 
 def _check_servable(registry: Registry, wanted: Version) -> None:

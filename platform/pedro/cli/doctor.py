@@ -167,7 +167,11 @@ def _registry(settings: Settings) -> str:
     from pedro.registry import Registry
     from pedro.secret_files import without_password
 
-    return f"{without_password(settings.tracking_uri)}, {len(Registry.open(settings).models())} adapters"
+    registry = Registry.open(settings)
+    registry.connect()
+    waiting = len(registry.store.unmirrored())
+    behind = f"; it has not heard of the last moves of {waiting}, `pedro db mirror` tells it" if waiting else ""
+    return f"{without_password(settings.tracking_uri)}, {len(registry.models())} adapters{behind}"
 
 
 def _database(settings: Settings) -> str:

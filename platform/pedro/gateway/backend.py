@@ -227,3 +227,7 @@ class Backend(Protocol):
     async def ready(self) -> bool:
         """True once a request would be answered; false (or an error) keeps traffic away."""
         ...
+
+    async def degraded(self) -> bool:
+        """True while it answers by what it knew before, since what says what names mean is away."""
+        ...

@@ -22,11 +22,14 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """A request would be answered now."""
+    """A request would be answered now; `degraded` where some would not, for names that nobody asked for before."""
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
-            is_ready = await request.app.state.backend().ready()
+            backend = request.app.state.backend()
+            is_ready, is_degraded = await backend.ready(), await backend.degraded()
     except Exception as error:  # noqa: BLE001 (whatever it is, the answer to the probe is no)
         log.warning("not ready: %r", error)
-        is_ready = False
-    return JSONResponse({"status": "ready" if is_ready else "not ready"}, status_code=200 if is_ready else 503)
+        return JSONResponse({"status": "not ready"}, status_code=503)
+    if not is_ready:
+        return JSONResponse({"status": "not ready"}, status_code=503)
+    return JSONResponse({"status": "degraded" if is_degraded else "ready"})

@@ -1,8 +1,8 @@
-"""Adapter versions and runs in MLflow. No other package calls its client, writes its filters or spells its tags."""
+"""Adapter versions and runs in MLflow, their aliases in the store. No other package calls MLflow's client, writes its
+filters or spells its tags."""
 
-from pedro.registry.models import DAMAGED, MANIFEST, RegisteredAdapter, Registry
-from pedro.registry.promotion import CANDIDATE, CHAMPION, PREVIOUS
-from pedro.registry.versions import Version, utc
+from pedro.registry.models import DAMAGED, MANIFEST, Registry
+from pedro.store import CANDIDATE, CHAMPION, PREVIOUS, RegisteredAdapter, Version, utc
 
 __all__ = [
     "CANDIDATE",

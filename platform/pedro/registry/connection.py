@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
+import subprocess
+import sys
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +54,8 @@ class Connection:
             with FileLock(f"{database}.lock"):  # two processes must not both make the schema
                 if not database.exists() or not database.stat().st_size:
                     _make_schema(database)
+                else:
+                    _upgrade_schema(database)
                 relocate(database, Path(self.artifact_root))
                 return _connect(self.tracking_uri)
         except Exception as error:
@@ -75,6 +81,11 @@ class Connection:
         from mlflow.exceptions import MlflowException
 
         return MlflowException
+
+    @staticmethod
+    def is_missing(error: Any) -> bool:
+        """Whether one of MLflow's errors says that there is no such thing."""
+        return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -115,3 +126,28 @@ def _make_schema(database: Path) -> None:
         left.unlink(missing_ok=True)
     _connect(f"{SQLITE}{scratch}")
     scratch.rename(database)
+
+
+def _upgrade_schema(database: Path) -> None:
+    """Bring an sqlite store of an earlier MLflow to this one's schema, in a copy of it, for the same reason."""
+    import mlflow.store.db_migrations
+    from alembic.script import ScriptDirectory
+
+    release = zlib.crc32(mlflow.__version__.encode()) >> 1
+    with closing(sqlite3.connect(database, timeout=20)) as link:
+        if link.execute("PRAGMA user_version").fetchone()[0] == release:  # which nobody else uses: it was looked at
+            return
+        found = link.execute("SELECT version_num FROM alembic_version").fetchone()[0]
+    if found != ScriptDirectory(str(Path(mlflow.store.db_migrations.__file__).parent)).get_current_head():
+        scratch = database.with_name(f"{database.name}.upgraded")
+        scratch.unlink(missing_ok=True)
+        with closing(sqlite3.connect(database)) as old, closing(sqlite3.connect(scratch)) as copy:
+            old.backup(copy)
+        command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"{SQLITE}{scratch}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            why = done.stderr.strip().rpartition("\n")[2]
+            raise RuntimeError(f"its schema, {found}, is not this MLflow's, and cannot become it: {why}")
+        scratch.rename(database)
+    with closing(sqlite3.connect(database, timeout=20)) as link:
+        link.execute(f"PRAGMA user_version = {release}")

@@ -5,18 +5,17 @@ Everything here raises UnavailableError if the registry does not answer.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pedro.registry.tags import PREFIX, ours
-from pedro.registry.versions import PROMOTED, Version, read_version
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
     from pedro.registry.models import Registry
+    from pedro.store import Version
 
 RUNNING = "RUNNING"
 DAY_S = 24 * 3600
@@ -106,33 +105,12 @@ def metric_histories(
 
 def new_versions(registry: Registry, since: float, limit: int = 200) -> list[Version]:
     """The versions that were registered since a time (Unix seconds), newest first; at most `limit`."""
-    with registry.answering():
-        entities = registry.client.search_model_versions(
-            filter_string=None, max_results=limit, order_by=["creation_timestamp DESC"]
-        )
-        return [read_version(entity) for entity in entities if entity.creation_timestamp >= since * 1000]
+    return registry.store.newest_versions(since, limit)
 
 
 def promotions(registry: Registry, since: float, limit: int = 200) -> list[Version]:
-    """The versions that became champion since a time (Unix seconds), the last first; at most `limit` a day."""
-    days = {time.strftime("%Y-%m-%d", time.gmtime(moment)) for moment in _every_day(since, time.time())}
-    with registry.answering():
-        versions = [
-            read_version(entity)
-            for day in sorted(days)
-            for entity in registry.client.search_model_versions(
-                filter_string=f"tags.`{PROMOTED}` LIKE '{day}%'", max_results=limit
-            )
-        ]
-    start = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(since))
-    return sorted((one for one in versions if one.promoted >= start), key=lambda one: one.promoted, reverse=True)
-
-
-def _every_day(since: float, until: float) -> Iterator[float]:
-    while since < until:
-        yield since
-        since += DAY_S
-    yield until
+    """The versions that became champion since a time (Unix seconds), the last first; at most `limit`."""
+    return registry.store.newest_versions(since, limit, promoted=True)
 
 
 def _experiments(registry: Registry, models: Sequence[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ The same `build_app` serves `pedro serve`, a Serve config file and a RayService 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ray.serve import Application
     from ray.serve.handle import DeploymentHandle
 
+KEEP_HOUSE_EVERY_S = 15.0
+KEEP_CHANGES_S = 3600.0  # a gateway that was held up for longer reads everything again
 MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
 
 
@@ -122,7 +125,11 @@ class Gateway:
         first = self._engine.stats.remote()  # a handle's first request makes its router, which publishes replicas
         with suppress(Exception):  # the watcher says so, and tries again
             await self._resolver.refresh()  # before the first request comes, as in place of another ingress
-        self._starting = [asyncio.ensure_future(first), asyncio.create_task(self._resolver.watch())]
+        self._starting = [
+            asyncio.ensure_future(first),
+            asyncio.create_task(self._resolver.watch()),
+            asyncio.create_task(self._keep_house()),
+        ]
         backend = ServeBackend(
             self._config.model_name,
             self._longest,
@@ -137,6 +144,14 @@ class Gateway:
             send_request_id=False,  # Serve's proxy sends it itself
         )
         return create_app(lambda: backend, self._store, settings)
+
+    async def _keep_house(self) -> None:
+        """Tell MLflow of moves that it has not heard of and forget old changes of the feed, until cancelled."""
+        while True:
+            await asyncio.sleep(KEEP_HOUSE_EVERY_S)
+            with suppress(PedroError):  # the database is away, as the watcher says
+                await asyncio.to_thread(self._registry.mirror)
+                await asyncio.to_thread(self._store.forget_changes, time.time() - KEEP_CHANGES_S)
 
 
 def max_body_bytes(max_model_len: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import calendar
 import logging
+import random
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -96,7 +97,7 @@ class ServeBackend:
         if "seed" not in call.params:
             call = replace(call, params={**call.params, "seed": secrets.randbits(63)})
         until = time.monotonic() + min(call.timeout_s or self._timeout_s, self._timeout_s)
-        version = await self._version(call.tenant, call.model)
+        version = await self._version(call.tenant, call.model, random.random())  # noqa: S311 - no secret
         if version is None:
             async with aclosing(self._retries.generate(call, None, until)) as deltas:
                 async for delta in deltas:
@@ -135,7 +136,7 @@ class ServeBackend:
         good = self._faults.last_good(call.model)
         wanted = [] if good is None else [good.model_ref.without_digest]
         if named.alias in (None, CHAMPION):
-            wanted.append(replace(named, alias=PREVIOUS))
+            wanted += [replace(named, alias=CHAMPION), replace(named, alias=PREVIOUS)]  # of a canary, the champion
         for ref in wanted:
             with suppress(PedroError):
                 candidate = await self._resolver.resolve(call.tenant, str(ref))
@@ -229,16 +230,20 @@ class ServeBackend:
 
     async def ready(self) -> bool:
         """The catalogue is known and a replica would take a call."""
-        return self._resolver.fresh and self._replicas.ready
+        return self._resolver.loaded and self._replicas.ready
+
+    async def degraded(self) -> bool:
+        """The catalogue was not read lately."""
+        return not self._resolver.fresh
 
     async def _ref(self, tenant: str, model: str | None) -> ModelRef | None:
         """The exact version of what `model` means; None for the backbone."""
         version = await self._version(tenant, model)
         return None if version is None else version.model_ref
 
-    async def _version(self, tenant: str, model: str | None) -> Version | None:
+    async def _version(self, tenant: str, model: str | None, share: float = 1.0) -> Version | None:
         """What `model` means; None for the backbone."""
-        return None if model in (None, self._model_name) else await self._resolver.resolve(tenant, str(model))
+        return None if model in (None, self._model_name) else await self._resolver.resolve(tenant, str(model), share)
 
     async def _version_ref(self, tenant: str, model: str) -> ModelRef:
         ref = await self._ref(tenant, model)

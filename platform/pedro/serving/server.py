@@ -62,7 +62,7 @@ class ReplicaServer:
         self.name = name
         self._tokenizer_digests = backbone.tokenizer_digests
         self._registry = Registry.open(settings)
-        self._registry.catalog()  # connect now rather than under the first request
+        self._registry.connect()  # now rather than under the first request
         self._backbone_digest = backbone.digest
         self._bare = f"{config.model_name}#{backbone.digest}"
         self._tokenizer = load_tokenizer(backbone)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pedro.config import Settings, validate_spec
-from pedro.errors import AdapterError, ConfigError, ConflictError, DataError, NotFoundError, PedroError
-from pedro.registry import CANDIDATE, CHAMPION, Registry, Version
+from pedro.errors import ConfigError, DataError, NotFoundError, PedroError
+from pedro.registry import CHAMPION, Registry, Version
 from pedro.training.allowed_files import check_allowed_files
 from pedro.training.driver import connect_driver, drive, fail, log_line
 from pedro.training.job_log import keeping_log
@@ -219,16 +219,8 @@ def move_alias(
 
     `judged_against` is the champion that the gate compared it with; beside another one the decision means nothing.
     """
-    if decision.passed:
-        try:
-            registry.promote(version.name, version.version, expected=judged_against)
-        except (ConflictError, AdapterError) as error:
-            decision = GateDecision(False, error.message)
-    registry.tag_gate(version, f"{'passed' if decision.passed else 'refused'}: {decision.reason}")
-    if decision.passed:
-        return CHAMPION, decision
-    registry.set_alias(version.name, CANDIDATE, version.version)
-    return CANDIDATE, decision
+    alias, reason = registry.judge(version, decision.passed, decision.reason, judged_against)
+    return alias, GateDecision(alias == CHAMPION, reason)
 
 
 def _log_spec(registry: Registry, run_id: str, spec: FineTuneSpec, scratch: Path) -> None:

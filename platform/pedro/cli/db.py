@@ -1,0 +1,131 @@
+"""`pedro db`: the schema of the platform's records, what is taken over from MLflow, and what MLflow is told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from pedro.cli.output import AsJson, emit, log
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.store import Database
+
+app = typer.Typer(
+    help="The platform's database: upgrade its schema, say where it stands, take over MLflow's registry.",
+    no_args_is_help=True,
+)
+
+
+@app.command()
+def upgrade(as_json: AsJson = False) -> None:
+    """Bring the schema to this release's, then take over adapters and aliases of MLflow's registry, once.
+
+    An sqlite database in the home needs no such command: it is upgraded when it is first opened. Again does no harm,
+    and of two at once one waits for the other. Back up a server's database first.
+    """
+    from pedro.registry import Registry
+    from pedro.store import Store, migrate, schema
+
+    settings = _settings()
+    database = _database(settings)
+    before = migrate.upgrade(database)
+    database.close()
+    store = Store(settings.database_url)
+    taken = None if store.imported() else Registry.open(settings).take_over()
+    store.close()
+    result = {"before": before, "schema": schema.REVISION, "taken_over": None if taken is None else asdict(taken)}
+
+    def show() -> None:
+        if before == schema.REVISION:
+            typer.echo(f"the schema is {before}: nothing to do")
+        else:
+            typer.echo(f"the schema is {schema.REVISION} now (was {before or 'empty'})")
+        if taken is not None:
+            typer.echo(_taken(taken.adapters, taken.versions))
+
+    emit(result, as_json, show)
+
+
+@app.command()
+def current(as_json: AsJson = False) -> None:
+    """Print the revision of the schema; changes nothing."""
+    from pedro.store import migrate
+
+    database = _database(_settings())
+    revision = migrate.current(database)
+    state = migrate.state_of(revision)
+    emit({"schema": revision, "state": state.value}, as_json, lambda: typer.echo(f"{revision or 'none'} ({state})"))
+
+
+@app.command()
+def check(as_json: AsJson = False) -> None:
+    """Say whether this release can work with the database, and what to do if not (exit 1); changes nothing."""
+    from pedro.store import Store, migrate
+
+    settings = _settings()
+    database = _database(settings)
+    revision = migrate.current(database)
+    state = migrate.state_of(revision)
+    remedy = migrate.remedy(database, revision)
+    result: dict[str, Any] = {"database": database.shown, "schema": revision, "state": state.value, "remedy": remedy}
+    lines = [f"{database.shown}: schema {revision or 'none'} ({state})"]
+    if state is migrate.SchemaState.CURRENT:
+        store = Store(settings.database_url)
+        imported, waiting = store.imported() is not None, store.unmirrored()
+        store.close()
+        result |= {"taken_over": imported, "unmirrored": waiting}
+        if not imported:
+            remedy = result["remedy"] = "run `pedro db upgrade`"
+            lines.append("MLflow's registry was not taken over yet")
+        if waiting:
+            lines.append(f"MLflow has not heard of the last moves of {len(waiting)} adapters; `pedro db mirror`")
+    database.close()
+    if remedy:
+        lines.append(f"→ {remedy}")
+    emit({**result, "ok": not remedy}, as_json, lambda: typer.echo("\n".join(lines)))
+    if remedy:
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def import_registry(as_json: AsJson = False) -> None:
+    """Take over adapters, versions and aliases of MLflow's registry that the database does not know.
+
+    Happens once by itself; again, for instance after MLflow was restored, it adds what is missing and moves no alias.
+    """
+    from pedro.registry import Registry
+
+    taken = Registry.open(_settings()).take_over()
+    emit(asdict(taken), as_json, lambda: typer.echo(_taken(taken.adapters, taken.versions)))
+
+
+@app.command()
+def mirror(as_json: AsJson = False) -> None:
+    """Tell MLflow, whose pages show aliases, of moves that it has not heard of; a server does so by itself."""
+    from pedro.registry import Registry
+
+    waiting = Registry.open(_settings()).mirror()
+    if waiting:
+        log(f"MLflow does not answer; {len(waiting)} adapters wait")
+    emit({"unmirrored": waiting}, as_json, lambda: typer.echo("MLflow has heard of all moves" if not waiting else ""))
+    if waiting:
+        raise typer.Exit(1)
+
+
+def _taken(adapters: int, versions: int) -> str:
+    return f"taken over from MLflow's registry: {adapters:,} adapters, {versions:,} versions"
+
+
+def _settings() -> Settings:
+    from pedro.config import Settings
+
+    return Settings.from_env()
+
+
+def _database(settings: Settings) -> Database:
+    from pedro.store import Database
+
+    return Database(settings.database_url)

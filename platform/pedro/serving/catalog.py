@@ -1,0 +1,141 @@
+"""What one server knows of adapters: looked up when first asked for, then kept up to date by the store's change feed.
+
+Bounded in memory. A name that is not there is remembered as such until something of that name changes. While the
+store is away, what is known stays in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from pedro.errors import NotFoundError, UnavailableError
+from pedro.store import ADAPTER, KnownAdapter, Position, Store, Version
+
+MAX_KNOWN = 50_000  # adapters, each with the versions that its aliases name
+MAX_MISSING = 20_000  # names
+MAX_NUMBERED = 64  # versions of one adapter that were asked for by number
+MAX_TOGETHER = 400  # names that are looked up in one question
+Found = KnownAdapter | None
+
+
+@dataclass
+class _Question:
+    """A name that is being looked up; `outdated` once it changed meanwhile."""
+
+    answer: asyncio.Task[Found] | None = None
+    outdated: bool = False
+
+
+@dataclass
+class AdapterCatalog:
+    """The adapters of one store, for one event loop."""
+
+    store: Store
+    max_known: int = MAX_KNOWN
+    read_at: float | None = None
+    """When (`time.monotonic`) the feed was read last; None before."""
+    _position: Position | None = None
+    _known: OrderedDict[str, KnownAdapter] = field(default_factory=OrderedDict)
+    _missing: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    _asked: dict[str, _Question] = field(default_factory=dict)
+
+    async def follow(self) -> None:
+        """Read what changed since the last time and look up again what of it is known. Raises UnavailableError."""
+        here = await asyncio.to_thread(self.store.position)
+        if self._position is None:
+            self._position = here
+        elif here != self._position:
+            delta = await asyncio.to_thread(self.store.changes, self._position)
+            if delta.complete:
+                changed = {subject for kind, subject in delta.changed if kind == ADAPTER}
+            else:
+                changed = {*self._known, *self._missing, *self._asked}
+            await self._look_again(changed)
+            self._position = delta.position if delta.complete else here
+        self.read_at = time.monotonic()
+
+    async def get(self, name: str) -> Found:
+        """An adapter; None if there is none of that name. Raises UnavailableError where that cannot be known now."""
+        known = self._known.get(name)
+        if known is not None:
+            self._known.move_to_end(name)
+            return known
+        if name in self._missing:
+            return None
+        question = self._asked.get(name)
+        if question is None or question.answer is None:
+            question = self._asked[name] = _Question()
+            question.answer = asyncio.create_task(self._look_up(name, question))
+            question.answer.add_done_callback(_retrieve)
+        return await asyncio.shield(question.answer)
+
+    async def version(self, name: str, number: int) -> Version | None:
+        """A version by its number; None if there is none. Raises UnavailableError where that cannot be known now."""
+        known = await self.get(name)
+        if known is None:
+            return None
+        if number not in known.versions:
+            try:
+                version = await asyncio.to_thread(self.store.get_version, name, number)
+            except NotFoundError:
+                return None
+            if len(known.versions) < MAX_NUMBERED:
+                known.versions[number] = version
+            return version
+        return known.versions[number]
+
+    async def of_tenant(self, tenant: str | None) -> list[KnownAdapter]:
+        """All adapters of a tenant, or of all, by name; while the store is away, those that are known."""
+        try:
+            names = await asyncio.to_thread(self.store.list_adapters, tenant)
+            found = await asyncio.to_thread(self.store.look_up, list(names))
+        except UnavailableError:
+            found = {name: known for name, known in self._known.items() if tenant in (None, name.partition(".")[0])}
+        return [found[name] for name in sorted(found)]
+
+    async def _look_up(self, name: str, question: _Question) -> Found:
+        """The adapter, remembered; asked again where it changed between the asking and the answer."""
+        try:
+            while True:
+                question.outdated = False
+                found = (await asyncio.to_thread(self.store.look_up, [name])).get(name)
+                if not question.outdated:
+                    self._remember(name, found)
+                    return found
+        finally:
+            self._asked.pop(name, None)
+
+    async def _look_again(self, changed: Collection[str]) -> None:
+        for name in changed:
+            self._missing.pop(name, None)
+            if name in self._asked:
+                self._asked[name].outdated = True
+        names = [name for name in changed if name in self._known]
+        for start in range(0, len(names), MAX_TOGETHER):
+            some = names[start : start + MAX_TOGETHER]
+            found = await asyncio.to_thread(self.store.look_up, some)
+            for name in some:
+                if name not in found:
+                    self._known.pop(name, None)
+                elif name in self._known:
+                    self._known[name] = found[name]
+
+    def _remember(self, name: str, found: Found) -> None:
+        if found is None:
+            self._missing[name] = None
+        else:
+            self._known[name] = found
+        while len(self._known) > self.max_known:
+            self._known.popitem(last=False)
+        while len(self._missing) > MAX_MISSING:
+            self._missing.popitem(last=False)
+
+
+def _retrieve(answer: asyncio.Task[Found]) -> None:
+    """It may be that nobody waits for it any more."""
+    if not answer.cancelled():
+        answer.exception()

@@ -1,0 +1,62 @@
+"""The platform's own records: keys, quotas, jobs, adapters with their aliases. The only package that writes SQL."""
+
+from pedro.store.changes import ADAPTER, Delta, Position
+from pedro.store.database import Database, exclusive
+from pedro.store.records import (
+    ADMIN,
+    CANDIDATE,
+    CHAMPION,
+    INFER,
+    NO_QUOTA,
+    PREVIOUS,
+    SCOPES,
+    TRAIN,
+    AuditEntry,
+    Canary,
+    Inherited,
+    JobRecord,
+    JobStatus,
+    KeyRecord,
+    KnownAdapter,
+    Move,
+    Quota,
+    RegisteredAdapter,
+    Standing,
+    Unmirrored,
+    Version,
+    utc,
+)
+from pedro.store.standings import WHATEVER
+from pedro.store.store import Store
+
+__all__ = [
+    "ADAPTER",
+    "ADMIN",
+    "CANDIDATE",
+    "CHAMPION",
+    "INFER",
+    "NO_QUOTA",
+    "PREVIOUS",
+    "SCOPES",
+    "TRAIN",
+    "WHATEVER",
+    "AuditEntry",
+    "Canary",
+    "Database",
+    "Delta",
+    "Inherited",
+    "JobRecord",
+    "JobStatus",
+    "KeyRecord",
+    "KnownAdapter",
+    "Move",
+    "Position",
+    "Quota",
+    "RegisteredAdapter",
+    "Standing",
+    "Store",
+    "Unmirrored",
+    "Version",
+    "exclusive",
+    "utc",
+]

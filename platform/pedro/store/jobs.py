@@ -1,0 +1,132 @@
+"""Jobs: their records, and which state may follow which."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from pedro.errors import ConfigError, ConflictError, NotFoundError
+from pedro.store import schema
+from pedro.store.records import NEXT, JobRecord, JobStatus
+
+if TYPE_CHECKING:
+    from pedro.store.database import Database
+
+
+class JobTable:
+    """Reads and writes jobs."""
+
+    _database: Database
+
+    def create_job(self, tenant: str, adapter: str, spec: dict[str, Any], job_id: str | None = None) -> JobRecord:
+        """A queued job. `job_id` lets a caller that needs the id beforehand bring it."""
+        record = JobRecord(
+            id=job_id or f"ftjob-{uuid.uuid4().hex[:24]}",
+            tenant=tenant,
+            adapter=adapter,
+            spec=spec,
+            status=JobStatus.QUEUED,
+            submission_id=None,
+            created=time.time(),
+            finished=None,
+            result=None,
+            message="",
+        )
+        with self._database.writing() as connection:
+            connection.execute(sa.insert(schema.jobs).values({**record.__dict__, "status": record.status.value}))
+        return record
+
+    def update_job(
+        self,
+        job_id: str,
+        *,
+        status: JobStatus | str | None = None,
+        submission_id: str | None = None,
+        result: dict[str, Any] | None = None,
+        message: str | None = None,
+    ) -> JobRecord:
+        """Changes what is given; a final status stamps `finished`. Naming the present status again is allowed.
+
+        Raises NotFoundError, or ConflictError when the job cannot go from its status to this one: the check and the
+        change are one statement, so of two processes that race for a transition one gets the error.
+        """
+        given = {"submission_id": submission_id, "result": result, "message": message}
+        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        where = schema.jobs.c.id == job_id
+        if status is not None:
+            target = _job_status(status)
+            sources = [source.value for source in JobStatus if target in NEXT[source] or source == target]
+            where = sa.and_(where, schema.jobs.c.status.in_(sources))
+            values["status"] = target.value
+            if target.final:
+                values["finished"] = sa.func.coalesce(schema.jobs.c.finished, time.time())
+        with self._database.writing() as connection:
+            changed = connection.execute(sa.update(schema.jobs).where(where).values(values)).rowcount if values else 1
+            row = connection.execute(sa.select(schema.jobs).where(schema.jobs.c.id == job_id)).one_or_none()
+        if row is None:
+            raise _job_not_found(job_id)
+        if not changed:
+            raise ConflictError(f"job '{job_id}' is {row.status} and cannot become {status}", param="status")
+        return _job_record(row)
+
+    def get_job(self, job_id: str, tenant: str | None = None) -> JobRecord:
+        """Raises NotFoundError, the same for an unknown job and for one of another tenant than the one named."""
+        with self._database.reading() as connection:
+            row = connection.execute(sa.select(schema.jobs).where(schema.jobs.c.id == job_id)).one_or_none()
+        if row is None or (tenant is not None and row.tenant != tenant):
+            raise _job_not_found(job_id)
+        return _job_record(row)
+
+    def list_jobs(
+        self,
+        tenant: str | None = None,
+        *,
+        status: JobStatus | str | None = None,
+        ended_since: float | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> list[JobRecord]:
+        """Jobs, newest first; `limit` of them after the first `offset`."""
+        query = (
+            sa.select(schema.jobs)
+            .order_by(schema.jobs.c.created.desc(), schema.jobs.c.id.desc())
+            .limit(limit)
+            .offset(offset)
+        )
+        if tenant is not None:
+            query = query.where(schema.jobs.c.tenant == tenant)
+        if status is not None:
+            query = query.where(schema.jobs.c.status == _job_status(status).value)
+        if ended_since is not None:
+            query = query.where(schema.jobs.c.finished >= ended_since)
+        with self._database.reading() as connection:
+            return [_job_record(row) for row in connection.execute(query)]
+
+    def count_jobs(self) -> dict[tuple[str, JobStatus], int]:
+        """How many jobs each tenant has in each status; what it has none of is left out."""
+        query = sa.select(schema.jobs.c.tenant, schema.jobs.c.status, sa.func.count()).group_by(
+            schema.jobs.c.tenant, schema.jobs.c.status
+        )
+        with self._database.reading() as connection:
+            return {(tenant, JobStatus(status)): count for tenant, status, count in connection.execute(query)}
+
+
+def _job_status(status: JobStatus | str) -> JobStatus:
+    try:
+        return JobStatus(status)
+    except ValueError:
+        known = ", ".join(known.value for known in JobStatus)
+        raise ConfigError(f"status: expected one of {known}, got {status!r}", param="status") from None
+
+
+def _job_record(row: sa.Row[Any]) -> JobRecord:
+    values = {field.name: getattr(row, field.name) for field in fields(JobRecord)}
+    return JobRecord(**{**values, "status": JobStatus(row.status)})
+
+
+def _job_not_found(job_id: str) -> NotFoundError:
+    return NotFoundError(f"job '{job_id}' does not exist or you do not have access to it", param="job")

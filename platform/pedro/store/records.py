@@ -1,0 +1,223 @@
+"""What the store gives to others: frozen records, which know of no table."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from pedro.refs import ModelRef
+
+INFER, TRAIN, ADMIN = "infer", "train", "admin"
+SCOPES = (INFER, TRAIN, ADMIN)
+CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
+
+
+class JobStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return not NEXT[self]
+
+
+NEXT = {
+    JobStatus.QUEUED: {JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED},
+    JobStatus.RUNNING: {
+        JobStatus.QUEUED,  # sent back after its cluster was lost
+        JobStatus.PAUSED,
+        JobStatus.SUCCEEDED,
+        JobStatus.FAILED,
+        JobStatus.CANCELLED,
+    },
+    JobStatus.PAUSED: {JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED},
+    JobStatus.SUCCEEDED: set(),
+    JobStatus.FAILED: set(),
+    JobStatus.CANCELLED: set(),
+}
+
+
+@dataclass(frozen=True)
+class Quota:
+    """The most that may be asked for in a minute; None is no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # of prompts and answers together
+
+
+NO_QUOTA = Quota()
+
+
+@dataclass(frozen=True)
+class KeyRecord:
+    id: str
+    tenant: str
+    name: str
+    scopes: tuple[str, ...]
+    hint: str  # the secret's last four characters, to tell keys apart in a list
+    created: float
+    revoked: float | None
+    quota: Quota = NO_QUOTA  # the key's own; its tenant's holds as well
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    id: str
+    tenant: str
+    adapter: str
+    spec: dict[str, Any]
+    status: JobStatus
+    submission_id: str | None
+    created: float
+    finished: float | None
+    result: dict[str, Any] | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A version that answers a share of what is asked of the champion."""
+
+    version: int
+    weight: float
+    """Between 0 and 1, both excluded."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the aliases of one adapter stand: what a move changes as a whole."""
+
+    aliases: dict[str, int] = field(default_factory=dict)
+    canary: Canary | None = None
+
+    def names_of(self, version: int) -> tuple[str, ...]:
+        """The aliases of a version."""
+        return tuple(sorted(alias for alias, number in self.aliases.items() if number == version))
+
+    @property
+    def versions(self) -> set[int]:
+        """Those that an alias names, or the canary."""
+        return {*self.aliases.values(), *([self.canary.version] if self.canary else [])}
+
+    def to_dict(self) -> dict[str, Any]:
+        split = {"canary": {"version": self.canary.version, "weight": self.canary.weight}} if self.canary else {}
+        return {"aliases": self.aliases, **split}
+
+
+@dataclass(frozen=True)
+class RegisteredAdapter:
+    """A name with its aliases. A name made again after a deletion is another adapter: `made` tells them apart."""
+
+    name: str
+    generation: int
+    made: int
+    created: float
+    standing: Standing
+
+    @property
+    def aliases(self) -> dict[str, int]:
+        return self.standing.aliases
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable version of an adapter; `aliases` is as of the reading."""
+
+    tenant: str
+    adapter: str
+    version: int
+    digest: str
+    backbone_id: str
+    backbone_digest: str
+    method: str
+    trainable_parameters: int
+    metrics: dict[str, Any]
+    spec: dict[str, Any]
+    gate: str
+    run_id: str
+    created: str
+    aliases: tuple[str, ...] = ()
+    promoted: str = ""  # when it last became champion
+    manifest_digest: str = ""  # of all that pedro_adapter.json says; versions of earlier releases have none
+
+    @property
+    def name(self) -> str:
+        """`tenant.adapter`, as the registry and the API call it."""
+        return ModelRef(self.tenant, self.adapter).name
+
+    @property
+    def ref(self) -> str:
+        """`tenant.adapter:7`, which always means these weights."""
+        return str(self.model_ref.without_digest)
+
+    @cached_property  # asked for by every request
+    def model_ref(self) -> ModelRef:
+        """This version and its weights: it can never mean others."""
+        return ModelRef(self.tenant, self.adapter, version=self.version, digest=self.digest)
+
+
+@dataclass(frozen=True)
+class KnownAdapter:
+    """An adapter with the versions that its aliases name, as far as serving needs them: without metrics and spec."""
+
+    adapter: RegisteredAdapter
+    versions: dict[int, Version]
+
+
+@dataclass(frozen=True)
+class Unmirrored:
+    """What the registry has not heard of an adapter: how it stands, or that it was deleted, and its versions that
+    changed, or were deleted, since."""
+
+    adapter: RegisteredAdapter
+    deleted: bool
+    changed: tuple[Version, ...]
+    gone: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """An adapter as the registry held it before aliases were the store's."""
+
+    name: str
+    created: float
+    aliases: dict[str, int]
+    versions: tuple[Version, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One row of an adapter's history."""
+
+    generation: int
+    at: float
+    actor: str
+    action: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """Who changed what, and how it was before and is after."""
+
+    at: float
+    actor: str
+    tenant: str
+    action: str
+    subject: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+def utc(seconds: float) -> str:
+    """Unix seconds as people and tags write them."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
