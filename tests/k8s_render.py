@@ -72,6 +72,8 @@ def pods(objects: list[dict[str, Any]]) -> Iterator[Pod]:
         where, spec = f"{obj['kind']}/{obj['metadata']['name']}", obj.get("spec", {})
         if obj["kind"] in ("Deployment", "StatefulSet"):
             yield _pod(where, spec["template"])
+        if obj["kind"] == "Job":
+            yield _pod(where, spec["template"], ends=True)
         cluster = spec.get("rayClusterConfig") or spec.get("rayClusterSpec")
         if cluster:
             yield _pod(f"{where}/head", cluster["headGroupSpec"]["template"], {"ray.io/node-type": "head"})

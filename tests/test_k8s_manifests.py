@@ -14,8 +14,10 @@ import jsonschema
 import pytest
 import yaml
 from k8s_render import OVERLAYS, PLATFORMS, ROOT, SPEC, matches, one, pods, render, whole
+from typer.testing import CliRunner
 
 import pedro
+from pedro.cli import app
 from pedro.config import Settings, validate_spec
 from pedro.gateway.connections import ConnectionLimits
 from pedro.serving.config import ServeConfig
@@ -256,6 +258,24 @@ def test_the_serve_config_is_one_that_serve_and_pedro_accept_and_its_engines_fit
     assert wanted.replicas == 1 or 2 * wanted.num_cpus > int(limits["cpu"]), "one engine a worker"
     assert wanted.num_gpus == int(limits.get("nvidia.com/gpu", 0))
     assert (wanted.device == "cuda") == (wanted.num_gpus > 0)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_schemas_are_upgraded_by_commands_that_there_are_with_the_settings_of_the_pods_that_need_them(platform):
+    objects = render(platform)
+    (container,) = one(objects, "Job", "upgrade")["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["pedro", "db", "upgrade"]
+    assert CliRunner().invoke(app, [*container["command"][1:], "--help"]).exit_code == 0
+    ours = Settings.from_env(environment(container, objects))
+    ray_pods = [pod for pod in pods(objects) if "ray.io/node-type" in pod.labels]
+    assert {ours.database_url} == {
+        Settings.from_env(environment(pod.spec["containers"][0], objects)).database_url for pod in ray_pods
+    }
+    mlflow = one(objects, "Deployment", "mlflow")["spec"]["template"]["spec"]
+    (first,), (server,) = mlflow["initContainers"], mlflow["containers"]
+    assert first["command"] == ["mlflow", "db", "upgrade", "$(MLFLOW_BACKEND_STORE_URI)"]
+    stores = {environment(container, objects)["MLFLOW_BACKEND_STORE_URI"] for container in (first, server)}
+    assert len(stores) == 1
 
 
 def test_mlflow_accepts_its_command_line():
