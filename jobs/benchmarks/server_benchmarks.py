@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from jobs.benchmarks import dashboard_pages, dry_run, fairness, fairness_http, http_overhead
+from jobs.benchmarks import control_plane, dashboard_pages, dry_run, fairness, fairness_http, http_overhead
 from jobs.benchmarks.command_line import Benchmark, Options
 from jobs.benchmarks.engine_benchmarks import FAIRNESS_COLUMNS
 from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, ModelSize, bench_folder, prompts, saved_model
@@ -133,6 +133,11 @@ SERVER_BENCHMARKS = {
         "the dashboard's pages among 10,000 runs and 500 adapters",
         dashboard_pages.dashboard_report,
         dashboard_pages.COLUMNS,
+    ),
+    "control_plane": Benchmark(
+        "1,000 to 100,000 names in PostgreSQL, followed by three gateways: moved aliases, idle cost, memory",
+        control_plane.control_plane_report,
+        control_plane.COLUMNS,
     ),
     "registry": Benchmark(
         "what a miss costs in the registry, before the engine's loader", registry_report, REGISTRY_COLUMNS

@@ -1,0 +1,195 @@
+"""Names, aliases and versions at scale: how soon a moved alias is served by every gateway, and what following costs.
+
+PostgreSQL runs from a wheel's binaries, MLflow as a server that hears of each move over HTTP, and three gateways each
+in a process of its own, as far as they follow the store (`workers/catalogue.py`): no engine takes part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from jobs.benchmarks.model_sizes import bench_folder
+from jobs.benchmarks.report import BenchmarkReport, Target, exactly
+from jobs.benchmarks.stats import percentile
+from jobs.benchmarks.workers.catalogue import BACKBONE
+from pedro.cluster import free_port
+from pedro.config import Settings
+from pedro.registry import Registry, Version, utc
+from pedro.store import Inherited
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
+    from jobs.benchmarks.engine_process import Log
+
+COLUMNS = ("names", "entered_s", "moves", "move_ms", "served_p50_s", "served_p99_s", "idle_share", "mib", "known")
+NAMES, QUICK = (1_000, 10_000, 100_000), (1_000,)
+GATEWAYS, TENANTS, IN_MLFLOW, IDLE_S = 3, 100, 20, 30.0
+STARTS_S = 180
+SERVED_S, IDLE_SHARE = 2.0, 0.01
+
+
+def control_plane_report(options: Options, log: Log) -> BenchmarkReport:
+    """Fill a database with names, have three gateways know them, idle, then move aliases."""
+    from jobs.benchmarks.postgres_server import running_server
+
+    moves = options.rounds or (30 if options.quick else 200)
+    report = BenchmarkReport("control_plane", {"gateways": GATEWAYS, "moves": moves, "idle_s": IDLE_S})
+    home = bench_folder() / "control_plane"
+    shutil.rmtree(home, ignore_errors=True)
+    try:
+        with running_server() as postgres, _mlflow(home, log) as tracking_uri:
+            for count in QUICK if options.quick else NAMES:
+                database = postgres.ready_database()
+                env = {"PEDRO_HOME": str(home), "PEDRO_DATABASE_URL": database, "MLFLOW_TRACKING_URI": tracking_uri}
+                report.rows.append(_measure(env, count, moves, log))
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    for row in report.rows:
+        label = f"{row['names']:,} names: "
+        report.targets += [
+            Target(f"{label}s until served everywhere, p99", SERVED_S, exactly(row["served_p99_s"]), at_most=True),
+            Target(f"{label}share of a core, idle", IDLE_SHARE, exactly(row["idle_share"]), at_most=True),
+        ]
+    return report
+
+
+def _measure(env: dict[str, str], count: int, moves: int, log: Log) -> dict[str, Any]:
+    registry = Registry.open(Settings.from_env(env))
+    names = [f"tenant{number % TENANTS:02d}.adapter{number // TENANTS}" for number in range(count)]
+    log(f"{count:,} names: entering them")
+    _enter_in_mlflow(registry, names[:IN_MLFLOW])
+    began = time.perf_counter()
+    registry.take_over()  # of those in MLflow, and from now on nobody else takes over
+    registry.store.take_over(_inherited(name) for name in names)
+    entered_s = time.perf_counter() - began
+    with ExitStack() as running:
+        gateways = [running.enter_context(_gateway(env)) for _ in range(GATEWAYS)]
+        known = names[: max(count // 2, IN_MLFLOW)]
+        log(f"{count:,} names: {GATEWAYS} gateways learn {len(known):,} of them, then idle")
+        warmed = _ask(gateways, {"do": "warm", "names": known})
+        idled = _ask(gateways, {"do": "idle", "seconds": IDLE_S})
+        targets = [(names[number % IN_MLFLOW], 2 - number // IN_MLFLOW % 2) for number in range(moves)]
+        log(f"{count:,} names: {moves} moves")
+        for gateway in gateways:
+            _tell(gateway, {"do": "moves", "targets": targets})
+        moved, took = [], []
+        for name, version in targets:
+            moved.append(time.time())
+            registry.promote(name, version)
+            took.append((time.time() - moved[-1]) * 1000)
+            for gateway in gateways:
+                _read(gateway)
+        heard = [_read(gateway)["heard"] for gateway in gateways]
+    served = [max(moments) - began for began, *moments in zip(moved, *heard, strict=True)]
+    return {
+        "names": count,
+        "entered_s": round(entered_s, 1),
+        "moves": moves,
+        "move_ms": round(median(took), 1),
+        "served_p50_s": round(median(served), 3),
+        "served_p99_s": round(percentile(served, 0.99), 3),
+        "idle_share": round(max(one["share_of_a_core"] for one in idled), 4),
+        "mib": round(max(one["mib"] for one in warmed), 1),
+        "known": len(known),
+        "rss_mib": round(max(one["rss_mib"] for one in warmed)),
+        "learn_s": round(max(one["seconds"] for one in warmed), 1),
+        "unmirrored": len(registry.mirror()),
+    }
+
+
+def _inherited(name: str) -> Inherited:
+    tenant, _, adapter = name.partition(".")
+    versions = tuple(
+        Version(tenant, adapter, number, f"sha256:{number}", "b", BACKBONE, "pedro", 1, {}, {}, "", "run", utc(0))
+        for number in (1, 2)
+    )
+    return Inherited(name, 0.0, {"champion": 1}, versions)
+
+
+def _enter_in_mlflow(registry: Registry, names: list[str]) -> None:
+    """The names that will be moved, without files: their aliases are all that MLflow is told of."""
+    for name in names:
+        if name not in {model.name for model in registry.client.search_registered_models()}:
+            registry.client.create_registered_model(name)
+            run = registry.start_run(experiment="control plane", name=name, params={}, tags={})
+            for _ in range(2):
+                registry.client.create_model_version(name, source=f"runs:/{run}/adapter", run_id=run)
+
+
+@contextmanager
+def _mlflow(home: Path, log: Log) -> Iterator[str]:
+    home.mkdir(parents=True)
+    port = free_port()
+    log("starting MLflow's server")
+    with open(home / "mlflow.log", "w") as written:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}", "--workers=1",
+             f"--backend-store-uri=sqlite:///{home}/server.db", f"--default-artifact-root={home}/artifacts"],
+            stdout=written, stderr=written, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )  # fmt: skip
+    try:
+        until = time.monotonic() + STARTS_S
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            if server.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"MLflow's server did not start:\n{(home / 'mlflow.log').read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - loopback
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _gateway(env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.benchmarks.workers.catalogue"],
+        env={**os.environ, **env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _ask(gateways: list[subprocess.Popen[str]], command: dict[str, Any]) -> list[dict[str, Any]]:
+    for gateway in gateways:
+        _tell(gateway, command)
+    return [_read(gateway) for gateway in gateways]
+
+
+def _tell(gateway: subprocess.Popen[str], command: dict[str, Any]) -> None:
+    assert gateway.stdin is not None, "it was started with a pipe"
+    gateway.stdin.write(json.dumps(command) + "\n")
+    gateway.stdin.flush()
+
+
+def _read(gateway: subprocess.Popen[str]) -> dict[str, Any]:
+    assert gateway.stdout is not None, "it was started with a pipe"
+    line = gateway.stdout.readline()
+    if not line:
+        raise RuntimeError("a gateway ended; see its error above")
+    answer: dict[str, Any] = json.loads(line)
+    return answer
