@@ -66,12 +66,13 @@ def control_plane_report(options: Options, log: Log) -> BenchmarkReport:
 
 def _measure(env: dict[str, str], count: int, moves: int, log: Log) -> dict[str, Any]:
     registry = Registry.open(Settings.from_env(env))
-    names = [f"tenant{number % TENANTS:02d}.adapter{number // TENANTS}" for number in range(count)]
+    names = [f"tenant{number % TENANTS:02d}.of-{count}-{number // TENANTS}" for number in range(count)]
     log(f"{count:,} names: entering them")
-    _enter_in_mlflow(registry, names[:IN_MLFLOW])
+    registry.take_over()  # of none: from now on nobody looks in MLflow
+    scratch = Path(env["PEDRO_HOME"]) / f"made-{count}"
+    _register(registry, names[:IN_MLFLOW], scratch)
     began = time.perf_counter()
-    registry.take_over()  # of those in MLflow, and from now on nobody else takes over
-    registry.store.take_over(_inherited(name) for name in names)
+    registry.store.take_over(_inherited(name) for name in names[IN_MLFLOW:])
     entered_s = time.perf_counter() - began
     with ExitStack() as running:
         gateways = [running.enter_context(_gateway(env)) for _ in range(GATEWAYS)]
@@ -117,14 +118,24 @@ def _inherited(name: str) -> Inherited:
     return Inherited(name, 0.0, {"champion": 1}, versions)
 
 
-def _enter_in_mlflow(registry: Registry, names: list[str]) -> None:
-    """The names that will be moved, without files: their aliases are all that MLflow is told of."""
-    for name in names:
-        if name not in {model.name for model in registry.client.search_registered_models()}:
-            registry.client.create_registered_model(name)
+def _register(registry: Registry, names: list[str], scratch: Path) -> None:
+    """The names that will be moved, with two versions each whose weights are one zero."""
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    from pedro.methods.adapter_files import WEIGHTS, write_manifest
+
+    for number in (1, 2):
+        directory = scratch / str(number)
+        directory.mkdir(parents=True)
+        save_file({f"version {number}": zeros(1)}, directory / WEIGHTS)
+        (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "PEDRO"}))
+        write_manifest(directory, {"backbone": {"id": "b", "digest": BACKBONE}, "method": {"name": "pedro"}})
+        for name in names:
             run = registry.start_run(experiment="control plane", name=name, params={}, tags={})
-            for _ in range(2):
-                registry.client.create_model_version(name, source=f"runs:/{run}/adapter", run_id=run)
+            registry.register(run, directory, *name.split("."))
+    for name in names:
+        registry.promote(name, 1)
 
 
 @contextmanager

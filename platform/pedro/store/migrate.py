@@ -42,9 +42,11 @@ def ready(database: Database) -> None:
         return
     if state_of(revision) is SchemaState.NEWER:
         raise _newer(database, revision)
-    has = f"the schema {revision}, and this release needs {schema.REVISION}" if revision else "no schema yet"
+    stands = "has no schema yet"
+    if revision is not None:
+        stands = f"has the schema {revision}, and this release needs {schema.REVISION}"
     raise UnavailableError(
-        f"database {database.shown}: has {has}; {remedy(database, revision)}", param="database_url", code="schema"
+        f"database {database.shown}: {stands}; {remedy(database, revision)}", param="database_url", code="schema"
     )
 
 

@@ -1,0 +1,1 @@
+"""The steps of the schema, one file each in `versions`, run by `migrate.py`; released ones are never edited."""
