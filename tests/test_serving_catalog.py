@@ -117,6 +117,35 @@ def test_a_change_between_question_and_answer_is_not_lost(store):
     asyncio.run(go())
 
 
+def test_of_two_who_follow_at_once_the_older_answer_does_not_come_last(store):
+    fill(store, 3, "acme.faq")
+    store.promote("acme.faq", 1)
+    counted = Counted(store)
+    catalog = AdapterCatalog(counted)
+    read, go_on = threading.Event(), threading.Event()
+
+    def pause():
+        counted.before_answer = lambda: None
+        read.set()
+        go_on.wait(10)
+
+    async def go():
+        await catalog.follow()
+        await catalog.get("acme.faq")
+        store.promote("acme.faq", 2)
+        counted.before_answer = pause
+        first = asyncio.create_task(catalog.follow())
+        await asyncio.to_thread(read.wait, 10)
+        store.promote("acme.faq", 3)
+        second = asyncio.create_task(catalog.follow())
+        await asyncio.sleep(0.1)
+        go_on.set()
+        await first, await second
+        assert champion(await catalog.get("acme.faq")) == 3
+
+    asyncio.run(go())
+
+
 def test_a_version_by_its_number_is_gone_once_it_was_deleted(store):
     fill(store, 3, "acme.faq")
     store.promote("acme.faq", 1)

@@ -30,7 +30,7 @@ from pedro.store import CHAMPION, WHATEVER, Position, RegisteredAdapter, Store, 
 MANIFEST = "pedro_adapter.json"
 DAMAGED = "adapter_damaged"  # the code of an error that fetching again does not mend
 PATIENCE_S, LOCAL_PATIENCE_S = 3.0, 30.0  # how long a move waits for MLflow's server, or file, to show it
-TRIES = 3  # to register a version of a name that somebody deletes meanwhile
+TRIES = 3  # to register a version of a name that somebody deletes meanwhile; failures that say that MLflow is away
 
 
 class Registry(Tracking):
@@ -174,8 +174,10 @@ class Registry(Tracking):
 
     def mirror(self) -> list[str]:
         """Tell MLflow what it has not heard of yet; the names of which it still has not."""
+        failed = 0
         for name in self.store.unmirrored():
-            if not self._tell(name):
+            failed += not self._tell(name)
+            if failed == TRIES:
                 break  # it is away
         return self.store.unmirrored()
 

@@ -147,10 +147,14 @@ class Gateway:
 
     async def _keep_house(self) -> None:
         """Tell MLflow of moves that it has not heard of and forget old changes of the feed, until cancelled."""
+        seen, waiting = None, []
         while True:
             await asyncio.sleep(KEEP_HOUSE_EVERY_S)
             with suppress(PedroError):  # the database is away, as the watcher says
-                await asyncio.to_thread(self._registry.mirror)
+                here = await asyncio.to_thread(self._registry.stamp)
+                if waiting or here != seen:
+                    waiting = await asyncio.to_thread(self._registry.mirror)
+                    seen = here
                 await asyncio.to_thread(self._store.forget_changes, time.time() - KEEP_CHANGES_S)
 
 

@@ -42,9 +42,14 @@ class AdapterCatalog:
     _known: OrderedDict[str, KnownAdapter] = field(default_factory=OrderedDict)
     _missing: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _asked: dict[str, _Question] = field(default_factory=dict)
+    _following: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def follow(self) -> None:
         """Read what changed since the last time and look up again what of it is known. Raises UnavailableError."""
+        async with self._following:  # the watcher, and who just moved an alias: what is older must not come last
+            await self._follow()
+
+    async def _follow(self) -> None:
         here = await asyncio.to_thread(self.store.position)
         if self._position is None:
             self._position = here

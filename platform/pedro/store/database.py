@@ -79,13 +79,11 @@ class Database:
         except (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.TimeoutError) as error:
             raise UnavailableError("The platform's database does not answer; try again.", code="database") from error
 
-    def upsert(
-        self, table: sa.Table, key: dict[str, Any], values: dict[str, Any], changed: dict[str, Any] | None = None
-    ) -> sa.Insert:
-        """The statement that writes `values` into the row of `key`, new or not; `changed` where it is there."""
-        dialect: Any = postgresql if not self.is_sqlite else sqlite
+    def upsert(self, table: sa.Table, key: dict[str, Any], values: dict[str, Any]) -> sa.Insert:
+        """The statement that writes `values` into the row of `key`, new or not."""
+        dialect: Any = sqlite if self.is_sqlite else postgresql
         insert = dialect.insert(table).values(**key, **values)
-        upsert: sa.Insert = insert.on_conflict_do_update(index_elements=list(key), set_=changed or values)
+        upsert: sa.Insert = insert.on_conflict_do_update(index_elements=list(key), set_=values)
         return upsert
 
 
@@ -193,10 +191,8 @@ def _open_server(url: URL) -> Engine:
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:
-        connection.execute(f"SET lock_timeout = '{BUSY_TIMEOUT_S}s'")
-        connection.execute(
-            f"SET idle_in_transaction_session_timeout = '{BUSY_TIMEOUT_S}s'"
-        )  # who hangs holds nobody up
+        for limit in ("lock_timeout", "idle_in_transaction_session_timeout"):  # who hangs does not hold others up
+            connection.execute(f"SET {limit} = '{BUSY_TIMEOUT_S}s'")
         connection.commit()
 
     return engine
