@@ -115,10 +115,10 @@ def _meant(ref: ModelRef, known: KnownAdapter, share: float) -> int | None:
     """The number of the version that a name means."""
     if ref.version is not None:
         return ref.version
-    canary = known.adapter.standing.canary
-    if canary is not None and share < canary.weight and ref.alias in (None, CHAMPION):
-        return canary.version
-    return known.adapter.aliases.get(ref.alias or CHAMPION)
+    standing = known.adapter.standing
+    if standing.canary is not None and share < standing.canary.weight and ref.alias in (None, CHAMPION):
+        return standing.canary.version
+    return standing.aliases.get(ref.alias or CHAMPION)
 
 
 def visible(name: str, tenant: str) -> bool:
