@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -40,6 +40,7 @@ class Gateway:
 def serve(directory: Path, *, token_s: float = 0.0, settings: GatewaySettings | None = None) -> Iterator[Gateway]:
     store = Store(f"sqlite:///{directory}/pedro.db")
     backend = WordBackend(token_s)
+    settings = replace(settings or GatewaySettings(), follow_keys_every_s=0.0)  # tests wait for no change
     app = create_app(lambda: backend, store, settings)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))

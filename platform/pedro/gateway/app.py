@@ -35,6 +35,7 @@ class GatewaySettings:
     max_open_requests: int = 4096  # a tenant may hold half of them, less while others hold some
     max_choices: int = 256  # prompts × n of one request
     gateways: int = 1  # gateway processes that share the quotas: each gives its part of them
+    follow_keys_every_s: float = 0.5  # a revoked key, or a changed quota, is heard of within that time
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
 
 
@@ -46,7 +47,8 @@ def create_app(
     `backend_provider` is asked at each request, on the event loop, so it must not block; it may raise a PedroError
     while there is no backend, and `/ready` is 503 until it returns one that is ready.
     """
-    authenticator = Authenticator(store)
+    settings = settings or GatewaySettings()
+    authenticator = Authenticator(store, settings.follow_keys_every_s)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -57,7 +59,7 @@ def create_app(
         title="pedro", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
     app.state.backend = backend_provider
-    app.state.settings = settings = settings or GatewaySettings()
+    app.state.settings = settings
     app.state.authenticator = authenticator
     app.state.open_requests = OpenRequests(settings.max_open_requests)
     app.state.quotas = Quotas(settings.gateways)

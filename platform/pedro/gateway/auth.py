@@ -1,20 +1,18 @@
 """Authenticates a caller by its bearer key and checks the key's scope.
 
-The key is looked up at every request, so a revoked one fails at once; the lookup runs on threads of its own, so
-that a slow disk or database never holds up the streams of others.
+A key is known once it was asked for, and a revoked one fails once the gateway has heard of it (`key_cache.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fastapi import Request
 
 from pedro.errors import AuthenticationError, ScopeError
 from pedro.gateway.backend import ALL_TENANTS
+from pedro.gateway.key_cache import KeyCache
 from pedro.gateway.observability import note
 from pedro.store import ADMIN, NO_QUOTA, Quota, Store
 
@@ -36,19 +34,16 @@ class Principal:
 
 
 class Authenticator:
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pedro-auth")
+    def __init__(self, store: Store, follow_every_s: float) -> None:
+        self._keys = KeyCache(store, follow_every_s)
 
     async def __call__(self, authorization: str | None) -> Principal:
         """Raises AuthenticationError for no key, an unknown one or a revoked one."""
-        secret = _bearer(authorization)
-        loop = asyncio.get_running_loop()
-        key, tenant_quota = await loop.run_in_executor(self._threads, self._store.authenticate, secret)
+        key, tenant_quota = await self._keys.find(_bearer(authorization))
         return Principal(key.id, key.tenant, frozenset(key.scopes), key.quota, tenant_quota)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False)
+        self._keys.close()
 
 
 def require(scope: str) -> Callable[[Request], Awaitable[Principal]]:

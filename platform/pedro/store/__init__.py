@@ -1,7 +1,8 @@
 """The platform's own records: keys, quotas, jobs, adapters with their aliases. The only package that writes SQL."""
 
-from pedro.store.changes import ADAPTER, Delta, Position
+from pedro.store.changes import ADAPTER, KEY, QUOTA, Delta, Position
 from pedro.store.database import Database, exclusive
+from pedro.store.keys import hash_secret, unknown_key
 from pedro.store.records import (
     ADMIN,
     CANDIDATE,
@@ -35,8 +36,10 @@ __all__ = [
     "CANDIDATE",
     "CHAMPION",
     "INFER",
+    "KEY",
     "NO_QUOTA",
     "PREVIOUS",
+    "QUOTA",
     "SCOPES",
     "TRAIN",
     "WHATEVER",
@@ -58,5 +61,7 @@ __all__ = [
     "Unmirrored",
     "Version",
     "exclusive",
+    "hash_secret",
+    "unknown_key",
     "utc",
 ]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -58,7 +57,7 @@ class KeyTable:
             revoked=None,
             quota=quota,
         )
-        values = {**record.__dict__, "scopes": ",".join(record.scopes), "digest": _digest(secret)}
+        values = {**record.__dict__, "scopes": ",".join(record.scopes), "digest": hash_secret(secret)}
         del values["quota"]
         with self._database.writing() as connection:
             values["generation"] = generation = next_generation(connection)
@@ -74,13 +73,18 @@ class KeyTable:
     def authenticate(self, secret: str) -> tuple[KeyRecord, Quota]:
         """The live key with this secret, and its tenant's quota. Raises AuthenticationError, the same for unknown
         and revoked."""
-        digest = _digest(secret)
+        digest = hash_secret(secret)
+        found = self.find_keys([digest])  # compares hashes, whose prefixes a caller cannot steer
+        if digest not in found:
+            raise unknown_key()
+        return found[digest]
+
+    def find_keys(self, digests: Collection[str]) -> dict[str, tuple[KeyRecord, Quota]]:
+        """The live keys among those whose secrets have these hashes, each with its tenant's quota."""
+        live = sa.and_(schema.keys.c.digest.in_(digests), schema.keys.c.revoked.is_(None))
         with self._database.reading() as connection:
-            row = connection.execute(_KEYS_WITH_QUOTAS.where(schema.keys.c.digest == digest)).one_or_none()
-        # The lookup compares hashes, whose prefixes a caller cannot steer; the final comparison is constant-time.
-        if row is None or not hmac.compare_digest(row.digest, digest) or row.revoked is not None:
-            raise AuthenticationError("Incorrect API key provided. It is unknown or has been revoked.")
-        return _key_record(row), Quota(row.tenant_requests, row.tenant_tokens)
+            rows = connection.execute(_KEYS_WITH_QUOTAS.where(live)).all()
+        return {row.digest: (_key_record(row), Quota(row.tenant_requests, row.tenant_tokens)) for row in rows}
 
     def revoke_key(self, key_id: str, *, actor: str | None = None) -> KeyRecord:
         """Ends a key; doing so again changes nothing. Raises NotFoundError."""
@@ -156,8 +160,14 @@ class KeyTable:
         return dict(sorted(quotas.items()))
 
 
-def _digest(secret: str) -> str:
+def hash_secret(secret: str) -> str:
+    """What is kept of a key's secret, and what it is found by."""
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def unknown_key() -> AuthenticationError:
+    """The one 401 for a key, the same for an unknown and for a revoked one."""
+    return AuthenticationError("Incorrect API key provided. It is unknown or has been revoked.")
 
 
 def _keys_with_quotas() -> sa.Select[Any]:

@@ -1,0 +1,234 @@
+"""What a gateway knows of keys follows the store: one question a key, and no key that was revoked is taken for good."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from pedro.errors import AuthenticationError, UnavailableError
+from pedro.gateway import key_cache
+from pedro.gateway.key_cache import KeyCache
+from pedro.store import Quota, Store
+
+OFTEN_S = 0.02
+
+
+@pytest.fixture
+def store(url):
+    opened = Store(url)
+    yield opened
+    opened.close()
+
+
+class Counted:
+    """A store that counts who is asked for, can be away or slow, and can be held up before it answers."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.asked = 0
+        self.away = False
+        self.slow_s = 0.0
+        self.before_answer = lambda: None
+
+    def __getattr__(self, name):
+        def ask(*arguments):
+            time.sleep(self.slow_s)
+            if self.away:
+                raise UnavailableError("away")
+            return getattr(self._store, name)(*arguments)
+
+        return ask
+
+    def authenticate(self, secret):
+        if self.away:
+            raise UnavailableError("away")
+        self.asked += 1
+        try:
+            return self._store.authenticate(secret)
+        finally:
+            self.before_answer()
+
+
+def run(scenario) -> None:
+    async def within():
+        async with asyncio.timeout(60):
+            await scenario
+
+    asyncio.run(within())
+
+
+async def refused_within(cache: KeyCache, secret: str, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            await cache.find(secret)
+        except AuthenticationError:
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("the key is still accepted")
+
+
+def test_a_key_is_asked_for_once_and_so_is_one_that_is_unknown(store):
+    record, secret = store.create_key("acme")
+    counted = Counted(store)
+    cache = KeyCache(counted, OFTEN_S)
+
+    async def go():
+        for _ in range(5):
+            assert await cache.find(secret) == (record, Quota())
+            with pytest.raises(AuthenticationError):
+                await cache.find("sk-pedro-nobody")
+            await asyncio.sleep(OFTEN_S)
+        assert counted.asked == 2
+
+    run(go())
+    cache.close()
+
+
+def test_a_revoked_key_is_refused_by_every_gateway_within_a_second(store):
+    made = [store.create_key("acme") for _ in range(3)]
+    caches = [KeyCache(store, 0.5) for _ in range(3)]
+
+    async def go():
+        for cache in caches:
+            for _, secret in made:
+                await cache.find(secret)
+        store.revoke_key(made[1][0].id)
+        await asyncio.gather(*(refused_within(cache, made[1][1], 1.0) for cache in caches))
+        for cache in caches:
+            for record, secret in (made[0], made[2]):
+                assert (await cache.find(secret))[0] == record
+
+    run(go())
+    for cache in caches:
+        cache.close()
+
+
+def test_a_changed_quota_and_a_new_key_are_heard_of(store):
+    record, secret = store.create_key("acme")
+    other = store.create_key("globex")[1]
+    cache = KeyCache(store, OFTEN_S)
+
+    async def go():
+        assert (await cache.find(secret))[1] == Quota()
+        await cache.find(other)
+        store.set_quota(tenant="acme", requests_per_minute=5)
+        store.set_quota(key_id=record.id, tokens_per_minute=7)
+        await asyncio.sleep(2 * OFTEN_S)
+        key, of_tenant = await cache.find(secret)
+        assert (key.quota, of_tenant) == (Quota(None, 7), Quota(5, None))
+        assert (await cache.find(other))[1] == Quota()
+        with pytest.raises(AuthenticationError):
+            await cache.find("sk-pedro-later")
+        new = store.create_key("acme")[1]
+        await asyncio.sleep(2 * OFTEN_S)
+        await cache.find(new)
+
+    run(go())
+    cache.close()
+
+
+def test_a_revocation_between_question_and_answer_is_not_lost(store):
+    record, secret = store.create_key("acme")
+    counted = Counted(store)
+    cache = KeyCache(counted, 0.0)
+    read, go_on = threading.Event(), threading.Event()
+
+    def pause():
+        counted.before_answer = lambda: None
+        read.set()
+        go_on.wait(10)
+
+    async def go():
+        with pytest.raises(AuthenticationError):
+            await cache.find("sk-pedro-first")
+        counted.before_answer = pause
+        asking = asyncio.create_task(cache.find(secret))
+        await asyncio.to_thread(read.wait, 10)
+        store.revoke_key(record.id)
+        with pytest.raises(AuthenticationError):
+            await cache.find("sk-pedro-second")  # reads the feed
+        go_on.set()
+        await asking  # it was good when it was asked for
+        with pytest.raises(AuthenticationError):
+            await cache.find(secret)
+
+    run(go())
+    cache.close()
+
+
+def test_while_the_database_is_away_known_keys_are_good_for_a_while_and_others_cannot_be_told(store, monkeypatch):
+    record, secret = store.create_key("acme")
+    stranger = store.create_key("globex")[1]
+    counted = Counted(store)
+    cache = KeyCache(counted, OFTEN_S)
+
+    async def go():
+        await cache.find(secret)
+        counted.away = True
+        await asyncio.sleep(2 * OFTEN_S)
+        for _ in range(5):
+            assert (await cache.find(secret))[0] == record
+        with pytest.raises(UnavailableError):
+            await cache.find(stranger)
+        monkeypatch.setattr(key_cache, "AWAY_S", 0.0)
+        monkeypatch.setattr(key_cache, "AGAIN_AFTER_S", 0.0)
+        cache._due_at = 0.0
+        with pytest.raises(UnavailableError):
+            await cache.find(secret)
+        counted.away = False
+        assert (await cache.find(secret))[0] == record
+
+    run(go())
+    cache.close()
+
+
+def test_a_database_that_is_slow_holds_up_no_request_of_a_known_key(store):
+    record, secret = store.create_key("acme")
+    counted = Counted(store)
+    cache = KeyCache(counted, OFTEN_S)
+
+    async def go():
+        await cache.find(secret)
+        counted.slow_s = 3.0
+        await asyncio.sleep(2 * OFTEN_S)
+        started = time.monotonic()
+        for _ in range(10):
+            assert (await cache.find(secret))[0] == record
+        assert time.monotonic() - started < 1.5
+
+    run(go())
+    cache.close()
+
+
+def test_before_the_database_ever_answered_nobody_is_let_in(store):
+    secret = store.create_key("acme")[1]
+    counted = Counted(store)
+    counted.away = True
+    cache = KeyCache(counted, OFTEN_S)
+
+    async def go():
+        with pytest.raises(UnavailableError):
+            await cache.find(secret)
+
+    run(go())
+    cache.close()
+
+
+def test_where_the_feed_was_cut_every_key_is_asked_for_again(store):
+    record, secret = store.create_key("acme")
+    counted = Counted(store)
+    cache = KeyCache(counted, 0.0)
+
+    async def go():
+        await cache.find(secret)
+        store.revoke_key(record.id)
+        store.forget_changes(10**11)
+        with pytest.raises(AuthenticationError):
+            await cache.find(secret)
+
+    run(go())
+    cache.close()
