@@ -130,6 +130,18 @@ def test_the_checker_finds_a_move_that_was_lost(url):
     store.close()
 
 
+def test_all_versions_of_a_tenant_are_those_of_each_of_its_adapters(url):
+    store = Store(url)
+    fill(store, 3, "acme.one"), fill(store, 1, "acme.two"), fill(store, 2, "globex.one")
+    store.promote("acme.one", 2)
+    store.delete_version("acme.one", 3)
+    assert store.list_all_versions("acme") == {name: store.list_versions(name) for name in ("acme.one", "acme.two")}
+    assert set(store.list_all_versions()) == {"acme.one", "acme.two", "globex.one"}
+    store.delete_adapter("globex.one")
+    assert set(store.list_all_versions()) == {"acme.one", "acme.two"}
+    store.close()
+
+
 def test_a_name_deleted_and_made_again_is_another_adapter_with_a_history_of_its_own(url):
     store = Store(url)
     fill(store, 2)

@@ -112,6 +112,10 @@ class Registry(Tracking):
         """All versions of `tenant.adapter`, oldest first; empty if there is no such adapter."""
         return self.store.list_versions(name)
 
+    def all_versions(self, tenant: str | None = None) -> dict[str, list[Version]]:
+        """The versions of every adapter, of one tenant or of all."""
+        return self.store.list_all_versions(tenant)
+
     def models(self, tenant: str | None = None) -> list[str]:
         """Names of the registered adapters, of one tenant or of all."""
         return list(self.store.list_adapters(tenant))

@@ -158,8 +158,8 @@ class ServeBackend:
 
     async def list_adapters(self, tenant: str) -> list[AdapterCard]:
         """Every adapter with its versions, for operators."""
-        names = await asyncio.to_thread(self._registry.models, None if tenant == ALL_TENANTS else tenant)
-        return [await self._adapter(name) for name in names]
+        found = await asyncio.to_thread(self._registry.all_versions, None if tenant == ALL_TENANTS else tenant)
+        return [self._adapter_card(name, versions) for name, versions in found.items()]
 
     async def promote(self, tenant: str, name: str, version: int) -> AdapterCard:
         """Move the champion; every server of this registry follows within its watch interval."""
@@ -303,7 +303,9 @@ class ServeBackend:
         )
 
     async def _adapter(self, name: str) -> AdapterCard:
-        versions = await asyncio.to_thread(self._registry.versions, name)
+        return self._adapter_card(name, await asyncio.to_thread(self._registry.versions, name))
+
+    def _adapter_card(self, name: str, versions: list[Version]) -> AdapterCard:
         return AdapterCard(
             name=name,
             aliases={alias: version.version for version in versions for alias in version.aliases},

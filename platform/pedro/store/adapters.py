@@ -78,6 +78,21 @@ class AdapterTable:
             rows = connection.execute(query).all()
         return [] if adapter is None else [to_version(row, to_adapter(adapter).standing) for row in rows]
 
+    def list_all_versions(self, tenant: str | None = None) -> dict[str, list[Version]]:
+        """The versions of every adapter, of one tenant or of all, in two questions; oldest first."""
+        table = schema.versions
+        query = sa.select(table).where(table.c.deleted.is_(None)).order_by(table.c.version)
+        if tenant is not None:
+            query = query.where(table.c.tenant == tenant)
+        adapters = self.list_adapters(tenant)
+        found: dict[str, list[Version]] = {name: [] for name in adapters}
+        with self._database.reading() as connection:
+            for row in connection.execute(query):
+                name = ModelRef(row.tenant, row.adapter).name
+                if name in adapters:
+                    found[name].append(to_version(row, adapters[name].standing))
+        return found
+
     def look_up(self, names: Collection[str]) -> dict[str, KnownAdapter]:
         """What serving needs of adapters, in two questions for each `BATCH` of names; those not there are left out."""
         refs = [parsed(name) for name in names]
