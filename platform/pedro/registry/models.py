@@ -63,7 +63,7 @@ class Registry(Tracking):
 
     def take_over(self) -> TakenOver:
         """Enter adapters and versions of MLflow's registry that the store does not know. Raises UnavailableError."""
-        return take_over(self, Store(self.database_url))
+        return take_over(self, Store(self.database_url), again=True)
 
     def register(self, run_id: str, directory: str | Path, tenant: str, adapter: str, *, gate: str = "") -> Version:
         """Make the adapter directory the next version of `tenant.adapter`; no alias moves.

@@ -34,12 +34,14 @@ class TakenOver:
     versions: int
 
 
-def take_over(connection: Connection, store: Store) -> TakenOver:
-    """Enter what the store does not know of the registry's adapters and versions; again does no harm.
+def take_over(connection: Connection, store: Store, *, again: bool = False) -> TakenOver:
+    """Enter what the store does not know of the registry's adapters and versions: once, then only `again`.
 
     Raises UnavailableError if the registry does not answer.
     """
     with exclusive(store.url, "takeover"):
+        if store.imported() is not None and not again:  # by whoever had the lock before
+            return TakenOver(0, 0)
         adapters, versions = store.take_over(_inherited(connection))
         store.mark_imported()
     return TakenOver(adapters, versions)
