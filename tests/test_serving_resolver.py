@@ -9,8 +9,9 @@ import pytest
 from serving_adapters import OTHER_BACKBONE, register, settings_at, stub_adapter
 
 from pedro.errors import AdapterError, NotFoundError, UnavailableError, model_not_found
-from pedro.gateway.backend import ALL_TENANTS
+from pedro.gateway.backend import ALL_TENANTS, GenerateCall
 from pedro.registry import Registry
+from pedro.serving.backend import share_of
 from pedro.serving.resolver import ModelResolver
 
 OURS = "sha256:" + "a" * 64
@@ -118,6 +119,20 @@ def test_a_tenant_whose_name_begins_with_anothers_is_a_stranger(resolver, add):
     add("acme-two.faq")
     with pytest.raises(NotFoundError):
         resolve(resolver, "acme", "acme-two.faq")
+
+
+def test_of_a_canary_a_user_is_answered_by_the_same_version_each_time_and_so_are_all_prompts_of_one_request():
+    def share(user=None, request_id="cmpl-1-0", model="acme.split"):
+        return share_of(GenerateCall(request_id, "acme", model, "hello", user=user))
+
+    assert share("ann") == share("ann", "cmpl-2-0") == share("ann", model="acme.split@champion")
+    assert share("ann") != share("ann", model="acme.other")
+    assert share(request_id="cmpl-1-0") == share(request_id="cmpl-1-7") != share(request_id="cmpl-2-0")
+    users = [share(f"user {number}") for number in range(2000)]
+    requests = [share(request_id=f"cmpl-{number}-0") for number in range(2000)]
+    for shares in (users, requests):
+        assert all(0 <= one < 1 for one in shares)
+        assert 150 < sum(one < 0.1 for one in shares) < 250
 
 
 def test_a_canary_answers_its_share_of_the_bare_name_and_nothing_else(resolver, registry, add):

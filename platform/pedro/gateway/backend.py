@@ -65,6 +65,7 @@ class GenerateCall:
     `conditioning_length`: the first N tokens of the prompt condition the vectors; None: all of them.
     `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
+    `user`: whom the client asks for, if it says so; a canary answers the same ones each time.
     """
 
     request_id: str
@@ -78,6 +79,7 @@ class GenerateCall:
     echo: bool = False
     timeout_s: float | None = None
     trace_id: str = ""
+    user: str | None = None
 
 
 class Alternative(NamedTuple):

@@ -103,6 +103,7 @@ def completion_calls(
             echo=bool(request.echo),
             timeout_s=timeout_s,
             trace_id=trace_id,
+            user=request.user or request.session_id,
         )
         for number, (prompt, length) in enumerate(zip(prompts, _conditioning(request), strict=True))
     )
@@ -136,6 +137,7 @@ def chat_call(
         n=n,
         timeout_s=timeout_s,
         trace_id=trace_id,
+        user=request.user or request.session_id,
     )
 
 

@@ -138,9 +138,9 @@ class SamplingFields(Body):
     logit_bias: Biases = {}  # by token id
     stream: bool | None = None  # server-sent events in place of one body
     stream_options: StreamOptions | None = None  # include_usage, continuous_usage_stats
-    user: str | None = None  # OpenAI's mark for abuse reports: has no effect on the answer
+    user: str | None = None  # whom the client asks for: a canary answers the same of them each time
     cache_salt: str | None = None  # vLLM's: nothing is shared between prompts, so there is nothing to salt
-    session_id: str | None = None  # vLLM's: has no effect on the answer
+    session_id: str | None = None  # vLLM's: stands in for `user` where there is none
     # extensions
     top_k: Annotated[int | None, Field(ge=-1, lt=INT32), Whole] = None  # 0 and -1: off
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None  # least share of the likeliest token's probability
