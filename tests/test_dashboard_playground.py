@@ -43,7 +43,6 @@ def test_answers_stream_at_the_same_time_with_their_times_and_counts(slow):
         assert (answer.tokens, answer.prompt_tokens, answer.finish_reason, answer.error) == (12, 3, "length", "")
         assert 0.02 <= answer.first_token_s < answer.seconds
         assert answer.tokens_per_s == pytest.approx(11 / (answer.seconds - answer.first_token_s))
-        assert 5 < answer.tokens_per_s < 50
 
 
 def test_a_column_that_fails_leaves_the_others_alone(slow):
