@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ray.serve import Application
     from ray.serve.handle import DeploymentHandle
 
+    from pedro.store import Position
+
 KEEP_HOUSE_EVERY_S = 15.0
 KEEP_CHANGES_S = 3600.0  # a gateway that was held up for longer reads everything again
 MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
@@ -147,7 +149,8 @@ class Gateway:
 
     async def _keep_house(self) -> None:
         """Tell MLflow of moves that it has not heard of and forget old changes of the feed, until cancelled."""
-        seen, waiting = None, []
+        seen: Position | None = None
+        waiting: list[str] = []
         while True:
             await asyncio.sleep(KEEP_HOUSE_EVERY_S)
             with suppress(Exception):  # the database is away, as the watcher says; it is tried again
