@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve dashboard test test-slow test-all check docs gpu-check format clean
+.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs gpu-check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -16,8 +16,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (about 3 minutes and 2.4 GB the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON="; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --constraint constraints.txt torch
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
+	@$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, as pip does not; some files are for other Pythons
 	@touch $@
 
 demo: install ## train, register, serve, hot-swap and measure three tenants (ARGS: --small, --keep)
@@ -39,11 +40,15 @@ test-slow: install ## the slow tests: kills, clusters, the demo, the browser
 test-all: test test-slow ## every test
 
 check: install ## formatting, lint, types, import rules, documentation
+	@$(MAKE) --no-print-directory -j 2 types lint docs
+
+types: install # most of the time of `check`: the others run beside it
+	@echo "== mypy"; $(BIN)/mypy
+
+lint: install
 	@echo "== ruff format"; $(BIN)/ruff format --check .
 	@echo "== ruff"; $(BIN)/ruff check .
-	@echo "== mypy"; $(BIN)/mypy
 	@echo "== import rules"; $(BIN)/lint-imports --no-cache
-	@$(MAKE) --no-print-directory docs
 
 docs: install ## build the documentation into site/ (strict, without network)
 	@echo "== documentation"; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -28,7 +28,7 @@ def opener(monkeypatch: pytest.MonkeyPatch, view: str = "overview") -> Callable[
             monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
         streamlit.cache_data.clear()
         streamlit.cache_resource.clear()
-        shown = testing.AppTest.from_file(str(DASHBOARD / "app.py"), default_timeout=60)
+        shown = testing.AppTest.from_file(str(DASHBOARD / "app.py"), default_timeout=600)
         if view != "overview":
             shown = shown.switch_page(f"views/{view}.py")
         for name, value in query.items():

@@ -77,7 +77,7 @@ def running(settings: Settings) -> Iterator[Running]:
 
     thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not server.started:
         assert thread.is_alive(), "the server did not start"
         assert time.monotonic() < deadline, "the server did not start in time"
@@ -93,6 +93,6 @@ def running(settings: Settings) -> Iterator[Running]:
         )
     finally:
         server.should_exit = True
-        thread.join(15)
+        thread.join(60)
         replica.close()
         store.close()

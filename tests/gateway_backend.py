@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
@@ -45,6 +46,7 @@ class WordBackend:
         self.token_s = token_s
         self.first_token_s = 0.0
         self.is_ready, self.is_degraded = True, False
+        self.allowed = math.inf  # how many tokens a call may give by now: what is held back can be seen as it runs
         self.running = 0
         self.freed = threading.Event()
         self.calls: list[GenerateCall] = []
@@ -84,6 +86,8 @@ class WordBackend:
                     yield replace(delta, finish_reason=None if max_tokens else "length")
             for position in range(max_tokens):
                 await asyncio.sleep(self.token_s)
+                while position >= self.allowed:
+                    await asyncio.sleep(0.002)
                 if position == 2:
                     if words[0] == "break":
                         raise RuntimeError(SECRET_TEXT)

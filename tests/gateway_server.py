@@ -29,11 +29,11 @@ class Gateway:
         return self.store.create_key(tenant, scopes)[1]
 
     def client(self, key: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def serve(directory: Path, *, token_s: float = 0.0, settings: GatewaySettings | 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not server.started:
         assert thread.is_alive(), "the server did not start"
         assert time.monotonic() < deadline, "the server did not start in time"
@@ -55,5 +55,5 @@ def serve(directory: Path, *, token_s: float = 0.0, settings: GatewaySettings | 
         yield Gateway(f"http://127.0.0.1:{listener.getsockname()[1]}", backend, store)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         store.close()

@@ -1,7 +1,7 @@
 """Runs the slow tests: each file in a process of its own, two at a time, the longest first.
 
-A process a file, since Ray and Streamlit leave marks on the one they ran in; two at a time, since a slow test mostly
-waits for other processes to start. Each file's output comes whole when it ends, in the end the ten slowest tests.
+A process a file, since Ray and Streamlit leave marks on the one they ran in; two at a time, since each keeps about one
+core busy. Each file's output comes whole when it ends, in the end the ten slowest tests.
 
     python tests/run_slow.py [--at-once 2] [FILE …] [-- words for pytest]
 """
@@ -21,15 +21,18 @@ from xml.etree import ElementTree
 
 TESTS = Path(__file__).parent
 LONGEST = (
+    "docs_commands",
+    "training_job",
     "dashboard_browser",
     "demo",
-    "training_job",
-    "docs_commands",
-    "training_sweep",
     "serving_http",
+    "training_sweep",
     "cluster",
+    "backbones",
     "training_workers",
     "comparison_grid",
+    "dashboard_live",
+    "gpu_check",
 )
 NOTHING_COLLECTED = 5
 TimedTest = tuple[float, str]

@@ -170,12 +170,15 @@ def test_a_recorded_head_that_is_gone_is_not_found(home):
         ("127.0.0.1:99999", ConfigError, "expected host:port"),
     ],
 )
-def test_a_wrong_ray_address_is_told_at_once(home, address, error, message):
+def test_a_wrong_ray_address_is_told_before_ray_tries_it_for_minutes(home, monkeypatch, address, error, message):
+    import ray
+
+    tried = []
+    monkeypatch.setattr(ray, "init", lambda **options: tried.append(options))
     settings = Settings.from_env({"PEDRO_HOME": str(home), "RAY_ADDRESS": address})
-    started = time.monotonic()
     with pytest.raises(error, match=message):
         cluster.connect(settings)
-    assert time.monotonic() - started < 10
+    assert not tried
 
 
 STRANGER = """
@@ -194,7 +197,7 @@ with socket.create_server(("127.0.0.1", 0)) as server:
 
 
 def test_what_listens_but_is_no_ray_is_not_waited_for(home):
-    ended = subprocess.run([sys.executable, "-c", STRANGER], cwd=home, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", STRANGER], cwd=home, capture_output=True, text=True, timeout=300)
     assert "no Ray cluster answers at 127.0.0.1" in ended.stdout
     assert "(TimeoutError)" in ended.stdout
     assert ended.returncode == 0
@@ -246,7 +249,7 @@ def _start(command, env, log):
         return subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
 
 
-def _wait_for(log, text, timeout_s=180):
+def _wait_for(log, text, timeout_s=600):
     deadline = time.monotonic() + timeout_s
     while text not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()[-2000:]
@@ -261,6 +264,6 @@ def _address(log, port):
 
 
 def _run(arguments, env):
-    done = subprocess.run([*PEDRO, *arguments], env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*PEDRO, *arguments], env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"{arguments}: {done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout

@@ -35,11 +35,11 @@ REFUSED = {
 def test_a_spec_that_would_eat_time_or_memory_is_refused_at_once(tmp_path, text, reason):
     path = tmp_path / "spec.yaml"
     path.write_text(text)
-    started = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError, match=reason) as caught:
         load_finetune_spec(path)
     assert len(caught.value.message) < 1000
-    assert time.monotonic() - started < 10
+    assert time.process_time() - began < 10, "of computing, whatever else the machine does"
 
 
 def test_a_device_a_pipe_and_a_directory_are_no_specs(tmp_path):

@@ -15,8 +15,8 @@ from pedro.registry import Registry
 from pedro.store import Store
 from pedro.training import submit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-PATIENCE_S = 300
+pytestmark = pytest.mark.slow
+PATIENCE_S = 1200
 
 
 @pytest.fixture

@@ -345,7 +345,7 @@ def test_a_page_opened_later_sees_what_was_read_before(page, served, monkeypatch
     monkeypatch.setenv("PEDRO_ADMIN_KEY", served.admin)
     page(served.settings.home)
     ask(served, "acme.faq")
-    again = AppTest.from_file(str(DASHBOARD / "app.py"), default_timeout=60)
+    again = AppTest.from_file(str(DASHBOARD / "app.py"), default_timeout=600)
     again = healthy(again.switch_page("views/serving.py").run())
     assert list(again.dataframe[-1].value["adapter"]) == ["acme.faq"]
 

@@ -101,7 +101,7 @@ def test_a_move_beside_another_waits_for_it_and_loses_no_version(settings, monke
     def pause(*arguments):
         monkeypatch.setattr(aliases, "announce", announce)
         half_way.set()
-        go_on.wait(10)
+        go_on.wait(60)
         announce(*arguments)
 
     slow, other = Registry.open(settings), Registry.open(settings)
@@ -109,7 +109,7 @@ def test_a_move_beside_another_waits_for_it_and_loses_no_version(settings, monke
     monkeypatch.setattr(aliases, "announce", pause)  # all is written, and nothing committed
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(first, slow)
-        assert half_way.wait(10)
+        assert half_way.wait(60)
         assert standing(settings) == (2, 1)
         two = pool.submit(second, other)
         with pytest.raises(TimeoutError):

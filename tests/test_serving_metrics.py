@@ -53,7 +53,7 @@ def test_a_reader_of_the_figures_holds_up_no_engine():
     def stats():
         engine = threading.Thread(target=metrics.finished, args=(None, ended()))  # ends an answer while it is read
         engine.start()
-        engine.join(5)
+        engine.join(60)
         waited.append(engine.is_alive())
         return STATS
 

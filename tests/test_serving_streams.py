@@ -96,6 +96,11 @@ async def until(condition):
         await asyncio.sleep(0.005)
 
 
+def waiting_apart(at):
+    """How many suspected calls wait until another has begun."""
+    return len(at.backend._retries._probing._waiters or ())
+
+
 def idle(served):
     stats = served.replica.stats()
     return stats["slots_free"] == stats["slots"] and not stats["running"]
@@ -433,8 +438,9 @@ def test_leaving_early_frees_the_slot_and_an_unsubmitted_call_is_never_heard_of(
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await asyncio.sleep(0.05)
-            assert idle(served)
-            assert len(at.connections["r0"].submits) <= posts + 2
+            await until(lambda: idle(served))
+            later = at.connections["r0"].submits[posts:]
+            assert sum(started for started, _ in later) == sum(ended for _, ended in later)
 
     run(go())
 
@@ -638,13 +644,11 @@ def test_once_a_version_is_suspected_its_calls_take_one_more_replica_down_howeve
 
             async with at.backend._retries._probing:  # while another is suspected
                 calls = [asyncio.create_task(answer(at.backend, text_call("kill", "acme.faq:2"))) for _ in range(3)]
-                ref = (await at.backend._resolver.resolve("acme", "acme.faq:2")).model_ref
-                await until(lambda: at.backend._faults.suspected(ref))
-                await asyncio.sleep(0.2)
+                await until(lambda: waiting_apart(at) == 3)
                 at_once = killed()  # as many as the calls were spread over before any was lost
                 assert 1 <= at_once <= 3
                 calls += [asyncio.create_task(answer(at.backend, text_call("kill", "acme.faq:2"))) for _ in range(3)]
-                await asyncio.sleep(0.2)
+                await until(lambda: waiting_apart(at) == 6)
                 assert killed() == at_once
             errors = await asyncio.gather(*calls, return_exceptions=True)
             assert {error.code for error in errors} == {"replica_lost"}
@@ -662,8 +666,7 @@ def test_a_suspected_call_of_the_backbone_is_tried_again_apart_from_others(serve
 
             async with at.backend._retries._probing:  # while another is suspected
                 calling = asyncio.create_task(answer(at.backend, text_call("kill", "stories260K")))
-                await until(killed)
-                await asyncio.sleep(0.2)
+                await until(lambda: waiting_apart(at) == 1)
                 assert killed() == 1
             (error,) = await asyncio.gather(calling, return_exceptions=True)
             assert error.code == "replica_lost"
@@ -754,8 +757,7 @@ def test_a_suspected_version_is_not_tried_where_anothers_call_may_take_the_repli
             await until(lambda: len(at.connections["r0"].stuck) == 2)
             async with at.backend._retries._probing:
                 at.connections["r0"].lost.set()
-                await until(lambda: not at.replicas._clients["r0"].ready)
-                await asyncio.sleep(0.05)
+                await until(lambda: waiting_apart(at) == 2)
                 assert await suspected(at, "acme", "acme.faq")
                 assert await suspected(at, "globex", "globex.faq")
                 poison[1].cancel()  # so that the next to be tried is the other

@@ -1,6 +1,8 @@
 """The dry run: its numbers are those of the run itself."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,7 +145,9 @@ def test_a_calibration_that_has_no_time_left_falls_back(tmp_path):
     assert report.seconds_per_step > 0
 
 
-def test_a_batch_that_would_take_too_long_is_cut_and_scaled(tmp_path):
+def test_a_batch_that_would_take_too_long_is_cut_and_scaled(tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("pedro.training.calibrate.time", SimpleNamespace(perf_counter=lambda: next(clock) / 100))
     spec = spec_for(tmp_path, batch_size=8)
     sizes = {"parameters": 10**6, "trained": 10**5}
     whole = calibrate(spec, tmp_path / "cache", 8, **sizes, row_s=0.01, bound_s=60)
@@ -152,7 +156,7 @@ def test_a_batch_that_would_take_too_long_is_cut_and_scaled(tmp_path):
     assert isinstance(cut, Calibration)
     assert (whole.rows, cut.rows) == (8, 2)
     assert whole.steps >= 2
-    assert cut.per_step > 0.3 * whole.per_step, "a step of two rows counts for one of eight"
+    assert cut.per_step == pytest.approx(4 * whole.per_step), "of two rows, where each takes as long as one of eight"
 
 
 def test_what_does_not_fit_into_memory_is_not_loaded_to_be_timed(tmp_path):

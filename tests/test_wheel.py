@@ -27,7 +27,7 @@ app = find_app()
 sys.path.insert(0, str(app.parent))  # as `streamlit run` does
 print(pedro.__file__, app, sep="\\n")
 for view in sorted(app.parent.glob("views/*.py")):
-    shown = AppTest.from_file(str(app), default_timeout=60).switch_page(f"views/{view.name}").run()
+    shown = AppTest.from_file(str(app), default_timeout=600).switch_page(f"views/{view.name}").run()
     assert not shown.exception, (view.name, shown.exception)
     print(view.stem, shown.title[0].value)
 """

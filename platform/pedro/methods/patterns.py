@@ -19,12 +19,14 @@ from pedro.errors import ConfigError
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-LIMIT_S = 5.0
+LIMIT_S = 5.0  # of computing
+WALL_S = 120.0  # a busy machine delays a pattern longer than that one takes
 SPECIAL = re.compile(r"[()\[\]{}*+?|\\^$]")
 TRY = r"""
-import json, re, resource, sys
+import json, re, resource, signal, sys
+limit_s, patterns, names = json.load(sys.stdin)
+signal.setitimer(signal.ITIMER_PROF, limit_s)
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-patterns, names = json.load(sys.stdin)
 for index, pattern in enumerate(patterns):
     print(index, flush=True)
     for name in names:
@@ -39,7 +41,7 @@ for index, pattern in enumerate(patterns):
 def check_patterns(config: PeftConfig, names: Iterable[str]) -> None:
     """Try the patterns of a PEFT config on the names of a model's modules.
 
-    Raises ConfigError that names the field of one that takes more than LIMIT_S seconds or a gigabyte.
+    Raises ConfigError that names the field of one that computes for more than LIMIT_S seconds or takes a gigabyte.
     """
     found = [(field, text) for field, text in _texts(config) if SPECIAL.search(text)]
     if not found:
@@ -47,10 +49,10 @@ def check_patterns(config: PeftConfig, names: Iterable[str]) -> None:
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", TRY],
-            input=json.dumps([[text for _, text in found], list(names)]),
+            input=json.dumps([LIMIT_S, [text for _, text in found], list(names)]),
             capture_output=True,
             text=True,
-            timeout=LIMIT_S,
+            timeout=WALL_S,
         )
         begun = done.stdout if done.returncode else None
     except subprocess.TimeoutExpired as error:
