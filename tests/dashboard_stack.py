@@ -1,6 +1,6 @@
 """A whole platform for the browser: a home with everything in it, `pedro serve` on it, and the dashboard in front.
 
-All of it is started as its users start it, by the command line, and ended by `pedro down`.
+Server and dashboard are started as their users start them, by the command line, and ended by `pedro down`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from dashboard_home import copy_of_home
 from dashboard_results import add_comparison, add_jobs, add_sweep
+from serving_adapters import make_adapter
 
 from pedro.config import Settings
-from pedro.data.demo import demo_tenant
+from pedro.registry import Registry
+from pedro.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = "acme.voice"
-STEPS = (10, 80)  # of its two versions
 
 
 @dataclass
@@ -43,13 +43,10 @@ class Stack:
 
 @contextlib.contextmanager
 def stack(folder: Path, home: Path | None = None) -> Iterator[Stack]:
-    """Start it all on `home`, or on a home made in `folder`, where two versions of an adapter are really trained."""
-    given = home is not None
+    """Start it all on `home`, or on a home made in `folder`."""
     home = home or make_home(folder)
     env = environment(home)
     try:
-        if not given:
-            train(folder, env)
         served = command(env, "serve", "--port", "0", "--detach", "--json")
         key = command(env, "keys", "create", "ops", "--scope", "admin", "--json")
         with dashboard(env) as port:
@@ -72,7 +69,7 @@ def dashboard(env: dict[str, str]) -> Iterator[int]:
         stderr=subprocess.STDOUT,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while True:
             assert server.poll() is None, f"the dashboard ended with {server.returncode}"
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
@@ -83,44 +80,43 @@ def dashboard(env: dict[str, str]) -> Iterator[int]:
         yield port
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=120)
 
 
 def make_home(folder: Path) -> Path:
-    """The demo's home with made-up numbers, jobs, a sweep and two comparisons."""
+    """The demo's home with made-up numbers, jobs, a sweep, two comparisons, and an adapter that can be served."""
     home = copy_of_home(folder / "home")
     settings = Settings.from_env({"PEDRO_HOME": str(home)})
     add_jobs(settings)
     add_sweep(settings)
+    add_adapter(settings, folder)
     add_comparison(home / "comparisons")
     add_comparison(home / "comparisons", "tiny_figure3", (5000, 20000, 80000))
     return home
 
 
-def train(folder: Path, env: dict[str, str]) -> None:
-    """Two jobs of the packaged voice commands, the second one trained longer."""
-    data = demo_tenant("acme")
-    spec = {
-        "tenant": "acme",
-        "adapter": ADAPTER.partition(".")[2],
-        "data": {"train": str(data.train), "test": str(first_rows(data.test, folder / "test.jsonl", 60))},
-        "method": {"name": "pedro", "r": 12},
-        "training": {"epochs": 10, "lr": 1e-2, "batch_size": 16, "eval_every": 20, "eval_rows": 60, "max_length": 64},
-    }
-    (folder / "voice.yaml").write_text(yaml.safe_dump(spec))
-    for steps in STEPS:
-        command(env, "submit", str(folder / "voice.yaml"), f"training.max_steps={steps}", "--wait", "--json")
-
-
-def first_rows(source: Path, target: Path, count: int) -> Path:
-    target.write_text("\n".join(source.read_text().splitlines()[:count]) + "\n")
-    return target
+def add_adapter(settings: Settings, folder: Path) -> None:
+    """Two versions that a server can load, the second one the champion, and the job that made it."""
+    registry, store = Registry.open(settings), Store(settings.database_url)
+    tenant, _, adapter = ADAPTER.partition(".")
+    job = store.create_job(tenant, adapter, {"method": {"name": "pedro"}}, "ftjob-voice")
+    for version in (1, 2):
+        make_adapter(folder / f"made-{version}", seed=version)
+        run = registry.start_run(experiment=ADAPTER, name=job.id, params={}, tags={"job": job.id})
+        for step in range(10, 101, 10):
+            registry.log_metrics(run, step, {"train/loss": 2 / step, "dev/loss": 2.2 / step})
+        registry.register(run, folder / f"made-{version}", tenant, adapter)
+        registry.finish_run(run)
+        registry.promote(ADAPTER, version)
+    store.update_job(job.id, status="running", submission_id=job.id)
+    store.update_job(job.id, status="succeeded", result={"model": f"{ADAPTER}:2", "metrics": {"accuracy": 0.5}})
+    store.close()
 
 
 def command(env: dict[str, str], *words: str) -> Any:
     """What `pedro …` prints as JSON."""
     done = subprocess.run(
-        [sys.executable, "-m", "pedro.cli", *words], env=env, cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "pedro.cli", *words], env=env, cwd=ROOT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, f"pedro {' '.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith(("{", "["))))

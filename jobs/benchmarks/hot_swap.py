@@ -46,6 +46,10 @@ class _Phase:
     answers: list[_Answer] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
+    def moved(self) -> list[float]:
+        """When the server said of each move that it is made."""
+        return [asked + took for (asked, _), took in zip(self.moves, self.took, strict=True)]
+
 
 def swap(  # noqa: PLR0913
     url: str,
@@ -58,26 +62,29 @@ def swap(  # noqa: PLR0913
     phases: Sequence[tuple[float, float]] = ((5.0, 60.0), (0.5, 20.0)),
     max_tokens: int = 48,
     prompts: Sequence[Any] = PROMPTS,
+    within_s: float = SEEN_WITHIN_S,
 ) -> dict[str, Any]:
     """Move `model` over `versions` while `streams` run. A phase is (seconds between two moves, seconds in all).
 
     Gives, for each phase, how many answers failed, were mixed (not one version's own) or stale (of a version that was
-    not the champion in the last 2 s), the seconds from a move to the first event of its version, what the slowest of
-    them was made of, and whether after the last move only its version answered. Raises PedroError where the server does
-    not do as asked, or where all versions log the same, so that nothing could be seen.
+    not the champion in the last `within_s`), the seconds from a move to the first event of its version, what the
+    slowest of them was made of, and whether after the last move only its version answered. Raises PedroError where the
+    server does not do as asked, or where all versions log the same, so that nothing could be seen.
     """
     if len(set(versions)) < 2:
         raise PedroError(f"versions: expected at least two to swap, got {list(versions)}", param="versions")
-    load = _Load(url, key, admin_key, model, max_tokens, prompts)
+    load = _Load(url, key, admin_key, model, max_tokens, prompts, within_s)
     return asyncio.run(load.run(versions, streams, phases))
 
 
 class _Load:
     """The streams and the one who moves the alias."""
 
-    def __init__(self, url: str, key: str, admin_key: str, model: str, max_tokens: int, prompts: Sequence[Any]) -> None:
+    def __init__(
+        self, url: str, key: str, admin_key: str, model: str, max_tokens: int, prompts: Sequence[Any], within_s: float
+    ) -> None:
         self._url, self._key, self._admin_key = url, key, admin_key
-        self._model, self._max_tokens, self._prompts = model, max_tokens, prompts
+        self._model, self._max_tokens, self._prompts, self._within_s = model, max_tokens, prompts, within_s
         self._said: dict[tuple[int, int], str] = {}  # by version and prompt, asked alone
 
     async def run(self, versions: Sequence[int], streams: int, phases: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -115,13 +122,13 @@ class _Load:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 version = versions[number % len(versions)]
                 await self._move(client, version, phase)
-            settled = phase.moves[-1][0] + SEEN_WITHIN_S
+            settled = phase.moved()[-1] + SEEN_WITHIN_S
             while time.monotonic() < settled + PATIENCE_S and not any(a.asked > settled for a in phase.answers):
                 await asyncio.sleep(0.1)
         finally:
             stop.set()
             await asyncio.gather(*running, return_exceptions=True)
-        return {"every_s": every, "seconds": seconds, **_figures(phase, self._said)}
+        return {"every_s": every, "seconds": seconds, **_figures(phase, self._said, self._within_s)}
 
     async def _keep_asking(self, client: httpx.AsyncClient, number: int, phase: _Phase, stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -179,10 +186,10 @@ def _take(event: dict[str, Any], answer: _Answer) -> None:
         answer.versions.add(ModelRef.parse(event["system_fingerprint"]).number)
 
 
-def _figures(phase: _Phase, said: dict[tuple[int, int], str]) -> dict[str, Any]:
+def _figures(phase: _Phase, said: dict[tuple[int, int], str], within_s: float) -> dict[str, Any]:
     """The phase in numbers, with the first failure and the first mixed answer in words."""
     mixed = [a for a in phase.answers if len(a.versions) != 1 or a.text != said[min(a.versions), a.prompt]]
-    last_moved, last = phase.moves[-1]
+    last_moved, last = phase.moved()[-1], phase.moves[-1][1]
     late = [answer for answer in phase.answers if answer.asked > last_moved + SEEN_WITHIN_S]
     served = list(_first_served(phase))
     firsts = [first for first, *_ in served]
@@ -191,7 +198,7 @@ def _figures(phase: _Phase, said: dict[tuple[int, int], str]) -> dict[str, Any]:
         "answers": len(phase.answers),
         "failed": len(phase.failures),
         "mixed": len(mixed),
-        "stale": sum(not answer.versions <= _in_force(phase.moves, answer) for answer in phase.answers),
+        "stale": sum(not answer.versions <= _in_force(phase, answer, within_s) for answer in phase.answers),
         "first_served_s": {
             "median": round(median(firsts), 3) if firsts else None,
             "max": round(max(firsts), 3) if firsts else None,
@@ -219,11 +226,14 @@ def _first_served(phase: _Phase) -> Iterable[tuple[float, float, float, float]]:
             yield float("inf"), phase.took[number], float("inf"), float("inf")
 
 
-def _in_force(moves: Sequence[tuple[float, int]], answer: _Answer) -> set[int]:
-    """The versions that were champion at some time from 2 s before the answer was asked until its first event."""
-    ends = [moved for moved, _ in moves[1:]] + [float("inf")]
+def _in_force(phase: _Phase, answer: _Answer, within_s: float) -> set[int]:
+    """The versions that were champion at some time from `within_s` before the answer was asked until its first event.
+
+    One is champion from when it is asked to be until the server says that the next one is.
+    """
+    ends = [*phase.moved()[1:], float("inf")]
     return {
         version
-        for (moved, version), end in zip(moves, ends, strict=True)
-        if moved <= answer.first and end >= answer.asked - SEEN_WITHIN_S
+        for (asked, version), end in zip(phase.moves, ends, strict=True)
+        if asked <= answer.first and end >= answer.asked - within_s
     }
