@@ -141,7 +141,6 @@ def test_answers_stand_side_by_side_and_what_was_not_asked_is_left_out():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_the_small_demo_reaches_its_marks_from_nothing_and_starts_from_what_is_there():
     with tempfile.TemporaryDirectory(prefix="pedro-", ignore_cleanup_errors=True) as home:
         first, second = run_twice(home, "--small")
@@ -166,9 +165,9 @@ def run_twice(home, *options):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PEDRO_", "MLFLOW_"))}
     env["PEDRO_HOME"] = home
     try:
-        first, second = run(env, *options), run(env, *options)
+        first, second = run(env, *options, "--keep"), run(env, *options)  # on the server that the first one left
     finally:  # a demo that was cut off leaves its cluster
-        subprocess.run([sys.executable, "-m", "pedro.cli", "down", "--yes"], env=env, timeout=120, check=False)
+        subprocess.run([sys.executable, "-m", "pedro.cli", "down", "--yes"], env=env, timeout=300, check=False)
     assert json.loads((Path(home) / "demo" / "result.json").read_text()) == second
     return first, second
 

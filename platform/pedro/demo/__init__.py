@@ -20,7 +20,7 @@ from pedro.backbones.pull import pull
 from pedro.demo.questions import Questions
 from pedro.demo.report import farewell, problems, show, swap_report
 from pedro.demo.stories import FULL, SMALL, Part, Story, demo_spec
-from pedro.demo.tenant_client import answers, swap_under_load
+from pedro.demo.tenant_client import answers, promote, swap_under_load
 from pedro.errors import BackboneError, ConflictError, PedroError, UnavailableError
 from pedro.provenance import provenance
 from pedro.registry import Registry, Version
@@ -55,7 +55,7 @@ def run_demo(settings: Settings, *, small: bool, keep: bool, port: int, log: Log
             outcome.result()
         trained = time.monotonic() - started
         made = {part.name: _versions(registry, part, digest)[: len(part.steps)] for part in story.parts}
-        swap = _swap(story.swapped, made, served, secrets, registry, log)
+        swap = _swap(story.swapped, made, served, secrets, log)
         log("\nasking held-out rows over HTTP: the bare backbone, then the adapter")
         parts = sorted(story.parts, key=lambda part: part.name)
         tenants = [_measure(part, registry.get(part.name), served, secrets[part.tenant.name], log) for part in parts]
@@ -150,14 +150,12 @@ def _swap(
     made: dict[str, list[Version]],
     served: Served,
     secrets: dict[str, str],
-    registry: Registry,
     log: Log,
 ) -> dict[str, Any]:
     """The champions as the story wants them; then the old version of `part` gives way to the new one under load."""
     old, new = made[part.name]
     for versions in made.values():
-        registry.promote(versions[0].name, versions[0].version)
-    time.sleep(2)  # the server follows within its watch interval
+        promote(served.url, secrets["*"], versions[0].name, versions[0].version)
     questions, secret = Questions(part.tenant, part.rows), secrets[part.tenant.name]
     log(f"\nhot swap: {old.ref} → {new.ref} while requests run")
     before = questions.score(answers(served.url, secret, old.name, questions.to_adapter()))

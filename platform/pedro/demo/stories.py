@@ -55,7 +55,7 @@ ACME, GLOBEX, INITECH = DEMO_TENANTS
 _, READER, SUPPORT = CHAT_TENANTS
 SMALL = Story(
     "pedro-nano",
-    (Part(GLOBEX, (150,), _SMALL, 200), Part(ACME, (15, 100), _SMALL, 200), Part(INITECH, (100,), _SMALL, 200)),
+    (Part(GLOBEX, (150,), _SMALL, 80), Part(ACME, (15, 100), _SMALL, 80), Part(INITECH, (100,), _SMALL, 80)),
     margin=0.20,
     threads=1,
 )

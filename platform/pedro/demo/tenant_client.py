@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CONCURRENCY = 16
 MAX_TOKENS = 32  # the longest answer and its end, or a sentence around it
 TIMEOUT_S = 120
+PATIENCE_S = 120.0  # a machine so slow that nothing was answered in the time meant for it is waited for
 
 
 @dataclass
@@ -42,6 +43,11 @@ def answers(url: str, key: str, model: str, asked: Sequence[Messages | str]) -> 
     A text is continued to the end of its line instead, over `/v1/completions`.
     """
     return asyncio.run(_answers(url, key, model, asked))
+
+
+def promote(url: str, admin_key: str, model: str, version: int) -> None:
+    """Make `version` the one that `model` means, for whoever asks next."""
+    asyncio.run(_promote(url, admin_key, model, version))
 
 
 def swap_under_load(
@@ -76,10 +82,11 @@ async def _swap_under_load(
     running: set[int] = set()
     moved: float | None = None
     stop_at = time.monotonic() + seconds
+    give_up_at = stop_at + PATIENCE_S
     async with _client(url, key) as client:
 
         async def stream(number: int) -> None:
-            while time.monotonic() < stop_at:
+            while (now := time.monotonic()) < stop_at or (seen.seconds_to_first_new is None and now < give_up_at):
                 running.add(number)
                 seen.requests += 1
                 prints: set[str] = set()
@@ -102,15 +109,21 @@ async def _swap_under_load(
         load = asyncio.gather(*(stream(number) for number in range(CONCURRENCY)))
         try:
             await asyncio.sleep(seconds / 3)
+            while not seen.answers and time.monotonic() < give_up_at:
+                await asyncio.sleep(0.05)
             moved, seen.in_flight = time.monotonic(), len(running)
-            async with _client(url, admin_key) as admin:
-                reply = await admin.post(f"/v1/adapters/{model}/promote", json={"version": version})
-            if reply.status_code != 200:
-                raise PedroError(f"{model}: promote answered {reply.status_code}: {reply.text[:300]}")
+            await _promote(url, admin_key, model, version)
             await load
         finally:
             load.cancel()
     return seen
+
+
+async def _promote(url: str, admin_key: str, model: str, version: int) -> None:
+    async with _client(url, admin_key) as admin:
+        reply = await admin.post(f"/v1/adapters/{model}/promote", json={"version": version})
+    if reply.status_code != 200:
+        raise PedroError(f"{model}: promote answered {reply.status_code}: {reply.text[:300]}")
 
 
 def _client(url: str, key: str) -> httpx.AsyncClient:
