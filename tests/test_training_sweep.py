@@ -439,16 +439,16 @@ def _drivers(sweep_id):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alone(home, tmp_path):
     settings, registry, url = home
-    rates = [1e-2, 100.0, 3e-3, 2e-2, 1e-3]
-    training = {"max_steps": 40, "eval_every": 10, "clip": 0, "warmup": 0.0}
-    spec = sweep_for(tmp_path, {"training.lr": {"grid": rates}}, scheduler={"name": "none"}, training=training)
+    rates = [1e-2, 100.0, 3e-3, 2e-2]
+    training = {"max_steps": 20, "eval_every": 10, "clip": 0, "warmup": 0.0}
+    asked = {"scheduler": {"name": "none"}, "concurrency": 2, "training": training}
+    spec = sweep_for(tmp_path, {"training.lr": {"grid": rates}}, **asked)
     record = launch.create(spec, settings)
     records = Records(settings.storage, record.id)
     launch.start(record, settings, url)
-    while sum(trial.state.final for trial in records.trials()) < 2:
+    while not any(trial.state is TrialState.FINISHED for trial in records.trials()):  # the last has not begun by then
         assert submit.status(record.submission_id, url) in ("PENDING", "RUNNING"), submit.logs(
             record.submission_id, url
         )
@@ -458,7 +458,7 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     while submit.status(record.submission_id, url) == "RUNNING":
         time.sleep(0.2)
     before = [trial for trial in records.trials() if trial.state.final]
-    assert 2 <= len(before) < len(rates)
+    assert 1 <= len(before) < len(rates)
     curves = {trial.run_id: registry.metric_history(trial.run_id, "train/loss") for trial in before}
     written = {n: (Path(records.location) / f"results/{n:03d}.json").stat().st_mtime_ns for n in _numbers(before)}
 
@@ -472,7 +472,7 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
         assert after[trial.number].outcome == trial.outcome
         assert registry.metric_history(trial.run_id, "train/loss") == curves[trial.run_id]
     assert written == {n: (Path(records.location) / f"results/{n:03d}.json").stat().st_mtime_ns for n in written}
-    assert [trial.state.value for trial in after] == ["finished", "failed", "finished", "finished", "finished"]
+    assert [trial.state.value for trial in after] == ["finished", "failed", "finished", "finished"]
     assert "the loss is" in after[1].message
     assert all(trial.attempt == 1 for trial in after)
     assert any("dev loss" in line for line in lines), "a table while it runs"
