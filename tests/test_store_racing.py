@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from store_moves import NAME, Attempt, State, fill, play, stub_version
 
 from pedro.errors import ConflictError, NotFoundError
-from pedro.store import Inherited, RegisteredAdapter, Store
+from pedro.store import Inherited, RegisteredAdapter, Store, aliases
 
 VERSIONS = 40
 WORKER = Path(__file__).with_name("store_moves.py")
@@ -138,6 +138,24 @@ def test_all_versions_of_a_tenant_are_those_of_each_of_its_adapters(url):
     assert set(store.list_all_versions()) == {"acme.one", "acme.two", "globex.one"}
     store.delete_adapter("globex.one")
     assert set(store.list_all_versions()) == {"acme.one", "acme.two"}
+    store.close()
+
+
+def test_the_history_keeps_the_last_moves_of_an_adapter_and_the_audit_those_of_a_time(url, monkeypatch):
+    monkeypatch.setattr(aliases, "KEEP_MOVES", 3)
+    store = Store(url)
+    fill(store, 2), fill(store, 1, "acme.other")
+    store.promote("acme.other", 1)
+    for number in (1, 2, 1, 2, 1):
+        store.promote(NAME, number)
+    assert [move.after["aliases"]["champion"] for move in store.alias_history(NAME)] == [1, 2, 1]
+    assert len(store.alias_history("acme.other")) == 1
+    assert store.rollback(NAME).version == 2
+    entries = store.list_audit("acme")
+    assert len(entries) == 7
+    assert store.forget_audit(before=0) == 0
+    assert store.forget_audit(before=entries[2].at) == 4
+    assert store.list_audit("acme") == entries[:3]
     store.close()
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pedro.store import Position
 
 KEEP_HOUSE_EVERY_S = 15.0
+KEEP_AUDIT_S = 400 * 24 * 3600.0
 KEEP_CHANGES_S = 3600.0  # a gateway that was held up for longer reads everything again
 MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
 
@@ -148,7 +149,7 @@ class Gateway:
         return create_app(lambda: backend, self._store, settings)
 
     async def _keep_house(self) -> None:
-        """Tell MLflow of moves that it has not heard of and forget old changes of the feed, until cancelled."""
+        """Tell MLflow of moves that it has not heard of, forget old changes and the old audit, until cancelled."""
         seen: Position | None = None
         waiting: list[str] = []
         while True:
@@ -159,6 +160,7 @@ class Gateway:
                     waiting = await asyncio.to_thread(self._registry.mirror)
                     seen = here
                 await asyncio.to_thread(self._store.forget_changes, time.time() - KEEP_CHANGES_S)
+                await asyncio.to_thread(self._store.forget_audit, time.time() - KEEP_AUDIT_S)
 
 
 def max_body_bytes(max_model_len: int) -> int:

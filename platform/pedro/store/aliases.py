@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pedro.refs import ModelRef
     from pedro.store.database import Database
 
+KEEP_MOVES = 1000  # of one adapter; the audit keeps them by age
+
 
 class AliasTable:
     """Moves aliases, and tells how they were moved. Every move raises NotFoundError for what is not there."""
@@ -180,8 +182,17 @@ class _Moving:
             "reason": self._reason,
         }
         self._connection.execute(sa.insert(schema.alias_history).values(entry))
+        self._forget_moves()
         audited(self._connection, actor, f"adapter.{self._action}", self._ref.tenant, name, before=before, after=after)
         announce(self._connection, self._generation, ADAPTER, name)
+
+    def _forget_moves(self) -> None:
+        """Of the adapter's history only the last moves are kept."""
+        table = schema.alias_history
+        kept = sa.select(table.c.generation).where(same(table, self._ref)).order_by(table.c.generation.desc())
+        last = self._connection.execute(kept.offset(KEEP_MOVES).limit(1)).scalar()
+        if last is not None:
+            self._connection.execute(sa.delete(table).where(same(table, self._ref), table.c.generation <= last))
 
     def _write_adapter(self, **values: Any) -> None:
         table = schema.adapters

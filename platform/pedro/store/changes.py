@@ -143,6 +143,15 @@ class ChangeTable:
             connection.execute(sa.update(counter).where(behind).values(value=last))
             return connection.execute(sa.delete(table).where(table.c.generation <= last)).rowcount
 
+    def forget_audit(self, before: float) -> int:
+        """Delete entries of the audit older than a time; how many."""
+        old = schema.audit.c.at < before
+        with self._database.reading() as connection:
+            if connection.execute(sa.select(schema.audit.c.id).where(old).limit(1)).first() is None:
+                return 0
+        with self._database.writing() as connection:
+            return connection.execute(sa.delete(schema.audit).where(old)).rowcount
+
     def list_audit(self, tenant: str | None = None, *, since: float = 0.0, limit: int = 100) -> list[AuditEntry]:
         """The last entries of the audit, newest first."""
         table = schema.audit
