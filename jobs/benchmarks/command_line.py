@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from jobs.benchmarks.report import BenchmarkReport
 
 ABOUT = """\
-Measures the engine: beside its peers (serving), and against its own promises (the rest). Backbones have random weights
-of real sizes (S: 15 M, M: 125 M, 7B: LLaMA-2-7B); prompts are random and distinct; answers have equal lengths.
+Measures the engine: beside its peers (serving), on real text (chat), and against its own promises (the rest). Backbones
+have random weights of real sizes (S: 15 M, M: 125 M, SmolLM2: 135 M, 7B: LLaMA-2-7B), real ones in chat, dryrun and
+published; prompts are random and distinct, and answers of equal lengths, but in chat and published.
 
   tok_s         all new tokens / time from the first request's arrival to the last token
   decode_tok_s  tokens that came after every request had its first one / the time from then to the last token
@@ -134,7 +135,7 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
         command.add_argument("--peer", type=_peer, action="append", default=[], metavar="vllm=PYTHON")
         command.add_argument("--engines", type=_engines, metavar="ours,vllm", help=f"of {', '.join(ENGINES)}")
         command.add_argument(
-            "--backbones", type=_names, metavar="A,B", help="of dryrun and published, instead of their own"
+            "--backbones", type=_names, metavar="A,B", help="of chat, dryrun and published, instead of their own"
         )
         command.add_argument("--out", type=_file, metavar="FILE", help="where the result goes instead")
         command.add_argument("--allow-dirty", action="store_true", help=ALLOW_DIRTY)

@@ -54,6 +54,7 @@ MODEL_SIZES = {
         ModelSize("tiny", "1 block of 64", 64, 1, 4, 4, 128, True, vocab=256, context=512),
         ModelSize("S", "15 M", 288, 6, 6, 6, 768, True),
         ModelSize("M", "125 M", 768, 12, 12, 4, 2048, False),
+        ModelSize("SmolLM2", "SmolLM2-135M", 576, 30, 9, 3, 1536, True, vocab=49_152, context=8192),
         ModelSize("7B", "LLaMA-2-7B", 4096, 32, 32, 32, 11_008, False),
     )
 }

@@ -15,6 +15,7 @@ from jobs.benchmarks.model_sizes import ModelSize, bench_folder, make_model
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 OPTIONS: dict[str, dict[str, Any]] = {kind: {"r": 12} for kind in ("pedro", "pedro-1", "pedro-2")} | {
@@ -38,16 +39,22 @@ def adapter_directories(size: ModelSize, kind: str, count: int) -> list[Path]:
 
 
 def _make_first(size: ModelSize, kind: str, directory: Path) -> None:
-    """Save one adapter the ordinary way, on a backbone without memory of its own."""
+    bare = make_model(size, device="meta", dtype="float32")
+    make_adapter(bare, kind, directory, {"backbone": {"id": size.name, "digest": size.digest}})
+
+
+def make_adapter(bare: PreTrainedModel, kind: str, directory: Path, manifest: dict[str, Any], seed: int = 0) -> None:
+    """Save an adapter of `kind` the ordinary way. The model, on the meta device, is changed; `manifest` lacks only the
+    method."""
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
 
     from pedro.methods import get_method
 
-    tuned = get_method(kind).apply(make_model(size, device="meta", dtype="float32"), OPTIONS[kind])
+    tuned = get_method(kind).apply(bare, OPTIONS[kind])
     assert isinstance(tuned, PeftModel), f"{kind} is no adapter"
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     state = {
         name: _fill(name, tuple(tensor.shape), generator) for name, tensor in get_peft_model_state_dict(tuned).items()
     }
@@ -56,11 +63,7 @@ def _make_first(size: ModelSize, kind: str, directory: Path) -> None:
     config.inference_mode = True
     config.save_pretrained(str(making))
     save_file(state, making / WEIGHTS, metadata={"format": "pt"})
-    _finish(making, directory, {"backbone": {"id": size.name, "digest": size.digest}, "method": _method(kind)})
-
-
-def _method(kind: str) -> dict[str, Any]:
-    return {"name": kind, "options": OPTIONS[kind]}
+    _finish(making, directory, {**manifest, "method": {"name": kind, "options": OPTIONS[kind]}})
 
 
 def _fill(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

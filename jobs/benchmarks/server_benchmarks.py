@@ -6,9 +6,7 @@ Knows the platform from outside: a home of its own, two registered versions of o
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +15,18 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from jobs.benchmarks import control_plane, dashboard_pages, dry_run, fairness, fairness_http, http_overhead
+from jobs.benchmarks import (
+    chat_server,
+    control_plane,
+    dashboard_pages,
+    dry_run,
+    fairness,
+    fairness_http,
+    http_overhead,
+)
 from jobs.benchmarks.command_line import Benchmark, Options
 from jobs.benchmarks.engine_benchmarks import FAIRNESS_COLUMNS
+from jobs.benchmarks.local_server import TENANT, local_server, register_version
 from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, ModelSize, bench_folder, prompts, saved_model
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
     from jobs.benchmarks.engine_process import Log
     from pedro.registry import Registry
 
-TENANT, ADAPTER = "bench", "demo"
+ADAPTER = "demo"
 REGISTRY_COLUMNS = ("case", "median_ms", "longest_ms")
 
 
@@ -104,7 +111,7 @@ def registry_report(options: Options, log: Log) -> BenchmarkReport:
         registry = Registry.open(settings)
         log(f"registering {count} adapters of {size.name}")
         for source in adapter_directories(size, "pedro", count):
-            _register(registry, _adapted(source, backbone, home))
+            register_version(registry, _adapted(source, backbone, home), ADAPTER)
         seen: dict[str, list[float]] = {"look up": [], "fetch": [], "fetch again": []}
         for number in range(1, count + 1):
             for case, work in (
@@ -128,6 +135,11 @@ SERVER_BENCHMARKS = {
         "a quiet tenant's first token beside the floods of another, in process and over HTTP",
         fairness_report,
         FAIRNESS_COLUMNS,
+    ),
+    "chat": Benchmark(
+        "MT-Bench conversations and a 2 k-token prompt on SmolLM2-135M-Instruct, served, beside generate()",
+        chat_server.run,
+        chat_server.COLUMNS,
     ),
     "dashboard": Benchmark(
         "the dashboard's pages among 10,000 runs and 500 adapters",
@@ -158,48 +170,25 @@ SERVER_BENCHMARKS = {
 
 @contextmanager
 def running_server(options: Options, log: Log) -> Iterator[RunningServer]:
-    """A server for the time of the `with`; its Ray head and its home go with it."""
-    from pedro.registry import Registry
+    """A server of two versions of one random adapter for the time of the `with`."""
     from pedro.serving.config import ServeConfig
-    from pedro.serving.deploy import deploy, end
-    from pedro.store import Store
 
     size = MODEL_SIZES[(options.models or ("S",))[0]]
-    home = bench_folder() / "home"
-    settings = Settings.from_env({"PEDRO_HOME": str(home)})
-    before = dict(os.environ)
-    try:
-        end(settings)  # of a run that was killed
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir(parents=True)
-        log(f"registering two versions of {TENANT}.{ADAPTER} on {size.name}")
-        backbone = resolve_backbone(str(backbone_with_words(size)))
-        adapters = [_adapted(source, backbone, home) for source in adapter_directories(size, "pedro", 2)]
-        registry = Registry.open(settings)
-        versions = [_register(registry, adapter) for adapter in adapters]
-        registry.promote(f"{TENANT}.{ADAPTER}", versions[0])
-        store = Store(settings.database_url)
-        _, key = store.create_key(TENANT, ["infer"], "benchmark")
-        _, other_key = store.create_key("other", ["infer"], "benchmark")
-        _, admin_key = store.create_key("operator", ["admin"], "benchmark")
-        config = ServeConfig(backbone=str(backbone.directory), served_name=size.name, threads=options.threads)
-        served = deploy(settings, config, port=0, log=log)
-        _restore(before)
-        model = f"{TENANT}.{ADAPTER}"
-        server = http_overhead.Server(size.name, served.url, key, model, str(adapters[0]), str(backbone.directory))
-        yield RunningServer(server, admin_key, other_key, tuple(versions))
-    finally:
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()  # a driver whose head is gone hangs before it shows any error
-        end(settings)
-        shutil.rmtree(home, ignore_errors=True)
-        _restore(before)
+    backbone = resolve_backbone(str(backbone_with_words(size)))
+    model, versions, adapters = f"{TENANT}.{ADAPTER}", [], []
 
+    def register(registry: Registry, home: Path) -> None:
+        log(f"registering two versions of {model} on {size.name}")
+        adapters.extend(_adapted(source, backbone, home) for source in adapter_directories(size, "pedro", 2))
+        versions.extend(register_version(registry, adapter, ADAPTER) for adapter in adapters)
+        registry.promote(model, versions[0])
 
-def _restore(environment: dict[str, str]) -> None:
-    """Undo what deploying set: the benchmark's own files stay in the user's home, not in the server's."""
-    os.environ.clear()
-    os.environ.update(environment)
+    config = ServeConfig(backbone=str(backbone.directory), served_name=size.name, threads=options.threads)
+    with local_server(config, register, log) as local:
+        server = http_overhead.Server(
+            size.name, local.url, local.key(), model, str(adapters[0]), str(backbone.directory)
+        )
+        yield RunningServer(server, local.key("operator", "admin"), local.key("other"), tuple(versions))
 
 
 def backbone_with_words(size: ModelSize) -> Path:
@@ -246,10 +235,3 @@ def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
     manifest |= {"prompt_format": FORMATS["raw"].to_dict(), "metrics": {}}
     write_manifest(target, manifest)
     return target
-
-
-def _register(registry: Registry, directory: Path) -> int:
-    run = registry.start_run(experiment=TENANT, name="benchmark", params={}, tags={})
-    version = registry.register(run, directory, TENANT, ADAPTER)
-    registry.finish_run(run)
-    return version.version
