@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import uvicorn
-from serving_adapters import backbone, make_adapter, register, settings_at
+from serving_adapters import make_adapter, register, settings_at
 from serving_connections import LocalConnection
 
+from pedro.backbone import context_length, resolve_backbone
 from pedro.config import Settings
 from pedro.gateway.app import create_app
 from pedro.registry import Registry
@@ -53,20 +54,22 @@ def make_adapters(folder: Path) -> Settings:
 
 
 @contextlib.contextmanager
-def running(settings: Settings) -> Iterator[Running]:
-    """Serve what the registry of `settings` holds."""
+def running(settings: Settings, config: ServeConfig | None = None) -> Iterator[Running]:
+    """Serve what the registry of `settings` holds, on stories260K unless told."""
     torch.set_num_threads(1)
     registry, store = Registry.open(settings), Store(settings.database_url)
-    replica = ReplicaServer(ServeConfig(max_batch=8), settings, "r0")
+    config = config or ServeConfig(max_batch=8)
+    backbone = resolve_backbone(config.backbone)
+    replica = ReplicaServer(config, settings, "r0")
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(lambda: None, log_level="warning", timeout_graceful_shutdown=2))
 
     async def main() -> None:
         replicas = ReplicaSet(lambda name: LocalConnection(replica))
-        resolver = ModelResolver(registry, "stories260K", backbone().digest, 0.2)
+        resolver = ModelResolver(registry, config.model_name, backbone.digest, 0.2)
         await resolver.refresh()
         replicas.update(["r0"])
-        backend = ServeBackend("stories260K", 512, resolver, registry, replicas)
+        backend = ServeBackend(config.model_name, context_length(backbone), resolver, registry, replicas)
         server.config.app = create_app(lambda: backend, store)
         watching = asyncio.create_task(resolver.watch())
         try:

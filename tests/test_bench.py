@@ -209,9 +209,10 @@ def test_percentiles_are_values_that_occurred():
 
 def test_the_shapes_have_the_sizes_they_are_named_after():
     sizes = {
-        name: sum(p.numel() for p in make_model(MODEL_SIZES[name], "meta").parameters()) for name in ("S", "M", "7B")
+        name: sum(p.numel() for p in make_model(MODEL_SIZES[name], "meta").parameters())
+        for name in ("S", "M", "SmolLM2", "7B")
     }
-    assert sizes == {"S": 15_191_712, "M": 124_668_672, "7B": 6_738_415_616}
+    assert sizes == {"S": 15_191_712, "M": 124_668_672, "SmolLM2": 134_515_008, "7B": 6_738_415_616}
     assert MODEL_SIZES["M"].read_parameters < sizes["M"] - 32_000 * 768 + 1
     assert copy_limit_tok_s(MODEL_SIZES["7B"], copy_gb_s=600.0, value_bytes=2) == pytest.approx(
         600e9 / 13.5e9, rel=0.03

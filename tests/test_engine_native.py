@@ -5,18 +5,39 @@ import logging
 
 import pytest
 import torch
-from engine_models import make_adapter, make_engine, prompt, random_backbone, reference_logits, request, run
+from engine_models import (
+    drain,
+    make_adapter,
+    make_engine,
+    prompt,
+    random_backbone,
+    reference_logits,
+    request,
+    run,
+)
 
 from pedro.engine import native, native_model
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 from pedro.errors import BackboneError
 from pedro.methods.servable import read_adapter
 
-SIZES = {  # none a multiple of a strip, several prompts longer than a block of rows
+SMOLLM2 = {  # SmolLM2-135M with 16 in place of 64 channels a head, and 3 layers
+    "hidden_size": 144,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "intermediate_size": 384,
+    "tie_word_embeddings": True,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+}
+SIZES = {  # few a multiple of a strip, several prompts longer than a block of rows
     "odd": {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 44},
     "wide": {"hidden_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 80},
     "biased": {"attention_bias": True, "mlp_bias": True, "vocab_size": 131},
     "tied": {"tie_word_embeddings": True, "hidden_size": 64, "head_dim": 16},
+    "smollm2": SMOLLM2,
 }
 
 
@@ -24,6 +45,13 @@ def prefill(runner, *rows):
     runner.begin([PrefillRow(slot, ids, len(ids), adapter) for slot, ids, adapter in rows])
     runner.advance()
     return runner.end()[0]
+
+
+def generated(model, ids, count):
+    """Greedy tokens by transformers, or PEFT."""
+    with torch.inference_mode():
+        made = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return made[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
@@ -71,6 +99,41 @@ def test_both_kernels_give_the_same_answers(tmp_path):
         assert engine.stats()["kernel"] == kernel
         made.append({name: answer.token_ids for name, answer in run(engine, *requests).items()})
     assert made[0] == made[1]
+
+
+def test_a_language_models_shape_takes_the_kernel_and_answers_as_generate(tmp_path):
+    model = random_backbone("llama", **SMOLLM2)
+    tuned = make_adapter(model, tmp_path / "a", seed=1)
+    engine = make_engine(model, load=lambda ref: tmp_path / ref)
+    assert engine.stats()["kernel"] == "native", "it is what auto takes"
+    prompts = [prompt(5 + 40 * i, i) for i in range(3)]
+    asked = [request(f"{who}{i}", ids, 12, adapter=who or None) for who in ("a", "") for i, ids in enumerate(prompts)]
+    answers = run(engine, *asked)
+    for who, reference in (("a", tuned), ("", model)):
+        for i, ids in enumerate(prompts):
+            assert answers[f"{who}{i}"].token_ids == generated(reference, ids, 12)
+
+
+def test_a_prompt_of_2048_tokens_read_in_chunks_equals_one_read_in_a_piece(tmp_path):
+    model = random_backbone("llama", **SMOLLM2)
+    tuned = make_adapter(model, tmp_path / "a", seed=1)
+    ids = prompt(2048)
+    made = []
+    for options in ({}, {"prefill_tokens": 300}):
+        engine = make_engine(model, load=lambda ref: tmp_path / ref, **options)
+        engine.add(request("beside", prompt(4, 1), 60))
+        drain(engine, until=lambda answers: "beside" in answers)
+        longs = [request(f"long {who}", ids, 6, adapter=who, logprobs=0) for who in ("a", None)]
+        for one in longs:
+            engine.add(one)
+        answers = drain(engine)
+        made.append([answers[one.id] for one in longs])
+        between = len(answers["beside"].token_ids)
+    assert between > 14, "the other answer went on between the chunks"
+    for whole, chunks, reference in zip(*made, (tuned, model), strict=True):
+        assert whole.token_ids == chunks.token_ids == generated(reference, ids, 6)
+        for left, right in zip(whole.logprobs, chunks.logprobs, strict=True):
+            assert left.logprob == right.logprob, "a row's numbers do not depend on how it was cut"
 
 
 def test_a_row_that_is_not_finite_is_told_apart_from_its_neighbours():

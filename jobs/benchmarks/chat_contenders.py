@@ -97,12 +97,14 @@ class Generate:
 
     def first_difference(self, theirs: Reply, ours: Reply) -> int:
         """Which of the tokens of `theirs`, made here, is the first that the other answer does not have."""
-        ids = [token for token in theirs.token_ids if token != self.tokenizer.eos_token_id]
+        ids, known = [token for token in theirs.token_ids if token != self.tokenizer.eos_token_id], 0
         for at in range(len(ids)):
             text = self.tokenizer.decode(ids[: at + 1], skip_special_tokens=True)
-            if not ours.text.startswith(text.rstrip("\ufffd")):  # the bytes of a character may come one by one
-                return at
-        return len(ids)
+            if not ours.text.startswith(text.rstrip("\ufffd")):
+                break
+            if not text.endswith("\ufffd"):  # the bytes of a character may come one by one
+                known = at + 1
+        return known
 
     def _answer(self, chats: Sequence[Messages], new: int) -> list[Reply]:
         clock = _Clock()

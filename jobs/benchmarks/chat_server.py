@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from jobs.benchmarks.local_server import TENANT, local_server, register_version
 from jobs.benchmarks.model_sizes import bench_folder
-from pedro.backbone import Backbone, load_config, load_model, load_tokenizer, resolve_backbone
+from pedro.backbone import Backbone, load_config, load_model, load_tokenizer, quiet, resolve_backbone
 from pedro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     sizes = QUICK if options.quick else Sizes()
     sizes = replace(sizes, rounds=options.rounds or sizes.rounds, batches=options.batches or sizes.batches)
     use_threads(options.threads)
+    quiet()
     tokenizer = load_tokenizer(backbone)
     generate = Generate(load_model(backbone), tokenizer)
     adapters = [f"chat-{number}" for number in range(max(sizes.batches))]
