@@ -63,6 +63,31 @@ def test_the_published_figures_stand_beside_what_the_benchmark_measured():
     assert [plain(row) for row in table(PAGE, "## Published figures")] == wanted
 
 
+def test_the_table_of_conversations_is_what_the_benchmark_measured():
+    file, section = (
+        RESULTS / "chat.json",
+        PAGE.read_text().partition("### Text of real length")[2].partition("\n## ")[0],
+    )
+    if not file.is_file():
+        assert "has not been run" in section
+        return
+    wanted = []
+    for row in json.loads(file.read_text())["rows"]:
+        who = {"generate": "`generate()`"}.get(row["engine"], f"server, {row['adapters']}")
+        low, high = row["ratio_interval"]
+        ratio = "" if row["engine"] == "generate" else f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+        cells = [f"{row['texts']}, {row['batch']} at once", who.replace("none", "bare").replace("pedro", "PEDRO")]
+        cells += [
+            f"{row['tok_s']:.1f}",
+            ratio,
+            f"{row['ttft_ms'] / 1000:.2f}",
+            f"{row['tpot_ms']:.0f}",
+            row.get("equal", ""),
+        ]
+        wanted.append(cells)
+    assert [plain(row) for row in table(PAGE, "### Text of real length")] == wanted
+
+
 @pytest.mark.parametrize(
     ("section", "comparison"),
     [("### On stories260K", "nano_table1"), ("### On pedro-nano", "nano_table1_pedro_nano")],

@@ -17,13 +17,17 @@
 #if defined(__AVX512F__)
 #define VW 16
 #define MR 12
+#define GROUP 4 /* heads that attend together: at most; times four sums each, they want registers */
 #elif defined(__AVX2__)
 #define VW 8
 #define MR 6
+#define GROUP 3
 #else
 #define VW 8
 #define MR 4
+#define GROUP 2
 #endif
+#define INLINE __attribute__((always_inline))
 #define NR (2 * VW)
 #define AHEAD (32 * NR) /* floats: weights come from memory faster when asked for across page borders */
 #define FEW 48
@@ -32,6 +36,8 @@
 typedef float vf __attribute__((vector_size(VW * 4)));
 typedef float vfu __attribute__((vector_size(VW * 4), aligned(4)));
 typedef int vi __attribute__((vector_size(VW * 4)));
+typedef float f4 __attribute__((vector_size(16)));
+typedef float f4u __attribute__((vector_size(16), aligned(4)));
 
 enum { Q, K, V, O, GATE, UP, DOWN, SITES };
 enum { SILU, GELU_TANH };
@@ -84,6 +90,7 @@ long pedro_simd_width(void) { return VW; }
 static inline long padded(long n) { return (n + VW - 1) / VW * VW; }
 static inline vf load(const float *p) { return *(const vfu *)p; }
 static inline void store(float *p, vf v) { *(vfu *)p = v; }
+static inline void store4(float *p, f4 v) { *(f4u *)p = v; }
 static inline vf all(float s) { return s - (vf){0}; }
 static inline vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 static inline vf vmax(vf a, vf b) { return pick(a > b, a, b); }
@@ -94,6 +101,20 @@ static inline float sum(vf v) {
   for (int w = VW / 2; w; w /= 2)
     for (int i = 0; i < w; i++) s[i] += s[i + w];
   return s[0];
+}
+
+static inline f4 folded(vf v) { /* [4]: the sums of every fourth */
+  f4 part[VW / 4];
+  memcpy(part, &v, sizeof v);
+  for (int w = VW / 8; w; w /= 2)
+    for (int i = 0; i < w; i++) part[i] += part[i + w];
+  return part[0];
+}
+
+static inline f4 sum4(const vf *v) { /* `sum` of four vectors, each in the same order */
+  const f4 a = folded(v[0]), b = folded(v[1]), c = folded(v[2]), d = folded(v[3]);
+  return ((f4){a[0], b[0], c[0], d[0]} + (f4){a[2], b[2], c[2], d[2]}) +
+         ((f4){a[1], b[1], c[1], d[1]} + (f4){a[3], b[3], c[3], d[3]});
 }
 
 static inline vf vexp(vf x) { /* Cephes' expf: relative error below 2e-7 */
@@ -155,8 +176,8 @@ typedef struct {            /* one product: rows [m, k] (normed on the way where
   long ldo;
 } Product;
 
-static inline __attribute__((always_inline)) void tile(const int m, long k, const float *x, long ldx, const float *w,
-                                                        long ldw, float *out, long ldo) {
+static inline INLINE void tile(const int m, long k, const float *x, long ldx, const float *w, long ldw, float *out,
+                               long ldo) {
   /* out [m, NR] = x' w, with x [k, m] and w [k, NR] */
   vf a[MR], b[MR];
 #pragma GCC unroll 12
@@ -408,49 +429,100 @@ static void keep(const Model *M, const Batch *B, const Layer *L, long row, long 
   memcpy(L->values + at, key + kw, d * sizeof(float));
 }
 
-static void attend(const Model *M, const Layer *L, const float *q, long slot, long kv, long position, float *out) {
-  const long d = M->head_dim, from = L->window && position >= L->window ? position + 1 - L->window : 0;
-  const long count = position + 1 - from, whole = d - d % VW;
-  const float *keys = L->keys + ((slot * M->kv_heads + kv) * M->length + from) * d;
-  const float *values = L->values + ((slot * M->kv_heads + kv) * M->length + from) * d;
-  float *p = scratch(padded(count)), high = -INFINITY;
-  for (long t = 0; t < count; t++) {
-    vf s = {0};
-    float rest = 0;
-    for (long i = 0; i < whole; i += VW) s += load(q + i) * load(keys + t * d + i);
-    for (long i = whole; i < d; i++) rest += q[i] * keys[t * d + i];
-    p[t] = (sum(s) + rest) * M->scaling;
-    high = p[t] > high ? p[t] : high;
+/* A token's heads that share keys and values go over them together, a few at a time: each is read once for all. */
+
+static inline INLINE void score(const int g, const int n, long d, const float *q, const float *keys, float scaling,
+                                float *p, long ldp) { /* p [g, n of ldp] = scaling * q keys', q [g, d], keys [n, d] */
+  const long whole = d - d % VW;
+  vf s[GROUP][4];
+#pragma GCC unroll 4
+  for (int h = 0; h < g; h++)
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j++) s[h][j] = (vf){0};
+  for (long i = 0; i < whole; i += VW) {
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j++) {
+      const vf key = load(keys + j * d + i);
+#pragma GCC unroll 4
+      for (int h = 0; h < g; h++) s[h][j] += load(q + h * d + i) * key;
+    }
   }
+#pragma GCC unroll 4
+  for (int h = 0; h < g; h++, q += d, p += ldp) {
+    if (n == 4) store4(p, sum4(s[h]));
+    else p[0] = sum(s[h][0]);
+    for (int j = 0; j < n; j++) {
+      for (long i = whole; i < d; i++) p[j] += q[i] * keys[j * d + i];
+      p[j] *= scaling;
+    }
+  }
+}
+
+static inline INLINE void mix(const int g, const int n, long d, long count, const float *p, long ldp,
+                              const float *values, const float *share, float *out) { /* n vectors of out [g, d] */
+  vf a[GROUP][4];
+#pragma GCC unroll 4
+  for (int h = 0; h < g; h++)
+#pragma GCC unroll 4
+    for (int c = 0; c < n; c++) a[h][c] = (vf){0};
+  for (long t = 0; t < count; t++, values += d) {
+#pragma GCC unroll 4
+    for (int c = 0; c < n; c++) {
+      const vf value = load(values + c * VW);
+#pragma GCC unroll 4
+      for (int h = 0; h < g; h++) a[h][c] += p[h * ldp + t] * value;
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < g; h++)
+#pragma GCC unroll 4
+    for (int c = 0; c < n; c++) store(out + h * d + c * VW, a[h][c] * share[h]);
+}
+
+static float soften(float *p, long count) { /* scores to their exponentials, zeros behind; gives 1 / their sum */
+  vf most = all(-INFINITY), total = {0};
+  float high = -INFINITY;
   for (long t = count; t < padded(count); t++) p[t] = -INFINITY;
-  vf total = {0};
+  for (long t = 0; t < count; t += VW) most = vmax(most, load(p + t));
+  for (int i = 0; i < VW; i++) high = most[i] > high ? most[i] : high;
   for (long t = 0; t < count; t += VW) {
-    vf e = vexp(load(p + t) - high);
-    if (t + VW > count)
-      for (int i = count - t; i < VW; i++) e[i] = 0;
+    const vf x = load(p + t), e = pick(x == -INFINITY, (vf){0}, vexp(x - high));
     store(p + t, e);
     total += e;
   }
-  const float share = 1.0f / sum(total);
-  long i = 0;
-  for (; i + 4 * VW <= d; i += 4 * VW) {
-    vf a = {0}, b = {0}, c = {0}, e = {0};
-    for (long t = 0; t < count; t++) {
-      const float *v = values + t * d + i;
-      a += p[t] * load(v), b += p[t] * load(v + VW), c += p[t] * load(v + 2 * VW), e += p[t] * load(v + 3 * VW);
+  return 1.0f / sum(total);
+}
+
+static inline INLINE void attend_heads(const int g, const Model *M, const Layer *L, const float *q, long slot, long kv,
+                                       long position, float *out) {
+  const long d = M->head_dim, from = L->window && position >= L->window ? position + 1 - L->window : 0;
+  const long count = position + 1 - from, ldp = padded(count);
+  const float *keys = L->keys + ((slot * M->kv_heads + kv) * M->length + from) * d;
+  const float *values = L->values + ((slot * M->kv_heads + kv) * M->length + from) * d;
+  float *p = scratch(g * ldp), share[GROUP];
+  long t = 0, i = 0;
+  for (; t + 4 <= count; t += 4) score(g, 4, d, q, keys + t * d, M->scaling, p + t, ldp);
+  for (; t < count; t++) score(g, 1, d, q, keys + t * d, M->scaling, p + t, ldp);
+  for (int h = 0; h < g; h++) share[h] = soften(p + h * ldp, count);
+  for (; i + 4 * VW <= d; i += 4 * VW) mix(g, 4, d, count, p, ldp, values + i, share, out + i);
+  for (; i + VW <= d; i += VW) mix(g, 1, d, count, p, ldp, values + i, share, out + i);
+  for (; i < d; i++)
+    for (int h = 0; h < g; h++) {
+      float a = 0;
+      for (t = 0; t < count; t++) a += p[h * ldp + t] * values[t * d + i];
+      out[h * d + i] = a * share[h];
     }
-    store(out + i, a * share), store(out + i + VW, b * share);
-    store(out + i + 2 * VW, c * share), store(out + i + 3 * VW, e * share);
-  }
-  for (; i + VW <= d; i += VW) {
-    vf a = {0};
-    for (long t = 0; t < count; t++) a += p[t] * load(values + t * d + i);
-    store(out + i, a * share);
-  }
-  for (; i < d; i++) {
-    float a = 0;
-    for (long t = 0; t < count; t++) a += p[t] * values[t * d + i];
-    out[i] = a * share;
+}
+
+static void attend(long heads, const Model *M, const Layer *L, const float *q, long slot, long kv, long position,
+                   float *out) { /* q and out: [heads, d], of one kv head */
+  switch (heads) {
+    case 1: attend_heads(1, M, L, q, slot, kv, position, out); break;
+    case 2: attend_heads(2, M, L, q, slot, kv, position, out); break;
+    case 3: attend_heads(3, M, L, q, slot, kv, position, out); break;
+#if GROUP > 3
+    case 4: attend_heads(4, M, L, q, slot, kv, position, out); break;
+#endif
   }
 }
 
@@ -471,10 +543,11 @@ static void attend_row(const void *what, long unit, int thread) { /* a token and
   const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
   (void)thread;
   keep(M, B, u->L, row, kv);
-  for (long h = kv * group; h < (kv + 1) * group; h++) {
+  for (long part = 0, parts = (group + GROUP - 1) / GROUP; part < parts; part++) {
+    const long h = kv * group + group * part / parts, heads = kv * group + group * (part + 1) / parts - h;
     float *q = B->qkv + row * width + h * d;
-    rotate(M, u->L->q_norm, B->positions[row], q);
-    attend(M, u->L, q, B->slots[row], kv, B->positions[row], B->mixed + row * M->heads * d + h * d);
+    for (long i = 0; i < heads; i++) rotate(M, u->L->q_norm, B->positions[row], q + i * d);
+    attend(heads, M, u->L, q, B->slots[row], kv, B->positions[row], B->mixed + (row * M->heads + h) * d);
   }
 }
 
