@@ -66,8 +66,8 @@ class ChatComparison:
 
     def __init__(self, generate: Generate, servers: Mapping[str, Contender], sizes: Sizes, log: Log) -> None:
         self.report = BenchmarkReport("chat", asdict(sizes))
-        self._generate, self._contenders = generate, {"generate": generate, **servers}
-        self._sizes, self._log = sizes, log
+        self._generate, self._sizes, self._log = generate, sizes, log
+        self._contenders: dict[str, Contender] = {"generate": generate, **servers}
         self._differences: list[Difference] = []
 
     def run(self, data: Path) -> BenchmarkReport:

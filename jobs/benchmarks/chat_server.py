@@ -72,8 +72,8 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         }
         report = ChatComparison(generate, servers, sizes, log).run(Path(data))
         report.facts["kernel"] = local.stats()["kernel"]
-    report.settings = {**report.settings, "backbone": backbone.id, "digest": backbone.digest}
-    report.settings |= {"threads": options.threads, "dtype": "float32"}
+    shown = {"backbone": backbone.id, "digest": backbone.digest, "threads": options.threads, "dtype": "float32"}
+    report.settings = {**shown, **report.settings}
     return report
 
 

@@ -175,7 +175,9 @@ def running_server(options: Options, log: Log) -> Iterator[RunningServer]:
 
     size = MODEL_SIZES[(options.models or ("S",))[0]]
     backbone = resolve_backbone(str(backbone_with_words(size)))
-    model, versions, adapters = f"{TENANT}.{ADAPTER}", [], []
+    model = f"{TENANT}.{ADAPTER}"
+    versions: list[int] = []
+    adapters: list[Path] = []
 
     def register(registry: Registry, home: Path) -> None:
         log(f"registering two versions of {model} on {size.name}")
