@@ -96,7 +96,7 @@ def test_the_benchmark_holds_the_same_conversations_with_everybody_and_compares_
     report = ChatComparison(generate, servers, sizes, said.append).run(EXCERPTS)
     assert [(row["texts"], row["engine"], row["adapters"]) for row in report.rows] == [
         (texts, *who)
-        for texts in ("MT-Bench", "a long prompt")
+        for texts in ("MT-Bench", "300-token prompt")
         for who in (("generate", "none"), ("server", "none"), ("server", "pedro"))
     ]
     assert [row["equal"] for row in report.rows if "equal" in row] == ["8/8", "2/2"]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jobs.benchmarks.chat_contenders import Contender, Generate, Held, Turns
     from jobs.benchmarks.engine_process import Log
 
-MT_BENCH, LONG = "MT-Bench", "a long prompt"
+MT_BENCH = "MT-Bench"
 ASKED = "What is the following text about?\n\n"
 TIE = 1e-3  # logits that are closer may change places with the order of a sum
 WARM_UP_TOKENS = 8
@@ -77,7 +77,7 @@ class ChatComparison:
         for batch in sizes.batches:
             self._case(MT_BENCH, [list(itertools.islice(questions, batch)) for _ in rounds], sizes.new)
         prompts = [[(long_prompt(self._generate, sizes.prompt, number),)] for number in rounds]
-        self._case(LONG, prompts, sizes.after_prompt)
+        self._case(f"{sizes.prompt:,}-token prompt", prompts, sizes.after_prompt)
         self.report.facts["differences"] = [asdict(difference) for difference in self._differences]
         unlike = sum(difference.margin > TIE for difference in self._differences)
         name = f"answers unlike generate()'s where two logits are more than {TIE:g} apart"

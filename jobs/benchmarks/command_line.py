@@ -35,6 +35,7 @@ published; prompts are random and distinct, and answers of equal lengths, but in
   tok_s         all new tokens / time from the first request's arrival to the last token
   decode_tok_s  tokens that came after every request had its first one / the time from then to the last token
   ttft_ms       the median request's time to its first token
+  tpot_ms       the median request's time per further token
   ratio         to transformers' generate() on the bare model, the median over rounds, each round's pair apart;
                 *_interval: its 95 % bootstrap interval
 """
