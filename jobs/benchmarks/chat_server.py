@@ -35,6 +35,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     from jobs.benchmarks.bench_engine import use_threads
     from jobs.benchmarks.chat import QUICK, ChatComparison, Sizes
     from jobs.benchmarks.chat_contenders import Generate, Server
+    from pedro.engine.native_model import unfit
     from pedro.serving.config import ServeConfig
 
     data = os.environ.get("PEDRO_TASK_DATA")
@@ -71,7 +72,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
             "pedro": Server(local.url, key, [f"{TENANT}.{adapter}" for adapter in adapters]),
         }
         report = ChatComparison(generate, servers, sizes, log).run(Path(data))
-        report.facts["kernel"] = local.stats()["kernel"]
+    report.facts["kernel"] = unfit(load_config(backbone)) or "native"
     shown = {"backbone": backbone.id, "digest": backbone.digest, "threads": options.threads, "dtype": "float32"}
     report.settings = {**shown, **report.settings}
     return report

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.benchmarks.model_sizes import bench_folder
 from pedro.config import Settings
@@ -33,15 +33,6 @@ class LocalServer:
     def key(self, tenant: str = TENANT, scope: str = "infer") -> str:
         """A new key."""
         return self.store.create_key(tenant, [scope], "benchmark")[1]
-
-    def stats(self) -> dict[str, Any]:
-        """What the engine of its replica says of itself."""
-        from ray import serve
-
-        from pedro.serving.deploy import APP_NAME
-
-        found: dict[str, Any] = serve.get_deployment_handle("engine", APP_NAME).stats.remote().result(timeout_s=30)
-        return found
 
 
 @contextmanager
