@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path, help="only these files")
     parser.add_argument("--at-once", type=int, default=2, help="how many files run side by side")
     ours, words = sys.argv[1:], []
+    parser.add_argument("--again", action="store_true", help="run files that failed once more, alone; then it counts")
     if "--" in ours:
         ours, words = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
     given = parser.parse_args(ours)
@@ -91,14 +92,29 @@ def main() -> int:
         for future in as_completed(waiting):
             one = future.result()
             ended.append(one)
-            print(f"== slow tests of {one.file.name}: {one.seconds:.0f} s\n{one.output}", flush=True)
+            show(one)
     print(f"== {len(ended)} files in {time.monotonic() - began:.0f} s; the ten slowest tests:")
     for seconds, name in sorted((test for one in ended for test in one.tests), reverse=True)[:10]:
         print(f"{seconds:8.1f} s  {name}")
-    failed = [one.file.name for one in ended if one.status]
+    failed = [one for one in ended if one.status]
     if failed:
-        print(f"== failed: {', '.join(sorted(failed))}")
+        print(f"== failed: {names(failed)}", flush=True)
+    if failed and given.again:
+        once_more = [run(one.file, words) for one in failed]
+        for one in once_more:
+            show(one)
+        failed = [one for one in once_more if one.status]
+        verdict = names(failed) or "none; what failed before needs a machine without load: mend it"
+        print(f"== failed alone, too: {verdict}")
     return bool(failed)
+
+
+def show(one: Ended) -> None:
+    print(f"== slow tests of {one.file.name}: {one.seconds:.0f} s\n{one.output}", flush=True)
+
+
+def names(files: list[Ended]) -> str:
+    return ", ".join(sorted(one.file.name for one in files))
 
 
 if __name__ == "__main__":
