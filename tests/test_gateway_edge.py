@@ -609,12 +609,13 @@ def test_a_client_that_goes_away_frees_the_backend(tmp_path, stream, prompts):
         body = {"model": BACKBONE, "prompt": prompts, "max_tokens": 10_000, "stream": stream}
         if stream:
             with client.stream("POST", "/v1/completions", json=body) as reply:
-                next(reply.iter_lines())
+                lines = reply.iter_lines()  # kept: the client leaves where it is dropped
+                next(lines)
                 assert gateway.backend.running == len(prompts)
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/completions", json=body, timeout=0.5)
-        assert gateway.backend.freed.wait(5)
+        assert gateway.backend.freed.wait(60)
         deadline = time.monotonic() + 60
         while gateway.backend.running and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -519,7 +519,9 @@ static void attend(long heads, const Model *M, const Layer *L, const float *q, l
   switch (heads) {
     case 1: attend_heads(1, M, L, q, slot, kv, position, out); break;
     case 2: attend_heads(2, M, L, q, slot, kv, position, out); break;
+#if GROUP > 2
     case 3: attend_heads(3, M, L, q, slot, kv, position, out); break;
+#endif
 #if GROUP > 3
     case 4: attend_heads(4, M, L, q, slot, kv, position, out); break;
 #endif
