@@ -6,12 +6,13 @@ import asyncio
 import threading
 
 import pytest
+import sqlalchemy as sa
 
 from pedro.errors import AuthenticationError, UnavailableError
 from pedro.gateway import key_cache
 from pedro.gateway.app import GatewaySettings
 from pedro.gateway.key_cache import KeyCache
-from pedro.store import Quota, Store
+from pedro.store import Quota, Store, schema
 
 OFTEN_S = 0.02
 RARELY_S = 3600.0  # the feed is not due again in the time of a test
@@ -231,6 +232,77 @@ def test_where_the_feed_was_cut_every_key_is_asked_for_again(store):
         store.forget_changes(10**11)
         with pytest.raises(AuthenticationError):
             await cache.find(secret)
+
+    run(go())
+    cache.close()
+
+
+def test_what_a_process_of_an_earlier_release_changes_without_the_feed_is_seen_once_answers_are_old(store, monkeypatch):
+    record, secret = store.create_key("acme")
+    cache = KeyCache(store, RARELY_S)
+
+    def change(revoked):
+        with store._database.writing() as connection:
+            connection.execute(sa.update(schema.keys).where(schema.keys.c.id == record.id).values(revoked=revoked))
+
+    async def refused():
+        with pytest.raises(AuthenticationError):
+            await cache.find(secret)
+
+    async def go():
+        assert (await cache.find(secret))[0] == record
+        change(1.0)
+        assert (await cache.find(secret))[0] == record
+        monkeypatch.setattr(key_cache, "FRESH_S", -1.0)
+        await refused()
+        monkeypatch.setattr(key_cache, "FRESH_S", 60.0)
+        change(None)
+        await refused()
+        monkeypatch.setattr(key_cache, "FRESH_S", -1.0)
+        assert (await cache.find(secret))[0] == record
+
+    run(go())
+    cache.close()
+
+
+def test_an_old_answer_is_good_while_the_database_is_away(store, monkeypatch):
+    record, secret = store.create_key("acme")
+    counted = Counted(store)
+    cache = KeyCache(counted, RARELY_S)
+
+    async def go():
+        await cache.find(secret)
+        monkeypatch.setattr(key_cache, "FRESH_S", -1.0)
+        counted.away = True
+        assert (await cache.find(secret))[0] == record
+
+    run(go())
+    cache.close()
+
+
+def test_a_flood_of_guessed_keys_is_turned_away_and_holds_up_neither_the_feed_nor_known_keys(store, monkeypatch):
+    monkeypatch.setattr(key_cache, "MAX_LOOKUPS", 8)
+    record, secret = store.create_key("acme")
+    revoked, other = store.create_key("acme")
+    counted = Counted(store)
+    cache = KeyCache(counted, 0.0)
+    go_on = threading.Event()
+
+    async def go():
+        await cache.find(secret)
+        await cache.find(other)
+        counted.before_answer = lambda: go_on.wait(60)
+        guesses = [asyncio.create_task(cache.find(f"sk-pedro-{number}")) for number in range(20)]
+        while cache._lookups < 8 or sum(guess.done() for guess in guesses) < 12:
+            await asyncio.sleep(0.01)
+        store.revoke_key(revoked.id)
+        with pytest.raises((AuthenticationError, UnavailableError)):
+            await cache.find(other)
+        assert (await cache.find(secret))[0] == record
+        go_on.set()
+        ended = await asyncio.gather(*guesses, return_exceptions=True)
+        kinds = [type(error) for error in ended]
+        assert (kinds.count(AuthenticationError), kinds.count(UnavailableError)) == (8, 12)
 
     run(go())
     cache.close()

@@ -8,12 +8,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 
 from pedro.errors import AuthenticationError, ConfigError, ConflictError, NotFoundError, PedroError, UnavailableError
 from pedro.store import JobStatus, Quota, Store
+from pedro.store.database import Database
+from pedro.store.migrate import current
 
 
 @pytest.fixture
@@ -268,3 +272,38 @@ def test_a_database_that_cannot_be_opened_is_told_without_the_password(tmp_path)
     with pytest.raises(PedroError) as caught:
         Store("postgresql://user:hunter2@127.0.0.1:1/pedro")
     assert "hunter2" not in caught.value.message
+
+
+def test_a_database_that_is_damaged_while_it_is_open_is_away_for_its_callers_and_told_in_the_log(sqlite_url, caplog):
+    store = Store(sqlite_url)
+    for _ in range(200):
+        store.create_key("acme")
+    path = Path(sqlite_url.removeprefix("sqlite:///"))
+    with closing(sqlite3.connect(path)) as link:
+        link.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store._database.close()  # its pages are not kept in memory
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+    with pytest.raises(UnavailableError, match="does not answer"):
+        store.list_keys()
+    assert "is damaged" in caplog.text
+    store.close()
+
+
+@pytest.mark.parametrize("secret", ["password", "sslpassword"])
+def test_a_password_in_the_query_of_a_url_is_not_shown(secret):
+    shown = Database(f"postgresql://pedro@127.0.0.1:1/pedro?{secret}=geheim&sslmode=disable").shown
+    assert "geheim" not in shown
+    assert "sslmode=disable" in shown
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_its_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/deep/pedro.db cannot be written \(Not a directory\)"):
+        Store(f"sqlite:///{tmp_path}/file/deep/pedro.db")
+
+
+def test_asking_where_the_schema_stands_makes_nothing(tmp_path):
+    assert current(Database(f"sqlite:///{tmp_path}/new/pedro.db")) is None
+    assert not (tmp_path / "new").exists()

@@ -1,7 +1,8 @@
 """Keys as one gateway knows them, by the hash of their secret: asked for once, then kept by the store's change feed.
 
 A request costs no question to the database while the feed was read lately; what was revoked is refused once it is read
-again. While the database is away, keys that were used before are good for `AWAY_S`.
+again. Every key is asked for again after `FRESH_S` all the same, since processes of earlier releases write no feed.
+While the database is away, keys that were used before are good for `AWAY_S`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pedro.errors import AuthenticationError, UnavailableError
 from pedro.store import KEY, QUOTA, KeyRecord, Position, Quota, Store, hash_secret, unknown_key
@@ -19,10 +21,20 @@ from pedro.store import KEY, QUOTA, KeyRecord, Position, Quota, Store, hash_secr
 AWAY_S = 600.0
 PATIENCE_S = 0.25  # how long a request waits for the feed, before it trusts what is known
 AGAIN_AFTER_S = 1.0  # when a feed that could not be read is asked for again
+FRESH_S = 30.0  # how long an answer is good by itself
+MAX_LOOKUPS = 64  # of keys that are not known, at once: guesses are not to hold up the feed
 MAX_KEYS, MAX_UNKNOWN = 20_000, 20_000
 Known = tuple[KeyRecord, Quota]
 T = TypeVar("T")
 V = TypeVar("V")
+
+
+@dataclass
+class _Held:
+    """A live key as it was at a time (`time.monotonic`)."""
+
+    known: Known
+    at: float
 
 
 class KeyCache:
@@ -32,8 +44,11 @@ class KeyCache:
         self._store = store
         self._follow_every_s = follow_every_s
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pedro-auth")
-        self._keys: OrderedDict[str, Known] = OrderedDict()
-        self._unknown: OrderedDict[str, None] = OrderedDict()
+        self._feed_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-keys")
+        self._lookups = 0
+        self._keys: OrderedDict[str, _Held] = OrderedDict()
+        self._unknown: OrderedDict[str, float] = OrderedDict()
+        self._renewing: dict[str, asyncio.Task[Known]] = {}
         self._position: Position | None = None
         self._read_at: float | None = None
         self._due_at = 0.0
@@ -46,25 +61,47 @@ class KeyCache:
         """
         await self._follow()
         hashed = hash_secret(secret)
-        known = self._keys.get(hashed)
-        if known is not None:
+        held = self._keys.get(hashed)
+        if held is not None and not _fresh(held.at):
+            await self._renew(hashed, secret)
+            held = self._keys.get(hashed)
+        if held is not None:
             self._keys.move_to_end(hashed)
-            return known
-        if hashed in self._unknown:
+            return held.known
+        if hashed in self._unknown and _fresh(self._unknown[hashed]):
             raise unknown_key()
-        asked_at = self._position
-        try:
-            known = await self._ask(lambda: self._store.authenticate(secret))
-        except AuthenticationError:
-            if asked_at == self._position:  # what was read is as of now, as far as the feed tells
-                _remember(self._unknown, hashed, None, MAX_UNKNOWN)
-            raise
-        if asked_at == self._position:
-            _remember(self._keys, hashed, known, MAX_KEYS)
-        return known
+        return await self._look_up(hashed, secret)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)
+        self._feed_thread.shutdown(wait=False)
+
+    async def _look_up(self, hashed: str, secret: str) -> Known:
+        """What the database says of a key, remembered where nothing changed meanwhile."""
+        if self._lookups >= MAX_LOOKUPS:
+            raise UnavailableError("Too many keys are being checked; try again.", code="overloaded")
+        asked_at, now = self._position, time.monotonic()
+        self._lookups += 1
+        try:
+            known = await self._ask(lambda: self._store.authenticate(secret))
+        except AuthenticationError:
+            self._keys.pop(hashed, None)
+            if asked_at == self._position:  # what was read is as of now, as far as the feed tells
+                _remember(self._unknown, hashed, now, MAX_UNKNOWN)
+            raise
+        finally:
+            self._lookups -= 1
+        if asked_at == self._position:
+            _remember(self._keys, hashed, _Held(known, now), MAX_KEYS)
+        return known
+
+    async def _renew(self, hashed: str, secret: str) -> None:
+        """Ask for a key again; a database that is slow or away leaves what was known."""
+        if hashed not in self._renewing:
+            self._renewing[hashed] = renewal = asyncio.create_task(self._look_up(hashed, secret))
+            renewal.add_done_callback(_retrieve)
+            renewal.add_done_callback(lambda _: self._renewing.pop(hashed, None))
+        await asyncio.wait({self._renewing[hashed]}, timeout=PATIENCE_S)
 
     async def _follow(self) -> None:
         """Read the feed if that is due; whoever comes meanwhile waits for the same reading."""
@@ -84,12 +121,12 @@ class KeyCache:
 
     async def _read(self) -> None:
         began = time.monotonic()
-        here = await self._ask(self._store.position)
+        here = await self._follow_ask(self._store.position)
         since = self._position
         if since is None:
             self._position = here
         elif here != since:
-            delta = await self._ask(lambda: self._store.changes(since))
+            delta = await self._follow_ask(lambda: self._store.changes(since))
             self._position = delta.position  # from here on nothing is kept that was asked for before
             if delta.complete:
                 await self._ask_again(
@@ -107,25 +144,36 @@ class KeyCache:
             self._unknown.clear()
         changed = [
             hashed
-            for hashed, (record, _) in self._keys.items()
-            if record.id in keys or f"key:{record.id}" in quotas or f"tenant:{record.tenant}" in quotas
+            for hashed, held in self._keys.items()
+            if (record := held.known[0]).id in keys
+            or f"key:{record.id}" in quotas
+            or f"tenant:{record.tenant}" in quotas
         ]
         found: dict[str, Known] = {}
+        now = time.monotonic()
         try:
             if changed:
-                found = await self._ask(lambda: self._store.find_keys(changed))
+                found = await self._follow_ask(lambda: self._store.find_keys(changed))
         finally:  # where that fails they are forgotten: a key that was revoked must not be taken for a good one
             for hashed in changed:
                 if hashed in found:
-                    self._keys[hashed] = found[hashed]
+                    self._keys[hashed] = _Held(found[hashed], now)
                 else:
                     self._keys.pop(hashed, None)
 
     async def _ask(self, question: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, question)
 
+    async def _follow_ask(self, question: Callable[[], T]) -> T:
+        """On the feed's own thread, which waits for no lookup of a key."""
+        return await asyncio.get_running_loop().run_in_executor(self._feed_thread, question)
 
-def _retrieve(reading: asyncio.Task[None]) -> None:
+
+def _fresh(at: float) -> bool:
+    return time.monotonic() - at <= FRESH_S
+
+
+def _retrieve(reading: asyncio.Task[Any]) -> None:
     """It may be that nobody waits for it any more."""
     if not reading.cancelled():
         reading.exception()

@@ -62,7 +62,7 @@ class AdapterTable:
         with self._database.reading() as connection:
             adapter = adapter_row(connection, ref)
             if adapter is not None:
-                is_number = isinstance(which, int) or which.isdigit()
+                is_number = isinstance(which, int) or (which.isascii() and which.isdecimal())
                 number = int(which) if is_number else adapter.aliases.get(which, 0)
                 row = version_row(connection, ref, number)
                 if row is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 
 BUSY_TIMEOUT_S = 20
 LOCK, LOCK_TIMEOUT_S = "moves", 60
+SERVER: dict[str, Any] = {  # of libpq: a link that drops what is sent over it counts as gone after ten seconds
+    "connect_timeout": 5,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+SECRETS = ("password", "sslpassword")  # in a URL's query
+log = logging.getLogger("pedro.store")
 WRITES = "pedro_writes"  # an option of a connection
 
 
@@ -53,7 +63,7 @@ class Database:
     @property
     def shown(self) -> str:
         """The URL without its password."""
-        return self._engine.url.render_as_string(hide_password=True)
+        return shown(self._engine.url)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -77,6 +87,11 @@ class Database:
         try:
             yield
         except (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.TimeoutError) as error:
+            raise UnavailableError("The platform's database does not answer; try again.", code="database") from error
+        except sa.exc.DatabaseError as error:
+            if type(error) is not sa.exc.DatabaseError:  # what is more than that is a mistake of ours
+                raise
+            log.error("database %s is damaged (%s); restore a backup", self.shown, error.orig)
             raise UnavailableError("The platform's database does not answer; try again.", code="database") from error
 
     def upsert(self, table: sa.Table, key: dict[str, Any], values: dict[str, Any]) -> sa.Insert:
@@ -131,11 +146,15 @@ def exclusive(url: str, name: str) -> Iterator[None]:
                 held.enter_context(FileLock(f"{parsed.database}.{LOCK}.lock", timeout=LOCK_TIMEOUT_S))
             else:
                 held.enter_context(_advisory_lock(parsed, name))
-        except (sa.exc.OperationalError, Timeout, OSError) as error:
+        except (sa.exc.OperationalError, Timeout) as error:
             raise UnavailableError(
-                f"{name}: somebody else is changing it, or the lock of {parsed.render_as_string()} cannot be had; "
-                "try again",
+                f"{name}: somebody else is changing it, or the lock of {shown(parsed)} cannot be had; try again",
                 code="database",
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"database_url: the folder of {shown(parsed)} cannot be written ({error.strerror}), which {name} needs",
+                param="database_url",
             ) from error
         yield
 
@@ -152,9 +171,13 @@ def _advisory_lock(url: URL, name: str) -> Iterator[None]:
 
 def _alone(url: URL) -> Engine:
     """Of a server: each connection is new, and without transactions."""
-    return sa.create_engine(
-        url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 5}
-    )
+    return sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT", connect_args=SERVER)
+
+
+def shown(url: URL) -> str:
+    """A URL without what is secret in it."""
+    hidden = {name: "***" for name in SECRETS if name in url.query}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def parse_url(text: str) -> URL:
@@ -183,7 +206,7 @@ def _open(url: URL) -> Engine:
 
 def _open_server(url: URL) -> Engine:
     try:
-        engine = sa.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+        engine = sa.create_engine(url, pool_pre_ping=True, connect_args=SERVER)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"database_url: needs the module {error.name}; pip install 'psycopg[binary]'", param="database_url"
@@ -200,7 +223,6 @@ def _open_server(url: URL) -> Engine:
 
 def _open_file(url: URL) -> Engine:
     path = Path(str(url.database))
-    path.parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None})
     opened: list[tuple[int, int] | None] = []  # the file that the last connection was made to
 
@@ -208,6 +230,8 @@ def _open_file(url: URL) -> Engine:
     def _connect(*_: object) -> None:
         if opened and not path.exists():
             raise sqlite3.OperationalError("its file is gone")  # rather than make an empty one in its place
+        with contextlib.suppress(OSError):  # sqlite says what it cannot open
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, record: ConnectionPoolEntry) -> None:
