@@ -113,6 +113,7 @@ def test_all_calls_share_one_stream_and_their_tokens_travel_in_slices(served, mo
         async with ingress(served, "r0") as at:
             alone = [await answer(at.backend, call(f"One day {i}")) for i in range(4)]
             connection = at.connections["r0"]
+            await until(lambda: not any(map(len, served.replica._streams.values())))
             before, posts = len(connection.batches), len(connection.submits)
             together = await asyncio.gather(*(answer(at.backend, call(f"One day {i}")) for i in range(4)))
             assert [ids for _, ids, _ in together] == [ids for _, ids, _ in alone]

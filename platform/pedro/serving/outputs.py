@@ -79,7 +79,8 @@ class OutputStream:
         work.add_done_callback(lambda _: self._admitting.pop(number, None))
 
     def open(self, number: int, request_id: str, choices: int, deltas: DeltaBuilder) -> None:
-        """The engine is about to take call `number`."""
+        """The engine is about to take call `number`, which counts as admitted from now on."""
+        self._admitting.pop(number, None)
         self._calls[request_id] = _Open(number, deltas, choices)
         self._ids[number] = request_id
         self._urgent.add(request_id)

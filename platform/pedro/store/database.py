@@ -153,7 +153,8 @@ def exclusive(url: str, name: str) -> Iterator[None]:
             ) from error
         except OSError as error:
             raise ConfigError(
-                f"database_url: the folder of {shown(parsed)} cannot be written ({error.strerror}), which {name} needs",
+                f"database_url: the folder of {shown(parsed)} cannot be written ({error.strerror}); set PEDRO_HOME or "
+                "PEDRO_DATABASE_URL to where it can",
                 param="database_url",
             ) from error
         yield
