@@ -45,6 +45,8 @@ def buttons(
     )
     if gateway is None:
         return
+    if promotes or returns:
+        st.session_state.pop(SAID, None)
     name = chosen.name
     if promotes:
         title = f"Promote {name} to v{chosen.version}?"
@@ -89,8 +91,8 @@ def carry_out(act: Act, moved: Callable[[], None]) -> None:
 
 
 def show_outcome() -> None:
-    """How the last change ended, once."""
-    good, text = st.session_state.pop(SAID, (True, ""))
+    """How the last change ended, until another one is begun: a run that draws it may be cut off by the next."""
+    good, text = st.session_state.get(SAID, (True, ""))
     if text:
         (st.success if good else st.error)(text, icon=":material/check:" if good else ":material/error:")
 
