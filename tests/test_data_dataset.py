@@ -250,16 +250,16 @@ print(count, after - before)
 
 
 @pytest.mark.slow
-def test_a_large_file_becomes_rows_without_being_held_in_memory(write, tmp_path):
+def test_50_mb_become_rows_without_being_held_in_memory(write, tmp_path):
     def big(count):
         return (
             {"prompt": f"{n} " + "play with the big friend " * 8, "completion": "happy day " * 8} for n in range(count)
         )
 
-    small, large = write(big(4_000), "small.jsonl"), write(big(50_000), "large.jsonl")
-    assert large.stat().st_size > 15_000_000
+    small, large = write(big(4_000), "small.jsonl"), write(big(160_000), "large.jsonl")
+    assert large.stat().st_size > 48_000_000
     command = [sys.executable, "-c", STREAM, small, large, tmp_path / "cache"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     count, grown_kb = map(int, done.stdout.split())
-    assert count == 50_000
-    assert grown_kb < 10_000
+    assert count == 160_000
+    assert grown_kb < 30_000
