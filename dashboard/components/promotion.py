@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,8 @@ from pedro.registry import CHAMPION, Version
 from sources import adapters as data
 from sources.gateway import GatewayClient, GatewayError
 
-SAID = "moves_said"  # in the session: how the last change ended
+SAID = "moves_said"  # in the session: how the last change ended, and when
+SHOWN_S = 60.0
 YES, NO = "move_yes", "move_no"
 Act = Callable[[], Mapping[str, Any]]
 
@@ -45,8 +47,6 @@ def buttons(
     )
     if gateway is None:
         return
-    if promotes or returns:
-        st.session_state.pop(SAID, None)
     name = chosen.name
     if promotes:
         title = f"Promote {name} to v{chosen.version}?"
@@ -83,17 +83,17 @@ def carry_out(act: Act, moved: Callable[[], None]) -> None:
     try:
         adapter = act()
         champion = (adapter.get("aliases") or {}).get(CHAMPION)
-        st.session_state[SAID] = (True, f"{adapter.get('name')}: v{champion} is the champion now.")
+        st.session_state[SAID] = (True, f"{adapter.get('name')}: v{champion} is the champion now.", time.monotonic())
     except GatewayError as error:
-        st.session_state[SAID] = (False, error.message)
+        st.session_state[SAID] = (False, error.message, time.monotonic())
         connection.forget()
     moved()
 
 
 def show_outcome() -> None:
-    """How the last change ended, until another one is begun: a run that draws it may be cut off by the next."""
-    good, text = st.session_state.get(SAID, (True, ""))
-    if text:
+    """How the last change ended, for a while: the first run that draws it may be cut off by the next."""
+    good, text, at = st.session_state.get(SAID, (True, "", 0.0))
+    if text and time.monotonic() - at < SHOWN_S:
         (st.success if good else st.error)(text, icon=":material/check:" if good else ":material/error:")
 
 

@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 def run(options: Options, log: Log) -> BenchmarkReport:
-    """The whole benchmark, in about a quarter of an hour on two cores. Raises PedroError without data or backbone."""
+    """The whole benchmark, in about half an hour on two cores. Raises PedroError without data or backbone."""
     from jobs.benchmarks.bench_engine import use_threads
     from jobs.benchmarks.chat import QUICK, ChatComparison, Sizes
     from jobs.benchmarks.chat_contenders import Generate, Server

@@ -44,7 +44,7 @@ class KeyCache:
         self._store = store
         self._follow_every_s = follow_every_s
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pedro-auth")
-        self._feed_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-keys")
+        self._feed_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-keys")  # waits for no lookup
         self._lookups = 0
         self._keys: OrderedDict[str, _Held] = OrderedDict()
         self._unknown: OrderedDict[str, float] = OrderedDict()
@@ -83,7 +83,7 @@ class KeyCache:
         asked_at, now = self._position, time.monotonic()
         self._lookups += 1
         try:
-            known = await self._ask(lambda: self._store.authenticate(secret))
+            known = await _on(self._threads, lambda: self._store.authenticate(secret))
         except AuthenticationError:
             self._keys.pop(hashed, None)
             if asked_at == self._position:  # what was read is as of now, as far as the feed tells
@@ -121,12 +121,12 @@ class KeyCache:
 
     async def _read(self) -> None:
         began = time.monotonic()
-        here = await self._follow_ask(self._store.position)
+        here = await _on(self._feed_thread, self._store.position)
         since = self._position
         if since is None:
             self._position = here
         elif here != since:
-            delta = await self._follow_ask(lambda: self._store.changes(since))
+            delta = await _on(self._feed_thread, lambda: self._store.changes(since))
             self._position = delta.position  # from here on nothing is kept that was asked for before
             if delta.complete:
                 await self._ask_again(
@@ -140,6 +140,8 @@ class KeyCache:
 
     async def _ask_again(self, keys: set[str], quotas: set[str]) -> None:
         """Look up again what changed of the keys that are known."""
+        if not keys and not quotas:  # adapters changed: nothing to look for among thousands of keys
+            return
         if keys:
             self._unknown.clear()
         changed = [
@@ -153,7 +155,7 @@ class KeyCache:
         now = time.monotonic()
         try:
             if changed:
-                found = await self._follow_ask(lambda: self._store.find_keys(changed))
+                found = await _on(self._feed_thread, lambda: self._store.find_keys(changed))
         finally:  # where that fails they are forgotten: a key that was revoked must not be taken for a good one
             for hashed in changed:
                 if hashed in found:
@@ -161,12 +163,9 @@ class KeyCache:
                 else:
                     self._keys.pop(hashed, None)
 
-    async def _ask(self, question: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, question)
 
-    async def _follow_ask(self, question: Callable[[], T]) -> T:
-        """On the feed's own thread, which waits for no lookup of a key."""
-        return await asyncio.get_running_loop().run_in_executor(self._feed_thread, question)
+async def _on(threads: ThreadPoolExecutor, question: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, question)
 
 
 def _fresh(at: float) -> bool:
