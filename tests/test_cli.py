@@ -13,11 +13,13 @@ import typer
 from cli_commands import command_runner
 from safetensors.torch import load_file
 from serving_adapters import OTHER_BACKBONE, make_adapter, register, settings_at
+from store_moves import fill
 
 from pedro import cli
 from pedro.config import Settings
 from pedro.methods.adapter_files import save_adapter
 from pedro.registry import Registry
+from pedro.store import LIMITS, Store
 
 ASSETS = Path(cli.__file__).parents[1] / "assets"
 TRAIN = ASSETS / "demo" / "acme" / "train.jsonl"
@@ -141,20 +143,59 @@ def test_a_key_is_made_shown_once_listed_without_its_secret_and_revoked(pedro, t
 
 def test_quotas_of_tenants_and_keys_are_set_shown_and_taken_away(pedro, tmp_path):
     made = one_value(pedro("keys", "create", "acme", "--requests-per-minute", 5, "--json", PEDRO_HOME=tmp_path))
-    assert made["quota"] == {"requests_per_minute": 5, "tokens_per_minute": None}
+    none = dict.fromkeys(LIMITS)
+    assert made["quota"] == {**none, "requests_per_minute": 5}
     _, out, _ = pedro("tenants", "quota", "acme", "--requests-per-minute", 600, "--tokens-per-minute", 100_000)
     assert out == "acme: 600 requests/min, 100,000 tokens/min\n"
-    _, out, _ = pedro("tenants", "quota", "acme", "--requests-per-minute", 0)
-    assert out == "acme: no limit of requests, 100,000 tokens/min\n"
+    _, out, _ = pedro("tenants", "set", "acme", "--requests-per-minute", 0, "--tokens-per-month", 2_000_000_000_000)
+    assert out == "acme: no limit of requests, 100,000 tokens/min, 2,000,000,000,000 tokens/month\n"
     changed = one_value(pedro("keys", "quota", made["id"], "--tokens-per-minute", 70, "--json"))
-    assert changed == {"key": made["id"], "requests_per_minute": 5, "tokens_per_minute": 70}
+    assert changed == {"key": made["id"], **none, "requests_per_minute": 5, "tokens_per_minute": 70}
     assert one_value(pedro("tenants", "list", "--json")) == [
-        {"tenant": "acme", "requests_per_minute": None, "tokens_per_minute": 100_000}
+        {"tenant": "acme", **none, "tokens_per_minute": 100_000, "tokens_per_month": 2_000_000_000_000}
     ]
     assert "100,000" in pedro("tenants", "list")[1]
-    assert " 70 " in pedro("keys", "list")[1]
+    assert "70 tokens/min" in pedro("keys", "show", made["id"])[1]
     one_error(pedro("keys", "quota", "key_none"), "key_none")
     assert "has no key yet" in pedro("tenants", "quota", "acmee", "--requests-per-minute", 1)[2]
+
+
+def test_a_key_is_made_for_some_adapters_and_a_time_shown_whole_and_rotated(pedro, tmp_path):
+    home = {"PEDRO_HOME": tmp_path}
+    fill(Store(settings_at(tmp_path).database_url), 1, "acme.faq")
+    made = one_value(
+        pedro("keys", "create", "acme", "--expires", "90d", "--adapters", "faq, acme.faq", "--json", **home)
+    )
+    assert (made["adapters"], made["state"]) == (["faq"], "active")
+    assert made["expires"] == pytest.approx(made["created"] + 90 * 86_400, abs=60)
+    status, out, err = pedro("keys", "rotate", made["id"], "--overlap", "2h")
+    assert (status, out.count("\n"), out[:9]) == (0, 1, "sk-pedro-")
+    assert f"replaces {made['id']}, which ends at 20" in err
+    old, new = one_value(pedro("keys", "list", "--json"))
+    assert (new["replaces"], new["adapters"]) == (made["id"], ["faq"])
+    assert old["expires"] < old["created"] + 3 * 3600
+    assert old == one_value(pedro("keys", "show", made["id"], "--json"))
+    assert "never" in pedro("keys", "show", new["id"])[1]
+    assert out.strip() not in json.dumps([old, new])
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("create", "acme", "--expires", "2020-01-31"), ("expires", "over")),
+        (("create", "acme", "--expires", "soon"), ("expires", "'soon'", "90d")),
+        (("create", "acme", "--adapters", "nope"), ("adapters", "'nope'", "acme has no adapter")),
+        (("create", "acme", "--adapters", "globex.faq"), ("adapters", "'globex.faq'")),
+        (("create", "acme", "--adapters", ","), ("adapters", "none")),
+        (("create", "acme", "--name", "a\x1b[2Jb"), ("name", "printable")),
+        (("rotate", "key_none"), ("key_none",)),
+        (("rotate", "key_none", "--overlap", "-1h"), ("overlap", "24h")),
+        (("rotate", "key_none", "--overlap", "99w"), ("overlap", "90 days")),
+        (("show", "key_none"), ("key_none",)),
+    ],
+)
+def test_a_wrong_word_about_a_key_is_one_clear_line(pedro, words, parts):
+    assert one_error(pedro("keys", *words), *parts).count("\n") == 1
 
 
 def test_only_the_secret_is_on_standard_output_so_that_it_can_be_substituted(pedro, tmp_path):

@@ -13,6 +13,7 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
+from store_moves import fill
 
 from pedro.errors import AuthenticationError, ConfigError, ConflictError, NotFoundError, PedroError, UnavailableError
 from pedro.store import JobStatus, Quota, Store
@@ -104,6 +105,121 @@ def test_a_key_may_be_made_with_a_quota_of_its_own(store):
     assert record.quota == Quota(5, 100)
     with pytest.raises(ConfigError, match="tokens_per_minute"):
         store.create_key("acme", quota=Quota(5, -1))
+
+
+def test_budgets_of_a_day_and_a_month_are_kept_beside_the_limits_of_a_minute(store):
+    _, secret = store.create_key("acme")
+    assert store.set_quota(tenant="acme", requests_per_day=7, tokens_per_month=10**13) == Quota(
+        requests_per_day=7, tokens_per_month=10**13
+    )
+    assert store.set_quota(tenant="acme", requests_per_day=0, tokens_per_minute=5).tokens_per_month == 10**13
+    assert store.authenticate(secret)[1] == Quota(tokens_per_minute=5, tokens_per_month=10**13)
+    with pytest.raises(ConfigError, match="tokens_per_day"):
+        store.set_quota(tenant="acme", tokens_per_day=10**15)
+
+
+def test_a_key_ends_when_its_time_is_over(store, monkeypatch):
+    now = time.time()
+    record, secret = store.create_key("acme", expires=now + 3600)
+    assert store.authenticate(secret)[0] == store.get_key(record.id) == record
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    with pytest.raises(AuthenticationError):
+        store.authenticate(secret)
+    assert store.list_keys("acme")[0].state(now + 3600) == "expired"
+    with pytest.raises(ConfigError, match="expires"):
+        store.create_key("acme", expires=now + 3600)
+    with pytest.raises(ConflictError, match="expired"):
+        store.rotate_key(record.id, 0)
+
+
+def test_a_key_may_name_only_adapters_of_its_tenant_that_are_there(store):
+    for name in ("acme.faq", "acme.tone", "globex.faq2"):
+        fill(store, 1, name)
+    record, secret = store.create_key("acme", adapters=["tone", "acme.faq", "faq"])
+    assert store.authenticate(secret)[0].adapters == record.adapters == ("tone", "faq")
+    for wrong in (["faq2"], ["globex.faq2"], [], ["faq", "x\x1b"]):
+        with pytest.raises(ConfigError, match=r"^adapters: .*"):
+            store.create_key("acme", adapters=wrong)
+    with pytest.raises(ConfigError, match="admin"):
+        store.create_key("acme", ["admin"], adapters=["faq"])
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a\u202eb", "x" * 201])
+def test_a_keys_name_is_one_line_that_can_be_printed(store, name):
+    with pytest.raises(ConfigError, match="name: expected at most 200 printable characters"):
+        store.create_key("acme", name=name)
+
+
+def test_a_rotated_key_hands_its_rights_on_and_ends_after_the_overlap(store, monkeypatch):
+    now = time.time()
+    fill(store, 1, "acme.faq")
+    old, old_secret = store.create_key(
+        "acme", ["infer", "read"], "web", Quota(5, 6, 7, 8, 9, 10), expires=now + 90 * 86_400, adapters=["faq"]
+    )
+    new, secret = store.rotate_key(old.id, 3600)
+    assert (new.tenant, new.name, new.scopes, new.quota, new.adapters) == (
+        old.tenant,
+        old.name,
+        old.scopes,
+        old.quota,
+        old.adapters,
+    )
+    assert new.replaces == old.id
+    assert new.expires - new.created == pytest.approx(old.expires - old.created)
+    assert store.authenticate(secret)[0] == store.get_key(new.id) == new
+    assert store.authenticate(old_secret)[0].expires == pytest.approx(now + 3600, abs=60)
+    with pytest.raises(ConflictError, match=new.id):
+        store.rotate_key(old.id, 3600)
+    newest, _ = store.rotate_key(new.id, 0)  # of a key that came of a rotation: as of any other
+    with pytest.raises(AuthenticationError):
+        store.authenticate(secret)
+    store.revoke_key(newest.id)
+    with pytest.raises(ConflictError, match="revoked"):
+        store.rotate_key(newest.id, 0)
+    monkeypatch.setattr(time, "time", lambda: now + 2 * 3600)
+    with pytest.raises(AuthenticationError):
+        store.authenticate(old_secret)
+    with pytest.raises(NotFoundError):
+        store.rotate_key("key_none", 0)
+    with pytest.raises(ConfigError, match="overlap"):
+        store.rotate_key(new.id, -1)
+
+
+def test_of_rotations_that_race_one_makes_a_key(url, store):
+    record, _ = store.create_key("acme")
+    stores = [Store(url) for _ in range(4)]
+
+    def rotate(at: Store) -> bool:
+        try:
+            return bool(at.rotate_key(record.id, 60))
+        except ConflictError:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(rotate, stores * 2)) == 1
+    assert [key.replaces for key in store.list_keys("acme")] == [None, record.id]
+    for at in stores:
+        at.close()
+
+
+def test_a_key_whose_successor_was_revoked_can_be_rotated_again(store):
+    record, _ = store.create_key("acme")
+    lost, _ = store.rotate_key(record.id, 3600)
+    store.revoke_key(lost.id)
+    assert store.rotate_key(record.id, 3600)[0].replaces == record.id
+
+
+def test_that_a_key_was_used_is_written_once_a_minute_whoever_saw_it(url, store):
+    one, two = store.create_key("acme")[0], store.create_key("acme")[0]
+    store.mark_used({one.id: 1000.0, "key_gone": 1000.0})
+    Store(url).mark_used({one.id: 1059.0, two.id: 1059.0})
+    Store(url).mark_used({one.id: 900.0})
+    assert [key.last_used for key in store.list_keys("acme")] == [1000.0, 1059.0]
+    store.mark_used({key.id: 1060.0 for key in (one, two)})
+    assert [key.last_used for key in store.list_keys("acme")] == [1060.0, 1059.0]
+    before = store.position()
+    store.mark_used({two.id: 2000.0})
+    assert store.position() == before  # nothing that gateways must hear of
 
 
 def test_asking_for_a_quota_sets_none(store):

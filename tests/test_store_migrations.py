@@ -86,6 +86,8 @@ def test_a_database_of_the_first_release_keeps_its_rows(empty):
     assert upgrade(database) == schema.REVISION
     database.close()
     store = Store(empty)
+    (entry,) = store.list_audit()  # of the upgrade that was one
+    assert (entry.action, entry.tenant, entry.before) == ("db.upgrade", "*", {"schema": migrate.BEFORE_MIGRATIONS})
     (key,) = store.list_keys()
     assert (key.id, key.tenant, key.scopes, key.created, key.revoked) == (
         "key_1",

@@ -102,7 +102,8 @@ def commands(_: str) -> str:
     def walk(command: Any, words: str) -> Iterator[str]:
         if hasattr(command, "commands"):
             for name, child in command.commands.items():
-                yield from walk(child, f"{words} {name}")
+                if not child.hidden:
+                    yield from walk(child, f"{words} {name}")
             return
         arguments = [_argument(each) for each in command.params if each.param_type_name == "argument"]
         usage, text = " ".join([words, *arguments, "[OPTIONS]"]), inspect.cleandoc(command.help or "")

@@ -1,4 +1,4 @@
-"""`pedro tenants`: who has keys, and how much each tenant may ask for in a minute."""
+"""`pedro tenants`: who has keys, and how much each tenant may ask for in a minute, a day and a month."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ RequestsPerMinute = Annotated[int | None, typer.Option(help="The most requests a
 TokensPerMinute = Annotated[
     int | None, typer.Option(help="The most tokens of prompts and answers a minute; 0 is no limit.", min=0)
 ]
+RequestsPerDay = Annotated[int | None, typer.Option(help="The most requests a day (UTC); 0 is no limit.", min=0)]
+TokensPerDay = Annotated[int | None, typer.Option(help="The most tokens a day (UTC); 0 is no limit.", min=0)]
+RequestsPerMonth = Annotated[int | None, typer.Option(help="The most requests a month (UTC); 0 is no limit.", min=0)]
+TokensPerMonth = Annotated[int | None, typer.Option(help="The most tokens a month (UTC); 0 is no limit.", min=0)]
+SHORT = {"minute": "min", "day": "day", "month": "month"}
 
 
 @app.command("list")
@@ -26,7 +31,7 @@ def list_tenants(as_json: AsJson = False) -> None:
 
     def show() -> None:
         table(
-            ["tenant", "requests/min", "tokens/min"],
+            ["tenant", *quota_heads()],
             [[tenant, *quota_columns(quota)] for tenant, quota in quotas.items()],
             empty="no tenants yet; `pedro keys create TENANT` makes one",
         )
@@ -34,33 +39,55 @@ def list_tenants(as_json: AsJson = False) -> None:
     emit([{"tenant": tenant, **asdict(quota)} for tenant, quota in quotas.items()], as_json, show)
 
 
-@app.command()
-def quota(
+@app.command("set")
+@app.command("quota", hidden=True)  # its name until now
+def set_limits(
     tenant: Annotated[str, typer.Argument(help="The tenant, for all its keys together.")],
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
+    requests_per_day: RequestsPerDay = None,
+    tokens_per_day: TokensPerDay = None,
+    requests_per_month: RequestsPerMonth = None,
+    tokens_per_month: TokensPerMonth = None,
     as_json: AsJson = False,
 ) -> None:
     """Set a tenant's quota, or show it; a running server follows with the next request. What is not given stays.
 
-    Example: `pedro tenants quota acme --requests-per-minute 600 --tokens-per-minute 100000`
+    Example: `pedro tenants set acme --requests-per-minute 600 --tokens-per-month 50000000`
     """
     store = _store()
-    now = store.set_quota(tenant=tenant, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
+    now = store.set_quota(
+        tenant=tenant,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        requests_per_day=requests_per_day,
+        tokens_per_day=tokens_per_day,
+        requests_per_month=requests_per_month,
+        tokens_per_month=tokens_per_month,
+    )
     if not store.list_keys(tenant):
         log(f"note: tenant {tenant} has no key yet")
     emit({"tenant": tenant, **asdict(now)}, as_json, lambda: typer.echo(f"{tenant}: {describe_quota(now)}"))
 
 
+def quota_heads() -> list[str]:
+    """The limits as heads of a table's columns: `requests/min`, `tokens/month`."""
+    from pedro.store import LIMITS
+
+    return [f"{what}/{SHORT[span]}" for what, span in (limit.split("_per_") for limit in LIMITS)]
+
+
 def quota_columns(quota: Quota) -> list[str]:
-    """Both limits for a table; a dash for none."""
-    return ["-" if limit is None else f"{limit:,}" for limit in (quota.requests_per_minute, quota.tokens_per_minute)]
+    """All limits for a table; a dash for none."""
+    return ["-" if limit is None else f"{limit:,}" for limit in asdict(quota).values()]
 
 
 def describe_quota(quota: Quota) -> str:
-    """`600 requests/min, no limit of tokens`."""
+    """`600 requests/min, no limit of tokens`, and the budgets that there are: `5,000 tokens/day`."""
     parts = (("requests", quota.requests_per_minute), ("tokens", quota.tokens_per_minute))
-    return ", ".join(f"no limit of {what}" if n is None else f"{n:,} {what}/min" for what, n in parts)
+    words = [f"no limit of {what}" if n is None else f"{n:,} {what}/min" for what, n in parts]
+    budgets = list(zip(quota_heads(), asdict(quota).values(), strict=True))[len(parts) :]
+    return ", ".join([*words, *(f"{limit:,} {head}" for head, limit in budgets if limit is not None)])
 
 
 def _store() -> Store:

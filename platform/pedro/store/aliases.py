@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from pedro.errors import ConflictError, model_not_found
 from pedro.store import schema, standings
 from pedro.store.adapter_rows import adapter_row, parsed, same, standing_values, to_adapter, to_version, version_row
-from pedro.store.changes import ADAPTER, announce, audited, next_generation, person
-from pedro.store.records import CANDIDATE, CHAMPION, Move, Standing, Version
+from pedro.store.changes import ADAPTER, acting, announce, audited, next_generation
+from pedro.store.records import CANDIDATE, CHAMPION, Actor, By, Move, Standing, Version
 from pedro.store.standings import WHATEVER
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class AliasTable:
 
     _database: Database
 
-    def promote(self, name: str, version: int, *, expected: int | None = WHATEVER, actor: str | None = None) -> Version:
+    def promote(self, name: str, version: int, *, expected: int | None = WHATEVER, actor: By = None) -> Version:
         """Make a version champion; the champion until now becomes `previous`, a canary ends.
 
         Raises ConflictError if `expected` is given and the champion is another one by now (None: there is one).
@@ -41,19 +41,19 @@ class AliasTable:
             move.to(standings.promoted(move.before, name, version, expected))
             return move.version(version)
 
-    def rollback(self, name: str, *, expected: int | None = None, actor: str | None = None) -> Version:
+    def rollback(self, name: str, *, expected: int | None = None, actor: By = None) -> Version:
         """Swap champion and previous; ConflictError if there is no previous version, or another than `expected`."""
         with self._moving(name, "rollback", actor) as move:
             move.to(standings.rolled_back(move.before, name, expected))
             return move.version(move.after.aliases[CHAMPION])
 
-    def set_alias(self, name: str, alias: str, version: int, *, actor: str | None = None) -> Version:
+    def set_alias(self, name: str, alias: str, version: int, *, actor: By = None) -> Version:
         """Point `alias` at a version."""
         with self._moving(name, "alias", actor, version) as move:
             move.to(standings.aliased(move.before, alias, version))
             return move.version(version)
 
-    def set_canary(self, name: str, version: int, weight: float, *, actor: str | None = None) -> Version:
+    def set_canary(self, name: str, version: int, weight: float, *, actor: By = None) -> Version:
         """Have a version answer a share of what is asked of the champion; 0 ends it.
 
         Raises ConflictError if there is no champion or it is the version, ConfigError for what is no share.
@@ -63,7 +63,7 @@ class AliasTable:
             return move.version(version)
 
     def judge(
-        self, version: Version, passed: bool, reason: str, judged_against: int | None, *, actor: str | None = None
+        self, version: Version, passed: bool, reason: str, judged_against: int | None, *, actor: By = None
     ) -> tuple[str, str]:
         """Enter what the gate decided: the version becomes champion or candidate. Which of the two, and why.
 
@@ -82,19 +82,19 @@ class AliasTable:
             move.write(version.version, gate=f"{'passed' if alias == CHAMPION else 'refused'}: {reason}")
         return alias, reason
 
-    def set_gate(self, version: Version, gate: str, *, actor: str | None = None) -> None:
+    def set_gate(self, version: Version, gate: str, *, actor: By = None) -> None:
         """Record on a version what its gate decided and why."""
         with self._moving(version.name, "gate", actor, version.version) as move:
             move.to(move.before, gate)
             move.write(version.version, gate=gate)
 
-    def delete_version(self, name: str, version: int, *, actor: str | None = None) -> None:
+    def delete_version(self, name: str, version: int, *, actor: By = None) -> None:
         """Delete one version; the champion is refused (ConflictError)."""
         with self._moving(name, "delete", actor, version) as move:
             move.to(standings.without(move.before, name, version), f"version {version}")
             move.write(version, deleted=move.at)
 
-    def delete_adapter(self, name: str, *, actor: str | None = None) -> None:
+    def delete_adapter(self, name: str, *, actor: By = None) -> None:
         """Delete an adapter with all its versions."""
         with self._moving(name, "delete", actor) as move:
             move.end()
@@ -111,7 +111,7 @@ class AliasTable:
         return [Move(row.generation, row.at, row.actor, row.action, row.before, row.after, row.reason) for row in found]
 
     @contextmanager
-    def _moving(self, name: str, action: str, actor: str | None, version: int | None = None) -> Iterator[_Moving]:
+    def _moving(self, name: str, action: str, actor: By, version: int | None = None) -> Iterator[_Moving]:
         """One move, of an adapter (and a version) that is there: all that it writes, or nothing of it."""
         ref = parsed(name)
         with self._database.writing() as connection:
@@ -123,7 +123,7 @@ class AliasTable:
                 raise model_not_found(f"{name}@{version}")
             move = _Moving(connection, ref, row, action, generation)
             yield move
-            move.record(actor or person())
+            move.record(acting(actor))
 
 
 class _Moving:
@@ -165,7 +165,7 @@ class _Moving:
             raise model_not_found(f"{self._ref.name}@{number}")
         return to_version(row, self.after)
 
-    def record(self, actor: str) -> None:
+    def record(self, actor: Actor) -> None:
         """The history, the audit and the announcement of the move."""
         name, before = self._ref.name, self.before.to_dict()
         after = None if self._ended else self.after.to_dict()
@@ -175,7 +175,7 @@ class _Moving:
             "adapter": self._ref.adapter,
             "made": self._row.made,
             "at": self.at,
-            "actor": actor,
+            "actor": actor.name,
             "action": self._action,
             "before": before,
             "after": after,

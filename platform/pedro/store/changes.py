@@ -17,13 +17,14 @@ import sqlalchemy as sa
 
 from pedro.store import schema
 from pedro.store.database import Notifications
-from pedro.store.records import AuditEntry
+from pedro.store.records import Actor, By
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
 
 CHANNEL = "pedro_changes"  # of PostgreSQL's LISTEN; a notification is the number
 ADAPTER, KEY, QUOTA = "adapter", "key", "quota"
+MAX_SUBJECT, MAX_REQUEST_ID = 200, 100  # characters that the audit keeps
 GENERATION, CHANGES_FROM, EPOCH = "generation", "changes_from", "epoch"
 
 
@@ -70,36 +71,50 @@ def announce(connection: sa.Connection, generation: int, kind: str, *subjects: s
 
 def audited(
     connection: sa.Connection,
-    actor: str | None,
+    actor: By,
     action: str,
     tenant: str,
     subject: str,
     **states: dict[str, Any] | None,
 ) -> None:
-    """Write who did what; `states` are `before` and `after`."""
-    entry = {"at": time.time(), "actor": actor or person(), "action": action, "tenant": tenant, "subject": subject}
+    """Write into the audit who did what; `states` are `before` and `after`, and hold no secret nor its hash.
+
+    Whatever changes something for people calls this in the transaction of the change, or `Store.audit` if it has none.
+    """
+    entry = {**_who(actor), "action": action, "tenant": tenant, "subject": subject[:MAX_SUBJECT]}
     connection.execute(sa.insert(schema.audit).values(**entry, **states))
 
 
 def audited_all(
-    connection: sa.Connection, actor: str | None, action: str, made: Collection[tuple[str, str, dict[str, Any]]]
+    connection: sa.Connection, actor: By, action: str, made: Collection[tuple[str, str, dict[str, Any]]]
 ) -> None:
     """Write that so many things were made: of whom, which, and how they are."""
-    entry = {"at": time.time(), "actor": actor or person(), "action": action}
+    entry = {**_who(actor), "action": action}
     rows = [{**entry, "tenant": tenant, "subject": subject, "after": after} for tenant, subject, after in made]
     connection.execute(sa.insert(schema.audit), rows)
 
 
-def person() -> str:
-    """Who runs this process, for changes that nobody else is named for."""
+def acting(actor: By) -> Actor:
+    """Who makes a change; whoever runs this process where nobody is named."""
+    if isinstance(actor, Actor):
+        return actor
+    return Actor(actor or _person())
+
+
+def _person() -> str:
     try:
         return f"user:{getpass.getuser()}"
     except (KeyError, OSError):  # a container's user without a name
         return "user:unknown"
 
 
+def _who(actor: By) -> dict[str, Any]:
+    who = acting(actor)
+    return {"at": time.time(), "actor": who.name, "request_id": who.request_id and who.request_id[:MAX_REQUEST_ID]}
+
+
 class ChangeTable:
-    """Reads the feed and the audit."""
+    """Reads the feed."""
 
     _database: Database
     _notifications: Notifications | None = None
@@ -142,27 +157,6 @@ class ChangeTable:
             behind = sa.and_(counter.c.name == CHANGES_FROM, counter.c.value < last)
             connection.execute(sa.update(counter).where(behind).values(value=last))
             return connection.execute(sa.delete(table).where(table.c.generation <= last)).rowcount
-
-    def forget_audit(self, before: float) -> int:
-        """Delete entries of the audit older than a time; how many."""
-        old = schema.audit.c.at < before
-        with self._database.reading() as connection:
-            if connection.execute(sa.select(schema.audit.c.id).where(old).limit(1)).first() is None:
-                return 0
-        with self._database.writing() as connection:
-            return connection.execute(sa.delete(schema.audit).where(old)).rowcount
-
-    def list_audit(self, tenant: str | None = None, *, since: float = 0.0, limit: int = 100) -> list[AuditEntry]:
-        """The last entries of the audit, newest first."""
-        table = schema.audit
-        query = sa.select(table).where(table.c.at >= since).order_by(table.c.id.desc()).limit(limit)
-        if tenant is not None:
-            query = query.where(table.c.tenant == tenant)
-        with self._database.reading() as connection:
-            return [
-                AuditEntry(row.at, row.actor, row.tenant, row.action, row.subject, row.before, row.after)
-                for row in connection.execute(query)
-            ]
 
 
 def _counters(connection: sa.Connection) -> dict[str, int]:

@@ -15,7 +15,9 @@ import sqlalchemy as sa
 
 from pedro.errors import ConfigError, UnavailableError
 from pedro.store import schema
+from pedro.store.changes import audited
 from pedro.store.database import Database, exclusive
+from pedro.store.records import PLATFORM
 
 OLDER = ("0001",)  # revisions before `schema.REVISION`
 BEFORE_MIGRATIONS = "0.1.0"  # how a database is called whose tables no migration made
@@ -94,6 +96,9 @@ def upgrade(database: Database) -> str | None:
                 _migrate(connection)
             except ConfigError as error:
                 raise ConfigError(f"database {database.shown}: {error.message}", param=error.param) from error
+            if before is not None:
+                states = {"before": {"schema": before}, "after": {"schema": schema.REVISION}}
+                audited(connection, None, "db.upgrade", PLATFORM, "schema", **states)
     return before
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 from pedro.refs import ModelRef
 
-INFER, TRAIN, ADMIN = "infer", "train", "admin"
-SCOPES = (INFER, TRAIN, ADMIN)
+INFER, TRAIN, READ, ADMIN = "infer", "train", "read", "admin"
+SCOPES = (INFER, TRAIN, READ, ADMIN)
+PLATFORM = "*"  # the tenant of an audit's entry that concerns all of them
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 
 
@@ -46,13 +47,38 @@ NEXT = {
 
 @dataclass(frozen=True)
 class Quota:
-    """The most that may be asked for in a minute; None is no limit."""
+    """The most that may be asked for in a minute, and the budgets of a day and a month (UTC); None is no limit.
+
+    Tokens are those of prompts and answers together. The fields are columns of `pedro_quotas`.
+    """
 
     requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None  # of prompts and answers together
+    tokens_per_minute: int | None = None
+    requests_per_day: int | None = None
+    tokens_per_day: int | None = None
+    requests_per_month: int | None = None
+    tokens_per_month: int | None = None
 
 
 NO_QUOTA = Quota()
+LIMITS = tuple(limit.name for limit in fields(Quota))
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Who makes a change: `user:ada` at a shell, `key:acme/key_…` over HTTP, with the request that it came in."""
+
+    name: str
+    request_id: str | None = None
+
+    @classmethod
+    def of_key(cls, tenant: str, key_id: str, request_id: str) -> Actor:
+        """The holder of a key, over HTTP."""
+        return cls(f"key:{tenant}/{key_id}", request_id)
+
+
+By = Actor | str | None
+"""Who makes a change, where nothing else is known of it; None: who runs this process."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +91,20 @@ class KeyRecord:
     created: float
     revoked: float | None
     quota: Quota = NO_QUOTA  # the key's own; its tenant's holds as well
+    expires: float | None = None
+    last_used: float | None = None  # to the minute
+    adapters: tuple[str, ...] | None = None  # the only ones of its tenant that it may name; None: all
+    replaces: str | None = None  # the key that it was made from by a rotation
+
+    def has_expired(self, now: float) -> bool:
+        """Whether its time is over."""
+        return self.expires is not None and now >= self.expires
+
+    def state(self, now: float) -> str:
+        """`active`, `expired` or `revoked`."""
+        if self.revoked is not None:
+            return "revoked"
+        return "expired" if self.has_expired(now) else "active"
 
 
 @dataclass(frozen=True)
@@ -209,6 +249,7 @@ class Move:
 class AuditEntry:
     """Who changed what, and how it was before and is after."""
 
+    id: int
     at: float
     actor: str
     tenant: str
@@ -216,6 +257,21 @@ class AuditEntry:
     subject: str
     before: dict[str, Any] | None
     after: dict[str, Any] | None
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class AuditQuery:
+    """Which entries of the audit; a field that is left empty asks for nothing."""
+
+    tenants: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()  # "key.create", or "key" for all that is done with keys
+    actors: tuple[str, ...] = ()  # as the audit calls them, or the id of a key
+    subjects: tuple[str, ...] = ()
+    since: float | None = None
+    until: float | None = None
+    above: int | None = None  # only entries that came after the one with this id; the oldest of them first
+    below: int | None = None  # only entries that came before
 
 
 def utc(seconds: float) -> str:

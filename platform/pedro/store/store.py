@@ -10,14 +10,16 @@ from typing import Any
 
 from pedro.store.adapters import AdapterTable
 from pedro.store.aliases import AliasTable
+from pedro.store.audit import AuditTable
 from pedro.store.changes import ChangeTable
 from pedro.store.database import Database
 from pedro.store.jobs import JobTable
 from pedro.store.keys import KeyTable
 from pedro.store.migrate import ready
+from pedro.store.quotas import QuotaTable
 
 
-class Store(KeyTable, JobTable, AdapterTable, AliasTable, ChangeTable):
+class Store(KeyTable, QuotaTable, JobTable, AdapterTable, AliasTable, AuditTable, ChangeTable):
     """The records behind one database URL. Picklable: a copy in another process opens its own connections."""
 
     def __init__(self, url: str) -> None:

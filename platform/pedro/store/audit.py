@@ -1,0 +1,97 @@
+"""Reads the audit, and enters what was done outside of the database: a backup, a clean-up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from pedro.store import schema
+from pedro.store.changes import audited, next_generation
+from pedro.store.records import AuditEntry, AuditQuery, By
+
+if TYPE_CHECKING:
+    from pedro.store.database import Database
+
+
+class AuditTable:
+    """Who changed what. Ids grow in the order in which entries are committed, so that a reader who goes on from the
+    last one that it saw misses none."""
+
+    _database: Database
+
+    def audit(
+        self,
+        action: str,
+        tenant: str,
+        subject: str,
+        *,
+        before: dict[str, Any] | None = None,
+        after: dict[str, Any] | None = None,
+        actor: By = None,
+    ) -> None:
+        """Enter what was done, in a transaction of its own; `tenant` is `PLATFORM` for what concerns all of them.
+
+        A change of the database itself calls `changes.audited` in its own transaction instead.
+        """
+        with self._database.writing() as connection:
+            next_generation(connection)  # in its turn, as every other entry
+            audited(connection, actor, action, tenant, subject, before=before, after=after)
+
+    def list_audit(self, tenant: str | None = None, *, since: float = 0.0, limit: int = 100) -> list[AuditEntry]:
+        """The last entries of the audit, newest first."""
+        return self.find_audit(AuditQuery(() if tenant is None else (tenant,), since=since), limit)
+
+    def find_audit(self, query: AuditQuery, limit: int = 100) -> list[AuditEntry]:
+        """The last entries that `query` asks for, newest first; with `above` the first ones, oldest first."""
+        table = schema.audit
+        found = sa.select(table).where(*_conditions(query)).limit(limit)
+        found = found.order_by(table.c.id.desc() if query.above is None else table.c.id)
+        with self._database.reading() as connection:
+            return [
+                AuditEntry(
+                    row.id,
+                    row.at,
+                    row.actor,
+                    row.tenant,
+                    row.action,
+                    row.subject,
+                    row.before,
+                    row.after,
+                    row.request_id,
+                )
+                for row in connection.execute(found)
+            ]
+
+    def forget_audit(self, before: float) -> int:
+        """Delete entries of the audit older than a time; how many."""
+        old = schema.audit.c.at < before
+        with self._database.reading() as connection:
+            if connection.execute(sa.select(schema.audit.c.id).where(old).limit(1)).first() is None:
+                return 0
+        with self._database.writing() as connection:
+            return connection.execute(sa.delete(schema.audit).where(old)).rowcount
+
+
+def _conditions(query: AuditQuery) -> list[sa.ColumnElement[bool]]:
+    columns = schema.audit.c
+    found: list[sa.ColumnElement[bool]] = []
+    if query.tenants:
+        found.append(columns.tenant.in_(query.tenants))
+    if query.subjects:
+        found.append(columns.subject.in_(query.subjects))
+    if query.actions:
+        kinds = [columns.action.startswith(f"{action}.", autoescape=True) for action in query.actions]
+        found.append(sa.or_(columns.action.in_(query.actions), *kinds))
+    if query.actors:
+        keys = [columns.actor.endswith(f"/{actor}", autoescape=True) for actor in query.actors]
+        found.append(sa.or_(columns.actor.in_(query.actors), *keys))
+    if query.since is not None:
+        found.append(columns.at >= query.since)
+    if query.until is not None:
+        found.append(columns.at < query.until)
+    if query.above is not None:
+        found.append(columns.id > query.above)
+    if query.below is not None:
+        found.append(columns.id < query.below)
+    return found

@@ -1,0 +1,102 @@
+"""The audit: who did what is entered with the change, found by what people ask, and holds no secret."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from store_moves import fill
+
+from pedro.errors import ConflictError
+from pedro.store import PLATFORM, Actor, AuditQuery, Quota, Store, hash_secret
+
+
+@pytest.fixture
+def store(url):
+    opened = Store(url)
+    yield opened
+    opened.close()
+
+
+def test_every_change_of_a_key_or_a_quota_is_one_entry_that_says_who_and_how_it_was_and_is(store):
+    ops = Actor.of_key("ops", "key_1", "req_1")
+    key, secret = store.create_key("acme", ["infer"], "web", Quota(5), expires=time.time() + 60, actor=ops)
+    new, new_secret = store.rotate_key(key.id, 30, actor=ops)
+    store.revoke_key(new.id, actor=ops), store.revoke_key(new.id)
+    store.set_quota(tenant="acme", tokens_per_day=7, actor=ops), store.set_quota(tenant="acme", tokens_per_day=7)
+    entries = list(reversed(store.list_audit()))
+    assert [(entry.action, entry.subject) for entry in entries] == [
+        ("key.create", key.id),
+        ("key.create", new.id),
+        ("key.rotate", key.id),
+        ("key.revoke", new.id),
+        ("quota.set", "tenant:acme"),
+    ]
+    assert {(entry.tenant, entry.actor, entry.request_id) for entry in entries} == {("acme", "key:ops/key_1", "req_1")}
+    assert entries[0].after == {"name": "web", "scopes": ["infer"], "quota": {"requests_per_minute": 5}} | {
+        "expires": key.expires
+    }
+    assert entries[2].before == {"expires": key.expires}
+    assert entries[2].after == {"expires": store.get_key(key.id).expires, "replaced_by": new.id}
+    assert (entries[4].before, entries[4].after) == ({}, {"tokens_per_day": 7})
+    text = json.dumps([entry.__dict__ for entry in entries])
+    for hidden in (secret, new_secret, hash_secret(secret), hash_secret(new_secret)):
+        assert hidden not in text
+
+
+def test_a_change_that_fails_leaves_no_entry_and_no_change(store):
+    fill(store, 1, "acme.faq")
+    store.promote("acme.faq", 1, actor="one")
+    with pytest.raises(ConflictError):
+        store.delete_version("acme.faq", 1)
+    key, _ = store.create_key("acme")
+    store.rotate_key(key.id, 60)
+    before = store.list_audit()
+    with pytest.raises(ConflictError):
+        store.rotate_key(key.id, 60)
+    assert store.list_audit() == before
+
+
+def test_what_is_done_outside_of_the_database_is_entered_too_by_who_runs_the_process(store):
+    store.audit("backup.create", PLATFORM, "/srv/backup.tar", after={"bytes": 5})
+    (entry,) = store.list_audit()
+    assert (entry.tenant, entry.action, entry.after) == (PLATFORM, "backup.create", {"bytes": 5})
+    assert entry.actor.startswith("user:")
+    assert entry.request_id is None
+    assert store.list_audit("acme") == []
+
+
+def test_a_long_request_id_or_subject_is_cut_rather_than_refused(store):
+    store.audit("home.gc", PLATFORM, "s" * 500, actor=Actor("user:a", "r" * 128))
+    (entry,) = store.list_audit()
+    assert (len(entry.subject), len(entry.request_id)) == (200, 100)
+
+
+def test_the_audit_is_asked_by_tenant_kind_actor_subject_and_time_and_paged_by_id(store):
+    for number, (tenant, action, actor, subject) in enumerate(
+        [
+            ("acme", "key.create", Actor.of_key("acme", "key_1", "r"), "key_2"),
+            ("acme", "key.revoke", "user:ann", "key_2"),
+            ("globex", "keys.other", "user:ann", "key_3"),
+            ("globex", "adapter.promote", Actor.of_key("globex", "xkey_1", "r"), "globex.faq"),
+        ]
+    ):
+        store.audit(action, tenant, subject, actor=actor, after={"number": number})
+
+    def asked(limit=100, **query) -> list[int]:
+        return [entry.after["number"] for entry in store.find_audit(AuditQuery(**query), limit)]
+
+    assert asked() == [3, 2, 1, 0]
+    assert asked(tenants=("acme",)) == [1, 0]
+    assert asked(actions=("key",)) == [1, 0]
+    assert asked(actions=("key.create", "adapter")) == [3, 0]
+    assert asked(actions=("k_y", "%")) == []
+    assert asked(actors=("key_1",)) == [0]
+    assert asked(actors=("user:ann",)) == [2, 1]
+    assert asked(subjects=("key_2",), actors=("user:ann",)) == [1]
+    entries = store.find_audit(AuditQuery())
+    assert asked(since=entries[1].at, until=entries[0].at) == [2]
+    assert asked(2) == [3, 2]
+    assert asked(2, below=entries[1].id) == [1, 0]
+    assert asked(2, above=entries[3].id) == [1, 2]
