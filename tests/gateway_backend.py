@@ -30,6 +30,7 @@ from pedro.gateway.backend import (
     TokenLogprob,
     VersionCard,
 )
+from pedro.store import Actor
 
 BACKBONE = "words-1"
 SECRET_TEXT = "internal-path-/srv/secret"  # must never reach a client
@@ -50,6 +51,7 @@ class WordBackend:
         self.running = 0
         self.freed = threading.Event()
         self.calls: list[GenerateCall] = []
+        self.actors: list[Actor | None] = []
         self.engine_answers = True
         self.resident: dict[str, AdapterResidence] = {}
         versions = tuple(VersionCard(v, f"sha256:{v}", "2025-01-01T00:00:00Z", "pedro") for v in (2, 1))
@@ -150,16 +152,37 @@ class WordBackend:
     async def list_adapters(self, tenant: str) -> list[AdapterCard]:
         return [self.adapters[name] for name in self._visible(tenant)]
 
-    async def promote(self, tenant: str, name: str, version: int) -> AdapterCard:
-        card = self._adapter(tenant, name)
-        if version not in {known.version for known in card.versions}:
-            raise NotFoundError(f"'{name}' has no version {version}.", param="version")
+    async def promote(
+        self, tenant: str, name: str, version: int, *, expected: int | None = None, actor: Actor | None = None
+    ) -> AdapterCard:
+        card = self._versioned(tenant, name, version)
+        if expected not in (None, card.aliases["champion"]):
+            raise ConflictError("The champion is another one by now.")
+        self.actors.append(actor)
         aliases = {"champion": version, "previous": card.aliases["champion"]}
         self.adapters[name] = replace(card, aliases=aliases)
         return self.adapters[name]
 
-    async def rollback(self, tenant: str, name: str) -> AdapterCard:
+    async def set_canary(
+        self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
+    ) -> AdapterCard:
+        card = self._versioned(tenant, name, version)
+        self.actors.append(actor)
+        self.adapters[name] = replace(card, canary={"version": version, "weight": weight} if weight else None)
+        return self.adapters[name]
+
+    async def delete_version(self, tenant: str, name: str, version: int, *, actor: Actor | None = None) -> None:
+        card = self._versioned(tenant, name, version)
+        if version == card.aliases["champion"]:
+            raise ConflictError(f"'{name}:{version}' is the champion.")
+        self.actors.append(actor)
+        self.adapters[name] = replace(
+            card, versions=tuple(known for known in card.versions if known.version != version)
+        )
+
+    async def rollback(self, tenant: str, name: str, *, actor: Actor | None = None) -> AdapterCard:
         card = self._adapter(tenant, name)
+        self.actors.append(actor)
         if "previous" not in card.aliases:
             raise ConflictError(f"'{name}' has no previous version.")
         aliases = {"champion": card.aliases["previous"], "previous": card.aliases["champion"]}
@@ -171,6 +194,12 @@ class WordBackend:
 
     async def degraded(self) -> bool:
         return self.is_degraded
+
+    def _versioned(self, tenant: str, name: str, version: int) -> AdapterCard:
+        card = self._adapter(tenant, name)
+        if version not in {known.version for known in card.versions}:
+            raise NotFoundError(f"'{name}' has no version {version}.", param="version")
+        return card
 
     def _hold(self, tenant: str, ref: str, *, pinned: bool) -> list[AdapterResidence]:
         version = self._adapter(tenant, ref).aliases["champion"]

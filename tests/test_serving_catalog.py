@@ -6,7 +6,7 @@ import asyncio
 import threading
 
 import pytest
-from store_moves import fill
+from store_moves import fill, stub_version
 
 from pedro.errors import UnavailableError
 from pedro.serving.catalog import AdapterCatalog
@@ -158,6 +158,35 @@ def test_a_version_by_its_number_is_gone_once_it_was_deleted(store):
         store.delete_version("acme.faq", 3)
         await catalog.follow()
         assert await catalog.version("acme.faq", 3) is None
+
+    asyncio.run(go())
+
+
+def test_a_version_that_is_not_there_is_asked_for_once_until_its_adapter_changes(store, monkeypatch):
+    fill(store, 1, "acme.faq"), fill(store, 1, "acme.other")
+    asked = []
+    monkeypatch.setattr(
+        store, "get_version", lambda name, number: asked.append(number) or Store.get_version(store, name, number)
+    )
+    catalog = AdapterCatalog(store)
+
+    async def go():
+        await catalog.follow()
+        for _ in range(3):
+            assert await catalog.version("acme.faq", 2) is None
+            assert await catalog.version("acme.faq", 10**9) is None
+        assert asked == [2, 10**9]
+        fill(store, 2, "acme.new"), store.promote("acme.other", 1)  # no matter of this one's
+        await catalog.follow()
+        assert await catalog.version("acme.faq", 2) is None
+        assert asked == [2, 10**9]
+        store.add_version(stub_version(2, "acme.faq"), store.made_of("acme.faq"))
+        await catalog.follow()
+        assert (await catalog.version("acme.faq", 2)).version == 2
+        monkeypatch.setattr("pedro.serving.catalog.MAX_MISSING", 10)
+        for number in range(100, 150):
+            assert await catalog.version("acme.faq", number) is None
+        assert len(catalog._no_version) == 10
 
     asyncio.run(go())
 

@@ -122,8 +122,8 @@ def test_a_tenant_whose_name_begins_with_anothers_is_a_stranger(resolver, add):
 
 
 def test_of_a_canary_a_user_is_answered_by_the_same_version_each_time_and_so_are_all_prompts_of_one_request():
-    def share(user=None, request_id="cmpl-1-0", model="acme.split"):
-        return share_of(GenerateCall(request_id, "acme", model, "hello", user=user))
+    def share(user=None, request_id="cmpl-1-0", model="acme.split", canary=2):
+        return share_of(GenerateCall(request_id, "acme", model, "hello", user=user), canary)
 
     assert share("ann") == share("ann", "cmpl-2-0") == share("ann", model="acme.split@champion")
     assert share("ann") != share("ann", model="acme.other")
@@ -133,6 +133,8 @@ def test_of_a_canary_a_user_is_answered_by_the_same_version_each_time_and_so_are
     for shares in (users, requests):
         assert all(0 <= one < 1 for one in shares)
         assert 150 < sum(one < 0.1 for one in shares) < 250
+    first, second = ({n for n in range(2000) if share(f"user {n}", canary=version) < 0.1} for version in (2, 3))
+    assert len(first & second) < 50  # who met the last canary is as likely as anybody to meet the next
 
 
 def test_a_canary_answers_its_share_of_the_bare_name_and_nothing_else(resolver, registry, add):
@@ -141,7 +143,9 @@ def test_a_canary_answers_its_share_of_the_bare_name_and_nothing_else(resolver, 
 
     async def go(model, share):
         await resolver.refresh()
-        return (await resolver.resolve("acme", model, share)).version
+        return (
+            await resolver.resolve("acme", model, lambda version: share if version == canary.version else 1)
+        ).version
 
     shares = [number / 100 for number in range(100)]
     asked = [asyncio.run(go("acme.split", share)) for share in shares[::5]]

@@ -14,6 +14,7 @@ import typer
 
 from pedro.cli import (
     adapters,
+    audit,
     backbones,
     chat,
     compare,
@@ -63,6 +64,7 @@ app.command("chat")(chat.chat)
 app.command("methods")(methods.methods)
 app.command("tasks")(tasks.tasks)
 app.command("doctor")(doctor.doctor)
+app.command("audit")(audit.audit)
 app.command("demo")(serve.demo)
 
 

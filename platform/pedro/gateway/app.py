@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from pedro.gateway import (
     routes_adapters,
+    routes_audit,
     routes_health,
     routes_inference,
     routes_metrics,
@@ -59,6 +60,7 @@ def create_app(
         title="pedro", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
     app.state.backend = backend_provider
+    app.state.store = store
     app.state.settings = settings
     app.state.authenticator = authenticator
     app.state.open_requests = OpenRequests(settings.max_open_requests)
@@ -72,6 +74,7 @@ def create_app(
         routes_tokenizer,
         routes_models,
         routes_adapters,
+        routes_audit,
         routes_health,
         routes_metrics,
     ):

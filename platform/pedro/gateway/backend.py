@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from pedro.store import Actor
 
 ALL_TENANTS = "*"
 """The tenant named by a call made with an admin key: every tenant's models are visible to it."""
@@ -48,6 +51,7 @@ class AdapterCard:
     name: str
     aliases: Mapping[str, int]
     versions: tuple[VersionCard, ...] = ()
+    canary: Mapping[str, float] | None = None  # {"version": 8, "weight": 0.1}: its share of the champion's requests
 
 
 @dataclass(frozen=True)
@@ -214,12 +218,31 @@ class Backend(Protocol):
         """Gives its memory back, pinned or not; requests that run keep what they hold, the next one loads it anew."""
         ...
 
-    async def promote(self, tenant: str, name: str, version: int) -> AdapterCard:
-        """Makes `version` the champion, and the champion `previous`. Raises NotFoundError."""
+    async def promote(
+        self, tenant: str, name: str, version: int, *, expected: int | None = None, actor: Actor | None = None
+    ) -> AdapterCard:
+        """Makes `version` the champion, and the champion `previous`. Raises NotFoundError, or ConflictError where the
+        champion is another one than `expected`.
+
+        This and the three that follow enter `actor` into the audit; None: who runs this process.
+        """
         ...
 
-    async def rollback(self, tenant: str, name: str) -> AdapterCard:
+    async def rollback(self, tenant: str, name: str, *, actor: Actor | None = None) -> AdapterCard:
         """Swaps champion and previous. Raises NotFoundError, or ConflictError where there is no previous one."""
+        ...
+
+    async def set_canary(
+        self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
+    ) -> AdapterCard:
+        """Has `version` answer a share of what is asked of the champion; 0 ends it.
+
+        Raises NotFoundError, or ConflictError where there is no champion or it is the version.
+        """
+        ...
+
+    async def delete_version(self, tenant: str, name: str, version: int, *, actor: Actor | None = None) -> None:
+        """Deletes a version. Raises NotFoundError, or ConflictError for the champion."""
         ...
 
     async def metrics(self) -> str:

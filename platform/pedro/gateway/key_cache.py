@@ -1,7 +1,8 @@
 """Keys as one gateway knows them, by the hash of their secret: asked for once, then kept by the store's change feed.
 
 A request costs no question to the database while the feed was read lately; what was revoked is refused once it is read
-again. Every key is asked for again after `FRESH_S` all the same, since processes of earlier releases write no feed.
+again, and a key whose time is over at that moment, since the time is known with the key. Every key is asked for again
+after `FRESH_S` all the same, since processes of earlier releases write no feed.
 While the database is away, keys that were used before are good for `AWAY_S`.
 """
 
@@ -22,7 +23,7 @@ AWAY_S = 600.0
 PATIENCE_S = 0.25  # how long a request waits for the feed, before it trusts what is known
 AGAIN_AFTER_S = 1.0  # when a feed that could not be read is asked for again
 FRESH_S = 30.0  # how long an answer is good by itself
-MAX_LOOKUPS = 64  # of keys that are not known, at once: guesses are not to hold up the feed
+MAX_LOOKUPS, MAX_RENEWALS = 48, 16  # at once, of keys that are not known and of those that are
 MAX_KEYS, MAX_UNKNOWN = 20_000, 20_000
 Known = tuple[KeyRecord, Quota]
 T = TypeVar("T")
@@ -44,7 +45,9 @@ class KeyCache:
         self._store = store
         self._follow_every_s = follow_every_s
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pedro-auth")
-        self._feed_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-keys")  # waits for no lookup
+        # guesses hold up neither of these: they have threads of their own
+        self._renewal_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pedro-renew")
+        self._feed_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-keys")
         self._lookups = 0
         self._keys: OrderedDict[str, _Held] = OrderedDict()
         self._unknown: OrderedDict[str, float] = OrderedDict()
@@ -57,7 +60,8 @@ class KeyCache:
     async def find(self, secret: str) -> Known:
         """The live key with this secret, and its tenant's quota.
 
-        Raises AuthenticationError, the same for unknown and revoked, and UnavailableError where it cannot be known.
+        Raises AuthenticationError, the same for unknown, expired and revoked, and UnavailableError where it cannot be
+        known.
         """
         await self._follow()
         hashed = hash_secret(secret)
@@ -66,39 +70,46 @@ class KeyCache:
             await self._renew(hashed, secret)
             held = self._keys.get(hashed)
         if held is not None:
+            if held.known[0].has_expired(time.time()):
+                raise unknown_key()
             self._keys.move_to_end(hashed)
             return held.known
         if hashed in self._unknown and _fresh(self._unknown[hashed]):
             raise unknown_key()
-        return await self._look_up(hashed, secret)
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False)
-        self._feed_thread.shutdown(wait=False)
-
-    async def _look_up(self, hashed: str, secret: str) -> Known:
-        """What the database says of a key, remembered where nothing changed meanwhile."""
         if self._lookups >= MAX_LOOKUPS:
             raise UnavailableError("Too many keys are being checked; try again.", code="overloaded")
-        asked_at, now = self._position, time.monotonic()
         self._lookups += 1
         try:
-            known = await _on(self._threads, lambda: self._store.authenticate(secret))
+            return await self._look_up(hashed, secret, self._threads)
+        finally:
+            self._lookups -= 1
+
+    def close(self) -> None:
+        for threads in (self._threads, self._renewal_threads, self._feed_thread):
+            threads.shutdown(wait=False)
+
+    async def _look_up(self, hashed: str, secret: str, threads: ThreadPoolExecutor) -> Known:
+        """What the database says of a key, remembered where nothing changed meanwhile."""
+        asked_at, now = self._position, time.monotonic()
+        try:
+            known = await _on(threads, lambda: self._store.authenticate(secret))
         except AuthenticationError:
             self._keys.pop(hashed, None)
             if asked_at == self._position:  # what was read is as of now, as far as the feed tells
                 _remember(self._unknown, hashed, now, MAX_UNKNOWN)
             raise
-        finally:
-            self._lookups -= 1
         if asked_at == self._position:
             _remember(self._keys, hashed, _Held(known, now), MAX_KEYS)
         return known
 
     async def _renew(self, hashed: str, secret: str) -> None:
-        """Ask for a key again; a database that is slow or away leaves what was known."""
+        """Ask for a key again; a database that is slow or away leaves what was known, and so does one that is busy
+        with others: the key's next request asks again."""
         if hashed not in self._renewing:
-            self._renewing[hashed] = renewal = asyncio.create_task(self._look_up(hashed, secret))
+            if len(self._renewing) >= MAX_RENEWALS:
+                return
+            looking = self._look_up(hashed, secret, self._renewal_threads)
+            self._renewing[hashed] = renewal = asyncio.create_task(looking)
             renewal.add_done_callback(_retrieve)
             renewal.add_done_callback(lambda _: self._renewing.pop(hashed, None))
         await asyncio.wait({self._renewing[hashed]}, timeout=PATIENCE_S)

@@ -1,4 +1,4 @@
-"""/v1/adapters for operators: versions, promote and roll back, and where an adapter is resident."""
+"""/v1/adapters: a tenant sees and moves versions of its own adapters; operators those of all, and who holds them."""
 
 from __future__ import annotations
 
@@ -7,45 +7,65 @@ import math
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Path, Request
 
 from pedro.errors import PedroError
-from pedro.gateway.auth import Principal, require
+from pedro.gateway.auth import Principal, actor_of, backend_for, require
 from pedro.gateway.backend import AdapterCard, AdapterResidence, Backend
 from pedro.gateway.parsing import parse, read_body
-from pedro.gateway.schemas import PromoteRequest
-from pedro.store import ADMIN
+from pedro.gateway.schemas import INT32, CanaryRequest, PromoteRequest
+from pedro.store import ADMIN, READ, TRAIN
 
 log = logging.getLogger("pedro.gateway")
 router = APIRouter(prefix="/v1/adapters")
 Admin = Annotated[Principal, Depends(require(ADMIN))]
+Reader = Annotated[Principal, Depends(require(READ, TRAIN))]
+Owner = Annotated[Principal, Depends(require(TRAIN))]
+Number = Annotated[int, Path(ge=1, lt=INT32)]
 
 
 @router.get("")
-async def list_adapters(request: Request, caller: Admin) -> dict[str, Any]:
-    backend: Backend = request.app.state.backend()
-    cards, held = await backend.list_adapters(caller.view), await _residents(backend, caller.view)
-    return {"object": "list", "data": [{**_adapter(card), "residence": _residence(held, card.name)} for card in cards]}
+async def list_adapters(request: Request, caller: Reader) -> dict[str, Any]:
+    backend = backend_for(request, caller)
+    cards, held = await backend.list_adapters(caller.view), await _residents(backend, caller)
+    return {"object": "list", "data": [{**_adapter(card), **_residence(caller, held, card.name)} for card in cards]}
 
 
 @router.get("/{name}")
-async def get_adapter(request: Request, name: str, caller: Admin) -> dict[str, Any]:
-    backend: Backend = request.app.state.backend()
+async def get_adapter(request: Request, name: str, caller: Reader) -> dict[str, Any]:
+    backend = backend_for(request, caller)
     card = await backend.get_adapter(caller.view, name)
-    return {**_adapter(card), "residence": _residence(await _residents(backend, caller.view), name)}
+    return {**_adapter(card), **_residence(caller, await _residents(backend, caller), name)}
 
 
 @router.post("/{name}/promote")
-async def promote(request: Request, name: str, caller: Admin) -> dict[str, Any]:
+async def promote(request: Request, name: str, caller: Owner) -> dict[str, Any]:
     wanted = parse(PromoteRequest, await read_body(request))
-    card = await request.app.state.backend().promote(caller.view, name, wanted.version)
-    return _adapter(card)
+    moved = backend_for(request, caller).promote(
+        caller.view, name, wanted.version, expected=wanted.expected, actor=actor_of(request, caller)
+    )
+    return _adapter(await moved)
 
 
 @router.post("/{name}/rollback")
-async def rollback(request: Request, name: str, caller: Admin) -> dict[str, Any]:
-    card = await request.app.state.backend().rollback(caller.view, name)
+async def rollback(request: Request, name: str, caller: Owner) -> dict[str, Any]:
+    card = await backend_for(request, caller).rollback(caller.view, name, actor=actor_of(request, caller))
     return _adapter(card)
+
+
+@router.post("/{name}/canary")
+async def set_canary(request: Request, name: str, caller: Owner) -> dict[str, Any]:
+    wanted = parse(CanaryRequest, await read_body(request))
+    moved = backend_for(request, caller).set_canary(
+        caller.view, name, wanted.version, wanted.weight, actor=actor_of(request, caller)
+    )
+    return _adapter(await moved)
+
+
+@router.delete("/{name}/versions/{version}")
+async def delete_version(request: Request, name: str, version: Number, caller: Owner) -> dict[str, Any]:
+    await backend_for(request, caller).delete_version(caller.view, name, version, actor=actor_of(request, caller))
+    return {"object": "adapter.version", "id": f"{name}:{version}", "deleted": True}
 
 
 @router.post("/{ref}/load")
@@ -79,17 +99,22 @@ def _adapter(card: AdapterCard) -> dict[str, Any]:
     return {"object": "adapter", **body}
 
 
-async def _residents(backend: Backend, tenant: str) -> list[AdapterResidence] | None:
+async def _residents(backend: Backend, caller: Principal) -> list[AdapterResidence] | None:
     """None while the engine does not answer: versions and aliases can be seen and moved without it."""
+    if not caller.is_admin:
+        return None
     try:
-        return await backend.residents(tenant)
+        return await backend.residents(caller.view)
     except PedroError as error:
         log.warning("where adapters are resident is not known: %s", error)
         return None
 
 
-def _residence(held: list[AdapterResidence] | None, name: str) -> list[dict[str, Any]] | None:
-    return None if held is None else [_residence_body(entry) for entry in held if entry.name == name]
+def _residence(caller: Principal, held: list[AdapterResidence] | None, name: str) -> dict[str, Any]:
+    """Replicas are the operators' to see."""
+    if not caller.is_admin:
+        return {}
+    return {"residence": None if held is None else [_residence_body(entry) for entry in held if entry.name == name]}
 
 
 def _held(ref: str, held: list[AdapterResidence]) -> dict[str, Any]:

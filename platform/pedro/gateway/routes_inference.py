@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from pedro.errors import PedroError
 from pedro.gateway.answer import Answer
-from pedro.gateway.auth import Principal, require
+from pedro.gateway.auth import Principal, backend_for, require
 from pedro.gateway.backend import GenerateCall
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.parsing import parse, read_body
@@ -32,7 +32,7 @@ async def create_completion(request: Request, caller: Annotated[Principal, Depen
     wanted = parse(CompletionRequest, await read_body(request))
     calls = completion_calls(wanted, **_context(request, caller))
     response_format = CompletionFormat(calls[0].request_id.rpartition("-")[0], wanted.model)
-    backend = request.app.state.backend()
+    backend = backend_for(request, caller)
     return Answer(backend, calls, response_format, admit(request, caller, reservation(calls)), **_delivery(wanted))
 
 
@@ -41,7 +41,7 @@ async def create_chat_completion(request: Request, caller: Annotated[Principal, 
     wanted = parse(ChatRequest, await read_body(request))
     call = chat_call(wanted, **_context(request, caller))
     response_format = ChatFormat(call.request_id.rpartition("-")[0], wanted.model)
-    backend = request.app.state.backend()
+    backend = backend_for(request, caller)
     return Answer(backend, [call], response_format, admit(request, caller, reservation([call])), **_delivery(wanted))
 
 

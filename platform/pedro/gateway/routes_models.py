@@ -6,24 +6,23 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from pedro.gateway.auth import Principal, require
+from pedro.gateway.auth import Principal, backend_for, require
 from pedro.gateway.backend import ModelCard
-from pedro.store import INFER
+from pedro.store import INFER, READ, TRAIN
 
 router = APIRouter()
+Reader = Annotated[Principal, Depends(require(INFER, READ, TRAIN))]
 
 
 @router.get("/v1/models")
-async def list_models(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> dict[str, Any]:
-    cards = await request.app.state.backend().list_models(caller.view)
+async def list_models(request: Request, caller: Reader) -> dict[str, Any]:
+    cards = await backend_for(request, caller).list_models(caller.view)
     return {"object": "list", "data": [_model(card) for card in cards]}
 
 
 @router.get("/v1/models/{name:path}")  # a backbone's hub id holds a slash
-async def get_model(
-    request: Request, name: str, caller: Annotated[Principal, Depends(require(INFER))]
-) -> dict[str, Any]:
-    return _model(await request.app.state.backend().get_model(caller.view, name))
+async def get_model(request: Request, name: str, caller: Reader) -> dict[str, Any]:
+    return _model(await backend_for(request, caller).get_model(caller.view, name))
 
 
 def _model(card: ModelCard) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 
 from pedro.errors import PedroError
-from pedro.gateway.auth import Principal, require
-from pedro.gateway.backend import Backend
+from pedro.gateway.auth import Principal, backend_for, require
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.quotas import admit
 from pedro.gateway.schemas import DetokenizeRequest, TokenizeRequest, plain_messages
@@ -31,7 +30,7 @@ async def tokenize(request: Request, caller: Caller) -> dict[str, Any]:
     prompt = wanted.prompt if wanted.prompt is not None else plain_messages(wanted.messages or ())
     special = wanted.prompt is not None and wanted.add_special_tokens is not False
     admit(request, caller)
-    result = await request.app.state.backend().tokenize(caller.view, wanted.model, prompt, special)
+    result = await backend_for(request, caller).tokenize(caller.view, wanted.model, prompt, special)
     return {
         "count": len(result.ids),
         "max_model_len": result.max_model_len,
@@ -44,11 +43,10 @@ async def tokenize(request: Request, caller: Caller) -> dict[str, Any]:
 async def detokenize(request: Request, caller: Caller) -> dict[str, str]:
     wanted = parse(DetokenizeRequest, await read_body(request))
     admit(request, caller)
-    return {"prompt": await request.app.state.backend().detokenize(caller.view, wanted.model, tuple(wanted.tokens))}
+    return {"prompt": await backend_for(request, caller).detokenize(caller.view, wanted.model, tuple(wanted.tokens))}
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request, caller: Caller) -> dict[str, Any]:
     admit(request, caller)
-    backend: Backend = request.app.state.backend()
-    return await backend.tokenizer_info()
+    return await backend_for(request, caller).tokenizer_info()

@@ -250,3 +250,9 @@ class DetokenizeRequest(Body):
 
 class PromoteRequest(Body):
     version: Annotated[int, Field(ge=1, lt=INT32)]  # the one that becomes champion
+    expected: Annotated[int, Field(ge=1, lt=INT32)] | None = None  # refuse (409) if the champion is another one by now
+
+
+class CanaryRequest(Body):
+    version: Annotated[int, Field(ge=1, lt=INT32)]  # the one that answers a share
+    weight: Annotated[float, Field(ge=0, lt=1)]  # its share of what is asked of the champion; 0 ends it

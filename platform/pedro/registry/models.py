@@ -25,7 +25,7 @@ from pedro.registry.tags import stored
 from pedro.registry.takeover import TakenOver, take_over
 from pedro.registry.tracking import Tracking
 from pedro.registry.versions import read_version, version_tags
-from pedro.store import CHAMPION, WHATEVER, Position, RegisteredAdapter, Store, Version, exclusive
+from pedro.store import CHAMPION, WHATEVER, By, Position, RegisteredAdapter, Store, Version, exclusive
 
 MANIFEST = "pedro_adapter.json"
 DAMAGED = "adapter_damaged"  # the code of an error that fetching again does not mend
@@ -140,40 +140,40 @@ class Registry(Tracking):
         self._show(version.name)
 
     def judge(
-        self, version: Version, passed: bool, reason: str, judged_against: int | None, *, actor: str | None = None
+        self, version: Version, passed: bool, reason: str, judged_against: int | None, *, actor: By = None
     ) -> tuple[str, str]:
         """Enter what the gate decided: champion or candidate, and the reason that holds (`Store.judge`)."""
         settled = self.store.judge(version, passed, reason, judged_against, actor=actor)
         self._show(version.name)
         return settled
 
-    def promote(self, name: str, version: int, *, expected: int | None = WHATEVER) -> Version:
+    def promote(self, name: str, version: int, *, expected: int | None = WHATEVER, actor: By = None) -> Version:
         """Make a version champion; the champion until now becomes `previous`.
 
         Raises ConflictError if `expected` is given and the champion is another one by now (None: there is one).
         """
-        moved = self.store.promote(name, version, expected=expected)
+        moved = self.store.promote(name, version, expected=expected, actor=actor)
         self._show(name)
         return moved
 
-    def rollback(self, name: str, *, expected: int | None = None) -> Version:
+    def rollback(self, name: str, *, expected: int | None = None, actor: By = None) -> Version:
         """Swap champion and previous; ConflictError if there is no previous version, or another than `expected`."""
-        moved = self.store.rollback(name, expected=expected)
+        moved = self.store.rollback(name, expected=expected, actor=actor)
         self._show(name)
         return moved
 
-    def canary(self, name: str, version: int, weight: float) -> Version:
+    def canary(self, name: str, version: int, weight: float, *, actor: By = None) -> Version:
         """Have a version answer a share of what is asked of the champion; 0 ends it. Raises ConflictError."""
-        moved = self.store.set_canary(name, version, weight)
+        moved = self.store.set_canary(name, version, weight, actor=actor)
         self._show(name)
         return moved
 
-    def delete(self, name: str, version: int | None = None) -> None:
+    def delete(self, name: str, version: int | None = None, *, actor: By = None) -> None:
         """Delete one version, or the adapter with all of them; the champion alone is refused (ConflictError)."""
         if version is None:
-            self.store.delete_adapter(name)
+            self.store.delete_adapter(name, actor=actor)
         else:
-            self.store.delete_version(name, version)
+            self.store.delete_version(name, version, actor=actor)
         self._show(name)
 
     def mirror(self) -> list[str]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pedro.errors import (
@@ -47,10 +48,12 @@ from pedro.serving.protocol import (
     UnloadAdapter,
     UnpinAdapter,
 )
-from pedro.serving.resolver import ModelResolver, visible
+from pedro.serving.resolver import ModelResolver, Share, visible
+from pedro.store import WHATEVER
 
 if TYPE_CHECKING:
     from pedro.serving.router import ReplicaSet
+    from pedro.store import Actor, RegisteredAdapter
 
 log = logging.getLogger("pedro.serving")
 
@@ -97,7 +100,7 @@ class ServeBackend:
         if "seed" not in call.params:
             call = replace(call, params={**call.params, "seed": secrets.randbits(63)})
         until = time.monotonic() + min(call.timeout_s or self._timeout_s, self._timeout_s)
-        version = await self._version(call.tenant, call.model, share_of(call))
+        version = await self._version(call.tenant, call.model, partial(share_of, call))
         if version is None:
             async with aclosing(self._retries.generate(call, None, until)) as deltas:
                 async for delta in deltas:
@@ -158,24 +161,46 @@ class ServeBackend:
 
     async def list_adapters(self, tenant: str) -> list[AdapterCard]:
         """Every adapter with its versions, for operators."""
-        found = await asyncio.to_thread(self._registry.all_versions, None if tenant == ALL_TENANTS else tenant)
-        return [self._adapter_card(name, versions) for name, versions in found.items()]
+        whose = None if tenant == ALL_TENANTS else tenant
+        found = await asyncio.to_thread(self._registry.all_versions, whose)
+        adapters = await asyncio.to_thread(self._registry.store.list_adapters, whose)
+        return [self._adapter_card(name, versions, adapters.get(name)) for name, versions in found.items()]
 
-    async def promote(self, tenant: str, name: str, version: int) -> AdapterCard:
+    async def promote(
+        self, tenant: str, name: str, version: int, *, expected: int | None = None, actor: Actor | None = None
+    ) -> AdapterCard:
         """Move the champion; every server of this registry follows within its watch interval."""
         self._own(tenant, name)
         await self._check_servable(name, version)
-        await asyncio.to_thread(self._registry.promote, name, version)
+        wanted = WHATEVER if expected is None else expected
+        await asyncio.to_thread(self._registry.promote, name, version, expected=wanted, actor=actor)
         await self._resolver.refresh()
         return await self._adapter(name)
 
-    async def rollback(self, tenant: str, name: str) -> AdapterCard:
+    async def rollback(self, tenant: str, name: str, *, actor: Actor | None = None) -> AdapterCard:
         """Swap champion and previous."""
         self._own(tenant, name)
         expected = await self._check_servable(name, PREVIOUS)
-        await asyncio.to_thread(self._registry.rollback, name, expected=expected)
+        await asyncio.to_thread(self._registry.rollback, name, expected=expected, actor=actor)
         await self._resolver.refresh()
         return await self._adapter(name)
+
+    async def set_canary(
+        self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
+    ) -> AdapterCard:
+        """Give a version a share of the champion's requests, or end that."""
+        self._own(tenant, name)
+        if weight:
+            await self._check_servable(name, version)
+        await asyncio.to_thread(self._registry.canary, name, version, weight, actor=actor)
+        await self._resolver.refresh()
+        return await self._adapter(name)
+
+    async def delete_version(self, tenant: str, name: str, version: int, *, actor: Actor | None = None) -> None:
+        """Delete one version; the champion is refused."""
+        self._own(tenant, name)
+        await asyncio.to_thread(self._registry.delete, name, version, actor=actor)
+        await self._resolver.refresh()
 
     async def get_adapter(self, tenant: str, name: str) -> AdapterCard:
         """One adapter with its versions, for operators; the uniform 404 otherwise."""
@@ -241,7 +266,7 @@ class ServeBackend:
         version = await self._version(tenant, model)
         return None if version is None else version.model_ref
 
-    async def _version(self, tenant: str, model: str | None, share: float = 1.0) -> Version | None:
+    async def _version(self, tenant: str, model: str | None, share: Share | None = None) -> Version | None:
         """What `model` means; None for the backbone."""
         return None if model in (None, self._model_name) else await self._resolver.resolve(tenant, str(model), share)
 
@@ -274,7 +299,7 @@ class ServeBackend:
             await self._replicas.ask(LoadAdapter(version.model_ref))
         except AdapterError as error:
             raise ConflictError(
-                f"{error.message.removeprefix('model: ')}; it does not become champion", param="version"
+                f"{error.message.removeprefix('model: ')}; it does not become champion or canary", param="version"
             ) from error
         except UnavailableError as error:
             if error.code not in ("no_replica", "replica_lost"):
@@ -303,11 +328,13 @@ class ServeBackend:
         )
 
     async def _adapter(self, name: str) -> AdapterCard:
-        return self._adapter_card(name, await asyncio.to_thread(self._registry.versions, name))
+        adapter = await asyncio.to_thread(self._registry.store.get_adapter, name)
+        return self._adapter_card(name, await asyncio.to_thread(self._registry.versions, name), adapter)
 
-    def _adapter_card(self, name: str, versions: list[Version]) -> AdapterCard:
+    def _adapter_card(self, name: str, versions: list[Version], adapter: RegisteredAdapter | None) -> AdapterCard:
         return AdapterCard(
             name=name,
+            canary=None if adapter is None else adapter.standing.to_dict().get("canary"),
             aliases={alias: version.version for version in versions for alias in version.aliases},
             versions=tuple(
                 VersionCard(
@@ -325,11 +352,11 @@ class ServeBackend:
         )
 
 
-def share_of(call: GenerateCall) -> float:
-    """Where a call stands among those of its model, from 0 to 1: a user always at the same place, else each request at
-    one of its own, with all of its prompts."""
+def share_of(call: GenerateCall, canary: int) -> float:
+    """Where a call stands among those of its model beside a canary, from 0 to 1: a user always at the same place, else
+    each request at one of its own, with all of its prompts. The next canary meets other users first."""
     whom = call.user or call.request_id.rpartition("-")[0]
-    digest = hashlib.sha256(f"{call.model.partition('@')[0]}\n{whom}".encode()).digest()
+    digest = hashlib.sha256(f"{call.model.partition('@')[0]}\n{canary}\n{whom}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 

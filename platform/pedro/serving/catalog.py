@@ -11,12 +11,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from pedro.errors import NotFoundError, UnavailableError
 from pedro.store import ADAPTER, KnownAdapter, Position, Store, Version
 
 MAX_KNOWN = 50_000  # adapters, each with the versions that its aliases name
-MAX_MISSING = 20_000  # names
+MAX_MISSING = 20_000  # names, and as many versions
 MAX_NUMBERED = 64  # versions of one adapter that were asked for by number
 MAX_TOGETHER = 400  # names that are looked up in one question
 Found = KnownAdapter | None
@@ -41,6 +42,8 @@ class AdapterCatalog:
     _position: Position | None = None
     _known: OrderedDict[str, KnownAdapter] = field(default_factory=OrderedDict)
     _missing: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    _no_version: OrderedDict[tuple[str, int], KnownAdapter] = field(default_factory=OrderedDict)
+    """Versions that are not there, with the adapter as it was then: one that changed is another record."""
     _asked: dict[str, _Question] = field(default_factory=dict)
     _following: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -83,15 +86,20 @@ class AdapterCatalog:
         known = await self.get(name)
         if known is None:
             return None
-        if number not in known.versions:
-            try:
-                version = await asyncio.to_thread(self.store.get_version, name, number)
-            except NotFoundError:
-                return None
-            if len(known.versions) < MAX_NUMBERED:
-                known.versions[number] = version
-            return version
-        return known.versions[number]
+        if number in known.versions:
+            return known.versions[number]
+        if self._no_version.get((name, number)) is known:
+            return None
+        try:
+            version = await asyncio.to_thread(self.store.get_version, name, number)
+        except NotFoundError:
+            if self._known.get(name) is known:  # it did not change meanwhile
+                self._no_version[name, number] = known
+                _bound(self._no_version, MAX_MISSING)
+            return None
+        if len(known.versions) < MAX_NUMBERED:
+            known.versions[number] = version
+        return version
 
     async def of_tenant(self, tenant: str | None) -> list[KnownAdapter]:
         """All adapters of a tenant, or of all, by name; while the store is away, those that are known."""
@@ -134,10 +142,13 @@ class AdapterCatalog:
             self._missing[name] = None
         else:
             self._known[name] = found
-        while len(self._known) > self.max_known:
-            self._known.popitem(last=False)
-        while len(self._missing) > MAX_MISSING:
-            self._missing.popitem(last=False)
+        _bound(self._known, self.max_known)
+        _bound(self._missing, MAX_MISSING)
+
+
+def _bound(held: OrderedDict[Any, Any], most: int) -> None:
+    while len(held) > most:
+        held.popitem(last=False)
 
 
 def _retrieve(answer: asyncio.Task[Found]) -> None:

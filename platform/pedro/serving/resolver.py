@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pedro.errors import AdapterError, NotFoundError, UnavailableError, model_not_found
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pedro.store import KnownAdapter
 
 STALE_AFTER_S = 10.0
+Share = Callable[[int], float]
 log = logging.getLogger("pedro.serving")
 
 
@@ -73,10 +75,11 @@ class ModelResolver:
             self._catalog = AdapterCatalog(await asyncio.to_thread(lambda: self._registry.store))
         await self._catalog.follow()
 
-    async def resolve(self, tenant: str, model: str, share: float = 1.0) -> Version:
+    async def resolve(self, tenant: str, model: str, share: Share | None = None) -> Version:
         """The version that `model` means to `tenant` now.
 
-        `share`, from 0 to 1, is where a request stands among those of the champion: a canary has the first of them.
+        `share` says where a request stands among those that a canary, named by its version, has the first of: from 0
+        to 1. Without it the champion is meant.
         Raises the uniform 404 for an unknown name and for a foreign one alike, UnavailableError while what it means
         cannot be known, AdapterError for an adapter of another backbone.
         """
@@ -111,13 +114,14 @@ class ModelResolver:
         return [one for one in champions if one is not None and one.backbone_digest == self._backbone_digest]
 
 
-def _meant(ref: ModelRef, known: KnownAdapter, share: float) -> int | None:
+def _meant(ref: ModelRef, known: KnownAdapter, share: Share | None) -> int | None:
     """The number of the version that a name means."""
     if ref.version is not None:
         return ref.version
     standing = known.adapter.standing
-    if standing.canary is not None and share < standing.canary.weight and ref.alias in (None, CHAMPION):
-        return standing.canary.version
+    canary = standing.canary
+    if canary and share and ref.alias in (None, CHAMPION) and share(canary.version) < canary.weight:
+        return canary.version
     return standing.aliases.get(ref.alias or CHAMPION)
 
 
