@@ -29,6 +29,7 @@ def test_the_gateway_says_what_a_key_opens(gateway):
         ("sk-pedro-nobodys", Access.UNKNOWN),
         (revoked[1], Access.UNKNOWN),
         (gateway.key(), Access.TENANT),
+        (gateway.key("acme", ("infer", "train", "read")), Access.TENANT),
         (gateway.key("ops", ("admin",)), Access.ADMIN),
     ):
         status = GatewayClient(gateway.url, key).status()

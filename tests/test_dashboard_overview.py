@@ -166,7 +166,7 @@ def test_the_login_accepts_an_admin_key_alone(sources, home):
     _, admin = store.create_key("ops", ["admin"])
     record, revoked = store.create_key("ops", ["admin"])
     store.revoke_key(record.id)
-    _, tenants = store.create_key("acme", ["infer", "train"])
+    _, tenants = store.create_key("acme", ["infer", "train", "read"])
 
     def refusal(key):
         return sources.login.refusal(key, settings_of(home), {})

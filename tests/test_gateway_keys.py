@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 import sqlalchemy as sa
@@ -12,6 +13,7 @@ from pedro.errors import AuthenticationError, UnavailableError
 from pedro.gateway import key_cache
 from pedro.gateway.app import GatewaySettings
 from pedro.gateway.key_cache import KeyCache
+from pedro.gateway.last_used import LastUsed
 from pedro.store import Quota, Store, schema
 
 OFTEN_S = 0.02
@@ -306,3 +308,95 @@ def test_a_flood_of_guessed_keys_is_turned_away_and_holds_up_neither_the_feed_no
 
     run(go())
     cache.close()
+
+
+def test_known_keys_are_renewed_whatever_number_of_guesses_waits(store, monkeypatch):
+    monkeypatch.setattr(key_cache, "MAX_LOOKUPS", 8)
+    record, secret = store.create_key("acme")
+    go_on = threading.Event()
+    authenticate = store.authenticate
+
+    def held_up(asked):
+        if asked != secret:
+            go_on.wait(60)
+        return authenticate(asked)
+
+    monkeypatch.setattr(store, "authenticate", held_up)
+    cache = KeyCache(store, RARELY_S)
+
+    async def go():
+        await cache.find(secret)
+        guesses = [asyncio.create_task(cache.find(f"sk-pedro-{number}")) for number in range(20)]
+        while cache._lookups < 8:
+            await asyncio.sleep(0.01)
+        with store._database.writing() as connection:  # as a process of an earlier release may, which writes no feed
+            connection.execute(sa.update(schema.keys).where(schema.keys.c.id == record.id).values(revoked=1.0))
+        monkeypatch.setattr(key_cache, "FRESH_S", -1.0)
+        with pytest.raises(UnavailableError):  # it was asked for, is no key any more, and now waits among the guesses
+            await cache.find(secret)
+        assert not cache._keys
+        go_on.set()
+        await asyncio.gather(*guesses, return_exceptions=True)
+
+    run(go())
+    cache.close()
+
+
+def test_an_expired_key_is_refused_at_its_time_without_a_question(store, monkeypatch):
+    ends = time.time() + 3600
+    _, secret = store.create_key("acme", expires=ends)
+    counted = Counted(store)
+    cache = KeyCache(counted, RARELY_S)
+
+    async def go():
+        await cache.find(secret)
+        counted.away = True
+        monkeypatch.setattr(time, "time", lambda: ends - 0.001)
+        await cache.find(secret)
+        monkeypatch.setattr(time, "time", lambda: ends)
+        with pytest.raises(AuthenticationError, match="expired"):
+            await cache.find(secret)
+
+    run(go())
+    cache.close()
+
+
+def test_that_keys_were_used_is_written_together_once_a_minute_and_at_the_end(store):
+    keys = [store.create_key("acme")[0] for _ in range(3)]
+    written = []
+
+    class Watched:
+        def mark_used(self, at):
+            written.append(dict(at))
+            store.mark_used(at)
+
+    used = LastUsed(Watched(), OFTEN_S)
+
+    async def go():
+        for key in (keys[0], keys[1], keys[0]):
+            used.note(key.id)
+        assert written == []  # not in a request's way
+        while not written:
+            await asyncio.sleep(0.01)
+        assert [set(at) for at in written] == [{keys[0].id, keys[1].id}]
+        await asyncio.sleep(3 * OFTEN_S)
+        assert len(written) == 1  # nothing was used since
+        used.note(keys[2].id)
+        await asyncio.to_thread(used.close)
+
+    run(go())
+    assert [key.last_used is not None for key in store.list_keys("acme")] == [True] * 3
+
+
+def test_a_database_that_is_away_costs_no_more_than_the_time_of_last_use(store):
+    counted = Counted(store)
+    counted.away = True
+    used = LastUsed(counted, OFTEN_S)
+
+    async def go():
+        used.note("key_1")
+        await asyncio.sleep(2 * OFTEN_S)
+        used.note("key_1")
+
+    run(go())
+    used.close()

@@ -6,10 +6,19 @@ import json
 import time
 
 import pytest
+from cli_commands import command_runner
 from store_moves import fill
 
 from pedro.errors import ConflictError
 from pedro.store import PLATFORM, Actor, AuditQuery, Quota, Store, hash_secret
+
+
+@pytest.fixture
+def pedro(tmp_path, monkeypatch, capfd):
+    for name in ("MLFLOW_TRACKING_URI", "PEDRO_DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    return command_runner(monkeypatch, capfd)
 
 
 @pytest.fixture
@@ -65,6 +74,41 @@ def test_what_is_done_outside_of_the_database_is_entered_too_by_who_runs_the_pro
     assert entry.actor.startswith("user:")
     assert entry.request_id is None
     assert store.list_audit("acme") == []
+
+
+def test_pedro_audit_shows_asks_and_follows(pedro, monkeypatch, tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/pedro.db")
+    key, _ = store.create_key("acme", name="web", actor=Actor.of_key("ops", "key_ops", "req_7"))
+    fill(store, 2, "acme.faq")
+    store.promote("acme.faq", 1, actor="user:ann"), store.promote("acme.faq", 2, actor="user:bob")
+    status, out, _ = pedro("audit")
+    assert status == 0
+    assert out.index("key.create") < out.index("user:ann") < out.index("user:bob")
+    for shown in ("key:ops/key_ops", "req_7", "name: web", "aliases.champion: 1 → 2", "aliases.previous: - → 1"):
+        assert shown in out.replace("\n", " ")
+    for words, actions in (
+        (("--action", "key"), ["key.create"]),
+        (("--actor", "key_ops"), ["key.create"]),
+        (("--actor", "user:bob"), ["adapter.promote"]),
+        (("--tenant", "globex"), []),
+        (("--since", "1h", "--limit", "1"), ["adapter.promote"]),
+        (("--since", "2999-01-01"), []),
+    ):
+        status, out, _ = pedro("audit", *words, "--json")
+        assert (status, [entry["action"] for entry in json.loads(out)]) == (0, actions)
+    status, _, err = pedro("audit", "--since", "soon")
+    assert (status, err.count("\n"), "'soon'" in err) == (1, 1, True)
+    sleeps = []
+
+    def sleep(_):
+        if len(sleeps) == 1:
+            raise KeyboardInterrupt
+        sleeps.append(store.revoke_key(key.id))
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    status, out, _ = pedro("audit", "--follow", "--tenant", "acme", "--limit", 1)
+    assert (status, len(out.splitlines())) == (130, 2)
+    assert "key.revoke" in out.splitlines()[1]
 
 
 def test_a_long_request_id_or_subject_is_cut_rather_than_refused(store):
