@@ -22,6 +22,7 @@ from pedro.errors import (
     PedroError,
     ScopeError,
     UnavailableError,
+    model_not_found,
 )
 from pedro.gateway.backend import ALL_TENANTS, GenerateCall
 from pedro.registry import Registry
@@ -33,6 +34,7 @@ from pedro.serving.protocol import LONGEST_SLICE_S, SLICE_S, ReplicaLost, slice_
 from pedro.serving.resolver import ModelResolver
 from pedro.serving.router import ReplicaSet
 from pedro.serving.server import ReplicaServer
+from pedro.store import Actor, AuditQuery
 
 _ids = itertools.count()
 
@@ -859,3 +861,40 @@ def test_a_version_that_no_replica_can_load_does_not_become_champion(served):
             assert card.aliases["champion"] == 2
 
     run(go())
+
+
+def test_a_tenants_moves_are_entered_in_the_name_of_its_key_and_stay_within_its_own(served):
+    make_adapter(served.folder / "owned", 6, "completion")
+    for promote in (True, False, False):
+        register(served.registry, served.folder / "owned", "acme.owned", promote=promote)
+    actor = Actor.of_key("acme", "key_1", "req_1")
+
+    async def go():
+        async with ingress(served, "r0") as at:
+            name, backend = "acme.owned", at.backend
+            card = await backend.set_canary("acme", name, 2, 0.5, actor=actor)
+            assert card.canary == {"version": 2, "weight": 0.5}
+            (listed,) = [one for one in await backend.list_adapters("acme") if one.name == name]
+            assert listed == card
+            with pytest.raises(ConflictError):
+                await backend.promote("acme", name, 2, expected=3, actor=actor)
+            assert (await backend.promote("acme", name, 2, expected=1, actor=actor)).canary is None
+            await backend.rollback("acme", name, actor=actor)
+            with pytest.raises(ConflictError, match="champion"):
+                await backend.delete_version("acme", name, 1, actor=actor)
+            await backend.delete_version("acme", name, 3, actor=actor)
+            with pytest.raises(NotFoundError):
+                await backend.get_model("acme", f"{name}:3")
+            for move in (backend.set_canary("globex", name, 2, 0.5), backend.delete_version("globex", name, 2)):
+                with pytest.raises(NotFoundError) as caught:
+                    await move
+                assert caught.value.body() == model_not_found(name).body()
+
+    before = served.registry.store.list_audit(limit=1)[0].id
+    run(go())
+    entries = served.registry.store.find_audit(AuditQuery(above=before))
+    assert [(entry.action, entry.subject, entry.actor, entry.request_id) for entry in entries] == [
+        (f"adapter.{move}", "acme.owned", "key:acme/key_1", "req_1")
+        for move in ("canary", "promote", "rollback", "delete")
+    ]
+    assert [move.actor for move in served.registry.store.alias_history("acme.owned", 4)] == ["key:acme/key_1"] * 4
