@@ -305,6 +305,7 @@ def test_a_tenant_sees_its_own_rows_and_not_who_the_operators_are(gateway):
         ({"before": "audit_log-1"}, "before", "unsupported_parameter"),
         ({"actor_emails[]": "a@b"}, "actor_emails", "unsupported_parameter"),
         ({"actor_ids[]": ["x"] * 101}, "actor_ids", "invalid_value"),
+        ({"resource_ids[]": "a\0b"}, "resource_ids", "invalid_value"),
     ],
 )
 def test_a_bad_question_of_the_audit_is_a_400_that_names_the_parameter(gateway, query, param, code):

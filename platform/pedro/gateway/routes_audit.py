@@ -64,6 +64,8 @@ def _parameters(request: Request) -> dict[str, list[str]]:
         if name not in known:
             message = f"Unrecognized request argument supplied: {name[:80]}"
             raise PedroError(message, param=name[:80], code="unknown_parameter")
+        if not value.isprintable():
+            raise PedroError(f"{name}: expected plain text, got {value[:80]!r}", param=name, code="invalid_value")
         values = given.setdefault(name, [])
         values.append(value)
         if len(values) > (MAX_LISTED if name in LISTS else 1):

@@ -94,16 +94,18 @@ class KeyTable:
             old = _get(connection, key_id)
             if old.state(now) != "active":
                 raise ConflictError(f"key '{key_id}' is {old.state(now)} and cannot be rotated; create a new one")
-            live = sa.and_(schema.keys.c.replaces == key_id, schema.keys.c.revoked.is_(None))
-            successor = connection.execute(sa.select(schema.keys.c.id).where(live)).scalar()
-            if successor is not None:
-                raise ConflictError(f"key '{key_id}' was rotated: '{successor}' replaces it; rotate that one")
+            query = _KEYS_WITH_QUOTAS.where(schema.keys.c.replaces == key_id).order_by(schema.keys.c.created)
+            made = [_key_record(row) for row in connection.execute(query)]
+            for successor in made:
+                if successor.revoked is None:
+                    raise ConflictError(f"key '{key_id}' was rotated: '{successor.id}' replaces it; rotate that one")
+            pattern = made[-1] if made else old  # whose end is not that of an overlap
             key, secret = _new_key(old.tenant, old.scopes, now)
             record = replace(
                 key,
                 name=old.name,
                 quota=old.quota,
-                expires=None if old.expires is None else now + (old.expires - old.created),
+                expires=None if pattern.expires is None else now + (pattern.expires - pattern.created),
                 adapters=old.adapters,
                 replaces=key_id,
             )
