@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pedro.store import KeyRecord, Store
 
 app = typer.Typer(help="API keys: a key belongs to one tenant; its secret is shown once.", no_args_is_help=True)
+HEADS = ["id", "tenant", "name", "scopes", "adapters", "hint", "created", "expires", "last_used", "replaces", "state"]
 KeyId = Annotated[str, typer.Argument(help="The key's id, from `pedro keys list`.")]
 
 
@@ -72,7 +73,7 @@ def list_keys(
 
     def show() -> None:
         table(
-            ["id", "tenant", "name", "scopes", "adapters", "ends in", "created", "expires", "last used", "state"],
+            HEADS,
             [
                 [
                     record.id,
@@ -84,6 +85,7 @@ def list_keys(
                     shown(record.created),
                     shown(record.expires),
                     shown(record.last_used),
+                    "-" if record.replaces is None else f"…{record.replaces[-6:]}",
                     record.state(now),
                 ]
                 for record in records
@@ -105,7 +107,7 @@ def show(key: KeyId, as_json: AsJson = False) -> None:
         ("name", record.name),
         ("scopes", " ".join(record.scopes)),
         ("adapters", "all of its tenant" if record.adapters is None else " ".join(record.adapters)),
-        ("ends in", record.hint),
+        ("secret", f"sk-pedro-…{record.hint}"),
         ("quota", describe_quota(record.quota)),
         ("created", shown(record.created)),
         ("expires", shown(record.expires, "never")),
