@@ -24,7 +24,19 @@ if TYPE_CHECKING:
     from pedro.store import KeyRecord, Store
 
 app = typer.Typer(help="API keys: a key belongs to one tenant; its secret is shown once.", no_args_is_help=True)
-HEADS = ["id", "tenant", "name", "scopes", "adapters", "hint", "created", "expires", "last_used", "replaces", "state"]
+HEADS = [
+    "id",
+    "tenant",
+    "name",
+    "scopes",
+    "adapters",
+    "ends in",
+    "created",
+    "expires",
+    "last used",
+    "replaces",
+    "state",
+]
 KeyId = Annotated[str, typer.Argument(help="The key's id, from `pedro keys list`.")]
 
 
