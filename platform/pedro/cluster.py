@@ -230,6 +230,8 @@ def prepare_environment(settings: Settings) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # What Serve's proxy calls as it starts: bounds on connections, for which Serve has no settings
     os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "pedro.gateway.connections:bound_connections")
+    # A proxy that died is back after three of these periods, which are 10 s by default
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
     os.environ.update(settings.env())
 
 

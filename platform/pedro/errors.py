@@ -132,11 +132,18 @@ class DeadlineError(PedroError):
 
 
 class RateLimitError(OverloadedError):
-    """The tenant's own share is used up, a quota a minute or its queue, whatever room others leave."""
+    """The tenant's own share is used up, a quota or its queue, whatever room others leave."""
 
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
     status = 429
+
+
+class BudgetError(RateLimitError):
+    """A day's or a month's budget is used up."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class UnavailableError(PedroError):

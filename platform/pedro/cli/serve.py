@@ -21,6 +21,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(help="Engine replicas, one a device.")] = 1,
+    gateways: Annotated[int, typer.Option(help="Gateway processes, which share the quotas.")] = 1,
     threads: Annotated[
         int | None, typer.Option(help="Most CPU threads of a replica [its share of half the cores].")
     ] = None,
@@ -49,6 +50,7 @@ def serve(
     options = {
         "backbone": backbone,
         "replicas": replicas,
+        "gateways": gateways,
         "threads": threads
         or max(1, (os.cpu_count() or 2) // 2 // max(1, replicas)),  # the rest: proxy, gateway, clients
         "dtype": dtype,

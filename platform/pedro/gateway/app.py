@@ -35,7 +35,8 @@ class GatewaySettings:
     body_timeout_s: float = 60.0  # a body that takes longer to arrive is a 408
     max_open_requests: int = 4096  # a tenant may hold half of them, less while others hold some
     max_choices: int = 256  # prompts × n of one request
-    gateways: int = 1  # gateway processes that share the quotas: each gives its part of them
+    gateways: int = 1  # gateway processes that share the quotas
+    name: str = ""  # of this one among them
     follow_keys_every_s: float = 0.5  # a revoked key, or a changed quota, is heard of within that time
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
 
@@ -50,10 +51,12 @@ def create_app(
     """
     settings = settings or GatewaySettings()
     authenticator = Authenticator(store, settings.follow_keys_every_s)
+    quotas = Quotas(store, settings.gateways)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
+        await quotas.close()
         authenticator.close()
 
     app = FastAPI(
@@ -64,8 +67,8 @@ def create_app(
     app.state.settings = settings
     app.state.authenticator = authenticator
     app.state.open_requests = OpenRequests(settings.max_open_requests)
-    app.state.quotas = Quotas(settings.gateways)
-    app.state.metrics = metrics = GatewayMetrics()
+    app.state.quotas = quotas
+    app.state.metrics = metrics = GatewayMetrics(settings.name)
     install_error_handlers(app)
     app.add_middleware(Edge, send_request_id=settings.send_request_id)
     app.add_middleware(Observed, metrics=metrics)

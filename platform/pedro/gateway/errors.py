@@ -19,6 +19,7 @@ from pedro.errors import PedroError
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
+CLIENTS_WAIT_S = 60  # what is longer OpenAI's clients do not wait: they try again at once
 log = logging.getLogger("pedro.gateway")
 
 
@@ -51,7 +52,7 @@ def error_response(error: PedroError) -> JSONResponse:
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    elif error.status in (429, 504):
+    if error.status in (429, 504) and (retry_after_s is None or retry_after_s > CLIENTS_WAIT_S):
         headers["x-should-retry"] = "false"  # OpenAI's clients would try again on their own
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 

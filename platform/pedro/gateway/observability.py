@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ MAX_MODEL = 120  # characters of a name that a client chose
 UNKNOWN_ROUTE = "unknown"
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+SAMPLE = re.compile(r"^(pedro_\w+)(\{?)", re.MULTILINE)  # up to its labels
 LEFT_EARLY = 499  # the status of a request whose client left before an answer began
 
 log = logging.getLogger("pedro.access")
@@ -35,10 +39,33 @@ def note(scope: Scope, **facts: Any) -> None:
     scope["state"].setdefault("access", {}).update(facts)
 
 
+class SharedFileHandler(RotatingFileHandler):
+    """A file to which several gateways of a host append: who finds it full renames it, and the others follow."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._follow()
+        super().emit(record)
+
+    def doRollover(self) -> None:
+        with FileLock(f"{self.baseFilename}.lock"):
+            self._follow()
+            if os.path.getsize(self.baseFilename) > self.maxBytes / 2:  # another one may have done it
+                super().doRollover()
+
+    def _follow(self) -> None:
+        try:
+            followed = os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno()))
+        except OSError:  # between two names
+            followed = False
+        if not followed:
+            self.stream.close()
+            self.stream = self._open()
+
+
 def write_to(path: Path) -> None:
     """Log to a file that begins anew at `MAX_FILE_BYTES`, the last few kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = RotatingFileHandler(path, maxBytes=MAX_FILE_BYTES, backupCount=KEPT_FILES, encoding="utf-8")
+    handler = SharedFileHandler(path, maxBytes=MAX_FILE_BYTES, backupCount=KEPT_FILES, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
@@ -46,16 +73,20 @@ def write_to(path: Path) -> None:
 
 
 class GatewayMetrics:
-    """The gateway's own figures, in a registry of its own: several gateways may live in one process."""
+    """The gateway's own figures, in a registry of its own: several gateways may live in one process.
 
-    def __init__(self) -> None:
+    `gateway`: its name, as a label of all of them, where there are several and a scrape meets any one.
+    """
+
+    def __init__(self, gateway: str = "") -> None:
         disable_created_metrics()
+        self._gateway = gateway
         self.registry = CollectorRegistry()
         by_route = ("method", "route", "status")
         self._requests = Counter("pedro_gateway_requests", "Requests answered.", by_route, registry=self.registry)
         self._refused = Counter(
             "pedro_gateway_too_many_requests",
-            "Requests answered 429: over a quota a minute, or over the tenant's own queue.",
+            "Requests answered 429: over a quota, or over the tenant's own queue.",
             ("reason",),
             registry=self.registry,
         )
@@ -73,7 +104,11 @@ class GatewayMetrics:
 
     def text(self) -> str:
         """Prometheus's text format."""
-        return generate_latest(self.registry).decode()
+        text = generate_latest(self.registry).decode()
+        if not self._gateway:
+            return text
+        label = f'gateway="{self._gateway}"'
+        return SAMPLE.sub(lambda found: f"{found[1]}{{{label}{',' if found[2] else '}'}", text)
 
     def opened(self) -> None:
         """A request came."""

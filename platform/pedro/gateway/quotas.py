@@ -1,20 +1,25 @@
-"""Admits requests: each tenant and key has its requests and tokens a minute, and a tenant its share of the open ones.
+"""Admits requests: each tenant and key has its limits, and a tenant its share of the open requests.
 
-A limit is a bucket that holds a minute's worth and refills evenly. Tokens are reserved before the work and settled by
-what was used; a bucket may go below zero then, and is paid back by waiting. Buckets live in this process: with several
-gateways each enforces its share, so that together they never give more than the quota.
+A limit a minute is a bucket that holds a minute's worth and refills evenly; one a day or a month, a budget, is renewed
+when the next one begins, in UTC. Tokens are reserved before the work and settled by what was used; a limit may be
+overdrawn then, and is paid back by waiting. One gateway keeps the buckets of a minute itself. Several share them by
+leases (`leases.py`), as they do budgets, which also outlive the process.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pedro.errors import RateLimitError
+from pedro.errors import BudgetError, RateLimitError
+from pedro.gateway.buckets import Allowance, Clock, LocalBuckets
 from pedro.gateway.edge import at_end, response_headers
+from pedro.gateway.lease import Lease
+from pedro.gateway.leases import Leases
+from pedro.store import kind_of, period_of, utc, window_end
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -22,133 +27,125 @@ if TYPE_CHECKING:
 
     from pedro.gateway.auth import Principal
     from pedro.gateway.backend import GenerateCall
+    from pedro.store import Store
 
-MAX_BUCKETS = 10_000  # above this number full ones are dropped: a new one is full as well
+MAX_BUCKETS = 10_000
 CHARACTERS_A_TOKEN = 4  # of a text that nobody has tokenised yet; what it really was is settled
 ANSWER_ESTIMATE = 256  # tokens of an answer whose length the request leaves open
 REQUESTS, TOKENS = "requests", "tokens"
 
 
-class Bucket:
-    """`limit` a minute. `level` is what is left now, below zero a debt; times are of the clock that is handed in."""
-
-    def __init__(self, limit: int, share: float, now: float) -> None:
-        self._share = share
-        self._at = now
-        self._set(limit)
-        self._level = self.capacity
-
-    def level(self, now: float) -> float:
-        """What may be taken now."""
-        self._level = min(self.capacity, self._level + (now - self._at) * self._rate)
-        self._at = now
-        return self._level
-
-    def take(self, amount: float) -> None:
-        """Takes `amount`, or gives it back if it is negative."""
-        self._level = min(self.capacity, self._level - amount)
-
-    def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until the level is at `amount`; 0 if it is now."""
-        return max(0.0, (amount - self.level(now)) / self._rate)
-
-    def resize(self, limit: int, now: float) -> None:
-        """Takes another limit: what is left stays, and what a higher one adds can be used at once."""
-        left, old = self.level(now), self.capacity
-        self._set(limit)
-        self._level = min(self.capacity, left + max(0.0, self.capacity - old))
-
-    def _set(self, limit: int) -> None:
-        self.limit = limit
-        self.capacity = max(1.0, limit * self._share)
-        self._rate = limit * self._share / 60
-
-
 class Ticket:
     """One admitted request: what it reserved, until it is settled."""
 
-    def __init__(self, buckets: Sequence[Bucket], reserved: int) -> None:
-        self._buckets = buckets
+    def __init__(self, buckets: Sequence[Allowance], reserved: int) -> None:
+        self._buckets = [(bucket, bucket.window) for bucket in buckets]
         self._reserved = reserved
 
     def settle(self, used: int) -> None:
         """Puts what was used in the place of what was reserved; only the first call counts."""
-        for bucket in self._buckets:
-            bucket.take(used - self._reserved)
-        self._buckets = ()
+        for bucket, window in self._buckets:
+            bucket.give(self._reserved - used, window)
+        self._buckets = []
 
 
 @dataclass(frozen=True)
 class _Limit:
     """One of the buckets that a request is held to."""
 
-    kind: str
     whose: str
-    bucket: Bucket
+    bucket: Allowance
     amount: int
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.bucket.what)
+
+    @property
+    def period(self) -> str:
+        return period_of(self.bucket.what)
 
 
 class Quotas:
-    """Buckets of every tenant and key that has a quota. For one event loop: not thread-safe."""
+    """The limits of every tenant and key that has a quota. For one event loop: not thread-safe.
 
-    def __init__(self, gateways: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        self._share = 1 / gateways
+    `gateways` share them through `store`; `clock` gives Unix seconds.
+    """
+
+    def __init__(self, store: Store, gateways: int = 1, clock: Clock = time.time) -> None:
         self._clock = clock
-        self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._local = LocalBuckets(MAX_BUCKETS)
+        self._leases = Leases(store, gateways, clock)
+        self._shared_minutes = gateways > 1
 
-    def admit(self, caller: Principal, tokens: int = 0) -> Ticket:
-        """Takes one request and `tokens` from the caller's quotas, all or nothing. Raises RateLimitError.
+    @property
+    def degraded(self) -> bool:
+        """The store is away: this gateway admits its share of each limit."""
+        return self._leases.away
 
-        Its `retry_after_s` is None where waiting does not help, because the quota never holds that many tokens.
+    async def admit(self, caller: Principal, tokens: int = 0) -> Ticket:
+        """Takes one request and `tokens` from the caller's limits, all or nothing.
+
+        Raises RateLimitError, and UnavailableError where the store has been away for too long. `retry_after_s` is None
+        where waiting does not help, because the limit never holds that many tokens.
         """
         now = self._clock()
         limits = [limit for limit in self._limits(caller, tokens, now) if limit.amount]
         for limit in limits:
-            if limit.amount > limit.bucket.capacity:
+            if limit.amount > limit.bucket.limit:
                 raise _too_large(limit)
-        short = [limit for limit in limits if limit.bucket.wait_s(limit.amount, now) > 0]
+        short = await self._take(limits, now)
         if short:
             raise _refusal(max(short, key=lambda limit: limit.bucket.wait_s(limit.amount, now)), now)
-        for limit in limits:
-            limit.bucket.take(limit.amount)
         return Ticket([limit.bucket for limit in limits if limit.kind == TOKENS], tokens)
 
+    async def close(self) -> None:
+        """Give back what other gateways can use."""
+        await self._leases.close()
+
+    async def _take(self, limits: list[_Limit], now: float) -> list[_Limit]:
+        """Take of all limits; where some are short, these, and nothing is taken."""
+        taken = [limit for limit in limits if limit.bucket.take(limit.amount, now)]
+        short = [limit for limit in limits if limit not in taken]
+        try:
+            leases = [(limit.bucket, limit.amount) for limit in short if isinstance(limit.bucket, Lease)]
+            if short and len(leases) == len(short):
+                granted = await self._leases.take(leases)
+                taken += [limit for limit, well in zip(short, granted, strict=True) if well]
+                short = [limit for limit, well in zip(short, granted, strict=True) if not well]
+        except BaseException:
+            _give_back(taken)
+            raise
+        if short:
+            _give_back(taken)
+        return short
+
     def headers(self, caller: Principal) -> dict[str, str]:
-        """OpenAI's x-ratelimit-* of what is left, of the tighter of tenant's and key's; none without a quota."""
+        """OpenAI's x-ratelimit-* of what is left, of the limit that leaves least; none without a quota."""
         now = self._clock()
         headers: dict[str, str] = {}
+        limits = self._limits(caller, 0, now)
         for kind in (REQUESTS, TOKENS):
-            buckets = [limit.bucket for limit in self._limits(caller, 0, now) if limit.kind == kind]
+            buckets = [limit.bucket for limit in limits if limit.kind == kind]
             if buckets:
-                tightest = min(buckets, key=lambda bucket: bucket.level(now))
+                tightest = min(buckets, key=lambda bucket: bucket.left(now))
                 headers[f"x-ratelimit-limit-{kind}"] = str(tightest.limit)
-                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(tightest.level(now))))
-                headers[f"x-ratelimit-reset-{kind}"] = _duration(tightest.wait_s(tightest.capacity, now))
+                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(tightest.left(now))))
+                headers[f"x-ratelimit-reset-{kind}"] = _duration(tightest.wait_s(tightest.limit, now))
         return headers
 
     def _limits(self, caller: Principal, tokens: int, now: float) -> list[_Limit]:
         limits = []
         for whose, subject, quota in (
             (f"tenant {caller.tenant}", f"tenant:{caller.tenant}", caller.tenant_quota),
-            ("this API key", caller.key_id, caller.key_quota),
+            ("this API key", f"key:{caller.key_id}", caller.key_quota),
         ):
-            if quota.requests_per_minute is not None:
-                bucket = self._bucket(subject, REQUESTS, quota.requests_per_minute, now)
-                limits.append(_Limit(REQUESTS, whose, bucket, 1))
-            if quota.tokens_per_minute is not None:
-                bucket = self._bucket(subject, TOKENS, quota.tokens_per_minute, now)
-                limits.append(_Limit(TOKENS, whose, bucket, tokens))
+            for what, limit in quota.__dict__.items():
+                if limit is not None:
+                    shared = self._shared_minutes or period_of(what) != "minute"
+                    bucket = (self._leases if shared else self._local).find(subject, what, limit, now)
+                    limits.append(_Limit(whose, bucket, 1 if kind_of(what) == REQUESTS else tokens))
         return limits
-
-    def _bucket(self, subject: str, kind: str, limit: int, now: float) -> Bucket:
-        bucket = self._buckets.get((subject, kind))
-        if bucket is None:
-            if len(self._buckets) >= MAX_BUCKETS:
-                self._buckets = {k: b for k, b in self._buckets.items() if b.level(now) < b.capacity}
-            bucket = self._buckets[subject, kind] = Bucket(limit, self._share, now)
-        elif bucket.limit != limit:
-            bucket.resize(limit, now)
-        return bucket
 
 
 class OpenRequests:
@@ -179,14 +176,14 @@ class OpenRequests:
             del self._held[tenant]
 
 
-def admit(request: Request, caller: Principal, tokens: int = 0) -> Ticket:
+async def admit(request: Request, caller: Principal, tokens: int = 0) -> Ticket:
     """Takes one request and `tokens` from the quotas; the response has the x-ratelimit-* headers either way.
 
     Raises RateLimitError. The ticket must be settled once the tokens used are known.
     """
     quotas: Quotas = request.app.state.quotas
     try:
-        return quotas.admit(caller, tokens)
+        return await quotas.admit(caller, tokens)
     except RateLimitError:
         request.state.over_quota = True  # for the metrics
         raise
@@ -211,19 +208,35 @@ def _guess(text: str) -> int:
     return -(-len(text.encode()) // CHARACTERS_A_TOKEN)
 
 
+def _give_back(limits: Sequence[_Limit]) -> None:
+    for limit in limits:
+        limit.bucket.give(limit.amount, limit.bucket.window)
+
+
 def _refusal(limit: _Limit, now: float) -> RateLimitError:
-    wait_s = limit.bucket.wait_s(limit.amount, now)
+    bucket = limit.bucket
+    wait_s = bucket.wait_s(limit.amount, now)
+    numbers = f"limit {bucket.limit}, remaining {max(0, int(bucket.left(now)))}, requested {limit.amount}"
+    if limit.period != "minute":
+        renewed = window_end(bucket.what, now)
+        error: RateLimitError = BudgetError(
+            f"You exceeded your current quota: the {limit.period}'s budget of {limit.kind} of {limit.whose} "
+            f"({bucket.what}) is used up: {numbers}. It is renewed at {utc(renewed)}."
+        )
+        error.retry_after_s = renewed - now
+        return error
     error = RateLimitError(
-        f"Rate limit reached for {limit.whose} on {limit.kind} per minute: limit {limit.bucket.limit}, remaining "
-        f"{max(0, int(limit.bucket.level(now)))}, requested {limit.amount}. Please try again in {_duration(wait_s)}."
+        f"Rate limit reached for {limit.whose} on {limit.kind} per minute: {numbers}. Please try again in "
+        f"{_duration(wait_s)}."
     )
     error.retry_after_s = wait_s
     return error
 
 
 def _too_large(limit: _Limit) -> RateLimitError:
-    error = RateLimitError(
-        f"Request too large for {limit.whose} on {limit.kind} per minute: limit {int(limit.bucket.capacity)}, "
+    kind: type[RateLimitError] = RateLimitError if limit.period == "minute" else BudgetError
+    error = kind(
+        f"Request too large for {limit.whose} on {limit.kind} per {limit.period}: limit {limit.bucket.limit}, "
         f"requested {limit.amount} (prompt and max_tokens together). Shorten the prompt or lower max_tokens."
     )
     error.retry_after_s = None
@@ -231,10 +244,11 @@ def _too_large(limit: _Limit) -> RateLimitError:
 
 
 def _duration(seconds: float) -> str:
-    """As OpenAI's headers say it: 120ms, 1.5s, 6m0s."""
+    """As OpenAI's headers say it: 120ms, 1.5s, 6m0s, 16h24m0s."""
     if seconds < 1:
         return f"{round(seconds * 1000)}ms"
     if seconds < 60:
         return f"{seconds:.1f}".removesuffix(".0") + "s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"

@@ -22,11 +22,13 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """A request would be answered now; `degraded` where some would not, for names that nobody asked for before."""
+    """A request would be answered now; `degraded` while the database is away: names that nobody asked for before are
+    not known, and limits that gateways share are this one's share."""
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
             backend = request.app.state.backend()
             is_ready, is_degraded = await backend.ready(), await backend.degraded()
+            is_degraded = is_degraded or request.app.state.quotas.degraded
     except Exception as error:  # noqa: BLE001 (whatever it is, the answer to the probe is no)
         log.warning("not ready: %r", error)
         return JSONResponse({"status": "not ready"}, status_code=503)

@@ -33,7 +33,8 @@ async def create_completion(request: Request, caller: Annotated[Principal, Depen
     calls = completion_calls(wanted, **_context(request, caller))
     response_format = CompletionFormat(calls[0].request_id.rpartition("-")[0], wanted.model)
     backend = backend_for(request, caller)
-    return Answer(backend, calls, response_format, admit(request, caller, reservation(calls)), **_delivery(wanted))
+    ticket = await admit(request, caller, reservation(calls))
+    return Answer(backend, calls, response_format, ticket, **_delivery(wanted))
 
 
 @router.post("/v1/chat/completions")
@@ -42,7 +43,8 @@ async def create_chat_completion(request: Request, caller: Annotated[Principal, 
     call = chat_call(wanted, **_context(request, caller))
     response_format = ChatFormat(call.request_id.rpartition("-")[0], wanted.model)
     backend = backend_for(request, caller)
-    return Answer(backend, [call], response_format, admit(request, caller, reservation([call])), **_delivery(wanted))
+    ticket = await admit(request, caller, reservation([call]))
+    return Answer(backend, [call], response_format, ticket, **_delivery(wanted))
 
 
 def _context(request: Request, caller: Principal) -> dict[str, Any]:

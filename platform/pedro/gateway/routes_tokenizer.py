@@ -29,7 +29,7 @@ async def tokenize(request: Request, caller: Caller) -> dict[str, Any]:
         raise PedroError("add_special_tokens: messages have theirs from the format", param="add_special_tokens")
     prompt = wanted.prompt if wanted.prompt is not None else plain_messages(wanted.messages or ())
     special = wanted.prompt is not None and wanted.add_special_tokens is not False
-    admit(request, caller)
+    await admit(request, caller)
     result = await backend_for(request, caller).tokenize(caller.view, wanted.model, prompt, special)
     return {
         "count": len(result.ids),
@@ -42,11 +42,11 @@ async def tokenize(request: Request, caller: Caller) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(request: Request, caller: Caller) -> dict[str, str]:
     wanted = parse(DetokenizeRequest, await read_body(request))
-    admit(request, caller)
+    await admit(request, caller)
     return {"prompt": await backend_for(request, caller).detokenize(caller.view, wanted.model, tuple(wanted.tokens))}
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request, caller: Caller) -> dict[str, Any]:
-    admit(request, caller)
+    await admit(request, caller)
     return await backend_for(request, caller).tokenizer_info()

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 KEEP_HOUSE_EVERY_S = 15.0
 KEEP_AUDIT_S = 400 * 24 * 3600.0
 KEEP_CHANGES_S = 3600.0  # a gateway that was held up for longer reads everything again
+HEAD_RESOURCE = "node:__internal_head__"  # which Ray gives to no other node
+HEALTH_CHECK_PERIOD_S = 2.0  # a gateway that died is replaced within some such periods
 MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
 
 
@@ -84,7 +86,7 @@ class EngineReplica:
             return error
 
 
-@serve.deployment(name="gateway", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0})
+@serve.deployment(name="gateway", max_ongoing_requests=MAX_ONGOING, health_check_period_s=HEALTH_CHECK_PERIOD_S)
 @serve.ingress()
 class Gateway:
     """The HTTP edge: keys, OpenAI schemas, model names."""
@@ -144,6 +146,8 @@ class Gateway:
         settings = GatewaySettings(
             max_body_bytes=max_body_bytes(self._longest),
             max_open_requests=MAX_ONGOING,
+            gateways=self._config.gateways,
+            name=serve.get_replica_context().replica_tag if self._config.gateways > 1 else "",
             send_request_id=False,  # Serve's proxy sends it itself
         )
         return create_app(lambda: backend, self._store, settings)
@@ -186,5 +190,18 @@ def build_app(args: dict[str, Any]) -> Application:
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
     ).bind(config.model_dump(), settings)
+    gateway = gateway.options(
+        num_replicas=config.gateways,
+        ray_actor_options={"num_cpus": config.gateway_num_cpus, **_off_the_head()},
+    )
     application: Application = gateway.bind(config.model_dump(), settings, engine)
     return application
+
+
+def _off_the_head() -> dict[str, Any]:
+    """Options that keep an actor from the head, where the cluster has other nodes."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    heads = [node["NodeID"] for node in nodes if HEAD_RESOURCE in node["Resources"]]
+    return {"label_selector": {"ray.io/node-id": f"!{heads[0]}"}} if len(nodes) > 1 and heads else {}

@@ -23,6 +23,11 @@ class ServeConfig(Frozen):
     """cpu or cuda."""
     replicas: int = Field(1, ge=1)
     """Engine replicas, one a device."""
+    gateways: int = Field(1, ge=1)
+    """Gateway processes, which share the quotas through the database. Every node's proxy sends requests to any."""
+    gateway_num_cpus: float = Field(0, ge=0)
+    """CPUs that Ray sets aside for a gateway. Above 0, none lands on a node without CPUs, as a cluster's head should
+    be; a head that has other nodes beside it when the server starts gets none in any case."""
     num_cpus: float = Field(0, ge=0)
     """CPUs that Ray sets aside for an engine replica; 0 shares them with training, which suits a laptop."""
     num_gpus: float = Field(0, ge=0)

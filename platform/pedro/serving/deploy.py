@@ -79,7 +79,7 @@ def deploy(
     served = Served(f"http://{host}:{port}", config.model_name)
     try:
         serve.start(
-            proxy_location=ProxyLocation.HeadOnly,
+            proxy_location=ProxyLocation.EveryNode,
             http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),
         )
         serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)

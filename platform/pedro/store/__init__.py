@@ -1,5 +1,6 @@
 """The platform's own records: keys, quotas, jobs, adapters with their aliases. The only package that writes SQL."""
 
+from pedro.store.buckets import LeaseGrant, LeaseRequest
 from pedro.store.changes import ADAPTER, KEY, QUOTA, Delta, Position
 from pedro.store.database import Database, exclusive
 from pedro.store.keys import hash_secret, unknown_key
@@ -35,6 +36,7 @@ from pedro.store.records import (
 )
 from pedro.store.standings import WHATEVER
 from pedro.store.store import Store
+from pedro.store.windows import kind_of, period_of, used_by, window_end, window_start
 
 __all__ = [
     "ADAPTER",
@@ -64,6 +66,8 @@ __all__ = [
     "JobStatus",
     "KeyRecord",
     "KnownAdapter",
+    "LeaseGrant",
+    "LeaseRequest",
     "Move",
     "Position",
     "Quota",
@@ -74,6 +78,11 @@ __all__ = [
     "Version",
     "exclusive",
     "hash_secret",
+    "kind_of",
+    "period_of",
     "unknown_key",
+    "used_by",
     "utc",
+    "window_end",
+    "window_start",
 ]

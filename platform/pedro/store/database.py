@@ -94,6 +94,12 @@ class Database:
             log.error("database %s is damaged (%s); restore a backup", self.shown, error.orig)
             raise UnavailableError("The platform's database does not answer; try again.", code="database") from error
 
+    def insert_missing(self, table: sa.Table) -> sa.Insert:
+        """The statement that inserts rows where there is none of the same key yet."""
+        dialect: Any = sqlite if self.is_sqlite else postgresql
+        insert: sa.Insert = dialect.insert(table).on_conflict_do_nothing()
+        return insert
+
     def upsert(self, table: sa.Table, key: dict[str, Any], values: dict[str, Any]) -> sa.Insert:
         """The statement that writes `values` into the row of `key`, new or not."""
         dialect: Any = sqlite if self.is_sqlite else postgresql

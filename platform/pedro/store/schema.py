@@ -54,7 +54,7 @@ buckets = sa.Table(  # what is left of a limit, of which gateways take leases
     metadata,
     sa.Column("subject", sa.String(80), primary_key=True),
     sa.Column("what", sa.String(40), primary_key=True),  # the limit, as a column of pedro_quotas is called
-    sa.Column("available", sa.Float, nullable=False),
+    sa.Column("available", sa.Float, nullable=False),  # less the limit: 0 is all of it, whatever it is now
     sa.Column("updated", sa.Float, nullable=False),
 )
 jobs = sa.Table(

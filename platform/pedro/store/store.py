@@ -11,6 +11,7 @@ from typing import Any
 from pedro.store.adapters import AdapterTable
 from pedro.store.aliases import AliasTable
 from pedro.store.audit import AuditTable
+from pedro.store.buckets import BucketTable
 from pedro.store.changes import ChangeTable
 from pedro.store.database import Database
 from pedro.store.jobs import JobTable
@@ -19,7 +20,7 @@ from pedro.store.migrate import ready
 from pedro.store.quotas import QuotaTable
 
 
-class Store(KeyTable, QuotaTable, JobTable, AdapterTable, AliasTable, AuditTable, ChangeTable):
+class Store(KeyTable, QuotaTable, JobTable, AdapterTable, AliasTable, AuditTable, BucketTable, ChangeTable):
     """The records behind one database URL. Picklable: a copy in another process opens its own connections."""
 
     def __init__(self, url: str) -> None:
