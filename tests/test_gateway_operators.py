@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from gateway_server import Gateway, serve
 from prometheus_client.parser import text_string_to_metric_families
 
 from pedro.cli.serve import follow
-from pedro.gateway.observability import write_to
+from pedro.gateway.observability import GatewayMetrics, SharedFileHandler, write_to
 
 
 @pytest.fixture
@@ -211,6 +212,15 @@ def test_metrics_hold_the_gateways_figures_and_the_engines_in_prometheus_form(ga
     assert found["pedro_engine_running",] == 0
 
 
+def test_of_several_gateways_each_names_itself_in_its_figures():
+    metrics = GatewayMetrics("gateway#abc")
+    metrics.opened()
+    samples = [sample for family in text_string_to_metric_families(metrics.text()) for sample in family.samples]
+    assert samples
+    assert {sample.labels["gateway"] for sample in samples} == {"gateway#abc"}
+    assert {sample.labels["reason"] for sample in samples if "too_many" in sample.name} == {"quota", "queue"}
+
+
 def test_open_streams_are_counted_while_they_are_open(tmp_path):
     with serve(tmp_path) as gateway, gateway.http(gateway.key()) as http, operator(gateway) as local:
 
@@ -267,6 +277,19 @@ def test_every_request_is_one_line_without_its_content(tmp_path):
     assert " - GET /v1/models 401 total=" in stranger
     assert " acme POST /v1/completions 400 total=" in wrong
     assert "hush" not in file.read_text()
+
+
+def test_gateways_of_a_host_share_a_log_and_no_line_is_lost_when_it_begins_anew(tmp_path):
+    file = tmp_path / "requests.log"
+    handlers = [SharedFileHandler(file, maxBytes=2000, backupCount=3) for _ in range(3)]
+    wanted = [f"line {number:50}" for number in range(100)]
+    for number, line in enumerate(wanted):
+        handlers[number % 3].emit(logging.makeLogRecord({"msg": line}))
+    for handler in handlers:
+        handler.close()
+    files = sorted((path for path in tmp_path.iterdir() if path.suffix != ".lock"), reverse=True)
+    assert len(files) > 1
+    assert [line for path in files for line in path.read_text().splitlines()] == wanted
 
 
 def test_the_log_is_followed_from_now_on_also_when_it_begins_anew(tmp_path):

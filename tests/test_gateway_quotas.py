@@ -274,6 +274,32 @@ def test_a_request_larger_than_the_quota_is_not_tried_again_by_the_client(gatewa
     assert "retry-after" not in caught.value.response.headers
 
 
+def test_over_a_days_budget_the_openai_client_is_told_which_and_until_when_and_does_not_try_again(gateway):
+    tenant = next(_tenants)
+    gateway.store.set_quota(tenant=tenant, requests_per_minute=100, requests_per_day=2)
+    client = gateway.client(gateway.key(tenant)).with_options(max_retries=5)
+    assert [left(ask(client), "requests") for _ in range(2)] == [1, 0]
+    with pytest.raises(openai.RateLimitError) as caught:
+        ask(client)
+    error, headers = caught.value, caught.value.response.headers
+    assert (error.type, error.code) == ("insufficient_quota", "insufficient_quota")
+    assert "requests_per_day" in error.message
+    assert error.message.endswith("renewed at 1970-01-02T00:00:00Z.")
+    assert (headers["retry-after"], headers["x-should-retry"]) == ("85400", "false")
+    assert headers["x-ratelimit-limit-requests"] == "2"
+    assert headers["x-ratelimit-reset-requests"] == "23h43m20s"
+
+
+def test_tokens_of_an_answer_count_in_the_months_budget(gateway):
+    tenant = next(_tenants)
+    gateway.store.set_quota(tenant=tenant, tokens_per_month=100)
+    client = gateway.client(gateway.key(tenant))
+    ask(client, max_tokens=50)
+    assert left(ask(client, max_tokens=8), "tokens") == 100 - 52 - 10
+    with pytest.raises(openai.RateLimitError, match="month's budget of tokens"):
+        ask(client, max_tokens=50)
+
+
 def test_a_tenants_full_queue_is_a_429_and_the_servers_a_503_both_with_retry_after(gateway):
     with gateway.http(gateway.key()) as http:
         replies: dict[str, httpx.Response] = {

@@ -256,6 +256,9 @@ def test_the_serve_config_is_one_that_serve_and_pedro_accept_and_its_engines_fit
     assert wanted.replicas == group["replicas"] == group["minReplicas"] == group["maxReplicas"]
     assert 0 < wanted.num_cpus <= int(limits["cpu"])
     assert wanted.replicas == 1 or 2 * wanted.num_cpus > int(limits["cpu"]), "one engine a worker"
+    assert service["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert wanted.gateway_num_cpus > 0, "or one may land on the head"
+    assert wanted.num_cpus + wanted.gateway_num_cpus * wanted.gateways / wanted.replicas <= int(limits["cpu"])
     assert wanted.num_gpus == int(limits.get("nvidia.com/gpu", 0))
     assert (wanted.device == "cuda") == (wanted.num_gpus > 0)
 

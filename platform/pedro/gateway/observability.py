@@ -14,7 +14,7 @@ import re
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from filelock import FileLock
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -53,12 +53,15 @@ class SharedFileHandler(RotatingFileHandler):
                 super().doRollover()
 
     def _follow(self) -> None:
+        stream: TextIO | None = self.stream
+        if stream is None:  # closed, as by whoever configures logging anew: it is opened again when it is needed
+            return
         try:
-            followed = os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno()))
+            followed = os.path.samestat(os.stat(self.baseFilename), os.fstat(stream.fileno()))
         except OSError:  # between two names
             followed = False
         if not followed:
-            self.stream.close()
+            stream.close()
             self.stream = self._open()
 
 
