@@ -52,7 +52,7 @@ SECRETS = {
 
 
 def test_no_password_is_in_a_jobs_environment_nor_in_a_training_runs_settings(home, monkeypatch):
-    from pedro.training import submit, trainer
+    from pedro.training import ray_jobs, trainer
 
     settings = Settings.from_env({"PEDRO_HOME": str(home), **SECRETS})
     assert settings.database_url == SECRETS["PEDRO_DATABASE_URL"]
@@ -62,8 +62,8 @@ def test_no_password_is_in_a_jobs_environment_nor_in_a_training_runs_settings(ho
         def submit_job(self, **options):
             asked.append(options)
 
-    monkeypatch.setattr(submit, "_client", lambda url: Client())
-    submit.launch("pedro.training.job", "ftjob-1", settings, "http://127.0.0.1:1", {})
+    monkeypatch.setattr(ray_jobs, "_client", lambda url: Client())
+    ray_jobs.launch("pedro.training.job", "ftjob-1", settings, "http://127.0.0.1:1", {})
     shown_by_ray = json.dumps([asked, trainer.pack_settings(settings)])
     assert SECRET not in shown_by_ray + repr(settings)
     assert "MLFLOW_TRACKING_URI_FILE" in shown_by_ray

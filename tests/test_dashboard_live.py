@@ -13,7 +13,8 @@ from pedro import cluster
 from pedro.config import Settings
 from pedro.registry import Registry
 from pedro.store import Store
-from pedro.training import submit
+from pedro.training import ray_jobs, submit
+from pedro.training.queue.process import end_controller
 
 pytestmark = pytest.mark.slow
 PATIENCE_S = 1200
@@ -27,6 +28,7 @@ def home(tmp_path):
     head = cluster.connect(settings)
     Registry.open(settings).models()
     yield settings, head.dashboard_url
+    end_controller(settings)
     cluster.stop_head(settings)
     os.environ.clear()
     os.environ.update(inherited)
@@ -36,7 +38,7 @@ def test_a_training_job_is_watched_and_ended_from_the_page(home, tmp_path, monke
     settings, url = home
     store = Store(settings.database_url)
     endless = {"max_steps": 10**6, "eval_every": 20, "patience": 10**6}
-    job_id = submit.submit(spec_for(tmp_path, **endless), settings, url, store)
+    job_id = submit.submit(spec_for(tmp_path, **endless), settings, store)
     monkeypatch.syspath_prepend(str(DASHBOARD))
     from sources.jobs import curve_rows, job_runs, live_jobs, log_tail
 
@@ -60,7 +62,7 @@ def test_a_training_job_is_watched_and_ended_from_the_page(home, tmp_path, monke
     press(shown, "End it")
     assert f"{job_id} is ended" in words(shown.toast)
     assert store.get_job(job_id).status == "cancelled"
-    while {job["id"]: job["status"] for job in submit.jobs(url)}[job_id] == "RUNNING":
+    while {job["id"]: job["status"] for job in ray_jobs.jobs(url)}[job_id] == "RUNNING":
         assert time.monotonic() < deadline, "the cluster did not end the job"
         time.sleep(0.5)
     while "Nothing is running" not in words(healthy(shown.run()).caption):

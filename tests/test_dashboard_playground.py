@@ -13,7 +13,7 @@ from gateway_backend import BACKBONE, SECRET_TEXT
 from gateway_server import serve
 
 from sources.gateway import GatewayClient
-from sources.playground import ParallelAnswers, Sampling, model_names
+from sources.playground import ParallelAnswers, Sampling, first_choice, model_names
 
 PROMPT = "Once upon a time"
 
@@ -120,6 +120,13 @@ def test_adapters_come_before_the_backbone():
     assert model_names([{"id": "stories"}, {"id": "b.y"}, {"id": "a.x"}, {}, None]) == ["a.x", "b.y", "stories"]
 
 
+def test_an_adapter_is_compared_with_its_backbone_at_first():
+    names = ["acme.faq", "acme.faq@candidate", "globex.faq", "stories260K"]
+    assert first_choice(names) == ["acme.faq", "stories260K"]
+    assert first_choice(["stories260K"]) == ["stories260K"]
+    assert first_choice([]) == []
+
+
 # the page, over a real engine
 
 
@@ -201,3 +208,6 @@ def test_without_a_gateway_or_a_key_it_says_what_is_missing(page, served, tmp_pa
     shown.text_input(key="gateway_key").set_value(served.acme).run()
     assert "tenant" in words(healthy(shown).sidebar.caption)
     assert "acme.faq" in shown.multiselect[0].options
+    assert shown.multiselect[0].value == ["acme.faq", "stories260K"], "a key that comes late still finds them chosen"
+    healthy(shown.multiselect[0].set_value([]).run())
+    assert healthy(shown.run()).multiselect[0].value == [], "what was taken away stays away"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,12 +19,14 @@ from training_runs import LocalReporter, context_for, spec_for
 
 from pedro import cluster
 from pedro.config import Settings
-from pedro.errors import NotFoundError, TrainingError
+from pedro.errors import ConfigError, NotFoundError, TrainingError
 from pedro.registry import Registry
-from pedro.store import Store
+from pedro.store import JobStatus, Store
+from pedro.training import ray_jobs, worker
 from pedro.training import submit as jobs
-from pedro.training import worker
 from pedro.training.job_log import kept_log
+from pedro.training.queue.launcher import check_fits
+from pedro.training.queue.process import end_controller
 
 pytestmark = pytest.mark.slow
 LONG = {"max_steps": 40, "eval_every": 10, "checkpoint_every": 5}  # so that there is time for a kill
@@ -39,6 +42,7 @@ def home(tmp_path_factory):
     registry = Registry.open(settings)
     registry.models()  # creates the schema, which takes a while
     yield settings, registry, Store(settings.database_url), head.dashboard_url
+    end_controller(settings)
     cluster.stop_head(settings)
     os.environ.clear()
     os.environ.update(inherited)
@@ -66,17 +70,14 @@ def _title(process):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, tmp_path, workers):
-    settings, registry, store, url = home
+    settings, registry, store, _ = home
     spec = spec_for(tmp_path, resources={"workers": workers, "zero_stage": workers - 1}, **LONG)
     whole = train_in_group(workers, tmp_path, [Training("whole", spec.to_dict())])["whole"]
-    job = jobs.submit(_named(spec, f"killed{workers}"), settings, url, store)
+    job = jobs.submit(_named(spec, f"killed{workers}"), settings, store)
     lines, results = [], []
-    follower = threading.Thread(target=lambda: results.append(jobs.wait(job, url, lines.append, store)))
+    follower = threading.Thread(target=lambda: results.append(jobs.wait(job, settings, store, lines.append)))
     follower.start()
-    kept = Path(settings.storage) / "runs" / job
-    while len(list(kept.glob("checkpoint_*"))) < 2:  # once there is a second one, the first is safe
-        assert follower.is_alive(), lines
-        time.sleep(0.05)
+    _wait_for_checkpoints(settings, job)
     _workers(settings)[0].send_signal(signal.SIGKILL)
     follower.join()
     killed = results[0]
@@ -96,10 +97,10 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, tmp_path, 
 def test_a_hopeless_loss_ends_the_job_at_once_and_registers_nothing(home, tmp_path):
     settings, registry, store, url = home
     spec = _named(spec_for(tmp_path, lr=100, clip=0, warmup=0.0, max_steps=40), "hopeless")
-    job = jobs.submit(spec, settings, url, store)
+    job = jobs.submit(spec, settings, store)
     with pytest.raises(TrainingError, match=r"the loss is .*lower training.lr"):
-        jobs.wait(job, url)
-    assert jobs.logs(job, url).count("training 21,320 parameters") == 1
+        jobs.wait(job, settings, store)
+    assert ray_jobs.logs(job, url).count("training 21,320 parameters") == 1
     with pytest.raises(NotFoundError):
         registry.get("acme.hopeless")
     assert store.get_job(job).status == "failed"
@@ -111,15 +112,15 @@ def test_a_bad_line_stops_a_job_before_any_worker_starts(home, tmp_path):
     spec = _named(spec_for(tmp_path), "badline")
     with Path(spec.data.train).open("a") as stream:
         stream.write('{"prompt": "no answer"}\n')
-    job = jobs.submit(spec, settings, url, store)
+    job = jobs.submit(spec, settings, store)
     with pytest.raises(TrainingError, match=r"data.train: line 73"):
-        jobs.wait(job, url)
+        jobs.wait(job, settings, store)
     assert "line 73" in store.get_job(job).message
-    assert "RayTrainWorker" not in jobs.logs(job, url)
+    assert "RayTrainWorker" not in ray_jobs.logs(job, url)
 
 
 def test_two_jobs_run_side_by_side_and_the_second_version_meets_the_champion(home, tmp_path):
-    settings, registry, store, url = home
+    settings, registry, store, _ = home
     context = context_for(spec_for(tmp_path), tmp_path)
     trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
     worker.save(context, trained, tmp_path / "adapter", {})
@@ -127,14 +128,14 @@ def test_two_jobs_run_side_by_side_and_the_second_version_meets_the_champion(hom
     floor = spec_for(tmp_path).gate.model_copy(update={"floor": 1.01})
     refused = _named(spec_for(tmp_path, seed=1), "pair").model_copy(update={"gate": floor})
     other = _named(spec_for(tmp_path, "lora"), "other")
-    started = [jobs.submit(spec, settings, url, store) for spec in (refused, other)]
+    started = [jobs.submit(spec, settings, store) for spec in (refused, other)]
     most = 0
-    while any(jobs.status(job, url) in ("PENDING", "RUNNING") for job in started):
+    while not all(store.get_job(job).status.final for job in started):
         most = max(most, len(_workers(settings)))
         assert not _actors(settings, "DatasetManager") + _actors(settings, "PlacementGroupCleaner")
         time.sleep(0.2)
     assert most >= 2
-    second, lora = (jobs.wait(job, url, store=store) for job in started)
+    second, lora = (jobs.wait(job, settings, store) for job in started)
     assert (second.model, second.alias) == ("acme.pair:2", "candidate")
     assert "below the gate's floor of 1.01" in second.gate
     assert registry.get("acme.pair").version == 1
@@ -144,18 +145,54 @@ def test_two_jobs_run_side_by_side_and_the_second_version_meets_the_champion(hom
     assert json.loads(json.dumps(lora.to_dict())) == lora.to_dict()
 
 
+def test_queued_jobs_outlive_controller_and_cluster_and_end_once_with_the_same_adapters(home, tmp_path):
+    settings, registry, store, _ = home
+    spec = spec_for(tmp_path, **LONG)
+    whole = train_in_group(1, tmp_path, [Training("whole", spec.to_dict())])["whole"]
+    names = ["first", "second", "third"]
+    started = [jobs.submit(_named(spec, name), settings, store) for name in names]
+    _wait_for_checkpoints(settings, started[0])
+    assert jobs.stop(started[2], settings, store, JobStatus.PAUSED).status == "paused"
+    controller = int((settings.home / "ray" / "controller.pid").read_text())
+    head = psutil.Process(cluster.find_head(settings).pid)
+    everything = [psutil.Process(controller), head, *head.children(recursive=True)]
+    for process in everything:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(everything, timeout=60)
+    assert jobs.resume(started[2], settings, store).status == "queued"  # starts another controller, and that a head
+    results = [jobs.wait(job, settings, store) for job in started]
+    assert {result.digest for result in results} == {whole["digest"]}
+    assert [registry.versions(f"acme.{name}")[0].ref for name in names] == [result.model for result in results]
+    assert all(len(registry.versions(f"acme.{name}")) == 1 for name in names)
+    assert store.get_job(started[0]).attempt == 2
+    assert "resumed at step" in kept_log(settings.storage, started[0])
+
+
+def _wait_for_checkpoints(settings, job):
+    """Until there is a second one: then the first is safe."""
+    kept = Path(settings.storage) / "runs" / job
+    deadline = time.monotonic() + 300
+    while len(list(kept.glob("checkpoint_*"))) < 2:
+        assert time.monotonic() < deadline, kept_log(settings.storage, job)
+        time.sleep(0.05)
+
+
 def test_ending_the_cluster_names_the_jobs_that_run_and_wants_a_yes(home, tmp_path):
-    settings, _, store, url = home
-    job = jobs.submit(_named(spec_for(tmp_path, max_steps=100_000), "ended"), settings, url, store)
+    settings, _, store, _ = home
+    url = cluster.connect(settings).dashboard_url
+    job = jobs.submit(_named(spec_for(tmp_path, max_steps=100_000), "ended"), settings, store)
     while store.get_job(job).status != "running":
         time.sleep(0.2)
-    words = [sys.executable, "-m", "pedro.cli", "down"]
     env = {**os.environ, **settings.env()}
+    with pytest.raises(ConfigError, match=r"needs 999 times 1 CPU, and this machine has \d+ CPU; lower"):
+        check_fits(spec_for(tmp_path, resources={"workers": 999}), settings)
+    words = [sys.executable, "-m", "pedro.cli", "down"]
     refused = subprocess.run(words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert f"acme.ended ({job})" in refused.stderr
     assert "give --yes" in refused.stderr
-    assert jobs.status(job, url) == "RUNNING"
+    assert ray_jobs.status(job, url) == "RUNNING"
     ended = subprocess.run([*words, "--yes"], env=env, capture_output=True, text=True, check=False)
     assert ended.stdout == "ended head\n", ended.stderr
     assert store.get_job(job).status == "cancelled"

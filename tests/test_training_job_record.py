@@ -13,9 +13,10 @@ from training_runs import spec_for
 
 from pedro import cli
 from pedro.config import Settings
-from pedro.errors import NotFoundError
+from pedro.errors import NotFoundError, UnavailableError
 from pedro.store import JobRecord, JobStatus, Store
 from pedro.training import job
+from pedro.training.driver import drive
 from pedro.training.job_log import keeping_log, kept_log
 from pedro.training.job_record import OwnRecord
 from pedro.training.job_status import ClusterJobs, reconcile_record
@@ -69,15 +70,53 @@ def test_a_record_goes_by_running_to_its_end_and_the_first_end_stays(settings, s
     assert store.get_job(made.id).status == "running"
     store.update_job(made.id, status="queued")  # as if the database had not answered at the start
     own.succeeded({"model": "acme.colours:1"})
-    own.cancelled()
+    own.stopped()
     assert store.get_job(made.id).status == "succeeded"
     assert store.get_job(made.id).result == {"model": "acme.colours:1"}
     OwnRecord(settings.database_url, "ftjob-unknown", print).running()
 
 
-def _record(status="running", submission_id: str | None = "ftjob-1", age_s=60.0, message="") -> JobRecord:
-    created = time.time() - age_s
-    return JobRecord("ftjob-1", "acme", "a", {}, JobStatus(status), submission_id, created, None, None, message)
+def test_a_driver_that_is_stopped_enters_whether_that_was_a_pause(settings, store):
+    for wanted in (JobStatus.PAUSED, JobStatus.CANCELLED):
+        made = store.create_job("acme", "colours", {}, queued=True)
+        own = OwnRecord(settings.database_url, made.id, print, attempt=1)
+        own.running()
+        store.ask_of_job(made.id, wanted)
+        own.stopped()
+        assert (store.get_job(made.id).status, store.get_job(made.id).wanted) == (wanted, None)
+
+
+def test_a_driver_that_the_platform_does_not_answer_leaves_its_job_to_the_controller(settings, store, capsys):
+    def away():
+        raise UnavailableError("MLflow does not answer")
+
+    queued, direct = (store.create_job("acme", "colours", {}, queued=queued) for queued in (True, False))
+    for made, attempt, status in ((queued, 1, "running"), (direct, None, "failed")):
+        own = OwnRecord(settings.database_url, made.id, print, attempt)
+        own.running()
+        assert drive(away, "job", "look", own) == 1
+        assert (store.get_job(made.id).status, store.get_job(made.id).message) == (status, "MLflow does not answer")
+    assert "error: MLflow does not answer" in capsys.readouterr().err
+
+
+def test_a_driver_that_another_attempt_has_replaced_does_not_start(tmp_path, settings, store, capsys):
+    made = store.create_job("acme", "colours", {}, queued=True)
+    (leased,) = store.lease_jobs("controller", 1.0, 2.0).jobs
+    assert store.start_job(leased, made.id, 0)
+    assert store.requeue_job(leased, "lost")
+    words = ["--spec", str(tmp_path / "spec.json"), "--job-id", made.id, "--attempt", "1"]
+    assert job.main(words) == 1
+    assert "is at attempt 2, past 1" in capsys.readouterr().err
+    assert store.get_job(made.id).status == "queued"
+
+
+def _record(
+    status="running", submission_id: str | None = "ftjob-1", age_s=60.0, message="", attempt: int = 0
+) -> JobRecord:
+    return JobRecord(
+        "ftjob-1", "acme", "a", {}, JobStatus(status), submission_id, time.time() - age_s, None, None, message,
+        attempt=attempt,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -91,6 +130,10 @@ def _record(status="running", submission_id: str | None = "ftjob-1", age_s=60.0,
         (_record("paused"), None, True, "paused", ""),
         (_record("queued", None), None, True, "queued", ""),
         (_record("queued", None, age_s=7200), None, True, "lost", "it was never handed to a cluster"),
+        (_record("queued", None, 7200, "waits for 2 CPU", 1), None, True, "queued", "waits for 2 CPU"),
+        (_record(attempt=1), None, True, "running", "its cluster was ended; it starts again"),
+        (_record(attempt=1), "FAILED", True, "running", "its driver died; it starts again"),
+        (_record(attempt=1), None, False, "running", ""),
     ],
 )
 def test_what_a_record_means_is_computed_from_it_and_the_clusters_word(record, told, asked, status, message):

@@ -1,16 +1,20 @@
-"""What a person reads of a job's log."""
+"""Jobs on their way into the queue, and what a person reads of them."""
 
+import json
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from ray.job_submission import JobStatus
+from ray.job_submission import JobStatus as RayStatus
 
 from pedro.config import Settings
+from pedro.errors import ConflictError, DataError, TrainingError
 from pedro.store import Store
-from pedro.training import submit
+from pedro.training import ray_jobs, submit
+from pedro.training.queue.launcher import RayJobs
+from pedro.training.ray_jobs import for_people, readable
 from pedro.training.spec import FineTuneSpec
-from pedro.training.submit import for_people, readable
 
 LOG = """\
 2026-01-05 10:00:00,000\tINFO job_manager.py:581 -- Runtime env is setting up.
@@ -44,32 +48,89 @@ def test_progress_reads_clean_and_frameworks_keep_to_themselves():
 
 
 @pytest.mark.parametrize("home", ["it's mine", 'a "b" $HOME; c'])
-def test_no_path_breaks_the_line_that_starts_a_job(tmp_path, monkeypatch, home):
+def test_no_path_breaks_the_line_that_starts_a_driver(tmp_path, monkeypatch, home):
     sent = []
     python = "/opt/my tools/python"
-    monkeypatch.setattr(submit, "_client", lambda url: SimpleNamespace(submit_job=lambda **job: sent.append(job)))
-    monkeypatch.setattr(submit, "_python", lambda url: python)
-    data = tmp_path / "train.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    monkeypatch.setattr(ray_jobs, "_client", lambda url: SimpleNamespace(submit_job=lambda **job: sent.append(job)))
+    monkeypatch.setattr(ray_jobs, "_python", lambda url: python)
     settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / home)})
-    spec = FineTuneSpec(tenant="acme", adapter="support", data={"train": str(data)})
-    submit.submit(spec, settings, "http://127.0.0.1:1", job_id="ftjob-1")
+    launcher = RayJobs(settings, print)
+    monkeypatch.setattr(launcher, "_connected", lambda: "http://127.0.0.1:1")
+    store = Store(f"sqlite:///{tmp_path / 'pedro.db'}")
+    job = store.create_job("acme", "support", {}, "ftjob-1", queued=True)
+    store.close()
+    launcher.start(job, "ftjob-1")
     words = shlex.split(sent[0]["entrypoint"])
     location = f"{settings.storage}/jobs/ftjob-1/spec.json"
-    assert words == [python, "-m", "pedro.training.job", "--spec", location, "--job-id", "ftjob-1"]
+    assert words == [
+        python, "-m", "pedro.training.job", "--spec", location, "--job-id", "ftjob-1", "--attempt", "1",
+    ]  # fmt: skip
+    assert sent[0]["metadata"] == {"tenant": "acme", "adapter": "support", "job": "ftjob-1"}
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Settings and store of a home whose queue has a controller, which does nothing."""
+    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
+    store = Store(settings.database_url)
+    monkeypatch.setattr(submit, "hand_over", lambda job_id, settings, store: None)
+    yield settings, store
+    store.close()
+
+
+def test_a_job_is_queued_when_all_that_it_needs_lies_in_the_storage(queue, tmp_path):
+    settings, store = queue
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    spec = FineTuneSpec(tenant="acme", adapter="support", data={"train": str(data)})
+    job = store.get_job(submit.submit(spec, settings, store, priority=3))
+    assert (job.status, job.attempt, job.priority, job.name) == ("queued", 1, 3, "acme.support")
+    stored = json.loads((Path(settings.storage) / "jobs" / job.id / "spec.json").read_text())
+    data.unlink()
+    assert Path(stored["data"]["train"]).read_text().startswith('{"prompt"')
+    with pytest.raises(DataError):
+        submit.submit(spec, settings, store)
+    assert len(store.list_jobs()) == 1, "what cannot be read is no job"
 
 
 @pytest.mark.parametrize(
-    ("stored", "ray", "said"), [("succeeded", "SUCCEEDED", "succeeded"), ("running", "STOPPED", "cancelled")]
+    ("end", "said"),
+    [
+        ({"status": "failed", "message": "data.train: line 3"}, "data.train: line 3"),
+        ({"status": "cancelled"}, "was stopped"),
+        ({"status": "paused"}, "pedro jobs resume"),
+    ],
 )
-def test_stopping_a_job_says_how_it_ended_and_changes_no_end(tmp_path, monkeypatch, stored, ray, said):
-    store = Store(f"sqlite:///{tmp_path / 'pedro.db'}")
-    made = store.create_job("acme", "support", {})
-    store.update_job(made.id, status="running", submission_id=made.id)
-    store.update_job(made.id, status=stored)
-    client = SimpleNamespace(stop_job=lambda job: ray == "STOPPED", get_job_status=lambda job: JobStatus(ray))
-    monkeypatch.setattr(submit, "_client", lambda url: client)
-    assert submit.stop(made.id, "http://127.0.0.1:1", store) == said
-    assert store.get_job(made.id).status == said
-    assert submit.stop("sweep-1", "http://127.0.0.1:1", store) == said  # which the records do not know
-    store.close()
+def test_following_a_job_shows_why_it_waits_then_its_lines_and_raises_how_it_ended(queue, end, said):
+    settings, store = queue
+    job = store.create_job("acme", "support", {}, queued=True)
+    seen = []
+
+    def see(line):
+        seen.append(line)
+        if len(seen) == 1:
+            log = Path(settings.storage) / "jobs" / job.id / "log.txt"
+            log.parent.mkdir(parents=True)
+            log.write_text(LOG)
+            store.update_job(job.id, status="running")
+            store.update_job(job.id, **end)
+
+    store.update_job(job.id, message="waits for 2 CPU to be free")
+    with pytest.raises(TrainingError, match=said):
+        submit.wait(job.id, settings, store, see)
+    assert seen[:2] == ["waits for 2 CPU to be free", "acme.voice: examples: 2,800 in train, 334 in test"]
+    assert not any(line.startswith(("{", "error")) for line in seen)
+
+
+def test_a_job_of_an_earlier_release_is_not_stopped_through_the_queue(queue):
+    settings, store = queue
+    old = store.create_job("acme", "support", {})
+    with pytest.raises(ConflictError, match="earlier release"):
+        submit.stop(old.id, settings, store)
+
+
+@pytest.mark.parametrize("ray", ["STOPPED", "SUCCEEDED"])
+def test_stopping_a_sweep_says_how_it_ended(monkeypatch, ray):
+    client = SimpleNamespace(stop_job=lambda job: ray == "STOPPED", get_job_status=lambda job: RayStatus(ray))
+    monkeypatch.setattr(ray_jobs, "_client", lambda url: client)
+    assert ray_jobs.stop("sweep-1", "http://127.0.0.1:1") == {"STOPPED": "cancelled"}.get(ray, "succeeded")

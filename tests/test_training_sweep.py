@@ -19,7 +19,7 @@ from pedro.cli import app
 from pedro.config import Settings
 from pedro.errors import ConfigError, ConflictError, NotFoundError
 from pedro.registry import MANIFEST, Registry
-from pedro.training import submit
+from pedro.training import ray_jobs
 from pedro.training.sweep import launch
 from pedro.training.sweep.planner import make_planner
 from pedro.training.sweep.records import Records, TrialOutcome, TrialState, recall
@@ -297,10 +297,10 @@ def test_a_sweep_that_still_runs_is_not_started_twice(tmp_path, monkeypatch):
     settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
     spec = sweep_for(tmp_path)
     record = launch.create(spec, settings)
-    monkeypatch.setattr(submit, "status", lambda job_id, url: "RUNNING")
+    monkeypatch.setattr(ray_jobs, "status", lambda job_id, url: "RUNNING")
     with pytest.raises(ConflictError, match=f"{record.id} still runs"):
         launch.reopen(spec, settings, "")
-    monkeypatch.setattr(submit, "status", lambda job_id, url: "FAILED")
+    monkeypatch.setattr(ray_jobs, "status", lambda job_id, url: "FAILED")
     assert launch.reopen(spec, settings, "").submission_id == f"{record.id}-again-1"
     assert launch.reopen(spec, settings, "").submission_id == f"{record.id}-again-2"
 
@@ -449,13 +449,13 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     records = Records(settings.storage, record.id)
     launch.start(record, settings, url)
     while not any(trial.state is TrialState.FINISHED for trial in records.trials()):  # the last has not begun by then
-        assert submit.status(record.submission_id, url) in ("PENDING", "RUNNING"), submit.logs(
+        assert ray_jobs.status(record.submission_id, url) in ("PENDING", "RUNNING"), ray_jobs.logs(
             record.submission_id, url
         )
         time.sleep(0.2)
     for process in _drivers(record.id):
         process.send_signal(signal.SIGKILL)
-    while submit.status(record.submission_id, url) == "RUNNING":
+    while ray_jobs.status(record.submission_id, url) == "RUNNING":
         time.sleep(0.2)
     before = [trial for trial in records.trials() if trial.state.final]
     assert 1 <= len(before) < len(rates)

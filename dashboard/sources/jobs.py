@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pedro.errors import PedroError
+from pedro.errors import NotFoundError, PedroError
 from pedro.refs import ModelRef
 from pedro.registry import Registry, queries
 from pedro.store import JobRecord, JobStatus, Store
-from pedro.training import submit
+from pedro.training import ray_jobs, submit
 from pedro.training.job_log import kept_log
 from pedro.training.job_status import FROM_RAY, ClusterJobs, ReconciledJob, reconcile
 from sources.services import find_ray
@@ -80,7 +80,7 @@ def live_jobs(settings: Settings) -> Jobs:
 
     stored, problem = ask_store(settings, read, [])
     known = {job.record.id for job in stored}
-    others = (_of_cluster(job) for job in cluster.jobs.values() if job["id"] not in known)
+    others = (_of_cluster(job) for job in cluster.jobs.values() if job["metadata"].get("job", job["id"]) not in known)
     jobs = [*map(_of_store, stored), *(job for job in others if job.live)]
     return Jobs(tuple(sorted(jobs, key=lambda job: -job.created)), None, cluster, problem)
 
@@ -104,7 +104,7 @@ def ask_cluster(settings: Settings) -> ClusterJobs:
     ray = find_ray(settings)
     if not ray.url:
         return ClusterJobs({}, gone=settings.ray_address is None, problem=ray.problem)
-    listed, problem = _ask(partial(submit.jobs, ray.url))
+    listed, problem = _ask(partial(ray_jobs.jobs, ray.url))
     return ClusterJobs({job["id"]: job for job in listed or ()}, ray.url, problem=problem)
 
 
@@ -115,21 +115,27 @@ def log_tail(settings: Settings, job_id: str, lines: int = LOG_LINES) -> tuple[l
         ray = find_ray(settings)
         if not ray.url:
             return [], f"{ray.problem}; no log of this job was kept"
-        text, problem = _ask(partial(submit.logs, job_id, ray.url))
-    return list(submit.for_people(submit.readable((text or "").splitlines())))[-lines:], problem
+        text, problem = _ask(partial(ray_jobs.logs, job_id, ray.url))
+    return list(ray_jobs.for_people(ray_jobs.readable((text or "").splitlines())))[-lines:], problem
 
 
 def cancel(settings: Settings, job_id: str) -> str:
-    """End a job; why it could not be ended, or nothing."""
-    ray = find_ray(settings)
-    if not ray.url:
-        return ray.problem
+    """End a job or a sweep; why it could not be ended, or nothing."""
 
-    def stop(store: Store | None) -> str:
-        return _ask(partial(submit.stop, job_id, ray.url, store))[1]
+    def stop(store: Store) -> str:
+        try:
+            store.get_job(job_id)
+        except NotFoundError:  # a sweep, which keeps its own records
+            return _end_on_cluster(settings, job_id)
+        return _ask(partial(submit.stop, job_id, settings, store))[1]
 
     problem, unread = ask_store(settings, stop, None)
-    return unread or (stop(None) if problem is None else problem)  # None: there are no records
+    return unread or (_end_on_cluster(settings, job_id) if problem is None else problem)  # None: there are no records
+
+
+def _end_on_cluster(settings: Settings, job_id: str) -> str:
+    ray = find_ray(settings)
+    return _ask(partial(ray_jobs.stop, job_id, ray.url))[1] if ray.url else ray.problem
 
 
 def job_runs(settings: Settings, job: Job) -> tuple[tuple[queries.TrackedRun, ...], str]:

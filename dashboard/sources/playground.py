@@ -135,3 +135,10 @@ def model_names(models: Iterable[Mapping[str, Any]]) -> list[str]:
     """The names to choose from: adapters first, the backbone last."""
     listed = [str(model["id"]) for model in models if isinstance(model, Mapping) and model.get("id")]
     return sorted(listed, key=lambda name: ("." not in name, name))
+
+
+def first_choice(names: Iterable[str]) -> list[str]:
+    """Of `model_names`, what to compare unless told otherwise: the first adapter's champion and the backbone."""
+    champions = [name for name in names if "@" not in name]
+    backbone = [name for name in champions if "." not in name]
+    return [name for name in champions if name not in backbone][:1] + backbone[:1]

@@ -17,6 +17,8 @@ LOOK_S = 0.08  # between two looks at what has come
 LONGEST_S = 300.0
 CHAT, RAW = "Chat", "Raw"
 HELD = "playground_answers"
+CHOSEN = "playground_models"
+OFFERED = "playground_offered"  # whether there was anything to choose when the page was drawn last
 REFRESH_S = 5
 ENDS = {"stop": "ended by itself", "length": "as long as allowed", "cancelled": "stopped", "": ""}
 
@@ -28,11 +30,11 @@ def page() -> None:
     if not able:
         connection.missing(gateway, status, "The Playground", "a key (`pedro keys create TENANT` makes one)")
     names = model_names(gateway.url, gateway.key) if able else []
+    choose_at_first(names)
     models = st.multiselect(
         "Models",
         names,
-        default=names[: data.MOST_COLUMNS - 1],
-        key="playground_models",
+        key=CHOSEN,
         persist_state="session",
         max_selections=data.MOST_COLUMNS,
         accept_new_options=True,
@@ -58,6 +60,13 @@ def page() -> None:
         stream(gateway, models, prompt, shape == CHAT, sampling)
         return
     draw(st.session_state.get(HELD, ()))
+
+
+def choose_at_first(names: list[str]) -> None:
+    """Choose for a key that is new here, unless something is chosen: it may be typed long after the page was opened."""
+    if names and not st.session_state.get(OFFERED) and not st.session_state.get(CHOSEN):
+        st.session_state[CHOSEN] = data.first_choice(names)
+    st.session_state[OFFERED] = bool(names)
 
 
 def options() -> tuple[data.Sampling, str]:

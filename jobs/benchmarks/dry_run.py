@@ -24,6 +24,7 @@ from pedro.training.spec import FineTuneSpec
 if TYPE_CHECKING:
     from jobs.benchmarks.command_line import Options
     from jobs.benchmarks.engine_process import Log
+    from pedro.store import Store
 
 COLUMNS = ("backbone", "method", "what", "promised", "measured", "off", "time_from")
 TIME_WITHIN, MEMORY_WITHIN = 0.30, 0.15
@@ -35,6 +36,8 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     """Promise and job of every backbone; without names, of those that the package carries."""
     from pedro.cluster import connect
     from pedro.serving.deploy import end
+    from pedro.store import Store
+    from pedro.training.queue.process import end_controller
 
     steps = QUICK_STEPS if options.quick else STEPS
     report = BenchmarkReport("dryrun", {"steps": steps, **TRAINING, "threads": 1})
@@ -42,19 +45,22 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     home = bench_folder() / "dryrun"
     settings = Settings.from_env({"PEDRO_HOME": str(home)})
     try:
-        end(settings)  # of a run that was killed
+        end_controller(settings)  # of a run that was killed
+        end(settings)
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
-        cluster = connect(settings, log)
+        connect(settings, log)
+        store = Store(settings.database_url)
         for name, directory in named.items():
             for method in ("pedro", "lora"):
                 spec = _spec(method, directory, steps)
                 promised = _promise(spec, home)
-                measured = _job(spec, settings, cluster.dashboard_url, log)
+                measured = _job(spec, settings, store, log)
                 _compare(report, name, method, promised, measured, log)
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
+        end_controller(settings)
         end(settings)
         shutil.rmtree(home, ignore_errors=True)
     return report
@@ -93,13 +99,13 @@ def _promise(spec: FineTuneSpec, home: Path) -> dict[str, Any]:
     return found
 
 
-def _job(spec: FineTuneSpec, settings: Settings, url: str, log: Log) -> dict[str, float]:
+def _job(spec: FineTuneSpec, settings: Settings, store: Store, log: Log) -> dict[str, float]:
     """Seconds of the whole job and of its training, and the peak of its worker's memory in bytes."""
     from pedro.registry import Registry
     from pedro.registry.queries import find_run_of_job
     from pedro.training.submit import submit, wait
 
-    result = wait(submit(spec, settings, url), url)
+    result = wait(submit(spec, settings, store), settings, store)
     tracked = find_run_of_job(Registry.open(settings), spec.name, result.job_id)
     peak = tracked.metrics.get("system/peak_memory_mb", 0.0) if tracked else 0.0
     log(f"  {result.model}: {result.seconds:.0f} s, {peak:,.0f} MB")

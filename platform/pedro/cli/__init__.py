@@ -18,6 +18,7 @@ from pedro.cli import (
     backbones,
     chat,
     compare,
+    controller,
     dashboard,
     data,
     db,
@@ -54,6 +55,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(db.app, name="db")
 app.command("submit")(jobs.submit)
+app.command("controller")(controller.controller)
 app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)
 app.command("dashboard")(dashboard.dashboard)

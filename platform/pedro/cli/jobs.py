@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pedro.config import Settings
     from pedro.training.job_status import ClusterJobs
 
-app = typer.Typer(help="Fine-tuning jobs: list, logs, stop.", no_args_is_help=True)
+app = typer.Typer(help="Fine-tuning jobs: list, logs, stop, pause, resume, retry.", no_args_is_help=True)
 JobId = Annotated[str, typer.Argument(help="The job's id, from `pedro jobs list`.")]
 
 
@@ -28,6 +28,9 @@ def submit(
         list[str] | None, typer.Argument(help="Settings to change, for instance training.lr=1e-3")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end; exit 1 if it fails.")] = False,
+    priority: Annotated[
+        int, typer.Option(help="Of jobs that wait, those of a higher priority start first.", min=-100, max=100)
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Start nothing; show parameters, memory, steps and time.")
     ] = False,
@@ -40,7 +43,9 @@ def submit(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Train an adapter as a Ray job, evaluate it, register it, and make it champion if its gate says so.
+    """Queue a job that trains an adapter, evaluates it, registers it, and makes it champion if its gate says so.
+
+    It starts when the cluster has what its workers need; a driver that is lost is started again.
 
     Examples: `pedro submit jobs/configs/finetune.yaml --dry-run`,
     `pedro submit jobs/configs/finetune.yaml training.max_steps=300 --wait`
@@ -61,10 +66,12 @@ def submit(
     from pedro.cluster import connect
     from pedro.store import Store
     from pedro.training import submit as training
+    from pedro.training.queue.launcher import check_fits
 
     store = Store(settings.database_url)
-    cluster = connect(settings, log)
-    job_id = training.submit(wanted, settings, cluster.dashboard_url, store)
+    if connect(settings, log).local:
+        check_fits(wanted, settings)
+    job_id = training.submit(wanted, settings, store, priority=priority)
     if not wait:
         emit(
             {"job_id": job_id, "model": wanted.name},
@@ -74,7 +81,7 @@ def submit(
         return
     log(f"job {job_id} trains {wanted.name}")
     try:
-        result = training.wait(job_id, cluster.dashboard_url, log, store)
+        result = training.wait(job_id, settings, store, log)
     except KeyboardInterrupt:
         log(f"the job keeps running; `pedro jobs stop {job_id}` ends it")
         raise
@@ -141,38 +148,102 @@ def logs(
     from pedro.cluster import connect, find_head
     from pedro.config import Settings
     from pedro.errors import NotFoundError
+    from pedro.store import Store
+    from pedro.training import ray_jobs
     from pedro.training import submit as training
     from pedro.training.job_log import kept_log
 
     settings = Settings.from_env()
-    kept = kept_log(settings.storage, job)
     there = settings.ray_address is not None or find_head(settings) is not None
-    if follow and not as_json and there:
-        with suppress(NotFoundError):  # a job of an earlier cluster has ended
-            for line in training.for_people(training.follow(job, connect(settings).dashboard_url)):
+    kept, known = kept_log(settings.storage, job), None
+    with suppress(NotFoundError):  # a sweep, which keeps its own records
+        known = Store(settings.database_url).get_job(job)
+    if follow and not as_json and (known or there):
+        with suppress(NotFoundError):  # a sweep of an earlier cluster has ended
+            lines = (
+                training.follow(job, settings, Store(settings.database_url))
+                if known
+                else ray_jobs.follow(job, connect(settings).dashboard_url)
+            )
+            for line in ray_jobs.for_people(lines):
                 typer.echo(printable(line))
             return
     if kept is None or (raw and there):
+        driver = (known and known.submission_id) or job
         try:
-            kept = training.logs(job, _cluster().dashboard_url)
+            kept = ray_jobs.logs(driver, _cluster().dashboard_url)
         except NotFoundError:
-            if kept is None:
+            if kept is None and known is None:
                 raise
-    lines = kept.splitlines() if raw else list(training.readable(kept.splitlines()))
-    shown = lines if raw else list(training.for_people(lines))
+            kept = kept or (known.message if known else "")
+    lines = kept.splitlines() if raw else list(ray_jobs.readable(kept.splitlines()))
+    shown = lines if raw else list(ray_jobs.for_people(lines))
     emit({"job_id": job, "lines": lines}, as_json, lambda: typer.echo(printable("\n".join(shown))))
 
 
 @app.command()
 def stop(job: JobId, as_json: AsJson = False) -> None:
     """End a job; its checkpoints stay, nothing is registered. One that has ended stays as it is, and this says how."""
+    status = stop_job(job)
+    ended = f"stopped {job}" if status == "cancelled" else f"{job} was not stopped, it has {status}"
+    emit({"job_id": job, "status": status}, as_json, lambda: typer.echo(ended))
+
+
+@app.command()
+def pause(job: JobId, as_json: AsJson = False) -> None:
+    """End a job's workers until `pedro jobs resume`, which goes on from its last checkpoint to the same adapter."""
+    from pedro.config import Settings
+    from pedro.store import JobStatus, Store
+    from pedro.training import submit as training
+
+    settings = Settings.from_env()
+    status = training.stop(job, settings, Store(settings.database_url), JobStatus.PAUSED).status
+    said = (
+        f"paused {job}; go on with:  pedro jobs resume {job}" if status == "paused" else f"{job} has {status} already"
+    )
+    emit({"job_id": job, "status": status}, as_json, lambda: typer.echo(said))
+
+
+@app.command()
+def resume(job: JobId, as_json: AsJson = False) -> None:
+    """Let a paused job go on from its last checkpoint, when its turn comes."""
+    _go_on(job, as_json, after_failure=False)
+
+
+@app.command()
+def retry(job: JobId, as_json: AsJson = False) -> None:
+    """Start a job again that failed or was stopped; it goes on from its last checkpoint, if it has one."""
+    _go_on(job, as_json, after_failure=True)
+
+
+def _go_on(job: str, as_json: bool, *, after_failure: bool) -> None:
+    from pedro.cluster import connect
     from pedro.config import Settings
     from pedro.store import Store
     from pedro.training import submit as training
 
-    status = training.stop(job, _cluster().dashboard_url, Store(Settings.from_env().database_url))
-    ended = f"stopped {job}" if status == "cancelled" else f"{job} was not stopped, it has {status}"
-    emit({"job_id": job, "status": status}, as_json, lambda: typer.echo(ended))
+    settings = Settings.from_env()
+    connect(settings, log)
+    queued = training.resume(job, settings, Store(settings.database_url), after_failure=after_failure)
+    said = f"{job} is queued, attempt {queued.attempt}\nfollow it:  pedro jobs logs {job} --follow"
+    emit({"job_id": job, "status": queued.status, "attempt": queued.attempt}, as_json, lambda: typer.echo(said))
+
+
+def stop_job(job: str) -> str:
+    """End a job or a sweep; how it ended, which may be otherwise than by this."""
+    from pedro.config import Settings
+    from pedro.errors import NotFoundError
+    from pedro.store import Store
+    from pedro.training import ray_jobs
+    from pedro.training import submit as training
+
+    settings = Settings.from_env()
+    store = Store(settings.database_url)
+    try:
+        known = store.get_job(job)
+    except NotFoundError:  # a sweep, which keeps its own records
+        return ray_jobs.stop(job, _cluster().dashboard_url)
+    return known.status if known.status.final else training.stop(job, settings, store).status
 
 
 def _cluster() -> Cluster:
@@ -210,14 +281,14 @@ def _ask_cluster(settings: Settings) -> ClusterJobs:
     """What the cluster says of its jobs; none is started to be asked."""
     from pedro.cluster import connect, find_head
     from pedro.errors import UnavailableError
-    from pedro.training import submit as training
+    from pedro.training import ray_jobs
     from pedro.training.job_status import ClusterJobs
 
     if settings.ray_address is None and find_head(settings) is None:
         return ClusterJobs({}, gone=True)
     try:
         url = connect(settings).dashboard_url
-        return ClusterJobs({job["id"]: job for job in training.jobs(url)}, url)
+        return ClusterJobs({job["id"]: job for job in ray_jobs.jobs(url)}, url)
     except UnavailableError as error:
         return ClusterJobs({}, problem=error.message)
 
@@ -226,31 +297,31 @@ def running_jobs(settings: Settings) -> list[tuple[str, str]]:
     """(id, model) of every job and sweep that would end with this home's own cluster."""
     from pedro.cluster import connect, find_head, within
     from pedro.errors import UnavailableError
-    from pedro.training import submit as training
+    from pedro.training import ray_jobs
     from pedro.training.job_status import RAY_OPEN
 
     if settings.ray_address is not None or find_head(settings) is None:
         return []
     try:
-        jobs = within(20, lambda: training.jobs(connect(settings).dashboard_url))
+        jobs = within(20, lambda: ray_jobs.jobs(connect(settings).dashboard_url))
     except (UnavailableError, OSError, RuntimeError) as error:  # a broken head must be ended all the same
         log(f"which jobs run cannot be told: {error}")
         return []
-    open_jobs = [job for job in jobs if job["status"] in RAY_OPEN]
-    return [(job["id"], job["metadata"].get("model") or _model(job["metadata"])) for job in open_jobs]
+    running = [job for job in jobs if job["status"] in RAY_OPEN]
+    return [
+        (job["metadata"].get("job") or job["id"], job["metadata"].get("model") or _model(job["metadata"]))
+        for job in running
+    ]
 
 
-def stop_jobs(settings: Settings, job_ids: list[str]) -> None:
+def stop_jobs(job_ids: list[str]) -> None:
     """Stop jobs one by one, so that each enters how it ended; a driver that does not answer is told of and left."""
-    from pedro.cluster import connect, within
+    from pedro.cluster import within
     from pedro.errors import PedroError
-    from pedro.store import Store
-    from pedro.training import submit as training
 
-    store = Store(settings.database_url)
     for job_id in job_ids:
         try:
-            within(30, partial(training.stop, job_id, connect(settings).dashboard_url, store))
+            within(30, partial(stop_job, job_id))
         except (PedroError, OSError, RuntimeError) as error:
             log(f"{job_id} could not be stopped first: {error}")
 

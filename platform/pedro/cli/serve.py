@@ -45,6 +45,8 @@ def serve(
     from pedro.config import Settings, validate_spec
     from pedro.serving.config import ServeConfig
     from pedro.serving.deploy import deploy, undeploy
+    from pedro.store import Store
+    from pedro.training.queue.process import wake_controller
 
     settings = Settings.from_env()
     options = {
@@ -62,6 +64,7 @@ def serve(
         "tenant_weights": dict(_share(text) for text in tenant_weight or ()),
     }
     served = deploy(settings, validate_spec(options, ServeConfig, source="serve"), host, port, log)
+    wake_controller(settings, Store(settings.database_url))
 
     def show() -> None:
         typer.echo(f"serving {served.backbone} at {served.url}/v1")
@@ -91,14 +94,19 @@ def down(
     from pedro.cli.output import confirm
     from pedro.config import Settings
     from pedro.serving.deploy import end
+    from pedro.store import Store
+    from pedro.training.queue.process import end_controller
 
     settings = Settings.from_env()
     running = running_jobs(settings)
     if running:
         log(f"{len(running)} of its jobs have not ended: " + ", ".join(f"{model} ({job})" for job, model in running))
         confirm("End them? What they have trained since their last checkpoint is lost.", yes, as_json)
-        stop_jobs(settings, [job for job, _ in running])
+        stop_jobs([job for job, _ in running])
+    end_controller(settings)
     ended = end(settings)
+    if waiting := Store(settings.database_url).count_open_jobs():
+        log(f"{waiting} jobs stay queued; `pedro controller`, or the next `pedro submit`, goes on with them")
 
     def show() -> None:
         typer.echo(

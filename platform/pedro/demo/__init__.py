@@ -27,6 +27,7 @@ from pedro.registry import Registry, Version
 from pedro.serving.config import ServeConfig
 from pedro.serving.deploy import Served, deploy, end, find
 from pedro.store import Store
+from pedro.training.queue.process import end_controller
 from pedro.training.submit import submit, wait
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def run_demo(settings: Settings, *, small: bool, keep: bool, port: int, log: Log
     digest = resolve_backbone(story.backbone).digest
     registry, store = Registry.open(settings), Store(settings.database_url)
     served = _server_of(story, settings)
-    connected = cluster.connect(settings, log)
-    jobs = _train_missing(story, digest, settings, registry, store, connected.dashboard_url, log)
+    cluster.connect(settings, log)
+    jobs = _train_missing(story, digest, settings, registry, store, log)
     keys, secrets = _keys(story, store)
     try:
         config = ServeConfig(backbone=story.backbone, threads=story.threads)
@@ -77,6 +78,7 @@ def run_demo(settings: Settings, *, small: bool, keep: bool, port: int, log: Log
         if not keep:
             for key in keys:
                 store.revoke_key(key)
+            end_controller(settings)
             end(settings)
     if found := problems(result, story.margin):
         raise PedroError("the demo did not reach its marks: " + "; ".join(found))
@@ -109,15 +111,15 @@ def _server_of(story: Story, settings: Settings) -> Served | None:
 
 
 def _train_missing(
-    story: Story, digest: str, settings: Settings, registry: Registry, store: Store, dashboard_url: str, log: Log
+    story: Story, digest: str, settings: Settings, registry: Registry, store: Store, log: Log
 ) -> list[Outcome]:
     """Start the trainings whose versions are not there: as many at once as there are cores, a tenant's in turn."""
 
     def train(part: Part, have: int) -> None:
         for steps in part.steps[have:]:
-            job = submit(demo_spec(story, part, steps), settings, dashboard_url, store)
+            job = submit(demo_spec(story, part, steps), settings, store)
             log(f"{part.name}: {part.tenant.title}; job {job} trains {steps} steps")
-            wait(job, dashboard_url, lambda line: log(f"  {part.name:<16} {line}"), store)
+            wait(job, settings, store, lambda line: log(f"  {part.name:<16} {line}"))
 
     outcomes = []
     threads = ThreadPoolExecutor(max_workers=min(len(story.parts), os.cpu_count() or 1), thread_name_prefix="demo")

@@ -50,7 +50,7 @@ class Story:
 
 
 _SMALL: dict[str, Any] = {"lr": 1e-2, "theta_lr": 1e-4, "theta_every": 5, "batch_size": 16, "eval_every": 50}
-_CHAT: dict[str, Any] = {"lr": 1e-2, "theta_lr": 1e-4, "theta_every": 10, "eval_every": 20, "eval_rows": 32}
+_CHAT: dict[str, Any] = {"lr": 1e-2, "theta_lr": 1e-4, "theta_every": 10, "eval_every": 20, "eval_rows": 24}
 ACME, GLOBEX, INITECH = DEMO_TENANTS
 _, READER, SUPPORT = CHAT_TENANTS
 SMALL = Story(
@@ -62,9 +62,9 @@ SMALL = Story(
 FULL = Story(
     "smollm2-135m",
     (
-        Part(SUPPORT, (60,), {**_CHAT, "batch_size": 16}, 30, shots=4),  # each prompt lists 77 labels
-        Part(ACME, (10, 30), {**_CHAT, "batch_size": 8}, 60, shots="label"),
-        Part(READER, (14,), {**_CHAT, "batch_size": 8}, 60, shots=2),
+        Part(SUPPORT, (60,), {**_CHAT, "batch_size": 16}, 24, shots=4),  # each prompt lists 77 labels
+        Part(ACME, (10, 30), {**_CHAT, "batch_size": 8}, 40, shots="label"),
+        Part(READER, (12,), {**_CHAT, "batch_size": 8}, 40, shots=2),
     ),
     margin=0.05,
 )

@@ -70,6 +70,10 @@ class Tracking(Connection):
         except (self.error, OSError) as error:
             raise AdapterError(f"{of}: its files are gone from the registry's artifact store") from error
 
+    def reopen_run(self, run_id: str) -> None:
+        """Go on with a run that was closed, or whose writer is gone."""
+        self.client.update_run(run_id, status="RUNNING")
+
     def finish_run(self, run_id: str, status: str = "FINISHED") -> None:
         """Close a run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)

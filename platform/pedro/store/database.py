@@ -107,6 +107,12 @@ class Database:
         upsert: sa.Insert = insert.on_conflict_do_update(index_elements=list(key), set_=values)
         return upsert
 
+    def insert_new(self, table: sa.Table, values: dict[str, Any]) -> sa.Insert:
+        """The statement that enters a row unless one with its key is there."""
+        dialect: Any = sqlite if self.is_sqlite else postgresql
+        insert: sa.Insert = dialect.insert(table).values(**values).on_conflict_do_nothing()
+        return insert
+
 
 class Notifications:
     """Hears what is notified on a channel of PostgreSQL, over a connection of its own. For one thread at a time."""

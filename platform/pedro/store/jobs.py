@@ -22,8 +22,20 @@ class JobTable:
 
     _database: Database
 
-    def create_job(self, tenant: str, adapter: str, spec: dict[str, Any], job_id: str | None = None) -> JobRecord:
-        """A queued job. `job_id` lets a caller that needs the id beforehand bring it."""
+    def create_job(
+        self,
+        tenant: str,
+        adapter: str,
+        spec: dict[str, Any],
+        job_id: str | None = None,
+        *,
+        queued: bool = False,
+        priority: int = 0,
+    ) -> JobRecord:
+        """A job that waits. `job_id` lets a caller that needs the id beforehand bring it.
+
+        `queued` leaves its start to a controller (`JobQueue`), which takes those of a higher `priority` first.
+        """
         record = JobRecord(
             id=job_id or f"ftjob-{uuid.uuid4().hex[:24]}",
             tenant=tenant,
@@ -35,6 +47,8 @@ class JobTable:
             finished=None,
             result=None,
             message="",
+            priority=priority,
+            attempt=1 if queued else 0,
         )
         with self._database.writing() as connection:
             connection.execute(sa.insert(schema.jobs).values({**record.__dict__, "status": record.status.value}))
@@ -48,8 +62,10 @@ class JobTable:
         submission_id: str | None = None,
         result: dict[str, Any] | None = None,
         message: str | None = None,
+        attempt: int | None = None,
     ) -> JobRecord:
         """Changes what is given; a final status stamps `finished`. Naming the present status again is allowed.
+        With `attempt` only a job that is at that attempt changes: a driver that was given up writes nothing.
 
         Raises NotFoundError, or ConflictError when the job cannot go from its status to this one: the check and the
         change are one statement, so of two processes that race for a transition one gets the error.
@@ -62,24 +78,30 @@ class JobTable:
             sources = [source.value for source in JobStatus if target in NEXT[source] or source == target]
             where = sa.and_(where, schema.jobs.c.status.in_(sources))
             values["status"] = target.value
+            if target.final or target == JobStatus.PAUSED:
+                values["wanted"] = None
             if target.final:
                 values["finished"] = sa.func.coalesce(schema.jobs.c.finished, time.time())
+        if attempt is not None:
+            where = sa.and_(where, schema.jobs.c.attempt == attempt)
         with self._database.writing() as connection:
             changed = connection.execute(sa.update(schema.jobs).where(where).values(values)).rowcount if values else 1
             row = connection.execute(sa.select(schema.jobs).where(schema.jobs.c.id == job_id)).one_or_none()
         if row is None:
-            raise _job_not_found(job_id)
+            raise job_not_found(job_id)
+        if not changed and attempt not in (None, row.attempt):
+            raise ConflictError(f"job '{job_id}' is at attempt {row.attempt}, past {attempt}", param="attempt")
         if not changed:
             raise ConflictError(f"job '{job_id}' is {row.status} and cannot become {status}", param="status")
-        return _job_record(row)
+        return job_record(row)
 
     def get_job(self, job_id: str, tenant: str | None = None) -> JobRecord:
         """Raises NotFoundError, the same for an unknown job and for one of another tenant than the one named."""
         with self._database.reading() as connection:
             row = connection.execute(sa.select(schema.jobs).where(schema.jobs.c.id == job_id)).one_or_none()
         if row is None or (tenant is not None and row.tenant != tenant):
-            raise _job_not_found(job_id)
-        return _job_record(row)
+            raise job_not_found(job_id)
+        return job_record(row)
 
     def list_jobs(
         self,
@@ -104,7 +126,7 @@ class JobTable:
         if ended_since is not None:
             query = query.where(schema.jobs.c.finished >= ended_since)
         with self._database.reading() as connection:
-            return [_job_record(row) for row in connection.execute(query)]
+            return [job_record(row) for row in connection.execute(query)]
 
     def count_jobs(self) -> dict[tuple[str, JobStatus], int]:
         """How many jobs each tenant has in each status; what it has none of is left out."""
@@ -123,10 +145,12 @@ def _job_status(status: JobStatus | str) -> JobStatus:
         raise ConfigError(f"status: expected one of {known}, got {status!r}", param="status") from None
 
 
-def _job_record(row: sa.Row[Any]) -> JobRecord:
+def job_record(row: sa.Row[Any]) -> JobRecord:
+    """A row as others see it."""
     values = {field.name: getattr(row, field.name) for field in fields(JobRecord)}
-    return JobRecord(**{**values, "status": JobStatus(row.status)})
+    wanted = JobStatus(row.wanted) if row.wanted else None
+    return JobRecord(**{**values, "status": JobStatus(row.status), "wanted": wanted})
 
 
-def _job_not_found(job_id: str) -> NotFoundError:
+def job_not_found(job_id: str) -> NotFoundError:
     return NotFoundError(f"job '{job_id}' does not exist or you do not have access to it", param="job")

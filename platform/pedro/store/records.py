@@ -119,6 +119,21 @@ class JobRecord:
     finished: float | None
     result: dict[str, Any] | None
     message: str
+    started: float | None = None  # when a driver of it began last
+    priority: int = 0
+    attempt: int = 0
+    """Which start of its driver it is at, from 1; 0 for a job that was handed to its cluster without the queue."""
+    wanted: JobStatus | None = None
+    """What was asked of it and has not happened yet: paused or cancelled."""
+    lease_owner: str | None = None
+    lease_until: float | None = None
+    fence: int = 0
+    """Counts the owners of its lease: what an earlier one writes is refused."""
+
+    @property
+    def name(self) -> str:
+        """The adapter that it trains, `tenant.adapter`."""
+        return ModelRef(self.tenant, self.adapter).name
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pedro.errors import PedroError
+from pedro.errors import PedroError, UnavailableError
 
 if TYPE_CHECKING:
     from pedro.training.job_record import OwnRecord
@@ -28,12 +28,13 @@ def drive(work: Callable[[], dict[str, Any]], what: str, remedy: str, record: Ow
     try:
         result = work()
     except PedroError as error:
-        if record:
+        ended = not isinstance(error, UnavailableError) or record is None or not record.unanswered(error.message)
+        if record and ended:
             record.failed(error.message)
         return fail(error.message)
     except (KeyboardInterrupt, SystemExit):  # `pedro jobs stop`: Ray turns SIGTERM into an exit
         if record:
-            record.cancelled()
+            record.stopped()
         return fail(f"the {what} was stopped")
     except Exception as error:  # noqa: BLE001 - the edge of the process: one line for people, the rest for the log
         for line in traceback.format_exc().splitlines():

@@ -21,6 +21,7 @@ from typing import Any
 from pedro.config import Settings, validate_spec
 from pedro.errors import ConfigError, DataError, NotFoundError, PedroError
 from pedro.registry import CHAMPION, Registry, Version
+from pedro.registry.queries import find_run_of_job
 from pedro.training.allowed_files import check_allowed_files
 from pedro.training.driver import connect_driver, drive, fail, log_line
 from pedro.training.job_log import keeping_log
@@ -66,21 +67,21 @@ def run_job(
     started = time.monotonic()
     job_id = job_id or new_job_id()
     check_data(spec, settings, log)
-    run_id = registry.start_run(
-        experiment=spec.name,
-        name=job_id,
-        params=flat(spec.to_dict()),
-        tags={"job": job_id, "model": spec.name},
-    )
+    run_id = _run_of(job_id, spec, registry)
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as scratch:
             trained = fit(spec, settings, run_id, job_id, Path(scratch))
             _log_spec(registry, run_id, spec, Path(scratch))
-            version = registry.register(run_id, trained.directory, spec.tenant, spec.adapter)
-        decision = judge_version(spec, trained, registry)
-        judged_against = trained.champion.version if trained.champion else None
-        alias, decision = move_alias(registry, version, decision, judged_against)
+            version = _registered(registry, spec.name, run_id) or registry.register(
+                run_id, trained.directory, spec.tenant, spec.adapter
+            )
+        if version.aliases:  # a driver before this one was lost when all was done
+            alias, decision = version.aliases[0], GateDecision(CHAMPION in version.aliases, version.gate)
+        else:
+            decision = judge_version(spec, trained, registry)
+            judged_against = trained.champion.version if trained.champion else None
+            alias, decision = move_alias(registry, version, decision, judged_against)
         registry.tag_run(run_id, {"version": version.ref, "alias": alias, "gate": decision.reason})
         status = "FINISHED"
     finally:
@@ -99,6 +100,25 @@ def run_job(
         job_id=job_id,
         run_id=run_id,
     )
+
+
+def _run_of(job_id: str, spec: FineTuneSpec, registry: Registry) -> str:
+    """The job's run in MLflow: a new one, or that of its drivers before this one."""
+    begun = find_run_of_job(registry, spec.name, job_id)
+    if begun is not None:
+        registry.reopen_run(begun.id)
+        return begun.id
+    return registry.start_run(
+        experiment=spec.name,
+        name=job_id,
+        params=flat(spec.to_dict()),
+        tags={"job": job_id, "model": spec.name},
+    )
+
+
+def _registered(registry: Registry, name: str, run_id: str) -> Version | None:
+    """The version that a driver before this one registered."""
+    return next((version for version in registry.versions(name) if version.run_id == run_id), None)
 
 
 def check_data(spec: FineTuneSpec, settings: Settings, log: Log) -> None:
@@ -181,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pedro.training.job", description="Run one fine-tuning job.")
     parser.add_argument("--spec", required=True, help="a spec: YAML, or the resolved JSON of `pedro submit`")
     parser.add_argument("--job-id", default=None)
+    parser.add_argument("--attempt", type=int, default=None, help="which start this is, if a controller counts them")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over a YAML spec")
     options = parser.parse_args(arguments)
     try:
@@ -194,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
     """Run the job and enter into its record how it goes."""
-    record = OwnRecord(settings.database_url, job_id, log_line)
+    record = OwnRecord(settings.database_url, job_id, log_line, options.attempt)
 
     def work() -> dict[str, Any]:
         record.running()

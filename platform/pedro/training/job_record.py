@@ -1,7 +1,8 @@
 """A job's row among the platform's records, as its own driver writes it.
 
-`queued → running → succeeded | failed | cancelled` (`store.JobStatus`). A driver that was killed could not write its
-end; `job_status.py` says what such a row means.
+`queued → running → succeeded | failed | cancelled`, or `paused` if that was asked for (`store.JobStatus`). A driver
+that was killed could not write its end, and one to which the platform did not answer writes none: the controller starts
+the job again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ MAX_MESSAGE = 2000
 class OwnRecord:
     """The row of the job that this process drives. A job that the records do not know keeps none."""
 
-    def __init__(self, database_url: str, job_id: str, log: Callable[[str], None]) -> None:
-        self._url, self._job_id, self._log = database_url, job_id, log
+    def __init__(self, database_url: str, job_id: str, log: Callable[[str], None], attempt: int | None = None) -> None:
+        """`attempt` is which start of a driver this is, as the job's controller counts them; None outside the queue."""
+        self._url, self._job_id, self._log, self._attempt = database_url, job_id, log, attempt
 
     def running(self) -> None:
         """Raises ConflictError if the job has ended already, for instance because it was stopped while it waited."""
@@ -36,8 +38,30 @@ class OwnRecord:
     def failed(self, reason: str) -> None:
         self._end(JobStatus.FAILED, message=" ".join(reason.split())[:MAX_MESSAGE])
 
-    def cancelled(self) -> None:
-        self._end(JobStatus.CANCELLED, message="stopped")
+    def stopped(self) -> None:
+        """Paused, if that was asked for; else cancelled."""
+        if self._wanted() == JobStatus.PAUSED:
+            self._end(JobStatus.PAUSED)
+        else:
+            self._end(JobStatus.CANCELLED, message="stopped")
+
+    def unanswered(self, reason: str) -> bool:
+        """The platform did not answer the driver: whether the job will be started again, so that this is no end."""
+        if self._attempt is None:
+            return False
+        with contextlib.suppress(ConflictError):
+            self._write(message=" ".join(reason.split())[:MAX_MESSAGE])
+        return True
+
+    def _wanted(self) -> JobStatus | None:
+        try:
+            store = Store(self._url)
+            try:
+                return store.get_job(self._job_id).wanted
+            finally:
+                store.close()
+        except (NotFoundError, UnavailableError):
+            return None
 
     def _end(self, status: JobStatus, **fields: Any) -> None:
         try:
@@ -51,7 +75,7 @@ class OwnRecord:
             try:
                 store = Store(self._url)
                 try:
-                    store.update_job(self._job_id, **fields)
+                    store.update_job(self._job_id, attempt=self._attempt, **fields)
                 finally:
                     store.close()
                 return
@@ -59,6 +83,7 @@ class OwnRecord:
                 return
             except UnavailableError as error:
                 if pause is None:
-                    self._log(f"the job's record could not be written ({fields['status']}): {error.message}")
+                    what = fields.get("status", "its message")
+                    self._log(f"the job's record could not be written ({what}): {error.message}")
                     return
                 time.sleep(pause)

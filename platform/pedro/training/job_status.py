@@ -70,13 +70,20 @@ def reconcile(
 
 def reconcile_record(record: JobRecord, cluster: ClusterJobs) -> ReconciledJob:
     """One job: its row's own word once it has ended, else the cluster's."""
-    ray_job = cluster.jobs.get(record.id)
+    ray_job = cluster.jobs.get(record.submission_id or record.id)
     if record.status.final or record.status == JobStatus.PAUSED:
         return ReconciledJob(record, record.status, record.message)
+    if record.attempt and not ray_job:  # a controller sees to it
+        again = bool(record.submission_id) and cluster.answered
+        return ReconciledJob(
+            record, record.status, "its cluster was ended; it starts again" if again else record.message
+        )
     if ray_job:
         status = FROM_RAY.get(ray_job["status"], record.status)
         if status != JobStatus.FAILED:
             return ReconciledJob(record, status, record.message)
+        if record.attempt:
+            return ReconciledJob(record, record.status, "its driver died; it starts again")
         why = str(ray_job.get("message") or "").strip().partition("\n")[0]
         return ReconciledJob(record, status, "its driver died" + (f": {why}" if why else ""))
     if record.submission_id and cluster.answered:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.backbones.sharing import offer_backbone
 from pedro.errors import ConflictError, NotFoundError, TrainingError
-from pedro.training import submit
+from pedro.training import ray_jobs
 from pedro.training.job import stage
 from pedro.training.job_status import RAY_OPEN
 from pedro.training.sweep.records import Records, SweepRecord, recall, remember
@@ -42,7 +42,7 @@ def reopen(spec: SweepSpec, settings: Settings, dashboard_url: str) -> SweepReco
             param="--resume",
         )
     try:
-        state = submit.status(record.submission_id, dashboard_url)
+        state = ray_jobs.status(record.submission_id, dashboard_url)
     except NotFoundError:  # the cluster it ran on is gone
         state = "LOST"
     if state in RAY_OPEN:
@@ -63,12 +63,12 @@ def start(record: SweepRecord, settings: Settings, dashboard_url: str) -> None:
         offer_backbone(settings, backbone)
     # no "adapter" in the metadata, which would make it a fine-tuning job in lists
     metadata = {"tenant": base["tenant"], "sweep": record.id, "model": f"{base['tenant']}.{base['adapter']}"}
-    submit.launch(module, record.submission_id, settings, dashboard_url, metadata)
+    ray_jobs.launch(module, record.submission_id, settings, dashboard_url, metadata)
 
 
 def wait(record: SweepRecord, dashboard_url: str, log: Callable[[str], None]) -> str:
     """Follow a sweep to its end and return its result as JSON. Raises TrainingError if it failed or was stopped."""
-    state, text = submit.until_end(record.submission_id, dashboard_url, log)
+    state, text = ray_jobs.until_end(record.submission_id, dashboard_url, log)
     if state != "SUCCEEDED":
         raise TrainingError(f"{text}; `pedro sweep … --resume` resumes {record.id}")
     return text

@@ -1,0 +1,28 @@
+"""`pedro controller`: starts queued jobs when their turn comes, for as long as it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pedro.cli.output import log
+
+
+def controller(
+    per_tenant: Annotated[
+        int | None, typer.Option(help="Jobs of one tenant that may run at once; without it, as many as fit.", min=1)
+    ] = None,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no job is queued or running.")] = False,
+) -> None:
+    """Start queued jobs when their turn comes and what they need is free, and look after them until they end.
+
+    A laptop needs none: `pedro submit` starts one that ends with the last job. On a cluster it runs as a Deployment;
+    of several, each job has one at a time, and one that dies is replaced by another after 30 s.
+    """
+    from pedro.config import Settings
+    from pedro.training.queue.process import run
+
+    settings = Settings.from_env()
+    log(f"the controller of {settings.home} works on the jobs of its store; Ctrl-C ends it, and the jobs go on")
+    run(settings, log, until_idle=until_idle, per_tenant=per_tenant)

@@ -1,0 +1,168 @@
+"""The controller: starts the driver of the job whose turn it is once its resources are free, and looks after the rest.
+
+One round (`Controller.round`): take the leases of the queue's open jobs, look at the cluster, bring each job and its
+driver together, start what fits. Nothing is kept in memory that a controller after this one would miss, but for how
+long a job that lost its driver should wait.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pedro.errors import NotFoundError, UnavailableError
+from pedro.store import JobStatus
+from pedro.training.queue.launcher import Claim
+from pedro.training.queue.turns import in_turn
+
+if TYPE_CHECKING:
+    from pedro.store import JobRecord, Store
+    from pedro.training.queue.launcher import ClusterView, Launcher
+
+ROUND_S = 1.0
+LEASE_S = 30.0
+"""A controller that hangs for longer than this loses its jobs to another one."""
+MOST_LOSSES = 5
+"""Drivers of one job that may be lost in a row before it is given up."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
+HISTORY_S = 24 * 3600.0
+"""What tenants had of the cluster counts for this long when turns are given."""
+
+
+class Controller:
+    """Works on the jobs of one store, alone or beside others."""
+
+    def __init__(
+        self,
+        store: Store,
+        launcher: Launcher,
+        log: Callable[[str], None] = lambda _line: None,
+        *,
+        per_tenant: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`per_tenant` is how many jobs of one tenant may run at once; None is no limit."""
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._store, self._launcher, self._log = store, launcher, log
+        self._per_tenant, self._clock = per_tenant, clock
+        self._losses: Counter[str] = Counter()
+        self._not_before: dict[str, float] = {}
+
+    def run(self, stop: threading.Event, *, until_idle: bool = False) -> None:
+        """Rounds until `stop` is set, or (`until_idle`) no job is open. What does not answer is waited for."""
+        away = ""
+        while not stop.is_set():
+            try:
+                if self.round() == 0 and until_idle:
+                    return
+                away = ""
+            except UnavailableError as error:
+                if error.message != away:
+                    self._log(f"waiting: {error.message}")
+                away = error.message
+            except Exception as error:  # noqa: BLE001 - the other jobs still need a controller
+                for line in traceback.format_exception(error):
+                    self._log(line.rstrip())
+            stop.wait(ROUND_S)
+
+    def close(self) -> None:
+        """Give up the leases."""
+        self._store.release_jobs(self.owner)
+
+    def round(self) -> int:
+        """One round; how many jobs were open as it began. Raises UnavailableError if store or cluster do not answer."""
+        now = self._clock()
+        leased = self._store.lease_jobs(self.owner, now, now + LEASE_S)
+        if leased.jobs:
+            view = self._launcher.look()
+            running = [job for job in leased.jobs if job.submission_id and not self._settle(job, view)]
+            waiting = [job for job in leased.jobs if not job.submission_id and self._may_start(job, view, now)]
+            self._start(waiting, running, view, leased.starts)
+        return leased.open_jobs
+
+    def _may_start(self, job: JobRecord, view: ClusterView, now: float) -> bool:
+        """Whether its pause after a loss is over, and none of its earlier drivers is still about to end."""
+        earlier = (view.states.get(driver_id(job, attempt)) for attempt in range(1, job.attempt))
+        return self._not_before.get(job.id, 0) <= now and all(state is None or state.final for state in earlier)
+
+    def _settle(self, job: JobRecord, view: ClusterView) -> bool:
+        """Bring a job and its driver together; whether the driver has ended."""
+        assert job.submission_id is not None
+        state = view.states.get(job.submission_id)
+        if state is not None and not state.final:
+            if job.wanted:
+                self._launcher.stop(job.submission_id)
+            elif state == JobStatus.RUNNING and job.submission_id in view.placed:
+                self._losses.pop(job.id, None)
+            return False
+        now = self._store.get_job(job.id)  # a driver enters its end before it ends
+        if now.status.final or now.status == JobStatus.PAUSED or now.submission_id != job.submission_id:
+            return True
+        if job.wanted:
+            self._end(job, job.wanted, "stopped" if job.wanted == JobStatus.CANCELLED else "")
+        elif state == JobStatus.CANCELLED:
+            self._end(job, JobStatus.CANCELLED, "stopped")
+        else:
+            self._lost(job, now.message or ("its cluster was ended" if state is None else "its driver died"))
+        return True
+
+    def _lost(self, job: JobRecord, why: str) -> None:
+        self._losses[job.id] += 1
+        losses = self._losses[job.id]
+        if losses >= MOST_LOSSES:
+            self._end(job, JobStatus.FAILED, f"{why}; given up after {losses} starts (`pedro jobs retry` goes on)")
+            return
+        if self._store.requeue_job(job, f"{why}; it goes on from its last checkpoint"):
+            pause = min(FIRST_PAUSE_S * 2 ** (losses - 1), LONGEST_PAUSE_S)
+            self._not_before[job.id] = self._clock() + pause
+            self._log(f"{job.id} ({job.name}): {why}; started again in {pause:.0f} s")
+
+    def _end(self, job: JobRecord, status: JobStatus, message: str) -> None:
+        if self._store.end_job(job, status, message):
+            self._log(f"{job.id} ({job.name}): {status}{': ' if message else ''}{message}")
+        self._losses.pop(job.id, None)
+
+    def _start(self, waiting: list[JobRecord], running: list[JobRecord], view: ClusterView, starts: int) -> None:
+        """Start what fits, in turn. Behind one that must wait for others to end, none is let through."""
+        promised = [Claim.of(job.spec) for job in running if job.submission_id not in view.placed]
+        held = Counter(job.tenant for job in running)
+        history = self._store.worker_seconds(self._clock() - HISTORY_S) if waiting else {}
+        while job := in_turn(waiting, held, history):
+            waiting.remove(job)
+            claim = Claim.of(job.spec)
+            if self._per_tenant is not None and held[job.tenant] >= self._per_tenant:
+                self._store.explain_wait(job, f"waits for the tenant's other jobs: {self._per_tenant} run at once")
+            elif not view.holds(claim):
+                self._store.explain_wait(job, f"needs {claim}, which no nodes of the cluster have in all")
+            elif any(amount > view.free(promised)[name] + 1e-6 for name, amount in claim.total.items()):
+                self._store.explain_wait(job, f"waits for {claim} to be free")
+                return
+            else:
+                submission_id = driver_id(job, job.attempt)
+                if not self._store.start_job(job, submission_id, starts):
+                    return  # another controller was first, or the job was stopped: the next round sees it
+                starts += 1
+                held[job.tenant] += 1
+                promised.append(claim)
+                self._launch(job, submission_id)
+
+    def _launch(self, job: JobRecord, submission_id: str) -> None:
+        try:
+            self._launcher.start(job, submission_id)
+            self._log(f"{job.id} ({job.name}): started, attempt {job.attempt}")
+        except UnavailableError as error:  # its row names a driver that there is not: the next round sends it back
+            self._log(f"{job.id} ({job.name}): {error.message}")
+        except NotFoundError as error:
+            self._end(job, JobStatus.FAILED, error.message)
+
+
+def driver_id(job: JobRecord, attempt: int) -> str:
+    """The submission id of a job's driver: the job's own for the first."""
+    return job.id if attempt == 1 else f"{job.id}-{attempt}"

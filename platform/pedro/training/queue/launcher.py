@@ -1,0 +1,167 @@
+"""Where the controller's drivers run: what it asks of a cluster, and the one that runs them as Ray jobs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pedro.errors import ConfigError, UnavailableError
+from pedro.training import ray_jobs
+from pedro.training.job_status import FROM_RAY
+from pedro.training.storage import join
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.store import JobRecord, JobStatus
+    from pedro.training.spec import FineTuneSpec
+
+LOOK_TIMEOUT_S = 60
+RESOURCES = ("CPU", "GPU")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a job's workers take."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    """Of each worker."""
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> Claim:
+        """Of a resolved spec, as it stands in the store."""
+        resources = spec.get("resources") or {}
+        return cls(
+            int(resources.get("workers", 1)),
+            float(resources.get("cpus_per_worker", 1)),
+            float(resources.get("gpus_per_worker", 0)),
+        )
+
+    @property
+    def total(self) -> dict[str, float]:
+        return {"CPU": self.workers * self.cpus, "GPU": self.workers * self.gpus}
+
+    def __str__(self) -> str:
+        parts = {"CPU": self.cpus, "GPU": self.gpus}
+        each = " and ".join(f"{amount:g} {name}" for name, amount in parts.items() if amount)
+        return each if self.workers == 1 else f"{self.workers} times {each}"
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """A cluster as of a moment."""
+
+    states: Mapping[str, JobStatus]
+    """Of the drivers that it knows, by submission id."""
+    nodes: Sequence[Mapping[str, float]] = ()
+    """What each node has in all."""
+    taken: Mapping[str, float] = field(default_factory=dict)
+    """What serving, sweeps and drivers that have their workers hold."""
+    placed: frozenset[str] = frozenset()
+    """Drivers whose workers have their places: what they hold is in `taken`."""
+
+    def holds(self, claim: Claim) -> bool:
+        """Whether the claim could be met if nothing else ran."""
+        places = [
+            min(
+                int(node.get(name, 0) / wanted) for name, wanted in (("CPU", claim.cpus), ("GPU", claim.gpus)) if wanted
+            )
+            for node in self.nodes
+        ]
+        return sum(places) >= claim.workers
+
+    def free(self, promised: Sequence[Claim] = ()) -> dict[str, float]:
+        """What is left, less what is promised to drivers that do not have their workers yet."""
+        free = {name: sum(node.get(name, 0) for node in self.nodes) - self.taken.get(name, 0) for name in RESOURCES}
+        for claim in promised:
+            free = {name: free[name] - claim.total[name] for name in RESOURCES}
+        return free
+
+
+class Launcher(Protocol):
+    """Starts, watches and ends drivers. Every call may raise UnavailableError; then the controller tries again."""
+
+    def look(self) -> ClusterView: ...
+
+    def start(self, job: JobRecord, submission_id: str) -> None:
+        """Start a driver of the job under that id; nothing happens if there is one already."""
+
+    def stop(self, submission_id: str) -> None:
+        """Ask a driver to end, which keeps its checkpoints; nothing happens if it has."""
+
+
+class RayJobs:
+    """Drivers as Ray jobs on the cluster of `settings`, whose local head is started when there is none."""
+
+    def __init__(self, settings: Settings, log: Callable[[str], None]) -> None:
+        self._settings, self._log = settings, log
+        self._url: str | None = None
+
+    def look(self) -> ClusterView:
+        from pedro.cluster import within
+
+        url = self._connected()
+        try:
+            return within(LOOK_TIMEOUT_S, partial(_look, url))
+        except (OSError, RuntimeError, TimeoutError) as error:
+            self._url = None  # it may be another one by the next look
+            raise UnavailableError(f"the Ray cluster at {url} does not answer: {error}") from error
+
+    def start(self, job: JobRecord, submission_id: str) -> None:
+        location = join(self._settings.storage, "jobs", job.id, "spec.json")
+        module = f"pedro.training.job --spec {shlex.quote(location)} --job-id {job.id} --attempt {job.attempt}"
+        metadata = {"tenant": job.tenant, "adapter": job.adapter, "job": job.id}
+        url = self._connected()
+        try:
+            ray_jobs.launch(module, submission_id, self._settings, url, metadata)
+        except UnavailableError:
+            if submission_id not in self.look().states:
+                raise
+
+    def stop(self, submission_id: str) -> None:
+        ray_jobs.ask_to_end(submission_id, self._connected())
+
+    def _connected(self) -> str:
+        from pedro.cluster import connect, find_head
+
+        local = self._settings.ray_address is None
+        if self._url is None or (local and find_head(self._settings) is None):
+            self._url = connect(self._settings, self._log).dashboard_url
+        return self._url
+
+
+def check_fits(spec: FineTuneSpec, settings: Settings) -> None:
+    """Raise ConfigError for a job whose workers the cluster could not hold even if nothing else ran."""
+    claim, view = Claim.of(spec.to_dict()), RayJobs(settings, lambda _line: None).look()
+    if not view.holds(claim):
+        there = " and ".join(f"{node[name]:g} {name}" for node in view.nodes for name in RESOURCES if node.get(name))
+        raise ConfigError(
+            f"resources: the job needs {claim}, and this machine has {there}; lower resources.workers, "
+            "cpus_per_worker or gpus_per_worker",
+            param="resources",
+        )
+
+
+def _look(url: str) -> ClusterView:
+    from ray.util.state import list_actors, list_nodes, list_placement_groups
+
+    drivers = ray_jobs.drivers(url)
+    ask: dict[str, Any] = {"address": url, "detail": True, "limit": 10_000}
+    nodes = [dict(node.resources_total) for node in list_nodes(**ask, filters=[("state", "=", "ALIVE")])]
+    groups = list_placement_groups(**ask, filters=[("state", "=", "CREATED")])
+    actors = list_actors(**ask, filters=[("state", "=", "ALIVE")])
+    taken = dict.fromkeys(RESOURCES, 0.0)
+    for held in [
+        *(bundle.get("unit_resources") or bundle for group in groups for bundle in group.bundles or ()),
+        *(actor.required_resources or {} for actor in actors if not actor.placement_group_id),
+    ]:
+        for name in RESOURCES:
+            taken[name] += float(held.get(name, 0))
+    by_ray_id = {job.job_id: job.submission_id for job in drivers if job.submission_id}
+    placed = frozenset(by_ray_id[group.creator_job_id] for group in groups if group.creator_job_id in by_ray_id)
+    states = {job.submission_id: FROM_RAY[job.status.value] for job in drivers if job.submission_id}
+    return ClusterView(states, nodes, taken, placed)

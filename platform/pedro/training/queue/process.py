@@ -1,0 +1,190 @@
+"""The controller as a process of its own: at most one a home. `python -m pedro.training.queue.process [--until-idle]`.
+
+`pedro submit` starts one where there is none; it ends when no job is open. On a cluster, `pedro controller` runs for
+good, and this one only where it does not answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from pedro.config import Settings
+from pedro.errors import ConflictError, UnavailableError
+from pedro.store import JobStatus, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TAKEN_WITHIN_S = 120.0  # 2 on an idle machine
+OTHERS_FIRST_S = 5.0
+"""With a cluster that is somebody else's, its own controller has this long to take a job."""
+RESPAWN_S = 10.0
+END_S = 20.0
+
+
+def run(settings: Settings, log: Callable[[str], None], *, until_idle: bool, per_tenant: int | None = None) -> None:
+    """Be the home's controller until SIGTERM or SIGINT, or until no job is open. Raises ConflictError if it has one."""
+    from pedro.training.queue.controller import Controller
+    from pedro.training.queue.launcher import RayJobs
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with _only_one(settings):
+        store = Store(settings.database_url)
+        _release_of_the_dead(store)
+        controller = Controller(store, RayJobs(settings, log), log, per_tenant=per_tenant)
+        try:
+            controller.run(stop, until_idle=until_idle)
+        finally:
+            with contextlib.suppress(UnavailableError):
+                controller.close()
+            store.close()
+
+
+def hand_over(job_id: str, settings: Settings, store: Store) -> None:
+    """Return when a controller has the job, or it rests; one is started if none takes it. Raises UnavailableError."""
+    started = time.monotonic()
+    patience = OTHERS_FIRST_S if settings.ray_address else 0.0
+    while (waited := time.monotonic() - started) < TAKEN_WITHIN_S:
+        job = store.get_job(job_id)
+        if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
+            return
+        here = is_running(settings)
+        if (job.lease_until or 0) > time.time() and (here or settings.ray_address):
+            return
+        if not here and waited >= patience:
+            _spawn(settings)
+            patience = waited + RESPAWN_S
+        time.sleep(0.1)
+    raise UnavailableError(
+        f"no controller took the job {job_id}, which stays queued; the log of the last one is {_log(settings)}"
+    )
+
+
+def wake_controller(settings: Settings, store: Store) -> None:
+    """Start this home's controller if jobs are open and it has none; not on somebody else's cluster."""
+    if settings.ray_address is None and store.count_open_jobs() and not is_running(settings):
+        _spawn(settings)
+
+
+def end_controller(settings: Settings) -> bool:
+    """End this home's controller; the jobs it has stay as they are. False if none ran."""
+    pid = _pid(settings)
+    if pid is None or not is_running(settings):
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + END_S
+    while is_running(settings):
+        if time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    return True
+
+
+def _release_of_the_dead(store: Store) -> None:
+    """Free what controllers of this host hold that were killed: their leases need not run out first."""
+    import psutil
+
+    for owner in store.job_lease_owners():
+        host, _, rest = owner.partition(":")
+        pid = rest.partition(":")[0]
+        if host == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            store.release_jobs(owner)
+
+
+def _spawn(settings: Settings) -> None:
+    path = _log(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pedro.training.queue.process", "--until-idle"]
+    ray = {"RAY_ADDRESS": settings.ray_address} if settings.ray_address else {}
+    with path.open("ab") as out:
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            env={**os.environ, **settings.env(), **ray},
+        )
+
+
+@contextlib.contextmanager
+def _only_one(settings: Settings) -> Iterator[None]:
+    lock = _lock(settings)
+    try:
+        lock.acquire(timeout=1)  # who looks whether one runs holds it for a moment
+    except Timeout:
+        raise ConflictError(
+            f"a controller of {settings.home} runs already (process {_pid(settings)}); `pedro down` ends it"
+        ) from None
+    try:
+        _pid_file(settings).write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+def is_running(settings: Settings) -> bool:
+    """Whether this home has a controller."""
+    lock = _lock(settings)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _lock(settings: Settings) -> FileLock:
+    folder = settings.home / "ray"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "controller.lock")
+
+
+def _pid_file(settings: Settings) -> Path:
+    return settings.home / "ray" / "controller.pid"
+
+
+def _pid(settings: Settings) -> int | None:
+    try:
+        return int(_pid_file(settings).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _log(settings: Settings) -> Path:
+    return settings.home / "logs" / "controller.log"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point of the process that `pedro submit` starts."""
+    parser = argparse.ArgumentParser(prog="pedro.training.queue.process", description="Run the controller of a home.")
+    parser.add_argument("--until-idle", action="store_true", help="end when no job is open")
+    options = parser.parse_args(arguments)
+
+    def say(line: str) -> None:
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
+
+    with contextlib.suppress(ConflictError):  # another one was faster
+        run(Settings.from_env(), say, until_idle=options.until_idle)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
