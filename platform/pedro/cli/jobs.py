@@ -160,12 +160,12 @@ def logs(
         known = Store(settings.database_url).get_job(job)
     if follow and not as_json and (known or there):
         with suppress(NotFoundError):  # a sweep of an earlier cluster has ended
-            lines = (
+            coming = (
                 training.follow(job, settings, Store(settings.database_url))
                 if known
                 else ray_jobs.follow(job, connect(settings).dashboard_url)
             )
-            for line in ray_jobs.for_people(lines):
+            for line in ray_jobs.for_people(coming):
                 typer.echo(printable(line))
             return
     if kept is None or (raw and there):
