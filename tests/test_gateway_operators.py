@@ -120,7 +120,7 @@ def residence(reply: httpx.Response) -> list[tuple]:
     return [(held["version"], held["replica"], held["state"], held["pinned"]) for held in reply.json()["residence"]]
 
 
-def test_an_adapter_is_loaded_pinned_unpinned_and_unloaded_and_says_where_it_is(admin):
+def test_an_adapter_is_loaded_pinned_unpinned_and_unloaded_and_says_where_it_is(gateway, admin):
     path = "/v1/adapters/acme.support"
     assert residence(admin.get(path)) == []
     assert residence(admin.post(f"{path}/load")) == [(1, "replica-1", "ready", False)]
@@ -129,6 +129,9 @@ def test_an_adapter_is_loaded_pinned_unpinned_and_unloaded_and_says_where_it_is(
     assert residence(admin.post(f"{path}/unpin")) == [(1, "replica-1", "ready", False)]
     assert residence(admin.post(f"{path}/unload")) == []
     assert residence(admin.get(path)) == []
+    entries = gateway.store.list_audit("acme")
+    assert [entry.action for entry in entries] == [f"adapter.{act}" for act in ("unload", "unpin", "pin", "load")]
+    assert {(entry.subject, entry.actor[:12]) for entry in entries} == {("acme.support", "key:ops/key_")}
 
 
 def test_the_list_shows_each_adapters_own_residence(admin):

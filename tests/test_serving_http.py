@@ -342,6 +342,9 @@ def test_an_operator_promotes_and_rolls_back_over_http(served, client):
         assert complete(client(), "acme.faq").system_fingerprint.startswith("acme.faq:2#")
         assert admin.post("/v1/adapters/acme.none/promote", json={"version": 1}).status_code == 404
         assert admin.post("/v1/adapters/acme.faq/promote", json={"version": 99}).status_code == 404
+    entries = served.store.list_audit("acme", limit=2)
+    assert [entry.action for entry in entries] == ["adapter.rollback", "adapter.promote"]
+    assert all(entry.actor.startswith("key:ops/key_") and entry.request_id for entry in entries)
 
 
 def test_an_adapter_deleted_while_it_answers_ends_its_stream_whole_and_is_then_gone(served, client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from dataclasses import asdict
@@ -14,7 +15,8 @@ from pedro.gateway.auth import Principal, actor_of, backend_for, require
 from pedro.gateway.backend import AdapterCard, AdapterResidence, Backend
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.schemas import INT32, CanaryRequest, PromoteRequest
-from pedro.store import ADMIN, READ, TRAIN
+from pedro.refs import tenant_of
+from pedro.store import ADMIN, READ, TRAIN, Store
 
 log = logging.getLogger("pedro.gateway")
 router = APIRouter(prefix="/v1/adapters")
@@ -71,25 +73,29 @@ async def delete_version(request: Request, name: str, version: Number, caller: O
 @router.post("/{ref}/load")
 async def load(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
     """`ref`, as in a request's `model`: the version that it means now becomes resident on every replica."""
-    return _held(ref, await request.app.state.backend().load_adapter(caller.view, ref))
+    held = await request.app.state.backend().load_adapter(caller.view, ref)
+    return await _entered(request, caller, "adapter.load", ref, held)
 
 
 @router.post("/{ref}/pin")
 async def pin(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
     """Loads it, and keeps it from being evicted."""
-    return _held(ref, await request.app.state.backend().pin_adapter(caller.view, ref))
+    held = await request.app.state.backend().pin_adapter(caller.view, ref)
+    return await _entered(request, caller, "adapter.pin", ref, held)
 
 
 @router.post("/{ref}/unpin")
 async def unpin(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
     """Lets it be evicted again."""
-    return _held(ref, await request.app.state.backend().unpin_adapter(caller.view, ref))
+    held = await request.app.state.backend().unpin_adapter(caller.view, ref)
+    return await _entered(request, caller, "adapter.unpin", ref, held)
 
 
 @router.post("/{ref}/unload")
 async def unload(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
     """Gives its memory back; a running request keeps what it holds."""
-    return _held(ref, await request.app.state.backend().unload_adapter(caller.view, ref))
+    held = await request.app.state.backend().unload_adapter(caller.view, ref)
+    return await _entered(request, caller, "adapter.unload", ref, held)
 
 
 def _adapter(card: AdapterCard) -> dict[str, Any]:
@@ -117,7 +123,12 @@ def _residence(caller: Principal, held: list[AdapterResidence] | None, name: str
     return {"residence": None if held is None else [_residence_body(entry) for entry in held if entry.name == name]}
 
 
-def _held(ref: str, held: list[AdapterResidence]) -> dict[str, Any]:
+async def _entered(
+    request: Request, caller: Principal, action: str, ref: str, held: list[AdapterResidence]
+) -> dict[str, Any]:
+    """What replicas hold now, once the audit has it: what cannot be entered is not told as done."""
+    store: Store = request.app.state.store
+    await asyncio.to_thread(store.audit, action, tenant_of(ref), ref, actor=actor_of(request, caller))
     return {"object": "adapter.residence", "model": ref, "residence": [_residence_body(entry) for entry in held]}
 
 
