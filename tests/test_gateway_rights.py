@@ -192,12 +192,13 @@ def test_a_tenant_moves_versions_of_its_own_adapters_in_its_own_name(gateway):
     assert gateway.backend.actors == [actor] * 5
 
 
-def test_a_tenants_moves_are_requests_of_its_quota_and_an_operators_are_not(gateway):
-    gateway.store.set_quota(tenant="acme", requests_per_minute=2)
+def test_a_tenants_looks_and_moves_are_requests_of_its_quota_and_an_operators_are_not(gateway):
+    gateway.store.set_quota(tenant="acme", requests_per_minute=3)
     gateway.store.set_quota(tenant="ops", requests_per_minute=1)
     with key_with(gateway, "train") as http, key_with(gateway, "admin", tenant="ops") as admin:
         moves = [(who, {"version": version}) for who in (http, admin) for version in (2, 1, 2)]
         path = "/v1/adapters/acme.support/promote"
+        assert [who.get("/v1/adapters").status_code for who in (http, admin, admin)] == [200, 200, 200]
         assert [who.post(path, json=body).status_code for who, body in moves] == [200, 200, 429, 200, 200, 200]
 
 

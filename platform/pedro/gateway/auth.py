@@ -17,6 +17,7 @@ from pedro.gateway.edge import request_id_of
 from pedro.gateway.key_cache import KeyCache
 from pedro.gateway.last_used import LastUsed
 from pedro.gateway.observability import note
+from pedro.gateway.quotas import admit
 from pedro.refs import ModelRef
 from pedro.store import ADMIN, NO_QUOTA, Actor, Quota, Store
 
@@ -76,6 +77,19 @@ def require(*scopes: str) -> Callable[[Request], Awaitable[Principal]]:
             raise ScopeError(f"This API key lacks the scope {named}; use a key that was created with it.")
         note(request.scope, tenant=principal.tenant)
         request.app.state.open_requests.enter(principal.tenant, request.scope)
+        return principal
+
+    return caller
+
+
+def counted(*scopes: str) -> Callable[[Request], Awaitable[Principal]]:
+    """As `require`; besides, a tenant's call is a request of its quota. An operator is not held up."""
+    required = require(*scopes)
+
+    async def caller(request: Request) -> Principal:
+        principal = await required(request)
+        if not principal.is_admin:
+            await admit(request, principal)
         return principal
 
     return caller

@@ -11,10 +11,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Request
 
 from pedro.errors import PedroError
-from pedro.gateway.auth import Principal, actor_of, backend_for, require
+from pedro.gateway.auth import Principal, actor_of, backend_for, counted, require
 from pedro.gateway.backend import AdapterCard, AdapterResidence, Backend
 from pedro.gateway.parsing import parse, read_body
-from pedro.gateway.quotas import admit
 from pedro.gateway.schemas import INT32, CanaryRequest, PromoteRequest
 from pedro.refs import tenant_of
 from pedro.store import ADMIN, READ, TRAIN, Store
@@ -22,18 +21,9 @@ from pedro.store import ADMIN, READ, TRAIN, Store
 log = logging.getLogger("pedro.gateway")
 router = APIRouter(prefix="/v1/adapters")
 Admin = Annotated[Principal, Depends(require(ADMIN))]
-Reader = Annotated[Principal, Depends(require(READ, TRAIN))]
+Reader = Annotated[Principal, Depends(counted(READ, TRAIN))]
+Owner = Annotated[Principal, Depends(counted(TRAIN))]
 Number = Annotated[int, Path(ge=1, lt=INT32)]
-
-
-async def _owner(request: Request, caller: Annotated[Principal, Depends(require(TRAIN))]) -> Principal:
-    """Who may move versions. A tenant's moves are requests of its quota, so that they flood nobody; not operators'."""
-    if not caller.is_admin:
-        await admit(request, caller)
-    return caller
-
-
-Owner = Annotated[Principal, Depends(_owner)]
 
 
 @router.get("")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 
 from pedro.errors import PedroError, ScopeError
-from pedro.gateway.auth import Principal, require
+from pedro.gateway.auth import Principal, counted
 from pedro.store import PLATFORM, READ, AuditEntry, AuditQuery
 
 router = APIRouter()
@@ -32,7 +32,7 @@ OPERATOR: dict[str, Any] = {"type": "session", "session": {"user": {"id": "opera
 
 
 @router.get("/v1/organization/audit_logs")
-async def list_audit_logs(request: Request, caller: Annotated[Principal, Depends(require(READ))]) -> dict[str, Any]:
+async def list_audit_logs(request: Request, caller: Annotated[Principal, Depends(counted(READ))]) -> dict[str, Any]:
     if caller.models is not None:
         raise ScopeError(
             "This API key is held to some adapters, and the audit is all of its tenant's; use another key."

@@ -160,7 +160,7 @@ class ServeBackend:
             )
 
     async def list_adapters(self, tenant: str) -> list[AdapterCard]:
-        """Every adapter with its versions, for operators."""
+        """Every adapter with its versions."""
         whose = None if tenant == ALL_TENANTS else tenant
         found = await asyncio.to_thread(self._registry.all_versions, whose)
         adapters = await asyncio.to_thread(self._registry.store.list_adapters, whose)
@@ -203,7 +203,7 @@ class ServeBackend:
         await self._resolver.refresh()
 
     async def get_adapter(self, tenant: str, name: str) -> AdapterCard:
-        """One adapter with its versions, for operators; the uniform 404 otherwise."""
+        """One adapter with its versions; the uniform 404 otherwise."""
         try:
             card = await self._adapter(name) if visible(name, tenant) else None
         except NotFoundError:  # no name of an adapter at all
