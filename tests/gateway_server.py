@@ -24,6 +24,7 @@ class Gateway:
     url: str
     backend: WordBackend
     store: Store
+    storage: Path
 
     def key(self, tenant: str = "acme", scopes: tuple[str, ...] = ("infer",)) -> str:
         return self.store.create_key(tenant, scopes)[1]
@@ -40,7 +41,9 @@ class Gateway:
 def serve(directory: Path, *, token_s: float = 0.0, settings: GatewaySettings | None = None) -> Iterator[Gateway]:
     store = Store(f"sqlite:///{directory}/pedro.db")
     backend = WordBackend(token_s)
-    settings = replace(settings or GatewaySettings(), follow_keys_every_s=0.0)  # tests wait for no change
+    settings = settings or GatewaySettings()
+    storage = settings.storage or f"{directory}/storage"
+    settings = replace(settings, storage=storage, follow_keys_every_s=0.0)  # tests wait for no change
     app = create_app(lambda: backend, store, settings)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
@@ -52,7 +55,7 @@ def serve(directory: Path, *, token_s: float = 0.0, settings: GatewaySettings | 
         assert time.monotonic() < deadline, "the server did not start in time"
         time.sleep(0.01)
     try:
-        yield Gateway(f"http://127.0.0.1:{listener.getsockname()[1]}", backend, store)
+        yield Gateway(f"http://127.0.0.1:{listener.getsockname()[1]}", backend, store, Path(storage))
     finally:
         server.should_exit = True
         thread.join(60)

@@ -74,6 +74,11 @@ def test_every_route_but_the_probes_needs_a_key(gateway):
             ("POST", "/tokenize"),
             ("POST", "/detokenize"),
             ("GET", "/tokenizer_info"),
+            ("GET", "/v1/files"),
+            ("POST", "/v1/files"),
+            ("GET", "/v1/files/file-0"),
+            ("DELETE", "/v1/files/file-0"),
+            ("GET", "/v1/files/file-0/content"),
         ]:
             reply = nobody.request(method, path)
             assert reply.status_code == 401, path

@@ -382,6 +382,27 @@ def test_a_client_that_goes_away_frees_its_slot(served):
     assert stats["slots_free"] == stats["slots"]
 
 
+def test_a_file_comes_through_serves_proxy_whole_and_one_that_is_cut_leaves_nothing(served):
+    key = served.store.create_key("uploader", ("train",))[1]
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0, timeout=GUARD_S)
+    data = os.urandom(8).hex().encode() * 10**6  # 16 MB
+    made = client.files.create(file=("train.jsonl", data), purpose="fine-tune")
+    assert client.files.content(made.id).read() == data
+    scratch = Path(served.settings.storage) / "files" / ".new"
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=GUARD_S) as line:
+        head = (
+            f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 1000000\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+        )
+        part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nhalf of it'
+        line.sendall(head.encode() + part.encode())
+        wait_for(lambda: any(scratch.iterdir()))
+    wait_for(lambda: not any(scratch.iterdir()))
+    assert [file.id for file in client.files.list()] == [made.id]
+    client.files.delete(made.id)
+
+
 def test_many_requests_at_once_all_get_their_own_answer(client):
     prompts = [f"There was a {word}" for word in ("cat", "dog", "bird", "girl")]
     models = ["acme.faq", "acme.faq:1", BACKBONE]

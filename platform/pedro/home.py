@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 BACKBONES = "backbones"
+UPLOADS = "files"
+"""The folder of the storage in which tenants' uploaded files lie."""
 
 
 def home_directory(env: Mapping[str, str] = os.environ) -> Path:

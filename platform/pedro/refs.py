@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pedro.errors import NotFoundError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # of a tenant or an adapter
+FILE_ID = re.compile(r"file-[0-9a-f]{24}")  # of an uploaded file
 _MODEL = re.compile(
     rf"(?P<tenant>{NAME.pattern})\.(?P<adapter>{NAME.pattern})"
     r"(?:@(?P<alias>[A-Za-z0-9_-]+)|:(?P<version>[0-9]{1,9}))?(?:#(?P<digest>.+))?"

@@ -23,6 +23,7 @@ from pedro.cli import (
     data,
     db,
     doctor,
+    files,
     jobs,
     keys,
     methods,
@@ -52,6 +53,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(backbones.app, name="backbones")
 app.add_typer(keys.app, name="keys")
+app.add_typer(files.app, name="files")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(db.app, name="db")
 app.command("submit")(jobs.submit)

@@ -58,9 +58,10 @@ def submit(
     if dry_run:
         from pedro.backbone import quiet
         from pedro.training.estimate import dry_run as estimate
+        from pedro.training.uploaded_files import with_uploaded_files
 
         quiet()
-        report = estimate(wanted, calibrated)
+        report = estimate(with_uploaded_files(wanted, settings), calibrated)
         emit(report.to_dict(), as_json, lambda: typer.echo(str(report)))
         return
     from pedro.cluster import connect

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -9,9 +11,12 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
+from pedro.errors import PedroError
+from pedro.files import FileLimits, Files
 from pedro.gateway import (
     routes_adapters,
     routes_audit,
+    routes_files,
     routes_health,
     routes_inference,
     routes_metrics,
@@ -23,10 +28,13 @@ from pedro.gateway.edge import Edge
 from pedro.gateway.errors import install_error_handlers
 from pedro.gateway.observability import GatewayMetrics, Observed
 from pedro.gateway.quotas import OpenRequests, Quotas
+from pedro.gateway.uploads import FileThreads, OpenUploads
 
 if TYPE_CHECKING:
     from pedro.gateway.backend import Backend
     from pedro.store import Store
+
+log = logging.getLogger("pedro.gateway")
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,12 @@ class GatewaySettings:
     gateways: int = 1  # gateway processes that share the quotas
     name: str = ""  # of this one among them
     follow_keys_every_s: float = 0.5  # a revoked key, or a changed quota, is heard of within that time
+    storage: str | None = None  # a folder or fsspec URL for uploaded files; none: there are no files
+    max_file_bytes: int = 512 * 2**20  # of one uploaded file; more is a 413
+    max_tenant_file_bytes: int = 10 * 2**30  # of all files of a tenant
+    max_tenant_files: int = 10_000  # their number
+    max_open_uploads: int = 4  # of a tenant
+    upload_timeout_s: float = 3600.0  # for the whole of a file to arrive
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
 
 
@@ -52,11 +66,18 @@ def create_app(
     settings = settings or GatewaySettings()
     authenticator = Authenticator(store, settings.follow_keys_every_s)
     quotas = Quotas(store, settings.gateways)
+    limits = FileLimits(settings.max_file_bytes, settings.max_tenant_file_bytes, settings.max_tenant_files)
+    files = Files(store, settings.storage, limits) if settings.storage is not None else None
+    file_threads = FileThreads()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(file_threads.run(_sweep, files)) if files is not None else None
         yield
         await quotas.close()
+        if sweeping is not None:
+            await sweeping
+        file_threads.close()
         authenticator.close()
 
     app = FastAPI(
@@ -69,6 +90,9 @@ def create_app(
     app.state.open_requests = OpenRequests(settings.max_open_requests)
     app.state.quotas = quotas
     app.state.metrics = metrics = GatewayMetrics(settings.name)
+    app.state.files = files
+    app.state.open_uploads = OpenUploads(settings.max_open_uploads)
+    app.state.file_threads = file_threads
     install_error_handlers(app)
     app.add_middleware(Edge, send_request_id=settings.send_request_id)
     app.add_middleware(Observed, metrics=metrics)
@@ -78,8 +102,18 @@ def create_app(
         routes_models,
         routes_adapters,
         routes_audit,
+        routes_files,
         routes_health,
         routes_metrics,
     ):
         app.include_router(routes.router)
     return app
+
+
+def _sweep(files: Files) -> None:
+    """Remove what uploads left behind whose process was killed."""
+    try:
+        if removed := files.sweep():
+            log.info("%d uploads that were cut off are removed", removed)
+    except PedroError as error:
+        log.warning("uploads that were cut off could not be looked for: %s", error.message)

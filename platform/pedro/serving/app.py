@@ -110,6 +110,7 @@ class Gateway:
         self._store = Store(settings.database_url)
         self._engine = engine
         self._requests_log = settings.requests_log
+        self._storage = settings.storage
         self._starting: list[asyncio.Task[Any]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -148,6 +149,9 @@ class Gateway:
             max_open_requests=MAX_ONGOING,
             gateways=self._config.gateways,
             name=serve.get_replica_context().replica_tag if self._config.gateways > 1 else "",
+            storage=self._storage,
+            max_file_bytes=int(self._config.max_file_mb * 2**20),
+            max_tenant_file_bytes=int(self._config.max_tenant_files_mb * 2**20),
             send_request_id=False,  # Serve's proxy sends it itself
         )
         return create_app(lambda: backend, self._store, settings)

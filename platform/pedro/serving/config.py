@@ -47,6 +47,10 @@ class ServeConfig(Frozen):
     """Shares of a busy engine by tenant, 1 where not named: {acme: 2} gives acme two tokens for another's one."""
     adapter_budget_mb: float = Field(512, gt=0)
     """Memory for resident adapters of a replica."""
+    max_file_mb: float = Field(512, gt=0)
+    """Size of one uploaded file (`/v1/files`)."""
+    max_tenant_files_mb: float = Field(10_240, gt=0)
+    """Size of all files that a tenant keeps."""
     watch_interval_s: float = Field(0.5, gt=0, le=10)
     """How often the registry's aliases are read: the bound on how late a hot swap is seen."""
 

@@ -1,8 +1,9 @@
-"""The platform's own records: keys, quotas, jobs, adapters with their aliases. The only package that writes SQL."""
+"""The platform's own records: keys, quotas, jobs, files, adapters, aliases. The only package that writes SQL."""
 
 from pedro.store.buckets import LeaseGrant, LeaseRequest
 from pedro.store.changes import ADAPTER, KEY, QUOTA, Delta, Position
 from pedro.store.database import Database, exclusive
+from pedro.store.files import check_file_room, file_not_found
 from pedro.store.keys import hash_secret, unknown_key
 from pedro.store.records import (
     ADMIN,
@@ -21,6 +22,7 @@ from pedro.store.records import (
     AuditQuery,
     By,
     Canary,
+    FileRecord,
     Inherited,
     JobRecord,
     JobStatus,
@@ -61,6 +63,7 @@ __all__ = [
     "Canary",
     "Database",
     "Delta",
+    "FileRecord",
     "Inherited",
     "JobRecord",
     "JobStatus",
@@ -76,7 +79,9 @@ __all__ = [
     "Store",
     "Unmirrored",
     "Version",
+    "check_file_room",
     "exclusive",
+    "file_not_found",
     "hash_secret",
     "kind_of",
     "period_of",

@@ -137,6 +137,22 @@ class JobRecord:
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """A tenant's uploaded file."""
+
+    id: str
+    tenant: str
+    filename: str
+    purpose: str
+    bytes: int
+    digest: str  # "sha256:…" of its content
+    location: str  # inside the storage
+    created: float
+    expires: float | None
+    key_id: str | None  # of the key that uploaded it; none for an operator
+
+
+@dataclass(frozen=True)
 class Canary:
     """A version that answers a share of what is asked of the champion."""
 

@@ -14,6 +14,7 @@ from pedro.store.audit import AuditTable
 from pedro.store.buckets import BucketTable
 from pedro.store.changes import ChangeTable
 from pedro.store.database import Database
+from pedro.store.files import FileTable
 from pedro.store.job_queue import JobQueue
 from pedro.store.jobs import JobTable
 from pedro.store.keys import KeyTable
@@ -21,7 +22,18 @@ from pedro.store.migrate import ready
 from pedro.store.quotas import QuotaTable
 
 
-class Store(KeyTable, QuotaTable, JobTable, JobQueue, AdapterTable, AliasTable, AuditTable, BucketTable, ChangeTable):
+class Store(
+    KeyTable,
+    QuotaTable,
+    JobTable,
+    JobQueue,
+    FileTable,
+    AdapterTable,
+    AliasTable,
+    AuditTable,
+    BucketTable,
+    ChangeTable,
+):
     """The records behind one database URL. Picklable: a copy in another process opens its own connections."""
 
     def __init__(self, url: str) -> None:

@@ -7,11 +7,14 @@ may lie anywhere on this host. Opens nothing.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pedro.config import DATA_SCHEMES, Settings
 from pedro.errors import ConfigError
+from pedro.home import UPLOADS
+from pedro.refs import FILE_ID
 
 
 def check_allowed_files(
@@ -22,6 +25,12 @@ def check_allowed_files(
     `folders` are roots beside those of the settings; the fields in `typed` were given by hand.
     """
     for field, location in files.items():
+        if FILE_ID.fullmatch(location):  # whose it is, is asked where it is taken
+            continue
+        if _is_upload(location, settings.storage):
+            raise ConfigError(
+                f"{field}: {location!r} is where uploaded files lie; name the file by its id, file-…", param=field
+            )
         if "://" in location:
             _check_url(field, location, settings)
         elif field not in typed and not any(_beneath(location, root) for root in _roots(settings, folders)):
@@ -30,6 +39,14 @@ def check_allowed_files(
                 f"there, type {field}=PATH on the command line, or name its folder in PEDRO_DATA_ROOTS",
                 param=field,
             )
+
+
+def _is_upload(location: str, storage: str) -> bool:
+    """Whether it lies among tenants' uploaded files, which are reached by their ids alone."""
+    folder = f"{storage.rstrip('/')}/{UPLOADS}"
+    if "://" in location or "://" in storage:
+        return posixpath.normpath(location).startswith(f"{posixpath.normpath(folder)}/")
+    return _beneath(location, Path(folder))
 
 
 def _check_url(field: str, url: str, settings: Settings) -> None:

@@ -30,6 +30,7 @@ from pedro.training.promotion_gate import GateDecision, decide
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.storage import fetch, put_dataset
 from pedro.training.trainer import Result, fit
+from pedro.training.uploaded_files import with_uploaded_files
 
 Log = Callable[[str], None]
 
@@ -219,7 +220,8 @@ def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
 
     def work() -> dict[str, Any]:
         record.running()
-        spec = stage(read_spec(options.spec, settings.cache, options.overrides), settings.storage)
+        spec = read_spec(options.spec, settings.cache, options.overrides)
+        spec = stage(with_uploaded_files(spec, settings), settings.storage)
         connect_driver()
         return run_job(spec, settings, Registry.open(settings), job_id, log=log_line).to_dict()
 

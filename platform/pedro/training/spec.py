@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pedro.backbone import locate_backbone
 from pedro.config import Frozen, Settings, check_name, load_spec
 from pedro.errors import ConfigError
-from pedro.refs import ModelRef
+from pedro.refs import FILE_ID, ModelRef
 from pedro.training.allowed_files import check_allowed_files
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -27,8 +27,8 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 class DataSpec(Frozen):
-    """The tenant's files (JSONL, a JSON array, CSV or parquet): paths, relative ones from the spec's own folder, or
-    `pedro://demo/...` for the data that the package carries.
+    """The tenant's files (JSONL, a JSON array, CSV or parquet): paths, relative ones from the spec's own folder; ids of
+    files that the tenant uploaded (`file-…`); or `pedro://demo/...` for the data that the package carries.
     """
 
     train: str
@@ -274,7 +274,7 @@ def _located(base: Path, file: str) -> str:
         if not path.is_relative_to(ASSETS.resolve()):
             raise ConfigError(f"data: {file!r} leaves the data that the package carries", param="data")
         return str(path)
-    return file if "://" in file else str(base / Path(file).expanduser())
+    return file if "://" in file or FILE_ID.fullmatch(file) else str(base / Path(file).expanduser())
 
 
 def _locate_override(word: str) -> str:

@@ -32,6 +32,17 @@ def put_dataset(file: str, storage: str) -> str:
     return target
 
 
+def put_uploaded(source: str, digest: str, suffix: str, storage: str) -> str:
+    """Have a copy of an uploaded file among the data sets, where it outlives the file; where it is then.
+
+    `source` lies in the storage, and its content has this digest. Raises UnavailableError if it cannot be stored.
+    """
+    target = join(storage, "datasets", f"{digest.removeprefix('sha256:')}{suffix or '.jsonl'}")
+    if not exists(target):
+        _copy(source, target)
+    return target
+
+
 def fetch(location: str, cache: Path) -> Path:
     """A local path of a stored file: itself, or this host's copy of what a URL names."""
     if "://" not in location:
@@ -99,7 +110,10 @@ def _copy(source: str, target: str) -> None:
         if "://" in target:
             system, path = _filesystem(target)
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            system.put_file(source, path)
+            if "://" in source:  # within one storage
+                system.cp_file(_filesystem(source)[1], path)
+            else:
+                system.put_file(source, path)
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(prefix=".new-", dir=Path(target).parent)

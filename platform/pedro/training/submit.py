@@ -19,6 +19,7 @@ from pedro.training.job_log import UPLOAD_S, kept_log
 from pedro.training.queue.process import hand_over
 from pedro.training.ray_jobs import readable
 from pedro.training.storage import join, write_text
+from pedro.training.uploaded_files import with_uploaded_files
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -37,7 +38,7 @@ def submit(spec: FineTuneSpec, settings: Settings, store: Store, *, priority: in
     """
     job_id = new_job_id()
     offer_backbone(settings, spec.backbone)
-    staged = stage(spec, settings.storage)
+    staged = stage(with_uploaded_files(spec, settings), settings.storage)
     write_text(join(settings.storage, "jobs", job_id, "spec.json"), json.dumps(staged.to_dict(), indent=2))
     store.create_job(spec.tenant, spec.adapter, spec.to_dict(), job_id, queued=True, priority=priority)
     hand_over(job_id, settings, store)

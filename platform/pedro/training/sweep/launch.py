@@ -13,6 +13,7 @@ from pedro.training import ray_jobs
 from pedro.training.job import stage
 from pedro.training.job_status import RAY_OPEN
 from pedro.training.sweep.records import Records, SweepRecord, recall, remember
+from pedro.training.uploaded_files import with_uploaded_files
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -76,5 +77,5 @@ def wait(record: SweepRecord, dashboard_url: str, log: Callable[[str], None]) ->
 
 def staged(spec: SweepSpec, settings: Settings) -> SweepSpec:
     """The spec with its data where every host finds it."""
-    changes: dict[str, Any] = {"base": stage(spec.base, settings.storage)}
+    changes: dict[str, Any] = {"base": stage(with_uploaded_files(spec.base, settings), settings.storage)}
     return spec.model_copy(update=changes)

@@ -1,0 +1,139 @@
+"""/v1/files: a tenant's uploaded files, as OpenAI's clients ask for them.
+
+Reference: https://platform.openai.com/docs/api-reference/files
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, BinaryIO
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import StreamingResponse
+
+from pedro.errors import PedroError, UnavailableError
+from pedro.files import Files, check_purpose
+from pedro.gateway.auth import Principal, actor_of, require
+from pedro.gateway.quotas import admit
+from pedro.gateway.uploads import FileThreads, receive_file
+from pedro.store import READ, TRAIN, FileRecord
+
+router = APIRouter(prefix="/v1/files")
+Trainer = Annotated[Principal, Depends(require(TRAIN))]
+Reader = Annotated[Principal, Depends(require(READ, TRAIN))]
+MAX_LISTED = 10_000
+BLOCK = 1 << 18
+
+
+@router.post("")
+async def create_file(request: Request, caller: Trainer) -> dict[str, Any]:
+    await admit(request, caller)
+    with request.app.state.open_uploads.enter(caller.tenant):
+        return _file(await receive_file(request, caller, _files(request)))
+
+
+@router.get("")
+async def list_files(request: Request, caller: Reader) -> dict[str, Any]:
+    await admit(request, caller)
+    query = _ListQuery(dict(request.query_params))
+    found = await _threads(request).run(
+        _files(request).list_files,
+        caller.tenant,
+        purpose=query.purpose,
+        after=query.after,
+        limit=query.limit + 1,
+        oldest_first=query.oldest_first,
+    )
+    page = found[: query.limit]
+    return {
+        "object": "list",
+        "data": [_file(record) for record in page],
+        "has_more": len(found) > len(page),
+        "first_id": page[0].id if page else None,
+        "last_id": page[-1].id if page else None,
+    }
+
+
+@router.get("/{file_id}")
+async def get_file(request: Request, file_id: str, caller: Reader) -> dict[str, Any]:
+    await admit(request, caller)
+    return _file(await _threads(request).run(_files(request).get, file_id, caller.tenant))
+
+
+@router.get("/{file_id}/content")
+async def get_content(request: Request, file_id: str, caller: Reader) -> StreamingResponse:
+    await admit(request, caller)
+    files = _files(request)
+    record = await _threads(request).run(files.get, file_id, caller.tenant)
+    stream = await _threads(request).run(files.open, record)
+    headers = {
+        "content-length": str(record.bytes),
+        "content-disposition": f"attachment; filename*=UTF-8''{quote(record.filename, safe='')}",
+        "x-content-type-options": "nosniff",
+    }
+    return StreamingResponse(_blocks(stream), headers=headers, media_type="application/octet-stream")
+
+
+@router.delete("/{file_id}")
+async def delete_file(request: Request, file_id: str, caller: Trainer) -> dict[str, Any]:
+    await admit(request, caller)
+    files = _files(request)
+    record = await _threads(request).run(files.get, file_id, caller.tenant)
+    await _threads(request).run(files.delete, record, actor=actor_of(request, caller))
+    return {"id": record.id, "object": "file", "deleted": True}
+
+
+class _ListQuery:
+    """What a list is asked for. Raises PedroError for anything else."""
+
+    def __init__(self, given: dict[str, str]) -> None:
+        unknown = sorted(given.keys() - {"after", "limit", "order", "purpose"})
+        if unknown:
+            message = f"Unrecognized request argument supplied: {unknown[0][:80]}; known: after, limit, order, purpose"
+            raise PedroError(message, param=unknown[0][:80], code="unknown_parameter")
+        limit, order = given.get("limit", str(MAX_LISTED)), given.get("order", "desc")
+        if not limit.isascii() or not limit.isdigit() or len(limit) > 9 or not 1 <= int(limit) <= MAX_LISTED:
+            raise _wrong("limit", f"expected 1 to {MAX_LISTED}", limit)
+        if order not in ("asc", "desc"):
+            raise _wrong("order", 'expected "asc" or "desc"', order)
+        self.limit = int(limit)
+        self.oldest_first = order == "asc"
+        self.after = given.get("after")
+        self.purpose = check_purpose(given["purpose"]) if "purpose" in given else None
+
+
+def _files(request: Request) -> Files:
+    files: Files | None = request.app.state.files
+    if files is None:
+        raise UnavailableError("This server has no storage for files.", code="storage")
+    return files
+
+
+def _threads(request: Request) -> FileThreads:
+    threads: FileThreads = request.app.state.file_threads
+    return threads
+
+
+def _file(record: FileRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "object": "file",
+        "bytes": record.bytes,
+        "created_at": int(record.created),
+        "expires_at": None if record.expires is None else int(record.expires),
+        "filename": record.filename,
+        "purpose": record.purpose,
+        "status": "processed",  # whether it can be trained on is said by the job that uses it
+        "status_details": None,
+    }
+
+
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    with stream:
+        while block := stream.read(BLOCK):
+            yield block
+
+
+def _wrong(field: str, expected: str, got: str) -> PedroError:
+    return PedroError(f"{field}: {expected}, got {got[:80]!r}", param=field, code="invalid_value")
