@@ -19,7 +19,7 @@ from pedro import cli
 from pedro.config import Settings
 from pedro.methods.adapter_files import save_adapter
 from pedro.registry import Registry
-from pedro.store import LIMITS, Store
+from pedro.store import LIMITS, Store, Usage
 
 ASSETS = Path(cli.__file__).parents[1] / "assets"
 TRAIN = ASSETS / "demo" / "acme" / "train.jsonl"
@@ -384,6 +384,54 @@ def test_eval_takes_the_names_of_columns(pedro, tmp_path):
     one_error(pedro("eval", "acme.faq", "--data", rows), "--fields")
     named = ("--fields", "prompt=question,completion=answer")
     assert one_value(pedro("eval", "acme.faq", "--data", rows, *named, "--json"))["rows"] == 1
+
+
+# usage
+
+
+@pytest.fixture
+def used(tmp_path, monkeypatch):
+    """A ledger with two tenants, in a home of its own."""
+    url = f"sqlite:///{tmp_path}/pedro.db"
+    store = Store(url)
+    rows = [
+        Usage("2026-03-30", "acme", "acme.faq", "key_1", 1, 1000, 0, 50),
+        Usage("2026-03-31", "acme", "@sum(a1)", "key_1", 2, 20, 0, 6, 700, 1.5),
+        Usage("2026-03-31", "globex", "globex.faq", "key_3", 4, 40, 0, 8),
+    ]
+    store.add_usage(rows, "test", 1)
+    store.close()
+    return {"PEDRO_DATABASE_URL": url}
+
+
+def test_usage_is_a_table_with_a_total_json_and_csv_that_no_spreadsheet_computes(pedro, used, tmp_path):
+    status, out, _ = pedro("usage", **used)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines() if line.strip() and "─" not in line] == [
+        "tenant", "acme", "acme", "globex", "total",
+    ]  # fmt: skip
+    assert "1,060" in out.splitlines()[-2]
+    march = ("--tenant", "acme", "--from", "2026-03-31", "--to", "2026-03-31")
+    value = one_value(pedro("usage", *march, "--by", "day,key", "--json", **used))
+    assert [(row["day"], row["key_id"], row["requests"]) for row in value["usage"]] == [("2026-03-31", "key_1", 2)]
+    assert value["total"]["training_tokens"] == 700
+    assert one_value(pedro("usage", "--by", "", "--json", **used))["usage"] == [value["total"] | {
+        "requests": 7, "prompt_tokens": 1060, "completion_tokens": 64,
+    }]  # fmt: skip
+    status, out, _ = pedro("usage", "--csv", "-", "--by", "model", **used)
+    assert out.splitlines()[0].startswith("model,requests,prompt_tokens,cached_tokens,completion_tokens")
+    assert out.splitlines()[1].startswith("'@sum(a1),2,20,0,6")
+    pedro("usage", "--csv", tmp_path / "march.csv", **used)
+    assert len((tmp_path / "march.csv").read_text().splitlines()) == 4
+    assert "nothing was used" in pedro("usage", "--tenant", "nobody", **used)[1]
+
+
+def test_usage_says_what_is_wrong_with_a_question(pedro, used):
+    one_error(pedro("usage", "--from", "march", **used), "--from", "'march'", "2026-03-31")
+    one_error(pedro("usage", "--from", "2026-04-01", "--to", "2026-03-01", **used), "--from", "--to", "exchange")
+    one_error(pedro("usage", "--by", "week", **used), "--by", "'week'", "tenant, model, key, day")
+    one_error(pedro("usage", "--csv", "-", "--json", **used), "--csv", "--json")
+    one_error(pedro("usage", "--csv", "/nowhere/march.csv", **used), "/nowhere/march.csv")
 
 
 # the server, which does not run here

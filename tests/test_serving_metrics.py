@@ -17,7 +17,9 @@ STATS = {
 
 
 def ended(reason="stop", index=0):
-    return Output("r", index, finish_reason=reason, prompt_tokens=10, completion_tokens=5, timing=Timing(0.1, 0.2, 0.6))
+    prompt_tokens = 0 if index else 10
+    timing = Timing(0.1, 0.2, 0.6)
+    return Output("r", index, finish_reason=reason, prompt_tokens=prompt_tokens, completion_tokens=5, timing=timing)
 
 
 def values(text):

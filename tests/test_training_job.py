@@ -92,6 +92,9 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, tmp_path, 
     assert (version.digest, version.aliases) == (killed.digest, ("champion",))
     assert (store.get_job(job).status, store.get_job(job).result) == ("succeeded", killed.to_dict())
     assert [step for step, _ in registry.metric_history(version.run_id, "dev/loss")][-1] == 40
+    used = {used.model: used for used in store.usage("acme", by=["model"])}[f"acme.killed{workers}"]
+    assert used.training_tokens == whole["tokens"], "what was done again after the kill counts once"
+    assert used.training_seconds > 0
 
 
 def test_a_hopeless_loss_ends_the_job_at_once_and_registers_nothing(home, tmp_path):

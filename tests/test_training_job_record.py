@@ -9,7 +9,7 @@ import time
 import uuid
 
 import pytest
-from training_runs import spec_for
+from training_runs import context_for, run, spec_for
 
 from pedro import cli
 from pedro.config import Settings
@@ -20,6 +20,7 @@ from pedro.training.driver import drive
 from pedro.training.job_log import keeping_log, kept_log
 from pedro.training.job_record import OwnRecord
 from pedro.training.job_status import ClusterJobs, reconcile_record
+from pedro.training.job_usage import enter_training
 
 
 @pytest.fixture
@@ -74,6 +75,21 @@ def test_a_record_goes_by_running_to_its_end_and_the_first_end_stays(settings, s
     assert store.get_job(made.id).status == "succeeded"
     assert store.get_job(made.id).result == {"model": "acme.colours:1"}
     OwnRecord(settings.database_url, "ftjob-unknown", print).running()
+
+
+def test_what_a_job_trained_is_entered_once_as_of_its_last_checkpoint(tmp_path, settings, store):
+    kept = tmp_path / "home" / "storage" / "runs" / "ftjob-1"
+    enter_training(settings, "ftjob-1", "acme.colours", print)
+    assert store.usage() == [], "it has no checkpoint yet"
+    outcome = run(context_for(spec_for(tmp_path), tmp_path), kept / "checkpoint_2")
+    (kept / "checkpoint_2" / "last").rename(kept / "checkpoint_2" / "state")
+    (kept / "checkpoint_3" / "adapter").mkdir(parents=True)  # the last one holds the adapter and no state
+    for _ in range(2):
+        enter_training(settings, "ftjob-1", "acme.colours", print)
+    (used,) = store.usage()
+    assert (used.tenant, used.model, used.key_id, used.requests) == ("acme", "acme.colours", "", 0)
+    assert used.training_tokens == outcome.all_tokens > 0
+    assert used.training_seconds == pytest.approx(outcome.seconds, abs=0.001)
 
 
 def test_a_driver_that_is_stopped_enters_whether_that_was_a_pause(settings, store):

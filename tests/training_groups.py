@@ -109,6 +109,7 @@ def _train(training: Training, folder: Path, group: WorkerGroup) -> dict[str, An
         "metrics": metrics,
         "digest": digest,
         "trainable": context.trainable_parameters,
+        "tokens": outcome.all_tokens,
     }
 
 

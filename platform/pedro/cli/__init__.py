@@ -31,6 +31,7 @@ from pedro.cli import (
     sweep,
     tasks,
     tenants,
+    usage,
 )
 from pedro.cli.output import fail
 
@@ -62,6 +63,7 @@ app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)
 app.command("dashboard")(dashboard.dashboard)
 app.command("eval")(adapters.evaluate)
+app.command("usage")(usage.usage)
 app.command("serve")(serve.serve)
 app.command("down")(serve.down)
 app.command("chat")(chat.chat)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pedro.comparison.costs import MEASURED, METRICS, SERVED
 from pedro.comparison.result_model import AVERAGE, BEST, SECOND, Cost, Difference, Table, TableEntry, format_score
+from pedro.csv_cells import plain_cell
 
 if TYPE_CHECKING:
     from pedro.comparison.imported import ImportedRun
@@ -24,7 +25,6 @@ NOTHING = ("-", "")
 HEADS = ("method", "parameters")
 IMPORTED_TITLE = "As PEFT's method_comparison reports them: other data, hyperparameters and seeds, no intervals"
 MARKDOWN_SIGNS = re.compile(r"[\\`*<|]|\[(?=[^\]]*\]\()")  # as for "[", only where a link would begin
-FORMULA = ("=", "+", "-", "@")  # what a spreadsheet takes for the beginning of one
 ESCAPES = re.compile("\033\\[[0-9]*m")
 LATEX = {
     **{sign: f"\\{sign}" for sign in "%&#_${}"},
@@ -272,23 +272,18 @@ def _latex_cell(cell: Text, first: bool) -> str:
 def _csv_row(entry: TableEntry, table: Table, paper: Paper | None) -> list[object]:
     gain = entry.gain
     return [
-        *(_cell(entry.backbone), entry.budget, _cell(entry.label), entry.method, entry.task, entry.metric),
+        *(plain_cell(entry.backbone), entry.budget, plain_cell(entry.label), entry.method, entry.task, entry.metric),
         *(entry.value, entry.low, entry.high, entry.seeds, entry.failed),
         _by_seed(entry.values),
         entry.parameters or None,
         _by_seed(entry.lrs),
         *(entry.mark, entry.proven, entry.at_chance, entry.majority),
         entry.rows if entry.task != AVERAGE else None,
-        _cell(table.baseline),
+        plain_cell(table.baseline),
         *((gain.value, gain.low, gain.high, gain.proven) if gain else ("", "", "", "")),
         paper.value(entry.label, entry.task) if paper else None,
         *((cost := table.costs.get((entry.label, name))) and cost.value for name in MEASURED),
     ]
-
-
-def _cell(text: str) -> str:
-    """Text that no spreadsheet computes."""
-    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _by_seed(values: Sequence[tuple[int, float]]) -> str:

@@ -262,7 +262,8 @@ class Engine:
             for group, logprobs in zip(made, prompt_logprobs, strict=True):
                 leader = group[0][0]
                 prompt = len(leader.request.prompt_ids)
-                self._counts["prompt_tokens"] += 0 if leader.resumes else prompt
+                alive = [one[0] for one in group if one[0].state is not SequenceState.FINISHED]
+                self._counts["prompt_tokens"] += alive[0].count_prompt() if alive else 0
                 for one in group:
                     self._accept(*one, None if logprobs is None else logprobs[:prompt])
 
@@ -341,13 +342,13 @@ class Engine:
         if sequence.max_tokens == 0:
             self._finish(sequence, "length", prompt_logprobs=prompt_logprobs)
             return
-        self._counts["completion_tokens"] += sequence.width
         self._scheduler.charge(sequence, sequence.width)
         if isinstance(sequence, BeamSequence):
             sequence.prompt_logprobs = prompt_logprobs or sequence.prompt_logprobs
             if sequence.done:
                 self._finish(sequence, "length")
             return
+        self._counts["completion_tokens"] += 1
         text, reason = sequence.append(token_id)
         logprobs = None if logprob is None else [logprob]
         if reason is None:
@@ -382,7 +383,10 @@ class Engine:
         if was is not SequenceState.PREFILLING:
             self._ended.append(sequence)
         self._counts["failed" if fields.get("error") else "finished"] += 1
-        self._outbox += sequence.last_outputs(reason, **fields)
+        outputs = sequence.last_outputs(reason, **fields)
+        if isinstance(sequence, BeamSequence):  # of its beams only the answers count, which are known now
+            self._counts["completion_tokens"] += sum(output.completion_tokens for output in outputs)
+        self._outbox += outputs
         siblings = self._live[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:

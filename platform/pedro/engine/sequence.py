@@ -166,7 +166,8 @@ class Output:
     """What one step gave one answer. `text` may lag `token_ids` while a character or a stop text is incomplete.
 
     The last Output of an answer has `finish_reason` ("stop", "length", "cancelled" or "error") and `timing`;
-    `error` is set with "error" only. `prompt_logprobs` comes once, first entry None.
+    `error` is set with "error" only. Its `prompt_tokens` are 0 where the prompt was never read. `prompt_logprobs` comes
+    once, first entry None.
     """
 
     request_id: str
@@ -220,7 +221,8 @@ class Sequence:
         self.prompt_in: Sequence | None = None  # the sibling whose slot holds the prompt until this one's own does
         self.lends_to: list[Sequence] = []  # the other way round
         self.preempted_state: PreemptedState | None = None  # what the runner saved of it
-        self.resumes = False  # whether it ran before: its vectors are made, its prompt is counted and given out
+        self.resumes = False  # whether it ran before: its vectors are made, its prompt is given out
+        self.prompt_read = False  # for this answer or another to the same request: it is counted
         self.stepped = 0  # the last step that it was decoded in
         self.turn_length = 0  # tokens of answer when it last started
         self.output_ids: list[int] = list(request.resumed_ids)
@@ -283,6 +285,14 @@ class Sequence:
         self.slots, self.slot = slots, slots[0]
         self.turn_length = len(self.output_ids)
 
+    def count_prompt(self) -> int:
+        """The tokens of the prompt, which was just read: once for all answers to a request, 0 from then on."""
+        if self.prompt_read:
+            return 0
+        for sequence in (self, *self.siblings):
+            sequence.prompt_read = True
+        return len(self.request.prompt_ids)
+
     def append(self, token_id: int) -> tuple[str, str | None]:
         """Take a sampled token. Returns the text that became certain and the finish reason, if this ends it."""
         self.output_ids.append(token_id)
@@ -309,7 +319,7 @@ class Sequence:
             request_id=self.request.id,
             index=index,
             finish_reason=finish_reason,
-            prompt_tokens=len(self.request.prompt_ids),
+            prompt_tokens=len(self.request.prompt_ids) if self.prompt_read else 0,
             completion_tokens=completion_tokens,
             timing=Timing(began - self.arrived, first - self.arrived, now - self.arrived),
             **fields,

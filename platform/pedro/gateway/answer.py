@@ -13,12 +13,14 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from pedro.gateway.backend import CallMeter
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.errors import stream_error_body
 from pedro.gateway.observability import note
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from pedro.gateway.backend import Backend, Delta, GenerateCall
+    from pedro.gateway.usage import UsageEntry
 
 QUEUED_DELTAS = 256  # a client slower than this holds its own streams up, and nobody else's
 BLOCK = 64  # bytes
@@ -46,7 +49,7 @@ Result = TypeVar("Result")
 class Answer(Response):
     """An ASGI response. `stream`: send events, with what `options` adds to them.
 
-    `ticket` is settled with the tokens used, however the response ends.
+    `ticket` is settled with the tokens used, and `entry` entered in the usage ledger, however the response ends.
     """
 
     def __init__(
@@ -56,11 +59,14 @@ class Answer(Response):
         response_format: ResponseFormat,
         ticket: Ticket,
         *,
+        entry: UsageEntry,
         stream: bool = False,
         options: StreamOptions = NO_OPTIONS,
     ) -> None:
         super().__init__()
-        self._backend, self._calls, self._format, self._ticket = backend, calls, response_format, ticket
+        self._backend, self._format, self._ticket, self._entry = backend, response_format, ticket, entry
+        self._meters = [CallMeter() for _ in calls]
+        self._calls = [replace(call, meter=meter) for call, meter in zip(calls, self._meters, strict=True)]
         self._stream, self._options = stream, options
         self._choices = [
             [Choice(number * call.n + index) for index in range(call.n)] for number, call in enumerate(calls)
@@ -70,6 +76,7 @@ class Answer(Response):
         self._first_s: float | None = None  # until the first delta
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._entry.begin(self._meters, self._count)
         try:
             if self._stream:
                 await while_connected(receive, self._send_events(send, request_id_of(scope)))
@@ -81,6 +88,7 @@ class Answer(Response):
             raise
         finally:
             self._ticket.settle(self._used(unseen_prompts=False))
+            self._entry.end()
             note(scope, **self._facts())
 
     async def _collect(self) -> dict[str, Any]:
@@ -152,6 +160,12 @@ class Answer(Response):
             total += seen or (prompt_estimate(call) if unseen_prompts else 0)
             total += sum(choice.completion_tokens for choice in choices)
         return total
+
+    def _count(self) -> None:
+        """Tell the meters what was seen of the calls."""
+        for meter, choices in zip(self._meters, self._choices, strict=True):
+            prompt_tokens = max(choice.prompt_tokens for choice in choices)
+            meter.count(prompt_tokens, sum(choice.completion_tokens for choice in choices))
 
     def _check_finished(self) -> None:
         """A stream that just ends is a fault of ours: half an answer must not look whole."""

@@ -22,6 +22,7 @@ from pedro.gateway import (
     routes_metrics,
     routes_models,
     routes_tokenizer,
+    routes_usage,
 )
 from pedro.gateway.auth import Authenticator
 from pedro.gateway.edge import Edge
@@ -29,6 +30,7 @@ from pedro.gateway.errors import install_error_handlers
 from pedro.gateway.observability import GatewayMetrics, Observed
 from pedro.gateway.quotas import OpenRequests, Quotas
 from pedro.gateway.uploads import FileThreads, OpenUploads
+from pedro.gateway.usage import FLUSH_EVERY_S, UsageLedger
 
 if TYPE_CHECKING:
     from pedro.gateway.backend import Backend
@@ -52,6 +54,7 @@ class GatewaySettings:
     max_tenant_files: int = 10_000  # their number
     max_open_uploads: int = 4  # of a tenant
     upload_timeout_s: float = 3600.0  # for the whole of a file to arrive
+    write_usage_every_s: float = FLUSH_EVERY_S  # what a gateway that is killed has not written is lost
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
 
 
@@ -69,11 +72,14 @@ def create_app(
     limits = FileLimits(settings.max_file_bytes, settings.max_tenant_file_bytes, settings.max_tenant_files)
     files = Files(store, settings.storage, limits) if settings.storage is not None else None
     file_threads = FileThreads()
+    metrics = GatewayMetrics(settings.name)
+    usage = UsageLedger(store, metrics.registry, settings.write_usage_every_s)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         sweeping = asyncio.create_task(file_threads.run(_sweep, files)) if files is not None else None
         yield
+        await usage.close()
         await quotas.close()
         if sweeping is not None:
             await sweeping
@@ -89,10 +95,11 @@ def create_app(
     app.state.authenticator = authenticator
     app.state.open_requests = OpenRequests(settings.max_open_requests)
     app.state.quotas = quotas
-    app.state.metrics = metrics = GatewayMetrics(settings.name)
+    app.state.metrics = metrics
     app.state.files = files
     app.state.open_uploads = OpenUploads(settings.max_open_uploads)
     app.state.file_threads = file_threads
+    app.state.usage = usage
     install_error_handlers(app)
     app.add_middleware(Edge, send_request_id=settings.send_request_id)
     app.add_middleware(Observed, metrics=metrics)
@@ -105,6 +112,7 @@ def create_app(
         routes_files,
         routes_health,
         routes_metrics,
+        routes_usage,
     ):
         app.include_router(routes.router)
     return app

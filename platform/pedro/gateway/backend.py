@@ -6,7 +6,7 @@ An implementation conforms by shape (`typing.Protocol`); nothing is inherited. E
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -54,6 +54,46 @@ class AdapterCard:
     canary: Mapping[str, float] | None = None  # {"version": 8, "weight": 0.1}: its share of the champion's requests
 
 
+class CallMeter:
+    """What one call has used by now: totals, which only grow.
+
+    Whoever reads a call to its end knows them from its deltas. One that is left before its end, or ends in an error,
+    may have used more than was seen: then the backend `expect`s a count, and has it `settled` some seconds later at
+    most, with or without one. All on one event loop.
+    """
+
+    def __init__(self) -> None:
+        self.model = ""  # tenant.adapter, or the backbone's name; empty until it is known
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self._expected = 0
+        self._then: Callable[[], None] = lambda: None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no count is to come."""
+        return not self._expected
+
+    def count(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> None:
+        """So much was used at least."""
+        self.prompt_tokens = max(self.prompt_tokens, prompt_tokens)
+        self.cached_tokens = max(self.cached_tokens, cached_tokens)
+        self.completion_tokens = max(self.completion_tokens, completion_tokens)
+
+    def expect(self) -> None:
+        """A count is to come, though the call was left."""
+        self._expected += 1
+
+    def settled(self) -> None:
+        """That count came, or will not."""
+        self._expected -= 1
+        if not self._expected:
+            self._then()
+
+    def when_settled(self, then: Callable[[], None]) -> None:
+        """Have `then` called once no count is to come any more."""
+        self._then = then
+
+
 @dataclass(frozen=True)
 class GenerateCall:
     """One prompt to continue, `n` times.
@@ -70,6 +110,7 @@ class GenerateCall:
     `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
     `user`: whom the client asks for, if it says so; a canary answers the same ones each time.
+    `meter`: told what the call uses; it stays in the gateway's process.
     """
 
     request_id: str
@@ -84,6 +125,7 @@ class GenerateCall:
     timeout_s: float | None = None
     trace_id: str = ""
     user: str | None = None
+    meter: CallMeter | None = None
 
 
 class Alternative(NamedTuple):

@@ -34,7 +34,7 @@ async def create_completion(request: Request, caller: Annotated[Principal, Depen
     response_format = CompletionFormat(calls[0].request_id.rpartition("-")[0], wanted.model)
     backend = backend_for(request, caller)
     ticket = await admit(request, caller, reservation(calls))
-    return Answer(backend, calls, response_format, ticket, **_delivery(wanted))
+    return Answer(backend, calls, response_format, ticket, **_delivery(request, caller, wanted))
 
 
 @router.post("/v1/chat/completions")
@@ -44,7 +44,7 @@ async def create_chat_completion(request: Request, caller: Annotated[Principal, 
     response_format = ChatFormat(call.request_id.rpartition("-")[0], wanted.model)
     backend = backend_for(request, caller)
     ticket = await admit(request, caller, reservation([call]))
-    return Answer(backend, [call], response_format, ticket, **_delivery(wanted))
+    return Answer(backend, [call], response_format, ticket, **_delivery(request, caller, wanted))
 
 
 def _context(request: Request, caller: Principal) -> dict[str, Any]:
@@ -70,9 +70,10 @@ def _timeout_s(request: Request) -> float | None:
     return timeout_s
 
 
-def _delivery(wanted: SamplingFields) -> dict[str, Any]:
-    options = wanted.stream_options
-    return {"stream": bool(wanted.stream), "options": options or StreamOptions()}
+def _delivery(request: Request, caller: Principal, wanted: ChatRequest | CompletionRequest) -> dict[str, Any]:
+    """How the answer goes out, and where what it uses is entered."""
+    entry = request.app.state.usage.entry(caller.tenant, caller.key_id, wanted.model)
+    return {"entry": entry, "stream": bool(wanted.stream), "options": wanted.stream_options or StreamOptions()}
 
 
 def completion_calls(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 KEEP_HOUSE_EVERY_S = 15.0
 KEEP_AUDIT_S = 400 * 24 * 3600.0
 KEEP_CHANGES_S = 3600.0  # a gateway that was held up for longer reads everything again
+KEEP_BATCHES_S = 7 * 24 * 3600.0  # of usage: a gateway that could not write for so long may enter its last one twice
 HEAD_RESOURCE = "node:__internal_head__"  # which Ray gives to no other node
 HEALTH_CHECK_PERIOD_S = 2.0  # a gateway that died is replaced within some such periods
 MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
@@ -169,6 +170,7 @@ class Gateway:
                     seen = here
                 await asyncio.to_thread(self._store.forget_changes, time.time() - KEEP_CHANGES_S)
                 await asyncio.to_thread(self._store.forget_audit, time.time() - KEEP_AUDIT_S)
+                await asyncio.to_thread(self._store.forget_batches, int(1000 * (time.time() - KEEP_BATCHES_S)))
 
 
 def max_body_bytes(max_model_len: int) -> int:

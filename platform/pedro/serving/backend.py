@@ -101,6 +101,8 @@ class ServeBackend:
             call = replace(call, params={**call.params, "seed": secrets.randbits(63)})
         until = time.monotonic() + min(call.timeout_s or self._timeout_s, self._timeout_s)
         version = await self._version(call.tenant, call.model, partial(share_of, call))
+        if call.meter is not None:
+            call.meter.model = self._model_name if version is None else version.name
         if version is None:
             async with aclosing(self._retries.generate(call, None, until)) as deltas:
                 async for delta in deltas:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pedro.errors import PedroError
@@ -17,6 +18,7 @@ from pedro.serving.protocol import (
     OutputPart,
     ReplicaConnection,
     ReplicaLost,
+    Spent,
     SubmitRequest,
     TokenCounts,
 )
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_UNREAD = 1024  # batches: at least half a minute that a client did not read
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
+COUNT_S = 10.0  # how long a replica may take to tell what a call used that was left; nobody waits meanwhile
 log = logging.getLogger("pedro.serving")
 
 
@@ -50,6 +53,7 @@ class ReplicaClient:
         self._blameless = False  # whether the stream broke for what can be no call's fault
         self._numbers = iter(range(1, 2**62))
         self._inboxes: dict[int, _Inbox] = {}
+        self._left: dict[int, _Inbox] = {}  # what these calls used is still to be told
         self._to_submit: list[SubmitRequest] = []
         self._to_cancel: list[int] = []
         self._to_answer: list[asyncio.Future[None]] = []
@@ -90,7 +94,8 @@ class ReplicaClient:
             raise ReplicaLost(self.replica, blameless=True)
         number = next(self._numbers)
         inbox = self._inboxes[number] = _Inbox(call, ref, len(resumed))
-        self._to_submit.append(SubmitRequest(number, call, ref, resumed, self._backbone))
+        bare = replace(call, meter=None)
+        self._to_submit.append(SubmitRequest(number, bare, ref, resumed, self._backbone))
         self._something_to_send.set()
         try:
             while not inbox.finished:
@@ -115,18 +120,36 @@ class ReplicaClient:
 
     def _leave(self, number: int) -> None:
         inbox = self._inboxes.pop(number, None)
-        if inbox is not None and not inbox.ended:
-            self._cancel(number)
+        if inbox is not None:
+            if (inbox.ended or self._cancel(number)) and not inbox.is_counted:
+                self._await_count(number, inbox)
+            inbox.tell()
         self._on_change()
         self._end_if_drained()
 
-    def _cancel(self, number: int) -> None:
+    def _cancel(self, number: int) -> bool:
+        """End a call on the replica; False if that never heard of it."""
         waiting = [request for request in self._to_submit if request.number != number]
-        if len(waiting) < len(self._to_submit):  # the replica never heard of it
+        if len(waiting) < len(self._to_submit):
             self._to_submit = waiting
-            return
+            return False
         self._to_cancel.append(number)
         self._something_to_send.set()
+        return True
+
+    def _await_count(self, number: int, inbox: _Inbox) -> None:
+        """Have the meter of a call that was left hear what the replica counted, while the stream and time last."""
+        if inbox.meter is not None:
+            self._left[number] = inbox
+            inbox.meter.expect()
+            asyncio.get_running_loop().call_later(COUNT_S, self._counted, number)
+
+    def _counted(self, number: int) -> None:
+        inbox = self._left.pop(number, None)
+        if inbox is not None and inbox.meter is not None:
+            inbox.tell()
+            inbox.meter.settled()
+            self._end_if_drained()
 
     async def _run(self) -> None:
         """Stream until closed, reconnecting after each break. Calls unfinished at a break fail with ReplicaLost."""
@@ -203,12 +226,22 @@ class ReplicaClient:
         for number, part in batch.parts:
             inbox = self._inboxes.get(number)
             if inbox is None:
+                self._count(number, part)
                 continue
             first = not inbox.begun
             if not inbox.put(part):
                 self._cancel(number)
             if first:
                 self._on_change()
+
+    def _count(self, number: int, part: OutputPart) -> None:
+        """Take a part of a call that was left."""
+        inbox = self._left.get(number)
+        if inbox is not None:
+            with suppress(ReplicaLost):
+                inbox.count(part)
+            if inbox.is_counted:
+                self._counted(number)
 
     def _lose(self) -> None:
         """The stream is gone, and with it what was unfinished.
@@ -221,6 +254,8 @@ class ReplicaClient:
         self._to_submit, self._to_cancel = [], []
         for number, inbox in self._inboxes.items():
             inbox.fail(ReplicaLost(self.replica, blameless or number in unsent))
+        for number in list(self._left):
+            self._counted(number)
         for answered in self._to_answer:
             if not answered.done():
                 answered.set_exception(ReplicaLost(self.replica, blameless=True))
@@ -233,7 +268,7 @@ class ReplicaClient:
             self._on_change()
 
     def _end_if_drained(self) -> None:
-        if self._draining and not self._inboxes:
+        if self._draining and not self._inboxes and not self._left:
             self._task.cancel()
 
 
@@ -242,11 +277,14 @@ class _Inbox:
 
     def __init__(self, call: GenerateCall, ref: ModelRef | None, resumed: int) -> None:
         self.ref = ref
+        self.meter = call.meter
         self.since = time.monotonic()
         self.begun = False  # whether anything came
         self._echo = call.echo
         self._resumed = resumed  # tokens of the answer that the client has already
         self._counts = TokenCounts()
+        self._prompt_tokens = 0
+        self._spent: Spent | None = None
         self._unfinished = call.n
         self._unread: list[list[Delta]] = []
         self._error: Exception | None = None
@@ -258,6 +296,11 @@ class _Inbox:
         return self._unfinished <= 0 or self._error is not None
 
     @property
+    def is_counted(self) -> bool:
+        """Whether all that the call used here is known, or none of it counts, since the call is issued again."""
+        return self._spent is not None or self._unfinished <= 0 or isinstance(self._error, ReplicaLost)
+
+    @property
     def finished(self) -> bool:
         """Whether all was read."""
         return not self._unread and self._error is None and self._unfinished <= 0
@@ -265,26 +308,45 @@ class _Inbox:
     def put(self, part: OutputPart) -> bool:
         """Take a part; False where the call is to be ended, as nobody reads it or this part is not the next."""
         self.begun = True
-        if self.ended:
+        ended = self.ended
+        try:
+            self.count(part)
+        except ReplicaLost as error:
+            if ended:
+                return True
+            log.error("a part of an answer was lost on its way: %s", error)
+            self.fail(error)
+            return False
+        if ended or isinstance(part, Spent):
             return True
         if isinstance(part, Exception):
             self.fail(part)
             return True
-        try:
+        if len(self._unread) >= MAX_UNREAD:
+            self._error = PedroError("the answer was not read for too long, so it was ended", code="client_too_slow")
+            self._news.set()
+            return False
+        self._unread.append(part)
+        self._news.set()
+        return True
+
+    def count(self, part: OutputPart) -> None:
+        """Note what a part tells of tokens used. Raises ReplicaLost where it is not the next one."""
+        if isinstance(part, Spent):
+            self._spent = part
+        elif isinstance(part, list):
             for delta in part:
                 before = self._resumed - (delta.prompt_tokens if self._echo else 0)  # a choice's first delta echoes
                 self._counts.add(delta.index, len(delta.token_ids), delta.completion_tokens, before)
-        except ReplicaLost as error:
-            log.error("a part of an answer was lost on its way: %s", error)
-            self.fail(error)
-            return False
-        if len(self._unread) >= MAX_UNREAD:
-            self.fail(PedroError("the answer was not read for too long, so it was ended", code="client_too_slow"))
-            return False
-        self._unread.append(part)
-        self._unfinished -= sum(delta.finish_reason is not None for delta in part)
-        self._news.set()
-        return True
+                self._prompt_tokens = delta.prompt_tokens
+            self._unfinished -= sum(delta.finish_reason is not None for delta in part)
+
+    def tell(self) -> None:
+        """Tell the call's meter what is known."""
+        if self.meter is not None:
+            self.meter.count(self._prompt_tokens, self._counts.total)
+            if self._spent is not None:
+                self.meter.count(self._spent.prompt_tokens, self._spent.completion_tokens)
 
     def fail(self, error: Exception) -> None:
         """End with `error`, once what came before is read."""

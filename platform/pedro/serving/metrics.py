@@ -71,8 +71,8 @@ class ReplicaMetrics:
             return kind(f"pedro_{name}", text, ("replica", "adapter", *labels), registry=self._registry, **options)
 
         self._requests = made(Counter, "requests", "Answers that ended, by how: one a choice.", "finish_reason")
-        self._tokens_in = made(Counter, "prompt_tokens", "Prompt tokens of answers that ended.")
-        self._tokens_out = made(Counter, "completion_tokens", "Tokens of answers that ended.")
+        self._tokens_in = made(Counter, "prompt_tokens", "Prompt tokens read for answers that ended.")
+        self._tokens_out = made(Counter, "completion_tokens", "Tokens made for answers that ended.")
         self._queued = made(Histogram, "queue_seconds", "From arrival until prefill began.", buckets=SECONDS)
         self._first = made(
             Histogram, "time_to_first_token_seconds", "From arrival at the engine to the first token.", buckets=SECONDS
@@ -84,14 +84,13 @@ class ReplicaMetrics:
         self._label = Labels(MAX_LABELS, self._drop)
 
     def finished(self, ref: ModelRef | None, output: Output) -> None:
-        """Count one answer that ended. `ref` is its adapter version."""
+        """Count one answer that ended. `ref` is its adapter version; `output` tells what is not counted yet."""
         with self._lock:
             adapter = self._label(self._backbone if ref is None else ref.name)
             at = (self._replica, adapter)
             self._requests.labels(*at, output.finish_reason).inc()
             self._tokens_out.labels(*at).inc(output.completion_tokens)
-            if output.index == 0:
-                self._tokens_in.labels(*at).inc(output.prompt_tokens)
+            self._tokens_in.labels(*at).inc(output.prompt_tokens)
             timing = output.timing
             if timing is None or output.finish_reason not in ("stop", "length"):
                 return

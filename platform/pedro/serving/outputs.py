@@ -26,6 +26,7 @@ from pedro.serving.protocol import (
     OutputBatch,
     OutputPart,
     ReplicaLost,
+    Spent,
     TokenCounts,
     slice_s,
 )
@@ -49,6 +50,15 @@ class _Open:
     opened: bool = False
     pending: list[Output] = field(default_factory=list)
     failed: PedroError | ReplicaLost | None = None
+    spent: Spent = field(default_factory=Spent)  # by the choices that ended
+
+    def end_choice(self, output: Output) -> None:
+        """The last output of a choice."""
+        self.unfinished -= 1
+        self.spent = Spent(
+            max(self.spent.prompt_tokens, output.prompt_tokens),
+            self.spent.completion_tokens + output.completion_tokens,
+        )
 
 
 class OutputStream:
@@ -63,6 +73,7 @@ class OutputStream:
         self._end = end
         self._calls: dict[str, _Open] = {}  # by the engine's request id
         self._ids: dict[int, str] = {}
+        self._ending: dict[str, _Open] = {}  # by request id: of those, what they used is still to be told
         self._admitting: dict[int, asyncio.Task[None]] = {}
         self._refused: list[tuple[int, OutputPart]] = []
         self._numbers = itertools.count()  # of the batches
@@ -88,16 +99,19 @@ class OutputStream:
     def refuse(self, number: int, error: PedroError) -> None:
         """Call `number` ends before the engine took it."""
         self._forget(number)
-        self._refused.append((number, error))
+        self._refused += [(number, error), (number, Spent())]
         self._wake.set()
 
     def cancel(self, number: int) -> None:
-        """End call `number`, wherever it is; nothing more of it is sent."""
-        admitting = self._admitting.get(number)
+        """End call `number`, wherever it is; nothing more of it is sent than what it used."""
+        admitting, request_id = self._admitting.get(number), self._ids.get(number)
         if admitting is not None:
             admitting.cancel()
-        request_id = self._forget(number)
-        if request_id is not None:
+            self._refused.append((number, Spent()))
+            self._wake.set()
+        elif request_id is not None:
+            self._ending[request_id] = self._calls[request_id]
+            self._forget(number)
             self._end(request_id)
 
     def close(self) -> None:
@@ -142,10 +156,11 @@ class OutputStream:
             output = self._arrived.popleft()
             held = self._calls.get(output.request_id)
             if held is None:  # cancelled
+                parts += self._spent(output.request_id, output)
                 continue
             held.pending.append(output)
             if output.finish_reason is not None:
-                held.unfinished -= 1
+                held.end_choice(output)
                 held.failed = held.failed or _error_of(output)
             if output.finish_reason is not None or not held.opened:
                 due[output.request_id] = held
@@ -171,9 +186,22 @@ class OutputStream:
             if held.failed is not None:
                 parts.append((held.number, held.failed))
                 self.cancel(held.number)
+                parts += self._spent(request_id)
             elif not held.unfinished:
                 self._forget(held.number)
         return parts
+
+    def _spent(self, request_id: str, output: Output | None = None) -> list[tuple[int, OutputPart]]:
+        """The last part of a call that was ended, once all of its choices are; `output` is one of those."""
+        held = self._ending.get(request_id)
+        if held is None:
+            return []
+        if output is not None and output.finish_reason is not None:
+            held.end_choice(output)
+        if held.unfinished:
+            return []
+        del self._ending[request_id]
+        return [(held.number, held.spent)]
 
     @property
     def _turns(self) -> int:

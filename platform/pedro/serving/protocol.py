@@ -47,13 +47,27 @@ class TokenCounts:
 
     def add(self, choice: int, tokens: int, total: int, before: int) -> None:
         """`tokens` more came, which should make it `total`; a choice begins with `before`. Raises ReplicaLost."""
-        made = self._made[choice] = self._made.get(choice, before) + tokens
+        made = self._made.get(choice, before) + tokens
         if made != total:
             raise ReplicaLost(f"choice {choice} has {made} tokens where {total} were made", blameless=True)
+        self._made[choice] = made
+
+    @property
+    def total(self) -> int:
+        """Tokens of all choices."""
+        return sum(self._made.values())
 
 
-OutputPart = list[Delta] | PedroError | ReplicaLost
-"""The deltas of one call, or the error that ends it."""
+@dataclass(frozen=True)
+class Spent:
+    """What a call used on a replica, by its engine's count: the last part of a call that was not answered whole."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+OutputPart = list[Delta] | PedroError | ReplicaLost | Spent
+"""The deltas of one call, the error that ends it, or what it used: that follows the error, or its cancellation."""
 
 
 @dataclass(frozen=True)

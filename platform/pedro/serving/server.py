@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +41,19 @@ log = logging.getLogger("pedro.serving")
 
 @dataclass
 class _Unfinished:
-    """A request that the engine has: where its outputs go, its adapter, its choices to finish."""
+    """A request that the engine has: where its outputs go, its adapter, its choices to finish, what was counted."""
 
     stream: OutputStream
     ref: ModelRef | None
     choices: int
+    resumed: int = 0  # tokens of the answer that another engine made
+    prompt_tokens: int = 0
+
+    def new_tokens(self, output: Output) -> Output:
+        """The last output of a choice with what this engine read and made for it: the choices share their prompt."""
+        unread = max(0, output.prompt_tokens - self.prompt_tokens)
+        self.prompt_tokens += unread
+        return replace(output, prompt_tokens=unread, completion_tokens=output.completion_tokens - self.resumed)
 
 
 class ReplicaServer:
@@ -137,7 +145,7 @@ class ReplicaServer:
             if request.id in self._unfinished:
                 raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
             deltas = DeltaBuilder(self._tokenizer, self._texts, request, call, str(submitted.ref or self._bare))
-            self._unfinished[request.id] = _Unfinished(stream, submitted.ref, request.n)
+            self._unfinished[request.id] = _Unfinished(stream, submitted.ref, request.n, len(submitted.resumed))
             stream.open(number, request.id, request.n, deltas)
             try:
                 self._thread.submit(request)
@@ -163,7 +171,7 @@ class ReplicaServer:
                 request.choices -= 1
                 if not request.choices:
                     del self._unfinished[output.request_id]
-                self._metrics.finished(request.ref, output)
+                self._metrics.finished(request.ref, request.new_tokens(output))
 
     # texts
 

@@ -33,11 +33,13 @@ from pedro.store.records import (
     RegisteredAdapter,
     Standing,
     Unmirrored,
+    Usage,
     Version,
     utc,
 )
 from pedro.store.standings import WHATEVER
 from pedro.store.store import Store
+from pedro.store.usage import USAGE_GROUPS, check_period, check_usage_groups, usage_row
 from pedro.store.windows import kind_of, period_of, used_by, window_end, window_start
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "READ",
     "SCOPES",
     "TRAIN",
+    "USAGE_GROUPS",
     "WHATEVER",
     "Actor",
     "AuditEntry",
@@ -78,14 +81,18 @@ __all__ = [
     "Standing",
     "Store",
     "Unmirrored",
+    "Usage",
     "Version",
     "check_file_room",
+    "check_period",
+    "check_usage_groups",
     "exclusive",
     "file_not_found",
     "hash_secret",
     "kind_of",
     "period_of",
     "unknown_key",
+    "usage_row",
     "used_by",
     "utc",
     "window_end",

@@ -153,6 +153,26 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What was used of one kind, summed: by whom, of which model, with which key, on which day (UTC)."""
+
+    day: str = ""
+    tenant: str = ""
+    model: str = ""
+    """`tenant.adapter`, or the backbone's name."""
+    key_id: str = ""
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompts, those that needed no reading."""
+    completion_tokens: int = 0
+    training_tokens: int = 0
+    """Of prompts and answers: all that went through the model in training."""
+    training_seconds: float = 0.0
+    """Of training, times its workers."""
+
+
+@dataclass(frozen=True)
 class Canary:
     """A version that answers a share of what is asked of the champion."""
 

@@ -20,6 +20,7 @@ from pedro.store.jobs import JobTable
 from pedro.store.keys import KeyTable
 from pedro.store.migrate import ready
 from pedro.store.quotas import QuotaTable
+from pedro.store.usage import UsageTable
 
 
 class Store(
@@ -33,6 +34,7 @@ class Store(
     AuditTable,
     BucketTable,
     ChangeTable,
+    UsageTable,
 ):
     """The records behind one database URL. Picklable: a copy in another process opens its own connections."""
 

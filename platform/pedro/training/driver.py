@@ -60,6 +60,11 @@ def log_line(line: str) -> None:
     print(line, flush=True)
 
 
+def log_beside(line: str) -> None:
+    """Print a line that is no part of the result, whose place on standard output is the last."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def connect_driver(log_to_driver: bool = True) -> None:
     """Join the cluster that runs this as a job, or the one of RAY_ADDRESS, or (with neither) start one that ends here.
 

@@ -23,9 +23,10 @@ from pedro.errors import ConfigError, DataError, NotFoundError, PedroError
 from pedro.registry import CHAMPION, Registry, Version
 from pedro.registry.queries import find_run_of_job
 from pedro.training.allowed_files import check_allowed_files
-from pedro.training.driver import connect_driver, drive, fail, log_line
+from pedro.training.driver import connect_driver, drive, fail, log_beside, log_line
 from pedro.training.job_log import keeping_log
 from pedro.training.job_record import OwnRecord
+from pedro.training.job_usage import enter_training
 from pedro.training.promotion_gate import GateDecision, decide
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.storage import fetch, put_dataset
@@ -215,17 +216,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
-    """Run the job and enter into its record how it goes."""
+    """Run the job, enter into its record how it goes, and in the usage ledger what it trained."""
     record = OwnRecord(settings.database_url, job_id, log_line, options.attempt)
+    begun: list[FineTuneSpec] = []
 
     def work() -> dict[str, Any]:
         record.running()
         spec = read_spec(options.spec, settings.cache, options.overrides)
         spec = stage(with_uploaded_files(spec, settings), settings.storage)
+        begun.append(spec)
         connect_driver()
         return run_job(spec, settings, Registry.open(settings), job_id, log=log_line).to_dict()
 
-    return drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
+    code = drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
+    for spec in begun:
+        enter_training(settings, job_id, spec.name, log_beside)
+    return code
 
 
 def _champion(registry: Registry, name: str) -> int | None:

@@ -70,20 +70,25 @@ class OwnRecord:
             return
 
     def _write(self, **fields: Any) -> None:
-        """Wait for a database that does not answer, but not for ever: the adapter is worth more than the row."""
-        for pause in (*PAUSES_S, None):
+        def write(store: Store) -> None:
+            with contextlib.suppress(NotFoundError):
+                store.update_job(self._job_id, attempt=self._attempt, **fields)
+
+        insist(self._url, write, f"the job's record ({fields.get('status', 'its message')})", self._log)
+
+
+def insist(database_url: str, write: Callable[[Store], object], what: str, log: Callable[[str], None]) -> None:
+    """Wait for a database that does not answer, but not for ever: the adapter is worth more than the row."""
+    for pause in (*PAUSES_S, None):
+        try:
+            store = Store(database_url)
             try:
-                store = Store(self._url)
-                try:
-                    store.update_job(self._job_id, attempt=self._attempt, **fields)
-                finally:
-                    store.close()
+                write(store)
+            finally:
+                store.close()
+            return
+        except UnavailableError as error:
+            if pause is None:
+                log(f"{what} could not be written: {error.message}")
                 return
-            except NotFoundError:
-                return
-            except UnavailableError as error:
-                if pause is None:
-                    what = fields.get("status", "its message")
-                    self._log(f"the job's record could not be written ({what}): {error.message}")
-                    return
-                time.sleep(pause)
+            time.sleep(pause)

@@ -21,9 +21,10 @@ from pedro.config import Settings
 from pedro.errors import ConfigError, PedroError, TrainingError
 from pedro.provenance import provenance
 from pedro.registry import CHAMPION, Registry, Version
-from pedro.training.driver import connect_driver, drive, fail, log_line
+from pedro.training.driver import connect_driver, drive, fail, log_beside, log_line
 from pedro.training.job import Log, check_data, flat, judge_version, move_alias
 from pedro.training.job_log import keeping_log
+from pedro.training.job_usage import enter_training
 from pedro.training.sweep.launch import create
 from pedro.training.sweep.planner import make_planner
 from pedro.training.sweep.records import Records, SweepRecord, Trial, TrialState
@@ -195,7 +196,13 @@ def _drive(record: SweepRecord, settings: Settings) -> int:
         connect_driver(log_to_driver=False)
         return run_sweep(record.id, settings, Registry.open(settings), log=log_line).to_dict()
 
-    return drive(work, "sweep", "`pedro jobs logs` shows where; --resume resumes it")
+    code = drive(work, "sweep", "`pedro jobs logs` shows where; --resume resumes it")
+    records = Records(settings.storage, record.id)
+    model = records.spec().base.name
+    for trial in records.trials():
+        for attempt in range(1, trial.attempt + 1):
+            enter_training(settings, replace(trial, attempt=attempt).job_id(record.id), model, log_beside)
+    return code
 
 
 def _record(options: argparse.Namespace, settings: Settings) -> SweepRecord:
@@ -211,11 +218,6 @@ def _record(options: argparse.Namespace, settings: Settings) -> SweepRecord:
     if known is None:
         raise ConfigError(f"--sweep: {options.sweep!r} is not known in {settings.storage}", param="--sweep")
     return known
-
-
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return 1
 
 
 if __name__ == "__main__":
