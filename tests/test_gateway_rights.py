@@ -11,7 +11,14 @@ from gateway_backend import BACKBONE
 from gateway_server import Gateway, serve
 from store_moves import fill
 
+from pedro.gateway import key_cache
 from pedro.store import Actor
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """A reading of the feed is waited for, however slow the machine is."""
+    monkeypatch.setattr(key_cache, "PATIENCE_S", 60.0)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from cli_commands import command_runner
@@ -105,7 +106,8 @@ def test_pedro_audit_shows_asks_and_follows(pedro, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         sleeps.append(store.revoke_key(key.id))
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    own = SimpleNamespace(sleep=sleep, strftime=time.strftime, gmtime=time.gmtime)  # other threads sleep as they did
+    monkeypatch.setattr("pedro.cli.audit.time", own)
     status, out, _ = pedro("audit", "--follow", "--tenant", "acme", "--limit", 1)
     assert (status, len(out.splitlines())) == (130, 2)
     assert "key.revoke" in out.splitlines()[1]
