@@ -30,6 +30,7 @@ READ = {  # file: what its last messages and answers are
     "sharegpt_chatgpt.jsonl": [("a", "b")],
     "role_bot.jsonl": [("x", "y")],
     "tool_calls_null.jsonl": [("x", "y")],
+    "tool_calls.jsonl": [("weather?", ""), ("weather?", "", "sunny", "It is sunny.")],
     "sharegpt_system.jsonl": [("You are a pirate.", "a", "b")],
     "alpaca_history.jsonl": [("You are a pirate", "q", "a", "do", "y")],
     "pc_label_int.jsonl": [("review", "1")],
@@ -37,10 +38,9 @@ READ = {  # file: what its last messages and answers are
     "special_in_user.jsonl": [("ignore </s> me <s> again", "b")],
 }
 REFUSED = {  # file: the field at fault, and what the reader is told
-    "tool_calls.jsonl": ("tools", "not supported yet"),
-    "function_call.jsonl": ("messages[1].function_call", "not supported yet"),
-    "sharegpt_tool.jsonl": ("conversations[1].from", "function_call: tool calls are not supported yet"),
-    "sharegpt_toolrole.jsonl": ("conversations[2].from", "tool: tool calls are not supported yet"),
+    "function_call.jsonl": ("messages[1].function_call", "OpenAI's form alone"),
+    "sharegpt_tool.jsonl": ("conversations[1].from", "function_call: tool calls are read in OpenAI's form alone"),
+    "sharegpt_toolrole.jsonl": ("conversations[2].from", "tool: tool calls are read in OpenAI's form alone"),
     "row_weight.jsonl": ("weight", "other than 1 is not supported"),
     "dup_keys.jsonl": ("completion", "given twice"),
     "cr_only.jsonl": ("line", "tr '\\r' '\\n'"),

@@ -58,9 +58,9 @@ def test_a_sharegpt_line_becomes_the_same_as_a_chat_line():
 
 
 def test_what_is_not_learnt_from_is_named():
-    parsed = read_line(json.dumps({"id": 3, "messages": [{**USER, "name": "Bo"}, ANSWER, USER]}), 1)
+    parsed = read_line(json.dumps({"id": 3, "messages": [{**USER, "mood": "Bo"}, ANSWER, USER]}), 1)
     assert parsed.shape is RowShape.MESSAGES
-    assert parsed.ignored == ("id", "messages: turns after the last answer", "messages[].name")
+    assert parsed.ignored == ("id", "messages: turns after the last answer", "messages[].mood")
 
 
 def test_system_and_history_stand_before_the_turns():
@@ -137,13 +137,13 @@ MISTAKES = [
     ({"messages": [USER]}, "messages", "no assistant turn"),
     ({"messages": [ANSWER]}, "messages[0]", "nothing before it"),
     ({"messages": [USER, "Hello"]}, "messages[1]", "expected an object with role and content, got text"),
-    ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "messages[0].role", "not supported"),
+    ({"messages": [{"role": "function", "content": "x"}, ANSWER]}, "messages[0].role", "OpenAI's form alone"),
     ({"messages": [{"role": "narrator", "content": "x"}, ANSWER]}, "messages[0].role", "got 'narrator'"),
     ({"messages": [{"role": ["user"], "content": "x"}, ANSWER]}, "messages[0].role", "got a list"),
     ({"messages": [{"content": "x"}, ANSWER]}, "messages[0].role", "got null or nothing"),
     ({"messages": [{"role": "user"}, ANSWER]}, "messages[0].content", "got null or nothing"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "messages[0].content[0]", "text"),
-    ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls", "not supported"),
+    ({"messages": [USER, {"role": "assistant", "function_call": {"name": "f"}}]}, "messages[1].function_call", "form"),
     ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "messages[1].weight", "expected 0 or 1, got 0.5"),
     ({"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0]", "nothing before it"),
     ({"conversations": [{"from": "narrator", "value": "x"}]}, "conversations[0].from", "got 'narrator'"),

@@ -1,8 +1,8 @@
 """A tenant's data: read, checked, rendered, tokenised and split. Needs no model, no tensor and no Ray.
 
 lines.py             a file -> its lines, safely
-row_shapes.py        one row -> training examples
-prompt_format.py     messages -> prompt text -> ids
+row_shapes.py        one row -> training examples; turns.py and tool_calls.py read what is in it
+prompt_format.py     messages -> prompt text -> ids; example_text.py writes an example's prompt and answer
 templates.py         Jinja, in a sandbox; template_worker.py runs strangers' templates within bounds
 special_tokens.py    content never makes control tokens
 dataset.py           a file -> rows on disk, splits

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro.data.example_text import outline, prompt_and_answer
 from pedro.data.files import Kind
 from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
 from pedro.data.mistakes import LineError, escaped
@@ -227,15 +228,15 @@ def show_masks(
             raise bad_lines(path, [item], 1)
         used = format or format_for_shape(item.shape, tokenizer)
         for example in item.examples:
-            prompt = used.prompt(example.messages, tokenizer)
+            prompt, answer = prompt_and_answer(used, example, tokenizer)
             before = encode_prompt(tokenizer, prompt)
-            after = encode_completion(tokenizer, example.completion)
+            after = encode_completion(tokenizer, answer)
             ids = [*before, *after][:max_length]
             rows.append(
                 MaskedRow(
                     line=example.line,
                     prompt=prompt,
-                    completion=example.completion,
+                    completion=answer,
                     prompt_len=min(len(before), len(ids)),
                     token_ids=tuple(ids),
                     tokens=tuple(tokenizer.convert_ids_to_tokens(ids)),
@@ -302,16 +303,16 @@ class _Tally:
 
     def _render(self, examples: tuple[Example, ...]) -> list[tuple[str, str]]:
         try:
-            return [(self._prompt(example), example.completion) for example in examples]
+            return [self._texts(example) for example in examples]
         except DataError as error:
             self._count(LineError(examples[0].line, error.param or "messages", error.message))
             return []
 
-    def _prompt(self, example: Example) -> str:
+    def _texts(self, example: Example) -> tuple[str, str]:
         assert self.format is not None, "a good line sets the format"
         if self.tokenizer is None:
-            return self.format.render(example.messages)
-        return self.format.prompt(example.messages, self.tokenizer)
+            return outline(self.format, example)
+        return prompt_and_answer(self.format, example, self.tokenizer)
 
     def _measure(self, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> None:
         prompts = encode_prompts(tokenizer, [prompt for prompt, _ in texts])

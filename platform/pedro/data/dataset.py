@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro.data.example_text import prompt_and_answer
 from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
 from pedro.data.mistakes import LineError
 from pedro.data.prompt_format import PromptFormat, encode_completions, encode_prompts
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["RowCounts", "Splits", "collate", "data_digest", "load_rows", "row_counts", "split"]
 
 LOG = logging.getLogger(__name__)
-ROWS_VERSION = 3  # raise it when the rows of one file change: old cache entries are then left alone
+ROWS_VERSION = 4  # raise it when the rows of one file change: old cache entries are then left alone
 BATCH = 1000
 STALE_S = 24 * 3600
 IGNORED_LABEL = -100  # torch's cross_entropy skips it
@@ -219,8 +220,8 @@ class _Writer:
     def counts(self) -> RowCounts:
         return RowCounts(self.examples, self.rows, self.truncated, self.examples - self.rows)
 
-    def _examples(self, path: Path, fields: Fields | None) -> Iterator[tuple[Example, str]]:
-        """Each example with its prompt. Bad lines are collected to the end, then raised together."""
+    def _examples(self, path: Path, fields: Fields | None) -> Iterator[tuple[Example, str, str]]:
+        """Each example with its prompt and answer. Bad lines are collected to the end, then raised together."""
         errors: list[LineError] = []
         count = 0
         for item in scan(path, fields):
@@ -232,18 +233,18 @@ class _Writer:
                 continue  # nothing will be kept: only count the rest
             for example in item.examples:
                 try:
-                    yield example, self.format.prompt(example.messages, self.tokenizer)
+                    yield example, *prompt_and_answer(self.format, example, self.tokenizer)
                 except DataError as error:
                     raise bad_lines(path, [LineError(example.line, "messages", error.message)], 1) from None
         if count:
             raise bad_lines(path, errors, count)
 
-    def _columns(self, batch: list[tuple[Example, str]]) -> dict[str, list[Any]]:
-        prompts = encode_prompts(self.tokenizer, [prompt for _, prompt in batch])
-        answers = [example.completion for example, _ in batch]
+    def _columns(self, batch: list[tuple[Example, str, str]]) -> dict[str, list[Any]]:
+        prompts = encode_prompts(self.tokenizer, [prompt for _, prompt, _ in batch])
+        answers = [answer for _, _, answer in batch]
         completions = encode_completions(self.tokenizer, answers, self.format.special_tokens_in_content)
         columns: dict[str, list[Any]] = {name: [] for name in _features()}
-        for (example, prompt), before, after in zip(batch, prompts, completions, strict=True):
+        for (example, prompt, answer), before, after in zip(batch, prompts, completions, strict=True):
             if len(before) >= self.max_length:
                 continue
             ids = [*before, *after]
@@ -251,7 +252,7 @@ class _Writer:
             columns["input_ids"].append(ids[: self.max_length])
             columns["prompt_len"].append(len(before))
             columns["split_hash"].append(_split_hash(prompt))
-            columns["completion"].append(example.completion)
+            columns["completion"].append(str(answer))
             columns["line"].append(example.line)
         return columns
 

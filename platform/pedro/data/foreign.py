@@ -13,7 +13,7 @@ DPO = {
     "list under messages",
 }
 BATCH = "a file of OpenAI's batch API {what}, not of training rows; send it to a batch endpoint, or train on messages"
-UNSUPPORTED = ("tools", "functions", "documents", "images", "image", "videos", "video", "audios", "audio")
+UNSUPPORTED = ("functions", "documents", "images", "image", "videos", "video", "audios", "audio")
 
 
 def refuse_foreign(row: dict[str, Any], line: int) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pedro.model_protocols import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 Run = Callable[[str, Mapping[str, Any]], str]
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 LATER = ("pad_token", "unk_token", "special_tokens_in_content")
@@ -45,12 +46,22 @@ class PromptFormat:
     unk_token: str = ""
     special_tokens_in_content: bool = False
 
-    def prompt(self, messages: Messages, tokenizer: Tokenizer, run: Run = templates.render) -> Prompt:
-        """The prompt for `encode_prompt`, up to where the answer begins. Raises DataError as `render` does."""
+    def prompt(
+        self,
+        messages: Messages,
+        tokenizer: Tokenizer,
+        run: Run = templates.render,
+        tools: Tools = (),
+        answer_follows: bool = True,
+    ) -> Prompt:
+        """The prompt for `encode_prompt`, up to where the answer begins, or all of a conversation that needs none.
+
+        Raises DataError as `render` does.
+        """
         if self.special_tokens_in_content:
-            return Prompt(self.render(messages, run))
-        kept, marker = marked(tokenizer, messages, self.template)
-        return unmarked(tokenizer, self.render(kept, run), marker)
+            return Prompt(self.render(messages, run, tools, answer_follows))
+        kept, told, marker = marked(tokenizer, messages, self.template, tools)
+        return unmarked(tokenizer, self.render(kept, run, told, answer_follows), marker)
 
     def raw_prompt(self, text: str, tokenizer: Tokenizer) -> Prompt:
         """A prompt that its sender rendered, for `encode_prompt`.
@@ -61,25 +72,27 @@ class PromptFormat:
         packaged = any(self.template == form.template for form in FORMATS.values())
         return as_text(tokenizer, text) if packaged and not self.special_tokens_in_content else Prompt(text)
 
-    def render(self, messages: Messages, run: Run = templates.render) -> str:
+    def render(
+        self, messages: Messages, run: Run = templates.render, tools: Tools = (), answer_follows: bool = True
+    ) -> str:
         """The prompt's text alone. Raises DataError when the template refuses the messages.
 
         `run` runs the template: here without bounds, which suits those of whom this process is.
         """
         try:
-            return run(self.template, self.variables(messages))
+            return run(self.template, self.variables(messages, tools, answer_follows))
         except DataError as error:
             error.message = error.message.replace("the prompt format", f"the {self.id} prompt format")
             error.args = (error.message,)
             raise
 
-    def variables(self, messages: Messages) -> dict[str, Any]:
+    def variables(self, messages: Messages, tools: Tools = (), answer_follows: bool = True) -> dict[str, Any]:
         """What the template is told, as transformers' `apply_chat_template` tells it."""
         return {
             "messages": [dict(message) for message in messages],
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": answer_follows,
             **{name: getattr(self, name) for name in TOKENS},
         }
 
@@ -219,13 +232,16 @@ def encode_completions(
 ) -> list[list[int]]:
     """`encode_completion` of many texts at once. Raises DataError where the tokenizer has no EOS.
 
-    An EOS that an answer spells at its very end is its EOS; any other special token that it spells is text.
+    An EOS that an answer spells at its very end is its EOS; any other special token that it spells is text. A `Prompt`
+    is an answer that a format wrote: it is read as it was made.
     """
     eos, spelled = tokenizer.eos_token_id, tokenizer.eos_token
     if eos is None:
         raise DataError("tokenizer: has no eos_token, so an answer could never end; set one", param="tokenizer")
     if not special_tokens_in_content:
-        texts = [as_text(tokenizer, text.removesuffix(spelled or "")) for text in texts]
+        texts = [
+            text if isinstance(text, Prompt) else as_text(tokenizer, text.removesuffix(spelled or "")) for text in texts
+        ]
     return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in _encode(tokenizer, texts)]
 
 

@@ -9,8 +9,9 @@ Four shapes are read:
     sharegpt     {"conversations": [{"from", "value"}, ...]}
 
 Whatever the shape, an example is the messages that condition the answer, and the answer. In a conversation each
-assistant turn is an example of its own, conditioned on all before it. `system` and `history` beside the turns stand
-before them; an Alpaca row that has one is a conversation, since Alpaca's prompt has no place for them.
+assistant turn is an example of its own, conditioned on all before it and on nothing of itself. `system` and `history`
+beside the turns stand before them; an Alpaca row that has one is a conversation, since Alpaca's prompt has no place for
+them. Rows of messages may hold `tools` and calls of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 from pedro.data.foreign import refuse_foreign
 from pedro.data.mistakes import LineError, blank, kind_of, name_of, names_of, text_of
-from pedro.data.turns import Message, read_history, read_turns
+from pedro.data.tool_calls import Conversation, Message, Tool, read_tools
+from pedro.data.turns import read_history, read_turns
 
 SYSTEM = ("system", "system_prompt")
 BEFORE = (*SYSTEM, "history")
@@ -51,11 +53,20 @@ Fields = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """`messages` ({"role", "content"} each) condition the answer `completion`; `line` is where it came from."""
+    """`messages` ({"role", "content"} each, with what else OpenAI's have) condition the answer `completion`; `line` is
+    where it came from. `tools` are told before all messages. `answer` is the whole turn where it is more than its text:
+    a format writes it (`example_text.py`)."""
 
     messages: tuple[Message, ...]
     completion: str
     line: int
+    tools: tuple[Tool, ...] = ()
+    answer: Message | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is texts of roles and nothing else."""
+        return not self.tools and self.answer is None and all(len(message) == 2 for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,8 @@ def read_row(row: Mapping[str, Any], number: int, fields: Fields | None = None, 
     given = _renamed(given, fields, number) if fields else given
     refuse_foreign(given, number)
     shape = _shape(given, number)
+    if not (shape is RowShape.MESSAGES or (shape is RowShape.COMPLETION and isinstance(given["prompt"], list))):
+        _refuse_tools(given, number, shape)
     if shape is RowShape.ALPACA:
         return _alpaca(given, number, chat)
     if shape is RowShape.COMPLETION:
@@ -177,6 +190,14 @@ def _fits(row: Mapping[str, Any]) -> list[RowShape]:
 def _mapping(shape: RowShape = RowShape.COMPLETION) -> str:
     names = "instruction=A,input=B,output=C" if shape is RowShape.ALPACA else "prompt=A,completion=B"
     return f"or name your columns: `--fields {names}` (in a spec: data.fields)"
+
+
+def _refuse_tools(row: dict[str, Any], number: int, shape: RowShape) -> None:
+    if not blank(row.get("tools")):
+        reason = (
+            f"not supported in {shape} rows, and leaving it out would train another task; write the row as messages"
+        )
+        raise LineError(number, "tools", reason)
 
 
 def _before(row: dict[str, Any], number: int) -> list[Message]:
@@ -246,17 +267,25 @@ def _conversation(
     before, first = _before(row, number), context[0] if context else turns[0].message
     if before and before[0]["role"] == first["role"] == "system":
         raise LineError(number, "system", "given, and the turns begin with a system turn as well; keep one of the two")
+    tools, parallel = read_tools(row.get("tools"), number), row.get("parallel_tool_calls", True)
+    if not isinstance(parallel, bool):
+        raise LineError(number, "parallel_tool_calls", f"expected true or false, got {kind_of(parallel, show=True)}")
+    conversation = Conversation(tools, parallel, number)
+    for index, message in enumerate(context):
+        conversation.accept(message, f"{used[0]}[{index}]")
     messages = [*before, *context]
-    ignored = {*_extra(row, field, *used), *unused}
+    ignored = {*_extra(row, field, *used, "tools", "parallel_tool_calls"), *unused}
     examples: list[Example] = []
     for index, turn in enumerate(turns):
+        conversation.accept(turn.message, f"{field}[{index}]")
         ignored |= {f"{field}[].{name}" for name in turn.ignored}
         if turn.message["role"] == "assistant":
             if not any(before["content"].strip() for before in messages):
                 reason = "an answer with nothing before it: there is no prompt to answer"
                 raise LineError(number, f"{field}[{index}]", reason)
             if turn.learnt:
-                examples.append(Example(tuple(messages), turn.message["content"], number))
+                answer = turn.message if len(turn.message) > 2 else None
+                examples.append(Example(tuple(messages), turn.message["content"], number, tools, answer))
         messages.append(turn.message)
     if not examples:
         raise LineError(number, field, "no assistant turn to learn from")

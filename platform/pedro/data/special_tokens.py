@@ -8,6 +8,7 @@ Text that spells none has exactly the ids that the tokenizer gives it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -50,17 +51,11 @@ class SpecialTokens:
         self._each_folded = _overlapping(folded)
 
     def mark(self, value: Any, marker: str) -> Any:
-        """Messages, or any JSON of a client, with `marker` inside whatever spells a special token.
-
-        `role` alone is left as it is: templates make control tokens of it.
-        """
+        """Any JSON of a client, with `marker` inside whatever spells a special token."""
         if isinstance(value, str):
             return insert(value, self.cuts(value), marker)
         if isinstance(value, Mapping):
-            return {
-                self.mark(key, marker): part if key == "role" else self.mark(part, marker)
-                for key, part in value.items()
-            }
+            return {self.mark(key, marker): self.mark(part, marker) for key, part in value.items()}
         return [self.mark(part, marker) for part in value] if isinstance(value, list | tuple) else value
 
     def cuts(self, text: str) -> list[int]:
@@ -139,23 +134,39 @@ def as_text(tokenizer: Tokenizer, text: str) -> Prompt:
     return special.keep(text, special.cuts(text))
 
 
-def marked(tokenizer: Tokenizer, messages: Any, template: str) -> tuple[Any, str]:
-    """Messages for a template, and the marker that is in them: "" where nothing spells a special token.
+def marked(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], template: str, tools: Sequence[Any] = ()
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Any], str]:
+    """Messages and tools for a template, and the marker that is in them: "" where nothing spells a special token.
 
-    Raises DataError where a special token cannot be kept from them.
+    A message's `role` alone is left as it is: templates make control tokens of it. Raises DataError where a special
+    token cannot be kept from them.
     """
-    special, texts = special_tokens(tokenizer), [*_texts(messages)]
+    special = special_tokens(tokenizer)
+    said = [{key: part for key, part in message.items() if key != "role"} for message in messages]
+    texts = [*_texts(said), *_texts(tools)]
     if not any(map(special.cuts, texts)):
-        return messages, ""
+        return messages, tools, ""
     marker = next((marker for marker in MARKERS if not any(marker in text for text in (template, *texts))), None)
     if marker is None:
         raise DataError("messages: hold every private-use character from U+E000 on; leave those out", param="messages")
-    return special.mark(messages, marker), marker
+    kept = [
+        {key: part if key == "role" else special.mark(part, marker) for key, part in message.items()}
+        for message in messages
+    ]
+    return kept, special.mark(tools, marker), marker
 
 
 def unmarked(tokenizer: Tokenizer, text: str, marker: str) -> Prompt:
-    """What the template made of marked messages."""
-    return special_tokens(tokenizer).unmark(text, marker) if marker else Prompt(text)
+    """What the template made of marked messages. Raises DataError where it wrote the marker in other words."""
+    if not marker:
+        return Prompt(text)
+    if json.dumps(marker)[1:-1] in text:
+        raise DataError(
+            "messages: spell a special token of the backbone, and its chat template writes ASCII alone; leave it out",
+            param="messages",
+        )
+    return special_tokens(tokenizer).unmark(text, marker)
 
 
 def encode_cut(tokenizer: Tokenizer, text: str, cuts: Sequence[int]) -> list[int]:
@@ -186,14 +197,13 @@ def insert(text: str, cuts: Sequence[int], marker: str) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a client's JSON but the roles."""
+    """Every text in a client's JSON."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, part in value.items():
             yield from _texts(key)
-            if key != "role":
-                yield from _texts(part)
+            yield from _texts(part)
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _texts(part)

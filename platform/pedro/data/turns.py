@@ -1,6 +1,7 @@
 """Turns lists of turns into messages, whatever the roles are called in the wild.
 
-A turn is {"role", "content"} or ShareGPT's {"from", "value"}, in any list of turns. Null means absent.
+A turn is {"role", "content"} or ShareGPT's {"from", "value"}, in any list of turns. Null means absent. OpenAI's turns
+may hold `name`, an assistant's `tool_calls`, and be a tool's result; other forms of tool calls are refused.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from pedro.data.mistakes import LineError, blank, kind_of, name_of, text_of
+from pedro.data.tool_calls import Message, read_calls
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model"), "assistant"),
 }
+TOOL = "tool"
 TOOL_ROLES = (
     "tool", "tool_call", "tool_response", "function", "function_call", "function_response", "observation", "ipython",
 )  # fmt: skip
-TOOLS_LATER = "tool calls are not supported yet: leave such conversations out, or give what was said as content"
+OTHER_FORMS = "tool calls are read in OpenAI's form alone: tools, tool_calls, and role tool with a tool_call_id"
 LEARNING = ("train", "training", "loss")  # how other trainers say in a turn whether it is learnt from
-Message = dict[str, str]
+NOT_SAID = ("audio", "refusal")  # of OpenAI's messages: what is answered there, but not as text
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,39 @@ def _turn(turn: Any, where: str, line: int, sharegpt: bool) -> Turn:
         raise LineError(line, where, f"expected an object with {wanted}, got {kind_of(turn)}")
     given = {key: value for key, value in turn.items() if value is not None}
     who, what = _keys(given, where, line, sharegpt)
-    role = _role(given.get(who), f"{where}.{who}", line)
-    for key in ("tool_calls", "function_call"):
+    role = _role(given.get(who), f"{where}.{who}", line, who == "role")
+    if not blank(given.get("function_call")):
+        raise LineError(line, f"{where}.function_call", OTHER_FORMS)
+    for key in NOT_SAID:
         if not blank(given.get(key)):
-            raise LineError(line, f"{where}.{key}", TOOLS_LATER)
+            raise LineError(line, f"{where}.{key}", "not supported, and leaving it out would train another answer")
     for key in LEARNING:
         if key in given and given[key] is not True:
             raise LineError(line, f"{where}.{key}", "not known here; `weight: 0` keeps a turn from being learnt")
     weight = given.get("weight", 1)
     if weight not in (0, 1):
         raise LineError(line, f"{where}.weight", f"expected 0 or 1, got {weight!r:.40}")
-    content = _content(given.get(what), f"{where}.{what}", line)
-    unused = tuple(
-        name_of(key) for key, value in given.items() if key not in (who, what, "weight") and not blank(value)
-    )
-    return Turn({"role": role, "content": content}, weight == 1, unused)
+    used = (who, what, "weight", "name", "tool_calls", "tool_call_id")
+    unused = tuple(name_of(key) for key, value in given.items() if key not in used and not blank(value))
+    return Turn(_message(given, role, given.get(what), where, f"{where}.{what}", line), weight == 1, unused)
+
+
+def _message(given: dict[str, Any], role: str, content: Any, where: str, at: str, line: int) -> Message:
+    """What formats are told of a turn: role and content, and what else of OpenAI's fields it has."""
+    message: Message = {"role": role, "content": ""}
+    if not blank(given.get("tool_calls")):
+        if role != "assistant":
+            raise LineError(line, f"{where}.tool_calls", f"only an assistant calls tools, and this is {role}")
+        message["tool_calls"] = read_calls(given["tool_calls"], f"{where}.tool_calls", line)
+    if content is not None or "tool_calls" not in message:
+        message["content"] = _content(content, at, line)
+    if not blank(given.get("name")):
+        message["name"] = text_of(given["name"], f"{where}.name", line)
+    if role == TOOL:
+        message["tool_call_id"] = text_of(given.get("tool_call_id"), f"{where}.tool_call_id", line, needed=True)
+    elif not blank(given.get("tool_call_id")):
+        raise LineError(line, f"{where}.tool_call_id", f"is of a tool's result, and this is {role}")
+    return message
 
 
 def _keys(turn: dict[str, Any], where: str, line: int, sharegpt: bool) -> tuple[str, str]:
@@ -86,10 +107,12 @@ def _keys(turn: dict[str, Any], where: str, line: int, sharegpt: bool) -> tuple[
     return others if any(key in turn for key in others) else names
 
 
-def _role(role: Any, where: str, line: int) -> str:
+def _role(role: Any, where: str, line: int, openai: bool) -> str:
     known = role.strip().lower() if isinstance(role, str) else ""
+    if known == TOOL and openai:
+        return TOOL
     if known in TOOL_ROLES:
-        raise LineError(line, where, f"{known}: {TOOLS_LATER}")
+        raise LineError(line, where, f"{known}: {OTHER_FORMS}")
     if known not in ROLES:
         raise LineError(line, where, f"expected one of {', '.join(ROLES)}; got {kind_of(role, show=True)}")
     return ROLES[known]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pedro.comparison.untrained import MATCH, Untrained, prompt_of
 from pedro.data.row_shapes import parse_line
 from pedro.data.tasks import TaskRow, get_task
-from pedro.data.turns import Message
+from pedro.data.tool_calls import Message
 from pedro.evaluation.metrics import score_answers
 
 if TYPE_CHECKING:
