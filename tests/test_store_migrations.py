@@ -137,14 +137,14 @@ def test_a_migration_that_is_broken_off_leaves_what_was_there(empty, monkeypatch
     run(empty, FIRST_RELEASE)
     before = tables(empty)
     database = Database(empty)
-    migrate_whole = migrate._migrate
+    migrate_whole = migrate.apply
 
     def broken(connection):
         migrate_whole(connection)
         raise ConfigError("cannot go on")
 
     with monkeypatch.context() as patched:
-        patched.setattr(migrate, "_migrate", broken)
+        patched.setattr(migrate, "apply", broken)
         with pytest.raises(ConfigError, match="cannot go on"):
             upgrade(database)
     assert tables(empty) == before

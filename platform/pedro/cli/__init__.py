@@ -16,6 +16,7 @@ from pedro.cli import (
     adapters,
     audit,
     backbones,
+    backup,
     chat,
     compare,
     controller,
@@ -69,6 +70,8 @@ app.command("down")(serve.down)
 app.command("chat")(chat.chat)
 app.command("methods")(methods.methods)
 app.command("tasks")(tasks.tasks)
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 app.command("doctor")(doctor.doctor)
 app.command("audit")(audit.audit)
 app.command("demo")(serve.demo)

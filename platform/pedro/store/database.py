@@ -58,7 +58,12 @@ class Database:
     @property
     def exists(self) -> bool:
         """False for an sqlite file that was not made yet."""
-        return not self.is_sqlite or Path(str(self._engine.url.database)).is_file()
+        return self.file is None or self.file.is_file()
+
+    @property
+    def file(self) -> Path | None:
+        """That of sqlite; None for a server."""
+        return Path(str(self._engine.url.database)) if self.is_sqlite else None
 
     @property
     def shown(self) -> str:

@@ -43,7 +43,7 @@ def ready(database: Database) -> None:
         upgrade(database)
         return
     if state_of(revision) is SchemaState.NEWER:
-        raise _newer(database, revision)
+        raise newer(database, revision)
     stands = "has no schema yet"
     if revision is not None:
         stands = f"has the schema {revision}, and this release needs {schema.REVISION}"
@@ -90,10 +90,10 @@ def upgrade(database: Database) -> str | None:
     with exclusive(database.url, LOCK), _answering(database), database.writing() as connection:
         before = _revision(connection)
         if state_of(before) is SchemaState.NEWER:
-            raise _newer(database, before)
+            raise newer(database, before)
         if before != schema.REVISION:
             try:
-                _migrate(connection)
+                apply(connection)
             except ConfigError as error:
                 raise ConfigError(f"database {database.shown}: {error.message}", param=error.param) from error
             if before is not None:
@@ -102,7 +102,8 @@ def upgrade(database: Database) -> str | None:
     return before
 
 
-def _migrate(connection: sa.Connection) -> None:
+def apply(connection: sa.Connection, to: str = schema.REVISION) -> None:
+    """Run the migrations up to a revision, in the connection's transaction."""
     import logging
 
     from alembic import command
@@ -111,7 +112,7 @@ def _migrate(connection: sa.Connection) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
-    command.upgrade(config, schema.REVISION)
+    command.upgrade(config, to)
 
 
 def _revision(connection: sa.Connection) -> str | None:
@@ -122,7 +123,8 @@ def _revision(connection: sa.Connection) -> str | None:
     return BEFORE_MIGRATIONS if tables.has_table(schema.keys.name) else None
 
 
-def _newer(database: Database, revision: str | None) -> ConfigError:
+def newer(database: Database, revision: str | None) -> ConfigError:
+    """The error of a database that a newer release made."""
     return ConfigError(
         f"database {database.shown}: has the schema {revision} of a newer release, and this one knows none after "
         f"{schema.REVISION}; {remedy(database, revision)}",
