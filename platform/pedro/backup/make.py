@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pedro import __version__
-from pedro.backbone import kept_backbones
 from pedro.backbones.kept import read_origin
 from pedro.backup.archive import REGISTRY, STORE, ArchiveWriter, Hashing, Header, may_be
 from pedro.backup.parts import Places, find_files
 from pedro.errors import ConfigError, UnavailableError
+from pedro.home import backbones_folder
+from pedro.refs import NAME
 from pedro.registry.snapshot import copy_database
 from pedro.secret_files import without_password
 from pedro.store import Database, JobStatus, exclusive
@@ -128,15 +129,17 @@ def _snapshot(settings: Settings, places: Places, scratch: Path, log: Log) -> tu
         storage="folder" if places.storage is not None else without_password(settings.storage),
         told=database.is_sqlite and places.registry is not None,
         bytes=sum(path.stat().st_size for path in scratch.iterdir()),
-        backbones={name: _origin(settings.home, name) for name in kept_backbones()},
+        backbones=_backbones(backbones_folder(settings.home)),
     )
     with (scratch / STORE).open(encoding="utf-8") as lines:
         return header, dumped, _named(read(lines))
 
 
-def _origin(home: Path, name: str) -> dict[str, Any] | None:
-    origin = read_origin(home / "backbones" / name)
-    return None if origin is None else {**asdict(origin), "versions": dict(origin.versions)}
+def _backbones(folder: Path) -> dict[str, Any]:
+    """Those that the home keeps, each with its origin."""
+    kept = sorted(path.parent for path in folder.glob("*/config.json") if NAME.fullmatch(path.parent.name))
+    origins = {directory.name: read_origin(directory) for directory in kept}
+    return {name: origin and {**asdict(origin), "versions": dict(origin.versions)} for name, origin in origins.items()}
 
 
 def _named(rows: Iterator[tuple[str, dict[str, Any]]]) -> _Kept:
