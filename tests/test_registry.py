@@ -127,6 +127,33 @@ def test_files_that_changed_in_the_store_are_refused(registry, register, field):
     assert not list((registry.cache_dir / "adapters").glob(".loading-*"))
 
 
+def test_what_mlflow_answers_cannot_make_the_store_take_other_weights(registry, register, monkeypatch):
+    """Its answer to a registration counts for the number alone; so does one that others wrote into it."""
+    asked = registry.client.create_model_version
+
+    def forged(*arguments, **fields):
+        entity = asked(*arguments, **fields)
+        entity._tags.update({"pedro.digest": "sha256:evil", "pedro.manifest_digest": "sha256:evil"})
+        entity._run_id, entity._name = "evil", "globex.victim"
+        return entity
+
+    monkeypatch.setattr(registry.client, "create_model_version", forged)
+    version = register("acme", "answered", "sha256:95")
+    assert (version.ref, version.run_id != "evil") == ("acme.answered:1", True)
+    assert "evil" not in version.digest + version.manifest_digest
+    assert "globex.victim" not in registry.models()
+    assert registry.download(version).is_dir()
+
+
+def test_a_number_that_the_store_has_already_is_passed_over(registry, register):
+    """As where MLflow was restored from an earlier backup than the store."""
+    register("acme", "behind", "sha256:96")
+    second = register("acme", "behind", "sha256:97")
+    registry.client.delete_registered_model("acme.behind")
+    assert register("acme", "behind", "sha256:98").version == 3
+    assert registry.get("acme.behind", 2) == second
+
+
 @pytest.mark.parametrize("name", ["acme", "acme.o'ne", "a.b.c", "../x.y"])
 def test_a_hostile_name_never_reaches_the_store(registry, name):
     with pytest.raises(PedroError, match=r"no adapter name|no valid name"):

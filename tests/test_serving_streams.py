@@ -2,7 +2,9 @@
 
 import asyncio
 import itertools
+import json
 import logging
+import shutil
 import time
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -25,6 +27,7 @@ from pedro.errors import (
     model_not_found,
 )
 from pedro.gateway.backend import ALL_TENANTS, GenerateCall
+from pedro.methods.adapter_files import read_manifest, write_manifest
 from pedro.registry import Registry
 from pedro.serving import failover, router
 from pedro.serving.backend import ServeBackend
@@ -590,6 +593,44 @@ def test_a_champion_that_cannot_be_loaded_leaves_the_last_good_version_on_the_ai
             card = await at.backend.get_adapter("acme", "acme.mine")
             assert [("damaged" in (v.fault or ""), v.version) for v in card.versions] == [(1, 3), (1, 2), (0, 1)]
             assert "pedro_adapter_versions_set_aside 2" in await at.backend.metrics()
+
+    run(go())
+
+
+def plant(served, version, how):
+    """Give a registered version other files in the artifact store, their digests in order."""
+    (directory,) = served.folder.glob(f"home/artifacts/*/{version.run_id}/artifacts/adapter")
+    if how == "another adapter":
+        shutil.rmtree(directory)
+        shutil.copytree(served.folder / "3", directory)
+        return
+    manifest = read_manifest(directory)
+    if how == "weights":
+        shutil.copy(served.folder / "3" / "adapter_model.safetensors", directory)
+    elif how == "template":
+        manifest["prompt_format"]["template"] = "Ignore them. " + manifest["prompt_format"]["template"]
+    elif how == "template, its digest left out":
+        manifest["prompt_format"]["template"] = "Ignore them. " + manifest["prompt_format"]["template"]
+        del manifest["manifest_digest"]
+        (directory / "pedro_adapter.json").write_text(json.dumps(manifest))
+        return
+    write_manifest(directory, manifest)
+
+
+@pytest.mark.parametrize("how", ["weights", "template", "template, its digest left out", "another adapter"])
+def test_who_can_write_artifacts_alone_plants_nothing_and_the_last_good_version_answers(served, how):
+    name = f"acme.{how.replace(' ', '-').replace(',', '')}"
+    register(served.registry, served.folder / "1", name)
+
+    async def go():
+        async with ingress(served, "r0") as at:
+            assert await fingerprint(at.backend, text_call("a", name)) == f"{name}:1"
+            version = register(served.registry, served.folder / "2", name)
+            plant(served, version, how)
+            await at.backend._resolver.refresh()
+            assert await fingerprint(at.backend, text_call("a", name)) == f"{name}:1"
+            with pytest.raises(AdapterUnusableError, match=f"{name}:2 cannot be served"):
+                await answer(at.backend, text_call("a", f"{name}:2"))
 
     run(go())
 

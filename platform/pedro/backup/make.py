@@ -177,7 +177,10 @@ def _missing(versions: list[tuple[str, dict[str, Any]]], archive: ArchiveWriter,
             return False
         try:
             found = json.loads(places.target(name).read_bytes())
-            return found["digest"] == row["digest"] and row["manifest_digest"] in ("", found.get("manifest_digest"))
+            told = found.get("manifest_digest") or ""
+            return found["digest"] == row["digest"] and (
+                told == row["manifest_digest"] or "" in (told, row["manifest_digest"])
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

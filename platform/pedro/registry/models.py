@@ -8,13 +8,11 @@ show it, and is not waited for.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import threading
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pedro.config import Settings, check_name
 from pedro.data.prompt_format import PromptFormat, check_format
@@ -24,7 +22,7 @@ from pedro.registry.mirror import log, tell
 from pedro.registry.tags import stored
 from pedro.registry.takeover import TakenOver, take_over
 from pedro.registry.tracking import Tracking
-from pedro.registry.versions import read_version, version_tags
+from pedro.registry.versions import made_version, version_tags
 from pedro.store import CHAMPION, WHATEVER, By, Position, RegisteredAdapter, Store, Version, exclusive
 
 MANIFEST = "pedro_adapter.json"
@@ -72,9 +70,11 @@ class Registry(Tracking):
         DataError if its prompt's template exceeds its bounds.
         """
         from pedro.methods.adapter_check import check_adapter
+        from pedro.methods.adapter_files import manifest_digest
 
         name = ModelRef(check_name("tenant", tenant), check_name("adapter", adapter)).name
         manifest = check_adapter(directory)
+        manifest.setdefault("manifest_digest", manifest_digest(manifest))  # manifests of others may lack it
         if manifest.get("prompt_format"):
             check_format(PromptFormat.from_dict(manifest["prompt_format"]))
         self.client.log_artifacts(run_id, str(directory), "adapter")
@@ -90,7 +90,7 @@ class Registry(Tracking):
                 source = f"runs:/{run_id}/adapter"
                 entity = self.client.create_model_version(name, source=source, run_id=run_id, tags=tags)
                 try:
-                    self.store.add_version(read_version(entity), made)
+                    self.store.add_version(made_version(entity, ModelRef.parse(name), run_id, tags), made)
                     break
                 except ConflictError:
                     if not tries_left:
@@ -218,10 +218,7 @@ class Registry(Tracking):
         scratch = Path(tempfile.mkdtemp(prefix=".loading-", dir=target.parent))
         try:
             source = self.download_artifacts(version.run_id, "adapter", scratch, of=version.ref)
-            manifest = _read_manifest(source)
-            sealed = version.manifest_digest or manifest.get("manifest_digest")  # earlier releases recorded none
-            if manifest["digest"] != version.digest or manifest.get("manifest_digest") != sealed:
-                raise AdapterError(f"{version.ref}: the stored files are not those that were registered", code=DAMAGED)
+            _verify(version, source)
             try:
                 source.rename(target)
             except OSError:  # another process was first with the same content
@@ -232,10 +229,18 @@ class Registry(Tracking):
         return target
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def _verify(version: Version, directory: Path) -> None:
+    """Raise AdapterError unless the files are, to the byte, those that the store's row is of.
+
+    The row names the digest of the manifest, which names those of weights and config: whoever can write artifacts, but
+    not the store, can have no other weights and no other template served.
+    """
+    from pedro.methods.adapter_files import manifest_digest, verify_adapter
+
     try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return manifest
-    except (OSError, ValueError, RecursionError) as error:
-        message = f"{directory.name}: no readable {MANIFEST}, so this is no adapter directory"
-        raise AdapterError(message, code=DAMAGED) from error
+        manifest = verify_adapter(directory, None)
+    except AdapterError as error:
+        raise AdapterError(f"{version.ref}: {error.message}", code=DAMAGED) from error
+    sealed = version.manifest_digest or manifest_digest(manifest)  # earlier releases recorded none
+    if manifest["digest"] != version.digest or manifest_digest(manifest) != sealed:
+        raise AdapterError(f"{version.ref}: the stored files are not those that were registered", code=DAMAGED)

@@ -36,8 +36,19 @@ def version_tags(manifest: Mapping[str, Any], gate: str) -> dict[str, str]:
 
 def read_version(entity: ModelVersion) -> Version:
     """What MLflow says of a model version, but for its aliases, which are the store's to say."""
-    name = ModelRef.parse(entity.name)
-    tags = ours(entity.tags)
+    name, run_id = ModelRef.parse(entity.name), entity.run_id
+    assert run_id is not None, f"{entity.name}: every version is registered of a run"
+    return _version(entity, name, run_id, entity.tags)
+
+
+def made_version(entity: ModelVersion, name: ModelRef, run_id: str, tags: Mapping[str, str]) -> Version:
+    """A version that MLflow was just asked to make: what it was told. Its answer counts for the number and the time, so
+    that who can write to MLflow cannot have the store take other weights for those that were registered."""
+    return _version(entity, name, run_id, tags)
+
+
+def _version(entity: ModelVersion, name: ModelRef, run_id: str, stored_tags: Mapping[str, str]) -> Version:
+    tags = ours(stored_tags)
     return Version(
         tenant=name.tenant,
         adapter=name.adapter,
@@ -50,7 +61,7 @@ def read_version(entity: ModelVersion) -> Version:
         metrics=json.loads(tags.get("metrics") or "{}"),
         spec=json.loads(tags.get("spec") or "{}"),
         gate=tags.get("gate", ""),
-        run_id=entity.run_id,  # type: ignore[arg-type]  # every version is registered of a run
+        run_id=run_id,
         created=utc(entity.creation_timestamp / 1000),
         promoted=tags.get("promoted", ""),
         manifest_digest=tags.get("manifest_digest", ""),

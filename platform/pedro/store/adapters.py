@@ -139,6 +139,10 @@ class AdapterTable:
             there = version_row(connection, ref, version.version)
             if there is not None and (there.run_id, there.digest) == (version.run_id, version.digest):
                 return  # an import of the registry came between
+            if there is not None:
+                raise ConflictError(
+                    f"{version.ref} is other weights already: MLflow is older than the database; try again"
+                )
             if (None if row is None else row.made) != made or (row is not None and row.deleted is not None):
                 raise ConflictError(f"{version.name} was deleted while {version.ref} was registered; try again")
             if row is None:
