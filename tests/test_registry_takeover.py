@@ -84,8 +84,9 @@ def test_it_happens_once_and_the_command_adds_what_is_missing_but_moves_no_alias
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
-    assert pedro("db", "import") == {"adapters": 0, "versions": 1}
-    assert pedro("db", "import") == {"adapters": 0, "versions": 0}
+    assert pedro("db", "import") == {"adapters": 0, "versions": 0, "refused": [f"{NAME}:4"]}
+    assert pedro("db", "import", "--unsealed") == {"adapters": 0, "versions": 1, "refused": []}
+    assert pedro("db", "import") == {"adapters": 0, "versions": 0, "refused": []}
     assert registry.get(NAME, 4).digest == "sha256:4"
     assert registry.get(NAME).version == 1
     assert pedro("db", "mirror") == {"unmirrored": []}
@@ -126,7 +127,7 @@ def test_on_a_server_it_is_the_upgrade_that_takes_over_and_until_then_nobody_is_
     assert pedro("current") == {"schema": None, "state": "empty"}
     assert "pedro db upgrade" in pedro("check", code=1)["remedy"]
     made = pedro("upgrade")
-    assert (made["before"], made["taken_over"]) == (None, {"adapters": 1, "versions": 3})
+    assert (made["before"], made["taken_over"]) == (None, {"adapters": 1, "versions": 3, "refused": []})
     assert pedro("upgrade") == {"before": made["schema"], "schema": made["schema"], "taken_over": None}
     checked = pedro("check")
     assert (checked["ok"], checked["state"], checked["unmirrored"]) == (True, "current", [])

@@ -61,6 +61,8 @@ class Settings:
     """Folders beside its own in which a spec may name files (`PEDRO_DATA_ROOTS`, parted as in PATH)."""
     data_schemes: tuple[str, ...] = ()
     """Schemes of URLs that a spec may name as data (`PEDRO_DATA_SCHEMES`, parted by commas)."""
+    own_seal_file: Path | None = None
+    """The keys that versions are sealed with (`PEDRO_SEAL_KEY_FILE`); none: a file in the home."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -88,7 +90,13 @@ class Settings:
                 if root
             ),
             data_schemes=_schemes(env.get("PEDRO_DATA_SCHEMES", "")),
+            own_seal_file=Path(named).expanduser().absolute() if (named := env.get("PEDRO_SEAL_KEY_FILE")) else None,
         )
+
+    @property
+    def seal_file(self) -> Path:
+        """The keys that versions are sealed with, a line each."""
+        return self.own_seal_file or self.home / "secrets" / "seal.key"
 
     @property
     def artifact_root(self) -> str:
@@ -115,6 +123,7 @@ class Settings:
             "PEDRO_STORAGE": self.storage,
             "PEDRO_DATA_ROOTS": os.pathsep.join(self.data_roots),
             "PEDRO_DATA_SCHEMES": ",".join(self.data_schemes),
+            "PEDRO_SEAL_KEY_FILE": str(self.own_seal_file or ""),
         }
 
     def single_host(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -91,15 +91,28 @@ def check(as_json: AsJson = False) -> None:
 
 
 @app.command("import")
-def import_registry(as_json: AsJson = False) -> None:
+def import_registry(
+    unsealed: Annotated[
+        bool, typer.Option("--unsealed", help="Take versions without the platform's seal, too: as MLflow tells them.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Take over adapters, versions and aliases of MLflow's registry that the database does not know.
 
     Happens once by itself; again, for instance after MLflow was restored, it adds what is missing and moves no alias.
+    Then versions are taken that this platform sealed when it registered them; earlier releases sealed none. Anybody who
+    can write to MLflow could have entered others: look at them before you give --unsealed.
     """
     from pedro.registry import Registry
 
-    taken = Registry.open(_settings()).take_over()
-    emit(asdict(taken), as_json, lambda: typer.echo(_taken(taken.adapters, taken.versions)))
+    taken = Registry.open(_settings()).take_over(unsealed=unsealed)
+
+    def show() -> None:
+        typer.echo(_taken(taken.adapters, taken.versions))
+        if taken.refused:
+            typer.echo(f"left out, without a seal of this platform: {', '.join(taken.refused)}")
+
+    emit(asdict(taken), as_json, show)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from pedro.data.prompt_format import PromptFormat, check_format
 from pedro.errors import AdapterError, ConflictError, PedroError, UnavailableError, model_not_found
 from pedro.refs import ModelRef
 from pedro.registry.mirror import log, tell
+from pedro.registry.seal import TAG, Seal
 from pedro.registry.tags import stored
 from pedro.registry.takeover import TakenOver, take_over
 from pedro.registry.tracking import Tracking
@@ -34,15 +35,20 @@ TRIES = 3  # to register a version of a name that somebody deletes meanwhile; fa
 class Registry(Tracking):
     """Versions and runs of one MLflow store, and the aliases in ours."""
 
-    def __init__(self, tracking_uri: str, artifact_root: str, cache_dir: Path, database_url: str) -> None:
+    def __init__(
+        self, tracking_uri: str, artifact_root: str, cache_dir: Path, database_url: str, seal_file: Path | None = None
+    ) -> None:
         super().__init__(tracking_uri, artifact_root)
         self.database_url = database_url
         self.cache_dir = Path(cache_dir)
+        self._seal = Seal(seal_file or self.cache_dir.parent / "secrets" / "seal.key")
 
     @classmethod
     def open(cls, settings: Settings) -> Registry:
         """The registry that the environment names."""
-        return cls(settings.tracking_uri, settings.artifact_root, settings.cache, settings.database_url)
+        return cls(
+            settings.tracking_uri, settings.artifact_root, settings.cache, settings.database_url, settings.seal_file
+        )
 
     @cached_property
     def store(self) -> Store:
@@ -59,9 +65,12 @@ class Registry(Tracking):
             take_over(self, store)
         return store
 
-    def take_over(self) -> TakenOver:
-        """Enter adapters and versions of MLflow's registry that the store does not know. Raises UnavailableError."""
-        return take_over(self, Store(self.database_url), again=True)
+    def take_over(self, *, unsealed: bool = False) -> TakenOver:
+        """Enter adapters and versions of MLflow's registry that the store does not know, once the first was done only
+        those that bear the platform's seal, or all (`unsealed`). Raises UnavailableError."""
+        store = Store(self.database_url)
+        anyway = unsealed or store.imported() is None
+        return take_over(self, store, again=True, sealed=None if anyway else self._seal.holds)
 
     def register(self, run_id: str, directory: str | Path, tenant: str, adapter: str, *, gate: str = "") -> Version:
         """Make the adapter directory the next version of `tenant.adapter`; no alias moves.
@@ -89,13 +98,15 @@ class Registry(Tracking):
                     self.client.get_registered_model(name)
                 source = f"runs:/{run_id}/adapter"
                 entity = self.client.create_model_version(name, source=source, run_id=run_id, tags=tags)
+                version = made_version(entity, ModelRef.parse(name), run_id, tags)
+                self.client.set_model_version_tag(name, str(version.version), TAG, self._seal.of(version))
                 try:
-                    self.store.add_version(made_version(entity, ModelRef.parse(name), run_id, tags), made)
+                    self.store.add_version(version, made)
                     break
                 except ConflictError:
                     if not tries_left:
                         raise
-        return self.get(name, int(entity.version))
+        return self.get(name, version.version)
 
     def get(self, name: str, which: str | int = CHAMPION) -> Version:
         """A version of `tenant.adapter` by number or alias; NotFoundError (the uniform 404) if there is none."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pedro.registry.seal import TAG
 from pedro.registry.tags import PREFIX
 from pedro.registry.versions import TENANT, read_version
 from pedro.store import Inherited, Store, Version, exclusive
@@ -32,22 +34,37 @@ class TakenOver:
 
     adapters: int
     versions: int
+    refused: tuple[str, ...] = ()
+    """Versions that bear no seal of the platform's, and were left out."""
 
 
-def take_over(connection: Connection, store: Store, *, again: bool = False) -> TakenOver:
+def take_over(
+    connection: Connection, store: Store, *, again: bool = False, sealed: Callable[[Version, str], bool] | None = None
+) -> TakenOver:
     """Enter what the store does not know of the registry's adapters and versions: once, then only `again`.
 
-    Raises UnavailableError if the registry does not answer.
+    `sealed` says whether a version bears its seal, without which it is left out; None: each is taken as it is. Raises
+    UnavailableError if the registry does not answer.
     """
     with exclusive(store.url, "takeover"):
         if store.imported() is not None and not again:  # by whoever had the lock before
             return TakenOver(0, 0)
-        adapters, versions = store.take_over(_inherited(connection))
+        known = {version.ref for some in store.list_all_versions().values() for version in some} if sealed else set()
+        refused: list[str] = []
+
+        def wanted(version: Version, seal: str) -> bool:
+            if sealed is None or version.ref in known or sealed(version, seal):
+                return True
+            refused.append(version.ref)
+            return False
+
+        adapters, versions = store.take_over(_inherited(connection, wanted, empty=sealed is None))
         store.mark_imported()
-    return TakenOver(adapters, versions)
+    return TakenOver(adapters, versions, tuple(sorted(refused)))
 
 
-def _inherited(connection: Connection) -> list[Inherited]:
+def _inherited(connection: Connection, wanted: Callable[[Version, str], bool], *, empty: bool) -> list[Inherited]:
+    """The adapters with the versions that are wanted; those without any only where `empty`."""
     if _is_empty(connection.sqlite_file):
         return []
     versions: dict[str, list[Version]] = defaultdict(list)
@@ -55,11 +72,12 @@ def _inherited(connection: Connection) -> list[Inherited]:
         found = connection.pages(connection.client.search_registered_models, filter_string=None)
         models = {model.name: model for model in found if TENANT in model.tags}
         for entity in connection.pages(connection.client.search_model_versions, filter_string=None):
-            if entity.name in models:
-                versions[entity.name].append(read_version(entity))
+            if entity.name in models and wanted(version := read_version(entity), entity.tags.get(TAG, "")):
+                versions[entity.name].append(version)
     return [
         Inherited(name, int(model.creation_timestamp) / 1000, aliases_of(model), tuple(versions[name]))
         for name, model in models.items()
+        if empty or versions[name]
     ]
 
 
