@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from pedro.errors import UnavailableError
 from pedro.registry.relocation import relocate
@@ -48,7 +49,7 @@ class Connection:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             if self.sqlite_file is None:
-                return _connect(self.tracking_uri)
+                return _connect(_signed_in(self.tracking_uri))
             database = self.sqlite_file
             database.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{database}.lock"):  # two processes must not both make the schema
@@ -109,6 +110,17 @@ class Connection:
             token = page.token
             if not token:
                 return
+
+
+def _signed_in(uri: str) -> str:
+    """The address of a server without its user and password, which MLflow takes by variables of its own: what it says of
+    a request that failed repeats the address."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or parts.username is None:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _connect(uri: str) -> MlflowClient:
