@@ -113,8 +113,8 @@ class Connection:
 
 
 def _signed_in(uri: str) -> str:
-    """The address of a server without its user and password, which MLflow takes by variables of its own: what it says of
-    a request that failed repeats the address."""
+    """The address of a server without user and password, which MLflow's client takes by variables of its own: what it
+    says of a request that failed repeats the address."""
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or parts.username is None:
         return uri
