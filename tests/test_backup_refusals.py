@@ -242,16 +242,16 @@ def test_a_backup_beside_services_says_what_is_not_in_it_and_is_restored_beside_
 
 def test_a_disk_that_gets_full_leaves_nothing(archive, new, tmp_path, monkeypatch):
     class Full:
-        """A disk that takes so many pieces."""
+        """A disk that takes so many files."""
 
         def __init__(self, room: int) -> None:
             self.room = room
 
-        def open(self, path, *arguments, **options):
-            self.room -= 1
-            if self.room < 0:
+        def open(self, path, flags, *arguments, **options):
+            self.room -= bool(flags & os.O_CREAT)
+            if self.room < 0 and flags & os.O_CREAT:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            return opened(path, *arguments, **options)
+            return opened(path, flags, *arguments, **options)
 
     opened = os.open
     for room in (0, 1, 3, 8):
