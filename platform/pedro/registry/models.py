@@ -248,10 +248,11 @@ def _verify(version: Version, directory: Path) -> None:
     """
     from pedro.methods.adapter_files import manifest_digest, verify_adapter
 
+    others = f"{version.ref}: the stored files are not those that were registered"
     try:
         manifest = verify_adapter(directory, None)
     except AdapterError as error:
-        raise AdapterError(f"{version.ref}: {error.message}", code=DAMAGED) from error
+        raise AdapterError(f"{others} ({error.message})", code=DAMAGED) from error
     sealed = version.manifest_digest or manifest_digest(manifest)  # earlier releases recorded none
     if manifest["digest"] != version.digest or manifest_digest(manifest) != sealed:
-        raise AdapterError(f"{version.ref}: the stored files are not those that were registered", code=DAMAGED)
+        raise AdapterError(others, code=DAMAGED)
