@@ -85,6 +85,8 @@ def test_a_restored_home_answers_as_before_and_has_all_that_was_there(lived_in, 
     assert {row["run_id"] for rows in expected["versions"].values() for row in rows} <= runs
     for part in ("artifacts", "storage", "comparisons", "backbones/mine"):
         assert files_of(settings.home / part) == files_of(lived_in.settings.home / part), part
+    assert [entry.action for entry in old.store.list_audit()].count("backup.create") == 1
+    assert [entry.action for entry in registry.store.list_audit()].count("backup.restore") >= 1
     registry.store.create_key("globex", name="afterwards")  # whose audit has a number of its own
     assert registry.rollback("acme.colours").version == 2
 

@@ -21,12 +21,12 @@ from pedro import __version__
 from pedro.backbones.kept import read_origin
 from pedro.backup.archive import REGISTRY, STORE, ArchiveWriter, Hashing, Header, may_be
 from pedro.backup.parts import Places, find_files
-from pedro.errors import ConfigError, UnavailableError
+from pedro.errors import ConfigError, PedroError, UnavailableError
 from pedro.home import backbones_folder
 from pedro.refs import NAME
 from pedro.registry.snapshot import copy_database
 from pedro.secret_files import without_password
-from pedro.store import Database, JobStatus, exclusive
+from pedro.store import PLATFORM, Database, JobStatus, Store, exclusive, schema
 from pedro.store.dump import Dumped, dump, read
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def make_backup(settings: Settings, target: Path, log: Log, *, with_backbones: b
         hashed = Hashing(stream)
         while hashed.read(1 << 20):
             pass
+    _enter(settings, dumped, target, hashed.hexdigest(), log)
     return Made(
         file=str(target),
         bytes=target.stat().st_size,
@@ -165,6 +166,19 @@ def _add_files(archive: ArchiveWriter, files: list[tuple[str, Path]], total: int
             told = int(100 * done / total)
             log(f"files: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
     return left_out
+
+
+def _enter(settings: Settings, dumped: Dumped, target: Path, sha256: str, log: Log) -> None:
+    """Enter into the audit that a backup was made, where the database is this release's."""
+    if dumped.schema != schema.REVISION:
+        return
+    store = Store(settings.database_url)
+    try:
+        store.audit("backup.create", PLATFORM, str(target), after={"sha256": sha256})
+    except PedroError as error:
+        log(f"warning: the audit does not have this backup: {error.message}")
+    finally:
+        store.close()
 
 
 def _missing(versions: list[tuple[str, dict[str, Any]]], archive: ArchiveWriter, places: Places) -> list[str]:

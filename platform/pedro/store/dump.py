@@ -20,6 +20,7 @@ from pedro.errors import ConfigError, ConflictError
 from pedro.store import migrate, schema
 from pedro.store.changes import EPOCH, GENERATION, audited
 from pedro.store.database import Database, exclusive
+from pedro.store.records import PLATFORM
 
 PREFIX = "pedro_"
 TOGETHER = 500  # rows in one statement
@@ -189,4 +190,4 @@ def _begin_anew(connection: sa.Connection, told: bool, rows: int) -> None:
     if not told:
         connection.execute(sa.update(schema.adapters).values(mirrored=0))
     generation = connection.execute(sa.select(counter.c.value).where(counter.c.name == GENERATION)).scalar_one()
-    audited(connection, None, "store.restore", "", "store", after={"generation": generation, "rows": rows})
+    audited(connection, None, "backup.restore", PLATFORM, "store", after={"generation": generation, "rows": rows})
