@@ -43,13 +43,13 @@ def restore(settings: Settings, source: Path, **options: Any) -> Restored:
 
 
 def rows_of(url: str) -> dict[str, list[dict[str, Any]]]:
-    """All rows of a store, but for the epoch, and what backups enter into the audit."""
+    """All rows of a store, but for the epoch, and for what backups enter into the audit, in its turn."""
     database, lines = Database(url), []
     dump(database, lines.append)
     database.close()
     rows: dict[str, list[dict[str, Any]]] = {}
     for table, row in read(lines):
-        if row.get("name") == "epoch" or str(row.get("action")).startswith("backup."):
+        if row.get("name") in ("epoch", "generation") or str(row.get("action")).startswith("backup."):
             continue
         rows.setdefault(table, []).append(row)
     return {table: sorted(some, key=lambda row: json.dumps(row, sort_keys=True)) for table, some in rows.items()}
