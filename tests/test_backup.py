@@ -245,7 +245,14 @@ def test_checkpoints_are_kept_of_jobs_that_have_not_ended(tmp_path):
     store.update_job("ftjob-ended", status="failed")
     store.close()
     wanted = ("runs/ftjob-open/c/x", "runs/ftjob-open-trial-001/c", "jobs/ftjob-ended/log.txt", "datasets/1.jsonl")
-    for name in (*wanted, "runs/ftjob-ended/c/x", "tune/s/state", "backbones/b.json", "jobs/ftjob-open/.new-1"):
+    for name in (
+        *wanted,
+        "runs/ftjob-ended/c/x",
+        "tune/s/state",
+        "backbones/b.json",
+        "jobs/ftjob-open/.new-1",
+        "uploads/.new/f",
+    ):
         path = settings.home / "storage" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)

@@ -21,7 +21,7 @@ from pedro.registry import Registry
 if TYPE_CHECKING:
     from pedro.config import Settings
 
-UNFINISHED = re.compile(r"\.new-|\.restoring-")  # how names begin that become others
+UNFINISHED = re.compile(r"\.new(-|$)|\.restoring-")  # how names begin that become others
 CHECKPOINTS = "runs"  # folder of the storage: one of each job
 AGAIN = ("tune", "backbones")  # folders of the storage that are made again: of the sweeps' records, of the home's
 

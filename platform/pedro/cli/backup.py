@@ -62,7 +62,8 @@ def restore(
     """Restore a backup into an empty PEDRO_HOME (and PEDRO_DATABASE_URL): all of it, or nothing.
 
     Everything is verified before anything can be seen. An older release's backup is upgraded, a newer one's refused.
-    Keys are valid again as they were, jobs that ran are shown as lost. A backup of sqlite may go to PostgreSQL.
+    Keys are valid again as they were; jobs that had not ended start again with a controller, so end the home of before.
+    A backup of sqlite may go to PostgreSQL.
 
     Example: `PEDRO_HOME=/srv/pedro pedro restore /backups/pedro-2026-11-29.tar.gz`
     """
