@@ -44,7 +44,8 @@ def restore(settings: Settings, source: Path, **options: Any) -> Restored:
 
 def rows_of(url: str) -> dict[str, list[dict[str, Any]]]:
     """All rows of a store, but for the epoch, and for what backups enter into the audit, in its turn."""
-    database, lines = Database(url), []
+    lines: list[str] = []
+    database = Database(url)
     dump(database, lines.append)
     database.close()
     rows: dict[str, list[dict[str, Any]]] = {}

@@ -100,7 +100,7 @@ class ArchiveWriter:
         info.mode = 0o600
         hashed = Hashing(stream)
         try:
-            self._tar.addfile(info, hashed)  # type: ignore[arg-type]  # it only reads
+            self._tar.addfile(info, hashed)
         except OSError as error:
             if error.errno is None:  # of tarfile: it is shorter now
                 raise UnavailableError(f"{name} became shorter while it was read; take the backup again") from error
@@ -126,7 +126,7 @@ def read_archive(path: Path, begin: Callable[[Header], Sink], sha256: str | None
     try:
         with path.open("rb") as raw:
             whole = Hashing(raw)
-            with gzip.GzipFile(fileobj=whole, mode="rb") as unpacked:  # type: ignore[arg-type]  # it only reads
+            with gzip.GzipFile(fileobj=whole, mode="rb") as unpacked:  # type: ignore[call-overload]  # it only reads
                 entries = _members(path, unpacked, began)
                 while unpacked.read(PIECE):  # its checksum comes last
                     pass
