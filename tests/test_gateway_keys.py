@@ -12,8 +12,7 @@ import sqlalchemy as sa
 from pedro.errors import AuthenticationError, UnavailableError
 from pedro.gateway import key_cache
 from pedro.gateway.app import GatewaySettings
-from pedro.gateway.key_cache import KeyCache
-from pedro.gateway.last_used import LastUsed
+from pedro.gateway.key_cache import KeyCache, LastUsed
 from pedro.store import Quota, Store, schema
 
 OFTEN_S = 0.02

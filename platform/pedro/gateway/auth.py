@@ -14,8 +14,7 @@ from pedro.errors import AuthenticationError, ScopeError
 from pedro.gateway.allow_list import AllowedBackend
 from pedro.gateway.backend import ALL_TENANTS, Backend
 from pedro.gateway.edge import request_id_of
-from pedro.gateway.key_cache import KeyCache
-from pedro.gateway.last_used import LastUsed
+from pedro.gateway.key_cache import KeyCache, LastUsed
 from pedro.gateway.observability import note
 from pedro.gateway.quotas import admit
 from pedro.refs import ModelRef

@@ -9,6 +9,7 @@ While the database is away, keys that were used before are good for `AWAY_S`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pedro.errors import AuthenticationError, UnavailableError
+from pedro.errors import AuthenticationError, PedroError, UnavailableError
 from pedro.store import KEY, QUOTA, KeyRecord, Position, Quota, Store, hash_secret, unknown_key
 
 AWAY_S = 600.0
@@ -25,6 +26,8 @@ AGAIN_AFTER_S = 1.0  # when a feed that could not be read is asked for again
 FRESH_S = 30.0  # how long an answer is good by itself
 MAX_LOOKUPS, MAX_RENEWALS = 48, 16  # at once, of keys that are not known and of those that are
 MAX_KEYS, MAX_UNKNOWN = 20_000, 20_000
+WRITE_EVERY_S = 60.0
+log = logging.getLogger("pedro.gateway")
 Known = tuple[KeyRecord, Quota]
 T = TypeVar("T")
 V = TypeVar("V")
@@ -173,6 +176,51 @@ class KeyCache:
                     self._keys[hashed] = _Held(found[hashed], now)
                 else:
                     self._keys.pop(hashed, None)
+
+
+class LastUsed:
+    """Writes when keys were used last: gathered in memory and written together, never in a request's way. What a gateway
+    that dies had not written yet is lost: up to a minute.
+
+    For one event loop; with several gateways the store takes one time a minute of each key.
+    """
+
+    def __init__(self, store: Store, write_every_s: float = WRITE_EVERY_S) -> None:
+        self._store = store
+        self._write_every_s = write_every_s
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-used")
+        self._waiting: dict[str, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def note(self, key_id: str) -> None:
+        """The key was used now."""
+        if len(self._waiting) < MAX_KEYS or key_id in self._waiting:
+            self._waiting[key_id] = time.time()
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._write_every_s, self._write_soon)
+
+    def close(self) -> None:
+        """Write what is left, and end."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._thread.submit(self._write, self._taken())
+        self._thread.shutdown(wait=True)
+
+    def _write_soon(self) -> None:
+        self._timer = None
+        self._thread.submit(self._write, self._taken())
+
+    def _taken(self) -> dict[str, float]:
+        taken, self._waiting = self._waiting, {}
+        return taken
+
+    def _write(self, at: dict[str, float]) -> None:
+        if not at:
+            return
+        try:
+            self._store.mark_used(at)
+        except PedroError as error:  # the next minute's say as much
+            log.warning("when keys were used last could not be written: %s", error)
 
 
 async def _on(threads: ThreadPoolExecutor, question: Callable[[], T]) -> T:

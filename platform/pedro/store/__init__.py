@@ -4,7 +4,7 @@ from pedro.store.buckets import LeaseGrant, LeaseRequest
 from pedro.store.changes import ADAPTER, KEY, QUOTA, Delta, Position
 from pedro.store.database import Database, exclusive
 from pedro.store.files import check_file_room, file_not_found
-from pedro.store.keys import hash_secret, unknown_key
+from pedro.store.keys import unknown_key
 from pedro.store.records import (
     ADMIN,
     CANDIDATE,
@@ -35,6 +35,7 @@ from pedro.store.records import (
     Unmirrored,
     Usage,
     Version,
+    hash_secret,
     utc,
 )
 from pedro.store.standings import WHATEVER

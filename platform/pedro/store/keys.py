@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 import uuid
@@ -17,7 +16,7 @@ from pedro.errors import AuthenticationError, ConfigError, ConflictError
 from pedro.store import schema
 from pedro.store.changes import KEY, announce, audited, next_generation
 from pedro.store.quotas import check_limits, key_not_found, limit_columns, read_quota, shown
-from pedro.store.records import ADMIN, INFER, NO_QUOTA, SCOPES, By, KeyRecord, Quota
+from pedro.store.records import ADMIN, INFER, NO_QUOTA, SCOPES, By, KeyRecord, Quota, hash_secret
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
@@ -175,11 +174,6 @@ class KeyTable:
             rows = [{"key": key, "at": moment} for key, moment in times[start : start + MARKED_TOGETHER]]
             with self._database.writing() as connection:
                 connection.execute(used, rows)
-
-
-def hash_secret(secret: str) -> str:
-    """What is kept of a key's secret, and what it is found by."""
-    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def unknown_key() -> AuthenticationError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -328,3 +329,8 @@ class AuditQuery:
 def utc(seconds: float) -> str:
     """Unix seconds as people and tags write them."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def hash_secret(secret: str) -> str:
+    """What is kept of a key's secret, and what it is found by."""
+    return hashlib.sha256(secret.encode()).hexdigest()
