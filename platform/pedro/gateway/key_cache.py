@@ -179,8 +179,9 @@ class KeyCache:
 
 
 class LastUsed:
-    """Writes when keys were used last: gathered in memory and written together, never in a request's way. What a gateway
-    that dies had not written yet is lost: up to a minute.
+    """Writes when keys were used last: gathered in memory and written together, never in a request's way.
+
+    What a gateway that dies had not written yet is lost: up to a minute.
 
     For one event loop; with several gateways the store takes one time a minute of each key.
     """
