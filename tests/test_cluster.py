@@ -11,7 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
+from steady_clients import SteadyClients
 
 from pedro import cluster, secret_files
 from pedro.config import Settings
@@ -204,12 +207,17 @@ def test_what_listens_but_is_no_ray_is_not_waited_for(home):
 
 
 @pytest.mark.slow
-def test_submit_and_serve_run_on_a_head_and_a_worker_started_separately(home):
-    """Each node has one CPU and each training worker wants one, so one worker runs on each node."""
+def test_submit_and_serve_run_on_a_head_and_a_worker_and_a_killed_gateway_or_proxy_costs_no_answer(home):
+    """Each node has one CPU and each training worker wants one, so one worker runs on each node.
+
+    Both nodes are on this machine, and their proxies share the server's port, among which the kernel divides
+    connections: it stands for the load balancer that is before several hosts.
+    """
     (home / "token").write_text("f" * 64)
     (home / "spec.yaml").write_text(SPEC)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PEDRO_", "MLFLOW_"))}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(home / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
+    env |= {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
     env |= {"PEDRO_HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
     gcs, dashboard, *agents = (cluster.free_port() for _ in range(4))
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
@@ -228,11 +236,30 @@ def test_submit_and_serve_run_on_a_head_and_a_worker_started_separately(home):
         assert result["model"] == "acme.two-nodes:1"
         assert result["alias"] == "champion"
 
-        served = json.loads(_run(["serve", "--port", "0", "--detach", "--json"], env).splitlines()[-1])
+        serve = ["serve", "--port", "0", "--gateways", "3", "--detach", "--json"]
+        served = json.loads(_run(serve, env).splitlines()[-1])
         key = json.loads(_run(["keys", "create", "acme", "--json"], env))["secret"]
         answer = _run(["chat", "acme.two-nodes", "play some jazz", "--json"], env | {"PEDRO_API_KEY": key})
         assert json.loads(answer)["model"] == "acme.two-nodes"
         assert served["url"].startswith("http://127.0.0.1:")
+
+        gateways = _processes(home, "ServeReplica:pedro:gateway")
+        assert {os.getsid(gateway.pid) for gateway in gateways} == {nodes[1].pid}, "one is on the head"
+        _run(["tenants", "set", "acme", "--requests-per-minute", "100000", "--tokens-per-day", "10000000"], env)
+        with SteadyClients(served["url"], key, "acme.two-nodes") as clients:
+            clients.go_on(64)
+            gateways[0].kill()
+            clients.go_on(128)
+            proxies = _processes(home, "ProxyActor")
+            assert len(proxies) == 2
+            proxies[-1].kill()
+            clients.go_on(128)
+        assert not clients.failures
+        assert not clients.wrong
+        _wait_until(lambda: len(_processes(home, "ServeReplica:pedro:gateway")) == 3)
+        _wait_until(lambda: len(_processes(home, "ProxyActor")) == 2)
+        reply = httpx.get(f"{served['url']}/tokenizer_info", headers={"authorization": f"Bearer {key}"}, timeout=60)
+        assert int(reply.headers["x-ratelimit-remaining-tokens"]) <= 10_000_000 - 48 * len(clients.answers) * 0.9
         assert json.loads(_run(["down", "--json"], env)) == {"server": True, "head": False}
     finally:
         for node in reversed(nodes):
@@ -242,6 +269,23 @@ def test_submit_and_serve_run_on_a_head_and_a_worker_started_separately(home):
             with contextlib.suppress(ProcessLookupError):  # what the node left of its own session
                 os.killpg(node.pid, signal.SIGKILL)
             node.wait(10)
+
+
+def _processes(home, title):
+    """Ray's processes of that title on a cluster of this test."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()) and process.environ().get("PEDRO_HOME") == str(home):
+                found.append(process)
+    return found
+
+
+def _wait_until(condition, timeout_s=300):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.2)
 
 
 def _start(command, env, log):
