@@ -258,7 +258,12 @@ def test_submit_and_serve_run_on_a_head_and_a_worker_and_a_killed_gateway_or_pro
         assert not clients.wrong
         _wait_until(lambda: len(_processes(home, "ServeReplica:pedro:gateway")) == 3)
         _wait_until(lambda: len(_processes(home, "ProxyActor")) == 2)
-        reply = httpx.get(f"{served['url']}/tokenizer_info", headers={"authorization": f"Bearer {key}"}, timeout=60)
+        reply = httpx.post(
+            f"{served['url']}/v1/completions",
+            json={"model": "acme.two-nodes", "prompt": "play", "max_tokens": 1},
+            headers={"authorization": f"Bearer {key}"},
+            timeout=60,
+        )
         assert int(reply.headers["x-ratelimit-remaining-tokens"]) <= 10_000_000 - 48 * len(clients.answers) * 0.9
         assert json.loads(_run(["down", "--json"], env)) == {"server": True, "head": False}
     finally:

@@ -357,6 +357,15 @@ def test_without_a_gateway_the_page_says_which_command_starts_it(page, tmp_path,
     assert not (tmp_path / "nothing").exists(), "looking must create nothing"
 
 
+def test_each_of_several_gateways_counts_for_itself_whichever_a_scrape_meets():
+    history = History()
+    for at, name, refused in ((100, "a", 5), (105, "b", 40), (110, "a", 7), (115, "b", 41)):
+        text = f'pedro_gateway_too_many_requests_total{{gateway="{name}",reason="quota"}} {refused}\n'
+        history.add(at, parse_metrics(f"# TYPE pedro_gateway_too_many_requests counter\n{text}"))
+    gains = [interval.traffic.get("", Traffic()).counts.get("refused", 0.0) for interval in window(history)]
+    assert gains[-2:] == [2.0, 1.0]
+
+
 def test_an_engine_that_is_away_leaves_the_gateways_own_figures(page, tmp_path, monkeypatch):
     from gateway_server import serve
 

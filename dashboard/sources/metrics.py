@@ -42,7 +42,7 @@ FAILED = ("error",)
 
 
 class SeriesSource(NamedTuple):
-    """Who counts: a metric of one replica, for one adapter. A restart sets all of its series back together."""
+    """Who counts: a metric of one replica or gateway, for one adapter. A restart sets all its series back together."""
 
     metric: str
     replica: str
@@ -131,7 +131,7 @@ def parse_metrics(text: str) -> Scrape:
                 continue
             base = name.removesuffix("_bucket")
             if name in COUNTERS or (base in HISTOGRAMS and name != base):
-                source = SeriesSource(base, labels.get("replica", ""), labels.get("adapter", ""))
+                source = SeriesSource(base, labels.get("replica", labels.get("gateway", "")), labels.get("adapter", ""))
                 series = totals.setdefault(source, {})
                 label = _label(labels)
                 series[label] = series.get(label, 0.0) + value
@@ -172,7 +172,7 @@ def _histogram(series: Mapping[str, float]) -> Histogram:
 
 
 def _label(labels: Mapping[str, str]) -> str:
-    return next((value for name, value in labels.items() if name not in ("replica", "adapter")), "")
+    return next((value for name, value in labels.items() if name not in ("replica", "gateway", "adapter")), "")
 
 
 def _summed(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:

@@ -34,6 +34,11 @@ class Lease:
         self._assumed = 0.0, now  # what was taken to be used when it went
 
     @property
+    def known(self) -> bool:
+        """Whether anything can be said of what is left."""
+        return self.seen_at is not None or self._stand_in is not None
+
+    @property
     def empty(self) -> bool:
         return not self._held and not self.back and self._stand_in is None
 

@@ -121,10 +121,11 @@ class Quotas:
         return short
 
     def headers(self, caller: Principal) -> dict[str, str]:
-        """OpenAI's x-ratelimit-* of what is left, of the limit that leaves least; none without a quota."""
+        """OpenAI's x-ratelimit-* of what is left, of the limit that leaves least; none without a quota, nor of what the
+        store was not asked about yet."""
         now = self._clock()
         headers: dict[str, str] = {}
-        limits = self._limits(caller, 0, now)
+        limits = [limit for limit in self._limits(caller, 0, now) if _known(limit.bucket)]
         for kind in (REQUESTS, TOKENS):
             buckets = [limit.bucket for limit in limits if limit.kind == kind]
             if buckets:
@@ -206,6 +207,10 @@ def prompt_estimate(call: GenerateCall) -> int:
 
 def _guess(text: str) -> int:
     return -(-len(text.encode()) // CHARACTERS_A_TOKEN)
+
+
+def _known(bucket: Allowance) -> bool:
+    return not isinstance(bucket, Lease) or bucket.known
 
 
 def _give_back(limits: Sequence[_Limit]) -> None:
