@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
@@ -67,11 +68,12 @@ class SteadyClients:
             asked += 3
 
     def _whole(self, client: openai.OpenAI, prompt: str) -> str:
-        return self._ask(client, prompt).choices[0].text
+        return str(self._ask(client, prompt).choices[0].text)
 
     def _streamed(self, client: openai.OpenAI, prompt: str) -> str:
         for attempt in range(2):
-            parts, reason = [], None
+            parts: list[str] = []
+            reason: str | None = None
             try:
                 for chunk in self._ask(client, prompt, stream=True):
                     parts.append(chunk.choices[0].text)
@@ -85,6 +87,6 @@ class SteadyClients:
             return "".join(parts)
         raise AssertionError("not reached")
 
-    def _ask(self, client: openai.OpenAI, prompt: str, **options):
-        fields = {"model": self._model, "prompt": prompt, "temperature": 0, "max_tokens": 48}
+    def _ask(self, client: openai.OpenAI, prompt: str, **options: Any) -> Any:
+        fields: dict[str, Any] = {"model": self._model, "prompt": prompt, "temperature": 0, "max_tokens": 48}
         return client.completions.create(**fields, extra_body={"ignore_eos": True}, **options)
