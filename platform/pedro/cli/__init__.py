@@ -25,6 +25,7 @@ from pedro.cli import (
     db,
     doctor,
     files,
+    gc,
     jobs,
     keys,
     methods,
@@ -74,6 +75,7 @@ app.command("backup")(backup.backup)
 app.command("restore")(backup.restore)
 app.command("doctor")(doctor.doctor)
 app.command("audit")(audit.audit)
+app.command("gc")(gc.gc)
 app.command("demo")(serve.demo)
 
 

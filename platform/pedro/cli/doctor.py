@@ -33,7 +33,7 @@ class Check:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Check Python, packages, memory, disk, ports, registry, database and cluster; exit 1 if something fails."""
+    """Check Python, packages, memory, disk, sizes, ports, registry, database and cluster; exit 1 if something fails."""
     checks: list[Check] = []
     for check in run_checks():
         checks.append(check)
@@ -58,6 +58,7 @@ def run_checks() -> Iterator[Check]:
     yield _memory()
     yield _home(settings.home)
     yield _disk(settings.home)
+    yield _service("sizes", lambda: _sizes(settings), "check PEDRO_STORAGE")
     yield _port(8000)
     yield _service("registry", lambda: _registry(settings), "check MLFLOW_TRACKING_URI, or unset it to use sqlite")
     yield _service("database", lambda: _database(settings), "check PEDRO_DATABASE_URL, or unset it to use sqlite")
@@ -172,6 +173,16 @@ def _registry(settings: Settings) -> str:
     waiting = len(registry.store.unmirrored())
     behind = f"; it has not heard of the last moves of {waiting}, `pedro db mirror` tells it" if waiting else ""
     return f"{without_password(settings.tracking_uri)}, {len(registry.models())} adapters{behind}"
+
+
+def _sizes(settings: Settings) -> str:
+    """What the home and the storage hold, the largest first."""
+    from pedro.cli.gc import size
+    from pedro.sizes import measure
+
+    held = sorted(measure(settings).items(), key=lambda one: -one[1])
+    kinds = ", ".join(f"{kind.replace('_', ' ')} {size(count)}" for kind, count in held if count)
+    return f"{kinds}; `pedro gc --dry-run` says what may go" if kinds else "nothing is kept yet"
 
 
 def _database(settings: Settings) -> str:

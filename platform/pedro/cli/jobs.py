@@ -269,7 +269,7 @@ def _as_they_stand(settings: Settings, tenant: str | None) -> list[dict[str, Any
 
     store = Store(settings.database_url)
     is_open = any(not record.status.final for record in store.list_jobs(tenant))
-    cluster = _ask_cluster(settings) if is_open else ClusterJobs({}, gone=True)
+    cluster = ask_cluster(settings) if is_open else ClusterJobs({}, gone=True)
     if cluster.problem:
         log(f"what runs is as the records have it: {cluster.problem}")
     return [
@@ -278,7 +278,7 @@ def _as_they_stand(settings: Settings, tenant: str | None) -> list[dict[str, Any
     ]
 
 
-def _ask_cluster(settings: Settings) -> ClusterJobs:
+def ask_cluster(settings: Settings) -> ClusterJobs:
     """What the cluster says of its jobs; none is started to be asked."""
     from pedro.cluster import connect, find_head
     from pedro.errors import UnavailableError
@@ -325,6 +325,19 @@ def stop_jobs(job_ids: list[str]) -> None:
             within(30, partial(stop_job, job_id))
         except (PedroError, OSError, RuntimeError) as error:
             log(f"{job_id} could not be stopped first: {error}")
+
+
+def end_driver(settings: Settings, ray_id: str) -> None:
+    """Stop the driver of a job or a sweep and return once it has ended. Raises UnavailableError where it has not."""
+    from pedro.cluster import connect
+    from pedro.errors import UnavailableError
+    from pedro.training import ray_jobs
+    from pedro.training.job_status import RAY_OPEN
+
+    url = connect(settings).dashboard_url
+    ray_jobs.stop(ray_id, url)
+    if ray_jobs.status(ray_id, url) in RAY_OPEN:
+        raise UnavailableError(f"{ray_id} has not ended; give the same command again")
 
 
 def _model(metadata: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""`pedro tenants`: who has keys, and how much each tenant may ask for in a minute, a day and a month."""
+"""`pedro tenants`: who has keys, how much each may ask for in a minute, a day and a month, and the end of one."""
 
 from __future__ import annotations
 
@@ -68,6 +68,58 @@ def set_limits(
     if not store.list_keys(tenant):
         log(f"note: tenant {tenant} has no key yet")
     emit({"tenant": tenant, **asdict(now)}, as_json, lambda: typer.echo(f"{tenant}: {describe_quota(now)}"))
+
+
+@app.command()
+def erase(
+    tenant: Annotated[str, typer.Argument(help="The tenant, of which nothing will be left.", metavar="NAME")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what there is; erase nothing.")] = False,
+    keep_sums: Annotated[
+        bool, typer.Option("--keep-sums", help="Keep its usage by day, under a number instead of its name.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Erase everything of a tenant: keys, quotas, jobs, data, adapters, runs, caches, logs, usage, history, audit.
+
+    It is refused from the first moment; its running jobs are ended, its running requests end by themselves. Data that
+    another tenant's job names too stays. The audit keeps that somebody was erased, with counts and no name; the name is
+    free again. Broken off, the same command ends it. Backups, and what other hosts have cached, are not reached: see
+    docs/operations.md.
+
+    Examples: `pedro tenants erase acme --dry-run`; `pedro tenants erase acme --keep-sums`
+    """
+    from pedro.cli.gc import size
+    from pedro.cli.jobs import ask_cluster, end_driver
+    from pedro.cli.output import confirm
+    from pedro.config import Settings
+    from pedro.registry import Registry
+    from pedro.retention.erasure import erase_tenant
+
+    settings = Settings.from_env()
+    if not dry_run:
+        confirm(f"Erase everything of {tenant}? It cannot be had back.", yes, as_json)
+    done = erase_tenant(
+        tenant,
+        settings,
+        Registry.open(settings),
+        lambda: ask_cluster(settings),
+        lambda job: end_driver(settings, job),
+        keep_sums=keep_sums,
+        dry_run=dry_run,
+        log=log,
+    )
+
+    def show() -> None:
+        rows = [[kind, count, ""] for kind, count in done.rows.items()]
+        rows += [[f"{kind} (files)", total.removed, size(total.bytes)] for kind, total in done.files.items()]
+        table(["what", "would go" if dry_run else "erased", "size"], rows)
+        if not dry_run:
+            typer.echo(f"{tenant} is erased; the audit has it as {done.number}")
+        if done.at_server:
+            log(f"MLflow's server has hidden {done.at_server} runs and experiments: run `mlflow gc` beside it")
+
+    emit(asdict(done), as_json, show)
 
 
 def quota_heads() -> list[str]:

@@ -24,6 +24,7 @@ from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
 from pedro.data.mistakes import LineError
 from pedro.data.prompt_format import PromptFormat, encode_completions, encode_prompts
 from pedro.errors import DataError
+from pedro.stored_files import touch
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -37,6 +38,7 @@ LOG = logging.getLogger(__name__)
 ROWS_VERSION = 4  # raise it when the rows of one file change: old cache entries are then left alone
 BATCH = 1000
 STALE_S = 24 * 3600
+SOURCE = "source.txt"  # the digest of the file that the rows are of; entries of earlier releases have none
 IGNORED_LABEL = -100  # torch's cross_entropy skips it
 
 
@@ -78,10 +80,12 @@ def load_rows(
 
     path = Path(path)
     read_as = [kind(path, fields), dict(fields or {})]
-    key = _key(data_digest(path), tokenizer, format, max_length, read_as)
+    digest = data_digest(path)
+    key = _key(digest, tokenizer, format, max_length, read_as)
     entry = Path(cache_dir) / f"rows-{key}"
     if not (entry / "counts.json").is_file():
-        _build(entry, path, fields, _Writer(tokenizer, format, max_length))
+        _build(entry, path, digest, fields, _Writer(tokenizer, format, max_length))
+    touch(entry)  # so that it is not taken for one that nobody uses
     dataset = Dataset.from_file(str(entry / "rows.arrow"))
     counts = row_counts(dataset)
     if counts.truncated or counts.dropped:
@@ -159,7 +163,7 @@ def _key(digest: str, tokenizer: Tokenizer, format_: PromptFormat, max_length: i
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _build(entry: Path, path: Path, fields: Fields | None, written: _Writer) -> None:
+def _build(entry: Path, path: Path, digest: str, fields: Fields | None, written: _Writer) -> None:
     """Writes the cache entry beside its place and renames it there; if another process was first, its entry stands."""
     from datasets.arrow_writer import ArrowWriter
 
@@ -180,6 +184,7 @@ def _build(entry: Path, path: Path, fields: Fields | None, written: _Writer) -> 
                 "prompts",
                 param="training.max_length",
             )
+        (building / SOURCE).write_text(digest)
         (building / "counts.json").write_text(json.dumps(asdict(counts)))
         try:
             building.rename(entry)

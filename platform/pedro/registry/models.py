@@ -25,6 +25,7 @@ from pedro.registry.takeover import TakenOver, take_over
 from pedro.registry.tracking import Tracking
 from pedro.registry.versions import made_version, version_tags
 from pedro.store import CHAMPION, WHATEVER, By, Position, RegisteredAdapter, Store, Version, exclusive
+from pedro.stored_files import touch
 
 MANIFEST = "pedro_adapter.json"
 DAMAGED = "adapter_damaged"  # the code of an error that fetching again does not mend
@@ -187,6 +188,11 @@ class Registry(Tracking):
             self.store.delete_version(name, version, actor=actor)
         self._show(name)
 
+    def retire(self, name: str, version: int, promoted_before: float) -> None:
+        """Delete a version that no alias names (`Store.retire_version`). Raises ConflictError, NotFoundError."""
+        self.store.retire_version(name, version, promoted_before)
+        self._show(name)
+
     def mirror(self) -> list[str]:
         """Tell MLflow what it has not heard of yet; the names of which it still has not."""
         failed = 0
@@ -216,13 +222,23 @@ class Registry(Tracking):
             return False
         return True
 
+    @property
+    def adapter_cache(self) -> Path:
+        """This host's copies of versions."""
+        return self.cache_dir / "adapters"
+
+    def cached(self, digest: str, run_id: str) -> Path:
+        """Where this host's copy of a version is, or would be."""
+        return self.adapter_cache / f"{digest.removeprefix('sha256:')}-{run_id}"
+
     def download(self, version: Version) -> Path:
         """The version's adapter directory on this host, from a cache keyed by its digest and its run.
 
         The digest covers the weights alone: equal weights may come with another prompt format. Raises AdapterError
         if what the store holds is not what was registered, the prompt format among it.
         """
-        target = self.cache_dir / "adapters" / f"{version.digest.removeprefix('sha256:')}-{version.run_id}"
+        target = self.cached(version.digest, version.run_id)
+        touch(target)  # so that it is not taken for one that nobody uses
         if (target / MANIFEST).is_file():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -97,6 +97,7 @@ class Gateway:
         from pedro.backbones.sharing import obtain_backbone
         from pedro.registry import Registry
         from pedro.serving.resolver import ModelResolver
+        from pedro.sizes import SizeGauges
         from pedro.store import Store
 
         self._config = ServeConfig(**config)
@@ -112,6 +113,7 @@ class Gateway:
         self._engine = engine
         self._requests_log = settings.requests_log
         self._storage = settings.storage
+        self._sizes = SizeGauges(settings)
         self._starting: list[asyncio.Task[Any]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -144,6 +146,7 @@ class Gateway:
             self._registry,
             connected,
             self._config.request_timeout_s,
+            self._sizes,
         )
         settings = GatewaySettings(
             max_body_bytes=max_body_bytes(self._longest),
@@ -158,7 +161,8 @@ class Gateway:
         return create_app(lambda: backend, self._store, settings)
 
     async def _keep_house(self) -> None:
-        """Tell MLflow of moves that it has not heard of, forget old changes and the old audit, until cancelled."""
+        """Tell MLflow of moves that it has not heard of, forget old changes and the old audit, measure what is kept;
+        until cancelled."""
         seen: Position | None = None
         waiting: list[str] = []
         while True:
@@ -171,6 +175,7 @@ class Gateway:
                 await asyncio.to_thread(self._store.forget_changes, time.time() - KEEP_CHANGES_S)
                 await asyncio.to_thread(self._store.forget_audit, time.time() - KEEP_AUDIT_S)
                 await asyncio.to_thread(self._store.forget_batches, int(1000 * (time.time() - KEEP_BATCHES_S)))
+            await asyncio.to_thread(self._sizes.refresh)
 
 
 def max_body_bytes(max_model_len: int) -> int:

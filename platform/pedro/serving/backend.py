@@ -53,6 +53,7 @@ from pedro.store import WHATEVER
 
 if TYPE_CHECKING:
     from pedro.serving.router import ReplicaSet
+    from pedro.sizes import SizeGauges
     from pedro.store import Actor, RegisteredAdapter
 
 log = logging.getLogger("pedro.serving")
@@ -69,6 +70,7 @@ class ServeBackend:
         registry: Registry,
         replicas: ReplicaSet,
         timeout_s: float = 600.0,
+        sizes: SizeGauges | None = None,
     ) -> None:
         self._model_name = model_name
         self.max_model_len = max_model_len
@@ -76,6 +78,7 @@ class ServeBackend:
         self._registry = registry
         self._replicas = replicas
         self._timeout_s = timeout_s
+        self._sizes = sizes
         self._faults = VersionFaults()
         self._retries = Retries(replicas, self._faults)
         self._started = int(time.time())
@@ -252,8 +255,9 @@ class ServeBackend:
         return await self._ask_all(UnloadAdapter(await self._version_ref(tenant, ref)))
 
     async def metrics(self) -> str:
-        """Prometheus text of every engine replica."""
-        return merged([*await self._replicas.ask_all(ReadMetrics()), self._faults.metrics()])
+        """Prometheus text of every engine replica, and of what the home holds."""
+        sizes = [] if self._sizes is None else [self._sizes.text()]
+        return merged([*await self._replicas.ask_all(ReadMetrics()), self._faults.metrics(), *sizes])
 
     async def ready(self) -> bool:
         """The catalogue is known and a replica would take a call."""

@@ -24,6 +24,7 @@ from pedro.methods.adapter_files import check_tokenizer, read_manifest
 from pedro.process import configure_serving_process, set_torch_threads
 from pedro.refs import ModelRef
 from pedro.registry import DAMAGED, Registry
+from pedro.serving.gone_versions import GoneVersions
 from pedro.serving.metrics import ReplicaMetrics
 from pedro.serving.outputs import ENGINE_FAILED, DeltaBuilder, OutputStream
 from pedro.serving.prompts import PromptProcessor, Turns
@@ -99,6 +100,9 @@ class ReplicaServer:
         self._metrics = ReplicaMetrics(name, config.model_name, self._engine.stats)
         self._thread = EngineThread(self._engine, on_outputs=self._hand_out)
         self._thread.start()
+        pool = self._engine.adapters
+        self._gone = GoneVersions(self._registry, pool.residents, pool.evict)
+        self._gone.start()
 
     # calls
 
@@ -256,6 +260,7 @@ class ReplicaServer:
 
     def close(self) -> None:
         """End the engine; unfinished requests are told."""
+        self._gone.close()
         self._prompts.close()
         self._thread.stop()
 

@@ -38,6 +38,7 @@ from pedro.store.records import (
     hash_secret,
     utc,
 )
+from pedro.store.retention import OldVersion, StoredFile
 from pedro.store.standings import WHATEVER
 from pedro.store.store import Store
 from pedro.store.usage import USAGE_GROUPS, check_period, check_usage_groups, usage_row
@@ -76,11 +77,13 @@ __all__ = [
     "LeaseGrant",
     "LeaseRequest",
     "Move",
+    "OldVersion",
     "Position",
     "Quota",
     "RegisteredAdapter",
     "Standing",
     "Store",
+    "StoredFile",
     "Unmirrored",
     "Usage",
     "Version",

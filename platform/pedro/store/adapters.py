@@ -24,6 +24,7 @@ from pedro.store.adapter_rows import (
     version_values,
 )
 from pedro.store.changes import ADAPTER, announce, audited_all, next_generation
+from pedro.store.erasing import refuse_erased
 from pedro.store.records import CHAMPION, Inherited, KnownAdapter, RegisteredAdapter, Standing, Unmirrored, Version
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class AdapterTable:
         ref = version.model_ref
         with self._database.writing() as connection:
             generation = next_generation(connection)
+            refuse_erased(connection, ref.tenant)
             row = adapter_row(connection, ref, deleted=True)
             there = version_row(connection, ref, version.version)
             if there is not None and (there.run_id, there.digest) == (version.run_id, version.digest):

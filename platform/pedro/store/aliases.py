@@ -94,6 +94,15 @@ class AliasTable:
             move.to(standings.without(move.before, name, version), f"version {version}")
             move.write(version, deleted=move.at)
 
+    def retire_version(self, name: str, version: int, promoted_before: float, *, actor: By = None) -> None:
+        """Delete a version that no alias names; ConflictError where one does by now, or it was champion since then."""
+        with self._moving(name, "retire", actor, version) as move:
+            promoted = move.promoted(version)
+            if version in move.before.versions or (promoted is not None and promoted >= promoted_before):
+                raise ConflictError(f"{name}:{version} is in use, or was not long ago", param="version")
+            move.to(move.before, f"version {version}")
+            move.write(version, deleted=move.at)
+
     def delete_adapter(self, name: str, *, actor: By = None) -> None:
         """Delete an adapter with all its versions."""
         with self._moving(name, "delete", actor) as move:
@@ -157,6 +166,11 @@ class _Moving:
         table = schema.versions
         row = sa.update(table).where(same(table, self._ref), table.c.version == version)
         self._connection.execute(row.values(**values, generation=self._generation))
+
+    def promoted(self, number: int) -> float | None:
+        """When a version last became champion."""
+        row = version_row(self._connection, self._ref, number)
+        return None if row is None else row.promoted
 
     def version(self, number: int) -> Version:
         """A version as it is after the move."""

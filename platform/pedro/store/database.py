@@ -73,6 +73,16 @@ class Database:
     def close(self) -> None:
         self._engine.dispose()
 
+    def rewrite(self) -> None:
+        """Have an sqlite file hold its rows alone: what was deleted is in no free page and in no log. A server is told
+        that the space is free. Raises UnavailableError where others are at it for too long."""
+        if self.is_sqlite:
+            with contextlib.closing(self._engine.raw_connection()) as pooled:
+                vacuum(pooled.driver_connection, self.shown)
+            return
+        with self._answering(), self._engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("VACUUM")
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
         """One transaction that only reads, all of it as of one moment. Raises UnavailableError."""
@@ -117,6 +127,26 @@ class Database:
         dialect: Any = sqlite if self.is_sqlite else postgresql
         insert: sa.Insert = dialect.insert(table).values(**values).on_conflict_do_nothing()
         return insert
+
+
+def vacuum(link: Any, what: str) -> None:
+    """Have an sqlite file, and its log, hold nothing but its rows. Raises UnavailableError while others hold it."""
+    until, busy = time.monotonic() + BUSY_TIMEOUT_S, True
+    try:
+        link.execute("VACUUM")
+        while busy and time.monotonic() < until:  # while others read what it would overwrite
+            busy = link.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 1
+            time.sleep(0.1 if busy else 0)
+    except sqlite3.OperationalError as error:
+        raise UnavailableError(f"{what} cannot be rewritten ({error}); try again", code="database") from error
+    if busy:
+        raise UnavailableError(f"{what} is in use all the time; try again", code="database")
+
+
+def vacuum_file(path: Path) -> None:
+    """The same of an sqlite file that is not ours."""
+    with contextlib.closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as link:
+        vacuum(link, str(path))
 
 
 class Notifications:

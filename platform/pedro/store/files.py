@@ -12,6 +12,7 @@ from pedro.errors import NotFoundError, PedroError
 from pedro.refs import FILE_ID
 from pedro.store import schema
 from pedro.store.changes import audited
+from pedro.store.erasing import refuse_erased
 from pedro.store.records import By, FileRecord
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class FileTable:
         with self._database.writing() as connection:
             if not self._database.is_sqlite:  # where a writer is alone anyway
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"files:{record.tenant}"))))
+            refuse_erased(connection, record.tenant)
             if tenant_bytes is not None or tenant_files is not None:
                 check_file_room(_held(connection, record.tenant), record.bytes, tenant_bytes, tenant_files)
             connection.execute(sa.insert(schema.files).values(record.__dict__))

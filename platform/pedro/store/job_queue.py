@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from pedro.errors import ConflictError
 from pedro.store import schema
+from pedro.store.erasing import refuse_erased
 from pedro.store.jobs import job_not_found, job_record
 from pedro.store.records import JobRecord, JobStatus
 
@@ -140,6 +141,7 @@ class JobQueue:
                 )
             ).rowcount  # fmt: skip
             job = self._job(connection, job_id)
+            refuse_erased(connection, job.tenant)
         if not changed:
             wanted = " or ".join(sources) if job.attempt else "of this release's queue"
             raise ConflictError(f"job '{job_id}' is {job.status}; it must be {wanted}", param="job")

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from pedro.errors import ConfigError, ConflictError, NotFoundError
 from pedro.store import schema
+from pedro.store.erasing import refuse_erased
 from pedro.store.records import NEXT, JobRecord, JobStatus
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class JobTable:
             attempt=1 if queued else 0,
         )
         with self._database.writing() as connection:
+            refuse_erased(connection, tenant)
             connection.execute(sa.insert(schema.jobs).values({**record.__dict__, "status": record.status.value}))
         return record
 

@@ -15,6 +15,7 @@ from pedro.config import check_name
 from pedro.errors import AuthenticationError, ConfigError, ConflictError
 from pedro.store import schema
 from pedro.store.changes import KEY, announce, audited, next_generation
+from pedro.store.erasing import refuse_erased
 from pedro.store.quotas import check_limits, key_not_found, limit_columns, read_quota, shown
 from pedro.store.records import ADMIN, INFER, NO_QUOTA, SCOPES, By, KeyRecord, Quota, hash_secret
 
@@ -71,6 +72,7 @@ class KeyTable:
         record = replace(key, name=name, quota=quota, expires=expires, adapters=only)
         with self._database.writing() as connection:
             generation = next_generation(connection)
+            refuse_erased(connection, tenant)
             if only is not None:
                 _check_adapters(connection, tenant, only)
             _insert(connection, generation, record, secret)

@@ -11,6 +11,7 @@ from pedro.config import check_name
 from pedro.errors import ConfigError, NotFoundError
 from pedro.store import schema
 from pedro.store.changes import QUOTA, announce, audited, next_generation
+from pedro.store.erasing import refuse_erased
 from pedro.store.records import LIMITS, NO_QUOTA, By, Quota
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class QuotaTable:
                 tenant = found.scalar_one_or_none()
             if tenant is None:
                 raise key_not_found(str(key_id))
+            refuse_erased(connection, tenant)
             before = _quota_of(connection, subject)
             if values:
                 row = {**values, "generation": generation}

@@ -14,12 +14,14 @@ from pedro.store.audit import AuditTable
 from pedro.store.buckets import BucketTable
 from pedro.store.changes import ChangeTable
 from pedro.store.database import Database
+from pedro.store.erasure import ErasureTable
 from pedro.store.files import FileTable
 from pedro.store.job_queue import JobQueue
 from pedro.store.jobs import JobTable
 from pedro.store.keys import KeyTable
 from pedro.store.migrate import ready
 from pedro.store.quotas import QuotaTable
+from pedro.store.retention import RetentionTable
 from pedro.store.usage import UsageTable
 
 
@@ -35,6 +37,8 @@ class Store(
     BucketTable,
     ChangeTable,
     UsageTable,
+    RetentionTable,
+    ErasureTable,
 ):
     """The records behind one database URL. Picklable: a copy in another process opens its own connections."""
 

@@ -46,10 +46,10 @@ class UsageTable:
 
     def add_training(self, job_id: str, so_far: Usage) -> None:
         """Add what a job has trained since this was called for it last; `so_far` is all that it has."""
-        mark = f"trained.{_short(job_id)}"
+        of_tokens, of_time = training_marks(job_id)
         with self._database.writing() as connection:
-            tokens = self._raise_mark(connection, mark, so_far.training_tokens)
-            milliseconds = self._raise_mark(connection, f"{mark}.ms", round(1000 * so_far.training_seconds))
+            tokens = self._raise_mark(connection, of_tokens, so_far.training_tokens)
+            milliseconds = self._raise_mark(connection, of_time, round(1000 * so_far.training_seconds))
             new_tokens = max(0, so_far.training_tokens - tokens)
             new_seconds = max(0.0, so_far.training_seconds - milliseconds / 1000)
             new = {"training_tokens": new_tokens, "training_seconds": new_seconds}
@@ -115,6 +115,12 @@ class UsageTable:
         if value > before:
             connection.execute(sa.update(counters).where(where).values(value=value))
         return before
+
+
+def training_marks(job_id: str) -> tuple[str, str]:
+    """The counters that say how far a job's tokens, and its time, were added."""
+    mark = f"trained.{_short(job_id)}"
+    return mark, f"{mark}.ms"
 
 
 def check_usage_groups(field: str, by: Sequence[str]) -> None:

@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from pedro.data import data_digest
 from pedro.data.files import ending
 from pedro.errors import PedroError, UnavailableError
+from pedro.stored_files import touch
+
+DATASET = re.compile(r"/datasets/[0-9a-f]{64}")
+RENEW_S = 24 * 3600.0
 
 
 def put_dataset(file: str, storage: str) -> str:
     """Store a local data file under `datasets/<sha256>` and its ending; where it is then. URLs stay as they are.
+
+    One that is there counts as new again, so that it is not taken for one that nobody needs.
 
     Raises DataError if it cannot be read, UnavailableError if it cannot be stored.
     """
@@ -27,7 +35,7 @@ def put_dataset(file: str, storage: str) -> str:
     digest = data_digest(file).removeprefix("sha256:")
     suffix, packing = ending(file)
     target = join(storage, "datasets", f"{digest}{suffix or '.jsonl'}{packing}")
-    if not exists(target):
+    if not _renewed(target):
         _copy(file, target)
     return target
 
@@ -38,19 +46,51 @@ def put_uploaded(source: str, digest: str, suffix: str, storage: str) -> str:
     `source` lies in the storage, and its content has this digest. Raises UnavailableError if it cannot be stored.
     """
     target = join(storage, "datasets", f"{digest.removeprefix('sha256:')}{suffix or '.jsonl'}")
-    if not exists(target):
+    if not _renewed(target):
         _copy(source, target)
     return target
 
 
 def fetch(location: str, cache: Path) -> Path:
-    """A local path of a stored file: itself, or this host's copy of what a URL names."""
+    """A local path of a stored file: itself, or this host's copy of what a URL names now.
+
+    Kept by the address and by what the storage says of the content (size, time or checksum): one that was changed
+    there is fetched again.
+    """
     if "://" not in location:
+        if DATASET.search(location):  # a file of somebody's own keeps its time
+            touch(location)
         return Path(location)
-    target = cache / "fetched" / f"{hashlib.sha256(location.encode()).hexdigest()[:16]}-{location.rpartition('/')[2]}"
+    key = f"{location}\n{_content_key(location)}"
+    target = cache / "fetched" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}-{location.rpartition('/')[2]}"
     if not target.is_file():
         _copy(location, str(target))
+    touch(target)
     return target
+
+
+def _content_key(location: str) -> str:
+    """What tells one content of a URL from another. A data set is named by its content; it is never another one."""
+    if DATASET.search(location):
+        return ""
+    system, path = _filesystem(location)
+    try:
+        return str(system.ukey(path))
+    except Exception:  # noqa: BLE001 - fsspec's systems raise any type; fetching it says what is wrong
+        return ""
+
+
+def _renewed(target: str) -> bool:
+    """Whether a data set is there and young; one behind a URL that is older than a day is stored again."""
+    if "://" not in target:
+        there = Path(target).is_file()
+        touch(target)
+        return there
+    system, path = _filesystem(target)
+    try:
+        return bool(system.exists(path) and time.time() - system.modified(path).timestamp() < RENEW_S)
+    except NotImplementedError:  # it does not tell times
+        return bool(system.exists(path))
 
 
 def write_text(location: str, text: str) -> None:
