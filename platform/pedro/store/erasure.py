@@ -101,6 +101,7 @@ class ErasureTable:
     def end_erasure(self, tenant: str, number: str, counts: dict[str, Any], *, actor: By = None) -> None:
         """The name is free again, and the audit has that somebody was erased: `number` and counts, no name."""
         with self._database.writing() as connection:
+            next_generation(connection)  # in its turn, as every other entry
             audited(connection, actor, "tenant.erase", number, "", after=counts)
             erasing.unmark(connection, tenant)
 
