@@ -98,9 +98,9 @@ class Client:
         prompt = "Once upon a time " + "there was a girl " * chance.randrange(4)
         body = {
             "model": chance.choice([BACKBONE, f"{tenant}.faq", f"{tenant}.faq", f"{tenant}.faq:1", "acme.unknown"]),
-            "max_tokens": chance.choice([1, 3, 8, 20]),
+            "max_tokens": chance.choice([1, 2, 4, 8]),
             "temperature": chance.choice([0, 1]),
-            "n": chance.choice([1, 1, 1, 2, 11]),  # more than there are slots
+            "n": chance.choice([1, 1, 1, 1, 1, 1, 1, 2, 2, 11]),  # more than there are slots
             "seed": chance.randrange(1000),
             "ignore_eos": chance.random() < 0.5,
         }
@@ -123,9 +123,9 @@ class Client:
         if kind in ("stream", "leave", "leave at once") and "use_beam_search" not in body:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if kind.startswith(("leave", "late")) and body["max_tokens"]:
-            body |= {"max_tokens": 120, "ignore_eos": True}
+            body |= {"max_tokens": 60, "ignore_eos": True}
         if kind == "late":
-            headers["x-request-timeout"] = str(chance.choice([0.02, 0.1, 0.3]))
+            headers["x-request-timeout"] = str(chance.choice([0.02, 0.05, 0.1]))
         if kind == "leave at once":
             with suppress(httpx.TimeoutException):
                 await self.http.post(route, json=body, headers=headers, timeout=chance.choice([0.01, 0.05]))
@@ -196,8 +196,8 @@ def test_the_ledger_is_the_engines_own_count_over_hundreds_of_mixed_requests(ser
 
 
 @pytest.mark.slow
-def test_the_ledger_is_the_engines_own_count_over_five_thousand_requests(served):
-    client, stats = asyncio.run(many(served, 5000, seed=2))
+def test_the_ledger_is_the_engines_own_count_over_fifteen_hundred_requests(served):
+    client, stats = asyncio.run(many(served, 1500, seed=2))
     check_equal(served, client, stats)
 
 
