@@ -249,11 +249,11 @@ def test_submit_and_serve_run_on_a_head_and_a_worker_and_a_killed_gateway_or_pro
         with SteadyClients(served["url"], key, "acme.two-nodes") as clients:
             clients.go_on(64)
             gateways[0].kill()
-            clients.go_on(128)
+            clients.go_on(64)
             proxies = _processes(home, "ProxyActor")
             assert len(proxies) == 2
             proxies[-1].kill()
-            clients.go_on(128)
+            clients.go_on(64)
         assert not clients.failures
         assert not clients.wrong
         _wait_until(lambda: len(_processes(home, "ServeReplica:pedro:gateway")) == 3)
