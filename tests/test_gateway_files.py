@@ -259,17 +259,31 @@ def test_a_tenant_keeps_no_more_bytes_than_it_may_and_gets_room_by_deleting(clie
     client.files.create(file=("a.jsonl", data), purpose="fine-tune")
 
 
-def begin_upload(gateway: Gateway, key: str) -> socket.socket:
-    """A connection on which half of a file was sent."""
+def begin_upload(
+    gateway: Gateway, key: str, body: bytes = form(PURPOSE, FILE)["content"], sent: int = -30
+) -> socket.socket:
+    """A connection on which a part of a file was sent."""
     host, port = gateway.url.removeprefix("http://").split(":")
-    body = form(PURPOSE, FILE)["content"]
     line = socket.create_connection((host, int(port)), timeout=60)
     line.sendall(
         f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n"
         "Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode()
-        + body[: len(body) - 30]
+        + body[:sent]
     )
     return line
+
+
+def test_what_came_is_stored_while_the_rest_is_still_to_come(gateway, client, request):
+    data = b"x" * (LIMIT - 1)
+    body = form(PURPOSE, (FILE[0], data))["content"]
+    split = len(body) - 1000
+    with begin_upload(gateway, gateway.key(tenant_of(request), ("train",)), body, split) as line:
+        until(lambda: any(file.stat().st_size >= 2 * 2**20 for file in scratch(gateway)))
+        assert list(client.files.list()) == []
+        line.sendall(body[split:])
+        assert b" 200 " in line.recv(65536).split(b"\r\n")[0]
+    (made,) = client.files.list()
+    assert client.files.content(made.id).read() == data
 
 
 def test_an_upload_that_is_cut_leaves_nothing_and_too_many_at_once_are_refused(gateway, http, request):
