@@ -178,6 +178,8 @@ def test_an_archive_of_a_newer_release_is_refused_before_it_is_unpacked(archive,
     refused(new, header(schema="0999"), r"schema 0999 of a newer release.*restore it with that release")
     refused(new, header(format=2, release="9.0"), r"was written by pedro 9\.0.*restore it with that release")
     refused(new, header(surprise=1), "is no backup of pedro")
+    for wrong in ({"bytes": "x"}, {"backbones": []}, {"schema": 3}):
+        refused(new, header(**wrong), "is no backup of pedro")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,14 @@ def test_a_call_and_the_answer_to_its_result_are_learnt_each_from_what_stands_be
     assert second == "No."
 
 
+@pytest.mark.parametrize("end", ["<|end_of_text|>", "<|x|>", "x", ""])
+def test_an_answer_is_learnt_whole_whatever_ends_a_turn(tokenizer, end):
+    tokenizer.chat_template = TEMPLATE.replace("</s>", end)
+    (_, first), (_, second) = texts(ROW, tokenizer)
+    assert first == '<call>{"name": "weather", "arguments": {"town": "Zug"}}</call>'
+    assert second == "No."
+
+
 def test_the_mask_shows_calls_as_learnt_and_ends_them_as_any_answer(write, tokenizer):
     first, second = show_masks(write(ROW), tokenizer)
     for mask in (first, second):

@@ -102,6 +102,14 @@ def test_a_driver_that_is_stopped_enters_whether_that_was_a_pause(settings, stor
         assert (store.get_job(made.id).status, store.get_job(made.id).wanted) == (wanted, None)
 
 
+def test_a_driver_that_is_ended_though_nobody_asked_leaves_its_job_to_the_controller(settings, store):
+    made = store.create_job("acme", "colours", {}, queued=True)
+    own = OwnRecord(settings.database_url, made.id, print, attempt=1)
+    own.running()
+    own.stopped()
+    assert store.get_job(made.id).status == "running"
+
+
 def test_a_driver_that_the_platform_does_not_answer_leaves_its_job_to_the_controller(settings, store, capsys):
     def away():
         raise UnavailableError("MLflow does not answer")
@@ -150,6 +158,7 @@ def _record(
         (_record(attempt=1), None, True, "running", "its cluster was ended; it starts again"),
         (_record(attempt=1), "FAILED", True, "running", "its driver died; it starts again"),
         (_record(attempt=1), None, False, "running", ""),
+        (_record("queued", None, message="waits for 2 CPU", attempt=2), "STOPPED", True, "queued", "waits for 2 CPU"),
     ],
 )
 def test_what_a_record_means_is_computed_from_it_and_the_clusters_word(record, told, asked, status, message):

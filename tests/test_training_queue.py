@@ -174,6 +174,30 @@ def test_a_lost_driver_is_started_again_and_given_up_in_the_end(store, clock):
     assert controller.round() == 0
 
 
+def test_a_driver_that_dies_late_each_time_is_given_up_too(store, clock):
+    cluster = Cluster()
+    controller = Controller(store, cluster, clock=clock)
+    job = queued(store)
+    for _ in range(MOST_LOSSES):
+        clock.now += 600
+        controller.round()
+        controller.round()  # it has its workers, and runs
+        cluster.states[store.get_job(job).submission_id] = JobStatus.FAILED
+        controller.round()
+    assert store.get_job(job).status == JobStatus.FAILED
+
+
+def test_what_a_tenant_does_not_use_does_not_count_against_it(store, clock):
+    cluster = Cluster()
+    controller = Controller(store, cluster, clock=clock)
+    job = queued(store)
+    controller.round()
+    store.update_job(job, status=JobStatus.RUNNING, attempt=1)
+    assert list(store.worker_seconds(0)) == ["acme"]
+    store.update_job(job, status=JobStatus.PAUSED, attempt=1)
+    assert store.worker_seconds(0) == {}
+
+
 def test_it_waits_longer_after_each_loss(store, clock):
     cluster = Cluster()
     controller = Controller(store, cluster, clock=clock)
@@ -250,6 +274,27 @@ def test_a_resumed_job_waits_until_its_driver_before_has_ended(store, clock):
     cluster.states[job] = JobStatus.CANCELLED
     controller.round()
     assert list(cluster.states) == [job, f"{job}-2"]
+
+
+@pytest.mark.parametrize("wanted", [JobStatus.PAUSED, JobStatus.CANCELLED])
+def test_a_job_whose_driver_is_lost_while_it_is_asked_to_end_ends_and_holds_up_nobody(store, clock, wanted):
+    cluster = Cluster()
+    controller = Controller(store, cluster, clock=clock)
+    job, other = queued(store, cpus=2), queued(store, cpus=2)
+    controller.round()
+    cluster.states[job] = JobStatus.FAILED
+    look = cluster.look
+
+    def asked_meanwhile():
+        store.ask_of_job(job, wanted)
+        return look()
+
+    cluster.look = asked_meanwhile  # after the round has read the job
+    controller.round()
+    cluster.look = look
+    controller.round()
+    assert (store.get_job(job).status, store.get_job(job).wanted) == (wanted, None)
+    assert store.get_job(other).submission_id == other
 
 
 @pytest.mark.parametrize("wanted", [JobStatus.PAUSED, JobStatus.CANCELLED])

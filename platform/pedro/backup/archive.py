@@ -208,7 +208,12 @@ def _header(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo | None) ->
                 "release",
                 param="file",
             )
-        return Header(**fields)
+        header = Header(**fields)
+        texts = (header.created, header.release, header.schema, header.registry, header.storage)
+        whole = all(text is None or isinstance(text, str) for text in texts) and isinstance(header.bytes, int)
+        if not whole or not isinstance(header.backbones, dict):
+            raise TypeError("a field of another type")
+        return header
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _foreign(path) from error
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pedro.backup.archive import REGISTRY
+from pedro.errors import ConfigError
 from pedro.home import backbones_folder
 from pedro.refs import NAME
 from pedro.registry import Registry
@@ -42,6 +43,12 @@ class Places:
         storage = None
         if "://" not in settings.storage or settings.storage.startswith("file://"):
             storage = Path(settings.storage.removeprefix("file://"))
+            if settings.home.resolve().is_relative_to(storage.resolve()):
+                raise ConfigError(
+                    f"PEDRO_STORAGE: {storage} holds the home with its secrets, which are in no backup; set it to a "
+                    "folder of its own",
+                    param="PEDRO_STORAGE",
+                )
         folders = {"backbones": backbones_folder(settings.home), "comparisons": settings.home / "comparisons"}
         if registry is not None:
             folders["artifacts"] = Path(settings.artifact_root)
@@ -75,7 +82,9 @@ def find_files(places: Places, unfinished_jobs: Collection[str], *, with_backbon
 def _wanted(inside: tuple[str, ...], unfinished_jobs: Collection[str]) -> bool:
     """Whether a file of the storage is worth keeping."""
     if inside[0] == CHECKPOINTS:
-        return any(inside[1] == job or inside[1].startswith(f"{job}-trial-") for job in unfinished_jobs)
+        return len(inside) == 1 or any(
+            inside[1] == job or inside[1].startswith(f"{job}-trial-") for job in unfinished_jobs
+        )
     return inside[0] not in AGAIN
 
 

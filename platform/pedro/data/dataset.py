@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["RowCounts", "Splits", "collate", "data_digest", "load_rows", "row_counts", "split"]
 
 LOG = logging.getLogger(__name__)
-ROWS_VERSION = 4  # raise it when the rows of one file change: old cache entries are then left alone
+ROWS_VERSION = 5  # raise it when the rows of one file change: old cache entries are then left alone
 BATCH = 1000
 STALE_S = 24 * 3600
 SOURCE = "source.txt"  # the digest of the file that the rows are of; entries of earlier releases have none
@@ -171,6 +171,7 @@ def _build(entry: Path, path: Path, digest: str, fields: Fields | None, written:
     _sweep(entry.parent)
     building = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     try:
+        (building / SOURCE).write_text(digest)  # first: it tells whose rows these will be
         with ArrowWriter(path=str(building / "rows.arrow"), features=_features()) as writer:
             for columns in written.batches(path, fields):
                 writer.write_batch(columns)
@@ -184,7 +185,6 @@ def _build(entry: Path, path: Path, digest: str, fields: Fields | None, written:
                 "prompts",
                 param="training.max_length",
             )
-        (building / SOURCE).write_text(digest)
         (building / "counts.json").write_text(json.dumps(asdict(counts)))
         try:
             building.rename(entry)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Turns = Sequence[Message]
     Poorer = tuple[Turns, Sequence[Tool]]
 
-ANSWER = "x"  # an answer that is text, to see how the template ends one
+ANSWER = "Q7J-0b1e6f-Q7J"  # an answer that no template spells, to see how one is ended
 
 
 def prompt_and_answer(form: PromptFormat, example: Example, tokenizer: Tokenizer) -> tuple[Prompt, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,8 +86,18 @@ def checkpoints(view: View) -> Iterator[Finding]:
     for place in ("runs", "tune"):
         for found in parts(join(view.settings.storage, place)):
             if not leftover(found):
-                stays = view.needs_files(view.owner_of(found.name))
-                yield view.by_age("checkpoints", found, view.policy.checkpoints_s, "written to", stays)
+                owner = view.owner_of(found.name)
+                stays = view.needs_files(owner)
+                finding = view.by_age("checkpoints", found, view.policy.checkpoints_s, "written to", stays)
+                yield replace(finding, remove=finding.remove and partial(_unless_open, view, owner, finding.remove))
+
+
+def _unless_open(view: View, owner: str, remove: Callable[[], bool]) -> bool:
+    """Remove files of a job unless it was started again since it was looked at."""
+    with suppress(NotFoundError):  # a sweep
+        if not view.store.get_job(owner).status.final:
+            return False
+    return remove()
 
 
 def datasets(view: View) -> Iterator[Finding]:

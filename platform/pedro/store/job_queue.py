@@ -95,8 +95,12 @@ class JobQueue:
             return bool(connection.execute(sa.update(schema.jobs).where(waits).values(**started)).rowcount)
 
     def requeue_job(self, job: JobRecord, message: str) -> bool:
-        """Send a job whose driver is gone back to wait for its next attempt; False if it changed meanwhile."""
-        return self._change(job, status="queued", submission_id=None, attempt=JOBS.attempt + 1, message=message)
+        """Send a job whose driver is gone back to wait for its next attempt; False if it changed meanwhile, or is to be
+        paused or cancelled."""
+        values = {"status": "queued", "submission_id": None, "attempt": JOBS.attempt + 1, "message": message}
+        with self._database.writing() as connection:
+            back = sa.update(schema.jobs).where(self._held(job), JOBS.wanted.is_(None)).values(**values)
+            return bool(connection.execute(back).rowcount)
 
     def end_job(
         self, job: JobRecord, status: JobStatus, message: str = "", result: dict[str, Any] | None = None
@@ -149,7 +153,10 @@ class JobQueue:
 
     def worker_seconds(self, since: float) -> dict[str, float]:
         """For how long each tenant's drivers have run that began after `since`, in seconds times workers."""
-        query = sa.select(JOBS.tenant, JOBS.started, JOBS.finished, JOBS.spec).where(JOBS.started >= since)
+        ran = sa.or_(JOBS.finished.is_not(None), JOBS.submission_id.is_not(None))  # what waits again does not run
+        query = sa.select(JOBS.tenant, JOBS.started, JOBS.finished, JOBS.spec).where(
+            JOBS.started >= since, ran, JOBS.status != JobStatus.PAUSED.value
+        )
         now, found = time.time(), dict[str, float]()
         with self._database.reading() as connection:
             for tenant, started, finished, spec in connection.execute(query):

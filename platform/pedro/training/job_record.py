@@ -39,8 +39,11 @@ class OwnRecord:
         self._end(JobStatus.FAILED, message=" ".join(reason.split())[:MAX_MESSAGE])
 
     def stopped(self) -> None:
-        """Paused, if that was asked for; else cancelled."""
-        if self._wanted() == JobStatus.PAUSED:
+        """Paused or cancelled, as was asked for. If nobody asked, a job of the queue is left to its controller."""
+        wanted = self._wanted()
+        if wanted is None and self._attempt is not None:
+            return
+        if wanted == JobStatus.PAUSED:
             self._end(JobStatus.PAUSED)
         else:
             self._end(JobStatus.CANCELLED, message="stopped")

@@ -70,7 +70,7 @@ def reconcile(
 
 def reconcile_record(record: JobRecord, cluster: ClusterJobs) -> ReconciledJob:
     """One job: its row's own word once it has ended, else the cluster's."""
-    ray_job = cluster.jobs.get(record.submission_id or record.id)
+    ray_job = cluster.jobs.get(record.submission_id or ("" if record.attempt else record.id))
     if record.status.final or record.status == JobStatus.PAUSED:
         return ReconciledJob(record, record.status, record.message)
     if record.attempt and not ray_job:  # a controller sees to it

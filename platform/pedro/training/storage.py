@@ -20,7 +20,7 @@ from pedro.errors import PedroError, UnavailableError
 from pedro.stored_files import touch
 
 DATASET = re.compile(r"/datasets/[0-9a-f]{64}")
-RENEW_S = 24 * 3600.0
+RENEW_S = 1800.0
 
 
 def put_dataset(file: str, storage: str) -> str:

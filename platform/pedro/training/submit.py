@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pedro.backbones.sharing import offer_backbone
-from pedro.errors import ConflictError, TrainingError, UnavailableError
+from pedro.errors import ConflictError, PedroError, TrainingError, UnavailableError
 from pedro.store import JobStatus
+from pedro.stored_files import remove
 from pedro.training.job import JobResult, new_job_id, stage
 from pedro.training.job_log import UPLOAD_S, kept_log
 from pedro.training.queue.process import hand_over
@@ -40,7 +41,11 @@ def submit(spec: FineTuneSpec, settings: Settings, store: Store, *, priority: in
     offer_backbone(settings, spec.backbone)
     staged = stage(with_uploaded_files(spec, settings), settings.storage)
     write_text(join(settings.storage, "jobs", job_id, "spec.json"), json.dumps(staged.to_dict(), indent=2))
-    store.create_job(spec.tenant, spec.adapter, spec.to_dict(), job_id, queued=True, priority=priority)
+    try:
+        store.create_job(spec.tenant, spec.adapter, spec.to_dict(), job_id, queued=True, priority=priority)
+    except PedroError:  # its tenant is being erased, or the database is away
+        remove(join(settings.storage, "jobs", job_id))
+        raise
     hand_over(job_id, settings, store)
     return job_id
 

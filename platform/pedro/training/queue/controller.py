@@ -31,6 +31,8 @@ LEASE_S = 30.0
 """A controller that hangs for longer than this loses its jobs to another one."""
 MOST_LOSSES = 5
 """Drivers of one job that may be lost in a row before it is given up."""
+LASTED_S = 3600.0
+"""A driver that ran for so long got on: what was lost before counts no more."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 HISTORY_S = 24 * 3600.0
 """What tenants had of the cluster counts for this long when turns are given."""
@@ -99,14 +101,14 @@ class Controller:
         if state is not None and not state.final:
             if job.wanted:
                 self._launcher.stop(job.submission_id)
-            elif state == JobStatus.RUNNING and job.submission_id in view.placed:
+            elif self._clock() - (job.started or 0) > LASTED_S:
                 self._losses.pop(job.id, None)
             return False
         now = self._store.get_job(job.id)  # a driver enters its end before it ends
         if now.status.final or now.status == JobStatus.PAUSED or now.submission_id != job.submission_id:
             return True
-        if job.wanted:
-            self._end(job, job.wanted, "stopped" if job.wanted == JobStatus.CANCELLED else "")
+        if now.wanted:
+            self._end(job, now.wanted, "stopped" if now.wanted == JobStatus.CANCELLED else "")
         elif state == JobStatus.CANCELLED:
             self._end(job, JobStatus.CANCELLED, "stopped")
         else:

@@ -89,7 +89,7 @@ def end_controller(settings: Settings) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + END_S
-    while is_running(settings):
+    while is_running(settings) and _pid(settings) == pid:
         if time.monotonic() > deadline:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -137,6 +137,7 @@ def _only_one(settings: Settings) -> Iterator[None]:
         _pid_file(settings).write_text(str(os.getpid()))
         yield
     finally:
+        _pid_file(settings).unlink(missing_ok=True)
         lock.release()
 
 
