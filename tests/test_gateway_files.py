@@ -156,6 +156,16 @@ def test_a_key_that_may_only_infer_has_no_files_and_one_that_may_read_changes_no
     assert list(client.files.list()) == [made]
 
 
+def test_a_key_that_is_held_to_some_adapters_has_no_files(gateway, client, request):
+    made = client.files.create(file=("train.jsonl", ROW), purpose="fine-tune")
+    held = gateway.store.create_key(tenant_of(request), ("train", "read"), adapters=("support",))[1]
+    with gateway.http(held) as http:
+        answers = [http.get(f"/v1/files{path}") for path in ("", f"/{made.id}", f"/{made.id}/content")]
+        answers += [http.delete(f"/v1/files/{made.id}"), http.post("/v1/files", **form(PURPOSE, FILE))]
+    assert {answer.status_code for answer in answers} == {403}
+    assert list(client.files.list()) == [made]
+
+
 def test_a_file_that_has_expired_is_unknown_at_once(gateway, client, request):
     made = client.files.create(
         file=("a.jsonl", ROW), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}

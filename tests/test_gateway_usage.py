@@ -351,6 +351,8 @@ def test_the_same_has_openais_shape_in_buckets_of_a_day(admin, tenant):
         ({"bucket_width": "1h"}, "bucket_width"),
         ({"group_by": "user_id"}, "group_by"),
         ({"start_time": ""}, "start_time"),
+        ({"page": "9999-12-31"}, "page"),
+        ({"page": "tomorrow"}, "page"),
     ],
 )
 def test_what_openais_route_cannot_tell_is_refused(tenant, query, param):

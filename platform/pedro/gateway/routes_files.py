@@ -5,14 +5,14 @@ Reference: https://platform.openai.com/docs/api-reference/files
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
-from pedro.errors import PedroError, UnavailableError
+from pedro.errors import PedroError, ScopeError, UnavailableError
 from pedro.files import Files, check_purpose
 from pedro.gateway.auth import Principal, actor_of, require
 from pedro.gateway.quotas import admit
@@ -30,7 +30,7 @@ BLOCK = 1 << 18
 async def create_file(request: Request, caller: Trainer) -> dict[str, Any]:
     await admit(request, caller)
     with request.app.state.open_uploads.enter(caller.tenant):
-        return _file(await receive_file(request, caller, _files(request)))
+        return _file(await receive_file(request, caller, _files(request, caller)))
 
 
 @router.get("")
@@ -38,7 +38,7 @@ async def list_files(request: Request, caller: Reader) -> dict[str, Any]:
     await admit(request, caller)
     query = _ListQuery(dict(request.query_params))
     found = await _threads(request).run(
-        _files(request).list_files,
+        _files(request, caller).list_files,
         caller.tenant,
         purpose=query.purpose,
         after=query.after,
@@ -58,13 +58,13 @@ async def list_files(request: Request, caller: Reader) -> dict[str, Any]:
 @router.get("/{file_id}")
 async def get_file(request: Request, file_id: str, caller: Reader) -> dict[str, Any]:
     await admit(request, caller)
-    return _file(await _threads(request).run(_files(request).get, file_id, caller.tenant))
+    return _file(await _threads(request).run(_files(request, caller).get, file_id, caller.tenant))
 
 
 @router.get("/{file_id}/content")
 async def get_content(request: Request, file_id: str, caller: Reader) -> StreamingResponse:
     await admit(request, caller)
-    files = _files(request)
+    files = _files(request, caller)
     record = await _threads(request).run(files.get, file_id, caller.tenant)
     stream = await _threads(request).run(files.open, record)
     headers = {
@@ -72,13 +72,14 @@ async def get_content(request: Request, file_id: str, caller: Reader) -> Streami
         "content-disposition": f"attachment; filename*=UTF-8''{quote(record.filename, safe='')}",
         "x-content-type-options": "nosniff",
     }
-    return StreamingResponse(_blocks(stream), headers=headers, media_type="application/octet-stream")
+    blocks = _blocks(_threads(request), stream)
+    return StreamingResponse(blocks, headers=headers, media_type="application/octet-stream")
 
 
 @router.delete("/{file_id}")
 async def delete_file(request: Request, file_id: str, caller: Trainer) -> dict[str, Any]:
     await admit(request, caller)
-    files = _files(request)
+    files = _files(request, caller)
     record = await _threads(request).run(files.get, file_id, caller.tenant)
     await _threads(request).run(files.delete, record, actor=actor_of(request, caller))
     return {"id": record.id, "object": "file", "deleted": True}
@@ -103,7 +104,9 @@ class _ListQuery:
         self.purpose = check_purpose(given["purpose"]) if "purpose" in given else None
 
 
-def _files(request: Request) -> Files:
+def _files(request: Request, caller: Principal) -> Files:
+    if caller.models is not None:
+        raise ScopeError("This API key is held to some adapters, and files are all of its tenant's; use another key.")
     files: Files | None = request.app.state.files
     if files is None:
         raise UnavailableError("This server has no storage for files.", code="storage")
@@ -129,9 +132,9 @@ def _file(record: FileRecord) -> dict[str, Any]:
     }
 
 
-def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+async def _blocks(threads: FileThreads, stream: BinaryIO) -> AsyncIterator[bytes]:
     with stream:
-        while block := stream.read(BLOCK):
+        while block := await threads.run(stream.read, BLOCK):
             yield block
 
 

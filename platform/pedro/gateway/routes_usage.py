@@ -173,9 +173,12 @@ def _day_of(unix_s: int) -> date:
 
 def _page_day(text: str | None) -> date:
     try:
-        return date.fromisoformat(text or "")
+        day = date.fromisoformat(text or "")
     except ValueError:
-        raise _wrong("page", "next_page of the page before", text) from None
+        day = date.max
+    if day > _day_of(LATEST):  # a day's neighbours must be days too
+        raise _wrong("page", "next_page of the page before", text)
+    return day
 
 
 def _wrong(field: str, expected: str, got: str | None) -> PedroError:

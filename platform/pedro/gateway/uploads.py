@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -102,6 +102,7 @@ class _Receiver:
         self._fields: dict[str, bytearray] = {}
         self._into: str = ""
         self._upload: Upload | None = None
+        self._beginning: asyncio.Future[Upload] | None = None
         self._filename = ""
         self._block = bytearray()
 
@@ -130,6 +131,9 @@ class _Receiver:
 
     async def abandon(self) -> None:
         """Leave nothing of what did not become a file."""
+        if self._upload is None and self._beginning is not None:
+            with suppress(PedroError):
+                self._upload = await self._beginning
         if self._upload is not None:
             await self._threads.run(self._upload.abandon)
 
@@ -150,7 +154,8 @@ class _Receiver:
         self._filename = check_filename(part.filename)
         if PURPOSE in self._fields:  # clients send the fields first: what is wrong with them is said before the bytes
             self._checked()
-        self._upload = await self._threads.run(self._files.begin, self._caller.tenant)
+        self._beginning = asyncio.ensure_future(self._threads.run(self._files.begin, self._caller.tenant))
+        self._upload = await asyncio.shield(self._beginning)  # a thread that has begun goes on
 
     def _checked(self) -> tuple[str, int | None]:
         purpose = self._field(PURPOSE)

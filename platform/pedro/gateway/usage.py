@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,7 @@ class UsageLedger:
         self._flush_every_s = flush_every_s
         self._clock = clock
         self._writer = secrets.token_hex(16)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-usage")  # readers do not hold it up
         self._open: set[UsageEntry] = set()
         self._sums: dict[Key, Usage] = {}
         self._batch: tuple[int, list[Usage]] | None = None  # on its way to the store, or to be sent again
@@ -143,6 +145,7 @@ class UsageLedger:
             await asyncio.wait({self._flushing}, timeout=LAST_FLUSH_S)
         if self.unwritten:
             log.error("the usage of %d requests could not be written, and is lost", self.unwritten)
+        self._thread.shutdown(wait=False)
 
     def _add(self, used: Usage) -> None:
         key = (used.day, used.tenant, used.model, used.key_id)
@@ -172,7 +175,8 @@ class UsageLedger:
             self._batch, self._sums = (self._last_number, list(self._sums.values())), {}
         number, rows = self._batch
         try:
-            await asyncio.to_thread(self._store.add_usage, rows, self._writer, number)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, self._store.add_usage, rows, self._writer, number)
         except Exception as error:  # whatever it is: the sums are kept, and told of
             self._failures.inc()
             known = isinstance(error, PedroError)
