@@ -13,6 +13,7 @@ import openai
 import pytest
 from gateway_server import Gateway, serve
 from openai.types import FileObject
+from store_moves import fill
 
 from pedro.gateway.app import GatewaySettings
 
@@ -158,6 +159,7 @@ def test_a_key_that_may_only_infer_has_no_files_and_one_that_may_read_changes_no
 
 def test_a_key_that_is_held_to_some_adapters_has_no_files(gateway, client, request):
     made = client.files.create(file=("train.jsonl", ROW), purpose="fine-tune")
+    fill(gateway.store, 1, f"{tenant_of(request)}.support")
     held = gateway.store.create_key(tenant_of(request), ("train", "read"), adapters=("support",))[1]
     with gateway.http(held) as http:
         answers = [http.get(f"/v1/files{path}") for path in ("", f"/{made.id}", f"/{made.id}/content")]

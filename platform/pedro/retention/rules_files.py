@@ -93,10 +93,12 @@ def checkpoints(view: View) -> Iterator[Finding]:
 
 
 def _unless_open(view: View, owner: str, remove: Callable[[], bool]) -> bool:
-    """Remove files of a job unless it was started again since it was looked at."""
-    with suppress(NotFoundError):  # a sweep
-        if not view.store.get_job(owner).status.final:
-            return False
+    """Remove files of a job unless it was queued again since it was looked at."""
+    if seen := view.jobs.get(owner):
+        with suppress(NotFoundError):
+            now = view.store.get_job(owner)
+            if (now.status, now.attempt) != (seen.record.status, seen.record.attempt):
+                return False
     return remove()
 
 
