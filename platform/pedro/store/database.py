@@ -122,12 +122,6 @@ class Database:
         upsert: sa.Insert = insert.on_conflict_do_update(index_elements=list(key), set_=values)
         return upsert
 
-    def insert_new(self, table: sa.Table, values: dict[str, Any]) -> sa.Insert:
-        """The statement that enters a row unless one with its key is there."""
-        dialect: Any = sqlite if self.is_sqlite else postgresql
-        insert: sa.Insert = dialect.insert(table).values(**values).on_conflict_do_nothing()
-        return insert
-
 
 def vacuum(link: Any, what: str) -> None:
     """Have an sqlite file, and its log, hold nothing but its rows. Raises UnavailableError while others hold it."""

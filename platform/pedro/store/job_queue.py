@@ -181,7 +181,7 @@ class JobQueue:
             return True
         if starts:
             return False
-        first = self._database.insert_new(schema.counters, {"name": STARTS, "value": 1})
+        first = self._database.insert_missing(schema.counters).values(name=STARTS, value=1)
         return connection.execute(first.returning(counter.name)).first() is not None
 
     @staticmethod

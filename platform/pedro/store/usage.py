@@ -108,8 +108,7 @@ class UsageTable:
     def _raise_mark(self, connection: sa.Connection, name: str, value: int) -> int:
         """Raise a mark to `value`; where it stood, 0 for a new one. Who comes meanwhile waits for this transaction."""
         counters = schema.counters
-        dialect: Any = sqlite if self._database.is_sqlite else postgresql
-        connection.execute(dialect.insert(counters).values(name=name, value=0).on_conflict_do_nothing())
+        connection.execute(self._database.insert_missing(counters).values(name=name, value=0))
         where = counters.c.name == name
         before: int = connection.execute(sa.select(counters.c.value).where(where).with_for_update()).scalar_one()
         if value > before:
