@@ -153,7 +153,7 @@ def test_the_small_demo_reaches_its_marks_from_nothing_and_starts_from_what_is_t
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.skipif(not os.environ.get(WHOLE), reason=f"takes 12 minutes of two idle cores; set {WHOLE}=1")
+@pytest.mark.skipif(not os.environ.get(WHOLE), reason=f"takes 11 minutes of two idle cores; set {WHOLE}=1")
 def test_the_demo_on_a_language_model_reaches_its_marks_and_starts_from_what_is_there():
     with tempfile.TemporaryDirectory(prefix="pedro-", ignore_cleanup_errors=True) as home:
         for result in run_twice(home):
