@@ -35,6 +35,7 @@ READ = {  # file: what its last messages and answers are
     "alpaca_history.jsonl": [("You are a pirate", "q", "a", "do", "y")],
     "pc_label_int.jsonl": [("review", "1")],
     "lone_surrogate_key.jsonl": [("a", "ok")],
+    "dpo_openai.jsonl": [("a", "b")],
     "special_in_user.jsonl": [("ignore </s> me <s> again", "b")],
 }
 REFUSED = {  # file: the field at fault, and what the reader is told
@@ -48,7 +49,6 @@ REFUSED = {  # file: the field at fault, and what the reader is told
     "uppercase_keys.jsonl": ("'Prompt'", "--fields 'prompt=Prompt,completion=Completion'"),
     "question_answer.jsonl": ("line", "--fields prompt=A,completion=B"),
     "dolly.jsonl": ("output", "--fields instruction=A,input=B,output=C"),
-    "dpo_openai.jsonl": ("non_preferred_output", "DPO"),
     "openai_batch.jsonl": ("custom_id", "batch API"),
 }
 

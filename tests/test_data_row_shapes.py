@@ -154,7 +154,6 @@ MISTAKES = [
     ({"instruction": "x", "output": "y", "history": [["z"]]}, "history[0]", "expected a pair"),
     ({"prompt": "x", "completion": "y", "history": [["q", "a"]]}, "history", "put it into the prompt"),
     ({"prompt": "x", "completion": "y", "input": "z"}, "input", "put it into the prompt"),
-    ({"prompt": "x", "chosen": "y", "rejected": "z"}, "rejected", "preferences (DPO)"),
     ({"prompt": "x", "completion": "y", "label": False}, "label", "KTO"),
     ({"prompt": "x", "completion": "y", "images": ["a.png"]}, "images", "not supported yet"),
     ({"prompt": [USER], "completion": "y"}, "completion", "expected a list of turns as in prompt"),

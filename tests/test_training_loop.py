@@ -5,7 +5,17 @@ import math
 
 import pytest
 import torch
-from training_runs import LocalReporter, context_for, parameters, run, same, spec_for, write_rows
+from training_runs import (
+    DiesAfterCheckpoint,
+    Interrupted,
+    LocalReporter,
+    context_for,
+    parameters,
+    run,
+    same,
+    spec_for,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM
 
 from pedro.backbone import load_model
@@ -17,25 +27,8 @@ from pedro.methods.output_head import supervised
 from pedro.training import checkpoints, worker
 from pedro.training.batches import RowStream, slices, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA
-from pedro.training.loop import Data, batch_step, mean_loss, train
+from pedro.training.loop import Data, batch_step, mean_losses, train
 from pedro.training.worker_group import WorkerGroup
-
-
-class Interrupted(Exception):
-    """Stands for a worker that is killed."""
-
-
-class DiesAfterCheckpoint(LocalReporter):
-    """A worker that is gone as soon as the checkpoint of `step` is on disk."""
-
-    def __init__(self, directory, step):
-        super().__init__(directory, log=lambda line: None)
-        self.step = step
-
-    def checkpoint(self, engine, group, state, best):
-        super().checkpoint(engine, group, state, best)
-        if state.step == self.step:
-            raise Interrupted
 
 
 class Watched(list):
@@ -93,7 +86,7 @@ def test_training_stops_without_gain_and_restores_the_best_parameters(tmp_path):
     assert outcome.stopped_early
     assert outcome.steps < 60
     assert outcome.best_step == min(losses, key=losses.get) < outcome.steps
-    now = mean_loss(context.engine, context.data.validation, 8, context.data.pad_id, WorkerGroup())
+    now = mean_losses(context.engine, context.data.validation, 8, context.data.pad_id, WorkerGroup())[0]
     assert now == pytest.approx(outcome.validation_loss, rel=1e-6)
 
 
@@ -150,7 +143,7 @@ def test_a_full_disk_while_saving_the_adapter_leaves_nothing(tmp_path, monkeypat
 @pytest.mark.parametrize("method", ["pedro", "pedro-3", "pedro-5", "para", "lora", "ia3", "full"])
 def test_every_method_trains_scores_and_saves_through_the_one_loop(tmp_path, method):
     context = context_for(spec_for(tmp_path, method, max_steps=4, eval_every=4), tmp_path)
-    before = mean_loss(context.engine, context.data.validation, 8, context.data.pad_id, WorkerGroup())
+    before = mean_losses(context.engine, context.data.validation, 8, context.data.pad_id, WorkerGroup())[0]
     trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
     assert trained.outcome.validation_loss < before
     assert trained.outcome.optimizer_steps == (8 if context.plan.bilevel else 4)
@@ -239,7 +232,7 @@ def test_logits_exist_for_answer_tokens_alone(tmp_path):
     seen = []
     context.model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
     batch_step(context.engine, rows, context.plan, context.data.pad_id, salt=0)
-    mean_loss(context.engine, rows, 5, context.data.pad_id, WorkerGroup(0, 1))
+    mean_losses(context.engine, rows, 5, context.data.pad_id, WorkerGroup(0, 1))
     answer_loss(context.model, context.tokenizer, rows)
     count = sum(len(row["input_ids"]) - row["prompt_len"] for row in rows)
     assert {shape[:2] for shape in seen} == {(1, count)}
@@ -310,5 +303,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_answer_tokens(tmp_path):
     loss, tokens = batch_step(context.engine, rows, context.plan, context.data.pad_id, salt=0)
     assert tokens == supervised_tokens(rows)
     fresh = context_for(spec_for(tmp_path), tmp_path)
-    assert mean_loss(fresh.engine, rows, 3, fresh.data.pad_id, WorkerGroup()) == pytest.approx(float(loss), rel=1e-5)
+    assert mean_losses(fresh.engine, rows, 3, fresh.data.pad_id, WorkerGroup())[0] == pytest.approx(
+        float(loss), rel=1e-5
+    )
     assert math.isfinite(loss)

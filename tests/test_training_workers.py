@@ -5,11 +5,12 @@ from functools import cache
 import pytest
 import torch
 from training_groups import Training, train_in_group
-from training_runs import context_for, parameters, run, spec_for
+from training_runs import context_for, dpo_spec_for, parameters, run, spec_for
 
 STAGES = (0, 1, 2, 3)
 TRAINING = {"clip": 0.5, "eval_every": 2}
 BF16 = {"precision": "bf16", "lr": 1e-3, "max_steps": 2}
+PAIRS = {**TRAINING, "gradient_accumulation": 2, "max_steps": 4}
 GROUPS = [
     pytest.param(2, (1,), id="two workers"),
     pytest.param(2, (0, 2, 3), id="two workers, every other stage", marks=pytest.mark.slow),
@@ -39,6 +40,8 @@ def trained(tmp_path_factory):
             trainings.append(Training(f"whole{stage}", tree))
             if world == 2:
                 trainings.append(Training(f"cut{stage}", tree, cut_at=4))
+                preferences = dpo_spec_for(folder, resources={"workers": world, "zero_stage": stage}, **PAIRS)
+                trainings.append(Training(f"dpo{stage}", preferences.to_dict()))
             else:
                 trainings += [
                     Training(f"{method} in bf16, {stage}", _spec(folder, world, stage, method, **BF16))
@@ -80,6 +83,22 @@ def test_an_interrupted_group_ends_with_the_same_bits(trained, world, stages):
         whole, cut = results[f"whole{stage}"], results[f"cut{stage}"]
         assert cut["digest"] == whole["digest"], f"ZeRO {stage}"
         assert cut["validations"] == whole["validations"], f"ZeRO {stage}"
+
+
+@pytest.mark.parametrize(("world", "stages"), GROUPS[:2])
+def test_workers_learn_preferences_as_one_does(trained, tmp_path, world, stages):
+    results = trained(world, stages)
+    context = context_for(dpo_spec_for(tmp_path, **{**PAIRS, "gradient_accumulation": 1}), tmp_path)
+    outcome = run(context, tmp_path / "run")
+    wanted = [loss for _, loss in outcome.validations]
+    for stage in stages:
+        result = results[f"dpo{stage}"]
+        assert [loss for _, loss in result["validations"]] == pytest.approx(wanted, rel=1e-4), stage
+        values = parameters(context).items()
+        assert max((torch.tensor(result["values"][name]) - value).abs().max() for name, value in values) < 1e-4, stage
+        assert (result["metrics"]["loss"], result["tokens"]) == (
+            pytest.approx(outcome.validation_loss, rel=1e-3), outcome.all_tokens,
+        ), stage  # fmt: skip
 
 
 @pytest.mark.slow

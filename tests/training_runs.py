@@ -18,6 +18,7 @@ from pedro.training.spec import FineTuneSpec
 from pedro.training.worker_group import WorkerGroup
 
 COLOURS = ("red", "blue", "green")
+BETA = 0.5
 
 
 def write_rows(path: Path, count: int = 72, start: int = 0) -> Path:
@@ -48,6 +49,29 @@ def spec_for(
             "resources": resources or {},
         }
     )
+
+
+def write_pairs(path: Path, count: int = 48) -> Path:
+    """Preferences: the better answer names the shade of its prompt. Both sides have answers of unequal length."""
+    rows = [
+        {
+            "prompt": f"item {i} shade {i % 3}:",
+            "chosen": " and ".join([COLOURS[i % 3]] * (1 + i % 3)),
+            "rejected": " and ".join([COLOURS[(i + 1) % 3]] * (1 + i % 2)),
+        }
+        for i in range(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def dpo_spec_for(
+    folder: Path, method: str | dict[str, Any] = "pedro", resources: dict[str, Any] | None = None, **training: Any
+) -> FineTuneSpec:
+    """As `spec_for`, on preferences and with β = BETA."""
+    fields = spec_for(folder, method, resources, **training).to_dict()
+    fields["data"]["train"] = str(write_pairs(folder / "pairs.jsonl"))
+    return FineTuneSpec.model_validate({**fields, "gate": {}, "objective": "dpo", "dpo": {"beta": BETA}})
 
 
 def context_for(spec: FineTuneSpec, folder: Path) -> TrainingContext:
@@ -81,6 +105,25 @@ class LocalReporter:
 
     def line(self, text: str) -> None:
         self.log(text)
+
+
+class Interrupted(Exception):
+    """Stands for a worker that is killed."""
+
+
+class DiesAfterCheckpoint(LocalReporter):
+    """A worker that is gone as soon as the checkpoint of `step` is on disk."""
+
+    def __init__(self, directory: Path, step: int) -> None:
+        super().__init__(directory, log=lambda line: None)
+        self.step = step
+
+    def checkpoint(
+        self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
+    ) -> None:
+        super().checkpoint(engine, group, state, best)
+        if state.step == self.step:
+            raise Interrupted
 
 
 def run(context: TrainingContext, folder: Path) -> TrainingOutcome:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pedro.cli.output import AsJson, emit, log, percent, table
+from pedro.cli.output import AsJson, accuracy, emit, log, percent, table
 from pedro.refs import ModelRef
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def list_adapters(
                     row["model"],
                     f"v{row['champion']['version']}" if row["champion"] else "-",
                     row["champion"]["method"] if row["champion"] else "-",
-                    percent(row["champion"]["metrics"].get("accuracy")) if row["champion"] else "-",
+                    accuracy(row["champion"]["metrics"]) if row["champion"] else "-",
                     " ".join(f"{alias}=v{version}" for alias, version in sorted(row["aliases"].items())),
                 ]
                 for row in rows
@@ -75,7 +75,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
                     " ".join(version.aliases),
                     version.method,
                     f"{version.trainable_parameters:,}",
-                    percent(version.metrics.get("accuracy")),
+                    accuracy(version.metrics),
                     version.backbone_id,
                     version.digest[:19],
                     version.created,

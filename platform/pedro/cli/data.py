@@ -17,7 +17,9 @@ app = typer.Typer(help="Check a tenant's data before training.", no_args_is_help
 def check(
     file: Annotated[
         Path,
-        typer.Argument(help="Rows of messages, prompt/completion, Alpaca or ShareGPT: JSONL, JSON, CSV, parquet."),
+        typer.Argument(
+            help="Rows of messages, prompt/completion, Alpaca, ShareGPT or preferences: JSONL, JSON, CSV, parquet."
+        ),
     ],
     backbone: Annotated[str, typer.Option(help="Whose tokenizer and context length count.")] = "stories260K",
     validation: Annotated[Path | None, typer.Option(help="A validation or test file to check for leakage.")] = None,
@@ -36,8 +38,9 @@ def check(
     Example: `pedro data check train.jsonl --validation test.jsonl --show 3`
     """
     from pedro.backbone import context_length, load_tokenizer, resolve_backbone
-    from pedro.data.check import check_file, show_masks
+    from pedro.data.check import check_file
     from pedro.data.lines import parse_fields
+    from pedro.data.masks import show_masks
     from pedro.data.mistakes import escaped
 
     named = parse_fields(fields) if fields else None
@@ -54,7 +57,7 @@ def check(
             pieces = zip(mask.tokens, mask.supervised, strict=True)
             texts = [(escaped(token), learnt) for token, learnt in pieces]
             shown = " ".join(typer.style(text, bold=True, underline=True) if on else text for text, on in texts)
-            typer.echo(f"\nline {mask.line}: {mask.prompt_len} prompt tokens condition the vectors; loss on the rest")
+            typer.echo(f"\n{mask.place}: {mask.prompt_len} prompt tokens condition the vectors; loss on the rest")
             typer.echo(f"  {shown}")
             typer.echo(f"  prompt {mask.prompt!r}\n  answer {mask.completion!r}")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pedro.cli.output import AsJson, emit, log, percent, printable, table
+from pedro.cli.output import AsJson, accuracy, emit, log, percent, printable, table
 
 if TYPE_CHECKING:
     from pedro.cluster import Cluster
@@ -95,8 +95,8 @@ def submit(
                 [
                     result.model,
                     result.alias,
-                    percent(metrics.get("accuracy")),
-                    percent(metrics.get("backbone_accuracy")),
+                    accuracy(metrics),
+                    accuracy(metrics, "backbone_"),
                     percent(metrics.get("majority_accuracy")),
                     f"{result.trainable_parameters:,}",
                     result.steps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -73,3 +73,9 @@ def fail(error: PedroError, as_json: bool = False) -> None:
 def percent(value: Any) -> str:
     """`0.931` as `93.1 %`; a dash for a missing value."""
     return "-" if value is None else f"{100 * float(value):.1f} %"
+
+
+def accuracy(metrics: Mapping[str, Any], of: str = "") -> str:
+    """The accuracy among a version's metrics, of its answers or of pairs of them; `of` is a prefix of the name."""
+    pairs = metrics.get(f"{of}preference_accuracy")
+    return percent(metrics.get(f"{of}accuracy")) if pairs is None else f"{percent(pairs)} of pairs"

@@ -17,22 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.data.example_text import outline, prompt_and_answer
 from pedro.data.files import Kind
-from pedro.data.lines import bad_lines, data_digest, empty_file, kind, scan
+from pedro.data.lines import data_digest, kind, scan
 from pedro.data.mistakes import LineError, escaped
-from pedro.data.prompt_format import (
-    PromptFormat,
-    encode_completion,
-    encode_completions,
-    encode_prompt,
-    encode_prompts,
-    format_for_shape,
-)
+from pedro.data.prompt_format import PromptFormat, encode_completions, encode_prompts, format_for_shape
 from pedro.errors import DataError
 
 if TYPE_CHECKING:
     from pedro.data.row_shapes import Example, Fields, ParsedLine, RowShape
     from pedro.model_protocols import Tokenizer
 
+Texts = tuple[str, str, str | None]
+"""A prompt, its answer, and the worse answer where the row is a preference."""
 MAX_ERRORS = 100
 SHOWN_ERRORS = 10
 MOST_ANSWERS = 5
@@ -59,11 +54,12 @@ class DataReport:
     """What a check found. `usable` says whether the file may be trained on; the rest is for the reader to weigh.
 
     `truncated` answers lose their end to fit `max_length`, `dropped` examples have prompts that leave no room for
-    one answer token (both None without a tokenizer and a length). `duplicates` repeat an earlier prompt and answer;
-    `leaked` have a prompt that the validation file has too. `ignored` counts what is in the lines but not learnt
-    from, `answers` are the commonest ones (of the first 1,000 different short ones) with their counts, and `numbers`
-    counts answers that were integers and are learnt as their digits. Of `error_count` bad lines, the first 100 are in
-    `errors`.
+    one answer token (both None without a tokenizer and a length). `rejected_tokens` are those of the worse answers in a
+    file of preferences; all else said of answers is of the better ones. `duplicates` repeat an earlier prompt and
+    answer; `leaked` have a prompt that the validation file has too. `ignored` counts what is in the lines but not
+    learnt from, `answers` are the commonest ones (of the first 1,000 different short ones) with their counts, and
+    `numbers` counts answers that were integers and are learnt as their digits. Of `error_count` bad lines, the first
+    100 are in `errors`.
     """
 
     path: str
@@ -89,6 +85,7 @@ class DataReport:
     errors: tuple[dict[str, Any], ...]
     error_count: int
     number_field: str | None = None
+    rejected_tokens: Lengths | None = None
 
     @property
     def usable(self) -> bool:
@@ -105,7 +102,8 @@ class DataReport:
         shape = f"{self.shape or 'unknown'}, prompt format {self.format or 'unknown'}, read as {self.kind}"
         lines.append(f"  shape       {shape}")
         lines.append(f"  rows        {self.rows:,} {unit}s, {self.examples:,} examples")
-        for name, lengths in (("prompt", self.prompt_tokens), ("answer", self.completion_tokens)):
+        measured = {"prompt": self.prompt_tokens, "answer": self.completion_tokens, "rejected": self.rejected_tokens}
+        for name, lengths in measured.items():
             if lengths:
                 spread = f"min {lengths.min}, median {lengths.median}, 95 % {lengths.p95}, max {lengths.max}"
                 lines.append(f"  {name:11} tokens: {spread}; {lengths.total:,} in all")
@@ -141,26 +139,6 @@ class DataReport:
         """How many answers were integers, and the command that makes text of them."""
         fix = f"`jq -c '.{self.number_field} |= tostring' FILE > NEW` writes them so"
         return f'{self.numbers:,} answers are integers, learnt as their digits ("1"); {fix}'
-
-
-@dataclass(frozen=True)
-class MaskedRow:
-    """One row as training sees it. `tokens` are texts, `supervised` says which of them the loss counts."""
-
-    line: int
-    prompt: str
-    completion: str
-    prompt_len: int
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    supervised: tuple[bool, ...]
-
-    def text(self) -> str:
-        """The row for a terminal: masked tokens plain, learnt ones in brackets."""
-        marked = "".join(f"[{token}]" if on else token for token, on in zip(self.tokens, self.supervised, strict=True))
-        learnt = len(self.tokens) - self.prompt_len
-        head = f"line {self.line}: {self.prompt_len} prompt tokens (masked), {learnt} answer tokens [learnt]"
-        return f"{head}\n  {marked}"
 
 
 def check_file(
@@ -210,44 +188,8 @@ def check_file(
         errors=tuple(tally.errors),
         error_count=tally.error_count,
         number_field=tally.number_field,
+        rejected_tokens=_lengths(tally.rejected_lengths),
     )
-
-
-def show_masks(
-    path: Path | str,
-    tokenizer: Tokenizer,
-    n: int = 3,
-    format: PromptFormat | None = None,
-    max_length: int | None = None,
-    fields: Fields | None = None,
-) -> list[MaskedRow]:
-    """The first `n` examples as training masks them. Raises DataError for a bad line or an empty file."""
-    rows: list[MaskedRow] = []
-    for item in scan(path, fields):
-        if isinstance(item, LineError):
-            raise bad_lines(path, [item], 1)
-        used = format or format_for_shape(item.shape, tokenizer)
-        for example in item.examples:
-            prompt, answer = prompt_and_answer(used, example, tokenizer)
-            before = encode_prompt(tokenizer, prompt)
-            after = encode_completion(tokenizer, answer)
-            ids = [*before, *after][:max_length]
-            rows.append(
-                MaskedRow(
-                    line=example.line,
-                    prompt=prompt,
-                    completion=answer,
-                    prompt_len=min(len(before), len(ids)),
-                    token_ids=tuple(ids),
-                    tokens=tuple(tokenizer.convert_ids_to_tokens(ids)),
-                    supervised=tuple(index >= len(before) for index in range(len(ids))),
-                )
-            )
-            if len(rows) == n:
-                return rows
-    if not rows:
-        raise empty_file(path)
-    return rows
 
 
 @dataclass
@@ -267,6 +209,7 @@ class _Tally:
     pairs: array[int] = field(default_factory=lambda: array("Q"))
     prompt_lengths: array[int] = field(default_factory=lambda: array("I"))
     completion_lengths: array[int] = field(default_factory=lambda: array("I"))
+    rejected_lengths: array[int] = field(default_factory=lambda: array("I"))
     ignored: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
     numbers: int = 0
@@ -274,7 +217,7 @@ class _Tally:
     errors: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, items: list[ParsedLine | LineError]) -> None:
-        texts: list[tuple[str, str]] = []
+        texts: list[Texts] = []
         for item in items:
             self.rows += 1
             if isinstance(item, LineError):
@@ -290,9 +233,9 @@ class _Tally:
                 self.numbers += 1
                 self.number_field = self.number_field or item.number_field
             texts += self._render(item.examples)
-        for prompt, completion in texts:
+        for prompt, completion, worse in texts:
             self.prompts.append(_hash(prompt))
-            self.pairs.append(_hash(prompt, completion))
+            self.pairs.append(_hash(prompt, completion, *([] if worse is None else [worse])))
             self.empty_answers += not completion.strip()
             if completion in self.answers or (
                 len(self.answers) < MAX_ANSWERS and 0 < len(completion.strip()) <= ANSWER_LENGTH
@@ -301,26 +244,36 @@ class _Tally:
         if self.tokenizer is not None and texts:
             self._measure(self.tokenizer, texts)
 
-    def _render(self, examples: tuple[Example, ...]) -> list[tuple[str, str]]:
+    def _render(self, examples: tuple[Example, ...]) -> list[Texts]:
         try:
             return [self._texts(example) for example in examples]
         except DataError as error:
             self._count(LineError(examples[0].line, error.param or "messages", error.message))
             return []
 
-    def _texts(self, example: Example) -> tuple[str, str]:
+    def _texts(self, example: Example) -> Texts:
+        prompt, answer = self._prompt_and_answer(example)
+        return prompt, answer, self._prompt_and_answer(example.rejected)[1] if example.rejected else None
+
+    def _prompt_and_answer(self, example: Example) -> tuple[str, str]:
         assert self.format is not None, "a good line sets the format"
         if self.tokenizer is None:
             return outline(self.format, example)
         return prompt_and_answer(self.format, example, self.tokenizer)
 
-    def _measure(self, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> None:
-        prompts = encode_prompts(tokenizer, [prompt for prompt, _ in texts])
-        completions = encode_completions(tokenizer, [completion for _, completion in texts])
+    def _measure(self, tokenizer: Tokenizer, texts: list[Texts]) -> None:
+        prompts = encode_prompts(tokenizer, [prompt for prompt, _, _ in texts])
+        completions = encode_completions(tokenizer, [completion for _, completion, _ in texts])
+        longest = [len(after) for after in completions]
         for before, after in zip(prompts, completions, strict=True):
             self.prompt_lengths.append(len(before))
             self.completion_lengths.append(len(after))
-            if self.max_length and len(before) + len(after) > self.max_length:
+        if others := [worse for *_, worse in texts if worse is not None]:  # all of a file's rows have one, or none
+            rejected = [len(ids) for ids in encode_completions(tokenizer, others)]
+            self.rejected_lengths.extend(rejected)
+            longest = [max(sides) for sides in zip(longest, rejected, strict=True)]
+        for before, answer in zip(prompts, longest, strict=True):
+            if self.max_length and len(before) + answer > self.max_length:
                 fits = len(before) < self.max_length
                 self.truncated += fits
                 self.dropped += not fits

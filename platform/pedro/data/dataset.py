@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ ROWS_VERSION = 5  # raise it when the rows of one file change: old cache entries
 BATCH = 1000
 STALE_S = 24 * 3600
 SOURCE = "source.txt"  # the digest of the file that the rows are of; entries of earlier releases have none
+REJECTED = "rejected_ids"
 IGNORED_LABEL = -100  # torch's cross_entropy skips it
 
 
@@ -72,7 +73,8 @@ def load_rows(
     """The file's rows, in its order, memory-mapped. `fields` names its columns where they are not ours.
 
     Columns: `input_ids` (prompt + completion, at most `max_length`), `prompt_len`, `split_hash` (float in [0, 1),
-    a function of the prompt text alone), `completion` (text), `line`. A row that is too long loses the end of its
+    a function of the prompt text alone), `completion` (text), `line`; of preferences also `rejected_ids`
+    (the same prompt + the worse answer, cut like the better one). A row that is too long loses the end of its
     completion; one whose prompt leaves no room for a token of it is dropped. Both are counted (`row_counts`) and
     logged; a prompt is never cut. Raises DataError for bad lines, an empty file, or if nothing fits.
     """
@@ -172,8 +174,10 @@ def _build(entry: Path, path: Path, digest: str, fields: Fields | None, written:
     building = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     try:
         (building / SOURCE).write_text(digest)  # first: it tells whose rows these will be
-        with ArrowWriter(path=str(building / "rows.arrow"), features=_features()) as writer:
-            for columns in written.batches(path, fields):
+        batches = written.batches(path, fields)
+        first = next(batches, {})
+        with ArrowWriter(path=str(building / "rows.arrow"), features=_features(REJECTED in first)) as writer:
+            for columns in chain([first] if first else [], batches):
                 writer.write_batch(columns)
             writer.finalize()
         counts = written.counts()
@@ -225,8 +229,11 @@ class _Writer:
     def counts(self) -> RowCounts:
         return RowCounts(self.examples, self.rows, self.truncated, self.examples - self.rows)
 
-    def _examples(self, path: Path, fields: Fields | None) -> Iterator[tuple[Example, str, str]]:
-        """Each example with its prompt and answer. Bad lines are collected to the end, then raised together."""
+    def _examples(self, path: Path, fields: Fields | None) -> Iterator[tuple[Example, str, list[str]]]:
+        """Each example with its prompt and answer, and the worse answer where it has one.
+
+        Bad lines are collected to the end, then raised together.
+        """
         errors: list[LineError] = []
         count = 0
         for item in scan(path, fields):
@@ -238,28 +245,37 @@ class _Writer:
                 continue  # nothing will be kept: only count the rest
             for example in item.examples:
                 try:
-                    yield example, *prompt_and_answer(self.format, example, self.tokenizer)
+                    prompt, answer = prompt_and_answer(self.format, example, self.tokenizer)
+                    worse = (
+                        [prompt_and_answer(self.format, example.rejected, self.tokenizer)[1]]
+                        if example.rejected
+                        else []
+                    )
+                    yield example, prompt, [answer, *worse]
                 except DataError as error:
                     raise bad_lines(path, [LineError(example.line, "messages", error.message)], 1) from None
         if count:
             raise bad_lines(path, errors, count)
 
-    def _columns(self, batch: list[tuple[Example, str, str]]) -> dict[str, list[Any]]:
+    def _columns(self, batch: list[tuple[Example, str, list[str]]]) -> dict[str, list[Any]]:
         prompts = encode_prompts(self.tokenizer, [prompt for _, prompt, _ in batch])
-        answers = [answer for _, _, answer in batch]
-        completions = encode_completions(self.tokenizer, answers, self.format.special_tokens_in_content)
-        columns: dict[str, list[Any]] = {name: [] for name in _features()}
-        for (example, prompt, answer), before, after in zip(batch, prompts, completions, strict=True):
+        sides = [self._encoded([answers[side] for *_, answers in batch]) for side in range(len(batch[0][2]))]
+        columns: dict[str, list[Any]] = {name: [] for name in _features(len(sides) > 1)}
+        for (example, prompt, answers), before, *afters in zip(batch, prompts, *sides, strict=True):
             if len(before) >= self.max_length:
                 continue
-            ids = [*before, *after]
-            self.truncated += len(ids) > self.max_length
-            columns["input_ids"].append(ids[: self.max_length])
+            rows = [[*before, *after] for after in afters]
+            self.truncated += any(len(ids) > self.max_length for ids in rows)
+            for name, ids in zip(("input_ids", REJECTED), rows, strict=False):  # a file has one answer a row, or two
+                columns[name].append(ids[: self.max_length])
             columns["prompt_len"].append(len(before))
             columns["split_hash"].append(_split_hash(prompt))
-            columns["completion"].append(str(answer))
+            columns["completion"].append(str(answers[0]))
             columns["line"].append(example.line)
         return columns
+
+    def _encoded(self, answers: list[str]) -> list[list[int]]:
+        return encode_completions(self.tokenizer, answers, self.format.special_tokens_in_content)
 
 
 def _split_hash(prompt: str) -> float:
@@ -271,11 +287,12 @@ def _split_hash(prompt: str) -> float:
     return (int.from_bytes(digest) >> 11) / 2**53
 
 
-def _features() -> Features:
+def _features(pairs: bool) -> Features:
     from datasets import Features, List, Value
 
     return Features(
         {
+            **({REJECTED: List(Value("int32"))} if pairs else {}),
             "input_ids": List(Value("int32")),
             "prompt_len": Value("int32"),
             "split_hash": Value("float64"),

@@ -6,21 +6,12 @@ from typing import Any
 
 from pedro.data.mistakes import LineError, blank, kind_of
 
-PREFERENCES = "rows of preferences (DPO) are for preference tuning, which is not done here; to learn the better answer"
-DPO = {
-    ("chosen", "rejected"): f"{PREFERENCES}, write prompt and chosen as messages",
-    ("preferred_output", "non_preferred_output"): f"{PREFERENCES}, write input.messages and preferred_output as one "
-    "list under messages",
-}
 BATCH = "a file of OpenAI's batch API {what}, not of training rows; send it to a batch endpoint, or train on messages"
 UNSUPPORTED = ("functions", "documents", "images", "image", "videos", "video", "audios", "audio")
 
 
 def refuse_foreign(row: dict[str, Any], line: int) -> None:
     """Raise LineError for a row of another kind of file, or with a field that would change what is learnt."""
-    for fields, reason in DPO.items():
-        if all(field in row for field in fields):
-            raise LineError(line, fields[1], reason)
     if "custom_id" in row and ("body" in row or "response" in row):
         raise LineError(line, "custom_id", BATCH.format(what="(requests)" if "body" in row else "(results)"))
     if isinstance(row.get("label"), bool) and "prompt" in row:

@@ -129,6 +129,8 @@ FORMAT_OF_SHAPE = {
     RowShape.ALPACA: "alpaca",
     RowShape.MESSAGES: "chat",
     RowShape.SHAREGPT: "chat",
+    RowShape.PREFERENCE: "chat",
+    RowShape.PREFERENCE_TEXT: "raw",
 }
 
 

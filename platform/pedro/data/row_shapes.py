@@ -1,12 +1,13 @@
 """One row becomes training examples.
 
-Four shapes are read:
+Six shapes are read:
 
     messages     {"messages": [{"role", "content"}, ...]}           OpenAI chat fine-tuning
                  {"prompt": [turns], "completion": [turns]}         TRL's conversational form, of which it is one
     completion   {"prompt", "completion"} or {"prompt", "response"}
     alpaca       {"instruction", "input"?, "output"}
     sharegpt     {"conversations": [{"from", "value"}, ...]}
+    preference, preference-text    a prompt with a better and a worse answer (`preferences.py`)
 
 Whatever the shape, an example is the messages that condition the answer, and the answer. In a conversation each
 assistant turn is an example of its own, conditioned on all before it and on nothing of itself. `system` and `history`
@@ -19,12 +20,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from pedro.data.foreign import refuse_foreign
 from pedro.data.mistakes import LineError, blank, kind_of, name_of, names_of, text_of
+from pedro.data.preferences import BETTER_AND_WORSE, Pair, one_turn, read_pair
 from pedro.data.tool_calls import Conversation, Message, Tool, read_tools
 from pedro.data.turns import read_history, read_turns
 
@@ -37,16 +39,29 @@ class RowShape(StrEnum):
     COMPLETION = "completion"
     ALPACA = "alpaca"
     SHAREGPT = "sharegpt"
+    PREFERENCE = "preference"
+    PREFERENCE_TEXT = "preference-text"
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether a row holds two answers, of which one is preferred."""
+        return self in (RowShape.PREFERENCE, RowShape.PREFERENCE_TEXT)
 
 
 # What a line of each shape must hold; a tuple is a choice of names for one field.
+OPENAI_PAIR, TRL_PAIR = BETTER_AND_WORSE
 REQUIRED: dict[RowShape, tuple[tuple[str, ...], ...]] = {
+    RowShape.PREFERENCE: tuple((name,) for name in OPENAI_PAIR),
+    RowShape.PREFERENCE_TEXT: tuple((name,) for name in TRL_PAIR),  # of turns it is PREFERENCE
     RowShape.MESSAGES: (("messages",),),
     RowShape.COMPLETION: (("prompt",), ("completion", "response")),
     RowShape.ALPACA: (("instruction",), ("output",)),
     RowShape.SHAREGPT: (("conversations",),),
 }
-FIELDS = ("prompt", "completion", "response", "instruction", "input", "output", "messages", "conversations", *BEFORE)
+FIELDS = (
+    "prompt", "completion", "response", "instruction", "input", "output", "messages", "conversations",
+    *TRL_PAIR, *BEFORE,
+)  # fmt: skip
 Fields = Mapping[str, str]
 """Which column of a file stands for which field: {"prompt": "question", "completion": "answer"}."""
 
@@ -55,13 +70,14 @@ Fields = Mapping[str, str]
 class Example:
     """`messages` ({"role", "content"} each, with what else OpenAI's have) condition the answer `completion`; `line` is
     where it came from. `tools` are told before all messages. `answer` is the whole turn where it is more than its text:
-    a format writes it (`example_text.py`)."""
+    a format writes it (`example_text.py`). In a preference, `rejected` is the same prompt with the worse answer."""
 
     messages: tuple[Message, ...]
     completion: str
     line: int
     tools: tuple[Tool, ...] = ()
     answer: Message | None = None
+    rejected: Example | None = None
 
     @property
     def plain(self) -> bool:
@@ -123,14 +139,17 @@ def read_row(row: Mapping[str, Any], number: int, fields: Fields | None = None, 
     given = _renamed(given, fields, number) if fields else given
     refuse_foreign(given, number)
     shape = _shape(given, number)
-    if not (shape is RowShape.MESSAGES or (shape is RowShape.COMPLETION and isinstance(given["prompt"], list))):
+    of_turns = shape in (RowShape.COMPLETION, RowShape.PREFERENCE_TEXT) and isinstance(given.get("prompt"), list)
+    if not (of_turns or shape in (RowShape.MESSAGES, RowShape.PREFERENCE)):
         _refuse_tools(given, number, shape)
+    if shape.is_preference:
+        return _preference(read_pair(given, number), number)
     if shape is RowShape.ALPACA:
         return _alpaca(given, number, chat)
     if shape is RowShape.COMPLETION:
-        if isinstance(given["prompt"], list):
+        if of_turns:
             return _trl(given, number)
-        return _completion(given, number)
+        return _completion(given, _answer_field(given, number), number)
     field = "messages" if shape is RowShape.MESSAGES else "conversations"
     return _conversation(given, (), field, number, shape)
 
@@ -179,7 +198,7 @@ def _shape(row: dict[str, Any], number: int) -> RowShape:
             name = " or ".join(missing[0])
             reason = f"missing or null: a line with {names_of(row)} also needs {name} ({shape})"
             raise LineError(number, missing[0][0], f"{reason}; {_mapping(shape)}")
-    known = "messages; prompt and completion; instruction and output; conversations"
+    known = "messages; prompt and completion; instruction and output; conversations; prompt, chosen and rejected"
     raise LineError(number, "line", f"no known shape in {names_of(row)}; give one of: {known}; {_mapping()}")
 
 
@@ -189,6 +208,8 @@ def _fits(row: Mapping[str, Any]) -> list[RowShape]:
 
 def _mapping(shape: RowShape = RowShape.COMPLETION) -> str:
     names = "instruction=A,input=B,output=C" if shape is RowShape.ALPACA else "prompt=A,completion=B"
+    if shape is RowShape.PREFERENCE_TEXT:
+        names = "prompt=A,chosen=B,rejected=C"
     return f"or name your columns: `--fields {names}` (in a spec: data.fields)"
 
 
@@ -211,17 +232,14 @@ def _before(row: dict[str, Any], number: int) -> list[Message]:
     return messages if blank(row.get("history")) else [*messages, *read_history(row["history"], number)]
 
 
-def _completion(row: dict[str, Any], number: int) -> ParsedLine:
-    answer = _answer_field(row, number)
+def _completion(row: dict[str, Any], answer: str, number: int, shape: RowShape = RowShape.COMPLETION) -> ParsedLine:
     for field in ("history", "instruction", "input"):
         if not blank(row.get(field)):
             raise LineError(number, field, f"not used beside prompt and {answer}; put it into the prompt")
     prompt = text_of(row["prompt"], "prompt", number, needed=True)
     completion, was_number = _answer(row[answer], answer, number)
     example = Example((*_before(row, number), {"role": "user", "content": prompt}), completion, number)
-    return ParsedLine(
-        number, RowShape.COMPLETION, (example,), _extra(row, "prompt", answer), answer if was_number else None
-    )
+    return ParsedLine(number, shape, (example,), _extra(row, "prompt", answer), answer if was_number else None)
 
 
 def _trl(row: dict[str, Any], number: int) -> ParsedLine:
@@ -233,6 +251,30 @@ def _trl(row: dict[str, Any], number: int) -> ParsedLine:
     context = tuple(turn.message for turn in prompt)
     ignored = tuple(f"prompt[].{name}" for turn in prompt for name in turn.ignored)
     return _conversation(row, context, answer, number, RowShape.MESSAGES, ("prompt",), ignored)
+
+
+def _preference(pair: Pair, number: int) -> ParsedLine:
+    """An example of the better answer, which knows the worse one."""
+    better, worse = (_side(pair, field, number) for field in pair.fields)
+    (good,), (bad,) = better.examples, worse.examples
+    if (good.completion, good.answer) == (bad.completion, bad.answer):
+        reason = f"the same as {pair.fields[0]}, so there is nothing to prefer; remove the row"
+        raise LineError(number, pair.fields[1], reason)
+    ignored = tuple(sorted({*better.ignored, *worse.ignored, *pair.ignored}))
+    number_field = better.number_field or worse.number_field
+    return ParsedLine(number, better.shape, (replace(good, rejected=bad),), ignored, number_field)
+
+
+def _side(pair: Pair, field: str, number: int) -> ParsedLine:
+    """The row as it would be with one of its answers alone."""
+    row = {**pair.shared, field: pair.answers[field]}
+    if isinstance(pair.prompt, str):
+        return _completion({**row, "prompt": pair.prompt}, field, number, RowShape.PREFERENCE_TEXT)
+    one_turn(row[field], field, number)
+    prompt = read_turns(pair.prompt, pair.prompt_field, number)
+    context = tuple(turn.message for turn in prompt)
+    ignored = tuple(f"{pair.prompt_field}[].{name}" for turn in prompt for name in turn.ignored)
+    return _conversation(row, context, field, number, RowShape.PREFERENCE, (pair.prompt_field,), ignored)
 
 
 def _alpaca(row: dict[str, Any], number: int, chat: bool) -> ParsedLine:

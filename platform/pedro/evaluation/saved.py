@@ -92,6 +92,12 @@ def changes_backbone(config: PeftConfig) -> bool:
     return getattr(config, "bias", "none") != "none"
 
 
+def trains_backbone(model: Any) -> bool:
+    """Whether the backbone's own weights are trained in `model`, so that it is gone afterwards."""
+    configs = getattr(model, "peft_config", None)
+    return not configs or any(changes_backbone(config) for config in configs.values())
+
+
 def _left_behind(module: nn.Module) -> bool:
     """Whether a module of a backbone is an adapter's, or would call one."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -169,6 +175,11 @@ def score_file(
     backbone, manifest, form = open_saved(directory, backbone_name)
     tokenizer = load_tokenizer(backbone)
     shape = shape_of(file, fields)
+    if shape.is_preference:
+        raise DataError(
+            f"{file}: holds preferences, and here answers are scored; give a file of prompts with their answers",
+            param="data",
+        )
     fresh = format_for_shape(shape, tokenizer)
     if fresh.id != form.id or (fresh.id != "raw" and fresh.template != form.template):  # raw may have a text around it
         raise DataError(

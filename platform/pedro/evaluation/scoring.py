@@ -32,7 +32,7 @@ SHARED = 32  # tokens: prompts that begin with as many the same have these read 
 class Score:
     """Sums over rows; `+` joins the scores of different rows."""
 
-    correct: int = 0
+    correct: float = 0
     rows: int = 0
     loss_sum: float = 0.0
     tokens: int = 0

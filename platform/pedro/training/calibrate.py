@@ -127,10 +127,11 @@ class _Calibrator:
             per_step, timed = per_step + turns * seconds, timed + count
         scale = self._share / rows
         forward = FORWARD_SHARE * per_step / rows
+        validated = self._validated(rows, forward)
         return Calibration(
             per_step=per_step * scale,
-            per_validated=self._validated(rows, forward),
-            per_scored=self._scored(forward),
+            per_validated=validated,
+            per_scored=self._scored(forward) if self.context.spec.beta is None else validated / 2,  # a pass of two
             activation_bytes=None if activations is None else max(int(activations * scale), self._loading),
             steps=timed,
             rows=rows,
@@ -161,7 +162,11 @@ class _Calibrator:
         import torch
 
         train = self.context.data.train
-        order = sorted(range(min(len(train), 5000)), key=lambda place: -len(train[place]["input_ids"]))
+        sequences = self.context.plan.objective.sequences
+        order = sorted(
+            range(min(len(train), 5000)),
+            key=lambda place: -max(len(row["input_ids"]) for row in sequences([train[place]])),
+        )
         self._activate(role)
         self._step([train[order[-1]]] * max(1, self.context.plan.accumulation), 0)  # what is made once is there by now
         longest = [train[place] for place in order[:count]]
@@ -187,7 +192,7 @@ class _Calibrator:
         return (time.perf_counter() - started) / count, count
 
     def _validated(self, rows: int, forward: float) -> float:
-        from pedro.training.loop import mean_loss
+        from pedro.training.loop import mean_losses
         from pedro.training.worker_group import ALONE
 
         data = self.context.data
@@ -195,7 +200,7 @@ class _Calibrator:
             return forward
         some = [data.validation[place] for place in range(min(len(data.validation), rows))]
         started = time.perf_counter()
-        mean_loss(self.context.engine, some, rows, data.pad_id, ALONE)
+        mean_losses(self.context.engine, some, rows, data.pad_id, ALONE, self.context.plan.objective)
         return (time.perf_counter() - started) / len(some)
 
     def _scored(self, forward: float) -> float:

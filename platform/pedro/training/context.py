@@ -12,11 +12,13 @@ from torch import nn
 
 from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
 from pedro.errors import ConfigError
+from pedro.evaluation.saved import trains_backbone
 from pedro.methods.registry import count_parameters, get_method
 from pedro.model_protocols import Tokenizer
 from pedro.training.bilevel import Alternation, GroupedAdamW, Named
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan
+from pedro.training.objectives import objective_of
 from pedro.training.prepare import PreparedData, make_training_plan, prepare_data, sample
 from pedro.training.worker_group import ALONE, WorkerGroup
 
@@ -63,7 +65,7 @@ def build_context(
     omega, theta = groups
     with_theta = bool(theta) and spec.training.bilevel
     train, theta_rows, validation = group.together(lambda: prepared.splits(with_theta))
-    plan = make_training_plan(spec.training, len(train), with_theta)
+    plan = make_training_plan(spec.training, len(train), with_theta, objective_of(spec.beta))
     optimizer = make_optimizer(spec, method, omega, theta)
     parameters = [*omega, *theta]
     engine = (make_engine or torch_engine(spec))(model, optimizer, parameters)
@@ -116,6 +118,16 @@ def make_optimizer(spec: FineTuneSpec, method: Method, omega: Named, theta: Name
         ratio=training.b_up_lr_ratio,
         is_faster=method.is_b_up,
     )
+
+
+def check_reference(spec: FineTuneSpec, model: nn.Module) -> None:
+    """Raise ConfigError where the objective needs the backbone as it was, and the method changes it."""
+    if spec.beta is not None and trains_backbone(model):
+        raise ConfigError(
+            f"objective: dpo compares the adapter with its backbone, which {spec.method.name} with these options "
+            "trains itself; take a method that leaves it frozen",
+            param="objective",
+        )
 
 
 def torch_engine(spec: FineTuneSpec) -> MakeEngine:
@@ -172,5 +184,6 @@ def _load(
     backbone = resolve_backbone(spec.backbone)
     tokenizer = load_tokenizer(backbone)
     method, model = fresh_model(spec, backbone)
-    prepared = prepare_data(spec.data, spec.training, backbone, tokenizer, cache)
+    check_reference(spec, model)
+    prepared = prepare_data(spec, backbone, tokenizer, cache)
     return backbone, tokenizer, method, model, prepared, method.parameter_groups(model)

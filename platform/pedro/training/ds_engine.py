@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pedro.methods.output_head import logits_at
+from pedro.training.engines import adapter_off
 
 if TYPE_CHECKING:
     from pedro.methods.training_hook import TrainingHook
@@ -47,6 +48,9 @@ class DeepSpeedEngine:
         with logits_at(self.model, positions):
             logits: torch.Tensor = self._engine(**batch).logits[0]
             return logits
+
+    def bare(self) -> AbstractContextManager[None]:
+        return adapter_off(self.model)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss * self.world, scale_wrt_gas=False)

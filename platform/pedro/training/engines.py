@@ -7,8 +7,8 @@ equal, and all that a box with nothing but torch needs. `ds_engine.py` has the o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ class StepEngine(Protocol):
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] at the N marked `positions` ([B, T], bool) of the batch, row after row."""
+
+    def bare(self) -> AbstractContextManager[None]:
+        """Within it, `forward` is that of the backbone without its adapter, evaluated."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of `loss`; those of all workers and slices add up, without any averaging."""
@@ -73,6 +76,9 @@ class TorchEngine:
             logits: torch.Tensor = self.model(**batch).logits[0]
             return logits
 
+    def bare(self) -> AbstractContextManager[None]:
+        return adapter_off(self.model)
+
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
@@ -96,6 +102,23 @@ class TorchEngine:
 
     def replicated(self) -> bool:
         return True
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Within it, `model` is its backbone, evaluated. What trains and what does not is as before afterwards.
+
+    PEFT makes every parameter of an adapter trainable when it turns it on again, those too that rest in this step.
+    """
+    training, wanted = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        model.train(training)
+        for parameter, trains in wanted:
+            parameter.requires_grad_(trains)
 
 
 def optimizer_tensors(engine: StepEngine) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pedro.backbone import Backbone, load_config, load_tokenizer, resolve_backbone
 from pedro.training.calibrate import BOUND_S, Calibration, calibrate
 from pedro.training.memory import Sizes, training_memory
+from pedro.training.objectives import objective_of
 from pedro.training.prepare import PreparedData, make_training_plan, notes, prepare_data
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 STARTUP_S = 45.0
 PROCESS_BYTES = {0: 770_000_000, 1: 790_000_000, 2: 790_000_000, 3: 810_000_000}
 ROLES = {"theta": "theta (for the steps on Θ)"}
+DPO_READS = "two sequences a row, each read by the adapter and, before it, by the backbone (which keeps a number of it)"
 ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only for what is not timed here
 
 
@@ -83,6 +85,8 @@ class DryRun:
             told = f" ({self.memory_from})" if name == "activations" else ""
             lines.append(f"  {name:<12}{_size(size):>10}{told}")
         lines.append(f"  {'process':<12}{_size(self.process_bytes):>10} (estimate)")
+        if spec.get("objective") == "dpo":
+            lines.insert(2, f"objective    dpo, β {spec['dpo']['beta']:g}: {DPO_READS}")
         if spec["resources"]["zero_stage"] == 3:
             lines.append("  stage 3 saves no memory of a worker's process here: each loads the whole backbone first")
         return "\n".join([*lines, *(f"note         {note}" for note in self.notes)])
@@ -96,7 +100,7 @@ def dry_run(spec: FineTuneSpec, calibrated: bool = True, bound_s: float = BOUND_
     """
     backbone = resolve_backbone(spec.backbone)
     with tempfile.TemporaryDirectory() as cache:
-        prepared = prepare_data(spec.data, spec.training, backbone, load_tokenizer(backbone), Path(cache))
+        prepared = prepare_data(spec, backbone, load_tokenizer(backbone), Path(cache))
         return _estimate(spec, backbone, prepared, Path(cache), bound_s if calibrated else None)
 
 
@@ -104,18 +108,19 @@ def _estimate(
     spec: FineTuneSpec, backbone: Backbone, prepared: PreparedData, cache: Path, bound_s: float | None
 ) -> DryRun:
     from pedro.methods.registry import count_parameters, get_method
-    from pedro.training.context import make_optimizer
+    from pedro.training.context import check_reference, make_optimizer
 
     model = _shapes(spec, backbone)
     method = get_method(spec.method.name)
     omega, theta = method.parameter_groups(model)
+    check_reference(spec, model)
     make_optimizer(spec, method, omega, theta)  # refuses what the job would refuse
     counts = count_parameters(model)
     frozen = counts["total"] - counts["trainable"]
     backbone_parameters = counts["total"] if method.name == "full" else frozen
     bilevel = bool(theta) and spec.training.bilevel
     train, theta_rows, validation = prepared.splits(bilevel)
-    plan = make_training_plan(spec.training, len(train), bilevel)
+    plan = make_training_plan(spec.training, len(train), bilevel, objective_of(spec.beta))
     method.training_hook(model, spec.method.options, plan.steps)
     tokens, longest, longest_answer = prepared.lengths()
     split, scored = prepared.scored(spec.gate.max_rows)
@@ -123,7 +128,7 @@ def _estimate(
     validated = validations * min(len(validation), spec.training.eval_rows) if validation is not None else 0
     to_score = 2 * len(scored) if scored is not None else 0  # with the adapter and without
     device = "gpu" if spec.resources.gpus_per_worker else "cpu"
-    work = (6 if method.name == "full" else 4) * backbone_parameters * tokens * plan.batch_size
+    work = (6 if method.name == "full" or spec.beta is not None else 4) * backbone_parameters * tokens * plan.batch_size
     per_worker = work / spec.resources.workers / ASSUMED_FLOPS[device]
     found: Calibration | str = "not asked for"
     if bound_s is not None:
@@ -220,6 +225,7 @@ def _memory(
     """Bytes on each worker, by part."""
     training, resources = spec.training, spec.resources
     rows = -(-batch_size // (resources.workers * training.gradient_accumulation))
+    rows *= 1 if spec.beta is None else 2  # sequences; the reference's pass is over before theirs, and takes less
     return training_memory(
         Sizes(config.hidden_size, config.num_hidden_layers, config.vocab_size),
         frozen=frozen,

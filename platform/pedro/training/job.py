@@ -131,6 +131,7 @@ def check_data(spec: FineTuneSpec, settings: Settings, log: Log) -> None:
     """
     from pedro.data.check import check_file
     from pedro.data.files import Kind
+    from pedro.data.preferences import check_objective
 
     counts = []
     for role, location in spec.data.files().items():
@@ -141,6 +142,7 @@ def check_data(spec: FineTuneSpec, settings: Settings, log: Log) -> None:
             why = f"{unit} {first['line']}: {first['field']}: {first['reason']}" if first else "it holds no examples"
             more = f"; and {report.error_count - 1:,} more bad lines" if report.error_count > 1 else ""
             raise DataError(f"data.{role}: {why}{more}; `pedro data check` lists them", param=f"data.{role}")
+        check_objective(spec.objective, role, str(report.shape))
         counts.append(f"{report.examples:,} in {role}")
         if report.numbers:
             log(f"data.{role}: {report.numbers_said()}")
@@ -160,7 +162,8 @@ def judge_version(spec: FineTuneSpec, trained: Result, registry: Registry) -> Ga
             False, f"the champion {spec.name}:{champion.version} cannot be compared: {champion.problem}"
         )
     metrics = trained.metrics
-    bare = {name: metrics[f"backbone_{name}"] for name in ("accuracy", "loss") if f"backbone_{name}" in metrics}
+    names = ("accuracy", "loss", "preference_accuracy")
+    bare = {name: metrics[f"backbone_{name}"] for name in names if f"backbone_{name}" in metrics}
     return decide(spec.gate, metrics, champion.metrics if champion else None, bare)
 
 

@@ -16,17 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from pedro.errors import TrainingError
-from pedro.methods.output_head import supervised
-from pedro.training.batches import (
-    Rows,
-    RowStream,
-    passed_tokens,
-    slices,
-    supervised_tokens,
-    tensors,
-    token_loss,
-)
+from pedro.training.batches import Rows, RowStream, passed_tokens, slices, supervised_tokens
 from pedro.training.bilevel import OMEGA, THETA, Alternation, learning_rate
+from pedro.training.objectives import ANSWERS, Objective
 from pedro.training.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
@@ -51,6 +43,7 @@ class TrainingPlan:
     checkpoint_every: int
     patience: int
     seed: int
+    objective: Objective = ANSWERS
 
     def optimizer_steps(self, steps: int) -> int:
         """Ω and Θ steps together, after `steps` Ω steps."""
@@ -161,9 +154,9 @@ def train(
             logger.log(group, reporter)
         if len(data.validation) and (state.step % plan.validate_every == 0 or last):
             logger.log(group, reporter)
-            loss = mean_loss(engine, data.validation, plan.batch_size, data.pad_id, group)
-            best = keep_best(state, loss, best, engine)
-            logger.validated(loss, group, reporter)
+            means = mean_losses(engine, data.validation, plan.batch_size, data.pad_id, group, plan.objective)
+            best = keep_best(state, means[0], best, engine)
+            logger.validated(means, group, reporter)
             engine.mode(training=True)
         if state.step % plan.checkpoint_every == 0 or last or state.without_gain >= plan.patience:
             logger.log(group, reporter)
@@ -192,40 +185,42 @@ def train(
 def batch_step(
     engine: StepEngine, rows: list[Mapping[str, Any]], plan: TrainingPlan, pad_id: int, salt: int
 ) -> tuple[torch.Tensor, int]:
-    """One optimizer step on a batch of all workers; this worker's share of the mean loss, and the batch's tokens.
+    """One optimizer step on a batch of all workers; this worker's share of the mean loss with the objective's measures
+    behind it, and the answer tokens of the batch.
 
-    The loss is the sum over answer tokens divided by the answer tokens of the whole batch, which every worker counts
+    The loss is the sum over answer tokens (or pairs) divided by those of the whole batch, which every worker counts
     for itself: workers and slices add up to one worker's gradient, however unequal their answers are.
     """
     torch.manual_seed((plan.seed * 2_147_483_647 + salt) * 65_537 + engine.rank)  # dropout, if the method has any
-    tokens = supervised_tokens(rows)
-    total = torch.zeros((), device=engine.device)
+    objective = plan.objective
+    weight = objective.weight(rows)
+    total = torch.zeros(1 + len(objective.measures), device=engine.device)
     for part in slices(rows, engine.rank, engine.world, plan.accumulation):
-        batch = tensors(part, pad_id, engine.device, filler=rows[0])
-        positions, wanted = supervised(batch.pop("labels"))
-        loss = token_loss(engine.forward(positions, **batch), wanted) / tokens
-        total += loss.detach()
+        loss, measures = objective.sums(engine, part, pad_id, filler=rows[0])
+        loss = loss / weight
+        total += torch.cat([loss.detach()[None], measures / weight])
         if engine.hook and (penalty := engine.hook.penalty()) is not None:
             loss = loss + penalty / (engine.world * plan.accumulation)
         engine.backward(loss)
         engine.step()
-    return total, tokens
+    return total, supervised_tokens(objective.sequences(rows))
 
 
 @torch.no_grad()
-def mean_loss(engine: StepEngine, rows: Rows, batch_size: int, pad_id: int, group: WorkerGroup) -> float:
-    """Mean loss per answer token over all rows; every worker takes a share and gets the same number."""
+def mean_losses(
+    engine: StepEngine, rows: Rows, batch_size: int, pad_id: int, group: WorkerGroup, objective: Objective = ANSWERS
+) -> list[float]:
+    """Mean loss over all rows, then the means of the objective's measures; every worker takes a share and gets the same
+    numbers."""
     engine.mode(training=False)
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    total, weight = torch.zeros(1 + len(objective.measures), dtype=torch.float64), 0
     for start in range(0, len(rows), batch_size):
         batch_rows = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        tokens += supervised_tokens(batch_rows)
+        weight += objective.weight(batch_rows)
         (part,) = slices(batch_rows, group.rank, group.world, 1)
-        batch = tensors(part, pad_id, engine.device, filler=batch_rows[0])
-        positions, wanted = supervised(batch.pop("labels"))
-        total += token_loss(engine.forward(positions, **batch), wanted).double().cpu()
-    (summed,) = group.sum([total.item()])
-    return summed / tokens
+        loss, measures = objective.sums(engine, part, pad_id, filler=batch_rows[0])
+        total += torch.cat([loss[None], measures]).double().cpu()
+    return [summed / weight for summed in group.sum(total.tolist())]
 
 
 def keep_best(
@@ -263,37 +258,41 @@ class MetricsLogger:
 
     def __init__(self, plan: TrainingPlan, state: TrainState, device: torch.device) -> None:
         self.plan, self.state, self.device = plan, state, device
+        self._names = plan.objective.measures
         self._clock, self._started = time.monotonic(), state.step
         self._spent = 0.0
         self._last_dev: float | None = state.validations[-1][1] if state.validations else None
         self._clear()
 
     def _clear(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of Ω and of Θ
+        self._measures = torch.zeros(len(self._names), dtype=torch.float64, device=self.device)
         self._counts, self._since = [0, 0], time.monotonic()
         self._before = (self.state.all_tokens, self.state.tokens, self.state.samples)
 
     def omega(self, step: tuple[torch.Tensor, int], rows: Sequence[Mapping[str, Any]]) -> None:
         """A step on Ω: its loss and its answers' tokens, as `batch_step` returns them, and the rows of its batch."""
         self._add(0, step, rows)
+        self._measures += step[0][1:].double()
 
     def theta(self, step: tuple[torch.Tensor, int], rows: Sequence[Mapping[str, Any]]) -> None:
         self._add(1, step, rows)
 
     def _add(self, which: int, step: tuple[torch.Tensor, int], rows: Sequence[Mapping[str, Any]]) -> None:
-        loss, answers = step
-        self._sums[which] += loss.double()
+        sums, answers = step
+        self._sums[which] += sums[0].double()
         self._counts[which] += 1
         self.state.tokens += answers
-        self.state.all_tokens += passed_tokens(rows)
+        self.state.all_tokens += passed_tokens(self.plan.objective.sequences(rows))
         self.state.samples += len(rows)
 
     def log(self, group: WorkerGroup, reporter: Reporter) -> None:
         """Log the mean losses since the last call. Raises TrainingError on every worker if one is NaN or infinite."""
         if not self._counts[0]:
             return
-        omega, theta = group.sum(self._sums.tolist())
+        omega, theta, *measures = group.sum([*self._sums.tolist(), *self._measures.tolist()])
         loss = omega / self._counts[0]
+        told = {name: value / self._counts[0] for name, value in zip(self._names, measures, strict=True)}
         now = time.monotonic()
         self.state.seconds += now - self._clock
         self._clock = now
@@ -309,32 +308,39 @@ class MetricsLogger:
             speed, answers, samples = ((at - before) / took for at, before in zip(now_at, self._before, strict=True))
             values = {"train/loss": loss, "train/tokens_per_second": speed, "train/lr": self._lr()}
             values |= {"train/answer_tokens_per_second": answers, "train/samples_per_second": samples}
+            values |= {f"train/{name}": value for name, value in told.items()}
             if self._counts[1]:
                 values["train/theta_loss"] = theta / self._counts[1]
             reporter.metrics(self.state.step, values)
             rate = f"{speed:,.0f} tokens/s ({answers:,.0f} of answers), {samples:,.1f} samples/s"
-            reporter.line(self._line(loss, rate, now))
+            reporter.line(self._line(f"loss {loss:.3f}{_first(told)}", rate, now))
         self._clear()
 
-    def validated(self, loss: float, group: WorkerGroup, reporter: Reporter) -> None:
-        """Report a validation; its time counts as training time but not against tokens per second."""
+    def validated(self, means: Sequence[float], group: WorkerGroup, reporter: Reporter) -> None:
+        """Report a validation, loss and measures; its time is training time, but not of tokens per second."""
         now = time.monotonic()
         self.state.seconds += now - self._clock
         self._clock = now
-        self._last_dev = loss
+        told = dict(zip(("loss", *self._names), means, strict=True))
+        loss = self._last_dev = told.pop("loss")
         if group.rank == 0:
-            reporter.metrics(self.state.step, {"dev/loss": loss})
+            reporter.metrics(self.state.step, {"dev/loss": loss, **{f"dev/{name}": told[name] for name in told}})
             better = "best so far" if self.state.best_step == self.state.step else "no better"
-            reporter.line(f"step {self.state.step:,}/{self.plan.steps:,} · dev {loss:.3f} · {better}")
+            reporter.line(f"step {self.state.step:,}/{self.plan.steps:,} · dev {loss:.3f}{_first(told)} · {better}")
         self._clear()
 
     def _lr(self) -> float:
         return learning_rate(self.state.step - 1, self.plan.steps, self.plan.lr, self.plan.warmup)
 
-    def _line(self, loss: float, rate: str, now: float) -> str:
+    def _line(self, loss: str, rate: str, now: float) -> str:
         done = self.state.step - self._started
         self._spent += now - self._since
         left = self._spent / max(1, done) * (self.plan.steps - self.state.step)
         dev = f" · dev {self._last_dev:.3f}" if self._last_dev is not None else ""
-        step = f"step {self.state.step:,}/{self.plan.steps:,} · loss {loss:.3f}{dev}"
+        step = f"step {self.state.step:,}/{self.plan.steps:,} · {loss}{dev}"
         return f"{step} · {rate} · {int(left) // 60}:{int(left) % 60:02d} left"
+
+
+def _first(measures: Mapping[str, float]) -> str:
+    """The first of the measures, as progress lines tell it; nothing where there is none."""
+    return next((f" ({name.replace('_', ' ')} {value:.3f})" for name, value in measures.items()), "")

@@ -16,16 +16,19 @@ from filelock import FileLock
 
 from pedro.backbone import Backbone, context_length
 from pedro.data import PromptFormat, data_digest, format_for_shape, load_rows, shape_of, split
+from pedro.data.dataset import REJECTED
+from pedro.data.preferences import check_objective
 from pedro.data.prompt_format import around, check_format
 from pedro.errors import ConfigError, DataError
 from pedro.training.loop import TrainingPlan
+from pedro.training.objectives import ANSWERS, Objective
 from pedro.training.storage import fetch
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from pedro.model_protocols import Tokenizer
-    from pedro.training.spec import DataSpec, TrainingSpec
+    from pedro.training.spec import DataSpec, FineTuneSpec, TrainingSpec
 
 MEASURED_ROWS = 50_000
 
@@ -83,18 +86,19 @@ class PreparedData:
         return {name: count for name, count in shared.items() if count}
 
     def lengths(self) -> tuple[float, int, int]:
-        """Mean and largest number of tokens of a training row, and of the longest answer."""
+        """Mean number of tokens of a training row (of both sides of a preference), the largest number that one sequence
+        has, and the longest answer's."""
         rows = self._rows["train"]
         measured = rows[: min(len(rows), MEASURED_ROWS)]
-        sizes = [len(ids) for ids in measured["input_ids"]]
-        answers = [size - prompt for size, prompt in zip(sizes, measured["prompt_len"], strict=True)]
-        return sum(sizes) / len(sizes), max(sizes), max(answers)
+        sides = [measured[name] for name in ("input_ids", REJECTED) if name in measured]
+        sizes = [[len(ids) for ids in side] for side in sides]
+        answers = [size - prompt for side in sizes for size, prompt in zip(side, measured["prompt_len"], strict=True)]
+        return sum(map(sum, sizes)) / len(sizes[0]), max(map(max, sizes)), max(answers)
 
 
-def prepare_data(
-    data: DataSpec, training: TrainingSpec, backbone: Backbone, tokenizer: Tokenizer, cache: Path
-) -> PreparedData:
+def prepare_data(spec: FineTuneSpec, backbone: Backbone, tokenizer: Tokenizer, cache: Path) -> PreparedData:
     """Tokenise the files of a spec (or find them in `cache`). Raises DataError, or ConfigError for max_length."""
+    data, training = spec.data, spec.training
     context = context_length(backbone)
     max_length = training.max_length or context
     if max_length > context:
@@ -104,6 +108,8 @@ def prepare_data(
         )
     files = {name: fetch(location, cache) for name, location in data.files().items()}
     shapes = {name: shape_of(path, data.fields) for name, path in files.items()}
+    for name, shape in shapes.items():
+        check_objective(spec.objective, name, shape)
     formats = {
         name: replace(format_for_shape(shape, tokenizer), special_tokens_in_content=data.special_tokens_in_content)
         for name, shape in shapes.items()
@@ -148,7 +154,9 @@ def notes(prepared: PreparedData, training: TrainingSpec, plan: TrainingPlan) ->
     return notes
 
 
-def make_training_plan(training: TrainingSpec, train_rows: int, has_theta: bool) -> TrainingPlan:
+def make_training_plan(
+    training: TrainingSpec, train_rows: int, has_theta: bool, objective: Objective = ANSWERS
+) -> TrainingPlan:
     """The numbers that the loop counts with. A batch holds no row twice: at most all rows."""
     batch_size = min(training.batch_size, train_rows)
     epoch = train_rows / batch_size
@@ -168,4 +176,5 @@ def make_training_plan(training: TrainingSpec, train_rows: int, has_theta: bool)
         checkpoint_every=training.checkpoint_every or validate_every,
         patience=training.patience,
         seed=training.seed,
+        objective=objective,
     )

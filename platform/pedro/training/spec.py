@@ -10,7 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pedro.backbone import locate_backbone
 from pedro.config import Frozen, Settings, check_name, load_spec
@@ -191,14 +199,23 @@ class ResourcesSpec(Frozen):
 class GateSpec(Frozen):
     """When a new version becomes champion: against the champion on the same rows, or the backbone if there is none."""
 
-    metric: Literal["accuracy", "loss"] = "accuracy"
-    """What is compared: exact match of generated answers, or the mean loss per answer token."""
+    metric: Literal["accuracy", "loss", "preference_accuracy"] = "accuracy"
+    """What is compared: exact match of generated answers, or the mean loss per answer token; under objective dpo the
+    share of pairs whose better answer the adapter favours more than the backbone does (its default), or the mean loss
+    per pair."""
     min_gain: float = Field(-0.005, ge=-1e6, le=1e6)
     """Least improvement over the champion; a small negative number lets an equal version pass."""
     floor: float | None = None
     """The value that is needed in any case (for loss: the largest allowed)."""
     max_rows: int = Field(1000, ge=1, le=10**9)
     """The most rows that are scored."""
+
+
+class DPOSpec(Frozen):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7)."""
+
+    beta: float = Field(0.1, gt=0, le=100)
+    """How much a step away from the backbone weighs: the higher, the closer the adapter stays to it."""
 
 
 class FineTuneSpec(Frozen):
@@ -211,6 +228,10 @@ class FineTuneSpec(Frozen):
     backbone: str = "stories260K"
     """A name of `pedro backbones list`, a transformers directory, or a hub id."""
     data: DataSpec
+    objective: Literal["supervised", "dpo"] = "supervised"
+    """What is learnt: the answers of the rows, or which of a row's two answers is the better one (dpo)."""
+    dpo: DPOSpec = DPOSpec()
+    """Of objective dpo."""
     method: MethodSpec = MethodSpec()
     training: TrainingSpec = TrainingSpec()
     resources: ResourcesSpec = ResourcesSpec()
@@ -224,6 +245,37 @@ class FineTuneSpec(Frozen):
         except ConfigError as error:
             raise ValueError(error.message.partition(": ")[2].partition(" is ")[2]) from error
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gate_of_preferences(cls, value: Any) -> Any:
+        """Under dpo, a gate that names no metric compares the accuracy on preferences."""
+        gate = (value.get("gate") or {}) if isinstance(value, dict) and value.get("objective") == "dpo" else None
+        if isinstance(gate, dict) and "metric" not in gate:
+            return {**value, "gate": {**gate, "metric": "preference_accuracy"}}
+        return value
+
+    @model_validator(mode="after")
+    def _one_objective(self) -> FineTuneSpec:
+        preferences = self.objective == "dpo"
+        if not preferences and "dpo" in self.model_fields_set:
+            raise ValueError("dpo: is of objective dpo; set objective: dpo, or leave it out")
+        if preferences and self.method.name == "full":
+            raise ValueError(
+                "objective: dpo compares an adapter with its backbone, which method full trains itself; take another"
+            )
+        if self.gate.metric == ("accuracy" if preferences else "preference_accuracy"):
+            known = "preference_accuracy or loss" if preferences else "accuracy or loss"
+            raise ValueError(f"gate.metric: {self.gate.metric} is not measured under {self.objective}; give {known}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what came later where it says nothing: digests of earlier specs are made of it."""
+        fields: dict[str, Any] = handler(self)
+        if self.objective == "supervised":
+            fields = {name: value for name, value in fields.items() if name not in ("objective", "dpo")}
+        return fields
+
     @model_validator(mode="after")
     def _every_worker_has_rows(self) -> FineTuneSpec:
         slices = self.resources.workers * self.training.gradient_accumulation
@@ -233,6 +285,11 @@ class FineTuneSpec(Frozen):
                 f"= {slices}; raise batch_size to at least {slices}"
             )
         return self
+
+    @property
+    def beta(self) -> float | None:
+        """DPO's β, None under another objective."""
+        return self.dpo.beta if self.objective == "dpo" else None
 
     @property
     def name(self) -> str:

@@ -273,7 +273,7 @@ def _finished(checkpoint: Checkpoint | None) -> bool:
 
 
 def _score_champion(context: TrainingContext, registry: Registry) -> dict[str, Any] | None:
-    from pedro.training.worker import score_directory
+    from pedro.training.worker import compared, score_directory
 
     try:
         version = registry.get(context.spec.name, CHAMPION)
@@ -284,7 +284,7 @@ def _score_champion(context: TrainingContext, registry: Registry) -> dict[str, A
         score = score_directory(context, registry.download(version))
     except PedroError as error:
         return asdict(Champion(version.version, None, error.message))
-    return asdict(Champion(version.version, {"accuracy": score.accuracy, "loss": score.loss}))
+    return asdict(Champion(version.version, compared(context, score)))
 
 
 def unservable(directory: Path, backbone: Backbone) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import load_model
-from pedro.evaluation.saved import backbone_of, changes_backbone, load_saved, release
+from pedro.evaluation.preference import pair_likelihoods, score_pairs
+from pedro.evaluation.saved import backbone_of, load_saved, release, trains_backbone
 from pedro.evaluation.scoring import Score, majority, score
 from pedro.training.context import DTYPES, TrainingContext
 from pedro.training.loop import Reporter, TrainingOutcome, train
@@ -18,6 +19,7 @@ from pedro.training.prepare import notes
 from pedro.training.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import nn
 
 
@@ -36,7 +38,7 @@ def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
         for note in notes(context.prepared, context.spec.training, context.plan):
             reporter.line(note)
     bare = None
-    if _trains_backbone(context) and not _sharded(context):  # now it still is what it was; later that takes a copy
+    if trains_backbone(context.model) and not _sharded(context):  # now it still is what it was; later that takes a copy
         context.engine.mode(training=False)
         bare = _score_bare(context, group)
     outcome = train(context.engine, context.alternation, context.plan, context.data, reporter)
@@ -56,7 +58,8 @@ def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
 
 
 def evaluate(context: TrainingContext, group: WorkerGroup, bare: Score | None = None) -> dict[str, Any]:
-    """accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and which split they are of.
+    """accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and which split they are of; of
+    preferences the preference_accuracy in place of all accuracies.
 
     `bare` is the backbone's score where it was taken before the training.
     """
@@ -64,6 +67,8 @@ def evaluate(context: TrainingContext, group: WorkerGroup, bare: Score | None = 
     metrics: dict[str, Any] = {"split": split, "rows": 0}
     if rows is None:
         return metrics
+    if context.spec.beta is not None:
+        return {**_evaluate_pairs(context, rows, group, context.spec.beta), **metrics, "rows": len(rows)}
     adapted = _score(context, context.model, rows, group)
     bare = bare or _score_bare(context, group)
     guess = majority(rows["completion"])
@@ -79,6 +84,27 @@ def evaluate(context: TrainingContext, group: WorkerGroup, bare: Score | None = 
     }
 
 
+def _evaluate_pairs(context: TrainingContext, rows: Dataset, group: WorkerGroup, beta: float) -> dict[str, float]:
+    """Scores of pairs. The backbone's are what any model has that is its own reference: 0.5 and log 2."""
+    part = _share(context, rows, group)
+    model: Any = context.model
+    policy = pair_likelihoods(model, context.tokenizer, part)
+    with model.disable_adapter():
+        reference = pair_likelihoods(model, context.tokenizer, part)
+    mine = [score_pairs(likelihoods, reference, beta) for likelihoods in (policy, reference)]
+    adapted, bare = (_joined(context, score, group) for score in mine)
+    return {
+        **compared(context, adapted),
+        **{f"backbone_{name}": value for name, value in compared(context, bare).items()},
+    }
+
+
+def compared(context: TrainingContext, score: Score) -> dict[str, float]:
+    """A score under the names by which the gate compares."""
+    name = "accuracy" if context.spec.beta is None else "preference_accuracy"
+    return {name: score.accuracy, "loss": score.loss}
+
+
 def _score_bare(context: TrainingContext, group: WorkerGroup) -> Score:
     """The score of the backbone alone: with the adapter off, or before anything was trained.
 
@@ -88,16 +114,10 @@ def _score_bare(context: TrainingContext, group: WorkerGroup) -> Score:
     if rows is None:
         return Score()
     model: Any = context.model
-    if _trains_backbone(context) and _sharded(context):
+    if trains_backbone(context.model) and _sharded(context):
         return _score(context, load_model(context.backbone, _dtype(context), str(context.engine.device)), rows, group)
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
         return _score(context, model, rows, group)
-
-
-def _trains_backbone(context: TrainingContext) -> bool:
-    """Whether the backbone's own weights are trained, so that it is gone afterwards."""
-    configs = getattr(context.model, "peft_config", None)
-    return not configs or any(changes_backbone(config) for config in configs.values())
 
 
 def _sharded(context: TrainingContext) -> bool:
@@ -106,10 +126,15 @@ def _sharded(context: TrainingContext) -> bool:
 
 def _score(context: TrainingContext, model: nn.Module, rows: Any, group: WorkerGroup) -> Score:
     """Every worker scores a share; under ZeRO-3, whose workers must step together, each scores all the rows."""
-    together = _sharded(context)
-    part = list(rows) if together else [rows[i] for i in range(group.rank, len(rows), group.world)]
-    mine = score(model, context.tokenizer, part)
-    return mine if together else sum(group.gather(mine), Score())
+    return _joined(context, score(model, context.tokenizer, _share(context, rows, group)), group)
+
+
+def _share(context: TrainingContext, rows: Any, group: WorkerGroup) -> list[Any]:
+    return list(rows) if _sharded(context) else [rows[i] for i in range(group.rank, len(rows), group.world)]
+
+
+def _joined(context: TrainingContext, mine: Score, group: WorkerGroup) -> Score:
+    return mine if _sharded(context) else sum(group.gather(mine), Score())
 
 
 def save(
@@ -148,8 +173,16 @@ def score_directory(context: TrainingContext, directory: Path) -> Score:
         bare = backbone_of(context.model) if (directory / CONFIG).is_file() else None
         if bare is None:
             release(context.model)
-    model = load_saved(directory, manifest, context.backbone, _dtype(context), str(context.engine.device), bare)
-    return score(model, context.tokenizer, list(rows))
+    device, beta = str(context.engine.device), context.spec.beta
+    if beta is None:
+        model = load_saved(directory, manifest, context.backbone, _dtype(context), device, bare)
+        return score(model, context.tokenizer, list(rows))
+    bare = bare if bare is not None else load_model(context.backbone, _dtype(context), device)
+    reference = pair_likelihoods(bare, context.tokenizer, list(rows))
+    if not (directory / CONFIG).is_file():
+        release(bare)
+    model = load_saved(directory, manifest, context.backbone, _dtype(context), device, bare)
+    return score_pairs(pair_likelihoods(model, context.tokenizer, list(rows)), reference, beta)
 
 
 def _dtype(context: TrainingContext) -> str:

@@ -22,6 +22,8 @@ FIXED = {
     "data.validation": "trials are compared on the same rows",
     "data.test": "trials are compared on the same rows",
     "data.fields": "trials are compared on the same rows",
+    "objective": "trials are compared by one loss",
+    "dpo": "losses of different β are not to be compared",
     "gate": "trials are compared on the same rows, and the gate judges the best alone",
 }
 

@@ -1,0 +1,105 @@
+"""What training makes smaller: the loss of answers, or of preferences between two of them (DPO). torch only.
+
+An objective takes one slice of a batch at a time and gives sums over it; the loop divides them by the weight of the
+whole batch, so that workers and slices add up to one worker's gradient. N supervised tokens, P pairs, V tokens of the
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+
+from pedro.evaluation.preference import MEASURES, measured, preference_losses, worse
+from pedro.methods.output_head import supervised
+from pedro.training.batches import supervised_tokens, tensors, token_loss
+
+if TYPE_CHECKING:
+    from pedro.training.engines import StepEngine
+
+EncodedRows = Sequence[Mapping[str, Any]]
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective."""
+
+    measures: ClassVar[tuple[str, ...]]
+    """What is told beside the loss, by name."""
+
+    def sequences(self, rows: EncodedRows) -> EncodedRows:
+        """All that goes through the model for these rows."""
+
+    def weight(self, rows: EncodedRows) -> int:
+        """What the summed loss of a batch is divided by."""
+
+    def sums(
+        self, engine: StepEngine, rows: EncodedRows, pad_id: int, filler: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss summed over a slice, with its graph, and the sums of the measures. No rows are a loss of 0."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The cross entropy of the answers' tokens: supervised fine-tuning."""
+
+    measures: ClassVar[tuple[str, ...]] = ()
+
+    def sequences(self, rows: EncodedRows) -> EncodedRows:
+        return rows
+
+    def weight(self, rows: EncodedRows) -> int:
+        return supervised_tokens(rows)
+
+    def sums(
+        self, engine: StepEngine, rows: EncodedRows, pad_id: int, filler: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = tensors(rows, pad_id, engine.device, filler)
+        positions, wanted = supervised(batch.pop("labels"))
+        loss = token_loss(engine.forward(positions, **batch), wanted)
+        return loss, torch.zeros(0, device=engine.device)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Direct preference optimisation; the reference is the backbone with the adapter off, read in the same batch."""
+
+    beta: float
+    measures: ClassVar[tuple[str, ...]] = MEASURES
+
+    def sequences(self, rows: EncodedRows) -> EncodedRows:
+        return [*rows, *(worse(row) for row in rows)]
+
+    def weight(self, rows: EncodedRows) -> int:
+        return len(rows)
+
+    def sums(
+        self, engine: StepEngine, rows: EncodedRows, pad_id: int, filler: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sides = self.sequences(rows)
+        counts = [len(row["input_ids"]) - row["prompt_len"] for row in sides]
+        batch = tensors(sides, pad_id, engine.device, filler)
+        positions, wanted = supervised(batch.pop("labels"))
+        with torch.no_grad(), engine.bare():
+            reference = log_likelihoods(engine.forward(positions, **batch), wanted, counts)
+        policy = log_likelihoods(engine.forward(positions, **batch), wanted, counts)
+        losses, rewards = preference_losses(policy.view(2, len(rows)), reference.view(2, len(rows)), self.beta)
+        return losses.sum(), measured(rewards.detach())
+
+
+ANSWERS = Answers()
+
+
+def objective_of(beta: float | None) -> Objective:
+    """Preferences with this β, or answers where there is none."""
+    return ANSWERS if beta is None else Preferences(beta)
+
+
+def log_likelihoods(logits: torch.Tensor, wanted: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """What each answer's tokens [N] sum up to under logits [N, V], in float32; an answer has `counts` tokens."""
+    nats = -torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    if not counts:
+        return nats  # of no tokens: still part of the graph, so that a worker without rows takes part in every step
+    return torch.stack([tokens.sum() for tokens in nats.split(list(counts))])
