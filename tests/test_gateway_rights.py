@@ -295,6 +295,13 @@ def test_a_tenant_sees_its_own_rows_and_not_who_the_operators_are(gateway):
         first = ask(limit=1)
         assert first["has_more"]
         assert ask(limit=1, after=first["last_id"])["data"][0]["id"] == data[1]["id"]
+        (theirs,) = [one for one in gateway.store.list_audit("globex") if one.action == "adapter.delete"]
+        foreign, unknown = (
+            http.get("/v1/organization/audit_logs", params={"after": after})
+            for after in (theirs.public_id, f"audit_log-{0:024x}")
+        )
+        assert foreign.status_code == unknown.status_code == 404
+        assert foreign.text.replace(theirs.public_id, "ID") == unknown.text.replace(f"audit_log-{0:024x}", "ID")
 
 
 @pytest.mark.parametrize(

@@ -144,5 +144,5 @@ def test_the_audit_is_asked_by_tenant_kind_actor_subject_and_time_and_paged_by_i
     entries = store.find_audit(AuditQuery())
     assert asked(since=entries[1].at, until=entries[0].at) == [2]
     assert asked(2) == [3, 2]
-    assert asked(2, below=entries[1].id) == [1, 0]
+    assert asked(2, before=entries[1].public_id) == [1, 0]
     assert asked(2, above=entries[3].id) == [1, 2]

@@ -15,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from pedro.errors import ConfigError, UnavailableError
-from pedro.store import Database, Quota, Store, migrate, schema
+from pedro.store import AuditQuery, Database, Quota, Store, migrate, schema
 from pedro.store.migrate import SchemaState, current, state_of, upgrade
 
 FIRST_RELEASE = """
@@ -104,11 +104,33 @@ def test_a_database_of_the_first_release_keeps_its_rows(empty):
     store.close()
 
 
+def stands_at(url: str, revision: str) -> None:
+    """Give the empty database the schema of an earlier revision."""
+    database = Database(url)
+    with database.writing() as connection:
+        migrate.apply(connection, revision)
+    database.close()
+
+
+def test_entries_of_an_older_audit_get_ids_by_chance_and_keep_their_order(empty):
+    stands_at(empty, "0002")
+    columns, values = "at, actor, tenant, action, subject", "{0}, 'user:ann', 'acme', 'key.create', 'key_{0}'"
+    entry = f"INSERT INTO pedro_audit ({columns}) VALUES ({values})"
+    run(empty, ";\n".join(entry.format(number) for number in range(1, 4)))
+    upgrade(Database(empty))
+    store = Store(empty)
+    entries = store.list_audit("acme")
+    assert [one.subject for one in entries] == ["key_3", "key_2", "key_1"]
+    assert len({one.public_id for one in entries}) == 3
+    assert [one.subject for one in store.find_audit(AuditQuery(before=entries[0].public_id))] == ["key_2", "key_1"]
+    store.close()
+
+
 def test_a_file_upgrades_itself_when_it_is_opened_and_a_server_says_how(empty):
     if empty.startswith("sqlite"):
+        stands_at(empty, "0002")
         Store(empty).close()
-        run(empty, f"UPDATE {schema.VERSION_TABLE} SET version_num = '0002'")
-        Store(empty).close()
+        assert current(Database(empty)) == schema.REVISION
         return
     with pytest.raises(UnavailableError, match=r"no schema yet.*`pedro db upgrade`"):
         Store(empty)

@@ -27,7 +27,7 @@ LISTS = ("project_ids", "event_types", "actor_ids", "resource_ids")
 MOMENTS = ("gt", "gte", "lt", "lte")
 UNSUPPORTED = ("before", "actor_emails", "tenant_only")
 DEFAULT_LIMIT, MAX_LIMIT, MAX_LISTED, BIGGEST = 20, 100, 100, 2**53
-CURSOR = re.compile(r"audit_log-([0-9]{1,15})")
+CURSOR = re.compile(r"audit_log-[0-9a-f]{24}")
 OPERATOR: dict[str, Any] = {"type": "session", "session": {"user": {"id": "operator"}}}
 
 
@@ -82,17 +82,16 @@ def _query(given: dict[str, list[str]], caller: Principal) -> AuditQuery | None:
         tenants = (caller.tenant,)
         actors = tuple(f"key:{caller.tenant}/{actor}" for actor in actors)
     since, until = [0], [BIGGEST]
-    below: int | None = None
+    before: str | None = None
     for word in MOMENTS:  # moments are told in whole seconds
         for text in given.get(f"effective_at[{word}]", ()):
             moment = _whole(f"effective_at[{word}]", text, 0, BIGGEST - 1)
             (since if word.startswith("g") else until).append(moment + (word in ("gt", "lte")))
     for text in given.get("after", ()):
-        match = CURSOR.fullmatch(text)
-        if match is None:
+        if not CURSOR.fullmatch(text):
             message = f"after: expected the id of an audit log, got {text[:80]!r}"
             raise PedroError(message, param="after", code="invalid_value")
-        below = int(match[1])
+        before = text
     if others_alone and not caller.is_admin:
         return None
     return AuditQuery(
@@ -102,7 +101,7 @@ def _query(given: dict[str, list[str]], caller: Principal) -> AuditQuery | None:
         lists["resource_ids"],
         since=max(since),
         until=min(until),
-        below=below,
+        before=before,
     )
 
 
@@ -117,7 +116,7 @@ def _log(entry: AuditEntry, caller: Principal) -> dict[str, Any]:
     kind = TYPES.get(entry.action, entry.action)
     body: dict[str, Any] = {
         "object": "organization.audit_log",
-        "id": f"audit_log-{entry.id}",
+        "id": entry.public_id,
         "type": kind,
         "effective_at": int(entry.at),
         "actor": _actor(entry, caller),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from pedro.errors import NotFoundError
 from pedro.store import schema
 from pedro.store.changes import audited, next_generation
 from pedro.store.records import AuditEntry, AuditQuery, By
@@ -43,14 +44,21 @@ class AuditTable:
         return self.find_audit(AuditQuery(() if tenant is None else (tenant,), since=since), limit)
 
     def find_audit(self, query: AuditQuery, limit: int = 100) -> list[AuditEntry]:
-        """The last entries that `query` asks for, newest first; with `above` the first ones, oldest first."""
+        """The last entries that `query` asks for, newest first; with `above` the first ones, oldest first.
+
+        Raises NotFoundError where `before` is none of these tenants' entries.
+        """
         table = schema.audit
-        found = sa.select(table).where(*_conditions(query)).limit(limit)
-        found = found.order_by(table.c.id.desc() if query.above is None else table.c.id)
+        conditions = _conditions(query)
         with self._database.reading() as connection:
+            if query.before is not None:
+                conditions.append(table.c.id < _id_of(connection, query.before, query.tenants))
+            found = sa.select(table).where(*conditions).limit(limit)
+            found = found.order_by(table.c.id.desc() if query.above is None else table.c.id)
             return [
                 AuditEntry(
                     row.id,
+                    row.public_id,
                     row.at,
                     row.actor,
                     row.tenant,
@@ -92,6 +100,13 @@ def _conditions(query: AuditQuery) -> list[sa.ColumnElement[bool]]:
         found.append(columns.at < query.until)
     if query.above is not None:
         found.append(columns.id > query.above)
-    if query.below is not None:
-        found.append(columns.id < query.below)
+    return found
+
+
+def _id_of(connection: sa.Connection, public_id: str, tenants: tuple[str, ...]) -> int:
+    columns = schema.audit.c
+    known = [columns.public_id == public_id, *([columns.tenant.in_(tenants)] if tenants else [])]
+    found: int | None = connection.scalar(sa.select(columns.id).where(*known))
+    if found is None:
+        raise NotFoundError(f"after: no entry {public_id[:80]!r} in the audit", param="after", code="not_found")
     return found

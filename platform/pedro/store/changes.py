@@ -8,6 +8,7 @@ no two transactions ever wait for each other.
 from __future__ import annotations
 
 import getpass
+import secrets
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def audited(
     Whatever changes something for people calls this in the transaction of the change, or `Store.audit` if it has none.
     """
     entry = {**_who(actor), "action": action, "tenant": tenant, "subject": subject[:MAX_SUBJECT]}
-    connection.execute(sa.insert(schema.audit).values(**entry, **states))
+    connection.execute(sa.insert(schema.audit).values(public_id=_public_id(), **entry, **states))
 
 
 def audited_all(
@@ -90,7 +91,10 @@ def audited_all(
 ) -> None:
     """Write that so many things were made: of whom, which, and how they are."""
     entry = {**_who(actor), "action": action}
-    rows = [{**entry, "tenant": tenant, "subject": subject, "after": after} for tenant, subject, after in made]
+    rows = [
+        {**entry, "public_id": _public_id(), "tenant": tenant, "subject": subject, "after": after}
+        for tenant, subject, after in made
+    ]
     connection.execute(sa.insert(schema.audit), rows)
 
 
@@ -99,6 +103,10 @@ def acting(actor: By) -> Actor:
     if isinstance(actor, Actor):
         return actor
     return Actor(actor or _person())
+
+
+def _public_id() -> str:
+    return f"audit_log-{secrets.token_hex(12)}"
 
 
 def _person() -> str:

@@ -299,9 +299,13 @@ class Move:
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """Who changed what, and how it was before and is after."""
+    """Who changed what, and how it was before and is after.
+
+    `id` counts the entries of all tenants; a tenant is shown `public_id`, which is by chance.
+    """
 
     id: int
+    public_id: str
     at: float
     actor: str
     tenant: str
@@ -323,7 +327,7 @@ class AuditQuery:
     since: float | None = None
     until: float | None = None
     above: int | None = None  # only entries that came after the one with this id; the oldest of them first
-    below: int | None = None  # only entries that came before
+    before: str | None = None  # only entries that came before the one with this public id
 
 
 def utc(seconds: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-REVISION = "0002"
+REVISION = "0003"
 VERSION_TABLE = "pedro_schema"
 metadata = sa.MetaData()
 NAME = sa.String(63)  # of a tenant or an adapter
@@ -180,6 +180,7 @@ audit = sa.Table(
     "pedro_audit",
     metadata,
     sa.Column("id", Number, primary_key=True),
+    sa.Column("public_id", sa.String(40), nullable=False),  # by chance: says nothing of how much others do
     sa.Column("at", sa.Float, nullable=False, index=True),
     sa.Column("actor", sa.String(200), nullable=False),
     sa.Column("tenant", NAME, nullable=False),
@@ -189,4 +190,5 @@ audit = sa.Table(
     sa.Column("after", sa.JSON(none_as_null=True)),
     sa.Column("request_id", sa.String(100)),
     sa.Index("ix_pedro_audit_tenant", "tenant", "id"),
+    sa.Index("ix_pedro_audit_public_id", "public_id", unique=True),
 )
