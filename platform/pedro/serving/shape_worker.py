@@ -93,11 +93,10 @@ def _answer(request: bytes) -> Message:
                 grammar = json.dumps({"grammars": [{"lark_grammar": SPACED}, {**inner, "name": "inner"}]})
         except ValueError as error:
             return _refused("", str(error))
-        error = LLMatcher.validate_grammar(grammar, None, limits=limits())
-        if not error:
+        reason = LLMatcher.validate_grammar(grammar, None, limits=limits())
+        if not reason:
             return GRAMMAR, grammar.encode()
-        place, error = _fault(json.loads(text), error) if kind == "json" else ("", error)
-        return _refused(place, error)
+        return _refused(*(_fault(json.loads(text), reason) if kind == "json" else ("", reason)))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -112,11 +111,11 @@ def _grammar(kind: Any, text: str) -> str:
     return grammar_from(kind, text)
 
 
-def _fault(schema: Any, error: str) -> tuple[str, str]:
+def _fault(schema: Any, reason: str) -> tuple[str, str]:
     """The innermost part of a schema that is at fault by itself, and what is said of it."""
     root = schema if isinstance(schema, dict) else {}
     shared = {name: root[name] for name in ("$defs", "definitions", "$schema") if name in root}
-    found = "", error
+    found = "", reason
     for count, (place, part) in enumerate(_parts(schema, "")):
         if count >= MAX_PLACES:
             break
