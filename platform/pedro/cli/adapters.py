@@ -274,7 +274,6 @@ def evaluate(
 ) -> None:
     """Score an adapter and its bare backbone on a file: exact-match accuracy, answers generated from the prompts alone.
 
-    Of a file of preferences, the share of pairs whose better answer the adapter favours more than the backbone does.
     With --harness lm-eval, score any of lm-eval's tasks; then MODEL may be an adapter's directory or a backbone too.
 
     Examples: `pedro eval acme.support --data test.jsonl`;
@@ -318,9 +317,9 @@ def _evaluate_file(
                 [
                     version.ref,
                     result["rows"],
-                    accuracy(result),
-                    accuracy(result, "backbone_"),
-                    percent(result.get("majority_accuracy")),
+                    percent(result["accuracy"]),
+                    percent(result["backbone_accuracy"]),
+                    percent(result["majority_accuracy"]),
                 ]
             ],
         )

@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 
 from pedro.errors import PedroError, ScopeError, UnavailableError
 from pedro.files import Files, check_purpose
+from pedro.files.names import BATCH_OUTPUT
 from pedro.gateway.auth import Principal, actor_of, require
 from pedro.gateway.quotas import admit
 from pedro.gateway.uploads import FileThreads, receive_file
@@ -101,7 +102,8 @@ class _ListQuery:
         self.limit = int(limit)
         self.oldest_first = order == "asc"
         self.after = given.get("after")
-        self.purpose = check_purpose(given["purpose"]) if "purpose" in given else None
+        purpose = given.get("purpose")
+        self.purpose = purpose if purpose in (None, BATCH_OUTPUT) else check_purpose(purpose)
 
 
 def _files(request: Request, caller: Principal) -> Files:
