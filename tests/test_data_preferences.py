@@ -18,7 +18,6 @@ from pedro.data import (
     show_masks,
 )
 from pedro.data.row_shapes import read_line, read_row
-from pedro.errors import DataError
 
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (
     ("user", "Hi"), ("assistant", "Hello"), ("assistant", "What"),
@@ -156,15 +155,3 @@ def test_the_check_and_its_masks_show_both_sides(tmp_path, tokenizer):
         len(masks[1].tokens) - masks[1].prompt_len
     )
     assert masks[1].text().startswith("line 1, rejected: ")
-
-
-def test_an_evaluation_of_answers_does_not_take_preferences(tmp_path):
-    from training_runs import LocalReporter, context_for, spec_for
-
-    from pedro.evaluation.saved import score_file
-    from pedro.training import worker
-
-    context = context_for(spec_for(tmp_path, max_steps=1), tmp_path)
-    worker.save(context, worker.train_and_score(context, LocalReporter(tmp_path / "r", lambda _: None)), tmp_path / "a")
-    with pytest.raises(DataError, match="holds preferences, and here answers are scored"):
-        score_file(tmp_path / "a", write(tmp_path, TEXT), tmp_path / "cache")

@@ -53,7 +53,7 @@ def test_the_process_of_templates_is_told_no_variable_of_ours(monkeypatch):
     worker = TemplateWorker()
     try:
         assert worker.render(PLAIN, VARIABLES) == "Hé \ud800"
-        variables = Path(f"/proc/{worker._process.pid}/environ").read_bytes().split(b"\0")
+        variables = Path(f"/proc/{worker._worker.process.pid}/environ").read_bytes().split(b"\0")
         assert {name.partition(b"=")[0] for name in variables if name} <= {b"PATH", b"PYTHONPATH", b"LANG"}
     finally:
         worker.close()

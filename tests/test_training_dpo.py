@@ -15,11 +15,13 @@ from training_runs import (
     run,
     same,
     spec_for,
+    write_pairs,
 )
 
 from pedro.backbone import load_model
 from pedro.config import Settings
 from pedro.errors import ConfigError, DataError, NotFoundError
+from pedro.evaluation.saved import score_file
 from pedro.methods.adapter_files import read_manifest
 from pedro.training import worker
 from pedro.training.bilevel import OMEGA, THETA
@@ -174,6 +176,11 @@ def test_a_worker_learns_to_prefer_and_saves_what_the_gate_compares(tmp_path):
     assert (manifest["spec"]["objective"], manifest["spec"]["dpo"]) == ("dpo", {"beta": BETA})
     again = worker.compared(context, worker.score_directory(context, tmp_path / "adapter"))
     assert again == pytest.approx({name: metrics[name] for name in ("preference_accuracy", "loss")}, rel=1e-4)
+    held_out = score_file(tmp_path / "adapter", write_pairs(tmp_path / "all.jsonl"), tmp_path / "cache")
+    assert held_out["rows"] == 48
+    assert held_out["preference_accuracy"] > 0.9
+    assert (held_out["backbone_preference_accuracy"], held_out["backbone_loss"]) == (0.5, pytest.approx(math.log(2)))
+    assert held_out["loss"] < 0.3
     result = Result(digest, metrics, 1, None, tmp_path / "adapter")
     decision = judge_version(spec, result, NoChampion())
     assert decision.passed

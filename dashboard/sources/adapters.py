@@ -179,6 +179,7 @@ def version_rows(versions: Iterable[Version]) -> list[dict[str, Any]]:
             "method": version.method,
             "accuracy": number_of(version.metrics, "accuracy"),
             "backbone_accuracy": number_of(version.metrics, "backbone_accuracy"),
+            "preference_accuracy": number_of(version.metrics, "preference_accuracy"),
             "loss": number_of(version.metrics, "loss"),
             "parameters": version.trainable_parameters,
             "digest": short(version.digest),

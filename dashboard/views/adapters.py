@@ -125,8 +125,10 @@ def detail(settings: Settings, name: str, gateway: GatewayClient | None) -> None
 def aliased(version: Version | None, none: str) -> tuple[str, str]:
     if version is None:
         return "–", none
-    accuracy = data.number_of(version.metrics, "accuracy")
-    return f"v{version.version}", "not measured" if accuracy is None else f"accuracy {accuracy:.1%}"
+    for name in ("accuracy", "preference_accuracy"):
+        if (value := data.number_of(version.metrics, name)) is not None:
+            return f"v{version.version}", f"{name.replace('_', ' ')} {value:.1%}"
+    return f"v{version.version}", "not measured"
 
 
 def residence(column: Any, name: str, gateway: GatewayClient | None, registered: data.Versions) -> None:
@@ -177,6 +179,9 @@ def versions_table(registered: data.Versions) -> None:
             ),
             "backbone_accuracy": st.column_config.NumberColumn(
                 "Backbone", format="percent", help="Accuracy of the backbone alone", width=75
+            ),
+            "preference_accuracy": st.column_config.NumberColumn(
+                "Pairs", format="percent", help="Preference tuning: pairs whose better answer it favours", width=65
             ),
             "loss": st.column_config.NumberColumn("Loss", format="%.4f", width=65),
             "parameters": st.column_config.NumberColumn("Parameters", format="localized", width=85),

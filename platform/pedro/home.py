@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 BACKBONES = "backbones"
+SERVER_RECORD = "serve.json"  # where this home serves, while it does
 UPLOADS = "files"
 """The folder of the storage in which tenants' uploaded files lie."""
 

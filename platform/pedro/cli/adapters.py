@@ -274,6 +274,7 @@ def evaluate(
 ) -> None:
     """Score an adapter and its bare backbone on a file: exact-match accuracy, answers generated from the prompts alone.
 
+    Of a file of preferences, the share of pairs whose better answer the adapter favours more than the backbone does.
     With --harness lm-eval, score any of lm-eval's tasks; then MODEL may be an adapter's directory or a backbone too.
 
     Examples: `pedro eval acme.support --data test.jsonl`;
@@ -317,9 +318,9 @@ def _evaluate_file(
                 [
                     version.ref,
                     result["rows"],
-                    percent(result["accuracy"]),
-                    percent(result["backbone_accuracy"]),
-                    percent(result["majority_accuracy"]),
+                    accuracy(result),
+                    accuracy(result, "backbone_"),
+                    percent(result.get("majority_accuracy")),
                 ]
             ],
         )

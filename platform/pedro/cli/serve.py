@@ -45,8 +45,7 @@ def serve(
     from pedro.config import Settings, validate_spec
     from pedro.serving.config import ServeConfig
     from pedro.serving.deploy import deploy, undeploy
-    from pedro.store import Store
-    from pedro.training.queue.process import wake_controller
+    from pedro.training.queue.process import stay_with_server
 
     settings = Settings.from_env()
     options = {
@@ -64,7 +63,7 @@ def serve(
         "tenant_weights": dict(_share(text) for text in tenant_weight or ()),
     }
     served = deploy(settings, validate_spec(options, ServeConfig, source="serve"), host, port, log)
-    wake_controller(settings, Store(settings.database_url))
+    stay_with_server(settings)
 
     def show() -> None:
         typer.echo(f"serving {served.backbone} at {served.url}/v1")

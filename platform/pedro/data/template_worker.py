@@ -7,27 +7,18 @@ size of what it writes. `python -m pedro.data.template_worker` is the process.
 from __future__ import annotations
 
 import json
-import os
-import resource
-import select
 import signal
-import struct
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
+from pedro.bounded_worker import BoundedWorker, serve
 from pedro.data import templates
-from pedro.errors import DataError, UnavailableError
+from pedro.errors import DataError
 
 CPU_S = 0.5  # of computing, for one prompt
 WALL_S = 5.0  # a machine that is busy with other things delays a template longer than that one takes
 MEMORY_BYTES = 1 << 30  # of addresses; the interpreter itself takes a fifth
 MAX_CHARS = 8_000_000  # of a prompt: no context is so long
-_HEAD = struct.Struct("!cI")
 _TEXT, _REFUSED, _BOUNDS = b"t", b"r", b"b"
 
 
@@ -41,20 +32,16 @@ class TemplateWorker:
     """The process, started when it is first needed and again after it was killed. Thread-safe: one prompt at a time."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._worker = BoundedWorker(__name__)
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """As `pedro.data.templates.render`. Raises TemplateBoundsError where the template goes beyond its bounds."""
-        request = json.dumps([template, variables]).encode()
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = _start()
-            try:
-                kind, answer = self._ask(self._process, request)
-            except BaseException:
-                self._end()
-                raise
+        try:
+            kind, answer = self._worker.ask(json.dumps([template, variables]).encode(), WALL_S)
+        except TimeoutError:
+            raise _beyond(f"did not end within {WALL_S:g} s") from None
+        except EOFError:
+            raise _beyond("took down the process that ran it") from None
         if kind == _TEXT:
             return answer.decode("utf-8", "surrogatepass")
         message, param = json.loads(answer)
@@ -62,61 +49,7 @@ class TemplateWorker:
 
     def close(self) -> None:
         """End the process."""
-        with self._lock:
-            self._end()
-
-    def _ask(self, process: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, bytes]:
-        until = time.monotonic() + WALL_S
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(_HEAD.pack(_TEXT, len(request)) + request)
-            process.stdin.flush()
-            kind, size = _HEAD.unpack(_read(process.stdout.fileno(), _HEAD.size, until))
-            return kind, _read(process.stdout.fileno(), size, until)
-        except TimeoutError:
-            raise _beyond(f"did not end within {WALL_S:g} s") from None
-        except (OSError, EOFError):
-            raise _beyond("took down the process that ran it") from None
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
-
-
-def _start() -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={  # nothing else: variables hold passwords
-                **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            },
-            start_new_session=True,  # an interrupt of the terminal is not for it
-        )
-    except OSError as error:
-        raise UnavailableError("no process for prompt templates could be started; try again in a moment") from error
-
-
-def _read(pipe: int, size: int, until: float) -> bytes:
-    """`size` bytes. Raises EOFError where the other end is gone, TimeoutError after `until`."""
-    poll = select.poll()
-    poll.register(pipe, select.POLLIN)
-    got = bytearray()
-    while len(got) < size:
-        left_ms = (until - time.monotonic()) * 1000
-        if left_ms <= 0 or not poll.poll(left_ms):
-            raise TimeoutError
-        part = os.read(pipe, min(size - len(got), 1 << 20))
-        if not part:
-            raise EOFError
-        got += part
-    return bytes(got)
+        self._worker.close()
 
 
 def _beyond(what: str) -> TemplateBoundsError:
@@ -155,17 +88,5 @@ def _answer(request: bytes) -> tuple[bytes, bytes]:
     return kind, json.dumps([error.message, error.param]).encode()
 
 
-def _serve() -> None:
-    """Answer what comes on stdin until it ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    while head := requests.read(_HEAD.size):
-        kind, answer = _answer(requests.read(_HEAD.unpack(head)[1]))
-        answers.write(_HEAD.pack(kind, len(answer)) + answer)
-        answers.flush()
-
-
 if __name__ == "__main__":
-    with suppress(BrokenPipeError, KeyboardInterrupt):
-        _serve()
+    serve(_answer, MEMORY_BYTES)

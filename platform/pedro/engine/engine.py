@@ -332,7 +332,7 @@ class Engine:
     ) -> None:
         """Give a running sequence its token; one that has finished in the meantime gets nothing."""
         if token_id < 0:
-            log.error("request %s: the model's logits are not finite", sequence.request.id)
+            log.error("request %s: %s", sequence.request.id, sequence.fault or "the model's logits are not finite")
             settle(self._runner, sequence.lends_to)
             for slot in sequence.slots:
                 self._runner.cache.wipe(slot)
@@ -372,7 +372,7 @@ class Engine:
         for sequence in sequences:
             if sequence.state is not SequenceState.FINISHED:
                 error = UnavailableError("the engine failed on this request; try again", code="engine_error")
-                self._finish(sequence, "error", error=error)
+                self._finish(sequence, "error", error=sequence.fault or error)
 
     def _finish(self, sequence: Sequence, reason: str, **fields: Any) -> None:
         """End a sequence, wherever it is, with its last output."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from pedro.engine.sequence import SamplingParams, TokenLogprob
+from pedro.engine.token_mask import barred
 
 LEAST_TEMPERATURE = 1e-6  # below it float32 would divide by zero
 LEAST_TOP_P = 1e-6  # a smaller float64 rounds to zero in float32, which would drop every token
@@ -31,6 +32,7 @@ class SampleRow:
     prompt_ids: list[int]
     output_ids: list[int]
     barred: frozenset[int] = frozenset()  # tokens that cannot be chosen
+    mask: torch.Tensor | None = None  # those that can, as bits (`TokenMask.bits`)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
     Repetition as in CTRL (arXiv 1909.05858, section 4.1); presence and frequency as in the OpenAI API reference.
     """
-    if not any(row.params.penalised or row.barred for row in rows):
+    if not any(row.params.penalised or row.barred or row.mask is not None for row in rows):
         return logits
     scores, params = logits.clone(), [row.params for row in rows]
     repeated = [[*r.prompt_ids, *r.output_ids] if p.repetition_penalty != 1 else [] for r, p in zip(rows, params)]  # noqa: B905
@@ -114,6 +116,10 @@ def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     for i, row in enumerate(rows):
         if row.barred:
             scores[i, list(row.barred)] = -math.inf
+    masks = {i: row.mask for i, row in enumerate(rows) if row.mask is not None}
+    if masks:
+        for i, out in zip(masks, barred(list(masks.values()), scores.shape[-1], scores.device), strict=True):
+            scores[i].masked_fill_(out, -math.inf)
     return scores
 
 

@@ -10,7 +10,7 @@ import enum
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,10 @@ from pedro.engine.detokenizer import Detokenizer
 from pedro.errors import PedroError
 
 if TYPE_CHECKING:
+    import torch
+
     from pedro.engine.modulation import PreemptedState
+    from pedro.engine.token_mask import TokenMask
     from pedro.model_protocols import TokenDecoder
 
 MAX_LOGPROBS = 20
@@ -112,7 +115,8 @@ class Request:
     `apart` makes an answer's text what it is alone, as chat's answers were taught; else it continues the prompt's,
     with the space that some tokenizers put between. `resumed_ids` are answer tokens made before a failover: they are
     not conditioned on nor sent again, and sampling continues at the position after them. `deadline_s` counts from
-    arrival.
+    arrival. `new_mask` begins the mask of one answer's tokens; where there is one, nothing but the mask may say what
+    ends an answer early: neither `min_tokens`, `ignore_eos` nor beams.
     """
 
     id: str
@@ -125,6 +129,7 @@ class Request:
     deadline_s: float | None = None
     n: int = 1
     resumed_ids: tuple[int, ...] = ()
+    new_mask: Callable[[], TokenMask] | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.prompt_ids) > 0, "prompt", "at least one token", self.prompt_ids)
@@ -136,6 +141,10 @@ class Request:
         beams = self.params.num_beams
         _require(beams == 1 or self.n <= beams, "n", f"up to num_beams = {beams}", self.n)
         _require(beams == 1 or not self.resumed_ids, "num_beams", "1 where an answer is resumed", beams)
+        if self.new_mask is not None:
+            for name, rest in (("num_beams", 1), ("min_tokens", 0), ("ignore_eos", False)):
+                value = getattr(self.params, name)
+                _require(value == rest, name, f"{rest} where tokens are masked", value)
 
     @property
     def text_before(self) -> list[int]:
@@ -234,6 +243,8 @@ class Sequence:
             frozenset() if request.params.ignore_eos else eos_ids
         )
         self._text = Detokenizer(tokenizer, request.text_before, request.params.stop, request.params.min_tokens)
+        self._mask: TokenMask | None = None  # made when it runs: masks take memory, and many requests wait
+        self.fault: PedroError | None = None  # why the mask could not say what may come next
         for token_id in request.resumed_ids:
             self._text.add(token_id)
 
@@ -245,7 +256,21 @@ class Sequence:
     @property
     def plain(self) -> bool:
         """Whether its next token is the model's likeliest, whatever that is."""
-        return self.params.plain and not self.barred
+        return self.params.plain and not self.barred and self.request.new_mask is None
+
+    def mask_bits(self) -> torch.Tensor | None:
+        """Which tokens may come next (`TokenMask.bits`); None for all. Sets `fault` where it cannot be told."""
+        if self.request.new_mask is None:
+            return None
+        try:
+            if self._mask is None:
+                self._mask = self.request.new_mask()
+                for token_id in self.request.resumed_ids:
+                    self._mask.accept(token_id)
+            return self._mask.bits()
+        except PedroError as error:
+            self.fault = error
+            return None
 
     @property
     def prefill_ids(self) -> list[int]:
@@ -303,6 +328,8 @@ class Sequence:
         text, stopped = self._text.add(token_id)
         if stopped:
             return text, "stop"
+        if self._mask is not None and self._mask.accept(token_id):
+            return text + self._text.flush(), "stop"
         if len(self.output_ids) >= self.max_tokens:
             return text + self._text.flush(), "length"
         return text, None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pedro.engine.model_executor import Logits
     from pedro.engine.scheduler_output import PrefillGroup
 
-NewToken = tuple[Sequence, int, TokenLogprob | None]  # the token is -1 where logits are not finite; beams use only that
+NewToken = tuple[Sequence, int, TokenLogprob | None]  # the token is -1 where there is none; beams use only that
 
 
 def first_tokens(runner: Runner, logits: Logits, groups: tuple[PrefillGroup, ...]) -> list[list[NewToken]]:
@@ -96,7 +96,7 @@ def _choose(logits: Logits, sequences: list[Sequence], rows: list[int] | None) -
         indices = picky if rows is None else [rows[i] for i in picky]
         values = logits.values if indices == list(range(len(logits.values))) else logits.values[indices]
         for i, one in zip(picky, sample(values, [_sample_row(sequences[i]) for i in picky]), strict=True):
-            made[i] = (sequences[i], one.token_id, one.logprob)
+            made[i] = (sequences[i], -1 if sequences[i].fault else one.token_id, one.logprob)
     return made
 
 
@@ -111,4 +111,5 @@ def _advance(beam: BeamSequence, logits: Any) -> tuple[int, list[tuple[int, int]
 
 def _sample_row(sequence: Sequence) -> SampleRow:
     prompt, output = sequence.request.prompt_ids, sequence.output_ids
-    return SampleRow(sequence.params, sequence.seed, sequence.index, prompt, output, sequence.barred)
+    bits = sequence.mask_bits()
+    return SampleRow(sequence.params, sequence.seed, sequence.index, prompt, output, sequence.barred, bits)

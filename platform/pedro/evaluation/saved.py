@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pedro.data import PromptFormat
+    from pedro.model_protocols import Tokenizer
 
 
 def open_saved(directory: Path, name: str | None = None) -> tuple[Backbone, dict[str, Any], PromptFormat]:
@@ -166,6 +167,8 @@ def score_file(
 ) -> dict[str, Any]:
     """Accuracy and loss of a saved adapter and of its bare backbone on a data file, prompts as it was trained on.
 
+    Of a file of preferences, the accuracy on pairs and DPO's loss, with the β that the adapter was trained with (else
+    0.1); the backbone's are then 0.5 and log 2, as it is the reference.
     `fields` names the file's columns where they are not ours. A loss of NaN is None.
     Raises DataError for a file that cannot be used or is of another shape, AdapterError for another backbone.
     """
@@ -175,11 +178,6 @@ def score_file(
     backbone, manifest, form = open_saved(directory, backbone_name)
     tokenizer = load_tokenizer(backbone)
     shape = shape_of(file, fields)
-    if shape.is_preference:
-        raise DataError(
-            f"{file}: holds preferences, and here answers are scored; give a file of prompts with their answers",
-            param="data",
-        )
     fresh = format_for_shape(shape, tokenizer)
     if fresh.id != form.id or (fresh.id != "raw" and fresh.template != form.template):  # raw may have a text around it
         raise DataError(
@@ -189,6 +187,8 @@ def score_file(
         )
     dataset = load_rows(file, tokenizer, form, context_length(backbone), cache / "rows", fields)
     rows = list(dataset.select(range(min(len(dataset), max_rows or len(dataset)))))
+    if shape.is_preference:
+        return _score_preferences(directory, manifest, backbone, tokenizer, rows)
     adapted = score(load_saved(directory, manifest, backbone, "float32", "cpu"), tokenizer, rows)
     bare = score(load_model(backbone), tokenizer, rows)
     guess = majority(row["completion"] for row in rows)
@@ -199,4 +199,22 @@ def score_file(
         "majority_accuracy": sum(row["completion"].strip() == guess for row in rows) / len(rows),
         "loss": finite(adapted.loss),
         "backbone_loss": finite(bare.loss),
+    }
+
+
+def _score_preferences(
+    directory: Path, manifest: Mapping[str, Any], backbone: Backbone, tokenizer: Tokenizer, rows: list[Any]
+) -> dict[str, Any]:
+    from pedro.evaluation.preference import pair_likelihoods, score_pairs
+
+    beta = ((manifest.get("spec") or {}).get("dpo") or {}).get("beta", 0.1)
+    reference = pair_likelihoods(load_model(backbone), tokenizer, rows)
+    policy = pair_likelihoods(load_saved(directory, manifest, backbone, "float32", "cpu"), tokenizer, rows)
+    adapted, bare = (score_pairs(likelihoods, reference, beta) for likelihoods in (policy, reference))
+    return {
+        "rows": len(rows),
+        "preference_accuracy": adapted.accuracy,
+        "backbone_preference_accuracy": bare.accuracy,
+        "loss": adapted.loss,
+        "backbone_loss": bare.loss,
     }

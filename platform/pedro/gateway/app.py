@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -16,8 +16,8 @@ from pedro.files import FileLimits, Files
 from pedro.gateway import (
     routes_adapters,
     routes_audit,
-    routes_batches,
     routes_files,
+    routes_fine_tuning,
     routes_health,
     routes_inference,
     routes_metrics,
@@ -26,7 +26,6 @@ from pedro.gateway import (
     routes_usage,
 )
 from pedro.gateway.auth import Authenticator
-from pedro.gateway.batch_runner import BatchRunner
 from pedro.gateway.edge import Edge
 from pedro.gateway.errors import install_error_handlers
 from pedro.gateway.observability import GatewayMetrics, Observed
@@ -50,15 +49,12 @@ class GatewaySettings:
     gateways: int = 1  # gateway processes that share the quotas
     name: str = ""  # of this one among them
     follow_keys_every_s: float = 0.5  # a revoked key, or a changed quota, is heard of within that time
+    backbones: Mapping[str, str] = field(default_factory=dict)  # that can be fine-tuned: by name, as a spec has them
     storage: str | None = None  # a folder or fsspec URL for uploaded files; none: there are no files
     max_file_bytes: int = 512 * 2**20  # of one uploaded file; more is a 413
     max_tenant_file_bytes: int = 10 * 2**30  # of all files of a tenant
     max_tenant_files: int = 10_000  # their number
     max_open_uploads: int = 4  # of a tenant
-    max_open_batches: int = 100  # of a tenant, those that have not ended
-    rows_of_batch: int = 8  # of one batch asked at once, while no other request is open
-    batch_rows: int = 32  # of all batches
-    batch_lease_s: float = 30.0  # a killed gateway's batches are gone on with after it
     upload_timeout_s: float = 3600.0  # for the whole of a file to arrive
     write_usage_every_s: float = FLUSH_EVERY_S  # what a gateway that is killed has not written is lost
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
@@ -84,11 +80,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         sweeping = asyncio.create_task(file_threads.run(_sweep, files)) if files is not None else None
-        if batches is not None:
-            batches.start()
         yield
-        if batches is not None:
-            await batches.close()
         await usage.close()
         await quotas.close()
         if sweeping is not None:
@@ -110,8 +102,6 @@ def create_app(
     app.state.open_uploads = OpenUploads(settings.max_open_uploads)
     app.state.file_threads = file_threads
     app.state.usage = usage
-    batches = BatchRunner(app, store, files) if files is not None else None
-    app.state.batches = batches
     install_error_handlers(app)
     app.add_middleware(Edge, send_request_id=settings.send_request_id)
     app.add_middleware(Observed, metrics=metrics)
@@ -121,8 +111,8 @@ def create_app(
         routes_models,
         routes_adapters,
         routes_audit,
-        routes_batches,
         routes_files,
+        routes_fine_tuning,
         routes_health,
         routes_metrics,
         routes_usage,

@@ -94,6 +94,18 @@ class CallMeter:
         self._then = then
 
 
+class AnswerShape(NamedTuple):
+    """What an answer is held to; `param` is the field that asked for it.
+
+    `kind` and `text`: "json" and a JSON schema, "regex" and a regular expression, "choice" and a JSON list of texts,
+    "grammar" and a grammar in the syntax of Lark or of GBNF.
+    """
+
+    kind: str
+    text: str
+    param: str
+
+
 @dataclass(frozen=True)
 class GenerateCall:
     """One prompt to continue, `n` times.
@@ -110,6 +122,7 @@ class GenerateCall:
     `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
     `user`: whom the client asks for, if it says so; a canary answers the same ones each time.
+    `shape`: what every choice is held to, unless it ends early; None: any text.
     `meter`: told what the call uses; it stays in the gateway's process.
     """
 
@@ -125,6 +138,7 @@ class GenerateCall:
     timeout_s: float | None = None
     trace_id: str = ""
     user: str | None = None
+    shape: AnswerShape | None = None
     meter: CallMeter | None = None
 
 
@@ -283,11 +297,8 @@ class Backend(Protocol):
         """
         ...
 
-    async def delete_version(
-        self, tenant: str, name: str, version: int, *, unused: bool = False, actor: Actor | None = None
-    ) -> None:
-        """Deletes a version. Raises NotFoundError, or ConflictError for the champion; `unused`: for every one that an
-        alias or the canary names."""
+    async def delete_version(self, tenant: str, name: str, version: int, *, actor: Actor | None = None) -> None:
+        """Deletes a version. Raises NotFoundError, or ConflictError for the champion."""
         ...
 
     async def metrics(self) -> str:

@@ -11,8 +11,9 @@ from starlette.responses import Response
 
 from pedro.errors import PedroError
 from pedro.gateway.answer import Answer
+from pedro.gateway.answer_shapes import answer_shape
 from pedro.gateway.auth import Principal, backend_for, require
-from pedro.gateway.backend import GenerateCall
+from pedro.gateway.backend import AnswerShape, GenerateCall
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.quotas import admit, reservation
@@ -93,7 +94,7 @@ def completion_calls(
     params = _params(request) | {"max_tokens": max_tokens}
     if request.logprobs is not None:
         params["logprobs"] = request.logprobs
-    stem = uuid.uuid4().hex
+    stem, shape = uuid.uuid4().hex, _shape(request)
     return tuple(
         GenerateCall(
             request_id=f"cmpl-{stem}-{number}",
@@ -107,6 +108,7 @@ def completion_calls(
             timeout_s=timeout_s,
             trace_id=trace_id,
             user=request.user or request.session_id,
+            shape=shape,
         )
         for number, (prompt, length) in enumerate(zip(prompts, _conditioning(request), strict=True))
     )
@@ -141,6 +143,7 @@ def chat_call(
         timeout_s=timeout_s,
         trace_id=trace_id,
         user=request.user or request.session_id,
+        shape=_shape(request),
     )
 
 
@@ -168,6 +171,12 @@ def _check_shared(request: SamplingFields) -> None:
     ):
         if value not in (None, default):
             raise PedroError(f"{name}: needs use_beam_search to be true", param=name)
+
+
+def _shape(request: SamplingFields) -> AnswerShape | None:
+    """What the answers are held to."""
+    plain = request.response_format is None and request.structured_outputs is None
+    return None if plain else answer_shape(request)
 
 
 def _width(request: SamplingFields) -> int:

@@ -118,6 +118,36 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None  # extension: with include_usage, the usage so far in every chunk
 
 
+class JsonSchema(Body):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None  # for models that are told of the schema; no effect
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None  # answers are always held to the schema
+
+
+class AnswerFormat(Body):
+    harmless = {"structural_tag": ()}
+    parts = {"json_schema": JsonSchema}
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """One of these. `json` may be written as text."""
+
+    harmless = {
+        "disable_any_whitespace": (False,),
+        "disable_additional_properties": (False,),
+        "structural_tag": (),
+        "whitespace_pattern": (),
+    }
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: Annotated[str | None, Field(min_length=1)] = None
+    choice: Annotated[list[str] | None, Field(min_length=1)] = None
+    grammar: Annotated[str | None, Field(min_length=1)] = None
+
+
 class SamplingFields(Body):
     """What completions and chat share. None stands for the default.
 
@@ -126,7 +156,11 @@ class SamplingFields(Body):
     """
 
     harmless = vllm_fields.SHARED
-    parts = {"stream_options": StreamOptions}
+    parts = {
+        "stream_options": StreamOptions,
+        "response_format": AnswerFormat,
+        "structured_outputs": StructuredOutputs,
+    }
     model: ModelName  # the backbone, tenant.adapter, tenant.adapter@alias or tenant.adapter:version
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None  # 0: greedy; 1 unless told
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None  # 0: the likeliest token alone
@@ -136,6 +170,7 @@ class SamplingFields(Body):
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # taken off tokens that were generated
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # taken off once for each time
     logit_bias: Biases = {}  # by token id
+    response_format: AnswerFormat | None = None  # text, json_object, or json_schema with a schema
     stream: bool | None = None  # server-sent events in place of one body
     stream_options: StreamOptions | None = None  # include_usage, continuous_usage_stats
     user: str | None = None  # whom the client asks for: a canary answers the same of them each time
@@ -148,6 +183,7 @@ class SamplingFields(Body):
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=64)] = None  # tokens that end the answer
     ignore_eos: bool | None = None  # continue to max_tokens
     min_tokens: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None  # of each answer before anything ends it
+    structured_outputs: StructuredOutputs | None = None  # json, json_object, regex, choice or grammar: one of them
     use_beam_search: bool | None = None  # the n best of best_of beams
     best_of: Annotated[int | None, Field(ge=1, le=128), Whole] = (
         None  # beams kept; without beam search it must equal `n`
@@ -209,7 +245,6 @@ class ChatRequest(SamplingFields):
         "prediction": (),
         "prompt_cache_options": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "store": (False,),
         "tool_choice": ("none", "auto"),
         "tools": ([],),

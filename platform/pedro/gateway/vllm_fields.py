@@ -27,7 +27,6 @@ SHARED: Harmless = {
     "routed_experts_prompt_start": (0,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True, False),  # none are shown
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "truncation_side": (),
     "vllm_xargs": ({},),
@@ -38,7 +37,6 @@ SHARED: Harmless = {
 COMPLETION: Harmless = {
     "add_special_tokens": (True,),
     "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
 }
 CHAT_PROMPT: Harmless = {  # how messages become a prompt; /tokenize has these too
     "add_generation_prompt": (True,),
@@ -57,18 +55,18 @@ CHAT: Harmless = {
     "thinking_token_budget": (),
 }
 
-_STRUCTURED = "answers are not held to a grammar or a schema"
+_FORMER = "vLLM's server has structured_outputs in its place, and so has this one"
 _FORMAT = "the prompt's format is the adapter's own, the one that it was trained with"
 _TOOLS = "tool calling is not supported, since prompt formats have no place for it"
 REASONS: dict[str, str] = {
-    **dict.fromkeys(
-        (name for name in SHARED if name.startswith(("guided_", "struct"))),
-        _STRUCTURED,
-    ),
+    **dict.fromkeys((name for name in SHARED if name.startswith("guided_")), _FORMER),
+    "structural_tag": "tags within free text are not supported; structured_outputs.grammar may hold a whole answer",
+    "whitespace_pattern": "between parts of JSON stand nothing, a space, or a line break with its indentation",
+    "disable_any_whitespace": "models space JSON as they learnt it",
+    "disable_additional_properties": "say so in the schema: additionalProperties: false",
     **dict.fromkeys((*CHAT_PROMPT, "documents", "reasoning_effort"), _FORMAT),
     **dict.fromkeys(("tools", "tool_choice", "tool_calls", "tool_call_id", "functions", "function_call"), _TOOLS),
     "name": "prompt formats have no place for a speaker's name; write it into the content",
-    "response_format": _STRUCTURED,
     "skip_special_tokens": "special tokens are never shown; logprobs name every token",
     "include_stop_str_in_output": "the stop text is never part of the answer",
     "request_id": "send it as the x-request-id header",

@@ -153,6 +153,7 @@ class Gateway:
             max_open_requests=MAX_ONGOING,
             gateways=self._config.gateways,
             name=serve.get_replica_context().replica_tag if self._config.gateways > 1 else "",
+            backbones={self._config.model_name: self._config.backbone},
             storage=self._storage,
             max_file_bytes=int(self._config.max_file_mb * 2**20),
             max_tenant_file_bytes=int(self._config.max_tenant_files_mb * 2**20),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pedro.errors import ConflictError, PedroError, UnavailableError
+from pedro.home import SERVER_RECORD
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -151,7 +152,7 @@ def _take_down(settings: Settings) -> None:
 
 
 def _record(settings: Settings) -> Path:
-    return settings.home / "serve.json"
+    return settings.home / SERVER_RECORD
 
 
 def _wait_ready(url: str) -> None:

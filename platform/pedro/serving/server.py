@@ -17,6 +17,7 @@ from pedro.engine.config import EngineConfig
 from pedro.engine.engine import Engine
 from pedro.engine.engine_thread import EngineThread
 from pedro.engine.kernel_threads import granted_cores
+from pedro.engine.request_processor import eos_ids
 from pedro.engine.sequence import Output, Request, SamplingParams
 from pedro.errors import AdapterError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
@@ -24,6 +25,7 @@ from pedro.methods.adapter_files import check_tokenizer, read_manifest
 from pedro.process import configure_serving_process, set_torch_threads
 from pedro.refs import ModelRef
 from pedro.registry import DAMAGED, Registry
+from pedro.serving.answer_shapes import AnswerShapes
 from pedro.serving.gone_versions import GoneVersions
 from pedro.serving.metrics import ReplicaMetrics
 from pedro.serving.outputs import ENGINE_FAILED, DeltaBuilder, OutputStream
@@ -80,8 +82,11 @@ class ReplicaServer:
         self._unfinished: dict[str, _Unfinished] = {}  # by request id
         self._turns = Turns()  # of calls that come in
         longest = context_length(backbone)
+        model = load_model(backbone, config.dtype, config.device)
+        embedding: Any = model.get_input_embeddings()
+        self._shapes = AnswerShapes(self._tokenizer, embedding.num_embeddings, eos_ids(model, self._tokenizer))
         self._engine = Engine(
-            load_model(backbone, config.dtype, config.device),
+            model,
             self._tokenizer,
             EngineConfig(
                 max_batch=config.max_batch,
@@ -262,6 +267,7 @@ class ReplicaServer:
         """End the engine; unfinished requests are told."""
         self._gone.close()
         self._prompts.close()
+        self._shapes.close()
         self._thread.stop()
 
     def _fetch(self, named: str) -> Path:
@@ -291,8 +297,10 @@ class ReplicaServer:
             ids = await self._prompts.text_ids(call.prompt, ref, tenant=call.tenant)
         else:
             ids = list(call.prompt or ())
+        apart = call.messages is not None
         prompt_logprobs = (call.params.get("logprobs") or 0) if call.echo else None
         params = SamplingParams(**call.params, prompt_logprobs=prompt_logprobs)
+        new_mask = None if call.shape is None else await self._shapes.new_mask(call.shape, call.tenant, apart)
         return Request(
             id=call.request_id,
             tenant=call.tenant,
@@ -301,9 +309,10 @@ class ReplicaServer:
             params=params,
             conditioning_length=call.conditioning_length,
             deadline_s=call.timeout_s,
-            apart=call.messages is not None,
+            apart=apart,
             n=call.n,
             resumed_ids=resumed,
+            new_mask=new_mask,
         )
 
 

@@ -17,16 +17,19 @@ import sqlalchemy as sa
 
 from pedro.errors import ConflictError
 from pedro.store import schema
+from pedro.store.changes import audited, next_generation
 from pedro.store.erasing import refuse_erased
 from pedro.store.jobs import job_not_found, job_record
-from pedro.store.records import JobRecord, JobStatus
+from pedro.store.records import By, JobRecord, JobStatus
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
 
 STARTS = "job_starts"
+ACTIONS = {JobStatus.PAUSED: "job.pause", JobStatus.CANCELLED: "job.cancel"}
 JOBS = schema.jobs.c
-OPEN = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
+OPEN = (JobStatus.VALIDATING.value, JobStatus.QUEUED.value, JobStatus.RUNNING.value)
+WAITING = (JobStatus.VALIDATING.value, JobStatus.QUEUED.value)
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,16 @@ class JobQueue:
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
+    def accept_job(self, job: JobRecord) -> bool:
+        """A job whose spec and files are right waits for its turn; False if it changed meanwhile."""
+        return self._change(job, status=JobStatus.QUEUED.value, message="")
+
     def start_job(self, job: JobRecord, submission_id: str, starts: int) -> bool:
         """Enter that a driver of the job is started as `submission_id`; False if another one was started since
         `starts` were counted, or the job changed: then look again."""
-        waits = sa.and_(self._held(job), JOBS.submission_id.is_(None), JOBS.wanted.is_(None))
+        waits = sa.and_(
+            self._held(job), JOBS.status == JobStatus.QUEUED.value, JOBS.submission_id.is_(None), JOBS.wanted.is_(None)
+        )
         started = {"submission_id": submission_id, "started": time.time(), "message": ""}
         with self._database.writing() as connection:
             if not self._count_start(connection, starts):
@@ -114,11 +123,12 @@ class JobQueue:
         if job.message != message:
             self._change(job, message=message)
 
-    def ask_of_job(self, job_id: str, wanted: JobStatus) -> JobRecord:
+    def ask_of_job(self, job_id: str, wanted: JobStatus, *, actor: By = None) -> JobRecord:
         """Ask for a job to be paused or cancelled. One that no driver works on is so at once; else whoever ends its
         driver enters it. Raises NotFoundError, or ConflictError for a job that has ended."""
         with self._database.writing() as connection:
-            waits = sa.and_(JOBS.id == job_id, JOBS.submission_id.is_(None), JOBS.status == JobStatus.QUEUED.value)
+            next_generation(connection)
+            waits = sa.and_(JOBS.id == job_id, JOBS.submission_id.is_(None), JOBS.status.in_(WAITING))
             paused = sa.and_(JOBS.id == job_id, JOBS.status == JobStatus.PAUSED.value)
             at_once = sa.or_(waits, paused) if wanted == JobStatus.CANCELLED else waits
             ended = {} if wanted == JobStatus.PAUSED else {"finished": time.time(), "message": "stopped"}
@@ -128,24 +138,31 @@ class JobQueue:
                 open_one = sa.and_(JOBS.id == job_id, JOBS.status.in_(OPEN))
                 connection.execute(sa.update(schema.jobs).where(open_one).values(wanted=wanted.value))
             job = self._job(connection, job_id)
+            if wanted in (job.status, job.wanted):
+                audited(connection, actor, ACTIONS[wanted], job.tenant, job_id)
         if wanted not in (job.status, job.wanted):
             raise ConflictError(f"job '{job_id}' is {job.status} and cannot be {wanted}", param="job")
         return job
 
-    def let_job_continue(self, job_id: str, sources: Sequence[JobStatus]) -> JobRecord:
+    def let_job_continue(self, job_id: str, sources: Sequence[JobStatus], *, actor: By = None) -> JobRecord:
         """Queue a job again, which goes on from its last checkpoint. Raises NotFoundError, or ConflictError for one
         that is in none of the states `sources`, or is not the queue's."""
+        unseen = sa.and_(JOBS.key_id.is_not(None), JOBS.started.is_(None))  # what came over HTTP is looked at first
+        status = sa.case((unseen, JobStatus.VALIDATING.value), else_=JobStatus.QUEUED.value)
         with self._database.writing() as connection:
+            next_generation(connection)
             changed = connection.execute(
                 sa.update(schema.jobs)
                 .where(JOBS.id == job_id, JOBS.attempt > 0, JOBS.status.in_([source.value for source in sources]))
                 .values(
-                    status="queued", attempt=JOBS.attempt + 1, submission_id=None, wanted=None, finished=None,
+                    status=status, attempt=JOBS.attempt + 1, submission_id=None, wanted=None, finished=None,
                     message="", lease_owner=None, lease_until=None,
                 )
             ).rowcount  # fmt: skip
             job = self._job(connection, job_id)
             refuse_erased(connection, job.tenant)
+            if changed:
+                audited(connection, actor, "job.resume", job.tenant, job_id)
         if not changed:
             wanted = " or ".join(sources) if job.attempt else "of this release's queue"
             raise ConflictError(f"job '{job_id}' is {job.status}; it must be {wanted}", param="job")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from pedro.errors import ConfigError, ConflictError, NotFoundError
 from pedro.store import schema
+from pedro.store.changes import audited, next_generation
 from pedro.store.erasing import refuse_erased
-from pedro.store.records import NEXT, JobRecord, JobStatus
+from pedro.store.records import NEXT, By, JobRecord, JobStatus
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
@@ -37,24 +39,49 @@ class JobTable:
 
         `queued` leaves its start to a controller (`JobQueue`), which takes those of a higher `priority` first.
         """
-        record = JobRecord(
-            id=job_id or f"ftjob-{uuid.uuid4().hex[:24]}",
-            tenant=tenant,
-            adapter=adapter,
-            spec=spec,
-            status=JobStatus.QUEUED,
-            submission_id=None,
-            created=time.time(),
-            finished=None,
-            result=None,
-            message="",
-            priority=priority,
-            attempt=1 if queued else 0,
-        )
+        job = replace(_new_job(tenant, adapter, spec), priority=priority, attempt=1 if queued else 0)
+        job = replace(job, id=job_id or job.id)
         with self._database.writing() as connection:
             refuse_erased(connection, tenant)
-            connection.execute(sa.insert(schema.jobs).values({**record.__dict__, "status": record.status.value}))
-        return record
+            connection.execute(sa.insert(schema.jobs).values(_row(job)))
+        return job
+
+    def ask_for_job(
+        self,
+        tenant: str,
+        adapter: str,
+        spec: dict[str, Any],
+        *,
+        key_id: str,
+        labels: dict[str, str] | None = None,
+        idempotency_key: str | None = None,
+        actor: By = None,
+    ) -> JobRecord:
+        """A job of which a controller checks spec and files before it is queued.
+
+        With the `idempotency_key` of an earlier job of the tenant it is that one; ConflictError if that was asked for
+        something else.
+        """
+        job = replace(
+            _new_job(tenant, adapter, spec), status=JobStatus.VALIDATING, attempt=1, key_id=key_id, labels=labels
+        )
+        row = {**_row(job), "idempotency_key": idempotency_key}
+        table = schema.jobs
+        with self._database.writing() as connection:
+            next_generation(connection)  # the audit's entries are in the order of the changes
+            refuse_erased(connection, tenant)
+            new = self._database.insert_missing(table).values(row).returning(table.c.id)
+            if connection.execute(new).first() is not None:
+                audited(connection, actor, "job.create", tenant, job.id, after={"adapter": adapter})
+                return job
+            of_key = sa.and_(table.c.tenant == tenant, table.c.idempotency_key == idempotency_key)
+            earlier = job_record(connection.execute(sa.select(table).where(of_key)).one())
+        if (earlier.spec, earlier.labels) != (spec, labels):
+            raise ConflictError(
+                f"Idempotency-Key: {idempotency_key!r} was used for another job, {earlier.id}; use a new one",
+                param="Idempotency-Key",
+            )
+        return earlier
 
     def update_job(
         self,
@@ -113,8 +140,12 @@ class JobTable:
         ended_since: float | None = None,
         limit: int | None = None,
         offset: int = 0,
+        after: str | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> list[JobRecord]:
-        """Jobs, newest first; `limit` of them after the first `offset`."""
+        """Jobs, newest first; `limit` of them after the first `offset`, or behind the job `after`. Raises NotFoundError
+        for an `after` that is none of the tenant's."""
+        table = schema.jobs
         query = (
             sa.select(schema.jobs)
             .order_by(schema.jobs.c.created.desc(), schema.jobs.c.id.desc())
@@ -127,6 +158,12 @@ class JobTable:
             query = query.where(schema.jobs.c.status == _job_status(status).value)
         if ended_since is not None:
             query = query.where(schema.jobs.c.finished >= ended_since)
+        if after is not None:
+            last = self.get_job(after, tenant)
+            here = sa.tuple_(sa.literal(last.created), sa.literal(last.id))
+            query = query.where(sa.tuple_(table.c.created, table.c.id) < here)
+        for name, value in (labels or {}).items():
+            query = query.where(table.c.labels[name].as_string() == value)
         with self._database.reading() as connection:
             return [job_record(row) for row in connection.execute(query)]
 
@@ -137,6 +174,25 @@ class JobTable:
         )
         with self._database.reading() as connection:
             return {(tenant, JobStatus(status)): count for tenant, status, count in connection.execute(query)}
+
+
+def _new_job(tenant: str, adapter: str, spec: dict[str, Any]) -> JobRecord:
+    return JobRecord(
+        id=f"ftjob-{uuid.uuid4().hex[:24]}",
+        tenant=tenant,
+        adapter=adapter,
+        spec=spec,
+        status=JobStatus.QUEUED,
+        submission_id=None,
+        created=time.time(),
+        finished=None,
+        result=None,
+        message="",
+    )
+
+
+def _row(job: JobRecord) -> dict[str, Any]:
+    return {**job.__dict__, "status": job.status.value}
 
 
 def _job_status(status: JobStatus | str) -> JobStatus:

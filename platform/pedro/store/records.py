@@ -18,6 +18,7 @@ CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 
 
 class JobStatus(StrEnum):
+    VALIDATING = "validating_files"  # its files and spec were not looked at yet
     QUEUED = "queued"
     RUNNING = "running"
     PAUSED = "paused"
@@ -31,6 +32,7 @@ class JobStatus(StrEnum):
 
 
 NEXT = {
+    JobStatus.VALIDATING: {JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED},
     JobStatus.QUEUED: {JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED},
     JobStatus.RUNNING: {
         JobStatus.QUEUED,  # sent back after its cluster was lost
@@ -130,6 +132,10 @@ class JobRecord:
     lease_until: float | None = None
     fence: int = 0
     """Counts the owners of its lease: what an earlier one writes is refused."""
+    key_id: str | None = None
+    """Of the API key that asked for it; None for a job of the command line."""
+    labels: dict[str, str] | None = None
+    """What its owner attached to it: `metadata` of the API."""
 
     @property
     def name(self) -> str:
@@ -171,6 +177,20 @@ class Usage:
     """Of prompts and answers: all that went through the model in training."""
     training_seconds: float = 0.0
     """Of training, times its workers."""
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """Something that a job told. `id` counts all jobs' events; a tenant is shown `public_id`, which is by chance."""
+
+    id: int
+    public_id: str
+    job_id: str
+    at: float
+    kind: str
+    level: str
+    message: str
+    data: dict[str, Any] | None
 
 
 @dataclass(frozen=True)

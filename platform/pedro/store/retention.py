@@ -130,6 +130,8 @@ class RetentionTable:
             gone = connection.execute(sa.delete(table).where(old)).rowcount > 0
             if gone:
                 forget_marks(connection, [job_id])
+                events = schema.job_events
+                connection.execute(sa.delete(events).where(events.c.job_id == job_id))
         return gone
 
     def count_old(self, revoked_before: float, usage_before: float) -> dict[str, int]:

@@ -82,6 +82,20 @@ jobs = sa.Table(
     sa.Column("labels", sa.JSON(none_as_null=True)),  # the API's metadata
     sa.Index("ix_pedro_jobs_idempotency", "tenant", "idempotency_key", unique=True),
 )
+job_events = sa.Table(
+    "pedro_job_events",
+    metadata,
+    sa.Column("id", Number, primary_key=True),
+    sa.Column("public_id", sa.String(40), nullable=False),  # by chance, as the audit's
+    sa.Column("job_id", sa.String(40), nullable=False),
+    sa.Column("tenant", NAME, nullable=False, index=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False),  # message, metrics, checkpoint
+    sa.Column("level", sa.String(10), nullable=False),  # info, warn, error
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("data", sa.JSON(none_as_null=True)),
+    sa.Index("ix_pedro_job_events_job", "job_id", "id"),
+)
 files = sa.Table(
     "pedro_files",
     metadata,
@@ -95,40 +109,6 @@ files = sa.Table(
     sa.Column("created", sa.Float, nullable=False),
     sa.Column("expires", sa.Float, index=True),
     sa.Column("key_id", sa.String(40)),
-)
-batches = sa.Table(
-    "pedro_batches",
-    metadata,
-    sa.Column("id", sa.String(40), primary_key=True),
-    sa.Column("tenant", NAME, nullable=False),
-    sa.Column("key_id", sa.String(40), nullable=False),
-    sa.Column("endpoint", sa.String(60), nullable=False),
-    sa.Column("input_file_id", sa.String(40), nullable=False),
-    sa.Column("completion_window", sa.String(10), nullable=False),
-    sa.Column("status", sa.String(20), nullable=False, index=True),
-    sa.Column("created", sa.Float, nullable=False),
-    sa.Column("expires", sa.Float, nullable=False),
-    sa.Column("ended", sa.Float),
-    sa.Column("labels", sa.JSON(none_as_null=True)),  # the API's metadata
-    sa.Column("output_expiry_s", sa.Integer),
-    sa.Column("moments", sa.JSON, nullable=False),  # when it came into each state
-    *(sa.Column(name, sa.Integer, nullable=False, server_default="0") for name in ("total", "completed", "failed")),
-    sa.Column("output_file_id", sa.String(40)),
-    sa.Column("error_file_id", sa.String(40)),
-    sa.Column("errors", sa.JSON(none_as_null=True)),
-    sa.Column("lease_owner", sa.String(100)),
-    sa.Column("lease_until", sa.Float),
-    sa.Column("fence", sa.BigInteger, nullable=False, server_default="0"),  # as of jobs
-    sa.Index("ix_pedro_batches_tenant", "tenant", "created", "id"),
-)
-batch_answers = sa.Table(  # of batches that have not ended: lines of their files
-    "pedro_batch_answers",
-    metadata,
-    sa.Column("batch_id", sa.String(40), primary_key=True),
-    sa.Column("line", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("tenant", NAME, nullable=False, index=True),
-    sa.Column("status_code", sa.Integer, nullable=False),
-    sa.Column("body", sa.Text, nullable=False),
 )
 adapters = sa.Table(  # one row an adapter: where its aliases stand
     "pedro_adapters",

@@ -11,12 +11,12 @@ from typing import Any
 from pedro.store.adapters import AdapterTable
 from pedro.store.aliases import AliasTable
 from pedro.store.audit import AuditTable
-from pedro.store.batches import BatchTable
 from pedro.store.buckets import BucketTable
 from pedro.store.changes import ChangeTable
 from pedro.store.database import Database
 from pedro.store.erasure import ErasureTable
 from pedro.store.files import FileTable
+from pedro.store.job_events import JobEventTable
 from pedro.store.job_queue import JobQueue
 from pedro.store.jobs import JobTable
 from pedro.store.keys import KeyTable
@@ -31,8 +31,8 @@ class Store(
     QuotaTable,
     JobTable,
     JobQueue,
+    JobEventTable,
     FileTable,
-    BatchTable,
     AdapterTable,
     AliasTable,
     AuditTable,

@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pedro.training.allowed_files import check_allowed_files
 from pedro.training.driver import connect_driver, drive, fail, log_beside, log_line
 from pedro.training.job_log import keeping_log
 from pedro.training.job_record import OwnRecord
+from pedro.training.job_results import publish_results
 from pedro.training.job_usage import enter_training
 from pedro.training.promotion_gate import GateDecision, decide
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
@@ -54,6 +55,8 @@ class JobResult:
     """Of the whole job, starting workers included; `metrics.seconds` is the training alone."""
     job_id: str
     run_id: str
+    result_files: list[str] = field(default_factory=list)
+    """Ids of files with its metrics; of a job that came over HTTP."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -229,7 +232,11 @@ def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
         spec = stage(with_uploaded_files(spec, settings), settings.storage)
         begun.append(spec)
         connect_driver()
-        return run_job(spec, settings, Registry.open(settings), job_id, log=log_line).to_dict()
+        result = run_job(spec, settings, Registry.open(settings), job_id, log=log_line)
+        return {
+            **result.to_dict(),
+            "result_files": publish_results(settings, job_id, result.model, result.metrics, log_line),
+        }
 
     code = drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
     for spec in begun:

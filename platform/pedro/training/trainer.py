@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from pedro.backbone import Backbone
     from pedro.training.context import TrainingContext
-    from pedro.training.curves import CurveWriter
+    from pedro.training.curves import CurveWriter, LogPoint
     from pedro.training.engines import StepEngine
     from pedro.training.loop import TrainState
     from pedro.training.worker_group import WorkerGroup
@@ -109,6 +109,7 @@ def fit(
             "spec": spec.to_dict(),
             "settings": pack_settings(settings),
             "run_id": run_id,
+            "job_id": job_id,
             "extra": dict(extra or {}),
         },
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
@@ -165,7 +166,7 @@ def _work(config: dict[str, Any]) -> None:
     set_torch_threads(max(1, int(spec.resources.cpus_per_worker)))
     obtain_backbone(settings, spec.backbone)
     registry = Registry.open(settings)
-    curves = CurveWriter(lambda: _log_to(registry, config["run_id"])) if group.rank == 0 else None
+    curves = CurveWriter(lambda: _log_to(registry, config["run_id"], config["job_id"])) if group.rank == 0 else None
     try:
         _train(spec, settings, registry, group, curves, config["extra"])
     finally:
@@ -298,8 +299,16 @@ def unservable(directory: Path, backbone: Backbone) -> str:
     return ""
 
 
-def _log_to(registry: Registry, run_id: str) -> Any:
-    return lambda step, values: registry.log_metrics(run_id, step, values)
+def _log_to(registry: Registry, run_id: str, job_id: str) -> LogPoint:
+    """Sends a point to the run, and what a job's followers read of it to its events."""
+    from pedro.training.job_events import metrics_event
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        registry.log_metrics(run_id, step, values)
+        if told := metrics_event(step, values):
+            registry.store.add_job_event(job_id, told.message, kind="metrics", data=told.data)
+
+    return log
 
 
 def pack_settings(settings: Settings) -> dict[str, str]:

@@ -47,6 +47,7 @@ def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
         reporter.line(f"trained {outcome.steps:,} steps{end} in {outcome.seconds:.0f} s; scoring")
     counts: dict[str, Any] = {
         "train_rows": len(context.data.train),
+        "train_tokens": outcome.all_tokens,
         "steps": outcome.steps,
         "optimizer_steps": outcome.optimizer_steps,
         "best_step": outcome.best_step,

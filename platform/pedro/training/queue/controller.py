@@ -15,9 +15,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from pedro.errors import NotFoundError, UnavailableError
+from pedro.errors import NotFoundError, PedroError, UnavailableError
 from pedro.store import JobStatus
 from pedro.training.queue.launcher import Claim
 from pedro.training.queue.turns import in_turn
@@ -34,6 +35,8 @@ MOST_LOSSES = 5
 LASTED_S = 3600.0
 """A driver that ran for so long got on: what was lost before counts no more."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
+LEVELS = {JobStatus.FAILED: "error", JobStatus.CANCELLED: "warn"}
+FIELDS = {"data.train": "training_file", "data.validation": "validation_file"}  # of the API, for those of a spec
 HISTORY_S = 24 * 3600.0
 """What tenants had of the cluster counts for this long when turns are given."""
 
@@ -56,13 +59,15 @@ class Controller:
         self._per_tenant, self._clock = per_tenant, clock
         self._losses: Counter[str] = Counter()
         self._not_before: dict[str, float] = {}
+        self._looking: dict[str, Future[None]] = {}
+        self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
 
-    def run(self, stop: threading.Event, *, until_idle: bool = False) -> None:
-        """Rounds until `stop` is set, or (`until_idle`) no job is open. What does not answer is waited for."""
+    def run(self, stop: threading.Event, *, may_end: Callable[[], bool] = lambda: False) -> None:
+        """Rounds until `stop` is set, or no job is open and it `may_end`. What does not answer is waited for."""
         away = ""
         while not stop.is_set():
             try:
-                if self.round() == 0 and until_idle:
+                if self.round() == 0 and may_end():
                     return
                 away = ""
             except UnavailableError as error:
@@ -76,21 +81,51 @@ class Controller:
 
     def close(self) -> None:
         """Give up the leases."""
+        self._looker.shutdown(wait=True, cancel_futures=True)
         self._store.release_jobs(self.owner)
 
     def round(self) -> int:
         """One round; how many jobs were open as it began. Raises UnavailableError if store or cluster do not answer."""
         now = self._clock()
         leased = self._store.lease_jobs(self.owner, now, now + LEASE_S)
-        if leased.jobs:
+        self._look_at_files([job for job in leased.jobs if job.status == JobStatus.VALIDATING])
+        if any(job.status != JobStatus.VALIDATING for job in leased.jobs):
             view = self._launcher.look()
             running = [job for job in leased.jobs if job.submission_id and not self._settle(job, view)]
-            waiting = [job for job in leased.jobs if not job.submission_id and self._may_start(job, view, now)]
+            waiting = [job for job in leased.jobs if self._may_start(job, view, now)]
             self._start(waiting, running, view, leased.starts)
         return leased.open_jobs
 
+    def _look_at_files(self, jobs: list[JobRecord]) -> None:
+        """Look at specs and files of new jobs, one after the other, beside the rounds: files may be large."""
+        held = {job.id for job in jobs}
+        for job_id in [job_id for job_id, looking in self._looking.items() if looking.done()]:
+            self._looking.pop(job_id).result()  # what it raises is a mistake of ours, and told as one
+        for job in jobs:
+            if job.id not in self._looking:
+                self._looking[job.id] = self._looker.submit(self._look_at, job)
+        for job_id in self._looking.keys() - held:
+            self._looking[job_id].cancel()
+
+    def _look_at(self, job: JobRecord) -> None:
+        self._store.add_job_event(job.id, f"Validating training file: {job.spec['data']['train']}")
+        try:
+            self._launcher.prepare(job)
+        except UnavailableError as error:
+            self._store.explain_wait(job, error.message)  # the next round tries again
+            return
+        except PedroError as error:
+            told = {"code": error.code or "invalid_training_file", "param": FIELDS.get(error.param or "", error.param)}
+            if self._store.end_job(job, JobStatus.FAILED, error.message, {"error": told}):
+                self._store.add_job_event(job.id, error.message, level="error")
+            return
+        if self._store.accept_job(job):
+            self._store.add_job_event(job.id, "Files validated, moving job to queued state")
+
     def _may_start(self, job: JobRecord, view: ClusterView, now: float) -> bool:
-        """Whether its pause after a loss is over, and none of its earlier drivers is still about to end."""
+        """Whether it waits, its pause after a loss is over, and none of its earlier drivers is still about to end."""
+        if job.submission_id or job.status != JobStatus.QUEUED:
+            return False
         earlier = (view.states.get(driver_id(job, attempt)) for attempt in range(1, job.attempt))
         return self._not_before.get(job.id, 0) <= now and all(state is None or state.final for state in earlier)
 
@@ -122,6 +157,7 @@ class Controller:
             self._end(job, JobStatus.FAILED, f"{why}; given up after {losses} starts (`pedro jobs retry` goes on)")
             return
         if self._store.requeue_job(job, f"{why}; it goes on from its last checkpoint"):
+            self._store.add_job_event(job.id, f"{why}; the job goes on from its last checkpoint", level="warn")
             pause = min(FIRST_PAUSE_S * 2 ** (losses - 1), LONGEST_PAUSE_S)
             self._not_before[job.id] = self._clock() + pause
             self._log(f"{job.id} ({job.name}): {why}; started again in {pause:.0f} s")
@@ -129,6 +165,7 @@ class Controller:
     def _end(self, job: JobRecord, status: JobStatus, message: str) -> None:
         if self._store.end_job(job, status, message):
             self._log(f"{job.id} ({job.name}): {status}{': ' if message else ''}{message}")
+            self._store.add_job_event(job.id, message or f"The job was {status}", level=LEVELS.get(status, "info"))
         self._losses.pop(job.id, None)
 
     def _start(self, waiting: list[JobRecord], running: list[JobRecord], view: ClusterView, starts: int) -> None:
@@ -159,6 +196,8 @@ class Controller:
         try:
             self._launcher.start(job, submission_id)
             self._log(f"{job.id} ({job.name}): started, attempt {job.attempt}")
+            again = "" if job.attempt == 1 else f", attempt {job.attempt}, from its last checkpoint"
+            self._store.add_job_event(job.id, f"Fine-tuning job started{again}")
         except UnavailableError as error:  # its row names a driver that there is not: the next round sends it back
             self._log(f"{job.id} ({job.name}): {error.message}")
         except NotFoundError as error:

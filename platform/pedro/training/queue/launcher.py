@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pedro.errors import ConfigError, UnavailableError
 from pedro.training import ray_jobs
 from pedro.training.job_status import FROM_RAY
+from pedro.training.queue.prepare import prepare
 from pedro.training.storage import join
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ class ClusterView:
 class Launcher(Protocol):
     """Starts, watches and ends drivers. Every call may raise UnavailableError; then the controller tries again."""
 
+    def prepare(self, job: JobRecord) -> None:
+        """Look at the spec and the files of a job that came unseen, and put what its driver reads into the storage.
+
+        Raises PedroError for what is wrong with them; again does no harm."""
+
     def look(self) -> ClusterView: ...
 
     def start(self, job: JobRecord, submission_id: str) -> None:
@@ -100,6 +106,9 @@ class RayJobs:
     def __init__(self, settings: Settings, log: Callable[[str], None]) -> None:
         self._settings, self._log = settings, log
         self._url: str | None = None
+
+    def prepare(self, job: JobRecord) -> None:
+        prepare(job, self._settings)
 
     def look(self) -> ClusterView:
         from pedro.cluster import within

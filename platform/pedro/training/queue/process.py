@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from pedro.config import Settings
 from pedro.errors import ConflictError, UnavailableError
+from pedro.home import SERVER_RECORD
 from pedro.store import JobStatus, Store
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(settings: Settings, log: Callable[[str], None], *, until_idle: bool, per
         _release_of_the_dead(store)
         controller = Controller(store, RayJobs(settings, log), log, per_tenant=per_tenant)
         try:
-            controller.run(stop, until_idle=until_idle)
+            controller.run(stop, may_end=lambda: until_idle and not (settings.home / SERVER_RECORD).is_file())
         finally:
             with contextlib.suppress(UnavailableError):
                 controller.close()
@@ -61,7 +62,7 @@ def hand_over(job_id: str, settings: Settings, store: Store) -> None:
     patience = OTHERS_FIRST_S if settings.ray_address else 0.0
     while (waited := time.monotonic() - started) < TAKEN_WITHIN_S:
         job = store.get_job(job_id)
-        if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
+        if job.status.final or job.status == JobStatus.PAUSED:
             return
         here = is_running(settings)
         if (job.lease_until or 0) > time.time() and (here or settings.ray_address):
@@ -75,9 +76,10 @@ def hand_over(job_id: str, settings: Settings, store: Store) -> None:
     )
 
 
-def wake_controller(settings: Settings, store: Store) -> None:
-    """Start this home's controller if jobs are open and it has none; not on somebody else's cluster."""
-    if settings.ray_address is None and store.count_open_jobs() and not is_running(settings):
+def stay_with_server(settings: Settings) -> None:
+    """Have a controller beside this home's server, to which jobs come at any time; it ends with the server. A cluster
+    that is somebody else's has its own."""
+    if settings.ray_address is None and not is_running(settings):
         _spawn(settings)
 
 

@@ -1,0 +1,190 @@
+"""Requests for fine-tuning jobs: OpenAI's fields, and the block `method.pedro` for what only this platform has.
+
+Reference: https://platform.openai.com/docs/api-reference/fine-tuning
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pedro.errors import PedroError
+from pedro.gateway.schemas import INT32, Body, Whole
+from pedro.refs import NAME
+
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
+LEARNING_RATE = 3e-3  # what `learning_rate_multiplier` multiplies; "auto" is 1
+PEDRO_SECTIONS = ("data", "gate", "method", "resources", "training")
+OF_THE_API = {"data": ("train", "validation", "theta", "test")}  # keys that name files: the API has fields for them
+FILE_SHARES = ("theta", "validation")
+HOST_OPTIONS = ("_path", "_file", "_dir", "_kwargs", "_config", "auto_mapping")  # of PEFT's config classes
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+Auto = BeforeValidator(_auto)
+
+
+def _metadata(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("expected an object")
+    if len(value) > MAX_METADATA:
+        raise ValueError(f"expected at most {MAX_METADATA} pairs")
+    for key, text in value.items():
+        if not isinstance(text, str) or len(key) > MAX_METADATA_KEY or len(text) > MAX_METADATA_VALUE:
+            raise ValueError(f"expected texts of at most {MAX_METADATA_VALUE} characters by keys of at most 64")
+        if "\x00" in key + text:
+            raise ValueError("expected texts without null characters")
+    return value
+
+
+class Hyperparameters(Body):
+    n_epochs: Annotated[float | None, Field(gt=0, le=1000), Auto] = None
+    batch_size: Annotated[int | None, Field(ge=1, le=4096), Whole, Auto] = None
+    learning_rate_multiplier: Annotated[float | None, Field(gt=0, le=1000), Auto] = None
+
+
+class Supervised(Body):
+    parts: ClassVar[dict[str, type[Body]]] = {"hyperparameters": Hyperparameters}
+    hyperparameters: Hyperparameters | None = None
+
+
+class PreferenceHyperparameters(Hyperparameters):
+    beta: Annotated[float | None, Field(gt=0, le=1000), Auto] = None
+
+
+class Preference(Body):
+    parts: ClassVar[dict[str, type[Body]]] = {"hyperparameters": PreferenceHyperparameters}
+    hyperparameters: PreferenceHyperparameters | None = None
+
+
+class Method(Body):
+    parts: ClassVar[dict[str, type[Body]]] = {"supervised": Supervised, "dpo": Preference}
+    harmless: ClassVar[dict[str, tuple[Any, ...]]] = {"reinforcement": ()}
+    type: Literal["supervised", "dpo"]
+    supervised: Supervised | None = None
+    dpo: Preference | None = None
+    pedro: dict[str, Any] | None = None  # extension: sections of a spec, {"method": {"r": 8}, "training": {"lr": 0.01}}
+
+
+class JobRequest(Body):
+    parts: ClassVar[dict[str, type[Body]]] = {"hyperparameters": Hyperparameters, "method": Method}
+    harmless: ClassVar[dict[str, tuple[Any, ...]]] = {"integrations": ([],)}
+    model: Annotated[str, Field(max_length=200)]  # a backbone of this server
+    training_file: Annotated[str, Field(max_length=100)]  # the id of an uploaded file
+    validation_file: Annotated[str | None, Field(max_length=100)] = (
+        None  # likewise; it stops training and picks the best
+    )
+    hyperparameters: Hyperparameters | None = None  # deprecated by OpenAI in favour of `method`
+    method: Method | None = None  # supervised if not given
+    suffix: Annotated[str | None, Field(max_length=64)] = None  # names the adapter
+    seed: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None  # 0 if not given
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(lambda value: value and _metadata(value))] = (
+        None  # labels
+    )
+
+
+def adapter_of(suffix: str | None, idempotency_key: str | None) -> str:
+    """The adapter that a job of this suffix trains: one that is there gets a new version. Raises PedroError."""
+    if suffix is None:
+        seed = secrets.token_hex(8) if idempotency_key is None else idempotency_key  # asked again, it is the same one
+        return f"ft-{hashlib.sha256(seed.encode()).hexdigest()[:8]}"
+    name = re.sub(r"[^a-z0-9_-]+", "-", suffix.lower()).strip("-_")
+    if not NAME.fullmatch(name):
+        message = f"suffix: expected letters, digits, '-' and '_', got {suffix!r}"
+        raise PedroError(message, param="suffix", code="invalid_value")
+    return name
+
+
+def spec_of(asked: JobRequest, tenant: str, adapter: str, backbone: str) -> dict[str, Any]:
+    """The spec of the job, as a file for `pedro submit` would hold it; whether it is right, its controller says.
+
+    Raises PedroError for what a tenant may not say: through the API, only ids of files are data.
+    """
+    given = asked.method.pedro if asked.method and asked.method.pedro else {}
+    spec: dict[str, Any] = {section: dict(_section(given, section)) for section in PEDRO_SECTIONS if section in given}
+    unknown = sorted(given.keys() - set(PEDRO_SECTIONS))
+    if unknown:
+        known = ", ".join(PEDRO_SECTIONS)
+        message = f"method.pedro.{unknown[0][:80]}: unknown section; known: {known}"
+        raise PedroError(message, param="method.pedro", code="unknown_parameter")
+    _check_method(spec.get("method", {}))
+    data = spec.setdefault("data", {})
+    for role in OF_THE_API["data"]:
+        if role in data and not (role in FILE_SHARES and isinstance(data[role], int | float)):
+            message = f"method.pedro.data.{role}: files are named by training_file and validation_file alone"
+            raise PedroError(message, param=f"method.pedro.data.{role}", code="invalid_value")
+    data["train"] = asked.training_file
+    if asked.validation_file is not None:
+        data["validation"] = asked.validation_file
+    hyper = _hyperparameters(asked)
+    training = spec.setdefault("training", {})
+    training.setdefault("lr", LEARNING_RATE * (hyper.learning_rate_multiplier or 1.0))
+    if hyper.n_epochs is not None:
+        training.setdefault("epochs", hyper.n_epochs)
+    if hyper.batch_size is not None:
+        training.setdefault("batch_size", hyper.batch_size)
+    if asked.seed is not None:
+        training.setdefault("seed", asked.seed)
+    if asked.method and asked.method.type == "dpo":
+        spec["objective"] = "dpo"
+        beta = getattr(hyper, "beta", None)
+        spec |= {} if beta is None else {"dpo": {"beta": beta}}
+    return {**spec, "tenant": tenant, "adapter": adapter, "backbone": backbone}
+
+
+def shown_hyperparameters(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's hyperparameters as OpenAI's objects have them."""
+    training = spec.get("training") or {}
+    preference = {"beta": (spec.get("dpo") or {}).get("beta", "auto")} if spec.get("objective") == "dpo" else {}
+    return {
+        **preference,
+        "n_epochs": training.get("epochs", "auto"),
+        "batch_size": training.get("batch_size", "auto"),
+        "learning_rate_multiplier": training["lr"] / LEARNING_RATE if "lr" in training else "auto",
+    }
+
+
+def _hyperparameters(asked: JobRequest) -> Hyperparameters:
+    method = asked.method
+    if method is None:
+        return asked.hyperparameters or Hyperparameters()
+    other = "supervised" if method.type == "dpo" else "dpo"
+    if getattr(method, other) is not None:
+        message = f"method.{other}: this job's method.type is {method.type}; leave it out"
+        raise PedroError(message, param=f"method.{other}", code="invalid_value")
+    chosen = method.dpo if method.type == "dpo" else method.supervised
+    given = chosen.hyperparameters if chosen else None
+    if given and asked.hyperparameters:
+        raise PedroError(
+            f"hyperparameters: given twice; leave it out and use method.{method.type}.hyperparameters",
+            param="hyperparameters",
+            code="invalid_value",
+        )
+    return given or asked.hyperparameters or Hyperparameters()
+
+
+def _check_method(options: Mapping[str, Any]) -> None:
+    """Raises PedroError for an option of PEFT's that may name a file, a tokenizer or a repository of the host."""
+    if "peft_type" not in options and options.get("name") != "peft":
+        return
+    for name, value in options.items():
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        named = name.endswith(HOST_OPTIONS) or any(set(text) & set("/\\~") for text in texts)
+        if named or isinstance(value, dict):
+            message = f"method.pedro.method.{name[:80]}: may name something of this host; it cannot be set over HTTP"
+            raise PedroError(message, param=f"method.pedro.method.{name[:80]}", code="invalid_value")
+
+
+def _section(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if not isinstance(given[name], dict):
+        raise PedroError(f"method.pedro.{name}: expected an object", param=f"method.pedro.{name}", code="invalid_value")
+    section: Mapping[str, Any] = given[name]
+    return section

@@ -1,0 +1,162 @@
+"""Answer shapes as masks of one backbone's tokens: compiled once for a tenant, beside the engine's steps.
+
+What a tenant asks for is compiled in its turn and kept for it alone, so that no other one can tell from the time that
+an answer takes which shapes are known here. The work that could explode is done first in a process with bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+
+from pedro.errors import PedroError
+from pedro.serving.prompts import Turns, to_its_end
+from pedro.serving.shape_worker import ShapeWorker, limits, too_much
+
+if TYPE_CHECKING:
+    from pedro.engine.token_mask import TokenMask
+    from pedro.gateway.backend import AnswerShape
+    from pedro.model_protocols import Tokenizer
+
+MAX_SHAPES = 16  # of a tenant
+MAX_TENANTS = 64
+FIRST_S, EACH_S = 0.1, 0.002  # of computing that the masks of one answer may take: others wait meanwhile
+CHEAP_S = 0.02  # a shape that is read so fast may be read again between two steps
+NewMask = Callable[[], "TokenMask"]
+Key = tuple["AnswerShape", bool]
+
+
+class AnswerShapes:
+    """Of one replica, on its event loop. `vocabulary` is the model's, `eos_ids` end its answers."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._eos_ids = sorted(eos_ids)
+        self._spaces = _puts_spaces(tokenizer)
+        self._tokens: LLTokenizer | None = None  # made when it is first needed: it takes a second
+        self._worker = ShapeWorker()
+        self._free = asyncio.Lock()  # in the order of asking
+        self._turns = Turns()
+        self._known: OrderedDict[str, OrderedDict[Key, CompiledShape]] = OrderedDict()
+
+    async def new_mask(self, shape: AnswerShape, tenant: str, apart: bool = False) -> NewMask:
+        """Begins the mask of one answer. Raises PedroError where the shape cannot be compiled, or takes too much.
+
+        `apart`: the answer's text is what it is alone (`Request.apart`), so that some tokenizers' space in front of it
+        is none of it.
+        """
+        key = shape, apart and self._spaces
+        async with self._turns.of(tenant):
+            known = self._of(tenant)
+            made = known.pop(key, None)
+            if made is None or made.used_up:
+                async with self._free:
+                    made = await to_its_end(self._compile, *key)
+            known[key] = made  # last: asked for most recently
+            if len(known) > MAX_SHAPES:
+                known.popitem(last=False)
+        return made.start
+
+    def close(self) -> None:
+        """End the process."""
+        self._worker.close()
+
+    def _of(self, tenant: str) -> OrderedDict[Key, CompiledShape]:
+        known = self._known.setdefault(tenant, OrderedDict())
+        self._known.move_to_end(tenant)
+        if len(self._known) > MAX_TENANTS:
+            self._known.popitem(last=False)
+        return known
+
+    def _compile(self, shape: AnswerShape, spaced: bool) -> CompiledShape:
+        """Runs on a thread; llguidance lets go of the interpreter meanwhile."""
+        grammar = self._worker.grammar(shape, spaced)
+        if self._tokens is None:
+            self._tokens = self._llguidance_tokenizer(shape.param)
+        return CompiledShape(self._tokens, grammar, -(-self._vocabulary // 32), shape.param)
+
+    def _llguidance_tokenizer(self, param: str) -> LLTokenizer:
+        tokenizer: Any = self._tokenizer
+        try:
+            return from_tokenizer(tokenizer, self._vocabulary, self._eos_ids or None)
+        except ValueError as error:
+            raise PedroError(
+                f"{param}: the tokenizer of this backbone is none that answers can be held to a shape with",
+                param=param,
+                code="unsupported_parameter",
+            ) from error
+
+
+class CompiledShape:
+    """A shape's grammar as llguidance reads it for one tokenizer. Raises PedroError where that takes too much.
+
+    Answers share what its lexer has learnt, and the limit of that. Where the limit is reached, an answer goes on with a
+    lexer of its own, so that it ends as it would alone; the shape is `used_up`.
+    """
+
+    def __init__(self, tokens: LLTokenizer, grammar: str, words: int, param: str) -> None:
+        self.words, self.param = words, param
+        self._tokens, self._grammar = tokens, grammar
+        self.used_up = self.is_cheap = False
+        began = time.thread_time()
+        self.matcher = self.read()
+        self.start().bits()  # the first mask is the dearest, and the same for all answers
+        self.is_cheap = time.thread_time() - began < CHEAP_S
+
+    def read(self) -> LLMatcher:
+        """Read the grammar anew."""
+        return LLMatcher(self._tokens, self._grammar, log_level=0, limits=limits())
+
+    def start(self) -> Matcher:
+        """The mask of an answer that begins."""
+        return Matcher(self)
+
+
+class Matcher:
+    """The mask of one answer. Conforms to `pedro.engine.token_mask.TokenMask`."""
+
+    def __init__(self, shape: CompiledShape) -> None:
+        self._shape = shape
+        self._matcher = shape.matcher.deep_copy()
+        self._is_own = False
+        self._taken: list[int] = []
+        self._bits = torch.zeros(shape.words, dtype=torch.int32)
+        self._cpu_left_s = FIRST_S
+
+    def bits(self) -> torch.Tensor:
+        """The tokens that may come next."""
+        began = time.thread_time()
+        self._compute()
+        if self._matcher.is_error() and not self._is_own:
+            self._shape.used_up = self._is_own = True
+            if self._shape.is_cheap:
+                self._matcher = self._shape.read()
+                self._matcher.consume_tokens(self._taken)
+                self._compute()
+        self._cpu_left_s += EACH_S + began - time.thread_time()
+        if self._cpu_left_s < 0 or self._matcher.is_error():
+            raise too_much(self._shape.param)
+        return self._bits
+
+    def accept(self, token_id: int) -> bool:
+        """Take the chosen token; True where nothing can follow. What goes wrong here `bits` says."""
+        self._taken.append(token_id)
+        return bool(self._matcher.consume_token(token_id) and self._matcher.is_stopped())
+
+    def _compute(self) -> None:
+        self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.nbytes)
+
+
+def _puts_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether a text's first token has a space in front of it that is shown only where another token stands before."""
+    ids = tokenizer("a", add_special_tokens=False).input_ids
+    alone = tokenizer.decode(ids)
+    return tokenizer.decode([*ids, *ids]) == f"{alone} {alone}"

@@ -1,0 +1,327 @@
+"""The official openai client makes, follows and ends fine-tuning jobs, whose files a controller checks."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+
+import openai
+import pytest
+from gateway_backend import BACKBONE
+from gateway_server import serve
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+
+from pedro.config import Settings
+from pedro.gateway.app import GatewaySettings
+from pedro.store import JobStatus
+from pedro.training.job_events import metrics_event, step_metrics
+from pedro.training.job_results import publish_results
+from pedro.training.queue.controller import Controller
+from pedro.training.queue.launcher import ClusterView
+from pedro.training.queue.prepare import prepare
+
+ROWS = b"".join(
+    json.dumps({"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]}).encode()
+    + b"\n"
+    for n in range(20)
+)
+METHOD = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}}
+
+
+class Drivers:
+    """A cluster whose drivers do what the test says; specs and files are looked at as on any."""
+
+    def __init__(self, settings):
+        self.settings, self.states = settings, {}
+
+    def prepare(self, job):
+        prepare(job, self.settings)
+
+    def look(self):
+        return ClusterView(dict(self.states), [{"CPU": 4.0}], {}, frozenset(self.states))
+
+    def start(self, job, submission_id):
+        self.states[submission_id] = JobStatus.RUNNING
+
+    def stop(self, submission_id):
+        self.states[submission_id] = JobStatus.CANCELLED
+
+
+class Platform:
+    """A gateway, and a controller that works when it is told to."""
+
+    def __init__(self, gateway, settings):
+        self.gateway, self.store, self.settings = gateway, gateway.store, settings
+        self.drivers = Drivers(settings)
+        self.controller = Controller(self.store, self.drivers)
+
+    def rounds(self):
+        """Until all files were looked at and what can start has started."""
+        for _ in range(3):
+            self.controller.round()
+            for looking in list(self.controller._looking.values()):
+                looking.result(60)
+
+    def succeed(self, job_id):
+        """What a driver does."""
+        self.store.update_job(job_id, status=JobStatus.RUNNING, attempt=1)
+        for step, values in ((1, {"train/loss": 2.5}), (2, {"train/loss": 1.5}), (2, {"dev/loss": 1.25})):
+            told = metrics_event(step, values)
+            self.store.add_job_event(job_id, told.message, kind="metrics", data=told.data)
+        model = f"{self.store.get_job(job_id).name}:1"
+        metrics = {"best_step": 2, "validation_loss": 1.25, "train_tokens": 640}
+        files = publish_results(self.settings, job_id, model, metrics, print)
+        self.store.update_job(
+            job_id, status=JobStatus.SUCCEEDED, result={"model": model, "metrics": metrics, "result_files": files}
+        )
+        self.drivers.states[job_id] = JobStatus.SUCCEEDED
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    settings = Settings.from_env({"PEDRO_HOME": str(home)})
+    gateway_settings = GatewaySettings(backbones={BACKBONE: "stories260K"}, storage=settings.storage)
+    with serve(home, settings=gateway_settings) as gateway:
+        made = Platform(gateway, settings)
+        yield made
+        made.controller.close()
+
+
+def tenant_of(request) -> str:
+    return f"t{zlib.crc32(request.node.name.encode())}"
+
+
+@pytest.fixture
+def client(platform, request):
+    """A tenant of the test's own."""
+    return platform.gateway.client(platform.gateway.key(tenant_of(request), ("train",)))
+
+
+def upload(client, content=ROWS, purpose="fine-tune"):
+    return client.files.create(file=("train.jsonl", io.BytesIO(content)), purpose=purpose).id
+
+
+def test_a_job_is_made_followed_to_its_end_and_its_metrics_read(platform, client, request):
+    file = upload(client)
+    made = client.fine_tuning.jobs.create(
+        model=BACKBONE, training_file=file, suffix="My Voice", seed=7, method=METHOD, metadata={"team": "a"}
+    )
+    assert set(made.model_dump()) >= set(FineTuningJob.model_fields)
+    assert (made.status, made.model, made.training_file, made.seed) == ("validating_files", BACKBONE, file, 7)
+    assert made.metadata == {"team": "a"}
+    assert (made.hyperparameters.n_epochs, made.hyperparameters.batch_size) == (2, 4)
+    platform.rounds()
+    spec = json.loads((platform.gateway.storage / "jobs" / made.id / "spec.json").read_text())
+    assert (spec["tenant"], spec["adapter"], spec["backbone"]) == (tenant_of(request), "my-voice", "stories260K")
+    assert (spec["training"]["epochs"], spec["training"]["batch_size"], spec["training"]["seed"]) == (2, 4, 7)
+    assert platform.drivers.states[made.id] == JobStatus.RUNNING
+    platform.succeed(made.id)
+    done = client.fine_tuning.jobs.retrieve(made.id)
+    assert (done.status, done.fine_tuned_model) == ("succeeded", f"{tenant_of(request)}.my-voice:1")
+    assert done.finished_at >= done.created_at
+    assert done.trained_tokens == 640
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(made.id)
+    assert (checkpoint.step_number, checkpoint.fine_tuned_model_checkpoint) == (2, done.fine_tuned_model)
+    assert (checkpoint.metrics.step, checkpoint.metrics.valid_loss) == (2, 1.25)
+    (result_file,) = done.result_files
+    assert client.files.content(result_file).text.splitlines() == [
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy", "1,2.5,,,", "2,1.5,,1.25,",
+    ]  # fmt: skip
+    assert [file.id for file in client.files.list(purpose="fine-tune-results")] == [result_file]
+
+
+def test_events_come_newest_first_in_pages_and_by_what_is_new(platform, client):
+    made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client))
+    platform.rounds()
+    platform.succeed(made.id)
+    page = client.fine_tuning.jobs.list_events(made.id, limit=3)
+    assert page.has_more
+    events = list(page)  # the client turns the pages
+    assert set(events[0].model_dump()) == set(FineTuningJobEvent.model_fields)
+    assert [event.message for event in reversed(events)] == [
+        f"Created fine-tuning job: {made.id}",
+        f"Validating training file: {made.training_file}",
+        "Files validated, moving job to queued state",
+        "Fine-tuning job started",
+        "Step 1: training loss=2.5000",
+        "Step 2: training loss=1.5000",
+        "Step 2: validation loss=1.2500",
+        f"New fine-tuned model created: {client.fine_tuning.jobs.retrieve(made.id).fine_tuned_model}",
+        "The job has successfully completed",
+    ]
+    metrics = [event for event in events if event.type == "metrics"]
+    assert metrics[0].data == {"step": 2, "valid_loss": 1.25}
+    with pytest.raises(openai.NotFoundError, match="after"):
+        client.fine_tuning.jobs.list_events(made.id, after="ftevent-x")
+
+
+def test_bad_rows_fail_the_job_with_their_line(platform, client):
+    made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client, ROWS + b'{"prompt": 1}\n'))
+    platform.rounds()
+    failed = client.fine_tuning.jobs.retrieve(made.id)
+    assert (failed.status, failed.error.param) == ("failed", "training_file")
+    assert "line 21" in failed.error.message
+    assert client.fine_tuning.jobs.list_events(made.id).data[0].level == "error"
+    assert made.id not in platform.drivers.states
+
+
+def test_a_spec_that_is_wrong_fails_with_its_mistakes(platform, client):
+    method = {"type": "supervised", "pedro": {"method": {"name": "pedro"}, "training": {"lrr": 1}}}
+    made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client), method=method)
+    platform.rounds()
+    failed = client.fine_tuning.jobs.retrieve(made.id)
+    assert failed.status == "failed"
+    assert "training.lrr: unknown key" in failed.error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": "gpt-4o-mini"}, "model"),
+        ({"training_file": "file-nope"}, "training_file"),
+        ({"training_file": "/etc/passwd"}, "training_file"),
+        ({"suffix": "…"}, "suffix"),
+        ({"seed": -1}, "seed"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
+        ({"metadata": {"k": "v" * 513}}, "metadata"),
+        ({"method": {"type": "reinforcement"}}, "method.type"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+        ({"method": {"type": "supervised", "pedro": {"data": {"test": "/etc/passwd"}}}}, "method.pedro.data.test"),
+        ({"method": {"type": "supervised", "pedro": {"data": {"train": "file-x"}}}}, "method.pedro.data.train"),
+        ({"method": {"type": "supervised", "pedro": {"backbone": "/models/x"}}}, "method.pedro"),
+        ({"method": {"type": "supervised", "pedro": {"tenant": "globex"}}}, "method.pedro"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_told_at_once(client, fields, param):
+    asked = {"model": BACKBONE, "training_file": upload(client), **fields}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.jobs.create(**asked)
+    assert refused.value.param == param, refused.value.message
+    assert list(client.fine_tuning.jobs.list()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "gpt2"},
+        {"peft_type": "PROMPT_TUNING", "tokenizer_kwargs": {"trust_remote_code": True}},
+        {"peft_type": "LORA", "corda_config": {"cache_file": "covariance.pt"}},
+        {"peft_type": "LORA", "init_lora_weights": "~/weights"},
+        {"name": "peft", "peft_type": "LORA", "target_modules": ["q_proj", "../x"]},
+    ],
+)
+def test_no_option_of_a_method_names_anything_of_the_host(client, options):
+    method = {"type": "supervised", "pedro": {"method": options}}
+    with pytest.raises(openai.BadRequestError, match="cannot be set over HTTP"):
+        client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client), method=method)
+
+
+def test_preferences_are_learnt_by_a_job_of_type_dpo(platform, client):
+    pairs = b"".join(
+        json.dumps(
+            {
+                "input": {"messages": [{"role": "user", "content": f"q{n}"}]},
+                "preferred_output": [{"role": "assistant", "content": "yes"}],
+                "non_preferred_output": [{"role": "assistant", "content": "no"}],
+            }
+        ).encode()
+        + b"\n"
+        for n in range(20)
+    )
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 3}}}
+    made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client, pairs), method=method)
+    assert (made.method.type, made.method.dpo.hyperparameters.beta) == ("dpo", 0.2)
+    platform.rounds()
+    spec = json.loads((platform.gateway.storage / "jobs" / made.id / "spec.json").read_text())
+    assert (spec["objective"], spec["dpo"]["beta"], spec["training"]["epochs"]) == ("dpo", 0.2, 3)
+    assert made.id in platform.drivers.states
+    rows = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client), method=method)
+    platform.rounds()
+    failed = client.fine_tuning.jobs.retrieve(rows.id)
+    assert (failed.status, failed.error.param) == ("failed", "training_file")
+
+
+def test_jobs_are_listed_in_pages_newest_first_and_by_metadata(client):
+    file = upload(client)
+    made = [
+        client.fine_tuning.jobs.create(model=BACKBONE, training_file=file, metadata={"n": str(n % 2)}).id
+        for n in range(5)
+    ]
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == made[::-1]
+    assert [job.id for job in client.fine_tuning.jobs.list(metadata={"n": "1"})] == [made[3], made[1]]
+
+
+def test_a_job_is_cancelled_paused_and_resumed(platform, client):
+    made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client))
+    assert client.fine_tuning.jobs.pause(made.id).status == "paused"
+    platform.rounds()
+    assert made.id not in platform.drivers.states
+    assert client.fine_tuning.jobs.resume(made.id).status == "validating_files", "nobody had looked at it yet"
+    platform.rounds()
+    driver = next(name for name in platform.drivers.states if name.startswith(made.id))
+    platform.store.update_job(made.id, status=JobStatus.RUNNING)
+    client.fine_tuning.jobs.cancel(made.id)
+    platform.rounds()
+    assert platform.drivers.states[driver] == JobStatus.CANCELLED
+    assert client.fine_tuning.jobs.retrieve(made.id).status == "cancelled"
+    for refused in (client.fine_tuning.jobs.resume, client.fine_tuning.jobs.pause):
+        with pytest.raises(openai.ConflictError):
+            refused(made.id)
+    assert client.fine_tuning.jobs.cancel(made.id).status == "cancelled", "again does no harm"
+
+
+def test_a_file_that_was_deleted_while_its_job_waited_fails_it(platform, client):
+    file = upload(client)
+    made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=file)
+    client.files.delete(file)
+    platform.rounds()
+    assert client.fine_tuning.jobs.retrieve(made.id).status == "failed"
+
+
+def test_an_idempotency_key_makes_one_job(platform, client):
+    asked = {"model": BACKBONE, "training_file": upload(client), "suffix": "one"}
+    header = {"Idempotency-Key": "k1"}
+    first, again = (client.fine_tuning.jobs.create(**asked, extra_headers=header).id for _ in range(2))
+    assert first == again
+    assert len(list(client.fine_tuning.jobs.list())) == 1
+    assert [event.message for event in client.fine_tuning.jobs.list_events(first)][-1].startswith("Created")
+    with pytest.raises(openai.ConflictError, match="Idempotency-Key"):
+        client.fine_tuning.jobs.create(**{**asked, "seed": 3}, extra_headers=header)
+
+
+def test_another_tenants_job_and_file_are_answered_like_unknown_ones(platform, client):
+    made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client))
+    stranger = platform.gateway.client(platform.gateway.key("stranger", ("train",)))
+    with pytest.raises(openai.BadRequestError) as foreign_file:
+        stranger.fine_tuning.jobs.create(model=BACKBONE, training_file=made.training_file)
+    with pytest.raises(openai.BadRequestError) as unknown_file:
+        stranger.fine_tuning.jobs.create(model=BACKBONE, training_file="file-" + "0" * 24)
+    assert str(foreign_file.value).replace(made.training_file, "") == str(unknown_file.value).replace(
+        "file-" + "0" * 24, ""
+    )
+    jobs = stranger.fine_tuning.jobs
+    for ask in (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list):
+        said = []
+        for job_id in (made.id, "ftjob-" + "0" * 24):
+            with pytest.raises(openai.NotFoundError) as refused:
+                ask(job_id)
+            said.append(str(refused.value).replace(job_id, ""))
+        assert said[0] == said[1]
+    assert list(jobs.list()) == []
+    with pytest.raises(openai.NotFoundError):
+        jobs.list(after=made.id)
+
+
+def test_a_key_that_may_only_infer_sees_no_job(platform, client):
+    infer = platform.gateway.client(platform.gateway.key("acme", ("infer",)))
+    with pytest.raises(openai.PermissionDeniedError, match="train"):
+        infer.fine_tuning.jobs.list()
+
+
+def test_a_repeated_step_counts_as_it_was_last():
+    points = [{"step": 1, "train_loss": 2.0}, {"step": 2, "train_loss": 1.0}, {"step": 1, "train_loss": 3.0}]
+    assert step_metrics(points).splitlines()[1:] == ["1,3.0,,,", "2,1.0,,,"]
+    assert metrics_event(1, {"train/loss": float("nan"), "system/memory_mb": 3.0}) is None
