@@ -206,6 +206,7 @@ def _score_preferences(
     directory: Path, manifest: Mapping[str, Any], backbone: Backbone, tokenizer: Tokenizer, rows: list[Any]
 ) -> dict[str, Any]:
     from pedro.evaluation.preference import pair_likelihoods, score_pairs
+    from pedro.evaluation.scoring import finite
 
     beta = ((manifest.get("spec") or {}).get("dpo") or {}).get("beta", 0.1)
     reference = pair_likelihoods(load_model(backbone), tokenizer, rows)
@@ -215,6 +216,6 @@ def _score_preferences(
         "rows": len(rows),
         "preference_accuracy": adapted.accuracy,
         "backbone_preference_accuracy": bare.accuracy,
-        "loss": adapted.loss,
-        "backbone_loss": bare.loss,
+        "loss": finite(adapted.loss),
+        "backbone_loss": finite(bare.loss),
     }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STARTUP_S = 45.0
 PROCESS_BYTES = {0: 770_000_000, 1: 790_000_000, 2: 790_000_000, 3: 810_000_000}
 ROLES = {"theta": "theta (for the steps on Θ)"}
-DPO_READS = "two sequences a row, each read by the adapter and, before it, by the backbone (which keeps a number of it)"
+DPO_READS = "two sequences a row; the backbone reads both first, of which two numbers are kept, then the adapter"
 ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only for what is not timed here
 
 
