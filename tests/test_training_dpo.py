@@ -27,6 +27,7 @@ from pedro.training import worker
 from pedro.training.bilevel import OMEGA, THETA
 from pedro.training.estimate import dry_run
 from pedro.training.job import check_data, judge_version
+from pedro.training.job_events import checkpoint_metrics, metrics_event, step_metrics
 from pedro.training.loop import batch_step, mean_losses, train
 from pedro.training.memory import Sizes, training_memory
 from pedro.training.objectives import Preferences
@@ -171,6 +172,12 @@ def test_a_worker_learns_to_prefer_and_saves_what_the_gate_compares(tmp_path):
         "dev/loss", "dev/reward_accuracy", "dev/reward_margin", "dev/chosen_reward", "dev/rejected_reward",
     }  # fmt: skip
     assert any("(reward accuracy " in line for line in reporter.lines)
+    events = [metrics_event(step, values) for step, values in reporter.points]
+    assert ", validation reward accuracy=" in next(event for event in events if "valid_loss" in event.data).message
+    header, *lines = step_metrics(event.data for event in events).splitlines()
+    assert header.endswith(",train_reward_accuracy,train_reward_margin,valid_reward_accuracy,valid_reward_margin")
+    assert len(lines[-1].split(",")) == len(header.split(","))
+    assert checkpoint_metrics(metrics)["full_valid_reward_accuracy"] == metrics["preference_accuracy"]
     digest = worker.save(context, trained, tmp_path / "adapter")
     manifest = read_manifest(tmp_path / "adapter")
     assert (manifest["spec"]["objective"], manifest["spec"]["dpo"]) == ("dpo", {"beta": BETA})

@@ -57,7 +57,7 @@ class Supervised(Body):
 
 
 class PreferenceHyperparameters(Hyperparameters):
-    beta: Annotated[float | None, Field(gt=0, le=1000), Auto] = None
+    beta: Annotated[float | None, Field(gt=0, le=100), Auto] = None
 
 
 class Preference(Body):
