@@ -362,6 +362,8 @@ def test_a_bad_completion_is_a_400_that_names_the_field_and_value(gateway, http,
     assert len(gateway.backend.calls) == before
 
 
+TOOL = {"type": "function", "function": {"name": "weather"}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 BAD_CHATS = [
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
@@ -371,12 +373,18 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages[0].name"),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
     ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    (
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        "messages[0].tool_calls[0].function",
+    ),
+    ({"messages": [{"role": "assistant", "tool_calls": [CALL]}, {"role": "user", "content": "x"}]}, "messages[1]"),
     ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
     ({"add_generation_prompt": False}, "add_generation_prompt"),
     ({"continue_final_message": True}, "continue_final_message"),
@@ -387,8 +395,16 @@ BAD_CHATS = [
     ({"use_beam_search": True, "stream": True}, "stream"),
     ({"best_of": 2}, "best_of"),
     ({"logprobs": 2}, "logprobs"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [TOOL, TOOL]}, "tools"),
+    ({"tools": [TOOL] * 129}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "perhaps"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+    ({"functions": [{"name": "f"}]}, "functions"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema.name"),
@@ -437,11 +453,11 @@ def test_a_mistake_is_told_in_jsons_words_with_what_was_meant_or_why(http, chang
     ("message", "told"),
     [
         ({"role": "user", "content": "a", "name": "bob"}, "write it into the content"),
-        ({"role": "tool", "content": "a", "tool_call_id": "call_1"}, "tool calling is not supported"),
-        ({"role": "tool", "content": "a"}, "tool calling is not supported"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "call_1"}]}, "tool calling is not supported"),
+        ({"role": "tool", "content": "a", "tool_call_id": "call_1"}, "no call with this id waits"),
+        ({"role": "tool", "content": "a"}, "is required of a tool's result"),
+        ({"role": "function", "content": "a"}, "a former name of tools"),
     ],
-    ids=["name", "tool", "tool without an id", "tool_calls"],
+    ids=["name", "tool", "tool without an id", "function"],
 )
 def test_what_a_prompt_format_cannot_carry_is_refused_with_the_reason(http, message, told):
     assert told in error_of(chat(http, messages=[{"role": "user", "content": "a"}, message]))["message"]

@@ -4,6 +4,7 @@ lines.py             a file -> its lines, safely
 row_shapes.py        one row -> training examples; turns.py, tool_calls.py and preferences.py read what is in it
 prompt_format.py     messages -> prompt text -> ids; example_text.py writes an example's prompt and answer
 templates.py         Jinja, in a sandbox; template_worker.py runs strangers' templates within bounds
+call_syntax.py       how families of templates write calls of tools
 special_tokens.py    content never makes control tokens
 dataset.py           a file -> rows on disk, splits
 check.py             what `pedro data check` reports; masks.py shows its rows as training sees them

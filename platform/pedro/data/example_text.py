@@ -10,11 +10,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pedro.data import templates
 from pedro.data.special_tokens import Prompt
+from pedro.data.template_worker import TemplateBoundsError
 from pedro.errors import DataError
 
 if TYPE_CHECKING:
-    from pedro.data.prompt_format import PromptFormat
+    from pedro.data.prompt_format import PromptFormat, Run
     from pedro.data.row_shapes import Example
     from pedro.data.tool_calls import Message, Tool
     from pedro.model_protocols import Tokenizer
@@ -56,18 +58,22 @@ def outline(form: PromptFormat, example: Example) -> tuple[str, str]:
     return prompt + _json(told), example.completion + (_json(calls) if calls else "")
 
 
-def check_carried(form: PromptFormat, turns: Turns, tools: Sequence[Tool], answer_follows: bool = True) -> None:
+def check_carried(
+    form: PromptFormat, turns: Turns, tools: Sequence[Tool], answer_follows: bool = True, run: Run = templates.render
+) -> None:
     """Raise DataError, naming it, for the first thing that could be missing and the text would be the same."""
-    whole = form.render(turns, tools=tools, answer_follows=answer_follows)
+    whole = form.render(turns, run, tools, answer_follows)
     for what, (fewer, told) in _poorer(turns, tools):
         try:
-            same = form.render(fewer, tools=told, answer_follows=answer_follows) == whole
+            same = form.render(fewer, run, told, answer_follows) == whole
+        except TemplateBoundsError:
+            raise
         except DataError:  # it looks at it, at least
             continue
         if same:
             raise DataError(
                 f"messages: the {form.id} prompt format leaves out {what}; take a backbone whose chat template writes "
-                "that, or remove it from the rows",
+                "that, or leave it out",
                 param="messages",
             )
 

@@ -42,11 +42,15 @@ def answer_shape(request: SamplingFields) -> AnswerShape | None:
         raise PedroError(
             f"{shape.param}: expected at most {MAX_CHARS:,} characters, got {len(shape.text):,}", param=shape.param
         )
+    check_beside(request, shape.param.partition(".")[0])
+    return shape
+
+
+def check_beside(request: SamplingFields, field: str) -> None:
+    """Raise PedroError for what cannot be combined with a shape, which `field` asked for."""
     for name, reason in _AT_REST.items():
         if getattr(request, name):
-            field = shape.param.partition(".")[0]
             raise PedroError(f"{name}: not together with {field}, since {reason}; leave one out", param=name)
-    return shape
 
 
 def _of_format(form: AnswerFormat) -> AnswerShape:

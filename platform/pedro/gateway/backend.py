@@ -107,6 +107,19 @@ class AnswerShape(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ToolUse:
+    """The tools that a prompt tells of, in OpenAI's form, and whether the answer may call some.
+
+    `must_call`: it calls one, or this one; "" is any, None leaves it to the model. `parallel`: several at once.
+    """
+
+    tools: tuple[Mapping[str, Any], ...]
+    may_call: bool = True
+    must_call: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True)
 class GenerateCall:
     """One prompt to continue, `n` times.
 
@@ -122,6 +135,7 @@ class GenerateCall:
     `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
     `user`: whom the client asks for, if it says so; a canary answers the same ones each time.
+    `tools`: what the answer to `messages` may call; None: nothing.
     `shape`: what every choice is held to, unless it ends early; None: any text.
     `meter`: told what the call uses; it stays in the gateway's process.
     """
@@ -130,7 +144,7 @@ class GenerateCall:
     tenant: str
     model: str
     prompt: str | tuple[int, ...] | None = None
-    messages: tuple[Mapping[str, str], ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     n: int = 1
     conditioning_length: int | None = None
@@ -139,6 +153,7 @@ class GenerateCall:
     trace_id: str = ""
     user: str | None = None
     shape: AnswerShape | None = None
+    tools: ToolUse | None = None
     meter: CallMeter | None = None
 
 

@@ -90,12 +90,12 @@ class ChatFormat:
         entries = []
         if not choice.started:
             choice.started = True
-            entries.append(_chat_chunk(choice.index, {"role": "assistant", "content": "", "refusal": None}))
+            entries.append(chat_chunk(choice.index, {"role": "assistant", "content": "", "refusal": None}))
         if delta.text or delta.logprobs:
             logprobs = None if delta.logprobs is None else chat_logprobs(delta.logprobs)
-            entries.append(_chat_chunk(choice.index, {"content": delta.text}, logprobs))
+            entries.append(chat_chunk(choice.index, {"content": delta.text}, logprobs))
         if delta.finish_reason is not None:
-            entries.append(_chat_chunk(choice.index, {}, None, delta.finish_reason))
+            entries.append(chat_chunk(choice.index, {}, None, delta.finish_reason))
         return entries
 
     def choice(self, choice: Choice) -> dict[str, Any]:
@@ -185,7 +185,8 @@ def _completion_choice(
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _chat_chunk(
+def chat_chunk(
     index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
 ) -> dict[str, Any]:
+    """One entry of a chunk's `choices`."""
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

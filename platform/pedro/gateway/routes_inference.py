@@ -42,10 +42,20 @@ async def create_completion(request: Request, caller: Annotated[Principal, Depen
 async def create_chat_completion(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> Response:
     wanted = parse(ChatRequest, await read_body(request))
     call = chat_call(wanted, **_context(request, caller))
-    response_format = ChatFormat(call.request_id.rpartition("-")[0], wanted.model)
+    response_format = _chat_format(call)
     backend = backend_for(request, caller)
     ticket = await admit(request, caller, reservation([call]))
     return Answer(backend, [call], response_format, ticket, **_delivery(request, caller, wanted))
+
+
+def _chat_format(call: GenerateCall) -> ChatFormat:
+    request_id = call.request_id.rpartition("-")[0]
+    if call.tools is None or not call.tools.may_call:
+        return ChatFormat(request_id, call.model)
+    from pedro.gateway.tool_answers import ToolChatFormat
+
+    names = [tool["function"]["name"] for tool in call.tools.tools]
+    return ToolChatFormat(request_id, call.model, names, call.tools.parallel)
 
 
 def _context(request: Request, caller: Principal) -> dict[str, Any]:
@@ -128,6 +138,11 @@ def chat_call(
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise PedroError("max_tokens: differs from max_completion_tokens; send one of them", param="max_tokens")
+    tools = None
+    if request.tools or request.tool_choice is not None:
+        from pedro.gateway.tool_fields import tool_use
+
+        tools = tool_use(request)
     params = _params(request)
     if limits:
         params["max_tokens"] = limits.pop()
@@ -144,6 +159,7 @@ def chat_call(
         trace_id=trace_id,
         user=request.user or request.session_id,
         shape=_shape(request),
+        tools=tools,
     )
 
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from pedro.gateway import vllm_fields
 
@@ -204,8 +204,8 @@ class CompletionRequest(SamplingFields):
 
 
 def _role(value: Any) -> Any:
-    if value in ("tool", "function"):
-        raise ValueError(f"{vllm_fields.REASONS['tools']}; expected system, developer, user or assistant")
+    if value == "function":
+        raise ValueError(vllm_fields.REASONS["functions"])
     return value
 
 
@@ -215,16 +215,31 @@ class Message(Body):
         "refusal": (),
         "audio": (),
         "annotations": ([],),
-        "tool_calls": ([],),
-        "tool_call_id": (),
         "function_call": (),
     }
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_role)]
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: Content
+    tool_calls: list[dict[str, Any]] | None = None  # of an assistant's turn, which may lack content then
+    tool_call_id: str | None = None  # of a turn with the role tool: the call of which it is the result
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_content(cls, value: Any) -> Any:
+        calls = isinstance(value, dict) and value.get("tool_calls") and value.get("content") is None
+        return {**value, "content": ""} if calls else value
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether it is more than a role and a text."""
+        return bool(self.role == "tool" or self.tool_calls or self.tool_call_id)
 
 
-def plain_messages(messages: Sequence[Message]) -> tuple[Mapping[str, str], ...]:
+def plain_messages(messages: Sequence[Message]) -> tuple[Mapping[str, Any], ...]:
     """The messages as formats know them; OpenAI's `developer` is the system's new name."""
+    if any(message.uses_tools for message in messages):
+        from pedro.gateway.tool_fields import tool_messages
+
+        return tool_messages(messages)
     return tuple(
         {"role": "system" if message.role == "developer" else message.role, "content": message.content}
         for message in messages
@@ -241,19 +256,19 @@ class ChatRequest(SamplingFields):
         "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True, False),  # there are no tools to call
         "prediction": (),
         "prompt_cache_options": (),
         "reasoning_effort": ("none",),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
     messages: Annotated[list[Message], Field(min_length=1)]  # the conversation so far
     max_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None  # of each answer
     max_completion_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None  # the same
+    tools: list[dict[str, Any]] | None = None  # functions that the answer may call
+    tool_choice: str | dict[str, Any] | None = None  # none, auto, required, or the one that it must call
+    parallel_tool_calls: bool | None = None  # false: one call at most
     logprobs: bool | None = None  # of the chosen tokens
     top_logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None  # alternatives named at each token
     metadata: dict[str, str] | None = None  # this and what follows is OpenAI's bookkeeping: no effect on the answer

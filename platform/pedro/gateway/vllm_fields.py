@@ -57,7 +57,7 @@ CHAT: Harmless = {
 
 _FORMER = "vLLM's server has structured_outputs in its place, and so has this one"
 _FORMAT = "the prompt's format is the adapter's own, the one that it was trained with"
-_TOOLS = "tool calling is not supported, since prompt formats have no place for it"
+_TOOLS = "a former name of tools; send tools, tool_choice and turns with the role tool"
 REASONS: dict[str, str] = {
     **dict.fromkeys((name for name in SHARED if name.startswith("guided_")), _FORMER),
     "structural_tag": "tags within free text are not supported; structured_outputs.grammar may hold a whole answer",
@@ -65,7 +65,8 @@ REASONS: dict[str, str] = {
     "disable_any_whitespace": "models space JSON as they learnt it",
     "disable_additional_properties": "say so in the schema: additionalProperties: false",
     **dict.fromkeys((*CHAT_PROMPT, "documents", "reasoning_effort"), _FORMAT),
-    **dict.fromkeys(("tools", "tool_choice", "tool_calls", "tool_call_id", "functions", "function_call"), _TOOLS),
+    **dict.fromkeys(("functions", "function_call"), _TOOLS),
+    "tools": "send them with a chat; what they add to a prompt stands in its usage",
     "name": "prompt formats have no place for a speaker's name; write it into the content",
     "skip_special_tokens": "special tokens are never shown; logprobs name every token",
     "include_stop_str_in_output": "the stop text is never part of the answer",

@@ -17,7 +17,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pedro.data.prompt_format import FORMATS, PromptFormat, encode_prompt, encode_text, format_for_shape
+from pedro.data import templates
+from pedro.data.example_text import check_carried
+from pedro.data.prompt_format import FORMATS, PromptFormat, Run, encode_prompt, encode_text, format_for_shape
 from pedro.data.row_shapes import RowShape
 from pedro.data.special_tokens import Prompt, special_tokens
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
@@ -88,10 +90,16 @@ class PromptProcessor:
         self._renderer = TemplateRenderer(tokenizer, [self._plain_format.template])
         self._formats: OrderedDict[ModelRef, PromptFormat] = OrderedDict()
 
-    async def message_ids(self, messages: Messages, ref: ModelRef | None, tenant: str = "") -> list[int]:
+    async def message_ids(
+        self, messages: Messages, ref: ModelRef | None, tenant: str = "", tools: Messages = ()
+    ) -> list[int]:
         """Of messages as `ref` (None: the bare backbone) was trained to read them; `tenant` is the one who asks."""
         form = self._plain_format if ref is None else await self._format_of(ref)
-        return await self._encode(await self._renderer.prompt(form, messages, ref), "messages", tenant)
+        return await self._encode(await self._renderer.prompt(form, messages, ref, tools), "messages", tenant)
+
+    async def template(self, ref: ModelRef | None) -> str:
+        """The template of chats with `ref`."""
+        return (self._plain_format if ref is None else await self._format_of(ref)).template
 
     async def text_ids(
         self, text: str, ref: ModelRef | None, add_special_tokens: bool = True, tenant: str = ""
@@ -162,14 +170,19 @@ class TemplateRenderer:
         self._turns = Turns()
         self._refusals: OrderedDict[ModelRef, _Refusal] = OrderedDict()
 
-    async def prompt(self, form: PromptFormat, messages: Messages, ref: ModelRef | None) -> Prompt:
+    async def prompt(
+        self, form: PromptFormat, messages: Messages, ref: ModelRef | None, tools: Messages = ()
+    ) -> Prompt:
         """The prompt of an adapter version (None: of the backbone).
 
-        Raises DataError; TemplateBoundsError where the template does too much.
+        Raises DataError, also where the template leaves out tools, calls or results; TemplateBoundsError where it does
+        too much.
         """
         if form.template not in self._trusted:
             assert ref is not None, "the backbone's own template is trusted"
-            return await self._bounded(form, messages, ref)
+            return await self._bounded(form, messages, ref, tools)
+        if tools or not _plain(messages):
+            return await asyncio.to_thread(self._with_tools, form, messages, tools, templates.render)
         if len(messages) <= LONG_MESSAGES and sum(len(str(m.get("content", ""))) for m in messages) <= LONG_CHARS:
             return form.prompt(messages, self._tokenizer)
         return await asyncio.to_thread(form.prompt, messages, self._tokenizer)
@@ -178,12 +191,18 @@ class TemplateRenderer:
         """End the worker."""
         self._worker.close()
 
-    async def _bounded(self, form: PromptFormat, messages: Messages, ref: ModelRef) -> Prompt:
+    def _with_tools(self, form: PromptFormat, messages: Messages, tools: Messages, run: Run) -> Prompt:
+        check_carried(form, [dict(message) for message in messages], [dict(tool) for tool in tools], run=run)
+        return form.prompt(messages, self._tokenizer, run, tools)
+
+    async def _bounded(self, form: PromptFormat, messages: Messages, ref: ModelRef, tools: Messages) -> Prompt:
         async with self._turns.of(ref.tenant), self._free:
             refusal = self._refusals.get(ref)
             if refusal is not None and time.monotonic() < refusal.until:
                 raise refusal.error.with_traceback(None)
             try:
+                if tools or not _plain(messages):
+                    return await to_its_end(self._with_tools, form, messages, tools, self._worker.render)
                 return await to_its_end(form.prompt, messages, self._tokenizer, self._worker.render)
             except TemplateBoundsError as error:
                 self._refuse(ref, error)
@@ -196,6 +215,11 @@ class TemplateRenderer:
         if len(self._refusals) > MAX_REFUSALS:
             self._refusals.popitem(last=False)
         log.warning("adapter %s: %s; its chats are refused for %g s", ref.without_digest, error, for_s)
+
+
+def _plain(messages: Messages) -> bool:
+    """Whether they are roles and texts alone."""
+    return all(len(message) == 2 for message in messages)
 
 
 async def to_its_end(function: Callable[..., T], *arguments: Any) -> T:

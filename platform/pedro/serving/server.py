@@ -32,6 +32,7 @@ from pedro.serving.outputs import ENGINE_FAILED, DeltaBuilder, OutputStream
 from pedro.serving.prompts import PromptProcessor, Turns
 from pedro.serving.protocol import ControlRequest, OutputBatch, Prompt, ReplicaLost, SubmitRequest, T
 from pedro.serving.tokens import TokenTexts, tokenizer_info
+from pedro.serving.tool_shapes import call_shape
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -292,7 +293,8 @@ class ReplicaServer:
     async def _request(self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...] = ()) -> Request:
         """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""
         if call.messages is not None:
-            ids = await self._prompts.message_ids(call.messages, ref, call.tenant)
+            tools = () if call.tools is None else call.tools.tools
+            ids = await self._prompts.message_ids(call.messages, ref, call.tenant, tools)
         elif isinstance(call.prompt, str):
             ids = await self._prompts.text_ids(call.prompt, ref, tenant=call.tenant)
         else:
@@ -300,7 +302,10 @@ class ReplicaServer:
         apart = call.messages is not None
         prompt_logprobs = (call.params.get("logprobs") or 0) if call.echo else None
         params = SamplingParams(**call.params, prompt_logprobs=prompt_logprobs)
-        new_mask = None if call.shape is None else await self._shapes.new_mask(call.shape, call.tenant, apart)
+        shape = call.shape
+        if call.tools is not None and call.tools.may_call:
+            shape = call_shape(await self._prompts.template(ref), call.tools)
+        new_mask = None if shape is None else await self._shapes.new_mask(shape, call.tenant, apart)
         return Request(
             id=call.request_id,
             tenant=call.tenant,
