@@ -64,7 +64,7 @@ class WordBackend:
         return [self._card(name) for name in (BACKBONE, *self._visible(tenant))]
 
     async def get_model(self, tenant: str, name: str) -> ModelCard:
-        if name != BACKBONE and name not in self._visible(tenant):
+        if name != BACKBONE and not self._has(tenant, name):
             raise model_not_found(name)
         return self._card(name)
 
@@ -171,10 +171,13 @@ class WordBackend:
         self.adapters[name] = replace(card, canary={"version": version, "weight": weight} if weight else None)
         return self.adapters[name]
 
-    async def delete_version(self, tenant: str, name: str, version: int, *, actor: Actor | None = None) -> None:
+    async def delete_version(
+        self, tenant: str, name: str, version: int, *, unused: bool = False, actor: Actor | None = None
+    ) -> None:
         card = self._versioned(tenant, name, version)
-        if version == card.aliases["champion"]:
-            raise ConflictError(f"'{name}:{version}' is the champion.")
+        if version == card.aliases["champion"] or (unused and version in card.aliases.values()):
+            named = next(alias for alias, number in card.aliases.items() if number == version)
+            raise ConflictError(f"'{name}:{version}' is the {named}.")
         self.actors.append(actor)
         self.adapters[name] = replace(
             card, versions=tuple(known for known in card.versions if known.version != version)
@@ -215,9 +218,18 @@ class WordBackend:
             raise model_not_found(name)
         return self.adapters[name]
 
+    def _has(self, tenant: str, name: str) -> bool:
+        adapter, _, version = name.partition(":")
+        if adapter not in self._visible(tenant):
+            return False
+        return not version or version in {str(known.version) for known in self.adapters[adapter].versions}
+
     def _card(self, name: str) -> ModelCard:
-        owner = "pedro" if name == BACKBONE else name.partition(".")[0]
-        return ModelCard(id=name, created=1_700_000_000, owned_by=owner, backbone=BACKBONE, max_model_len=64)
+        owner, version = "pedro", None
+        if name != BACKBONE:
+            adapter, _, number = name.partition(":")
+            owner, version = adapter.partition(".")[0], int(number or self.adapters[adapter].aliases["champion"])
+        return ModelCard(name, 1_700_000_000, owner, BACKBONE, version, max_model_len=64)
 
     def _words(self, call: GenerateCall) -> list[str]:
         if call.messages is not None:

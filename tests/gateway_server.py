@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import uvicorn
+from fastapi import FastAPI
 from gateway_backend import WordBackend
 
 from pedro.gateway.app import GatewaySettings, create_app
@@ -25,6 +26,7 @@ class Gateway:
     backend: WordBackend
     store: Store
     storage: Path
+    app: FastAPI
 
     def key(self, tenant: str = "acme", scopes: tuple[str, ...] = ("infer",)) -> str:
         return self.store.create_key(tenant, scopes)[1]
@@ -55,7 +57,7 @@ def serve(directory: Path, *, token_s: float = 0.0, settings: GatewaySettings | 
         assert time.monotonic() < deadline, "the server did not start in time"
         time.sleep(0.01)
     try:
-        yield Gateway(f"http://127.0.0.1:{listener.getsockname()[1]}", backend, store, Path(storage))
+        yield Gateway(f"http://127.0.0.1:{listener.getsockname()[1]}", backend, store, Path(storage), app)
     finally:
         server.should_exit = True
         thread.join(60)

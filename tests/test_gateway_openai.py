@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import openai
 import pytest
@@ -44,6 +45,39 @@ def test_models_list_holds_the_backbone_and_the_callers_own_adapters(client):
 def test_a_model_can_be_retrieved_by_name(client):
     model = client.models.retrieve("acme.support")
     assert (model.id, model.object, model.owned_by) == ("acme.support", "model", "acme")
+    assert (model.created, model.root, model.parent) == (1_700_000_000, BACKBONE, BACKBONE)
+    backbone = client.models.retrieve(BACKBONE)
+    assert (backbone.owned_by, backbone.root, backbone.parent) == ("pedro", BACKBONE, None)
+
+
+def test_a_version_of_ones_own_that_no_alias_serves_can_be_deleted(gateway):
+    client = gateway.client(gateway.key("globex", ("train",)))
+    backend, before = gateway.backend, gateway.backend.adapters["globex.faq"]
+    try:
+        for name, why in (
+            ("globex.faq", "means 'globex.faq:2' now"),
+            ("globex.faq:2", "champion"),
+            ("globex.faq:1", "previous"),
+            (BACKBONE, "backbone"),
+        ):
+            with pytest.raises(openai.ConflictError, match=why):
+                client.models.delete(name)
+        with pytest.raises(openai.BadRequestError, match="without a digest"):
+            client.models.delete("globex.faq:1#sha256:1")
+        refused = []
+        for name in ("acme.support:2", "nobody.nix:2", "globex.faq:9"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                client.models.delete(name)
+            refused.append(str(caught.value).replace(name, "NAME"))
+        assert len(set(refused)) == 1
+        assert backend.adapters["globex.faq"] == before
+        backend.adapters["globex.faq"] = replace(before, aliases={"champion": 2})
+        gone = client.models.delete("globex.faq:1")
+        assert gone.model_dump() == {"id": "globex.faq:1", "object": "model", "deleted": True}
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("globex.faq:1")
+    finally:
+        backend.adapters["globex.faq"] = before
 
 
 def test_a_completion_has_text_reason_usage_and_fingerprint(client):

@@ -510,15 +510,56 @@ def test_a_replica_killed_mid_answer_is_replaced_and_the_client_sees_no_seam(ser
     assert complete(client(), "acme.faq").choices[0].text == reference(served.models["acme.faq", 2])
 
 
-def kill_replica(served):
-    """kill -9 of the engine's process."""
+@pytest.mark.slow
+def test_a_batch_answers_each_row_once_though_a_replica_and_then_the_gateway_are_killed(served):
+    key = served.store.create_key("acme", ("infer", "train"))[1]
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0, timeout=GUARD_S)
+    bodies = {
+        f"row{number}": {
+            "model": "acme.faq",
+            "prompt": f"{PROMPT} of {number}",
+            "max_tokens": 200,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        for number in range(100)
+    }
+    rows = [
+        {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body} for name, body in bodies.items()
+    ]
+    data = "\n".join(map(json.dumps, rows)).encode()
+    file = client.files.create(file=("rows.jsonl", data), purpose="batch")
+    made = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+
+    def now():
+        return served.store.get_batch(made.id, "acme")
+
+    wait_for(lambda: now().completed >= 5)
+    kill_replica(served)
+    at_first = now().completed
+    wait_for(lambda: now().completed > at_first)
+    kill_replica(served, "gateway")
+    assert now().completed < len(rows), "it was all over before"
+    wait_for(lambda: now().status.final)
+    assert (now().status, now().completed, now().failed) == ("completed", len(rows), 0)
+    wait_for(lambda: httpx.get(f"{served.url}/ready").status_code == 200)
+    answers = [json.loads(line) for line in client.files.content(now().output_file_id).text.splitlines()]
+    assert [answer["custom_id"] for answer in answers] == list(bodies)
+    for answer in answers[::20]:
+        asked = bodies[answer["custom_id"]]
+        direct = client.post("/completions", body=asked, cast_to=object)
+        assert answer["response"]["body"]["choices"] == direct["choices"]
+
+
+def kill_replica(served, of="engine"):
+    """kill -9 of the engine's process, or the gateway's."""
     home = str(served.settings.home)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "ServeReplica:pedro:engine" in " ".join(process.cmdline()) and process.environ()["PEDRO_HOME"] == home:
+            if f"ServeReplica:pedro:{of}" in " ".join(process.cmdline()) and process.environ()["PEDRO_HOME"] == home:
                 process.kill()
                 return
-    raise AssertionError("no engine replica found")
+    raise AssertionError(f"no replica of the {of} found")
 
 
 def test_serving_twice_from_one_home_is_refused_and_disturbs_nothing(served, client):

@@ -923,7 +923,14 @@ def test_a_tenants_moves_are_entered_in_the_name_of_its_key_and_stay_within_its_
             await backend.rollback("acme", name, actor=actor)
             with pytest.raises(ConflictError, match="champion"):
                 await backend.delete_version("acme", name, 1, actor=actor)
-            await backend.delete_version("acme", name, 3, actor=actor)
+            with pytest.raises(ConflictError, match=f"{name}:2 is previous; give that to another version first"):
+                await backend.delete_version("acme", name, 2, unused=True, actor=actor)
+            await backend.set_canary("acme", name, 3, 0.5, actor=actor)
+            with pytest.raises(ConflictError, match=f"{name}:3 is canary"):
+                await backend.delete_version("acme", name, 3, unused=True, actor=actor)
+            await backend.set_canary("acme", name, 3, 0, actor=actor)
+            await backend.delete_version("acme", name, 3, unused=True, actor=actor)
+            await backend.delete_version("acme", name, 2, actor=actor)
             with pytest.raises(NotFoundError):
                 await backend.get_model("acme", f"{name}:3")
             for move in (backend.set_canary("globex", name, 2, 0.5), backend.delete_version("globex", name, 2)):
@@ -936,6 +943,6 @@ def test_a_tenants_moves_are_entered_in_the_name_of_its_key_and_stay_within_its_
     entries = served.registry.store.find_audit(AuditQuery(above=before))
     assert [(entry.action, entry.subject, entry.actor, entry.request_id) for entry in entries] == [
         (f"adapter.{move}", "acme.owned", "key:acme/key_1", "req_1")
-        for move in ("canary", "promote", "rollback", "delete")
+        for move in ("canary", "promote", "rollback", "canary", "canary", "retire", "delete")
     ]
     assert [move.actor for move in served.registry.store.alias_history("acme.owned", 4)] == ["key:acme/key_1"] * 4

@@ -17,7 +17,7 @@ from pedro.config import check_name
 from pedro.data.files import HEAD_BYTES, ending
 from pedro.errors import PedroError
 from pedro.files.contents import Contents
-from pedro.files.names import RESULTS, check_content, check_filename, check_purpose, default_expiry
+from pedro.files.names import MADE, check_content, check_filename, check_purpose, default_expiry
 from pedro.home import UPLOADS
 from pedro.store import FileRecord, check_file_room
 
@@ -90,10 +90,10 @@ class Files:
             raise file_too_large(self.limits.file_bytes)
         check_file_room(self._store.held_files(tenant), more, self.limits.tenant_bytes, self.limits.tenant_files)
 
-    def begin(self, tenant: str) -> Upload:
-        """Either `finish` or `Upload.abandon` must follow. Raises UnavailableError."""
+    def begin(self, tenant: str, *, limited: bool = True) -> Upload:
+        """Either `finish`, `keep` or `Upload.abandon` must follow. Raises UnavailableError."""
         check_name("tenant", tenant)
-        return Upload(tenant, self.contents.begin(), self.limits.file_bytes)
+        return Upload(tenant, self.contents.begin(), self.limits.file_bytes if limited else None)
 
     def finish(
         self,
@@ -108,7 +108,31 @@ class Files:
         """Make a file of an upload. Raises PedroError for a name, purpose or content that is not taken and for a tenant
         that has no room; then nothing is left of it once it is abandoned."""
         check_filename(filename)
-        check_content(upload.head, purpose if purpose == RESULTS else check_purpose(purpose))
+        check_content(upload.head, purpose if purpose in MADE else check_purpose(purpose))
+        record = self.keep(upload, filename, purpose, expires_after_s, key_id=key_id)
+        try:
+            self._store.add_file(
+                record,
+                tenant_bytes=self.limits.tenant_bytes,
+                tenant_files=self.limits.tenant_files,
+                actor=actor,
+            )
+        except BaseException:
+            self.contents.remove(record.location)
+            raise
+        return record
+
+    def keep(
+        self,
+        upload: Upload,
+        filename: str,
+        purpose: str,
+        expires_after_s: int | None = None,
+        *,
+        key_id: str | None = None,
+    ) -> FileRecord:
+        """Store the bytes of an upload. Whoever enters the row removes them where that fails. Raises
+        UnavailableError."""
         file_id, created = f"file-{uuid.uuid4().hex[:24]}", time.time()
         after = expires_after_s if expires_after_s is not None else default_expiry(purpose)
         record = FileRecord(
@@ -124,16 +148,6 @@ class Files:
             key_id=key_id,
         )
         self.contents.keep(upload.scratch, record.location)
-        try:
-            self._store.add_file(
-                record,
-                tenant_bytes=self.limits.tenant_bytes,
-                tenant_files=self.limits.tenant_files,
-                actor=actor,
-            )
-        except BaseException:
-            self.contents.remove(record.location)
-            raise
         return record
 
     def get(self, file_id: str, tenant: str | None) -> FileRecord:

@@ -13,12 +13,12 @@ from pedro.data.files import BOM, GZIP, HEAD_BYTES, REFUSED, ZSTD
 from pedro.errors import PedroError
 
 FINE_TUNE, BATCH = "fine-tune", "batch"
-RESULTS = "fine-tune-results"  # what a job leaves; nobody uploads one
+MADE = RESULTS, BATCH_OUTPUT = "fine-tune-results", "batch_output"  # by jobs and batches: nobody uploads one
 PURPOSES = (FINE_TUNE, BATCH)
 OTHER_PURPOSES = (
     "assistants",
     "assistants_output",
-    "batch_output",
+    BATCH_OUTPUT,
     "evals",
     RESULTS,
     "user_data",
@@ -71,7 +71,7 @@ def check_expiry(anchor: str | None, seconds: str | None) -> int | None:
 
 def default_expiry(purpose: str) -> int | None:
     """As at OpenAI: what is of use for a batch alone ends after 30 days, anything else is kept."""
-    return MAX_EXPIRY_S if purpose == BATCH else None
+    return MAX_EXPIRY_S if purpose in (BATCH, BATCH_OUTPUT) else None
 
 
 def check_content(head: bytes, purpose: str) -> None:

@@ -85,8 +85,10 @@ class AllowedBackend:
     ) -> AdapterCard:
         return await self._backend.set_canary(tenant, self._allowed(name), version, weight, actor=actor)
 
-    async def delete_version(self, tenant: str, name: str, version: int, *, actor: Actor | None = None) -> None:
-        await self._backend.delete_version(tenant, self._allowed(name), version, actor=actor)
+    async def delete_version(
+        self, tenant: str, name: str, version: int, *, unused: bool = False, actor: Actor | None = None
+    ) -> None:
+        await self._backend.delete_version(tenant, self._allowed(name), version, unused=unused, actor=actor)
 
     async def metrics(self) -> str:
         return await self._backend.metrics()

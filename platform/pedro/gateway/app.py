@@ -16,6 +16,7 @@ from pedro.files import FileLimits, Files
 from pedro.gateway import (
     routes_adapters,
     routes_audit,
+    routes_batches,
     routes_files,
     routes_fine_tuning,
     routes_health,
@@ -26,6 +27,7 @@ from pedro.gateway import (
     routes_usage,
 )
 from pedro.gateway.auth import Authenticator
+from pedro.gateway.batch_runner import BatchRunner
 from pedro.gateway.edge import Edge
 from pedro.gateway.errors import install_error_handlers
 from pedro.gateway.observability import GatewayMetrics, Observed
@@ -55,6 +57,10 @@ class GatewaySettings:
     max_tenant_file_bytes: int = 10 * 2**30  # of all files of a tenant
     max_tenant_files: int = 10_000  # their number
     max_open_uploads: int = 4  # of a tenant
+    max_open_batches: int = 100  # of a tenant, those that have not ended
+    rows_of_batch: int = 8  # of one batch asked at once, while no other request is open
+    batch_rows: int = 32  # of all batches
+    batch_lease_s: float = 15.0  # a killed gateway's batches are gone on with after it
     upload_timeout_s: float = 3600.0  # for the whole of a file to arrive
     write_usage_every_s: float = FLUSH_EVERY_S  # what a gateway that is killed has not written is lost
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
@@ -80,7 +86,11 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         sweeping = asyncio.create_task(file_threads.run(_sweep, files)) if files is not None else None
+        if batches is not None:
+            batches.start()
         yield
+        if batches is not None:
+            await batches.close()
         await usage.close()
         await quotas.close()
         if sweeping is not None:
@@ -102,6 +112,8 @@ def create_app(
     app.state.open_uploads = OpenUploads(settings.max_open_uploads)
     app.state.file_threads = file_threads
     app.state.usage = usage
+    batches = BatchRunner(app, store, files) if files is not None else None
+    app.state.batches = batches
     install_error_handlers(app)
     app.add_middleware(Edge, send_request_id=settings.send_request_id)
     app.add_middleware(Observed, metrics=metrics)
@@ -111,6 +123,7 @@ def create_app(
         routes_models,
         routes_adapters,
         routes_audit,
+        routes_batches,
         routes_files,
         routes_fine_tuning,
         routes_health,

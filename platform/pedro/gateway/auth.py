@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 
 from pedro.errors import AuthenticationError, ScopeError
 from pedro.gateway.allow_list import AllowedBackend
@@ -18,7 +18,9 @@ from pedro.gateway.key_cache import KeyCache, LastUsed
 from pedro.gateway.observability import note
 from pedro.gateway.quotas import admit
 from pedro.refs import ModelRef
-from pedro.store import ADMIN, NO_QUOTA, Actor, Quota, Store
+from pedro.store import ADMIN, NO_QUOTA, Actor, KeyRecord, Quota, Store
+
+CALLER = "pedro.caller"  # in the scope of a request that this process makes: who asks; a server puts nothing there
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Principal:
     tenant_quota: Quota = NO_QUOTA
     models: frozenset[str] | None = None
     """The only ones that this caller may name, as `tenant.adapter`; None: what its view has, and the backbone."""
+
+    @classmethod
+    def of(cls, key: KeyRecord, tenant_quota: Quota) -> Principal:
+        """The holder of a key."""
+        models = None
+        if key.adapters is not None:
+            models = frozenset(ModelRef(key.tenant, adapter).name for adapter in key.adapters)
+        return cls(key.id, key.tenant, frozenset(key.scopes), key.quota, tenant_quota, models)
 
     @property
     def is_admin(self) -> bool:
@@ -53,10 +63,7 @@ class Authenticator:
         """Raises AuthenticationError for no key, an unknown one, an expired or a revoked one."""
         key, tenant_quota = await self._keys.find(_bearer(authorization))
         self._last_used.note(key.id)
-        models = None
-        if key.adapters is not None:
-            models = frozenset(ModelRef(key.tenant, adapter).name for adapter in key.adapters)
-        return Principal(key.id, key.tenant, frozenset(key.scopes), key.quota, tenant_quota, models)
+        return Principal.of(key, tenant_quota)
 
     def close(self) -> None:
         self._keys.close()
@@ -70,7 +77,9 @@ def require(*scopes: str) -> Callable[[Request], Awaitable[Principal]]:
     """
 
     async def caller(request: Request) -> Principal:
-        principal: Principal = await request.app.state.authenticator(request.headers.get("authorization"))
+        principal: Principal | None = request.scope.get(CALLER)
+        if principal is None:
+            principal = await request.app.state.authenticator(request.headers.get("authorization"))
         if not principal.scopes & {*scopes, ADMIN}:
             named = " or ".join(f"'{scope}'" for scope in scopes)
             raise ScopeError(f"This API key lacks the scope {named}; use a key that was created with it.")
@@ -96,7 +105,12 @@ def counted(*scopes: str) -> Callable[[Request], Awaitable[Principal]]:
 
 def backend_for(request: Request, caller: Principal) -> Backend:
     """The backend as this caller may see it: every route that names or lists models asks here for it."""
-    backend: Backend = request.app.state.backend()
+    return backend_of(request.app, caller)
+
+
+def backend_of(app: FastAPI, caller: Principal) -> Backend:
+    """The same, for who is not in a request."""
+    backend: Backend = app.state.backend()
     return backend if caller.models is None else AllowedBackend(backend, caller.models)
 
 

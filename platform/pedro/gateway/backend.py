@@ -312,8 +312,11 @@ class Backend(Protocol):
         """
         ...
 
-    async def delete_version(self, tenant: str, name: str, version: int, *, actor: Actor | None = None) -> None:
-        """Deletes a version. Raises NotFoundError, or ConflictError for the champion."""
+    async def delete_version(
+        self, tenant: str, name: str, version: int, *, unused: bool = False, actor: Actor | None = None
+    ) -> None:
+        """Deletes a version. Raises NotFoundError, or ConflictError for the champion; `unused`: for every one that an
+        alias or the canary names."""
         ...
 
     async def metrics(self) -> str:

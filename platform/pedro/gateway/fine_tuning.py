@@ -14,10 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from pedro.errors import PedroError
-from pedro.gateway.schemas import INT32, Body, Whole
+from pedro.gateway.schemas import INT32, Body, Metadata, Whole
 from pedro.refs import NAME
 
-MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 LEARNING_RATE = 3e-3  # what `learning_rate_multiplier` multiplies; "auto" is 1
 PEDRO_SECTIONS = ("data", "gate", "method", "resources", "training")
 OF_THE_API = {"data": ("train", "validation", "theta", "test")}  # keys that name files: the API has fields for them
@@ -30,19 +29,6 @@ def _auto(value: Any) -> Any:
 
 
 Auto = BeforeValidator(_auto)
-
-
-def _metadata(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError("expected an object")
-    if len(value) > MAX_METADATA:
-        raise ValueError(f"expected at most {MAX_METADATA} pairs")
-    for key, text in value.items():
-        if not isinstance(text, str) or len(key) > MAX_METADATA_KEY or len(text) > MAX_METADATA_VALUE:
-            raise ValueError(f"expected texts of at most {MAX_METADATA_VALUE} characters by keys of at most 64")
-        if "\x00" in key + text:
-            raise ValueError("expected texts without null characters")
-    return value
 
 
 class Hyperparameters(Body):
@@ -86,9 +72,7 @@ class JobRequest(Body):
     method: Method | None = None  # supervised if not given
     suffix: Annotated[str | None, Field(max_length=64)] = None  # names the adapter
     seed: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None  # 0 if not given
-    metadata: Annotated[dict[str, str] | None, BeforeValidator(lambda value: value and _metadata(value))] = (
-        None  # labels
-    )
+    metadata: Metadata = None  # labels
 
 
 def adapter_of(suffix: str | None, idempotency_key: str | None) -> str:

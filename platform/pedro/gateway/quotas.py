@@ -160,6 +160,11 @@ class OpenRequests:
         self._total = total
         self._held: Counter[str] = Counter()
 
+    @property
+    def total(self) -> int:
+        """Those of all tenants."""
+        return self._held.total()
+
     def enter(self, tenant: str, scope: Scope) -> None:
         """Count the request of `scope` until it is answered. Raises RateLimitError."""
         held = self._held[tenant]

@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 
 from pedro.errors import PedroError, ScopeError, UnavailableError
 from pedro.files import Files, check_purpose
-from pedro.files.names import RESULTS
+from pedro.files.names import MADE
 from pedro.gateway.auth import Principal, actor_of, require
 from pedro.gateway.quotas import admit
 from pedro.gateway.uploads import FileThreads, receive_file
@@ -103,7 +103,7 @@ class _ListQuery:
         self.oldest_first = order == "asc"
         self.after = given.get("after")
         purpose = given.get("purpose")
-        self.purpose = purpose if purpose in (None, RESULTS) else check_purpose(purpose)
+        self.purpose = purpose if purpose is None or purpose in MADE else check_purpose(purpose)
 
 
 def _files(request: Request, caller: Principal) -> Files:

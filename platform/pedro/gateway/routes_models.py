@@ -1,4 +1,4 @@
-"""/v1/models: the names that the caller may use."""
+"""/v1/models: the names that the caller may use; a version of its own that no alias serves can be deleted."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from pedro.gateway.auth import Principal, backend_for, require
+from pedro.errors import ConflictError, NotFoundError, PedroError, model_not_found
+from pedro.gateway.auth import Principal, actor_of, backend_for, counted, require
 from pedro.gateway.backend import ModelCard
+from pedro.refs import ModelRef
 from pedro.store import INFER, READ, TRAIN
 
 router = APIRouter()
+Owner = Annotated[Principal, Depends(counted(TRAIN))]
 Reader = Annotated[Principal, Depends(require(INFER, READ, TRAIN))]
 
 
@@ -25,6 +28,28 @@ async def get_model(request: Request, name: str, caller: Reader) -> dict[str, An
     return _model(await backend_for(request, caller).get_model(caller.view, name))
 
 
+@router.delete("/v1/models/{name:path}")
+async def delete_model(request: Request, name: str, caller: Owner) -> dict[str, Any]:
+    backend = backend_for(request, caller)
+    try:
+        ref = ModelRef.parse(name)
+    except NotFoundError:
+        ref = None
+    if ref is None or ref.version is None:
+        card = await backend.get_model(caller.view, name)
+        if ref is None:
+            raise ConflictError(f"'{name}' is the backbone, which stays", param="model")
+        version = f"'{ref.name}:{card.version}'"
+        raise ConflictError(f"'{name}' means {version} now; name the version that is to be deleted", param="model")
+    if ref.digest:
+        raise PedroError(f"model: expected '{ref.name}:{ref.version}', without a digest", param="model")
+    try:
+        await backend.delete_version(caller.view, ref.name, ref.version, unused=True, actor=actor_of(request, caller))
+    except NotFoundError:
+        raise model_not_found(name) from None
+    return {"id": name, "object": "model", "deleted": True}
+
+
 def _model(card: ModelCard) -> dict[str, Any]:
     return {
         "id": card.id,
@@ -32,6 +57,7 @@ def _model(card: ModelCard) -> dict[str, Any]:
         "created": card.created,
         "owned_by": card.owned_by,
         "root": card.backbone,
+        "parent": None if card.version is None else card.backbone,
         "version": card.version,
         "digest": card.digest,
         "max_model_len": card.max_model_len,

@@ -22,6 +22,7 @@ from pedro.gateway import vllm_fields
 INT32, INT64 = 2**31, 2**63
 MAX_STOP_LENGTH = 256  # characters; each is sought at every token
 MAX_BIASES = 1024
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -91,7 +92,23 @@ def _biases(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
+def _metadata(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError("expected an object")
+    if len(value) > MAX_METADATA:
+        raise ValueError(f"expected at most {MAX_METADATA} pairs")
+    for key, text in value.items():
+        if not isinstance(text, str) or len(key) > MAX_METADATA_KEY or len(text) > MAX_METADATA_VALUE:
+            raise ValueError(f"expected texts of at most {MAX_METADATA_VALUE} characters by keys of at most 64")
+        if "\x00" in key + text:
+            raise ValueError("expected texts without null characters")
+    return value
+
+
 Whole = BeforeValidator(_whole)
+Metadata = Annotated[dict[str, str] | None, BeforeValidator(_metadata)]  # pairs of the client's own
 Stop = Annotated[tuple[str, ...], BeforeValidator(_stop), Field(max_length=16)]
 Prompts = Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
 Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]

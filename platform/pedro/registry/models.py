@@ -8,6 +8,7 @@ show it, and is not waited for.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import threading
@@ -188,9 +189,9 @@ class Registry(Tracking):
             self.store.delete_version(name, version, actor=actor)
         self._show(name)
 
-    def retire(self, name: str, version: int, promoted_before: float) -> None:
+    def retire(self, name: str, version: int, promoted_before: float = math.inf, *, actor: By = None) -> None:
         """Delete a version that no alias names (`Store.retire_version`). Raises ConflictError, NotFoundError."""
-        self.store.retire_version(name, version, promoted_before)
+        self.store.retire_version(name, version, promoted_before, actor=actor)
         self._show(name)
 
     def mirror(self) -> list[str]:

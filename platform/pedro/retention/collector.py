@@ -38,6 +38,7 @@ RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (  # who names somethin
     rules_files.datasets,
     rules_files.backbone_copies,
     rules_files.logs,
+    rules_records.batches,
     rules_records.keys_and_usage,
 )
 

@@ -41,7 +41,7 @@ class Retention:
     datasets_s: float
     """Data files in the storage that nothing kept names."""
     records_s: float
-    """Rows and logs of ended jobs, MLflow runs without a version, revoked keys."""
+    """Rows and logs of ended jobs and batches, MLflow runs without a version, revoked keys."""
     usage_s: float
     """Usage by day."""
     versions: int | None = None

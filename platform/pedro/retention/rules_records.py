@@ -1,4 +1,4 @@
-"""Which records may go: rows and logs of ended jobs, old versions, MLflow runs without a version, keys, usage."""
+"""Which records may go: rows and logs of ended jobs, old versions, runs without a version, batches, keys, usage."""
 
 from __future__ import annotations
 
@@ -98,6 +98,15 @@ def _why_run_stays(view: View, run: KeptRun) -> str:
     if sweep in view.sweeps and view.needs_files(sweep):
         return "its sweep runs"
     return view.needs_files(run.job) if run.job else ""
+
+
+def batches(view: View) -> Iterator[Finding]:
+    """Batches that ended long ago; their files are uploads, with times of their own."""
+    limit = max(view.policy.records_s, GUARD_S)
+    if count := view.store.count_ended_batches(view.now - limit):
+        reason = f"ended more than {days(limit)} ago"
+        forget = partial(view.store.forget_ended_batches, view.now - limit)
+        yield Finding("batches", f"{count} batches", 0, reason, lambda: forget() > 0)
 
 
 def keys_and_usage(view: View) -> Iterator[Finding]:

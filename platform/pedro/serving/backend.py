@@ -201,10 +201,15 @@ class ServeBackend:
         await self._resolver.refresh()
         return await self._adapter(name)
 
-    async def delete_version(self, tenant: str, name: str, version: int, *, actor: Actor | None = None) -> None:
-        """Delete one version; the champion is refused."""
+    async def delete_version(
+        self, tenant: str, name: str, version: int, *, unused: bool = False, actor: Actor | None = None
+    ) -> None:
+        """Delete one version; the champion is refused, or whatever an alias or the canary names."""
         self._own(tenant, name)
-        await asyncio.to_thread(self._registry.delete, name, version, actor=actor)
+        if unused:
+            await asyncio.to_thread(self._registry.retire, name, version, actor=actor)
+        else:
+            await asyncio.to_thread(self._registry.delete, name, version, actor=actor)
         await self._resolver.refresh()
 
     async def get_adapter(self, tenant: str, name: str) -> AdapterCard:

@@ -1,5 +1,6 @@
 """The platform's own records: keys, quotas, jobs, files, adapters, aliases. The only package that writes SQL."""
 
+from pedro.store.batches import BatchRecord, BatchStatus, new_batch_id
 from pedro.store.buckets import LeaseGrant, LeaseRequest
 from pedro.store.changes import ADAPTER, KEY, QUOTA, Delta, Position
 from pedro.store.database import Database, exclusive
@@ -65,6 +66,8 @@ __all__ = [
     "Actor",
     "AuditEntry",
     "AuditQuery",
+    "BatchRecord",
+    "BatchStatus",
     "By",
     "Canary",
     "Database",
@@ -96,6 +99,7 @@ __all__ = [
     "file_not_found",
     "hash_secret",
     "kind_of",
+    "new_batch_id",
     "period_of",
     "unknown_key",
     "usage_row",

@@ -98,8 +98,13 @@ class AliasTable:
         """Delete a version that no alias names; ConflictError where one does by now, or it was champion since then."""
         with self._moving(name, "retire", actor, version) as move:
             promoted = move.promoted(version)
-            if version in move.before.versions or (promoted is not None and promoted >= promoted_before):
-                raise ConflictError(f"{name}:{version} is in use, or was not long ago", param="version")
+            canary = move.before.canary
+            names = [*move.before.names_of(version), *(["canary"] if canary and canary.version == version else [])]
+            if names:
+                message = f"{name}:{version} is {' and '.join(names)}; give that to another version first"
+                raise ConflictError(message, param="version")
+            if promoted is not None and promoted >= promoted_before:
+                raise ConflictError(f"{name}:{version} was champion not long ago", param="version")
             move.to(move.before, f"version {version}")
             move.write(version, deleted=move.at)
 

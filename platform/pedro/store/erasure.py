@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from pedro.refs import ModelRef
 from pedro.store import erasing, schema
+from pedro.store.batches import cancel_batches_of
 from pedro.store.changes import ADAPTER, CHANGES_FROM, KEY, QUOTA, announce, audited, next_generation
 from pedro.store.records import NEXT, By, JobStatus
 from pedro.store.retention import forget_marks, forget_subjects
@@ -25,6 +26,8 @@ OF_TENANT = {  # tables that have a column `tenant`, as people call what is in t
     "jobs": schema.jobs,
     "job events": schema.job_events,
     "files": schema.files,
+    "batches": schema.batches,
+    "batch answers": schema.batch_answers,
     "adapters": schema.adapters,
     "versions": schema.versions,
     "moves": schema.alias_history,
@@ -78,6 +81,7 @@ class ErasureTable:
             opened = sa.and_(jobs.c.tenant == tenant, jobs.c.status.in_(OPEN))
             end = {"status": JobStatus.CANCELLED.value, "finished": time.time(), "message": "stopped"}
             connection.execute(sa.update(jobs).where(opened).values(end))
+            cancel_batches_of(connection, tenant, time.time())
             announce(connection, generation, KEY, *ids)
             announce(connection, generation, QUOTA, f"tenant:{tenant}")
             announce(connection, generation, ADAPTER, *names)

@@ -156,6 +156,14 @@ class KeyTable:
         with self._database.reading() as connection:
             return _get(connection, key_id)
 
+    def find_key(self, key_id: str) -> tuple[KeyRecord, Quota] | None:
+        """A live key by its id, with its tenant's quota; None where it has ended."""
+        with self._database.reading() as connection:
+            row = connection.execute(_KEYS_WITH_QUOTAS.where(schema.keys.c.id == key_id)).one_or_none()
+        if row is None or _key_record(row).state(time.time()) != "active":
+            return None
+        return _key_record(row), read_quota(row, "tenant_")
+
     def list_keys(self, tenant: str | None = None) -> list[KeyRecord]:
         """Keys, revoked ones included, oldest first; of every tenant if none is named."""
         query = _KEYS_WITH_QUOTAS.order_by(schema.keys.c.created, schema.keys.c.id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-REVISION = "0004"
+REVISION = "0005"
 VERSION_TABLE = "pedro_schema"
 metadata = sa.MetaData()
 NAME = sa.String(63)  # of a tenant or an adapter
@@ -109,6 +109,40 @@ files = sa.Table(
     sa.Column("created", sa.Float, nullable=False),
     sa.Column("expires", sa.Float, index=True),
     sa.Column("key_id", sa.String(40)),
+)
+batches = sa.Table(
+    "pedro_batches",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("tenant", NAME, nullable=False),
+    sa.Column("key_id", sa.String(40), nullable=False),
+    sa.Column("endpoint", sa.String(60), nullable=False),
+    sa.Column("input_file_id", sa.String(40), nullable=False),
+    sa.Column("completion_window", sa.String(10), nullable=False),
+    sa.Column("status", sa.String(20), nullable=False, index=True),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+    sa.Column("ended", sa.Float),
+    sa.Column("labels", sa.JSON(none_as_null=True)),  # the API's metadata
+    sa.Column("output_expiry_s", sa.Integer),
+    sa.Column("moments", sa.JSON, nullable=False),  # when it came into each state
+    *(sa.Column(name, sa.Integer, nullable=False, server_default="0") for name in ("total", "completed", "failed")),
+    sa.Column("output_file_id", sa.String(40)),
+    sa.Column("error_file_id", sa.String(40)),
+    sa.Column("errors", sa.JSON(none_as_null=True)),
+    sa.Column("lease_owner", sa.String(100)),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("fence", sa.BigInteger, nullable=False, server_default="0"),  # as of jobs
+    sa.Index("ix_pedro_batches_tenant", "tenant", "created", "id"),
+)
+batch_answers = sa.Table(  # of batches that have not ended: lines of their files
+    "pedro_batch_answers",
+    metadata,
+    sa.Column("batch_id", sa.String(40), primary_key=True),
+    sa.Column("line", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("tenant", NAME, nullable=False, index=True),
+    sa.Column("status_code", sa.Integer, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
 )
 adapters = sa.Table(  # one row an adapter: where its aliases stand
     "pedro_adapters",

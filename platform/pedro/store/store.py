@@ -11,6 +11,7 @@ from typing import Any
 from pedro.store.adapters import AdapterTable
 from pedro.store.aliases import AliasTable
 from pedro.store.audit import AuditTable
+from pedro.store.batches import BatchTable
 from pedro.store.buckets import BucketTable
 from pedro.store.changes import ChangeTable
 from pedro.store.database import Database
@@ -33,6 +34,7 @@ class Store(
     JobQueue,
     JobEventTable,
     FileTable,
+    BatchTable,
     AdapterTable,
     AliasTable,
     AuditTable,

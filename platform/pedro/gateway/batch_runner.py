@@ -1,0 +1,140 @@
+"""Works on batches beside the gateway's requests: leases them, starts and ends the work on each.
+
+Every gateway runs one. What it leases it renews while it lives; a batch of a gateway that was killed is another one's,
+or the next one's, once the lease is over. A tenant's batches are worked on one after another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pedro.errors import PedroError
+from pedro.gateway.auth import Principal
+from pedro.gateway.batch_work import BatchLostError, BatchWork, Bench, Ending, ending_of
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from pedro.files import Files
+    from pedro.store import BatchRecord, Store
+
+POLL_S = 2.0
+RETRY_S = 5.0  # before a batch is gone on with that met something that does not answer
+log = logging.getLogger("pedro.gateway")
+
+
+@dataclass
+class _Active:
+    """A batch at work under one lease; how it is being ended, if it is."""
+
+    work: BatchWork
+    fence: int
+    ending: Ending | None
+    task: asyncio.Task[None]
+
+
+class BatchRunner:
+    """For one event loop. `clock` gives Unix seconds."""
+
+    def __init__(self, app: FastAPI, store: Store, files: Files, clock: Callable[[], float] = time.time) -> None:
+        settings = app.state.settings
+        self._store, self.clock = store, clock
+        self._lease_s: float = settings.batch_lease_s
+        self._owner = f"gateway-{secrets.token_hex(8)}"
+        self._bench = Bench(
+            app=app,
+            store=store,
+            files=files,
+            threads=app.state.file_threads,
+            open_requests=app.state.open_requests,
+            clock=lambda: self.clock(),
+            max_body_bytes=settings.max_body_bytes,
+            rows_of_batch=settings.rows_of_batch,
+            rows=asyncio.Semaphore(settings.batch_rows),
+        )
+        self._active: dict[str, _Active] = {}
+        self._woken = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+        self._away = False  # the database did not answer the last time
+
+    def start(self) -> None:
+        """Look for batches from now on."""
+        self._running = asyncio.create_task(self._run())
+
+    def wake(self) -> None:
+        """There is something to do."""
+        self._woken.set()
+
+    async def close(self) -> None:
+        """Leave every batch where it stands, for whoever takes it next."""
+        tasks = [active.task for active in self._active.values()] + ([self._running] if self._running else [])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(PedroError):  # then the leases run out
+            await asyncio.to_thread(self._store.release_batches, self._owner)
+
+    async def _run(self) -> None:
+        while True:
+            self._woken.clear()
+            try:
+                await self._look()
+                self._away = False
+            except Exception as error:  # whatever it is: it is looked again
+                if not self._away:
+                    log.warning("batches are not looked after: %s", error, exc_info=not isinstance(error, PedroError))
+                self._away = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(POLL_S, self._lease_s / 4)):
+                    await self._woken.wait()
+
+    async def _look(self) -> None:
+        """Have the work that is going on be that of the batches which are leased, as they stand."""
+        before = set(self._active)
+        held = await asyncio.to_thread(self._lease)
+        for batch_id in self._active.keys() - {batch.id for batch, _ in held}:
+            await self._stop(batch_id)
+        for batch, caller in held:
+            ending, active = ending_of(batch, self.clock(), caller), self._active.get(batch.id)
+            if active is not None and active.fence == batch.fence and (active.ending or not ending):
+                active.work.caller = caller
+                continue
+            if active is None and batch.id in before:
+                continue  # it ended meanwhile: how it stands now is seen when it is looked again
+            if active is not None:
+                await self._stop(batch.id)
+            work = BatchWork(self._bench, batch, caller)
+            task = asyncio.create_task(self._work(work, batch.id, ending))
+            self._active[batch.id] = _Active(work, batch.fence, ending, task)
+
+    def _lease(self) -> list[tuple[BatchRecord, Principal | None]]:
+        """The batches to work on, each with the holder of its key, if that has not ended. On a thread."""
+        now = time.time()
+        batches = self._store.lease_batches(self._owner, now, now + self._lease_s, self.clock())
+        keys = [self._store.find_key(batch.key_id) for batch in batches]
+        callers = [None if key is None else Principal.of(*key) for key in keys]
+        return list(zip(batches, callers, strict=True))
+
+    async def _work(self, work: BatchWork, batch_id: str, ending: Ending | None) -> None:
+        try:
+            await (work.run() if ending is None else work.end(ending))
+        except BatchLostError:
+            log.info("%s is another gateway's by now, or has ended", batch_id)
+        except Exception as error:  # whatever it is: it is gone on with
+            log.warning("%s stands: %s", batch_id, error, exc_info=not isinstance(error, PedroError))
+            await asyncio.sleep(RETRY_S)
+        self._active.pop(batch_id, None)
+        self.wake()
+
+    async def _stop(self, batch_id: str) -> None:
+        active = self._active.pop(batch_id, None)
+        if active is not None:
+            active.task.cancel()
+            await asyncio.gather(active.task, return_exceptions=True)
