@@ -2,6 +2,7 @@
 
 import errno
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,13 +22,14 @@ from transformers import AutoModelForCausalLM
 from pedro.backbone import load_model
 from pedro.errors import ConfigError, TrainingError, UnavailableError
 from pedro.evaluation.saved import load_saved
-from pedro.evaluation.scoring import answer_loss, score
+from pedro.evaluation.scoring import Score, answer_loss, score
 from pedro.methods.adapter_files import read_manifest, verify_adapter
 from pedro.methods.output_head import supervised
 from pedro.training import checkpoints, worker
 from pedro.training.batches import RowStream, slices, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA
 from pedro.training.loop import Data, batch_step, mean_losses, train
+from pedro.training.paired_test import compare_rows
 from pedro.training.worker_group import WorkerGroup
 
 
@@ -161,6 +163,9 @@ def test_every_method_trains_scores_and_saves_through_the_one_loop(tmp_path, met
     again = worker.score_directory(context, tmp_path / "adapter")
     assert (again.accuracy, again.rows) == (metrics["accuracy"], metrics["rows"])
     assert again.loss == pytest.approx(metrics["loss"], rel=1e-5)
+    paired = compare_rows("accuracy", trained.score.each, again.each)  # with itself, row by row
+    assert (paired.rows, paired.better, paired.worse) == (metrics["rows"], 0, 0)
+    assert paired.score == metrics["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -307,3 +312,14 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_answer_tokens(tmp_path):
         float(loss), rel=1e-5
     )
     assert math.isfinite(loss)
+
+
+def test_scores_of_workers_are_joined_in_the_order_of_the_rows():
+    class Three(WorkerGroup):
+        def gather(self, value):
+            return [Score(1, 3, 1.0, 3, ((0, 0, 1), (3, 0, 1), (6, 0, 1))), value, Score(0, 1, 0.0, 1, ((2, 0, 1),))]
+
+    context = SimpleNamespace(spec=SimpleNamespace(resources=SimpleNamespace(zero_stage=0)))
+    joined = worker._joined(context, Score(1, 2, 2.0, 2, ((1, 0, 1), (4, 0, 1))), Three(1, 3))
+    assert [row[0] for row in joined.each] == [0, 1, 2, 3, 4, 6]
+    assert (joined.correct, joined.rows, joined.tokens) == (2, 6, 6)

@@ -31,8 +31,11 @@ def preference_losses(policy: torch.Tensor, reference: torch.Tensor, beta: float
 def measured(rewards: torch.Tensor) -> torch.Tensor:
     """Sums over the pairs of rewards [2, P] for each of MEASURES. A tie is half right: the reference has 0.5."""
     margins = rewards[0] - rewards[1]
-    right = (margins > 0).to(margins) + 0.5 * (margins == 0).to(margins)
-    return torch.stack([right.sum(), margins.sum(), rewards[0].sum(), rewards[1].sum()])
+    return torch.stack([_right(margins).sum(), margins.sum(), rewards[0].sum(), rewards[1].sum()])
+
+
+def _right(margins: torch.Tensor) -> torch.Tensor:
+    return (margins > 0).to(margins) + 0.5 * (margins == 0).to(margins)
 
 
 def worse(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,4 +60,6 @@ def score_pairs(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> S
 
     losses, rewards = preference_losses(policy, reference, beta)
     pairs = losses.shape[0]
-    return Score(float(measured(rewards)[0]), pairs, float(losses.sum()), pairs)
+    right = _right(rewards[0] - rewards[1])
+    each = tuple((good, loss, 1) for good, loss in zip(right.tolist(), losses.tolist(), strict=True))
+    return Score(float(right.sum()), pairs, float(losses.sum()), pairs, each)

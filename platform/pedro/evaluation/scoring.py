@@ -12,7 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pedro.data.dataset import collate
@@ -36,6 +36,8 @@ class Score:
     rows: int = 0
     loss_sum: float = 0.0
     tokens: int = 0
+    each: tuple[tuple[float, float, int], ...] = field(default=(), compare=False, repr=False)
+    """Of every row, in their order: how far it is right (0 to 1), its loss, its answer's tokens."""
 
     def __add__(self, other: Score) -> Score:
         return Score(
@@ -43,6 +45,7 @@ class Score:
             self.rows + other.rows,
             self.loss_sum + other.loss_sum,
             self.tokens + other.tokens,
+            self.each + other.each,
         )
 
     @property
@@ -62,9 +65,10 @@ def score(model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], ba
         return Score()
     longest = max(len(row["input_ids"]) - row["prompt_len"] for row in rows)
     answers = generate(model, tokenizer, rows, max_new_tokens=longest, batch_size=batch_size)
-    correct = sum(exact_match(answer, row["completion"]) for answer, row in zip(answers, rows, strict=True))
-    loss_sum, tokens = answer_loss(model, tokenizer, rows, batch_size)
-    return Score(correct, len(rows), loss_sum, tokens)
+    right = [exact_match(answer, row["completion"]) for answer, row in zip(answers, rows, strict=True)]
+    losses = answer_losses(model, tokenizer, rows, batch_size)
+    each = tuple((float(good), loss, tokens) for good, (loss, tokens) in zip(right, losses, strict=True))
+    return Score(sum(right), len(rows), *_total(losses), each)
 
 
 def generate(
@@ -159,12 +163,26 @@ def answer_loss(
     model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int = 32
 ) -> tuple[float, int]:
     """Summed cross entropy (nats) of the answers' tokens given their prompts, and how many tokens that is."""
+    return _total(answer_losses(model, tokenizer, rows, batch_size))
+
+
+def answer_losses(
+    model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], batch_size: int = 32
+) -> list[tuple[float, int]]:
+    """Of every row the summed cross entropy (nats) of its answer's tokens given its prompt, and how many these are."""
     import torch
 
+    found: list[tuple[float, int]] = []
+    for logits, wanted, lengths in _answer_logits(model, tokenizer, rows, batch_size):
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double()
+        found += [(float(part.sum()), len(part)) for part in losses.split(lengths)]
+    return found
+
+
+def _total(losses: Iterable[tuple[float, int]]) -> tuple[float, int]:
     total, count = 0.0, 0
-    for logits, wanted, _ in _answer_logits(model, tokenizer, rows, batch_size):
-        total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
-        count += len(wanted)
+    for loss, tokens in losses:
+        total, count = total + loss, count + tokens
     return total, count
 
 

@@ -28,6 +28,7 @@ from pedro.training.job_log import keeping_log
 from pedro.training.job_record import OwnRecord
 from pedro.training.job_results import publish_results
 from pedro.training.job_usage import enter_training
+from pedro.training.paired_test import PairedTest
 from pedro.training.promotion_gate import GateDecision, decide
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.storage import fetch, put_dataset
@@ -57,6 +58,8 @@ class JobResult:
     run_id: str
     result_files: list[str] = field(default_factory=list)
     """Ids of files with its metrics; of a job that came over HTTP."""
+    evidence: dict[str, Any] | None = None
+    """The version against the champion, row by row (`PairedTest`); none where they were not compared."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,7 +90,9 @@ def run_job(
             decision = judge_version(spec, trained, registry)
             judged_against = trained.champion.version if trained.champion else None
             alias, decision = move_alias(registry, version, decision, judged_against)
-        registry.tag_run(run_id, {"version": version.ref, "alias": alias, "gate": decision.reason})
+        evidence = trained.champion.paired if trained.champion else None
+        tags = {"version": version.ref, "alias": alias, "gate": decision.reason}
+        registry.tag_run(run_id, {**tags, **({"evidence": json.dumps(evidence)} if evidence else {})})
         status = "FINISHED"
     finally:
         registry.finish_run(run_id, status)
@@ -104,6 +109,7 @@ def run_job(
         seconds=round(time.monotonic() - started, 2),
         job_id=job_id,
         run_id=run_id,
+        evidence=evidence,
     )
 
 
@@ -167,7 +173,8 @@ def judge_version(spec: FineTuneSpec, trained: Result, registry: Registry) -> Ga
     metrics = trained.metrics
     names = ("accuracy", "loss", "preference_accuracy")
     bare = {name: metrics[f"backbone_{name}"] for name in names if f"backbone_{name}" in metrics}
-    return decide(spec.gate, metrics, champion.metrics if champion else None, bare)
+    paired = PairedTest(**champion.paired) if champion and champion.paired else None
+    return decide(spec.gate, metrics, champion.metrics if champion else None, bare, paired)
 
 
 def read_spec(location: str, cache: Path, overrides: Sequence[str] = ()) -> FineTuneSpec:

@@ -29,6 +29,7 @@ from pedro.training.allowed_files import check_allowed_files
 Share = Annotated[float, Field(ge=0, lt=1)]
 FILES = ("train", "theta", "validation", "test")
 LATER = ("b_up_lr_ratio",)
+SINCE = {"evidence": "not_worse", "level": 0.05}  # of a gate: keys of a later release, with their defaults
 """Keys of `training` that earlier versions did not have; none is the default of each."""
 PACKAGED = "pedro://"
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -209,6 +210,17 @@ class GateSpec(Frozen):
     """The value that is needed in any case (for loss: the largest allowed)."""
     max_rows: int = Field(1000, ge=1, le=10**9)
     """The most rows that are scored."""
+    evidence: Literal["none", "not_worse", "better"] = "not_worse"
+    """What a paired test on these rows must show beside the gain: nothing; that it is not significantly worse than the
+    champion; or that it is significantly better."""
+    level: float = Field(0.05, gt=0, lt=0.5)
+    """Of that test, one-sided: below it a difference is significant."""
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what came later where it says nothing: digests of earlier specs are made of it."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name not in SINCE or value != SINCE[name]}
 
 
 class DPOSpec(Frozen):

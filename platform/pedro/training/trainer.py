@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ray.train import Checkpoint
 
     from pedro.backbone import Backbone
+    from pedro.evaluation.scoring import Score
     from pedro.training.context import TrainingContext
     from pedro.training.curves import CurveWriter, LogPoint
     from pedro.training.engines import StepEngine
@@ -55,6 +56,8 @@ class Champion:
     version: int
     metrics: dict[str, float] | None
     problem: str = ""
+    paired: dict[str, Any] | None = None
+    """The new version against it, row by row (`PairedTest`); trials of earlier releases have none."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def _train(
                 "digest": digest,
                 "metrics": trained.metrics,
                 "trainable_parameters": context.trainable_parameters,
-                "champion": _score_champion(context, registry),
+                "champion": _score_champion(context, registry, trained.score),
                 "unservable": unservable(Path(folder) / ADAPTER, context.backbone),
             }
             (Path(folder) / ANSWER).write_text(json.dumps(answer))
@@ -273,7 +276,9 @@ def _finished(checkpoint: Checkpoint | None) -> bool:
         return (Path(folder) / ANSWER).is_file()
 
 
-def _score_champion(context: TrainingContext, registry: Registry) -> dict[str, Any] | None:
+def _score_champion(context: TrainingContext, registry: Registry, adapted: Score) -> dict[str, Any] | None:
+    """The champion's score on the rows of `adapted`, the new version's, and both compared row by row."""
+    from pedro.training.paired_test import compare_rows
     from pedro.training.worker import compared, score_directory
 
     try:
@@ -285,7 +290,10 @@ def _score_champion(context: TrainingContext, registry: Registry) -> dict[str, A
         score = score_directory(context, registry.download(version))
     except PedroError as error:
         return asdict(Champion(version.version, None, error.message))
-    return asdict(Champion(version.version, compared(context, score)))
+    paired = compare_rows(context.spec.gate.metric, adapted.each, score.each)
+    return asdict(
+        Champion(version.version, compared(context, score), paired=None if paired is None else asdict(paired))
+    )
 
 
 def unservable(directory: Path, backbone: Backbone) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ class Trained:
 
     outcome: TrainingOutcome
     metrics: dict[str, Any]
+    score: Score = field(default_factory=Score)
+    """Of the adapter, row by row."""
 
 
 def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
@@ -55,37 +58,40 @@ def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
     }
     if outcome.validation_loss is not None and math.isfinite(outcome.validation_loss):
         counts["validation_loss"] = outcome.validation_loss
-    return Trained(outcome, {**evaluate(context, group, bare), **counts})
+    metrics, adapted = evaluate(context, group, bare)
+    return Trained(outcome, {**metrics, **counts}, adapted)
 
 
-def evaluate(context: TrainingContext, group: WorkerGroup, bare: Score | None = None) -> dict[str, Any]:
-    """accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and which split they are of; of
-    preferences the preference_accuracy in place of all accuracies.
+def evaluate(context: TrainingContext, group: WorkerGroup, bare: Score | None = None) -> tuple[dict[str, Any], Score]:
+    """As metrics accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and which split they are of;
+    of preferences the preference_accuracy in place of all accuracies. And the adapter's score, row by row.
 
     `bare` is the backbone's score where it was taken before the training.
     """
     split, rows = context.scored_rows()
     metrics: dict[str, Any] = {"split": split, "rows": 0}
     if rows is None:
-        return metrics
+        return metrics, Score()
     if context.spec.beta is not None:
-        return {**_evaluate_pairs(context, rows, group, context.spec.beta), **metrics, "rows": len(rows)}
+        scores, adapted = _evaluate_pairs(context, rows, group, context.spec.beta)
+        return {**scores, **metrics, "rows": len(rows)}, adapted
     adapted = _score(context, context.model, rows, group)
     bare = bare or _score_bare(context, group)
     guess = majority(rows["completion"])
     guessed = sum(text.strip() == guess for text in rows["completion"])
-    return {
+    scores = {
         "accuracy": adapted.accuracy,
         "loss": adapted.loss,
         "backbone_accuracy": bare.accuracy,
         "backbone_loss": bare.loss,
         "majority_accuracy": guessed / len(rows),
-        **metrics,
-        "rows": adapted.rows,
     }
+    return {**scores, **metrics, "rows": adapted.rows}, adapted
 
 
-def _evaluate_pairs(context: TrainingContext, rows: Dataset, group: WorkerGroup, beta: float) -> dict[str, float]:
+def _evaluate_pairs(
+    context: TrainingContext, rows: Dataset, group: WorkerGroup, beta: float
+) -> tuple[dict[str, float], Score]:
     """Scores of pairs. The backbone's are what any model has that is its own reference: 0.5 and log 2."""
     part = _share(context, rows, group)
     model: Any = context.model
@@ -94,10 +100,8 @@ def _evaluate_pairs(context: TrainingContext, rows: Dataset, group: WorkerGroup,
         reference = pair_likelihoods(model, context.tokenizer, part)
     mine = [score_pairs(likelihoods, reference, beta) for likelihoods in (policy, reference)]
     adapted, bare = (_joined(context, score, group) for score in mine)
-    return {
-        **compared(context, adapted),
-        **{f"backbone_{name}": value for name, value in compared(context, bare).items()},
-    }
+    beside = {f"backbone_{name}": value for name, value in compared(context, bare).items()}
+    return {**compared(context, adapted), **beside}, adapted
 
 
 def compared(context: TrainingContext, score: Score) -> dict[str, float]:
@@ -135,7 +139,11 @@ def _share(context: TrainingContext, rows: Any, group: WorkerGroup) -> list[Any]
 
 
 def _joined(context: TrainingContext, mine: Score, group: WorkerGroup) -> Score:
-    return mine if _sharded(context) else sum(group.gather(mine), Score())
+    if _sharded(context):
+        return mine
+    gathered = group.gather(mine)
+    in_order = (row for turn in zip_longest(*(one.each for one in gathered)) for row in turn if row is not None)
+    return replace(sum(gathered, Score()), each=tuple(in_order))
 
 
 def save(

@@ -58,6 +58,8 @@ class SweepResult:
     run_id: str
     seconds: float
     """Of this driver."""
+    evidence: dict[str, Any] | None = None
+    """The version against the champion, row by row; none where they were not compared."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,6 +136,7 @@ def _finish(tracker: TrialTracker, settings: Settings, registry: Registry, start
         directory=str(folder),
         run_id=tracker.run_id,
         seconds=round(time.monotonic() - started, 2),
+        evidence=(outcome.champion or {}).get("paired"),
     )
     summary = {**result.to_dict(), "spec": tracker.spec.to_dict(), "provenance": provenance()}
     write_sweep_report(tracker, folder, summary)
