@@ -57,8 +57,8 @@ def compare_rows(metric: str, mine: Sequence[RowScore], champions: Sequence[RowS
     better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     if metric != "loss":
         right, other = (sum(row[0] for row in rows) / len(rows) for rows in (mine, champions))
-        tails = _tail(better, better + worse), _tail(worse, better + worse)
-        return PairedTest(metric, "exact McNemar", len(mine), right, other, better, worse, *tails)
+        p_better, p_worse = _tail(better, better + worse), _tail(worse, better + worse)
+        return PairedTest(metric, "exact McNemar", len(mine), right, other, better, worse, p_better, p_worse)
     return _bootstrap(mine, champions, better, worse)
 
 
@@ -88,6 +88,6 @@ def _bootstrap(mine: Sequence[RowScore], champions: Sequence[RowScore], better: 
         parts.append((counts @ (losses[1] - losses[0])) / drawn)
     gains = np.concatenate(parts)
     low, high = (float(value) for value in np.quantile(gains, (0.025, 0.975)))
-    tails = (float((np.sum(side) + 1) / (resamples + 1)) for side in (gains <= 0, gains >= 0))
+    p_better, p_worse = (float((np.sum(side) + 1) / (resamples + 1)) for side in (gains <= 0, gains >= 0))
     ours, theirs = (float(value) for value in losses.sum(1) / tokens.sum())
-    return PairedTest("loss", "paired bootstrap", rows, ours, theirs, better, worse, *tails, low, high)
+    return PairedTest("loss", "paired bootstrap", rows, ours, theirs, better, worse, p_better, p_worse, low, high)
