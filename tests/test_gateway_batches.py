@@ -10,6 +10,7 @@ from gateway_batches import CHAT, COMPLETIONS, SCOPES, answers, begin, counts, e
 from gateway_server import Gateway, serve
 from store_moves import fill
 
+from pedro.errors import AdapterError
 from pedro.gateway import batch_work
 from pedro.gateway.app import GatewaySettings
 
@@ -94,6 +95,19 @@ def test_bad_rows_are_told_with_their_lines_before_any_is_asked(gateway, client)
     foreign, unknown = (one.message for one in done.errors.data[-2:])
     assert foreign == unknown.replace("globex.nix", "globex.faq")
     assert gateway.backend.calls == []
+
+
+def test_a_model_that_cannot_be_served_is_a_mistake_of_its_line(gateway, client, monkeypatch):
+    known = gateway.backend.get_model
+
+    async def get_model(tenant, name):
+        if name == "acme.alien":
+            raise AdapterError("It was made for another backbone.")
+        return await known(tenant, name)
+
+    monkeypatch.setattr(gateway.backend, "get_model", get_model)
+    done = ended(client, begin(client, [row("a"), row("b", model="acme.alien")]))
+    assert [(one.line, one.code) for one in done.errors.data] == [(2, "invalid_adapter")]
 
 
 @pytest.mark.parametrize(

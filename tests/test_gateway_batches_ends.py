@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -82,9 +83,7 @@ def test_a_batch_ends_with_its_window(wide):
 
 
 def test_a_batch_goes_on_after_a_restart_and_answers_each_row_once(tmp_path):
-    settings = GatewaySettings(
-        rows_of_batch=20, batch_rows=40
-    )  # the lease is given up: its half minute is not waited for
+    settings = replace(WIDE, batch_lease_s=3600.0)  # given up at the end, and so not waited for
     with serve(tmp_path, settings=settings) as gateway:
         key = gateway.key("acme", SCOPES)
         made = half_answered(gateway, gateway.client(key))
@@ -99,6 +98,7 @@ def test_a_batch_goes_on_after_a_restart_and_answers_each_row_once(tmp_path):
 
 KILLED = """
 import sys, threading
+from dataclasses import replace
 from pathlib import Path
 from gateway_server import serve
 from pedro.gateway.app import GatewaySettings
@@ -184,6 +184,18 @@ def test_rows_stand_aside_while_other_requests_are_open(tmp_path):
         until(lambda: gateway.backend.running == 5)
         gateway.backend.allowed = 100
         assert counts(ended(client, made)) == (20, 20, 0)
+
+
+def test_two_gateways_on_one_database_ask_each_row_once(tmp_path):
+    settings = replace(WIDE, batch_lease_s=600.0)  # however slow the machine is, none is taken from the other
+    with serve(tmp_path, settings=settings) as one, serve(tmp_path, settings=settings) as other:
+        pairs = [(f"t{number}", gateway) for number in range(4) for gateway in (one, other)]
+        clients = [gateway.client(gateway.key(tenant, SCOPES)) for tenant, gateway in pairs]
+        made = [begin(client, [row(f"{client.api_key}{number}") for number in range(10)]) for client in clients]
+        for client, batch in zip(clients, made, strict=True):
+            assert counts(ended(client, batch)) == (10, 10, 0)
+        asked = [call.prompt for gateway in (one, other) for call in gateway.backend.calls]
+    assert len(asked) == len(set(asked)) == 80
 
 
 def test_a_tenants_batches_come_one_after_another_and_hold_nobody_elses_up(wide):

@@ -21,7 +21,7 @@ from pedro.retention.policy import Retention, parse_age
 from pedro.retention.view import View
 from pedro.serving.gone_versions import GoneVersions
 from pedro.sizes import KINDS, SizeGauges, measure
-from pedro.store import CHAMPION
+from pedro.store import CHAMPION, BatchRecord, BatchStatus
 from pedro.training.job_status import ClusterJobs
 from pedro.training.storage import fetch, put_dataset, read_text, write_text
 
@@ -111,6 +111,23 @@ def test_uploads_go_when_their_time_is_over_and_shared_content_with_the_last_of_
     assert _gone(_gc(home), "uploads") == {"file-2"}
     assert not content.exists()
     assert registry.store.stored_files() == []
+
+
+def test_batches_go_long_after_they_ended(home):
+    settings, registry = home
+    for name in ("long-ago", "lately", "open"):
+        file_id, now = "file-0", time.time()
+        batch = BatchRecord(
+            name, "acme", "key_1", "/v1/completions", file_id, "24h", BatchStatus.VALIDATING, now - 500 * DAY, now + DAY
+        )
+        registry.store.create_batch(batch, 10)
+    for name, days in (("long-ago", 450), ("lately", 1)):
+        execute(
+            settings, "UPDATE pedro_batches SET status = 'completed', ended = ? WHERE id = ?", now - days * DAY, name
+        )
+    assert _gone(_gc(home), "batches") == {"1 batches"}
+    assert {batch.id for batch in registry.store.list_batches("acme")} == {"lately", "open"}
+    assert not _gone(_gc(home), "batches")
 
 
 def test_caches_go_when_nobody_used_them_and_copies_of_versions_that_are_gone(home, tmp_path):

@@ -27,17 +27,17 @@ def made(store: Store, batch_id: str, tenant: str = "acme", created: float = 0.0
     return batch
 
 
-def leased(store: Store, owner: str, now: float) -> list[str]:
-    return sorted(batch.id for batch in store.lease_batches(owner, now, now + 10.0, now))
+def leased(store: Store, owner: str, now: float, most: int = 9) -> list[str]:
+    return sorted(batch.id for batch in store.lease_batches(owner, now, now + 10.0, now, most))
 
 
 def test_a_holder_that_slept_through_its_lease_changes_nothing_any_more(store):
     made(store, "b1")
-    (first,) = store.lease_batches("a", 1.0, 11.0, 1.0)
+    (first,) = store.lease_batches("a", 1.0, 11.0, 1.0, 9)
     assert leased(store, "b", 5.0) == []
     assert store.begin_batch(first, 3, 2.0)
     assert store.add_batch_answer(first, 1, 200, "one")
-    (second,) = store.lease_batches("b", 12.0, 22.0, 12.0)
+    (second,) = store.lease_batches("b", 12.0, 22.0, 12.0, 9)
     assert (second.status, second.fence) == ("in_progress", first.fence + 1)
     for change in (
         lambda: store.add_batch_answer(first, 2, 200, "two"),
@@ -55,7 +55,7 @@ def test_a_holder_that_slept_through_its_lease_changes_nothing_any_more(store):
 
 def test_a_row_has_one_answer_and_is_counted_with_it(store):
     made(store, "b1")
-    (batch,) = store.lease_batches("a", 1.0, 11.0, 1.0)
+    (batch,) = store.lease_batches("a", 1.0, 11.0, 1.0, 9)
     assert not store.add_batch_answer(batch, 1, 200, "too early")
     store.begin_batch(batch, 600, 2.0)
     for line in range(600):
@@ -68,7 +68,7 @@ def test_a_row_has_one_answer_and_is_counted_with_it(store):
 
 def test_an_end_enters_files_and_state_together_and_again_does_nothing(store):
     made(store, "b1")
-    (batch,) = store.lease_batches("a", 1.0, 11.0, 1.0)
+    (batch,) = store.lease_batches("a", 1.0, 11.0, 1.0, 9)
     store.begin_batch(batch, 1, 2.0)
     store.add_batch_answer(batch, 1, 200, "one")
     assert store.finalize_batch(batch, 3.0)
@@ -101,10 +101,20 @@ def test_of_each_tenant_the_oldest_is_leased_and_what_only_has_to_be_ended(store
     assert leased(store, "b", 5.0) == ["b0", "b2", "other"]
 
 
+def test_gateways_share_the_batches_and_each_keeps_what_it_has(store):
+    for number in range(5):
+        made(store, f"b{number}", tenant=f"tenant{number}", created=float(number))
+    assert leased(store, "a", 5.0, most=2) == leased(store, "a", 6.0, most=2) == ["b0", "b1"]
+    assert leased(store, "b", 6.0, most=2) == ["b2", "b3"]
+    assert leased(store, "a", 7.0, most=3) == ["b0", "b1", "b4"]
+    assert leased(store, "c", 7.0, most=3) == []
+    assert leased(store, "c", 16.5, most=3) == ["b2", "b3"]  # of one that does not renew them
+
+
 def test_batches_of_a_tenant_that_is_erased_are_over_where_they_stand(store):
     made(store, "b1")
     made(store, "b2", tenant="globex")
-    mine, _ = sorted(store.lease_batches("a", 1.0, 11.0, 1.0), key=lambda batch: batch.id)
+    mine, _ = sorted(store.lease_batches("a", 1.0, 11.0, 1.0, 9), key=lambda batch: batch.id)
     store.begin_batch(mine, 2, 2.0)
     store.add_batch_answer(mine, 1, 200, "one")
     store.begin_erasure("acme")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pedro.errors import NotFoundError
+from pedro.errors import NotFoundError, PedroError
 from pedro.files.names import BATCH_OUTPUT
 from pedro.gateway.auth import backend_of
 from pedro.gateway.batch_rows import MAX_ROWS, BatchRow, RowMistake, answer_line, read_rows, unasked_line
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 READ_TOGETHER, READ_BYTES = 64, 1 << 20  # rows read at a time, and bytes after which no further one is
 MAX_MISTAKES = 100  # that are told
+AWAY = (429, 503, 504)  # statuses of what may be otherwise in a while
 TRIES = 3  # of a row that met a fault of ours
 LONGEST_WAIT_S = 30.0
 ASIDE_S = 0.05  # how often a row looks whether others are answered
@@ -125,8 +126,10 @@ class BatchWork:
                 break
             try:
                 await backend.get_model(self._asker.view, model)
-            except NotFoundError as error:
-                mistakes.append(RowMistake("model_not_found", error.message, line, "body.model"))
+            except PedroError as error:
+                if error.status in AWAY:
+                    raise
+                mistakes.append(RowMistake(error.code or "invalid_model", error.message, line, "body.model"))
         return total, sorted(mistakes, key=lambda one: one.line or 0)[:MAX_MISTAKES]
 
     def _scan(self, stream: Any) -> tuple[int, dict[str, int], list[RowMistake]]:

@@ -118,30 +118,31 @@ class BatchTable:
             raise ConflictError(f"batch '{batch_id}' is {batch.status} and cannot be cancelled", param="batch_id")
         return batch
 
-    def lease_batches(self, owner: str, now: float, until: float, overdue_at: float) -> list[BatchRecord]:
-        """Take what is to be worked on and nobody holds, and hold it and one's own `until` then.
+    def lease_batches(self, owner: str, now: float, until: float, overdue_at: float, most: int) -> list[BatchRecord]:
+        """Take what is to be worked on and nobody holds, and hold it and one's own `until` then; `most` at once.
 
         Of each tenant that is its oldest open batch, and all that only have to be ended.
         """
-        query = sa.select(BATCHES.id, BATCHES.tenant, BATCHES.status, BATCHES.expires).where(BATCHES.status.in_(OPEN))
+        query = sa.select(schema.batches).where(BATCHES.status.in_(OPEN)).order_by(BATCHES.created, BATCHES.id)
         with self._database.reading() as connection:
-            rows = connection.execute(query.order_by(BATCHES.created, BATCHES.id)).all()
+            rows = connection.execute(query).all()
         first: dict[str, str] = {}
         for row in rows:
             first.setdefault(row.tenant, row.id)
         wanted = [
-            row.id
+            row
             for row in rows
             if first[row.tenant] == row.id or row.status == "cancelling" or row.expires <= overdue_at
         ]
-        if not wanted:
+        kept = [row.id for row in wanted if row.lease_owner == owner]
+        free = [row.id for row in wanted if row.lease_owner != owner and (row.lease_until or 0.0) < now]
+        new = free[: max(0, most - len(kept))]
+        if not kept and not new:
             return []
-        free = sa.or_(BATCHES.lease_until.is_(None), BATCHES.lease_until < now)
-        others = sa.or_(BATCHES.lease_owner.is_(None), BATCHES.lease_owner != owner)
-        due = sa.and_(BATCHES.id.in_(wanted), BATCHES.status.in_(OPEN))
-        mine = sa.and_(due, BATCHES.lease_owner == owner)
+        still_free = sa.or_(BATCHES.lease_until.is_(None), BATCHES.lease_until < now)
+        mine = sa.and_(BATCHES.id.in_(kept + new), BATCHES.lease_owner == owner, BATCHES.status.in_(OPEN))
         with self._database.writing() as connection:
-            taken = sa.update(schema.batches).where(due, free, others)
+            taken = sa.update(schema.batches).where(BATCHES.id.in_(new), BATCHES.status.in_(OPEN), still_free)
             connection.execute(taken.values(lease_owner=owner, fence=BATCHES.fence + 1))
             connection.execute(sa.update(schema.batches).where(mine).values(lease_until=until))
             return [_batch_record(row) for row in connection.execute(sa.select(schema.batches).where(mine))]
