@@ -16,6 +16,7 @@ from pedro.data import PromptFormat
 from pedro.data.call_syntax import SYNTAXES, syntax_of
 from pedro.gateway.app import GatewaySettings, create_app
 from pedro.gateway.parsing import parse
+from pedro.gateway.quotas import prompt_estimate
 from pedro.gateway.routes_inference import chat_call
 from pedro.gateway.schemas import ChatRequest
 from pedro.gateway.tool_answers import CallReader
@@ -223,6 +224,17 @@ def test_an_answer_that_is_free_to_call_is_its_text_where_it_calls_nothing(serve
     bound = create(served, tool_choice="none", **fields).choices[0]
     assert free.message.content == bound.message.content
     assert (free.finish_reason, free.message.tool_calls) == (bound.finish_reason, None)
+
+
+def test_tools_and_calls_count_as_prompt_before_anything_is_made():
+    made = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    talk = [*ASK, {"role": "assistant", "tool_calls": [made]}, {"role": "tool", "tool_call_id": "c1", "content": "dry"}]
+
+    def estimate(messages, **fields):
+        body = json.dumps({"model": "m", "messages": messages, **fields}).encode()
+        return prompt_estimate(chat_call(parse(ChatRequest, body), tenant="acme", trace_id="t", max_choices=1))
+
+    assert estimate(ASK) < estimate(talk) < estimate(talk, tools=TOOLS)
 
 
 def call(name="weather", **arguments):

@@ -8,6 +8,7 @@ leases (`leases.py`), as they do budgets, which also outlive the process.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -206,7 +207,10 @@ def reservation(calls: Sequence[GenerateCall]) -> int:
 def prompt_estimate(call: GenerateCall) -> int:
     """Tokens of the prompt: counted where it came as ids, guessed from its length otherwise."""
     if call.messages is not None:
-        return sum(_guess(message["content"]) for message in call.messages)
+        told = [json.dumps(message["tool_calls"]) for message in call.messages if "tool_calls" in message]
+        if call.tools is not None:
+            told.append(json.dumps(call.tools.tools))
+        return sum(map(_guess, (*(message["content"] for message in call.messages), *told)))
     return _guess(call.prompt) if isinstance(call.prompt, str) else len(call.prompt or ())
 
 
