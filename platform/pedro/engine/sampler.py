@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from pedro.engine.sequence import SamplingParams, TokenLogprob
-from pedro.engine.token_mask import barred
+from pedro.engine.token_mask import bias
 
 LEAST_TEMPERATURE = 1e-6  # below it float32 would divide by zero
 LEAST_TOP_P = 1e-6  # a smaller float64 rounds to zero in float32, which would drop every token
@@ -109,17 +109,17 @@ def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
             _column([getattr(p, name) for p in params], scores) for name in ("presence_penalty", "frequency_penalty")
         )
         scores[at, ids] -= presence[at] + frequency[at] * counts
-    for i, bias in enumerate(p.logit_bias for p in params):
-        if bias:
-            ids = torch.tensor(list(bias), device=logits.device)
-            scores[i, ids] += _column(list(bias.values()), scores)
+    for i, biases in enumerate(p.logit_bias for p in params):
+        if biases:
+            ids = torch.tensor(list(biases), device=logits.device)
+            scores[i, ids] += _column(list(biases.values()), scores)
     for i, row in enumerate(rows):
         if row.barred:
             scores[i, list(row.barred)] = -math.inf
     masks = {i: row.mask for i, row in enumerate(rows) if row.mask is not None}
     if masks:
-        for i, out in zip(masks, barred(list(masks.values()), scores.shape[-1], scores.device), strict=True):
-            scores[i].masked_fill_(out, -math.inf)
+        for i, added in zip(masks, bias(list(masks.values()), scores.shape[-1], scores.device), strict=True):
+            scores[i] += added
     return scores
 
 

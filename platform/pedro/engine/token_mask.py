@@ -5,6 +5,7 @@ Legend: R rows, W words of 32 bits, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Protocol
 
@@ -26,16 +27,16 @@ class TokenMask(Protocol):
         ...
 
 
-def barred(masks: list[torch.Tensor], vocabulary: int, device: torch.device) -> torch.Tensor:
-    """bool [R, V]: which tokens each of the masks [W] leaves out. What lies past a mask's end is left out too."""
-    octets = torch.stack(masks).view(torch.uint8).to(device).int()  # [R, 4 W]
-    out = _unset(device)[octets].reshape(len(masks), -1)  # [R, 32 W]
-    missing = vocabulary - out.shape[1]
-    return torch.nn.functional.pad(out, (0, missing), value=True) if missing > 0 else out[:, :vocabulary]
+def bias(masks: list[torch.Tensor], vocabulary: int, device: torch.device) -> torch.Tensor:
+    """float32 [R, V] to add to scores: 0 for what the masks [W] let through, else -inf, also past their ends."""
+    octets = torch.stack(masks).view(torch.uint8).reshape(-1).to(device).int()  # [R · 4 W]
+    made = _bias_of_octets(device).index_select(0, octets).reshape(len(masks), -1)  # [R, 32 W]
+    missing = vocabulary - made.shape[1]
+    return torch.nn.functional.pad(made, (0, missing), value=-math.inf) if missing > 0 else made[:, :vocabulary]
 
 
 @cache
-def _unset(device: torch.device) -> torch.Tensor:
-    """bool [256, 8]: of each byte, which bits are 0, the lowest first."""
+def _bias_of_octets(device: torch.device) -> torch.Tensor:
+    """float32 [256, 8]: of each byte, the bias of its bits, the lowest first."""
     values, places = torch.arange(256, device=device), torch.arange(8, device=device)
-    return (values[:, None] >> places & 1) == 0
+    return torch.where((values[:, None] >> places & 1) == 0, -math.inf, 0.0)
