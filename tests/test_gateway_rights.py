@@ -11,7 +11,7 @@ import pytest
 from docs_pages import ROOT, table
 from gateway_backend import BACKBONE
 from gateway_server import Gateway, serve
-from store_moves import fill
+from store_moves import fill, stub_version
 
 from pedro.gateway import key_cache
 from pedro.store import Actor
@@ -127,6 +127,7 @@ NAMED = (
     ("POST", "/v1/adapters/NAME/promote", {"version": 2}),
     ("POST", "/v1/adapters/NAME/rollback", None),
     ("POST", "/v1/adapters/NAME/canary", {"version": 2, "weight": 0.5}),
+    ("POST", "/v1/adapters/NAME/feedback", {"version": 2, "thumb": "up"}),
     ("DELETE", "/v1/adapters/NAME/versions/2", None),
 )
 
@@ -213,6 +214,13 @@ def test_a_tenant_finds_no_adapter_of_another_to_see_or_move(gateway, method, pa
         ("POST", "canary", {"version": 2, "weight": 1}, "weight"),
         ("POST", "canary", {"version": 2, "weight": "0.1"}, "weight"),
         ("POST", "canary", {"weight": 0.1}, "version"),
+        ("POST", "feedback", {"version": 2}, "score"),
+        ("POST", "feedback", {"version": 2, "score": 1.5}, "score"),
+        ("POST", "feedback", {"version": 2, "score": 1, "thumb": "up"}, "score"),
+        ("POST", "feedback", {"version": 2, "thumb": "sideways"}, "thumb"),
+        ("POST", "feedback", {"score": 1}, "version"),
+        ("POST", "feedback", {"score": 1, "system_fingerprint": "globex.faq:1#sha256:1"}, "system_fingerprint"),
+        ("POST", "feedback", {"score": 1, "system_fingerprint": "../x"}, "system_fingerprint"),
         ("POST", "promote", {"version": 2, "expected": 0}, "expected"),
         ("POST", "promote", {"version": 2, "champion": 1}, "champion"),
         ("DELETE", "versions/0", None, "version"),
@@ -323,3 +331,25 @@ def test_a_bad_question_of_the_audit_is_a_400_that_names_the_parameter(gateway, 
     with key_with(gateway, "read") as http:
         reply = http.get("/v1/organization/audit_logs", params=query)
     assert (reply.status_code, reply.json()["error"]["param"], reply.json()["error"]["code"]) == (400, param, code)
+
+
+def test_a_canary_whose_answers_clients_score_lower_is_withdrawn(gateway):
+    name = "acme.support"
+    gateway.store.add_version(stub_version(2, name), gateway.store.made_of(name))
+    gateway.store.promote(name, 1)
+    with key_with(gateway, "infer") as http, key_with(gateway, "read") as reader:
+        path = f"/v1/adapters/{name}/feedback"
+        assert http.post(path, json={"version": 2, "score": 0}).json()["counted"] is False  # it is no canary
+        gateway.store.set_canary(name, 2, 0.5)
+        assert reader.post(path, json={"version": 2, "score": 0}).status_code == 403
+        assert http.post(path, json={"version": 9, "score": 0}).status_code == 404
+        for number in range(50):
+            assert gateway.store.get_adapter(name).standing.canary is not None
+            good = {"system_fingerprint": f"{name}:1#sha256:1", "thumb": "up"}
+            assert http.post(path, json=good).json()["counted"]
+            reply = http.post(path, json={"version": 2, "score": 0.25 + number % 2 / 2})
+        assert reply.json() == {"object": "adapter.feedback", "model": f"{name}:2", "score": 0.75, "counted": True}
+    assert gateway.store.get_adapter(name).standing.canary is None
+    move = gateway.store.alias_history(name)[0]
+    assert move.action == "withdraw"
+    assert move.reason.startswith("the canary has a mean of 0.500 in 50 scores, the champion 1.000 in 50: Welch's test")

@@ -597,6 +597,28 @@ def test_a_champion_that_cannot_be_loaded_leaves_the_last_good_version_on_the_ai
     run(go())
 
 
+def test_a_canary_that_cannot_be_served_is_withdrawn_by_one_of_two_gateways_and_no_request_fails(served):
+    name = "acme.split"
+    register(served.registry, served.folder / "1", name)
+    canary = damaged(served, name)
+    served.registry.canary(name, canary.version, 0.5)
+
+    async def go():
+        async with ingress(served, "r0") as one, ingress(served, "r0") as other:
+            gateways = [one.backend, other.backend]
+            for number in range(130):
+                asked = replace(text_call("a", name), user=f"user {number}", params={"max_tokens": 1})
+                assert await fingerprint(gateways[number % 2], asked) == f"{name}:1"
+            await asyncio.gather(*(backend._canaries.flush() for backend in gateways))
+            assert served.registry.store.get_adapter(name).standing.canary is None
+            withdrawn = [m for m in served.registry.store.alias_history(name) if m.action == "withdraw"]
+            assert len(withdrawn) == 1
+            for backend in gateways:
+                assert await fingerprint(backend, text_call("a", name)) == f"{name}:1"
+
+    run(go())
+
+
 def plant(served, version, how):
     """Give a registered version other files in the artifact store, their digests in order."""
     (directory,) = served.folder.glob(f"home/artifacts/*/{version.run_id}/artifacts/adapter")

@@ -10,19 +10,20 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request
 
-from pedro.errors import PedroError
+from pedro.errors import NotFoundError, PedroError, model_not_found
 from pedro.gateway.auth import Principal, actor_of, backend_for, counted, require
 from pedro.gateway.backend import AdapterCard, AdapterResidence, Backend
 from pedro.gateway.parsing import parse, read_body
-from pedro.gateway.schemas import INT32, CanaryRequest, PromoteRequest
-from pedro.refs import tenant_of
-from pedro.store import ADMIN, READ, TRAIN, Store
+from pedro.gateway.schemas import INT32, CanaryRequest, FeedbackRequest, PromoteRequest
+from pedro.refs import ModelRef, tenant_of
+from pedro.store import ADMIN, INFER, READ, TRAIN, AnswerCounts, Store
 
 log = logging.getLogger("pedro.gateway")
 router = APIRouter(prefix="/v1/adapters")
 Admin = Annotated[Principal, Depends(require(ADMIN))]
 Reader = Annotated[Principal, Depends(counted(READ, TRAIN))]
 Owner = Annotated[Principal, Depends(counted(TRAIN))]
+Rater = Annotated[Principal, Depends(counted(INFER, TRAIN))]
 Number = Annotated[int, Path(ge=1, lt=INT32)]
 
 
@@ -64,6 +65,19 @@ async def set_canary(request: Request, name: str, caller: Owner) -> dict[str, An
     return _adapter(await moved)
 
 
+@router.post("/{name}/feedback")
+async def feedback(request: Request, name: str, caller: Rater) -> dict[str, Any]:
+    """`counted` is false where it is no answer of a canary or of the champion beside it."""
+    wanted = parse(FeedbackRequest, await read_body(request))
+    version, score = _rated(wanted, name), _score(wanted)
+    card = await backend_for(request, caller).get_adapter(caller.view, name)
+    if version not in {each.version for each in card.versions}:
+        raise model_not_found(f"{name}:{version}")
+    store: Store = request.app.state.store
+    known, _ = await asyncio.to_thread(store.add_answers, name, {version: AnswerCounts.scored(score)})
+    return {"object": "adapter.feedback", "model": f"{name}:{version}", "score": score, "counted": known}
+
+
 @router.delete("/{name}/versions/{version}")
 async def delete_version(request: Request, name: str, version: Number, caller: Owner) -> dict[str, Any]:
     await backend_for(request, caller).delete_version(caller.view, name, version, actor=actor_of(request, caller))
@@ -96,6 +110,27 @@ async def unload(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
     """Gives its memory back; a running request keeps what it holds."""
     held = await request.app.state.backend().unload_adapter(caller.view, ref)
     return await _entered(request, caller, "adapter.unload", ref, held)
+
+
+def _rated(wanted: FeedbackRequest, name: str) -> int:
+    """The version that answered."""
+    if (wanted.version is None) == (wanted.system_fingerprint is None):
+        raise PedroError("version: give the one that answered, or the answer's system_fingerprint", param="version")
+    if wanted.version is not None:
+        return wanted.version
+    try:
+        ref = ModelRef.parse(wanted.system_fingerprint or "")
+    except NotFoundError:
+        ref = None
+    if ref is None or ref.name != name or ref.version is None:
+        raise PedroError(f"system_fingerprint: is not that of an answer by {name}", param="system_fingerprint")
+    return ref.version
+
+
+def _score(wanted: FeedbackRequest) -> float:
+    if (wanted.score is None) == (wanted.thumb is None):
+        raise PedroError("score: give a score from 0 to 1, or a thumb, up or down", param="score")
+    return wanted.score if wanted.score is not None else float(wanted.thumb == "up")
 
 
 def _adapter(card: AdapterCard) -> dict[str, Any]:

@@ -320,6 +320,15 @@ class PromoteRequest(Body):
     expected: Annotated[int, Field(ge=1, lt=INT32)] | None = None  # refuse (409) if the champion is another one by now
 
 
+class FeedbackRequest(Body):
+    """One of `version` and `system_fingerprint`, one of `score` and `thumb`."""
+
+    version: Annotated[int, Field(ge=1, lt=INT32)] | None = None  # the one that answered
+    system_fingerprint: Annotated[str, Field(max_length=400)] | None = None  # or what the answer gave under this name
+    score: Annotated[float, Field(ge=0, le=1)] | None = None  # of the answer: 1 is best
+    thumb: Literal["up", "down"] | None = None  # or 1 and 0 so
+
+
 class CanaryRequest(Body):
     version: Annotated[int, Field(ge=1, lt=INT32)]  # the one that answers a share
     weight: Annotated[float, Field(ge=0, lt=1)]  # its share of what is asked of the champion; 0 ends it

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pedro.errors import (
@@ -35,6 +34,7 @@ from pedro.gateway.backend import (
 )
 from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, PREVIOUS, Registry, Version
+from pedro.serving.canary_watch import CanaryWatch
 from pedro.serving.failover import SET_ASIDE_S, Retries, VersionFaults
 from pedro.serving.metrics import merged
 from pedro.serving.protocol import (
@@ -81,6 +81,7 @@ class ServeBackend:
         self._sizes = sizes
         self._faults = VersionFaults()
         self._retries = Retries(replicas, self._faults)
+        self._canaries = CanaryWatch(registry, resolver)
         self._started = int(time.time())
 
     async def list_models(self, tenant: str) -> list[ModelCard]:
@@ -103,7 +104,13 @@ class ServeBackend:
         if "seed" not in call.params:
             call = replace(call, params={**call.params, "seed": secrets.randbits(63)})
         until = time.monotonic() + min(call.timeout_s or self._timeout_s, self._timeout_s)
-        version = await self._version(call.tenant, call.model, partial(share_of, call))
+        split: list[int] = []  # the canary, where it was asked whether it or the champion answers
+
+        def share(canary: int) -> float:
+            split.append(canary)
+            return share_of(call, canary)
+
+        version = await self._version(call.tenant, call.model, share)
         if call.meter is not None:
             call.meter.model = self._model_name if version is None else version.name
         if version is None:
@@ -122,12 +129,18 @@ class ServeBackend:
                             answered = True
                             self._faults.served(call.model, version, ref)
                         yield delta
+                if split:
+                    self._canaries.note(version, None)
                 return
-            except PedroError as error:
-                if answered or error.code not in SET_ASIDE_S:
+            except Exception as error:
+                if split:
+                    self._canaries.note(version, error)
+                if not isinstance(error, PedroError) or answered or error.code not in SET_ASIDE_S:
                     raise
                 self._faults.add(ref, error)
                 fault = error
+        elif split:
+            self._canaries.note(version, fault)
         other = await self._stand_in(call, version)
         if other is None:
             raise fault.with_traceback(None)

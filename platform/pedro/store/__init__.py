@@ -2,6 +2,7 @@
 
 from pedro.store.batches import BatchRecord, BatchStatus, new_batch_id
 from pedro.store.buckets import LeaseGrant, LeaseRequest
+from pedro.store.canary_rule import AnswerCounts
 from pedro.store.changes import ADAPTER, KEY, QUOTA, Delta, Position
 from pedro.store.database import Database, exclusive
 from pedro.store.files import check_file_room, file_not_found
@@ -64,6 +65,7 @@ __all__ = [
     "USAGE_GROUPS",
     "WHATEVER",
     "Actor",
+    "AnswerCounts",
     "AuditEntry",
     "AuditQuery",
     "BatchRecord",

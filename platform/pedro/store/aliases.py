@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from pedro.errors import ConflictError, model_not_found
+from pedro.errors import ConflictError, NotFoundError, model_not_found
 from pedro.store import schema, standings
 from pedro.store.adapter_rows import adapter_row, parsed, same, standing_values, to_adapter, to_version, version_row
 from pedro.store.changes import ADAPTER, acting, announce, audited, next_generation
@@ -61,6 +61,17 @@ class AliasTable:
         with self._moving(name, "canary", actor, version) as move:
             move.to(standings.split(move.before, name, version, weight))
             return move.version(version)
+
+    def withdraw_canary(self, name: str, version: int, reason: str, *, generation: int, actor: By = None) -> bool:
+        """End a canary because of its answers; False, and nothing is done, where aliases moved since `generation`."""
+        try:
+            with self._moving(name, "withdraw", actor, version) as move:
+                if move.seen != generation:
+                    raise ConflictError(f"{name}: its aliases were moved meanwhile")
+                move.to(standings.split(move.before, name, version, 0), reason)
+        except (ConflictError, NotFoundError):
+            return False
+        return True
 
     def judge(
         self, version: Version, passed: bool, reason: str, judged_against: int | None, *, actor: By = None
@@ -156,15 +167,24 @@ class _Moving:
         """Where the aliases stand afterwards. A new champion says when it became one."""
         self.after, self._reason = after, reason
         self._write_adapter(**standing_values(after))
+        was, now = self.before.canary, after.canary
+        if was is not None and (now is None or now.version != was.version):
+            self._forget_answers()
         champion = after.aliases.get(CHAMPION)
         if champion is not None and (self._action == "promote" or champion != self.before.aliases.get(CHAMPION)):
             self.write(champion, promoted=self.at)
+
+    @property
+    def seen(self) -> int:
+        """The generation that the adapter had before the move."""
+        return int(self._row.generation)
 
     def end(self) -> None:
         """Nothing is left but a row that says what the registry still has to hear."""
         self.after, self._ended = Standing(), True
         self._write_adapter(**standing_values(self.after), deleted=self.at)
         self._connection.execute(sa.delete(schema.versions).where(same(schema.versions, self._ref)))
+        self._forget_answers()
 
     def write(self, version: int, **values: Any) -> None:
         """Columns of one of the adapter's versions."""
@@ -202,8 +222,13 @@ class _Moving:
         }
         self._connection.execute(sa.insert(schema.alias_history).values(entry))
         self._forget_moves()
-        audited(self._connection, actor, f"adapter.{self._action}", self._ref.tenant, name, before=before, after=after)
+        told = {**(after or {}), "reason": self._reason} if self._action == "withdraw" else after
+        audited(self._connection, actor, f"adapter.{self._action}", self._ref.tenant, name, before=before, after=told)
         announce(self._connection, self._generation, ADAPTER, name)
+
+    def _forget_answers(self) -> None:
+        """Another canary begins with none."""
+        self._connection.execute(sa.delete(schema.canaries).where(same(schema.canaries, self._ref)))
 
     def _forget_moves(self) -> None:
         """Of the adapter's history only the last moves are kept."""

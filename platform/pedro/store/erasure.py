@@ -31,6 +31,7 @@ OF_TENANT = {  # tables that have a column `tenant`, as people call what is in t
     "adapters": schema.adapters,
     "versions": schema.versions,
     "moves": schema.alias_history,
+    "canaries": schema.canaries,
     "usage": schema.usage,
     "audit": schema.audit,
 }

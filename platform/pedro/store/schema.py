@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-REVISION = "0005"
+REVISION = "0006"
 VERSION_TABLE = "pedro_schema"
 metadata = sa.MetaData()
 NAME = sa.String(63)  # of a tenant or an adapter
@@ -180,6 +180,29 @@ versions = sa.Table(
     sa.Column("size_bytes", sa.BigInteger),
     sa.Column("seal", sa.String(80)),  # of the platform, over its manifest
     _generation(),
+)
+canaries = sa.Table(  # how one canary and the champion beside it answer, summed
+    "pedro_canaries",
+    metadata,
+    sa.Column("tenant", NAME, primary_key=True),
+    sa.Column("adapter", NAME, primary_key=True),
+    sa.Column("made", sa.BigInteger, nullable=False),
+    sa.Column("canary", sa.Integer, nullable=False),
+    sa.Column("champion", sa.Integer, nullable=False),
+    sa.Column("error_looks", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("score_looks", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("verdict", sa.Text, nullable=False, server_default=""),  # why it is to be withdrawn
+    *(
+        sa.Column(f"{side}_{name}", kind, nullable=False, server_default="0")
+        for side in ("canary", "champion")
+        for name, kind in (
+            ("answers", sa.BigInteger),
+            ("errors", sa.BigInteger),
+            ("scores", sa.BigInteger),
+            ("score_sum", sa.Float),
+            ("score_squares", sa.Float),
+        )
+    ),
 )
 alias_history = sa.Table(  # one row a move
     "pedro_alias_history",

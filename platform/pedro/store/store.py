@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from pedro.store.adapters import AdapterTable
-from pedro.store.aliases import AliasTable
 from pedro.store.audit import AuditTable
 from pedro.store.batches import BatchTable
 from pedro.store.buckets import BucketTable
+from pedro.store.canaries import CanaryTable
 from pedro.store.changes import ChangeTable
 from pedro.store.database import Database
 from pedro.store.erasure import ErasureTable
@@ -36,7 +36,7 @@ class Store(
     FileTable,
     BatchTable,
     AdapterTable,
-    AliasTable,
+    CanaryTable,
     AuditTable,
     BucketTable,
     ChangeTable,
