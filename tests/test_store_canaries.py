@@ -40,7 +40,7 @@ def answers(count, errors=0):
 
 
 def withdrawn(seed, failing, canaries):
-    """How many canaries are withdrawn within 6,000 requests, of which each gets 10 %, when the champion fails at 2 %."""
+    """How many are withdrawn within 6,000 requests, 10 % of them theirs, beside a champion that fails at 2 %."""
     chance = np.random.default_rng(seed)
     found = 0
     for _ in range(canaries):
