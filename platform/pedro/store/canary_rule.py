@@ -60,7 +60,7 @@ def judge_scores(canary: AnswerCounts, champion: AnswerCounts, looks: int) -> tu
 
 
 def _due(ours: int, theirs: int, looks: int) -> bool:
-    return min(ours, theirs) >= LEAST * 2**looks
+    return min(ours, theirs) >= LEAST << looks
 
 
 def _moments(side: AnswerCounts) -> tuple[float, float]:
