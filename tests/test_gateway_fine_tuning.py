@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from dataclasses import replace
 
 import openai
 import pytest
 from gateway_backend import BACKBONE
 from gateway_server import serve
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from store_moves import stub_version
 
 from pedro.config import Settings
 from pedro.gateway.app import GatewaySettings
@@ -242,6 +244,35 @@ def test_preferences_are_learnt_by_a_job_of_type_dpo(platform, client):
     platform.rounds()
     failed = client.fine_tuning.jobs.retrieve(rows.id)
     assert (failed.status, failed.error.param) == ("failed", "training_file")
+
+
+def test_a_job_goes_on_from_a_model_of_its_tenants(platform, client, request):
+    tenant, method = tenant_of(request), {"name": "lora", "r": 4}
+    for owner in (tenant, "rival"):
+        version = replace(stub_version(1, f"{owner}.voice"), backbone_id="stories260K", spec={"method": method})
+        platform.store.add_version(version, None)
+        platform.store.promote(version.name, 1)
+    file = upload(client)
+    made = client.fine_tuning.jobs.create(model=f"{tenant}.voice", training_file=file, suffix="voice")
+    assert made.model == f"{tenant}.voice:1"
+    platform.rounds()
+    spec = json.loads((platform.gateway.storage / "jobs" / made.id / "spec.json").read_text())
+    assert (spec["parent"], spec["method"], spec["backbone"]) == (made.model, method, "stories260K")
+    other = {"type": "supervised", "pedro": {"method": {"name": "pedro"}}}
+    with pytest.raises(openai.BadRequestError, match="goes on as it was trained"):
+        client.fine_tuning.jobs.create(model=f"{tenant}.voice:1", training_file=file, method=other)
+    with pytest.raises(openai.BadRequestError, match="name the backbone"):
+        client.fine_tuning.jobs.create(model=f"{tenant}.voice", training_file=file, method={"type": "dpo"})
+    said = []
+    for named in ("rival.voice", "rival.none", f"{tenant}.none"):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.fine_tuning.jobs.create(model=named, training_file=file)
+        said.append(str(refused.value).replace(named, "NAME"))
+    assert len(set(said)) == 1
+    with pytest.raises(openai.BadRequestError):
+        client.fine_tuning.jobs.create(
+            model=BACKBONE, training_file=file, method={"type": "supervised", "pedro": {"parent": "rival.voice"}}
+        )
 
 
 def test_jobs_are_listed_in_pages_newest_first_and_by_metadata(client):

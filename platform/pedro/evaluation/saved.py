@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import Backbone, context_length, load_config, load_model, load_tokenizer, resolve_backbone
-from pedro.errors import AdapterError, BackboneError, DataError, PedroError
+from pedro.errors import AdapterError, BackboneError, ConfigError, DataError, PedroError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -65,6 +65,26 @@ def load_saved(
     else:
         model = _attach(bare if bare is not None else load_model(backbone, dtype, device), directory, config)
     return get_method(manifest["method"]["name"]).wrap(model).eval()
+
+
+def take_weights(model: nn.Module, directory: Path, backbone: Backbone) -> None:
+    """Give a fresh adapter the weights of the saved one in `directory`.
+
+    Raises AdapterError if that is damaged or of another backbone, ConfigError if it is of another kind or shape.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from pedro.methods.adapter_files import CONFIG, WEIGHTS, verify_adapter
+
+    verify_adapter(directory, backbone.digest, backbone.tokenizer_digests)
+    if not isinstance(model, PeftModel) or not (directory / CONFIG).is_file():
+        raise ConfigError("parent: a whole model is no adapter to start from; take another method", param="parent")
+    saved = load_file(directory / WEIGHTS)
+    fresh = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {name: tensor.shape for name, tensor in saved.items()} != {name: tensor.shape for name, tensor in fresh.items()}:
+        raise ConfigError("parent: its weights do not fit this spec's method; leave `method` out", param="parent")
+    set_peft_model_state_dict(model, saved)
 
 
 def backbone_of(model: nn.Module) -> nn.Module | None:

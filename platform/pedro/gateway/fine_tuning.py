@@ -9,13 +9,16 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from pedro.errors import PedroError
 from pedro.gateway.schemas import INT32, Body, Metadata, Whole
 from pedro.refs import NAME
+
+if TYPE_CHECKING:
+    from pedro.store import Version
 
 LEARNING_RATE = 3e-3  # what `learning_rate_multiplier` multiplies; "auto" is 1
 PEDRO_SECTIONS = ("data", "gate", "method", "resources", "training")
@@ -63,7 +66,7 @@ class Method(Body):
 class JobRequest(Body):
     parts: ClassVar[dict[str, type[Body]]] = {"hyperparameters": Hyperparameters, "method": Method}
     harmless: ClassVar[dict[str, tuple[Any, ...]]] = {"integrations": ([],)}
-    model: Annotated[str, Field(max_length=200)]  # a backbone of this server
+    model: Annotated[str, Field(max_length=200)]  # a backbone of this server, or a fine-tuned model to go on from
     training_file: Annotated[str, Field(max_length=100)]  # the id of an uploaded file
     validation_file: Annotated[str | None, Field(max_length=100)] = (
         None  # likewise; it stops training and picks the best
@@ -87,7 +90,18 @@ def adapter_of(suffix: str | None, idempotency_key: str | None) -> str:
     return name
 
 
-def spec_of(asked: JobRequest, tenant: str, adapter: str, backbone: str) -> dict[str, Any]:
+def served_backbone(parent: Version, backbones: Mapping[str, str]) -> str:
+    """Where the backbone of a version is, of those that this server has. Raises PedroError if it is none of them."""
+    for name, place in backbones.items():
+        if parent.backbone_id in (name, place):
+            return place
+    message = f"model: {parent.ref} was trained on another backbone than this server has"
+    raise PedroError(message, param="model", code="invalid_value")
+
+
+def spec_of(
+    asked: JobRequest, tenant: str, adapter: str, backbone: str, parent: Version | None = None
+) -> dict[str, Any]:
     """The spec of the job, as a file for `pedro submit` would hold it; whether it is right, its controller says.
 
     Raises PedroError for what a tenant may not say: through the API, only ids of files are data.
@@ -121,6 +135,15 @@ def spec_of(asked: JobRequest, tenant: str, adapter: str, backbone: str) -> dict
         spec["objective"] = "dpo"
         beta = getattr(hyper, "beta", None)
         spec |= {} if beta is None else {"dpo": {"beta": beta}}
+    if parent is not None and spec.get("objective") == "dpo":
+        message = "model: a job of method.type dpo measures against the backbone and starts from it; name the backbone"
+        raise PedroError(message, param="model", code="invalid_value")
+    if parent is not None:
+        trained = (parent.spec or {}).get("method")
+        if trained is None or spec.setdefault("method", trained) != trained:
+            message = f"method.pedro.method: {parent.ref} goes on as it was trained; leave it out"
+            raise PedroError(message, param="method.pedro.method", code="invalid_value")
+        spec["parent"] = parent.ref
     return {**spec, "tenant": tenant, "adapter": adapter, "backbone": backbone}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -16,9 +17,9 @@ from fastapi import APIRouter, Depends, Request
 from pedro.errors import NotFoundError, PedroError
 from pedro.files.names import FINE_TUNE
 from pedro.gateway.auth import Principal, actor_of, counted
-from pedro.gateway.fine_tuning import JobRequest, adapter_of, shown_hyperparameters, spec_of
+from pedro.gateway.fine_tuning import JobRequest, adapter_of, served_backbone, shown_hyperparameters, spec_of
 from pedro.gateway.parsing import parse, read_body
-from pedro.store import READ, TRAIN, JobEvent, JobRecord, JobStatus, Store
+from pedro.store import READ, TRAIN, JobEvent, JobRecord, JobStatus, Store, Version
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs")
 Reader = Annotated[Principal, Depends(counted(READ, TRAIN))]
@@ -31,19 +32,14 @@ MAX_KEY = 200
 async def create_job(request: Request, caller: Owner) -> dict[str, Any]:
     asked = parse(JobRequest, await read_body(request))
     backbones: dict[str, str] = request.app.state.settings.backbones
-    if asked.model not in backbones:
-        known = ", ".join(backbones) or "none"
-        raise PedroError(
-            f"model: {asked.model[:80]!r} is none that can be fine-tuned here; this server has {known}",
-            param="model",
-            code="model_not_found",
-        )
+    parent = None if asked.model in backbones else await asyncio.to_thread(_parent, request, caller, asked.model)
+    backbone = backbones[asked.model] if parent is None else served_backbone(parent, backbones)
     key = _idempotency_key(request)
     adapter = adapter_of(asked.suffix, key)
     if caller.models is not None and f"{caller.tenant}.{adapter}" not in caller.models:
         message = "suffix: this API key is held to other adapters"
         raise PedroError(message, param="suffix", code="invalid_value")
-    spec = spec_of(asked, caller.tenant, adapter, backbones[asked.model])
+    spec = spec_of(asked, caller.tenant, adapter, backbone, parent)
     return await asyncio.to_thread(_create, request, caller, asked, spec, key)
 
 
@@ -120,6 +116,17 @@ def _create(
     return _job(request, job)
 
 
+def _parent(request: Request, caller: Principal, model: str) -> Version:
+    """The caller's own version that a job is to go on from; any other name is answered alike."""
+    with suppress(NotFoundError):
+        version = _store(request).get_own_version(model, caller.tenant, "model")
+        if caller.models is None or version.name in caller.models:
+            return version
+    known = ", ".join(request.app.state.settings.backbones) or "none"
+    message = f"model: {model[:80]!r} is none that can be fine-tuned here; this server has {known}"
+    raise PedroError(message, param="model", code="model_not_found")
+
+
 def _idempotency_key(request: Request) -> str | None:
     key = request.headers.get("idempotency-key")
     if key is not None and not (0 < len(key) <= MAX_KEY and key.isprintable()):
@@ -180,7 +187,7 @@ def _job(request: Request, job: JobRecord) -> dict[str, Any]:
     return {
         "object": "fine_tuning.job",
         "id": job.id,
-        "model": names.get(backbone, backbone.rstrip("/").rpartition("/")[2]),
+        "model": job.spec.get("parent") or names.get(backbone, backbone.rstrip("/").rpartition("/")[2]),
         "created_at": int(job.created),
         "finished_at": int(job.finished) if job.finished else None,
         "fine_tuned_model": result.get("model"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from pedro.errors import ConflictError, model_not_found
+from pedro.errors import ConflictError, NotFoundError, model_not_found
 from pedro.refs import ModelRef
 from pedro.store import schema
 from pedro.store.adapter_rows import (
@@ -69,6 +69,19 @@ class AdapterTable:
                 if row is not None:
                     return to_version(row, to_adapter(adapter).standing)
         raise model_not_found(name if which == CHAMPION else f"{name}@{which}")
+
+    def get_own_version(self, model: str, tenant: str, param: str) -> Version:
+        """The version that a tenant's own adapter, `tenant.adapter`, `…@alias` or `…:3`, means.
+
+        Raises NotFoundError, the same for one of another tenant as for one that is not there.
+        """
+        try:
+            ref = ModelRef.parse(model)
+            if ref.tenant == tenant:
+                return self.get_version(ref.name, CHAMPION if ref.which is None else ref.which)
+        except NotFoundError:
+            pass
+        raise NotFoundError(f"{param}: the tenant has no adapter {model[:80]!r}", param=param, code="model_not_found")
 
     def list_versions(self, name: str) -> list[Version]:
         """All versions of an adapter, oldest first; empty if there is no such adapter."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
 from pedro.errors import ConfigError
-from pedro.evaluation.saved import trains_backbone
+from pedro.evaluation.saved import take_weights, trains_backbone
 from pedro.methods.registry import count_parameters, get_method
 from pedro.model_protocols import Tokenizer
 from pedro.training.bilevel import Alternation, GroupedAdamW, Named
@@ -55,13 +55,19 @@ class TrainingContext:
 
 
 def build_context(
-    spec: FineTuneSpec, cache: Path, make_engine: MakeEngine | None = None, group: WorkerGroup = ALONE
+    spec: FineTuneSpec,
+    cache: Path,
+    make_engine: MakeEngine | None = None,
+    group: WorkerGroup = ALONE,
+    parent: Path | None = None,
 ) -> TrainingContext:
     """Load and build everything; `make_engine` as `torch_engine` or `deepspeed_engine` of the same spec return it.
 
+    `parent` is the saved adapter whose weights the new one starts with.
+
     A mistake in the spec raises its PedroError on every worker of the group, so that none waits for the others.
     """
-    backbone, tokenizer, method, model, prepared, groups = group.together(lambda: _load(spec, cache))
+    backbone, tokenizer, method, model, prepared, groups = group.together(lambda: _load(spec, cache, parent))
     omega, theta = groups
     with_theta = bool(theta) and spec.training.bilevel
     train, theta_rows, validation = group.together(lambda: prepared.splits(with_theta))
@@ -179,11 +185,13 @@ def fresh_model(spec: FineTuneSpec, backbone: Backbone) -> tuple[Method, nn.Modu
 
 
 def _load(
-    spec: FineTuneSpec, cache: Path
+    spec: FineTuneSpec, cache: Path, parent: Path | None
 ) -> tuple[Backbone, Tokenizer, Method, nn.Module, PreparedData, tuple[Named, Named]]:
     backbone = resolve_backbone(spec.backbone)
     tokenizer = load_tokenizer(backbone)
     method, model = fresh_model(spec, backbone)
     check_reference(spec, model)
+    if parent is not None:
+        take_weights(model, parent, backbone)
     prepared = prepare_data(spec, backbone, tokenizer, cache)
     return backbone, tokenizer, method, model, prepared, method.parameter_groups(model)

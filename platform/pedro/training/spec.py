@@ -240,6 +240,9 @@ class FineTuneSpec(Frozen):
     backbone: str = "stories260K"
     """A name of `pedro backbones list`, a transformers directory, or a hub id."""
     data: DataSpec
+    parent: str | None = None
+    """A version of the tenant's (`acme.voice`, `acme.voice:3`) whose weights training starts from, and whose method it
+    takes; a fresh adapter if not given."""
     objective: Literal["supervised", "dpo"] = "supervised"
     """What is learnt: the answers of the rows, or which of a row's two answers is the better one (dpo)."""
     dpo: DPOSpec = DPOSpec()
@@ -271,6 +274,10 @@ class FineTuneSpec(Frozen):
         preferences = self.objective == "dpo"
         if not preferences and "dpo" in self.model_fields_set:
             raise ValueError("dpo: is of objective dpo; set objective: dpo, or leave it out")
+        if preferences and self.parent:
+            raise ValueError(
+                "parent: objective dpo starts from a fresh adapter, as it measures against the backbone; leave it out"
+            )
         if preferences and self.method.name == "full":
             raise ValueError(
                 "objective: dpo compares an adapter with its backbone, which method full trains itself; take another"
@@ -284,9 +291,8 @@ class FineTuneSpec(Frozen):
     def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what came later where it says nothing: digests of earlier specs are made of it."""
         fields: dict[str, Any] = handler(self)
-        if self.objective == "supervised":
-            fields = {name: value for name, value in fields.items() if name not in ("objective", "dpo")}
-        return fields
+        silent = [*(() if self.objective == "dpo" else ("objective", "dpo")), *(() if self.parent else ("parent",))]
+        return {name: value for name, value in fields.items() if name not in silent}
 
     @model_validator(mode="after")
     def _every_worker_has_rows(self) -> FineTuneSpec:

@@ -17,6 +17,7 @@ from pedro.store import JobStatus
 from pedro.stored_files import remove
 from pedro.training.job import JobResult, new_job_id, stage
 from pedro.training.job_log import UPLOAD_S, kept_log
+from pedro.training.parent import pin_parent
 from pedro.training.queue.process import hand_over
 from pedro.training.ray_jobs import readable
 from pedro.training.storage import join, write_text
@@ -35,9 +36,11 @@ def submit(spec: FineTuneSpec, settings: Settings, store: Store, *, priority: in
     """Queue a job and return its id, once a controller has it.
 
     Its data, its resolved spec and a kept backbone are in the storage by then. Raises DataError for unreadable data,
+    NotFoundError and ConfigError for a parent that it cannot go on from,
     UnavailableError if the storage cannot be reached; then there is no job.
     """
     job_id = new_job_id()
+    spec = pin_parent(spec, store)
     offer_backbone(settings, spec.backbone)
     staged = stage(with_uploaded_files(spec, settings), settings.storage)
     write_text(join(settings.storage, "jobs", job_id, "spec.json"), json.dumps(staged.to_dict(), indent=2))

@@ -19,6 +19,7 @@ from pedro.backbones.sharing import obtain_backbone
 from pedro.config import Settings
 from pedro.errors import NotFoundError, PedroError, TrainingError
 from pedro.process import set_torch_threads, update_environment
+from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, Registry
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join
@@ -191,7 +192,8 @@ def _train(
     from pedro.training import worker
     from pedro.training.context import build_context, deepspeed_engine
 
-    context = build_context(spec, settings.cache, deepspeed_engine(spec), group)
+    parent = registry.download(registry.find(ModelRef.parse(spec.parent))) if spec.parent else None
+    context = build_context(spec, settings.cache, deepspeed_engine(spec), group, parent)
     reporter = RayReporter(curves, context.plan.steps)
     if group.rank == 0:
         what = f"{context.trainable_parameters:,} parameters on {len(context.data.train):,} rows"
