@@ -101,3 +101,15 @@ def test_a_wrong_question_is_told_with_its_field_its_value_and_the_remedy(store,
     with pytest.raises(ConfigError) as caught:
         store.usage(**asked)
     assert caught.value.message == message
+
+
+def test_what_a_tenant_used_is_not_added_while_it_is_being_erased(store):
+    ours, theirs = Usage(DAY, "acme", "acme.faq", "key_1", requests=1), Usage(DAY, "globex", "globex.faq", "key_2", 1)
+    store.begin_erasure("acme")
+    assert store.add_usage([ours, theirs], "w", 1)
+    store.add_training("ftjob-1", Usage(DAY, "acme", "acme.faq", "", training_tokens=5))
+    assert store.usage("acme") == []
+    assert [used.tenant for used in store.usage()] == ["globex"]
+    store.end_erasure("acme", "erased-1", {})
+    assert store.add_usage([ours], "w", 2)
+    assert [used.requests for used in store.usage("acme")] == [1]

@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from pedro.errors import ConfigError
 from pedro.store import schema
+from pedro.store.erasing import is_marked
 from pedro.store.records import Usage
 
 if TYPE_CHECKING:
@@ -96,8 +97,13 @@ class UsageTable:
             return connection.execute(sa.delete(counters).where(old)).rowcount
 
     def _add(self, connection: sa.Connection, rows: Iterable[Usage]) -> None:
-        """One row at a time, in one order for all writers, so that no two wait for each other."""
-        summed = sorted((row.__dict__ for row in rows), key=lambda row: [row[name] for name in _KEY])
+        """One row at a time, in one order for all writers, so that no two wait for each other. Of a tenant being
+        erased nothing is added: it would be left behind."""
+        given = list(rows)
+        erased = {tenant for tenant in {row.tenant for row in given} if is_marked(connection, tenant)}
+        summed = sorted(
+            (row.__dict__ for row in given if row.tenant not in erased), key=lambda row: [row[name] for name in _KEY]
+        )
         if not summed:
             return
         dialect: Any = sqlite if self._database.is_sqlite else postgresql
