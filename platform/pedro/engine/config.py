@@ -17,6 +17,7 @@ class EngineConfig:
     prefill_tokens: int = 2048  # prompts read in one prefill, and the most of it in one step while others wait
     prefill_stall: float = 1.25  # how many decode steps' time a step may give to a prefill while others wait
     adapter_bytes: int = 256 << 20
+    prefix_bytes: int = 0  # of prompts kept for prompts that begin alike, on the native kernel; 0 keeps none
     loaders: int = 4  # adapters that load at the same time
     max_waiting: int = 1024
     max_waiting_per_tenant: int = 256
@@ -45,6 +46,8 @@ class EngineConfig:
         wrong += [
             f"engine.tenant_weights.{t}: expected > 0, got {w!r}" for t, w in self.tenant_weights.items() if w <= 0
         ]
+        if self.prefix_bytes < 0:
+            wrong.append(f"engine.prefix_bytes: expected ≥ 0, got {self.prefix_bytes!r}")
         if self.threads is not None and self.threads < 1:
             wrong.append(f"engine.threads: expected > 0 or None, got {self.threads!r}")
         if self.kernel not in KERNELS:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from pedro.engine.adapter_pool import AdapterPool
 from pedro.engine.beam import BeamSequence
 from pedro.engine.prefill_budget import LONE_TOKENS, PrefillBudget
+from pedro.engine.prefix_cache import PrefixCache
 from pedro.engine.request_processor import RequestProcessor
 from pedro.engine.runner import PrefillRow, Runner
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.scheduler_output import PrefillChunk, PrefillGroup, SchedulerLimits
+from pedro.engine.scheduler_output import SHED, PrefillChunk, PrefillGroup, SchedulerLimits
 from pedro.engine.sequence import Output, Request, Sequence, SequenceState, TokenLogprob
 from pedro.engine.steps import first_tokens, next_tokens, settle
 from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError
@@ -36,10 +37,6 @@ if TYPE_CHECKING:
     from pedro.model_protocols import TokenDecoder
 
 log = logging.getLogger(__name__)
-SHED = (
-    "the server's queue is full and most that waits in it is yours, so your newest request gave way to another "
-    "tenant's; try again later or send fewer at once"
-)
 PromptLogprobs = list[TokenLogprob | None] | None
 
 
@@ -74,6 +71,7 @@ class Engine:
             )
         )
 
+        self._prefixes = PrefixCache(config.prefix_bytes if self._runner.kernel == "native" else 0)
         self._prefill_budget = PrefillBudget(config.prefill_stall) if self._runner.splits_prefills else None
         if self._prefill_budget is not None:
             self._scheduler.lone_tokens = min(LONE_TOKENS, config.prefill_tokens)
@@ -185,6 +183,7 @@ class Engine:
                 "slots_free": self._scheduler.slots_free,
                 "kv_cache_bytes": self._runner.cache.nbytes,
                 "max_length": self.max_length,
+                "prefixes": self._prefixes.stats(),
                 "adapters": self.adapters.stats(),
             }
 
@@ -202,7 +201,12 @@ class Engine:
                 return False
             self._held[sequence] = entry
             self.adapters.remove_waiter(ref)
+        self._prefixes.look_up(sequence, self._adapter_of(sequence))
         return True
+
+    def _adapter_of(self, sequence: Sequence) -> Adapter | None:
+        entry = self._held.get(sequence)
+        return None if entry is None else entry.adapter
 
     def _release_ended(self) -> None:
         """Release what ended sequences held. On the step thread only: till then the model may be using it."""
@@ -257,6 +261,8 @@ class Engine:
                 self._fail(part.sequences)
                 self._end_prefill(part.groups)
             return
+        for group in made:
+            self._prefixes.prefilled(group, self._adapter_of(group[0][0]), self._runner.cache)
         with self._lock:
             self._end_prefill(part.groups)
             for group, logprobs in zip(made, prompt_logprobs, strict=True):
@@ -279,7 +285,7 @@ class Engine:
         if self._prefill_budget is not None:
             rows = sum(sequence.width for sequence in sequences)
             self._prefill_budget.record_decode(time.perf_counter() - began, rows)
-            self._keep_steps_short(self._prefill_budget)
+            self._prefill_budget.keep_steps_short(self._scheduler)
         with self._lock:
             for one in made:
                 self._accept(*one)
@@ -292,25 +298,18 @@ class Engine:
         if self._prefill_budget is not None:
             self._prefill_budget.record_prefill(part.until - part.since, time.perf_counter() - began)
             self._scheduler.chunk_tokens = self._prefill_budget.chunk_tokens(self.config.prefill_tokens)
-            self._keep_steps_short(self._prefill_budget)
-
-    def _keep_steps_short(self, budget: PrefillBudget) -> None:
-        """Tell the scheduler what fits into a short step, by what recent ones cost."""
-        scheduler, most = self._scheduler, self.config.prefill_tokens
-        if scheduler.newcomer_tokens is not None:
-            scheduler.short_tokens = budget.short_tokens(scheduler.newcomer_tokens, most)
-            scheduler.short_rows = budget.short_rows(scheduler.newcomer_tokens, self.config.max_batch)
+            self._prefill_budget.keep_steps_short(self._scheduler)
 
     def _prefill_row(self, sequence: Sequence) -> PrefillRow:
-        entry = self._held.get(sequence)
         preempted_state, sequence.preempted_state = sequence.preempted_state, None
         return PrefillRow(
             slot=sequence.slot,
             token_ids=sequence.prefill_ids,
             conditioning_length=sequence.conditioning_length,
-            adapter=entry.adapter if entry is not None and preempted_state is None else None,
+            adapter=self._adapter_of(sequence) if preempted_state is None else None,
             preempted_state=preempted_state,
             prompt_logprobs=None if sequence.resumes else sequence.params.prompt_logprobs,
+            prefix=sequence.prefix,
         )
 
     def _end_prefill(self, groups: tuple[PrefillGroup, ...]) -> None:
@@ -361,6 +360,7 @@ class Engine:
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     prompt_tokens=len(sequence.request.prompt_ids),
+                    cached_tokens=sequence.cached_tokens,
                     completion_tokens=len(sequence.output_ids),
                 )
             )

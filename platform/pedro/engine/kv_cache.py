@@ -87,6 +87,16 @@ class KVCache:
             for target in targets:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
+    def cut(self, slot: int, start: int, stop: int) -> torch.Tensor:
+        """Keys and values of the slot's positions [start, stop), copied: [layers, 2, K, stop - start, d]."""
+        pairs = zip(self.keys, self.values, strict=True)
+        return torch.stack([torch.stack([t[slot, :, start:stop] for t in pair]) for pair in pairs])
+
+    def paste(self, slot: int, parts: list[torch.Tensor]) -> None:
+        """Write what `cut` gave, part after part, from the slot's first position on."""
+        for layer, (keys, values) in enumerate(torch.cat(parts, 3)):
+            self.fill(layer, slot, keys, values)
+
     def wipe(self, slot: int, length: int | None = None) -> None:
         """Zero a slot, or its first positions, that may hold numbers that are not finite: masked out, they would still
         poison what comes next."""

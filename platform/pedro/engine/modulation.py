@@ -45,6 +45,7 @@ class ConditionedRow:
     conditioning_length: int
     adapter: Adapter | None
     preempted_state: PreemptedState | None = None
+    begin: int = 0  # the position of its first token: those before it are in the slot
 
     @property
     def modulated(self) -> bool:

@@ -152,7 +152,9 @@ class NativeModel:
         mods = [row.segment.slot if row.modulated else -1 for row in rows]
         columns = {
             "ids": flat,
-            "positions": [p for ids in token_ids for p in range(len(ids))],
+            "positions": [
+                p for row, ids in zip(rows, token_ids, strict=True) for p in range(row.begin, row.begin + len(ids))
+            ],
             "slots": [row.segment.slot for row, ids in zip(rows, token_ids, strict=True) for _ in ids],
             "mods": [slot for slot, ids in zip(mods, token_ids, strict=True) for _ in ids],
         }

@@ -9,6 +9,11 @@ newcomer's own prompt is read.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pedro.engine.scheduler import Scheduler
+
 NEWS = 0.25  # weight of the newest measurement
 LEAST_TOKENS = 4
 LEAST_ROWS = 4  # of a short step: fewer hardly make it shorter, since every step reads all weights
@@ -41,6 +46,13 @@ class PrefillBudget:
         if self._step_s is None or not self._token_s:
             return most
         return max(LEAST_TOKENS, min(most, int(self._stall * self._step_s / self._token_s)))
+
+    def keep_steps_short(self, scheduler: Scheduler) -> None:
+        """Tell the scheduler what fits into a short step, by what recent ones cost."""
+        prompt, limits = scheduler.newcomer_tokens, scheduler.limits
+        if prompt is not None:
+            scheduler.short_tokens = self.short_tokens(prompt, limits.prefill_tokens)
+            scheduler.short_rows = self.short_rows(prompt, limits.slots)
 
     def short_tokens(self, prompt: float, most: int) -> int:
         """The chunk of a short step, where prompts of newcomers have about `prompt` tokens."""

@@ -17,6 +17,7 @@ from pedro.engine.kernel_threads import granted_threads
 from pedro.engine.kv_cache import KVCache
 from pedro.engine.modulation import ConditionedRow, GeneratorBatch, Modulation, PreemptedState, Segment
 from pedro.engine.native_model import NativeModel
+from pedro.engine.prefix_cache import BLOCK
 from pedro.engine.sampler import token_logprobs
 from pedro.engine.torch_model import TorchModel, refuse_unfit, softcapped
 from pedro.errors import BackboneError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from pedro.adapter_kinds import Adapter
     from pedro.engine.model_executor import Logits, ModelExecutor
+    from pedro.engine.prefix_cache import PrefixBlock
     from pedro.engine.sequence import TokenLogprob
 
 KERNELS = ("auto", "native", "torch")
@@ -46,6 +48,11 @@ class PrefillRow:
     adapter: Adapter | None = None
     preempted_state: PreemptedState | None = None
     prompt_logprobs: int | None = None
+    prefix: tuple[PrefixBlock, ...] = ()  # its first tokens, read before
+
+    @property
+    def cached_tokens(self) -> int:
+        return BLOCK * len(self.prefix)
 
 
 @dataclass(frozen=True)
@@ -126,14 +133,16 @@ class Runner:
         self._prefills.append(prefill)
         segments, start = prefill.segments, 0
         for row in rows:
-            segments.append(Segment(start, start + len(row.token_ids), row.slot))
+            segments.append(Segment(start, start + len(row.token_ids) - row.cached_tokens, row.slot))
+            if row.prefix:
+                self.cache.paste(row.slot, [block.kv for block in row.prefix])
             start = segments[-1].stop
         conditioned = [
-            ConditionedRow(segment, row.conditioning_length, row.adapter, row.preempted_state)
+            ConditionedRow(segment, row.conditioning_length, row.adapter, row.preempted_state, row.cached_tokens)
             for row, segment in zip(rows, segments, strict=True)
         ]
         prefill.generating = self.modulation.begin(conditioned)
-        prefill.state = self._executor.start(conditioned, [row.token_ids for row in rows])
+        prefill.state = self._executor.start(conditioned, [row.token_ids[row.cached_tokens :] for row in rows])
 
     @torch.inference_mode()
     def advance(self, until: int | None = None) -> None:

@@ -42,7 +42,7 @@ class _PrefillProgress:
 
     @property
     def tokens(self) -> int:
-        return sum(group[0].length for group in self.groups)
+        return sum(group[0].unread for group in self.groups)
 
 
 class Scheduler:

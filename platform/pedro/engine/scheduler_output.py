@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from pedro.engine.sequence import Sequence
 
+SHED = (
+    "the server's queue is full and most that waits in it is yours, so your newest request gave way to another "
+    "tenant's; try again later or send fewer at once"
+)
 PrefillGroup = tuple[Sequence, ...]  # share one prefill: the first is read, the others copy it
 
 

@@ -16,12 +16,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pedro.engine.detokenizer import Detokenizer
+from pedro.engine.prefix_cache import BLOCK
 from pedro.errors import PedroError
 
 if TYPE_CHECKING:
     import torch
 
     from pedro.engine.modulation import PreemptedState
+    from pedro.engine.prefix_cache import PrefixBlock
     from pedro.engine.token_mask import TokenMask
     from pedro.model_protocols import TokenDecoder
 
@@ -130,6 +132,7 @@ class Request:
     n: int = 1
     resumed_ids: tuple[int, ...] = ()
     new_mask: Callable[[], TokenMask] | None = None
+    cache_salt: str = ""  # prompts of one tenant share what was read of them only where their salts are equal
 
     def __post_init__(self) -> None:
         _require(len(self.prompt_ids) > 0, "prompt", "at least one token", self.prompt_ids)
@@ -187,6 +190,7 @@ class Output:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of those, how many had been read before
     completion_tokens: int = 0
     error: PedroError | None = None
     timing: Timing | None = None
@@ -230,6 +234,8 @@ class Sequence:
         self.prompt_in: Sequence | None = None  # the sibling whose slot holds the prompt until this one's own does
         self.lends_to: list[Sequence] = []  # the other way round
         self.preempted_state: PreemptedState | None = None  # what the runner saved of it
+        self.prefix: tuple[PrefixBlock, ...] = ()  # what its next prefill need not read
+        self.cached_tokens = 0  # of its prompt, those that an earlier one had read
         self.resumes = False  # whether it ran before: its vectors are made, its prompt is given out
         self.prompt_read = False  # for this answer or another to the same request: it is counted
         self.stepped = 0  # the last step that it was decoded in
@@ -281,6 +287,11 @@ class Sequence:
     def length(self) -> int:
         """Tokens so far, prompt and answer."""
         return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def unread(self) -> int:
+        """Tokens that its prefill has to read."""
+        return self.length - BLOCK * len(self.prefix)
 
     @property
     def conditioning_length(self) -> int:
@@ -347,6 +358,7 @@ class Sequence:
             index=index,
             finish_reason=finish_reason,
             prompt_tokens=len(self.request.prompt_ids) if self.prompt_read else 0,
+            cached_tokens=self.cached_tokens if self.prompt_read else 0,
             completion_tokens=completion_tokens,
             timing=Timing(began - self.arrived, first - self.arrived, now - self.arrived),
             **fields,
