@@ -1,10 +1,17 @@
 """The gate: a pure function of numbers."""
 
+import json
 import math
+from pathlib import Path
 from random import Random
 
 import pytest
+from serving_adapters import register, settings_at
+from training_runs import LocalReporter, context_for, spec_for
 
+from pedro.registry import Registry
+from pedro.training import trainer, worker
+from pedro.training.job import judge_version
 from pedro.training.paired_test import compare_rows
 from pedro.training.promotion_gate import decide
 from pedro.training.spec import GateSpec
@@ -128,3 +135,23 @@ def test_losses_are_compared_by_a_bootstrap_that_gives_the_same_each_time():
 def test_a_gates_later_keys_are_not_part_of_a_spec_that_does_not_use_them():
     assert "evidence" not in GateSpec().model_dump()
     assert GateSpec(**GateSpec(evidence="better", level=0.01).model_dump()).level == 0.01
+
+
+def test_a_job_compares_its_version_with_the_champion_row_by_row_and_the_gate_is_told(tmp_path):
+    registry = Registry.open(settings_at(tmp_path / "home"))
+    context = context_for(spec_for(tmp_path, "lora", max_steps=2), tmp_path)
+    trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
+    worker.save(context, trained, tmp_path / "adapter")
+    register(registry, tmp_path / "adapter", context.spec.name)
+    told = json.loads(json.dumps(trainer._score_champion(context, registry, trained.score)))  # as the driver reads it
+    champion = trainer.Champion(**told)
+    assert champion.version == 1
+    assert (champion.paired["better"], champion.paired["worse"]) == (0, 0)
+    assert champion.paired["rows"] == trained.metrics["rows"] > 0
+    result = trainer.Result("", trained.metrics, 1, champion, Path(tmp_path / "adapter"))
+    decision = judge_version(context.spec, result, registry)
+    assert decision.passed
+    assert f"of {trained.metrics['rows']} rows 0 better and 0 worse (exact McNemar: p = 1.0000" in decision.reason
+    earlier = trainer.Champion(champion.version, champion.metrics)  # of a trial from before rows were kept
+    result = trainer.Result("", trained.metrics, 1, earlier, Path(tmp_path / "adapter"))
+    assert "by the gain alone" in judge_version(context.spec, result, registry).reason

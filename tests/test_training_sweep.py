@@ -19,6 +19,7 @@ from pedro.cli import app
 from pedro.config import Settings
 from pedro.errors import ConfigError, ConflictError, NotFoundError
 from pedro.registry import MANIFEST, Registry
+from pedro.store import Store
 from pedro.training import ray_jobs
 from pedro.training.sweep import launch
 from pedro.training.sweep.planner import make_planner
@@ -279,6 +280,19 @@ def test_a_sweep_is_found_again_by_its_spec_and_its_data(tmp_path):
     with Path(spec.base.data.train).open("a") as stream:
         stream.write('{"prompt": "more", "completion": "rows"}\n')
     assert recall(settings.storage, launch.staged(spec, settings)) is None
+
+
+def test_no_sweep_begins_while_its_tenant_is_being_erased(tmp_path):
+    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
+    spec = sweep_for(tmp_path)
+    store = Store(settings.database_url)
+    store.begin_erasure(spec.base.tenant)
+    with pytest.raises(ConflictError, match="is being erased"):
+        launch.create(spec, settings)
+    assert not (Path(settings.storage) / "sweeps").exists()
+    store.end_erasure(spec.base.tenant, "erased-1", {})
+    store.close()
+    assert launch.create(spec, settings)
 
 
 def test_a_sweep_from_before_the_later_fields_is_found(tmp_path):

@@ -59,6 +59,11 @@ class ErasureTable:
         with self._database.reading() as connection:
             return erasing.is_marked(connection, tenant)
 
+    def check_not_erased(self, tenant: str) -> None:
+        """For what is begun outside the database. Raises ConflictError while the tenant is being erased."""
+        with self._database.reading() as connection:
+            erasing.refuse_erased(connection, tenant)
+
     def begin_erasure(self, tenant: str) -> None:
         """Refuse the tenant: its keys end, its adapters are gone, its jobs may not start. Again does no harm."""
         keys, adapters, jobs = schema.keys, schema.adapters, schema.jobs

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.backbones.sharing import offer_backbone
 from pedro.errors import ConflictError, NotFoundError, TrainingError
+from pedro.store import Store
 from pedro.training import ray_jobs
 from pedro.training.job import stage
 from pedro.training.job_status import RAY_OPEN
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 
 
 def create(spec: SweepSpec, settings: Settings) -> SweepRecord:
-    """Record a new sweep, its data copied to the storage. Raises DataError for unreadable data."""
+    """Record a new sweep, its data copied to the storage.
+
+    Raises DataError for unreadable data, ConflictError while its tenant is being erased.
+    """
+    store = Store(settings.database_url)
+    store.check_not_erased(spec.base.tenant)
+    store.close()
     spec = staged(spec, settings)
     record = SweepRecord(f"sweep-{uuid.uuid4().hex[:12]}", spec.to_dict())
     Records(settings.storage, record.id).write_record(record)
