@@ -178,6 +178,48 @@ def test_a_spec_that_is_wrong_fails_with_its_mistakes(platform, client):
     assert "training.lrr: unknown key" in failed.error.message
 
 
+@pytest.mark.parametrize("training", [{"lr": "fast"}, {"lr": None}, {"lr": 10**400}, {"seed": "x"}, {"epochs": []}])
+def test_a_value_that_is_no_number_fails_its_job_and_leaves_the_list_readable(platform, client, training):
+    method = {"type": "supervised", "pedro": {"training": training}}
+    made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client), method=method)
+    platform.rounds()
+    (failed,) = client.fine_tuning.jobs.list()
+    assert (failed.id, failed.status) == (made.id, "failed")
+    assert f"training.{next(iter(training))}" in failed.error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "training"),
+    [
+        ({"hyperparameters": {"learning_rate_multiplier": 2}}, {"lr": 0.1}),
+        ({"hyperparameters": {"n_epochs": 2}}, {"epochs": 3}),
+        ({"hyperparameters": {"batch_size": 2}}, {"batch_size": 3}),
+        ({"seed": 1}, {"seed": 2}),
+    ],
+)
+def test_a_hyperparameter_that_is_given_twice_is_refused(client, fields, training):
+    method = {"type": "supervised", "pedro": {"training": training}}
+    with pytest.raises(openai.BadRequestError, match="given twice"):
+        client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client), method=method, **fields)
+
+
+def test_a_key_held_to_some_adapters_sees_and_ends_jobs_of_those_alone(platform, client, request):
+    file, tenant = upload(client), tenant_of(request)
+    mine, other = (
+        client.fine_tuning.jobs.create(model=BACKBONE, training_file=file, suffix=name).id for name in ("mine", "other")
+    )
+    platform.store.add_version(stub_version(1, f"{tenant}.mine"), None)
+    held = platform.gateway.client(
+        platform.store.create_key(tenant, ("train",), adapters=("mine",))[1]
+    ).fine_tuning.jobs
+    assert [job.id for job in held.list(limit=1)] == [mine]
+    assert held.retrieve(mine).id == mine
+    for ask in (held.retrieve, held.cancel, held.pause, held.resume, held.list_events, held.checkpoints.list):
+        with pytest.raises(openai.NotFoundError):
+            ask(other)
+    assert client.fine_tuning.jobs.retrieve(other).status == "validating_files"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -124,13 +124,20 @@ def spec_of(
         data["validation"] = asked.validation_file
     hyper = _hyperparameters(asked)
     training = spec.setdefault("training", {})
-    training.setdefault("lr", LEARNING_RATE * (hyper.learning_rate_multiplier or 1.0))
-    if hyper.n_epochs is not None:
-        training.setdefault("epochs", hyper.n_epochs)
-    if hyper.batch_size is not None:
-        training.setdefault("batch_size", hyper.batch_size)
-    if asked.seed is not None:
-        training.setdefault("seed", asked.seed)
+    asked_for = {
+        "lr": hyper.learning_rate_multiplier and LEARNING_RATE * hyper.learning_rate_multiplier,
+        "epochs": hyper.n_epochs,
+        "batch_size": hyper.batch_size,
+        "seed": asked.seed,
+    }
+    for option, value in asked_for.items():
+        if value is None:
+            continue
+        if option in training:
+            message = f"method.pedro.training.{option}: given twice, as the API's own field, too; leave one out"
+            raise PedroError(message, param=f"method.pedro.training.{option}", code="invalid_value")
+        training[option] = value
+    training.setdefault("lr", LEARNING_RATE)
     if asked.method and asked.method.type == "dpo":
         spec["objective"] = "dpo"
         beta = getattr(hyper, "beta", None)
@@ -153,10 +160,20 @@ def shown_hyperparameters(spec: Mapping[str, Any]) -> dict[str, Any]:
     preference = {"beta": (spec.get("dpo") or {}).get("beta", "auto")} if spec.get("objective") == "dpo" else {}
     return {
         **preference,
-        "n_epochs": training.get("epochs", "auto"),
-        "batch_size": training.get("batch_size", "auto"),
-        "learning_rate_multiplier": training["lr"] / LEARNING_RATE if "lr" in training else "auto",
+        "n_epochs": _number(training.get("epochs"), "auto"),
+        "batch_size": _number(training.get("batch_size"), "auto"),
+        "learning_rate_multiplier": "auto" if (lr := _number(training.get("lr"), None)) is None else lr / LEARNING_RATE,
     }
+
+
+def shown_seed(spec: Mapping[str, Any]) -> int:
+    return int(_number((spec.get("training") or {}).get("seed"), 0))
+
+
+def _number(value: Any, otherwise: Any) -> Any:
+    """A value of a spec that may still be anything: its controller has not looked at it, or refused it."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 2**63 else otherwise
 
 
 def _hyperparameters(asked: JobRequest) -> Hyperparameters:

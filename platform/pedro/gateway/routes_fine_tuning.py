@@ -17,9 +17,17 @@ from fastapi import APIRouter, Depends, Request
 from pedro.errors import NotFoundError, PedroError
 from pedro.files.names import FINE_TUNE
 from pedro.gateway.auth import Principal, actor_of, counted
-from pedro.gateway.fine_tuning import JobRequest, adapter_of, served_backbone, shown_hyperparameters, spec_of
+from pedro.gateway.fine_tuning import (
+    JobRequest,
+    adapter_of,
+    served_backbone,
+    shown_hyperparameters,
+    shown_seed,
+    spec_of,
+)
 from pedro.gateway.parsing import parse, read_body
 from pedro.store import READ, TRAIN, JobEvent, JobRecord, JobStatus, Store, Version
+from pedro.store.jobs import job_not_found
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs")
 Reader = Annotated[Principal, Depends(counted(READ, TRAIN))]
@@ -46,15 +54,15 @@ async def create_job(request: Request, caller: Owner) -> dict[str, Any]:
 @router.get("")
 async def list_jobs(request: Request, caller: Reader) -> dict[str, Any]:
     after, limit, labels = _page(request, with_metadata=True)
-    found = await asyncio.to_thread(
-        _store(request).list_jobs, caller.tenant, limit=limit + 1, after=after, labels=labels
-    )
+    most = limit + 1 if caller.models is None else None  # what the key may not see is left out before the page is cut
+    listed = await asyncio.to_thread(_store(request).list_jobs, caller.tenant, limit=most, after=after, labels=labels)
+    found = [job for job in listed if _may_see(caller, job)]
     return _list([_job(request, job) for job in found[:limit]], len(found) > limit)
 
 
 @router.get("/{job_id}")
 async def get_job(request: Request, job_id: str, caller: Reader) -> dict[str, Any]:
-    return _job(request, await asyncio.to_thread(_store(request).get_job, job_id, caller.tenant))
+    return _job(request, await asyncio.to_thread(_own_job, request, caller, job_id))
 
 
 @router.post("/{job_id}/cancel")
@@ -70,7 +78,7 @@ async def pause_job(request: Request, job_id: str, caller: Owner) -> dict[str, A
 @router.post("/{job_id}/resume")
 async def resume_job(request: Request, job_id: str, caller: Owner) -> dict[str, Any]:
     store = _store(request)
-    await asyncio.to_thread(store.get_job, job_id, caller.tenant)
+    await asyncio.to_thread(_own_job, request, caller, job_id)
     actor = actor_of(request, caller)
     resumed = await asyncio.to_thread(store.let_job_continue, job_id, [JobStatus.PAUSED], actor=actor)
     return _job(request, resumed)
@@ -116,6 +124,18 @@ def _create(
     return _job(request, job)
 
 
+def _own_job(request: Request, caller: Principal, job_id: str) -> JobRecord:
+    """Raises NotFoundError, the same for an unknown job, one of another tenant, and one of an adapter not the key's."""
+    job = _store(request).get_job(job_id, caller.tenant)
+    if not _may_see(caller, job):
+        raise job_not_found(job_id)
+    return job
+
+
+def _may_see(caller: Principal, job: JobRecord) -> bool:
+    return caller.models is None or job.name in caller.models
+
+
 def _parent(request: Request, caller: Principal, model: str) -> Version:
     """The caller's own version that a job is to go on from; any other name is answered alike."""
     with suppress(NotFoundError):
@@ -137,7 +157,7 @@ def _idempotency_key(request: Request) -> str | None:
 
 async def _ask(request: Request, caller: Principal, job_id: str, wanted: JobStatus) -> dict[str, Any]:
     store = _store(request)
-    job = await asyncio.to_thread(store.get_job, job_id, caller.tenant)
+    job = await asyncio.to_thread(_own_job, request, caller, job_id)
     if job.status != wanted:
         job = await asyncio.to_thread(store.ask_of_job, job_id, wanted, actor=actor_of(request, caller))
     return _job(request, job)
@@ -149,7 +169,7 @@ async def _events(
     store = _store(request)
     after, limit, _ = _page(request)
     before = None if after is None else after.removeprefix(f"{prefix}-")
-    job = await asyncio.to_thread(store.get_job, job_id, caller.tenant)
+    job = await asyncio.to_thread(_own_job, request, caller, job_id)
     found = await asyncio.to_thread(store.list_job_events, job_id, kinds, before=before, limit=limit + 1)
     return _list([shown(job, event) for event in found[:limit]], len(found) > limit)
 
@@ -199,7 +219,7 @@ def _job(request: Request, job: JobRecord) -> dict[str, Any]:
         "hyperparameters": hyperparameters,
         "trained_tokens": (result.get("metrics") or {}).get("train_tokens"),
         "error": _error(job),
-        "seed": int((job.spec.get("training") or {}).get("seed", 0)),
+        "seed": shown_seed(job.spec),
         "estimated_finish": None,
         "integrations": [],
         "metadata": job.labels,
