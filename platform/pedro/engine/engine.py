@@ -201,7 +201,8 @@ class Engine:
                 return False
             self._held[sequence] = entry
             self.adapters.remove_waiter(ref)
-        self._prefixes.look_up(sequence, self._adapter_of(sequence))
+        if self._prefixes.budget_bytes:
+            self._prefixes.look_up(sequence, self._adapter_of(sequence))
         return True
 
     def _adapter_of(self, sequence: Sequence) -> Adapter | None:
@@ -261,7 +262,7 @@ class Engine:
                 self._fail(part.sequences)
                 self._end_prefill(part.groups)
             return
-        for group in made:
+        for group in made if self._prefixes.budget_bytes else ():
             self._prefixes.prefilled(group, self._adapter_of(group[0][0]), self._runner.cache)
         with self._lock:
             self._end_prefill(part.groups)
@@ -283,8 +284,7 @@ class Engine:
                 self._fail(sequences)
             return
         if self._prefill_budget is not None:
-            rows = sum(sequence.width for sequence in sequences)
-            self._prefill_budget.record_decode(time.perf_counter() - began, rows)
+            self._prefill_budget.record_decode(time.perf_counter() - began, sum(s.width for s in sequences))
             self._prefill_budget.keep_steps_short(self._scheduler)
         with self._lock:
             for one in made:

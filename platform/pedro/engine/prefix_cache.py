@@ -119,7 +119,7 @@ class PrefixCache:
     def _owner(self, sequence: Sequence, adapter: Adapter | None) -> Hashable | None:
         """Who may use what was read of this prompt; None for nobody: the adapter's vectors come from all of it."""
         request = sequence.request
-        nobody = not self.budget_bytes or (adapter is not None and adapter.generator is not None)
+        nobody = adapter is not None and adapter.generator is not None
         return None if nobody else (request.tenant, request.cache_salt, request.adapter)
 
     def _touch(self, keys: list[tuple[Hashable, tuple[int, ...]]]) -> None:
