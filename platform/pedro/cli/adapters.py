@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -230,25 +230,50 @@ def export_adapter(
 @app.command("import")
 def import_adapter(
     name: Annotated[str, typer.Argument(help="tenant.adapter to register it as.", metavar="MODEL")],
-    directory: Annotated[Path, typer.Argument(help="An adapter directory with pedro_adapter.json.")],
+    directory: Annotated[Path, typer.Argument(help="An adapter directory: exported, or written by PEFT.")],
     backbone: Moved = None,
+    form: Annotated[str, typer.Option("--format", help="For PEFT's own: raw, alpaca or chat.")] = "raw",
     as_json: AsJson = False,
 ) -> None:
-    """Register an exported adapter directory as a new version, a candidate until `pedro adapters promote`."""
+    """Register an adapter directory as a new version, a candidate until `pedro adapters promote`.
+
+    One that PEFT wrote by itself needs --backbone; it is registered if the engine serves it on that backbone.
+    """
+    from contextlib import nullcontext
+
     from pedro.config import check_name
     from pedro.evaluation.saved import open_saved
     from pedro.methods.adapter_check import check_adapter
+    from pedro.methods.stock import is_stock
 
     tenant, adapter = name.partition(".")[::2]
     check_name("tenant", tenant)
     check_name("adapter", adapter)
-    check_adapter(directory)
-    open_saved(directory, backbone)
-    registry = _registry()
-    run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"kind": "import"})
-    version = registry.register(run, directory, tenant, adapter, gate="imported: not gated")
-    registry.finish_run(run)
+    with _adopted(directory, backbone, form) if is_stock(directory) else nullcontext(directory) as whole:
+        check_adapter(whole)
+        open_saved(whole, backbone)
+        registry = _registry()
+        run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"kind": "import"})
+        version = registry.register(run, whole, tenant, adapter, gate="imported: not gated")
+        registry.finish_run(run)
     _changed(registry.set_alias(version.name, "candidate", version.version), as_json)
+
+
+def _adopted(directory: Path, name: str | None, form: str) -> AbstractContextManager[Path]:
+    """A stock PEFT adapter with a manifest of this backbone and format."""
+    from pedro.backbone import load_tokenizer, resolve_backbone
+    from pedro.data.prompt_format import FORMAT_OF_SHAPE, format_for_shape
+    from pedro.errors import ConfigError
+    from pedro.methods.stock import adopted
+
+    if name is None:
+        raise ConfigError("backbone: PEFT wrote this adapter; say with --backbone what it was trained on")
+    shapes = {given: shape for shape, given in reversed(FORMAT_OF_SHAPE.items())}
+    if form not in shapes:
+        raise ConfigError(f"format: {form!r} is none; give {', '.join(shapes)}", param="format")
+    backbone = resolve_backbone(name)
+    prompt_format = format_for_shape(shapes[form], load_tokenizer(backbone))
+    return adopted(directory, backbone, prompt_format.to_dict(), log)
 
 
 def evaluate(
