@@ -317,6 +317,18 @@ def test_a_job_goes_on_from_a_model_of_its_tenants(platform, client, request):
         )
 
 
+def test_a_model_that_was_deleted_while_its_job_waited_fails_it(platform, client, request):
+    name = f"{tenant_of(request)}.voice"
+    version = replace(stub_version(1, name), backbone_id="stories260K", spec={"method": {"name": "lora"}})
+    platform.store.add_version(version, None)
+    made = client.fine_tuning.jobs.create(model=f"{name}:1", training_file=upload(client))
+    platform.store.delete_version(name, 1)
+    platform.rounds()
+    failed = client.fine_tuning.jobs.retrieve(made.id)
+    assert (failed.status, failed.error.code, failed.error.param) == ("failed", "model_not_found", "model")
+    assert made.id not in platform.drivers.states
+
+
 def test_jobs_are_listed_in_pages_newest_first_and_by_metadata(client):
     file = upload(client)
     made = [

@@ -36,7 +36,8 @@ LASTED_S = 3600.0
 """A driver that ran for so long got on: what was lost before counts no more."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 LEVELS = {JobStatus.FAILED: "error", JobStatus.CANCELLED: "warn"}
-FIELDS = {"data.train": "training_file", "data.validation": "validation_file"}  # of the API, for those of a spec
+FIELDS = {"data.train": "training_file", "data.validation": "validation_file", "parent": "model"}
+"""Of the API, for those of a spec."""
 HISTORY_S = 24 * 3600.0
 """What tenants had of the cluster counts for this long when turns are given."""
 
