@@ -339,6 +339,56 @@ def test_jobs_are_listed_in_pages_newest_first_and_by_metadata(client):
     assert [job.id for job in client.fine_tuning.jobs.list(metadata={"n": "1"})] == [made[3], made[1]]
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/%00",
+        "/%00/events",
+        "/{job}/events?after=ftevent-%00",
+        "?after=%00",
+        "?metadata[a]=%00",
+        "?metadata[%00]=x",
+        "?metadata[%22]=x",
+    ],
+)
+def test_a_character_that_no_database_takes_is_no_fault_of_the_servers(client, path):
+    job = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client)).id
+    with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
+        client.get(f"/fine_tuning/jobs{path.format(job=job)}", cast_to=object)
+
+
+def test_a_spec_that_is_too_long_is_refused(client):
+    method = {"type": "supervised", "pedro": {"training": {"note": "x" * 70_000}}}
+    with pytest.raises(openai.BadRequestError, match="65,536"):
+        client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client), method=method)
+
+
+def test_jobs_that_are_cancelled_before_they_were_looked_at_cost_the_others_no_round(platform, client):
+    file = upload(client)
+    made = [client.fine_tuning.jobs.create(model=BACKBONE, training_file=file).id for _ in range(3)]
+    stranger = platform.gateway.client(platform.gateway.key("patient", ("train",)))
+    theirs = stranger.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(stranger)).id
+    platform.controller.round()
+    assert theirs in platform.controller._looking, "one of each tenant is looked at"
+    for job_id in made:
+        client.fine_tuning.jobs.cancel(job_id)
+    platform.rounds()
+    assert platform.drivers.states[theirs] == JobStatus.RUNNING
+
+
+def test_a_fault_of_ours_ends_the_job_that_met_it_and_no_other(platform, client, monkeypatch):
+    def prepare(job):
+        raise ZeroDivisionError("a secret of the host")
+
+    broken = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client)).id
+    with monkeypatch.context() as patch:
+        patch.setattr(platform.drivers, "prepare", prepare)
+        platform.rounds()
+    failed = client.fine_tuning.jobs.retrieve(broken)
+    assert (failed.status, failed.error.code) == ("failed", "internal_error")
+    assert "secret" not in failed.error.message
+
+
 def test_a_job_is_cancelled_paused_and_resumed(platform, client):
     made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client))
     assert client.fine_tuning.jobs.pause(made.id).status == "paused"

@@ -198,7 +198,7 @@ class BatchWork:
             if wait_s is None:
                 break
             await asyncio.sleep(wait_s)
-        line = answer_line(batch.id, row, reply, request_id)
+        line = await asyncio.to_thread(answer_line, batch.id, row, reply, request_id)
         await self._mine(self._bench.store.add_batch_answer, batch, row.line, reply.status, line)
 
     async def _mine(self, change: Callable[..., bool], *args: Any) -> None:
@@ -238,7 +238,7 @@ class BatchWork:
         except NotFoundError:  # what is not there cannot be named
             return
         with stream:
-            for row in read_rows(stream, batch.endpoint, bench.max_body_bytes):
+            for row in islice(read_rows(stream, batch.endpoint, bench.max_body_bytes), MAX_ROWS):  # it may be unchecked
                 if isinstance(row, BatchRow) and row.line not in answered:
                     yield unasked_line(batch.id, row, *UNASKED[ending.status])
 
@@ -272,7 +272,7 @@ def _some(rows: Iterator[BatchRow | RowMistake]) -> list[BatchRow | RowMistake]:
 
 def _wait_s(reply: Reply, tries: int) -> float | None:
     """How long to wait before a row is asked again; None: this is its answer."""
-    backoff = min(2.0 ** (tries - 1), LONGEST_WAIT_S)
+    backoff = min(2.0 ** min(tries - 1, 10), LONGEST_WAIT_S)
     after = reply.headers.get("retry-after")
     if reply.status in (429, 503) and after is not None:  # over a quota, or a full queue: it has time
         return min(max(float(after), backoff), LONGEST_WAIT_S)

@@ -8,6 +8,7 @@ Reference: https://platform.openai.com/docs/api-reference/fine-tuning
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from pedro.gateway.fine_tuning import (
     spec_of,
 )
 from pedro.gateway.parsing import parse, read_body
+from pedro.gateway.schemas import MAX_METADATA
 from pedro.store import READ, TRAIN, JobEvent, JobRecord, JobStatus, Store, Version
 from pedro.store.jobs import job_not_found
 
@@ -34,6 +36,7 @@ Reader = Annotated[Principal, Depends(counted(READ, TRAIN))]
 Owner = Annotated[Principal, Depends(counted(TRAIN))]
 DEFAULT_LIMIT, MAX_LIMIT = 20, 100
 MAX_KEY = 200
+MAX_SPEC = 65_536
 
 
 @router.post("")
@@ -48,6 +51,9 @@ async def create_job(request: Request, caller: Owner) -> dict[str, Any]:
         message = "suffix: this API key is held to other adapters"
         raise PedroError(message, param="suffix", code="invalid_value")
     spec = spec_of(asked, caller.tenant, adapter, backbone, parent)
+    if len(json.dumps(spec)) > MAX_SPEC:  # every controller reads it, each round
+        message = f"method.pedro: expected at most {MAX_SPEC:,} characters"
+        raise PedroError(message, param="method.pedro", code="invalid_value")
     return await asyncio.to_thread(_create, request, caller, asked, spec, key)
 
 
@@ -185,6 +191,9 @@ def _page(request: Request, *, with_metadata: bool = False) -> tuple[str | None,
                 raise PedroError(message, param="limit", code="invalid_value")
             limit = int(value)
         elif with_metadata and name.startswith("metadata[") and name.endswith("]"):
+            if not (name + value).isprintable() or '"' in name or len(labels) >= MAX_METADATA:
+                message = f"metadata: expected at most {MAX_METADATA} keys without quotes, and printable text"
+                raise PedroError(message, param="metadata", code="invalid_value")
             labels[name[len("metadata[") : -1]] = value
         else:
             message = f"Unrecognized request argument supplied: {name[:80]}"

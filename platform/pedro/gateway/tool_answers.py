@@ -79,13 +79,21 @@ class CallReader:
         return calls
 
     def _call(self, given: Any) -> dict[str, Any] | None:
-        if not isinstance(given, dict) or given.get("name") not in self._names:
+        name = given.get("name") if isinstance(given, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = given.get("arguments", given.get("parameters"))
         if not isinstance(arguments, dict):
             return None
+        try:
+            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair: as an escape, which is how the model wrote it
+            text = json.dumps(arguments)
+        except (ValueError, RecursionError):  # NaN is no JSON
+            return None
         call_id = "".join(secrets.choice(ALPHABET) for _ in range(ID_LENGTH))
-        function = {"name": given["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+        function = {"name": name, "arguments": text}
         return {"index": 0, "id": call_id, "type": "function", "function": function}
 
 

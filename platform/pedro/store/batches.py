@@ -110,6 +110,7 @@ class BatchTable:
     def cancel_batch(self, batch_id: str, tenant: str, now: float, *, actor: By = None) -> BatchRecord:
         """Ask for its end; again does no harm. Raises NotFoundError, or ConflictError for one that has all answers."""
         with self._database.writing() as connection:
+            _found(connection, batch_id, tenant)
             moved = self._move(connection, batch_id, BatchStatus.CANCELLING, now, BATCHES.tenant == tenant, RUNNING)
             batch = _batch_record(_found(connection, batch_id, tenant))
             if moved:

@@ -55,7 +55,7 @@ class JobEventTable:
         with self._database.reading() as connection:
             if before is not None:
                 known = sa.select(events.c.id).where(events.c.job_id == job_id, events.c.public_id == before)
-                last = connection.scalar(known)
+                last = connection.scalar(known) if "\0" not in before else None
                 if last is None:
                     message = f"after: the job has no event {before[:80]!r}"
                     raise NotFoundError(message, param="after", code="not_found")

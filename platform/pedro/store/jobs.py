@@ -127,7 +127,8 @@ class JobTable:
     def get_job(self, job_id: str, tenant: str | None = None) -> JobRecord:
         """Raises NotFoundError, the same for an unknown job and for one of another tenant than the one named."""
         with self._database.reading() as connection:
-            row = connection.execute(sa.select(schema.jobs).where(schema.jobs.c.id == job_id)).one_or_none()
+            query = sa.select(schema.jobs).where(schema.jobs.c.id == job_id)
+            row = connection.execute(query).one_or_none() if "\0" not in job_id else None  # PostgreSQL takes none
         if row is None or (tenant is not None and row.tenant != tenant):
             raise job_not_found(job_id)
         return job_record(row)

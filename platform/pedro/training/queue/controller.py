@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pedro.training.queue.launcher import ClusterView, Launcher
 
 ROUND_S = 1.0
+UNREADABLE = "The job could not be readied by a fault of the platform's own; its operator's log says which."
 LEASE_S = 30.0
 """A controller that hangs for longer than this loses its jobs to another one."""
 MOST_LOSSES = 5
@@ -101,12 +102,15 @@ class Controller:
         """Look at specs and files of new jobs, one after the other, beside the rounds: files may be large."""
         held = {job.id for job in jobs}
         for job_id in [job_id for job_id, looking in self._looking.items() if looking.done()]:
-            self._looking.pop(job_id).result()  # what it raises is a mistake of ours, and told as one
+            self._looking.pop(job_id)
+        busy = {job.tenant for job in jobs if job.id in self._looking}
         for job in jobs:
-            if job.id not in self._looking:
+            if job.id not in self._looking and job.tenant not in busy:  # one of each tenant: many do not hold up others
+                busy.add(job.tenant)
                 self._looking[job.id] = self._looker.submit(self._look_at, job)
         for job_id in self._looking.keys() - held:
-            self._looking[job_id].cancel()
+            if self._looking[job_id].cancel():
+                del self._looking[job_id]
 
     def _look_at(self, job: JobRecord) -> None:
         self._store.add_job_event(job.id, f"Validating training file: {job.spec['data']['train']}")
@@ -119,6 +123,11 @@ class Controller:
             told = {"code": error.code or "invalid_training_file", "param": FIELDS.get(error.param or "", error.param)}
             if self._store.end_job(job, JobStatus.FAILED, error.message, {"error": told}):
                 self._store.add_job_event(job.id, error.message, level="error")
+            return
+        except Exception:  # noqa: BLE001 - a mistake of ours ends this job, and no other
+            for line in traceback.format_exc().splitlines():
+                self._log(line)
+            self._store.end_job(job, JobStatus.FAILED, UNREADABLE, {"error": {"code": "internal_error"}})
             return
         if self._store.accept_job(job):
             self._store.add_job_event(job.id, "Files validated, moving job to queued state")
