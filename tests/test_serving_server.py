@@ -430,6 +430,37 @@ def test_whoever_asks_and_leaves_holds_one_thread_and_is_refused_as_others_are(m
     assert most == 1
 
 
+def test_a_tenants_long_chats_are_rendered_one_at_a_time_and_another_tenants_beside_them(monkeypatch):
+    free, running, most = threading.Event(), [], []
+
+    def render(_form, messages, *_):
+        running.append(messages[0]["role"])
+        most.append(running.count("acme"))
+        if messages[0]["role"] == "acme":
+            free.wait(60)
+        running.remove(messages[0]["role"])
+        return messages[0]["role"]
+
+    async def go():
+        rendering = TemplateRenderer(None, ["own"])
+        monkeypatch.setattr(PromptFormat, "prompt", render)
+        monkeypatch.setattr(prompts, "check_carried", lambda *_, **__: None)
+
+        def ask(tenant):
+            return rendering.prompt(
+                PromptFormat("chat", "own"), ({"role": tenant, "content": ""},), None, ({},), tenant
+            )
+
+        flood = [asyncio.create_task(ask("acme")) for _ in range(40)]  # more than the pool has threads
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(ask("globex"), 60) == "globex"
+        free.set()
+        await asyncio.gather(*flood)
+
+    asyncio.run(go())
+    assert max(most) == 1
+
+
 def test_a_strangers_template_is_rendered_in_the_worker_as_in_training(served):
     form = PromptFormat("chat", "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
     own = hostile(served, "globex.own", form.template)

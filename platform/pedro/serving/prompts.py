@@ -95,7 +95,7 @@ class PromptProcessor:
     ) -> list[int]:
         """Of messages as `ref` (None: the bare backbone) was trained to read them; `tenant` is the one who asks."""
         form = self._plain_format if ref is None else await self._format_of(ref)
-        return await self._encode(await self._renderer.prompt(form, messages, ref, tools), "messages", tenant)
+        return await self._encode(await self._renderer.prompt(form, messages, ref, tools, tenant), "messages", tenant)
 
     async def template(self, ref: ModelRef | None) -> str:
         """The template of chats with `ref`."""
@@ -167,13 +167,14 @@ class TemplateRenderer:
         self._trusted = {*trusted, *(form.template for form in FORMATS.values())}
         self._worker = TemplateWorker()
         self._free = asyncio.Lock()  # in the order of asking
-        self._turns = Turns()
+        self._turns = Turns()  # of whose adapter it is
+        self._asking = Turns()  # of who asks
         self._refusals: OrderedDict[ModelRef, _Refusal] = OrderedDict()
 
     async def prompt(
-        self, form: PromptFormat, messages: Messages, ref: ModelRef | None, tools: Messages = ()
+        self, form: PromptFormat, messages: Messages, ref: ModelRef | None, tools: Messages = (), tenant: str = ""
     ) -> Prompt:
-        """The prompt of an adapter version (None: of the backbone).
+        """The prompt of an adapter version (None: of the backbone). `tenant` asks, and has one at a time on a thread.
 
         Raises DataError, also where the template leaves out tools, calls or results; TemplateBoundsError where it does
         too much.
@@ -182,10 +183,12 @@ class TemplateRenderer:
             assert ref is not None, "the backbone's own template is trusted"
             return await self._bounded(form, messages, ref, tools)
         if tools or not _plain(messages):
-            return await asyncio.to_thread(self._with_tools, form, messages, tools, templates.render)
+            async with self._asking.of(tenant):
+                return await to_its_end(self._with_tools, form, messages, tools, templates.render)
         if len(messages) <= LONG_MESSAGES and sum(len(str(m.get("content", ""))) for m in messages) <= LONG_CHARS:
             return form.prompt(messages, self._tokenizer)
-        return await asyncio.to_thread(form.prompt, messages, self._tokenizer)
+        async with self._asking.of(tenant):
+            return await to_its_end(form.prompt, messages, self._tokenizer)
 
     def close(self) -> None:
         """End the worker."""
