@@ -19,7 +19,6 @@ from pedro.backbones.sharing import obtain_backbone
 from pedro.config import Settings
 from pedro.errors import NotFoundError, PedroError, TrainingError
 from pedro.process import set_torch_threads, update_environment
-from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, Registry
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join
@@ -192,7 +191,9 @@ def _train(
     from pedro.training import worker
     from pedro.training.context import build_context, deepspeed_engine
 
-    parent = registry.download(registry.find(ModelRef.parse(spec.parent))) if spec.parent else None
+    parent = None
+    if spec.parent:  # of its own tenant, whoever started this driver
+        parent = registry.download(registry.store.get_own_version(spec.parent, spec.tenant, "parent"))
     context = build_context(spec, settings.cache, deepspeed_engine(spec), group, parent)
     reporter = RayReporter(curves, context.plan.steps)
     if group.rank == 0:

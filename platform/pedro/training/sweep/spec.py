@@ -16,6 +16,7 @@ from pedro.training.sweep.space import Dimension
 
 DRAWS = 10
 FIXED = {
+    "parent": "trials are compared from one start",
     "tenant": "a sweep trains versions of one adapter",
     "adapter": "a sweep trains versions of one adapter",
     "data.train": "trials are compared on the same rows",
