@@ -12,7 +12,7 @@ RESULTS = ROOT / "jobs" / "results"
 COLUMNS = [("S", 1), ("S", 8), ("S", 32), ("M", 1), ("M", 8)]
 LINES = [  # of the table of speeds: engine and adapters
     *(("generate", "none"), ("ours", "pedro"), ("ours", "none"), ("ours", "lora")),
-    *(("peft", "lora"), ("vllm", "none"), ("vllm", "lora"), ("floor", "none")),
+    *(("peft", "lora"), ("vllm", "none"), ("vllm", "lora"), ("roofline", "none")),
 ]
 
 

@@ -24,7 +24,6 @@ TO_RUN_AGAIN = {  # measured on changed code; jobs/results/README.md has the com
     "http-one-thread.json",
     "http.json",
     "longprompt.json",
-    "serving.json",
     "tenants.json",
 }
 
