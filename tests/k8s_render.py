@@ -14,9 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-SPEC = ROOT / "jobs" / "configs" / "finetune.yaml"
-PLATFORMS = ("dev", "gpu")
-OVERLAYS = ("dev", "gpu", "dev/finetune", "gpu/finetune")
+OVERLAYS = ("dev", "gpu")
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,6 @@ def render(overlay: str) -> list[dict[str, Any]]:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed, and only kustomize renders these manifests")
     return list(yaml.safe_load_all(_render(overlay)))
-
-
-def whole(platform: str) -> list[dict[str, Any]]:
-    """The platform of an overlay and its fine-tune job together; what both hold must be the same."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for obj in render(platform) + render(f"{platform}/finetune"):
-        key = (obj["kind"], obj["metadata"]["name"])
-        assert found.setdefault(key, obj) == obj, f"{key}: the platform and the job disagree"
-    return list(found.values())
 
 
 def one(objects: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:

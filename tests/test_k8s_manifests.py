@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from k8s_render import OVERLAYS, PLATFORMS, ROOT, SPEC, matches, one, pods, render, whole
+from k8s_render import OVERLAYS, ROOT, matches, one, pods, render
 from typer.testing import CliRunner
 
 import pedro
@@ -21,7 +21,7 @@ from pedro.cli import app
 from pedro.config import Settings, validate_spec
 from pedro.gateway.connections import ConnectionLimits
 from pedro.serving.config import ServeConfig
-from pedro.training.job import read_spec
+from pedro.training.queue.kuberay import TEMPLATE
 
 SCHEMAS = Path(__file__).parent / "fixtures" / "kuberay" / "schemas.json.gz"
 PLATFORM_IMAGE = f"pedro-platform:{pedro.__version__}"
@@ -75,7 +75,7 @@ def test_a_misspelt_field_of_a_ray_object_is_refused():
     service = one(render("dev"), "RayService")
     service["spec"]["rayClusterSpec"] = service["spec"].pop("rayClusterConfig")
     assert any("rayClusterSpec" in problem for problem in problems(service))
-    job = one(render("dev/finetune"), "RayJob")
+    job = one(render("dev"), "RayJob")
     job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
     assert any("imagePullPolice" in problem for problem in problems(job))
 
@@ -104,7 +104,7 @@ def test_every_pod_is_unprivileged_and_writes_only_where_it_may(overlay):
         assert pod.spec["securityContext"]["runAsNonRoot"] is True, pod.where
         assert pod.spec["securityContext"]["runAsUser"] >= 999, pod.where
         assert pod.spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, pod.where
-        assert pod.spec["automountServiceAccountToken"] is False, pod.where
+        assert pod.spec["automountServiceAccountToken"] is (pod.where == "Deployment/controller"), pod.where
         assert pod.spec["enableServiceLinks"] is False, f"{pod.where}: Service variables would reach MLflow's CLI"
         volumes = {volume["name"] for volume in pod.spec.get("volumes", [])}
         for container in pod.containers:
@@ -142,19 +142,61 @@ def test_no_secret_value_is_in_the_manifests(overlay):
                 assert not (SECRET_NAME.search(entry["name"]) and "value" in entry), f"{pod.where}: {entry['name']}"
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", OVERLAYS)
 def test_every_secret_that_is_referred_to_is_one_that_the_readme_creates(platform):
     readme = (ROOT / "k8s" / "README.md").read_text("utf-8")
-    for pod in pods(whole(platform)):
+    for pod in pods(render(platform)):
+        named = [volume["secret"]["secretName"] for volume in pod.spec.get("volumes", []) if "secret" in volume]
         for container in pod.containers:
             for entry in container.get("env", []):
                 secret = entry.get("valueFrom", {}).get("secretKeyRef")
                 if secret:
-                    assert f"secret generic {secret['name']} " in readme
+                    named.append(secret["name"])
                     assert f"--from-literal={secret['key']}=" in readme
+        for name in named:
+            assert f"secret generic {name} " in readme
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", OVERLAYS)
+def test_each_secret_is_read_by_those_who_need_it_alone(platform):
+    readers: dict[str, set[str]] = {}
+    for pod in pods(render(platform)):
+        for volume in pod.spec.get("volumes", []):
+            if "secret" in volume:
+                readers.setdefault(volume["secret"]["secretName"], set()).add(pod.where)
+        for container in pod.containers:
+            for entry in container.get("env", []):
+                if secret := entry.get("valueFrom", {}).get("secretKeyRef"):
+                    readers.setdefault(secret["name"], set()).add(pod.where)
+    assert readers["pedro-postgres"] == {"StatefulSet/postgres"}, "the superuser's"
+    assert readers["mlflow-database"] == {"StatefulSet/postgres", "Deployment/mlflow"}
+    assert "Deployment/mlflow" not in readers["pedro-database"] | readers["pedro-seal"]
+    assert not any("RayService" in where or "dashboard" in where for where in readers["pedro-seal"])
+
+
+@pytest.mark.parametrize("platform", OVERLAYS)
+def test_the_controller_alone_talks_to_kubernetes_and_may_do_what_it_does_and_no_more(platform):
+    objects = render(platform)
+    role, binding = one(objects, "Role"), one(objects, "RoleBinding")
+    assert role["rules"] == [
+        {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["get", "list", "create", "delete"]}
+    ]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "controller", "namespace": "pedro"}]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert {pod.where for pod in pods(objects) if pod.spec["serviceAccountName"] == "controller"} == {
+        "Deployment/controller"
+    }
+    assert not [obj for obj in objects if obj["kind"] in ("ClusterRole", "ClusterRoleBinding")]
+
+
+@pytest.mark.parametrize("platform", OVERLAYS)
+def test_every_scratch_volume_is_bounded(platform):
+    for pod in pods(render(platform)):
+        for volume in pod.spec.get("volumes", []):
+            assert "emptyDir" not in volume or volume["emptyDir"].get("sizeLimit"), f"{pod.where}: {volume['name']}"
+
+
+@pytest.mark.parametrize("platform", OVERLAYS)
 def test_every_variable_is_one_that_somebody_reads(platform):
     read: set[str] = set()
 
@@ -165,7 +207,7 @@ def test_every_variable_is_one_that_somebody_reads(platform):
 
     Settings.from_env(Recorder())
     ConnectionLimits.from_env(Recorder())
-    objects = whole(platform)
+    objects = render(platform)
     for pod in pods(objects):
         known = read | (DASHBOARD_READS if pod.where == "Deployment/dashboard" else set())
         for container in pod.containers:
@@ -177,9 +219,9 @@ def test_every_variable_is_one_that_somebody_reads(platform):
             assert not unknown, f"{pod.where}: nothing reads {sorted(unknown)}"
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", OVERLAYS)
 def test_ray_pods_get_settings_that_work_across_hosts(platform):
-    objects = whole(platform)
+    objects = render(platform)
     ray_pods = [pod for pod in pods(objects) if "ray.io/node-type" in pod.labels]
     assert len(ray_pods) == 4
     for pod in ray_pods:
@@ -189,9 +231,9 @@ def test_ray_pods_get_settings_that_work_across_hosts(platform):
         assert str(settings.home) in mounts, f"{pod.where}: PEDRO_HOME is not writable"
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", OVERLAYS)
 def test_every_service_selects_a_pod_that_has_its_port(platform):
-    objects = whole(platform)
+    objects = render(platform)
     for service in (obj for obj in objects if obj["kind"] == "Service"):
         chosen = [pod for pod in pods(objects) if matches({"matchLabels": service["spec"]["selector"]}, pod.labels)]
         assert chosen, service["metadata"]["name"]
@@ -200,49 +242,56 @@ def test_every_service_selects_a_pod_that_has_its_port(platform):
             assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", OVERLAYS)
 def test_workloads_select_their_own_pods_and_budgets_guard_pods_that_exist(platform):
-    objects = whole(platform)
+    objects = render(platform)
     for obj in objects:
         if obj["kind"] in ("Deployment", "StatefulSet"):
             assert matches(obj["spec"]["selector"], obj["spec"]["template"]["metadata"]["labels"])
     budgets = [obj for obj in objects if obj["kind"] == "PodDisruptionBudget"]
-    assert {budget["metadata"]["name"] for budget in budgets} == {"engines", "finetune", "postgres"}
+    assert {budget["metadata"]["name"] for budget in budgets} == {"engines", "postgres"}
     for budget in budgets:
+        guarded = [pod for pod in pods(objects) if matches(budget["spec"]["selector"], pod.labels)]
+        if any("ray.io/node-type" in pod.labels for pod in guarded):  # they have no scale subresource
+            assert isinstance(budget["spec"]["minAvailable"], int), budget["metadata"]["name"]
+            assert "maxUnavailable" not in budget["spec"]
+            group = one(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+            assert budget["spec"]["minAvailable"] < group["replicas"], "a node could never be drained"
         assert any(matches(budget["spec"]["selector"], pod.labels) for pod in pods(objects)), budget["metadata"]["name"]
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_the_job_runs_the_specification_that_pedro_submit_reads_and_its_workers_fit(platform, tmp_path):
-    objects = render(f"{platform}/finetune")
-    job, spec = one(objects, "RayJob"), one(objects, "ConfigMap", "finetune-spec")
-    assert yaml.safe_load(spec["data"]["finetune.yaml"]) == yaml.safe_load(SPEC.read_text("utf-8"))
-    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    volume = next(volume for volume in head["volumes"] if "configMap" in volume)
-    assert volume["configMap"]["name"] == spec["metadata"]["name"]
-    mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == volume["name"])
-    command = job["spec"]["entrypoint"].split()
-    assert command[:3] == ["python", "-m", "pedro.training.job"]
-    assert command[3:5] == ["--spec", f"{mount['mountPath']}/finetune.yaml"]
-    wanted = read_spec(str(SPEC), tmp_path, command[5:]).resources
-    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert wanted.workers == group["replicas"] == group["minReplicas"] == group["maxReplicas"]
-    assert wanted.cpus_per_worker <= int(limits["cpu"])
-    assert wanted.gpus_per_worker == int(limits.get("nvidia.com/gpu", 0))
+@pytest.mark.parametrize("platform", OVERLAYS)
+def test_fine_tunes_are_made_from_a_job_that_never_runs_by_the_controller_of_the_same_image(platform):
+    objects = render(platform)
+    template = one(objects, "RayJob", TEMPLATE)
+    assert template["spec"]["suspend"] is True
+    assert template["spec"]["shutdownAfterJobFinishes"] is True, "or Kueue takes none"
+    controller = one(objects, "Deployment", "controller")["spec"]["template"]["spec"]
+    (container,) = controller["containers"]
+    assert container["command"] == ["pedro", "controller"]
+    assert CliRunner().invoke(app, [*container["command"][1:], "--help"]).exit_code == 0
+    settings = Settings.from_env(environment(container, objects))
+    assert settings.launcher == "kuberay"
+    for pod in pods([template]):
+        theirs = Settings.from_env(environment(pod.spec["containers"][0], objects))
+        assert pod.ends or (theirs.database_url, theirs.storage) == (settings.database_url, settings.storage)
+        mounted = {mount["name"]: mount["mountPath"] for mount in pod.spec["containers"][0]["volumeMounts"]}
+        assert pod.ends or str(settings.own_seal_file).startswith(f"{mounted['seal']}/")
+    beat = Settings.from_env({"PEDRO_HOME": str(settings.home)}).home / "ray" / "controller.pid"
+    assert str(beat) in container["livenessProbe"]["exec"]["command"][-1]
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", OVERLAYS)
 def test_ray_clusters_ask_for_a_token_and_name_the_pinned_version(platform):
     pin = re.search(r"^ray(?:\[[^\]]*\])?==([\w.]+)", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
     assert pin, "constraints.txt pins no ray"
     for kind, field in (("RayService", "rayClusterConfig"), ("RayJob", "rayClusterSpec")):
-        cluster = one(whole(platform), kind)["spec"][field]
+        cluster = one(render(platform), kind)["spec"][field]
         assert cluster["authOptions"] == {"mode": "token"}
         assert cluster["rayVersion"] == pin[1]
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", OVERLAYS)
 def test_the_serve_config_is_one_that_serve_and_pedro_accept_and_its_engines_fit_the_workers(platform):
     schema = pytest.importorskip("ray.serve.schema")
     service = one(render(platform), "RayService")["spec"]
@@ -263,7 +312,7 @@ def test_the_serve_config_is_one_that_serve_and_pedro_accept_and_its_engines_fit
     assert (wanted.device == "cuda") == (wanted.num_gpus > 0)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", OVERLAYS)
 def test_schemas_are_upgraded_by_commands_that_there_are_with_the_settings_of_the_pods_that_need_them(platform):
     objects = render(platform)
     (container,) = one(objects, "Job", "upgrade")["spec"]["template"]["spec"]["containers"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
 
 import pytest
-from k8s_render import PLATFORMS, matches, pods, whole
+from k8s_render import OVERLAYS, matches, pods, render
 
 NAMESPACE = {"kubernetes.io/metadata.name": "pedro"}
 OPERATOR = {"kubernetes.io/metadata.name": "kuberay-system"}
@@ -45,9 +46,9 @@ def may_talk(policies, source, target, port, namespace=NAMESPACE) -> bool:
     return into and (namespace != NAMESPACE or direction_allows(policies, "Egress", source, target, NAMESPACE, port))
 
 
-@pytest.fixture(params=PLATFORMS)
+@pytest.fixture(params=OVERLAYS)
 def policies(request) -> list[dict[str, Any]]:
-    return [obj["spec"] for obj in whole(request.param) if obj["kind"] == "NetworkPolicy"]
+    return [obj["spec"] for obj in render(request.param) if obj["kind"] == "NetworkPolicy"]
 
 
 def test_everything_is_denied_unless_a_policy_allows_it(policies):
@@ -55,7 +56,7 @@ def test_everything_is_denied_unless_a_policy_allows_it(policies):
 
 
 def test_every_policy_names_pods_that_exist():
-    objects = whole("dev")
+    objects = render("dev")
     for obj in objects:
         if obj["kind"] == "NetworkPolicy":
             assert any(matches(obj["spec"]["podSelector"], pod.labels) for pod in pods(objects)), obj["metadata"]
@@ -75,6 +76,8 @@ def test_every_policy_names_pods_that_exist():
         ("dashboard", "postgres", 5432),
         ("upgrade", "mlflow", 5000),
         ("upgrade", "postgres", 5432),
+        ("controller", "mlflow", 5000),
+        ("controller", "postgres", 5432),
         ("dashboard", "serving", 8000),
     ],
 )
@@ -92,6 +95,8 @@ def test_what_must_talk_can(policies, source, target, port):
         ("finetune", "dashboard", 8501),
         ("upgrade", "serving", 8000),
         ("upgrade", "dashboard", 8501),
+        ("controller", "serving", 8265),
+        ("serving", "controller", 8000),
         ("dashboard", "serving", 8265),
         ("mlflow", "serving", 8265),
         ("postgres", "mlflow", 5000),
@@ -118,7 +123,20 @@ def test_the_operator_reaches_the_heads_of_both_clusters(policies):
 
 
 def test_storage_in_the_cluster_is_reached_by_those_who_hold_its_key():
-    policies = [obj["spec"] for obj in whole("dev") if obj["kind"] == "NetworkPolicy"]
-    for source in ("serving", "finetune", "mlflow"):
+    policies = [obj["spec"] for obj in render("dev") if obj["kind"] == "NetworkPolicy"]
+    for source in ("serving", "finetune", "controller", "dashboard", "mlflow"):
         assert may_talk(policies, component(source), component("minio"), 9000)
-    assert not may_talk(policies, component("dashboard"), component("minio"), 9000)
+    assert not may_talk(policies, component("postgres"), component("minio"), 9000)
+
+
+def test_the_kubernetes_api_is_within_reach_of_the_controller_alone(policies):
+    api = ipaddress.ip_address("10.96.0.1")
+    reach = set()
+    for policy in policies:
+        for rule in policy.get("egress", []):
+            for block in (peer["ipBlock"] for peer in rule.get("to", []) if "ipBlock" in peer):
+                out = any(api in ipaddress.ip_network(cidr) for cidr in block.get("except", []))
+                if api in ipaddress.ip_network(block["cidr"]) and not out:
+                    selector = policy["podSelector"]
+                    reach.add(selector.get("matchLabels", {}).get("app.kubernetes.io/component"))
+    assert reach == {"controller"}

@@ -103,7 +103,7 @@ def ask_cluster(settings: Settings) -> ClusterJobs:
     """The cluster's own list of jobs."""
     ray = find_ray(settings)
     if not ray.url:
-        return ClusterJobs({}, gone=settings.ray_address is None, problem=ray.problem)
+        return ClusterJobs({}, gone=settings.ray_address is None and settings.launcher == "ray", problem=ray.problem)
     listed, problem = _ask(partial(ray_jobs.jobs, ray.url))
     return ClusterJobs({job["id"]: job for job in listed or ()}, ray.url, problem=problem)
 

@@ -25,6 +25,7 @@ from pedro.yaml_reader import MAX_DEPTH, parse_yaml, read_yaml
 SHOWN = 200
 """Characters of a wrong value that an error repeats."""
 DATA_SCHEMES = ("s3", "gs", "hf")
+LAUNCHERS = ("ray", "kuberay")
 PLAIN_WORDS = {  # pydantic's words: ours
     r"^Value error, ": "",
     r"Input should be": "expected",
@@ -63,6 +64,8 @@ class Settings:
     """Schemes of URLs that a spec may name as data (`PEDRO_DATA_SCHEMES`, parted by commas)."""
     own_seal_file: Path | None = None
     """The keys that versions are sealed with (`PEDRO_SEAL_KEY_FILE`); none: a file in the home."""
+    launcher: str = "ray"
+    """Where fine-tunes run (`PEDRO_LAUNCHER`): `ray`, on that cluster, or `kuberay`, each on one of its own."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -91,6 +94,7 @@ class Settings:
             ),
             data_schemes=_schemes(env.get("PEDRO_DATA_SCHEMES", "")),
             own_seal_file=Path(named).expanduser().absolute() if (named := env.get("PEDRO_SEAL_KEY_FILE")) else None,
+            launcher=_launcher(env.get("PEDRO_LAUNCHER") or "ray"),
         )
 
     @property
@@ -124,6 +128,7 @@ class Settings:
             "PEDRO_DATA_ROOTS": os.pathsep.join(self.data_roots),
             "PEDRO_DATA_SCHEMES": ",".join(self.data_schemes),
             "PEDRO_SEAL_KEY_FILE": str(self.own_seal_file or ""),
+            "PEDRO_LAUNCHER": self.launcher,
         }
 
     def single_host(self) -> list[str]:
@@ -136,6 +141,12 @@ class Settings:
         if "://" not in self.storage or self.storage.startswith("file://"):
             local.append(f"PEDRO_STORAGE={self.storage}")
         return local
+
+
+def _launcher(name: str) -> str:
+    if name not in LAUNCHERS:
+        raise ConfigError(f"PEDRO_LAUNCHER: {name!r}; use one of {', '.join(LAUNCHERS)}", param="PEDRO_LAUNCHER")
+    return name
 
 
 def _schemes(text: str) -> tuple[str, ...]:

@@ -195,6 +195,8 @@ def _cluster(settings: Settings) -> Check:
     from pedro.cluster import connect, find_head
     from pedro.errors import PedroError
 
+    if settings.launcher == "kuberay" and settings.ray_address is None:
+        return Check("cluster", "ok", "each fine-tune has a Ray cluster of its own (PEDRO_LAUNCHER=kuberay)")
     if settings.ray_address is None:
         head = find_head(settings)
         if head is None:

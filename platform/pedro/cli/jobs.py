@@ -70,7 +70,7 @@ def submit(
     from pedro.training.queue.launcher import check_fits
 
     store = Store(settings.database_url)
-    if connect(settings, log).local:
+    if settings.launcher == "ray" and connect(settings, log).local:
         check_fits(wanted, settings)
     job_id = training.submit(wanted, settings, store, priority=priority)
     if not wait:
@@ -285,6 +285,8 @@ def ask_cluster(settings: Settings) -> ClusterJobs:
     from pedro.training import ray_jobs
     from pedro.training.job_status import ClusterJobs
 
+    if settings.launcher != "ray":
+        return ClusterJobs({})  # each job has a cluster of its own: the records are what is known
     if settings.ray_address is None and find_head(settings) is None:
         return ClusterJobs({}, gone=True)
     try:

@@ -64,10 +64,20 @@ class Controller:
         self._looking: dict[str, Future[None]] = {}
         self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
 
-    def run(self, stop: threading.Event, *, may_end: Callable[[], bool] = lambda: False) -> None:
-        """Rounds until `stop` is set, or no job is open and it `may_end`. What does not answer is waited for."""
+    def run(
+        self,
+        stop: threading.Event,
+        *,
+        may_end: Callable[[], bool] = lambda: False,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Rounds until `stop` is set, or no job is open and it `may_end`. What does not answer is waited for.
+
+        `beat` is called before each: who waits for it in vain knows that the controller hangs.
+        """
         away = ""
         while not stop.is_set():
+            beat()
             try:
                 if self.round() == 0 and may_end():
                     return

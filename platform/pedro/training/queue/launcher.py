@@ -121,8 +121,7 @@ class RayJobs:
             raise UnavailableError(f"the Ray cluster at {url} does not answer: {error}") from error
 
     def start(self, job: JobRecord, submission_id: str) -> None:
-        location = join(self._settings.storage, "jobs", job.id, "spec.json")
-        module = f"pedro.training.job --spec {shlex.quote(location)} --job-id {job.id} --attempt {job.attempt}"
+        module = shlex.join(driver_arguments(job, self._settings))
         metadata = {"tenant": job.tenant, "adapter": job.adapter, "job": job.id}
         url = self._connected()
         try:
@@ -141,6 +140,12 @@ class RayJobs:
         if self._url is None or (local and find_head(self._settings) is None):
             self._url = connect(self._settings, self._log).dashboard_url
         return self._url
+
+
+def driver_arguments(job: JobRecord, settings: Settings) -> list[str]:
+    """What `python -m` runs for a job's next start."""
+    location = join(settings.storage, "jobs", job.id, "spec.json")
+    return ["pedro.training.job", "--spec", location, "--job-id", job.id, "--attempt", str(job.attempt)]
 
 
 def check_fits(spec: FineTuneSpec, settings: Settings) -> None:

@@ -29,6 +29,8 @@ from pedro.store import JobStatus, Store
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pedro.training.queue.launcher import Launcher
+
 TAKEN_WITHIN_S = 120.0  # 2 on an idle machine
 OTHERS_FIRST_S = 5.0
 """With a cluster that is somebody else's, its own controller has this long to take a job."""
@@ -36,8 +38,16 @@ RESPAWN_S = 10.0
 END_S = 20.0
 
 
-def run(settings: Settings, log: Callable[[str], None], *, until_idle: bool, per_tenant: int | None = None) -> None:
-    """Be the home's controller until SIGTERM or SIGINT, or until no job is open. Raises ConflictError if it has one."""
+def run(
+    settings: Settings,
+    log: Callable[[str], None],
+    *,
+    until_idle: bool,
+    per_tenant: int | None = None,
+    launcher: Launcher | None = None,
+) -> None:
+    """Be the home's controller until SIGTERM or SIGINT, or until no job is open; drivers are Ray jobs if no `launcher`
+    is given. Raises ConflictError if the home has one."""
     from pedro.training.queue.controller import Controller
     from pedro.training.queue.launcher import RayJobs
 
@@ -47,9 +57,13 @@ def run(settings: Settings, log: Callable[[str], None], *, until_idle: bool, per
     with _only_one(settings):
         store = Store(settings.database_url)
         _release_of_the_dead(store)
-        controller = Controller(store, RayJobs(settings, log), log, per_tenant=per_tenant)
+        controller = Controller(store, launcher or RayJobs(settings, log), log, per_tenant=per_tenant)
         try:
-            controller.run(stop, may_end=lambda: until_idle and not (settings.home / SERVER_RECORD).is_file())
+            controller.run(
+                stop,
+                may_end=lambda: until_idle and not (settings.home / SERVER_RECORD).is_file(),
+                beat=_pid_file(settings).touch,  # a probe of its pod reads the time
+            )
         finally:
             with contextlib.suppress(UnavailableError):
                 controller.close()
@@ -59,15 +73,16 @@ def run(settings: Settings, log: Callable[[str], None], *, until_idle: bool, per
 def hand_over(job_id: str, settings: Settings, store: Store) -> None:
     """Return when a controller has the job, or it rests; one is started if none takes it. Raises UnavailableError."""
     started = time.monotonic()
-    patience = OTHERS_FIRST_S if settings.ray_address else 0.0
+    own = settings.ray_address is None and settings.launcher == "ray"
+    patience = 0.0 if own else OTHERS_FIRST_S
     while (waited := time.monotonic() - started) < TAKEN_WITHIN_S:
         job = store.get_job(job_id)
         if job.status.final or job.status == JobStatus.PAUSED:
             return
         here = is_running(settings)
-        if (job.lease_until or 0) > time.time() and (here or settings.ray_address):
+        if (job.lease_until or 0) > time.time() and (here or not own):
             return
-        if not here and waited >= patience:
+        if not here and waited >= patience and settings.launcher == "ray":
             _spawn(settings)
             patience = waited + RESPAWN_S
         time.sleep(0.1)
@@ -79,7 +94,7 @@ def hand_over(job_id: str, settings: Settings, store: Store) -> None:
 def stay_with_server(settings: Settings) -> None:
     """Have a controller beside this home's server, to which jobs come at any time; it ends with the server. A cluster
     that is somebody else's has its own."""
-    if settings.ray_address is None and not is_running(settings):
+    if settings.ray_address is None and settings.launcher == "ray" and not is_running(settings):
         _spawn(settings)
 
 
