@@ -1,7 +1,8 @@
 """The part of the Kubernetes API that serves RayJobs, over HTTP, and by hand what KubeRay would do to them.
 
-It refuses what the API server and the operator refuse: unknown fields (by KubeRay's own schemas), a name that is taken,
-one of more than 47 characters. Deletion in the foreground leaves an object until its pods are gone. Knows nothing of pedro.
+It refuses what the API server and the operator refuse: unknown fields (by KubeRay's own schemas), a name that is
+taken, one of more than 47 characters. Deletion in the foreground leaves an object until its
+pods are gone. Knows nothing of pedro.
 """
 
 from __future__ import annotations
@@ -81,12 +82,10 @@ class RayJobs:
             return 200, self.items[name]
         if name:
             return 200, self.items[name]
-        wanted = dict(pair.split("=") for pair in parse_qs(parts.query).get("labelSelector", [""])[0].split(",") if pair)
-        chosen = [
-            item
-            for item in self.items.values()
-            if wanted.items() <= item["metadata"].get("labels", {}).items()
-        ]
+        wanted = dict(
+            pair.split("=") for pair in parse_qs(parts.query).get("labelSelector", [""])[0].split(",") if pair
+        )
+        chosen = [item for item in self.items.values() if wanted.items() <= item["metadata"].get("labels", {}).items()]
         return 200, {"apiVersion": "ray.io/v1", "kind": "RayJobList", "metadata": {}, "items": chosen}
 
 

@@ -12,7 +12,7 @@ from k8s_render import one, render
 
 from jobs.benchmarks.postgres_server import running_server
 
-PASSWORDS = {"pedro": "it's \"p1\" :name", "mlflow": "$p2\\"}
+PASSWORDS = {"pedro": 'it\'s "p1" :name', "mlflow": "$p2\\"}
 
 
 @pytest.fixture(scope="module")

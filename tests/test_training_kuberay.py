@@ -32,7 +32,9 @@ def cluster(tmp_path, monkeypatch):
 
 @pytest.fixture
 def settings(tmp_path):
-    return Settings.from_env({"PEDRO_HOME": str(tmp_path), "PEDRO_STORAGE": "s3://b/storage", "PEDRO_LAUNCHER": "kuberay"})
+    return Settings.from_env(
+        {"PEDRO_HOME": str(tmp_path), "PEDRO_STORAGE": "s3://b/storage", "PEDRO_LAUNCHER": "kuberay"}
+    )
 
 
 @pytest.fixture
@@ -84,8 +86,9 @@ def test_all_fine_tunes_together_hold_no_more_than_they_may(cluster, settings, s
     controller.round()
     assert second not in cluster.items
     assert "waits for 2 CPU to be free" in store.get_job(second).message
+    for status in (JobStatus.RUNNING, JobStatus.SUCCEEDED):
+        store.update_job(first, status=status, attempt=1)
     cluster.set(first, "Complete", "SUCCEEDED")
-    store.update_job(first, status=JobStatus.SUCCEEDED, attempt=1)
     controller.round()
     assert second in cluster.items
 
@@ -138,7 +141,7 @@ def test_while_kubernetes_says_no_all_wait_and_none_is_lost(cluster, settings, s
     job = queued(store)
     launcher = KubeRayJobs(settings)
     setattr(cluster, trouble, True)
-    with pytest.raises(UnavailableError, match="503|role in k8s"):
+    with pytest.raises(UnavailableError, match=r"503|role in k8s"):
         Controller(store, launcher).round()
     assert store.get_job(job).status == JobStatus.QUEUED
 

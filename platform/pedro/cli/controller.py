@@ -20,7 +20,9 @@ def controller(
     ] = None,
     cpus: Annotated[
         float | None,
-        typer.Option(help="PEDRO_LAUNCHER=kuberay: what all workers may hold at once; else the cluster decides.", min=0),
+        typer.Option(
+            help="PEDRO_LAUNCHER=kuberay: what all workers may hold at once; else the cluster decides.", min=0
+        ),
     ] = None,
     gpus: Annotated[float | None, typer.Option(help="The same of GPUs.", min=0)] = None,
 ) -> None:

@@ -1,8 +1,8 @@
 """Drivers as RayJobs of KubeRay: each fine-tune on a Ray cluster of its own, which comes and goes with it.
 
 A suspended RayJob in the namespace is the template, as `kubectl create job --from` takes a CronJob for one: image,
-settings, memory and security are its, and the operator's to write. Name, entrypoint, number of workers and their CPUs and
-GPUs are the job's. With the annotation `pedro/queue-name` on the template, Kueue admits them.
+settings, memory and security are its, and the operator's to write. Name, entrypoint, number of workers and their CPUs
+and GPUs are the job's. With the annotation `pedro/queue-name` on the template, Kueue admits them.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _held(item: Mapping[str, Any]) -> dict[str, float]:
 
 def _connect(namespace: str | None) -> tuple[Client, type[GenericNamespacedResource]]:
     try:
-        import httpx
+        import httpx2
         from lightkube import Client
         from lightkube.core.exceptions import ConfigError as NoCluster
         from lightkube.generic_resource import create_namespaced_resource
@@ -160,10 +160,11 @@ def _connect(namespace: str | None) -> tuple[Client, type[GenericNamespacedResou
             "PEDRO_LAUNCHER=kuberay needs the client of Kubernetes: pip install 'pedro-platform[services]'"
         ) from error
     try:
-        client = Client(namespace=namespace, timeout=httpx.Timeout(TIMEOUT_S), field_manager="pedro-controller")
+        client = Client(namespace=namespace, timeout=httpx2.Timeout(TIMEOUT_S), field_manager="pedro-controller")
     except NoCluster as error:
         raise ConfigError(
-            f"PEDRO_LAUNCHER=kuberay: no cluster is known ({error}); run it with a service account in a pod, or set KUBECONFIG"
+            f"PEDRO_LAUNCHER=kuberay: no cluster is known ({error}); run it in a pod with a service account, or set "
+            "KUBECONFIG"
         ) from error
     return client, create_namespaced_resource("ray.io", "v1", "RayJob", "rayjobs")
 
@@ -171,7 +172,7 @@ def _connect(namespace: str | None) -> tuple[Client, type[GenericNamespacedResou
 @contextmanager
 def _answers(but: int | None = None) -> Iterator[None]:
     """Turn what the Kubernetes API says no with, the status `but` excepted, and its silence into UnavailableError."""
-    import httpx
+    import httpx2
     from lightkube import ApiError
 
     try:
@@ -182,5 +183,5 @@ def _answers(but: int | None = None) -> Iterator[None]:
             return
         remedy = "; its service account needs the role in k8s/base/platform/controller.yaml" if code == 403 else ""
         raise UnavailableError(f"Kubernetes refuses ({code}): {error.status.message or error}{remedy}") from error
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         raise UnavailableError(f"the Kubernetes API does not answer: {error or type(error).__name__}") from error
