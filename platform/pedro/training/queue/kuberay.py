@@ -62,7 +62,8 @@ class KubeRayJobs:
     def look(self) -> ClusterView:
         with _answers():
             self._read_template()  # without one no job could start: all wait, none is lost
-            found = [item.to_dict() for item in self._client.list(self._kind, labels=dict(OURS))]
+            items: Any = self._client.list(self._kind, labels=dict(OURS))
+            found = [item.to_dict() for item in items]
         states = {item["metadata"]["name"]: _state(item) for item in found}
         taken = dict.fromkeys(RESOURCES, 0.0)
         for item in found:
@@ -74,7 +75,7 @@ class KubeRayJobs:
     def start(self, job: JobRecord, submission_id: str) -> None:
         with _answers(but=409):  # there is one already
             body = rayjob(self._read_template(), job, submission_id, self._settings)
-            self._client.create(self._kind(body))
+            self._client.create(self._kind.from_dict(body))
 
     def stop(self, submission_id: str) -> None:
         from lightkube.types import CascadeType
@@ -86,7 +87,7 @@ class KubeRayJobs:
         from lightkube import ApiError
 
         try:
-            return self._client.get(self._kind, self._template).to_dict()
+            found: Any = self._client.get(self._kind, self._template)
         except ApiError as error:
             if error.response.status_code != 404:
                 raise
@@ -94,6 +95,8 @@ class KubeRayJobs:
                 f"RayJob {self._template} is not in namespace {self._client.namespace}; "
                 "apply the platform's manifests, or name yours with --template"
             ) from error
+        fields: dict[str, Any] = found.to_dict()
+        return fields
 
 
 def rayjob(template: Mapping[str, Any], job: JobRecord, submission_id: str, settings: Settings) -> dict[str, Any]:
