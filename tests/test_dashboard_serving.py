@@ -226,7 +226,12 @@ def test_a_champion_that_moves_is_a_swap():
 def test_a_registry_that_did_not_change_is_not_read_again(served, monkeypatch):
     history, readings = History(), []
     read_champions = serving.read_champions
-    monkeypatch.setattr(serving, "read_champions", lambda settings: readings.append(1) or read_champions(settings))
+
+    def counted(settings, since):
+        readings.append(read_champions(settings, since))
+        return readings[-1]
+
+    monkeypatch.setattr(serving, "read_champions", counted)
     now = time.time()
     for seconds in (0, 5, 10):
         serving.follow_registry(history, served.settings, now + seconds)
@@ -234,6 +239,16 @@ def test_a_registry_that_did_not_change_is_not_read_again(served, monkeypatch):
     served.registry.set_gate(served.registry.get("globex.faq", 1), "passed: looked at again")
     serving.follow_registry(history, served.settings, now + 15)
     assert len(readings) == 2
+    assert (readings[0].names, readings[1].names) == (None, {"globex.faq"}), "only what changed is read again"
+    assert readings[1].champions == {"globex.faq": readings[0].champions["globex.faq"]}
+
+
+def test_of_adapters_that_are_gone_no_champion_stays_known():
+    history = History()
+    history.follow(100, {"acme.faq": 1, "globex.faq": 3}, list)
+    history.follow(105, {}, list, {"acme.faq"})
+    history.follow(110, {"acme.faq": 1}, list, {"acme.faq"})
+    assert [(swap.name, swap.old, swap.new) for swap in history.window(1e9, 1e9)[1]] == [("acme.faq", None, 1)]
 
 
 def test_coarser_intervals_hold_the_same_in_all():

@@ -26,6 +26,7 @@ class Counted:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.looked_up: list[str] = []
+        self.questions = 0
         self.away = False
         self.before_answer = lambda: None
 
@@ -38,6 +39,7 @@ class Counted:
         if self.away:
             raise UnavailableError("away")
         self.looked_up += names
+        self.questions += 1
         found = self._store.look_up(names)
         self.before_answer()
         return found
@@ -87,6 +89,28 @@ def test_many_who_ask_at_once_are_one_question(store):
         found = await asyncio.gather(*(catalog.get("acme.faq") for _ in range(50)))
         assert {one.adapter.name for one in found} == {"acme.faq"}
         assert counted.looked_up == ["acme.faq"]
+
+    asyncio.run(go())
+
+
+def test_many_names_asked_for_at_once_are_few_questions_and_each_gets_its_own_answer(store, monkeypatch):
+    monkeypatch.setattr("pedro.serving.catalog.MAX_TOGETHER", 4)
+    for number in range(9):
+        fill(store, 1, f"acme.a{number}")
+    counted = Counted(store)
+    catalog = AdapterCatalog(counted)
+    names = [f"acme.a{number}" for number in range(9)]
+
+    async def go():
+        await catalog.follow()
+        found = await asyncio.gather(*(catalog.get(name) for name in (*names, "acme.none")))
+        assert [one and one.adapter.name for one in found] == [*names, None]
+        assert (sorted(counted.looked_up), counted.questions) == ([*names, "acme.none"], 3)
+        counted.away = True
+        away = await asyncio.gather(*(catalog.get(f"acme.b{number}") for number in range(9)), return_exceptions=True)
+        assert {type(one) for one in away} == {UnavailableError}
+        counted.away = False
+        assert await catalog.get("acme.b1") is None, "a failure is not remembered"
 
     asyncio.run(go())
 

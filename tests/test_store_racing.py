@@ -136,8 +136,14 @@ def test_all_versions_of_a_tenant_are_those_of_each_of_its_adapters(url):
     store.delete_version("acme.one", 3)
     assert store.list_all_versions("acme") == {name: store.list_versions(name) for name in ("acme.one", "acme.two")}
     assert set(store.list_all_versions()) == {"acme.one", "acme.two", "globex.one"}
+    assert (store.count_adapters(), store.adapters_of_backbone("sha256:b")) == (
+        3,
+        ["acme.one", "acme.two", "globex.one"],
+    )
+    assert store.adapters_of_backbone("sha256:other") == []
     store.delete_adapter("globex.one")
     assert set(store.list_all_versions()) == {"acme.one", "acme.two"}
+    assert (store.count_adapters(), store.adapters_of_backbone("sha256:b")) == (2, ["acme.one", "acme.two"])
     store.close()
 
 

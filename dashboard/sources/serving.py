@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from sources.stores import ask_registry
 
 if TYPE_CHECKING:
     from pedro.config import Settings
+    from pedro.store import Position
     from sources.gateway import GatewayClient
 
 INTERVAL_S = 5.0
@@ -61,7 +62,7 @@ class History:
     """The last hour of one gateway. Shared by every session that looks at it; thread-safe."""
 
     kept: int = KEPT
-    stamp: object | None = None  # of the registry, as of the champions that are known
+    stamp: Position | None = None  # of the registry, as of the champions that are known
     _intervals: deque[Interval] = field(init=False)
     _swaps: deque[ChampionSwap] = field(default_factory=lambda: deque(maxlen=200), init=False)
     _seen: dict[SeriesSource, tuple[float, dict[str, float]]] = field(default_factory=dict, init=False)
@@ -104,8 +105,15 @@ class History:
         with self._lock:
             return self._last, self._gauges
 
-    def follow(self, now: float, champions: Mapping[str, int], earlier: Callable[[], Iterable[ChampionSwap]]) -> None:
-        """Compare the champions with those of the last time: what moved is a swap. `earlier` is asked once."""
+    def follow(
+        self,
+        now: float,
+        champions: Mapping[str, int],
+        earlier: Callable[[], Iterable[ChampionSwap]],
+        names: Collection[str] | None = None,
+    ) -> None:
+        """Compare the champions, all of them or those among `names`, with those of the last time: what moved is a
+        swap. `earlier` is asked once."""
         with self._lock:
             if self._champions is None:
                 self._swaps.extend(earlier())
@@ -113,7 +121,12 @@ class History:
                 for name, version in champions.items():
                     if self._champions.get(name) != version:
                         self._swaps.append(ChampionSwap(now, name, version, self._champions.get(name)))
-            self._champions = dict(champions)
+            if names is None or self._champions is None:
+                self._champions = dict(champions)
+            else:
+                for name in names:
+                    self._champions.pop(name, None)
+                self._champions.update(champions)
 
     def window(self, now: float, seconds: float) -> tuple[list[Interval], list[ChampionSwap]]:
         """The intervals and swaps of the last `seconds`, oldest first."""
@@ -140,11 +153,12 @@ def follow_registry(history: History, settings: Settings, now: float) -> None:
     stamp, _ = ask_registry(settings, Registry.stamp, None)
     if stamp is not None and stamp == history.stamp:
         return
-    champions = read_champions(settings)
-    if champions is not None:
+    seen = read_champions(settings, history.stamp)
+    if seen is not None:
         since = now - LONGEST_S
-        history.follow(now, champions, lambda: [ChampionSwap(*moved) for moved in read_promotions(settings, since)])
-        history.stamp = stamp  # older than what was read, never newer
+        earlier = lambda: [ChampionSwap(*moved) for moved in read_promotions(settings, since)]  # noqa: E731
+        history.follow(now, seen.champions, earlier, seen.names)
+        history.stamp = seen.position  # older than what was read, never newer
 
 
 def adapters_of(intervals: Iterable[Interval]) -> list[str]:

@@ -192,7 +192,7 @@ def delete(
     number = None if ref.which is None else registry.find(ref).version
     what = str(ModelRef(ref.tenant, ref.adapter, version=number))
     if number is None:
-        entry = registry.catalog().get(plain)
+        entry = registry.store.get_adapter(plain)
         if entry is None:
             raise model_not_found(plain)
         count = len(registry.versions(plain))

@@ -108,12 +108,7 @@ def adapters_of(settings: Settings, digest: str) -> list[str]:
     database = settings.tracking_uri.removeprefix("sqlite:///")
     if database != settings.tracking_uri and not Path(database).is_file():
         return []
-    registry = Registry.open(settings)
-    return [
-        name
-        for name in registry.models()
-        if any(version.backbone_digest == digest for version in registry.versions(name))
-    ]
+    return Registry.open(settings).store.adapters_of_backbone(digest)
 
 
 def _training_bytes(config: Any) -> dict[str, int]:

@@ -172,7 +172,7 @@ def _registry(settings: Settings) -> str:
     registry.connect()
     waiting = len(registry.store.unmirrored())
     behind = f"; it has not heard of the last moves of {waiting}, `pedro db mirror` tells it" if waiting else ""
-    return f"{without_password(settings.tracking_uri)}, {len(registry.models())} adapters{behind}"
+    return f"{without_password(settings.tracking_uri)}, {registry.store.count_adapters()} adapters{behind}"
 
 
 def _sizes(settings: Settings) -> str:

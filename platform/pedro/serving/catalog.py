@@ -19,7 +19,7 @@ from pedro.store import ADAPTER, KnownAdapter, Position, Store, Version
 MAX_KNOWN = 50_000  # adapters, each with the versions that its aliases name
 MAX_MISSING = 20_000  # names, and as many versions
 MAX_NUMBERED = 64  # versions of one adapter that were asked for by number
-MAX_TOGETHER = 400  # names that are looked up in one question
+MAX_TOGETHER = 400  # names that are looked up in one question; those asked for meanwhile are the next one
 Found = KnownAdapter | None
 
 
@@ -27,7 +27,7 @@ Found = KnownAdapter | None
 class _Question:
     """A name that is being looked up; `outdated` once it changed meanwhile."""
 
-    answer: asyncio.Task[Found] | None = None
+    answer: asyncio.Future[Found]
     outdated: bool = False
 
 
@@ -45,6 +45,9 @@ class AdapterCatalog:
     _no_version: OrderedDict[tuple[str, int], KnownAdapter] = field(default_factory=OrderedDict)
     """Versions that are not there, with the adapter as it was then: one that changed is another record."""
     _asked: dict[str, _Question] = field(default_factory=dict)
+    _waiting: list[str] = field(default_factory=list)
+    """Those of the names asked for that are in no question yet."""
+    _asking: asyncio.Task[None] | None = None
     _following: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def follow(self) -> None:
@@ -75,10 +78,12 @@ class AdapterCatalog:
         if name in self._missing:
             return None
         question = self._asked.get(name)
-        if question is None or question.answer is None:
-            question = self._asked[name] = _Question()
-            question.answer = asyncio.create_task(self._look_up(name, question))
+        if question is None:
+            question = self._asked[name] = _Question(asyncio.get_running_loop().create_future())
             question.answer.add_done_callback(_retrieve)
+            self._waiting.append(name)
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask())
         return await asyncio.shield(question.answer)
 
     async def version(self, name: str, number: int) -> Version | None:
@@ -110,17 +115,24 @@ class AdapterCatalog:
             found = {name: known for name, known in self._known.items() if tenant in (None, name.partition(".")[0])}
         return [found[name] for name in sorted(found)]
 
-    async def _look_up(self, name: str, question: _Question) -> Found:
-        """The adapter, remembered; asked again where it changed between the asking and the answer."""
-        try:
-            while True:
-                question.outdated = False
-                found = (await asyncio.to_thread(self.store.look_up, [name])).get(name)
-                if not question.outdated:
-                    self._remember(name, found)
-                    return found
-        finally:
-            self._asked.pop(name, None)
+    async def _ask(self) -> None:
+        """Look up the names that wait, many in one question, until none is left."""
+        while self._waiting:
+            names, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
+            for name in names:
+                self._asked[name].outdated = False
+            try:
+                found = await asyncio.to_thread(self.store.look_up, names)
+            except Exception as error:  # noqa: BLE001 (whoever asked is told)
+                for name in names:
+                    self._asked.pop(name).answer.set_exception(error)
+                continue
+            for name in names:
+                if self._asked[name].outdated:  # it changed between the asking and the answer
+                    self._waiting.append(name)
+                else:
+                    self._remember(name, found.get(name))
+                    self._asked.pop(name).answer.set_result(found.get(name))
 
     async def _look_again(self, changed: Collection[str]) -> None:
         for name in changed:
@@ -151,7 +163,7 @@ def _bound(held: OrderedDict[Any, Any], most: int) -> None:
         held.popitem(last=False)
 
 
-def _retrieve(answer: asyncio.Task[Found]) -> None:
+def _retrieve(answer: asyncio.Future[Found]) -> None:
     """It may be that nobody waits for it any more."""
     if not answer.cancelled():
         answer.exception()

@@ -51,6 +51,27 @@ class AdapterTable:
             found = [to_adapter(row) for row in connection.execute(query)]
         return {adapter.name: adapter for adapter in found}
 
+    def count_adapters(self) -> int:
+        """How many adapters there are, of all tenants."""
+        table = schema.adapters
+        query = sa.select(sa.func.count()).select_from(table).where(table.c.deleted.is_(None))
+        with self._database.reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def adapters_of_backbone(self, digest: str) -> list[str]:
+        """Names of the adapters with a version that was trained on the backbone of this digest."""
+        table, of = schema.versions, schema.adapters
+        alive = sa.and_(of.c.tenant == table.c.tenant, of.c.adapter == table.c.adapter, of.c.deleted.is_(None))
+        query = (
+            sa.select(table.c.tenant, table.c.adapter)
+            .join(of, alive)
+            .where(table.c.backbone_digest == digest, table.c.deleted.is_(None))
+            .distinct()
+            .order_by(table.c.tenant, table.c.adapter)
+        )
+        with self._database.reading() as connection:
+            return [ModelRef(row.tenant, row.adapter).name for row in connection.execute(query)]
+
     def get_adapter(self, name: str) -> RegisteredAdapter | None:
         """One adapter; None if there is none of that name."""
         with self._database.reading() as connection:
