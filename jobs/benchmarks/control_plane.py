@@ -1,6 +1,6 @@
 """Names, aliases and versions at scale: how soon a moved alias is served by every gateway, and what following costs.
 
-PostgreSQL runs from a wheel's binaries, MLflow as a server that hears of each move over HTTP, and three gateways each
+PostgreSQL runs from a wheel's binaries, MLflow as a server that hears of each move over HTTP, and four gateways each
 in a process of its own, as far as they follow the store (`workers/catalogue.py`): no engine takes part.
 """
 
@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from jobs.benchmarks.command_line import Options
     from jobs.benchmarks.engine_process import Log
 
-COLUMNS = ("names", "entered_s", "moves", "move_ms", "served_p50_s", "served_p99_s", "idle_share", "mib", "known")
+COLUMNS = (
+    *("names", "entered_s", "learn_s", "moves", "move_ms", "served_p50_s", "served_p99_s"),
+    *("idle_share", "questions", "mib", "known"),
+)
 NAMES, QUICK = (1_000, 10_000, 100_000), (1_000,)
-GATEWAYS, TENANTS, IN_MLFLOW, IDLE_S = 3, 100, 20, 30.0
+GATEWAYS, TENANTS, IN_MLFLOW, IDLE_S = 4, 100, 20, 30.0
 STARTS_S = 180
-SERVED_S, IDLE_SHARE = 2.0, 0.01
+SERVED_S, IDLE_SHARE, QUESTIONS = 2.0, 0.01, 1.0
 
 
 def control_plane_report(options: Options, log: Log) -> BenchmarkReport:
@@ -60,6 +63,9 @@ def control_plane_report(options: Options, log: Log) -> BenchmarkReport:
         report.targets += [
             Target(f"{label}s until served everywhere, p99", SERVED_S, exactly(row["served_p99_s"]), at_most=True),
             Target(f"{label}share of a core, idle", IDLE_SHARE, exactly(row["idle_share"]), at_most=True),
+            Target(
+                f"{label}questions a gateway and interval, idle", QUESTIONS, exactly(row["questions"]), at_most=True
+            ),
         ]
     return report
 
@@ -101,6 +107,7 @@ def _measure(env: dict[str, str], count: int, moves: int, log: Log) -> dict[str,
         "served_p50_s": round(median(served), 3),
         "served_p99_s": round(percentile(served, 0.99), 3),
         "idle_share": round(max(one["share_of_a_core"] for one in idled), 4),
+        "questions": round(max(one["questions"] for one in idled), 3),
         "mib": round(max(one["mib"] for one in warmed), 1),
         "known": len(known),
         "rss_mib": round(max(one["rss_mib"] for one in warmed)),

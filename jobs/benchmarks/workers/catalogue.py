@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import psutil
@@ -22,13 +23,14 @@ from pedro.registry import Registry
 from pedro.serving.resolver import ModelResolver
 
 LOOK_S = 0.002
+INTERVAL_S = 0.5
 TOGETHER = 400
 BACKBONE = "sha256:" + "b" * 64
 
 
 async def main() -> None:
     """Answer commands until standard input ends."""
-    resolver = ModelResolver(Registry.open(Settings.from_env()), "b", BACKBONE, interval_s=0.5)
+    resolver = ModelResolver(Registry.open(Settings.from_env()), "b", BACKBONE, interval_s=INTERVAL_S)
     await resolver.refresh()
     watching = asyncio.create_task(resolver.watch())
     answers: dict[str, Callable[..., Awaitable[Any]]] = {"warm": warm, "idle": idle, "moves": moves}
@@ -49,11 +51,21 @@ async def warm(resolver: ModelResolver, names: list[str]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "mib": (after - before) / 2**20, "rss_mib": after / 2**20}
 
 
-async def idle(_resolver: ModelResolver, seconds: float) -> dict[str, float]:
-    """Do nothing but follow: the share of a core that it takes."""
+async def idle(resolver: ModelResolver, seconds: float) -> dict[str, float]:
+    """Do nothing but follow: the share of a core that it takes, and the transactions an interval."""
+    database, asked = resolver._registry.store._database, [0]
+    reading = database.reading
+
+    def counted() -> AbstractContextManager[Any]:
+        asked[0] += 1
+        return reading()
+
+    database.reading = counted  # type: ignore[method-assign]
     cpu, began = time.process_time(), time.perf_counter()
     await asyncio.sleep(seconds)
-    return {"share_of_a_core": (time.process_time() - cpu) / (time.perf_counter() - began)}
+    passed = time.perf_counter() - began
+    database.reading = reading  # type: ignore[method-assign]
+    return {"share_of_a_core": (time.process_time() - cpu) / passed, "questions": asked[0] * INTERVAL_S / passed}
 
 
 async def moves(resolver: ModelResolver, targets: list[tuple[str, int]]) -> dict[str, list[float]]:

@@ -13,11 +13,12 @@ from jobs.benchmarks.timeline import Timeline
 
 
 class HttpClient:
-    """Set-up: size, url, key, model. A run streams the order's prompts at once, or `apart`: one after the other."""
+    """Set-up: size, url, key, model. A run streams the order's prompts at once; `callers` are others than the set-up's,
+    a model and a key for each prompt."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self._size, self._model = MODEL_SIZES[setup["size"]], setup["model"]
-        self._url, self._headers = setup["url"], {"Authorization": f"Bearer {setup['key']}"}
+        self._url, self._key = setup["url"], setup["key"]
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:
         """Figures of Timeline. A slice of the stream may bring several tokens, which count from when they came."""
@@ -25,24 +26,30 @@ class HttpClient:
 
     async def _run(self, order: dict[str, Any]) -> dict[str, float]:
         asked = prompts(self._size, order["batch"], order["prompt"], order["seed"])
+        callers = order.get("callers") or [(self._model, self._key)] * len(asked)
         limits = httpx.Limits(max_connections=len(asked), max_keepalive_connections=len(asked))
-        async with httpx.AsyncClient(base_url=self._url, headers=self._headers, limits=limits, timeout=300) as client:
+        async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=300) as client:
             await asyncio.gather(*(client.get("/health") for _ in asked))  # connections are open before time is taken
             timeline = Timeline()
-            await asyncio.gather(*(self._stream(client, str(i), ids, order, timeline) for i, ids in enumerate(asked)))
+            streams = enumerate(zip(asked, callers, strict=True))
+            await asyncio.gather(
+                *(_stream(client, str(i), ids, caller, order["new"], timeline) for i, (ids, caller) in streams)
+            )
         return timeline.figures()
 
-    async def _stream(
-        self, client: httpx.AsyncClient, name: str, ids: list[int], order: dict[str, Any], timeline: Timeline
-    ) -> None:
-        body = {"model": self._model, "prompt": ids, "max_tokens": order["new"], "temperature": 0, "ignore_eos": True}
-        body["stream"] = True
-        async with client.stream("POST", "/v1/completions", json=body) as reply:
-            if reply.status_code != 200:
-                raise RuntimeError(f"HTTP {reply.status_code}: {(await reply.aread()).decode()[:300]}")
-            async for line in reply.aiter_lines():
-                if line.startswith("data: {"):
-                    _take(json.loads(line.removeprefix("data: ")), name, timeline)
+
+async def _stream(
+    client: httpx.AsyncClient, name: str, ids: list[int], caller: tuple[str, str], new: int, timeline: Timeline
+) -> None:
+    model, key = caller
+    body = {"model": model, "prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True}
+    headers = {"Authorization": f"Bearer {key}"}
+    async with client.stream("POST", "/v1/completions", json=body, headers=headers) as reply:
+        if reply.status_code != 200:
+            raise RuntimeError(f"HTTP {reply.status_code}: {(await reply.aread()).decode()[:300]}")
+        async for line in reply.aiter_lines():
+            if line.startswith("data: {"):
+                _take(json.loads(line.removeprefix("data: ")), name, timeline)
 
 
 def _take(event: dict[str, Any], name: str, timeline: Timeline) -> None:
