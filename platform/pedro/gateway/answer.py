@@ -102,18 +102,26 @@ class Answer(Response):
         return {**body, "usage": usage(self._choices)}
 
     async def _send_events(self, send: Send, request_id: str) -> None:
+        """Nothing is sent, not even the status, until there is something to show: a client whose connection breaks
+        before that asks again by itself."""
+        started = False
         async with FanIn(self._backend, self._calls) as deltas:
-            await deltas.admitted()  # an error up to here has a status of its own
-            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
             try:
+                await deltas.admitted()
                 async for batch in deltas.batches():
                     events = b"".join(self._events(number, delta) for number, delta in batch)
                     if events:
+                        if not started:
+                            started = await _start(send)
                         await send({"type": "http.response.body", "body": events, "more_body": True})
                 self._check_finished()
                 last = self._usage_event() if self._options.include_usage else b""
-            except Exception as error:  # noqa: BLE001 (the status is sent: the stream itself must tell)
+            except Exception as error:
+                if not started:
+                    raise  # it has a status of its own
                 last = _event(stream_error_body(error, request_id))
+        if not started:
+            await _start(send)
         await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
 
     def _events(self, number: int, delta: Delta) -> bytes:
@@ -173,6 +181,11 @@ class Answer(Response):
             for choice in of_call:
                 if choice.finish_reason is None:
                     raise RuntimeError(f"the backend's stream ended before choice {choice.index} was finished")
+
+
+async def _start(send: Send) -> bool:
+    await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+    return True
 
 
 def _event(body: dict[str, Any]) -> bytes:

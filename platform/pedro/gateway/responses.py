@@ -87,16 +87,22 @@ class ChatFormat:
         self.id, self.model, self.created = request_id, model, int(time.time())
 
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
-        entries = []
-        if not choice.started:
-            choice.started = True
-            entries.append(chat_chunk(choice.index, {"role": "assistant", "content": "", "refusal": None}))
+        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+            return []
+        entries = self.opening(choice)
         if delta.text or delta.logprobs:
             logprobs = None if delta.logprobs is None else chat_logprobs(delta.logprobs)
             entries.append(chat_chunk(choice.index, {"content": delta.text}, logprobs))
         if delta.finish_reason is not None:
             entries.append(chat_chunk(choice.index, {}, None, delta.finish_reason))
         return entries
+
+    def opening(self, choice: Choice) -> list[dict[str, Any]]:
+        """The chunk that says who speaks, once for each choice."""
+        if choice.started:
+            return []
+        choice.started = True
+        return [chat_chunk(choice.index, {"role": "assistant", "content": "", "refusal": None})]
 
     def choice(self, choice: Choice) -> dict[str, Any]:
         return {

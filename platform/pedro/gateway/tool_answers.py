@@ -110,6 +110,8 @@ class ToolChatFormat(ChatFormat):
         text, calls = reader.feed(delta.text, delta.finish_reason is not None)
         reason = _reason(delta.finish_reason, reader)
         entries = super().chunks(choice, replace(delta, text=text, finish_reason=reason))
+        if calls:
+            entries = self.opening(choice) + entries
         at = len(entries) - (reason is not None)
         return [*entries[:at], *(chat_chunk(choice.index, {"tool_calls": [call]}) for call in calls), *entries[at:]]
 
