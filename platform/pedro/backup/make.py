@@ -20,7 +20,8 @@ from typing import IO, TYPE_CHECKING, Any
 from pedro import __version__
 from pedro.backbones.kept import read_origin
 from pedro.backup.archive import REGISTRY, STORE, ArchiveWriter, Hashing, Header, may_be
-from pedro.backup.parts import Places, find_files
+from pedro.backup.parts import CHECKPOINTS, Places, find_files
+from pedro.backup.running_jobs import hold_runs
 from pedro.errors import ConfigError, PedroError, UnavailableError
 from pedro.home import backbones_folder
 from pedro.refs import NAME
@@ -67,7 +68,10 @@ def make_backup(settings: Settings, target: Path, log: Log, *, with_backbones: b
     _check_target(target, places)
     with _written_whole(target) as (stream, scratch):
         header, dumped, kept = _snapshot(settings, places, scratch, log)
-        files = [*find_files(places, kept.unfinished_jobs, with_backbones=with_backbones)]
+        if places.storage is not None:
+            hold_runs(places.storage / CHECKPOINTS, kept.unfinished_jobs, scratch / CHECKPOINTS)
+        held = scratch / CHECKPOINTS
+        files = [*find_files(places, kept.unfinished_jobs, held, with_backbones=with_backbones)]
         total = sum(_size(path) for _, path in files)
         archive = ArchiveWriter(stream, Header(**{**asdict(header), "bytes": total + header.bytes}))
         archive.add(STORE, scratch / STORE)

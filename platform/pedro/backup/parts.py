@@ -1,7 +1,8 @@
 """Which files of a home are in a backup, and where each goes. What is left out can be made again.
 
 Files of these folders never change once their name is there, or are replaced whole, so they may be read beside those
-who write. Left out are caches, logs of requests, Ray's files, secrets, and the checkpoints of jobs that have ended.
+who write; what running jobs write was held before (`running_jobs.py`). Left out are caches, logs of requests, Ray's
+files, secrets, and the checkpoints of jobs that have ended.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pedro.backup.archive import REGISTRY
+from pedro.backup.running_jobs import belongs_to
 from pedro.errors import ConfigError
 from pedro.home import backbones_folder
 from pedro.refs import NAME
@@ -65,8 +67,11 @@ class Places:
         return self.folders[part] / rest
 
 
-def find_files(places: Places, unfinished_jobs: Collection[str], *, with_backbones: bool) -> Iterator[tuple[str, Path]]:
-    """The files of the folders as (name in the archive, path), in order."""
+def find_files(
+    places: Places, unfinished_jobs: Collection[str], held_runs: Path, *, with_backbones: bool
+) -> Iterator[tuple[str, Path]]:
+    """The files of the folders as (name in the archive, path), in order; runs that are held are read from there."""
+    held = {folder.name for folder in held_runs.iterdir()} if held_runs.is_dir() else set()
     for part, folder in places.folders.items():
         if part == "backbones" and not with_backbones:
             continue
@@ -74,17 +79,19 @@ def find_files(places: Places, unfinished_jobs: Collection[str], *, with_backbon
             inside = path.relative_to(folder).parts
             if part == "storage" and not _wanted(inside, unfinished_jobs):
                 continue
+            if part == "storage" and inside[0] == CHECKPOINTS and len(inside) > 1 and inside[1] in held:
+                continue
             if part == "backbones" and not (len(inside) == 2 and NAME.fullmatch(inside[0])):  # locks, unfinished ones
                 continue
             yield f"{part}/{'/'.join(inside)}", path
+    for path in _walk(held_runs):
+        yield f"storage/{CHECKPOINTS}/{'/'.join(path.relative_to(held_runs).parts)}", path
 
 
 def _wanted(inside: tuple[str, ...], unfinished_jobs: Collection[str]) -> bool:
     """Whether a file of the storage is worth keeping."""
     if inside[0] == CHECKPOINTS:
-        return len(inside) == 1 or any(
-            inside[1] == job or inside[1].startswith(f"{job}-trial-") for job in unfinished_jobs
-        )
+        return len(inside) == 1 or belongs_to(inside[1], unfinished_jobs)
     return inside[0] not in AGAIN
 
 
