@@ -31,10 +31,41 @@ _count = itertools.count()
 
 
 class PostgresServer:
-    """A running server; `database` makes a new empty database of it."""
+    """A server of the data in a folder; `database` makes a new empty database of it. What was in one that was killed is
+    there again once it is started."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, command: list[str], as_user: dict[str, Any]) -> None:
         self.folder = folder
+        self._command, self._as_user = command, as_user
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and return when it answers."""
+        until = time.monotonic() + STARTS_S
+        while True:
+            if self._process is None or self._process.poll() is not None:  # a killed one's memory is not free at once
+                with open(self.folder / "log", "a") as log:
+                    self._process = subprocess.Popen(self._command, stderr=log, **self._as_user)
+            try:
+                self._connect().close()
+            except psycopg.OperationalError:
+                assert time.monotonic() < until, (self.folder / "log").read_text()
+                time.sleep(0.05)
+            else:
+                return
+
+    def kill(self) -> None:
+        """As if its machine had failed: nothing is told, nothing is written."""
+        self._end(signal.SIGKILL)
+
+    def end(self) -> None:
+        """At once: nothing of it is kept."""
+        self._end(signal.SIGQUIT)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(STARTS_S)
 
     def database(self) -> str:
         """The URL of a database that nobody else has."""
@@ -70,38 +101,19 @@ def running_server() -> Iterator[PostgresServer]:
         os.chown(folder, nobody.pw_uid, nobody.pw_gid)
         as_user |= {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
         binaries = _reachable(binaries, folder)
+    data = folder / "data"
+    options = [word for option in QUICK for word in ("-c", option)]
+    command = [str(binaries / "postgres"), "-D", str(data), "-k", str(folder), "-h", "", *options]
+    server = PostgresServer(folder, command, as_user)
     try:
-        data = folder / "data"
         initdb = [str(binaries / "initdb"), "-D", str(data), "-U", "pedro", "--auth=trust", "--encoding=utf8"]
         done = subprocess.run([*initdb, "--locale=C", "--no-sync"], capture_output=True, text=True, **as_user)
         assert done.returncode == 0, done.stderr
-        options = [word for option in QUICK for word in ("-c", option)]
-        with open(folder / "log", "w") as log:
-            process = subprocess.Popen(
-                [str(binaries / "postgres"), "-D", str(data), "-k", str(folder), "-h", "", *options],
-                stderr=log,
-                **as_user,
-            )
-        try:
-            yield _answering(PostgresServer(folder), process)
-        finally:
-            process.send_signal(signal.SIGQUIT)  # at once: nothing of it is kept
-            process.wait(STARTS_S)
+        server.start()
+        yield server
     finally:
+        server.end()
         shutil.rmtree(folder)
-
-
-def _answering(server: PostgresServer, process: subprocess.Popen[bytes]) -> PostgresServer:
-    until = time.monotonic() + STARTS_S
-    while True:
-        try:
-            server._connect().close()
-        except psycopg.OperationalError:
-            assert process.poll() is None, (server.folder / "log").read_text()
-            assert time.monotonic() < until, "PostgreSQL does not answer"
-            time.sleep(0.05)
-        else:
-            return server
 
 
 def _reachable(binaries: Path, folder: Path) -> Path:
