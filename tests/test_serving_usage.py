@@ -36,15 +36,15 @@ COUNTERS = ("prompt_tokens", "completion_tokens")
 
 
 @pytest.fixture
-def served(tmp_path):
-    """A fresh replica of 8 slots, whose counts are at zero, with adapters of two tenants."""
+def served(request, tmp_path):
+    """A fresh replica of 8 slots, or as many as asked for, whose counts are at zero, with adapters of two tenants."""
     torch.set_num_threads(1)
     settings = settings_at(tmp_path / "home")
     registry = Registry.open(settings)
     for seed, name in enumerate(("acme.faq", "globex.faq"), start=1):
         make_adapter(tmp_path / name, seed, "completion")
         register(registry, tmp_path / name, name)
-    replica = ReplicaServer(ServeConfig(max_batch=8), settings, "r0")
+    replica = ReplicaServer(ServeConfig(max_batch=getattr(request, "param", 8)), settings, "r0")
     store = Store(settings.database_url)
     yield SimpleNamespace(replica=replica, registry=registry, store=store)
     store.close()
@@ -85,9 +85,9 @@ async def gateway(served):
 class Client:
     """Sends one kind of request after the other, and leaves some answers before their end."""
 
-    def __init__(self, url, keys, seed):
+    def __init__(self, url, keys, seed, at_once):
         self.keys, self.chance = keys, random.Random(seed)
-        limits = httpx.Limits(max_connections=32, max_keepalive_connections=8)
+        limits = httpx.Limits(max_connections=2 * at_once, max_keepalive_connections=at_once // 2)
         self.http = httpx.AsyncClient(base_url=url, timeout=GUARD_S, limits=limits)
         self.told: Counter[str] = Counter()  # tokens as whole answers tell them
         self.ends: Counter[str] = Counter()
@@ -156,15 +156,15 @@ def metrics(served):
     return found
 
 
-async def many(served, number, seed):
+async def many(served, number, seed, at_once=16):
     """Send them, wait until everything has ended and is written; how they ended."""
     keys = {tenant: [served.store.create_key(tenant, ("infer",)) for _ in range(2)] for tenant in ("acme", "globex")}
     async with asyncio.timeout(GUARD_S), gateway(served) as (url, ledger):
-        client = Client(url, {tenant: [secret for _, secret in made] for tenant, made in keys.items()}, seed)
-        at_once = asyncio.Semaphore(16)
+        secrets = {tenant: [secret for _, secret in made] for tenant, made in keys.items()}
+        client, free = Client(url, secrets, seed, at_once), asyncio.Semaphore(at_once)
 
         async def one():
-            async with at_once:
+            async with free:
                 await client.one()
 
         async with client.http:
@@ -196,8 +196,9 @@ def test_the_ledger_is_the_engines_own_count_over_hundreds_of_mixed_requests(ser
 
 
 @pytest.mark.slow
-def test_the_ledger_is_the_engines_own_count_over_fifteen_hundred_requests(served):
-    client, stats = asyncio.run(many(served, 1500, seed=2))
+@pytest.mark.parametrize("served", [32], indirect=True)
+def test_the_ledger_is_the_engines_own_count_over_five_thousand_requests(served):
+    client, stats = asyncio.run(many(served, 5000, seed=2, at_once=64))
     check_equal(served, client, stats)
 
 
