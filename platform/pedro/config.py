@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
+from urllib.parse import quote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -62,6 +63,9 @@ class Settings:
     """Folders beside its own in which a spec may name files (`PEDRO_DATA_ROOTS`, parted as in PATH)."""
     data_schemes: tuple[str, ...] = ()
     """Schemes of URLs that a spec may name as data (`PEDRO_DATA_SCHEMES`, parted by commas)."""
+    mlflow_database_url: str | None = field(default=None, repr=False)
+    """The database behind MLflow's server (`MLFLOW_BACKEND_STORE_URI`, as the server itself reads it, or
+    `…_URI_FILE`), where this host may reach it: erasing a tenant removes runs there that the server only hides."""
     own_seal_file: Path | None = None
     """The keys that versions are sealed with (`PEDRO_SEAL_KEY_FILE`); none: a file in the home."""
     launcher: str = "ray"
@@ -83,7 +87,7 @@ class Settings:
             storage = str(Path(storage).expanduser().absolute())
         return cls(
             home=home,
-            tracking_uri=secret_files.read(env, "MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+            tracking_uri=_tracking_uri(env) or f"sqlite:///{home / 'mlflow.db'}",
             database_url=secret_files.read(env, "PEDRO_DATABASE_URL") or f"sqlite:///{home / 'pedro.db'}",
             storage=storage,
             ray_address=env.get("RAY_ADDRESS") or None,
@@ -93,6 +97,7 @@ class Settings:
                 if root
             ),
             data_schemes=_schemes(env.get("PEDRO_DATA_SCHEMES", "")),
+            mlflow_database_url=secret_files.read(env, "MLFLOW_BACKEND_STORE_URI"),
             own_seal_file=Path(named).expanduser().absolute() if (named := env.get("PEDRO_SEAL_KEY_FILE")) else None,
             launcher=_launcher(env.get("PEDRO_LAUNCHER") or "ray"),
         )
@@ -147,6 +152,19 @@ def _launcher(name: str) -> str:
     if name not in LAUNCHERS:
         raise ConfigError(f"PEDRO_LAUNCHER: {name!r}; use one of {', '.join(LAUNCHERS)}", param="PEDRO_LAUNCHER")
     return name
+
+
+def _tracking_uri(env: Mapping[str, str]) -> str | None:
+    """MLflow's address, with the user and the password of MLflow's own variables (or their files) where it has none:
+    so they reach jobs as a password in an address does, by file."""
+    address = secret_files.read(env, "MLFLOW_TRACKING_URI")
+    if address is None or not address.startswith(("http://", "https://")) or "@" in urlsplit(address).netloc:
+        return address
+    user, password = (secret_files.read(env, f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
+    if not user or not password:
+        return address
+    scheme, _, rest = address.partition("://")
+    return f"{scheme}://{quote(user, safe='')}:{quote(password, safe='')}@{rest}"
 
 
 def _schemes(text: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import typer
 from pedro.cli.output import AsJson, emit, log, table
 
 if TYPE_CHECKING:
+    from pedro.config import Settings
     from pedro.store import Quota, Store
 
 app = typer.Typer(help="Tenants and their quotas; a tenant exists once it has a key.", no_args_is_help=True)
@@ -116,10 +117,23 @@ def erase(
         table(["what", "would go" if dry_run else "erased", "size"], rows)
         if not dry_run:
             typer.echo(f"{tenant} is erased; the audit has it as {done.number}")
-        if done.at_server:
-            log(f"MLflow's server has hidden {done.at_server} runs and experiments: run `mlflow gc` beside it")
+        if done.hidden_experiments:
+            log(
+                f"MLflow's server has hidden {done.at_server} runs and experiments, whose rows stay in its database. "
+                "Remove them for good beside it, with its database in place of DATABASE:"
+            )
+            typer.echo(gc_command(settings, done.hidden_experiments))
 
     emit(asdict(done), as_json, show)
+
+
+def gc_command(settings: Settings, experiments: list[str]) -> str:
+    """What removes experiments, with their runs, that MLflow's server at the settings' address hides."""
+    from pedro.secret_files import without_password
+
+    address = without_password(settings.tracking_uri).replace("://…@", "://")
+    ids = ",".join(experiments)
+    return f"mlflow gc --backend-store-uri DATABASE --tracking-uri {address} --experiment-ids {ids}"
 
 
 def quota_heads() -> list[str]:

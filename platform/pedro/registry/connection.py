@@ -29,9 +29,10 @@ _PAGE = 1000
 class Connection:
     """MLflow's client, connected when it is first needed. A new sqlite store gets its schema then (seconds, once)."""
 
-    def __init__(self, tracking_uri: str, artifact_root: str) -> None:
+    def __init__(self, tracking_uri: str, artifact_root: str, server_database: str | None = None) -> None:
         self.tracking_uri = tracking_uri
         self.artifact_root = artifact_root
+        self.server_database = server_database
 
     def connect(self) -> None:
         """Connect now rather than at the first question. Raises UnavailableError."""
@@ -67,6 +68,25 @@ class Connection:
                 f"MLFLOW_TRACKING_URI: no registry answers at {without_password(self.tracking_uri)} "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); {remedy}",
                 param="MLFLOW_TRACKING_URI",
+            ) from error
+
+    @cached_property
+    def forgetting_store(self) -> Any:
+        """MLflow's access to its database, which can remove for good what a server only hides: that of an sqlite
+        store, or of the database behind a server where it is named; None elsewhere. Raises UnavailableError."""
+        own: Any = self.client._tracking_client.store  # the client has no method for it
+        if hasattr(own, "_hard_delete_run") or not self.server_database:
+            return own if hasattr(own, "_hard_delete_run") else None
+        try:
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+            return SqlAlchemyStore(self.server_database, self.artifact_root)
+        except Exception as error:
+            raise UnavailableError(
+                f"MLFLOW_BACKEND_STORE_URI: the database of MLflow's server cannot be opened ({type(error).__name__}); "
+                "name the one that `mlflow server` has, with its driver installed, or leave it out and run `mlflow gc` "
+                "beside the server",
+                param="MLFLOW_BACKEND_STORE_URI",
             ) from error
 
     @property

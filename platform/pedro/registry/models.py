@@ -38,9 +38,15 @@ class Registry(Tracking):
     """Versions and runs of one MLflow store, and the aliases in ours."""
 
     def __init__(
-        self, tracking_uri: str, artifact_root: str, cache_dir: Path, database_url: str, seal_file: Path | None = None
+        self,
+        tracking_uri: str,
+        artifact_root: str,
+        cache_dir: Path,
+        database_url: str,
+        seal_file: Path | None = None,
+        server_database: str | None = None,
     ) -> None:
-        super().__init__(tracking_uri, artifact_root)
+        super().__init__(tracking_uri, artifact_root, server_database)
         self.database_url = database_url
         self.cache_dir = Path(cache_dir)
         self._seal = Seal(seal_file or self.cache_dir.parent / "secrets" / "seal.key")
@@ -49,7 +55,12 @@ class Registry(Tracking):
     def open(cls, settings: Settings) -> Registry:
         """The registry that the environment names."""
         return cls(
-            settings.tracking_uri, settings.artifact_root, settings.cache, settings.database_url, settings.seal_file
+            settings.tracking_uri,
+            settings.artifact_root,
+            settings.cache,
+            settings.database_url,
+            settings.seal_file,
+            settings.mlflow_database_url,
         )
 
     @cached_property

@@ -1,11 +1,13 @@
 """Removes runs, versions and experiments from MLflow for good, their artifacts first: MLflow's own deletion hides them.
 
 Only a store that MLflow reads itself (sqlite, PostgreSQL, …) can be made to forget a run. A tracking server takes it as
-deleted, without its artifacts, until `mlflow gc` is run beside that server; whoever purges is told which runs wait.
+deleted, without its artifacts, until `mlflow gc` is run beside that server, or at once where the database behind it is
+named, too (`MLFLOW_BACKEND_STORE_URI`). An experiment that a server hides has lost its name, which is free again.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from pedro.errors import UnavailableError
+from pedro.registry.connection import SQLITE
 from pedro.registry.tags import ours
 from pedro.store.database import vacuum_file
 from pedro.stored_files import remove, total_bytes
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 ALIVE, DELETED, ALL = 1, 2, 3  # MLflow's ViewType
 OPEN = ("RUNNING", "SCHEDULED")
 ADAPTER = "adapter"
+NAMELESS = "~erased-"  # begins the name of an experiment that a server hides
 
 
 @dataclass(frozen=True)
@@ -99,12 +104,12 @@ def purge_run(connection: Connection, run: KeptRun) -> bool:
         remove(str(path.parent))
     else:
         _purge_files(connection, run.location, None)
-    store: Any = connection.client._tracking_client.store  # the client has no method for it
     with connection.answering():
         _unless_missing(connection, connection.client.delete_run, run.id)
-        if not hasattr(store, "_hard_delete_run"):
+        if connection.forgetting_store is None:
             return False
-        _unless_missing(connection, store._hard_delete_run, run.id)
+        _unless_missing(connection, connection.forgetting_store._hard_delete_run, run.id)
+        _check_forgotten(connection, connection.client.get_run, run.id)
     return True
 
 
@@ -116,7 +121,6 @@ def purge_model(connection: Connection, name: str) -> None:
 
 def purge_experiment(connection: Connection, name: str) -> bool:
     """Remove an experiment without runs and its folder; False where a tracking server has it hidden only."""
-    store: Any = connection.client._tracking_client.store
     with connection.answering():
         found = next((one for one in _experiments(connection) if one.name == name), None)
         if found is None:
@@ -124,18 +128,36 @@ def purge_experiment(connection: Connection, name: str) -> bool:
         path = _local(found.artifact_location)
         if path is not None and path.name == name:
             remove(str(path))
-        if found.lifecycle_stage != "deleted":
+        store, hidden = connection.forgetting_store, found.lifecycle_stage == "deleted"
+        if store is None:
+            if hidden:  # by somebody else: only one that is there takes another name
+                connection.client.restore_experiment(found.experiment_id)
+            connection.client.rename_experiment(found.experiment_id, f"{NAMELESS}{secrets.token_hex(6)}")
+        if store is None or not hidden:
             connection.client.delete_experiment(found.experiment_id)
-        if not hasattr(store, "_hard_delete_experiment"):
+        if store is None:
             return False
         _unless_missing(connection, store._hard_delete_experiment, found.experiment_id)
+        _check_forgotten(connection, connection.client.get_experiment, found.experiment_id)
     return True
 
 
+def hidden_experiments(connection: Connection) -> list[str]:
+    """Ids of the experiments of erased tenants that a server hides until `mlflow gc`. Raises UnavailableError."""
+    if connection.sqlite_file is not None:
+        return []
+    with connection.answering():
+        return [one.experiment_id for one in _experiments(connection) if one.name.startswith(NAMELESS)]
+
+
 def overwrite_free_pages(connection: Connection) -> None:
-    """Have an sqlite store hold what there is and nothing else. Does nothing for a server. Raises UnavailableError."""
-    if connection.sqlite_file is not None and connection.sqlite_file.is_file():
-        vacuum_file(connection.sqlite_file)
+    """Have an sqlite store hold what there is and nothing else, and that behind a server where it is named. Does
+    nothing for other servers. Raises UnavailableError."""
+    database = connection.server_database or ""
+    of_server = Path(database.removeprefix(SQLITE)) if database.startswith(SQLITE) else None
+    for file in (connection.sqlite_file, of_server):
+        if file is not None and file.is_file():
+            vacuum_file(file)
 
 
 def run_bytes(run: KeptRun) -> int:
@@ -187,6 +209,21 @@ def _local(location: str) -> Path | None:
     if location.startswith("file:"):
         return Path(unquote(urlsplit(location).path))
     return Path(location) if location.startswith("/") else None
+
+
+def _check_forgotten(connection: Connection, get: Any, entity: str) -> None:
+    """Raise UnavailableError where what was removed from the database is still there."""
+    try:
+        get(entity)
+    except connection.error as error:
+        if connection.is_missing(error):
+            return
+        raise
+    raise UnavailableError(
+        "MLFLOW_BACKEND_STORE_URI: names another database than MLflow's server has: what was removed there is still at "
+        "the server; name the one that `mlflow server` has",
+        param="MLFLOW_BACKEND_STORE_URI",
+    )
 
 
 def _unless_missing(connection: Connection, ask: Any, *arguments: str) -> None:

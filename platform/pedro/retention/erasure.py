@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pedro.config import check_name
 from pedro.errors import NotFoundError, UnavailableError
-from pedro.registry.purge import overwrite_free_pages
+from pedro.registry.purge import hidden_experiments, overwrite_free_pages
 from pedro.retention.collector import KindTotal, only_collector
 from pedro.retention.policy import Retention
 from pedro.retention.tenant_files import TenantFiles
@@ -42,6 +42,8 @@ class Erased:
     files: dict[str, KindTotal] = field(default_factory=dict)
     at_server: int = 0
     """Runs and experiments that MLflow's server has hidden, and removes with `mlflow gc` only."""
+    hidden_experiments: list[str] = field(default_factory=list)
+    """Ids of all experiments that it hides since a tenant was erased; their runs go with them."""
 
 
 def erase_tenant(
@@ -77,6 +79,7 @@ def erase_tenant(
         told = cluster()
         _end_jobs(TenantFiles(_view(settings, registry, told), tenant), told, stop, log)
         _files(TenantFiles(_view(settings, registry, cluster()), tenant), done, log)
+        done.hidden_experiments = hidden_experiments(registry)
         done.number = f"erased-{secrets.token_hex(6)}"
         log("deleting rows")
         store.erase_rows(tenant, done.number, keep_sums=keep_sums)
