@@ -155,6 +155,8 @@ def test_quotas_of_tenants_and_keys_are_set_shown_and_taken_away(pedro, tmp_path
         {"tenant": "acme", **none, "tokens_per_minute": 100_000, "tokens_per_month": 2_000_000_000_000}
     ]
     assert "100,000" in pedro("tenants", "list")[1]
+    _, out, _ = pedro("tenants", "set", "globex", "--training-hours-per-day", 5, "--training-hours-per-month", 60)
+    assert out.endswith("5 training hours/day, 60 training hours/month\n")
     assert "70 tokens/min" in pedro("keys", "show", made["id"])[1]
     one_error(pedro("keys", "quota", "key_none"), "key_none")
     assert "has no key yet" in pedro("tenants", "quota", "acmee", "--requests-per-minute", 1)[2]

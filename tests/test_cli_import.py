@@ -58,6 +58,18 @@ def imported(pedro, directory, *options):
     return pedro("adapters", "import", "acme.new", directory, "--backbone", "stories260K", *options, "--json")
 
 
+def _declare(file, tensors, rank):
+    """Write weights of that rank of which the header alone is there; the numbers are a hole of the file."""
+    heads, end = {}, 0
+    for name, tensor in tensors.items():
+        shape = [rank if size == 4 else size for size in tensor.shape]
+        heads[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end := end + 4 * shape[0] * shape[1]]}
+    header = json.dumps(heads).encode()
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(stream.tell() + end)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_that_peft_wrote_is_registered_with_its_own_weights(name, pedro, stock, tmp_path):
     result = imported(pedro, stock / name, "--format", "chat")
@@ -91,6 +103,18 @@ def test_a_folder_that_is_not_whole_or_not_served_is_refused_and_nothing_is_regi
     ):
         save_file({k: change(v) for k, v in load_file(stock / "lora" / WEIGHTS).items()}, bad(what) / WEIGHTS)
         one_error(imported(pedro, tmp_path / what), said)
+    tensors = load_file(stock / "lora" / WEIGHTS)
+    stray = {key.replace("q_proj", "k_proj"): torch.zeros(tensor.shape) for key, tensor in tensors.items()}
+    save_file({**tensors, **stray}, bad("stray") / WEIGHTS)
+    one_error(imported(pedro, tmp_path / "stray"), "k_proj.lora_A", "does not name")
+    wide = {"r": 100_000}
+    config = json.loads((bad("huge") / CONFIG).read_text())
+    (tmp_path / "huge" / CONFIG).write_text(json.dumps(config | wide))
+    _declare(tmp_path / "huge" / WEIGHTS, tensors, wide["r"])
+    one_error(imported(pedro, tmp_path / "huge"), "more than the", "of stories260K")
+    with (bad("padded") / WEIGHTS).open("ab") as stream:
+        stream.truncate(1 << 34)  # sparse: nobody may read it
+    one_error(imported(pedro, tmp_path / "padded"), "holds more than")
     for field, value in (("alora_invocation_tokens", [5]), ("use_dora", True), ("a_field_of_tomorrow", 3)):
         config = json.loads((bad(field) / CONFIG).read_text())
         (tmp_path / field / CONFIG).write_text(json.dumps(config | {field: value}))

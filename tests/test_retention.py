@@ -21,7 +21,7 @@ from pedro.retention.policy import Retention, parse_age
 from pedro.retention.view import View
 from pedro.serving.gone_versions import GoneVersions
 from pedro.sizes import KINDS, SizeGauges, measure
-from pedro.store import CHAMPION, BatchRecord, BatchStatus
+from pedro.store import CHAMPION, BatchRecord, BatchStatus, checkpoint_gate
 from pedro.training.job_status import ClusterJobs
 from pedro.training.storage import fetch, put_dataset, read_text, write_text
 
@@ -189,6 +189,42 @@ def test_old_versions_go_only_if_that_is_asked_for_and_none_that_an_alias_names(
     execute(settings, "UPDATE pedro_versions SET promoted = promoted - ?", 100 * DAY)
     assert _gone(_gc(home, replace(DEFAULT, versions=1)), "versions") == {"acme.support:3"}
     assert registry.rollback("acme.support").version == 1
+
+
+def test_a_version_that_a_job_goes_on_from_stays_until_the_job_has_ended(home, tmp_path):
+    settings, registry = home
+    _old_versions(home, tmp_path, 3)
+    policy, store = replace(DEFAULT, versions=1), registry.store
+    going_on = store.create_job("acme", "next", {"parent": "acme.support:1"}, queued=True).id
+    assert _gone(done := _gc(home, policy, dry_run=True), "versions") == {"acme.support:2"}
+    assert _why(done, "acme.support:1") == f"the job {going_on} goes on from it"
+    seen = list(rules_records.versions(View(settings, registry, policy, GONE)))
+    late = store.create_job("acme", "next", {"parent": "acme.support:2"}, queued=True).id
+    assert [finding.remove() for finding in seen if finding.remove] == [False], "a job came to need it meanwhile"
+    for job_id in (going_on, late):
+        store.update_job(job_id, status="cancelled")
+    assert _gone(_gc(home, policy), "versions") == {"acme.support:1", "acme.support:2"}
+
+
+def test_checkpoints_of_a_job_go_with_its_row_and_count_among_no_newest_versions(home, tmp_path):
+    settings, registry = home
+    store = registry.store
+    ended = job(settings, store, "acme", "pedro://demo", days=10)
+    _old_versions(home, tmp_path, 2)
+    for number in (3, 4, 5):
+        version(registry, tmp_path, "acme.support", f"step {number}")
+        execute(
+            settings, "UPDATE pedro_versions SET gate = ? WHERE version = ?", checkpoint_gate(ended, number), number
+        )
+    registry.promote("acme.support", 5)
+    execute(settings, "UPDATE pedro_versions SET created = created - ?", 2 * DAY)
+    done = _gc(home, replace(DEFAULT, versions=1), dry_run=True)
+    assert _gone(done, "versions") == {"acme.support:1"}
+    assert _why(done, "acme.support:2") == "among the newest 1"
+    assert _why(done, "acme.support:3") == f"a checkpoint of {ended}, whose row is kept"
+    done = _gc(home, replace(DEFAULT, records_s=5 * DAY))
+    assert ended in _gone(done, "jobs")
+    assert _gone(done, "versions") == {"acme.support:3", "acme.support:4"}, "the champion stays"
 
 
 def test_a_version_that_became_champion_meanwhile_stays(home, tmp_path):

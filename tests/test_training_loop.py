@@ -28,7 +28,7 @@ from pedro.methods.output_head import supervised
 from pedro.training import checkpoints, worker
 from pedro.training.batches import RowStream, slices, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA
-from pedro.training.loop import Data, batch_step, mean_losses, train
+from pedro.training.loop import SECONDS_LEFT, Data, batch_step, mean_losses, train
 from pedro.training.paired_test import compare_rows
 from pedro.training.worker_group import WorkerGroup
 
@@ -100,6 +100,20 @@ def test_checkpoints_hold_what_is_trained_and_nothing_of_the_backbone(tmp_path):
     assert sum(files.values()) < 6 * 4 * context.trainable_parameters
     backbone = sum(p.numel() for p in context.model.parameters()) * 4
     assert sum(files.values()) < backbone
+
+
+def test_the_time_that_is_left_is_told_until_none_is(tmp_path):
+    class Curves(LocalReporter):
+        def metrics(self, step, values):
+            if SECONDS_LEFT in values:
+                told.append((step, values[SECONDS_LEFT]))
+
+    told = []
+    context = context_for(spec_for(tmp_path, max_steps=20, eval_every=20), tmp_path)
+    worker.train_and_score(context, Curves(tmp_path / "run", lambda _: None))
+    (first, left), (last, none) = told
+    assert (first, last, none) == (10, 20, 0.0)
+    assert left > 0
 
 
 def test_a_loss_that_is_no_number_is_a_clear_error(tmp_path):

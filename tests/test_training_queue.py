@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from dataclasses import replace
 
 import pytest
 
-from pedro.errors import ConflictError, NotFoundError, UnavailableError
-from pedro.store import JobStatus, Store
+from pedro.errors import ConfigError, ConflictError, NotFoundError, RateLimitError, UnavailableError
+from pedro.store import Idempotency, JobStatus, Store, Usage
+from pedro.training.queue.budgets import used_up
 from pedro.training.queue.controller import LEASE_S, MOST_LOSSES, Controller
 from pedro.training.queue.launcher import Claim, ClusterView
 from pedro.training.queue.turns import in_turn
@@ -412,6 +414,120 @@ def test_whatever_is_killed_every_job_ends_once(store, clock, seed):
     assert all(store.get_job(job).status.final for job in jobs)
     assert all(count == (store.get_job(job).status == JobStatus.SUCCEEDED) for job, count in finished.items())
     assert cluster.most <= 3
+
+
+def test_a_job_that_was_looked_at_twice_is_not_sent_back(store):
+    made = store.ask_for_job("acme", "voice", {}, key_id="key_1")
+    leased = store.lease_jobs("controller", 0.0, LEASE_S)
+    (job,) = leased.jobs
+    assert store.accept_job(job)
+    assert store.start_job(store.get_job(made.id), made.id, leased.starts)
+    store.update_job(made.id, status=JobStatus.RUNNING, attempt=1)
+    assert not store.accept_job(job)
+    assert not store.end_job(job, JobStatus.FAILED, "its file is gone", only=JobStatus.VALIDATING)
+    assert store.get_job(made.id).status == JobStatus.RUNNING
+
+
+def said(store, job_id):
+    return [event.message for event in reversed(store.list_job_events(job_id))]
+
+
+def test_an_end_is_told_with_the_end_and_so_once(store):
+    paused, failed = queued(store), queued(store)
+    store.ask_of_job(paused, JobStatus.PAUSED)
+    store.ask_of_job(paused, JobStatus.CANCELLED)
+    for _ in range(2):
+        store.update_job(failed, status=JobStatus.FAILED, message="bad rows")
+    assert said(store, paused) == ["The job was paused", "The job was cancelled"]
+    assert said(store, failed) == ["bad rows"]
+    assert store.list_job_events(failed)[0].level == "error"
+
+
+def test_of_the_same_said_once_there_is_one(store):
+    job = queued(store)
+    for _ in range(2):
+        store.add_job_event(job, "Validating training file: file-1", once=True)
+    store.add_job_event(queued(store), "Validating training file: file-1", once=True)
+    assert said(store, job) == ["Validating training file: file-1"]
+
+
+def test_a_tenant_has_no_more_open_jobs_than_it_may_and_asking_again_is_no_other_job(store):
+    sent = Idempotency("k1", "digest")
+
+    def ask(tenant="acme", idempotency=None):
+        return store.ask_for_job(tenant, "voice", {}, key_id="key_1", idempotency=idempotency, most_open=2).id
+
+    first = ask(idempotency=sent)
+    ask()
+    with pytest.raises(RateLimitError, match="2 of your fine-tuning jobs") as refused:
+        ask()
+    assert refused.value.retry_after_s is None
+    assert ask(idempotency=sent) == first
+    ask("globex")
+    store.ask_of_job(first, JobStatus.CANCELLED)
+    ask()
+
+
+@pytest.mark.parametrize("name", ["n", 'a"b', "a'b", "a.b[0]", "$.n", 'back\\slash"', "ü"])
+def test_jobs_are_found_by_labels_whatever_their_names_hold(store, name):
+    wanted = store.ask_for_job("acme", "voice", {}, key_id="key_1", labels={name: "1", "other": "2"}).id
+    store.ask_for_job("acme", "voice", {}, key_id="key_1", labels={name: "2", "other": "1"})
+    store.ask_for_job("acme", "voice", {}, key_id="key_1")
+    assert [job.id for job in store.list_jobs("acme", labels={name: "1"})] == [wanted]
+    assert [job.id for job in store.list_jobs("acme", labels={name: "1", "other": "2"})] == [wanted]
+
+
+def trained(store, tenant, hours, at):
+    day = time.strftime("%Y-%m-%d", time.gmtime(at))
+    store.add_training(f"ftjob-{tenant}-{at}", Usage(day=day, tenant=tenant, training_seconds=hours * 3600))
+
+
+def test_jobs_of_a_tenant_whose_hours_of_training_are_used_up_wait_for_the_next_day_and_hold_up_nobody(store, clock):
+    cluster = Cluster({"CPU": 8.0})
+    controller = Controller(store, cluster, clock=clock)
+    store.set_quota(tenant="acme", training_hours_per_day=2)
+    trained(store, "acme", 1.9, clock())
+    trained(store, "acme", 50, clock() - 86_400)  # yesterday
+    trained(store, "globex", 50, clock())
+    first, other = queued(store), queued(store, "globex")
+    controller.round()
+    assert store.get_job(first).submission_id == first, "a little is left"
+    assert store.get_job(other).submission_id == other
+    ends(store, cluster, first)
+    trained(store, "acme", 0.1, clock() + 1)
+    second, third = queued(store), queued(store, "globex")
+    for _ in range(3):
+        controller.round()
+    waits = store.get_job(second)
+    assert (waits.status, waits.submission_id) == (JobStatus.QUEUED, None)
+    assert waits.message == (
+        "waits: the day's budget of 2 hours of training is used up; it is renewed at 1970-01-13T00:00:00Z"
+    )
+    assert said(store, second) == [f"The job {waits.message}"]
+    assert store.get_job(third).submission_id == third
+    clock.now += 86_400
+    controller.round()
+    assert store.get_job(second).submission_id == second
+
+
+def test_what_runs_counts_for_a_budget_of_training_with_all_its_workers(store, clock):
+    cluster = Cluster({"CPU": 8.0})
+    controller = Controller(store, cluster, clock=clock)
+    store.set_quota(tenant="acme", training_hours_per_month=4)
+    running = queued(store, workers=2)
+    controller.round()
+    store.update_job(running, status=JobStatus.RUNNING, attempt=1)
+    now = store.get_job(running).started  # of the wall's clock
+    assert used_up(store, now + 1.9 * 3600) == {}
+    assert "the month's budget of 4 hours" in used_up(store, now + 2.1 * 3600)["acme"]
+    store.update_job(running, status=JobStatus.SUCCEEDED, attempt=1)
+    assert used_up(store, now + 2.1 * 3600) == {}, "what an ended job trained stands in the ledger"
+
+
+def test_a_budget_of_training_is_a_tenants_alone(store):
+    key = store.create_key("acme", ("train",))[0]
+    with pytest.raises(ConfigError, match="training_hours_per_day: is a limit of tenants"):
+        store.set_quota(key_id=key.id, training_hours_per_day=1)
 
 
 def test_claims_are_read_from_specs():

@@ -5,12 +5,15 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
+from pydantic import ValidationError
+from store_moves import stub_version
 from training_runs import LocalReporter, context_for, spec_for
 from typer.testing import CliRunner
 
@@ -280,6 +283,30 @@ def test_a_sweep_is_found_again_by_its_spec_and_its_data(tmp_path):
     with Path(spec.base.data.train).open("a") as stream:
         stream.write('{"prompt": "more", "completion": "rows"}\n')
     assert recall(settings.storage, launch.staged(spec, settings)) is None
+
+
+def test_a_sweep_goes_on_from_one_version_with_its_method_and_is_found_by_what_it_was_given(tmp_path):
+    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
+    store, trained = Store(settings.database_url), {"name": "lora", "r": 4}
+    for number in (1, 2):
+        version = replace(stub_version(number, "acme.colours"), spec={"method": trained})
+        store.add_version(version, store.made_of("acme.colours"))
+    store.promote("acme.colours", 1)
+    spec = sweep_for(tmp_path, {"training.lr": {"grid": [1e-3, 1e-2]}})
+    base = {name: value for name, value in spec.base.to_dict().items() if name != "method"}
+    spec = SweepSpec.model_validate({**spec.to_dict(), "base": {**base, "parent": "acme.colours"}})
+    record = launch.create(spec, settings)
+    store.promote("acme.colours", 2)
+    for parameters in planned_trials(spec):
+        job = variant(Records(settings.storage, record.id).spec(), parameters)
+        assert (job.parent, job.method.name, job.method.options) == ("acme.colours:1", "lora", {"r": 4})
+    assert recall(settings.storage, launch.staged(spec, settings)) == record.id
+    other = spec.model_copy(update={"base": spec.base.model_copy(update={"parent": "globex.voice"})})
+    with pytest.raises(NotFoundError, match="parent"):
+        launch.create(other, settings)
+    store.close()
+    with pytest.raises(ValidationError, match=r"space\.method\.r: cannot vary: trials go on from base\.parent"):
+        SweepSpec.model_validate({**spec.to_dict(), "space": WIDTHS})
 
 
 def test_no_sweep_begins_while_its_tenant_is_being_erased(tmp_path):

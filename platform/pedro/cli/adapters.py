@@ -244,6 +244,8 @@ def import_adapter(
     from pedro.config import check_name
     from pedro.evaluation.saved import open_saved
     from pedro.methods.adapter_check import check_adapter
+    from pedro.methods.adapter_files import CONFIG
+    from pedro.methods.servable import check_tensor_names
     from pedro.methods.stock import is_stock
 
     tenant, adapter = name.partition(".")[::2]
@@ -252,6 +254,8 @@ def import_adapter(
     with _adopted(directory, backbone, form) if is_stock(directory) else nullcontext(directory) as whole:
         check_adapter(whole)
         open_saved(whole, backbone)
+        if (whole / CONFIG).is_file():
+            check_tensor_names(whole)
         registry = _registry()
         run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"kind": "import"})
         version = registry.register(run, whole, tenant, adapter, gate="imported: not gated")

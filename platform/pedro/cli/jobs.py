@@ -58,10 +58,11 @@ def submit(
     if dry_run:
         from pedro.backbone import quiet
         from pedro.training.estimate import dry_run as estimate
+        from pedro.training.parent import with_pinned_parent
         from pedro.training.uploaded_files import with_uploaded_files
 
         quiet()
-        report = estimate(with_uploaded_files(wanted, settings), calibrated)
+        report = estimate(with_uploaded_files(with_pinned_parent(wanted, settings), settings), calibrated)
         emit(report.to_dict(), as_json, lambda: typer.echo(str(report)))
         return
     from pedro.cluster import connect

@@ -97,7 +97,9 @@ def _show(result: dict[str, Any], keys: list[str]) -> None:
 def _dry_run(wanted: SweepSpec, as_json: bool) -> None:
     """Show what would be tried, and what the first trial costs."""
     from pedro.backbone import quiet
+    from pedro.config import Settings
     from pedro.training.estimate import dry_run
+    from pedro.training.parent import with_pinned_parent
     from pedro.training.sweep.planner import make_planner
     from pedro.training.sweep.variants import planned_trials, variant
 
@@ -105,7 +107,7 @@ def _dry_run(wanted: SweepSpec, as_json: bool) -> None:
     planned = planned_trials(wanted)
     planner = make_planner(wanted, [])
     first = planned[0] if planned else planner.propose(0)
-    report = dry_run(variant(wanted, first))
+    report = dry_run(with_pinned_parent(variant(wanted, first), Settings.from_env()))
     seconds = report.seconds * planner.total
     shown: dict[str, Any] = {
         "spec": wanted.to_dict(),

@@ -22,6 +22,12 @@ RequestsPerDay = Annotated[int | None, typer.Option(help="The most requests a da
 TokensPerDay = Annotated[int | None, typer.Option(help="The most tokens a day (UTC); 0 is no limit.", min=0)]
 RequestsPerMonth = Annotated[int | None, typer.Option(help="The most requests a month (UTC); 0 is no limit.", min=0)]
 TokensPerMonth = Annotated[int | None, typer.Option(help="The most tokens a month (UTC); 0 is no limit.", min=0)]
+TrainingPerDay = Annotated[
+    int | None, typer.Option("--training-hours-per-day", help="The most hours of training a day (UTC).", min=0)
+]
+TrainingPerMonth = Annotated[
+    int | None, typer.Option("--training-hours-per-month", help="The most hours of training a month (UTC).", min=0)
+]
 SHORT = {"minute": "min", "day": "day", "month": "month"}
 
 
@@ -50,9 +56,13 @@ def set_limits(
     tokens_per_day: TokensPerDay = None,
     requests_per_month: RequestsPerMonth = None,
     tokens_per_month: TokensPerMonth = None,
+    training_hours_per_day: TrainingPerDay = None,
+    training_hours_per_month: TrainingPerMonth = None,
     as_json: AsJson = False,
 ) -> None:
     """Set a tenant's quota, or show it; a running server follows with the next request. What is not given stays.
+
+    Hours of training are those of every worker, sweeps included; over them, queued jobs wait for the next one.
 
     Example: `pedro tenants set acme --requests-per-minute 600 --tokens-per-month 50000000`
     """
@@ -65,6 +75,8 @@ def set_limits(
         tokens_per_day=tokens_per_day,
         requests_per_month=requests_per_month,
         tokens_per_month=tokens_per_month,
+        training_hours_per_day=training_hours_per_day,
+        training_hours_per_month=training_hours_per_month,
     )
     if not store.list_keys(tenant):
         log(f"note: tenant {tenant} has no key yet")
@@ -137,10 +149,10 @@ def gc_command(settings: Settings, experiments: list[str]) -> str:
 
 
 def quota_heads() -> list[str]:
-    """The limits as heads of a table's columns: `requests/min`, `tokens/month`."""
+    """The limits as heads of a table's columns: `requests/min`, `training hours/month`."""
     from pedro.store import LIMITS
 
-    return [f"{what}/{SHORT[span]}" for what, span in (limit.split("_per_") for limit in LIMITS)]
+    return [f"{what.replace('_', ' ')}/{SHORT[span]}" for what, span in (limit.split("_per_") for limit in LIMITS)]
 
 
 def quota_columns(quota: Quota) -> list[str]:

@@ -28,6 +28,7 @@ from pedro.gateway import (
 )
 from pedro.gateway.auth import Authenticator
 from pedro.gateway.batch_runner import BatchRunner
+from pedro.gateway.dry_runs import DryRuns
 from pedro.gateway.edge import Edge
 from pedro.gateway.errors import install_error_handlers
 from pedro.gateway.observability import GatewayMetrics, Observed
@@ -52,11 +53,14 @@ class GatewaySettings:
     name: str = ""  # of this one among them
     follow_keys_every_s: float = 0.5  # a revoked key, or a changed quota, is heard of within that time
     backbones: Mapping[str, str] = field(default_factory=dict)  # that can be fine-tuned: by name, as a spec has them
+    dry_run_command: tuple[str, ...] = ()  # what reads a job's spec and says what it would take; none: no dry runs
+    dry_run_env: Mapping[str, str] = field(default_factory=dict)
     storage: str | None = None  # a folder or fsspec URL for uploaded files; none: there are no files
     max_file_bytes: int = 512 * 2**20  # of one uploaded file; more is a 413
     max_tenant_file_bytes: int = 10 * 2**30  # of all files of a tenant
     max_tenant_files: int = 10_000  # their number
     max_open_uploads: int = 4  # of a tenant
+    max_open_jobs: int = 100  # fine-tuning jobs of a tenant, those that have not ended
     max_open_batches: int = 100  # of a tenant, those that have not ended
     rows_of_batch: int = 8  # of one batch asked at once, while no other request is open
     batch_rows: int = 32  # of all batches
@@ -112,6 +116,7 @@ def create_app(
     app.state.open_uploads = OpenUploads(settings.max_open_uploads)
     app.state.file_threads = file_threads
     app.state.usage = usage
+    app.state.dry_runs = DryRuns(settings.dry_run_command, settings.dry_run_env)
     batches = BatchRunner(app, store, files) if files is not None else None
     app.state.batches = batches
     install_error_handlers(app)

@@ -143,7 +143,7 @@ class Quotas:
             ("this API key", f"key:{caller.key_id}", caller.key_quota),
         ):
             for what, limit in quota.__dict__.items():
-                if limit is not None:
+                if limit is not None and kind_of(what) in (REQUESTS, TOKENS):  # hours of training are no request's
                     shared = self._shared_minutes or period_of(what) != "minute"
                     bucket = (self._leases if shared else self._local).find(subject, what, limit, now)
                     limits.append(_Limit(whose, bucket, 1 if kind_of(what) == REQUESTS else tokens))

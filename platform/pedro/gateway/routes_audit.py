@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Request
 
 from pedro.errors import PedroError, ScopeError
 from pedro.gateway.auth import Principal, counted
+from pedro.gateway.pages import page
 from pedro.store import PLATFORM, READ, AuditEntry, AuditQuery
 
 router = APIRouter()
@@ -43,14 +44,7 @@ async def list_audit_logs(request: Request, caller: Annotated[Principal, Depends
     found: list[AuditEntry] = []
     if query is not None:
         found = await asyncio.to_thread(request.app.state.store.find_audit, query, limit + 1)
-    data = [_log(entry, caller) for entry in found[:limit]]
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": len(found) > limit,
-    }
+    return page(found, limit, lambda entry: _log(entry, caller))
 
 
 def _parameters(request: Request) -> dict[str, list[str]]:

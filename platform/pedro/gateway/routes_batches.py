@@ -11,10 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 
-from pedro.errors import NotFoundError, PedroError, ScopeError, UnavailableError
+from pedro.errors import ScopeError, UnavailableError
 from pedro.files.names import BATCH, MAX_EXPIRY_S, MIN_EXPIRY_S
 from pedro.gateway.auth import Principal, actor_of, counted
 from pedro.gateway.batch_runner import BatchRunner
+from pedro.gateway.input_files import check_input_file
+from pedro.gateway.pages import known_parameters, page, page_limit
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.schemas import Body, Metadata, Whole
 from pedro.store import INFER, READ, BatchRecord, BatchStatus, Store, new_batch_id
@@ -23,7 +25,6 @@ router = APIRouter(prefix="/v1/batches")
 Asker = Annotated[Principal, Depends(counted(INFER))]
 Reader = Annotated[Principal, Depends(counted(INFER, READ))]
 WINDOW_S = {"24h": 24 * 3600.0}
-DEFAULT_LIMIT, MAX_LIMIT = 20, 100
 
 
 class OutputExpiry(Body):
@@ -67,16 +68,12 @@ async def create_batch(request: Request, caller: Asker) -> dict[str, Any]:
 @router.get("")
 async def list_batches(request: Request, caller: Reader) -> dict[str, Any]:
     _runner(request, caller)
-    after, limit = _page(dict(request.query_params))
-    found = await asyncio.to_thread(_store(request).list_batches, caller.tenant, after=after, limit=limit + 1)
-    page = found[:limit]
-    return {
-        "object": "list",
-        "data": [_batch(batch) for batch in page],
-        "has_more": len(found) > len(page),
-        "first_id": page[0].id if page else None,
-        "last_id": page[-1].id if page else None,
-    }
+    given = known_parameters(request.query_params.multi_items(), ("after", "limit"))
+    limit = page_limit(given.get("limit"))
+    found = await asyncio.to_thread(
+        _store(request).list_batches, caller.tenant, after=given.get("after"), limit=limit + 1
+    )
+    return page(found, limit, _batch)
 
 
 @router.get("/{batch_id}")
@@ -96,27 +93,10 @@ async def cancel_batch(request: Request, batch_id: str, caller: Asker) -> dict[s
 
 def _enter(request: Request, caller: Principal, batch: BatchRecord) -> None:
     """On a thread. Raises PedroError for a file that is not the tenant's or has another purpose."""
-    store, field = _store(request), "input_file_id"
-    try:
-        record = store.get_file(batch.input_file_id, batch.tenant)
-    except NotFoundError:
-        message = f'{field}: no file {batch.input_file_id[:64]!r}; upload it with purpose "{BATCH}"'
-        raise PedroError(message, param=field, code="file_not_found") from None
-    if record.purpose != BATCH:
-        message = f'{field}: {record.id} was uploaded for "{record.purpose}"; upload it with purpose "{BATCH}"'
-        raise PedroError(message, param=field, code="invalid_file_purpose")
+    store = _store(request)
+    check_input_file(store, batch.tenant, "input_file_id", batch.input_file_id, BATCH)
     request.app.state.files.check_room(batch.tenant, 1)  # what it leaves is taken whatever its size
     store.create_batch(batch, request.app.state.settings.max_open_batches, actor=actor_of(request, caller))
-
-
-def _page(given: dict[str, str]) -> tuple[str | None, int]:
-    for name in sorted(given.keys() - {"after", "limit"}):
-        message = f"Unrecognized request argument supplied: {name[:80]}; known: after, limit"
-        raise PedroError(message, param=name[:80], code="unknown_parameter")
-    limit = given.get("limit", str(DEFAULT_LIMIT))
-    if not limit.isascii() or not limit.isdigit() or len(limit) > 9 or not 1 <= int(limit) <= MAX_LIMIT:
-        raise PedroError(f"limit: expected 1 to {MAX_LIMIT}, got {limit[:80]!r}", param="limit", code="invalid_value")
-    return given.get("after"), int(limit)
 
 
 def _runner(request: Request, caller: Principal) -> BatchRunner:

@@ -5,17 +5,18 @@ Reference: https://platform.openai.com/docs/api-reference/files
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
-from pedro.errors import PedroError, ScopeError, UnavailableError
+from pedro.errors import ScopeError, UnavailableError
 from pedro.files import Files, check_purpose
 from pedro.files.names import MADE
 from pedro.gateway.auth import Principal, actor_of, require
+from pedro.gateway.pages import known_parameters, page, page_limit, wrong_value
 from pedro.gateway.quotas import admit
 from pedro.gateway.uploads import FileThreads, receive_file
 from pedro.store import READ, TRAIN, FileRecord
@@ -37,7 +38,7 @@ async def create_file(request: Request, caller: Trainer) -> dict[str, Any]:
 @router.get("")
 async def list_files(request: Request, caller: Reader) -> dict[str, Any]:
     await admit(request, caller)
-    query = _ListQuery(dict(request.query_params))
+    query = _ListQuery(request.query_params.multi_items())
     found = await _threads(request).run(
         _files(request, caller).list_files,
         caller.tenant,
@@ -46,14 +47,7 @@ async def list_files(request: Request, caller: Reader) -> dict[str, Any]:
         limit=query.limit + 1,
         oldest_first=query.oldest_first,
     )
-    page = found[: query.limit]
-    return {
-        "object": "list",
-        "data": [_file(record) for record in page],
-        "has_more": len(found) > len(page),
-        "first_id": page[0].id if page else None,
-        "last_id": page[-1].id if page else None,
-    }
+    return page(found, query.limit, _file)
 
 
 @router.get("/{file_id}")
@@ -89,17 +83,12 @@ async def delete_file(request: Request, file_id: str, caller: Trainer) -> dict[s
 class _ListQuery:
     """What a list is asked for. Raises PedroError for anything else."""
 
-    def __init__(self, given: dict[str, str]) -> None:
-        unknown = sorted(given.keys() - {"after", "limit", "order", "purpose"})
-        if unknown:
-            message = f"Unrecognized request argument supplied: {unknown[0][:80]}; known: after, limit, order, purpose"
-            raise PedroError(message, param=unknown[0][:80], code="unknown_parameter")
-        limit, order = given.get("limit", str(MAX_LISTED)), given.get("order", "desc")
-        if not limit.isascii() or not limit.isdigit() or len(limit) > 9 or not 1 <= int(limit) <= MAX_LISTED:
-            raise _wrong("limit", f"expected 1 to {MAX_LISTED}", limit)
+    def __init__(self, query: Iterable[tuple[str, str]]) -> None:
+        given = known_parameters(query, ("after", "limit", "order", "purpose"))
+        order = given.get("order", "desc")
         if order not in ("asc", "desc"):
-            raise _wrong("order", 'expected "asc" or "desc"', order)
-        self.limit = int(limit)
+            raise wrong_value("order", 'expected "asc" or "desc"', order)
+        self.limit = page_limit(given.get("limit"), MAX_LISTED, MAX_LISTED)
         self.oldest_first = order == "asc"
         self.after = given.get("after")
         purpose = given.get("purpose")
@@ -138,7 +127,3 @@ async def _blocks(threads: FileThreads, stream: BinaryIO) -> AsyncIterator[bytes
     with stream:
         while block := await threads.run(stream.read, BLOCK):
             yield block
-
-
-def _wrong(field: str, expected: str, got: str) -> PedroError:
-    return PedroError(f"{field}: {expected}, got {got[:80]!r}", param=field, code="invalid_value")

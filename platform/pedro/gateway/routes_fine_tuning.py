@@ -8,6 +8,7 @@ Reference: https://platform.openai.com/docs/api-reference/fine-tuning
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from fastapi import APIRouter, Depends, Request
 from pedro.errors import NotFoundError, PedroError
 from pedro.files.names import FINE_TUNE
 from pedro.gateway.auth import Principal, actor_of, counted
+from pedro.gateway.dry_runs import DryRuns
 from pedro.gateway.fine_tuning import (
     JobRequest,
     adapter_of,
@@ -26,27 +28,34 @@ from pedro.gateway.fine_tuning import (
     shown_seed,
     spec_of,
 )
+from pedro.gateway.input_files import check_input_file
+from pedro.gateway.pages import known_parameters, page, page_limit, wrong_value
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.schemas import MAX_METADATA
-from pedro.store import READ, TRAIN, JobEvent, JobRecord, JobStatus, Store, Version
+from pedro.store import READ, TRAIN, Idempotency, JobEvent, JobRecord, JobStatus, Store, Version
 from pedro.store.jobs import job_not_found
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs")
 Reader = Annotated[Principal, Depends(counted(READ, TRAIN))]
 Owner = Annotated[Principal, Depends(counted(TRAIN))]
-DEFAULT_LIMIT, MAX_LIMIT = 20, 100
+PAGED = ("after", "limit")
 MAX_KEY = 200
 MAX_SPEC = 65_536
 
 
 @router.post("")
 async def create_job(request: Request, caller: Owner) -> dict[str, Any]:
+    dry_run = _asks_for_dry_run(request)
     asked = parse(JobRequest, await read_body(request))
+    sent = Idempotency(_idempotency_key(request), _digest(asked))
+    if not dry_run:
+        earlier = await asyncio.to_thread(_store(request).job_asked_before, caller.tenant, sent)
+        if earlier is not None and _may_see(caller, earlier):  # whatever its model's name means by now
+            return _job(request, earlier)
     backbones: dict[str, str] = request.app.state.settings.backbones
     parent = None if asked.model in backbones else await asyncio.to_thread(_parent, request, caller, asked.model)
     backbone = backbones[asked.model] if parent is None else served_backbone(parent, backbones)
-    key = _idempotency_key(request)
-    adapter = adapter_of(asked.suffix, key)
+    adapter = adapter_of(asked.suffix, sent.key)
     if caller.models is not None and f"{caller.tenant}.{adapter}" not in caller.models:
         message = "suffix: this API key is held to other adapters"
         raise PedroError(message, param="suffix", code="invalid_value")
@@ -54,16 +63,23 @@ async def create_job(request: Request, caller: Owner) -> dict[str, Any]:
     if len(json.dumps(spec)) > MAX_SPEC:  # every controller reads it, each round
         message = f"method.pedro: expected at most {MAX_SPEC:,} characters"
         raise PedroError(message, param="method.pedro", code="invalid_value")
-    return await asyncio.to_thread(_create, request, caller, asked, spec, key)
+    await asyncio.to_thread(_check_files, request, caller, asked)
+    if dry_run:
+        dry_runs: DryRuns = request.app.state.dry_runs
+        return {"object": "fine_tuning.job.dry_run", "model": asked.model, **await dry_runs.ask(caller.tenant, spec)}
+    return await asyncio.to_thread(_create, request, caller, asked, spec, sent)
 
 
 @router.get("")
 async def list_jobs(request: Request, caller: Reader) -> dict[str, Any]:
-    after, limit, labels = _page(request, with_metadata=True)
+    pairs = request.query_params.multi_items()
+    labels = _labels([(name, value) for name, value in pairs if _is_label(name)])
+    given = known_parameters([pair for pair in pairs if not _is_label(pair[0])], (*PAGED, "metadata[…]"))
+    limit, after = page_limit(given.get("limit")), given.get("after")
     most = limit + 1 if caller.models is None else None  # what the key may not see is left out before the page is cut
     listed = await asyncio.to_thread(_store(request).list_jobs, caller.tenant, limit=most, after=after, labels=labels)
     found = [job for job in listed if _may_see(caller, job)]
-    return _list([_job(request, job) for job in found[:limit]], len(found) > limit)
+    return page(found, limit, lambda job: _job(request, job))
 
 
 @router.get("/{job_id}")
@@ -100,33 +116,39 @@ async def list_checkpoints(request: Request, job_id: str, caller: Reader) -> dic
     return await _events(request, caller, job_id, ("checkpoint",), "ftckpt", _checkpoint)
 
 
-def _create(
-    request: Request, caller: Principal, asked: JobRequest, spec: dict[str, Any], key: str | None
-) -> dict[str, Any]:
-    """On a thread. Raises NotFoundError for a file that is not the tenant's, PedroError for one of another purpose."""
-    store = _store(request)
+def _asks_for_dry_run(request: Request) -> bool:
+    """Our extension `?dry_run=true`."""
+    given = known_parameters(request.query_params.multi_items(), ("dry_run",)).get("dry_run", "false")
+    if given not in ("true", "false"):
+        raise wrong_value("dry_run", "expected true or false", given)
+    return given == "true"
+
+
+def _check_files(request: Request, caller: Principal, asked: JobRequest) -> None:
+    """On a thread. Raises PedroError for a file that is not the tenant's, or of another purpose."""
     for field, file_id in (("training_file", asked.training_file), ("validation_file", asked.validation_file)):
-        if file_id is None:
-            continue
-        try:
-            record = store.get_file(file_id, caller.tenant)
-        except NotFoundError:
-            message = f'{field}: no file {file_id[:64]!r}; upload it with purpose "{FINE_TUNE}"'
-            raise PedroError(message, param=field, code="file_not_found") from None
-        if record.purpose != FINE_TUNE:
-            message = f'{field}: {file_id} was uploaded for "{record.purpose}"; upload it with purpose "{FINE_TUNE}"'
-            raise PedroError(message, param=field, code="invalid_file_purpose")
-    job = store.ask_for_job(
-        caller.tenant,
-        spec["adapter"],
-        spec,
-        key_id=caller.key_id,
-        labels=asked.metadata,
-        idempotency_key=key,
-        actor=actor_of(request, caller),
-    )
-    if not store.list_job_events(job.id, limit=1):
-        store.add_job_event(job.id, f"Created fine-tuning job: {job.id}")
+        if file_id is not None:
+            check_input_file(_store(request), caller.tenant, field, file_id, FINE_TUNE)
+
+
+def _create(
+    request: Request, caller: Principal, asked: JobRequest, spec: dict[str, Any], sent: Idempotency
+) -> dict[str, Any]:
+    """On a thread. Raises PedroError for a model that is deleted by now, RateLimitError for a tenant that has as many
+    jobs as it may."""
+    try:
+        job = _store(request).ask_for_job(
+            caller.tenant,
+            spec["adapter"],
+            spec,
+            key_id=caller.key_id,
+            labels=asked.metadata,
+            idempotency=sent,
+            most_open=request.app.state.settings.max_open_jobs,
+            actor=actor_of(request, caller),
+        )
+    except NotFoundError:
+        raise _no_model(request, asked.model) from None
     return _job(request, job)
 
 
@@ -148,9 +170,18 @@ def _parent(request: Request, caller: Principal, model: str) -> Version:
         version = _store(request).get_own_version(model, caller.tenant, "model")
         if caller.models is None or version.name in caller.models:
             return version
+    raise _no_model(request, model)
+
+
+def _no_model(request: Request, model: str) -> PedroError:
     known = ", ".join(request.app.state.settings.backbones) or "none"
     message = f"model: {model[:80]!r} is none that can be fine-tuned here; this server has {known}"
-    raise PedroError(message, param="model", code="model_not_found")
+    return PedroError(message, param="model", code="model_not_found")
+
+
+def _digest(asked: JobRequest) -> str:
+    """Of a request as it was given, before its names are taken for what they mean now."""
+    return hashlib.sha256(json.dumps(asked.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def _idempotency_key(request: Request) -> str | None:
@@ -173,37 +204,24 @@ async def _events(
     request: Request, caller: Principal, job_id: str, kinds: Sequence[str], prefix: str, shown: Any
 ) -> dict[str, Any]:
     store = _store(request)
-    after, limit, _ = _page(request)
+    given = known_parameters(request.query_params.multi_items(), PAGED)
+    limit, after = page_limit(given.get("limit")), given.get("after")
     before = None if after is None else after.removeprefix(f"{prefix}-")
     job = await asyncio.to_thread(_own_job, request, caller, job_id)
     found = await asyncio.to_thread(store.list_job_events, job_id, kinds, before=before, limit=limit + 1)
-    return _list([shown(job, event) for event in found[:limit]], len(found) > limit)
+    return page(found, limit, lambda event: shown(job, event))
 
 
-def _page(request: Request, *, with_metadata: bool = False) -> tuple[str | None, int, dict[str, str]]:
-    after, limit, labels = None, DEFAULT_LIMIT, dict[str, str]()
-    for name, value in request.query_params.multi_items():
-        if name == "after":
-            after = value
-        elif name == "limit":
-            if not (value.isascii() and value.isdigit() and len(value) < 9 and 1 <= int(value) <= MAX_LIMIT):
-                message = f"limit: expected 1 to {MAX_LIMIT}, got {value[:80]!r}"
-                raise PedroError(message, param="limit", code="invalid_value")
-            limit = int(value)
-        elif with_metadata and name.startswith("metadata[") and name.endswith("]"):
-            if not (name + value).isprintable() or '"' in name or len(labels) >= MAX_METADATA:
-                message = f"metadata: expected at most {MAX_METADATA} keys without quotes, and printable text"
-                raise PedroError(message, param="metadata", code="invalid_value")
-            labels[name[len("metadata[") : -1]] = value
-        else:
-            message = f"Unrecognized request argument supplied: {name[:80]}"
-            raise PedroError(message, param=name[:80], code="unknown_parameter")
-    return after, limit, labels
+def _is_label(name: str) -> bool:
+    return name.startswith("metadata[") and name.endswith("]")
 
 
-def _list(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return {"object": "list", "data": data, "has_more": has_more, **ends}
+def _labels(given: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Raises PedroError for more than a job can have, and for what no database takes."""
+    if len(given) > MAX_METADATA or not all((name + value).isprintable() for name, value in given):
+        message = f"metadata: expected at most {MAX_METADATA} keys, and printable text"
+        raise PedroError(message, param="metadata", code="invalid_value")
+    return {name.removeprefix("metadata[").removesuffix("]"): value for name, value in given}
 
 
 def _job(request: Request, job: JobRecord) -> dict[str, Any]:
@@ -229,11 +247,15 @@ def _job(request: Request, job: JobRecord) -> dict[str, Any]:
         "trained_tokens": (result.get("metrics") or {}).get("train_tokens"),
         "error": _error(job),
         "seed": shown_seed(job.spec),
-        "estimated_finish": None,
+        "estimated_finish": _estimated_finish(job),
         "integrations": [],
         "metadata": job.labels,
         "method": {"type": kind, kind: {"hyperparameters": hyperparameters}},
     }
+
+
+def _estimated_finish(job: JobRecord) -> int | None:
+    return int(job.estimated_finish) if job.status == JobStatus.RUNNING and job.estimated_finish else None
 
 
 def _file_id(location: object) -> str:

@@ -167,7 +167,7 @@ def weights_digest(directory: str | Path) -> str:
     Raises AdapterError where there are no weights or a file is no safetensors.
     """
     tensors = sorted(
-        (tensor for file in _weight_files(Path(directory)) for tensor in _tensors(file)), key=lambda t: t[0]
+        (tensor for file in _weight_files(Path(directory)) for tensor in tensor_heads(file)), key=lambda t: t[0]
     )
     total = hashlib.sha256()
     with ExitStack() as stack:
@@ -344,7 +344,7 @@ def _refuse_sizes(directory: Path, name: str) -> None:
         raise AdapterError(f"{name}: cannot be read ({type(error).__name__}); fetch the adapter again") from error
     if given:
         files = _weight_files(directory)
-        most = max((math.prod(shape) for file in files for _, _, shape, *_ in _tensors(file)), default=0)
+        most = max((math.prod(shape) for file in files for _, _, shape, *_ in tensor_heads(file)), default=0)
         for field, size in given.items():
             if size > max(most, 1024):  # an adapter without tensors is small in any case
                 raise AdapterError(
@@ -352,7 +352,7 @@ def _refuse_sizes(directory: Path, name: str) -> None:
                 )
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
+def tensor_heads(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
     """(name, dtype, shape, file, first byte, byte after the last) of each tensor, from the header alone."""
     try:
         with file.open("rb") as stream:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from pedro.errors import AdapterError
-from pedro.methods.adapter_files import WEIGHTS
+from pedro.methods.adapter_files import MAX_HEADER_BYTES, WEIGHTS, tensor_heads
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -29,6 +29,7 @@ PEFT_FIELDS = frozenset({"task_type", "peft_type", "auto_mapping", "peft_version
 PEFT_FIELDS |= {"revision", "inference_mode"}
 MODULE_FIELDS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
 MODULE_FIELDS |= {"fan_in_fan_out"}
+LARGEST_NUMBER = 8  # bytes
 LORA_FIELDS = frozenset({"r", "lora_alpha", "lora_dropout", "init_lora_weights"})
 
 
@@ -49,6 +50,9 @@ class SavedTensors:
         tensor = self._tensors.pop(key)
         if tuple(tensor.shape) != shape:
             raise AdapterError(f"adapter weights: {key} has shape {list(tensor.shape)}, expected {list(shape)}")
+        return self._numbers(key, tensor)
+
+    def _numbers(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(tensor.float().sum()):
             raise AdapterError(f"adapter weights: {key} holds numbers that are not finite; the training diverged")
         return tensor.to(self._device, torch.float32)
@@ -61,6 +65,30 @@ class SavedTensors:
         """Refuse weights that the config does not explain."""
         if self._tensors:
             raise AdapterError(f"adapter: its weights hold what its config does not explain: {min(self._tensors)}")
+
+
+class DeclaredTensors(SavedTensors):
+    """What the header of the weights says that they hold: tensors with shapes and without numbers.
+
+    So a config says what there may be before anything of it is read, however large the file is.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        file = directory / WEIGHTS
+        heads = list(tensor_heads(file))
+        try:
+            self._tensors = {name: torch.empty(shape, device="meta") for name, _, shape, *_ in heads}
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise AdapterError(f"{WEIGHTS}: is damaged or no safetensors file; fetch the adapter again") from error
+        self.names = frozenset(self._tensors)
+        self.numbers = sum(tensor.numel() for tensor in self._tensors.values())
+        held = sum(end - begin for *_, begin, end in heads)
+        most = LARGEST_NUMBER * self.numbers + MAX_HEADER_BYTES
+        if held > LARGEST_NUMBER * self.numbers or file.stat().st_size > most:
+            raise AdapterError(f"{WEIGHTS}: holds more than its {len(heads)} tensors take; fetch the adapter again")
+
+    def _numbers(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,14 @@ from pedro.backbone import Backbone, load_config
 from pedro.errors import AdapterError
 from pedro.methods.adapter_files import CONFIG, read_config, verify_adapter
 from pedro.methods.architectures import Architecture, describe
-from pedro.methods.reader import Reader, SavedTensors
+from pedro.methods.named_modules import check_named
+from pedro.methods.reader import DeclaredTensors, Reader, SavedTensors
 from pedro.methods.registry import METHODS
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
     from pedro.adapter_kinds import Adapter
 
 
@@ -34,7 +38,12 @@ def read_adapter(
     directory = Path(directory)
     verify_adapter(directory, backbone_digest)
     config = read_config(directory)
-    peft_type = str(getattr(config.peft_type, "value", config.peft_type))
+    tensors = SavedTensors(directory, device)
+    return _read(config, tensors, architecture).padded(pad_to)
+
+
+def _read(config: PeftConfig, tensors: SavedTensors, architecture: Architecture) -> Adapter:
+    peft_type = _type_of(config)
     reader = _readers().get(peft_type)
     if reader is None:
         raise AdapterError(
@@ -45,22 +54,56 @@ def read_adapter(
         raise AdapterError(
             f"adapter: {peft_type} with {', '.join(unsupported)} is not served in mixed batches; train without"
         )
-    tensors = SavedTensors(directory, device)
     adapter = reader.read(config, tensors, architecture)
     tensors.finish()
-    return adapter.padded(pad_to)
+    return adapter
 
 
 def check_servable(directory: str | Path, backbone: Backbone) -> None:
     """Open a saved adapter as the engine would, over the backbone's shapes alone; no weights of it are read.
 
+    Its tensors must be those that its config names: the engine, which trusts what was registered, does not ask.
     Raises AdapterError that says why it cannot be served in mixed batches, BackboneError for an unsupported backbone.
     """
     if not (Path(directory) / CONFIG).is_file():
         raise AdapterError("adapter: a whole model is not served in mixed batches; train with method.name: pedro")
+    check_tensor_names(directory)
+    read_adapter(directory, describe(_skeleton(backbone)), backbone.digest, torch.device("cpu"))
+
+
+def check_declared(directory: str | Path, backbone: Backbone) -> None:
+    """Refuse weights by their header: what the config does not explain, and more numbers than the backbone has.
+
+    For files of others, before they are copied or read. Raises AdapterError.
+    """
+    directory, skeleton = Path(directory), _skeleton(backbone)
+    tensors = DeclaredTensors(directory)
+    most = sum(parameter.numel() for parameter in skeleton.parameters())
+    if tensors.numbers > most:
+        raise AdapterError(
+            f"adapter weights: {tensors.numbers:,} numbers are more than the {most:,} of {backbone.id}; this is no "
+            "adapter of it"
+        )
+    check_tensor_names(directory)
+    _read(read_config(directory), tensors, describe(skeleton))
+
+
+def check_tensor_names(directory: str | Path) -> None:
+    """Raise AdapterError for a tensor of a module that the config does not name; of configs of PEFT's own alone."""
+    config = read_config(directory)
+    reader = _readers().get(_type_of(config))
+    if reader is not None and reader.fields is not None:
+        check_named(config, DeclaredTensors(Path(directory)).names)
+
+
+def _skeleton(backbone: Backbone) -> PreTrainedModel:
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(load_config(backbone))
-    read_adapter(directory, describe(skeleton), backbone.digest, torch.device("cpu"))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(backbone))
+    return model
+
+
+def _type_of(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _readers() -> dict[str, Reader]:

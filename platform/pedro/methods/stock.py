@@ -13,7 +13,7 @@ from pedro.errors import AdapterError
 from pedro.methods.adapter_check import check_adapter
 from pedro.methods.adapter_files import CONFIG, MANIFEST, MAX_JSON_BYTES, WEIGHTS, read_config, write_manifest
 from pedro.methods.registry import METHODS
-from pedro.methods.servable import check_servable
+from pedro.methods.servable import check_declared, check_servable
 
 if TYPE_CHECKING:
     from pedro.backbone import Backbone
@@ -30,7 +30,8 @@ def adopted(
 ) -> Iterator[Path]:
     """A copy of a stock PEFT adapter that may be registered, there while the block runs.
 
-    Only its config and its safetensors are read; both are opened as the engine would, over this backbone's shapes.
+    Only its config and its safetensors are read; both are opened as the engine would, over this backbone's shapes, the
+    header first: nothing is copied that the config does not explain.
     `tell` is given what cannot be known. Raises AdapterError that names the file, field or tensor at fault; the folder
     itself is left as it is.
     """
@@ -38,6 +39,8 @@ def adopted(
         _refuse_what_is_no_file(directory / name)
     if (size := (directory / CONFIG).stat().st_size) > MAX_JSON_BYTES:
         raise AdapterError(f"{CONFIG}: has {size:,} bytes, more than {MAX_JSON_BYTES:,}; fetch the adapter again")
+    method = _method_of(directory)
+    check_declared(directory, backbone)
     with tempfile.TemporaryDirectory(prefix="pedro-import-") as folder:
         copy = Path(folder)
         for name in (CONFIG, WEIGHTS):
@@ -48,7 +51,7 @@ def adopted(
                 "digest": backbone.digest,
                 "tokenizer_digest": backbone.tokenizer_digest,
             },
-            "method": {"name": _method_of(copy), "options": {}},
+            "method": {"name": method, "options": {}},
             "prompt_format": prompt_format,
         }
         write_manifest(copy, manifest)

@@ -48,26 +48,41 @@ def job_logs(view: View) -> Iterator[Finding]:
 
 
 def versions(view: View) -> Iterator[Finding]:
-    """Versions beyond the newest so many of each adapter, where a number was set."""
+    """Checkpoints whose job's row is gone; and versions beyond the newest so many of each adapter, where a number was
+    set, in which checkpoints do not count."""
     keep = view.policy.versions
     for _, group in groupby(view.store.version_ages(), key=lambda one: one.ref):
-        for place, version in enumerate(group):
+        place = -1
+        for version in group:
+            place += not version.checkpoint_of
             name = f"{version.ref.name}:{version.version}"
             stays = _why_kept(view, version, place, keep)
             if stays:
                 yield Finding("versions", name, version.bytes, stays)
             else:
                 reason = f"not among the newest {keep}, behind no alias"
+                if version.checkpoint_of:
+                    reason = "a checkpoint of a job whose row is gone, behind no alias"
                 yield Finding("versions", name, version.bytes, reason, partial(_retire, view, version))
 
 
 def _why_kept(view: View, version: OldVersion, place: int, keep: int | None) -> str:
     if version.named_by:
         return f"it is {' and '.join(version.named_by)}"
+    if who := view.parents.get(f"{version.ref.name}:{version.version}"):
+        return f"{who} goes on from it"
+    if version.checkpoint_of:
+        if version.checkpoint_of in view.jobs:
+            return f"a checkpoint of {version.checkpoint_of}, whose row is kept"
+        return _recently(view, version)
     if keep is None:
         return "all versions are kept (PEDRO_KEEP_VERSIONS)"
     if place < keep:
         return f"among the newest {keep}"
+    return _recently(view, version)
+
+
+def _recently(view: View, version: OldVersion) -> str:
     if version.promoted is not None and view.age(version.promoted) <= CHAMPION_S:
         return f"it was champion within {days(CHAMPION_S)}"
     if view.age(version.created) <= GUARD_S:

@@ -53,6 +53,17 @@ class View:
         return {sweep: record for sweep, record in records.items() if record is not None}
 
     @cached_property
+    def parents(self) -> dict[str, str]:
+        """The versions that something which has not ended goes on from, `tenant.adapter:3`, each with what does."""
+        open_jobs = [job.record for job in self.jobs.values() if not job.record.status.final]
+        found = {str(job.spec["parent"]): f"the job {job.id}" for job in open_jobs if job.spec.get("parent")}
+        for sweep, record in self.sweeps.items():
+            parent = record.spec["base"].get("parent")
+            if parent and self.needs_files(sweep):
+                found[str(parent)] = f"the sweep {sweep}"
+        return found
+
+    @cached_property
     def runs_with_version(self) -> set[str]:
         """MLflow runs that a version comes from."""
         return {run for _, run in self.store.content_in_use()}

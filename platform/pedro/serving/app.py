@@ -6,6 +6,7 @@ The same `build_app` serves `pedro serve`, a Serve config file and a RayService 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
@@ -113,6 +114,7 @@ class Gateway:
         self._engine = engine
         self._requests_log = settings.requests_log
         self._storage = settings.storage
+        self._env = settings.env()
         self._sizes = SizeGauges(settings)
         self._starting: list[asyncio.Task[Any]] = []
 
@@ -154,9 +156,12 @@ class Gateway:
             gateways=self._config.gateways,
             name=serve.get_replica_context().replica_tag if self._config.gateways > 1 else "",
             backbones={self._config.model_name: self._config.backbone},
+            dry_run_command=(sys.executable, "-m", "pedro.training.dry_run_process"),
+            dry_run_env=self._env,
             storage=self._storage,
             max_file_bytes=int(self._config.max_file_mb * 2**20),
             max_tenant_file_bytes=int(self._config.max_tenant_files_mb * 2**20),
+            max_open_jobs=self._config.max_open_jobs,
             send_request_id=False,  # Serve's proxy sends it itself
         )
         return create_app(lambda: backend, self._store, settings)

@@ -51,6 +51,8 @@ class ServeConfig(Frozen):
     """Size of one uploaded file (`/v1/files`)."""
     max_tenant_files_mb: float = Field(10_240, gt=0)
     """Size of all files that a tenant keeps."""
+    max_open_jobs: int = Field(100, ge=1)
+    """Fine-tuning jobs of a tenant that have not ended; one more over HTTP is a 429."""
     watch_interval_s: float = Field(0.5, gt=0, le=10)
     """How often the registry's aliases are read: the bound on how late a hot swap is seen."""
 

@@ -5,7 +5,9 @@ from pedro.store.buckets import LeaseGrant, LeaseRequest
 from pedro.store.canary_rule import AnswerCounts
 from pedro.store.changes import ADAPTER, KEY, QUOTA, Delta, Position
 from pedro.store.database import Database, exclusive
+from pedro.store.event_rows import CHECKPOINT, NewEvent
 from pedro.store.files import check_file_room, file_not_found
+from pedro.store.jobs import Idempotency
 from pedro.store.keys import unknown_key
 from pedro.store.records import (
     ADMIN,
@@ -19,11 +21,13 @@ from pedro.store.records import (
     READ,
     SCOPES,
     TRAIN,
+    TRAINING_LIMITS,
     Actor,
     AuditEntry,
     AuditQuery,
     By,
     Canary,
+    CheckpointOf,
     FileRecord,
     Inherited,
     JobEvent,
@@ -38,6 +42,8 @@ from pedro.store.records import (
     Unmirrored,
     Usage,
     Version,
+    checkpoint_gate,
+    checkpoint_of,
     hash_secret,
     utc,
 )
@@ -52,6 +58,7 @@ __all__ = [
     "ADMIN",
     "CANDIDATE",
     "CHAMPION",
+    "CHECKPOINT",
     "INFER",
     "KEY",
     "LIMITS",
@@ -62,6 +69,7 @@ __all__ = [
     "READ",
     "SCOPES",
     "TRAIN",
+    "TRAINING_LIMITS",
     "USAGE_GROUPS",
     "WHATEVER",
     "Actor",
@@ -72,9 +80,11 @@ __all__ = [
     "BatchStatus",
     "By",
     "Canary",
+    "CheckpointOf",
     "Database",
     "Delta",
     "FileRecord",
+    "Idempotency",
     "Inherited",
     "JobEvent",
     "JobRecord",
@@ -84,6 +94,7 @@ __all__ = [
     "LeaseGrant",
     "LeaseRequest",
     "Move",
+    "NewEvent",
     "OldVersion",
     "Position",
     "Quota",
@@ -97,6 +108,8 @@ __all__ = [
     "check_file_room",
     "check_period",
     "check_usage_groups",
+    "checkpoint_gate",
+    "checkpoint_of",
     "exclusive",
     "file_not_found",
     "hash_secret",

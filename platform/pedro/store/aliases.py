@@ -17,6 +17,7 @@ from pedro.errors import ConflictError, NotFoundError, model_not_found
 from pedro.store import schema, standings
 from pedro.store.adapter_rows import adapter_row, parsed, same, standing_values, to_adapter, to_version, version_row
 from pedro.store.changes import ADAPTER, acting, announce, audited, next_generation
+from pedro.store.parents import refuse_parent
 from pedro.store.records import CANDIDATE, CHAMPION, Actor, By, Move, Standing, Version
 from pedro.store.standings import WHATEVER
 
@@ -100,14 +101,17 @@ class AliasTable:
             move.write(version.version, gate=gate)
 
     def delete_version(self, name: str, version: int, *, actor: By = None) -> None:
-        """Delete one version; the champion is refused (ConflictError)."""
+        """Delete one version; the champion, and one that a job goes on from, are refused (ConflictError)."""
         with self._moving(name, "delete", actor, version) as move:
+            move.refuse_parent(version)
             move.to(standings.without(move.before, name, version), f"version {version}")
             move.write(version, deleted=move.at)
 
     def retire_version(self, name: str, version: int, promoted_before: float, *, actor: By = None) -> None:
-        """Delete a version that no alias names; ConflictError where one does by now, or it was champion since then."""
+        """Delete a version that no alias names; ConflictError where one does by now, it was champion since then, or a
+        job goes on from it."""
         with self._moving(name, "retire", actor, version) as move:
+            move.refuse_parent(version)
             promoted = move.promoted(version)
             canary = move.before.canary
             names = [*move.before.names_of(version), *(["canary"] if canary and canary.version == version else [])]
@@ -120,8 +124,9 @@ class AliasTable:
             move.write(version, deleted=move.at)
 
     def delete_adapter(self, name: str, *, actor: By = None) -> None:
-        """Delete an adapter with all its versions."""
+        """Delete an adapter with all its versions; ConflictError where a job goes on from one of them."""
         with self._moving(name, "delete", actor) as move:
+            move.refuse_parent()
             move.end()
 
     def alias_history(self, name: str, limit: int = 100) -> list[Move]:
@@ -191,6 +196,10 @@ class _Moving:
         table = schema.versions
         row = sa.update(table).where(same(table, self._ref), table.c.version == version)
         self._connection.execute(row.values(**values, generation=self._generation))
+
+    def refuse_parent(self, number: int | None = None) -> None:
+        """Raise ConflictError where a job that has not ended goes on from the version, or from any of the adapter."""
+        refuse_parent(self._connection, self._ref, number)
 
     def promoted(self, number: int) -> float | None:
         """When a version last became champion."""

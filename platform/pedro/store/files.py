@@ -59,6 +59,7 @@ class FileTable:
         tenant: str | None = None,
         *,
         purpose: str | None = None,
+        filename: str | None = None,
         after: str | None = None,
         limit: int | None = None,
         oldest_first: bool = False,
@@ -73,6 +74,8 @@ class FileTable:
             query = query.where(table.c.tenant == tenant)
         if purpose is not None:
             query = query.where(table.c.purpose == purpose)
+        if filename is not None:
+            query = query.where(table.c.filename == filename)
         if after is not None:
             last = self.get_file(after, tenant)
             here = sa.tuple_(sa.literal(last.created), sa.literal(last.id))

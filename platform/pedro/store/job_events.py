@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +9,11 @@ import sqlalchemy as sa
 
 from pedro.errors import NotFoundError
 from pedro.store import schema
+from pedro.store.event_rows import CHECKPOINT, MESSAGE, METRICS, NewEvent, insert_events
 from pedro.store.records import JobEvent
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
-
-MESSAGE, METRICS, CHECKPOINT = "message", "metrics", "checkpoint"
-MOST_MESSAGE = 2000
 
 
 class JobEventTable:
@@ -33,15 +29,24 @@ class JobEventTable:
         kind: str = MESSAGE,
         level: str = "info",
         data: dict[str, Any] | None = None,
+        once: bool = False,
     ) -> None:
-        """Nothing is added to a job that the records do not know."""
+        """Nothing is added to a job that the records do not know; nor, `once`, where the same was said already."""
         events, jobs = schema.job_events, schema.jobs
         with self._database.writing() as connection:
             tenant = connection.execute(sa.select(jobs.c.tenant).where(jobs.c.id == job_id)).scalar_one_or_none()
-            if tenant is not None:
-                row = {"job_id": job_id, "tenant": tenant, "at": time.time(), "kind": kind, "level": level}
-                row["public_id"] = secrets.token_hex(12)
-                connection.execute(sa.insert(events).values(**row, message=message[:MOST_MESSAGE], data=data))
+            said = sa.select(events.c.id).where(events.c.job_id == job_id, events.c.message == message)
+            if tenant is None or (once and connection.execute(said.limit(1)).first() is not None):
+                return
+            insert_events(connection, job_id, tenant, [NewEvent(message, kind, level, data)])
+
+    def forget_checkpoint(self, job_id: str, model: str) -> None:
+        """A checkpoint's version was deleted: the job tells of it no more."""
+        events = schema.job_events
+        of_model = events.c.data["model"].as_string() == model
+        gone = sa.and_(events.c.job_id == job_id, events.c.kind == CHECKPOINT, of_model)
+        with self._database.writing() as connection:
+            connection.execute(sa.delete(events).where(gone))
 
     def list_job_events(
         self, job_id: str, kinds: Collection[str] = (MESSAGE, METRICS), *, before: str | None = None, limit: int = 20

@@ -19,7 +19,9 @@ from pedro.errors import ConflictError
 from pedro.store import schema
 from pedro.store.changes import audited, next_generation
 from pedro.store.erasing import refuse_erased
+from pedro.store.event_rows import end_event, insert_events
 from pedro.store.jobs import job_not_found, job_record
+from pedro.store.parents import check_parent
 from pedro.store.records import By, JobRecord, JobStatus
 
 if TYPE_CHECKING:
@@ -88,8 +90,9 @@ class JobQueue:
             return list(connection.execute(query).scalars())
 
     def accept_job(self, job: JobRecord) -> bool:
-        """A job whose spec and files are right waits for its turn; False if it changed meanwhile."""
-        return self._change(job, status=JobStatus.QUEUED.value, message="")
+        """A job whose spec and files are right waits for its turn; False if it changed meanwhile: one that was looked
+        at twice, and has gone on, is not sent back."""
+        return self._change(job, JobStatus.VALIDATING, status=JobStatus.QUEUED.value, message="")
 
     def start_job(self, job: JobRecord, submission_id: str, starts: int) -> bool:
         """Enter that a driver of the job is started as `submission_id`; False if another one was started since
@@ -97,7 +100,7 @@ class JobQueue:
         waits = sa.and_(
             self._held(job), JOBS.status == JobStatus.QUEUED.value, JOBS.submission_id.is_(None), JOBS.wanted.is_(None)
         )
-        started = {"submission_id": submission_id, "started": time.time(), "message": ""}
+        started = {"submission_id": submission_id, "started": time.time(), "message": "", "estimated_finish": None}
         with self._database.writing() as connection:
             if not self._count_start(connection, starts):
                 return False
@@ -112,11 +115,23 @@ class JobQueue:
             return bool(connection.execute(back).rowcount)
 
     def end_job(
-        self, job: JobRecord, status: JobStatus, message: str = "", result: dict[str, Any] | None = None
+        self,
+        job: JobRecord,
+        status: JobStatus,
+        message: str = "",
+        result: dict[str, Any] | None = None,
+        *,
+        only: JobStatus | None = None,
     ) -> bool:
-        """Enter the end (or the pause) of a job whose driver could not; False if it changed meanwhile."""
+        """Enter the end (or the pause) of a job whose driver could not, and tell it; False if it changed meanwhile, or
+        is not, or not any more, in the state `only`."""
         ended = {} if status == JobStatus.PAUSED else {"finished": time.time()}
-        return self._change(job, status=status.value, message=message, result=result, wanted=None, **ended)
+        values = {"status": status.value, "message": message, "result": result, "wanted": None, **ended}
+        with self._database.writing() as connection:
+            changed = connection.execute(sa.update(schema.jobs).where(self._held(job, only)).values(**values)).rowcount
+            if changed:
+                insert_events(connection, job.id, job.tenant, [end_event(status, message)])
+        return bool(changed)
 
     def explain_wait(self, job: JobRecord, message: str) -> None:
         """Say why a job waits; nothing is written if its row says so already."""
@@ -132,12 +147,14 @@ class JobQueue:
             paused = sa.and_(JOBS.id == job_id, JOBS.status == JobStatus.PAUSED.value)
             at_once = sa.or_(waits, paused) if wanted == JobStatus.CANCELLED else waits
             ended = {} if wanted == JobStatus.PAUSED else {"finished": time.time(), "message": "stopped"}
-            if not connection.execute(
-                sa.update(schema.jobs).where(at_once).values(status=wanted.value, wanted=None, **ended)
-            ).rowcount:
+            rests = sa.update(schema.jobs).where(at_once).values(status=wanted.value, wanted=None, **ended)
+            told = connection.execute(rests).rowcount
+            if not told:
                 open_one = sa.and_(JOBS.id == job_id, JOBS.status.in_(OPEN))
                 connection.execute(sa.update(schema.jobs).where(open_one).values(wanted=wanted.value))
             job = self._job(connection, job_id)
+            if told:
+                insert_events(connection, job_id, job.tenant, [end_event(wanted, "")])
             if wanted in (job.status, job.wanted):
                 audited(connection, actor, ACTIONS[wanted], job.tenant, job_id)
         if wanted not in (job.status, job.wanted):
@@ -145,8 +162,9 @@ class JobQueue:
         return job
 
     def let_job_continue(self, job_id: str, sources: Sequence[JobStatus], *, actor: By = None) -> JobRecord:
-        """Queue a job again, which goes on from its last checkpoint. Raises NotFoundError, or ConflictError for one
-        that is in none of the states `sources`, or is not the queue's."""
+        """Queue a job again, which goes on from its last checkpoint. Raises NotFoundError, also where the version
+        that it goes on from was deleted, or ConflictError for one that is in none of the states `sources`, or is not
+        the queue's."""
         unseen = sa.and_(JOBS.key_id.is_not(None), JOBS.started.is_(None))  # what came over HTTP is looked at first
         status = sa.case((unseen, JobStatus.VALIDATING.value), else_=JobStatus.QUEUED.value)
         with self._database.writing() as connection:
@@ -162,6 +180,7 @@ class JobQueue:
             job = self._job(connection, job_id)
             refuse_erased(connection, job.tenant)
             if changed:
+                check_parent(connection, job.spec)
                 audited(connection, actor, "job.resume", job.tenant, job_id)
         if not changed:
             wanted = " or ".join(sources) if job.attempt else "of this release's queue"
@@ -181,14 +200,32 @@ class JobQueue:
                 found[tenant] = found.get(tenant, 0.0) + max(0.0, (finished or now) - started) * workers
         return found
 
-    def _change(self, job: JobRecord, **values: Any) -> bool:
+    def trained_seconds(self, since: float, now: float) -> dict[str, float]:
+        """What each tenant has trained since the beginning of a day (UTC), in seconds times workers: what the usage
+        ledger has, and what its drivers that run have had since they began, or since then."""
+        usage = schema.usage.c
+        ledger = sa.select(usage.tenant, sa.func.sum(usage.training_seconds).label("seconds")).group_by(usage.tenant)
+        running = sa.select(JOBS.tenant, JOBS.started, JOBS.spec).where(
+            JOBS.submission_id.is_not(None), JOBS.status == JobStatus.RUNNING.value, JOBS.started.is_not(None)
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(ledger.where(usage.day >= time.strftime("%Y-%m-%d", time.gmtime(since))))
+            found = {row.tenant: float(row.seconds or 0.0) for row in rows}
+            for tenant, started, spec in connection.execute(running):
+                workers = int((spec.get("resources") or {}).get("workers", 1))
+                found[tenant] = found.get(tenant, 0.0) + max(0.0, now - max(started, since)) * workers
+        return found
+
+    def _change(self, job: JobRecord, only: JobStatus | None = None, **values: Any) -> bool:
+        changed = sa.update(schema.jobs).where(self._held(job, only)).values(**values)
         with self._database.writing() as connection:
-            return bool(connection.execute(sa.update(schema.jobs).where(self._held(job)).values(**values)).rowcount)
+            return bool(connection.execute(changed).rowcount)
 
     @staticmethod
-    def _held(job: JobRecord) -> sa.ColumnElement[bool]:
-        """The row as the holder of its lease last saw it: still its own, and at the same attempt."""
-        return sa.and_(JOBS.id == job.id, JOBS.fence == job.fence, JOBS.attempt == job.attempt, JOBS.status.in_(OPEN))
+    def _held(job: JobRecord, only: JobStatus | None = None) -> sa.ColumnElement[bool]:
+        """The row as its lease's holder last saw it: still its own, at the same attempt, and in the state `only`."""
+        of = JOBS.status.in_(OPEN if only is None else (only.value,))
+        return sa.and_(JOBS.id == job.id, JOBS.fence == job.fence, JOBS.attempt == job.attempt, of)
 
     def _count_start(self, connection: sa.Connection, starts: int) -> bool:
         """Count one more start; False if it is not `starts` that were counted so far."""

@@ -12,7 +12,7 @@ from pedro.errors import ConfigError, NotFoundError
 from pedro.store import schema
 from pedro.store.changes import QUOTA, announce, audited, next_generation
 from pedro.store.erasing import refuse_erased
-from pedro.store.records import LIMITS, NO_QUOTA, By, Quota
+from pedro.store.records import LIMITS, NO_QUOTA, TRAINING_LIMITS, By, Quota
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
@@ -36,11 +36,15 @@ class QuotaTable:
         """Sets the limits that are given (the fields of `Quota`), of one tenant or of one key; 0 takes a limit away,
         None leaves it.
 
-        Holds from the next request on. Raises ConfigError, or NotFoundError for an unknown key.
+        Holds from the next request on. Raises ConfigError, also for hours of training of a key, or NotFoundError for an
+        unknown key.
         """
         assert (tenant is None) != (key_id is None), "a quota belongs to a tenant or to a key"
         assert limits.keys() <= set(LIMITS), f"a quota has the limits {', '.join(LIMITS)}"
         check_limits(limits)
+        for name in TRAINING_LIMITS:
+            if key_id is not None and limits.get(name) is not None:
+                raise ConfigError(f"{name}: is a limit of tenants, for all their keys together", param=name)
         if tenant is not None:
             check_name("tenant", tenant)
         values = {name: value or None for name, value in limits.items() if value is not None}
@@ -73,6 +77,14 @@ class QuotaTable:
             ):
                 quotas[row.subject.removeprefix("tenant:")] = read_quota(row)
         return dict(sorted(quotas.items()))
+
+    def training_budgets(self) -> dict[str, Quota]:
+        """The quotas of tenants that have a budget of training."""
+        table = schema.quotas
+        limited = sa.or_(*(table.c[name].is_not(None) for name in TRAINING_LIMITS))
+        with self._database.reading() as connection:
+            rows = connection.execute(sa.select(table).where(table.c.subject.startswith("tenant:"), limited))
+            return {row.subject.removeprefix("tenant:"): read_quota(row) for row in rows}
 
 
 def limit_columns(table: sa.FromClause, prefix: str) -> list[sa.Label[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -14,6 +15,7 @@ from pedro.refs import ModelRef
 INFER, TRAIN, READ, ADMIN = "infer", "train", "read", "admin"
 SCOPES = (INFER, TRAIN, READ, ADMIN)
 PLATFORM = "*"  # the tenant of an audit's entry that concerns all of them
+_CHECKPOINT = re.compile(r"checkpoint: step (?P<step>\d+) of (?P<job>ftjob-[0-9a-f]+), not gated")
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 
 
@@ -52,7 +54,8 @@ NEXT = {
 class Quota:
     """The most that may be asked for in a minute, and the budgets of a day and a month (UTC); None is no limit.
 
-    Tokens are those of prompts and answers together. The fields are columns of `pedro_quotas`.
+    Tokens are those of prompts and answers together. Hours of training are those of every worker, and a tenant's alone;
+    controllers hold jobs to them. The fields are columns of `pedro_quotas`.
     """
 
     requests_per_minute: int | None = None
@@ -61,10 +64,13 @@ class Quota:
     tokens_per_day: int | None = None
     requests_per_month: int | None = None
     tokens_per_month: int | None = None
+    training_hours_per_day: int | None = None
+    training_hours_per_month: int | None = None
 
 
 NO_QUOTA = Quota()
 LIMITS = tuple(limit.name for limit in fields(Quota))
+TRAINING_LIMITS = tuple(name for name in LIMITS if name.startswith("training_hours_"))
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,8 @@ class JobRecord:
     """Of the API key that asked for it; None for a job of the command line."""
     labels: dict[str, str] | None = None
     """What its owner attached to it: `metadata` of the API."""
+    estimated_finish: float | None = None
+    """When its steps should be done, as its workers saw it last; what is scored after them is not counted."""
 
     @property
     def name(self) -> str:
@@ -273,6 +281,25 @@ class Version:
     def model_ref(self) -> ModelRef:
         """This version and its weights: it can never mean others."""
         return ModelRef(self.tenant, self.adapter, version=self.version, digest=self.digest)
+
+
+@dataclass(frozen=True)
+class CheckpointOf:
+    """Of which job and step a version is a checkpoint."""
+
+    job_id: str
+    step: int
+
+
+def checkpoint_gate(job_id: str, step: int) -> str:
+    """What stands in the place of a gate's decision where there is none: the version is a checkpoint."""
+    return f"checkpoint: step {step} of {job_id}, not gated"
+
+
+def checkpoint_of(gate: str) -> CheckpointOf | None:
+    """What `checkpoint_gate` said; None for any other version."""
+    match = _CHECKPOINT.fullmatch(gate)
+    return None if match is None else CheckpointOf(match["job"], int(match["step"]))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from pedro.errors import NotFoundError
 from pedro.refs import ModelRef
 from pedro.store import schema
-from pedro.store.records import NEXT, JobStatus
+from pedro.store.records import NEXT, JobStatus, checkpoint_of
 from pedro.store.usage import training_marks
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class OldVersion:
     bytes: int
     named_by: tuple[str, ...]
     """Aliases, and "canary"."""
+    checkpoint_of: str = ""
+    """The job that it is a checkpoint of; empty for a version that a job ended with, or that was imported."""
 
 
 class RetentionTable:
@@ -74,6 +76,7 @@ class RetentionTable:
                 row.promoted,
                 row.size_bytes or 0,
                 _named_by(standing[row.tenant, row.adapter], row.version),
+                of.job_id if (of := checkpoint_of(row.gate)) else "",
             )
             for row in rows
             if (row.tenant, row.adapter) in standing

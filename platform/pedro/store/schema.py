@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-REVISION = "0006"
+REVISION = "0008"
 VERSION_TABLE = "pedro_schema"
 metadata = sa.MetaData()
 NAME = sa.String(63)  # of a tenant or an adapter
@@ -47,6 +47,8 @@ quotas = sa.Table(
     sa.Column("tokens_per_day", sa.BigInteger),
     sa.Column("requests_per_month", sa.BigInteger),
     sa.Column("tokens_per_month", sa.BigInteger),
+    sa.Column("training_hours_per_day", sa.BigInteger),
+    sa.Column("training_hours_per_month", sa.BigInteger),
     _generation(),
 )
 buckets = sa.Table(  # what is left of a limit, of which gateways take leases
@@ -79,7 +81,9 @@ jobs = sa.Table(
     sa.Column("fence", sa.BigInteger, nullable=False, server_default="0"),  # of two that hold a lease, the later one
     sa.Column("key_id", sa.String(40)),
     sa.Column("idempotency_key", sa.String(200)),
+    sa.Column("request_digest", sa.String(64)),  # of what that key was sent with
     sa.Column("labels", sa.JSON(none_as_null=True)),  # the API's metadata
+    sa.Column("estimated_finish", sa.Float),
     sa.Index("ix_pedro_jobs_idempotency", "tenant", "idempotency_key", unique=True),
 )
 job_events = sa.Table(

@@ -11,7 +11,7 @@ DAY_S = 86_400.0
 
 
 def kind_of(what: str) -> str:
-    """requests or tokens."""
+    """requests, tokens or training_hours."""
     return what.partition("_per_")[0]
 
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pedro.training.allowed_files import check_allowed_files
 from pedro.training.driver import connect_driver, drive, fail, log_beside, log_line
 from pedro.training.job_log import keeping_log
 from pedro.training.job_record import OwnRecord
-from pedro.training.job_results import publish_results
+from pedro.training.job_results import store_results
 from pedro.training.job_usage import enter_training
 from pedro.training.paired_test import PairedTest
 from pedro.training.promotion_gate import GateDecision, decide
@@ -79,7 +80,8 @@ def run_job(
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            trained = fit(spec, settings, run_id, job_id, Path(scratch))
+            followed = _came_over_http(registry, job_id)
+            trained = fit(spec, settings, run_id, job_id, Path(scratch), checkpoint_models=followed)
             _log_spec(registry, run_id, spec, Path(scratch))
             version = _registered(registry, spec.name, run_id) or registry.register(
                 run_id, trained.directory, spec.tenant, spec.adapter
@@ -111,6 +113,13 @@ def run_job(
         run_id=run_id,
         evidence=evidence,
     )
+
+
+def _came_over_http(registry: Registry, job_id: str) -> bool:
+    """Whether somebody may follow the job by the API, to whom its checkpoints are models."""
+    with suppress(NotFoundError):
+        return registry.store.get_job(job_id).key_id is not None
+    return False
 
 
 def _run_of(job_id: str, spec: FineTuneSpec, registry: Registry) -> str:
@@ -240,10 +249,7 @@ def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
         begun.append(spec)
         connect_driver()
         result = run_job(spec, settings, Registry.open(settings), job_id, log=log_line)
-        return {
-            **result.to_dict(),
-            "result_files": publish_results(settings, job_id, result.model, result.metrics, log_line),
-        }
+        return {**result.to_dict(), "result_files": store_results(settings, job_id, log_line)}
 
     code = drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
     for spec in begun:

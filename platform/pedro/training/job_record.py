@@ -14,6 +14,7 @@ from typing import Any
 
 from pedro.errors import ConflictError, NotFoundError, UnavailableError
 from pedro.store import JobStatus, Store
+from pedro.training.job_results import last_events
 
 PAUSES_S = (1.0, 4.0, 15.0)
 MAX_MESSAGE = 2000
@@ -33,7 +34,7 @@ class OwnRecord:
     def succeeded(self, result: dict[str, Any]) -> None:
         with contextlib.suppress(ConflictError):  # it runs, even if the database did not answer when it began
             self._write(status=JobStatus.RUNNING)
-        self._end(JobStatus.SUCCEEDED, result=result)
+        self._end(JobStatus.SUCCEEDED, result=result, told=last_events(result))
 
     def failed(self, reason: str) -> None:
         self._end(JobStatus.FAILED, message=" ".join(reason.split())[:MAX_MESSAGE])

@@ -24,6 +24,7 @@ from pedro.training.worker_group import WorkerGroup
 if TYPE_CHECKING:
     from pedro.training.engines import StepEngine
 
+SECONDS_LEFT = "train/seconds_left"
 LOG_EVERY = 10  # steps between progress lines and reads of the loss (which wait for the device)
 
 
@@ -311,9 +312,10 @@ class MetricsLogger:
             values |= {f"train/{name}": value for name, value in told.items()}
             if self._counts[1]:
                 values["train/theta_loss"] = theta / self._counts[1]
+            values[SECONDS_LEFT] = self._left(now)
             reporter.metrics(self.state.step, values)
             rate = f"{speed:,.0f} tokens/s ({answers:,.0f} of answers), {samples:,.1f} samples/s"
-            reporter.line(self._line(f"loss {loss:.3f}{_first(told)}", rate, now))
+            reporter.line(self._line(f"loss {loss:.3f}{_first(told)}", rate, values[SECONDS_LEFT]))
         self._clear()
 
     def validated(self, means: Sequence[float], group: WorkerGroup, reporter: Reporter) -> None:
@@ -332,10 +334,12 @@ class MetricsLogger:
     def _lr(self) -> float:
         return learning_rate(self.state.step - 1, self.plan.steps, self.plan.lr, self.plan.warmup)
 
-    def _line(self, loss: str, rate: str, now: float) -> str:
-        done = self.state.step - self._started
+    def _left(self, now: float) -> float:
+        """Seconds until the last step, at the speed so far; validations are not counted."""
         self._spent += now - self._since
-        left = self._spent / max(1, done) * (self.plan.steps - self.state.step)
+        return self._spent / max(1, self.state.step - self._started) * (self.plan.steps - self.state.step)
+
+    def _line(self, loss: str, rate: str, left: float) -> str:
         dev = f" · dev {self._last_dev:.3f}" if self._last_dev is not None else ""
         step = f"step {self.state.step:,}/{self.plan.steps:,} · {loss}{dev}"
         return f"{step} · {rate} · {int(left) // 60}:{int(left) % 60:02d} left"

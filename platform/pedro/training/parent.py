@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pedro.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pedro.config import Settings
     from pedro.store import Store
     from pedro.training.spec import FineTuneSpec
 
@@ -30,3 +31,16 @@ def pin_parent(spec: FineTuneSpec, store: Store) -> FineTuneSpec:
         message = f"method: {version.ref} was trained with {trained}; leave `method` out, or start from a fresh adapter"
         raise ConfigError(message, param="method")
     return spec.model_copy(update=changes)
+
+
+def with_pinned_parent(spec: FineTuneSpec, settings: Settings) -> FineTuneSpec:
+    """`pin_parent` with the store of these settings, which is opened where the spec has a parent alone."""
+    if spec.parent is None:
+        return spec
+    from pedro.store import Store
+
+    store = Store(settings.database_url)
+    try:
+        return pin_parent(spec, store)
+    finally:
+        store.close()

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from pedro.backbone import Backbone
     from pedro.evaluation.scoring import Score
+    from pedro.training.checkpoint_models import CheckpointModels
     from pedro.training.context import TrainingContext
     from pedro.training.curves import CurveWriter, LogPoint
     from pedro.training.engines import StepEngine
@@ -86,11 +88,13 @@ def fit(
     *,
     extra: Mapping[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
+    checkpoint_models: bool = False,
 ) -> Result:
     """Train on the cluster that this process is connected to; the adapter is then in `scratch`.
 
     A run of the same `job_id` that was interrupted resumes from its last checkpoint. `extra` goes into the adapter's
     manifest; `callbacks` are Ray Train's, and see the report of every checkpoint: step, steps, and dev_loss if known.
+    With `checkpoint_models`, validated checkpoints are versions while it trains.
     Raises the PedroError of the workers, or WorkersLost if they were lost more often than `max_failures`.
     """
     update_environment(ENVIRONMENT)
@@ -114,6 +118,7 @@ def fit(
             "run_id": run_id,
             "job_id": job_id,
             "extra": dict(extra or {}),
+            "checkpoint_models": checkpoint_models,
         },
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -171,7 +176,7 @@ def _work(config: dict[str, Any]) -> None:
     registry = Registry.open(settings)
     curves = CurveWriter(lambda: _log_to(registry, config["run_id"], config["job_id"])) if group.rank == 0 else None
     try:
-        _train(spec, settings, registry, group, curves, config["extra"])
+        _train(spec, settings, registry, group, curves, config)
     finally:
         if curves:
             curves.close()
@@ -183,12 +188,13 @@ def _train(
     registry: Registry,
     group: WorkerGroup,
     curves: CurveWriter | None,
-    extra: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> None:
     """Train, score, save, and report the adapter as the run's last checkpoint."""
     import ray.train
 
     from pedro.training import worker
+    from pedro.training.checkpoint_models import CheckpointModels
     from pedro.training.context import build_context, deepspeed_engine
 
     parent = None
@@ -196,12 +202,14 @@ def _train(
         parent = registry.download(registry.store.get_own_version(spec.parent, spec.tenant, "parent"))
     context = build_context(spec, settings.cache, deepspeed_engine(spec), group, parent)
     reporter = RayReporter(curves, context.plan.steps)
+    if config.get("checkpoint_models"):
+        reporter.models = CheckpointModels(context, registry, config["job_id"], config["run_id"], reporter.line)
     if group.rank == 0:
         what = f"{context.trainable_parameters:,} parameters on {len(context.data.train):,} rows"
         reporter.line(f"training {what}, {context.plan.steps:,} steps")
     trained = worker.train_and_score(context, reporter)
     with tempfile.TemporaryDirectory() as folder:
-        digest = worker.save(context, trained, Path(folder) / ADAPTER, extra)
+        digest = worker.save(context, trained, Path(folder) / ADAPTER, config["extra"])
         checkpoint = None
         if group.rank == 0:
             finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
@@ -237,6 +245,8 @@ class RayReporter:
 
     def __init__(self, curves: CurveWriter | None, steps: int) -> None:
         self._curves, self._steps = curves, steps
+        self.models: CheckpointModels | None = None
+        """Where checkpoints are models."""
 
     def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
         import ray.train
@@ -262,6 +272,8 @@ class RayReporter:
             if state.validations:
                 metrics["dev_loss"] = state.validations[-1][1]
             _report(metrics, ray.train.Checkpoint.from_directory(folder), group)
+        if self.models is not None:  # it is kept by now, so no run makes a model of it again
+            self.models.add(state)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         if self._curves:
@@ -311,11 +323,14 @@ def unservable(directory: Path, backbone: Backbone) -> str:
 
 
 def _log_to(registry: Registry, run_id: str, job_id: str) -> LogPoint:
-    """Sends a point to the run, and what a job's followers read of it to its events."""
+    """Sends a point to the run, what a job's followers read of it to its events, and when it should end to its row."""
     from pedro.training.job_events import metrics_event
+    from pedro.training.loop import SECONDS_LEFT
 
     def log(step: int, values: Mapping[str, float]) -> None:
-        registry.log_metrics(run_id, step, values)
+        if SECONDS_LEFT in values:
+            registry.store.expect_end(job_id, time.time() + values[SECONDS_LEFT])
+        registry.log_metrics(run_id, step, {name: value for name, value in values.items() if name != SECONDS_LEFT})
         if told := metrics_event(step, values):
             registry.store.add_job_event(job_id, told.message, kind="metrics", data=told.data)
 

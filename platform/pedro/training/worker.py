@@ -153,10 +153,17 @@ def save(
 
     Raises UnavailableError on every worker if it cannot be written.
     """
+    return save_model(context, trained.metrics, directory, extra)
+
+
+def save_model(
+    context: TrainingContext, metrics: Mapping[str, Any], directory: Path, extra: Mapping[str, Any] | None = None
+) -> str | None:
+    """`save` of the parameters as they are now, with these metrics in the manifest."""
     from pedro.methods.adapter_files import save_adapter
 
     group = WorkerGroup(context.engine.rank, context.engine.world)
-    manifest = {**_manifest(context, trained), **(extra or {})}
+    manifest = {**_manifest(context, metrics), **(extra or {})}
 
     def write() -> str | None:
         return save_adapter(context.model, directory, manifest) if group.rank == 0 else None
@@ -198,7 +205,7 @@ def _dtype(context: TrainingContext) -> str:
     return DTYPES[context.spec.training.precision]
 
 
-def _manifest(context: TrainingContext, trained: Trained) -> dict[str, Any]:
+def _manifest(context: TrainingContext, metrics: Mapping[str, Any]) -> dict[str, Any]:
     spec, hook = context.spec, context.engine.hook
     return {
         "backbone": {
@@ -210,7 +217,7 @@ def _manifest(context: TrainingContext, trained: Trained) -> dict[str, Any]:
         "prompt_format": context.prepared.format.to_dict(),
         "data_digest": context.prepared.digest,
         "spec": spec.to_dict(),
-        "metrics": trained.metrics,
+        "metrics": dict(metrics),
         "trainable_parameters": context.trainable_parameters,
         **({"kept_parameters": hook.kept()} if hook else {}),
     }

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 
 from pedro.errors import NotFoundError, PedroError, UnavailableError
 from pedro.store import JobStatus
+from pedro.training.queue.budgets import used_up
 from pedro.training.queue.launcher import Claim
+from pedro.training.queue.prepare import told_error
 from pedro.training.queue.turns import in_turn
 
 if TYPE_CHECKING:
@@ -36,9 +38,6 @@ MOST_LOSSES = 5
 LASTED_S = 3600.0
 """A driver that ran for so long got on: what was lost before counts no more."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
-LEVELS = {JobStatus.FAILED: "error", JobStatus.CANCELLED: "warn"}
-FIELDS = {"data.train": "training_file", "data.validation": "validation_file", "parent": "model"}
-"""Of the API, for those of a spec."""
 HISTORY_S = 24 * 3600.0
 """What tenants had of the cluster counts for this long when turns are given."""
 
@@ -123,21 +122,23 @@ class Controller:
                 del self._looking[job_id]
 
     def _look_at(self, job: JobRecord) -> None:
-        self._store.add_job_event(job.id, f"Validating training file: {job.spec['data']['train']}")
+        if self._store.get_job(job.id).status != JobStatus.VALIDATING:  # it was looked at since this round read it
+            return
+        self._store.add_job_event(job.id, f"Validating training file: {job.spec['data']['train']}", once=True)
         try:
             self._launcher.prepare(job)
         except UnavailableError as error:
             self._store.explain_wait(job, error.message)  # the next round tries again
             return
         except PedroError as error:
-            told = {"code": error.code or "invalid_training_file", "param": FIELDS.get(error.param or "", error.param)}
-            if self._store.end_job(job, JobStatus.FAILED, error.message, {"error": told}):
-                self._store.add_job_event(job.id, error.message, level="error")
+            told = {"error": told_error(error)}
+            self._store.end_job(job, JobStatus.FAILED, error.message, told, only=JobStatus.VALIDATING)
             return
         except Exception:  # noqa: BLE001 - a mistake of ours ends this job, and no other
             for line in traceback.format_exc().splitlines():
                 self._log(line)
-            self._store.end_job(job, JobStatus.FAILED, UNREADABLE, {"error": {"code": "internal_error"}})
+            ours = {"error": {"code": "internal_error"}}
+            self._store.end_job(job, JobStatus.FAILED, UNREADABLE, ours, only=JobStatus.VALIDATING)
             return
         if self._store.accept_job(job):
             self._store.add_job_event(job.id, "Files validated, moving job to queued state")
@@ -185,7 +186,6 @@ class Controller:
     def _end(self, job: JobRecord, status: JobStatus, message: str) -> None:
         if self._store.end_job(job, status, message):
             self._log(f"{job.id} ({job.name}): {status}{': ' if message else ''}{message}")
-            self._store.add_job_event(job.id, message or f"The job was {status}", level=LEVELS.get(status, "info"))
         self._losses.pop(job.id, None)
 
     def _start(self, waiting: list[JobRecord], running: list[JobRecord], view: ClusterView, starts: int) -> None:
@@ -193,11 +193,14 @@ class Controller:
         promised = [Claim.of(job.spec) for job in running if job.submission_id not in view.placed]
         held = Counter(job.tenant for job in running)
         history = self._store.worker_seconds(self._clock() - HISTORY_S) if waiting else {}
+        over_budget = used_up(self._store, self._clock()) if waiting else {}
         while job := in_turn(waiting, held, history):
             waiting.remove(job)
             claim = Claim.of(job.spec)
             if self._per_tenant is not None and held[job.tenant] >= self._per_tenant:
                 self._store.explain_wait(job, f"waits for the tenant's other jobs: {self._per_tenant} run at once")
+            elif why := over_budget.get(job.tenant):
+                self._hold_back(job, why)
             elif not view.holds(claim):
                 self._store.explain_wait(job, f"needs {claim}, which no nodes of the cluster have in all")
             elif any(amount > view.free(promised)[name] + 1e-6 for name, amount in claim.total.items()):
@@ -211,6 +214,11 @@ class Controller:
                 held[job.tenant] += 1
                 promised.append(claim)
                 self._launch(job, submission_id)
+
+    def _hold_back(self, job: JobRecord, why: str) -> None:
+        if job.message != why:
+            self._store.explain_wait(job, why)
+            self._store.add_job_event(job.id, f"The job {why}", level="warn", once=True)
 
     def _launch(self, job: JobRecord, submission_id: str) -> None:
         try:

@@ -13,6 +13,7 @@ from pedro.store import Store
 from pedro.training import ray_jobs
 from pedro.training.job import stage
 from pedro.training.job_status import RAY_OPEN
+from pedro.training.parent import with_pinned_parent
 from pedro.training.sweep.records import Records, SweepRecord, recall, remember
 from pedro.training.uploaded_files import with_uploaded_files
 
@@ -24,15 +25,21 @@ if TYPE_CHECKING:
 def create(spec: SweepSpec, settings: Settings) -> SweepRecord:
     """Record a new sweep, its data copied to the storage.
 
-    Raises DataError for unreadable data, ConflictError while its tenant is being erased.
+    A parent is pinned to one version, and its method taken, as a job's is. Raises DataError for unreadable data,
+    ConflictError while its tenant is being erased, NotFoundError and ConfigError for a parent that is none.
     """
     store = Store(settings.database_url)
     store.check_not_erased(spec.base.tenant)
     store.close()
-    spec = staged(spec, settings)
-    record = SweepRecord(f"sweep-{uuid.uuid4().hex[:12]}", spec.to_dict())
+    base = with_pinned_parent(spec.base, settings)
+    asked = staged(spec, settings)
+    pinned = asked
+    if base.parent is not None:
+        start = {"parent": base.parent, "method": base.method}
+        pinned = asked.model_copy(update={"base": asked.base.model_copy(update=start)})
+    record = SweepRecord(f"sweep-{uuid.uuid4().hex[:12]}", pinned.to_dict())
     Records(settings.storage, record.id).write_record(record)
-    remember(settings.storage, spec, record.id)
+    remember(settings.storage, asked, record.id)  # as it was given: the parent's name may mean another version later
     return record
 
 

@@ -80,6 +80,8 @@ class SweepSpec(Frozen):
             for fixed, why in FIXED.items():
                 if key == fixed or key.startswith(f"{fixed}."):
                     raise ValueError(f"space.{key}: cannot vary: {why}")
+            if self.base.parent and key.partition(".")[0] == "method":
+                raise ValueError(f"space.{key}: cannot vary: trials go on from base.parent, as that was trained")
         if "data.theta" in self.space and any(isinstance(v, str) for v in self.space["data.theta"].values):
             raise ValueError("space.data.theta: shares can vary, files cannot; name a file as base.data.theta")
         if self.base.data.validation == 0:

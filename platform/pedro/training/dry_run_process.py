@@ -1,0 +1,44 @@
+"""A dry run for the gateway: a job's spec as JSON on standard input, one line of JSON on standard output.
+
+The spec is looked at as a controller looks at a job's, and estimated as `pedro submit --dry-run --no-calibrate` does:
+nothing is timed, since the host serves meanwhile. `python -m pedro.training.dry_run_process`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from pedro.config import Settings
+from pedro.errors import PedroError
+from pedro.training.queue.prepare import looked_at, told_error
+
+
+def answer(fields: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """`{"report": …}`, without the spec, which names places of this host; or the `{"error": …}` of the job."""
+    from pedro.training.estimate import dry_run
+
+    try:
+        report = dry_run(looked_at(fields, settings), calibrated=False).to_dict()
+    except PedroError as error:
+        return {"error": {**told_error(error), "message": error.message}}
+    return {"report": {name: value for name, value in report.items() if name != "spec"}}
+
+
+def main() -> int:
+    """The entry point."""
+    from pedro.backbone import quiet
+    from pedro.process import set_torch_threads
+
+    os.nice(10)
+    quiet()
+    set_torch_threads(1)
+    sys.stdout.write(json.dumps(answer(json.load(sys.stdin), Settings.from_env())) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
