@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import struct
 import threading
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
@@ -39,6 +40,7 @@ SECRET_TEXT = "internal-path-/srv/secret"  # must never reach a client
 class WordBackend:
     """Repeats the words of the prompt for ever, one word a token; a word's id is its length.
 
+    An embedding is 0.5 and the number of words; the prompt "long" is too long for one.
     Prompts that ask for trouble: "overload", "queue" (the tenant's own is full), "crash", "break" (an error of ours
     after two tokens), "refuse" (a PedroError after two tokens), "vanish" (the stream just ends after two tokens).
     """
@@ -81,6 +83,13 @@ class WordBackend:
         self.running += 1
         try:
             await asyncio.sleep(self.first_token_s)
+            if "pooling" in call.params:
+                if words[0] == "long":
+                    message = "the prompt has 65 tokens and exceeds the context of 64 tokens; shorten the prompt"
+                    raise PedroError(message, param="prompt", code="context_length_exceeded")
+                embedding = struct.pack("<2f", 0.5, len(words))
+                yield Delta(0, "", (), "length", None, len(words), fingerprint="fp_1", embedding=embedding)
+                return
             max_tokens = call.params.get("max_tokens", 8)
             if call.echo:
                 for index in range(call.n):

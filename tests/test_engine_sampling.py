@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_models import Letters, drain, make_engine, prompt, random_backbone, request, run, stories
+from engine_models import (
+    Letters,
+    drain,
+    make_engine,
+    prompt,
+    random_backbone,
+    reference_logits,
+    request,
+    run,
+    stories,
+)
 from transformers import GenerationConfig
 
 from pedro.engine import SamplingParams
@@ -69,6 +79,44 @@ def test_each_position_and_each_choice_draws_anew():
     choices = [SampleRow(params, 5, choice, [], []) for choice in range(30)]
     for rows in (positions, choices):
         assert len({s.token_id for s in sample(torch.zeros(30, 50), rows)}) > 15
+
+
+def test_biases_of_a_mixed_batch_give_what_a_loop_over_their_tokens_gives(model):
+    """Also beside penalties, in beam search, and for each of n answers; neighbours keep the model's own."""
+    bias = {5: 4.0, 17: -100.0, 40: 2.5, 41: 2.5}
+    prompts = [prompt(6, 1), prompt(9, 2)]
+
+    def slow(ids, biases, count):
+        ids, at = list(ids), len(ids)
+        for _ in range(count):
+            logits = reference_logits(model, ids, at)[-1].clone()
+            for token, value in biases.items():
+                logits[token] += value
+            best = logits.topk(2)
+            assert best.values[0] - best.values[1] > 1e-3, "clear enough to compare"
+            ids.append(int(best.indices[0]))
+        return ids[at:]
+
+    answers = run(
+        make_engine(model, max_batch=8),
+        *(request(f"biased{i}", ids, 10, logit_bias=bias) for i, ids in enumerate(prompts)),
+        *(request(f"bare{i}", ids, 10) for i, ids in enumerate(prompts)),
+        request("several", prompts[0], 10, logit_bias=bias, n=2),
+        request("beams", prompts[0], 10, logit_bias={23: 100.0}, num_beams=2),
+    )
+    for i, ids in enumerate(prompts):
+        wanted = slow(ids, bias, 10)
+        assert answers[f"biased{i}"].token_ids == wanted
+        assert answers[f"bare{i}"].token_ids == slow(ids, {}, 10)
+    assert answers["biased0"].token_ids != answers["bare0"].token_ids
+    assert answers["several"].token_ids == answers["several", 1].token_ids == answers["biased0"].token_ids
+    assert answers["beams"].token_ids == [23] * 10
+
+
+def test_a_bias_of_a_token_that_is_none_is_refused(model):
+    with pytest.raises(PedroError, match="token 96 is outside the vocabulary of 96") as refused:
+        make_engine(model).add(request("r", prompt(4), 2, logit_bias={95: 1.0, 96: 1.0}))
+    assert refused.value.param == "logit_bias"
 
 
 def test_rows_of_one_batch_keep_their_own_filters():

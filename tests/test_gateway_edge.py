@@ -345,7 +345,7 @@ BAD_COMPLETIONS = [
     ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
     ({"logit_bias": {"five": 1}}, "logit_bias"),
     ({"logit_bias": [5]}, "logit_bias"),
-    ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+    ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias"),
     ({"temprature": 1}, "temprature"),
 ]
 

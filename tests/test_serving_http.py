@@ -186,6 +186,35 @@ def test_a_chat_is_rendered_as_the_adapter_was_trained_and_streams_the_same_text
     assert {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint}
 
 
+def test_a_response_is_what_the_chat_answers_and_streams_the_same_text(client):
+    fields = {"model": "acme.faq", "temperature": 0}
+    chat = client().chat.completions.create(messages=[{"role": "user", "content": PROMPT}], max_tokens=12, **fields)
+    fields |= {"input": PROMPT, "max_output_tokens": 12}
+    whole = client().responses.create(**fields)
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.system_fingerprint == chat.system_fingerprint
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    with client().responses.stream(**fields) as stream:
+        assert "".join(e.delta for e in stream if e.type == "response.output_text.delta") == whole.output_text
+
+
+def test_embeddings_are_of_the_adapter_that_is_named(served, client):
+    texts = [PROMPT, "The dog", PROMPT]
+    own, bare = (client().embeddings.create(model=name, input=texts) for name in ("acme.faq", BACKBONE))
+    ids = [tokenizer()(text).input_ids for text in texts]
+    assert own.usage.prompt_tokens == sum(map(len, ids))
+    model = served.models["acme.faq", 2]
+    with torch.no_grad():
+        lens = torch.tensor([len(ids[0])])
+        hidden = model(input_ids=torch.tensor([ids[0]]), prompt_lens=lens, output_hidden_states=True).hidden_states[-1]
+    wanted = torch.nn.functional.normalize(hidden[0, -1], dim=0)
+    made = [torch.tensor(one.embedding) for one in own.data]
+    torch.testing.assert_close(made[0], wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(made[2], made[0], atol=1e-4, rtol=0)
+    assert (made[1] - made[0]).abs().max() > 0.01
+    assert (torch.tensor(bare.data[0].embedding) - made[0]).abs().max() > 0.01
+
+
 def test_completions_stream_echo_score_and_give_several_choices(client):
     whole = complete(client(), "acme.faq")
     chunks = list(complete(client(), "acme.faq", stream=True))

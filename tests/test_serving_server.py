@@ -19,7 +19,9 @@ from pedro.data import FORMATS, PromptFormat, encode_prompt, load_rows, parse_li
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import GenerateCall
+from pedro.gateway.embeddings import EmbeddingsRequest
 from pedro.gateway.parsing import parse
+from pedro.gateway.routes_embeddings import embedding_calls
 from pedro.gateway.routes_inference import chat_call, completion_calls
 from pedro.gateway.schemas import ChatRequest, CompletionRequest
 from pedro.refs import ModelRef
@@ -292,6 +294,27 @@ def test_a_character_made_of_bytes_is_sent_whole(served):
     (choice,) = ask(served.replica, call)
     assert set(choice.token_ids) == {first, second}
     assert choice.text == text_after(prompt_ids(served, call), choice.token_ids)
+
+
+@torch.no_grad()
+def test_embeddings_are_the_peft_models_hidden_states_of_the_prompt_as_in_training(served):
+    name, text = "acme.completion", "Once upon a time there was a dog"
+    for pooling in ("last", "mean"):
+        body = {"model": name, "input": text, "pooling": pooling}
+        wanted = parse(EmbeddingsRequest, json.dumps(body).encode())
+        [call] = embedding_calls(wanted, tenant="acme", trace_id="t", max_choices=8)
+        (choice,) = ask(served.replica, call, ref(served, name))
+        [delta] = choice.deltas
+        ids = prompt_ids(served, call, ref(served, name))
+        assert ids == prompt_ids(served, completion(text), ref(served, name))
+        model = served.models[name]
+        hidden = model(
+            input_ids=torch.tensor([ids]), prompt_lens=torch.tensor([len(ids)]), output_hidden_states=True
+        ).hidden_states[-1][0]
+        pooled = hidden[-1] if pooling == "last" else hidden.mean(0)
+        made = torch.frombuffer(bytearray(delta.embedding), dtype=torch.float32)
+        torch.testing.assert_close(made, torch.nn.functional.normalize(pooled, dim=0), atol=1e-4, rtol=0)
+        assert (choice.text, choice.token_ids, delta.prompt_tokens) == ("", [], len(ids))
 
 
 def test_two_choices_are_sampled_apart_and_the_seed_repeats_them(served):

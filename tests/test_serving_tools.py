@@ -3,10 +3,12 @@
 import asyncio
 import json
 from types import SimpleNamespace
+from typing import Literal
 
 import httpx
 import jsonschema
 import openai
+import pydantic
 import pytest
 import torch
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
@@ -84,8 +86,8 @@ def served(tmp_path_factory):
     store.close()
 
 
-def asked(served, work):
-    """What `work` does with the official client."""
+def asked(served, work, part=lambda client: client.chat.completions):
+    """What `work` does with a part of the official client."""
 
     async def go():
         replicas = ReplicaSet(lambda name: LocalConnection(served.replica))
@@ -96,11 +98,10 @@ def asked(served, work):
         app = create_app(lambda: backend, served.store, GatewaySettings(write_usage_every_s=600))
         try:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
-                return await work(
-                    openai.AsyncOpenAI(
-                        base_url="http://here/v1", api_key=served.secret, http_client=http, max_retries=0
-                    ).chat.completions
+                client = openai.AsyncOpenAI(
+                    base_url="http://here/v1", api_key=served.secret, http_client=http, max_retries=0
                 )
+                return await work(part(client))
         finally:
             await replicas.close()
 
@@ -224,6 +225,81 @@ def test_an_answer_that_is_free_to_call_is_its_text_where_it_calls_nothing(serve
     bound = create(served, tool_choice="none", **fields).choices[0]
     assert free.message.content == bound.message.content
     assert (free.finish_reason, free.message.tool_calls) == (bound.finish_reason, None)
+
+
+RESPONSE_TOOLS = [{"type": "function", **tool["function"]} for tool in TOOLS]
+
+
+class Forecast(pydantic.BaseModel):
+    town: Literal["Zug", "Bern"]
+    days: int = pydantic.Field(ge=1, le=9)
+
+
+def test_a_loop_of_calls_and_results_works_with_responses(served, monkeypatch):
+    monkeypatch.setattr(tool_shapes, "MORE_CALLS", 1)
+    fields = {"model": "acme.hermes", "tools": RESPONSE_TOOLS, "max_output_tokens": 300, "extra_body": {"seed": 3}}
+
+    async def work(responses):
+        items = [{"role": "user", "content": "Rain?"}]
+        first = await responses.create(input=items, tool_choice="required", **fields)
+        items += first.output
+        calls = [item for item in first.output if item.type == "function_call"]
+        items += [{"type": "function_call_output", "call_id": call.call_id, "output": "dry"} for call in calls]
+        second = await responses.create(input=items, tool_choice="none", **{**fields, "max_output_tokens": 8})
+        return first, second
+
+    first, second = asked(served, work, lambda client: client.responses)
+    assert first.status == "completed"
+    assert {item.type for item in first.output} == {"function_call"}
+    for item in first.output:
+        wanted = {"weather": WEATHER, "clock": {"type": "object"}}[item.name]
+        jsonschema.validate(json.loads(item.arguments), wanted)
+    assert [item.type for item in second.output] == ["message"]
+    assert second.usage.input_tokens > first.usage.input_tokens, "calls and results stand in the prompt"
+
+
+def test_a_stream_of_a_response_with_calls_is_what_the_whole_one_holds(served, monkeypatch):
+    monkeypatch.setattr(tool_shapes, "MORE_CALLS", 1)
+    fields = {"model": "acme.hermes", "input": "Rain?", "tools": RESPONSE_TOOLS, "tool_choice": "required"}
+    fields |= {"extra_body": {"seed": 3}, "max_output_tokens": 300}
+
+    async def work(responses):
+        whole = await responses.create(**fields)
+        events = [event async for event in await responses.create(**fields, stream=True)]
+        async with responses.stream(**fields) as stream:
+            return whole, events, await stream.get_final_response()
+
+    whole, events, final = asked(served, work, lambda client: client.responses)
+    wanted = [(item.name, item.arguments) for item in whole.output]
+    assert wanted
+    each = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
+    kinds = ["created", "in_progress", *each * len(wanted), "completed"]
+    assert [event.type for event in events] == [f"response.{kind}" for kind in kinds]
+    assert [event.arguments for event in events if hasattr(event, "arguments")] == [made for _, made in wanted]
+    for response in (events[-1].response, final):
+        assert [(item.name, item.arguments) for item in response.output] == wanted
+    assert events[-1].response.usage == whole.usage
+
+
+def test_a_response_is_parsed_as_the_schema_that_it_is_held_to(served):
+    async def work(responses):
+        fields = {"model": "acme.hermes", "input": "Rain?", "text_format": Forecast, "max_output_tokens": 200}
+        parsed = await responses.parse(**fields, extra_body={"seed": 1})
+        form = {"type": "json_schema", "name": "it", "schema": {"properties": {"a": {"not": {}}}}}
+        with pytest.raises(openai.BadRequestError) as refused:
+            await responses.create(model="acme.hermes", input="Rain?", text={"format": form})
+        with pytest.raises(openai.BadRequestError) as left_out:
+            await responses.create(model="acme.plain", input="Rain?", tools=RESPONSE_TOOLS)
+        with pytest.raises(openai.BadRequestError) as long:
+            await responses.create(model="acme.plain", input="Rain? " * 20, max_output_tokens=500)
+        return parsed, refused.value, left_out.value, long.value
+
+    parsed, refused, left_out, long = asked(served, work, lambda client: client.responses)
+    assert isinstance(parsed.output_parsed, Forecast)
+    assert refused.param == "text.format.schema.properties.a"
+    assert left_out.param == "input"
+    assert (long.param, long.code) == ("max_output_tokens", "context_length_exceeded")
+    assert "max_output_tokens" in long.message
 
 
 def test_tools_and_calls_count_as_prompt_before_anything_is_made():

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from pedro.engine.adapter_pool import AdapterPool
 from pedro.engine.beam import BeamSequence
 from pedro.engine.prefill_budget import LONE_TOKENS, PrefillBudget
+from pedro.engine.prefill_rows import prefill_row
 from pedro.engine.prefix_cache import PrefixCache
 from pedro.engine.request_processor import RequestProcessor
-from pedro.engine.runner import PrefillRow, Runner
+from pedro.engine.runner import Runner
 from pedro.engine.scheduler import Scheduler
 from pedro.engine.scheduler_output import SHED, PrefillChunk, PrefillGroup, SchedulerLimits
 from pedro.engine.sequence import Output, Request, Sequence, SequenceState, TokenLogprob
@@ -246,11 +247,12 @@ class Engine:
         read = False
         try:
             if part.begins:
-                self._runner.begin([self._prefill_row(sequence) for sequence in leaders])
+                self._runner.begin([prefill_row(sequence, self._adapter_of(sequence)) for sequence in leaders])
             with self._timed_prefill(part):
                 self._runner.advance(part.until)
             if not part.ends:
                 return
+            embeddings = self._runner.embeddings()
             logits, prompt_logprobs = self._runner.end()
             read = True
             made = first_tokens(self._runner, logits, part.groups)
@@ -266,13 +268,13 @@ class Engine:
             self._prefixes.prefilled(group, self._adapter_of(group[0][0]), self._runner.cache)
         with self._lock:
             self._end_prefill(part.groups)
-            for group, logprobs in zip(made, prompt_logprobs, strict=True):
+            for group, logprobs, embedding in zip(made, prompt_logprobs, embeddings, strict=True):
                 leader = group[0][0]
                 prompt = len(leader.request.prompt_ids)
                 alive = [one[0] for one in group if one[0].state is not SequenceState.FINISHED]
                 self._counts["prompt_tokens"] += alive[0].count_prompt() if alive else 0
                 for one in group:
-                    self._accept(*one, None if logprobs is None else logprobs[:prompt])
+                    self._accept(*one, None if logprobs is None else logprobs[:prompt], embedding)
 
     def _run_decode(self, sequences: tuple[Sequence, ...]) -> None:
         began = time.perf_counter()
@@ -300,18 +302,6 @@ class Engine:
             self._scheduler.chunk_tokens = self._prefill_budget.chunk_tokens(self.config.prefill_tokens)
             self._prefill_budget.keep_steps_short(self._scheduler)
 
-    def _prefill_row(self, sequence: Sequence) -> PrefillRow:
-        preempted_state, sequence.preempted_state = sequence.preempted_state, None
-        return PrefillRow(
-            slot=sequence.slot,
-            token_ids=sequence.prefill_ids,
-            conditioning_length=sequence.conditioning_length,
-            adapter=self._adapter_of(sequence) if preempted_state is None else None,
-            preempted_state=preempted_state,
-            prompt_logprobs=None if sequence.resumes else sequence.params.prompt_logprobs,
-            prefix=sequence.prefix,
-        )
-
     def _end_prefill(self, groups: tuple[PrefillGroup, ...]) -> None:
         """The vectors are made: only adapters that act on every token are still needed."""
         for sequence in itertools.chain.from_iterable(groups):
@@ -328,6 +318,7 @@ class Engine:
         token_id: int,
         logprob: TokenLogprob | None = None,
         prompt_logprobs: PromptLogprobs = None,
+        embedding: bytes | None = None,
     ) -> None:
         """Give a running sequence its token; one that has finished in the meantime gets nothing."""
         if token_id < 0:
@@ -339,7 +330,7 @@ class Engine:
         if sequence.state is SequenceState.FINISHED:
             return
         if sequence.max_tokens == 0:
-            self._finish(sequence, "length", prompt_logprobs=prompt_logprobs)
+            self._finish(sequence, "length", prompt_logprobs=prompt_logprobs, embedding=embedding)
             return
         self._scheduler.charge(sequence, sequence.width)
         if isinstance(sequence, BeamSequence):

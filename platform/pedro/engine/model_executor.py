@@ -37,6 +37,10 @@ class ModelExecutor(Protocol):
         """What comes after the tokens `index` of the packed prompts, once all of it ran."""
         ...
 
+    def hidden(self, state: Any, index: list[int]) -> torch.Tensor:
+        """The last hidden states [n, D], as the head reads them, of the tokens `index`, once all of the prefill ran."""
+        ...
+
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
         """One step of every row: its slot, its last token, and where that stands."""
         ...

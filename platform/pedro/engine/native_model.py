@@ -108,6 +108,7 @@ class NativeModel:
             "ffn": config.intermediate_size,
             "vocab": embedding.num_embeddings,
         }
+        self._final_norm = _norm(decoder.norm).detach().float().contiguous()
         tied = head.weight.data_ptr() == embedding.weight.data_ptr()
         self._model = native.ModelStruct(
             **self._sizes,
@@ -121,7 +122,7 @@ class NativeModel:
             scaling=architecture.layers[0].attention.scaling,
             embed_scale=float(getattr(embedding, "embed_scale", 1.0)),
             embed=None if tied else self._hold(embedding.weight.data),
-            final_norm=self._hold(_norm(decoder.norm)),
+            final_norm=self._final_norm.data_ptr(),
             head=self._hold(self._panels([head.weight.data])),
             cos=self._hold(cos),
             sin=self._hold(sin),
@@ -191,6 +192,11 @@ class NativeModel:
         buffers["x"].copy_(state.buffers["x"][torch.tensor(index)])
         self._run("logits", batch)
         return Logits(buffers["logits"], batch.best[: len(index)])
+
+    def hidden(self, state: PrefillState, index: list[int]) -> torch.Tensor:
+        """The normed hidden states [n, D] of the tokens `index` of a prefill whose layers all ran."""
+        x = state.buffers["x"][torch.tensor(index), : self._sizes["dim"]]
+        return F.rms_norm(x, x.shape[-1:], self._final_norm, self._model.eps)
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
         """One step: the last token of each row."""

@@ -51,8 +51,9 @@ class PrefixCache:
 
     def look_up(self, sequence: Sequence, adapter: Adapter | None) -> None:
         """Before the sequence starts: what its prefill need not read. What was preempted is read whole again, as is a
-        prompt whose log-probabilities are asked for: they need the state of every token."""
-        anew = sequence.resumes or sequence.params.prompt_logprobs is not None
+        prompt whose log-probabilities, or mean, are asked for: they need the state of every token."""
+        whole = sequence.params.prompt_logprobs is not None or sequence.params.pooling == "mean"
+        anew = sequence.resumes or whole
         owner = None if anew else self._owner(sequence, adapter)
         sequence.prefix = () if owner is None else self.find(owner, sequence.request.prompt_ids)
 

@@ -38,9 +38,10 @@ class RequestProcessor:
             asked = f"max_tokens = {wanted}"
             if wanted is None:
                 asked = f"min_tokens = {least}" if request.params.min_tokens else "at least one token of answer"
+            with_asked, lower = (f"with {asked} ", " or lower max_tokens") if wanted != 0 else ("", "")
             raise PedroError(
-                f"the prompt has {prompt} tokens and with {asked} exceeds the context of {self.max_length} tokens; "
-                "shorten the prompt or lower max_tokens",
+                f"the prompt has {prompt} tokens and {with_asked}exceeds the context of {self.max_length} tokens; "
+                f"shorten the prompt{lower}",
                 param="max_tokens" if prompt < self.max_length else "prompt",
                 code="context_length_exceeded",
             )

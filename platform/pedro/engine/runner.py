@@ -6,10 +6,12 @@ Legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from pedro.engine import native_model
 from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
@@ -39,7 +41,8 @@ HEAD_CHUNK = 256  # prompt positions whose logits exist at once
 class PrefillRow:
     """A prompt to read into `slot`. `prompt_logprobs` asks for those of its tokens, with that many alternatives.
 
-    `preempted_state` is what a preempted request saved, used in place of the adapter.
+    `pooling` ("last" or "mean") asks for its embedding. `preempted_state` is what a preempted request saved, used in
+    place of the adapter.
     """
 
     slot: int
@@ -48,6 +51,7 @@ class PrefillRow:
     adapter: Adapter | None = None
     preempted_state: PreemptedState | None = None
     prompt_logprobs: int | None = None
+    pooling: str | None = None
     prefix: tuple[PrefixBlock, ...] = ()  # its first tokens, read before
 
     @property
@@ -157,6 +161,14 @@ class Runner:
         return self.device.type == "cpu" and not self._executor.whole
 
     @torch.inference_mode()
+    def embeddings(self) -> list[bytes | None]:
+        """Of the prompts of a prefill that has run through and is not ended yet: [D] in float32, of length 1, where
+        asked for."""
+        prefill = self._prefills[-1]
+        pairs = zip(prefill.rows, prefill.segments, strict=True)
+        return [None if row.pooling is None else self._embedding(prefill.state, segment, row) for row, segment in pairs]
+
+    @torch.inference_mode()
     def end(self) -> tuple[Logits, list[list[TokenLogprob | None] | None]]:
         """The logits after each prompt, and the prompts' own log-probabilities where asked for.
 
@@ -218,3 +230,14 @@ class Runner:
             logits = self._executor.logits(state, list(range(segment.start + start, segment.start + stop)))
             result += token_logprobs(logits.values, row.token_ids[start + 1 : stop + 1], row.prompt_logprobs or 0)
         return result
+
+    def _embedding(self, state: Any, segment: Segment, row: PrefillRow) -> bytes:
+        """The last hidden state, after the model's last norm: the prompt's last token's, or the mean of all."""
+        first = segment.stop - 1 if row.pooling == "last" else segment.start
+        assert row.pooling == "last" or not row.cached_tokens, "a mean needs the state of every token"
+        pooled: Any = 0.0
+        for start in range(first, segment.stop, HEAD_CHUNK):
+            index = list(range(start, min(start + HEAD_CHUNK, segment.stop)))
+            pooled = pooled + self._executor.hidden(state, index).float().sum(0)
+        made: torch.Tensor = F.normalize(pooled / (segment.stop - first), dim=0)
+        return struct.pack(f"<{len(made)}f", *made.tolist())

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_BEAMS = 64
+POOLINGS = ("last", "mean")
 NOTHING: frozenset[int] = frozenset()
 MIN_TURN_TOKENS = 16  # that a sequence makes before it may be preempted (again)
 
@@ -45,7 +46,8 @@ class SamplingParams:
 
     Temperature 0 is greedy. `max_tokens=None` means whatever room the context leaves. Log-probabilities are the
     model's own, before penalties and temperature. With `num_beams` above 1 the answers are those of beam search with
-    transformers' meaning of `length_penalty` and `early_stopping`, and come whole when all are done.
+    transformers' meaning of `length_penalty` and `early_stopping`, and come whole when all are done. With `pooling`
+    nothing is made but the prompt's embedding: its last hidden state, of the last token or the mean of all.
     """
 
     max_tokens: int | None = None
@@ -64,6 +66,7 @@ class SamplingParams:
     min_tokens: int = 0  # until then no stop token can be chosen, and stop texts end nothing
     logprobs: int | None = None  # how many alternatives beside the chosen token
     prompt_logprobs: int | None = None
+    pooling: str | None = None  # "last" or "mean"
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
@@ -71,7 +74,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        least = 0 if self.prompt_logprobs is not None and self.num_beams == 1 else 1
+        nothing = self.prompt_logprobs is not None or self.pooling is not None
+        least = 0 if nothing and self.num_beams == 1 else 1
         _require(self.max_tokens is None or self.max_tokens >= least, "max_tokens", f"≥ {least}", self.max_tokens)
         most, range_ = (math.inf, "≥ 0") if self.max_tokens is None else (self.max_tokens, f"0 to {self.max_tokens}")
         _require(0 <= self.min_tokens <= most, "min_tokens", f"{range_} (max_tokens)", self.min_tokens)
@@ -88,6 +92,8 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}", value)
+        _require(self.pooling in (None, *POOLINGS), "pooling", " or ".join(POOLINGS), self.pooling)
+        _require(not self.pooling or self.max_tokens == 0, "max_tokens", "0 with pooling", self.max_tokens)
         _require(1 <= self.num_beams <= MAX_BEAMS, "num_beams", f"1 to {MAX_BEAMS}", self.num_beams)
         _require(abs(self.length_penalty) <= 10, "length_penalty", "-10 to 10", self.length_penalty)
         if self.num_beams > 1:
@@ -179,7 +185,7 @@ class Output:
 
     The last Output of an answer has `finish_reason` ("stop", "length", "cancelled" or "error") and `timing`;
     `error` is set with "error" only. Its `prompt_tokens` are 0 where the prompt was never read. `prompt_logprobs` comes
-    once, first entry None.
+    once, first entry None. `embedding` is [D] in little-endian float32, of length 1, where `pooling` asks for it.
     """
 
     request_id: str
@@ -194,6 +200,7 @@ class Output:
     completion_tokens: int = 0
     error: PedroError | None = None
     timing: Timing | None = None
+    embedding: bytes | None = None
 
 
 class SequenceState(enum.Enum):

@@ -88,8 +88,11 @@ class TorchModel:
 
     def logits(self, state: ForwardState, index: list[int]) -> Logits:
         """What comes after the tokens `index` of a prefill whose layers all ran."""
-        hidden = self._trunk.finish(state)[torch.tensor(index, device=self._device)]
-        return Logits(self._head(hidden))
+        return Logits(self._head(self.hidden(state, index)))
+
+    def hidden(self, state: ForwardState, index: list[int]) -> torch.Tensor:
+        """The normed hidden states [n, D] of the tokens `index` of a prefill whose layers all ran."""
+        return self._trunk.finish(state)[torch.tensor(index, device=self._device)]
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
         """One step: the last token of each row."""

@@ -1,5 +1,6 @@
 """Answers one generation request: admits it, then sends the whole answer or a stream of events, and settles its tokens.
 
+How either is written is left to classes such as `ChoicesAnswer`, of completions and chats.
 Everything happens inside the response, so that one block owns the backend's streams from admission to the last byte.
 Each backend stream is read by a task of its own, which is cancelled once and then awaited: the backend's clean-up may
 await, whatever happens to the request's own task meanwhile.
@@ -11,6 +12,7 @@ import asyncio
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -46,8 +48,8 @@ STREAM_HEADERS = [
 Result = TypeVar("Result")
 
 
-class Answer(Response):
-    """An ASGI response. `stream`: send events, with what `options` adds to them.
+class Answer(Response, ABC):
+    """An ASGI response: the answer to `calls` as one body.
 
     `ticket` is settled with the tokens used, and `entry` entered in the usage ledger, however the response ends.
     """
@@ -56,18 +58,13 @@ class Answer(Response):
         self,
         backend: Backend,
         calls: Sequence[GenerateCall],
-        response_format: ResponseFormat,
         ticket: Ticket,
-        *,
         entry: UsageEntry,
-        stream: bool = False,
-        options: StreamOptions = NO_OPTIONS,
     ) -> None:
         super().__init__()
-        self._backend, self._format, self._ticket, self._entry = backend, response_format, ticket, entry
+        self._backend, self._ticket, self._entry = backend, ticket, entry
         self._meters = [CallMeter() for _ in calls]
         self._calls = [replace(call, meter=meter) for call, meter in zip(calls, self._meters, strict=True)]
-        self._stream, self._options = stream, options
         self._choices = [
             [Choice(number * call.n + index) for index in range(call.n)] for number, call in enumerate(calls)
         ]
@@ -78,11 +75,7 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._entry.begin(self._meters, self._count)
         try:
-            if self._stream:
-                await while_connected(receive, self._send_events(send, request_id_of(scope)))
-            else:
-                body = await while_connected(receive, self._collect())
-                await JSONResponse(body)(scope, receive, send)
+            await self._respond(scope, receive, send)
         except (ClientDisconnect, asyncio.CancelledError):
             self._ticket.settle(self._used(unseen_prompts=True))
             raise
@@ -91,54 +84,21 @@ class Answer(Response):
             self._entry.end()
             note(scope, **self._facts())
 
+    @abstractmethod
+    def _body(self) -> dict[str, Any]:
+        """The whole answer, once every choice is finished."""
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await while_connected(receive, self._collect())
+        await JSONResponse(body)(scope, receive, send)
+
     async def _collect(self) -> dict[str, Any]:
         async with FanIn(self._backend, self._calls) as deltas:
             async for batch in deltas.batches():
                 for number, delta in batch:
                     self._accept(number, delta, keep=True)
         self._check_finished()
-        choices = [self._format.choice(choice) for of_call in self._choices for choice in of_call]
-        body = envelope(self._format, self._format.object, choices, self._fingerprint)
-        return {**body, "usage": usage(self._choices)}
-
-    async def _send_events(self, send: Send, request_id: str) -> None:
-        """Nothing is sent, not even the status, until there is something to show: a client whose connection breaks
-        before that asks again by itself."""
-        started = False
-        async with FanIn(self._backend, self._calls) as deltas:
-            try:
-                await deltas.admitted()
-                async for batch in deltas.batches():
-                    events = b"".join(self._events(number, delta) for number, delta in batch)
-                    if events:
-                        if not started:
-                            started = await _start(send)
-                        await send({"type": "http.response.body", "body": events, "more_body": True})
-                self._check_finished()
-                last = self._usage_event() if self._options.include_usage else b""
-            except Exception as error:
-                if not started:
-                    raise  # it has a status of its own
-                last = _event(stream_error_body(error, request_id))
-        if not started:
-            await _start(send)
-        await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
-
-    def _events(self, number: int, delta: Delta) -> bytes:
-        choice = self._accept(number, delta, keep=False)
-        return b"".join(self._chunk([entry]) for entry in self._format.chunks(choice, delta))
-
-    def _chunk(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
-        if self._options.include_usage:
-            so_far = usage(self._choices) if self._options.continuous_usage_stats else None
-            extra = {"usage": so_far, **extra}
-        body = {**envelope(self._format, self._format.chunk_object, choices, self._fingerprint), **extra}
-        if self._options.include_obfuscation:  # fills up to whole blocks: a chunk's size does not tell its text
-            body["obfuscation"] = secrets.token_hex(BLOCK // 2)[: BLOCK - len(_event(body)) % BLOCK]
-        return _event(body)
-
-    def _usage_event(self) -> bytes:
-        return self._chunk([], usage=usage(self._choices))
+        return self._body()
 
     def _accept(self, number: int, delta: Delta, *, keep: bool) -> Choice:
         if self._first_s is None:
@@ -153,7 +113,7 @@ class Answer(Response):
         counted = usage(self._choices)
         waits = [choice.queue_s for of_call in self._choices for choice in of_call if choice.queue_s is not None]
         return {
-            "model": self._format.model,
+            "model": self._calls[0].model,
             "prompt_tokens": counted["prompt_tokens"],
             "completion_tokens": counted["completion_tokens"],
             "queue": max(waits, default=None),
@@ -183,13 +143,118 @@ class Answer(Response):
                     raise RuntimeError(f"the backend's stream ended before choice {choice.index} was finished")
 
 
+class StreamedAnswer(Answer):
+    """With `stream` the answer is sent as events instead."""
+
+    def __init__(
+        self, backend: Backend, calls: Sequence[GenerateCall], ticket: Ticket, entry: UsageEntry, stream: bool
+    ) -> None:
+        super().__init__(backend, calls, ticket, entry)
+        self._stream = stream
+
+    @abstractmethod
+    def _first_events(self) -> bytes:
+        """What a stream begins with."""
+
+    @abstractmethod
+    def _events(self, number: int, delta: Delta) -> bytes:
+        """What a delta of call `number` adds to a stream."""
+
+    @abstractmethod
+    def _last_events(self) -> bytes:
+        """What a stream ends with once every choice is finished."""
+
+    @abstractmethod
+    def _error_events(self, error: Exception, request_id: str) -> bytes:
+        """What a stream ends with in their place."""
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._stream:
+            await while_connected(receive, self._send_events(send, request_id_of(scope)))
+        else:
+            await super()._respond(scope, receive, send)
+
+    async def _send_events(self, send: Send, request_id: str) -> None:
+        """Nothing is sent, not even the status, until there is something to show: a client whose connection breaks
+        before that asks again by itself."""
+        started = False
+        async with FanIn(self._backend, self._calls) as deltas:
+            try:
+                await deltas.admitted()
+                first = self._first_events()
+                async for batch in deltas.batches():
+                    events = b"".join(self._events(number, delta) for number, delta in batch)
+                    if events:
+                        if not started:
+                            started = await _start(send)
+                        await send({"type": "http.response.body", "body": first + events, "more_body": True})
+                        first = b""
+                self._check_finished()
+                last = first + self._last_events()
+            except Exception as error:
+                if not started:
+                    raise  # it has a status of its own
+                last = self._error_events(error, request_id)
+        if not started:
+            await _start(send)
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+class ChoicesAnswer(StreamedAnswer):
+    """Of completions and chats, in `response_format`; `options` add to the events of a stream."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        calls: Sequence[GenerateCall],
+        response_format: ResponseFormat,
+        ticket: Ticket,
+        *,
+        entry: UsageEntry,
+        stream: bool = False,
+        options: StreamOptions = NO_OPTIONS,
+    ) -> None:
+        super().__init__(backend, calls, ticket, entry, stream)
+        self._format, self._options = response_format, options
+
+    def _body(self) -> dict[str, Any]:
+        choices = [self._format.choice(choice) for of_call in self._choices for choice in of_call]
+        body = envelope(self._format, self._format.object, choices, self._fingerprint)
+        return {**body, "usage": usage(self._choices)}
+
+    def _first_events(self) -> bytes:
+        return b""
+
+    def _events(self, number: int, delta: Delta) -> bytes:
+        choice = self._accept(number, delta, keep=False)
+        return b"".join(self._chunk([entry]) for entry in self._format.chunks(choice, delta))
+
+    def _last_events(self) -> bytes:
+        counted = self._chunk([], usage=usage(self._choices)) if self._options.include_usage else b""
+        return counted + DONE
+
+    def _error_events(self, error: Exception, request_id: str) -> bytes:
+        return sent_event(stream_error_body(error, request_id)) + DONE
+
+    def _chunk(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
+        if self._options.include_usage:
+            so_far = usage(self._choices) if self._options.continuous_usage_stats else None
+            extra = {"usage": so_far, **extra}
+        body = {**envelope(self._format, self._format.chunk_object, choices, self._fingerprint), **extra}
+        if self._options.include_obfuscation:  # fills up to whole blocks: a chunk's size does not tell its text
+            body["obfuscation"] = secrets.token_hex(BLOCK // 2)[: BLOCK - len(sent_event(body)) % BLOCK]
+        return sent_event(body)
+
+
 async def _start(send: Send) -> bool:
     await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
     return True
 
 
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def sent_event(body: dict[str, Any], name: str = "") -> bytes:
+    """A server-sent event, as its bytes."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class FanIn:

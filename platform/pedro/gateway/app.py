@@ -17,12 +17,14 @@ from pedro.gateway import (
     routes_adapters,
     routes_audit,
     routes_batches,
+    routes_embeddings,
     routes_files,
     routes_fine_tuning,
     routes_health,
     routes_inference,
     routes_metrics,
     routes_models,
+    routes_responses,
     routes_tokenizer,
     routes_usage,
 )
@@ -124,6 +126,8 @@ def create_app(
     app.add_middleware(Observed, metrics=metrics)
     for routes in (
         routes_inference,
+        routes_responses,
+        routes_embeddings,
         routes_tokenizer,
         routes_models,
         routes_adapters,

@@ -130,7 +130,7 @@ class GenerateCall:
     `params` holds only what the request set, under the names of the engine's `SamplingParams`: max_tokens,
     temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos, min_tokens, logprobs (number of
     alternatives; 0 is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty, logit_bias
-    (by token id).
+    (by token id), pooling ("last" or "mean", with max_tokens 0: an embedding is all that is made).
     `conditioning_length`: the first N tokens of the prompt condition the vectors; None: all of them.
     `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
@@ -192,6 +192,7 @@ class Delta:
     completion_tokens: int = 0
     fingerprint: str | None = None
     queue_s: float | None = None  # on the last one: how long the choice waited in the engine
+    embedding: bytes | None = None  # on the last one, where asked for: float32, little-endian
 
 
 @dataclass(frozen=True)

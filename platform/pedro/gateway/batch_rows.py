@@ -9,14 +9,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pedro.data.files import BOM
 
 if TYPE_CHECKING:
     from pedro.gateway.in_process import Reply
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"]  # of every row
 FIELDS = ("custom_id", "method", "url", "body")
 MAX_ROWS = 50_000
 MAX_CUSTOM_ID = 512  # characters

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from pedro.errors import PedroError
 from pedro.gateway.errors import PayloadTooLargeError, RequestTimeoutError
 from pedro.gateway.schemas import Body
-from pedro.gateway.vllm_fields import REASONS
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -82,8 +81,8 @@ def _drop_harmless(kind: type[Body], value: dict[str, Any], prefix: str) -> None
         given = value.pop(name)
         if given is not None and not any(type(given) is type(ok) and given == ok for ok in kind.harmless[name]):
             field = prefix + name
-            reason = f"; {REASONS[name]}" if name in REASONS else ""
-            message = f"{field}: not supported, got {_shown(given)}{reason}"
+            reason = f"; {kind.reasons[name]}" if name in kind.reasons else ""
+            message = f"{field}: not supported, got {shown(given)}{reason}"
             raise PedroError(message, param=field, code="unsupported_parameter")
 
 
@@ -122,7 +121,7 @@ def _user_error(error: ValidationError, kind: type[Body]) -> PedroError:
         else:
             describe = _EXPECTED.get(problem["type"])
             expected = describe(problem.get("ctx", {})) if describe else problem["msg"]
-            lines.append(f"{field}: {expected}, got {_shown(problem['input'])}")
+            lines.append(f"{field}: {expected}, got {shown(problem['input'])}")
     if len(problems) > MAX_SHOWN_ERRORS:
         lines.append(f"and {len(problems) - MAX_SHOWN_ERRORS} more")
     codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
@@ -151,7 +150,7 @@ def _field(location: tuple[int | str, ...]) -> str:
     return name
 
 
-def _shown(value: Any) -> str:
-    """As JSON writes it, which is how the client wrote it."""
+def shown(value: Any) -> str:
+    """A value in an error message, as JSON writes it, which is how the client wrote it."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= MAX_SHOWN_VALUE else text[: MAX_SHOWN_VALUE - 3] + "..."

@@ -30,12 +30,14 @@ class Choice:
     offset: int = 0
     started: bool = False
     queue_s: float | None = None
+    embedding: bytes | None = None
 
     def accept(self, delta: Delta, *, keep: bool) -> None:
         """Takes what is new; `keep` it for a whole answer."""
         assert self.finish_reason is None, f"choice {self.index} continued after its finish_reason"
         self.finish_reason = delta.finish_reason
         self.queue_s = delta.queue_s
+        self.embedding = delta.embedding
         self.prompt_tokens = max(self.prompt_tokens, delta.prompt_tokens)
         self.completion_tokens = max(self.completion_tokens, delta.completion_tokens)
         if keep:

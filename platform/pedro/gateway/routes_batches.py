@@ -14,6 +14,7 @@ from pydantic import Field
 from pedro.errors import ScopeError, UnavailableError
 from pedro.files.names import BATCH, MAX_EXPIRY_S, MIN_EXPIRY_S
 from pedro.gateway.auth import Principal, actor_of, counted
+from pedro.gateway.batch_rows import Endpoint
 from pedro.gateway.batch_runner import BatchRunner
 from pedro.gateway.input_files import check_input_file
 from pedro.gateway.pages import known_parameters, page, page_limit
@@ -35,7 +36,7 @@ class OutputExpiry(Body):
 class BatchRequest(Body):
     parts: ClassVar[dict[str, type[Body]]] = {"output_expires_after": OutputExpiry}
     input_file_id: str  # of an uploaded file of the purpose "batch"
-    endpoint: Literal["/v1/chat/completions", "/v1/completions"]  # the url of every row
+    endpoint: Endpoint  # the url of every row
     completion_window: Literal["24h"]  # rows that have no answer by then get none
     metadata: Metadata = None  # of the client's own
     output_expires_after: OutputExpiry | None = None  # when the files of answers go; 30 days if not given

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from pedro.errors import PedroError
-from pedro.gateway.answer import Answer
+from pedro.gateway.answer import ChoicesAnswer
 from pedro.gateway.answer_shapes import answer_shape
 from pedro.gateway.auth import Principal, backend_for, require
 from pedro.gateway.backend import AnswerShape, GenerateCall
@@ -31,21 +31,21 @@ router = APIRouter()
 @router.post("/v1/completions")
 async def create_completion(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> Response:
     wanted = parse(CompletionRequest, await read_body(request))
-    calls = completion_calls(wanted, **_context(request, caller))
+    calls = completion_calls(wanted, **call_context(request, caller))
     response_format = CompletionFormat(calls[0].request_id.rpartition("-")[0], wanted.model)
     backend = backend_for(request, caller)
     ticket = await admit(request, caller, reservation(calls))
-    return Answer(backend, calls, response_format, ticket, **_delivery(request, caller, wanted))
+    return ChoicesAnswer(backend, calls, response_format, ticket, **_delivery(request, caller, wanted))
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> Response:
     wanted = parse(ChatRequest, await read_body(request))
-    call = chat_call(wanted, **_context(request, caller))
+    call = chat_call(wanted, **call_context(request, caller))
     response_format = _chat_format(call)
     backend = backend_for(request, caller)
     ticket = await admit(request, caller, reservation([call]))
-    return Answer(backend, [call], response_format, ticket, **_delivery(request, caller, wanted))
+    return ChoicesAnswer(backend, [call], response_format, ticket, **_delivery(request, caller, wanted))
 
 
 def _chat_format(call: GenerateCall) -> ChatFormat:
@@ -58,7 +58,8 @@ def _chat_format(call: GenerateCall) -> ChatFormat:
     return ToolChatFormat(request_id, call.model, names, call.tools.parallel)
 
 
-def _context(request: Request, caller: Principal) -> dict[str, Any]:
+def call_context(request: Request, caller: Principal) -> dict[str, Any]:
+    """What the calls of a request have of it and of who sent it."""
     return {
         "tenant": caller.view,
         "trace_id": request_id_of(request.scope),

@@ -21,7 +21,7 @@ from pedro.gateway import vllm_fields
 
 INT32, INT64 = 2**31, 2**63
 MAX_STOP_LENGTH = 256  # characters; each is sought at every token
-MAX_BIASES = 1024
+MAX_BIASES = 300  # as at OpenAI
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -121,12 +121,13 @@ TokenId = Annotated[int, Field(ge=0, lt=INT32)]
 class Body(BaseModel):
     """`harmless`: documented fields that cannot be honoured, each with the values that need no honouring.
 
-    `parts`: fields that hold one such body, or a list of them.
+    `parts`: fields that hold one such body, or a list of them. `reasons`: why a field is refused.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
     harmless: ClassVar[dict[str, tuple[Any, ...]]] = {}
     parts: ClassVar[dict[str, type[Body]]] = {}
+    reasons: ClassVar[Mapping[str, str]] = vllm_fields.REASONS
 
 
 class StreamOptions(Body):

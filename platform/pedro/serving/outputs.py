@@ -268,6 +268,7 @@ class DeltaBuilder:
             completion_tokens=last.completion_tokens,
             fingerprint=self._fingerprint,
             queue_s=last.timing.queue_s if last.timing else None,
+            embedding=last.embedding,
         )
         if index in self._unopened:
             self._unopened.discard(index)
