@@ -28,6 +28,7 @@ PAGES = (
     ("serving", "Serving", ":material/speed:"),
     ("playground", "Playground", ":material/forum:"),
 )
+START = "start"  # of the first page, which Streamlit serves at / alone
 WRONG_KEY_S = 1.0  # a guess is answered late
 
 
@@ -35,14 +36,23 @@ def main() -> None:
     st.set_page_config(page_title="pedro", page_icon=ICON, layout="wide")
     st.logo(ICON, size="large")
     st.html(STYLE)
-    if login.required() and not st.session_state.get("admitted"):
-        st.navigation([st.Page(ask_for_key, title="pedro", url_path="overview", default=True)], position="hidden").run()
-        return
+    locked = login.required() and not st.session_state.get("admitted")
     pages = [
-        st.Page(HERE / "views" / f"{name}.py", title=title, icon=icon, url_path=name, default=name == "overview")
+        st.Page(
+            ask_for_key if locked else HERE / "views" / f"{name}.py",  # a link into the pages holds through the login
+            title="pedro" if locked else title,
+            icon=icon,
+            url_path=START if name == "overview" else name,
+            default=name == "overview",
+        )
         for name, title, icon in PAGES
     ]
-    st.navigation(pages).run()
+
+    def overview() -> None:
+        st.switch_page(pages[0])
+
+    pages.append(st.Page(overview, title="Overview", url_path="overview", visibility="hidden"))
+    st.navigation(pages, position="hidden" if locked else "sidebar").run()
 
 
 def ask_for_key() -> None:

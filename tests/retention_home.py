@@ -68,6 +68,7 @@ def job(
     storage = Path(settings.storage)
     written(storage / "jobs" / job_id / "spec.json", json.dumps(spec))
     written(storage / "jobs" / job_id / "log.txt", f"step 1 of {tenant}\n")
+    written(storage / "jobs" / job_id / "rows.jsonl.gz", f"the rows of {tenant}")
     written(storage / "runs" / job_id / "checkpoint_1" / "parameters.safetensors", f"weights of {tenant}")
     for place in ("jobs", "runs"):
         aged(storage / place / job_id, days)

@@ -9,6 +9,7 @@ import dashboard_gateway
 import pytest
 from dashboard_app import healthy, opener, words
 from dashboard_home import make_home
+from dashboard_results import add_jobs
 from serving_adapters import register, stub_adapter
 
 from pedro.config import Settings
@@ -171,6 +172,52 @@ def test_a_version_is_promoted_and_rolled_back_after_a_confirmation(admin, serve
     shown.button(key="move_yes").click().run()
     assert "v2 is the champion now" in words(healthy(shown).success)
     assert served.registry.get("acme.faq").version == 2
+
+
+def test_after_a_roll_back_the_page_looks_at_the_new_champion_and_says_so_beside_the_buttons(admin, served):
+    served.registry.promote("acme.faq", 1), served.registry.promote("acme.faq", 2)
+    shown = admin(adapter="acme.faq")
+    assert shown.selectbox(key="version_acme.faq").value == 3, "the newest at first"
+    button(shown, "Roll back to v1").click().run()
+    shown.button(key="move_yes").click().run()
+    assert figures(healthy(shown))["Champion"] == "v1"
+    assert shown.selectbox(key="version_acme.faq").value == 1
+    below = [element.type for element in shown.main if element.type in ("success", "header", "button")]
+    assert below.index("success") > below.index("header"), "not above what the reader looks at"
+    button(shown, "Roll back to v2").click().run()
+    shown.button(key="move_yes").click().run()
+    assert shown.selectbox(key="version_acme.faq").value == 2
+    assert "v2 is the champion now" in words(healthy(shown).success)
+
+
+def test_the_question_tells_where_both_versions_have_the_same_weights(admin, served):
+    for number in (1, 2):
+        made = stub_adapter(served.settings.home / f"same-{number}", "sha256:same", "sha256:b")
+        served.registry.promote("acme.same", register(served.registry, made, "acme.same").version)
+    shown = admin(adapter="acme.same")
+    button(shown, "Roll back to v1").click().run()
+    assert "have the same weights" in words(healthy(shown).info)
+    shown.button(key="move_no").click().run()
+    served.registry.delete("acme.same")  # others count what is there
+    shown = admin(adapter="acme.faq")
+    button(shown, "Roll back").click().run()
+    assert "have the same weights" not in words(healthy(shown).info)
+
+
+def test_a_link_opens_the_version_that_it_names_and_leads_to_its_job_and_to_a_chat(page, made, tmp_path):
+    home = shutil.copytree(made, tmp_path / "home")
+    add_jobs(Settings.from_env({"PEDRO_HOME": str(home)}))
+    shown = page(home, adapter="acme.intents", version="1")
+    assert shown.selectbox(key="version_acme.intents").value == 1
+    shown = page(home, adapter="acme.intents", version="2")
+    linked = {link.proto.label: link.proto.query_string for link in shown.get("page_link")}
+    assert linked == {"Ask it": "model=acme.intents%3A2", "Its job, ftjob-0": "job=ftjob-0"}
+
+
+def test_an_adapter_that_is_not_there_is_an_error_by_name(page, made):
+    shown = page(made, adapter="acme.gone")
+    assert "`acme.gone`: not found" in words(shown.error)
+    assert not shown.header
 
 
 def test_a_refusal_of_the_gateway_is_told_in_its_words(admin, served):

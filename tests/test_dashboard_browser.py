@@ -260,7 +260,7 @@ def ask_in_the_playground(page) -> None:
 def test_every_page_fits_a_phone_without_an_error(open_page, platform):
     page = open_page(width=400, height=800)
     for title in PAGES:
-        page.goto(f"http://127.0.0.1:{platform.port}/{'' if title == 'Overview' else title.lower()}")
+        page.goto(f"http://127.0.0.1:{platform.port}/{title.lower()}")
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             shown(page, title)

@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from comparisons import printed, result, rows_of, tables_of, write_comparison
 from dashboard_app import DASHBOARD, healthy, opener, words
@@ -18,6 +19,7 @@ from dashboard_results import add_comparison
 
 from pedro.comparison.result_model import format_score
 from pedro.comparison.run_files import read_comparison
+from pedro.comparison.verdict import by_information, verdicts
 from pedro.config import Settings
 from pedro.registry import Registry
 
@@ -286,6 +288,104 @@ def test_runs_of_jobs_are_compared_by_seeds_and_by_what_differs(page, tmp_path):
     assert set(rows) == {"method", "pedro lr=0.01", "pedro lr=0.001"}
     assert rows["pedro lr=0.01"].startswith("74.0")
     assert rows["pedro lr=0.001"].startswith("50.0")
+
+
+def test_jobs_are_not_called_equal_and_one_value_has_no_interval(page, tmp_path):
+    home = copy_of_home(tmp_path / "home")
+    registry = Registry.open(Settings.from_env({"PEDRO_HOME": str(home)}))
+    for model, steps in (("acme.support", 60), ("globex.topics", 300)):
+        for name in ("pedro", "lora"):
+            spec = {"backbone": "stories260K", "method.name": name, "training.batch_size": 16}
+            run = registry.start_run(experiment=model, name=f"{model}-{name}", params=spec, tags={})
+            registry.log_metrics(run, steps, {"final/accuracy": 0.8, "final/steps": float(steps)})
+            registry.finish_run(run)
+    shown = page(home, comparison="mlflow/runs", models=["acme.support", "globex.topics"])
+    notes = words([*shown.caption, *shown.markdown])
+    assert (
+        "Nothing was held equal for these jobs: steps 300 (globex.topics), 60 (acme.support); rows a step 16." in notes
+    )
+    assert "Equal for all methods" not in notes
+    assert "[" not in body_of(shown)
+
+
+def test_the_page_opens_with_what_the_statistics_say_by_the_tasks_own_names(page, sources, made):
+    shown = page(made, comparison=TINY)
+    said = words(shown.markdown)
+    (table,) = tables_of(read_comparison(made / "comparisons" / "tiny_table1"))
+    for each in verdicts(table):
+        title = {"sst2": "Sentiment of a sentence", "snips": "Intent of a voice command"}.get(each.task, each.task)
+        assert sources.compare.literal(each.sentence(title)) in said
+    assert said.index("On average") < said.index("On Intent of a voice command")
+    assert "Holm" in words(shown.caption)
+    titles = shown.selectbox(key="comparison").options
+    assert "Four methods on stories260K (tiny_table1)" in titles, "titles and not folders"
+    assert shown.query_params["comparison"] == TINY, "the URL keeps the folder"
+
+
+def test_differences_to_a_chosen_baseline_are_shown_and_shared(page, made):
+    shown = page(made, comparison=TINY, show="Differences", baseline="LoRA")
+    assert "Minus LoRA" in words(shown.caption)
+    assert "for the 9 differences shown" in words(shown.caption), "three methods on two tasks and their average"
+    scores = page(made, comparison=TINY)
+    assert "Medians over seeds with 95 % intervals" in words(scores.caption)
+
+
+def test_of_several_tables_one_is_judged_and_all_are_listed(page, made):
+    shown = page(made, comparison=FIGURE)
+    box = shown.selectbox(key="table")
+    assert box.options == [f"stories260K · {budget} parameters" for budget in ("5,000", "20,000", "80,000")]
+    healthy(box.select("stories260K · 80,000 parameters").run())
+
+
+def test_the_sortable_table_holds_numbers(page, made):
+    shown = page(made, comparison=TINY)
+    frame = next(d.value for d in shown.dataframe if "sst2" in d.value.columns)
+    (table,) = tables_of(read_comparison(made / "comparisons" / "tiny_table1"))
+    assert frame["sst2"].dtype == float
+    assert frame.set_index("method")["sst2"]["LoRA"] == pytest.approx(100 * table.entries["LoRA", "sst2"].value)
+
+
+def test_names_beside_the_costs_never_lie_on_each_other(sources):
+    from components import costs
+
+    rows = [{"method": f"m{at}", "x": 10.0**at, "y": 50 + at % 2, "low": 49.0, "high": 52.0} for at in range(14)]
+    frame = pd.DataFrame(rows)
+    across, up = costs._Axis.of(frame, "parameters", "x", costs.LABELS), costs._Axis.of(frame, "score", "y", 0.0)
+    placed = costs.placed(frame, across, up, 380)
+    heights = sorted(380 * up.share(y) for y in placed["label_y"])
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= costs.LABEL_PX - 1e-6
+    assert 0 <= heights[0] <= heights[-1] <= 380
+    assert placed["label_x"].min() > frame["x"].max(), "beside the points"
+
+
+def test_curves_are_smoothed_without_a_bias_at_their_beginning():
+    from components.curves import smoothed
+
+    frame = pd.DataFrame({"method": ["a"] * 3 + ["b"], "step": [1, 2, 3, 1], "value": [4.0, 2.0, 2.0, 9.0]})
+    assert list(smoothed(frame, 0.0)) == [4.0, 2.0, 2.0, 9.0]
+    half = list(smoothed(frame, 0.5))
+    assert half[0] == 4.0
+    assert half[1] == pytest.approx((2 + 0.5 * 4) / 1.5)
+    assert half[3] == 9.0, "a method's own alone"
+
+
+def test_the_first_curve_is_of_the_task_that_tells_most(sources, made):
+    selection = sources.compare.filter_comparison(read_comparison(made / "comparisons" / "tiny_table1"))
+    assert sources.compare.first_curve(selection.runs, selection.tables[0]) == next(
+        task for task in by_information(selection.tables[0]) if task != "Avg."
+    )
+
+
+def test_an_unknown_name_in_a_shared_url_is_an_error_and_not_another_comparison(page, made):
+    shown = page(made, comparison="home/gone")
+    assert "`home/gone`: not found" in words(shown.error)
+    assert shown.selectbox(key="comparison").value is None
+    assert not shown.subheader, "no other comparison is shown in its place"
+    healthy(shown.selectbox(key="comparison").select(TINY).run())
+    assert not shown.error
+    shown = page(made, comparison=TINY, methods=["PEDRO", "Oracle"])
+    assert "Method `Oracle`: not found" in words(shown.error)
+    assert not page(made, comparison=TINY, methods=["PEDRO"]).error
 
 
 def test_a_home_without_results_says_how_to_make_some(page, tmp_path, monkeypatch, sources):

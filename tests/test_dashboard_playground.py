@@ -191,6 +191,13 @@ def test_a_tenants_key_sees_its_own_models(keyed, served):
     assert not shown.info
 
 
+def test_a_link_asks_for_a_version_which_stands_beside_its_backbone(page, served, monkeypatch):
+    monkeypatch.setenv("PEDRO_GATEWAY_URL", served.url)
+    monkeypatch.setenv("PEDRO_ADMIN_KEY", served.admin)
+    shown = page(served.settings.home, model="acme.faq:1")
+    assert shown.multiselect[0].value == ["acme.faq:1", "stories260K"]
+
+
 def test_nothing_is_sent_without_a_prompt_or_a_model(keyed, served):
     shown = keyed(served.admin)
     assert "Type a prompt" in words(send(shown, ["acme.faq"], "  ").warning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from dashboard_app import DASHBOARD, healthy, opener, words
@@ -13,6 +14,7 @@ from dashboard_results import add_jobs, add_running_job
 
 from pedro import cli
 from pedro.config import Settings
+from pedro.registry import Registry
 from pedro.store import Store
 
 
@@ -75,6 +77,108 @@ def test_ended_jobs_are_listed_with_what_became_of_them(page, home, settings):
     assert "training.lr: the loss is NaN" in list(table["message"])
     healthy(shown.selectbox(key="status").select("failed").run())
     assert list(shown.dataframe[0].value["status"]) == ["failed"]
+
+
+def test_filter_counts_and_rows_go_by_the_same_state(page, jobs, home, settings, monkeypatch):
+    add_jobs(settings)
+    add_running_job(settings)  # queued by its record
+    cluster = {"ftjob-live": told("ftjob-live", "RUNNING"), "ftjob-lost": told("ftjob-lost", "FAILED")}
+    monkeypatch.setattr(jobs, "ask_cluster", lambda settings: jobs.ClusterJobs(cluster, "http://ray"))
+    running = page(home, status="running")
+    assert list(running.dataframe[0].value["job"]) == ["ftjob-live"]
+    assert "No such job." not in words(running.caption)
+    assert "1 running" in words(running.caption)
+    failed = page(home, status="failed")
+    assert list(failed.dataframe[0].value["job"]) == ["ftjob-lost", "ftjob-1"]
+    assert "1 to 2 of 2" in words(failed.caption)
+    seen = [jobs.past_jobs(settings, "failed", 1, offset) for offset in (0, 1, 2)]
+    assert [[job.id for job in part.jobs] for part in seen] == [["ftjob-lost"], ["ftjob-1"], []]
+    assert "No such job." in words(page(home, status="queued").caption)
+
+
+def test_jobs_that_were_lost_can_be_asked_for(page, home, settings):
+    add_jobs(settings)
+    shown = page(home, status="lost")
+    assert list(shown.dataframe[0].value["job"]) == ["ftjob-lost"]
+    assert "1 lost" in words(shown.caption)
+    assert "running" not in words(shown.caption), "its record's word counts no more"
+
+
+def test_a_job_that_succeeded_stays_so_when_its_cluster_is_gone(jobs, settings):
+    add_jobs(settings)
+    gone = jobs.past_jobs(settings)
+    assert gone.cluster.gone
+    assert {job.id: job.status for job in gone.jobs}["ftjob-0"] == "succeeded"
+
+
+def test_the_open_row_stands_in_the_url_whatever_page_it_is_on(page, home, settings):
+    add_jobs(settings)
+    shown = page(home, job="ftjob-0", status="failed")
+    assert shown.selectbox(key="job").value == "ftjob-0"
+    assert "**succeeded**" in words(shown.markdown)
+    linked = {link.proto.label: link.proto.query_string for link in shown.get("page_link")}
+    assert linked["acme.intents:2"] == "adapter=acme.intents&version=2"
+    assert linked["Ask it"] == "model=acme.intents%3A2"
+    healthy(shown.selectbox(key="job").select("ftjob-1").run())
+    assert shown.query_params["job"] == "ftjob-1"
+    shown = page(home, job="ftjob-nowhere")
+    assert "Job `ftjob-nowhere`: not found" in words(shown.error)
+    assert shown.selectbox(key="job").value is None
+
+
+def test_jobs_are_filtered_by_tenant_and_adapter(page, jobs, home, settings):
+    add_jobs(settings)
+    shown = page(home, tenant="globex")
+    assert list(shown.dataframe[0].value["job"]) == ["ftjob-lost"]
+    assert shown.selectbox(key="adapter").options == ["all", "topics"]
+    healthy(shown.selectbox(key="tenant").select("acme").run())
+    assert list(shown.dataframe[0].value["job"]) == ["ftjob-2", "ftjob-1", "ftjob-0"]
+    assert "1 succeeded" in words(shown.caption)
+    assert "lost" not in words(shown.caption)
+    assert jobs.past_jobs(settings, "lost", tenant="acme").jobs == ()
+    assert "Tenant `umbrella`: not found" in words(page(home, tenant="umbrella").error)
+
+
+def test_a_running_job_tells_its_phase_its_steps_and_the_time_left(page, jobs, home, settings, monkeypatch):
+    add_running_job(settings)
+    Store(settings.database_url).update_job("ftjob-live", status="running", submission_id="ftjob-live")
+    cluster = {"ftjob-live": told("ftjob-live", "RUNNING")}
+    monkeypatch.setattr(jobs, "ask_cluster", lambda settings: jobs.ClusterJobs(cluster, "http://ray"))
+    log = Path(settings.storage) / "jobs" / "ftjob-live" / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_text(
+        "training 21,320 parameters on 1,400 rows, 300 steps\n"
+        "step 120/300 · loss 0.512 · dev 0.600 · 900 tokens/s (9 of answers), 3.0 samples/s · 1:05 left\n"
+    )
+    shown = page(home)
+    (bar,) = shown.get("progress")
+    assert (bar.proto.value, bar.proto.text) == (40, "step 120 of 300 · about 1 min 5 s of training left")
+    assert "**training**" in words(shown.markdown)
+    log.write_text(log.read_text() + "trained 300 steps in 170 s; scoring\n")
+    shown = page(home)
+    assert shown.get("progress")[0].proto.value == 100
+    assert "**scoring**" in words(shown.markdown)
+    cluster["ftjob-live"]["status"] = "PENDING"
+    assert "**queued**" in words(page(home).markdown)
+
+
+def test_more_than_losses_can_be_drawn_of_a_run(page, jobs, home, settings):
+    run = add_running_job(settings)
+    Registry.open(settings).log_metrics(run, 10, {"train/lr": 0.01, "system/cpu_percent": 98.0})
+    shown = page(home)
+    healthy(shown.button_group(key="plot_live").select("Learning rate").run())
+    (job,) = jobs.live_jobs(settings).jobs
+    drawn, _ = jobs.job_runs(settings, job)
+    assert [(row["curve"], row["value"]) for row in jobs.curve_rows(settings, drawn, "Learning rate")] == [
+        ("Learning rate", 0.01)
+    ]
+    assert len(shown.get("vega_lite_chart")) == 1
+
+
+def test_a_version_knows_its_job(jobs, settings):
+    add_jobs(settings)
+    assert jobs.jobs_of_versions(settings, "acme", "intents") == {"acme.intents:2": "ftjob-0"}
+    assert jobs.jobs_of_versions(settings, "globex", "intents") == {}
 
 
 def test_filters_and_pages_come_from_the_url(page, home, settings):

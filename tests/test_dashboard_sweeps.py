@@ -53,7 +53,7 @@ def test_one_sweep_of_several_is_chosen_by_the_url(page, settings):
     add_sweep(settings)
     other = add_sweep(settings, "sweep-ffffffffffff")
     other.write_trial(Trial(12, {"method.orders": [6, 5], "training.lr": 1e-3, "method.r": 6}, "run"))
-    shown = page(settings.home, sweep="acme.intents/orders/sweep-ffffffffffff")
+    shown = page(settings.home, sweep="sweep-ffffffffffff")
     assert {metric.label: metric.value for metric in shown.metric}["Trials"] == "13"
     healthy(shown.selectbox(key="sweep").select(SWEEP).run())
     assert {metric.label: metric.value for metric in shown.metric}["Trials"] == "12"

@@ -14,6 +14,7 @@ from gateway_server import Gateway, serve
 from prometheus_client.parser import text_string_to_metric_families
 
 from pedro.cli.serve import follow
+from pedro.gateway import traffic_sampler
 from pedro.gateway.observability import GatewayMetrics, SharedFileHandler, write_to
 
 
@@ -324,3 +325,39 @@ def test_headers_beyond_the_bounds_are_a_431(http, headers):
     reply = http.get("/v1/models", headers=headers)
     assert (reply.status_code, reply.json()["error"]["code"]) == (431, "headers_too_large")
     assert reply.headers["x-request-id"]
+
+
+def test_history_needs_an_admin_key_and_tells_what_was_read_before(gateway, monkeypatch):
+    monkeypatch.setattr(traffic_sampler, "FRESH_S", 0.0)  # each question is a reading
+    with gateway.http(gateway.key("acme", ("infer", "train", "read"))) as tenant:
+        assert tenant.get("/metrics/history").status_code == 403
+    with operator(gateway) as ops:
+        first = ops.get("/metrics/history").json()
+        told = ops.get("/metrics/history", params={"seconds": 60}).json()
+        assert (told["object"], told["id"]) == ("metrics.history", first["id"])
+        assert told["began"] <= first["read_at"] < told["read_at"]
+        assert (told["data"][-1]["start"], told["data"][-1]["end"]) == (
+            pytest.approx(first["read_at"], abs=0.01),
+            pytest.approx(told["read_at"], abs=0.01),
+        )
+        again = ops.get("/metrics/history", params={"after": told["read_at"]}).json()
+        assert [each["start"] for each in again["data"]] == [told["data"][-1]["end"]], "nothing is told twice"
+
+
+@pytest.mark.parametrize(
+    ("query", "param", "why"),
+    [
+        ("seconds=0", "seconds", "a number, 1 to 172,800"),
+        ("seconds=nan", "seconds", "got 'nan'"),
+        ("seconds=1e9", "seconds", "got '1e9'"),
+        ("after=-1", "after", "a number, 0 to"),
+        ("after=yesterday", "after", "got 'yesterday'"),
+        ("since=3", "since", "known are seconds, after"),
+    ],
+)
+def test_a_query_of_history_that_is_wrong_is_refused_by_name(gateway, query, param, why):
+    with operator(gateway) as ops:
+        reply = ops.get(f"/metrics/history?{query}")
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
+    assert why in reply.json()["error"]["message"]

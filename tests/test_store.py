@@ -312,6 +312,14 @@ def test_jobs_are_paged_counted_and_found_by_when_they_ended(store):
     }
     assert store.list_jobs(ended_since=ended.created) == [ended]
     assert store.list_jobs(ended_since=ended.finished + 1) == []
+    assert store.count_jobs("acme", adapter="support") == {
+        ("acme", "queued"): 3,
+        ("acme", "running"): 1,
+        ("acme", "cancelled"): 1,
+    }
+    assert store.count_jobs("acme", adapter="tone") == {}
+    assert [job.id for job in store.list_jobs(adapter="tone")] == [other.id]
+    assert store.list_trained() == [("acme", "support"), ("globex", "tone")]
 
 
 def test_records_cannot_be_changed(store):

@@ -156,6 +156,10 @@ def test_the_history_keeps_the_last_moves_of_an_adapter_and_the_audit_those_of_a
         store.promote(NAME, number)
     assert [move.after["aliases"]["champion"] for move in store.alias_history(NAME)] == [1, 2, 1]
     assert len(store.alias_history("acme.other")) == 1
+    moves = store.recent_moves(0.0)
+    assert [name for name, _ in moves] == [NAME, NAME, NAME, "acme.other"]
+    assert [move for name, move in moves if name == NAME] == store.alias_history(NAME)
+    assert store.recent_moves(moves[0][1].at + 1) == []
     assert store.rollback(NAME).version == 2
     entries = store.list_audit("acme")
     assert len(entries) == 7

@@ -98,7 +98,7 @@ def _train(training: Training, folder: Path, group: WorkerGroup) -> dict[str, An
             train(first.engine, first.alternation, first.plan, first.data, cut)
     context = build_context(spec, folder / "cache", deepspeed_engine(spec), group)
     outcome = run(context, folder / training.name)
-    metrics, _ = evaluate(context, group)
+    metrics, _, _ = evaluate(context, group)
     digest = save(context, Trained(outcome, metrics), folder / f"{training.name}-adapter")
     with context.engine.gathered():
         values = parameters(context)

@@ -18,6 +18,8 @@ SAID = "moves_said"  # in the session: how the last change ended, and when
 SHOWN_S = 60.0
 YES, NO = "move_yes", "move_no"
 Act = Callable[[], Mapping[str, Any]]
+Moved = Callable[[str, int | None], None]
+"""Called with the adapter and its champion, None where the move failed."""
 
 
 def buttons(
@@ -25,7 +27,7 @@ def buttons(
     chosen: Version,
     champion: Version | None,
     previous: Version | None,
-    moved: Callable[[], None],
+    moved: Moved,
 ) -> None:
     """Both are off without a gateway that may do it; `moved` is called when an alias has moved, or may have."""
     promote, rollback, _ = st.columns([2, 2, 3])
@@ -57,7 +59,7 @@ def buttons(
 
 
 def confirm_promotion(
-    title: str, gateway: GatewayClient, old: Version | None, new: Version, act: Act, moved: Callable[[], None]
+    title: str, gateway: GatewayClient, old: Version | None, new: Version, act: Act, moved: Moved
 ) -> None:
     """A dialog that says what would change; the alias moves only from its button."""
 
@@ -65,12 +67,20 @@ def confirm_promotion(
     def ask() -> None:
         st.markdown("Requests that run end on the version that they began with; later ones get the new champion.")
         st.dataframe(pd.DataFrame([row("Now", old), row("Then", new)]), hide_index=True, width="stretch")
+        if old is not None and old.digest == new.digest:
+            st.info(
+                f"v{old.version} and v{new.version} have the same weights (digest {data.short(new.digest)}): answers "
+                "will not change.",
+                icon=":material/equal:",
+            )
         verdict, reason = data.gate_of(new)
         if verdict == "refused":
             st.warning(f"The gate refused v{new.version}: {reason}", icon=":material/block:")
         st.caption(f"Through {gateway.url}/v1/adapters")
         yes, no = st.columns(2)
-        yes.button("Yes, move it", type="primary", width="stretch", key=YES, on_click=carry_out, args=(act, moved))
+        yes.button(
+            "Yes, move it", type="primary", width="stretch", key=YES, on_click=carry_out, args=(new.name, act, moved)
+        )
         no.button("Cancel", width="stretch", key=NO)
         if st.session_state.get(YES) or st.session_state.get(NO):
             st.rerun()
@@ -78,23 +88,31 @@ def confirm_promotion(
     ask()
 
 
-def carry_out(act: Act, moved: Callable[[], None]) -> None:
-    """Move the alias; `show_outcome` says how it ended."""
+def carry_out(name: str, act: Act, moved: Moved) -> None:
+    """Move the alias; `show_outcome` says how it ended, beside the buttons."""
+    champion: int | None = None
     try:
-        adapter = act()
-        champion = (adapter.get("aliases") or {}).get(CHAMPION)
-        st.session_state[SAID] = (True, f"{adapter.get('name')}: v{champion} is the champion now.", time.monotonic())
+        champion = (act().get("aliases") or {}).get(CHAMPION)
+        good, text = True, f"{name}: v{champion} is the champion now."
     except GatewayError as error:
-        st.session_state[SAID] = (False, error.message, time.monotonic())
+        good, text = False, error.message
         connection.forget()
-    moved()
+    st.session_state[SAID] = (name, good, text, time.monotonic())
+    moved(name, champion)
 
 
-def show_outcome() -> None:
-    """How the last change ended, for a while: the first run that draws it may be cut off by the next."""
-    good, text, at = st.session_state.get(SAID, (True, "", 0.0))
-    if text and time.monotonic() - at < SHOWN_S:
+def show_outcome(name: str) -> None:
+    """How the last change of this adapter ended, for a while: the first run that draws it may be cut off."""
+    of, good, text, at = st.session_state.get(SAID, ("", True, "", 0.0))
+    if of == name and time.monotonic() - at < SHOWN_S:
         (st.success if good else st.error)(text, icon=":material/check:" if good else ":material/error:")
+
+
+def show_outcome_elsewhere(name: str | None) -> None:
+    """The same of an adapter that is not the one shown: it may be gone."""
+    of = st.session_state.get(SAID, ("",))[0]
+    if of and of != name:
+        show_outcome(of)
 
 
 def row(when: str, version: Version | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,11 @@ import yaml
 
 from pedro.refs import tenant_of
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
-from pedro.registry.queries import promotions
 from pedro.secret_files import without_password
-from pedro.store import ADAPTER
 from sources.stores import ask_registry
 
 if TYPE_CHECKING:
     from pedro.config import Settings
-    from pedro.store import Position, RegisteredAdapter
 
 PAGE = 25
 STATES = ("All", "In service", "With a candidate", "Without a champion")
@@ -76,15 +73,6 @@ class Stored:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class Champions:
-    """The champions among these names, or among all (`names` None), as of a place in the feed or a little later."""
-
-    position: Position | None = None
-    names: frozenset[str] | None = None
-    champions: Mapping[str, int] = field(default_factory=dict)
-
-
 def read_catalog(settings: Settings) -> Catalog:
     """One query, however many adapters there are."""
 
@@ -102,36 +90,6 @@ def read_catalog(settings: Settings) -> Catalog:
 
     rows, problem = ask_registry(settings, read, ())
     return Catalog(without_password(settings.tracking_uri), rows, problem)
-
-
-def read_champions(settings: Settings, since: Position | None = None) -> Champions | None:
-    """The champions of all adapters, or of those that changed after a place in the feed; None while the registry does
-    not answer."""
-
-    def read(registry: Registry) -> Champions:
-        delta = None if since is None else registry.store.changes(since)
-        if delta is None or not delta.complete:
-            here = registry.stamp()
-            return Champions(here, None, _champions(registry.catalog().values()))
-        names = frozenset(subject for kind, subject in delta.changed if kind == ADAPTER)
-        found = registry.store.look_up(names)
-        return Champions(delta.position, names, _champions(known.adapter for known in found.values()))
-
-    seen, problem = ask_registry(settings, read, Champions())
-    return None if problem else seen
-
-
-def _champions(adapters: Iterable[RegisteredAdapter]) -> dict[str, int]:
-    return {one.name: one.aliases[CHAMPION] for one in adapters if CHAMPION in one.aliases}
-
-
-def read_promotions(settings: Settings, since: float) -> list[tuple[float, str, int]]:
-    """When (Unix seconds) which adapter got which champion since then, the first first."""
-    promoted, _ = ask_registry(settings, lambda registry: promotions(registry, since), [])
-    return [
-        (datetime.fromisoformat(version.promoted).timestamp(), version.name, version.version)
-        for version in reversed(promoted)
-    ]
 
 
 def read_versions(settings: Settings, name: str) -> Versions:

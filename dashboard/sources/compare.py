@@ -6,7 +6,9 @@ Numbers and marks come from `pedro.comparison`, so they are those that `pedro co
 from __future__ import annotations
 
 import html
+import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,17 +20,22 @@ import yaml
 
 from pedro.comparison import renderers
 from pedro.comparison.paper import Paper, parse_paper
-from pedro.comparison.result_model import Comparison, RunResult, Table, format_score
+from pedro.comparison.result_model import JUDGE, Comparison, RunResult, Table, format_score
 from pedro.comparison.run_files import METADATA, count_runs, last_change, read_comparison
 from pedro.comparison.selection import select
 from pedro.comparison.tables import build_tables
+from pedro.comparison.verdict import by_information
+from pedro.data.tasks import TASKS
 
 if TYPE_CHECKING:
     from pedro.config import Settings
 
 CHECKOUT = Path(__file__).parents[2]
 HTML = renderers.Style("<b>{}</b>", "{}*", "<u>{}</u>", "{}†", "{}!")
-LEGEND = "**bold**: best, and proven so · *: best without a claim · underlined: second · †: at chance · !: runs failed"
+LEGEND = (
+    "**bold**: best, and significantly better than every other · *: highest, but not significantly · underlined: "
+    "second · †: no better than chance · !: runs failed"
+)
 CURVES = {"dev/loss": "Validation loss", "train/loss": "Training loss"}
 TWIN = "nano_"  # how a small twin's name begins; the paper's own experiment is called paper_…
 MILLIONS = "parameters (M)"  # a column that is no task
@@ -43,6 +50,7 @@ class ListedComparison:
     key: str
     folder: Path
     stamp: float
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,15 +82,38 @@ class FilteredComparison:
         """The columns that are shown."""
         return list(dict.fromkeys(task for table in self.tables for task in table.columns))
 
+    @property
+    def titles(self) -> dict[str, str]:
+        """Tasks' names for people, as far as they are known."""
+        known = {name: task.title for name, task in TASKS.items()}
+        return known | {run.task: run.title for run in self.runs if run.title}
+
 
 def list_comparisons(settings: Settings) -> tuple[ListedComparison, ...]:
-    """Those of the checkout, then those of the home, the ones with the most runs first; nothing is read yet."""
+    """Those of the checkout, then those of the home, the ones with the most runs first; only titles are read yet."""
     roots = (("results", CHECKOUT / "jobs" / "results"), ("home", settings.home / "comparisons"))
     return tuple(
-        ListedComparison(f"{root}/{path.name}", path, last_change(path))
+        ListedComparison(f"{root}/{path.name}", path, last_change(path), _title(path))
         for root, folder in roots
         for path in sorted((file.parent for file in folder.glob(f"*/{METADATA}")), key=lambda f: (-count_runs(f), f))
     )
+
+
+def titles_of(listed: Iterable[ListedComparison]) -> dict[str, str]:
+    """What each is called, by key: two of one title are told apart by the key."""
+    listed = list(listed)
+    titles = [each.title for each in listed]
+    return {
+        each.key: each.title if each.title and titles.count(each.title) == 1 else f"{each.title} ({each.key})".strip()
+        for each in listed
+    }
+
+
+def _title(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / METADATA).read_text(encoding="utf-8"))["title"])
+    except (OSError, ValueError, TypeError, KeyError):  # it is read again when it is chosen, and then said
+        return ""
 
 
 def read_listed(listed: ListedComparison) -> Comparison:
@@ -159,6 +190,34 @@ def _html(rendered: renderers.RenderedTable) -> str:
     )
 
 
+def literal(text: str) -> str:
+    """Text that Markdown shows as it stands."""
+    return re.sub(r"([\\`*_$~\[\]<>])", r"\\\1", text)
+
+
+def table_name(table: Table) -> str:
+    """What tells a table from the others of its comparison."""
+    return table.backbone if table.budget is None else f"{table.backbone} · {table.budget:,} parameters"
+
+
+def sortable_rows(selection: FilteredComparison) -> list[dict[str, Any]]:
+    """A row a method of each table: numbers, unlike the text of a printed table; scores in percent."""
+    rows = []
+    for table in selection.tables:
+        for label in table.rows:
+            row: dict[str, Any] = {"method": label}
+            if len(selection.tables) > 1:
+                row["backbone"] = table_name(table)
+            row["parameters"] = table.parameters[label][1] or None
+            for task in table.columns:
+                entry = table.entries.get((label, task))
+                value = entry.value if entry is not None else None
+                scale = 1.0 if entry is not None and entry.metric == JUDGE else 100.0
+                row[task] = None if value is None else scale * value
+            rows.append(row)
+    return rows
+
+
 def paper_rows(selection: FilteredComparison) -> list[dict[str, Any]]:
     """The paper's numbers beside ours, as they are printed: a row for each method that either has."""
     paper = selection.paper
@@ -189,9 +248,10 @@ def differing(runs: Iterable[RunResult]) -> list[dict[str, Any]]:
     ]
 
 
-def most_validated(runs: Iterable[RunResult]) -> str:
-    """The task whose curves of validation have the most points."""
-    return max(runs, key=lambda run: len(run.curves.get("dev/loss", ()))).task
+def first_curve(runs: Sequence[RunResult], table: Table) -> str:
+    """The task to draw at first: of those that have curves, the one on which methods differ most."""
+    drawn = {run.task for run in runs if run.curves.get("dev/loss")} or {run.task for run in runs}
+    return next((task for task in by_information(table) if task in drawn), min(drawn))
 
 
 def curve_rows(runs: Iterable[RunResult], task: str, curve: str) -> list[dict[str, Any]]:

@@ -75,10 +75,9 @@ class GatewayClient:
         except GatewayError as error:
             return GatewayStatus(True, ready, problem=error.message)
 
-    def metrics(self) -> str:
-        """Prometheus's text. The key must be an admin key."""
-        with self._sent("GET", "/metrics") as reply:
-            return reply.text
+    def metrics_history(self, seconds: float, after: float = 0.0) -> dict[str, Any]:
+        """What was served in the last `seconds`, of it what ended later than `after`. The key must be an admin key."""
+        return self._ask("GET", f"/metrics/history?seconds={seconds:.0f}&after={after:.3f}")
 
     def models(self) -> list[dict[str, Any]]:
         """The models that the key may ask for: the backbone, and champions."""

@@ -5,6 +5,7 @@ What does not answer is returned as a message; only `cancel` changes anything.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,8 @@ from pedro.registry import Registry, queries
 from pedro.store import JobRecord, JobStatus, Store
 from pedro.training import ray_jobs, submit
 from pedro.training.job_log import kept_log
-from pedro.training.job_status import FROM_RAY, ClusterJobs, ReconciledJob, reconcile
+from pedro.training.job_status import FROM_RAY, LOST, ClusterJobs, ReconciledJob, reconcile, reconcile_record
+from pedro.training.progress import Phase, Progress, read_progress
 from sources.services import find_ray
 from sources.stores import ask_registry, ask_store
 
@@ -24,10 +26,24 @@ if TYPE_CHECKING:
     from pedro.config import Settings
 
 FINE_TUNING, SWEEP = "fine-tuning", "sweep"
-OPEN = (JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.PAUSED)
+OPEN = (JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.VALIDATING, JobStatus.PAUSED)
 CURVES = {"train/loss": "Training loss", "dev/loss": "Validation loss"}
+PLOTS: dict[str, dict[str, str]] = {  # what can be drawn of a run: metrics, and what they are called
+    "Loss": {**CURVES, "train/theta_loss": "Θ loss"},
+    "Learning rate": {"train/lr": "Learning rate"},
+    "Tokens/s": {"train/tokens_per_second": "Tokens/s", "train/answer_tokens_per_second": "Tokens/s of answers"},
+    "Memory": {
+        "system/memory_mb": "Resident memory (MiB)",
+        "system/peak_memory_mb": "Peak of it (MiB)",
+        "system/gpu_memory_mb": "Peak of GPU memory (MiB)",
+    },
+    "CPU": {"system/cpu_percent": "CPU (%, 100 is one core)"},
+}
 LOG_LINES = 300
+ENDED = tuple(str(status) for status in JobStatus if status.final)
+STATES = (*map(str, JobStatus), LOST)
 MOST_LIVE = 100
+MOST_OPEN = 1000  # of a status, whose state is asked for; more count by their record alone
 MOST_RUNS = 12  # of a sweep, drawn together
 
 Asked = TypeVar("Asked")
@@ -55,7 +71,8 @@ class Job:
 
     @property
     def live(self) -> bool:
-        return self.status in (JobStatus.QUEUED, JobStatus.RUNNING)
+        """Whether it waits or runs, so that it can be ended."""
+        return self.status in OPEN
 
 
 NO_CLUSTER = ClusterJobs({})
@@ -85,18 +102,46 @@ def live_jobs(settings: Settings) -> Jobs:
     return Jobs(tuple(sorted(jobs, key=lambda job: -job.created)), None, cluster, problem)
 
 
-def past_jobs(settings: Settings, status: str | None = None, limit: int = 25, offset: int = 0) -> Jobs:
-    """A page of the records' jobs in a status, or of all of them."""
+def past_jobs(
+    settings: Settings,
+    status: str | None = None,
+    limit: int = 25,
+    offset: int = 0,
+    tenant: str | None = None,
+    adapter: str | None = None,
+) -> Jobs:
+    """A page of the jobs that are in a status now, or of all, and how many there are in each.
+
+    Rows, filter and counts go by the same state: the reconciled one, which of jobs that have ended is the record's.
+    """
     cluster = ask_cluster(settings)
 
     def read(store: Store) -> tuple[list[ReconciledJob], dict[str, int]]:
-        counts: dict[str, int] = {}
-        for (_, state), count in store.count_jobs().items():
-            counts[state] = counts.get(state, 0) + count
-        return reconcile(store, cluster, status=status, limit=limit, offset=offset), counts
+        def jobs(state: str | None, limit: int, offset: int = 0) -> list[ReconciledJob]:
+            return reconcile(store, cluster, tenant, adapter=adapter, status=state, limit=limit, offset=offset)
+
+        counts = Counter[str]()
+        for (_, state), count in store.count_jobs(tenant, adapter=adapter).items():
+            counts[str(state)] += count
+        opened = [job for state in OPEN if counts[state] for job in jobs(state, MOST_OPEN)]
+        counts.subtract(str(job.record.status) for job in opened)
+        counts.update(str(job.status) for job in opened)
+        known = {state: count for state, count in counts.items() if count > 0}
+        found = [job for job in opened if job.status == status]
+        if status is None or (status in ENDED and not found):
+            return jobs(status, limit, offset), known
+        if status in ENDED:  # open by their record, and ended all the same: they stand among the others
+            found += jobs(status, offset + limit)
+        found.sort(key=lambda job: (job.record.created, job.record.id), reverse=True)
+        return found[offset : offset + limit], known
 
     page, problem = ask_store(settings, read, ([], {}))
     return Jobs(tuple(map(_of_store, page[0])), page[1], cluster, problem)
+
+
+def trained_adapters(settings: Settings) -> list[tuple[str, str]]:
+    """Tenant and adapter of every recorded job, each pair once."""
+    return ask_store(settings, Store.list_trained, [])[0]
 
 
 def ask_cluster(settings: Settings) -> ClusterJobs:
@@ -117,6 +162,33 @@ def log_tail(settings: Settings, job_id: str, lines: int = LOG_LINES) -> tuple[l
             return [], f"{ray.problem}; no log of this job was kept"
         text, problem = _ask(partial(ray_jobs.logs, job_id, ray.url))
     return list(ray_jobs.for_people(ray_jobs.readable((text or "").splitlines())))[-lines:], problem
+
+
+def progress_of(job: Job, lines: Sequence[str]) -> Progress:
+    """Where a job stands that has not ended; a running one by the lines of its log."""
+    if job.status == JobStatus.VALIDATING:
+        return Progress(Phase.VALIDATING)
+    return read_progress(lines) if job.status == JobStatus.RUNNING else Progress(Phase.QUEUED)
+
+
+def one_job(settings: Settings, job_id: str) -> Job | None:
+    """A recorded job as it stands; None where there is no such."""
+    cluster = ask_cluster(settings)
+
+    def read(store: Store) -> Job | None:
+        try:
+            return _of_store(reconcile_record(store.get_job(job_id), cluster))
+        except NotFoundError:
+            return None
+
+    return ask_store(settings, read, None)[0]
+
+
+def jobs_of_versions(settings: Settings, tenant: str, adapter: str) -> dict[str, str]:
+    """The versions of an adapter that its last jobs made, newest first, and the ids of those jobs."""
+    read = partial(Store.list_jobs, tenant=tenant, adapter=adapter, status=JobStatus.SUCCEEDED, limit=MOST_LIVE)
+    jobs: list[JobRecord] = ask_store(settings, read, [])[0]
+    return {str(job.result["model"]): job.id for job in jobs if job.result and job.result.get("model")}
 
 
 def cancel(settings: Settings, job_id: str) -> str:
@@ -151,13 +223,14 @@ def job_runs(settings: Settings, job: Job) -> tuple[tuple[queries.TrackedRun, ..
     return ask_registry(settings, read, ())
 
 
-def curve_rows(settings: Settings, drawn: Sequence[queries.TrackedRun]) -> list[dict[str, Any]]:
-    """One row a point of the runs' losses."""
+def curve_rows(settings: Settings, drawn: Sequence[queries.TrackedRun], plot: str = "Loss") -> list[dict[str, Any]]:
+    """One row a point of the runs' curves that belong to a plot."""
+    metrics = PLOTS[plot]
     names = {run.id: f"trial {run.tags['trial']}" if "trial" in run.tags else run.name for run in drawn}
-    read = partial(queries.metric_histories, run_ids=list(names), metrics=list(CURVES))
+    read = partial(queries.metric_histories, run_ids=list(names), metrics=list(metrics))
     points, _ = ask_registry(settings, read, [])
     return [
-        {"run": names[run], "curve": CURVES[metric], "step": step, "value": value}
+        {"run": names[run], "curve": metrics[metric], "step": step, "value": value}
         for run, metric, step, value in points
     ]
 

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from pedro.registry.queries import TrackedRun
 
 NAME = "mlflow/runs"  # beside results/… and home/…
-TITLE = "Runs in MLflow"
+TITLE = "Jobs, by their runs in MLflow"
 OF_COMPARISONS = "comparison."  # experiments that a comparison's folder holds already
 MOST = 200
 MOST_CURVES = 60
+NOTHING_EQUAL = ""  # nobody planned these jobs to be compared
 KEPT = ("method.", "training.", "backbone", "resources.zero_stage")
 SEED = "training.seed"
 
@@ -52,7 +53,7 @@ def read_runs(settings: Settings, models: Sequence[str]) -> tuple[Comparison, st
     results = tuple(
         _result(run, label, sizes.get(run.id, 0)) for run, label in zip(scored, _labels(scored), strict=True)
     )
-    return Comparison(Path(NAME), "runs", TITLE, "compute", "", results, (), {}), problem
+    return Comparison(Path(NAME), "runs", TITLE, NOTHING_EQUAL, "", results, (), {}), problem
 
 
 def with_curves(settings: Settings, results: Iterable[RunResult], task: str) -> list[RunResult]:
@@ -67,7 +68,7 @@ def with_curves(settings: Settings, results: Iterable[RunResult], task: str) -> 
 
 
 def _labels(runs: Sequence[TrackedRun]) -> list[str]:
-    """The method's name, and the parameters in which runs of that method differ, the seed apart."""
+    """The method's name, and the parameters, other than the seed, in which runs of that method differ."""
     values: dict[str, dict[str, set[str]]] = {}
     for run in runs:
         for key, value in _asked(run).items():
@@ -102,6 +103,7 @@ def _result(run: TrackedRun, label: str, parameters: int) -> RunResult:
         training={k.removeprefix("training."): _plain(v) for k, v in asked.items() if k.startswith("training.")},
         scores=(score,),
         trainable_parameters=parameters,
+        steps=int(metrics.get("final/steps", 0)),
         seconds=metrics.get("final/seconds", 0.0),
         tokens_per_second=speeds.get("tokens_per_second", 0.0),
         answer_tokens_per_second=speeds["answer_tokens_per_second"],

@@ -137,6 +137,11 @@ def model_names(models: Iterable[Mapping[str, Any]]) -> list[str]:
     return sorted(listed, key=lambda name: ("." not in name, name))
 
 
+def beside_backbone(model: str, names: Iterable[str]) -> list[str]:
+    """A model that a link asks for, and its backbone to compare it with."""
+    return list(dict.fromkeys([model, *(name for name in names if "." not in name)]))[:MOST_COLUMNS]
+
+
 def first_choice(names: Iterable[str]) -> list[str]:
     """Of `model_names`, what to compare unless told otherwise: the first adapter's champion and the backbone."""
     champions = [name for name in names if "@" not in name]

@@ -1,33 +1,29 @@
-"""Serving over the last hour: scrapes become a bounded history, the history becomes lines and tables.
+"""Serving over time: the intervals that the gateway keeps become lines and tables.
 
-A history holds what each adapter gained between two scrapes, so its size follows the adapters with traffic, not all.
+The gateway reads its figures and the engines' whether or not anybody looks (`/metrics/history`); this holds what it
+told already and asks for what is new.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pedro.errors import PedroError
-from pedro.registry import Registry
-from sources.adapters import read_champions, read_promotions
-from sources.metrics import Histogram, Scrape, SeriesSource, Traffic, gained, increase, parse_metrics
-from sources.stores import ask_registry
+from pedro.registry import CHAMPION
+from pedro.store import Store
+from pedro.traffic.history import COARSE_S, FINE_S, UNSEEN_S, Interval
+from pedro.traffic.scrape import Histogram, Traffic
+from sources.stores import ask_store
 
 if TYPE_CHECKING:
     from pedro.config import Settings
-    from pedro.store import Position
     from sources.gateway import GatewayClient
 
 INTERVAL_S = 5.0
-LONGEST_S = 3600.0  # that can be looked back
-KEPT = int(LONGEST_S / INTERVAL_S)  # intervals
-FORGOTTEN_S = 900.0  # a series unseen for so long starts anew
 PERCENTILES = (0.5, 0.95, 0.99)
-UNSEEN_S = 60.0  # between two scrapes: nobody looked
 POINTS = 90  # of a line, however long its time
 REST = "all others"
 OWN = ""  # what no adapter gained: loads, evictions, refusals
@@ -35,7 +31,7 @@ OWN = ""  # what no adapter gained: loads, evictions, refusals
 
 @dataclass(frozen=True)
 class ChampionSwap:
-    """A champion that moved; `old` is None where there was none, or where nobody saw which it was."""
+    """A champion that moved; `old` is None where there was none."""
 
     at: float
     name: str
@@ -43,122 +39,80 @@ class ChampionSwap:
     old: int | None = None
 
 
-@dataclass(frozen=True)
-class Interval:
-    """From one scrape to the next, in seconds since the epoch. `gauges` are as of the end."""
-
-    start: float
-    end: float
-    gauges: Mapping[str, float]
-    traffic: Mapping[str, Traffic]
-
-    @property
-    def seconds(self) -> float:
-        return max(self.end - self.start, 1e-9)
-
-
 @dataclass
 class History:
-    """The last hour of one gateway. Shared by every session that looks at it; thread-safe."""
+    """What one gateway told of one resolution. Shared by every session that looks at it; thread-safe."""
 
-    kept: int = KEPT
-    stamp: Position | None = None  # of the registry, as of the champions that are known
-    _intervals: deque[Interval] = field(init=False)
-    _swaps: deque[ChampionSwap] = field(default_factory=lambda: deque(maxlen=200), init=False)
-    _seen: dict[SeriesSource, tuple[float, dict[str, float]]] = field(default_factory=dict, init=False)
-    _champions: dict[str, int] | None = field(default=None, init=False)
+    began: float | None = None
+    """Since when the gateway has kept figures."""
+    read_at: float | None = None
+    gauges: Mapping[str, float] = field(default_factory=dict)
+    _id: str = field(default="", init=False)
+    _intervals: list[Interval] = field(default_factory=list, init=False)
     _asked: float = field(default=float("-inf"), init=False)
-    _last: float | None = field(default=None, init=False)
-    _gauges: Mapping[str, float] = field(default_factory=dict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    def __post_init__(self) -> None:
-        self._intervals = deque(maxlen=self.kept)
+    _asking: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def due(self, now: float, every_s: float = INTERVAL_S) -> bool:
-        """Whether it is time to scrape; says so to one of the sessions that ask."""
+        """Whether it is time to ask; says so to one of the sessions that look."""
         with self._lock:
             if now - self._asked < 0.8 * every_s:
                 return False
             self._asked = now
             return True
 
-    def add(self, now: float, scrape: Scrape) -> None:
-        """Take in a scrape. A replica met for the first time brings its past along, so nothing of it counts yet."""
+    def refresh(self, gateway: GatewayClient, seconds: float) -> str:
+        """Ask for what is new of the last `seconds`; why that failed, or nothing."""
+        if not self._asking.acquire(blocking=False):  # another session asks
+            return ""
+        try:
+            ended = [held.end for held in self._intervals if seconds <= FINE_S or held.seconds >= COARSE_S]
+            after = max(ended, default=0.0)  # an interval that still grows is asked for again
+            told = gateway.metrics_history(seconds, after)
+            if told["id"] != self._id:
+                told, after = (gateway.metrics_history(seconds) if after else told), 0.0
+            self._take(told, after, seconds)
+        except PedroError as error:
+            return error.message
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return f"{gateway.url}/metrics/history gave no history of figures; is it of another release?"
+        finally:
+            self._asking.release()
+        return ""
+
+    def _take(self, told: Mapping[str, Any], after: float, seconds: float) -> None:
+        new = [Interval.from_dict(each) for each in told["data"]]
+        gauges = {str(name): float(value) for name, value in told["gauges"].items()}
         with self._lock:
-            if self._last is not None and now <= self._last:
-                return
-            met = {source.replica for source in self._seen}
-            grown = {}
-            for source, series in scrape.totals.items():
-                if source.replica in met:
-                    grown[source] = increase(self._seen.get(source, (now, {}))[1], series)
-                self._seen[source] = now, series
-            self._seen = {source: held for source, held in self._seen.items() if now - held[0] < FORGOTTEN_S}
-            if self._last is not None:
-                self._intervals.append(Interval(self._last, now, scrape.gauges, gained(grown)))
-            self._last, self._gauges = now, scrape.gauges
+            held = [*(each for each in self._intervals if each.end <= after), *new]
+            self._intervals = [each for each in held if each.end > held[-1].end - seconds]
+            self._id, self.began, self.read_at, self.gauges = str(told["id"]), told["began"], told["read_at"], gauges
 
-    @property
-    def latest(self) -> tuple[float | None, Mapping[str, float]]:
-        """When the last scrape was, and its gauges."""
+    def window(self, now: float, seconds: float) -> list[Interval]:
+        """The intervals of the last `seconds`, oldest first."""
         with self._lock:
-            return self._last, self._gauges
-
-    def follow(
-        self,
-        now: float,
-        champions: Mapping[str, int],
-        earlier: Callable[[], Iterable[ChampionSwap]],
-        names: Collection[str] | None = None,
-    ) -> None:
-        """Compare the champions, all of them or those among `names`, with those of the last time: what moved is a
-        swap. `earlier` is asked once."""
-        with self._lock:
-            if self._champions is None:
-                self._swaps.extend(earlier())
-            else:
-                for name, version in champions.items():
-                    if self._champions.get(name) != version:
-                        self._swaps.append(ChampionSwap(now, name, version, self._champions.get(name)))
-            if names is None or self._champions is None:
-                self._champions = dict(champions)
-            else:
-                for name in names:
-                    self._champions.pop(name, None)
-                self._champions.update(champions)
-
-    def window(self, now: float, seconds: float) -> tuple[list[Interval], list[ChampionSwap]]:
-        """The intervals and swaps of the last `seconds`, oldest first."""
-        with self._lock:
-            return (
-                [interval for interval in self._intervals if interval.end > now - seconds],
-                [swap for swap in self._swaps if swap.at > now - seconds],
-            )
+            return [interval for interval in self._intervals if interval.end > now - seconds]
 
 
-def scrape_into(history: History, gateway: GatewayClient, now: float) -> str:
-    """Read the gateway's figures into the history; why that failed, or nothing."""
-    try:
-        history.add(now, parse_metrics(gateway.metrics()))
-    except PedroError as error:
-        return error.message
-    except ValueError as error:
-        return f"{gateway.url}/metrics gave no Prometheus text: {str(error)[:200]}"
-    return ""
+def read_swaps(settings: Settings, since: float) -> list[ChampionSwap]:
+    """Every champion that moved since then, the first first: as the store's history has it."""
+    moves, _ = ask_store(settings, lambda store: Store.recent_moves(store, since), [])
+    swaps = []
+    for name, move in reversed(moves):
+        old, new = (((side or {}).get("aliases") or {}).get(CHAMPION) for side in (move.before, move.after))
+        if new is not None and new != old:
+            swaps.append(ChampionSwap(move.at, name, new, old))
+    return swaps
 
 
-def follow_registry(history: History, settings: Settings, now: float) -> None:
-    """Let the history know which champions there are, if the registry changed since; not while it does not answer."""
-    stamp, _ = ask_registry(settings, Registry.stamp, None)
-    if stamp is not None and stamp == history.stamp:
-        return
-    seen = read_champions(settings, history.stamp)
-    if seen is not None:
-        since = now - LONGEST_S
-        earlier = lambda: [ChampionSwap(*moved) for moved in read_promotions(settings, since)]  # noqa: E731
-        history.follow(now, seen.champions, earlier, seen.names)
-        history.stamp = seen.position  # older than what was read, never newer
+def gaps(intervals: Sequence[Interval], start: float, end: float) -> list[tuple[float, float]]:
+    """From when to when nothing was observed between `start` and `end`; what is shorter than `UNSEEN_S` is none."""
+    seen, found = start, []
+    for interval in intervals:
+        if interval.start - seen > UNSEEN_S:
+            found.append((seen, interval.start))
+        seen = max(seen, interval.end)
+    return [*found, (seen, end)] if end - seen > UNSEEN_S else found
 
 
 def adapters_of(intervals: Iterable[Interval]) -> list[str]:
@@ -170,19 +124,6 @@ def adapters_of(intervals: Iterable[Interval]) -> list[str]:
                 counts = traffic.counts
                 tokens[name] = tokens.get(name, 0.0) + counts.get("completion_tokens", 0) + counts.get("requests", 0)
     return sorted(tokens, key=lambda name: (-tokens[name], name))
-
-
-def coarser(intervals: Sequence[Interval], points: int = POINTS) -> list[Interval]:
-    """Neighbours joined until at most about `points` are left."""
-    if len(intervals) <= points:
-        return list(intervals)
-    step = (intervals[-1].end - intervals[0].start) / points
-    joined: list[list[Interval]] = [[]]
-    for interval in intervals:
-        if joined[-1] and interval.end - joined[-1][0].start > step:
-            joined.append([])
-        joined[-1].append(interval)
-    return [_joined(group) for group in joined]
 
 
 def rate_rows(
@@ -199,17 +140,12 @@ def rate_rows(
 
 
 def gauge_rows(intervals: Iterable[Interval], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Gauges by the names under which they are shown, one row an interval and gauge.
-
-    Nothing is known of a time when nobody looked: a row without a value stands before it.
-    """
-    rows: list[dict[str, Any]] = []
-    for interval in intervals:
-        for gauge, shown in names.items():
-            if interval.seconds > UNSEEN_S:
-                rows.append({"at": interval.start + 1e-3, "what": shown, "value": None})
-            rows.append({"at": interval.end, "what": shown, "value": interval.gauges.get(gauge, 0.0)})
-    return rows
+    """Gauges by the names under which they are shown, one row an interval and gauge; None while no engine answered."""
+    return [
+        {"at": interval.end, "what": shown, "value": interval.gauges.get(gauge)}
+        for interval in intervals
+        for gauge, shown in names.items()
+    ]
 
 
 def percentile_rows(
@@ -283,18 +219,6 @@ def marks(intervals: Iterable[Interval], swaps: Iterable[ChampionSwap]) -> list[
             if count:
                 rows.append({"at": interval.end, "event": event, "text": f"{count:,.0f} in {interval.seconds:.0f} s"})
     return sorted(rows, key=lambda row: row["at"])
-
-
-def _joined(group: Sequence[Interval]) -> Interval:
-    traffic: dict[str, Traffic] = {}
-    for interval in group:
-        for name, part in interval.traffic.items():
-            traffic[name] = traffic.get(name, Traffic()) + part
-    gauges = {
-        name: max(interval.gauges.get(name, 0.0) for interval in group)
-        for name in {name for interval in group for name in interval.gauges}
-    }
-    return Interval(group[0].start, group[-1].end, gauges, traffic)
 
 
 def _count(interval: Interval, name: str, what: str) -> float:

@@ -13,7 +13,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from components import prompt_vectors
+from components import prompt_vectors, shared_url
 from components.catalog import catalog_or_notice, read_stored, read_versions, select_version
 from drawing import DASHES, GREY, INK, SERIES
 from pedro.config import Settings
@@ -68,8 +68,9 @@ def page() -> None:
 
 def choose(settings: Settings, columns: Sequence[Any], names: list[str], label: str, key: str) -> Chosen | None:
     """An adapter and one of its versions; None where there are no activations to show, which is said."""
-    name = columns[0].selectbox(label, names, key=key, bind="query-params")
-    if name == NONE:
+    known = shared_url.check(key, names, "Adapter", "Choose one of those below.")
+    name = columns[0].selectbox(label, names, index=0 if known else None, key=key, bind="query-params")
+    if name is None or name == NONE:
         return None
     adapter = read_versions(settings, name)
     if not adapter.versions:

@@ -9,15 +9,18 @@ import pandas as pd
 import streamlit as st
 
 import connection
-from components import promotion
+from components import promotion, shared_url
 from components.catalog import REFRESH_S, catalog_or_notice, forget, read_stored, read_versions, select_version
+from components.row_browser import browse
 from drawing import number
 from pedro.config import Settings
 from pedro.registry import CANDIDATE, CHAMPION, PREVIOUS, Version
 from sources import adapters as data
+from sources import jobs
 from sources.gateway import Access, GatewayClient, GatewayError
 
 DATE = "YYYY-MM-DD HH:mm"
+read_made = st.cache_data(ttl=60, show_spinner=False, max_entries=200)(jobs.jobs_of_versions)
 VERDICTS = {
     "passed": ":green[:material/check_circle:] passed the gate",
     "refused": ":orange[:material/block:] refused by the gate",
@@ -30,12 +33,12 @@ def page() -> None:
     settings = Settings.from_env()
     gateway, status = connection.sidebar()
     st.title("Adapters", anchor=False)
-    promotion.show_outcome()
     catalog = catalog_or_notice(settings)
     if not catalog.rows:
         st.caption(f"Registry `{catalog.source}`")
         return
     name = choose(catalog)
+    promotion.show_outcome_elsewhere(name)
     if name is not None:
         able = status.answers and status.access is Access.ADMIN
         detail(settings, name, gateway if able else None)
@@ -81,9 +84,12 @@ def choose(catalog: data.Catalog) -> str | None:
     )
     names = [row.name for row in kept]
     follow_table(table, shown)
+    known = shared_url.check("adapter", {row.name for row in rows}, "Adapter", "Choose one of those below.")
     return st.selectbox(
         "Adapter",
         names,
+        index=0 if known else None,
+        placeholder="Choose an adapter",
         key="adapter",
         bind="query-params",
         help="Type to search. A click on a row of the table does it too.",
@@ -115,11 +121,47 @@ def detail(settings: Settings, name: str, gateway: GatewayClient | None) -> None
     number(facts[2], "Candidate", *aliased(candidate, "none refused"))
     residence(facts[3], name, gateway, registered)
     versions_table(registered)
-    chosen = select_version(st, registered, registered.versions[0], label, f"version_{name}")
-    promotion.buttons(gateway, chosen, champion, previous, forget)
+    chosen = select_version(st, registered, asked_version(registered), label, f"version_{name}")
+    promotion.buttons(gateway, chosen, champion, previous, moved)
+    promotion.show_outcome(name)
     verdict, reason = data.gate_of(chosen)
     st.markdown(f"**v{chosen.version}** · {VERDICTS[verdict]}: {reason}")
+    links(settings, chosen)
     origin(settings, chosen)
+
+
+def moved(name: str, champion: int | None) -> None:
+    """An alias has moved, or may have: read again, and look at the new champion, if it is known."""
+    forget()
+    if champion is not None:
+        st.session_state[f"version_{name}"] = champion
+
+
+def asked_version(registered: data.Versions) -> Version:
+    """The version that a link asks for, else the newest."""
+    asked = st.query_params.get("version", "")
+    return next((held for held in registered.versions if str(held.version) == asked), registered.versions[0])
+
+
+def links(settings: Settings, version: Version) -> None:
+    """From a version to the job that made it, and to a chat with it."""
+    job = made_by(settings, version).get(version.ref)
+    one, two, _ = st.columns([2, 3, 3])
+    with one:
+        st.page_link(
+            "views/playground.py", label="Ask it", icon=":material/forum:", query_params={"model": version.ref}
+        )
+    with two:
+        if job:
+            st.page_link(
+                "views/runs.py", label=f"Its job, {job}", icon=":material/play_circle:", query_params={"job": job}
+            )
+
+
+def made_by(settings: Settings, version: Version) -> dict[str, str]:
+    """The versions of the same adapter that jobs made, and those jobs."""
+    tenant, _, adapter = version.name.partition(".")
+    return read_made(settings, tenant, adapter)
 
 
 def aliased(version: Version | None, none: str) -> tuple[str, str]:
@@ -202,7 +244,14 @@ def origin(settings: Settings, version: Version) -> None:
             f"```\n{stored.problem}\n```",
             icon=":material/broken_image:",
         )
-    facts, measured, spec = st.tabs(["Lineage", "Measurements", "Specification"])
+    facts, measured, rows_behind, spec = st.tabs(["Lineage", "Measurements", "Rows", "Specification"])
+    with rows_behind:
+        made = made_by(settings, version)
+        if version.ref in made:
+            others = {ref: job for ref, job in made.items() if ref != version.ref}
+            browse(settings, made[version.ref], version.ref, others)
+        else:
+            st.caption("No job of this home's records made it, so its rows are not known.")
     with facts:
         rows = data.lineage(version, stored.manifest)
         st.dataframe(

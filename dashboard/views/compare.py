@@ -9,14 +9,17 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+from components import curves as curve_chart
+from components import shared_url
 from components.costs import costs
+from components.verdict import verdict
 from drawing import background_colour, colours, dashes
 from pedro.config import Settings
 from sources import compare as data
 from sources import mlflow_runs
 
 if TYPE_CHECKING:
-    from pedro.comparison.result_model import Comparison, RunResult
+    from pedro.comparison.result_model import Comparison, RunResult, Table
     from sources.compare import FilteredComparison
 
 REFRESH_S = 60
@@ -71,12 +74,13 @@ def page() -> None:
     if not selection.tables:
         st.caption("No finished run fits. Choose other tasks or methods, or wait for the first one.")
         return
+    main = verdict(selection)
     table(selection)
     downloads(selection)
     beside_the_paper(selection)
     costs(selection)
     budgets(selection)
-    curves(settings, selection, stamp)
+    curves(settings, selection, stamp, main)
     parameters(selection)
 
 
@@ -94,10 +98,20 @@ def chosen(settings: Settings) -> tuple[Comparison | None, str]:
             icon=":material/compare_arrows:",
         )
         return None, ""
-    key = st.selectbox("Comparison", options, key="comparison", bind="query-params")
+    key = shared_url.choose(
+        "Comparison",
+        options,
+        "comparison",
+        titles=data.titles_of(comparisons.values()) | {mlflow_runs.NAME: mlflow_runs.TITLE},
+        what="Comparison",
+        placeholder="Choose a comparison",
+    )
+    if key is None:
+        return None, ""
     if key in comparisons:
         listed = comparisons[key]
         return read_one(listed), f"{key} {listed.stamp}"
+    shared_url.check("models", models, "Adapter", "No runs of it are in this registry.")
     wanted = st.multiselect(
         "Adapters", models, default=models[:3], key="models", bind="query-params", max_selections=25
     )
@@ -120,6 +134,12 @@ def filtered(comparison: Comparison, stamp: str) -> FilteredComparison:
     """What the filters leave; they are kept in the URL."""
     open_to = data.choices(comparison)
     several = len(open_to.backbones) > 1
+    for key, names, what in (
+        ("tasks", open_to.tasks, "Task"),
+        ("methods", open_to.labels, "Method"),
+        ("backbones", open_to.backbones, "Backbone"),
+    ):
+        shared_url.check(key, names, what, "No finished run of this comparison has it; the filter leaves it out.")
     columns = st.columns(3 if several else 2)
     tasks = columns[0].multiselect("Tasks", open_to.tasks, key="tasks", bind="query-params", placeholder="all tasks")
     labels = columns[1].multiselect(
@@ -134,15 +154,26 @@ def filtered(comparison: Comparison, stamp: str) -> FilteredComparison:
 
 
 def table(selection: FilteredComparison) -> None:
-    style = STYLE % background_colour()  # of the first column, which stays while the others scroll
-    st.html(style + "".join(data.table_html(table) for table in selection.tables))
+    printed, sortable = st.tabs(["As printed", "Sortable"])
+    with printed:
+        style = STYLE % background_colour()  # of the first column, which stays while the others scroll
+        st.html(style + "".join(data.table_html(table) for table in selection.tables))
+    with sortable:
+        frame = pd.DataFrame(data.sortable_rows(selection))
+        whole = {"parameters": st.column_config.NumberColumn(format="localized")}
+        scores = {
+            name: st.column_config.NumberColumn(format="%.1f") for name in frame.columns if name in selection.tasks
+        }
+        st.dataframe(
+            frame.dropna(axis="columns", how="all"), hide_index=True, width="stretch", column_config=whole | scores
+        )
     if beside := data.beside_html(selection):
         st.html(beside)
     heads = {table.notes[0] for table in selection.tables if table.notes}  # which budget is equal
-    st.caption("  \n".join([data.LEGEND, *(map(_literal, heads) if len(heads) == 1 else ())]))
+    st.caption("  \n".join([data.LEGEND, *(map(data.literal, heads) if len(heads) == 1 else ())]))
     notes = dict.fromkeys(note for table in selection.tables for note in table.notes)
     with st.expander("What the numbers are", icon=":material/info:"):
-        st.markdown("\n".join(f"- {_literal(note)}" for note in notes))
+        st.markdown("\n".join(f"- {data.literal(note)}" for note in notes))
 
 
 def downloads(selection: FilteredComparison) -> None:
@@ -212,16 +243,16 @@ def budgets(selection: FilteredComparison) -> None:
     st.caption("Medians over seeds with their 95 % intervals; the number of parameters on a logarithmic axis.")
 
 
-def curves(settings: Settings, selection: FilteredComparison, stamp: str) -> None:
+def curves(settings: Settings, selection: FilteredComparison, stamp: str, main: Table) -> None:
     st.subheader("Learning curves", anchor=False)
     trained = list(dict.fromkeys(run.task for run in selection.runs))
     if not trained:
         st.caption("No run has a curve.")
         return
-    left, right = st.columns([1, 2], vertical_alignment="bottom")
-    most = data.most_validated(selection.runs)
-    task = left.selectbox("Trained on", trained, trained.index(most), key="curve_task", bind="query-params") or most
-    curve = right.segmented_control(
+    left, middle, right, switch = st.columns([3, 3, 3, 2], vertical_alignment="bottom")
+    first = data.first_curve(selection.runs, main)
+    task = left.selectbox("Trained on", trained, trained.index(first), key="curve_task", bind="query-params") or first
+    curve = middle.segmented_control(
         "Curve",
         list(data.CURVES),
         default="dev/loss",
@@ -230,6 +261,8 @@ def curves(settings: Settings, selection: FilteredComparison, stamp: str) -> Non
         key="curve",
         bind="query-params",
     )
+    smoothing = right.slider("Smoothing", 0.0, 0.95, 0.6 if curve == "train/loss" else 0.0, 0.05, key=f"smooth_{curve}")
+    log = switch.toggle("Log axis", True)
     runs = selection.runs
     if stamp.startswith(mlflow_runs.NAME):
         runs = tuple(with_curves(settings, runs, stamp, task))
@@ -240,19 +273,13 @@ def curves(settings: Settings, selection: FilteredComparison, stamp: str) -> Non
     best = data.best_values(runs, task, curve)
     methods = [row["method"] for row in best][:MOST_LINES]
     frame = frame[frame["method"].isin(methods)]
-    base = alt.Chart(frame).encode(
-        x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1, grid=False)), color=colours("method", methods)
-    )
-    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
-    lines = base.mark_line(strokeWidth=2.2, point=alt.OverlayMarkDef(size=22)).encode(
-        y=y,
-        strokeDash=dashes("method", methods),
-        tooltip=["method:N", "step:Q", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high"))],
-    )
-    bands = base.mark_area(opacity=0.12).encode(y="low:Q", y2="high:Q")
     left, right = st.columns([5, 4], gap="medium")
-    left.altair_chart((bands + lines).properties(height=340), width="stretch")
-    left.caption("Medians over seeds; the shade reaches from the least to the most of them.")
+    with left:
+        curve_chart.draw(frame, methods, log=log, smoothing=smoothing)
+        st.caption(
+            "Medians over seeds; the shade is the range over seeds. A click in the legend picks a method out, shift "
+            "adds another, a double click shows all."
+        )
     right.dataframe(
         pd.DataFrame(best),
         hide_index=True,
@@ -273,15 +300,10 @@ def parameters(selection: FilteredComparison) -> None:
     st.subheader("Parameters that differ", anchor=False)
     rows = data.differing(selection.runs)
     if len(rows) < 2 or len(rows[0]) < 2:
-        st.caption("None, the seed apart.")
+        st.caption("No parameter differs, other than the seed.")
         return
     st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
     st.caption("What is equal for all methods that are shown is left out. Several values: they differ between runs.")
-
-
-def _literal(text: str) -> str:
-    """Text that Markdown shows as it stands."""
-    return text.replace("*", r"\*").replace("_", r"\_").replace("$", r"\$").replace("~", r"\~")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def news(seen: Overview) -> None:
             "at": st.column_config.DatetimeColumn("When (UTC)", format="YYYY-MM-DD HH:mm", width=130),
             "what": st.column_config.TextColumn("What", width=120),
             "name": st.column_config.TextColumn("Which", width="medium"),
-            "detail": st.column_config.TextColumn("Why", width="large"),
+            "detail": st.column_config.TextColumn("Details", width="large"),
         },
     )
 

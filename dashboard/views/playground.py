@@ -65,7 +65,8 @@ def page() -> None:
 def choose_at_first(names: list[str]) -> None:
     """Choose for a key that is new here, unless something is chosen: it may be typed long after the page was opened."""
     if names and not st.session_state.get(OFFERED) and not st.session_state.get(CHOSEN):
-        st.session_state[CHOSEN] = data.first_choice(names)
+        asked = st.query_params.get("model", "")
+        st.session_state[CHOSEN] = data.beside_backbone(asked, names) if asked else data.first_choice(names)
     st.session_state[OFFERED] = bool(names)
 
 

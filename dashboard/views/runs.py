@@ -1,35 +1,22 @@
-"""Runs: running jobs with live curves and logs, a paged table of all jobs, cancellation."""
+"""Runs: what is under way with its progress, and a filtered, paged table of all jobs; the open one is in the URL."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import DASHES, SERIES
+from components import shared_url
+from components.job_details import REFRESH_S, details, minute_utc
+from components.row_browser import browse
 from pedro.config import Settings
-from pedro.store import JobStatus
 from sources import jobs as data
 
-if TYPE_CHECKING:
-    from pedro.registry.queries import TrackedRun
-
-REFRESH_S = 3
 PAGE = 25
-SIGNS = {
-    "running": ":blue[:material/sync:]",
-    "queued": ":gray[:material/schedule:]",
-    "paused": ":gray[:material/pause_circle:]",
-    "succeeded": ":green[:material/check_circle:]",
-    "failed": ":red[:material/error:]",
-    "cancelled": ":gray[:material/block:]",
-    "lost": ":orange[:material/link_off:]",
-}
+ALL = "all"
+OPEN = "job"  # the open row, in the URL
 COLUMNS: dict[str, Any] = {
     "status": st.column_config.TextColumn("Status", width="small"),
     "model": st.column_config.TextColumn("Adapter"),
@@ -38,15 +25,15 @@ COLUMNS: dict[str, Any] = {
     "minutes": st.column_config.NumberColumn("Minutes", format="%.1f", width="small"),
     "version": st.column_config.TextColumn("Became", width=105),
     "accuracy": st.column_config.NumberColumn("Accuracy", format="percent", width="small"),
-    "message": st.column_config.TextColumn("Why", width="large"),
+    "message": st.column_config.TextColumn("Outcome", width="large"),
     "job": st.column_config.TextColumn("Job"),
 }
 
 read_live = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner=False)(data.live_jobs)
 read_past = st.cache_resource(max_entries=100, ttl=REFRESH_S, show_spinner="Reading the jobs …")(data.past_jobs)
-read_runs = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner=False)(data.job_runs)
-read_curves = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.curve_rows)
-read_log = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.log_tail)
+read_one = st.cache_resource(max_entries=100, ttl=REFRESH_S, show_spinner=False)(data.one_job)
+read_made = st.cache_data(ttl=60, show_spinner=False, max_entries=100)(data.jobs_of_versions)
+read_trained = st.cache_data(ttl=30, show_spinner=False)(data.trained_adapters)
 
 
 def page() -> None:
@@ -72,7 +59,7 @@ def under_way(settings: Settings) -> None:
         "Job", list(by_id), format_func=lambda job_id: title(by_id[job_id]), key="live", persist_state="session"
     )
     job = by_id[chosen] if chosen in by_id else seen.jobs[0]
-    details(settings, job)
+    details(settings, job, "live")
     ending(settings, job)
 
 
@@ -85,55 +72,6 @@ def complain(seen: data.Jobs) -> None:
         st.warning(
             f"The platform's records cannot be read.\n\n```\n{seen.problem}\n```", icon=":material/database_off:"
         )
-
-
-def details(settings: Settings, job: data.Job) -> None:
-    """How it stands, its curves, the end of its log."""
-    st.markdown(f"{SIGNS.get(job.status, '')} **{job.status}** · begun {minute_utc(job.created)} UTC · `{job.id}`")
-    if job.message:
-        st.caption(job.message)
-    left, right = st.columns([3, 2], gap="large")
-    with left:
-        drawn, problem = read_runs(settings, job)
-        nothing = "No curve yet: it appears with the first training steps." if job.live else "It left no curve."
-        curves(settings, drawn, problem or nothing)
-    with right:
-        lines, problem = read_log(settings, job.id)
-        st.markdown("**Log**")
-        if lines:
-            st.code("\n".join(reversed(lines)), language=None, wrap_lines=True, height=300)
-            st.caption(f"The newest lines, the last first. `pedro jobs logs {job.id}` shows all.")
-        else:
-            st.caption(problem or "Nothing written yet.")
-
-
-def curves(settings: Settings, drawn: Sequence[TrackedRun], nothing: str) -> None:
-    st.markdown("**Curves**")
-    frame = pd.DataFrame(read_curves(settings, drawn), columns=["run", "curve", "step", "value"])
-    if frame.empty:
-        st.caption(nothing)
-        return
-    runs = list(dict.fromkeys(frame["run"]))
-    colour, dash = ("run", "curve") if len(runs) > 1 else ("curve", "run")
-    legend = alt.Legend(title=None, orient="top", columns=4)
-    chart = (
-        alt.Chart(frame)
-        .mark_line(strokeWidth=2.2, point=alt.OverlayMarkDef(size=22))
-        .encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, grid=False)),
-            y=alt.Y("value:Q", title="loss", scale=alt.Scale(zero=False)),
-            color=alt.Color(f"{colour}:N", scale=alt.Scale(range=SERIES), legend=legend, sort=None),
-            strokeDash=alt.StrokeDash(
-                f"{dash}:N", scale=alt.Scale(range=DASHES), legend=legend if len(runs) > 1 else None, sort=None
-            ),
-            tooltip=["run:N", "curve:N", alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=",.4~g")],
-        )
-    )
-    st.altair_chart(chart.properties(height=300), width="stretch")
-    best = frame[frame["curve"] == data.CURVES["dev/loss"]]
-    if not best.empty:
-        least = min(best.to_dict("records"), key=lambda row: row["value"])
-        st.caption(f"Best validation loss {least['value']:.4f} at step {least['step']:,} ({least['run']}).")
 
 
 def ending(settings: Settings, job: data.Job) -> None:
@@ -163,52 +101,98 @@ def _end(settings: Settings, job_id: str) -> None:
 
 def past(settings: Settings) -> None:
     st.subheader("All jobs", anchor=False)
-    left, right, _ = st.columns([2, 1, 3], vertical_alignment="bottom")
-    everything = "all"
-    status = left.selectbox("Status", [everything, *map(str, JobStatus)], key="status", bind="query-params")
-    wanted = None if status in (None, everything) else status
-    number = int(right.number_input("Page", 1, key="page", bind="query-params"))
-    seen = read_past(settings, wanted, PAGE, (number - 1) * PAGE)
+    trained = read_trained(settings)
+    columns = st.columns([2, 2, 3, 1], vertical_alignment="bottom")
+    tenants = list(dict.fromkeys(tenant for tenant, _ in trained))
+    shared_url.check("tenant", [ALL, *tenants], "Tenant", "No job of it is recorded.")
+    tenant = _one(columns[0].selectbox("Tenant", [ALL, *tenants], key="tenant", bind="query-params"))
+    adapters = list(dict.fromkeys(adapter for owner, adapter in trained if tenant in (None, owner)))
+    adapter = _one(columns[1].selectbox("Adapter", [ALL, *adapters], key="adapter", bind="query-params"))
+    status = _one(columns[2].selectbox("Status", [ALL, *data.STATES], key="status", bind="query-params"))
+    number = int(columns[3].number_input("Page", 1, key="page", bind="query-params"))
+    seen = read_past(settings, status, PAGE, (number - 1) * PAGE, tenant, adapter)
     complain(seen)
     counts = seen.counts or {}
-    total = counts.get(wanted, 0) if wanted else sum(counts.values())
+    total = counts.get(status, 0) if status else sum(counts.values())
     if not total:
-        st.caption("No such job." if wanted else "No job yet. `pedro submit SPEC.yaml` starts one.")
-        return
-    if not seen.jobs:
+        filtered = status or tenant or adapter
+        st.caption("No such job." if filtered else "No job yet. `pedro submit SPEC.yaml` starts one.")
+    elif not seen.jobs:
         st.caption(f"There are {ceil(total / PAGE):,} pages.")
-        return
-    recorded = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-    first, last = (number - 1) * PAGE + 1, min(number * PAGE, total)
-    st.caption(f"{first:,} to {last:,} of {total:,}, newest first. Recorded: {recorded}.")
-    frame = pd.DataFrame(data.job_rows(seen.jobs), columns=list(COLUMNS))
+    else:
+        by_state = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items(), key=lambda at: -at[1]))
+        first, last = (number - 1) * PAGE + 1, min(number * PAGE, total)
+        st.caption(f"{first:,} to {last:,} of {total:,}, newest first. In all: {by_state}.")
+    opened(settings, {job.id: job for job in seen.jobs})
+
+
+def opened(settings: Settings, by_id: dict[str, data.Job]) -> None:
+    """The table, and the row of it that is open; a row that the URL names need not be on this page."""
+    asked = st.query_params.get(OPEN)
+    if asked and asked not in by_id and (found := read_one(settings, asked)) is not None:
+        by_id = {asked: found, **by_id}
+    if by_id:
+        table = st.container()
+        chosen = shared_url.choose(
+            "Look at",
+            list(by_id),
+            OPEN,
+            titles={job_id: title(job) for job_id, job in by_id.items()},
+            what="Job",
+            placeholder="Choose a job, here or in the table",
+            empty=True,
+        )
+        with table:
+            follow_rows(list(by_id.values()))
+        if chosen:
+            one(settings, by_id[chosen])
+    else:
+        shared_url.check(OPEN, by_id, "Job", "No such job is recorded.")
+
+
+def follow_rows(jobs: list[data.Job]) -> None:
+    frame = pd.DataFrame(data.job_rows(jobs), columns=list(COLUMNS))
     frame["created"] = pd.to_datetime(frame["created"], unit="ms")
-    st.dataframe(frame, hide_index=True, width="stretch", column_config=COLUMNS, placeholder="")
-    by_id = {job.id: job for job in seen.jobs}
-    chosen = st.selectbox(
-        "Look at", list(by_id), index=None, format_func=lambda job_id: title(by_id[job_id]), placeholder="Choose a job"
+    st.dataframe(
+        frame,
+        hide_index=True,
+        width="stretch",
+        column_config=COLUMNS,
+        placeholder="",
+        key="jobs_table",
+        on_select=lambda: _follow([job.id for job in jobs]),
+        selection_mode="single-row",
     )
-    if chosen:
-        one(settings, by_id[chosen])
+
+
+def _follow(ids: list[str]) -> None:
+    """Selecting a row opens it."""
+    rows = st.session_state["jobs_table"].selection.rows
+    if rows and rows[0] < len(ids):
+        st.session_state[OPEN] = ids[rows[0]]
 
 
 def one(settings: Settings, job: data.Job) -> None:
     """A job of the table: what came of it."""
     with st.container(border=True):
-        details(settings, job)
+        details(settings, job, "past")
         result = data.result_of(job)
         if result:
             metrics = {
                 name: value for name, value in result.get("metrics", {}).items() if isinstance(value, int | float)
             }
             st.caption(" · ".join(f"{name} {value:,.4g}" for name, value in metrics.items()))
+        if result:
+            made = read_made(settings, job.tenant, job.adapter)
+            with st.expander("Rows behind the score", icon=":material/table_rows:"):
+                browse(settings, job.id, "past", {ref: other for ref, other in made.items() if other != job.id})
         if job.record and job.record.spec:
             with st.expander("Specification"):
                 st.json(job.record.spec)
 
 
-def minute_utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+def _one(chosen: str | None) -> str | None:
+    return None if chosen in (None, ALL) else chosen
 
 
 if __name__ == "__main__":

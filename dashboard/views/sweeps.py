@@ -8,6 +8,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+from components import shared_url
 from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, background_colour, number
 from pedro.config import Settings
 from pedro.training.sweep.records import TrialState
@@ -34,9 +35,10 @@ def page() -> None:
             icon=":material/tune:",
         )
         return
-    names = {sweep.id: f"{sweep.model}/{sweep.name}/{sweep.id}" for sweep in sweeps}
-    chosen = st.selectbox("Sweep", list(names), format_func=names.__getitem__, key="sweep", bind="query-params")
-    show(settings, chosen or sweeps[0].id)
+    names = {sweep.id: f"{sweep.model} · {sweep.name} · {sweep.id}" for sweep in sweeps}
+    chosen = shared_url.choose("Sweep", list(names), "sweep", titles=names, what="Sweep", placeholder="Choose a sweep")
+    if chosen:
+        show(settings, chosen)
 
 
 @st.fragment(run_every=REFRESH_S)
@@ -205,7 +207,7 @@ def trials(sweep: data.Sweep) -> None:
             "trainable_parameters": st.column_config.NumberColumn("Trained parameters", format="localized"),
             "steps": st.column_config.NumberColumn("Steps", format="localized"),
             "seconds": st.column_config.NumberColumn("Seconds", format="%.0f"),
-            "message": st.column_config.TextColumn("Why"),
+            "message": st.column_config.TextColumn("Outcome"),
             "run_id": None,
         },
     )

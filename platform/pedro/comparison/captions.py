@@ -88,13 +88,21 @@ def _equal(comparison: Comparison, runs: Sequence[RunResult], tasks: Sequence[Ta
             f"Equal for all methods: the number of trained parameters ({sizes}{near}) and compute ({compute}{extra})."
         )
     asked = f" (asked for: {budget:,})" if budget else ""
+    trained = f"trained parameters, {sizes}{asked}"
+    if not comparison.equal:
+        parts = [f"steps {steps}{extra}", f"rows a step {batches}" if batches else "", trained if sizes else ""]
+        return f"Nothing was held equal for these jobs: {'; '.join(filter(None, parts))}."
     if comparison.equal == "effort":
         return (
             "Equal for all methods: effort (the same training rows, the same rules for the learning rate and for the "
             f"end of training; rows a step: {batches}). Not equal: steps ({steps}{extra}) and trained parameters, "
             f"{sizes}{asked}."
         )
-    return f"Equal for all methods: compute ({compute}{extra}). Not equal: trained parameters, {sizes}{asked}."
+    if uneven := [task for task, counts in _steps_by_task(ended).items() if len(counts) > 1]:
+        return f"Not equal: compute (steps: {steps}; they differ on {', '.join(uneven)}) and {trained}."
+    if len({entry.parameters for entry in tasks if entry.parameters}) == 1:
+        return f"Equal for all methods: compute ({compute}{extra}) and the number of {trained}."
+    return f"Equal for all methods: compute ({compute}{extra}). Not equal: {trained}."
 
 
 def _ends_of_training(runs: Sequence[RunResult]) -> str:
@@ -198,7 +206,7 @@ def _best(entries: Sequence[TableEntry]) -> str:
     held = f"proven: {', '.join(proven)}" if proven else "no column has a proven best"
     return (
         "Best of a column in bold only where the 95 % interval of its difference to every other method, on the same "
-        f"rows, excludes zero (and none of its runs failed); else * marks it without a claim. Here {held}. "
+        f"rows, excludes zero (and none of its runs failed); else * marks the highest value. Here {held}. "
         "Second underlined."
     )
 
@@ -275,6 +283,13 @@ def _measured(runs: Sequence[RunResult]) -> Iterable[str]:
         yield (
             text + "".join(f"; {label} is not ({reason.partition(';')[0]})" for label, reason in refused.items()) + "."
         )
+
+
+def _steps_by_task(runs: Sequence[RunResult]) -> dict[str, set[int]]:
+    by_task: dict[str, set[int]] = defaultdict(set)
+    for run in runs:
+        by_task[run.task].add(run.steps)
+    return by_task
 
 
 def _by_task(runs: Sequence[RunResult], value: Callable[[RunResult], int]) -> str:

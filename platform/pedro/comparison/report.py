@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pedro.comparison.renderers import RenderedTable, Style
 
 WIDTH, FILE_WIDTH = 160, 200
-SIGNS = "**proven best**   best without a claim*   _second_   † at chance   ! some runs failed"
+SIGNS = "**proven best**   highest, not proven*   _second_   † at chance   ! some runs failed"
 ANSI_SIGNS = SIGNS.replace("**proven best**", renderers.ANSI.proven.format("proven best")).replace(
     "_second_", renderers.ANSI.second.format("second")
 )

@@ -38,6 +38,8 @@ class Score:
     tokens: int = 0
     each: tuple[tuple[float, float, int], ...] = field(default=(), compare=False, repr=False)
     """Of every row, in their order: how far it is right (0 to 1), its loss, its answer's tokens."""
+    answers: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What was generated for every row, where it was kept."""
 
     def __add__(self, other: Score) -> Score:
         return Score(
@@ -46,6 +48,7 @@ class Score:
             self.loss_sum + other.loss_sum,
             self.tokens + other.tokens,
             self.each + other.each,
+            self.answers + other.answers,
         )
 
     @property
@@ -68,7 +71,7 @@ def score(model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], ba
     right = [exact_match(answer, row["completion"]) for answer, row in zip(answers, rows, strict=True)]
     losses = answer_losses(model, tokenizer, rows, batch_size)
     each = tuple((float(good), loss, tokens) for good, (loss, tokens) in zip(right, losses, strict=True))
-    return Score(sum(right), len(rows), *_total(losses), each)
+    return Score(sum(right), len(rows), *_total(losses), each, tuple(answers))
 
 
 def generate(

@@ -35,6 +35,7 @@ from pedro.gateway.edge import Edge
 from pedro.gateway.errors import install_error_handlers
 from pedro.gateway.observability import GatewayMetrics, Observed
 from pedro.gateway.quotas import OpenRequests, Quotas
+from pedro.gateway.traffic_sampler import EVERY_S, TrafficSampler
 from pedro.gateway.uploads import FileThreads, OpenUploads
 from pedro.gateway.usage import FLUSH_EVERY_S, UsageLedger
 
@@ -69,6 +70,7 @@ class GatewaySettings:
     batch_lease_s: float = 15.0  # a killed gateway's batches are gone on with after it
     upload_timeout_s: float = 3600.0  # for the whole of a file to arrive
     write_usage_every_s: float = FLUSH_EVERY_S  # what a gateway that is killed has not written is lost
+    observe_every_s: float = EVERY_S  # its own figures and the engines' are read and kept for /metrics/history
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
 
 
@@ -87,14 +89,17 @@ def create_app(
     files = Files(store, settings.storage, limits) if settings.storage is not None else None
     file_threads = FileThreads()
     metrics = GatewayMetrics(settings.name)
+    sampler = TrafficSampler(metrics, backend_provider, settings.observe_every_s)
     usage = UsageLedger(store, metrics.registry, settings.write_usage_every_s)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        sampling = asyncio.create_task(sampler.run())
         sweeping = asyncio.create_task(file_threads.run(_sweep, files)) if files is not None else None
         if batches is not None:
             batches.start()
         yield
+        sampling.cancel()
         if batches is not None:
             await batches.close()
         await usage.close()
@@ -114,6 +119,7 @@ def create_app(
     app.state.open_requests = OpenRequests(settings.max_open_requests)
     app.state.quotas = quotas
     app.state.metrics = metrics
+    app.state.sampler = sampler
     app.state.files = files
     app.state.open_uploads = OpenUploads(settings.max_open_uploads)
     app.state.file_threads = file_threads

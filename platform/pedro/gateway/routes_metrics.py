@@ -1,33 +1,59 @@
-"""/metrics: the gateway's and the engines' figures in Prometheus's text format.
+"""/metrics and /metrics/history: the gateway's and the engines' figures, as of now and over time.
 
 They show every tenant, so they need an admin key, from this machine too: a proxy on it looks like any other caller.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from pedro.errors import PedroError
 from pedro.gateway.auth import Principal, require
+from pedro.gateway.traffic_sampler import TrafficSampler
 from pedro.store import ADMIN
+from pedro.traffic.history import LONGEST_S
 
-BACKEND_TIMEOUT_S = 5.0
-
-log = logging.getLogger("pedro.gateway")
+LATEST = 4_102_444_800  # the year 2100, Unix seconds
 router = APIRouter()
+Operator = Annotated[Principal, Depends(require(ADMIN))]
 
 
 @router.get("/metrics")
-async def metrics(request: Request, _: Annotated[Principal, Depends(require(ADMIN))]) -> PlainTextResponse:
-    text = request.app.state.metrics.text()
+async def metrics(request: Request, _: Operator) -> PlainTextResponse:
+    """Prometheus's text format."""
+    return PlainTextResponse(await _sampler(request).text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/metrics/history")
+async def metrics_history(request: Request, _: Operator) -> Response:
+    """What adapters gained from one reading to the next: those of the last `seconds` that ended later than `after`."""
+    given = dict(request.query_params)
+    if unknown := next((name for name in given if name not in ("seconds", "after")), None):
+        message = f"{unknown[:40]}: unknown; known are seconds, after"
+        raise PedroError(message, param=unknown[:40], code="unknown_parameter")
+    seconds = _number(given, "seconds", 900.0, 1.0, LONGEST_S)
+    after = _number(given, "after", 0.0, 0.0, LATEST)
+    return Response(await _sampler(request).window(seconds, after), media_type="application/json")
+
+
+def _number(given: dict[str, str], name: str, default: float, least: float, most: float) -> float:
+    text = given.get(name)
+    if text is None:
+        return default
     try:
-        async with asyncio.timeout(BACKEND_TIMEOUT_S):
-            text += await request.app.state.backend().metrics()
-    except Exception as error:  # noqa: BLE001 (the gateway's own figures matter most when the engine is away)
-        log.warning("the engine's metrics are missing: %r", error)
-    return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not least <= value <= most:  # nor what is no number
+        message = f"{name}: expected a number, {least:,.0f} to {most:,.0f}, got {text[:40]!r}"
+        raise PedroError(message, param=name, code="invalid_value")
+    return value
+
+
+def _sampler(request: Request) -> TrafficSampler:
+    sampler: TrafficSampler = request.app.state.sampler
+    return sampler

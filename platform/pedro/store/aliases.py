@@ -138,7 +138,18 @@ class AliasTable:
                 raise model_not_found(name)
             query = sa.select(table).where(same(table, ref), table.c.made == row.made)
             found = connection.execute(query.order_by(table.c.generation.desc()).limit(limit)).all()
-        return [Move(row.generation, row.at, row.actor, row.action, row.before, row.after, row.reason) for row in found]
+        return [_move(row) for row in found]
+
+    def recent_moves(self, since: float, limit: int = 1000) -> list[tuple[str, Move]]:
+        """The moves of all adapters' aliases since a time (Unix seconds), with the adapters' names, the last first.
+
+        Of the last `limit`, which are found by their order: there is no index of times.
+        """
+        table = schema.alias_history
+        query = sa.select(table).order_by(table.c.generation.desc()).limit(limit)
+        with self._database.reading() as connection:
+            found = connection.execute(query).all()
+        return [(f"{row.tenant}.{row.adapter}", _move(row)) for row in found if row.at >= since]
 
     @contextmanager
     def _moving(self, name: str, action: str, actor: By, version: int | None = None) -> Iterator[_Moving]:
@@ -154,6 +165,10 @@ class AliasTable:
             move = _Moving(connection, ref, row, action, generation)
             yield move
             move.record(acting(actor))
+
+
+def _move(row: sa.Row[Any]) -> Move:
+    return Move(row.generation, row.at, row.actor, row.action, row.before, row.after, row.reason)
 
 
 class _Moving:

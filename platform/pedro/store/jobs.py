@@ -166,6 +166,7 @@ class JobTable:
         self,
         tenant: str | None = None,
         *,
+        adapter: str | None = None,
         status: JobStatus | str | None = None,
         ended_since: float | None = None,
         limit: int | None = None,
@@ -184,6 +185,8 @@ class JobTable:
         )
         if tenant is not None:
             query = query.where(schema.jobs.c.tenant == tenant)
+        if adapter is not None:
+            query = query.where(schema.jobs.c.adapter == adapter)
         if status is not None:
             query = query.where(schema.jobs.c.status == _job_status(status).value)
         if ended_since is not None:
@@ -203,13 +206,23 @@ class JobTable:
         pair = each(schema.jobs.c.labels).table_valued("key", "value")
         return sa.exists().where(pair.c.key == name, pair.c.value == value)
 
-    def count_jobs(self) -> dict[tuple[str, JobStatus], int]:
-        """How many jobs each tenant has in each status; what it has none of is left out."""
-        query = sa.select(schema.jobs.c.tenant, schema.jobs.c.status, sa.func.count()).group_by(
-            schema.jobs.c.tenant, schema.jobs.c.status
-        )
+    def count_jobs(self, tenant: str | None = None, *, adapter: str | None = None) -> dict[tuple[str, JobStatus], int]:
+        """How many jobs each tenant has in each status, of one adapter or all; what it has none of is left out."""
+        table = schema.jobs
+        query = sa.select(table.c.tenant, table.c.status, sa.func.count()).group_by(table.c.tenant, table.c.status)
+        if tenant is not None:
+            query = query.where(table.c.tenant == tenant)
+        if adapter is not None:
+            query = query.where(table.c.adapter == adapter)
         with self._database.reading() as connection:
-            return {(tenant, JobStatus(status)): count for tenant, status, count in connection.execute(query)}
+            return {(owner, JobStatus(status)): count for owner, status, count in connection.execute(query)}
+
+    def list_trained(self) -> list[tuple[str, str]]:
+        """Tenant and adapter of every job, each pair once, in order."""
+        table = schema.jobs
+        query = sa.select(table.c.tenant, table.c.adapter).distinct().order_by(table.c.tenant, table.c.adapter)
+        with self._database.reading() as connection:
+            return [(tenant, adapter) for tenant, adapter in connection.execute(query)]
 
 
 def _asked_before(connection: sa.Connection, tenant: str, asked: Idempotency) -> JobRecord | None:

@@ -31,6 +31,7 @@ from pedro.training.job_results import store_results
 from pedro.training.job_usage import enter_training
 from pedro.training.paired_test import PairedTest
 from pedro.training.promotion_gate import GateDecision, decide
+from pedro.training.scored_rows import FILE, keep_rows
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
 from pedro.training.storage import fetch, put_dataset
 from pedro.training.trainer import Result, fit
@@ -83,6 +84,8 @@ def run_job(
             followed = _came_over_http(registry, job_id)
             trained = fit(spec, settings, run_id, job_id, Path(scratch), checkpoint_models=followed)
             _log_spec(registry, run_id, spec, Path(scratch))
+            log("scored; registering")
+            keep_rows(settings.storage, job_id, Path(scratch) / FILE, log)
             version = _registered(registry, spec.name, run_id) or registry.register(
                 run_id, trained.directory, spec.tenant, spec.adapter
             )

@@ -56,6 +56,7 @@ def reconcile(
     cluster: ClusterJobs,
     tenant: str | None = None,
     *,
+    adapter: str | None = None,
     status: str | None = None,
     limit: int | None = None,
     offset: int = 0,
@@ -64,7 +65,7 @@ def reconcile(
 
     The store is read after the cluster was asked: what has ended there by then is entered here.
     """
-    records = store.list_jobs(tenant, status=status, limit=limit, offset=offset)
+    records = store.list_jobs(tenant, adapter=adapter, status=status, limit=limit, offset=offset)
     return [reconcile_record(record, cluster) for record in records]
 
 

@@ -108,12 +108,18 @@ def put_file(source: str, target: str) -> None:
 
 def read_text(location: str) -> str | None:
     """What `write_text` wrote last; None if there is no such file."""
+    found = read_bytes(location)
+    return None if found is None else found.decode()
+
+
+def read_bytes(location: str) -> bytes | None:
+    """A stored file; None if there is no such file."""
     try:
         if "://" not in location:
-            return Path(location).read_text(encoding="utf-8")
+            return Path(location).read_bytes()
         system, path = _filesystem(location)
-        text: str = system.cat_file(path).decode()
-        return text
+        found: bytes = system.cat_file(path)
+        return found
     except FileNotFoundError:
         return None
 

@@ -21,6 +21,7 @@ from pedro.config import Settings
 from pedro.errors import NotFoundError, PedroError, TrainingError
 from pedro.process import set_torch_threads, update_environment
 from pedro.registry import CHAMPION, Registry
+from pedro.training.scored_rows import FILE, write_rows
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join
 
@@ -144,6 +145,8 @@ def fit(
         raise result.return_value
     with result.checkpoint.as_directory() as folder:
         shutil.copytree(Path(folder) / ADAPTER, scratch / ADAPTER)
+        if (Path(folder) / FILE).is_file():
+            shutil.copy(Path(folder) / FILE, scratch / FILE)
         answer = json.loads((Path(folder) / ANSWER).read_text())
     champion = answer.pop("champion")
     return Result(**answer, champion=Champion(**champion) if champion else None, directory=scratch / ADAPTER)
@@ -213,7 +216,7 @@ def _train(
         checkpoint = None
         if group.rank == 0:
             finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
-            reporter.metrics(trained.outcome.steps, finals)
+            reporter.metrics(trained.outcome.steps, {**finals, "final/steps": float(trained.outcome.steps)})
             answer = {
                 "digest": digest,
                 "metrics": trained.metrics,
@@ -222,6 +225,7 @@ def _train(
                 "unservable": unservable(Path(folder) / ADAPTER, context.backbone),
             }
             (Path(folder) / ANSWER).write_text(json.dumps(answer))
+            write_rows(Path(folder) / FILE, worker.rows_behind(context, trained))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         _report({"step": trained.outcome.steps, "steps": context.plan.steps}, checkpoint, group)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pedro.backbone import load_model
 from pedro.evaluation.preference import pair_likelihoods, score_pairs
@@ -17,11 +17,14 @@ from pedro.evaluation.scoring import Score, majority, score
 from pedro.training.context import DTYPES, TrainingContext
 from pedro.training.loop import Reporter, TrainingOutcome, train
 from pedro.training.prepare import notes
+from pedro.training.scored_rows import ScoredRow, scored_rows
 from pedro.training.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Trained:
     metrics: dict[str, Any]
     score: Score = field(default_factory=Score)
     """Of the adapter, row by row."""
+    bare: Score = field(default_factory=Score)
+    """Of the backbone alone."""
 
 
 def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
@@ -58,23 +63,36 @@ def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
     }
     if outcome.validation_loss is not None and math.isfinite(outcome.validation_loss):
         counts["validation_loss"] = outcome.validation_loss
-    metrics, adapted = evaluate(context, group, bare)
-    return Trained(outcome, {**metrics, **counts}, adapted)
+    metrics, adapted, bare = evaluate(context, group, bare)
+    return Trained(outcome, {**metrics, **counts}, adapted, bare)
 
 
-def evaluate(context: TrainingContext, group: WorkerGroup, bare: Score | None = None) -> tuple[dict[str, Any], Score]:
+def rows_behind(context: TrainingContext, trained: Trained) -> list[ScoredRow]:
+    """The rows that were scored, each with its answers."""
+    _, rows = context.scored_rows()
+    if rows is None or not trained.score.answers:
+        return []
+    prompts = (
+        context.tokenizer.decode(row["input_ids"][: row["prompt_len"]], skip_special_tokens=True) for row in rows
+    )
+    return scored_rows(prompts, rows["completion"], trained.score, trained.bare)
+
+
+def evaluate(
+    context: TrainingContext, group: WorkerGroup, bare: Score | None = None
+) -> tuple[dict[str, Any], Score, Score]:
     """As metrics accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and which split they are of;
-    of preferences the preference_accuracy in place of all accuracies. And the adapter's score, row by row.
+    of preferences the preference_accuracy in place of all accuracies. And the scores of adapter and backbone, by row.
 
     `bare` is the backbone's score where it was taken before the training.
     """
     split, rows = context.scored_rows()
     metrics: dict[str, Any] = {"split": split, "rows": 0}
     if rows is None:
-        return metrics, Score()
+        return metrics, Score(), Score()
     if context.spec.beta is not None:
         scores, adapted = _evaluate_pairs(context, rows, group, context.spec.beta)
-        return {**scores, **metrics, "rows": len(rows)}, adapted
+        return {**scores, **metrics, "rows": len(rows)}, adapted, Score()
     adapted = _score(context, context.model, rows, group)
     bare = bare or _score_bare(context, group)
     guess = majority(rows["completion"])
@@ -86,7 +104,7 @@ def evaluate(context: TrainingContext, group: WorkerGroup, bare: Score | None = 
         "backbone_loss": bare.loss,
         "majority_accuracy": guessed / len(rows),
     }
-    return {**scores, **metrics, "rows": adapted.rows}, adapted
+    return {**scores, **metrics, "rows": adapted.rows}, adapted, bare
 
 
 def _evaluate_pairs(
@@ -142,8 +160,17 @@ def _joined(context: TrainingContext, mine: Score, group: WorkerGroup) -> Score:
     if _sharded(context):
         return mine
     gathered = group.gather(mine)
-    in_order = (row for turn in zip_longest(*(one.each for one in gathered)) for row in turn if row is not None)
-    return replace(sum(gathered, Score()), each=tuple(in_order))
+    whole = sum(gathered, Score())
+    return replace(
+        whole,
+        each=_in_turn([one.each for one in gathered]),
+        answers=_in_turn([one.answers for one in gathered]),
+    )
+
+
+def _in_turn(parts: Sequence[Sequence[T]]) -> tuple[T, ...]:
+    """What workers have of rows that were dealt to them, in the order of the rows."""
+    return tuple(row for turn in zip_longest(*parts) for row in turn if row is not None)
 
 
 def save(

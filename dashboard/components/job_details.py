@@ -1,0 +1,133 @@
+"""One job: how far it is, its curves, the end of its log, what became of it, and where to go from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from components.curves import smoothed
+from drawing import DASHES, SERIES
+from sources import jobs as data
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.registry.queries import TrackedRun
+    from pedro.training.progress import Progress
+
+REFRESH_S = 3
+SIGNS = {
+    "running": ":blue[:material/sync:]",
+    "validating_files": ":gray[:material/rule:]",
+    "queued": ":gray[:material/schedule:]",
+    "paused": ":gray[:material/pause_circle:]",
+    "succeeded": ":green[:material/check_circle:]",
+    "failed": ":red[:material/error:]",
+    "cancelled": ":gray[:material/block:]",
+    "lost": ":orange[:material/link_off:]",
+}
+PHASES = ("validating", "queued", "starting workers", "training", "scoring", "registering")
+
+read_runs = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner=False)(data.job_runs)
+read_curves = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.curve_rows)
+read_log = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.log_tail)
+
+
+def details(settings: Settings, job: data.Job, where: str) -> None:
+    """`where` tells the widgets of one place on the page from those of another."""
+    st.markdown(f"{SIGNS.get(job.status, '')} **{job.status}** · begun {minute_utc(job.created)} UTC · `{job.id}`")
+    lines, problem = read_log(settings, job.id)
+    if job.live and not job.sweep:
+        progress_bar(data.progress_of(job, lines))
+    if job.message:
+        st.caption(job.message)
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        drawn, unread = read_runs(settings, job)
+        nothing = "No curve yet: it appears with the first training steps." if job.live else "It left no curve."
+        curves(settings, drawn, unread or nothing, where)
+    with right:
+        st.markdown("**Log**")
+        if lines:
+            st.code("\n".join(reversed(lines)), language=None, wrap_lines=True, height=300)
+            st.caption(f"The newest lines, the last first. `pedro jobs logs {job.id}` shows all.")
+        else:
+            st.caption(problem or "Nothing written yet.")
+    links(job, drawn)
+
+
+def progress_bar(progress: Progress) -> None:
+    """Phases, the present one in bold, and the share of the training that is done."""
+    now = str(progress.phase)
+    st.markdown(" › ".join(f"**{name}**" if name == now else f":gray[{name}]" for name in PHASES))
+    words = f"step {progress.step:,} of {progress.steps:,}" if progress.steps else now
+    if progress.left_s is not None:
+        words += f" · about {duration(progress.left_s)} of training left"
+    st.progress(progress.share, text=words)
+
+
+def duration(seconds: float) -> str:
+    """As people say it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def links(job: data.Job, drawn: Sequence[TrackedRun]) -> None:
+    """The version that it became, a chat with that, the adapter; and the run by its id."""
+    ref = str(data.result_of(job).get("model", ""))
+    columns = st.columns([2, 2, 3], vertical_alignment="center")
+    with columns[0]:
+        query = {"adapter": job.model, **({"version": ref.rpartition(":")[2]} if ref else {})}
+        st.page_link("views/adapters.py", label=ref or job.model, icon=":material/extension:", query_params=query)
+    with columns[1]:
+        if ref:
+            st.page_link("views/playground.py", label="Ask it", icon=":material/forum:", query_params={"model": ref})
+    with columns[2]:
+        if drawn and not job.sweep:
+            st.caption(f"Run in MLflow: `{drawn[0].id}` in experiment `{drawn[0].model}`")
+
+
+def curves(settings: Settings, drawn: Sequence[TrackedRun], nothing: str, where: str) -> None:
+    one, two = st.columns([3, 2], vertical_alignment="bottom")
+    plots = list(data.PLOTS)
+    plot = one.segmented_control("Curves", plots, default=plots[0], required=True, key=f"plot_{where}") or plots[0]
+    smoothing = two.slider("Smoothing", 0.0, 0.95, 0.0, 0.05, key=f"smoothing_{where}")
+    frame = pd.DataFrame(read_curves(settings, drawn, plot), columns=["run", "curve", "step", "value"])
+    if frame.empty:
+        st.caption(nothing if plot == plots[0] or not drawn else "Nothing of it was logged.")
+        return
+    runs = list(dict.fromkeys(frame["run"]))
+    colour, dash = ("run", "curve") if len(runs) > 1 else ("curve", "run")
+    legend = alt.Legend(title=None, orient="top", columns=4, labelLimit=240)
+    loss = plot == plots[0]
+    log = loss and bool((frame["value"] > 0).all())
+    scale = alt.Scale(type="log", nice=False, padding=8) if log else alt.Scale(zero=False)
+    lines = frame.assign(method=frame["run"] + frame["curve"]).sort_values(["method", "step"], kind="stable")
+    lines = lines.assign(shown=smoothed(lines, smoothing))
+    chart = (
+        alt.Chart(lines)
+        .mark_line(strokeWidth=2.2, point=alt.OverlayMarkDef(size=22))
+        .encode(
+            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, grid=False)),
+            y=alt.Y("shown:Q", title="loss, log" if log else plot, scale=scale, axis=alt.Axis(format=".3~g")),
+            color=alt.Color(f"{colour}:N", scale=alt.Scale(range=SERIES), legend=legend, sort=None),
+            strokeDash=alt.StrokeDash(
+                f"{dash}:N", scale=alt.Scale(range=DASHES), legend=legend if len(runs) > 1 else None, sort=None
+            ),
+            tooltip=["run:N", "curve:N", alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=",.4~g")],
+        )
+    )
+    st.altair_chart(chart.properties(height=300), width="stretch")
+    best = frame[frame["curve"] == data.CURVES["dev/loss"]]
+    if not best.empty:
+        least = min(best.to_dict("records"), key=lambda row: row["value"])
+        st.caption(f"Best validation loss {least['value']:.4f} at step {least['step']:,} ({least['run']}).")
+
+
+def minute_utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,66 @@
+"""Where a job stands, read from the lines that it prints for people: its phase, its steps, the time that is left.
+
+The lines are those of `loop.py`, `trainer.py`, `worker.py` and `job.py`; a test trains and reads them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+PLANNED = re.compile(r"^training [\d,]+ parameters on [\d,]+ \w+, (?P<steps>[\d,]+) steps$")
+STEP = re.compile(r"^step (?P<step>[\d,]+)/(?P<steps>[\d,]+) · ")
+LEFT = re.compile(r" · (?P<minutes>\d+):(?P<seconds>\d\d) left$")
+TRAINED = re.compile(r"^trained (?P<step>[\d,]+) steps")
+SCORED = re.compile(r"^scored; registering")
+
+
+class Phase(StrEnum):
+    """What a job does, in order."""
+
+    VALIDATING = "validating"
+    QUEUED = "queued"
+    STARTING = "starting workers"
+    TRAINING = "training"
+    SCORING = "scoring"
+    REGISTERING = "registering"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`steps` is how many are planned, 0 while it is not known; `left_s` how long they take at the speed so far."""
+
+    phase: Phase
+    step: int = 0
+    steps: int = 0
+    left_s: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Of the training, from 0 to 1."""
+        if self.phase in (Phase.SCORING, Phase.REGISTERING):
+            return 1.0
+        return min(1.0, self.step / self.steps) if self.steps else 0.0
+
+
+def read_progress(lines: Iterable[str]) -> Progress:
+    """The last word of a running job's lines, which may begin anywhere. A driver that starts again begins anew."""
+    now = Progress(Phase.STARTING)
+    for line in lines:
+        if planned := PLANNED.match(line):
+            now = Progress(Phase.TRAINING, 0, _number(planned["steps"]))
+        elif step := STEP.match(line):
+            left = LEFT.search(line)
+            left_s = 60.0 * int(left["minutes"]) + int(left["seconds"]) if left else now.left_s
+            now = Progress(Phase.TRAINING, _number(step["step"]), _number(step["steps"]), left_s)
+        elif trained := TRAINED.match(line):
+            now = replace(now, phase=Phase.SCORING, step=_number(trained["step"]), left_s=None)
+        elif SCORED.match(line):
+            now = replace(now, phase=Phase.REGISTERING)
+    return now
+
+
+def _number(text: str) -> int:
+    return int(text.replace(",", ""))
