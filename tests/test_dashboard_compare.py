@@ -330,6 +330,17 @@ def test_differences_to_a_chosen_baseline_are_shown_and_shared(page, made):
     assert "Medians over seeds with 95 % intervals" in words(scores.caption)
 
 
+def test_chance_is_drawn_where_scores_are_near_it():
+    from components.verdict import near_chance
+
+    def row(low, high, chance):
+        return {"value": (low + high) / 2, "low": low, "high": high, "chance": chance}
+
+    assert near_chance([row(60.0, 70.0, 51.0), row(55.0, 62.0, 51.0)]) == [51.0]
+    assert near_chance([row(80.0, 90.0, 14.0)]) == [], "the axis would be spent on the way to it"
+    assert near_chance([{**row(5.0, 6.0, None), "low": None, "high": None}]) == []
+
+
 def test_of_several_tables_one_is_judged_and_all_are_listed(page, made):
     shown = page(made, comparison=FIGURE)
     box = shown.selectbox(key="table")

@@ -76,7 +76,7 @@ def plot(table: Table, titles: Mapping[str, str]) -> None:
         rows = score_rows(table)
         note = (
             "Medians over seeds with 95 % intervals; small bars are single seeds. Filled blue: highest. Hollow: no "
-            "better than chance, the dashed line."
+            "better than chance, the dashed line where it is near."
         )
     tasks = [task for task in by_information(table) if any(row["task"] == task for row in rows)]
     if not tasks:
@@ -168,8 +168,17 @@ def panel(rows: list[dict[str, Any]], order: list[str], *, zero: bool) -> Any:
     ticks = pd.DataFrame([{"method": row["method"], "value": value} for row in rows for value in row["seeds"]])
     if len(ticks):
         layers.insert(0, alt.Chart(ticks).mark_tick(thickness=1.5, size=11, color=GREY).encode(x="value:Q", y=y))
-    lines = [0.0] if zero else sorted({row["chance"] for row in rows if row["chance"] is not None})[:1]
+    lines = [0.0] if zero else near_chance(rows)
     if lines:
         at = pd.DataFrame({"at": lines})
         layers.insert(0, alt.Chart(at).mark_rule(color=INK, strokeDash=[4, 4]).encode(x="at:Q"))
     return alt.layer(*layers).properties(height=40 + ROW_PX * len(methods))
+
+
+def near_chance(rows: list[dict[str, Any]]) -> list[float]:
+    """Where chance lies, unless that is so far below that the axis would be spent on the way to it."""
+    lows = [row["value"] if row["low"] is None else row["low"] for row in rows]
+    highs = [row["value"] if row["high"] is None else row["high"] for row in rows]
+    chances = [row["chance"] for row in rows if row["chance"] is not None]
+    least = min(lows) - (max(highs) - min(lows))
+    return [max(chances)] if chances and max(chances) >= least else []
