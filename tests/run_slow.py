@@ -23,9 +23,9 @@ TESTS = Path(__file__).parent
 LONGEST = (
     "docs_commands",
     "training_job",
+    "serving_http",
     "dashboard_browser",
     "demo",
-    "serving_http",
     "training_sweep",
     "cluster",
     "backbones",

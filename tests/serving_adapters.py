@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from pedro.adapter_directory import write_manifest
 from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
 from pedro.config import Settings
 from pedro.data.prompt_format import PromptFormat, format_for_shape
 from pedro.methods import get_method
-from pedro.methods.adapter_files import save_adapter, write_manifest
+from pedro.methods.adapter_files import save_adapter
 from pedro.model_protocols import Tokenizer
 from pedro.registry import Registry, Version
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -10,10 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pedro.backbone import EMBEDDED, context_length, load_model, load_tokenizer, locate_backbone, resolve_backbone
+from pedro.adapter_directory import check_tokenizer
+from pedro.backbone import (
+    EMBEDDED,
+    check_tokenizer_files,
+    context_length,
+    load_model,
+    load_tokenizer,
+    locate_backbone,
+    resolve_backbone,
+)
 from pedro.backbone_files import MODEL_TYPES
 from pedro.errors import AdapterError, BackboneError, ConfigError
-from pedro.methods.adapter_files import check_tokenizer
 from pedro.methods.architectures import LAYOUTS
 
 
@@ -31,6 +40,7 @@ def _cut(path):
     ("name", "load", "what"),
     [
         ("tokenizer.json", load_tokenizer, "tokenizer"),
+        ("tokenizer.json", check_tokenizer_files, "tokenizer"),
         ("config.json", load_tokenizer, "config.json"),
         ("config.json", load_model, "config.json"),
         ("config.json", context_length, "config.json"),
@@ -50,11 +60,12 @@ def test_a_backbone_with_a_truncated_tokenizer_config_does_not_resolve(directory
         resolve_backbone(str(directory))
 
 
-def test_a_backbone_without_tokenizer_files_is_told_in_one_line(directory):
+@pytest.mark.parametrize("read", [load_tokenizer, check_tokenizer_files])
+def test_a_backbone_without_tokenizer_files_is_told_in_one_line(directory, read):
     for path in directory.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(BackboneError, match=r"the tokenizer of .* cannot be loaded") as told:
-        load_tokenizer(resolve_backbone(str(directory)))
+        read(resolve_backbone(str(directory)))
     assert "\n" not in told.value.message
 
 
@@ -256,18 +267,43 @@ def test_the_command_that_converts_a_pickle_does(directory, monkeypatch):
     assert all(torch.equal(there, here) for there, here in zip(before.parameters(), after.parameters(), strict=True))
 
 
-def test_a_token_added_without_an_embedding_is_refused(directory):
+@pytest.mark.parametrize("read", [load_tokenizer, check_tokenizer_files])
+def test_a_token_added_without_an_embedding_is_refused(directory, read):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(directory)
     with pytest.raises(BackboneError, match="ids up to 512, but the embedding has 512 rows"):
-        load_tokenizer(resolve_backbone(str(directory)))
+        read(resolve_backbone(str(directory)))
 
 
-def test_a_tokenizer_without_a_token_that_ends_or_pads_is_refused(directory):
+@pytest.mark.parametrize("read", [load_tokenizer, check_tokenizer_files])
+def test_a_tokenizer_without_a_token_that_ends_or_pads_is_refused(directory, read):
     _edit(directory, "tokenizer_config.json", eos_token=None, pad_token=None)
     with pytest.raises(BackboneError, match="neither an eos_token nor a pad_token"):
-        load_tokenizer(resolve_backbone(str(directory)))
+        read(resolve_backbone(str(directory)))
+
+
+WITHOUT_TRANSFORMERS = """
+import sys
+from pedro.backbone import check_tokenizer_files, embedded_backbones, resolve_backbone
+for name in embedded_backbones():
+    check_tokenizer_files(resolve_backbone(name))
+assert not {"torch", "transformers"} & sys.modules.keys()
+"""
+
+
+def test_a_tokenizer_of_the_usual_kind_is_checked_without_importing_transformers():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRANSFORMERS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("added", [{"600": {"content": "<more>"}}, ["<more>"]])
+def test_a_tokenizer_whose_config_names_more_tokens_is_left_to_transformers(directory, added, monkeypatch):
+    _edit(directory, "tokenizer_config.json", added_tokens_decoder=added)
+    asked = []
+    monkeypatch.setattr("pedro.backbone.load_tokenizer", asked.append)
+    check_tokenizer_files(resolve_backbone(str(directory)))
+    assert len(asked) == 1
 
 
 def test_a_path_is_located_and_a_name_is_not(tmp_path):
@@ -281,10 +317,11 @@ def test_a_path_is_located_and_a_name_is_not(tmp_path):
     assert locate_backbone("./nothere", *bases) == str(tmp_path / "specs/nothere")
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(directory):
+@pytest.mark.parametrize("read", [load_tokenizer, check_tokenizer_files])
+def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(directory, read):
     _edit(directory, vocab_size=500)
     with pytest.raises(BackboneError, match=r"makes ids up to 511, but the embedding has 500 rows"):
-        load_tokenizer(resolve_backbone(str(directory)))
+        read(resolve_backbone(str(directory)))
 
 
 def _swap_two_entries(directory):

@@ -227,7 +227,7 @@ def test_prompts_differ_from_each_other_and_are_the_same_for_every_engine():
 
 @pytest.mark.parametrize("kind", ["pedro", "ia3", "lora"])
 def test_every_tenants_adapter_is_whole_and_its_own(kind, tmp_path, monkeypatch):
-    from pedro.methods.adapter_files import verify_adapter
+    from pedro.adapter_directory import verify_adapter
 
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
     size = MODEL_SIZES["tiny"]

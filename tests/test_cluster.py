@@ -127,12 +127,10 @@ import pathlib, socket, sys, time
 tries = pathlib.Path({tries!r})
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
 print("Ray runtime started", flush=True)
-flags = ("--dashboard-port=", "--ray-client-server-port=")
-ports = [int(word.split("=")[1]) for word in sys.argv if word.startswith(flags)]
+(port,) = (int(word.split("=")[1]) for word in sys.argv if word.startswith("--dashboard-port="))
 if len(tries.read_text()) < {good}:
-    socket.create_server(("127.0.0.1", ports[0]))
-    sys.exit("ray_client_server [exit code=1]")
-servers = [socket.create_server(("127.0.0.1", port)) for port in ports]
+    sys.exit("dashboard [exit code=1]")
+server = socket.create_server(("127.0.0.1", port))
 time.sleep(60)
 """
 

@@ -19,9 +19,9 @@ from engine_models import (
     run,
 )
 
+from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.engine.adapter_pool import AdapterPool
 from pedro.errors import AdapterError, ConflictError, PedroError, UnavailableError
-from pedro.methods.adapter_files import read_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")

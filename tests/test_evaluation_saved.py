@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from serving_adapters import make_adapter, settings_at
 from typer.testing import CliRunner
 
+from pedro.adapter_directory import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_digest, write_manifest
 from pedro.backbone import load_model, resolve_backbone
 from pedro.cli import app
 from pedro.data.prompt_format import FORMATS
 from pedro.errors import AdapterError, BackboneError, DataError
 from pedro.evaluation.saved import load_saved, open_saved
-from pedro.methods.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_digest, write_manifest
 
 
 @pytest.fixture(scope="module")

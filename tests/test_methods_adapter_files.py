@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,19 +12,21 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pedro.errors import AdapterError, UnavailableError
-from pedro.methods import adapter_files, get_method
-from pedro.methods.adapter_files import (
+from pedro import adapter_directory
+from pedro.adapter_check import check_adapter
+from pedro.adapter_directory import (
     CONFIG,
     MANIFEST,
     WEIGHTS,
     config_digest,
-    read_config,
     read_manifest,
-    save_adapter,
     verify_adapter,
     weights_digest,
+    write_manifest,
 )
+from pedro.errors import AdapterError, UnavailableError
+from pedro.methods import get_method
+from pedro.methods.adapter_files import read_config, save_adapter
 
 BACKBONE = "sha256:" + "a" * 64
 GIVEN = {
@@ -320,4 +324,33 @@ def test_nothing_is_left_when_the_manifest_cannot_be_written(tmp_path):
 def test_the_manifest_cannot_be_told_another_digest(tmp_path):
     digest = save_adapter(pedro_model(), tmp_path / "adapter", {**GIVEN, "digest": "sha256:0", "format_version": 9})
     assert read_manifest(tmp_path / "adapter")["digest"] == digest
-    assert read_manifest(tmp_path / "adapter")["format_version"] == adapter_files.FORMAT_VERSION
+    assert read_manifest(tmp_path / "adapter")["format_version"] == adapter_directory.FORMAT_VERSION
+
+
+WITHOUT_TORCH = """
+import sys
+from pedro.adapter_check import check_adapter
+import pedro.training.job
+check_adapter(sys.argv[1])
+assert not {"torch", "transformers", "peft"} & sys.modules.keys()
+"""
+
+
+def test_an_adapter_is_checked_for_registration_without_torch_or_peft(adapter):
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(adapter)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e5m2", "float8_e4m3fn"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1.5])
+def test_numbers_that_are_not_finite_are_found_in_every_dtype(adapter, dtype, value):
+    numbers = torch.tensor([0.0, -1.0, value]).to(getattr(torch, dtype))
+    finite = bool(torch.isfinite(numbers.float()).all())
+    save_file({"weight": numbers}, adapter / WEIGHTS)
+    write_manifest(adapter, GIVEN)
+    if finite:
+        assert check_adapter(adapter)["backbone"] == GIVEN["backbone"]
+    else:
+        with pytest.raises(AdapterError, match="weight holds numbers that are not finite"):
+            check_adapter(adapter)

@@ -9,10 +9,11 @@ from engine_models import DIGEST, make_adapter, random_backbone
 from serving_adapters import backbone
 from serving_adapters import make_adapter as make_pedro
 
+from pedro.adapter_directory import CONFIG, MANIFEST
 from pedro.backbone import load_model
 from pedro.errors import AdapterError, ConfigError
 from pedro.methods import get_method
-from pedro.methods.adapter_files import CONFIG, MANIFEST, read_config, save_adapter
+from pedro.methods.adapter_files import read_config, save_adapter
 from pedro.methods.architectures import describe
 from pedro.methods.servable import check_servable, read_adapter
 from pedro.training.job import judge_version

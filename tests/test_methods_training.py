@@ -5,10 +5,10 @@ import torch
 from methods_models import VOCABULARY, tiny_backbone
 from training_runs import LocalReporter, context_for, parameters, run, same, spec_for
 
+from pedro.adapter_directory import read_manifest
 from pedro.errors import ConfigError
 from pedro.evaluation.saved import load_saved
 from pedro.methods import METHODS, get_method
-from pedro.methods.adapter_files import read_manifest
 from pedro.methods.sparse_search import balance, choose
 from pedro.training.batches import tensors
 from pedro.training.bilevel import Alternation, GroupedAdamW

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from serving_adapters import settings_at, stub_adapter
 
+from pedro.adapter_directory import read_manifest, weights_digest, write_manifest
 from pedro.config import Settings
 from pedro.errors import AdapterError, ConflictError, NotFoundError, PedroError
-from pedro.methods.adapter_files import read_manifest, weights_digest, write_manifest
 from pedro.registry import Registry
 
 

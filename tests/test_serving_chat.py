@@ -17,9 +17,9 @@ from jobs.bench import benchmarks
 from jobs.benchmarks.chat import TIE, ChatComparison, Sizes, long_prompt, mt_bench
 from jobs.benchmarks.chat_contenders import Generate, Reply, Server
 from jobs.benchmarks.command_line import main
+from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.data.prompt_format import format_for_shape
-from pedro.methods.adapter_files import read_manifest, write_manifest
 from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
 

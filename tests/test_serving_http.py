@@ -31,6 +31,7 @@ from pedro.serving.config import ServeConfig
 from pedro.serving.deploy import deploy, find
 from pedro.store import Store
 
+pytestmark = pytest.mark.slow  # the server takes as long to start as all of these take
 BACKBONE = "stories260K"
 GUARD_S = 300  # against a wait without end; the benchmark `swap` says how soon things are seen
 PROMPT = "Once upon a time, there was a little girl"
@@ -489,7 +490,6 @@ class Traffic:
                 self.errors.append(error)
 
 
-@pytest.mark.slow
 def test_replicas_come_and_go_and_die_while_a_hot_adapter_streams_and_no_client_notices(served, client):
     def scale(replicas):
         config = ServeConfig(max_batch=16, watch_interval_s=0.3, replicas=replicas)
@@ -525,7 +525,6 @@ def test_replicas_come_and_go_and_die_while_a_hot_adapter_streams_and_no_client_
     assert other is None, f"whoever answered, and whoever took over:\n{traffic.answers[0]}\n{other}"
 
 
-@pytest.mark.slow
 def test_a_replica_killed_mid_answer_is_replaced_and_the_client_sees_no_seam(served, client):
     options = {"max_tokens": 400, "extra_body": {"ignore_eos": True}, "temperature": 1.0, "seed": 4, "echo": True}
     whole = complete(client(), "acme.faq:1", **options)
@@ -539,7 +538,6 @@ def test_a_replica_killed_mid_answer_is_replaced_and_the_client_sees_no_seam(ser
     assert complete(client(), "acme.faq").choices[0].text == reference(served.models["acme.faq", 2])
 
 
-@pytest.mark.slow
 def test_a_batch_answers_each_row_once_though_a_replica_and_then_the_gateway_are_killed(served):
     key = served.store.create_key("acme", ("infer", "train"))[1]
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0, timeout=GUARD_S)
@@ -624,7 +622,6 @@ def test_a_port_in_use_is_told_and_nothing_is_started(here):
     assert sorted(path.name for path in settings.home.iterdir()) == ["mlflow.db"]
 
 
-@pytest.mark.slow
 def test_what_only_a_replica_can_find_wrong_is_told_in_its_own_line(tmp_path):
     broken = shutil.copytree(backbone().directory, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")

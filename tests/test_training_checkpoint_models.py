@@ -6,9 +6,9 @@ import pytest
 from retention_home import open_home
 from training_runs import LocalReporter, context_for, parameters, same, spec_for
 
+from pedro.adapter_directory import read_manifest
 from pedro.errors import NotFoundError
 from pedro.evaluation.saved import load_saved
-from pedro.methods.adapter_files import read_manifest
 from pedro.store import CHAMPION, checkpoint_of
 from pedro.training.checkpoint_models import LAST, CheckpointModels
 from pedro.training.loop import train

@@ -18,11 +18,11 @@ from training_runs import (
     write_pairs,
 )
 
+from pedro.adapter_directory import read_manifest
 from pedro.backbone import load_model
 from pedro.config import Settings
 from pedro.errors import ConfigError, DataError, NotFoundError
 from pedro.evaluation.saved import score_file
-from pedro.methods.adapter_files import read_manifest
 from pedro.training import worker
 from pedro.training.bilevel import OMEGA, THETA
 from pedro.training.estimate import dry_run

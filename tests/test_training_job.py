@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -68,11 +69,26 @@ def _title(process):
         return ""
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What so many workers train that nobody disturbs; each group is started once."""
+
+    @cache
+    def whole(workers):
+        folder = tmp_path_factory.mktemp("whole")
+        return train_in_group(workers, folder, [Training("whole", _long_spec(folder, workers).to_dict())])["whole"]
+
+    return whole
+
+
+def _long_spec(folder, workers=1):
+    return spec_for(folder, resources={"workers": workers, "zero_stage": workers - 1}, **LONG)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, tmp_path, workers):
+def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, whole, tmp_path, workers):
     settings, registry, store, _ = home
-    spec = spec_for(tmp_path, resources={"workers": workers, "zero_stage": workers - 1}, **LONG)
-    whole = train_in_group(workers, tmp_path, [Training("whole", spec.to_dict())])["whole"]
+    spec, whole = _long_spec(tmp_path, workers), whole(workers)
     job = jobs.submit(_named(spec, f"killed{workers}"), settings, store)
     lines, results = [], []
     follower = threading.Thread(target=lambda: results.append(jobs.wait(job, settings, store, lines.append)))
@@ -135,7 +151,8 @@ def test_two_jobs_run_side_by_side_and_the_second_version_meets_the_champion(hom
     most = 0
     while not all(store.get_job(job).status.final for job in started):
         most = max(most, len(_workers(settings)))
-        assert not _actors(settings, "DatasetManager") + _actors(settings, "PlacementGroupCleaner")
+        for name in ("DatasetManager", "PlacementGroupCleaner", "ray.util.client.server", "autoscaler"):
+            assert not _actors(settings, name), "what no job has a use for"
         time.sleep(0.2)
     assert most >= 2
     second, lora = (jobs.wait(job, settings, store) for job in started)
@@ -148,10 +165,9 @@ def test_two_jobs_run_side_by_side_and_the_second_version_meets_the_champion(hom
     assert json.loads(json.dumps(lora.to_dict())) == lora.to_dict()
 
 
-def test_queued_jobs_outlive_controller_and_cluster_and_end_once_with_the_same_adapters(home, tmp_path):
+def test_queued_jobs_outlive_controller_and_cluster_and_end_once_with_the_same_adapters(home, whole, tmp_path):
     settings, registry, store, _ = home
-    spec = spec_for(tmp_path, **LONG)
-    whole = train_in_group(1, tmp_path, [Training("whole", spec.to_dict())])["whole"]
+    spec, whole = _long_spec(tmp_path), whole(1)
     names = ["first", "second", "third"]
     started = [jobs.submit(_named(spec, name), settings, store) for name in names]
     _wait_for_checkpoints(settings, started[0])
@@ -198,5 +214,6 @@ def test_ending_the_cluster_names_the_jobs_that_run_and_wants_a_yes(home, tmp_pa
     assert ray_jobs.status(job, url) == "RUNNING"
     ended = subprocess.run([*words, "--yes"], env=env, capture_output=True, text=True, check=False)
     assert ended.stdout == "ended head\n", ended.stderr
+    assert "Draining" not in (settings.home / "ray" / "head.log").read_text(), "its head waits for what it ran"
     assert store.get_job(job).status == "cancelled"
     assert "examples" in kept_log(settings.storage, job)

@@ -19,11 +19,11 @@ from training_runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from pedro.adapter_directory import read_manifest, verify_adapter
 from pedro.backbone import load_model
 from pedro.errors import ConfigError, TrainingError, UnavailableError
 from pedro.evaluation.saved import load_saved
 from pedro.evaluation.scoring import Score, answer_loss, score
-from pedro.methods.adapter_files import read_manifest, verify_adapter
 from pedro.methods.output_head import supervised
 from pedro.training import checkpoints, worker
 from pedro.training.batches import RowStream, slices, supervised_tokens, tensors, token_loss
@@ -142,7 +142,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path, mo
 
 
 def test_a_full_disk_while_saving_the_adapter_leaves_nothing(tmp_path, monkeypatch):
-    from pedro.methods import adapter_files
+    from pedro import adapter_directory
 
     context = context_for(spec_for(tmp_path, max_steps=1), tmp_path)
     trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
@@ -150,7 +150,7 @@ def test_a_full_disk_while_saving_the_adapter_leaves_nothing(tmp_path, monkeypat
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(adapter_files, "_write", full)
+    monkeypatch.setattr(adapter_directory, "_write", full)
     with pytest.raises(UnavailableError, match="No space left"):
         worker.save(context, trained, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -5,10 +5,10 @@ import json
 import pytest
 from training_runs import LocalReporter, context_for, spec_for, write_rows
 
+from pedro.adapter_directory import read_manifest
 from pedro.data.prompt_format import FORMATS, PromptFormat, around
 from pedro.errors import ConfigError, DataError
 from pedro.evaluation.saved import score_file
-from pedro.methods.adapter_files import read_manifest
 from pedro.training import worker
 from pedro.training.spec import DataSpec
 

@@ -7,15 +7,12 @@ import torch
 from training_groups import Training, train_in_group
 from training_runs import context_for, dpo_spec_for, parameters, run, spec_for
 
+pytestmark = pytest.mark.slow
 STAGES = (0, 1, 2, 3)
 TRAINING = {"clip": 0.5, "eval_every": 2}
 BF16 = {"precision": "bf16", "lr": 1e-3, "max_steps": 2}
 PAIRS = {**TRAINING, "gradient_accumulation": 2, "max_steps": 4}
-GROUPS = [
-    pytest.param(2, (1,), id="two workers"),
-    pytest.param(2, (0, 2, 3), id="two workers, every other stage", marks=pytest.mark.slow),
-    pytest.param(1, STAGES, id="one worker", marks=pytest.mark.slow),
-]
+WORLDS = (2, 1)
 
 
 def _spec(folder, world, stage, method="pedro", **training):
@@ -26,16 +23,16 @@ def _spec(folder, world, stage, method="pedro", **training):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What a group trained, by the number of its workers and the stages; each group is started once.
+    """What a group of so many workers trained in every stage; each group is started once.
 
     Two workers train once more with an interruption, one worker once more in bf16.
     """
 
     @cache
-    def trained(world, stages):
+    def trained(world):
         folder = tmp_path_factory.mktemp("group")
         trainings = []
-        for stage in stages:
+        for stage in STAGES:
             tree = _spec(folder, world, stage)
             trainings.append(Training(f"whole{stage}", tree))
             if world == 2:
@@ -61,12 +58,12 @@ def reference(tmp_path_factory):
     return [loss for _, loss in outcome.validations], parameters(context)
 
 
-@pytest.mark.parametrize(("world", "stages"), GROUPS)
-def test_workers_and_zero_stages_are_invisible_in_the_result(trained, reference, world, stages):
+@pytest.mark.parametrize("world", WORLDS)
+def test_workers_and_zero_stages_are_invisible_in_the_result(trained, reference, world):
     wanted, values = reference
-    results = trained(world, stages)
-    first = results[f"whole{stages[0]}"]["metrics"]
-    for stage in stages:
+    results = trained(world)
+    first = results[f"whole{STAGES[0]}"]["metrics"]
+    for stage in STAGES:
         result = results[f"whole{stage}"]
         assert [loss for _, loss in result["validations"]] == pytest.approx(wanted, rel=1e-5), stage
         far = max((torch.tensor(result["values"][name]) - value).abs().max() for name, value in values.items())
@@ -76,22 +73,20 @@ def test_workers_and_zero_stages_are_invisible_in_the_result(trained, reference,
         assert result["digest"].startswith("sha256:"), stage
 
 
-@pytest.mark.parametrize(("world", "stages"), GROUPS[:2])
-def test_an_interrupted_group_ends_with_the_same_bits(trained, world, stages):
-    results = trained(world, stages)
-    for stage in stages:
+def test_an_interrupted_group_ends_with_the_same_bits(trained):
+    results = trained(2)
+    for stage in STAGES:
         whole, cut = results[f"whole{stage}"], results[f"cut{stage}"]
         assert cut["digest"] == whole["digest"], f"ZeRO {stage}"
         assert cut["validations"] == whole["validations"], f"ZeRO {stage}"
 
 
-@pytest.mark.parametrize(("world", "stages"), GROUPS[:2])
-def test_workers_learn_preferences_as_one_does(trained, tmp_path, world, stages):
-    results = trained(world, stages)
+def test_workers_learn_preferences_as_one_does(trained, tmp_path):
+    results = trained(2)
     context = context_for(dpo_spec_for(tmp_path, **{**PAIRS, "gradient_accumulation": 1}), tmp_path)
     outcome = run(context, tmp_path / "run")
     wanted = [loss for _, loss in outcome.validations]
-    for stage in stages:
+    for stage in STAGES:
         result = results[f"dpo{stage}"]
         assert [loss for _, loss in result["validations"]] == pytest.approx(wanted, rel=1e-4), stage
         values = parameters(context).items()
@@ -101,9 +96,8 @@ def test_workers_learn_preferences_as_one_does(trained, tmp_path, world, stages)
         ), stage  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pedro", "full"])
 def test_bf16_runs_in_every_stage_for_adapters_and_for_full_fine_tuning(trained, method):
-    results = trained(1, STAGES)
+    results = trained(1)
     losses = [results[f"{method} in bf16, {stage}"]["loss"] for stage in STAGES]
     assert losses == pytest.approx([losses[0]] * len(STAGES), rel=2e-2)

@@ -39,10 +39,10 @@ class VectorReader:
     """
 
     def __init__(self, directory: Path) -> None:
+        from pedro.adapter_directory import read_manifest, verify_adapter
         from pedro.backbone import context_length, load_tokenizer, quiet, resolve_backbone
         from pedro.data.prompt_format import PromptFormat
         from pedro.evaluation.saved import load_saved
-        from pedro.methods.adapter_files import read_manifest, verify_adapter
 
         quiet()
         backbone = resolve_backbone(read_manifest(directory)["backbone"]["id"])

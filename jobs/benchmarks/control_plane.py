@@ -130,7 +130,7 @@ def _register(registry: Registry, names: list[str], scratch: Path) -> None:
     from safetensors.torch import save_file
     from torch import zeros
 
-    from pedro.methods.adapter_files import WEIGHTS, write_manifest
+    from pedro.adapter_directory import WEIGHTS, write_manifest
 
     for number in (1, 2):
         directory = scratch / str(number)

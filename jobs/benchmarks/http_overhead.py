@@ -56,7 +56,7 @@ def run(options: Options, server: Server, log: Log) -> BenchmarkReport:
 
 
 def _digest(server: Server) -> str:
-    from pedro.methods.adapter_files import read_manifest
+    from pedro.adapter_directory import read_manifest
 
     return str(read_manifest(server.adapter)["backbone"]["digest"])
 

@@ -113,7 +113,7 @@ def _scratch(directory: Path) -> Path:
 
 def _finish(making: Path, directory: Path, manifest: dict[str, Any]) -> None:
     """Add the manifest with the digests of what lies there and give the directory its name."""
-    from pedro.methods.adapter_files import write_manifest
+    from pedro.adapter_directory import write_manifest
 
     write_manifest(making, manifest)
     making.rename(directory)

@@ -224,8 +224,8 @@ def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from pedro.adapter_directory import WEIGHTS, write_manifest
     from pedro.data.prompt_format import FORMATS
-    from pedro.methods.adapter_files import WEIGHTS, write_manifest
 
     target = home / "made" / source.name
     shutil.copytree(source, target)

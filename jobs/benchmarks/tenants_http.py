@@ -108,8 +108,8 @@ def _version(backbone: Backbone, number: int, digest: str, manifest_digest: str)
 
 def _cached(registry: Registry, source: Path, backbone: Backbone, number: int) -> Version:
     """A tenant's adapter where this host keeps the copies that it fetched of the registry's."""
+    from pedro.adapter_directory import MANIFEST, manifest_digest, read_manifest, write_manifest
     from pedro.data.prompt_format import FORMATS
-    from pedro.methods.adapter_files import MANIFEST, manifest_digest, read_manifest, write_manifest
 
     digest = str(json.loads((source / MANIFEST).read_text())["digest"])
     target = registry.cached(digest, f"made{number}")

@@ -42,6 +42,8 @@ TOKENIZER_FIELDS = (
 """What of tokenizer_config.json decides which ids a text gets, or how messages become a prompt."""
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 """What older releases of transformers saved beside the weights, and compute today."""
+PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer")
+"""Classes of transformers that are what tokenizer.json and tokenizer_config.json say, and nothing more."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -145,6 +147,39 @@ def load_tokenizer(backbone: Backbone) -> Tokenizer:
             param="backbone",
         )
     return cast("Tokenizer", tokenizer)
+
+
+def check_tokenizer_files(backbone: Backbone) -> None:
+    """Raise what `load_tokenizer` would, for a caller that needs none; most are shown to be fine by their files alone.
+
+    Importing transformers takes seconds, which whoever starts a server waits for.
+    """
+    if not _is_plain_tokenizer(backbone):
+        load_tokenizer(backbone)
+
+
+def _is_plain_tokenizer(backbone: Backbone) -> bool:
+    """Whether tokenizer.json gives all tokens ids that the embedding has rows for, and one of them ends or pads."""
+    from tokenizers import Tokenizer
+
+    told = read_json(backbone.directory / "tokenizer_config.json", backbone.id)
+    rows = read_json(backbone.directory / "config.json", backbone.id).get("vocab_size")
+    try:
+        tokens = Tokenizer.from_file(str(backbone.directory / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    except Exception:  # noqa: BLE001 - the library's only type: transformers finds out what is wrong, or reads other files
+        return False
+    added = told.get("added_tokens_decoder") or {}
+    last = told.get("pad_token") or told.get("eos_token")
+    last = last.get("content") if isinstance(last, dict) else last
+    return (
+        told.get("tokenizer_class") in PLAIN_TOKENIZERS
+        and isinstance(rows, int)
+        and max(tokens.values(), default=rows) < rows
+        and isinstance(added, dict)
+        and added.keys() <= {str(number) for number in tokens.values()}
+        and isinstance(last, str)
+        and last in tokens
+    )
 
 
 def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
@@ -270,6 +305,8 @@ def _reading(name: str, what: str) -> Iterator[None]:
 
 def _check_device(device: str) -> None:
     """Raise ConfigError for a device that torch cannot use here."""
+    if device == "cpu":
+        return
     import torch
 
     try:

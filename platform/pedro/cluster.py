@@ -35,6 +35,10 @@ Answer = TypeVar("Answer")
 START_TIMEOUT_S = 180  # 10 on an idle machine
 PROBE_TIMEOUT_S = 5
 CONNECT_TIMEOUT_S = 60  # 3 on an idle machine
+LEAN_HEAD = {
+    "RAY_START_HOOK": "pedro.cluster.without_client_server",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # by default a head that ends waits for what it runs, which ends too
+}
 OBJECT_STORE_BYTES = 256 << 20  # the platform passes paths between processes, not tensors
 
 
@@ -274,12 +278,15 @@ def _try_head(folder: Path, deadline: float) -> Head | None:
     command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     command += [f"--ray-client-server-port={client}", f"--temp-dir={session}", "--include-dashboard=true"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--log-color=false"]
-    command += [f"--num-cpus={os.cpu_count() or 1}"]
+    command += [f"--num-cpus={os.cpu_count() or 1}", "--no-monitor"]  # which adds nodes in a cloud
+    env = {**LEAN_HEAD, **os.environ}
     log = folder / "head.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
-    # Ray says "started" before its client server, which ends the whole head if it fails, and its jobs API answer
-    while not (b"Ray runtime started" in log.read_bytes() and _answers(client) and _answers(dashboard)):
+        process = subprocess.Popen(
+            command, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    # Ray says "started" before its jobs API answers
+    while not (b"Ray runtime started" in log.read_bytes() and _answers(dashboard)):
         if process.poll() is not None or time.monotonic() > deadline:
             _end(process.pid)
             return None
@@ -290,6 +297,12 @@ def _try_head(folder: Path, deadline: float) -> Head | None:
         pid=process.pid,
         started=psutil.Process(process.pid).create_time(),
     )
+
+
+def without_client_server(parameters: Any, _head: bool) -> None:
+    """What `ray start` calls (RAY_START_HOOK) before it starts a head: none of ours is asked by `ray://`, for which Ray
+    has a server of its own, and no option to leave it out."""
+    parameters.ray_client_server_port = None
 
 
 def _end(pid: int) -> None:

@@ -241,10 +241,10 @@ def import_adapter(
     """
     from contextlib import nullcontext
 
+    from pedro.adapter_check import check_adapter
+    from pedro.adapter_directory import CONFIG
     from pedro.config import check_name
     from pedro.evaluation.saved import open_saved
-    from pedro.methods.adapter_check import check_adapter
-    from pedro.methods.adapter_files import CONFIG
     from pedro.methods.servable import check_tensor_names
     from pedro.methods.stock import is_stock
 

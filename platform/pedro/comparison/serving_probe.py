@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
+from pedro.adapter_directory import WEIGHTS
 from pedro.backbone import context_length, load_model
 from pedro.data.general_text import WINDOW, windows
 from pedro.errors import AdapterError, BackboneError
-from pedro.methods.adapter_files import WEIGHTS, save_adapter
+from pedro.methods.adapter_files import save_adapter
 from pedro.methods.servable import check_servable
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ def open_saved(directory: Path, name: str | None = None) -> tuple[Backbone, dict
     Raises AdapterError for a damaged adapter or one of another backbone, BackboneError if the backbone is not to be
     had, DataError for a manifest without a prompt format.
     """
+    from pedro.adapter_directory import read_manifest, verify_adapter
     from pedro.data.prompt_format import PromptFormat, check_format
-    from pedro.methods.adapter_files import read_manifest, verify_adapter
 
     trained_on = read_manifest(directory)["backbone"]["id"]
     try:
@@ -75,7 +75,7 @@ def take_weights(model: nn.Module, directory: Path, backbone: Backbone) -> None:
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from pedro.methods.adapter_files import CONFIG, WEIGHTS, verify_adapter
+    from pedro.adapter_directory import CONFIG, WEIGHTS, verify_adapter
 
     verify_adapter(directory, backbone.digest, backbone.tokenizer_digests)
     if not isinstance(model, PeftModel) or not (directory / CONFIG).is_file():
@@ -134,7 +134,8 @@ def release(model: nn.Module) -> None:
 
 def _read_config(directory: Path, manifest: Mapping[str, Any], backbone: Backbone) -> PeftConfig | None:
     """The PEFT config of a saved adapter, None for a whole model. Raises AdapterError if its method makes another."""
-    from pedro.methods.adapter_files import CONFIG, CONFIGS, read_config
+    from pedro.adapter_directory import CONFIG, CONFIGS
+    from pedro.methods.adapter_files import read_config
     from pedro.methods.registry import get_method
 
     if not any((directory / name).is_file() for name in CONFIGS):
@@ -153,7 +154,7 @@ def _attach(model: nn.Module, directory: Path, config: PeftConfig) -> nn.Module:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    from pedro.methods.adapter_files import CONFIG, WEIGHTS
+    from pedro.adapter_directory import CONFIG, WEIGHTS
     from pedro.methods.patterns import check_patterns
 
     with safe_open(directory / WEIGHTS, "pt") as file:

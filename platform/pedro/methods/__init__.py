@@ -2,7 +2,7 @@
 
 Importing this package registers its tuners with PEFT, after which get_peft_model, PeftModel.from_pretrained,
 AutoPeftModel and transformers' load_adapter know their `peft_type`. A method's file holds its tensors and equation
-alone: it imports nothing of training, and files are read and written by adapter_files.py.
+alone: it imports nothing of training, and files are written by adapter_files.py.
 """
 
 from pedro.methods.bottleneck import BottleneckConfig

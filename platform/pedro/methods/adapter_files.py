@@ -1,22 +1,13 @@
-"""The adapter directory: written whole or not at all, checked before it is trusted. Asks no registry.
+"""Writes an adapter's directory, whole or not at all, and reads its PEFT config. Asks no registry.
 
-A directory is a standard PEFT checkpoint (for full fine-tuning a transformers one) plus `pedro_adapter.json`. Weights
-are safetensors only. Only fixed file names inside the directory are ever read.
+What needs neither torch nor PEFT, its manifest and its checks, is in `pedro/adapter_directory.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import mmap
-import os
 import shutil
-import stat
-import struct
 import uuid
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,39 +17,14 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from pedro.adapter_directory import CONFIG, write_manifest
 from pedro.errors import AdapterError, PedroError, UnavailableError
 from pedro.methods.config_check import changed_backbone, unknown_keys
 
 if TYPE_CHECKING:
     from torch import nn
 
-MANIFEST = "pedro_adapter.json"
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-CONFIGS = (CONFIG, "config.json")  # what says how the weights are read: an adapter's, a whole model's
-FORMAT_VERSION = 1
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz")
-REQUIRED = ("format_version", "digest", "backbone", "method")
-TYPES: dict[str, type] = {
-    "digest": str,
-    "config_digest": str,
-    "manifest_digest": str,
-    "backbone": dict,
-    "backbone.id": str,
-    "backbone.digest": str,
-    "method": dict,
-    "method.name": str,
-    "method.options": dict,
-    "prompt_format": dict,
-    "metrics": dict,
-    "trainable_parameters": int,
-}
-MAY_LACK = ("config_digest", "manifest_digest", "method.options", "prompt_format", "metrics", "trainable_parameters")
-SPOKEN = {str: "text", dict: "an object", int: "a whole number"}
 PACKAGES = ("pedro-platform", "torch", "transformers", "peft", "safetensors")
-MAX_HEADER_BYTES = 100_000_000  # as in the safetensors format
-MAX_JSON_BYTES = 16_000_000
-SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "encoder_hidden_size")  # what PEFT allocates by
 
 
 def save_adapter(model: nn.Module, directory: str | Path, manifest: dict[str, Any]) -> str:
@@ -89,50 +55,6 @@ def save_adapter(model: nn.Module, directory: str | Path, manifest: dict[str, An
     return digest
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> str:
-    """Write the manifest of the weights and the config that lie in `directory`; returns the digest of the weights.
-
-    format_version and the three digests are filled in, whatever `manifest` says they are.
-    """
-    digest = weights_digest(directory)
-    known = {"format_version": FORMAT_VERSION, "digest": digest, "config_digest": config_digest(directory)}
-    sealed = json.loads(json.dumps(manifest | known, allow_nan=False))  # as a reader will find it
-    sealed["manifest_digest"] = manifest_digest(sealed)
-    _write(directory / MANIFEST, json.dumps(sealed, indent=2, sort_keys=True) + "\n")
-    return digest
-
-
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The manifest of an adapter directory.
-
-    Raises AdapterError if it is missing, unreadable, of another format, holds something of another type or was changed
-    since it was written. Manifests of earlier releases lack a digest of themselves, which is not checked then.
-    """
-    path = Path(directory) / MANIFEST
-    try:
-        manifest = _read_json(path)
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{MANIFEST}: not found in {directory}: adapters that PEFT saved lack it; train it with `pedro submit`, or "
-            "write it: pedro.methods.adapter_files.write_manifest(directory, {'backbone': {'id': …, 'digest': …}, "
-            "'method': {'name': 'lora', 'options': {}}, 'prompt_format': {'id': …, 'template': …}})"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{MANIFEST}: {directory} holds one that cannot be read; save the adapter again") from error
-    if not isinstance(manifest, dict) or any(key not in manifest for key in REQUIRED):
-        raise AdapterError(f"{MANIFEST}: expected an object with {', '.join(REQUIRED)}; save the adapter again")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise AdapterError(
-            f"{MANIFEST}: format_version {manifest['format_version']!r} is not {FORMAT_VERSION}; "
-            "use the release of pedro that wrote it"
-        )
-    for field, kind in TYPES.items():
-        _expect(manifest, field, kind)
-    if manifest.get("manifest_digest"):
-        _expect_digest(manifest, "manifest_digest", "manifest is", manifest_digest(manifest))
-    return manifest
-
-
 def read_config(directory: str | Path) -> PeftConfig:
     """The PEFT config of an adapter directory.
 
@@ -161,108 +83,6 @@ def read_config(directory: str | Path) -> PeftConfig:
     return config
 
 
-def weights_digest(directory: str | Path) -> str:
-    """sha256 over the sorted (name, dtype, shape, bytes) of the weights; the same however the file orders them.
-
-    Raises AdapterError where there are no weights or a file is no safetensors.
-    """
-    tensors = sorted(
-        (tensor for file in _weight_files(Path(directory)) for tensor in tensor_heads(file)), key=lambda t: t[0]
-    )
-    total = hashlib.sha256()
-    with ExitStack() as stack:
-        views = {file: stack.enter_context(_mapped(file)) for file in {tensor[3] for tensor in tensors}}
-        for name, dtype, shape, file, begin, end in tensors:
-            total.update(json.dumps([name, dtype, shape]).encode())
-            total.update(views[file][begin:end])
-    return f"sha256:{total.hexdigest()}"
-
-
-def config_digest(directory: str | Path) -> str:
-    """sha256 over the names and bytes of the configs that say how the weights are read."""
-    total = hashlib.sha256()
-    for name in CONFIGS:
-        if (Path(directory) / name).is_file():
-            text = (Path(directory) / name).read_bytes()
-            total.update(f"{name}:{hashlib.sha256(text).hexdigest()}\n".encode())
-    return f"sha256:{total.hexdigest()}"
-
-
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """sha256 over everything that a manifest says, the prompt's template too, but for this digest itself."""
-    said = {key: value for key, value in manifest.items() if key != "manifest_digest"}
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def verify_adapter(
-    directory: str | Path, backbone_digest: str | None, tokenizer_digests: Collection[str] = ()
-) -> dict[str, Any]:
-    """Check that an adapter directory is whole, holds no pickle and belongs to this backbone; return its manifest.
-
-    `tokenizer_digests` are those of the backbone's tokenizer, by this release's formula and earlier ones; none: not
-    checked, as with None for the backbone. Raises AdapterError, with both digests where backbone, tokenizer, weights
-    or config are not the expected ones. Manifests of earlier releases have no digest of the config, which is not
-    checked then.
-    """
-    directory = Path(directory)
-    _refuse_foreign_files(directory)
-    manifest = read_manifest(directory)
-    expected = manifest["backbone"]["digest"]
-    if backbone_digest is not None and expected != backbone_digest:
-        raise AdapterError(
-            f"backbone: the adapter was trained on {expected}, but the backbone here is {backbone_digest}; "
-            "use the adapter's own backbone or train the adapter again",
-            param="backbone",
-        )
-    if tokenizer_digests:
-        check_tokenizer(manifest, tokenizer_digests)
-    _expect_digest(manifest, "digest", "weights are", weights_digest(directory))
-    if manifest.get("config_digest"):
-        _expect_digest(manifest, "config_digest", "config is", config_digest(directory))
-    return manifest
-
-
-def check_tokenizer(manifest: dict[str, Any], digests: Collection[str]) -> None:
-    """Raise AdapterError where the adapter was trained with another tokenizer; old manifests may not say."""
-    trained = manifest["backbone"].get("tokenizer_digest")
-    if trained is not None and trained not in digests:
-        raise AdapterError(
-            f"backbone: the adapter was trained with the tokenizer {trained}, but the backbone here has "
-            f"{next(iter(digests))}; restore the tokenizer's files, or train the adapter again",
-            param="backbone",
-        )
-
-
-def _read_json(path: Path) -> Any:
-    """What a small JSON file holds. Raises ValueError, RecursionError or OSError, whatever the file is."""
-    about = path.lstat()
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{path.name} is no regular file")
-    if about.st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} has {about.st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _expect(manifest: dict[str, Any], field: str, kind: type[Any]) -> None:
-    """Raise AdapterError unless a field of the manifest, `a` or `a.b`, is of this type; some may be missing."""
-    *parents, name = field.split(".")
-    value = (manifest[parents[0]] if parents else manifest).get(name)
-    if not isinstance(value, kind) and not (value is None and field in MAY_LACK):
-        raise AdapterError(
-            f"{MANIFEST}: {field}: expected {SPOKEN[kind]}, got {value!r}; fetch the adapter again", param=field
-        )
-
-
-def _expect_digest(manifest: dict[str, Any], field: str, what: str, actual: str) -> None:
-    if actual != manifest[field]:
-        raise AdapterError(
-            f"{field}: the {what} {actual}, but the manifest says {manifest[field]}; "
-            "the adapter is damaged or was changed, fetch it again",
-            param=field,
-        )
-
-
 def _save_weights(model: nn.Module, directory: Path) -> None:
     if isinstance(model, PeftModel):
         model.save_pretrained(
@@ -289,83 +109,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-@contextmanager
-def _mapped(file: Path) -> Iterator[mmap.mmap]:
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        yield view
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """Every weight file that a loader might read: one of an adapter, one or more shards of a whole model."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files or ((directory / CONFIG).is_file() and directory / WEIGHTS not in files):
-        raise AdapterError(f"{WEIGHTS}: not found in {directory}; fetch the adapter again")
-    return files
-
-
-def _refuse_foreign_files(directory: Path) -> None:
-    """Refuse pickles, links, what is no file, JSON beyond bounds, and an index that names other files than its own."""
-    for path in sorted(directory.rglob("*")):
-        if path.suffix.lower() in PICKLES:
-            raise AdapterError(f"{path.name}: may hold code (pickle) and is refused; save the adapter as safetensors")
-        if path.is_symlink():
-            raise AdapterError(f"{path.name}: is a link, which may lead out of the adapter; copy the file instead")
-        if not path.is_file() and not path.is_dir():
-            raise AdapterError(f"{path.name}: is neither a file nor a directory; fetch the adapter again")
-    for name in CONFIGS:
-        if (directory / name).is_file():
-            _refuse_sizes(directory, name)
-    for index in directory.glob("*.index.json"):
-        try:
-            named = {str(name) for name in _read_json(index)["weight_map"].values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise AdapterError(f"{index.name}: cannot be read; fetch the adapter again") from error
-        if foreign := sorted(named - {file.name for file in directory.glob("*.safetensors")}):
-            raise AdapterError(f"{index.name}: names {foreign[0]!r}, which is no file of the adapter; fetch it again")
-
-
-def _refuse_sizes(directory: Path, name: str) -> None:
-    """Refuse a config that cannot be read, or by which more would be allocated than its weights can fill."""
-    try:
-        config = _read_json(directory / name)
-        given = (
-            {field: config[field] for field in SIZES if isinstance(config.get(field), int)} if name == CONFIG else {}
-        )
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise AdapterError(f"{name}: cannot be read ({type(error).__name__}); fetch the adapter again") from error
-    if given:
-        files = _weight_files(directory)
-        most = max((math.prod(shape) for file in files for _, _, shape, *_ in tensor_heads(file)), default=0)
-        for field, size in given.items():
-            if size > max(most, 1024):  # an adapter without tensors is small in any case
-                raise AdapterError(
-                    f"{name}: {field} is {size:,}, but its largest tensor has {most:,} numbers; fetch the adapter again"
-                )
-
-
-def tensor_heads(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
-    """(name, dtype, shape, file, first byte, byte after the last) of each tensor, from the header alone."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(MAX_HEADER_BYTES, file.stat().st_size):
-                raise ValueError("header too long")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        start, size = 8 + length, file.stat().st_size
-        for name, entry in header.items():
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            if not start <= begin <= end <= size:
-                raise ValueError(f"{name} lies outside the file")
-            yield name, entry["dtype"], entry["shape"], file, begin, end
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise AdapterError(f"{file.name}: is damaged or no safetensors file; fetch the adapter again") from error

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
+from pedro.adapter_directory import MAX_HEADER_BYTES, WEIGHTS, tensor_heads
 from pedro.errors import AdapterError
-from pedro.methods.adapter_files import MAX_HEADER_BYTES, WEIGHTS, tensor_heads
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM
 
+from pedro.adapter_directory import CONFIG, verify_adapter
 from pedro.backbone import Backbone, load_config
 from pedro.errors import AdapterError
-from pedro.methods.adapter_files import CONFIG, read_config, verify_adapter
+from pedro.methods.adapter_files import read_config
 from pedro.methods.architectures import Architecture, describe
 from pedro.methods.named_modules import check_named
 from pedro.methods.reader import DeclaredTensors, Reader, SavedTensors

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro.adapter_check import check_adapter
+from pedro.adapter_directory import CONFIG, MANIFEST, MAX_JSON_BYTES, WEIGHTS, write_manifest
 from pedro.errors import AdapterError
-from pedro.methods.adapter_check import check_adapter
-from pedro.methods.adapter_files import CONFIG, MANIFEST, MAX_JSON_BYTES, WEIGHTS, read_config, write_manifest
+from pedro.methods.adapter_files import read_config
 from pedro.methods.registry import METHODS
 from pedro.methods.servable import check_declared, check_servable
 

@@ -91,8 +91,8 @@ class Registry(Tracking):
         Raises AdapterError, and registers nothing, if it is no whole adapter of known files and finite weights,
         DataError if its prompt's template exceeds its bounds.
         """
-        from pedro.methods.adapter_check import check_adapter
-        from pedro.methods.adapter_files import manifest_digest
+        from pedro.adapter_check import check_adapter
+        from pedro.adapter_directory import manifest_digest
 
         name = ModelRef(check_name("tenant", tenant), check_name("adapter", adapter)).name
         manifest = check_adapter(directory)
@@ -274,7 +274,7 @@ def _verify(version: Version, directory: Path) -> None:
     The row names the digest of the manifest, which names those of weights and config: whoever can write artifacts, but
     not the store, can have no other weights and no other template served.
     """
-    from pedro.methods.adapter_files import manifest_digest, verify_adapter
+    from pedro.adapter_directory import manifest_digest, verify_adapter
 
     others = f"{version.ref}: the stored files are not those that were registered"
     try:

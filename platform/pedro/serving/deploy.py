@@ -171,12 +171,12 @@ def _wait_ready(url: str) -> None:
 
 def _check(config: ServeConfig, here: bool) -> None:
     """Raise what a replica would fail on, before anything starts; `here`: replicas run on this host."""
-    from pedro.backbone import check_dtype_and_device, load_tokenizer, resolve_backbone
+    from pedro.backbone import check_dtype_and_device, check_tokenizer_files, resolve_backbone
 
     backbone = resolve_backbone(config.backbone)
     if here:
         check_dtype_and_device(config.dtype, config.device)
-        load_tokenizer(backbone)
+        check_tokenizer_files(backbone)
 
 
 def _error_of_a_replica() -> PedroError | None:

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pedro.adapter_directory import read_manifest
 from pedro.data import templates
 from pedro.data.example_text import check_carried
 from pedro.data.prompt_format import FORMATS, PromptFormat, Run, encode_prompt, encode_text, format_for_shape
@@ -24,7 +25,6 @@ from pedro.data.row_shapes import RowShape
 from pedro.data.special_tokens import Prompt, special_tokens
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
 from pedro.errors import DataError, PedroError
-from pedro.methods.adapter_files import read_manifest
 
 if TYPE_CHECKING:
     from pedro.model_protocols import Tokenizer

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro.adapter_directory import check_tokenizer, read_manifest
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
 from pedro.backbones.sharing import obtain_backbone
 from pedro.engine.adapter_pool import unusable
@@ -21,7 +22,6 @@ from pedro.engine.request_processor import eos_ids
 from pedro.engine.sequence import Output, Request, SamplingParams
 from pedro.errors import AdapterError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
-from pedro.methods.adapter_files import check_tokenizer, read_manifest
 from pedro.process import configure_serving_process, set_torch_threads
 from pedro.refs import ModelRef
 from pedro.registry import DAMAGED, Registry

@@ -205,7 +205,7 @@ def score_directory(context: TrainingContext, directory: Path) -> Score:
     So that there is never a second backbone in memory the trained adapter, which must be saved by now, is taken off;
     where that cannot be, the trained model is given up before another one is loaded.
     """
-    from pedro.methods.adapter_files import CONFIG, verify_adapter
+    from pedro.adapter_directory import CONFIG, verify_adapter
 
     manifest = verify_adapter(directory, context.backbone.digest, context.backbone.tokenizer_digests)
     _, rows = context.scored_rows()

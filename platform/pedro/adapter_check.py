@@ -10,16 +10,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from pedro.adapter_directory import CONFIGS, mapped, tensor_heads, verify_adapter
 from pedro.errors import AdapterError
-from pedro.methods.adapter_files import CONFIGS, verify_adapter
 
 KNOWN = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|pedro_adapter\.json|README\.md"
     r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
+EXPONENT = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F8_E5M2": ("u1", 0x7C),
+    "F8_E4M3": ("u1", 0x7F),  # no infinities; all ones is NaN
+}
+"""By the dtypes of safetensors: how the numbers lie in the file, and their exponent's bits."""
 
 
 def check_adapter(directory: str | Path, backbone_digest: str | None = None) -> dict[str, Any]:
@@ -43,9 +52,15 @@ def check_adapter(directory: str | Path, backbone_digest: str | None = None) -> 
 
 def _refuse_infinite(file: Path) -> None:
     try:
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (it is no dict)
-                if not torch.isfinite(weights.get_tensor(name).float()).all():
+        with safe_open(file, "np"), mapped(file) as view:  # safetensors checks the file as it opens it
+            for name, dtype, _, _, begin, end in tensor_heads(file):
+                if dtype in EXPONENT and not _is_finite(view[begin:end], *EXPONENT[dtype]):
                     raise AdapterError(f"{file.name}: {name} holds numbers that are not finite; the training diverged")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{file.name}: is damaged ({error}); fetch the adapter again") from error
+
+
+def _is_finite(data: bytes, kind: str, exponent: int) -> bool:
+    """Whether no number has every bit of its exponent set, as NaN and the infinities have."""
+    numbers = np.frombuffer(data, kind)
+    return not bool(((numbers & exponent) == exponent).any())
