@@ -12,6 +12,7 @@ from backup_homes import back_up, files_of, frozen_home, members_of, restore, ro
 from equality_probe import greedy_answers
 from serving_adapters import register, settings_at, stub_adapter
 from store_moves import NAME, attempt, fill, random_moves
+from webhook_stubs import stub_endpoint
 
 from pedro.backup import make_backup
 from pedro.errors import NotFoundError
@@ -29,6 +30,7 @@ def lived_in(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lived-in")
     settings, expected = frozen_home(folder)
     registry = Registry.open(settings)
+    registry.store.create_webhook(stub_endpoint())
     registry.rollback("acme.colours")
     registry.canary("acme.colours", 2, 0.25)
     registry.store.create_key("acme", ["infer", "train"], "since then")
@@ -67,6 +69,7 @@ def test_a_restored_home_answers_as_before_and_has_all_that_was_there(lived_in, 
     restored = restore(settings, lived_in.archive)
     assert rows_of(settings.database_url) == rows_of(lived_in.settings.database_url)
     assert restored.rows["pedro_versions"] == 3
+    assert restored.rows["pedro_webhook_deliveries"] >= 1
     if kind == "postgresql":
         archive = back_up(settings, tmp_path / "again.tar.gz")
         shutil.rmtree(settings.home)

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from cli_commands import command_runner
 from filelock import FileLock
 from retention_home import GONE, dataset, execute, job, open_home, rows_of, tree, version, written
+from webhook_stubs import stub_endpoint
 
 from pedro.data.dataset import SOURCE
 from pedro.errors import AuthenticationError, ConflictError, NotFoundError, UnavailableError
@@ -66,6 +67,7 @@ def _fill(settings, registry, folder: Path, tenant: str, shared: Path) -> dict[s
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         *row,
     )
+    store.create_webhook(stub_endpoint(said, tenant, salt=f"salt of {tenant}"), actor=f"me at {tenant}")
     marks = [f"{NUMBERS[tenant]}{number}" for number in range(4)]
     manifest = {"spec": {"tenant": tenant, "data": {"train": str(data)}}, "metrics": {said: 1.0}}
     versions = [version(registry, folder, f"{tenant}.support", mark, {"job": ended}, **manifest) for mark in marks]
@@ -166,6 +168,7 @@ def test_nothing_of_an_erased_tenant_is_in_any_file_or_table_and_nothing_of_anot
     entry = registry.store.list_audit()[0]
     assert (entry.action, entry.tenant, entry.after["keys"]) == ("tenant.erase", done.number, 1)
     assert done.rows["versions"] == 3
+    assert (done.rows["webhook endpoints"], done.rows["webhook deliveries"]) == (1, 3)
     assert done.files["checkpoints"].removed == 5
 
 

@@ -12,6 +12,7 @@ import pytest
 from cli_commands import command_runner
 from filelock import FileLock
 from retention_home import DAY, GONE, age_runs, aged, dataset, execute, job, open_home, tree, version, written
+from webhook_stubs import stub_endpoint
 
 from pedro.errors import ConfigError, ConflictError
 from pedro.registry.purge import kept_runs
@@ -21,7 +22,7 @@ from pedro.retention.policy import Retention, parse_age
 from pedro.retention.view import View
 from pedro.serving.gone_versions import GoneVersions
 from pedro.sizes import KINDS, SizeGauges, measure
-from pedro.store import CHAMPION, BatchRecord, BatchStatus, checkpoint_gate
+from pedro.store import CHAMPION, BatchRecord, BatchStatus, JobStatus, checkpoint_gate
 from pedro.training.job_status import ClusterJobs
 from pedro.training.storage import fetch, put_dataset, read_text, write_text
 
@@ -128,6 +129,21 @@ def test_batches_go_long_after_they_ended(home):
     assert _gone(_gc(home), "batches") == {"1 batches"}
     assert {batch.id for batch in registry.store.list_batches("acme")} == {"lately", "open"}
     assert not _gone(_gc(home), "batches")
+
+
+def test_events_of_webhooks_go_some_time_after_they_were_sent(home):
+    settings, registry = home
+    registry.store.create_webhook(stub_endpoint())
+    for _ in range(3):
+        waiting = registry.store.create_job("acme", "support", {}, queued=True)
+        registry.store.ask_of_job(waiting.id, JobStatus.CANCELLED)
+    for number, days in ((1, 31), (2, 1)):
+        execute(
+            settings, "UPDATE pedro_webhook_deliveries SET ended = ? WHERE id = ?", time.time() - days * DAY, number
+        )
+    assert _gone(_gc(home), "webhook events") == {"1 events"}
+    assert registry.store.count_of("acme")["webhook deliveries"] == 2
+    assert not _gone(_gc(home), "webhook events")
 
 
 def test_caches_go_when_nobody_used_them_and_copies_of_versions_that_are_gone(home, tmp_path):

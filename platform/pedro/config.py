@@ -7,6 +7,7 @@ model and reports every mistake at once. Precedence: defaults < YAML < `key=valu
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -70,6 +71,10 @@ class Settings:
     """The keys that versions are sealed with (`PEDRO_SEAL_KEY_FILE`); none: a file in the home."""
     launcher: str = "ray"
     """Where fine-tunes run (`PEDRO_LAUNCHER`): `ray`, on that cluster, or `kuberay`, each on one of its own."""
+    own_webhook_key_file: Path | None = None
+    """The keys that webhooks' secrets are made by (`PEDRO_WEBHOOK_KEY_FILE`); none: a file in the home."""
+    webhook_networks: tuple[str, ...] = ()
+    """Networks beside the public ones that webhooks may go to (`PEDRO_WEBHOOK_NETWORKS`, parted by commas)."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -98,7 +103,9 @@ class Settings:
             ),
             data_schemes=_schemes(env.get("PEDRO_DATA_SCHEMES", "")),
             mlflow_database_url=secret_files.read(env, "MLFLOW_BACKEND_STORE_URI"),
-            own_seal_file=Path(named).expanduser().absolute() if (named := env.get("PEDRO_SEAL_KEY_FILE")) else None,
+            own_seal_file=_path(env.get("PEDRO_SEAL_KEY_FILE")),
+            own_webhook_key_file=_path(env.get("PEDRO_WEBHOOK_KEY_FILE")),
+            webhook_networks=_networks(env.get("PEDRO_WEBHOOK_NETWORKS", "")),
             launcher=_launcher(env.get("PEDRO_LAUNCHER") or "ray"),
         )
 
@@ -106,6 +113,11 @@ class Settings:
     def seal_file(self) -> Path:
         """The keys that versions are sealed with, a line each."""
         return self.own_seal_file or self.home / "secrets" / "seal.key"
+
+    @property
+    def webhook_key_file(self) -> Path:
+        """The keys that webhooks' secrets are made by, a line each."""
+        return self.own_webhook_key_file or self.home / "secrets" / "webhook.key"
 
     @property
     def artifact_root(self) -> str:
@@ -134,6 +146,8 @@ class Settings:
             "PEDRO_DATA_SCHEMES": ",".join(self.data_schemes),
             "PEDRO_SEAL_KEY_FILE": str(self.own_seal_file or ""),
             "PEDRO_LAUNCHER": self.launcher,
+            "PEDRO_WEBHOOK_KEY_FILE": str(self.own_webhook_key_file or ""),
+            "PEDRO_WEBHOOK_NETWORKS": ",".join(self.webhook_networks),
         }
 
     def single_host(self) -> list[str]:
@@ -165,6 +179,23 @@ def _tracking_uri(env: Mapping[str, str]) -> str | None:
         return address
     scheme, _, rest = address.partition("://")
     return f"{scheme}://{quote(user, safe='')}:{quote(password, safe='')}@{rest}"
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text).expanduser().absolute() if text else None
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    networks = tuple(word.strip() for word in text.split(",") if word.strip())
+    for network in networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            raise ConfigError(
+                f"PEDRO_WEBHOOK_NETWORKS: {network[:SHOWN]!r} is no network ({error}); an example is 10.20.0.0/16",
+                param="PEDRO_WEBHOOK_NETWORKS",
+            ) from None
+    return networks
 
 
 def _schemes(text: str) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from pedro.cli import (
     tasks,
     tenants,
     usage,
+    webhooks,
 )
 from pedro.cli.output import fail
 
@@ -58,6 +59,7 @@ app.add_typer(backbones.app, name="backbones")
 app.add_typer(keys.app, name="keys")
 app.add_typer(files.app, name="files")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(db.app, name="db")
 app.command("submit")(jobs.submit)
 app.command("controller")(controller.controller)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -27,6 +28,7 @@ from pedro.gateway import (
     routes_responses,
     routes_tokenizer,
     routes_usage,
+    routes_webhooks,
 )
 from pedro.gateway.auth import Authenticator
 from pedro.gateway.batch_runner import BatchRunner
@@ -38,6 +40,10 @@ from pedro.gateway.quotas import OpenRequests, Quotas
 from pedro.gateway.traffic_sampler import EVERY_S, TrafficSampler
 from pedro.gateway.uploads import FileThreads, OpenUploads
 from pedro.gateway.usage import FLUSH_EVERY_S, UsageLedger
+from pedro.gateway.webhook_addresses import Addresses
+from pedro.gateway.webhook_runner import WebhookRunner
+from pedro.gateway.webhook_sending import WebhookSender
+from pedro.gateway.webhook_signing import WebhookSecrets
 
 if TYPE_CHECKING:
     from pedro.gateway.backend import Backend
@@ -68,6 +74,8 @@ class GatewaySettings:
     rows_of_batch: int = 8  # of one batch asked at once, while no other request is open
     batch_rows: int = 32  # of all batches
     batch_lease_s: float = 15.0  # a killed gateway's batches are gone on with after it
+    webhook_key_file: Path | None = None  # of the keys that signing secrets are made by; none: there are no webhooks
+    webhook_networks: tuple[str, ...] = ()  # beside the public ones, that webhooks may go to, also without TLS
     upload_timeout_s: float = 3600.0  # for the whole of a file to arrive
     write_usage_every_s: float = FLUSH_EVERY_S  # what a gateway that is killed has not written is lost
     observe_every_s: float = EVERY_S  # its own figures and the engines' are read and kept for /metrics/history
@@ -96,12 +104,12 @@ def create_app(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         sampling = asyncio.create_task(sampler.run())
         sweeping = asyncio.create_task(file_threads.run(_sweep, files)) if files is not None else None
-        if batches is not None:
-            batches.start()
+        for runner in runners:
+            runner.start()
         yield
         sampling.cancel()
-        if batches is not None:
-            await batches.close()
+        for runner in runners:
+            await runner.close()
         await usage.close()
         await quotas.close()
         if sweeping is not None:
@@ -127,6 +135,9 @@ def create_app(
     app.state.dry_runs = DryRuns(settings.dry_run_command, settings.dry_run_env)
     batches = BatchRunner(app, store, files) if files is not None else None
     app.state.batches = batches
+    webhooks = _webhooks(store, settings, metrics) if settings.webhook_key_file is not None else None
+    app.state.webhooks = webhooks
+    runners = [runner for runner in (batches, webhooks) if runner is not None]
     install_error_handlers(app)
     app.add_middleware(Edge, send_request_id=settings.send_request_id)
     app.add_middleware(Observed, metrics=metrics)
@@ -144,9 +155,16 @@ def create_app(
         routes_health,
         routes_metrics,
         routes_usage,
+        routes_webhooks,
     ):
         app.include_router(routes.router)
     return app
+
+
+def _webhooks(store: Store, settings: GatewaySettings, metrics: GatewayMetrics) -> WebhookRunner:
+    assert settings.webhook_key_file is not None, "webhooks have keys"
+    sender = WebhookSender(WebhookSecrets(settings.webhook_key_file), Addresses(settings.webhook_networks))
+    return WebhookRunner(store, sender, metrics.registry)
 
 
 def _sweep(files: Files) -> None:

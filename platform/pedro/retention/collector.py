@@ -39,6 +39,7 @@ RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (  # who names somethin
     rules_files.backbone_copies,
     rules_files.logs,
     rules_records.batches,
+    rules_records.webhook_deliveries,
     rules_records.keys_and_usage,
 )
 

@@ -22,6 +22,7 @@ DAYS = (  # of each field of `Retention`, where PEDRO_KEEP_…_DAYS does not say
     ("datasets_s", 90.0),
     ("records_s", 400.0),
     ("usage_s", 1100.0),
+    ("webhooks_s", 30.0),
 )
 VERSIONS = "PEDRO_KEEP_VERSIONS"
 _AGE = re.compile(r"(\d+(?:\.\d+)?)(d|h|m|s)")
@@ -44,6 +45,8 @@ class Retention:
     """Rows and logs of ended jobs and batches, MLflow runs without a version, revoked keys."""
     usage_s: float
     """Usage by day."""
+    webhooks_s: float
+    """Events of webhooks, after they were sent or given up."""
     versions: int | None = None
     """The newest so many of each adapter are kept; None keeps all."""
 

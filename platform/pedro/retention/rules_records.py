@@ -124,6 +124,15 @@ def batches(view: View) -> Iterator[Finding]:
         yield Finding("batches", f"{count} batches", 0, reason, lambda: forget() > 0)
 
 
+def webhook_deliveries(view: View) -> Iterator[Finding]:
+    """Events that webhook endpoints took long ago, or never did."""
+    limit = max(view.policy.webhooks_s, GUARD_S)
+    if count := view.store.count_ended_deliveries(view.now - limit):
+        reason = f"sent, or given up, more than {days(limit)} ago"
+        forget = partial(view.store.forget_ended_deliveries, view.now - limit)
+        yield Finding("webhook events", f"{count} events", 0, reason, lambda: forget() > 0)
+
+
 def keys_and_usage(view: View) -> Iterator[Finding]:
     """Keys that ended long ago, and usage of days that nobody bills any more."""
     revoked, day = view.now - max(view.policy.records_s, GUARD_S), view.now - view.policy.usage_s

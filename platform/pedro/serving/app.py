@@ -115,6 +115,7 @@ class Gateway:
         self._requests_log = settings.requests_log
         self._storage = settings.storage
         self._env = settings.env()
+        self._webhook_key_file, self._webhook_networks = settings.webhook_key_file, settings.webhook_networks
         self._sizes = SizeGauges(settings)
         self._starting: list[asyncio.Task[Any]] = []
 
@@ -159,6 +160,8 @@ class Gateway:
             dry_run_command=(sys.executable, "-m", "pedro.training.dry_run_process"),
             dry_run_env=self._env,
             storage=self._storage,
+            webhook_key_file=self._webhook_key_file,
+            webhook_networks=self._webhook_networks,
             max_file_bytes=int(self._config.max_file_mb * 2**20),
             max_tenant_file_bytes=int(self._config.max_tenant_files_mb * 2**20),
             max_open_jobs=self._config.max_open_jobs,

@@ -51,6 +51,9 @@ from pedro.store.retention import OldVersion, StoredFile
 from pedro.store.standings import WHATEVER
 from pedro.store.store import Store
 from pedro.store.usage import USAGE_GROUPS, check_period, check_usage_groups, usage_row
+from pedro.store.webhook_deliveries import DELIVERED, GIVEN_UP, WebhookDelivery
+from pedro.store.webhook_outbox import EVENT_TYPES, MAX_WAITING, PING, event_body, new_event_id
+from pedro.store.webhooks import MAX_ENDPOINTS, SecretSource, WebhookEndpoint, new_webhook_id
 from pedro.store.windows import kind_of, period_of, used_by, window_end, window_start
 
 __all__ = [
@@ -59,10 +62,16 @@ __all__ = [
     "CANDIDATE",
     "CHAMPION",
     "CHECKPOINT",
+    "DELIVERED",
+    "EVENT_TYPES",
+    "GIVEN_UP",
     "INFER",
     "KEY",
     "LIMITS",
+    "MAX_ENDPOINTS",
+    "MAX_WAITING",
     "NO_QUOTA",
+    "PING",
     "PLATFORM",
     "PREVIOUS",
     "QUOTA",
@@ -99,22 +108,28 @@ __all__ = [
     "Position",
     "Quota",
     "RegisteredAdapter",
+    "SecretSource",
     "Standing",
     "Store",
     "StoredFile",
     "Unmirrored",
     "Usage",
     "Version",
+    "WebhookDelivery",
+    "WebhookEndpoint",
     "check_file_room",
     "check_period",
     "check_usage_groups",
     "checkpoint_gate",
     "checkpoint_of",
+    "event_body",
     "exclusive",
     "file_not_found",
     "hash_secret",
     "kind_of",
     "new_batch_id",
+    "new_event_id",
+    "new_webhook_id",
     "period_of",
     "unknown_key",
     "usage_row",

@@ -19,6 +19,7 @@ from pedro.errors import ConflictError, NotFoundError, RateLimitError
 from pedro.store import schema
 from pedro.store.changes import audited
 from pedro.store.erasing import refuse_erased
+from pedro.store.webhook_outbox import enter_event
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
@@ -245,14 +246,18 @@ class BatchTable:
         sources: Sequence[str],
         **values: Any,
     ) -> bool:
-        """Bring it from one of `sources` to a state, if it is `held`."""
-        found = sa.select(BATCHES.moments).where(BATCHES.id == batch_id, held, BATCHES.status.in_(list(sources)))
+        """Bring it from one of `sources` to a state, if it is `held`; an end is told to webhooks."""
+        found = sa.select(BATCHES.moments, BATCHES.tenant).where(
+            BATCHES.id == batch_id, held, BATCHES.status.in_(list(sources))
+        )
         row = connection.execute(found.with_for_update()).one_or_none()
         if row is None:
             return False
         moments = {**row.moments, to.value: row.moments.get(to.value, now)}
         moved = sa.update(schema.batches).where(BATCHES.id == batch_id)
         connection.execute(moved.values(status=to.value, moments=moments, **values))
+        if to.final:
+            enter_event(connection, row.tenant, f"batch.{to.value}", {"id": batch_id}, now)
         return True
 
 

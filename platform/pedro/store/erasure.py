@@ -17,6 +17,7 @@ from pedro.store.batches import cancel_batches_of
 from pedro.store.changes import ADAPTER, CHANGES_FROM, KEY, QUOTA, announce, audited, next_generation
 from pedro.store.records import NEXT, By, JobStatus
 from pedro.store.retention import forget_marks, forget_subjects
+from pedro.store.webhooks import forget_webhooks_of
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
@@ -28,6 +29,8 @@ OF_TENANT = {  # tables that have a column `tenant`, as people call what is in t
     "files": schema.files,
     "batches": schema.batches,
     "batch answers": schema.batch_answers,
+    "webhook deliveries": schema.webhook_deliveries,
+    "webhook endpoints": schema.webhook_endpoints,
     "adapters": schema.adapters,
     "versions": schema.versions,
     "moves": schema.alias_history,
@@ -65,7 +68,8 @@ class ErasureTable:
             erasing.refuse_erased(connection, tenant)
 
     def begin_erasure(self, tenant: str) -> None:
-        """Refuse the tenant: its keys end, its adapters are gone, its jobs may not start. Again does no harm."""
+        """Refuse the tenant: its keys end, its adapters are gone, its jobs may not start, its webhooks hear of nothing.
+        Again does no harm."""
         keys, adapters, jobs = schema.keys, schema.adapters, schema.jobs
         with self._database.writing() as connection:
             generation = next_generation(connection)
@@ -88,6 +92,7 @@ class ErasureTable:
             end = {"status": JobStatus.CANCELLED.value, "finished": time.time(), "message": "stopped"}
             connection.execute(sa.update(jobs).where(opened).values(end))
             cancel_batches_of(connection, tenant, time.time())
+            forget_webhooks_of(connection, tenant)
             announce(connection, generation, KEY, *ids)
             announce(connection, generation, QUOTA, f"tenant:{tenant}")
             announce(connection, generation, ADAPTER, *names)

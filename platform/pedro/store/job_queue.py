@@ -23,6 +23,7 @@ from pedro.store.event_rows import end_event, insert_events
 from pedro.store.jobs import job_not_found, job_record
 from pedro.store.parents import check_parent
 from pedro.store.records import By, JobRecord, JobStatus
+from pedro.store.webhook_outbox import enter_job_end
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
@@ -131,6 +132,7 @@ class JobQueue:
             changed = connection.execute(sa.update(schema.jobs).where(self._held(job, only)).values(**values)).rowcount
             if changed:
                 insert_events(connection, job.id, job.tenant, [end_event(status, message)])
+                enter_job_end(connection, job.tenant, job.id, status)
         return bool(changed)
 
     def explain_wait(self, job: JobRecord, message: str) -> None:
@@ -155,6 +157,7 @@ class JobQueue:
             job = self._job(connection, job_id)
             if told:
                 insert_events(connection, job_id, job.tenant, [end_event(wanted, "")])
+                enter_job_end(connection, job.tenant, job_id, wanted)
             if wanted in (job.status, job.wanted):
                 audited(connection, actor, ACTIONS[wanted], job.tenant, job_id)
         if wanted not in (job.status, job.wanted):

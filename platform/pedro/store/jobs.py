@@ -17,6 +17,7 @@ from pedro.store.erasing import refuse_erased
 from pedro.store.event_rows import NewEvent, end_event, insert_events
 from pedro.store.parents import UNENDED, check_parent
 from pedro.store.records import NEXT, By, JobRecord, JobStatus
+from pedro.store.webhook_outbox import enter_job_end
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
@@ -139,6 +140,7 @@ class JobTable:
             if row is not None and changed and before != row.status and _rests(row.status):
                 events = told or [end_event(JobStatus(row.status), row.message)]
                 insert_events(connection, job_id, row.tenant, events)
+                enter_job_end(connection, row.tenant, job_id, JobStatus(row.status))
         if row is None:
             raise job_not_found(job_id)
         if not changed and attempt not in (None, row.attempt):

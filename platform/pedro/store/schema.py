@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-REVISION = "0008"
+REVISION = "0009"
 VERSION_TABLE = "pedro_schema"
 metadata = sa.MetaData()
 NAME = sa.String(63)  # of a tenant or an adapter
@@ -147,6 +147,43 @@ batch_answers = sa.Table(  # of batches that have not ended: lines of their file
     sa.Column("tenant", NAME, nullable=False, index=True),
     sa.Column("status_code", sa.Integer, nullable=False),
     sa.Column("body", sa.Text, nullable=False),
+)
+webhook_endpoints = sa.Table(
+    "pedro_webhook_endpoints",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("tenant", NAME, nullable=False),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("event_types", sa.JSON, nullable=False),
+    sa.Column("secrets", sa.JSON, nullable=False),  # what they are made of, beside a key that is not here
+    sa.Column("hint", sa.String(20), nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("updated", sa.Float, nullable=False),
+    sa.Column("last_delivered", sa.Float),
+    sa.Column("last_failed", sa.Float),
+    sa.Column("last_error", sa.Text),
+    sa.Index("ix_pedro_webhook_endpoints_tenant", "tenant", "created", "id"),
+)
+webhook_deliveries = sa.Table(  # a row an event and endpoint, written with the change that the event tells of
+    "pedro_webhook_deliveries",
+    metadata,
+    sa.Column("id", Number, primary_key=True),
+    sa.Column("event_id", sa.String(40), nullable=False),
+    sa.Column("endpoint_id", sa.String(40), nullable=False),
+    sa.Column("tenant", NAME, nullable=False, index=True),
+    sa.Column("type", sa.String(60), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("due", sa.Float, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("ended", sa.Float),
+    sa.Column("outcome", sa.String(20)),  # delivered, given_up
+    sa.Column("lease_owner", sa.String(100)),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("fence", sa.BigInteger, nullable=False, server_default="0"),  # as of jobs
+    sa.Index("ix_pedro_webhook_deliveries_due", "ended", "due"),
+    sa.Index("ix_pedro_webhook_deliveries_endpoint", "endpoint_id", "ended"),
 )
 adapters = sa.Table(  # one row an adapter: where its aliases stand
     "pedro_adapters",

@@ -25,6 +25,8 @@ from pedro.store.migrate import ready
 from pedro.store.quotas import QuotaTable
 from pedro.store.retention import RetentionTable
 from pedro.store.usage import UsageTable
+from pedro.store.webhook_deliveries import WebhookDeliveryTable
+from pedro.store.webhooks import WebhookTable
 
 
 class Store(
@@ -35,6 +37,8 @@ class Store(
     JobEventTable,
     FileTable,
     BatchTable,
+    WebhookTable,
+    WebhookDeliveryTable,
     AdapterTable,
     CanaryTable,
     AuditTable,

@@ -1,0 +1,67 @@
+"""Fields of webhook endpoints as tenants and operators give them, and the bodies of requests that have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from pedro.errors import PedroError
+from pedro.gateway.schemas import Body
+from pedro.store import EVENT_TYPES, PING
+
+MAX_NAME = 200
+
+
+def check_event_types(given: Sequence[str]) -> tuple[str, ...]:
+    """Each of them once. Raises PedroError for one that is not known."""
+    if unknown := next((kind for kind in given if kind not in EVENT_TYPES), None):
+        message = f"event_types: there are no events {unknown[:60]!r}; known: {', '.join(EVENT_TYPES)}"
+        raise PedroError(message, param="event_types", code="invalid_value")
+    return tuple(dict.fromkeys(given))
+
+
+def check_webhook_name(given: str) -> str:
+    """A name that can be shown. Raises PedroError for another."""
+    if not 1 <= len(given) <= MAX_NAME or not given.isprintable():
+        message = f"name: expected 1 to {MAX_NAME} printable characters, got {given[:60]!r}"
+        raise PedroError(message, param="name", code="invalid_value")
+    return given
+
+
+def _kinds(value: Any) -> Any:
+    if not isinstance(value, list) or not value or not all(isinstance(kind, str) for kind in value):
+        raise ValueError("expected a list of event types")
+    return tuple(value)
+
+
+def _kind(value: Any) -> Any:
+    if value not in (*EVENT_TYPES, PING):
+        raise ValueError(f"expected one of {', '.join((*EVENT_TYPES, PING))}")
+    return value
+
+
+Kinds = Annotated[tuple[str, ...], BeforeValidator(_kinds)]
+
+
+class WebhookRequest(Body):
+    url: str  # https://…, on the public network; neither user, password nor fragment
+    name: str  # for people
+    event_types: Kinds  # of which events it is told
+
+
+class WebhookUpdate(Body):
+    """What is not given stays."""
+
+    url: str | None = None  # events that wait go to it, too
+    name: str | None = None  # for people
+    event_types: Kinds | None = None  # of which events it is told from now on
+
+
+class RotateRequest(Body):
+    keep_old_secret_active_for_24_hours: bool | None = None  # sign with both for a day; else the old one ends at once
+
+
+class WebhookTest(Body):
+    event_type: Annotated[str, BeforeValidator(_kind)] = PING  # of the sample, whose data tell of nothing
