@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from jobs.benchmarks import contention, dry_run, fairness, peers
 from jobs.benchmarks.bench_engine import BenchEngine
@@ -16,11 +19,14 @@ from jobs.benchmarks.command_line import main
 from jobs.benchmarks.efficiency import copy_limit_tok_s
 from jobs.benchmarks.engine_benchmarks import BENCHMARKS
 from jobs.benchmarks.engine_process import EnginePool, EngineProcessError
+from jobs.benchmarks.gguf_model import saved_gguf
 from jobs.benchmarks.model_sizes import MODEL_SIZES, make_model, prompts
+from jobs.benchmarks.prefix import OFF
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from jobs.benchmarks.stats import Ratio, paired_ratio, percentile, percentile_ratio
 from jobs.benchmarks.timeline import Timeline
+from jobs.benchmarks.workers.prefix import Prefix
 
 RESULTS = Path(__file__).parents[1] / "jobs" / "results"
 ROW_KEYS = {"engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"}
@@ -88,6 +94,50 @@ def test_longer_prompts_are_read_by_every_pooler_beside_no_adapter(tmp_path, mon
     assert len(rows) == 2 * len(cases)
     assert cases >= {"none", "PEDRO last", "PEDRO mean", "PEDRO max"}
     assert all(row["ttft_ms"] > 0 and (row["adapters"] != "none" or row["ratio"] == 1) for row in rows)
+
+
+def test_chats_shared_and_cold_prompts_are_measured_with_the_prefix_cache_and_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    words = ["prefix", "--quick", "--threads", "1", "--rounds", "1", "--peer", "llamacpp=/nowhere/python"]
+    assert main(BENCHMARKS, tmp_path / "results", words) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["skipped"]) == {"llamacpp", "vllm"}, "those that are not there, by name"
+    chats = [(row["engine"], row["adapters"]) for row in result["rows"] if row["case"] == "chat"]
+    kinds = ["none", "LoRA", "(IA)³", "PEDRO on the system prompt", "PEDRO, asked again"]
+    assert chats == [*(("ours", kind) for kind in kinds), (OFF, "none")]
+    assert all(row["ratio"] > 0 for row in result["rows"])
+    shared = {row["engine"]: row for row in result["rows"] if row["case"] == "shared prompt" and row["tok_s"] > 0}
+    assert shared[OFF]["ratio"] == 1
+    assert {row["adapters"] for row in result["rows"] if row["case"].startswith("cold")} == {"none", "LoRA", "PEDRO"}
+    assert len(result["targets"]) == len(kinds) + 2 * 3
+
+
+def test_the_prefix_benchmarks_engine_goes_on_from_what_it_read_and_answers_alike_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    size = MODEL_SIZES["tiny"]
+    setup = {"size": "tiny", "device": "cpu", "threads": 1, "max_batch": 2, "length": 200}
+    setup["adapters"] = {"pedro": str(adapter_directories(size, "pedro", 1)[0])}
+    on, off = (Prefix({**setup, "prefix_mb": kept_mb}) for kept_mb in (16, 0))
+    for kind in (None, "pedro"):
+        chat = prompts(size, 1, 100, seed=3)[0]
+        for turn in range(2):
+            order = {"prompts": [chat], "new": 20, "adapter": kind, "conditioning_length": 100 if kind else None}
+            done, plain = on.run(order), off.run(order)
+            assert done["answers"] == plain["answers"]
+            assert (done["cached"], plain["cached"]) == ([112 if turn else 0], [0])
+            assert 0 < done["first_ms"][0] < 1000 * done["wall_s"]
+            chat = [*chat, *done["answers"][0], 5]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama_cpp_is_given_the_same_model(tied, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    size = replace(MODEL_SIZES["tiny"], name="odd", kv_heads=2, layers=2, tied=tied)
+    file = saved_gguf(size)
+    found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    ids = torch.tensor(prompts(size, 1, 12, seed=1))
+    with torch.inference_mode():
+        torch.testing.assert_close(found(ids).logits, make_model(size)(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

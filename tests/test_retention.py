@@ -447,13 +447,20 @@ def test_a_replica_lets_go_of_versions_that_were_deleted(home, tmp_path):
     copies = [registry.download(one) for one in (kept, deleted)]
     memory = [str(one.model_ref) for one in (kept, deleted)]
     evicted: list[str] = []
-    gone = GoneVersions(registry, lambda: memory, evicted.append)
+    forgotten: list[bool] = []
+    gone = GoneVersions(registry, lambda: memory, evicted.append, lambda: forgotten.append(True))
     gone.look()
     assert (evicted, [copy.is_dir() for copy in copies]) == ([], [True, True])
     registry.delete("acme.support", 2)
     gone.look()
     gone.sweep_cache()
     assert (evicted, [copy.is_dir() for copy in copies]) == ([memory[1]], [True, False])
+    assert not forgotten
+    registry.store.begin_erasure("acme")
+    registry.store.erase_rows("acme", "erased-1")
+    registry.store.end_erasure("acme", "erased-1", {})
+    gone.look()
+    assert forgotten == [True], "the name may be another tenant's now, who must find nothing of this one's prompts"
 
 
 def test_links_are_removed_and_not_followed(home, tmp_path):

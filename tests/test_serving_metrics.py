@@ -10,6 +10,10 @@ from pedro.serving.metrics import OTHER, Labels, ReplicaMetrics, merged
 
 STATS = {
     "running": 3, "waiting": 2, "slots": 8, "slots_free": 5, "kv_cache_bytes": 1024, "steps": 7,
+    "prefixes": {
+        "budget_bytes": 1000, "evictions": 3,
+        "bytes_by_adapter": {None: 5, "acme.faq:1#sha256:1": 7, "acme.faq:2#sha256:2": 8, "acme.rare:1#sha256:3": 9},
+    },
     "adapters": {
         "resident": 4, "pinned": 1, "bytes": 99, "budget_bytes": 100, "loads": 6, "failed_loads": 0, "evictions": 2,
     },
@@ -19,7 +23,8 @@ STATS = {
 def ended(reason="stop", index=0):
     prompt_tokens = 0 if index else 10
     timing = Timing(0.1, 0.2, 0.6)
-    return Output("r", index, finish_reason=reason, prompt_tokens=prompt_tokens, completion_tokens=5, timing=timing)
+    fields = {"prompt_tokens": prompt_tokens, "cached_tokens": prompt_tokens // 2, "completion_tokens": 5}
+    return Output("r", index, finish_reason=reason, timing=timing, **fields)
 
 
 def values(text):
@@ -42,6 +47,12 @@ def test_an_answer_counts_under_its_adapter_whatever_the_version():
     assert found["pedro_requests_total", at[0], ("finish_reason", "length"), at[1]] == 2
     assert found["pedro_prompt_tokens_total", *at] == 20, "the choices of a call share its prompt"
     assert found["pedro_completion_tokens_total", *at] == 15
+    assert found["pedro_prefix_cache_queries_total", *at] == 20
+    assert found["pedro_prefix_cache_hits_total", *at] == 10
+    assert found["pedro_prefix_cache_bytes", *at] == 15, "of all its versions"
+    assert found["pedro_prefix_cache_bytes", ("adapter", "stories"), at[1]] == 5
+    assert found["pedro_prefix_cache_bytes", ("adapter", OTHER), at[1]] == 9, "it has no series yet"
+    assert found["pedro_prefix_cache_evictions_total", at[1]] == 3
     assert found["pedro_time_to_first_token_seconds_count", *at] == 3
     assert abs(found["pedro_time_per_token_seconds_sum", *at] - 0.3) < 1e-9
     assert found["pedro_requests_total", ("adapter", "stories"), ("finish_reason", "cancelled"), at[1]] == 1

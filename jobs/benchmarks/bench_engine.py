@@ -53,11 +53,26 @@ class BenchEngine:
         self._names = itertools.count()
 
     def request(
-        self, prompt: list[int], ref: str | None, new: int, tenant: str | None = None, n: int = 1, **params: Any
+        self,
+        prompt: list[int],
+        ref: str | None,
+        new: int,
+        tenant: str | None = None,
+        n: int = 1,
+        conditioning_length: int | None = None,
+        **params: Any,
     ) -> Request:
         """A request of exactly `new` tokens; the tenant is the adapter unless named."""
         sampling = SamplingParams(max_tokens=new, ignore_eos=True, **params)
-        return Request(str(next(self._names)), prompt, tenant=tenant or ref or "", adapter=ref, params=sampling, n=n)
+        return Request(
+            str(next(self._names)),
+            prompt,
+            tenant=tenant or ref or "",
+            adapter=ref,
+            params=sampling,
+            n=n,
+            conditioning_length=conditioning_length,
+        )
 
     def answer(self, asked: list[list[int]], refs: Sequence[str | None], new: int, beams: int = 1) -> Timeline:
         """All prompts at once, to their ends."""

@@ -40,12 +40,15 @@ published; prompts are random and distinct, and answers of equal lengths, but in
                 *_interval: its 95 % bootstrap interval
 """
 ALLOW_DIRTY = "write to jobs/results although code has changed since the commit; a + at the commit marks it"
+PEERS = ("vllm", "llamacpp")
+PEER = "a peer's own Python, for serving and prefix: vllm, or (prefix alone) llamacpp, which needs the wheel xllamacpp"
 ENGINES = ("generate", "ours", "peft", "continuous", "vllm")  # continuous: transformers' own, off unless named
 EXAMPLES = """\
 examples:
   python -m jobs.bench serving --quick                        S, batch 8, what is installed here; within 50 s
   python -m jobs.bench serving --peer vllm=/path/to/python    the whole comparison, vLLM in a Python of its own
   python -m jobs.bench serving --models M --batches 1,8       one size
+  python -m jobs.bench prefix --peer llamacpp=/path/to/python beside llama.cpp's server and its own prefix cache
   python -m jobs.bench tenants                                1 to 10,000 adapters, resident and missing
   python -m jobs.bench efficiency --device cuda --models 7B   the paper's table 3 on a GPU
 
@@ -111,7 +114,7 @@ def main(benchmarks: Mapping[str, Benchmark], results: Path, arguments: Sequence
 
 def _command(argv: Sequence[str]) -> str:
     """What was typed, without the places of this machine."""
-    shown = [re.sub(r"^(vllm)=.*", r"\1=PYTHON", word) for word in argv]
+    shown = [re.sub(r"^(vllm|llamacpp)=.*", r"\1=PYTHON", word) for word in argv]
     if "--out" in shown:
         shown[shown.index("--out") + 1] = "FILE"
     return f"jobs.bench {shlex.join(shown)}"
@@ -133,7 +136,7 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
         command.add_argument("--rounds", type=_count, help="interleaved rounds that count (7 or more for a verdict)")
         command.add_argument("--threads", type=_count, default=os.cpu_count() or 1, help="of every engine alike")
         command.add_argument("--device", type=_device, default="cpu", help="cpu (float32) or cuda (bfloat16)")
-        command.add_argument("--peer", type=_peer, action="append", default=[], metavar="vllm=PYTHON")
+        command.add_argument("--peer", type=_peer, action="append", default=[], metavar="vllm=PYTHON", help=PEER)
         command.add_argument("--engines", type=_engines, metavar="ours,vllm", help=f"of {', '.join(ENGINES)}")
         command.add_argument(
             "--backbones", type=_names, metavar="A,B", help="of chat, dryrun and published, instead of their own"
@@ -207,6 +210,6 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _peer(text: str) -> tuple[str, str]:
     name, equals, python = text.partition("=")
-    if name != "vllm" or not equals:
-        raise argparse.ArgumentTypeError(f"expected vllm=/path/to/python, got {text!r}")
+    if name not in PEERS or not equals:
+        raise argparse.ArgumentTypeError(f"expected vllm=/path/to/python or llamacpp=/path/to/python, got {text!r}")
     return name, python

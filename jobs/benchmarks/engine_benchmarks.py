@@ -48,6 +48,12 @@ BENCHMARKS = {
         "time to the first token by the prompt's length: PEDRO's poolers, LoRA, no adapter",
         *("adapters", "model", "tokens", "ttft_ms", "ratio", "ratio_interval", "decode_tok_s"),
     ),
+    "prefix": _entry(
+        "prefix",
+        "chats and shared prompts with the prefix cache, and its cost to cold prompts, beside llama.cpp and vLLM",
+        *("case", "engine", "adapters", "model", "tokens", "first_ms", "ms", "last_ms", "off_ms", "tok_s"),
+        *("ratio", "ratio_interval"),
+    ),
     "arrivals": _entry(
         "arrivals",
         "Poisson arrivals against a static batch; prefill of many tenants against one's (target 4)",

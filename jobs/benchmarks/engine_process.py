@@ -132,6 +132,10 @@ class EnginePool:
         """The figures of what `send` began."""
         return self._processes[name].receive(RUN_S)
 
+    def has(self, name: str) -> bool:
+        """Whether this engine is ready to run."""
+        return name in self._processes
+
     def skip(self, name: str, reason: str) -> None:
         """Leave an engine out from here on, and say so."""
         self.skipped[name] = reason

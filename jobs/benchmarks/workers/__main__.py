@@ -21,6 +21,9 @@ KINDS = {
     "http": ("jobs.benchmarks.workers.http_client", "HttpClient"),
     "tenant": ("jobs.benchmarks.workers.tenant_client", "TenantClient"),
     "roofline": ("jobs.benchmarks.workers.roofline", "Roofline"),
+    "prefix": ("jobs.benchmarks.workers.prefix", "Prefix"),
+    "prefix-llamacpp": ("jobs.benchmarks.workers.prefix_peers", "LlamaCpp"),
+    "prefix-vllm": ("jobs.benchmarks.workers.prefix_peers", "Vllm"),
     "vllm": ("jobs.benchmarks.workers.vllm", "Vllm"),
 }
 

@@ -68,7 +68,8 @@ class BackboneReport:
             f"to train     about {_size(sum(train.values()))}: PEDRO r={RANK} in float32, batches of {ROWS} rows of "
             f"{TOKENS} tokens, the worker's process included",
             f"to serve     {_size(serve['weights'])} of weights in float32, {_size(serve['token'])} for each token of "
-            f"running requests (at most {_size(serve['full_batch'])}: 32 requests of the whole context)",
+            f"running requests (at most {_size(serve['full_batch'])}: 32 requests of the whole context) and "
+            f"of what is kept of others (at most {_size(serve['prefix_cache'])}: --prefix-cache-mb)",
             f"kernel       {self.kernel}",
             "adapters     " + (", ".join(self.adapters) or "none registered for it"),
         ]
@@ -142,11 +143,13 @@ def _serving_bytes(config: Any, facts: Facts) -> dict[str, int]:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    served = ServeConfig()
     token = 2 * config.num_hidden_layers * kv_heads * width * FLOAT32
     return {
         "weights": facts.parameters * FLOAT32,
         "token": token,
-        "full_batch": token * (facts.context or 0) * ServeConfig().max_batch,
+        "full_batch": token * (facts.context or 0) * served.max_batch,
+        "prefix_cache": int(served.prefix_cache_mb * 2**20),
     }
 
 

@@ -30,6 +30,12 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
     max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     adapter_budget_mb: Annotated[float, typer.Option(help="Memory of a replica for resident adapters.")] = 512,
+    prefix_cache_mb: Annotated[
+        float, typer.Option(help="Memory of a replica for prompts that begin alike; 0 reads each anew.", min=0)
+    ] = 512,
+    share_bare_prefixes: Annotated[
+        bool, typer.Option("--share-bare-prefixes", help="Tenants share prompts to the bare backbone.")
+    ] = False,
     tenant_weight: Annotated[
         list[str] | None, typer.Option(help="TENANT=SHARE of a busy engine, 1 where not named; repeat for more.")
     ] = None,
@@ -60,6 +66,8 @@ def serve(
         "max_batch": max_batch,
         "max_length": max_length,
         "adapter_budget_mb": adapter_budget_mb,
+        "prefix_cache_mb": prefix_cache_mb,
+        "share_bare_prefixes": share_bare_prefixes,
         "tenant_weights": dict(_share(text) for text in tenant_weight or ()),
     }
     served = deploy(settings, validate_spec(options, ServeConfig, source="serve"), host, port, log)

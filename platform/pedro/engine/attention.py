@@ -26,28 +26,32 @@ _current = threading.local()
 
 
 class PrefillStep:
-    """Whole prompts: each row attends to itself alone, causally; its keys and values go to its slot."""
+    """Prompts: each row attends to itself alone, causally; its keys and values go to its slot.
 
-    def __init__(self, cache: KVCache, segments: list[Segment]) -> None:
+    `begins`: the position of each row's first token; what comes before is in the slot.
+    """
+
+    def __init__(self, cache: KVCache, segments: list[Segment], begins: list[int]) -> None:
         self.segments = segments
+        self._begins = begins
         self._cache = cache
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep keys and values [1, K, N, d]."""
-        for segment in self.segments:
+        for segment, begin in zip(self.segments, self._begins, strict=True):
             span = slice(segment.start, segment.stop)
-            self._cache.fill(layer, segment.slot, keys[0, :, span], values[0, :, span])
+            self._cache.fill(layer, segment.slot, keys[0, :, span], values[0, :, span], begin)
         return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """What transformers asks of a cache: nothing came before."""
+        """What transformers asks of a cache; positions are always given, so that nothing depends on it."""
         return 0
 
     def attend(
         self,
-        module: nn.Module,
+        module: Any,
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -57,15 +61,19 @@ class PrefillStep:
     ) -> torch.Tensor:
         """Queries [1, H, N, d] → [1, N, H, d]."""
         out = torch.empty_like(queries)
-        for segment in self.segments:
-            span, size = slice(segment.start, segment.stop), segment.stop - segment.start
+        for segment, begin in zip(self.segments, self._begins, strict=True):
+            span, length = slice(segment.start, segment.stop), begin + segment.stop - segment.start
+            seen = keys[:, :, span], values[:, :, span]
+            if begin:
+                seen = self._cache.read_slot(module.layer_idx, segment.slot, length)
             mask = None
-            if window is not None and size > window:
-                at = torch.arange(size, device=queries.device)
-                mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - window)
-            out[:, :, span] = _attention(
-                queries[:, :, span], keys[:, :, span], values[:, :, span], mask, mask is None, scaling, softcap
-            )
+            if begin or (window is not None and length > window):
+                at = torch.arange(length, device=queries.device)
+                own = at[begin:, None]
+                mask = at[None, :] <= own
+                if window is not None:
+                    mask &= at[None, :] > own - window
+            out[:, :, span] = _attention(queries[:, :, span], *seen, mask, mask is None, scaling, softcap)
         return out.transpose(1, 2)
 
 
@@ -102,7 +110,7 @@ class DecodeStep:
 
     def attend(
         self,
-        module: nn.Module,
+        module: Any,
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,

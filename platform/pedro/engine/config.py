@@ -17,7 +17,8 @@ class EngineConfig:
     prefill_tokens: int = 2048  # prompts read in one prefill, and the most of it in one step while others wait
     prefill_stall: float = 1.25  # how many decode steps' time a step may give to a prefill while others wait
     adapter_bytes: int = 256 << 20
-    prefix_bytes: int = 0  # of prompts kept for prompts that begin alike, on the native kernel; 0 keeps none
+    prefix_bytes: int = 0  # of prompts and answers kept for prompts that begin alike; 0 keeps none
+    share_bare_prefixes: bool = False  # what no adapter acted on is found by every tenant, not only by its own
     loaders: int = 4  # adapters that load at the same time
     max_waiting: int = 1024
     max_waiting_per_tenant: int = 256

@@ -72,7 +72,8 @@ class Engine:
             )
         )
 
-        self._prefixes = PrefixCache(config.prefix_bytes if self._runner.kernel == "native" else 0)
+        self._prefixes = PrefixCache(self._runner, config.prefix_bytes, config.share_bare_prefixes)
+        self.forget_prefixes = self._prefixes.forget
         self._prefill_budget = PrefillBudget(config.prefill_stall) if self._runner.splits_prefills else None
         if self._prefill_budget is not None:
             self._scheduler.lone_tokens = min(LONE_TOKENS, config.prefill_tokens)
@@ -125,6 +126,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """One turn: decide who runs, run them, return their outputs. Empty if nothing could run."""
+        self._prefixes.keep()
         with self._lock:
             self._drop_failed_and_late()
             self._release_ended()  # before slots are given out again
@@ -137,6 +139,8 @@ class Engine:
             settle(self._runner, (*sequence.lends_to, sequence))
         for sequence in plan.preempted:
             sequence.preempted_state = self._runner.save_state(sequence.slot)
+            self._prefixes.answered(sequence)
+            self._prefixes.keep()
             self._runner.release(sequence.slot)
             sequence.slots = []
         if plan.prefill:
@@ -202,8 +206,7 @@ class Engine:
                 return False
             self._held[sequence] = entry
             self.adapters.remove_waiter(ref)
-        if self._prefixes.budget_bytes:
-            self._prefixes.look_up(sequence, self._adapter_of(sequence))
+        self._prefixes.look_up(sequence, self._adapter_of(sequence))
         return True
 
     def _adapter_of(self, sequence: Sequence) -> Adapter | None:
@@ -214,6 +217,7 @@ class Engine:
         """Release what ended sequences held. On the step thread only: till then the model may be using it."""
         for sequence in self._ended:
             settle(self._runner, sequence.lends_to)
+            self._prefixes.release(sequence)
             for slot in sequence.slots:
                 self._runner.release(slot)
             sequence.slots = []
@@ -248,6 +252,8 @@ class Engine:
         try:
             if part.begins:
                 self._runner.begin([prefill_row(sequence, self._adapter_of(sequence)) for sequence in leaders])
+                for sequence in part.sequences:
+                    self._prefixes.release(sequence)
             with self._timed_prefill(part):
                 self._runner.advance(part.until)
             if not part.ends:
@@ -264,14 +270,13 @@ class Engine:
                 self._fail(part.sequences)
                 self._end_prefill(part.groups)
             return
-        for group in made if self._prefixes.budget_bytes else ():
-            self._prefixes.prefilled(group, self._adapter_of(group[0][0]), self._runner.cache)
         with self._lock:
             self._end_prefill(part.groups)
             for group, logprobs, embedding in zip(made, prompt_logprobs, embeddings, strict=True):
                 leader = group[0][0]
                 prompt = len(leader.request.prompt_ids)
                 alive = [one[0] for one in group if one[0].state is not SequenceState.FINISHED]
+                self._prefixes.prefilled(group, counts=bool(alive))
                 self._counts["prompt_tokens"] += alive[0].count_prompt() if alive else 0
                 for one in group:
                     self._accept(*one, None if logprobs is None else logprobs[:prompt], embedding)
@@ -373,6 +378,8 @@ class Engine:
         self._scheduler.finish(sequence)
         if was is not SequenceState.PREFILLING:
             self._ended.append(sequence)
+        if was is SequenceState.RUNNING and reason in ("stop", "length"):
+            self._prefixes.answered(sequence)
         self._counts["failed" if fields.get("error") else "finished"] += 1
         outputs = sequence.last_outputs(reason, **fields)
         if isinstance(sequence, BeamSequence):  # of its beams only the answers count, which are known now

@@ -40,7 +40,7 @@ class KVCache:
 
         def make() -> list[torch.Tensor]:
             size = math.prod(shape)
-            whole = [_zeros(size + MARGIN, dtype, device) for _ in range(num_layers)]
+            whole = [zeros(size + MARGIN, dtype, device) for _ in range(num_layers)]
             return [tensor[:size].view(shape).transpose(1, 2 if paged else 1) for tensor in whole]
 
         self.keys, self.values = make(), make()
@@ -57,10 +57,11 @@ class KVCache:
         """Bytes that the cache takes once all of it is used."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def fill(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write keys and values [K, n, d] of a whole prompt to the slot's first n positions."""
-        self.keys[layer][slot, :, : keys.shape[1]] = keys
-        self.values[layer][slot, :, : values.shape[1]] = values
+    def fill(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor, begin: int = 0) -> None:
+        """Write keys and values [K, n, d] of a prompt to n positions of the slot, from `begin` on."""
+        end = begin + keys.shape[1]
+        self.keys[layer][slot, :, begin:end] = keys
+        self.values[layer][slot, :, begin:end] = values
 
     def append(
         self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -76,6 +77,10 @@ class KVCache:
             return keys[:rows, :, :length], values[:rows, :, :length]
         return keys[rows, :, :length], values[rows, :, :length]
 
+    def read_slot(self, layer: int, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `length` positions of one slot, [1, K, length, d]: a view."""
+        return self.keys[layer][slot, None, :, :length], self.values[layer][slot, None, :, :length]
+
     def move(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Simultaneously give each target slot the positions [start, stop) of its source."""
         for tensor in (*self.keys, *self.values):
@@ -87,16 +92,6 @@ class KVCache:
             for target in targets:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
-    def cut(self, slot: int, start: int, stop: int) -> torch.Tensor:
-        """Keys and values of the slot's positions [start, stop), copied: [layers, 2, K, stop - start, d]."""
-        pairs = zip(self.keys, self.values, strict=True)
-        return torch.stack([torch.stack([t[slot, :, start:stop] for t in pair]) for pair in pairs])
-
-    def paste(self, slot: int, parts: list[torch.Tensor]) -> None:
-        """Write what `cut` gave, part after part, from the slot's first position on."""
-        for layer, (keys, values) in enumerate(torch.cat(parts, 3)):
-            self.fill(layer, slot, keys, values)
-
     def wipe(self, slot: int, length: int | None = None) -> None:
         """Zero a slot, or its first positions, that may hold numbers that are not finite: masked out, they would still
         poison what comes next."""
@@ -104,7 +99,7 @@ class KVCache:
             tensor[slot, :, :length].zero_()
 
 
-def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros, on a CPU in memory that the operating system gives page by page: `torch.zeros` would write all of it."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)

@@ -18,6 +18,7 @@ from pedro.adapter_kinds import Adapter, Generator, GeneratorWeights, generate_v
 SCALE, SHIFT = "scale", "shift"
 NEUTRAL = {SCALE: 1.0, SHIFT: 0.0}
 Key = tuple[str, int, str]  # SCALE or SHIFT, layer, site
+SlotRows = dict[Key, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Segment:
 class PreemptedState:
     """What must outlive a preemption: the slot's rows, or the low-rank adapter itself."""
 
-    rows: dict[Key, torch.Tensor]
+    rows: SlotRows
     low_rank: Adapter | None
 
 
@@ -155,7 +156,7 @@ class Modulation:
         """How wide a row of the site's buffers is."""
         return -(-self._widths[layer][site] // self._simd_width) * self._simd_width
 
-    def _constants(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
+    def _constants(self, adapter: Adapter) -> SlotRows:
         parts = ((SCALE, adapter.scale), (SHIFT, adapter.shift))
         return {
             (kind, layer, site): row
@@ -164,9 +165,7 @@ class Modulation:
             for site, row in sites.items()
         }
 
-    def _set(
-        self, slot: int, rows: dict[Key, torch.Tensor], low_rank: Adapter | None, generated: tuple[str, ...] = ()
-    ) -> None:
+    def _set(self, slot: int, rows: SlotRows, low_rank: Adapter | None, generated: tuple[str, ...] = ()) -> None:
         """Write the slot's rows, neutral where `rows` has none; the scales of the sites `generated` come later."""
         for key in rows:
             self._buffer(key)

@@ -85,6 +85,13 @@ typedef struct {
   int *best_at;
 } Batch;
 
+typedef struct {                                  /* keys and values on their way from a slot to kept blocks, or back */
+  float *const *to;                               /* the tensors; then, in floats, where the first head begins and */
+  const float *const *from;                       /* how far apart heads are */
+  long to_at, to_stride, from_at, from_stride;
+  long heads, count;                              /* count: floats of each head */
+} Copy;
+
 long pedro_simd_width(void) { return VW; }
 
 static inline long padded(long n) { return (n + VW - 1) / VW * VW; }
@@ -762,6 +769,16 @@ static void logits(const Model *M, const Batch *B) {
   }
 }
 
+/* ---- kept blocks ---- */
+
+static void copy_head(const void *what, long unit, int thread) { /* of one tensor */
+  const Copy *c = what;
+  const long tensor = unit / c->heads, head = unit % c->heads;
+  (void)thread;
+  memcpy(c->to[tensor] + c->to_at + head * c->to_stride, c->from[tensor] + c->from_at + head * c->from_stride,
+         c->count * sizeof(float));
+}
+
 /* ---- what native.py calls ---- */
 
 void pedro_embed(Model *M, const Batch *B) {
@@ -788,6 +805,13 @@ void pedro_logits(Model *M, const Batch *B) {
   enter(M->threads);
   logits(M, B);
   leave(&M->spent, &M->lost);
+}
+
+void pedro_copy(long threads, long tensors, const Copy *c) {
+  double spent, lost;
+  enter(threads);
+  share(tensors * c->heads, 8.0 * c->count, copy_head, c);
+  leave(&spent, &lost);
 }
 
 void pedro_decode(Model *M, const Batch *B) {

@@ -85,6 +85,15 @@ class BatchStruct(ctypes.Structure):
     ]
 
 
+class CopyStruct(ctypes.Structure):
+    """`Copy` of native.c."""
+
+    _fields_ = [
+        *((name, POINTER(c_void_p)) for name in ("to", "from_")),
+        *((name, c_long) for name in ("to_at", "to_stride", "from_at", "from_stride", "heads", "count")),
+    ]
+
+
 @cache
 def load_kernel() -> ctypes.CDLL | None:
     """The compiled kernel, or None where it cannot be built; the reason is logged once."""
@@ -102,6 +111,7 @@ def load_kernel() -> ctypes.CDLL | None:
     for name, last in {"embed": (), "generate": (c_long,), "prefill": (c_long,), "logits": (), "decode": ()}.items():
         function = getattr(kernel, f"pedro_{name}")
         function.argtypes, function.restype = (POINTER(ModelStruct), POINTER(BatchStruct), *last), None
+    kernel.pedro_copy.argtypes, kernel.pedro_copy.restype = (c_long, c_long, POINTER(CopyStruct)), None
     return kernel
 
 

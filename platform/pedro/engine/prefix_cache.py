@@ -1,134 +1,279 @@
-"""Keys and values of prompts that were read, in blocks, for prompts that begin alike. Used on the step thread.
+"""Keys and values of what was read, in blocks, for prompts that begin alike. Used on the step thread.
 
 Blocks form a tree. The key of a block is its parent's number and its own tokens, so that equal keys mean equal prompts
-up to there: tokens are compared, never only their hash. Above the first block stands the owner: whose prompt it was,
-with which salt and adapter; what one owner left is never found by another.
-Legend: L layers, K key-value heads, d head width.
+up to there: a number is given once and the tokens themselves are compared, never only their hash. Above the first block
+stands who may find it (`prefix_keys`). Where an adapter makes its vectors from the prompt, they are kept there, too.
+
+A block that a waiting sequence is about to begin with is referenced, and never evicted.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pedro.engine.kv_blocks import BLOCK, block_bytes
+from pedro.engine.prefix_keys import PrefixKey, Reuse, reuse_of, token_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
-
-    import torch
-
     from pedro.adapter_kinds import Adapter
-    from pedro.engine.kv_cache import KVCache
+    from pedro.engine.modulation import SlotRows
+    from pedro.engine.runner import Runner
     from pedro.engine.sequence import Sequence
     from pedro.engine.steps import NewToken
 
-BLOCK = 16  # tokens of a block
-OVERHEAD = 2048  # bytes that a block takes beside its tensor: its tokens and its entry
+OVERHEAD = 2048  # bytes that a block takes beside its keys and values: its tokens and its entry
+TOKEN_BYTES = len(token_bytes((0,)))
+EntryKey = tuple[PrefixKey | int, bytes]  # of a first block, or of one below another; vectors have no tokens
 
 
-@dataclass(frozen=True, eq=False)
-class PrefixBlock:
-    """Keys and values of `BLOCK` tokens, [L, 2, K, BLOCK, d]."""
+@dataclass(eq=False)
+class PrefixEntry:
+    """A block, by its number and its place among `KVBlocks`, or the vectors of a prompt."""
 
-    number: int
-    kv: torch.Tensor
+    adapter: str | None
+    nbytes: int
+    number: int = -1
+    place: int = -1
+    rows: SlotRows | None = None
+    refcount: int = 0
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of a prompt that need not be read: its blocks, and the vectors where they are of the prompt."""
+
+    blocks: tuple[PrefixEntry, ...]
+    rows: SlotRows | None = None
 
     @property
-    def nbytes(self) -> int:
-        return self.kv.nbytes + OVERHEAD
+    def places(self) -> tuple[int, ...]:
+        return tuple(block.place for block in self.blocks)
+
+    @property
+    def num_tokens(self) -> int:
+        return BLOCK * len(self.blocks)
+
+
+@dataclass(frozen=True)
+class _Unkept:
+    """What a slot holds until the next step and is to be kept."""
+
+    reuse: Reuse
+    token_ids: list[int]
+    slot: int
 
 
 class PrefixCache:
-    """The blocks used last, within `budget_bytes`; 0 keeps none."""
+    """What was used last, within `budget_bytes`; a budget for less than one block keeps nothing."""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, runner: Runner, budget_bytes: int, share_bare: bool = False) -> None:
         self.budget_bytes = budget_bytes
-        self._blocks: OrderedDict[tuple[Hashable, tuple[int, ...]], PrefixBlock] = OrderedDict()  # used last at the end
+        self._block_bytes = block_bytes(runner.cache) + OVERHEAD
+        self._rows_of, self._share_bare = runner.slot_rows, share_bare
+        count = budget_bytes // self._block_bytes
+        self._blocks = runner.make_blocks(count) if count else None
+        self._free = list(range(count))  # a heap: neighbours are copied together
+        self._entries: OrderedDict[EntryKey, PrefixEntry] = OrderedDict()  # used last at the end
         self._numbers = itertools.count()
+        self._unkept: list[_Unkept] = []
+        self._epoch, self._kept_epoch = 0, 0
         self._used_bytes = 0
-        self._counts = dict.fromkeys(("hits", "saved_tokens", "evictions"), 0)
+        self._bytes_of: Counter[str | None] = Counter()
+        self._counts = dict.fromkeys(("queried_tokens", "hits", "saved_tokens", "evictions"), 0)
 
     def look_up(self, sequence: Sequence, adapter: Adapter | None) -> None:
-        """Before the sequence starts: what its prefill need not read. What was preempted is read whole again, as is a
-        prompt whose log-probabilities, or mean, are asked for: they need the state of every token."""
+        """Before the sequence starts: what its prefill need not read, held until `release`. A prompt whose
+        log-probabilities, or mean, are asked for is read whole: they need the state of every token."""
+        self.release(sequence)
+        sequence.num_cached = 0
+        if self._blocks is None:
+            return
+        if sequence.reuse is None:
+            sequence.reuse = reuse_of(sequence.request, adapter, self._epoch, self._share_bare)
         whole = sequence.params.prompt_logprobs is not None or sequence.params.pooling == "mean"
-        anew = sequence.resumes or whole
-        owner = None if anew else self._owner(sequence, adapter)
-        sequence.prefix = () if owner is None else self.find(owner, sequence.request.prompt_ids)
+        if whole and not sequence.resumes:
+            return
+        found = self._find(sequence.reuse.key, sequence.prefill_ids)
+        for block in found.blocks:
+            block.refcount += 1
+        if found.blocks:
+            sequence.prefix, sequence.num_cached = found, found.num_tokens
 
-    def prefilled(self, made: list[NewToken], adapter: Adapter | None, cache: KVCache) -> None:
-        """The answers to one request got their first tokens: count what was saved, keep the prompt."""
+    def release(self, sequence: Sequence) -> None:
+        """The sequence's slot holds what was found for it, or it does not start."""
+        if sequence.prefix is not None:
+            for block in sequence.prefix.blocks:
+                block.refcount -= 1
+            sequence.prefix = None
+
+    def prefilled(self, made: list[NewToken], counts: bool) -> None:
+        """The answers to one request got their first tokens: what was read is to be kept. `counts`: for an answer that
+        somebody still wants."""
         leader = made[0][0]
-        cached = BLOCK * len(leader.prefix)
-        self._counts["hits"] += cached > 0
-        self._counts["saved_tokens"] += cached
-        owner = None if leader.resumes else self._owner(leader, adapter)
-        if owner is not None and all(token_id >= 0 for _, token_id, _ in made):  # else keys may not be finite
-            self.keep(owner, leader.request.prompt_ids, cache, leader.slot)
+        if leader.reuse is not None and not leader.resumes:
+            if counts and not leader.prompt_read:
+                self._count(leader)
+            if all(token_id >= 0 for _, token_id, _ in made):  # else keys may not be finite
+                self._unkept.append(_Unkept(leader.reuse, leader.request.prompt_ids, leader.slot))
         for sequence, *_ in made:
-            sequence.cached_tokens = sequence.cached_tokens if leader.resumes else cached
-            sequence.prefix = ()
+            sequence.num_cached = 0
 
-    def find(self, owner: Hashable, token_ids: list[int]) -> tuple[PrefixBlock, ...]:
+    def answered(self, sequence: Sequence) -> None:
+        """The sequence leaves its slot, which holds prompt and answer but for the last token: they are to be kept."""
+        if sequence.reuse is not None and sequence.reuse.until is None and sequence.prompt_in is None:
+            self._unkept.append(_Unkept(sequence.reuse, sequence.prefill_ids[:-1], sequence.slot))
+
+    def keep(self) -> None:
+        """Copy what is to be kept, before slots are given out again. Apart from the step that read it, so that the
+        first token is on its way by then."""
+        if self._kept_epoch != self._epoch:
+            self._kept_epoch = self._epoch
+            while self._evict():
+                pass
+        unkept, self._unkept = self._unkept, []
+        for one in unkept:
+            self._keep(one)
+
+    def forget(self) -> None:
+        """Let nothing be found any more that was read up to now, of requests that still run either. From any thread."""
+        self._epoch += 1
+
+    def stats(self) -> dict[str, Any]:
+        """Tokens asked for, prompts that found a beginning, the tokens this saved, evictions; blocks and bytes now."""
+        return {
+            **self._counts,
+            "blocks": len(self._entries),
+            "used_bytes": self._used_bytes,
+            "budget_bytes": self.budget_bytes,
+            "bytes_by_adapter": dict(self._bytes_of),
+        }
+
+    def _find(self, key: PrefixKey, token_ids: list[int]) -> Prefix:
         """The blocks that hold the beginning of the prompt. At least its last token is left to be read."""
-        found: list[PrefixBlock] = []
-        keys: list[tuple[Hashable, tuple[int, ...]]] = []
-        parent: Hashable = owner
+        found: list[PrefixEntry] = []
+        keys: list[EntryKey] = []
+        rows = None
+        if key.conditioning:
+            vectors = self._entries.get((key, b""))
+            if vectors is None:
+                return Prefix(())
+            keys.append((key, b""))
+            rows = vectors.rows
+        parent: PrefixKey | int = key
         for tokens in _blocks(token_ids[:-1]):
-            block = self._blocks.get((parent, tokens))
+            block = self._entries.get((parent, tokens))
             if block is None:
                 break
             keys.append((parent, tokens))
             found.append(block)
             parent = block.number
         self._touch(keys)
-        return tuple(found)
+        return Prefix(tuple(found), rows)
 
-    def keep(self, owner: Hashable, token_ids: list[int], cache: KVCache, slot: int) -> None:
-        """Copy the prompt's whole blocks from the slot that holds it, those that are not here yet."""
-        parent: Hashable = owner
-        keys: list[tuple[Hashable, tuple[int, ...]]] = []
-        nbytes = 0
-        for at, tokens in enumerate(_blocks(token_ids)):
-            key = (parent, tokens)
-            block = self._blocks.get(key)
+    def _count(self, leader: Sequence) -> None:
+        """A prompt was read, for the first of the answers to it."""
+        length = len(leader.request.prompt_ids)
+        cached = min(leader.num_cached, length)
+        self._counts["queried_tokens"] += length
+        self._counts["hits"] += cached > 0
+        self._counts["saved_tokens"] += cached
+        for sequence in (leader, *leader.siblings):
+            sequence.cached_tokens = cached
+
+    def _keep(self, one: _Unkept) -> None:
+        """Copy the whole blocks that are not here yet, as many from the beginning as fit."""
+        assert self._blocks is not None, "nothing is noted where nothing can be kept"
+        key, until = one.reuse
+        blocks = list(_blocks(one.token_ids[:until]))
+        here: list[EntryKey] = []
+        parent: PrefixKey | int = key
+        for tokens in blocks:
+            block = self._entries.get((parent, tokens))
             if block is None:
-                block = PrefixBlock(next(self._numbers), cache.cut(slot, at * BLOCK, (at + 1) * BLOCK))
-                if nbytes + block.nbytes > self.budget_bytes:
-                    break
-                self._blocks[key] = block
-                self._used_bytes += block.nbytes
-            nbytes += block.nbytes
-            keys.append(key)
+                break
+            here.append((parent, tokens))
             parent = block.number
-        self._touch(keys)
-        while self._used_bytes > self.budget_bytes:
-            _, gone = self._blocks.popitem(last=False)
-            self._used_bytes -= gone.nbytes
-            self._counts["evictions"] += 1
+        first, rows = len(here), (key, b"")
+        made: list[tuple[EntryKey, PrefixEntry]] = []
+        if key.conditioning and rows in self._entries:
+            here.insert(0, rows)
+        for entry_key in here:  # making room for the end must not take the beginning
+            self._entries[entry_key].refcount += 1
+        if key.conditioning and blocks and rows not in here:
+            vectors = self._take_rows(key, one.slot)
+            if vectors is None:
+                blocks = []
+            else:
+                made.append((rows, vectors))
+        places = []
+        for tokens in blocks[first:]:
+            block = self._take_block(key.adapter)
+            if block is None:
+                break
+            made.append(((parent, tokens), block))
+            places.append(block.place)
+            parent = block.number
+        if places:
+            self._blocks.save(one.slot, first, places)
+        for entry_key in here:
+            self._entries[entry_key].refcount -= 1
+        self._entries.update(made)  # from now on they are found
+        keys = [*here, *(entry_key for entry_key, _ in made)]
+        self._touch(sorted(keys, key=lambda entry_key: bool(entry_key[1])))
 
-    def stats(self) -> dict[str, int]:
-        """Prompts that found a beginning, the tokens this saved, evictions; blocks and bytes now."""
-        return {
-            **self._counts,
-            "blocks": len(self._blocks),
-            "used_bytes": self._used_bytes,
-            "budget_bytes": self.budget_bytes,
-        }
+    def _take_block(self, adapter: str | None) -> PrefixEntry | None:
+        """Room for a new block; None where there is none."""
+        if not self._make_room(self._block_bytes):
+            return None
+        self._account(adapter, self._block_bytes)
+        return PrefixEntry(adapter, self._block_bytes, next(self._numbers), heapq.heappop(self._free))
 
-    def _owner(self, sequence: Sequence, adapter: Adapter | None) -> Hashable | None:
-        """Who may use what was read of this prompt; None for nobody: the adapter's vectors come from all of it."""
-        request = sequence.request
-        nobody = adapter is not None and adapter.generator is not None
-        return None if nobody else (request.tenant, request.cache_salt, request.adapter)
+    def _take_rows(self, key: PrefixKey, slot: int) -> PrefixEntry | None:
+        """The slot's vectors; None where there is no room."""
+        rows = self._rows_of(slot)
+        nbytes = sum(row.nbytes for row in rows.values()) + len(key.conditioning) + OVERHEAD
+        if not self._make_room(nbytes):
+            return None
+        self._account(key.adapter, nbytes)
+        return PrefixEntry(key.adapter, nbytes, rows=rows)
 
-    def _touch(self, keys: list[tuple[Hashable, tuple[int, ...]]]) -> None:
-        """Count a prompt's blocks as used now, its first as the last: without its parent a block is not found."""
+    def _account(self, adapter: str | None, nbytes: int) -> None:
+        self._used_bytes += nbytes
+        self._bytes_of[adapter] += nbytes
+        if not self._bytes_of[adapter]:
+            del self._bytes_of[adapter]
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Evict until `nbytes` more fit; False where what is referenced leaves no room."""
+        while self._used_bytes + nbytes > self.budget_bytes:
+            if not self._evict():
+                return False
+        return True
+
+    def _evict(self) -> bool:
+        """Drop what was used longest ago and is not referenced; False if there is nothing."""
+        key = next((key for key, entry in self._entries.items() if not entry.refcount), None)
+        if key is None:
+            return False
+        gone = self._entries.pop(key)
+        if gone.place >= 0:
+            heapq.heappush(self._free, gone.place)
+        self._account(gone.adapter, -gone.nbytes)
+        self._counts["evictions"] += 1
+        return True
+
+    def _touch(self, keys: list[EntryKey]) -> None:
+        """Count entries as used now, the first as the last: without its parent a block is not found."""
         for key in reversed(keys):
-            self._blocks.move_to_end(key)
+            self._entries.move_to_end(key)
 
 
-def _blocks(token_ids: list[int]) -> Iterator[tuple[int, ...]]:
-    for start in range(0, len(token_ids) - BLOCK + 1, BLOCK):
-        yield tuple(token_ids[start : start + BLOCK])
+def _blocks(token_ids: list[int]) -> Iterable[bytes]:
+    """The tokens of each whole block."""
+    every, size = token_bytes(token_ids), BLOCK * TOKEN_BYTES
+    return (every[start : start + size] for start in range(0, len(every) - size + 1, size))

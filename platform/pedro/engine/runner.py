@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from pedro.engine import native_model
 from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
 from pedro.engine.kernel_threads import granted_threads
+from pedro.engine.kv_blocks import KVBlocks
 from pedro.engine.kv_cache import KVCache
-from pedro.engine.modulation import ConditionedRow, GeneratorBatch, Modulation, PreemptedState, Segment
+from pedro.engine.modulation import ConditionedRow, GeneratorBatch, Modulation, PreemptedState, Segment, SlotRows
 from pedro.engine.native_model import NativeModel
-from pedro.engine.prefix_cache import BLOCK
 from pedro.engine.sampler import token_logprobs
 from pedro.engine.torch_model import TorchModel, refuse_unfit, softcapped
 from pedro.errors import BackboneError
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from pedro.adapter_kinds import Adapter
     from pedro.engine.model_executor import Logits, ModelExecutor
-    from pedro.engine.prefix_cache import PrefixBlock
     from pedro.engine.sequence import TokenLogprob
 
 KERNELS = ("auto", "native", "torch")
@@ -41,8 +40,9 @@ HEAD_CHUNK = 256  # prompt positions whose logits exist at once
 class PrefillRow:
     """A prompt to read into `slot`. `prompt_logprobs` asks for those of its tokens, with that many alternatives.
 
-    `pooling` ("last" or "mean") asks for its embedding. `preempted_state` is what a preempted request saved, used in
-    place of the adapter.
+    `pooling` ("last" or "mean") asks for its embedding. `preempted_state` is what a preempted request saved, or one
+    with the same prompt left, used in place of the adapter. `places`: the kept blocks that it begins with, of
+    `num_cached` tokens.
     """
 
     slot: int
@@ -52,11 +52,8 @@ class PrefillRow:
     preempted_state: PreemptedState | None = None
     prompt_logprobs: int | None = None
     pooling: str | None = None
-    prefix: tuple[PrefixBlock, ...] = ()  # its first tokens, read before
-
-    @property
-    def cached_tokens(self) -> int:
-        return BLOCK * len(self.prefix)
+    places: tuple[int, ...] = ()
+    num_cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +126,7 @@ class Runner:
             )
         )
         self._prefills: list[_PackedPrefill] = []
+        self._blocks: KVBlocks | None = None
 
     @torch.inference_mode()
     def begin(self, rows: list[PrefillRow]) -> None:
@@ -137,16 +135,17 @@ class Runner:
         self._prefills.append(prefill)
         segments, start = prefill.segments, 0
         for row in rows:
-            segments.append(Segment(start, start + len(row.token_ids) - row.cached_tokens, row.slot))
-            if row.prefix:
-                self.cache.paste(row.slot, [block.kv for block in row.prefix])
+            segments.append(Segment(start, start + len(row.token_ids) - row.num_cached, row.slot))
+            if row.places:
+                assert self._blocks is not None, "nothing is found where nothing is kept"
+                self._blocks.load(row.slot, row.places)
             start = segments[-1].stop
         conditioned = [
-            ConditionedRow(segment, row.conditioning_length, row.adapter, row.preempted_state, row.cached_tokens)
+            ConditionedRow(segment, row.conditioning_length, row.adapter, row.preempted_state, row.num_cached)
             for row, segment in zip(rows, segments, strict=True)
         ]
         prefill.generating = self.modulation.begin(conditioned)
-        prefill.state = self._executor.start(conditioned, [row.token_ids[row.cached_tokens :] for row in rows])
+        prefill.state = self._executor.start(conditioned, [row.token_ids[row.num_cached :] for row in rows])
 
     @torch.inference_mode()
     def advance(self, until: int | None = None) -> None:
@@ -213,6 +212,17 @@ class Runner:
         return self.modulation.save_state(slot)
 
     @torch.inference_mode()
+    def slot_rows(self, slot: int) -> SlotRows:
+        """What modulates the slot, copied."""
+        return self.modulation.save_state(slot).rows
+
+    def make_blocks(self, count: int) -> KVBlocks:
+        """Room for blocks that `PrefillRow.places` names."""
+        threads = self._executor.threads if isinstance(self._executor, NativeModel) else None
+        self._blocks = KVBlocks(self.cache, count, threads)
+        return self._blocks
+
+    @torch.inference_mode()
     def release(self, slot: int) -> None:
         """The sequence in `slot` ended or was preempted: nothing of it is needed any longer."""
         self.modulation.release(slot)
@@ -234,7 +244,7 @@ class Runner:
     def _embedding(self, state: Any, segment: Segment, row: PrefillRow) -> bytes:
         """The last hidden state, after the model's last norm: the prompt's last token's, or the mean of all."""
         first = segment.stop - 1 if row.pooling == "last" else segment.start
-        assert row.pooling == "last" or not row.cached_tokens, "a mean needs the state of every token"
+        assert row.pooling == "last" or not row.num_cached, "a mean needs the state of every token"
         pooled: Any = 0.0
         for start in range(first, segment.stop, HEAD_CHUNK):
             index = list(range(start, min(start + HEAD_CHUNK, segment.stop)))

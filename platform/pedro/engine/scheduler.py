@@ -211,7 +211,7 @@ class Scheduler:
             preempted += victims
             over = self._shares.over(tenant)
             groups.append(self._start(tenant, head, admit))
-            tokens += head.length
+            tokens += head.unread
         for tenant in passed:
             self._turns.add(tenant)
         return tuple(groups)
@@ -246,10 +246,10 @@ class Scheduler:
                 self._occupy(tenant, sibling)
                 group.append(sibling)
         if not head.resumes:  # a preempted one pays for its prompt once
-            tenant.counter += head.length * PROMPT_WEIGHT / tenant.weight
+            tenant.counter += head.unread * PROMPT_WEIGHT / tenant.weight
             if not self._shares.over(tenant):
-                mean = self.newcomer_tokens or head.length
-                self.newcomer_tokens = mean + NEWS * (head.length - mean)
+                mean = self.newcomer_tokens or head.unread
+                self.newcomer_tokens = mean + NEWS * (head.unread - mean)
         return tuple(group)
 
     def _occupy(self, tenant: Tenant, sequence: Sequence) -> None:

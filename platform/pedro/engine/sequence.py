@@ -16,14 +16,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pedro.engine.detokenizer import Detokenizer
-from pedro.engine.prefix_cache import BLOCK
 from pedro.errors import PedroError
 
 if TYPE_CHECKING:
     import torch
 
     from pedro.engine.modulation import PreemptedState
-    from pedro.engine.prefix_cache import PrefixBlock
+    from pedro.engine.prefix_cache import Prefix
+    from pedro.engine.prefix_keys import Reuse
     from pedro.engine.token_mask import TokenMask
     from pedro.model_protocols import TokenDecoder
 
@@ -241,8 +241,10 @@ class Sequence:
         self.prompt_in: Sequence | None = None  # the sibling whose slot holds the prompt until this one's own does
         self.lends_to: list[Sequence] = []  # the other way round
         self.preempted_state: PreemptedState | None = None  # what the runner saved of it
-        self.prefix: tuple[PrefixBlock, ...] = ()  # what its next prefill need not read
-        self.cached_tokens = 0  # of its prompt, those that an earlier one had read
+        self.reuse: Reuse | None = None  # with whom it may share what is read of it
+        self.prefix: Prefix | None = None  # what its next prefill begins with, until its slot holds that
+        self.num_cached = 0  # tokens of it, until that prefill ends
+        self.cached_tokens = 0  # of its prompt, those that had been read before; the same for all answers to a request
         self.resumes = False  # whether it ran before: its vectors are made, its prompt is given out
         self.prompt_read = False  # for this answer or another to the same request: it is counted
         self.stepped = 0  # the last step that it was decoded in
@@ -298,7 +300,7 @@ class Sequence:
     @property
     def unread(self) -> int:
         """Tokens that its prefill has to read."""
-        return self.length - BLOCK * len(self.prefix)
+        return self.length - self.num_cached
 
     @property
     def conditioning_length(self) -> int:

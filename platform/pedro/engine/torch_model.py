@@ -75,8 +75,9 @@ class TorchModel:
     def start(self, rows: list[ConditionedRow], token_ids: list[list[int]]) -> ForwardState:
         """Start a prefill of these rows."""
         flat = torch.tensor([[token for ids in token_ids for token in ids]], device=self._device)
-        positions = torch.tensor([[p for ids in token_ids for p in range(len(ids))]], device=self._device)
-        return ForwardState(flat, positions, rows=rows, step=PrefillStep(self._cache, [row.segment for row in rows]))
+        places = [row.begin + at for row, ids in zip(rows, token_ids, strict=True) for at in range(len(ids))]
+        step = PrefillStep(self._cache, [row.segment for row in rows], [row.begin for row in rows])
+        return ForwardState(flat, torch.tensor([places], device=self._device), rows=rows, step=step)
 
     def advance(self, state: ForwardState, until: int) -> None:
         """Run whole layers until at least `until` tokens' worth of the prefill is done."""

@@ -133,7 +133,8 @@ class Answer(Response, ABC):
         """Tell the meters what was seen of the calls."""
         for meter, choices in zip(self._meters, self._choices, strict=True):
             prompt_tokens = max(choice.prompt_tokens for choice in choices)
-            meter.count(prompt_tokens, sum(choice.completion_tokens for choice in choices))
+            cached_tokens = max(choice.cached_tokens for choice in choices)
+            meter.count(prompt_tokens, sum(choice.completion_tokens for choice in choices), cached_tokens)
 
     def _check_finished(self) -> None:
         """A stream that just ends is a fault of ours: half an answer must not look whole."""

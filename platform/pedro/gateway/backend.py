@@ -134,6 +134,7 @@ class GenerateCall:
     `conditioning_length`: the first N tokens of the prompt condition the vectors; None: all of them.
     `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
+    `cache_salt`: the call shares what is read of its prompt only with calls of its tenant that have the same.
     `user`: whom the client asks for, if it says so; a canary answers the same ones each time.
     `tools`: what the answer to `messages` may call; None: nothing.
     `shape`: what every choice is held to, unless it ends early; None: any text.
@@ -152,6 +153,7 @@ class GenerateCall:
     timeout_s: float | None = None
     trace_id: str = ""
     user: str | None = None
+    cache_salt: str = ""
     shape: AnswerShape | None = None
     tools: ToolUse | None = None
     meter: CallMeter | None = None
@@ -179,8 +181,9 @@ class Delta:
     """What one choice gained since its last delta.
 
     `finish_reason` ("stop" or "length") is set on the last delta of the choice and on no other.
-    `prompt_tokens` and `completion_tokens` are totals of this choice so far. `logprobs` belong to `token_ids`, one
-    each, when the call asked for them. `fingerprint` names the adapter version and digest that answered.
+    `prompt_tokens` and `completion_tokens` are totals of this choice so far; `cached_tokens` of the prompt's were
+    not read again. `logprobs` belong to `token_ids`, one each, when the call asked for them. `fingerprint` names the
+    adapter version and digest that answered.
     """
 
     index: int
@@ -190,6 +193,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
     fingerprint: str | None = None
     queue_s: float | None = None  # on the last one: how long the choice waited in the engine
     embedding: bytes | None = None  # on the last one, where asked for: float32, little-endian

@@ -13,8 +13,9 @@ import json
 import re
 import sys
 from array import array
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
 from starlette.responses import Response
 
 from pedro.errors import PedroError
@@ -63,7 +64,7 @@ class EmbeddingsRequest(Body):
     input: Prompts  # one or several, as text or token ids
     encoding_format: Literal["float", "base64"] | None = None  # float unless told; base64 is of float32, little-endian
     user: str | None = None  # whom the client asks for: a canary answers the same of them each time
-    cache_salt: str | None = None  # vLLM's: nothing is shared between prompts, so there is nothing to salt
+    cache_salt: Annotated[str | None, Field(max_length=256)] = None  # only prompts with the same one are read together
     pooling: Literal["last", "mean"] | None = None  # extension: the last token's hidden state (default), or the mean
 
 

@@ -106,7 +106,7 @@ class ResponseAnswer(StreamedAnswer):
     def _usage(self) -> dict[str, Any]:
         self._count()
         counted = usage(self._choices)
-        cached_tokens = sum(meter.cached_tokens for meter in self._meters)
+        cached_tokens = counted["prompt_tokens_details"]["cached_tokens"]
         return response_usage(counted["prompt_tokens"], cached_tokens, counted["completion_tokens"])
 
     def _response(self, status: str) -> dict[str, Any]:

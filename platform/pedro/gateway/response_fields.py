@@ -123,7 +123,7 @@ class ResponsesRequest(Body):
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # taken off once for each time
     repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None  # divides tokens of prompt and answer
     ignore_eos: bool | None = None  # continue to max_output_tokens
-    cache_salt: str | None = None  # only prompts with the same one are read together
+    cache_salt: Annotated[str | None, Field(max_length=256)] = None  # only prompts with the same one are read together
 
 
 EXTENSIONS = (

@@ -27,6 +27,7 @@ class Choice:
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
     offset: int = 0
     started: bool = False
     queue_s: float | None = None
@@ -40,6 +41,7 @@ class Choice:
         self.embedding = delta.embedding
         self.prompt_tokens = max(self.prompt_tokens, delta.prompt_tokens)
         self.completion_tokens = max(self.completion_tokens, delta.completion_tokens)
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         if keep:
             self.text.append(delta.text)
             if delta.logprobs is not None:
@@ -128,14 +130,19 @@ def envelope(
     }
 
 
-def usage(choices: list[list[Choice]]) -> dict[str, int]:
-    """Tokens of the answer to `choices[prompt][choice]`; a prompt counts once however many choices it has."""
+def usage(choices: list[list[Choice]]) -> dict[str, Any]:
+    """Tokens of the answer to `choices[prompt][choice]`; a prompt counts once however many choices it has.
+
+    `cached_tokens` are those of the prompts that had been read before.
+    """
     prompt_tokens = sum(max(choice.prompt_tokens for choice in of_prompt) for of_prompt in choices)
+    cached_tokens = sum(max(choice.cached_tokens for choice in of_prompt) for of_prompt in choices)
     completion_tokens = sum(choice.completion_tokens for of_prompt in choices for choice in of_prompt)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

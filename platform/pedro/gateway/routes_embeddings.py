@@ -51,6 +51,7 @@ def embedding_calls(
             timeout_s=timeout_s,
             trace_id=trace_id,
             user=request.user,
+            cache_salt=request.cache_salt or "",
         )
         for number, prompt in enumerate(request.input)
     )

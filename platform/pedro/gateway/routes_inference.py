@@ -119,6 +119,7 @@ def completion_calls(
             timeout_s=timeout_s,
             trace_id=trace_id,
             user=request.user or request.session_id,
+            cache_salt=request.cache_salt or "",
             shape=shape,
         )
         for number, (prompt, length) in enumerate(zip(prompts, _conditioning(request), strict=True))
@@ -159,6 +160,7 @@ def chat_call(
         timeout_s=timeout_s,
         trace_id=trace_id,
         user=request.user or request.session_id,
+        cache_salt=request.cache_salt or "",
         shape=_shape(request),
         tools=tools,
     )

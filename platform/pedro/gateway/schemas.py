@@ -192,7 +192,7 @@ class SamplingFields(Body):
     stream: bool | None = None  # server-sent events in place of one body
     stream_options: StreamOptions | None = None  # include_usage, continuous_usage_stats
     user: str | None = None  # whom the client asks for: a canary answers the same of them each time
-    cache_salt: str | None = None  # vLLM's: nothing is shared between prompts, so there is nothing to salt
+    cache_salt: Annotated[str | None, Field(max_length=256)] = None  # only prompts with the same one are read together
     session_id: str | None = None  # vLLM's: stands in for `user` where there is none
     # extensions
     top_k: Annotated[int | None, Field(ge=-1, lt=INT32), Whole] = None  # 0 and -1: off

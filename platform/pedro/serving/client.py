@@ -283,7 +283,7 @@ class _Inbox:
         self._echo = call.echo
         self._resumed = resumed  # tokens of the answer that the client has already
         self._counts = TokenCounts()
-        self._prompt_tokens = 0
+        self._prompt_tokens = self._cached_tokens = 0
         self._spent: Spent | None = None
         self._unfinished = call.n
         self._unread: list[list[Delta]] = []
@@ -338,15 +338,15 @@ class _Inbox:
             for delta in part:
                 before = self._resumed - (delta.prompt_tokens if self._echo else 0)  # a choice's first delta echoes
                 self._counts.add(delta.index, len(delta.token_ids), delta.completion_tokens, before)
-                self._prompt_tokens = delta.prompt_tokens
+                self._prompt_tokens, self._cached_tokens = delta.prompt_tokens, delta.cached_tokens
             self._unfinished -= sum(delta.finish_reason is not None for delta in part)
 
     def tell(self) -> None:
         """Tell the call's meter what is known."""
         if self.meter is not None:
-            self.meter.count(self._prompt_tokens, self._counts.total)
-            if self._spent is not None:
-                self.meter.count(self._spent.prompt_tokens, self._spent.completion_tokens)
+            self.meter.count(self._prompt_tokens, self._counts.total, self._cached_tokens)
+            if (spent := self._spent) is not None:
+                self.meter.count(spent.prompt_tokens, spent.completion_tokens, spent.cached_tokens)
 
     def fail(self, error: Exception) -> None:
         """End with `error`, once what came before is read."""

@@ -47,6 +47,11 @@ class ServeConfig(Frozen):
     """Shares of a busy engine by tenant, 1 where not named: {acme: 2} gives acme two tokens for another's one."""
     adapter_budget_mb: float = Field(512, gt=0)
     """Memory for resident adapters of a replica."""
+    prefix_cache_mb: float = Field(512, ge=0)
+    """Memory of a replica for what was read, so that prompts which begin alike are read once; 0 keeps nothing."""
+    share_bare_prefixes: bool = False
+    """Let tenants find what others' requests to the bare backbone left: then the time to a first token tells a tenant
+    whether somebody sent the same text before. Without it nothing passes between tenants."""
     max_file_mb: float = Field(512, gt=0)
     """Size of one uploaded file (`/v1/files`)."""
     max_tenant_files_mb: float = Field(10_240, gt=0)

@@ -1,6 +1,7 @@
 """Has a replica let go of adapter versions that were deleted: in memory, and in this host's cache.
 
-Follows the store's change feed. A request that holds such a version keeps it in memory to its end.
+Follows the store's change feed. A request that holds such a version keeps it in memory to its end. Where the feed
+cannot tell what changed, as after a tenant was erased, what was kept of prompts goes, too: a name may be another's now.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ log = logging.getLogger("pedro.serving")
 
 
 class GoneVersions:
-    """Looks on a thread of its own until `close`. `residents` names what is in memory, `evict` takes one out."""
+    """Looks on a thread of its own until `close`. `residents` names what is in memory, `evict` takes one out;
+    `forget_prompts` drops what was kept of anybody's."""
 
     def __init__(
-        self, registry: Registry, residents: Callable[[], Collection[str]], evict: Callable[[str], object]
+        self,
+        registry: Registry,
+        residents: Callable[[], Collection[str]],
+        evict: Callable[[str], object],
+        forget_prompts: Callable[[], None],
     ) -> None:
         self._registry = registry
-        self._residents, self._evict = residents, evict
+        self._residents, self._evict, self._forget_prompts = residents, evict, forget_prompts
         self._seen: Position | None = None
         self._disk_due, self._disk_at = False, 0.0
         self._over = threading.Event()
@@ -60,6 +66,8 @@ class GoneVersions:
             delta = None if self._seen is None else store.changes(self._seen)
             complete = delta is not None and delta.complete
             names = {subject for kind, subject in delta.changed if kind == ADAPTER} if delta and complete else None
+            if delta is not None and not complete:
+                self._forget_prompts()
             self._evict_of(store, names)
             self._disk_due = self._disk_due or names is None or bool(names)
             self._seen = here

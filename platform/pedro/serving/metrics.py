@@ -6,6 +6,7 @@ Label sets are bounded: the adapters with the most traffic have series of their 
 from __future__ import annotations
 
 import threading
+from collections import Counter as Sums
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,10 @@ class Labels:
         self._dropped = dropped
         self._granted: dict[str, int] = {}
         self._counted: dict[str, int] = {}
+
+    def of(self, name: str) -> str:
+        """The label that `name` has now."""
+        return name if name in self._granted else OTHER
 
     def __call__(self, name: str) -> str:
         """Count one use of `name`; the label it has now."""
@@ -72,6 +77,8 @@ class ReplicaMetrics:
 
         self._requests = made(Counter, "requests", "Answers that ended, by how: one a choice.", "finish_reason")
         self._tokens_in = made(Counter, "prompt_tokens", "Prompt tokens read for answers that ended.")
+        self._queries = made(Counter, "prefix_cache_queries", "Prompt tokens that were looked for among those kept.")
+        self._hits = made(Counter, "prefix_cache_hits", "Prompt tokens that were found there, and not read again.")
         self._tokens_out = made(Counter, "completion_tokens", "Tokens made for answers that ended.")
         self._queued = made(Histogram, "queue_seconds", "From arrival until prefill began.", buckets=SECONDS)
         self._first = made(
@@ -91,6 +98,8 @@ class ReplicaMetrics:
             self._requests.labels(*at, output.finish_reason).inc()
             self._tokens_out.labels(*at).inc(output.completion_tokens)
             self._tokens_in.labels(*at).inc(output.prompt_tokens)
+            self._queries.labels(*at).inc(output.prompt_tokens)
+            self._hits.labels(*at).inc(output.cached_tokens)
             timing = output.timing
             if timing is None or output.finish_reason not in ("stop", "length"):
                 return
@@ -107,7 +116,7 @@ class ReplicaMetrics:
     def gauges(self) -> Iterator[Metric]:
         """What the engine says of itself, as of now."""
         stats = self._stats()
-        adapters = stats["adapters"]
+        adapters, prefixes = stats["adapters"], stats["prefixes"]
         used = stats["slots"] - stats["slots_free"]
         for name, text, value in (
             ("running", "Answers being made.", stats["running"]),
@@ -118,6 +127,7 @@ class ReplicaMetrics:
             ("adapters_pinned", "Adapters that an operator pinned.", adapters["pinned"]),
             ("adapter_bytes", "Memory of the resident adapters.", adapters["bytes"]),
             ("adapter_budget_bytes", "Memory that adapters may take.", adapters["budget_bytes"]),
+            ("prefix_cache_budget_bytes", "Memory that kept prompts may take.", prefixes["budget_bytes"]),
         ):
             gauge = GaugeMetricFamily(f"pedro_{name}", text, labels=("replica",))
             gauge.add_metric((self._replica,), value)
@@ -126,17 +136,26 @@ class ReplicaMetrics:
             ("adapter_loads", "Adapters that were loaded.", adapters["loads"]),
             ("adapter_load_failures", "Loads that failed.", adapters["failed_loads"]),
             ("adapter_evictions", "Adapters evicted for want of room.", adapters["evictions"]),
+            ("prefix_cache_evictions", "Blocks of kept prompts that gave way to others.", prefixes["evictions"]),
             ("preemptions", "Answers that gave their slot to another tenant's.", stats.get("preempted", 0)),
             ("steps", "Steps of the engine.", stats["steps"]),
         ):
             counter = CounterMetricFamily(f"pedro_{name}", text, labels=("replica",))
             counter.add_metric((self._replica,), value)
             yield counter
+        kept: Sums[str] = Sums()
+        for ref, nbytes in prefixes["bytes_by_adapter"].items():
+            kept[self._label.of(self._backbone if ref is None else ref.partition(":")[0])] += nbytes
+        gauge = GaugeMetricFamily("pedro_prefix_cache_bytes", "Memory of kept prompts.", labels=("replica", "adapter"))
+        for adapter, nbytes in kept.items():
+            gauge.add_metric((self._replica, adapter), nbytes)
+        yield gauge
 
     def _drop(self, adapter: str) -> None:
         """Take back an adapter's series; some it may never have had."""
         at = (self._replica, adapter)
-        for metric in (self._tokens_in, self._tokens_out, self._queued, self._first, self._each):
+        counters = (self._tokens_in, self._queries, self._hits, self._tokens_out)
+        for metric in (*counters, self._queued, self._first, self._each):
             with suppress(KeyError):
                 metric.remove(*at)
         for reason in REASONS:

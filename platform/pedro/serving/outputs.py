@@ -58,6 +58,7 @@ class _Open:
         self.spent = Spent(
             max(self.spent.prompt_tokens, output.prompt_tokens),
             self.spent.completion_tokens + output.completion_tokens,
+            max(self.spent.cached_tokens, output.cached_tokens),
         )
 
 
@@ -266,6 +267,7 @@ class DeltaBuilder:
             logprobs=logprobs,
             prompt_tokens=last.prompt_tokens,
             completion_tokens=last.completion_tokens,
+            cached_tokens=last.cached_tokens,
             fingerprint=self._fingerprint,
             queue_s=last.timing.queue_s if last.timing else None,
             embedding=last.embedding,

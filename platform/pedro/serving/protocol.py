@@ -64,6 +64,7 @@ class Spent:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
 
 OutputPart = list[Delta] | PedroError | ReplicaLost | Spent

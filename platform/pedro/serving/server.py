@@ -57,7 +57,12 @@ class _Unfinished:
         """The last output of a choice with what this engine read and made for it: the choices share their prompt."""
         unread = max(0, output.prompt_tokens - self.prompt_tokens)
         self.prompt_tokens += unread
-        return replace(output, prompt_tokens=unread, completion_tokens=output.completion_tokens - self.resumed)
+        return replace(
+            output,
+            prompt_tokens=unread,
+            cached_tokens=min(output.cached_tokens, unread),
+            completion_tokens=output.completion_tokens - self.resumed,
+        )
 
 
 class ReplicaServer:
@@ -93,6 +98,8 @@ class ReplicaServer:
                 max_batch=config.max_batch,
                 max_length=min(config.max_length or longest, longest),
                 adapter_bytes=int(config.adapter_budget_mb * 2**20),
+                prefix_bytes=int(config.prefix_cache_mb * 2**20),
+                share_bare_prefixes=config.share_bare_prefixes,
                 max_waiting=config.max_waiting,
                 tenant_weights=config.tenant_weights,
                 threads=threads,
@@ -107,7 +114,7 @@ class ReplicaServer:
         self._thread = EngineThread(self._engine, on_outputs=self._hand_out)
         self._thread.start()
         pool = self._engine.adapters
-        self._gone = GoneVersions(self._registry, pool.residents, pool.evict)
+        self._gone = GoneVersions(self._registry, pool.residents, pool.evict, self._engine.forget_prefixes)
         self._gone.start()
 
     # calls
@@ -318,6 +325,7 @@ class ReplicaServer:
             n=call.n,
             resumed_ids=resumed,
             new_mask=new_mask,
+            cache_salt=call.cache_salt,
         )
 
 

@@ -1,0 +1,84 @@
+"""A benchmark's random Llama as a GGUF file in float32, with a vocabulary of one word a token, for llama.cpp."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.benchmarks.model_sizes import FIRST_TOKEN_ID, ModelSize, bench_folder, make_model
+
+if TYPE_CHECKING:
+    import torch
+
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # llama.cpp's types of tokens
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def saved_gguf(size: ModelSize) -> Path:
+    """The file; made once. Its weights are those of `saved_model`."""
+    path = bench_folder() / size.name / "backbone.gguf"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        making = path.with_name(f"backbone.{os.getpid()}.tmp")
+        _write(making, size)
+        making.rename(path)
+    return path
+
+
+def _write(path: Path, size: ModelSize) -> None:
+    import gguf
+
+    model = make_model(size)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_name(size.title)
+    writer.add_context_length(size.context)
+    writer.add_embedding_length(size.hidden)
+    writer.add_block_count(size.layers)
+    writer.add_feed_forward_length(size.ffn)
+    writer.add_head_count(size.heads)
+    writer.add_head_count_kv(size.kv_heads)
+    writer.add_layer_norm_rms_eps(float(model.config.rms_norm_eps))
+    writer.add_rope_dimension_count(size.hidden // size.heads)
+    writer.add_vocab_size(size.vocab)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"▁w{token}" for token in range(FIRST_TOKEN_ID, size.vocab))])
+    writer.add_token_scores([0.0] * size.vocab)
+    writer.add_token_types([UNKNOWN, CONTROL, CONTROL, *[NORMAL] * (size.vocab - FIRST_TOKEN_ID)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight" or not size.tied:
+            writer.add_tensor(_named(name), _ordered(name, tensor, size).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _named(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem in OUTER:
+        return f"{OUTER[stem]}.weight"
+    _, _, number, inner = stem.split(".", 3)
+    return f"blk.{number}.{NAMES[inner]}.weight"
+
+
+def _ordered(name: str, tensor: torch.Tensor, size: ModelSize) -> torch.Tensor:
+    """Queries and keys in llama.cpp's order of rotary halves."""
+    heads = size.heads if "q_proj" in name else size.kv_heads if "k_proj" in name else 0
+    if not heads:
+        return tensor
+    return tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)

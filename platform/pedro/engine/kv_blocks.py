@@ -1,0 +1,89 @@
+"""Room beside the slots for keys and values of blocks of tokens that are kept, and the copying between the two.
+
+A running sequence has its keys and values in one piece, so that attention reads them in place; a block is copied once
+when it is kept, and once for each sequence that begins with it. On a CPU, pages take memory when they are first
+written. Which block is whose is decided elsewhere.
+Legend: K key-value heads, P positions of all blocks, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pedro.engine.kv_cache import zeros
+from pedro.engine.native_copy import Copier
+
+if TYPE_CHECKING:
+    from pedro.engine.kernel_threads import KernelThreads
+    from pedro.engine.kv_cache import KVCache
+
+BLOCK = 16  # tokens of a block
+
+
+def block_bytes(cache: KVCache) -> int:
+    """Bytes of the keys and values of one block."""
+    _, heads, _, width = cache.keys[0].shape
+    return 2 * len(cache.keys) * heads * BLOCK * width * cache.keys[0].element_size()
+
+
+class KVBlocks:
+    """`count` blocks, numbered from 0: one tensor of keys and one of values a layer, [K, P, d].
+
+    `threads`: those that the CPU kernel copies with; None copies with torch, on any device.
+    """
+
+    def __init__(self, cache: KVCache, count: int, threads: KernelThreads | None = None) -> None:
+        first = cache.keys[0]
+        _, heads, length, width = first.shape
+        shape = (heads, count * BLOCK, width)
+        self._slots = [*cache.keys, *cache.values]
+        size = heads * count * BLOCK * width
+        self._kept = [zeros(size, first.dtype, first.device).view(shape) for _ in self._slots]
+        self._slot_size, self._width = heads * length * width, width
+        self._copy = None
+        if threads is not None:
+            self._copy = Copier(self._slots, self._kept, heads, (length * width, count * BLOCK * width), threads)
+
+    def save(self, slot: int, first: int, places: Sequence[int]) -> None:
+        """Keep the slot's blocks from number `first` on at `places`, one each."""
+        start = first * BLOCK
+        if self._copy is not None:
+            for at, place, count in _runs(places):
+                self._copy.save(self._slot_at(slot, start + at * BLOCK), *self._span(place, count))
+            return
+        positions = self._positions(places)
+        for kept, slots in zip(self._kept, self._slots, strict=True):
+            kept.index_copy_(1, positions, slots[slot, :, start : start + len(positions)])
+
+    def load(self, slot: int, places: Sequence[int]) -> None:
+        """Write the blocks at `places`, one after the other, from the slot's first position on."""
+        if self._copy is not None:
+            for at, place, count in _runs(places):
+                self._copy.load(self._slot_at(slot, at * BLOCK), *self._span(place, count))
+            return
+        positions = self._positions(places)
+        for kept, slots in zip(self._kept, self._slots, strict=True):
+            slots[slot, :, : len(positions)] = kept.index_select(1, positions)
+
+    def _slot_at(self, slot: int, position: int) -> int:
+        return slot * self._slot_size + position * self._width
+
+    def _positions(self, places: Sequence[int]) -> torch.Tensor:
+        """Where the tokens of these blocks stand, [tokens]."""
+        starts = BLOCK * torch.tensor(places, device=self._kept[0].device, dtype=torch.long)
+        return (starts[:, None] + torch.arange(BLOCK, device=starts.device)).flatten()
+
+    def _span(self, place: int, count: int) -> tuple[int, int]:
+        return place * BLOCK * self._width, count * BLOCK * self._width
+
+
+def _runs(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(index of the first, its place, how many): places that follow one another are copied as one."""
+    start = 0
+    for at in range(1, len(places) + 1):
+        if at == len(places) or places[at] != places[at - 1] + 1:
+            yield start, places[start], at - start
+            start = at
