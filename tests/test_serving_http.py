@@ -183,7 +183,8 @@ def test_a_chat_is_rendered_as_the_adapter_was_trained_and_streams_the_same_text
     assert whole.choices[0].message.content == text
     chunks = list(client().chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
-    assert chunks[-1].usage == whole.usage
+    read_anew = {"prompt_tokens_details"}  # less, where the same prompt was read before
+    assert chunks[-1].usage.model_dump(exclude=read_anew) == whole.usage.model_dump(exclude=read_anew)
     assert {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint}
 
 

@@ -278,7 +278,8 @@ def test_a_stream_of_a_response_with_calls_is_what_the_whole_one_holds(served, m
     assert [event.arguments for event in events if hasattr(event, "arguments")] == [made for _, made in wanted]
     for response in (events[-1].response, final):
         assert [(item.name, item.arguments) for item in response.output] == wanted
-    assert events[-1].response.usage == whole.usage
+    read_anew = {"input_tokens_details"}  # less, where the same prompt was read before
+    assert events[-1].response.usage.model_dump(exclude=read_anew) == whole.usage.model_dump(exclude=read_anew)
 
 
 def test_a_response_is_parsed_as_the_schema_that_it_is_held_to(served):
