@@ -15,6 +15,7 @@ from pedro.backbone import load_model
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONFIGS = {
     "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_rslora=True),
+    "alora": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
     "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
 }
 
@@ -115,7 +116,7 @@ def test_a_folder_that_is_not_whole_or_not_served_is_refused_and_nothing_is_regi
     with (bad("padded") / WEIGHTS).open("ab") as stream:
         stream.truncate(1 << 34)  # sparse: nobody may read it
     one_error(imported(pedro, tmp_path / "padded"), "holds more than")
-    for field, value in (("alora_invocation_tokens", [5]), ("use_dora", True), ("a_field_of_tomorrow", 3)):
+    for field, value in (("alora_invocation_tokens", []), ("use_dora", True), ("a_field_of_tomorrow", 3)):
         config = json.loads((bad(field) / CONFIG).read_text())
         (tmp_path / field / CONFIG).write_text(json.dumps(config | {field: value}))
         one_error(imported(pedro, tmp_path / field), field)

@@ -33,6 +33,7 @@ SERVED: list[dict[str, Any]] = [
     {"exclude_modules": ["up_proj"]},
     {"layers_to_transform": [1]},
     {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    {"alora_invocation_tokens": prompt(7)[3:5]},
 ]
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_models import DIGEST, make_adapter, random_backbone
+from engine_models import DIGEST, VOCABULARY, make_adapter, random_backbone
 from serving_adapters import backbone
 from serving_adapters import make_adapter as make_pedro
 
@@ -19,6 +19,7 @@ from pedro.methods.servable import check_servable, read_adapter
 from pedro.training.job import judge_version
 
 LORA = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+BAD = ([], [5, -1], ["a"], [True], "ab", 7)  # as tokens that invoke an aLoRA
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,20 @@ def test_lora_from_changed_weights_is_refused_before_anything_is_trained(start):
 @pytest.mark.parametrize("start", [True, False, "gaussian"])
 def test_lora_on_the_backbone_as_it_is_may_start_as_it_likes(start):
     assert get_method("peft").config(random_backbone().config, {**LORA, "init_lora_weights": start}) is not None
+
+
+@pytest.mark.parametrize("bad", [*BAD, [5, VOCABULARY]])
+def test_tokens_that_can_never_invoke_an_alora_are_refused_before_anything_is_trained(bad):
+    with pytest.raises(ConfigError, match=r"method.alora_invocation_tokens: expected .* from 0 to 95, got") as refused:
+        get_method("peft").config(random_backbone().config, {**LORA, "alora_invocation_tokens": bad})
+    assert refused.value.param == "method.alora_invocation_tokens"
+
+
+def test_an_invocation_that_the_backbone_has_no_token_for_is_not_served(lora, tmp_path):
+    directory, architecture = lora
+    copy = changed(directory, tmp_path, alora_invocation_tokens=[5, VOCABULARY])
+    with pytest.raises(AdapterError, match=r"alora_invocation_tokens: expected .* from 0 to 95, got \[5, 96\]"):
+        read_adapter(copy, architecture, DIGEST, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +72,6 @@ def changed(directory, tmp_path, **fields):
 @pytest.mark.parametrize(
     "field",
     [
-        {"alora_invocation_tokens": [5, 6]},
         {"use_dora": True},
         {"rank_pattern": {"q_proj": 4}},
         {"alpha_pattern": {"q_proj": 4}},
@@ -81,6 +95,10 @@ def test_a_field_that_the_engine_does_not_implement_is_refused_by_name(lora, tmp
         ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow: PEFT .* knows no such field of LoraConfig"),
         ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changes the backbone's weights"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication: changes the backbone itself"),
+        *(
+            ({"alora_invocation_tokens": bad}, "alora_invocation_tokens: expected a list of one token id")
+            for bad in BAD
+        ),
     ],
 )
 def test_what_nobody_would_heed_or_would_change_the_backbone_is_refused_wherever_it_is_read(

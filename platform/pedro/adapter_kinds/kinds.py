@@ -2,12 +2,13 @@
 
 A generator of vectors (PEDRO, PARA), constant scales ((IA)³, RED), constant shifts (RED, BitFit) and low-rank terms
 (LoRA and its kin). A site is one of the seven projections of a layer: y = scale · (W x + b) + shift + (x · A) · B.
+An adapter may act on a row from one of its tokens on (aLoRA); before that the row is the bare backbone's.
 Legend: D model width, R bottleneck or rank, W output width of a site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from pedro.adapter_kinds.generator import GeneratorWeights
 
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
+Start = Callable[[Sequence[int], int], int | None]  # as `Adapter.start_in`
+Head = Callable[[Sequence[int]], int]  # how many first tokens of a prompt it is
 
 
 class LowRank(NamedTuple):
@@ -43,6 +46,11 @@ class Generator:
     pool_source: str
     layers: tuple[GeneratorWeights, ...]
     window: int | None = None  # pool only the last `window` tokens of the prompt
+    head: Head | None = None  # pool only this part of the prompt; None: all of it
+
+    def first_pooled(self, length: int) -> int:
+        """The first token that its vectors come from, where `length` tokens condition them."""
+        return length - 1 if self.pool == "last" else max(0, length - (self.window or length))
 
     @cached_property  # asked for at every prefill
     def form(self) -> tuple[Any, ...]:
@@ -62,6 +70,7 @@ class Adapter:
     scale: tuple[dict[str, torch.Tensor], ...] = ()  # site -> [W]
     shift: tuple[dict[str, torch.Tensor], ...] = ()
     low_rank: tuple[dict[str, LowRank], ...] = ()
+    start: Start | None = None  # None: it acts from the first token on
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +80,15 @@ class Adapter:
     def acts_on_every_token(self) -> bool:
         """Whether decoding needs the adapter's weights, so that it must stay until its requests end."""
         return bool(self.low_rank)
+
+    def start_in(self, prompt_ids: Sequence[int], conditioning_length: int) -> int | None:
+        """The first token of a prompt that the adapter acts on; None: on none, and on none of the answer."""
+        return 0 if self.start is None else self.start(prompt_ids, conditioning_length)
+
+    def conditioned_by(self, prompt_ids: Sequence[int]) -> int:
+        """How many first tokens of a prompt its vectors come from."""
+        head = None if self.generator is None else self.generator.head
+        return len(prompt_ids) if head is None else head(prompt_ids)
 
     def padded(self, multiple: int) -> Adapter:
         """The adapter with the ranks and outputs of its low-rank terms rounded up to a multiple."""

@@ -94,12 +94,12 @@ class Hooks:
         return hook
 
     def _modulate_prompts(self, layer: int, projection: _Projection, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        """output [1, N, W]: each row's tokens by its slot's rows; bare rows are not touched."""
+        """output [1, N, W]: each row's tokens by its slot's rows; bare tokens are not touched."""
         buffers, low_rank = self._modulation.buffers, self._modulation.low_rank
         for site, rows in projection.rows.items():
             scale, shift = buffers.get((SCALE, layer, site)), buffers.get((SHIFT, layer, site))
             for row in self._prefill:
-                slot, span = row.segment.slot, slice(row.segment.start, row.segment.stop)
+                slot, span = row.segment.slot, row.span
                 part = _part(output[0, span], rows)
                 made = part
                 if scale is not None:

@@ -36,6 +36,7 @@ class PreemptedState:
 
     rows: SlotRows
     low_rank: Adapter | None
+    start: int = 0  # as of `ConditionedRow`
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,23 @@ class ConditionedRow:
     adapter: Adapter | None
     preempted_state: PreemptedState | None = None
     begin: int = 0  # the position of its first token: those before it are in the slot
+    start: int = 0  # the position from which the adapter acts: tokens before it are the bare backbone's
 
     @property
     def modulated(self) -> bool:
         return self.adapter is not None or self.preempted_state is not None
+
+    @property
+    def span(self) -> slice:
+        """Its tokens of the packed batch that are modulated."""
+        first, stop = self.segment.start + max(0, self.start - self.begin), self.segment.stop
+        return slice(min(first, stop) if self.modulated else stop, stop)
+
+    @property
+    def slots_by_token(self) -> list[int]:
+        """For each of its tokens the slot whose modulation it takes, -1 for none."""
+        segment, span = self.segment, self.span
+        return [-1] * (span.start - segment.start) + [segment.slot] * (span.stop - span.start)
 
 
 @dataclass
@@ -88,6 +102,7 @@ class Modulation:
         self.buffers: dict[Key, torch.Tensor] = {}
         self.low_rank: dict[int, Adapter] = {}  # by slot
         self.modulated = [False] * slots  # whether a slot differs from the bare backbone
+        self._starts = [0] * slots  # and from which position on
         self.on_buffer: Callable[[str, int, str, torch.Tensor], None] = lambda *_: None
         self.on_low_rank: Callable[[int, Adapter | None], None] = lambda *_: None
         self._widths = widths
@@ -105,6 +120,7 @@ class Modulation:
         for row in rows:
             slot, adapter = row.segment.slot, row.adapter
             was, self.modulated[slot] = self.modulated[slot], row.modulated
+            self._starts[slot] = row.start
             if row.preempted_state is not None:
                 self._set(slot, row.preempted_state.rows, row.preempted_state.low_rank)
             elif adapter is not None:
@@ -136,13 +152,13 @@ class Modulation:
     def save_state(self, slot: int) -> PreemptedState:
         """The slot's rows, copied."""
         rows = {key: buffer[slot].clone() for key, buffer in self.buffers.items()} if self.modulated[slot] else {}
-        return PreemptedState(rows, self.low_rank.get(slot))
+        return PreemptedState(rows, self.low_rank.get(slot), self._starts[slot])
 
     def copy(self, source: int, targets: list[int]) -> None:
         """Give the slots `targets` the rows of `source`."""
         differ = any(self.modulated[slot] for slot in (source, *targets))  # rows of all others are neutral
         for slot in targets:
-            self.modulated[slot] = self.modulated[source]
+            self.modulated[slot], self._starts[slot] = self.modulated[source], self._starts[source]
             self._hold(slot, self.low_rank.get(source))
         if differ:
             for buffer in self.buffers.values():
@@ -213,12 +229,12 @@ def _pool(
 ) -> torch.Tensor:
     """The pooled prompts [B, D]: each row's last conditioning token, or the mean or maximum of them or the last few."""
     if pool == "last":
-        last = [row.segment.start + row.conditioning_length - 1 for row in rows]
+        last = [row.segment.start + row.conditioning_length - row.begin - 1 for row in rows]
         picked = residual[torch.tensor(last, device=residual.device)]
         return (picked if norm is None else norm(picked)).float()
     pooled = []
     for row in rows:
-        stop = row.segment.start + row.conditioning_length
+        stop = row.segment.start + row.conditioning_length - row.begin
         prompt = residual[stop - min(row.conditioning_length, window or row.conditioning_length) : stop]
         prompt = (prompt if norm is None else norm(prompt)).float()
         pooled.append(prompt.mean(0) if pool == "mean" else prompt.amax(0))

@@ -150,22 +150,22 @@ class NativeModel:
         """Start a prefill of these rows."""
         flat = [token for ids in token_ids for token in ids]
         batch, buffers = self._prefill_batch(len(flat))
-        mods = [row.segment.slot if row.modulated else -1 for row in rows]
         columns = {
             "ids": flat,
             "positions": [
                 p for row, ids in zip(rows, token_ids, strict=True) for p in range(row.begin, row.begin + len(ids))
             ],
             "slots": [row.segment.slot for row, ids in zip(rows, token_ids, strict=True) for _ in ids],
-            "mods": [slot for slot, ids in zip(mods, token_ids, strict=True) for _ in ids],
+            "mods": [mod for row in rows for mod in row.slots_by_token],
         }
         for name, values in columns.items():
             buffers[name][: len(flat)] = torch.tensor(values, dtype=torch.int32)
         buffers["starts"] = torch.tensor([*(row.segment.start for row in rows), len(flat)], dtype=torch.int32)
-        buffers["conditioned"] = torch.tensor([row.conditioning_length for row in rows], dtype=torch.int32)
+        conditioned = [row.conditioning_length - row.begin for row in rows]
+        buffers["conditioned"] = torch.tensor(conditioned, dtype=torch.int32)
         batch.prompts, batch.starts = len(rows), buffers["starts"].data_ptr()
         batch.conditioned = buffers["conditioned"].data_ptr()
-        batch.lora = any(slot in self._modulation.low_rank for slot in mods)
+        batch.lora = any(row.modulated and row.segment.slot in self._modulation.low_rank for row in rows)
         state = PrefillState(rows, batch, buffers)
         if self._borrower() is None:
             self._borrower = ref(state)

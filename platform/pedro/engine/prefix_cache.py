@@ -98,7 +98,7 @@ class PrefixCache:
         whole = sequence.params.prompt_logprobs is not None or sequence.params.pooling == "mean"
         if whole and not sequence.resumes:
             return
-        found = self._find(sequence.reuse.key, sequence.prefill_ids)
+        found = self._find(sequence.reuse, sequence.prefill_ids)
         for block in found.blocks:
             block.refcount += 1
         if found.blocks:
@@ -153,11 +153,11 @@ class PrefixCache:
             "bytes_by_adapter": dict(self._bytes_of),
         }
 
-    def _find(self, key: PrefixKey, token_ids: list[int]) -> Prefix:
+    def _find(self, reuse: Reuse, token_ids: list[int]) -> Prefix:
         """The blocks that hold the beginning of the prompt. At least its last token is left to be read."""
         found: list[PrefixEntry] = []
         keys: list[EntryKey] = []
-        rows = None
+        key, rows = reuse.key, None
         if key.conditioning:
             vectors = self._entries.get((key, b""))
             if vectors is None:
@@ -165,7 +165,7 @@ class PrefixCache:
             keys.append((key, b""))
             rows = vectors.rows
         parent: PrefixKey | int = key
-        for tokens in _blocks(token_ids[:-1]):
+        for tokens in _blocks(token_ids[:-1][: reuse.until]):
             block = self._entries.get((parent, tokens))
             if block is None:
                 break

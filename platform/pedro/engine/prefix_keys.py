@@ -30,7 +30,7 @@ class PrefixKey(NamedTuple):
 
 
 class Reuse(NamedTuple):
-    """A prompt's key, and of how many tokens of prompt and answer it is worth keeping (None: all)."""
+    """A prompt's key, and how many tokens of prompt and answer hold for it and are worth keeping (None: all)."""
 
     key: PrefixKey
     until: int | None = None
@@ -42,13 +42,21 @@ def reuse_of(request: Request, adapter: Adapter | None, epoch: int = 0, share_ba
     `share_bare`: the operator lets tenants share what no adapter acted on; a request with a salt still shares with its
     own tenant alone.
     """
-    tenant = ANY_TENANT if share_bare and request.adapter is None and not request.cache_salt else request.tenant
-    conditioning, until = b"", None
-    if adapter is not None and adapter.generator is not None:
+    named, conditioning, until = request.adapter, b"", None
+    if adapter is not None:
         length = request.conditioning_length or len(request.prompt_ids)
-        conditioning = token_bytes(request.prompt_ids[:length])
-        until = length if length == len(request.prompt_ids) else None  # no other prompt begins with its answer
-    return Reuse(PrefixKey(tenant, request.cache_salt, request.adapter, epoch, conditioning), until)
+        start = adapter.start_in(request.prompt_ids, length)
+        read = adapter.conditioned_by(request.prompt_ids[:length])
+        if start is None:
+            named = None
+        elif start:  # what comes before is the bare backbone's; the tokens that vectors are made from must be read
+            pooled = len(request.prompt_ids) if adapter.generator is None else adapter.generator.first_pooled(read)
+            named, until = None, min(start, pooled)
+        elif adapter.generator is not None:
+            conditioning = token_bytes(request.prompt_ids[:read])
+            until = read if read == len(request.prompt_ids) else None  # no other prompt begins with its answer
+    tenant = ANY_TENANT if share_bare and named is None and not request.cache_salt else request.tenant
+    return Reuse(PrefixKey(tenant, request.cache_salt, named, epoch, conditioning), until)
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:

@@ -41,8 +41,8 @@ class PrefillRow:
     """A prompt to read into `slot`. `prompt_logprobs` asks for those of its tokens, with that many alternatives.
 
     `pooling` ("last" or "mean") asks for its embedding. `preempted_state` is what a preempted request saved, or one
-    with the same prompt left, used in place of the adapter. `places`: the kept blocks that it begins with, of
-    `num_cached` tokens.
+    with the same prompt left, used in place of the adapter, which acts from position `start` on. `places`: the kept
+    blocks that it begins with, of `num_cached` tokens.
     """
 
     slot: int
@@ -52,6 +52,7 @@ class PrefillRow:
     preempted_state: PreemptedState | None = None
     prompt_logprobs: int | None = None
     pooling: str | None = None
+    start: int = 0
     places: tuple[int, ...] = ()
     num_cached: int = 0
 
@@ -141,7 +142,9 @@ class Runner:
                 self._blocks.load(row.slot, row.places)
             start = segments[-1].stop
         conditioned = [
-            ConditionedRow(segment, row.conditioning_length, row.adapter, row.preempted_state, row.num_cached)
+            ConditionedRow(
+                segment, row.conditioning_length, row.adapter, row.preempted_state, row.num_cached, row.start
+            )
             for row, segment in zip(rows, segments, strict=True)
         ]
         prefill.generating = self.modulation.begin(conditioned)

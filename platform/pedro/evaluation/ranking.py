@@ -28,7 +28,9 @@ class PromptReader:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        assert reads_once(model), "a model with soft prompts makes a cache of its own"
+        assert reads_once(model), (
+            "a model with soft prompts makes a cache of its own, and an aLoRA acts by what it reads"
+        )
         self.model: Any = model
         self.bare = is_bare(model)
         self._ids: list[int] = []
@@ -113,8 +115,12 @@ def is_bare(model: Any) -> bool:
 
 
 def reads_once(model: Any) -> bool:
-    """Whether a model goes on from a prompt's cache as if it read the prompt again; PEFT's soft prompts do not."""
-    return is_bare(model) or not any(config.is_prompt_learning for config in model.peft_config.values())
+    """Whether a model goes on from a prompt's cache as if it read the prompt again. PEFT's soft prompts do not, and its
+    aLoRA looks for its invocation in what is read now."""
+    return is_bare(model) or not any(
+        config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None)
+        for config in model.peft_config.values()
+    )
 
 
 def answer_likelihoods(model: nn.Module, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[float]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from pedro.adapter_directory import CONFIG, write_manifest
 from pedro.errors import AdapterError, PedroError, UnavailableError
-from pedro.methods.config_check import changed_backbone, unknown_keys
+from pedro.methods.config_check import changed_backbone, unknown_keys, wrong_invocation
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +78,7 @@ def read_config(directory: str | Path) -> PeftConfig:
             f"{CONFIG}: {unknown[0]}: PEFT {version('peft')} knows no such field of {type(config).__name__}, so it "
             "would be ignored; train without it"
         )
-    if changed := changed_backbone(config):
+    if changed := changed_backbone(config) or wrong_invocation(config):
         raise AdapterError(f"{CONFIG}: {changed}")
     return config
 

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft import AdaLoraConfig, PeftConfig, PeftType
+from peft import AdaLoraConfig, PeftConfig, PeftType, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from pedro.errors import ConfigError, PedroError
@@ -68,7 +68,7 @@ def _build(_model_config: ModelConfig, *, peft_type: str | None = None, **option
     if issubclass(config_class, AdaLoraConfig):
         options = {"total_step": UNKNOWN_STEPS, **options}
     try:
-        return config_class(**options)
+        return config_class(task_type=TaskType.CAUSAL_LM, **options)
     except Exception as error:
         raise ConfigError(f"peft_type: {peft_type} refuses its options: {error}", param="peft_type") from error
 

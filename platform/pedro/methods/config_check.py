@@ -7,6 +7,7 @@ of a config the engine heeds is said by the method's reader (`reader`).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,25 @@ def changed_backbone(config: PeftConfig) -> str:
         if getattr(config, name, None):
             return f"{name}: changes the backbone itself, which all tenants share; leave it out"
     return ""
+
+
+def wrong_invocation(config: PeftConfig, vocabulary: int | None = None) -> str:
+    """What is wrong with the tokens that invoke an aLoRA, and what to do; empty where nothing is.
+
+    PEFT takes any, and an adapter whose tokens are in no prompt would never act. The backbone has `vocabulary` tokens.
+    """
+    tokens = getattr(config, "alora_invocation_tokens", None)
+    most = f"{vocabulary - 1:,}" if vocabulary else "the vocabulary's last"
+    if tokens is None or (
+        isinstance(tokens, list)
+        and len(tokens) > 0
+        and all(type(token) is int and 0 <= token < (vocabulary or math.inf) for token in tokens)
+    ):
+        return ""
+    return (
+        f"alora_invocation_tokens: expected a list of one token id or more, from 0 to {most}, got {tokens!r}"[:200]
+        + "; give the ids that the backbone's tokenizer makes of the invocation"
+    )
 
 
 def unknown_keys(config: PeftConfig, written: Mapping[str, Any]) -> list[str]:

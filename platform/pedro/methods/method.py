@@ -18,7 +18,7 @@ from torch import nn
 
 from pedro.errors import ConfigError
 from pedro.methods.architectures import config_of
-from pedro.methods.config_check import changed_backbone
+from pedro.methods.config_check import changed_backbone, wrong_invocation
 from pedro.methods.patterns import check_patterns
 from pedro.methods.prompt import PROMPT_ARGUMENTS
 
@@ -78,8 +78,11 @@ class Method:
             raise ConfigError("; ".join(self._explain(name, known) for name in unknown), param=f"method.{unknown[0]}")
         with _named():
             config = self.build(model_config, **options)
-            if config is not None and (changed := changed_backbone(config)):
-                raise ConfigError(changed, param=changed.partition(":")[0])
+            wrong = ""
+            if config is not None:
+                wrong = changed_backbone(config) or wrong_invocation(config, model_config.vocab_size)
+            if wrong:
+                raise ConfigError(wrong, param=wrong.partition(":")[0])
         if config is not None:
             config.task_type = TaskType.CAUSAL_LM
         return config

@@ -40,6 +40,7 @@ class PromptPass:
     def __init__(self, title: str) -> None:
         self.title = title  # the method's, for messages
         self.prompt: torch.Tensor | None = None  # [B, T] bool; None while decoding with kept vectors
+        self._ids: torch.Tensor | None = None  # [B, T], where the call was given tokens
         self.adapter_names: list[str] | None = None  # one a row, set for the length of a mixed-batch call
         self.vectors: dict[int, Vectors] = {}  # by layer
         self.open = False
@@ -99,6 +100,7 @@ class PromptPass:
                 param=packed[0],
             )
         self.prompt, self.vectors = find_prompt(given, self._width), {}
+        self._ids = given.get("input_ids")
         if self._width is None:
             self._guess = _guessed(model, given)
         return args, kwargs
@@ -110,6 +112,22 @@ class PromptPass:
             self._guess = ""
         return self.prompt
 
+    def head(self, prompt: torch.Tensor, end: tuple[int, ...]) -> torch.Tensor:
+        """The rows' prompts [B, T] bool up to where the tokens `end` first end in them; all of one without them.
+
+        Raises ConfigError where the call was given embeddings, in which no tokens can be found.
+        """
+        if self._ids is None:
+            raise ConfigError(
+                f"inputs_embeds: {self.title} looks for head_end in tokens; pass input_ids", param="inputs_embeds"
+            )
+        ids, size = self._ids.to(prompt.device), len(end)
+        if ids.shape[1] < size:
+            return prompt
+        found = (ids.unfold(1, size, 1) == ids.new_tensor(end)).all(-1) & prompt.unfold(1, size, 1).all(-1)
+        stop = torch.where(found.any(1), found.int().argmax(1) + size, ids.shape[1])  # [B]
+        return prompt & (torch.arange(ids.shape[1], device=prompt.device) < stop[:, None])
+
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Keep the vectors with the KV cache that they belong to, and forget this pass."""
         cache = kwargs.get("past_key_values")
@@ -117,7 +135,7 @@ class PromptPass:
             cache = getattr(output, "past_key_values", None)
         if cache is not None and self.prompt is not None and self.vectors:
             keep_vectors(cache, self.vectors)
-        self.prompt, self.vectors, self.open = None, {}, False
+        self.prompt, self._ids, self.vectors, self.open = None, None, {}, False
 
 
 def find_prompt(given: dict[str, Any], width: int | None = None) -> torch.Tensor:

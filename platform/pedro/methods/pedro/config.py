@@ -14,6 +14,7 @@ from pedro.methods.options import expect, expect_count, expect_names, is_count
 
 POOLS = ("last", "mean", "max")
 POOL_SOURCES = ("normed", "residual")
+PROMPT, ANSWER = "prompt", "answer"
 HEAD, WIDTH = "head", "width"
 INIT_STD = 0.02
 PAPER_WIDTH = 4096  # of LLaMA-2 7B
@@ -22,6 +23,13 @@ PAPER_WIDTH = 4096  # of LLaMA-2 7B
 @dataclass
 class PedroConfig(TunerConfig):
     """Options of PEDRO (arXiv 2409.17834); PEFT saves them in adapter_config.json.
+
+    Experimental: with `apply_to: answer` the prompt is read by the bare backbone, but for its last `tail` tokens, which
+    are scaled as the answer is. A layer's vectors come from its input at the prompt's last token as ever, which the
+    layers below have scaled: that is why the last token is always among the tail.
+
+    Experimental, too: with `head_end` the vectors come from the prompt's head, which ends where these tokens first end,
+    for instance those that a template puts behind the system message. A prompt without them is all head.
 
     Raises ConfigError for a value that no model could take; what depends on the model (an MLP without a gate, the
     number of layers) is checked when the adapter meets it.
@@ -49,6 +57,19 @@ class PedroConfig(TunerConfig):
         default="normed", metadata={"help": "Pool after the attention's norm (normed) or before it (residual)."}
     )
 
+    apply_to: str = field(
+        default=PROMPT,
+        metadata={"help": f"What is scaled: all tokens ({PROMPT}), or the prompt's tail and the answer ({ANSWER})."},
+    )
+    tail: int = field(
+        default=1, metadata={"help": f"How many of the prompt's last tokens are scaled with apply_to: {ANSWER}."}
+    )
+
+    head_end: tuple[int, ...] | None = field(
+        default=None,
+        metadata={"help": "Token ids that end a prompt's head, which alone is pooled; null: all of the prompt is."},
+    )
+
     group_size: int | str = field(
         default=1,
         metadata={"help": f"Neighbouring channels that share one entry of a vector; {HEAD}: as many as a head has."},
@@ -63,7 +84,8 @@ class PedroConfig(TunerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.targets, self.orders, self.r = _as_tuple(self.targets), _as_tuple(self.orders), _as_tuple(self.r)
+        for name in ("targets", "orders", "r", "head_end"):
+            setattr(self, name, _as_tuple(getattr(self, name)))
         if not isinstance(self.activation, str):
             self.activation = _as_tuple(self.activation)
         self._check()
@@ -97,11 +119,25 @@ class PedroConfig(TunerConfig):
         expect(
             self.window is None or self.pool != "last", "window", "null with pool: last; use pool: mean", self.window
         )
+        sides = (PROMPT, ANSWER)
+        expect(self.apply_to in sides, "apply_to", f"one of {', '.join(sides)}", self.apply_to)
+        expect_count("tail", self.tail)
+        expect(
+            self.tail == 1 or self.apply_to == ANSWER, "tail", f"1 with apply_to: {PROMPT}, which has none", self.tail
+        )
+        ids = self.head_end
+        good = ids is None or (isinstance(ids, tuple) and len(ids) > 0 and all(is_count(i) and i >= 0 for i in ids))
+        expect(good, "head_end", "a list of one token id or more, none below 0, or null", ids)
         group = self.group_size == HEAD or (is_count(self.group_size) and self.group_size > 0)  # type: ignore[operator]
         expect(group, "group_size", f"a whole number of channels > 0, or {HEAD}", self.group_size)
 
         spread = isinstance(self.init_std, (int, float)) and not isinstance(self.init_std, bool) and self.init_std > 0
         expect(spread or self.init_std == WIDTH, "init_std", f"a number > 0, or {WIDTH}", self.init_std)
+
+    @property
+    def scaled_tail(self) -> int | None:
+        """How many of the prompt's last tokens are scaled; None: all of it."""
+        return self.tail if self.apply_to == ANSWER else None
 
     def spread(self, width: int) -> float:
         """The standard deviation of a fresh W_down on a backbone of this width.

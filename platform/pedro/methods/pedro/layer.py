@@ -8,8 +8,9 @@ projections scale. Shapes: B rows, T tokens, D model width, R bottleneck, W all 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,6 +29,13 @@ BASE = "__base__"  # PEFT's name, in adapter_names, for a row without an adapter
 HANDED_DOWN = "pedro_vectors"
 
 
+class Scaling(NamedTuple):
+    """Vectors, and the tokens [B, T] bool of this call that they scale; None: all."""
+
+    vectors: Vectors
+    tokens: torch.Tensor | None
+
+
 class PedroLayer(BlockLayer):
     """The generators of one block, one an adapter."""
 
@@ -44,7 +52,7 @@ class PedroLayer(BlockLayer):
         self.width, self.prompts = width, prompts
         self.configs: dict[str, PedroConfig] = {}
         self.activations: dict[str, str] = {}
-        self._vectors: Vectors | None = None
+        self._scalings: list[Scaling] = []
         self._handles = self._hook()
 
     def update_layer(self, adapter_name: str, config: PedroConfig, num_layers: int) -> None:
@@ -116,65 +124,92 @@ class PedroLayer(BlockLayer):
             )
         prompt = self.prompts.read()
         if prompt is None:
-            vectors = self.prompts.vectors.get(self.index)
-            if vectors is None:
+            kept = self.prompts.vectors.get(self.index)
+            if kept is None:
                 raise ConfigError(
                     "past_key_values: this cache was filled without the adapter, so it holds no vectors; "
                     "read the prompt again with the adapter on",
                     param="past_key_values",
                 )
+            scalings = [Scaling(kept, None)]
         else:
             hidden = args[0] if args else kwargs["hidden_states"]
             prompt = prompt.to(hidden.device)
-            vectors = self._mixed(hidden, prompt, names) if names else self._together(hidden, prompt)
-            self.prompts.vectors[self.index] = vectors
-        return args, {**kwargs, HANDED_DOWN: vectors}
+            made = self._mixed(hidden, prompt, names) if names else self._together(hidden, prompt)
+            scalings = [
+                Scaling(vectors, None if tail is None else tail_of(prompt, tail)) for tail, vectors in made.items()
+            ]
+            self.prompts.vectors[self.index] = _product(made.values())  # what comes after the prompt takes all of them
+        return args, {**kwargs, HANDED_DOWN: scalings}
 
-    def _together(self, hidden: torch.Tensor, prompt: torch.Tensor) -> Vectors:
-        """Vectors of the active adapters; of several, their product."""
-        vectors: Vectors = {}
+    def _together(self, hidden: torch.Tensor, prompt: torch.Tensor) -> dict[int | None, Vectors]:
+        """Vectors of the active adapters by the tail that they scale; of several, their product."""
+        made: dict[int | None, list[Vectors]] = {}
         for name in self.active_adapters:
             if name in self.configs:
-                for target, vector in self(hidden, prompt, name).items():
-                    vectors[target] = vectors[target] * vector if target in vectors else vector
-        return vectors
+                own = self(hidden, self._head(prompt, name), name)
+                made.setdefault(self.configs[name].scaled_tail, []).append(own)
+        return {tail: _product(vectors) for tail, vectors in made.items()}
 
-    def _mixed(self, hidden: torch.Tensor, prompt: torch.Tensor, names: list[str]) -> Vectors:
-        """Vectors where each row has an adapter of its own; ones for a row without and for a target not its own."""
+    def _mixed(self, hidden: torch.Tensor, prompt: torch.Tensor, names: list[str]) -> dict[int | None, Vectors]:
+        """Vectors by the tail that they scale, where each row has an adapter of its own; ones for a row without and for
+        a target not its own."""
         if len(names) != len(hidden):
             raise ConfigError(
                 f"adapter_names: expected one name a row, {len(hidden)}, got {len(names)}", param="adapter_names"
             )
-        vectors: Vectors = {}
+        made: dict[int | None, Vectors] = {}
         for name in dict.fromkeys(names):
             if name == BASE:
                 continue
+            vectors = made.setdefault(self.configs[name].scaled_tail, {})
             rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=hidden.device)
-            for target, made in self(hidden[rows], prompt[rows], name).items():
-                ones = made.new_ones(len(hidden), made.shape[-1])
-                vectors[target] = vectors.get(target, ones).index_copy(0, rows, made)
-        return vectors
+            for target, own in self(hidden[rows], self._head(prompt, name)[rows], name).items():
+                ones = own.new_ones(len(hidden), own.shape[-1])
+                vectors[target] = vectors.get(target, ones).index_copy(0, rows, own)
+        return made
+
+    def _head(self, prompt: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """The tokens [B, T] that an adapter's vectors come from."""
+        end = self.configs[adapter_name].head_end
+        return prompt if end is None else self.prompts.head(prompt, end)
 
     def _before_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._vectors = kwargs.pop(HANDED_DOWN, None)
+        self._scalings = kwargs.pop(HANDED_DOWN, [])
         return args, kwargs
 
     def _scale(
         self, cuts: list[tuple[str, Rows]], module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        vectors = self._vectors
-        if not vectors or not any(target in vectors for target, _ in cuts):
-            return None
-        if cuts[0][1] is None:
-            scale = vectors[cuts[0][0]]
-        else:  # fused: ones where a projection is not a target
-            scale = next(iter(vectors.values())).new_ones(len(output), output.shape[-1])
-            for target, rows in cuts:
-                if target in vectors:
-                    scale[:, rows.to(scale.device) if isinstance(rows, torch.Tensor) else rows] = vectors[target]
-        return (output * scale[:, None]).to(output.dtype)  # float32 product, then the model's dtype
+        made = output
+        for vectors, tokens in self._scalings:
+            if not any(target in vectors for target, _ in cuts):
+                continue
+            if cuts[0][1] is None:
+                scale = vectors[cuts[0][0]]
+            else:  # fused: ones where a projection is not a target
+                scale = next(iter(vectors.values())).new_ones(len(output), output.shape[-1])
+                for target, rows in cuts:
+                    if target in vectors:
+                        scale[:, rows.to(scale.device) if isinstance(rows, torch.Tensor) else rows] = vectors[target]
+            scale = scale[:, None]
+            made = made * (scale if tokens is None else torch.where(tokens[..., None], scale, 1.0))
+        return None if made is output else made.to(output.dtype)  # float32 product, then the model's dtype
+
+
+def tail_of(prompt: torch.Tensor, count: int) -> torch.Tensor:
+    """The last `count` tokens of each row's prompt and what follows them: prompt [B, T] bool -> [B, T] bool."""
+    return prompt.flip(1).cumsum(1).flip(1) <= count
+
+
+def _product(made: Iterable[Vectors]) -> Vectors:
+    vectors: Vectors = {}
+    for one in made:
+        for target, vector in one.items():
+            vectors[target] = vectors[target] * vector if target in vectors else vector
+    return vectors
 
 
 def pool(
@@ -186,7 +221,7 @@ def pool(
     the prompt's last tokens are pooled.
     """
     if window is not None:
-        prompt = prompt & (prompt.flip(1).cumsum(1).flip(1) <= window)
+        prompt = prompt & tail_of(prompt, window)
     if how == "last":
         position = (prompt * torch.arange(prompt.shape[1], device=prompt.device)).argmax(dim=1)  # [B]
         hidden = hidden[torch.arange(len(hidden), device=hidden.device), position, None]  # [B, 1, D]

@@ -31,6 +31,9 @@ def _build(  # noqa: PLR0913 - options
     pool: str | None = None,
     pool_source: str | None = None,
     window: int | None = None,
+    apply_to: str | None = None,
+    tail: int | None = None,
+    head_end: list[int] | None = None,
     group_size: int | str | None = None,
     init_std: float | str | None = None,
 ) -> PedroConfig:
@@ -42,6 +45,9 @@ def _build(  # noqa: PLR0913 - options
         "pool": pool,
         "pool_source": pool_source,
         "window": window,
+        "apply_to": apply_to,
+        "tail": tail,
+        "head_end": head_end,
         "group_size": group_size,
         "init_std": init_std,
     }
@@ -70,6 +76,8 @@ def _checked(config: PedroConfig, model_config: ModelConfig) -> PedroConfig:
     missing = [target for target in config.targets if target not in paths]
     expect(not missing, "targets", f"names that {model_config.model_type} has ({', '.join(paths)})", missing)
     config.by_layer(model_config.num_hidden_layers)
+    most = model_config.vocab_size - 1
+    expect(max(config.head_end or [0]) <= most, "head_end", f"token ids from 0 to {most:,}", config.head_end)
     return config
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pedro.adapter_kinds import Adapter, Generator, GeneratorWeights
@@ -42,8 +44,21 @@ def read(config: PedroConfig, tensors: SavedTensors, architecture: Architecture)
         pool_source=config.pool_source,
         layers=tuple(layers),
         window=config.window,
+        head=None if config.head_end is None else partial(_head_of, config.head_end),
     )
-    return Adapter(generator=generator)
+    tail = config.scaled_tail
+    return Adapter(generator=generator, start=None if tail is None else partial(_tail_begins, tail))
+
+
+def _head_of(end: tuple[int, ...], prompt_ids: Sequence[int]) -> int:
+    """The tokens of a prompt up to where `end` first ends; all where it does not occur."""
+    stops = range(len(end), len(prompt_ids) + 1)
+    return next((stop for stop in stops if tuple(prompt_ids[stop - len(end) : stop]) == end), len(prompt_ids))
+
+
+def _tail_begins(tail: int, _prompt_ids: Sequence[int], conditioning_length: int) -> int:
+    """Where the last `tail` of the tokens that condition the vectors begin."""
+    return max(0, conditioning_length - tail)
 
 
 READER = Reader(PedroConfig.kind, read)
