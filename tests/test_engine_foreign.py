@@ -52,7 +52,7 @@ def test_each_field_of_lora_that_is_served_equals_peft(options, tmp_path):
     tuned = make_adapter(model, tmp_path / "lora", seed=1, method="peft", peft_type="LORA", **given)
     runner = Runner(copy.deepcopy(model), slots=1, length=16)
     adapter = read_adapter(tmp_path / "lora", runner.architecture, DIGEST, runner.device, runner.simd_width)
-    runner.begin([PrefillRow(0, prompt(7), 7, adapter)])
+    runner.begin([PrefillRow(0, prompt(7), 7, adapter, start=adapter.start_in(prompt(7), 7) or 0)])
     runner.advance(None)
     logits, _ = runner.end()
     torch.testing.assert_close(logits.values[0], reference_logits(tuned, prompt(7), 7)[-1], atol=1e-4, rtol=1e-4)
