@@ -31,7 +31,8 @@ class LlamaCpp:
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
         """All prompts at once, each on a thread; every token of the file's vocabulary is a word of its own."""
         texts: list[list[str]] = [[] for _ in order["prompts"]]
-        timeline, failures = Timeline(), []
+        timeline = Timeline()
+        failures: list[str] = []
 
         def ask(number: int, ids: list[int]) -> None:
             def take(chunk: Any) -> None:
@@ -93,7 +94,8 @@ class Vllm:
             output_kind=RequestOutputKind.DELTA,
         )
         timeline = Timeline()
-        first, answers = self._count, [[] for _ in order["prompts"]]
+        first = self._count
+        answers: list[list[int]] = [[] for _ in order["prompts"]]
         for ids in order["prompts"]:
             self._engine.add_request(str(self._count), TokensPrompt(prompt_token_ids=ids), params)
             self._count += 1
