@@ -229,3 +229,18 @@ def test_a_copy_of_a_file_that_lost_its_journal_mode_gets_it_back(tmp_path):
     Store(f"sqlite:///{tmp_path}/pedro.db").close()
     with sqlite3.connect(tmp_path / "pedro.db") as link:
         assert link.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_versions_keep_all_that_they_had_without_the_column_that_nobody_filled(empty):
+    stands_at(empty, "0006")
+    row = {"tenant": "acme", "adapter": "faq", "version": 1, "digest": "sha256:1", "run_id": "r", "created": 1.0}
+    texts = dict.fromkeys(("manifest_digest", "backbone_id", "backbone_digest", "method", "gate"), "x")
+    columns = {**row, **texts, "trainable_parameters": 1, "metrics": "{}", "spec": "{}", "seal": "x"}
+    run(empty, f"INSERT INTO pedro_versions ({', '.join(columns)}) VALUES ({', '.join(map(repr, columns.values()))})")
+    upgrade(Database(empty))
+    assert "seal" not in tables(empty)["pedro_versions"]
+    database = Database(empty)
+    with database.reading() as connection:
+        kept = connection.execute(sa.select(schema.versions)).one()
+    database.close()
+    assert (kept.digest, kept.version, kept.metrics) == ("sha256:1", 1, {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-REVISION = "0009"
+REVISION = "0010"
 VERSION_TABLE = "pedro_schema"
 metadata = sa.MetaData()
 NAME = sa.String(63)  # of a tenant or an adapter
@@ -219,7 +219,6 @@ versions = sa.Table(
     sa.Column("promoted", sa.Float, index=True),  # when it last became champion
     sa.Column("deleted", sa.Float),
     sa.Column("size_bytes", sa.BigInteger),
-    sa.Column("seal", sa.String(80)),  # of the platform, over its manifest
     _generation(),
 )
 canaries = sa.Table(  # how one canary and the champion beside it answer, summed
