@@ -110,4 +110,4 @@ def text_call(prompt: str, model: str = "acme.faq", **fields: Any) -> GenerateCa
 async def fingerprint(backend: ServeBackend, asked: GenerateCall) -> str:
     """The version that answered."""
     async with aclosing(backend.generate(asked)) as deltas:
-        return [delta.fingerprint async for delta in deltas][-1].partition("#")[0]
+        return ([delta.fingerprint async for delta in deltas][-1] or "").partition("#")[0]

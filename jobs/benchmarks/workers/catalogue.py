@@ -60,7 +60,7 @@ async def idle(resolver: ModelResolver, seconds: float) -> dict[str, float]:
         asked[0] += 1
         return reading()
 
-    database.reading = counted  # type: ignore[method-assign]
+    database.reading = counted  # type: ignore[method-assign, assignment]
     cpu, began = time.process_time(), time.perf_counter()
     await asyncio.sleep(seconds)
     passed = time.perf_counter() - began

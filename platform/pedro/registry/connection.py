@@ -80,7 +80,8 @@ class Connection:
         try:
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-            return SqlAlchemyStore(self.server_database, self.artifact_root)
+            kind: Any = SqlAlchemyStore
+            return kind(self.server_database, self.artifact_root)
         except Exception as error:
             raise UnavailableError(
                 f"MLFLOW_BACKEND_STORE_URI: the database of MLflow's server cannot be opened ({type(error).__name__}); "

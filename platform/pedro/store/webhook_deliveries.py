@@ -118,6 +118,6 @@ class WebhookDeliveryTable:
 _OWN = ("id", "event_id", "type", "body", "created", "attempts", "fence")
 
 
-def _delivery(row: sa.Row[Any]) -> WebhookDelivery:
+def _delivery(row: Any) -> WebhookDelivery:
     own = {name: getattr(row, f"delivery_{name}") for name in _OWN}
     return WebhookDelivery(**own, endpoint=to_endpoint(row))
