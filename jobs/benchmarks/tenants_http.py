@@ -11,7 +11,7 @@ import random
 import shutil
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.benchmarks.engine_process import EnginePool, Log
 from jobs.benchmarks.local_server import local_server
@@ -103,9 +103,21 @@ def _tenant(number: int) -> str:
 
 def _version(backbone: Backbone, number: int, digest: str, manifest_digest: str) -> Version:
     return Version(
-        _tenant(number), "own", 1, digest, backbone.id, backbone.digest, "pedro", 1, {}, {}, "", f"made{number}", utc(0),
+        _tenant(number),
+        "own",
+        1,
+        digest,
+        backbone.id,
+        backbone.digest,
+        "pedro",
+        1,
+        {},
+        {},
+        "",
+        f"made{number}",
+        utc(0),
         manifest_digest=manifest_digest,
-    )  # fmt: skip
+    )
 
 
 def _cached(registry: Registry, source: Path, backbone: Backbone, number: int) -> Version:
