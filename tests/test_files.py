@@ -124,7 +124,7 @@ def test_equal_contents_of_two_tenants_share_nothing(store, tmp_path):
         (b"\xff\xfe{\0", "a.jsonl", "fine-tune", "UTF-16"),
         (b"\x89PNG\r\n\x1a\n", "a.png", "fine-tune", "UTF-8"),
         (b"a\0b", "a.jsonl", "fine-tune", "zero bytes"),
-        (gzip.compress(ROW), "a.jsonl.gz", "batch", "packed"),
+        (gzip.compress(ROW, mtime=0), "a.jsonl.gz", "batch", "packed"),
         (ROW, "", "fine-tune", "characters"),
         (ROW, "..", "fine-tune", "characters"),
         (ROW, "x" * 256, "fine-tune", "characters"),
@@ -146,7 +146,7 @@ def test_what_is_not_taken_is_named_and_leaves_nothing(store, tmp_path, data, na
     assert files.list_files(None) == []
 
 
-@pytest.mark.parametrize("data", [ROW, b"\xef\xbb\xbf" + ROW, gzip.compress(ROW), b"PAR1 and more", b"no json at all"])
+@pytest.mark.parametrize("data", [ROW, b"\xef\xbb\xbf" + ROW, gzip.compress(ROW, mtime=0), b"PAR1 and more", b"no json at all"])
 def test_what_may_be_data_is_taken_as_it_is(data):
     check_content(data, "fine-tune")
 
