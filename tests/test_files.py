@@ -146,7 +146,9 @@ def test_what_is_not_taken_is_named_and_leaves_nothing(store, tmp_path, data, na
     assert files.list_files(None) == []
 
 
-@pytest.mark.parametrize("data", [ROW, b"\xef\xbb\xbf" + ROW, gzip.compress(ROW, mtime=0), b"PAR1 and more", b"no json at all"])
+@pytest.mark.parametrize(
+    "data", [ROW, b"\xef\xbb\xbf" + ROW, gzip.compress(ROW, mtime=0), b"PAR1 and more", b"no json at all"]
+)
 def test_what_may_be_data_is_taken_as_it_is(data):
     check_content(data, "fine-tune")
 
