@@ -88,17 +88,17 @@ def test_under_vectors_made_from_the_prompt_the_same_prompt_is_not_read_again_an
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("kind", GENERATED)
+@pytest.mark.parametrize(("kind", "length"), [*((kind, 20) for kind in GENERATED), ("pedro", 42)])
 def test_vectors_made_from_the_first_tokens_alone_let_all_prompts_that_begin_with_those_share(
-    model, adapters, kind, kernel
+    model, adapters, kind, length, kernel
 ):
     engine, plain = (engine_of(model, adapters, kernel=kernel, prefix_bytes=size) for size in (CACHE, 0))
-    head = {"adapter": kind, "conditioning_length": 20, "logprobs": 5, "ignore_eos": True}
-    first = [*BEGINNING, 7, 8]
+    head = {"adapter": kind, "conditioning_length": length, "logprobs": 5, "ignore_eos": True}
+    first = [*BEGINNING, 7, 8]  # 42 tokens
     made = check_equal(engine, plain, request("first", first, 20, **head), 0)
     turn = [*first, *made, *prompt(9, seed=9)]
     check_equal(engine, plain, request("turn", turn, 6, **head), (len(first) + len(made) - 1) // BLOCK * BLOCK)
-    check_equal(engine, plain, request("other", turn, 6, **(head | {"conditioning_length": 21})), 0)
+    check_equal(engine, plain, request("other", turn, 6, **(head | {"conditioning_length": length + 1})), 0)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "gemma2", "gemma3_text", "qwen2", "mistral"])

@@ -54,7 +54,8 @@ def reuse_of(request: Request, adapter: Adapter | None, epoch: int = 0, share_ba
             named, until = None, min(start, pooled)
         elif adapter.generator is not None:
             conditioning = token_bytes(request.prompt_ids[:read])
-            until = read if read == len(request.prompt_ids) else None  # no other prompt begins with its answer
+            whole = request.conditioning_length is None and adapter.generator.head is None
+            until = read if whole else None  # then no other prompt begins with its answer
     tenant = ANY_TENANT if share_bare and named is None and not request.cache_salt else request.tenant
     return Reuse(PrefixKey(tenant, request.cache_salt, named, epoch, conditioning), until)
 
