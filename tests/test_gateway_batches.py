@@ -172,7 +172,7 @@ def test_batches_are_listed_in_pages(client):
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"endpoint": "/v1/moderations"}, "endpoint"),
         ({"completion_window": "1h"}, "completion_window"),
         ({"input_file_id": "file-nix"}, "input_file_id"),
         ({"metadata": {"a": "b" * 513}}, "metadata"),
