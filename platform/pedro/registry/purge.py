@@ -93,7 +93,7 @@ def _purge_files(connection: Connection, location: str, below: str | None) -> No
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     with connection.answering(), suppress(FileNotFoundError):
-        there: Any = get_artifact_repository(location)
+        there: Any = get_artifact_repository(location, tracking_uri=connection.client.tracking_uri)
         there.delete_artifacts(below)
 
 
@@ -108,8 +108,7 @@ def purge_run(connection: Connection, run: KeptRun) -> bool:
         _unless_missing(connection, connection.client.delete_run, run.id)
         if connection.forgetting_store is None:
             return False
-        _unless_missing(connection, connection.forgetting_store._hard_delete_run, run.id)
-        _check_forgotten(connection, connection.client.get_run, run.id)
+        _forget(connection, connection.forgetting_store._hard_delete_run, run.id)
     return True
 
 
@@ -137,8 +136,7 @@ def purge_experiment(connection: Connection, name: str) -> bool:
             connection.client.delete_experiment(found.experiment_id)
         if store is None:
             return False
-        _unless_missing(connection, store._hard_delete_experiment, found.experiment_id)
-        _check_forgotten(connection, connection.client.get_experiment, found.experiment_id)
+        _forget(connection, store._hard_delete_experiment, found.experiment_id)
     return True
 
 
@@ -211,19 +209,21 @@ def _local(location: str) -> Path | None:
     return Path(location) if location.startswith("/") else None
 
 
-def _check_forgotten(connection: Connection, get: Any, entity: str) -> None:
-    """Raise UnavailableError where what was removed from the database is still there."""
+def _forget(connection: Connection, remove: Any, entity: str) -> None:
+    """Remove what MLflow has from its database. Raises UnavailableError where the one that was named for a server does
+    not have it."""
     try:
-        get(entity)
+        remove(entity)
     except connection.error as error:
-        if connection.is_missing(error):
-            return
-        raise
-    raise UnavailableError(
-        "MLFLOW_BACKEND_STORE_URI: names another database than MLflow's server has: what was removed there is still at "
-        "the server; name the one that `mlflow server` has",
-        param="MLFLOW_BACKEND_STORE_URI",
-    )
+        if not connection.is_missing(error):
+            raise
+        own: Any = connection.client._tracking_client.store
+        if connection.forgetting_store is not own:
+            raise UnavailableError(
+                "MLFLOW_BACKEND_STORE_URI: names another database than MLflow's server has: what the server has is "
+                "not in it; name the one that `mlflow server` has",
+                param="MLFLOW_BACKEND_STORE_URI",
+            ) from error
 
 
 def _unless_missing(connection: Connection, ask: Any, *arguments: str) -> None:
