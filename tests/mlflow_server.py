@@ -51,6 +51,7 @@ def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
         f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{folder}/auth.db\n"
         f"admin_username = {ADMIN[0]}\nadmin_password = {ADMIN[1]}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        "auth_cache_ttl_seconds = 600\n"  # a password costs tenths of a second to check, and each request has one
     )
     port = free_port()
     server = MlflowServer(f"http://127.0.0.1:{port}", folder)
