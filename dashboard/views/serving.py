@@ -33,7 +33,7 @@ MS = "%.1f ms"
 def page() -> None:
     gateway, _ = connection.sidebar()
     st.title("Serving", anchor=False)
-    span, which, live = st.columns([5, 4, 2], vertical_alignment="bottom")
+    span, which, live = st.columns([6, 3, 2], vertical_alignment="bottom")
     seconds = WINDOWS[span.segmented_control("Time", list(WINDOWS), default=DEFAULT, required=True) or DEFAULT]
     history = history_of(gateway.url, hashlib.sha256(gateway.key.encode()).hexdigest(), seconds <= FINE_S)
     known = {*data.adapters_of(history.window(time.time(), seconds)), *st.session_state.get(CHOSEN, ())}
