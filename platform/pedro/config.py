@@ -92,7 +92,8 @@ class Settings:
             storage = str(Path(storage).expanduser().absolute())
         return cls(
             home=home,
-            tracking_uri=_tracking_uri(env) or f"sqlite:///{home / 'mlflow.db'}",
+            tracking_uri=_with_user(secret_files.read(env, "MLFLOW_TRACKING_URI"), env)
+            or f"sqlite:///{home / 'mlflow.db'}",
             database_url=secret_files.read(env, "PEDRO_DATABASE_URL") or f"sqlite:///{home / 'pedro.db'}",
             storage=storage,
             ray_address=env.get("RAY_ADDRESS") or None,
@@ -168,10 +169,9 @@ def _launcher(name: str) -> str:
     return name
 
 
-def _tracking_uri(env: Mapping[str, str]) -> str | None:
+def _with_user(address: str | None, env: Mapping[str, str]) -> str | None:
     """MLflow's address, with the user and the password of MLflow's own variables (or their files) where it has none:
     so they reach jobs as a password in an address does, by file."""
-    address = secret_files.read(env, "MLFLOW_TRACKING_URI")
     if address is None or not address.startswith(("http://", "https://")) or "@" in urlsplit(address).netloc:
         return address
     user, password = (secret_files.read(env, f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
