@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pedro.errors import PedroError
 from pedro.gateway.auth import Principal
 from pedro.gateway.batch_work import BatchLostError, BatchWork, Bench, Ending, ending_of
+from pedro.gateway.poll_loop import PollLoop
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -61,40 +62,21 @@ class BatchRunner:
             rows=asyncio.Semaphore(settings.batch_rows),
         )
         self._active: dict[str, _Active] = {}
-        self._woken = asyncio.Event()
-        self._running: asyncio.Task[None] | None = None
-        self._away = False  # the database did not answer the last time
+        self._loop = PollLoop(self._look, min(POLL_S, self._lease_s / 4), "batches are not looked after")
 
     def start(self) -> None:
         """Look for batches from now on."""
-        self._running = asyncio.create_task(self._run())
+        self._loop.start()
 
     def wake(self) -> None:
         """There is something to do."""
-        self._woken.set()
+        self._loop.wake()
 
     async def close(self) -> None:
         """Leave every batch where it stands, for whoever takes it next."""
-        tasks = [active.task for active in self._active.values()] + ([self._running] if self._running else [])
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.end(active.task for active in self._active.values())
         with contextlib.suppress(PedroError):  # then the leases run out
             await asyncio.to_thread(self._store.release_batches, self._owner)
-
-    async def _run(self) -> None:
-        while True:
-            self._woken.clear()
-            try:
-                await self._look()
-                self._away = False
-            except Exception as error:  # whatever it is: it is looked again
-                if not self._away:
-                    log.warning("batches are not looked after: %s", error, exc_info=not isinstance(error, PedroError))
-                self._away = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(POLL_S, self._lease_s / 4)):
-                    await self._woken.wait()
 
     async def _look(self) -> None:
         """Have the work that is going on be that of the batches which are leased, as they stand."""

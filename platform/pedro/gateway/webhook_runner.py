@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from pedro.errors import PedroError
+from pedro.gateway.poll_loop import PollLoop
 from pedro.gateway.webhook_sending import ATTEMPT_S
 from pedro.store import DELIVERED, GIVEN_UP, utc
 
@@ -50,9 +51,7 @@ class WebhookRunner:
         self._lease_s = lease_s
         self._owner = f"gateway-{secrets.token_hex(8)}"
         self._active: dict[int, asyncio.Task[None]] = {}
-        self._woken = asyncio.Event()
-        self._running: asyncio.Task[None] | None = None
-        self._away = False  # the database did not answer the last time
+        self._loop = PollLoop(self._look, POLL_S, "webhooks are not sent")
         self._attempts = Counter(
             "pedro_gateway_webhook_attempts",
             "Attempts to send an event to a webhook endpoint, by what came of them.",
@@ -66,31 +65,14 @@ class WebhookRunner:
 
     def start(self) -> None:
         """Look for events from now on."""
-        self._running = asyncio.create_task(self._run())
+        self._loop.start()
 
     async def close(self) -> None:
         """Leave what is under way to whoever takes it next."""
-        tasks = [*self._active.values(), *([self._running] if self._running else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.end(self._active.values())
         with contextlib.suppress(PedroError):  # then the leases run out
             await asyncio.to_thread(self._store.release_deliveries, self._owner)
         self.sender.close()
-
-    async def _run(self) -> None:
-        while True:
-            self._woken.clear()
-            try:
-                await self._look()
-                self._away = False
-            except Exception as error:  # whatever it is: it is looked again
-                if not self._away:
-                    log.warning("webhooks are not sent: %s", error, exc_info=not isinstance(error, PedroError))
-                self._away = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S):
-                    await self._woken.wait()
 
     async def _look(self) -> None:
         """Begin what is due, as far as there is room."""
@@ -112,7 +94,7 @@ class WebhookRunner:
             log.warning("%s: %s", delivery.event_id, error, exc_info=not isinstance(error, PedroError))
         finally:
             self._active.pop(delivery.id, None)
-            self._woken.set()
+            self._loop.wake()
 
     async def _attempt(self, delivery: WebhookDelivery) -> str:
         """Why the endpoint did not take it; empty if it did."""
