@@ -18,14 +18,6 @@ from pedro.errors import ConfigError
 from pedro.provenance import check_unchanged, code_state, provenance
 
 RESULTS = Path(bench.__file__).parent / "results"
-TO_RUN_AGAIN = {  # measured on changed code; jobs/results/README.md has the commands. Take off what was run again
-    "arrivals.json",
-    "efficiency.json",
-    "http-one-thread.json",
-    "http.json",
-    "longprompt.json",
-    "tenants.json",
-}
 
 
 @pytest.fixture
@@ -107,6 +99,5 @@ def test_a_benchmark_of_changed_code_is_refused_before_it_measures(monkeypatch, 
 def test_committed_benchmarks_were_measured_on_committed_code():
     found = {path.name: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     commits = {name: (result.get("provenance") or result)["commit"] for name, result in found.items()}
-    assert {name for name, commit in commits.items() if commit.endswith("+")} == TO_RUN_AGAIN
-    listed = (RESULTS / "README.md").read_text()
-    assert all(f"`{name}` | `python -m jobs.bench " in listed for name in TO_RUN_AGAIN)
+    assert len(commits) > 10
+    assert not {name for name, commit in commits.items() if commit.endswith("+")}
