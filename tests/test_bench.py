@@ -112,6 +112,15 @@ def test_chats_shared_and_cold_prompts_are_measured_with_the_prefix_cache_and_wi
     assert len(result["targets"]) == len(kinds) + 2 * 3
 
 
+def test_answers_held_to_a_schema_are_measured_beside_free_ones_of_equal_length(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    words = ["structured", "--quick", "--threads", "1", "--rounds", "1"]
+    assert main(BENCHMARKS, tmp_path / "results", words) == 0
+    free, held = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert (free["case"], held["case"]) == ("free", "schema")
+    assert held["ratio"] == pytest.approx(held["decode_tok_s"] / free["decode_tok_s"], rel=0.01)
+
+
 def test_the_prefix_benchmarks_engine_goes_on_from_what_it_read_and_answers_alike_without(tmp_path, monkeypatch):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
     size = MODEL_SIZES["tiny"]

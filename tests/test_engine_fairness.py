@@ -1,5 +1,6 @@
 """A flood by one tenant is hardly felt by another that asks little, costs a lone tenant nothing, and starves nobody."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -125,6 +126,19 @@ def test_a_tenant_that_holds_nothing_takes_a_slot_at_once_and_afterwards_finds_o
     assert simulation.scheduler.slots_free == 1
 
 
+@pytest.mark.parametrize(("tokens", "preempted"), [(10, 0), (480, 1)])
+def test_no_slot_is_taken_that_comes_free_sooner_than_what_holds_it_could_be_read_again(tokens, preempted):
+    simulation = Simulation(slots=2)
+    simulation.scheduler.step_tokens = 25
+    for _ in range(2):
+        simulation.add("busy", tokens, length=300)
+    while len(simulation.scheduler.running) < 2:
+        simulation.step()
+    (asked,) = simulation.add("quiet", 8, length=300)
+    simulation.until_first_token(asked)
+    assert simulation.preempted == preempted
+
+
 def test_head_room_ends_some_time_after_the_last_request():
     simulation = Simulation(slots=8, head_room_s=2.0)
     for _ in range(20):
@@ -152,6 +166,18 @@ def test_a_lone_tenant_gets_every_slot_and_a_token_for_each_in_every_step(flood)
     for _ in range(10):
         simulation.step()
         assert simulation.rows[-1] == 32
+
+
+@pytest.mark.parametrize("tenants", [32, 1000])
+def test_tenants_of_a_few_requests_each_take_hardly_longer_than_one_of_as_many(tenants):
+    def steps_time(among):
+        drawn, simulation = random.Random(tenants), Simulation(slots=16)
+        asked = [simulation.add(str(drawn.randrange(among)), 33, length=279)[0] for _ in range(64)]
+        while any(one.state is not SequenceState.FINISHED for one in asked):
+            simulation.step()
+        return simulation.now
+
+    assert steps_time(tenants) < 1.1 * steps_time(1)
 
 
 def test_rows_that_are_left_out_of_a_short_step_have_the_next():

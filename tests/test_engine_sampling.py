@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from pedro.engine import SamplingParams
 from pedro.engine.sampler import SampleRow, greedy, sample, uniform
+from pedro.engine.token_mask import allowed, allowed_by_shifts
 from pedro.errors import PedroError
 
 
@@ -42,6 +43,26 @@ def test_the_uniform_numbers_are_spread_and_below_one():
     assert 0 <= min(numbers) < 0.01
     assert 0.99 < max(numbers) < 1
     assert abs(sum(numbers) / len(numbers) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("vocabulary", [31, 64, 90, 96, 100])
+def test_a_mask_lets_the_tokens_through_whose_bits_are_set_and_none_past_its_end(vocabulary):
+    drawn = torch.Generator().manual_seed(vocabulary)
+    masks = [torch.randint(-(2**31), 2**31, (3,), generator=drawn, dtype=torch.int32) for _ in range(4)]
+    slow = [[t < 96 and bool(mask[t // 32].item() >> (t % 32) & 1) for t in range(vocabulary)] for mask in masks]
+    assert allowed(masks, vocabulary, torch.device("cpu")).tolist() == slow
+    assert allowed_by_shifts(torch.stack(masks), vocabulary).tolist() == slow
+
+
+def test_masked_rows_of_a_mixed_batch_choose_among_what_is_let_through():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(3, 1)
+    rows = [SampleRow(SamplingParams(temperature=0), 0, 0, [], [], mask=mask) for mask in (None, word(0, 3), word(2))]
+    assert [one.token_id for one in sample(logits, rows)] == [1, 3, 2]
+
+
+def word(*tokens):
+    """A mask that lets these tokens through."""
+    return torch.tensor([sum(1 << token for token in tokens)], dtype=torch.int32)
 
 
 def test_draws_follow_the_distribution():

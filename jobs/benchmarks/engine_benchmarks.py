@@ -54,6 +54,11 @@ BENCHMARKS = {
         *("case", "engine", "adapters", "model", "tokens", "first_ms", "ms", "last_ms", "off_ms", "tok_s"),
         *("ratio", "ratio_interval"),
     ),
+    "structured": _entry(
+        "structured",
+        "decoding held to a JSON schema beside free decoding, PEDRO adapters, a tenant a row",
+        *("case", "adapters", "model", "batch", "decode_tok_s", "ratio", "ratio_interval"),
+    ),
     "arrivals": _entry(
         "arrivals",
         "Poisson arrivals against a static batch; prefill of many tenants against one's (target 4)",

@@ -49,6 +49,11 @@ class BeamSequence(Sequence):
         """Tokens of each beam so far."""
         return len(self._beams[0])
 
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens each beam may still make."""
+        return self.max_tokens - self.num_made
+
     def last_tokens(self) -> list[tuple[int, int]]:
         """Each beam's slot and its last token."""
         return [(slot, beam[-1]) for slot, beam in zip(self.slots, self._beams, strict=True)]

@@ -48,8 +48,10 @@ class PrefillBudget:
         return max(LEAST_TOKENS, min(most, int(self._stall * self._step_s / self._token_s)))
 
     def keep_steps_short(self, scheduler: Scheduler) -> None:
-        """Tell the scheduler what fits into a short step, by what recent ones cost."""
+        """Tell the scheduler what fits into a short step, and what a step is worth, by what recent ones cost."""
         prompt, limits = scheduler.newcomer_tokens, scheduler.limits
+        if self._step_s is not None and self._token_s:
+            scheduler.step_tokens = self._step_s / self._token_s
         if prompt is not None:
             scheduler.short_tokens = self.short_tokens(prompt, limits.prefill_tokens)
             scheduler.short_rows = self.short_rows(prompt, limits.slots)

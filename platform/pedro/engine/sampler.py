@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from pedro.engine.sequence import SamplingParams, TokenLogprob
-from pedro.engine.token_mask import bias
+from pedro.engine.token_mask import allowed
 
 LEAST_TEMPERATURE = 1e-6  # below it float32 would divide by zero
 LEAST_TOP_P = 1e-6  # a smaller float64 rounds to zero in float32, which would drop every token
@@ -118,8 +118,9 @@ def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
             scores[i, list(row.barred)] = -math.inf
     masks = {i: row.mask for i, row in enumerate(rows) if row.mask is not None}
     if masks:
-        for i, added in zip(masks, bias(list(masks.values()), scores.shape[-1], scores.device), strict=True):
-            scores[i] += added
+        let = allowed(list(masks.values()), scores.shape[-1], scores.device)
+        for i, row in zip(masks, let, strict=True):
+            scores[i].masked_fill_(~row, -math.inf)
     return scores
 
 

@@ -4,7 +4,8 @@ Tenants are served fairly by virtual token counters (Sheng et al., "Fairness in 
 OSDI 2024): a tenant's counter grows with the tokens it is given, and the tenant with the least is admitted next.
 A tenant that comes back after a pause starts at the lowest counter of the active ones, so idling earns no credit.
 Where no slot is free and a waiting tenant has fallen too far behind a running one, the latter's youngest sequence
-waits again; at once where a tenant that holds less than its share meets one that holds more.
+waits again; at once where a tenant that holds less than its share meets one that holds more. None does where a slot
+comes free sooner than the sequence could be read again.
 
 A tenant that asks for more than its share (`Shares.over`) makes room for the next request of others before it comes:
 some slots stay free, its steps are kept short, its prefills can be paused, and it sits out the prefills of others.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator
@@ -69,6 +71,7 @@ class Scheduler:
         self.lone_tokens = limits.prefill_tokens  # of one beside which nobody makes a token
         self.short_tokens = limits.prefill_tokens  # of one in a short step
         self.short_rows = limits.slots  # slots that a short step decodes
+        self.step_tokens = math.inf  # prompt tokens that are read in the time of a decode step
 
     def add(self, sequences: list[Sequence]) -> list[Sequence]:
         """Queue the sequences of one request, all or none. Gives those that must end now to make room for them:
@@ -276,7 +279,13 @@ class Scheduler:
             settled = sequence.preemptible or not (tenant.running or self._shares.over(tenant))
             if ahead or (within and holds_more and settled and sequence.width == 1):
                 candidates.append((sequence.preemptible, owner.counter, sequence.order, sequence))
-        return [s for *_, s in heapq.nlargest(missing, candidates)] if len(candidates) >= missing else None
+        victims = [s for *_, s in heapq.nlargest(missing, candidates)] if len(candidates) >= missing else None
+        return None if victims is not None and self._ends_before(missing, victims) else victims
+
+    def _ends_before(self, slots: int, victims: list[Sequence]) -> bool:
+        """Whether as many slots come free by themselves before the victims could be read again."""
+        again = sum(victim.length for victim in victims)
+        return slots <= sum(s.width for s in self.running if s.tokens_left * self.step_tokens <= again)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -313,6 +313,11 @@ class Sequence:
         return None if self.resumes else self.request.adapter
 
     @property
+    def tokens_left(self) -> int:
+        """How many tokens it may still make."""
+        return self.max_tokens - len(self.output_ids)
+
+    @property
     def preemptible(self) -> bool:
         """Whether it has run long enough since it last started for a preemption to be worth its price."""
         return len(self.output_ids) - self.turn_length >= MIN_TURN_TOKENS

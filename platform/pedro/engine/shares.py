@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 from pedro.engine.sequence import Sequence, SequenceState
 
+FEW = 4  # a tenant that asks for up to this part of all slots is no flood, however many tenants share them
+
 
 class Tenant:
     """One tenant's counter, how many of its sequences wait and run, and those that can start now, oldest first."""
@@ -25,6 +27,7 @@ class Tenant:
         self.running = 0  # slots that it holds, in a prefill or after
         self.asked = 0  # slots that all its unfinished sequences take
         self.seen = 0.0  # when it last asked, or had anything unfinished
+        self.was_over: float | None = None  # when it last asked for more than its share
         self.ready: list[tuple[int, int, Sequence]] = []  # a heap; what no longer waits is skipped
         self.requests: list[list[Sequence]] = []  # those that may not have begun, by arrival
         self.has_turn = False  # whether it stands in the heap of turns
@@ -103,6 +106,8 @@ class Shares:
         """The tenant asks for `slots` more."""
         tenant.asked += slots
         self._see(tenant)
+        if self.over(tenant):
+            tenant.was_over = tenant.seen
 
     def go(self, tenant: Tenant, slots: int) -> None:
         """Work of the tenant that took `slots` has ended."""
@@ -129,12 +134,16 @@ class Shares:
         return max(1.0, self._slots * tenant.weight / self._weights) if self._weights else float(self._slots)
 
     def over(self, tenant: Tenant) -> bool:
-        """Whether the tenant asks for more than its share while others are active."""
-        return len(self.active) > 1 and tenant.asked > self.of(tenant)
+        """Whether the tenant asks for more than its share while others are active, and for more than a few slots."""
+        return len(self.active) > 1 and tenant.asked > max(self.of(tenant), self._slots // FEW)
 
     def others_about(self) -> bool:
-        """Whether a tenant that is not over its share asks for something, or may any moment."""
-        return not all(map(self.over, self.active.values()))
+        """Whether a tenant that has not been over its share lately asks for something, or may any moment."""
+        since = self._clock() - self._head_room_s
+        return any(
+            (tenant.was_over is None or tenant.was_over < since) and not self.over(tenant)
+            for tenant in self.active.values()
+        )
 
     @property
     def head_room(self) -> int:

@@ -5,10 +5,9 @@ Legend: R rows, W words of 32 bits, V vocabulary.
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import Protocol
 
+import numpy as np
 import torch
 
 
@@ -27,16 +26,16 @@ class TokenMask(Protocol):
         ...
 
 
-def bias(masks: list[torch.Tensor], vocabulary: int, device: torch.device) -> torch.Tensor:
-    """float32 [R, V] to add to scores: 0 for what the masks [W] let through, else -inf, also past their ends."""
-    octets = torch.stack(masks).view(torch.uint8).reshape(-1).to(device).int()  # [R · 4 W]
-    made = _bias_of_octets(device).index_select(0, octets).reshape(len(masks), -1)  # [R, 32 W]
-    missing = vocabulary - made.shape[1]
-    return torch.nn.functional.pad(made, (0, missing), value=-math.inf) if missing > 0 else made[:, :vocabulary]
+def allowed(masks: list[torch.Tensor], vocabulary: int, device: torch.device) -> torch.Tensor:
+    """bool [R, V], where the masks [W] let a token through; nothing past their ends."""
+    words = torch.stack(masks)
+    if device.type != "cpu":
+        return allowed_by_shifts(words.to(device), vocabulary)
+    octets = words.view(torch.uint8).numpy()
+    return torch.from_numpy(np.unpackbits(octets, axis=1, count=vocabulary, bitorder="little")).view(torch.bool)
 
 
-@cache
-def _bias_of_octets(device: torch.device) -> torch.Tensor:
-    """float32 [256, 8]: of each byte, the bias of its bits, the lowest first."""
-    values, places = torch.arange(256, device=device), torch.arange(8, device=device)
-    return torch.where((values[:, None] >> places & 1) == 0, -math.inf, 0.0)
+def allowed_by_shifts(words: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """The same of words [R, W] where they are, by torch alone."""
+    let = (words[:, :, None] >> torch.arange(32, device=words.device) & 1).bool().flatten(1)[:, :vocabulary]
+    return torch.nn.functional.pad(let, (0, vocabulary - let.shape[1]))
