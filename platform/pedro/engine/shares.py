@@ -1,7 +1,8 @@
 """Which tenants are active, what each one's share of the slots is, and who asks for more.
 
 A tenant is active while it asks for anything and for `head_room_s` after. Where several are, one that asks for more
-slots than its share is `over`: capacity for the others' next requests is reserved at its expense. A lone tenant is not.
+slots than its share, and for more than a few, is `over`: capacity for the others' next requests is reserved at its
+expense. A lone tenant is not.
 """
 
 from __future__ import annotations
