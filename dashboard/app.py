@@ -14,7 +14,7 @@ import streamlit as st
 import connection
 from drawing import STYLE
 from pedro.config import Settings
-from sources import login
+from sources import demo, login
 
 HERE = Path(__file__).parent
 ICON = str(HERE / "icon.png")
@@ -27,6 +27,7 @@ PAGES = (
     ("adapters", "Adapters", ":material/extension:"),
     ("serving", "Serving", ":material/speed:"),
     ("playground", "Playground", ":material/forum:"),
+    ("demo", "Demo", ":material/flag:"),
 )
 START = "start"  # of the first page, which Streamlit serves at / alone
 WRONG_KEY_S = 1.0  # a guess is answered late
@@ -46,6 +47,7 @@ def main() -> None:
             default=name == "overview",
         )
         for name, title, icon in PAGES
+        if name != "demo" or demo.result_path(Settings.from_env().home).is_file()
     ]
 
     def overview() -> None:

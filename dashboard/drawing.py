@@ -28,8 +28,12 @@ STYLE = """<style>
 [data-testid="stMetricLabel"] *, [data-testid="stMetricDelta"], [data-testid="stMetricDelta"] * {
   white-space: normal !important; overflow: visible !important; text-overflow: clip !important;}
 [data-testid="stMetricDelta"] {height: auto; max-width: 100%;}
+@media (max-width: 640px) {
+  [data-testid="stHorizontalBlock"]:not(:has([data-testid="stHorizontalBlock"])) >
+  [data-testid="stColumn"]:has([data-testid="stMetric"]) {min-width: calc(50% - 0.5rem); flex: 1 1 calc(50% - 0.5rem);}
+}
 </style>"""
-"""Less margin, and figures whose notes wrap instead of ending in dots."""
+"""Less margin, and figures whose notes wrap instead of ending in dots, two to a row on a phone."""
 
 
 def number(column: DeltaGenerator, label: str, value: str, note: str) -> None:

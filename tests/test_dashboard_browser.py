@@ -22,7 +22,7 @@ import pytest
 from dashboard_stack import ADAPTER, ROOT, stack
 
 pytestmark = pytest.mark.slow
-PAGES = ("Overview", "Compare", "Runs", "Sweeps", "Activations", "Adapters", "Serving", "Playground")
+PAGES = ("Overview", "Compare", "Runs", "Sweeps", "Activations", "Adapters", "Serving", "Playground", "Demo")
 SCREENSHOTS = ROOT / "dashboard" / "screenshots"
 SETTLED = """() => document.querySelector('h1')
   && !document.querySelector('[data-testid=stStatusWidget]')
@@ -267,6 +267,9 @@ def test_every_page_fits_a_phone_without_an_error(open_page, platform):
             main = page.locator("[data-testid=stMain]")
             width = main.evaluate("element => element.scrollWidth - element.clientWidth")
             assert width <= 1, f"{title} is {width} px wider than a phone where it is {scheme}"
+        if title == "Overview":
+            tops = [box.bounding_box()["y"] for box in page.locator("[data-testid=stMetric]").all()]
+            assert [tops.count(top) for top in dict.fromkeys(tops)] == [2] * 4, "figures two to a row"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.1.1 is an address of this machine on Linux only")

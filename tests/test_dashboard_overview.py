@@ -6,13 +6,18 @@ import subprocess
 import sys
 import time
 import tomllib
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from dashboard_app import DASHBOARD, opener, words
-from dashboard_home import copy_of_home, result, write_result
+from dashboard_home import copy_of_home
 from dashboard_results import add_jobs
 
 from pedro.config import Settings
+from pedro.registry import Registry
+from pedro.store import Store, Usage
+from pedro.traffic.history import Interval
+from pedro.traffic.scrape import Traffic
 
 
 @pytest.fixture
@@ -24,9 +29,9 @@ def home(tmp_path):
 def sources(monkeypatch):
     """The data functions, as pages import them."""
     monkeypatch.syspath_prepend(str(DASHBOARD))
-    import sources.demo
     import sources.login
     import sources.overview
+    import sources.risks
     import sources.services
 
     return sources
@@ -50,9 +55,9 @@ def test_the_page_counts_what_there_is_and_tells_what_changed(page, home):
     add_jobs(settings_of(home))
     shown = page(home)
     assert not shown.warning
+    assert "3 tenants, 3 adapters, 3 of them in service" in words(shown.caption)
     seen = figures(shown)
-    assert (seen["Tenants"], seen["Adapters"], seen["Versions in service"]) == ("3", "3", "3")
-    assert (seen["Jobs running"], seen["Jobs queued"]) == ("0", "0")
+    assert (seen["Jobs running"], seen["Jobs queued"], seen["Jobs failed"]) == ("0", "0", "1")
     news = shown.dataframe[0].value
     assert set(news["what"]) == {"new version", "promoted", "job succeeded", "job failed", "job cancelled"}
     assert list(news["at"]) == sorted(news["at"], reverse=True)
@@ -71,81 +76,87 @@ def test_services_that_are_missing_are_named_with_the_command_that_starts_them(p
         assert word in told
 
 
-def test_the_demo_shows_gains_and_the_swap(page, home):
-    shown = page(home)
-    seen = figures(shown)
-    assert seen["Adapters on one backbone"] == "3"
-    assert seen["Mean score with adapter"] == "77.7%"
-    assert seen["Trained parameters"] == "21,320"
-    assert seen["Requests lost in a hot swap"] == "0"
-    assert seen["First answer by the new version"] == "0.41 s"
-    assert len(shown.get("vega_lite_chart")) == 2
-
-
 def test_an_empty_home_says_which_command_fills_it_and_stays_empty(page, tmp_path):
     shown = page(tmp_path / "nothing")
     assert "make demo" in words(shown.info)
-    assert str(tmp_path / "nothing" / "demo" / "result.json") in words(shown.info)
-    assert figures(shown)["Adapters"] == "0"
+    assert "0 adapters" in words(shown.caption)
+    assert figures(shown)["Requests"] == "–", "what nobody observed is no zero"
+    assert "`pedro serve`" in words(shown.caption)
     assert "no registry yet" in words(shown.caption)
     assert not (tmp_path / "nothing").exists(), "looking must create nothing"
 
 
-def test_a_result_that_is_no_json_is_told_and_the_rest_is_still_shown(page, home):
-    write_result(home, '{"tenants": [')
-    shown = page(home)
-    assert "not readable as JSON" in words(shown.warning)
-    assert figures(shown)["Adapters"] == "3"
-
-
-def test_a_broken_entry_is_told_with_its_field_and_the_others_are_shown(page, home):
-    tree = result()
-    tree["tenants"][1]["score"] = 1.7
-    del tree["tenants"][2]["title"]
-    tree["swap"]["failed"] = "none"
-    write_result(home, tree)
-    shown = page(home)
-    told = words(shown.warning)
-    assert "tenants[1].score" in told
-    assert "1.7" in told
-    assert "tenants[2].title" in told
-    assert "swap.failed" in told
-    assert figures(shown)["Adapters on one backbone"] == "1"
-    assert "Appears when the demo has moved an alias" in words(shown.caption)
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [[], "null", {"tenants": {}}, {"tenants": [None, 3, "x"]}, {"tenants": [], "swap": [1]}, {}, {"seconds": "soon"}],
-)
-def test_no_shape_of_the_result_breaks_it(sources, tmp_path, tree):
-    write_result(tmp_path, tree)
-    assert sources.demo.read_demo(tmp_path).exists
-
-
-def test_an_mlflow_that_does_not_answer_is_told_and_what_the_store_and_the_demo_know_is_shown(page, home, monkeypatch):
+def test_an_mlflow_that_does_not_answer_is_told_and_what_the_store_knows_is_shown(page, home, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     shown = page(home, tracking_uri="http://127.0.0.1:9")
     assert "does not answer" in words(shown.caption)
     assert not shown.warning
-    assert "Adapters" in figures(shown)
-    assert "Mean score with adapter" in figures(shown)
+    assert "3 adapters" in words(shown.caption)
 
 
 def test_data_is_read_without_streamlit():
     code = (
         "import sys; sys.modules['streamlit'] = None; sys.path.insert(0, sys.argv[1])\n"
-        "from sources import compare, demo, jobs, login, mlflow_runs, overview, pareto, services, stores, sweeps"
+        "from sources import compare, demo, jobs, login, mlflow_runs, overview, pareto, risks, services, stores, sweeps"
     )
     subprocess.run([sys.executable, "-c", code, DASHBOARD], check=True, capture_output=True)
 
 
-def test_the_chart_has_a_bar_for_every_way_in_which_a_tenants_rows_were_asked(sources, home):
-    rows = sources.demo.score_rows(sources.demo.read_demo(home).tenants)
-    first = ["Majority class", "Backbone alone", "Backbone with examples", "With adapter"]
-    assert [row["answers"] for row in rows[:4]] == first
-    assert [row["score"] for row in rows[:4]] == [0.16, 0.0, 0.2, 0.93]
-    assert len(rows) == 10, "the other two were asked without examples"
+def spend(settings, day, tokens, requests=3):
+    """Tokens of each tenant, entered as a gateway does."""
+    store = Store(settings.database_url)
+    rows = [
+        Usage(day=day, tenant=tenant, model=f"{tenant}.faq", requests=requests, completion_tokens=count)
+        for tenant, count in tokens.items()
+    ]
+    store.add_usage(rows, writer=day, batch=1)
+    store.close()
+
+
+def test_tokens_a_day_are_the_ledgers_and_the_smallest_tenants_stand_together(page, sources, home):
+    today = datetime.now(UTC).date()
+    yesterday = today - timedelta(days=1)
+    spend(settings_of(home), today.isoformat(), {"acme": 1200, "globex": 34})
+    spend(settings_of(home), yesterday.isoformat(), {f"t{number}": 1000 + number for number in range(8)})
+    spend(settings_of(home), (today - timedelta(days=30)).isoformat(), {"acme": 9})
+    shown = page(home)
+    tokens = next(metric for metric in shown.metric if metric.label == "Tokens today")
+    assert (tokens.value, tokens.delta) == ("1,234", "8,028 yesterday (UTC)")
+    rows = sources.overview.token_rows(sources.overview.read_overview(settings_of(home)).usage)
+    assert len({row["tenant"] for row in rows}) == sources.overview.MOST_TENANTS + 1
+    rest = [row for row in rows if row["tenant"] == sources.overview.REST]
+    assert [(row["day"], row["tokens"]) for row in rest] == [
+        (yesterday.isoformat(), 1000 + 1001 + 1002),
+        (today.isoformat(), 34),
+    ]
+    assert sum(row["tokens"] for row in rows) == 1234 + 8028, "an older day is not asked for"
+
+
+def test_a_gate_that_refused_the_newest_version_is_a_risk_until_a_later_one_passes(page, home):
+    registry = Registry.open(settings_of(home))
+    old, new = registry.versions("acme.intents")
+    registry.set_gate(old, "refused: accuracy 0.50 against 0.70 of the champion")
+    assert figures(page(home))["At risk"] == "0", "a later version followed"
+    registry.set_gate(new, "refused: accuracy_by_chance 0.50")
+    shown = page(home)
+    assert figures(shown)["At risk"] == "1"
+    (link,) = [link for link in shown.get("page_link") if "acme.intents" in link.proto.label]
+    assert "in service all the same" in link.proto.label
+    assert "adapter=acme.intents" in link.proto.query_string
+
+
+def test_errors_are_a_risk_where_they_rise_and_not_where_they_always_were(sources):
+    def traffic(failed, requests):
+        return Traffic({"failed": failed, "requests": requests})
+
+    before = {"acme.faq": traffic(1, 100), "globex.faq": traffic(10, 100), "": traffic(0, 0)}
+    lately = {"acme.faq": traffic(3, 30), "globex.faq": traffic(3, 30), "initech.few": traffic(2, 2)}
+    intervals = [Interval(0.0, 60.0, {}, before), Interval(1000.0, 1060.0, {}, lately)]
+    (risk,) = sources.risks.rising(intervals, 1100.0)
+    assert (risk.model, risk.detail) == (
+        "acme.faq",
+        "3 of 30 answers failed in the last 15 minutes, 1 of 100 before",
+    )
 
 
 def test_what_is_older_than_a_day_is_no_news(sources, home):
@@ -160,8 +171,6 @@ def test_a_job_whose_cluster_was_ended_is_counted_as_lost(sources, home):
 
 
 def test_the_login_accepts_an_admin_key_alone(sources, home):
-    from pedro.store import Store
-
     store = Store(settings_of(home).database_url)
     _, admin = store.create_key("ops", ["admin"])
     record, revoked = store.create_key("ops", ["admin"])
@@ -190,8 +199,6 @@ def test_a_key_is_not_taken_for_good_where_the_gateway_does_not_answer(sources, 
 
 
 def test_a_page_behind_the_login_shows_nothing_until_the_key_is_given(page, home, monkeypatch):
-    from pedro.store import Store
-
     _, admin = Store(settings_of(home).database_url).create_key("ops", ["admin"])
     monkeypatch.setenv("PEDRO_DASHBOARD_REQUIRE_KEY", "1")
     monkeypatch.delenv("PEDRO_GATEWAY_URL", raising=False)
@@ -205,7 +212,7 @@ def test_a_page_behind_the_login_shows_nothing_until_the_key_is_given(page, home
     shown.text_input[0].set_value(admin)
     shown.button[0].click().run()
     assert not shown.exception
-    assert figures(shown)["Adapters"] == "3"
+    assert "3 adapters" in words(shown.caption)
 
 
 def test_the_page_is_for_this_machine_and_tells_nobody_of_its_use():

@@ -133,6 +133,25 @@ def test_the_page_shows_what_an_engine_serves_and_a_swap_as_it_happens(page, ser
         healthy(shown)
 
 
+def test_the_overview_counts_what_the_gateway_observed(page, served, monkeypatch):
+    monkeypatch.setenv("PEDRO_GATEWAY_URL", served.url)
+    monkeypatch.setenv("PEDRO_ADMIN_KEY", served.admin)
+    overview = opener(monkeypatch)
+    before = requests_of(overview(served.settings.home))
+    ask(served, "acme.faq", 2)
+    shown = overview(served.settings.home)
+    assert requests_of(shown) == before + 2
+    figures = {metric.label: metric for metric in shown.metric}
+    assert (figures["Errors"].value, figures["Errors"].delta) == ("0", "0.0% of the answers; 0 refused (429)")
+    assert figures["Time to first token"].value.endswith(" ms")
+    assert "min observed of the last hour" in figures["Requests"].delta, "the gateway began a moment ago"
+    assert words(shown.subheader).count("Requests a minute") == 1
+
+
+def requests_of(shown) -> int:
+    return next(int(metric.value) for metric in shown.metric if metric.label == "Requests")
+
+
 def test_without_a_gateway_the_page_says_which_command_starts_it(page, tmp_path, monkeypatch):
     monkeypatch.setenv("PEDRO_GATEWAY_URL", "http://127.0.0.1:9")
     shown = page(tmp_path / "nothing")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pedro.registry import Version
 
 REFRESH_S = 5
+EMPTY = "The registry holds no adapters yet. `make demo` trains three; `pedro submit SPEC.yaml` trains yours."
 
 read_catalog = st.cache_data(ttl=REFRESH_S, show_spinner="Reading the registry …")(data.read_catalog)
 read_versions = st.cache_data(ttl=REFRESH_S, show_spinner=False)(data.read_versions)
@@ -26,10 +27,7 @@ def catalog_or_notice(settings: Settings) -> data.Catalog:
     if catalog.problem:
         st.warning(f"The registry cannot be read.\n\n```\n{catalog.problem}\n```", icon=":material/database_off:")
     elif not catalog.rows:
-        st.info(
-            "The registry holds no adapters yet. `make demo` trains three; `pedro submit SPEC.yaml` trains yours.",
-            icon=":material/extension_off:",
-        )
+        st.info(EMPTY, icon=":material/extension_off:")
     return catalog
 
 

@@ -81,9 +81,14 @@ class DemoResult:
     problems: tuple[str, ...] = ()
 
 
+def result_path(home: Path) -> Path:
+    """Where `make demo` writes its result."""
+    return home / "demo" / "result.json"
+
+
 def read_demo(home: Path) -> DemoResult:
-    """`<home>/demo/result.json`; a part that is broken is left out and named in `problems`."""
-    path = home / "demo" / "result.json"
+    """The result; a part that is broken is left out and named in `problems`."""
+    path = result_path(home)
     if not path.is_file():
         return DemoResult(path, exists=False)
     try:

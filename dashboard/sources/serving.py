@@ -148,6 +148,15 @@ def gauge_rows(intervals: Iterable[Interval], names: Mapping[str, str]) -> list[
     ]
 
 
+def request_rows(intervals: Iterable[Interval], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Counts a minute of all adapters together, by the names under which they are shown."""
+    return [
+        {"at": each.end, "what": shown, "value": 60 * sum(_count(each, name, what) for name in each.traffic)}
+        for each in intervals
+        for what, shown in names.items()
+    ]
+
+
 def percentile_rows(
     intervals: Iterable[Interval], which: str, names: Iterable[str] | None = None
 ) -> list[dict[str, Any]]:

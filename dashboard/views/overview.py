@@ -1,66 +1,196 @@
-"""Overview: counts, services, the news of the last day, and the demo's result."""
+"""Overview: what the platform does now: traffic, errors, tokens, adapters at risk, jobs, services, the day's news."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from datetime import date
+from typing import TYPE_CHECKING
 
 import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import BLUE, GREEN, GREY, INK, ORANGE, number
+import connection
+from components.catalog import EMPTY
+from components.observed import history_of, refresh
+from components.timeline import HEIGHT, Shown, draw
+from drawing import BLUE, GREEN, GREY, ORANGE, SERIES, number
 from pedro.config import Settings
-from sources import demo as data
-from sources.overview import Overview, read_overview
+from pedro.traffic.history import Interval, coarser
+from sources import serving
+from sources.compare import literal
+from sources.overview import REST, Overview, read_overview, token_rows
+from sources.risks import FAILING, REFUSED, Risk, rising
 from sources.services import Service, ServiceState, health
 
+if TYPE_CHECKING:
+    from pedro.traffic.scrape import Histogram
+    from sources.gateway import GatewayClient
+
 REFRESH_S = 10
-ANSWERS = {"Majority class": ORANGE, "Backbone alone": GREY, "Backbone with examples": GREEN, "With adapter": BLUE}
+SHOWN_S = 3600.0  # of traffic
+MINUTES = 60
+MOST_RISKS = 6
 SIGNS = {
     ServiceState.UP: ":green[:material/check_circle:]",
     ServiceState.OFF: ":gray[:material/radio_button_unchecked:]",
     ServiceState.DOWN: ":red[:material/error:]",
 }
+RISK_ICONS = {REFUSED: ":material/block:", FAILING: ":material/trending_up:"}
 
-read_demo = st.cache_resource(ttl=REFRESH_S, show_spinner=False)(data.read_demo)
 read_health = st.cache_resource(ttl=REFRESH_S / 2, show_spinner=False)(health)
-read_counts = st.cache_resource(ttl=REFRESH_S / 2, show_spinner="Reading the registry …")(read_overview)
+read_now = st.cache_resource(ttl=REFRESH_S / 2, show_spinner="Reading the registry …")(read_overview)
 
 
 def page() -> None:
     settings = Settings.from_env()
+    gateway, _ = connection.sidebar()
     title, action = st.columns([6, 1], vertical_alignment="bottom")
-    with title:
-        st.title("pedro", anchor=False)
-        st.caption(f"One frozen backbone, many tenants, one tiny adapter each. Home `{settings.home}`.")
+    title.title("pedro", anchor=False)
     if action.button("Reload", icon=":material/refresh:", width="stretch"):
         st.cache_data.clear()
         st.cache_resource.clear()
         st.rerun()
-    now(settings)
-    demo_result(settings)
+    now(settings, gateway)
 
 
 @st.fragment(run_every=REFRESH_S)
-def now(settings: Settings) -> None:
-    """The live part, redrawn every few seconds."""
-    seen = read_counts(settings)
+def now(settings: Settings, gateway: GatewayClient) -> None:
+    """All of it, redrawn every few seconds."""
+    seen, moment = read_now(settings), time.time()
+    history = history_of(gateway, SHOWN_S)
+    problem = refresh(gateway, history, SHOWN_S, moment)
+    intervals = history.window(moment, SHOWN_S)
+    risks = [*rising(intervals, moment), *seen.refused]
+    st.caption(
+        f"{len(seen.tenants):,} tenants, {seen.adapters:,} adapters, {seen.in_service:,} of them in service. "
+        f"Home `{settings.home}`."
+    )
     if seen.problems:
         listed = "\n".join(seen.problems)
         st.warning(f"Parts of the platform cannot be read.\n\n```\n{listed}\n```", icon=":material/database_off:")
-    counts(seen)
+    traffic(seen, intervals, observed=history.read_at is not None)
+    work(seen, risks)
+    if problem:
+        st.caption(f":gray[:material/cloud_off:] Traffic is not observed: {literal(problem)}.")
+    if not (seen.adapters or seen.running or seen.queued or seen.problems):
+        st.info(EMPTY, icon=":material/extension_off:")
+    at_risk(risks)
+    left, right = st.columns(2, gap="large")
+    with left:
+        tokens(seen)
+    with right:
+        requests(settings, intervals, moment)
     services(read_health(settings))
     news(seen)
 
 
-def counts(seen: Overview) -> None:
-    columns = st.columns(5)
-    number(columns[0], "Tenants", f"{len(seen.tenants):,}", "with a key or an adapter")
-    number(columns[1], "Adapters", f"{seen.adapters:,}", f"{seen.adapters - seen.in_service:,} without a champion")
-    number(columns[2], "Versions in service", f"{seen.in_service:,}", "the champions")
+def traffic(seen: Overview, intervals: Sequence[Interval], *, observed: bool) -> None:
+    """Four figures: of the last hour as the gateway observed it, and of today as the ledger counts."""
+    columns = st.columns(4)
+    names = {name for interval in intervals for name in interval.traffic}
+    answers, failed = (sum(serving.total(intervals, what, name) for name in names) for what in ("requests", "failed"))
+    refused, seconds = serving.total(intervals, "refused"), sum(interval.seconds for interval in intervals)
+    first = serving.histogram(intervals, "first")
+    span = "in the last hour" if seconds > 0.9 * SHOWN_S else f"in {seconds / 60:.0f} min observed of the last hour"
+    if observed:
+        share = f"{failed / answers:.1%} of the answers" if answers else "no answer ended"
+        number(columns[0], "Requests", f"{answers:,.0f}", span)
+        number(columns[1], "Errors", f"{failed:,.0f}", f"{share}; {refused:,.0f} refused (429)")
+        number(columns[2], "Time to first token", milliseconds(first, 0.5), f"median; p95 {milliseconds(first, 0.95)}")
+    else:
+        for column, label in zip(columns, ("Requests", "Errors", "Time to first token"), strict=False):
+            number(column, label, "–", "not observed")
+    number(columns[3], "Tokens today", f"{seen.tokens_on(0):,}", f"{seen.tokens_on(1):,} yesterday (UTC)")
+
+
+def milliseconds(observed: Histogram, q: float) -> str:
+    value = observed.quantile(q)
+    return "–" if value is None else f"{1000 * value:,.0f} ms"
+
+
+def work(seen: Overview, risks: Sequence[Risk]) -> None:
+    columns = st.columns(4)
     lost = f"{seen.lost:,} lost with their cluster" if seen.lost else "fine-tuning and sweeps"
-    number(columns[3], "Jobs running", f"{seen.running:,}", lost)
-    number(columns[4], "Jobs queued", f"{seen.queued:,}", "waiting for the cluster")
+    number(columns[0], "Jobs running", f"{seen.running:,}", lost)
+    number(columns[1], "Jobs queued", f"{seen.queued:,}", "waiting for the cluster")
+    number(columns[2], "Jobs failed", f"{seen.failed:,}", "in the last day")
+    refused = sum(risk.what == REFUSED for risk in risks)
+    models = len({risk.model for risk in risks})
+    number(
+        columns[3], "At risk", f"{models:,}", f"refused by a gate: {refused:,}; errors rise: {len(risks) - refused:,}"
+    )
+
+
+def at_risk(risks: Sequence[Risk]) -> None:
+    """Each with the way to it."""
+    if not risks:
+        return
+    st.subheader("At risk", anchor=False)
+    for risk in risks[:MOST_RISKS]:
+        an_adapter = "." in risk.model
+        st.page_link(
+            "views/adapters.py" if an_adapter else "views/serving.py",
+            label=f"**{literal(risk.model)}**: {risk.what}, {literal(risk.detail)}",
+            icon=RISK_ICONS[risk.what],
+            query_params={"adapter": risk.model} if an_adapter else None,
+        )
+    if len(risks) > MOST_RISKS:
+        st.caption(f"And {len(risks) - MOST_RISKS:,} more.")
+
+
+def tokens(seen: Overview) -> None:
+    """A bar a day, its parts the tenants."""
+    st.subheader("Tokens a day", anchor=False)
+    rows = token_rows(seen.usage)
+    if not rows:
+        st.caption(f"Nothing was served in the last {len(seen.days)} days.")
+        return
+    days = {day: f"{date.fromisoformat(day):%b} {date.fromisoformat(day).day}" for day in seen.days}
+    frame = pd.DataFrame(rows).assign(on=lambda frame: frame["day"].map(days))
+    names = list(dict.fromkeys(sorted(frame["tenant"], key=lambda name: name == REST)))
+    palette = [colour for colour in SERIES if colour != GREY][: len(names)]
+    if names[-1] == REST:
+        palette = [*palette[: len(names) - 1], GREY]
+    bars = (
+        alt.Chart(frame)
+        .mark_bar()
+        .encode(
+            x=alt.X(
+                "on:O",
+                title=None,
+                scale=alt.Scale(domain=list(days.values())),
+                axis=alt.Axis(labelAngle=0, labelOverlap=True),
+            ),
+            y=alt.Y("tokens:Q", title="tokens", axis=alt.Axis(tickCount=4, format=".2~s")),
+            color=alt.Color(
+                "tenant:N",
+                sort=names,
+                scale=alt.Scale(domain=names, range=palette),
+                legend=alt.Legend(title=None, orient="bottom", columns=4, labelLimit=150),
+            ),
+            tooltip=["day:N", "tenant:N", *(alt.Tooltip(f"{name}:Q", format=",") for name in ("tokens", "requests"))],
+        )
+    )
+    st.altair_chart(bars.properties(height=HEIGHT), width="stretch")
+    st.caption("Prompts and answers, by tenant and day (UTC), from the usage ledger.")
+
+
+def requests(settings: Settings, intervals: Sequence[Interval], moment: float) -> None:
+    """Answers, errors and refusals a minute, with what happened to the adapters."""
+    st.subheader("Requests a minute", anchor=False)
+    if not intervals:
+        st.caption("Not observed.")
+        return
+    shown = Shown(moment - SHOWN_S, moment, serving.gaps(intervals, moment - SHOWN_S, moment))
+    coarse = coarser(intervals, MINUTES)
+    happened = serving.marks(coarse, serving.read_swaps(settings, shown.start))
+    colours = {"answers": BLUE, "errors": ORANGE, "refused (429)": GREEN}
+    rows = pd.DataFrame(
+        serving.request_rows(coarse, dict(zip(("requests", "failed", "refused"), colours, strict=True)))
+    )
+    draw(rows, "what", colours, pd.DataFrame(happened, columns=["at", "event", "text"]), shown, "a minute", ",.1f")
 
 
 def services(listed: Sequence[Service]) -> None:
@@ -91,139 +221,6 @@ def news(seen: Overview) -> None:
             "detail": st.column_config.TextColumn("Details", width="large"),
         },
     )
-
-
-def demo_result(settings: Settings) -> None:
-    demo = read_demo(settings.home)
-    st.subheader("The demo", anchor=False)
-    if demo.problems:
-        listed = "\n".join(demo.problems)
-        st.warning(
-            f"Parts of `{demo.path}` cannot be read and are left out; `make demo` rewrites it.\n\n```\n{listed}\n```",
-            icon=":material/broken_image:",
-        )
-    if not demo.exists:
-        st.info(
-            f"No demo result yet: `{demo.path}` does not exist. `make demo` trains three tenants' adapters, serves "
-            "them, measures them and writes it.",
-            icon=":material/play_circle:",
-        )
-        return
-    if demo.created:
-        st.caption(f"Measured {demo.created.replace('T', ' ').replace('Z', ' UTC')}.")
-    if demo.tenants:
-        figures(demo.tenants, demo.swap)
-        left, right = st.columns(2, gap="large")
-        with left:
-            scores(demo)
-        with right:
-            swap(demo)
-    else:
-        swap(demo)
-
-
-def figures(tenants: Sequence[data.TenantResult], swapped: data.SwapResult | None) -> None:
-    """The result in four numbers."""
-    backbone, adapted = data.mean_score(tenants)
-    numbers = st.columns(4)
-    number(numbers[0], "Adapters on one backbone", f"{len(tenants)}", "one a tenant")
-    gain = f"{100 * (adapted - backbone):+.1f} points over the backbone"
-    numbers[1].metric("Mean score with adapter", f"{adapted:.1%}", gain, border=True, height="stretch")
-    sizes = sorted({tenant.trainable_parameters for tenant in tenants})
-    largest = f" to {sizes[-1]:,}" if len(sizes) > 1 else ""
-    number(numbers[2], "Trained parameters", f"{sizes[0]:,}{largest}", "an adapter; the backbone stays frozen")
-    if swapped is None:
-        number(numbers[3], "Requests lost in a hot swap", "–", "not measured")
-    else:
-        lost = f"{swapped.failed + swapped.mixed:,}"
-        number(numbers[3], "Requests lost in a hot swap", lost, f"of {swapped.requests:,} while the alias moved")
-
-
-def scores(demo: data.DemoResult) -> None:
-    st.markdown("**Score**")
-    frame = pd.DataFrame(data.score_rows(demo.tenants))
-    base = alt.Chart(frame).encode(
-        x=alt.X("adapter:N", title=None, sort=None, axis=alt.Axis(labelAngle=0, labelLimit=160)),
-        xOffset=alt.XOffset("answers:N", sort=list(ANSWERS)),
-        y=alt.Y("score:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", tickCount=5)),
-        tooltip=[
-            alt.Tooltip("adapter:N"),
-            alt.Tooltip("title:N", title="task"),
-            alt.Tooltip("answers:N"),
-            alt.Tooltip("metric:N"),
-            alt.Tooltip("score:Q", format=".1%"),
-            alt.Tooltip("rows:Q", title="test rows", format=","),
-        ],
-    )
-    bars = base.mark_bar(cornerRadiusTopLeft=3, cornerRadiusTopRight=3).encode(
-        color=alt.Color(
-            "answers:N",
-            sort=list(ANSWERS),
-            scale=alt.Scale(domain=list(ANSWERS), range=list(ANSWERS.values())),
-            legend=alt.Legend(title=None, orient="top"),
-        )
-    )
-    values = base.mark_text(dy=-7, fontSize=12, color=INK).encode(text=alt.Text("score:Q", format=".0%"))
-    st.altair_chart((bars + values).properties(height=300), width="stretch")
-    rows = ", ".join(f"{tenant.name} {tenant.test_rows:,} by {tenant.metric}" for tenant in demo.tenants)
-    st.caption(f"Held-out rows, from the prompt alone, over HTTP: {rows}.")
-
-
-def swap(demo: data.DemoResult) -> None:
-    st.markdown("**Hot swap**")
-    seen = demo.swap
-    if seen is None:
-        st.caption("Appears when the demo has moved an alias under load: `make demo`.")
-        return
-    st.caption(
-        f"The champion of `{seen.model}` moved from v{seen.old_version} to v{seen.new_version} under load. Each "
-        "request is answered by one version, from its first token to its last."
-    )
-    facts = [*st.columns(2), *st.columns(2)]
-    number(facts[0], "Requests", f"{seen.requests:,}", f"{seen.in_flight} in flight at the switch")
-    number(facts[1], "Failed", f"{seen.failed:,}", f"{seen.mixed:,} answered by two versions")
-    first = "–" if seen.seconds_to_first_new is None else f"{seen.seconds_to_first_new:.2f} s"
-    number(facts[2], "First answer by the new version", first, "after the alias moved")
-    if seen.old_accuracy is None or seen.new_accuracy is None:
-        number(facts[3], "Accuracy after", "–", "not measured")
-    else:
-        gain = f"{100 * (seen.new_accuracy - seen.old_accuracy):+.1f} points over v{seen.old_version}"
-        facts[3].metric("Accuracy after", f"{seen.new_accuracy:.1%}", gain, border=True, height="stretch")
-    frame = pd.DataFrame(
-        [
-            {
-                "version": f"v{seen.old_version}, old: {seen.answered_by_old:,}",
-                "answers": seen.answered_by_old,
-                "order": 0,
-            },
-            {
-                "version": f"v{seen.new_version}, new: {seen.answered_by_new:,}",
-                "answers": seen.answered_by_new,
-                "order": 1,
-            },
-        ]
-    )
-    bar = (
-        alt.Chart(frame)
-        .mark_bar(height=26)
-        .encode(
-            x=alt.X(
-                "answers:Q",
-                title="requests answered",
-                scale=alt.Scale(domain=[0, max(1, seen.answered_by_old + seen.answered_by_new)], nice=False),
-                axis=alt.Axis(tickCount=6, grid=False, format=",d", titlePadding=4),
-            ),
-            order="order:Q",
-            color=alt.Color(
-                "version:N",
-                sort=list(frame["version"]),
-                scale=alt.Scale(domain=list(frame["version"]), range=["#E69F00", "#0072B2"]),
-                legend=alt.Legend(title=None, orient="top"),
-            ),
-            tooltip=[alt.Tooltip("version:N"), alt.Tooltip("answers:Q", format=",d")],
-        )
-    )
-    st.altair_chart(bar.properties(height=130), width="stretch")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ The gateway keeps the figures, whether or not a page is open; what it did not ob
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +13,15 @@ import pandas as pd
 import streamlit as st
 
 import connection
+from components.observed import LONG_S, history_of, refresh
 from components.timeline import HEIGHT, Shown, clock, draw
 from drawing import BLUE, GREEN, GREY, ORANGE, PINK, SERIES, VERMILION, number
 from pedro.config import Settings
-from pedro.traffic.history import FINE_S, Interval, coarser
+from pedro.traffic.history import Interval, coarser
 from sources import serving as data
 from sources.gateway import MAKE_KEY, GatewayClient
 
-WINDOWS = {"5 minutes": 300.0, "15 minutes": 900.0, "1 hour": 3600.0, "6 hours": 21600.0, "24 hours": 86400.0}
+WINDOWS = {"5 minutes": 300.0, "15 minutes": 900.0, "1 hour": 3600.0, "6 hours": 21600.0, "24 hours": LONG_S}
 DEFAULT = "15 minutes"
 MOST_LINES = 6
 LATELY_S = 30.0
@@ -35,27 +35,17 @@ def page() -> None:
     st.title("Serving", anchor=False)
     span, which, live = st.columns([6, 3, 2], vertical_alignment="bottom")
     seconds = WINDOWS[span.segmented_control("Time", list(WINDOWS), default=DEFAULT, required=True) or DEFAULT]
-    history = history_of(gateway.url, hashlib.sha256(gateway.key.encode()).hexdigest(), seconds <= FINE_S)
+    history = history_of(gateway, seconds)
     known = {*data.adapters_of(history.window(time.time(), seconds)), *st.session_state.get(CHOSEN, ())}
     names = which.multiselect("Adapters", sorted(known), key=CHOSEN, persist_state="session", placeholder="the busiest")
     running = live.toggle("Live", True, help=f"Read every {data.INTERVAL_S:g} s while this page is open.")
     st.fragment(show, run_every=data.INTERVAL_S if running else None)(gateway, history, seconds, names)
 
 
-@st.cache_resource(max_entries=16, show_spinner=False)
-def history_of(url: str, key_digest: str, fine: bool) -> data.History:  # noqa: ARG001 - part of the key
-    """One a gateway, key and resolution, for all sessions: what a key opened is shown only to those who hold it."""
-    return data.History()
-
-
 def show(gateway: GatewayClient, history: data.History, seconds: float, names: list[str]) -> None:
     """Everything that changes by itself: read, then draw."""
     now = time.time()
-    problem = st.session_state.get("serving_problem", "")
-    if history.due(now):
-        problem = history.refresh(gateway, FINE_S if seconds <= FINE_S else WINDOWS["24 hours"])
-        st.session_state["serving_problem"] = problem
-    if problem:
+    if problem := refresh(gateway, history, seconds, now):
         st.info(
             f"{problem}. `pedro serve` starts a gateway, and it shows its figures to an admin key (`{MAKE_KEY}`).",
             icon=":material/cloud_off:",

@@ -1,0 +1,35 @@
+"""What a gateway observed: one copy a gateway and key for every session and page, read when it is due."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from pedro.traffic.history import FINE_S
+from sources.serving import History
+
+if TYPE_CHECKING:
+    from sources.gateway import GatewayClient
+
+LONG_S = 86400.0
+PROBLEM = "history_problem"
+
+
+def history_of(gateway: GatewayClient, seconds: float) -> History:
+    """The history that holds the last `seconds`: the fine one where that reaches back far enough."""
+    return _history(gateway.url, hashlib.sha256(gateway.key.encode()).hexdigest(), seconds <= FINE_S)
+
+
+def refresh(gateway: GatewayClient, history: History, seconds: float, now: float) -> str:
+    """Ask for what is new if it is time to; why the last asking of this session failed, or nothing."""
+    if history.due(now):
+        st.session_state[PROBLEM] = history.refresh(gateway, FINE_S if seconds <= FINE_S else LONG_S)
+    return str(st.session_state.get(PROBLEM, ""))
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _history(url: str, key_digest: str, fine: bool) -> History:  # noqa: ARG001 - part of the key
+    """What a key opened is shown only to those who hold it."""
+    return History()
