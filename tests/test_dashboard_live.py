@@ -40,14 +40,14 @@ def test_a_training_job_is_watched_and_ended_from_the_page(home, tmp_path, monke
     endless = {"max_steps": 10**6, "eval_every": 20, "patience": 10**6}
     job_id = submit.submit(spec_for(tmp_path, **endless), settings, store)
     monkeypatch.syspath_prepend(str(DASHBOARD))
-    from sources.jobs import curve_rows, job_runs, live_jobs, log_tail
+    from sources.jobs import curve_names, curve_rows, job_runs, live_jobs, log_tail
 
     deadline = time.monotonic() + PATIENCE_S
     while True:
         assert time.monotonic() < deadline, "the job drew no curve in time"
         (job,) = live_jobs(settings).jobs
         drawn, problem = job_runs(settings, job)
-        if job.status == "running" and curve_rows(settings, drawn):
+        if job.status == "running" and curve_rows(settings, curve_names(drawn)):
             break
         assert job.live, job
         assert not problem

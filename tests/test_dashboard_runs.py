@@ -169,9 +169,9 @@ def test_more_than_losses_can_be_drawn_of_a_run(page, jobs, home, settings):
     healthy(shown.button_group(key="plot_live").select("Learning rate").run())
     (job,) = jobs.live_jobs(settings).jobs
     drawn, _ = jobs.job_runs(settings, job)
-    assert [(row["curve"], row["value"]) for row in jobs.curve_rows(settings, drawn, "Learning rate")] == [
-        ("Learning rate", 0.01)
-    ]
+    assert [
+        (row["curve"], row["value"]) for row in jobs.curve_rows(settings, jobs.curve_names(drawn), "Learning rate")
+    ] == [("Learning rate", 0.01)]
     assert len(shown.get("vega_lite_chart")) == 1
 
 
@@ -263,3 +263,45 @@ def test_jobs_are_read_a_page_at_a_time_with_counts_of_all(jobs, settings):
         ["job-0"],
     ]
     assert seen[0].counts == {"queued": 7}
+
+
+def add_two_that_differ(settings: Settings) -> None:
+    """Two jobs of one adapter that differ in their learning rate and kind, each with a run."""
+    store, registry = Store(settings.database_url), Registry.open(settings)
+    for job_id, lr, kind, accuracy in (("ftjob-a", 0.01, "pedro", 0.75), ("ftjob-b", 0.001, "lora", 0.5)):
+        spec = {"method": {"name": kind}, "training": {"lr": lr, "seed": 0}}
+        store.create_job("acme", "pair", spec, job_id)
+        run = registry.start_run(experiment="acme.pair", name=job_id, params={}, tags={"job": job_id})
+        registry.log_metrics(run, 10, {"train/loss": lr})
+        registry.finish_run(run)
+        store.update_job(job_id, status="running", submission_id=job_id)
+        store.update_job(job_id, status="succeeded", result={"metrics": {"accuracy": accuracy, "verdict": "fine"}})
+    store.close()
+
+
+def test_two_jobs_stand_beside_each_other_with_what_differs_and_both_curves(page, home, settings):
+    add_two_that_differ(settings)
+    add_jobs(settings)
+    shown = page(home, job="ftjob-a")
+    assert shown.selectbox(key="beside").options == [
+        option for option in shown.selectbox(key="job").options if "acme.pair" in option and "ftjob-b" in option
+    ], "jobs of the same adapter"
+    shown = page(home, job="ftjob-a", beside="ftjob-b")
+    apart, measured = (frame.value for frame in shown.dataframe[-2:])
+    assert apart.to_dict("records") == [
+        {"what": "method.name", "one": "pedro", "other": "lora"},
+        {"what": "training.lr", "one": "0.01", "other": "0.001"},
+    ]
+    assert measured.to_dict("records") == [{"metric": "accuracy", "one": 0.75, "other": 0.5, "more": 0.25}]
+    drawn = json.loads(shown.get("vega_lite_chart")[-1].proto.spec)
+    assert drawn["encoding"]["color"]["field"] == "run", "a colour a job"
+    assert shown.selectbox(key="job").value == "ftjob-a"
+
+
+def test_a_job_of_another_adapter_may_be_named_and_an_unknown_one_is_an_error(page, home, settings):
+    add_two_that_differ(settings)
+    add_jobs(settings)
+    shown = page(home, job="ftjob-a", beside="ftjob-1")
+    assert {"what": "method.name", "one": "pedro", "other": "pedro"} not in shown.dataframe[-1].value.to_dict("records")
+    assert shown.selectbox(key="beside").value == "ftjob-1"
+    assert "ftjob-nix" in words(page(home, job="ftjob-a", beside="ftjob-nix").error)

@@ -13,6 +13,7 @@ import streamlit as st
 from components.curves import smoothed
 from drawing import DASHES, SERIES
 from sources import jobs as data
+from sources import mlflow_runs
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -49,7 +50,7 @@ def details(settings: Settings, job: data.Job, where: str) -> None:
     with left:
         drawn, unread = read_runs(settings, job)
         nothing = "No curve yet: it appears with the first training steps." if job.live else "It left no curve."
-        curves(settings, drawn, unread or nothing, where)
+        curves(settings, data.curve_names(drawn), unread or nothing, where)
     with right:
         st.markdown("**Log**")
         if lines:
@@ -78,28 +79,35 @@ def duration(seconds: float) -> str:
 
 
 def links(job: data.Job, drawn: Sequence[TrackedRun]) -> None:
-    """The version that it became, a chat with that, the adapter; and the run by its id."""
+    """The version that it became, a chat with that, the adapter's runs beside each other; and the run by its id."""
     ref = str(data.result_of(job).get("model", ""))
-    columns = st.columns([2, 2, 3], vertical_alignment="center")
+    columns = st.columns([2, 2, 2], vertical_alignment="center")
     with columns[0]:
         query = {"adapter": job.model, **({"version": ref.rpartition(":")[2]} if ref else {})}
         st.page_link("views/adapters.py", label=ref or job.model, icon=":material/extension:", query_params=query)
     with columns[1]:
         if ref:
             st.page_link("views/playground.py", label="Ask it", icon=":material/forum:", query_params={"model": ref})
-    with columns[2]:
-        if drawn and not job.sweep:
-            st.caption(f"Run in MLflow: `{drawn[0].id}` in experiment `{drawn[0].model}`")
+    if drawn and not job.sweep:
+        with columns[2]:
+            runs_link(job.model)
+        st.caption(f"Run in MLflow: `{drawn[0].id}` in experiment `{drawn[0].model}`")
 
 
-def curves(settings: Settings, drawn: Sequence[TrackedRun], nothing: str, where: str) -> None:
-    one, two = st.columns([3, 2], vertical_alignment="bottom")
+def runs_link(model: str) -> None:
+    """To all runs of an adapter, as a comparison."""
+    query = {"comparison": mlflow_runs.NAME, "models": model}
+    st.page_link("views/compare.py", label="Compare its runs", icon=":material/compare_arrows:", query_params=query)
+
+
+def curves(settings: Settings, names: dict[str, str], nothing: str, where: str) -> None:
+    """The curves of runs by their ids and names, one plot at a time."""
     plots = list(data.PLOTS)
-    plot = one.segmented_control("Curves", plots, default=plots[0], required=True, key=f"plot_{where}") or plots[0]
-    smoothing = two.slider("Smoothing", 0.0, 0.95, 0.0, 0.05, key=f"smoothing_{where}")
-    frame = pd.DataFrame(read_curves(settings, drawn, plot), columns=["run", "curve", "step", "value"])
+    plot = st.segmented_control("Curves", plots, default=plots[0], required=True, key=f"plot_{where}") or plots[0]
+    smoothing = st.slider("Smoothing", 0.0, 0.95, 0.0, 0.05, key=f"smoothing_{where}")
+    frame = pd.DataFrame(read_curves(settings, names, plot), columns=["run", "curve", "step", "value"])
     if frame.empty:
-        st.caption(nothing if plot == plots[0] or not drawn else "Nothing of it was logged.")
+        st.caption(nothing if plot == plots[0] or not names else "Nothing of it was logged.")
         return
     runs = list(dict.fromkeys(frame["run"]))
     colour, dash = ("run", "curve") if len(runs) > 1 else ("curve", "run")

@@ -223,10 +223,14 @@ def job_runs(settings: Settings, job: Job) -> tuple[tuple[queries.TrackedRun, ..
     return ask_registry(settings, read, ())
 
 
-def curve_rows(settings: Settings, drawn: Sequence[queries.TrackedRun], plot: str = "Loss") -> list[dict[str, Any]]:
-    """One row a point of the runs' curves that belong to a plot."""
+def curve_names(drawn: Sequence[queries.TrackedRun]) -> dict[str, str]:
+    """The ids of runs, and what their curves are called."""
+    return {run.id: f"trial {run.tags['trial']}" if "trial" in run.tags else run.name for run in drawn}
+
+
+def curve_rows(settings: Settings, names: Mapping[str, str], plot: str = "Loss") -> list[dict[str, Any]]:
+    """One row a point of the curves that belong to a plot, of runs by their ids and names."""
     metrics = PLOTS[plot]
-    names = {run.id: f"trial {run.tags['trial']}" if "trial" in run.tags else run.name for run in drawn}
     read = partial(queries.metric_histories, run_ids=list(names), metrics=list(metrics))
     points, _ = ask_registry(settings, read, [])
     return [

@@ -10,13 +10,16 @@ import streamlit as st
 
 import connection
 from components import promotion, shared_url
+from components.beside import beside
 from components.catalog import REFRESH_S, catalog_or_notice, forget, read_stored, read_versions, select_version
+from components.job_details import runs_link
 from components.row_browser import browse
 from drawing import number
 from pedro.config import Settings
 from pedro.registry import CANDIDATE, CHAMPION, PREVIOUS, Version
 from sources import adapters as data
 from sources import jobs
+from sources.differences import of_version
 from sources.gateway import Access, GatewayClient, GatewayError
 
 DATE = "YYYY-MM-DD HH:mm"
@@ -127,7 +130,7 @@ def detail(settings: Settings, name: str, gateway: GatewayClient | None) -> None
     verdict, reason = data.gate_of(chosen)
     st.markdown(f"**v{chosen.version}** · {VERDICTS[verdict]}: {reason}")
     links(settings, chosen)
-    origin(settings, chosen)
+    origin(settings, chosen, registered)
 
 
 def moved(name: str, champion: int | None) -> None:
@@ -144,9 +147,11 @@ def asked_version(registered: data.Versions) -> Version:
 
 
 def links(settings: Settings, version: Version) -> None:
-    """From a version to the job that made it, and to a chat with it."""
+    """From a version to the job that made it, to a chat with it, and to the adapter's runs."""
     job = made_by(settings, version).get(version.ref)
-    one, two, _ = st.columns([2, 3, 3])
+    one, two, three = st.columns([2, 3, 3])
+    with three:
+        runs_link(version.name)
     with one:
         st.page_link(
             "views/playground.py", label="Ask it", icon=":material/forum:", query_params={"model": version.ref}
@@ -235,8 +240,8 @@ def versions_table(registered: data.Versions) -> None:
     )
 
 
-def origin(settings: Settings, version: Version) -> None:
-    """Lineage, measurements and specification of one version."""
+def origin(settings: Settings, version: Version, registered: data.Versions) -> None:
+    """Lineage, measurements and specification of one version, and what tells it from another."""
     stored = read_stored(settings, version)
     if stored.problem:
         st.warning(
@@ -244,7 +249,11 @@ def origin(settings: Settings, version: Version) -> None:
             f"```\n{stored.problem}\n```",
             icon=":material/broken_image:",
         )
-    facts, measured, rows_behind, spec = st.tabs(["Lineage", "Measurements", "Rows", "Specification"])
+    facts, measured, rows_behind, spec, apart = st.tabs(
+        ["Lineage", "Measurements", "Rows", "Specification", "Beside another"]
+    )
+    with apart:
+        compared(settings, version, stored, registered)
     with rows_behind:
         made = made_by(settings, version)
         if version.ref in made:
@@ -276,6 +285,24 @@ def origin(settings: Settings, version: Version) -> None:
             st.code(text, language="yaml")
         else:
             st.caption("No specification is recorded.")
+
+
+def compared(settings: Settings, version: Version, stored: data.Stored, registered: data.Versions) -> None:
+    """A version beside another of the same adapter."""
+    others = {other.ref: other for other in registered.versions if other.version != version.version}
+    if not others:
+        st.caption("It is the only version.")
+        return
+    asked = st.selectbox(
+        "Other version", list(others), index=None, key=f"beside_{version.ref}", placeholder="Choose a version"
+    )
+    if not asked:
+        return
+    other = others[asked]
+    if other.digest == version.digest:
+        st.caption("Both have the same weights.")
+    sides = of_version(version, stored.manifest), of_version(other, read_stored(settings, other).manifest)
+    beside(settings, *sides, where=version.ref)
 
 
 def label(version: Version) -> str:

@@ -9,14 +9,18 @@ import pandas as pd
 import streamlit as st
 
 from components import shared_url
-from components.job_details import REFRESH_S, details, minute_utc
+from components.beside import beside
+from components.job_details import REFRESH_S, details, minute_utc, read_runs
 from components.row_browser import browse
 from pedro.config import Settings
 from sources import jobs as data
+from sources.differences import of_job
 
 PAGE = 25
 ALL = "all"
 OPEN = "job"  # the open row, in the URL
+BESIDE = "beside"  # and the job that it is compared with
+MOST_BESIDE = 100
 COLUMNS: dict[str, Any] = {
     "status": st.column_config.TextColumn("Status", width="small"),
     "model": st.column_config.TextColumn("Adapter"),
@@ -189,6 +193,29 @@ def one(settings: Settings, job: data.Job) -> None:
         if job.record and job.record.spec:
             with st.expander("Specification"):
                 st.json(job.record.spec)
+        with st.expander("Beside another job", expanded=BESIDE in st.query_params, icon=":material/difference:"):
+            compared(settings, job)
+
+
+def compared(settings: Settings, job: data.Job) -> None:
+    """A job beside another: the newest of the same adapter are offered, and whichever the URL names."""
+    near = read_past(settings, None, MOST_BESIDE, 0, job.tenant, job.adapter).jobs
+    by_id = {other.id: other for other in near if other.id != job.id}
+    asked = st.query_params.get(BESIDE)
+    if asked and asked not in (job.id, *by_id) and (found := read_one(settings, asked)) is not None:
+        by_id[asked] = found
+    other = shared_url.choose(
+        "Other job",
+        list(by_id),
+        BESIDE,
+        titles={job_id: title(each) for job_id, each in by_id.items()},
+        what="Job",
+        placeholder="Choose a job" if by_id else "No other job of this adapter is recorded",
+        empty=True,
+    )
+    if other:
+        sides = [of_job(each, read_runs(settings, each)[0]) for each in (job, by_id[other])]
+        beside(settings, *sides, where="beside")
 
 
 def _one(chosen: str | None) -> str | None:
