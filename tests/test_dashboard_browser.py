@@ -191,7 +191,7 @@ def test_a_reader_visits_every_page_filters_promotes_and_asks(open_page, platfor
     type_key(watched, platform)
     with requests_all_the_while(platform):
         move_the_champion_and_back(page, platform)
-        ask_in_the_playground(page)
+        ask_in_the_playground(page, platform)
     watched.get_by_role("heading", name="By adapter").wait_for()
     assert watched.locator("[data-testid=stMetric]", has_text="Adapters resident").inner_text()
     watched.locator("canvas td", has_text=re.compile(f"{ADAPTER}: .*→ v")).first.wait_for(state="attached")
@@ -245,7 +245,7 @@ def move_the_champion_and_back(page, platform) -> None:
         assert champion(platform) == then
 
 
-def ask_in_the_playground(page) -> None:
+def ask_in_the_playground(page, platform) -> None:
     """The champion and the one before side by side."""
     visit(page, "Playground")
     page.get_by_label("Prompt", exact=True).fill("play some jazz music")
@@ -255,6 +255,12 @@ def ask_in_the_playground(page) -> None:
     assert page.locator("[data-testid=stCode]").count() >= 2
     assert page.locator("[data-testid=stAlert]").count() == 0
     picture(page, "playground")
+    page.get_by_role("button", name="Save", exact=True).click()
+    settled(page)
+    page.reload()
+    shown(page, "Playground")
+    type_key(page, platform)
+    choose(page, "Saved prompts", "play some jazz music")
 
 
 def test_every_page_fits_a_phone_without_an_error(open_page, platform):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sources.gateway import GatewayClient
 
 MOST_COLUMNS = 3
+OTHERS = 5  # likeliest tokens beside the one that was drawn
 SHORTEST_S = 0.02  # that tells a speed: what arrives in one go says nothing of how it was made
 
 
@@ -35,6 +36,33 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class SeenToken:
+    """A token of an answer: its text and log probability, and those of the likeliest others."""
+
+    text: str
+    logprob: float
+    others: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class AskedPrompt:
+    """What is asked of every model: the route, and the body but for the model and how it is sent."""
+
+    path: str
+    body: dict[str, Any]
+
+
+def asked_prompt(prompt: str, chat: bool, sampling: Sampling, probabilities: bool = False) -> AskedPrompt:
+    """A chat of one message, or the raw text; with the probabilities of tokens, if asked."""
+    if chat:
+        more: dict[str, Any] = {"logprobs": True, "top_logprobs": OTHERS} if probabilities else {}
+        body = {"messages": [{"role": "user", "content": prompt}], **sampling.fields(), **more}
+        return AskedPrompt("/v1/chat/completions", body)
+    more = {"logprobs": OTHERS} if probabilities else {}
+    return AskedPrompt("/v1/completions", {"prompt": prompt, **sampling.fields(), **more})
+
+
+@dataclass(frozen=True)
 class StreamedAnswer:
     """One column as of a moment. Times are seconds since the request was sent."""
 
@@ -48,6 +76,7 @@ class StreamedAnswer:
     tokens: int = 0
     finish_reason: str = ""
     version: str = ""  # which one answered: `tenant.adapter:7`
+    seen: tuple[SeenToken, ...] = ()  # where probabilities were asked for
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -61,12 +90,14 @@ class ParallelAnswers:
     """The same prompt to several models, a thread each: one that fails or is slow holds up no other."""
 
     def __init__(
-        self, gateway: GatewayClient, models: Iterable[str], prompt: str, chat: bool, sampling: Sampling
+        self,
+        gateway: GatewayClient,
+        models: Iterable[str],
+        asked: AskedPrompt,
     ) -> None:
         self._gateway = gateway
-        self._path = "/v1/chat/completions" if chat else "/v1/completions"
-        prompt_fields = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-        self._body = {**prompt_fields, **sampling.fields(), "stream_options": {"include_usage": True}}
+        self._path = asked.path
+        self._body = {**asked.body, "stream_options": {"include_usage": True}}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         self._answers = [StreamedAnswer(model) for model in models]
@@ -114,6 +145,7 @@ class ParallelAnswers:
     def _take(self, column: int, event: Mapping[str, Any], seconds: float) -> None:
         """One event: text, how it ended, or at last the counts."""
         answer = self._answers[column]
+        seen = [token for choice in event.get("choices") or () for token in seen_tokens(choice.get("logprobs"))]
         changed: dict[str, Any] = {"version": str(event.get("system_fingerprint") or answer.version).partition("#")[0]}
         for choice in event.get("choices") or ():
             text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
@@ -122,6 +154,8 @@ class ParallelAnswers:
                 changed |= {} if answer.first_token_s is not None else {"first_token_s": seconds}
             if choice.get("finish_reason"):
                 changed |= {"finish_reason": choice["finish_reason"], "seconds": seconds}
+        if seen:
+            changed |= {"seen": (*answer.seen, *seen)}
         if usage := event.get("usage"):
             changed |= {"prompt_tokens": usage["prompt_tokens"], "tokens": usage["completion_tokens"]}
         self._change(column, **changed)
@@ -129,6 +163,31 @@ class ParallelAnswers:
     def _change(self, column: int, **changed: Any) -> None:
         with self._lock:
             self._answers[column] = replace(self._answers[column], **changed)
+
+
+def seen_tokens(logprobs: Mapping[str, Any] | None) -> list[SeenToken]:
+    """The tokens of a part of an answer, in the shape of chats or of completions."""
+    if not logprobs:
+        return []
+    if "content" in logprobs:
+        return [
+            SeenToken(
+                entry["token"],
+                entry["logprob"],
+                _others(entry["token"], {other["token"]: other["logprob"] for other in entry["top_logprobs"]}),
+            )
+            for entry in logprobs["content"] or ()
+        ]
+    names, values, top = (logprobs[name] for name in ("tokens", "token_logprobs", "top_logprobs"))
+    return [
+        SeenToken(name, value, _others(name, others or {}))
+        for name, value, others in zip(names, values, top, strict=True)
+        if value is not None
+    ]
+
+
+def _others(chosen: str, top: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    return tuple(sorted(((text, value) for text, value in top.items() if text != chosen), key=lambda pair: -pair[1]))
 
 
 def model_names(models: Iterable[Mapping[str, Any]]) -> list[str]:

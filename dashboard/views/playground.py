@@ -4,26 +4,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import streamlit as st
 
 import connection
+from components import answers, saved_prompts
 from pedro.config import Settings
 from sources import adapters as registry
 from sources import playground as data
+from sources import test_file
+from sources.compare import literal
 from sources.gateway import Access, GatewayClient, GatewayError
+from sources.services import gateway_url
+
+if TYPE_CHECKING:
+    from sources.test_file import TestRow
 
 LOOK_S = 0.08  # between two looks at what has come
 LONGEST_S = 300.0
 CHAT, RAW = "Chat", "Raw"
 HELD = "playground_answers"
+ASKED = "playground_asked"  # and what they answer
+WANTED = "playground_wanted"  # and the answer that a test file has
+PROMPT = "playground_prompt"
+ROW = "playground_row"  # the prompt that was taken from a test file, and the answer that it wants
 CHOSEN = "playground_models"
 OFFERED = "playground_offered"  # whether there was anything to choose when the page was drawn last
 REFRESH_S = 5
-ENDS = {"stop": "ended by itself", "length": "as long as allowed", "cancelled": "stopped", "": ""}
+
+
+read_tested = st.cache_data(ttl=60, show_spinner=False, max_entries=100)(test_file.rows_of)
+
+
+class Asking(NamedTuple):
+    """How to ask."""
+
+    sampling: data.Sampling
+    chat: bool
+    probabilities: bool
 
 
 def page() -> None:
+    settings = Settings.from_env()
     gateway, status = connection.sidebar()
     st.title("Playground", anchor=False)
     able = status.answers and status.access in (Access.TENANT, Access.ADMIN)
@@ -42,24 +65,75 @@ def page() -> None:
         help="Up to three: adapters, a version (`acme.support:2`), an alias (`acme.support@candidate`), the backbone. "
         "What is not listed can be typed.",
     )
-    sampling, shape = options()
+    asking = options()
+    prompts = saved_prompts.load(gateway) if able else []
+    if able:
+        offered(settings, gateway, names, models, prompts)
     with st.form("ask", border=False):
-        prompt = st.text_area(
-            "Prompt", "play some jazz music", key="playground_prompt", persist_state="session", height=100
-        )
-        send, stop, _ = st.columns([2, 2, 5])
+        st.session_state.setdefault(PROMPT, "play some jazz music")
+        prompt = st.text_area("Prompt", key=PROMPT, persist_state="session", height=100)
+        send, stop, keep, _ = st.columns([2, 2, 2, 3])
         pressed = send.form_submit_button(
             "Send", icon=":material/send:", type="primary", width="stretch", disabled=not able
         )
         stop.form_submit_button("Stop", icon=":material/stop:", width="stretch", help="Ends answers that still stream.")
+        keep.form_submit_button(
+            "Save",
+            icon=":material/bookmark:",
+            width="stretch",
+            disabled=not able,
+            help="Keeps the prompt in this browser, for this key.",
+            on_click=lambda: saved_prompts.save(st.session_state[PROMPT]),
+        )
     if pressed and not prompt.strip():
         st.warning("Type a prompt.", icon=":material/edit:")
     elif pressed and not models:
         st.warning("Choose a model.", icon=":material/checklist:")
     elif pressed:
-        stream(gateway, models, prompt, shape == CHAT, sampling)
+        stream(gateway, models, prompt, asking)
         return
-    draw(st.session_state.get(HELD, ()))
+    answers.draw(st.session_state.get(HELD, ()), st.session_state.get(WANTED, ""))
+    answers.after(st.session_state.get(HELD, ()), gateway.url, st.session_state.get(ASKED))
+
+
+def offered(
+    settings: Settings, gateway: GatewayClient, names: Sequence[str], models: Sequence[str], prompts: list[str]
+) -> None:
+    """Prompts to take: saved ones, and rows of the first adapter's test file, if this gateway serves it to this key."""
+    left, right = st.columns(2)
+    with left:
+        saved_prompts.choose(prompts, use)
+    model = next((name for name in models if "." in name), "")
+    served = {name.partition("@")[0] for name in names}
+    with right:
+        if not model or model.partition("@")[0].partition(":")[0] not in served or gateway.url != gateway_url(settings):
+            return
+        rows, problem = read_tested(settings, model)
+        by_line = {row.line: row for row in rows}
+        line = st.selectbox(
+            f"Rows of the test file of {model}",
+            list(by_line),
+            index=None,
+            key=f"tested_{model}",
+            format_func=lambda line: f"{line}: {saved_prompts.label(by_line[line].prompt)}",
+            placeholder="Choose one" if rows else problem or "None that one message can ask",
+            disabled=not rows,
+            on_change=lambda: take(by_line, f"tested_{model}"),
+        )
+        if line is not None:
+            st.caption(f"Wanted: {literal(by_line[line].wanted)}")
+
+
+def use(prompt: str, wanted: str = "") -> None:
+    """Put a prompt into the box; `wanted` is the answer to it, if one is known."""
+    st.session_state[PROMPT] = prompt
+    st.session_state[ROW] = (prompt, wanted)
+
+
+def take(by_line: dict[int, TestRow], key: str) -> None:
+    row = by_line.get(st.session_state.get(key, -1))
+    if row is not None:
+        use(row.prompt, row.wanted)
 
 
 def choose_at_first(names: list[str]) -> None:
@@ -70,7 +144,7 @@ def choose_at_first(names: list[str]) -> None:
     st.session_state[OFFERED] = bool(names)
 
 
-def options() -> tuple[data.Sampling, str]:
+def options() -> Asking:
     """How to ask, and how answers are drawn."""
     with st.expander("Sampling", icon=":material/tune:"):
         one, two, three = st.columns(3)
@@ -86,10 +160,13 @@ def options() -> tuple[data.Sampling, str]:
         top_k = three.number_input("Top-k", 0, 1000, 0, help="0 is off.")
         seed = three.number_input("Seed", min_value=0, max_value=2**31, value=None, placeholder="by chance")
         penalty = two.slider("Repetition penalty", 1.0, 2.0, 1.0, 0.05)
-    chosen = data.Sampling(
+        probabilities = one.toggle(
+            "Token probabilities", help="Shades tokens, and tells the likeliest others on hover."
+        )
+    sampling = data.Sampling(
         int(max_tokens), temperature, top_p, int(top_k), penalty, None if seed is None else int(seed)
     )
-    return chosen, shape or CHAT
+    return Asking(sampling, shape != RAW, probabilities)
 
 
 @st.cache_data(ttl=REFRESH_S, show_spinner=False, max_entries=50)
@@ -110,49 +187,25 @@ def model_names(url: str, key: str) -> list[str]:
     return data.model_names({"id": name} for name in [*served, *others])
 
 
-def stream(gateway: GatewayClient, models: Sequence[str], prompt: str, chat: bool, sampling: data.Sampling) -> None:
+def stream(gateway: GatewayClient, models: Sequence[str], prompt: str, asking: Asking) -> None:
     """Ask, and draw what comes until all have ended. A press of any button ends this run, and with it the answers."""
-    st.session_state[HELD] = ()
-    running = data.ParallelAnswers(gateway, models, prompt, chat, sampling)
+    asked = data.asked_prompt(prompt, asking.chat, asking.sampling, asking.probabilities)
+    of_row, answer = st.session_state.get(ROW, ("", ""))
+    wanted = answer if of_row == prompt else ""
+    st.session_state.update({HELD: (), ASKED: asked, WANTED: wanted})
+    running = data.ParallelAnswers(gateway, models, asked)
     area = st.empty()
     deadline = time.monotonic() + LONGEST_S
     try:
         while not running.wait(LOOK_S) and time.monotonic() < deadline:
             with area.container():
-                draw(running.answers())
+                answers.draw(running.answers(), wanted)
     finally:
         running.cancel()
         st.session_state[HELD] = tuple(running.answers())
     with area.container():
-        draw(running.answers())
-
-
-def draw(answers: Sequence[data.StreamedAnswer]) -> None:
-    """A column an answer."""
-    if not answers:
-        return
-    for column, answer in zip(st.columns(len(answers), gap="medium"), answers, strict=True):
-        with column.container(border=True):
-            st.markdown(f"**{answer.model}**")
-            st.caption(answer.version if answer.version not in ("", answer.model) else " ")
-            if answer.error:
-                st.error(answer.error, icon=":material/error:")
-            st.code(answer.text or ("" if answer.done else "…"), language=None, wrap_lines=True)
-            st.caption(timing(answer))
-
-
-def timing(answer: data.StreamedAnswer) -> str:
-    """What is known of its times so far."""
-    if answer.first_token_s is None:
-        return "" if answer.done else "waiting for the first token …"
-    figures = [f"first token {1000 * answer.first_token_s:,.0f} ms", f"latency {1000 * answer.seconds:,.0f} ms"]
-    if answer.tokens:
-        figures.append(f"{answer.tokens:,} tokens")
-    if answer.tokens_per_s is not None:
-        figures.append(f"**{answer.tokens_per_s:,.0f} tokens/s**")
-    if ENDS.get(answer.finish_reason, answer.finish_reason):
-        figures.append(ENDS.get(answer.finish_reason, answer.finish_reason))
-    return " · ".join(figures)
+        answers.draw(running.answers(), wanted)
+    answers.after(running.answers(), gateway.url, asked)
 
 
 if __name__ == "__main__":
