@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pedro.comparison.kept_rows import AnsweredRow, AnsweredTask, write_rows
 from pedro.comparison.result_model import RunResult
-from pedro.comparison.run_files import write_run
+from pedro.comparison.run_files import read_comparison, write_run
 from pedro.config import Settings
 from pedro.registry import Registry
 from pedro.store import Store
@@ -127,6 +128,22 @@ def add_comparison(folder: Path, name: str = "tiny_table1", budgets: tuple[int |
                         ),
                     )
     return folder
+
+
+def add_rows(folder: Path) -> None:
+    """The rows behind every score of a comparison, as the runs keep them."""
+    for run in read_comparison(folder).runs:
+        tasks = [
+            AnsweredTask(
+                score.task,
+                tuple(
+                    AnsweredRow(f"{score.task} {row}", "yes" if row % 2 else "no", "yes" if right else "?", right)
+                    for row, right in enumerate(score.per_row)
+                ),
+            )
+            for score in run.scores
+        ]
+        write_rows(folder, run.id, tasks)
 
 
 def _result(

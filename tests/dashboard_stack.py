@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dashboard_home import copy_of_home
-from dashboard_results import add_comparison, add_jobs, add_sweep
+from dashboard_results import add_comparison, add_jobs, add_rows, add_sweep
 from serving_adapters import make_adapter
 
 from pedro.config import Settings
@@ -90,7 +90,7 @@ def make_home(folder: Path) -> Path:
     add_jobs(settings)
     add_sweep(settings)
     add_adapter(settings, folder)
-    add_comparison(home / "comparisons")
+    add_rows(add_comparison(home / "comparisons"))
     add_comparison(home / "comparisons", "tiny_figure3", (5000, 20000, 80000))
     return home
 

@@ -349,9 +349,14 @@ def test_a_run_trains_scores_and_says_what_it_cost(tmp_path):
     spec = spec_of(training={**TINY["training"], "max_steps": 12, "eval_every": 6})
     data = gather(spec, spec.tasks[0], str(tmp_path / "storage"))
     planner = planner_of(spec, data.digest)
-    result = execute_run(planner.finals(planner.groups[0], 1e-2)[0], data, spec.resources, None, tmp_path / "cache")
+    plan, kept = planner.finals(planner.groups[0], 1e-2)[0], []
+    result = execute_run(plan, data, spec.resources, None, tmp_path / "cache", kept.append)
     assert result.state == FINISHED
     (score,) = result.scores
+    (behind,) = kept
+    assert behind.task == score.task
+    assert [row.score for row in behind.rows] == list(score.per_row)
+    assert [row.wanted for row in behind.rows] == [row.completion for row in data.tests[0].rows]
     assert len(score.per_row) == score.rows == 12
     assert score.value == pytest.approx(sum(score.per_row) / 12)
     assert 0 < score.majority < 1

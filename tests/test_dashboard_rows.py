@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from dashboard_app import healthy, opener, words
 from dashboard_home import copy_of_home
-from dashboard_results import add_jobs
+from dashboard_results import add_comparison, add_jobs, add_rows
 
+from pedro.comparison.run_files import read_comparison
 from pedro.config import Settings
 from pedro.store import Store
 from pedro.training.scored_rows import FILE, ScoredRow, write_rows
@@ -75,7 +76,7 @@ def test_two_versions_are_set_beside_each_other_on_the_adapters_page(monkeypatch
     monkeypatch.setenv("PEDRO_GATEWAY_URL", "http://127.0.0.1:9")
     shown = opener(monkeypatch, "adapters")(home, adapter="acme.intents", version="2")
     healthy(shown.selectbox(key="rows_other_acme.intents:2").select("acme.intents:1").run())
-    healthy(shown.selectbox(key="rows_kind_acme.intents:2").select("The two versions differ").run())
+    healthy(shown.selectbox(key="rows_kind_acme.intents:2").select("The two differ").run())
     differ = table(shown)
     assert len(differ) == 12
     assert (differ["right"] != differ["other_right"]).all()
@@ -131,3 +132,33 @@ def test_the_download_is_what_is_shown_and_computes_nothing_in_a_spreadsheet():
     rows = data.beside([ScoredRow("=1+1", "w", "+a", True, 0.5)], [])
     (line,) = csv.DictReader(io.StringIO(data.as_csv(rows)))
     assert (line["prompt"], line["answer"], line["right"], line["loss"]) == ("'=1+1", "'+a", "True", "0.5")
+
+
+def test_rows_of_a_comparison_are_right_or_wrong_and_two_methods_differ_on_some(monkeypatch, tmp_path):
+    home = copy_of_home(tmp_path / "home")
+    folder = add_comparison(home / "comparisons")
+    open_page = opener(monkeypatch, "compare")
+    asked = {"comparison": f"home/{folder.name}", "rows_task": "sst2"}
+    assert "No rows were kept of these runs" in words(open_page(home, comparison=asked["comparison"]).caption)
+    add_rows(folder)
+    shown = open_page(home, **asked)
+    run = shown.selectbox(key="rows_run_sst2")
+    assert set(run.options) == {
+        f"{label} · seed {seed}" for label in ("PEDRO", "LoRA", "(IA)³", "BitFit") for seed in (0, 1, 2)
+    }
+    healthy(run.select("PEDRO · seed 0").run())
+    scores = {
+        (each.label, each.seed, each.task): each.scores[0] for each in read_comparison(folder).runs if each.scores
+    }
+    mine, theirs = scores["PEDRO", 0, "sst2"], scores["BitFit", 0, "sst2"]
+    right = sum(mine.per_row)
+    assert f"200 of 200 rows shown; {right:.0f} are right ({mine.value:.1%})" in words(shown.caption)
+    assert "loss" not in table(shown).columns, "what is not known is no column"
+    healthy(shown.selectbox(key="rows_other_compare_sst2").select("BitFit · seed 0").run())
+    healthy(shown.selectbox(key="rows_kind_compare_sst2").select("The two differ").run())
+    differ = [row for row, pair in enumerate(zip(mine.per_row, theirs.per_row, strict=True)) if len(set(pair)) == 2]
+    assert list(table(shown)["prompt"]) == [f"sst2 {row}" for row in differ]
+    assert f"Against BitFit · seed 0: {mine.value:.1%} beside {theirs.value:.1%} on 200 rows" in words(shown.markdown)
+    assert "McNemar" in words(shown.markdown)
+    next((folder / "rows").glob("questions-*")).write_bytes(b"nothing")
+    assert "cannot be read" in words(open_page(home, **asked).warning)

@@ -1,8 +1,8 @@
-"""Browses the rows behind a job's scores: right or wrong, beside the backbone and another version, by label."""
+"""Browses the rows behind scores: right or wrong, beside the backbone and another version or method, by label."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,11 @@ COLUMNS: dict[str, Any] = {
     "backbone_answer": st.column_config.TextColumn("Backbone's answer"),
     "backbone_right": st.column_config.CheckboxColumn("Right", width="small"),
     "backbone_loss": None,
-    "other_answer": st.column_config.TextColumn("The other version's"),
+    "other_answer": st.column_config.TextColumn("The other's"),
     "other_right": st.column_config.CheckboxColumn("Right", width="small"),
 }
+
+Reader = Callable[[], "tuple[list[ScoredRow], str]"]
 
 read_rows = st.cache_data(ttl=60, show_spinner="Reading the rows …", max_entries=20)(data.rows_of)
 
@@ -45,11 +47,18 @@ def browse(settings: Settings, job_id: str, where: str, others: dict[str, str] |
             "No rows were kept of this job: it is of an earlier release, has not scored yet, or ranks preferences."
         )
         return
+    browse_rows(
+        rows, job_id, where, {ref: partial(read_rows, settings, other) for ref, other in (others or {}).items()}
+    )
+
+
+def browse_rows(rows: Sequence[ScoredRow], name: str, where: str, others: Mapping[str, Reader]) -> None:
+    """Any rows; `name` is what the file is called that they can be downloaded as."""
     columns = st.columns([2, 2, 3, 2], vertical_alignment="bottom")
-    other = columns[3].selectbox("Compare with", ["–", *(others or {})], key=f"rows_other_{where}")
+    other = columns[3].selectbox("Compare with", ["–", *others], key=f"rows_other_{where}")
     theirs: list[ScoredRow] = []
-    if others and other in others:
-        theirs, problem = read_rows(settings, others[other])
+    if other in others:
+        theirs, problem = others[other]()
         if problem or not theirs:
             st.caption(problem or f"No rows were kept of {other}.")
     compared = data.beside(rows, theirs)
@@ -61,14 +70,14 @@ def browse(settings: Settings, job_id: str, where: str, others: dict[str, str] |
     text = columns[2].text_input("Search", key=f"rows_text_{where}", placeholder="words", icon=":material/search:")
     found = data.chosen(compared, kind or data.ALL, text, "" if wanted in (None, "all") else str(wanted))
     tests(rows, compared, other if theirs else "")
-    frame = pd.DataFrame([each.to_dict() for each in found], columns=list(COLUMNS)).dropna(axis="columns", how="all")
+    frame = pd.DataFrame([each.to_dict() for each in found], columns=data.columns(compared))
     right = sum(row.right for row in rows)
     st.caption(f"{len(found):,} of {len(rows):,} rows shown; {right:,} are right ({right / len(rows):.1%}).")
     st.dataframe(frame, hide_index=True, width="stretch", column_config=COLUMNS, placeholder="–", height=380)
     st.download_button(
         "These rows as CSV",
         partial(data.as_csv, found),
-        f"{job_id}-rows.csv",
+        f"{name}-rows.csv",
         "text/csv",
         icon=":material/download:",
         on_click="ignore",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pedro.config import Settings
 
 ALL, RIGHT, WRONG, GAINED, LOST = "All", "Right", "Wrong", "Gained over the backbone", "Lost to the backbone"
-DIFFER = "The two versions differ"
+DIFFER = "The two differ"
 FILTERS = (ALL, WRONG, RIGHT, GAINED, LOST)
 MOST_LABELS = 40  # of a confusion matrix; more wanted answers are no labels
 COLUMNS = (
@@ -113,6 +113,12 @@ def against_other(rows: Sequence[Compared]) -> PairedTest | None:
     )
 
 
+def columns(rows: Sequence[Compared]) -> list[str]:
+    """Those that say something of any row."""
+    told = [each.to_dict() for each in rows]
+    return [name for name in COLUMNS if any(row[name] not in (None, "") and row[name] == row[name] for row in told)]
+
+
 def as_csv(rows: Sequence[Compared]) -> str:
     """A line a row; texts that a spreadsheet would compute are kept from it."""
-    return csv_table(COLUMNS, (each.to_dict() for each in rows))
+    return csv_table(columns(rows), (each.to_dict() for each in rows))

@@ -12,8 +12,10 @@ import streamlit as st
 from components import curves as curve_chart
 from components import shared_url
 from components.costs import costs
+from components.run_rows import rows_behind
 from components.verdict import verdict
 from drawing import background_colour, colours, dashes
+from pedro.comparison.verdict import by_information
 from pedro.config import Settings
 from sources import compare as data
 from sources import mlflow_runs
@@ -77,6 +79,7 @@ def page() -> None:
     main = verdict(selection)
     table(selection)
     downloads(selection)
+    rows_behind(selection, by_information(main))
     beside_the_paper(selection)
     costs(selection)
     budgets(selection)

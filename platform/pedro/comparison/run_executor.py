@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbones.sharing import obtain_backbone, offer_backbone
+from pedro.comparison.kept_rows import write_rows
 from pedro.comparison.rate_search import Chosen, chosen, next_rate
 from pedro.comparison.result_model import FAILED, FINAL, TUNE, RunResult, format_score
 from pedro.comparison.run_files import write_run
@@ -24,6 +25,7 @@ from pedro.training.trainer import ENVIRONMENT, pack_settings, unpack_settings
 
 if TYPE_CHECKING:
     from pedro.comparison.data import TaskData
+    from pedro.comparison.kept_rows import AnsweredTask
     from pedro.comparison.run_planner import PlannedRun, RunGroup, RunPlanner
     from pedro.comparison.spec import ComparisonSpec
     from pedro.config import Settings
@@ -48,18 +50,20 @@ class RunWorker:
         torch.set_num_threads(threads)
         self._settings = unpack_settings(dict(settings))
 
-    def run(self, plan: PlannedRun, data: TaskData, spec: ComparisonSpec) -> dict[str, Any]:
-        """One run's result as JSON. Whatever breaks is a failed run: the others continue."""
+    def run(self, plan: PlannedRun, data: TaskData, spec: ComparisonSpec) -> tuple[dict[str, Any], list[AnsweredTask]]:
+        """One run's result as JSON, and the rows behind it. Whatever breaks is a failed run: the others continue."""
         import traceback
 
         from pedro.comparison.single_run import execute_run, failed
 
         try:
             obtain_backbone(self._settings, plan.group.backbone)
-            return execute_run(plan, data, spec.resources, spec.judge, self._settings.cache).to_dict()
+            rows: list[AnsweredTask] = []
+            made = execute_run(plan, data, spec.resources, spec.judge, self._settings.cache, rows.append)
+            return made.to_dict(), rows
         except Exception as error:  # noqa: BLE001 - one run of hundreds; its trace goes to the worker's log
             traceback.print_exc()
-            return failed(plan, f"broke: {type(error).__name__}: {' '.join(str(error).split())[:500]}").to_dict()
+            return failed(plan, f"broke: {type(error).__name__}: {' '.join(str(error).split())[:500]}").to_dict(), []
 
 
 @dataclass
@@ -162,7 +166,8 @@ class RunExecutor:
             (ended, *_), _ = ray.wait(list(running), num_returns=1)
             worker, plan = running.pop(ended)
             try:
-                result = RunResult.from_dict(ray.get(ended))
+                values, rows = ray.get(ended)
+                result = RunResult.from_dict(values)
             except ray.exceptions.RayError as error:
                 idle.append(new_worker())
                 tries[plan.id] += 1
@@ -173,6 +178,7 @@ class RunExecutor:
                     lost.append(str(plan))
                 continue
             idle.append(worker)
+            write_rows(self.folder, plan.id, rows)
             self._ended(plan, result)
             progress.ended(plan, result)
         for worker in idle:

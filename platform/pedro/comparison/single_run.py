@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import resolve_backbone
 from pedro.comparison.forgetting import AbilityMeter
+from pedro.comparison.kept_rows import AnsweredTask, answered
 from pedro.comparison.result_model import CAP, EARLY, SCHEMA, RunResult
 from pedro.comparison.serving_probe import probe_serving
 from pedro.data.prompt_format import encode_prompts
 from pedro.data.tasks import TASKS, Task, TaskRow
 from pedro.errors import PedroError
-from pedro.evaluation.metrics import ELSEWHERE, TaskScore, score_answers
+from pedro.evaluation.metrics import ELSEWHERE, score_answers
 from pedro.evaluation.scoring import generate, majority
 from pedro.process import peak_memory, reset_peak_memory
 from pedro.provenance import provenance
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from pedro.comparison.spec import JudgeSpec, ResourcesSpec
     from pedro.training.engines import StepEngine
     from pedro.training.worker_group import WorkerGroup
+
+Keep = Callable[[AnsweredTask], None]
 
 
 class CurveRecorder:
@@ -57,11 +60,19 @@ class CurveRecorder:
 
 
 def execute_run(
-    plan: PlannedRun, data: TaskData, resources: ResourcesSpec, judge: JudgeSpec | None, cache: Path
+    plan: PlannedRun,
+    data: TaskData,
+    resources: ResourcesSpec,
+    judge: JudgeSpec | None,
+    cache: Path,
+    keep: Keep = lambda _rows: None,
 ) -> RunResult:
-    """Train and score; a run that cannot be trained (it diverges, or its options do not fit) is a failed run."""
+    """Train and score; a run that cannot be trained (it diverges, or its options do not fit) is a failed run.
+
+    `keep` is told the rows behind each score.
+    """
     if plan.group.untrained:
-        return _ask_backbone(plan, data, resources)
+        return _ask_backbone(plan, data, resources, keep)
     curves = CurveRecorder()
     try:
         meter = _meter(plan, data)
@@ -72,7 +83,7 @@ def execute_run(
         context.model.eval()
         started = time.monotonic()
         validation = _validation(context, plan, data, outcome.validation_loss)
-        scores = [_score(context, plan, test, judge, cache) for test in data.tests]
+        scores = [_score(context, plan, test, judge, cache, keep) for test in data.tests]
         spent = time.monotonic() - started
         peak = _peak(context.engine.device.type == "cuda")
         measured: dict[str, Any] = {"forgetting": meter.changed(before, context.model)} if meter and before else {}
@@ -110,7 +121,7 @@ def execute_run(
     )
 
 
-def _ask_backbone(plan: PlannedRun, data: TaskData, resources: ResourcesSpec) -> RunResult:
+def _ask_backbone(plan: PlannedRun, data: TaskData, resources: ResourcesSpec, keep: Keep) -> RunResult:
     """The score of the backbone itself."""
     from pedro.comparison.untrained_run import BackboneAsker
 
@@ -118,7 +129,7 @@ def _ask_backbone(plan: PlannedRun, data: TaskData, resources: ResourcesSpec) ->
     _reset_peak()
     try:
         asker = BackboneAsker(plan, resources)
-        scores = [_scored(test, rows, result) for test, rows, result in asker.scores(data)]
+        scores = [_scored(test, rows, answers, keep) for test, rows, answers in asker.answers(data)]
     except PedroError as error:
         return failed(plan, error.message)
     return _result(
@@ -207,7 +218,7 @@ def _validation(context: TrainingContext, plan: PlannedRun, data: TaskData, loss
 
 
 def _score(
-    context: TrainingContext, plan: PlannedRun, test: TestSet, judge: JudgeSpec | None, cache: Path
+    context: TrainingContext, plan: PlannedRun, test: TestSet, judge: JudgeSpec | None, cache: Path, keep: Keep
 ) -> dict[str, Any] | None:
     """The score on a test set; None for a task that has no metric of its own (Alpaca)."""
     if test.task.metric == "judge":
@@ -217,11 +228,13 @@ def _score(
     if test.task.metric in ELSEWHERE:
         return None
     rows, prompts = _fitting(context, test.task, test.rows)
-    return _scored(test, rows, score_answers(test.task, rows, _answers(context, plan, test.task, prompts)))
+    return _scored(test, rows, _answers(context, plan, test.task, prompts), keep)
 
 
-def _scored(test: TestSet, rows: list[TaskRow], result: TaskScore) -> dict[str, Any]:
+def _scored(test: TestSet, rows: list[TaskRow], answers: list[str], keep: Keep) -> dict[str, Any]:
     """As a result holds it."""
+    result = score_answers(test.task, rows, answers)
+    keep(answered(test.task.name, rows, answers, result.per_row))
     guess = majority(row.completion for row in rows)
     return {
         **{key: value for key, value in result.to_dict().items() if key != "per_row"},

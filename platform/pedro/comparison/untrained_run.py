@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
 from pedro.comparison.untrained import LIKELIHOOD, candidates, prompt_of
 from pedro.data.prompt_format import FORMATS, PromptFormat, encode_prompt, encode_text, format_for_shape
 from pedro.data.row_shapes import RowShape
 from pedro.errors import PedroError
-from pedro.evaluation.metrics import score_answers
 from pedro.evaluation.ranking import PromptReader, likeliest
 from pedro.evaluation.scoring import generate
 
@@ -56,14 +55,14 @@ class BackboneAsker:
         self.encoder = QuestionEncoder(self.tokenizer, plan.chat)
         self.context = context_length(backbone)
 
-    def scores(self, data: TaskData) -> list[tuple[TestSet, list[TaskRow], Any]]:
-        """(test set, its rows that fit, their score) of every test set that can be asked so."""
+    def answers(self, data: TaskData) -> list[tuple[TestSet, list[TaskRow], list[str]]]:
+        """(test set, its rows that fit, the answers) of every test set that can be asked so."""
         found = []
         for test in data.tests:
             if self.way.fits(test.task):
                 examples = self.way.examples(test.task, data.train_rows, self.plan.seed) if self.way.shots else []
                 rows, answers = self._answers(test.task, test.rows, examples)
-                found.append((test, rows, score_answers(test.task, rows, answers)))
+                found.append((test, rows, answers))
         return found
 
     def _answers(
