@@ -270,14 +270,19 @@ def test_tokens_come_with_their_probabilities_and_the_likeliest_others(served, c
 
 def test_probabilities_are_shown_where_they_are_asked_for(keyed, served):
     shown = keyed(served.admin)
-    assert not shown.get("html")
+    assert not shaded(shown)
     shown.toggle[0].set_value(True)
     shown = send(shown, ["acme.faq", "stories260K"])
-    tokens = [element.proto.body for element in shown.get("html") if "title=" in element.proto.body]
+    tokens = shaded(shown)
     assert len(tokens) == 2
     assert tokens[0].count("<span") == 6
     assert "%&#10;" in tokens[0]
     assert "&#x27;" in tokens[0], "texts are quoted and escaped"
+
+
+def shaded(shown) -> list[str]:
+    """The answers whose tokens tell their probabilities."""
+    return [element.proto.body for element in shown.get("html") if "title=" in element.proto.body]
 
 
 def test_texts_of_models_are_escaped_and_differences_keep_every_word():
@@ -323,7 +328,7 @@ def test_rows_of_the_test_file_are_prompts_with_the_answer_that_they_want(keyed,
     shown = keyed(served.admin)
     healthy(shown.multiselect[0].set_value(["globex.tested", "stories260K"]).run())
     rows = shown.selectbox(key="tested_globex.tested")
-    assert rows.options == ["1: one", "3: play jazz"], "a chat of several turns is no prompt"
+    assert rows.options == ["1: one", "2: one", "3: play jazz"], "of a chat of several turns the first alone"
     healthy(rows.select("3: play jazz").run())
     assert shown.text_area[0].value == "play\njazz"
     assert "Wanted: \\*play\\*" in words(shown.caption)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from components import shared_url
 from components.row_browser import browse_rows
 from sources import run_rows as data
 
@@ -29,16 +30,15 @@ def rows_behind(selection: FilteredComparison, order: Sequence[str]) -> None:
         return
     left, right = st.columns(2)
     tasks = [task for task in order if task in kept] or list(kept)
-    task = left.selectbox(
-        "Task",
-        tasks,
-        key="rows_task",
-        bind="query-params",
-        format_func=lambda name: selection.titles.get(name, name),
-    )
-    names = kept[task or tasks[0]]
+    with left:
+        task = shared_url.choose(
+            "Task", tasks, "rows_task", titles=selection.titles, what="Task", placeholder="Choose a task"
+        )
+    if task is None:
+        return
+    names = kept[task]
     name = right.selectbox("Run", list(names), key=f"rows_run_{task}") or next(iter(names))
-    rows, problem = read_rows(folder, names[name], task or tasks[0])
+    rows, problem = read_rows(folder, names[name], task)
     if problem:
         st.warning(problem, icon=":material/broken_image:")
         return
