@@ -65,7 +65,7 @@ def choose(prompts: list[str], use: Callable[[str], None]) -> None:
         if prompt:
             use(prompt)
 
-    left, right = st.columns([5, 1], vertical_alignment="bottom")
+    left, right = st.columns([5, 3], vertical_alignment="bottom")
     chosen = left.selectbox(
         "Saved prompts",
         prompts,
