@@ -25,6 +25,7 @@ from pedro.comparison.pipeline import compare, prepare
 from pedro.comparison.rate_search import choose
 from pedro.comparison.result_model import FAILED, FINAL, FINISHED, TUNE, RunResult, TaskResult
 from pedro.comparison.run_executor import RunExecutor, missing_resources, reusable
+from pedro.comparison.kept_rows import kept_runs
 from pedro.comparison.run_files import open_folder, read_comparison, write_run
 from pedro.comparison.run_planner import RunPlanner, check, count_parameters_of, far_from_budget, sized
 from pedro.comparison.single_run import execute_run, failed
@@ -424,6 +425,7 @@ def test_a_killed_grid_repeats_nothing_and_ends_with_tables(tmp_path):
         assert len(comparison.runs) == planner_of(spec_of()).count()
         assert sum(result.state == FAILED for result in comparison.runs) == 2, "the runs that diverged, and no others"
         assert all(result.lr == 1e-2 for result in comparison.runs if result.stage == FINAL)
+        assert kept_runs(folder) == {result.id for result in comparison.runs if result.scores}, "the rows behind them"
         for name in ("table.txt", "table.md", "table.csv", "table.tex", "table.png", "activations.png", "summary.json"):
             assert (folder / name).stat().st_size > 0
         assert json.loads(done.stdout.splitlines()[-1])["name"] == "tiny"
