@@ -21,11 +21,11 @@ from pedro.backbone import EMBEDDED
 from pedro.cli import app
 from pedro.comparison import run_planner
 from pedro.comparison.data import gather
+from pedro.comparison.kept_rows import kept_runs
 from pedro.comparison.pipeline import compare, prepare
 from pedro.comparison.rate_search import choose
 from pedro.comparison.result_model import FAILED, FINAL, FINISHED, TUNE, RunResult, TaskResult
 from pedro.comparison.run_executor import RunExecutor, missing_resources, reusable
-from pedro.comparison.kept_rows import kept_runs
 from pedro.comparison.run_files import open_folder, read_comparison, write_run
 from pedro.comparison.run_planner import RunPlanner, check, count_parameters_of, far_from_budget, sized
 from pedro.comparison.single_run import execute_run, failed
