@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+from kustomize import rendered
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAYS = ("dev", "gpu")
@@ -34,17 +32,11 @@ class Pod:
 
 @functools.cache
 def _render(overlay: str) -> str:
-    done = subprocess.run(
-        ["kubectl", "kustomize", str(ROOT / "k8s" / "overlays" / overlay)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, f"kubectl kustomize {overlay}: {done.stderr}"
-    return done.stdout
+    return yaml.safe_dump_all(rendered(ROOT / "k8s" / "overlays" / overlay))
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
-    """Every object of an overlay; skips where there is no kubectl."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not installed, and only kustomize renders these manifests")
+    """Every object of an overlay."""
     return list(yaml.safe_load_all(_render(overlay)))
 
 
@@ -75,6 +67,16 @@ def pods(objects: list[dict[str, Any]]) -> Iterator[Pod]:
 
 def _pod(where: str, template: dict[str, Any], added: dict[str, str] | None = None, ends: bool = False) -> Pod:
     return Pod(where, {**template["metadata"]["labels"], **(added or {})}, template["spec"], ends)
+
+
+def environment(container: dict[str, Any], objects: list[dict[str, Any]]) -> dict[str, str]:
+    """A container's variables, references to secrets as `<secret>`."""
+    found: dict[str, str] = {}
+    for source in container.get("envFrom", []):
+        found |= one(objects, "ConfigMap", source["configMapRef"]["name"])["data"]
+    for entry in container.get("env", []):
+        found[entry["name"]] = entry.get("value", "<secret>")
+    return found
 
 
 def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:

@@ -97,6 +97,7 @@ def _fill(settings, registry, folder: Path, tenant: str, shared: Path) -> dict[s
     log.parent.mkdir(exist_ok=True)
     with log.open("a") as file:
         file.write(f'2026-01-01 10:00:00,000 req-{tenant} {tenant} POST /v1/completions 200 model="{name}"\n')
+        file.write(json.dumps({"request_id": f"req-{tenant}", "tenant": tenant, "route": "/v1/models"}) + "\n")
     with (log.parent / "controller.log").open("a") as file:
         file.write(f"2026-01-01 10:00:00 {ended} ({name}): started, attempt 1\n2026-01-01 10:00:01 {ended} went away\n")
     written(log.with_name(f"{log.name}.1"), f"2026-01-01 10:00:00,000 req-1 {tenant} GET /v1/models 200\n")
@@ -377,7 +378,12 @@ def test_a_tenant_whose_name_stands_in_others_lines_takes_none_of_theirs_along(h
         file.write("2026-01-01 10:00:00,000 req-9 200 GET /v1/models 401\n")
         file.write('2026-01-01 10:00:00,000 req-9 root POST /v1/completions 404 model="200.support"\n')
         file.write('2026-01-01 10:00:00,000 req-9 root POST /v1/completions 200 model="2000.support"\n')
+        for tenant, model in (("200", None), ("root", "200.support"), ("root", "2000.support")):
+            about = {"tenant": tenant, "model": model}
+            file.write(json.dumps({"request_id": "req-9", "status": 200, **about, "total_s": 0.1}) + "\n")
+        file.write(json.dumps({"request_id": "200", "tenant": "root", "model": '": "200"'}) + "\n")
     erase_tenant("200", settings, registry, lambda: GONE, lambda job: None)
     after = log.read_bytes()
     assert after.startswith(before)
-    assert [line.strip(b"x") == b"" for line in after[len(before) :].splitlines()] == [True, True, False]
+    gone = [line.strip(b"x") == b"" for line in after[len(before) :].splitlines()]
+    assert gone == [True, True, False, True, True, False, False]

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from k8s_render import OVERLAYS, ROOT, matches, one, pods, render
+from k8s_render import OVERLAYS, ROOT, environment, matches, one, pods, render
 from typer.testing import CliRunner
 
 import pedro
@@ -41,16 +41,6 @@ def problems(obj: dict[str, Any]) -> list[str]:
     """What KubeRay's schema, with unknown fields refused, says about a ray.io object."""
     validator = jsonschema.Draft202012Validator(ray_schemas()[obj["kind"]])
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(obj)]
-
-
-def environment(container: dict[str, Any], objects: list[dict[str, Any]]) -> dict[str, str]:
-    """A container's variables, references to secrets as `<secret>`."""
-    found: dict[str, str] = {}
-    for source in container.get("envFrom", []):
-        found |= one(objects, "ConfigMap", source["configMapRef"]["name"])["data"]
-    for entry in container.get("env", []):
-        found[entry["name"]] = entry.get("value", "<secret>")
-    return found
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -43,6 +43,15 @@ def test_a_key_authenticates_with_its_secret_and_nothing_else(store):
             store.authenticate(wrong)
 
 
+@pytest.mark.parametrize("look", ["get_job", "get_batch", "get_webhook", "get_file"])
+def test_an_id_with_a_null_character_is_an_error_of_who_names_it(store, look):
+    """PostgreSQL takes no such text, so it cannot answer that there is none."""
+    with pytest.raises(PedroError) as caught:
+        getattr(store, look)("a\0b", "acme")
+    assert caught.value.status in (400, 404)
+    assert not isinstance(caught.value, UnavailableError)
+
+
 def test_the_secret_is_nowhere_in_the_database(sqlite_url, tmp_path):
     store = Store(sqlite_url)
     _, secret = store.create_key("acme")

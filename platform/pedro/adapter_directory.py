@@ -266,6 +266,9 @@ def tensor_heads(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, i
         header.pop("__metadata__", None)
         start, size = 8 + length, file.stat().st_size
         for name, entry in header.items():
+            numbers = (*entry["shape"], *entry["data_offsets"])
+            if not isinstance(entry["dtype"], str) or any(type(number) is not int or number < 0 for number in numbers):
+                raise ValueError(f"{name} has a head of other types")
             begin, end = (start + offset for offset in entry["data_offsets"])
             if not start <= begin <= end <= size:
                 raise ValueError(f"{name} lies outside the file")

@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pedro import secret_files
+from pedro import log_lines, secret_files
 from pedro.errors import ConfigError
 from pedro.home import home_directory
 from pedro.refs import NAME
@@ -76,6 +76,9 @@ class Settings:
     webhook_networks: tuple[str, ...] = ()
     """Networks beside the public ones that webhooks may go to (`PEDRO_WEBHOOK_NETWORKS`, parted by commas)."""
 
+    log_format: str = log_lines.TEXT
+    """How servers and controllers log (`PEDRO_LOG_FORMAT`): `text`, or `json`, an object a line."""
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         """Read the environment; create nothing. Raises ConfigError for a file of a secret that is not there."""
@@ -107,7 +110,8 @@ class Settings:
             own_seal_file=_path(env.get("PEDRO_SEAL_KEY_FILE")),
             own_webhook_key_file=_path(env.get("PEDRO_WEBHOOK_KEY_FILE")),
             webhook_networks=_networks(env.get("PEDRO_WEBHOOK_NETWORKS", "")),
-            launcher=_launcher(env.get("PEDRO_LAUNCHER") or "ray"),
+            launcher=_one_of("PEDRO_LAUNCHER", LAUNCHERS, env),
+            log_format=_one_of("PEDRO_LOG_FORMAT", log_lines.FORMATS, env),
         )
 
     @property
@@ -147,6 +151,7 @@ class Settings:
             "PEDRO_DATA_SCHEMES": ",".join(self.data_schemes),
             "PEDRO_SEAL_KEY_FILE": str(self.own_seal_file or ""),
             "PEDRO_LAUNCHER": self.launcher,
+            "PEDRO_LOG_FORMAT": self.log_format,
             "PEDRO_WEBHOOK_KEY_FILE": str(self.own_webhook_key_file or ""),
             "PEDRO_WEBHOOK_NETWORKS": ",".join(self.webhook_networks),
         }
@@ -163,9 +168,11 @@ class Settings:
         return local
 
 
-def _launcher(name: str) -> str:
-    if name not in LAUNCHERS:
-        raise ConfigError(f"PEDRO_LAUNCHER: {name!r}; use one of {', '.join(LAUNCHERS)}", param="PEDRO_LAUNCHER")
+def _one_of(variable: str, known: tuple[str, ...], env: Mapping[str, str]) -> str:
+    """What the variable says; the first if it says nothing."""
+    name = env.get(variable) or known[0]
+    if name not in known:
+        raise ConfigError(f"{variable}: {name[:SHOWN]!r}; use one of {', '.join(known)}", param=variable)
     return name
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,10 +32,16 @@ class Check:
     remedy: str = ""
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Also write to the storage, and read every version that an alias names."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check Python, packages, memory, disk, sizes, ports, registry, database and cluster; exit 1 if something fails."""
     checks: list[Check] = []
-    for check in run_checks():
+    for check in run_checks(deep=deep):
         checks.append(check)
         if not as_json:
             line = f"{_MARK[check.status]}  {check.name}: {check.found}"
@@ -46,8 +52,8 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def run_checks() -> Iterator[Check]:
-    """Every check in turn; none changes anything but the creation of PEDRO_HOME."""
+def run_checks(*, deep: bool = False) -> Iterator[Check]:
+    """Every check in turn; none leaves anything behind but PEDRO_HOME."""
     from pedro.config import Settings
 
     settings = Settings.from_env()
@@ -63,6 +69,11 @@ def run_checks() -> Iterator[Check]:
     yield _service("registry", lambda: _registry(settings), "check MLFLOW_TRACKING_URI, or unset it to use sqlite")
     yield _service("database", lambda: _database(settings), "check PEDRO_DATABASE_URL, or unset it to use sqlite")
     yield _cluster(settings)
+    if deep:
+        from pedro.cli.doctor_deep import deep_probes
+
+        for name, probe, remedy in deep_probes(settings):
+            yield _service(name, probe, remedy)
 
 
 def _python() -> Check:

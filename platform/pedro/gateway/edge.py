@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
 from pedro.gateway.errors import HeadersTooLargeError, error_response, internal_error_body
+from pedro.log_lines import ABOUT
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -72,6 +73,7 @@ class Edge:
             "response_headers": extra,
             "at_end": leaving,
         }
+        ABOUT.set({"request_id": request_id})
         started, unread = False, _has_body(Headers(scope=scope))
 
         async def receive_body() -> Message:

@@ -31,13 +31,18 @@ def _auto(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-Auto = BeforeValidator(_auto)
+Positive = Annotated[float | None, Field(gt=0, le=1000)]
+Batch = Annotated[int | None, Field(ge=1, le=4096)]
+Beta = Annotated[float | None, Field(gt=0, le=100)]
+AnyPositive = Positive | Literal["auto"]
+AnyBatch = Batch | Literal["auto"]
+AnyBeta = Beta | Literal["auto"]
 
 
 class Hyperparameters(Body):
-    n_epochs: Annotated[float | None, Field(gt=0, le=1000), Auto] = None
-    batch_size: Annotated[int | None, Field(ge=1, le=4096), Whole, Auto] = None
-    learning_rate_multiplier: Annotated[float | None, Field(gt=0, le=1000), Auto] = None
+    n_epochs: Annotated[Positive, BeforeValidator(_auto, AnyPositive)] = None
+    batch_size: Annotated[Batch, Whole, BeforeValidator(_auto, AnyBatch)] = None
+    learning_rate_multiplier: Annotated[Positive, BeforeValidator(_auto, AnyPositive)] = None
 
 
 class Supervised(Body):
@@ -46,7 +51,7 @@ class Supervised(Body):
 
 
 class PreferenceHyperparameters(Hyperparameters):
-    beta: Annotated[float | None, Field(gt=0, le=100), Auto] = None
+    beta: Annotated[Beta, BeforeValidator(_auto, AnyBeta)] = None
 
 
 class Preference(Body):

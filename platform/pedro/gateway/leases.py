@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context
 from typing import TYPE_CHECKING
 
 from pedro.errors import UnavailableError
@@ -175,9 +176,9 @@ class Leases:
 
     def _ask_store(self) -> None:
         if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask())
+            self._asking = asyncio.create_task(self._ask(), context=Context())  # about no request
         if self._keeper is None:
-            self._keeper = asyncio.create_task(self._keep())
+            self._keeper = asyncio.create_task(self._keep(), context=Context())
 
     async def _keep(self) -> None:
         while True:

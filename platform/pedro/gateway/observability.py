@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from filelock import FileLock
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
+from pedro.log_lines import ABOUT, JSON, TEXT, JsonLines
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,6 +39,8 @@ log = logging.getLogger("pedro.access")
 def note(scope: Scope, **facts: Any) -> None:
     """Have this request's line tell `facts`."""
     scope["state"].setdefault("access", {}).update(facts)
+    if "tenant" in facts and (about := ABOUT.get()) is not None:
+        about["tenant"] = facts["tenant"]
 
 
 class SharedFileHandler(RotatingFileHandler):
@@ -65,11 +69,11 @@ class SharedFileHandler(RotatingFileHandler):
             self.stream = self._open()
 
 
-def write_to(path: Path) -> None:
-    """Log to a file that begins anew at `MAX_FILE_BYTES`, the last few kept."""
+def write_to(path: Path, form: str = TEXT) -> None:
+    """Log to a file that begins anew at `MAX_FILE_BYTES`, the last few kept; `form` is one of `log_lines.FORMATS`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = SharedFileHandler(path, maxBytes=MAX_FILE_BYTES, backupCount=KEPT_FILES, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(JsonLines() if form == JSON else logging.Formatter("%(asctime)s %(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.INFO)
@@ -165,15 +169,34 @@ class Observed:
             self._metrics.answered(scope, status, total_s)
             route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
             if route not in PROBES or status >= 400:
-                log.info("%s", _line(scope, route, status, total_s))
+                noted = {**scope["state"].get("access", {}), "total": total_s}
+                head = {
+                    "request_id": scope["state"]["request_id"],
+                    "tenant": noted.pop("tenant", None),
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                }
+                log.info("%s", _line(head, noted), extra={"facts": {**head, **_named(noted)}})
 
 
-def _line(scope: Scope, route: str, status: int, total_s: float) -> str:
-    facts = dict(scope["state"].get("access", {}))
-    fields = [scope["state"]["request_id"], facts.pop("tenant", "-"), scope["method"], route, str(status)]
-    for name, value in facts.items():
+def _line(head: dict[str, Any], noted: dict[str, Any]) -> str:
+    """As text: what every line has in its order, then the rest by name."""
+    fields = ["-" if value is None else str(value) for value in head.values()]
+    for name, value in noted.items():
         if isinstance(value, float):
             fields.append(f"{name}={value:.3f}s")
         elif value is not None:  # a name is quoted, so that it cannot break the line
             fields.append(f"{name}={json.dumps(value[:MAX_MODEL]) if isinstance(value, str) else value}")
-    return " ".join([*fields, f"total={total_s:.3f}s"])
+    return " ".join(fields)
+
+
+def _named(noted: dict[str, Any]) -> dict[str, Any]:
+    """The same for JSON: times are seconds, and say so."""
+    facts: dict[str, Any] = {}
+    for name, value in noted.items():
+        if isinstance(value, float):
+            facts[f"{name}_s"] = round(value, 6)
+        else:
+            facts[name] = value[:MAX_MODEL] if isinstance(value, str) else value
+    return facts

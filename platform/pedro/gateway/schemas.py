@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from pedro.gateway import vllm_fields
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
 
 INT32, INT64 = 2**31, 2**63
 MAX_STOP_LENGTH = 256  # characters; each is sought at every token
@@ -107,15 +111,39 @@ def _metadata(value: Any) -> Any:
     return value
 
 
-Whole = BeforeValidator(_whole)
-Metadata = Annotated[dict[str, str] | None, BeforeValidator(_metadata)]  # pairs of the client's own
-Stop = Annotated[tuple[str, ...], BeforeValidator(_stop), Field(max_length=16)]
-Prompts = Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
-Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]
-Content = Annotated[str, BeforeValidator(_content)]
-ModelName = Annotated[str, Field(min_length=1, max_length=512)]
-Biases = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases)]
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    type: Literal["text", "input_text", "output_text"] = "text"
+    text: str
+
+
+# What clients may send, for the OpenAPI document: the validators above make one form of it.
 TokenId = Annotated[int, Field(ge=0, lt=INT32)]
+_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_AnyPrompts = (
+    str | Annotated[list[str], Field(min_length=1)] | _TokenIds | Annotated[list[_TokenIds], Field(min_length=1)]
+)
+_AnyLength = Annotated[int, Field(ge=1)]
+_AnyLengths = _AnyLength | Annotated[list[_AnyLength], Field(min_length=1)]
+_AnyContent = str | Annotated[list[TextPart], Field(min_length=1)]
+_StopText = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+_AnyStop = _StopText | Annotated[list[_StopText], Field(max_length=16)] | None
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_AnyBiases = (
+    Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], _Bias], Field(max_length=MAX_BIASES)] | None
+)
+_Pairs = dict[Annotated[str, Field(max_length=MAX_METADATA_KEY)], Annotated[str, Field(max_length=MAX_METADATA_VALUE)]]
+_AnyMetadata = Annotated[_Pairs, Field(max_length=MAX_METADATA)] | None
+
+Whole = BeforeValidator(_whole)
+Metadata = Annotated[dict[str, str] | None, BeforeValidator(_metadata, _AnyMetadata)]  # pairs of the client's own
+Stop = Annotated[tuple[str, ...], Field(max_length=16), BeforeValidator(_stop, _AnyStop)]
+Prompts = Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts, _AnyPrompts)]
+Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths, _AnyLengths)]
+Content = Annotated[str, BeforeValidator(_content, _AnyContent)]
+ModelName = Annotated[str, Field(min_length=1, max_length=512)]
+Biases = Annotated[dict[int, _Bias], BeforeValidator(_biases, _AnyBiases)]
 
 
 class Body(BaseModel):
@@ -128,6 +156,15 @@ class Body(BaseModel):
     harmless: ClassVar[dict[str, tuple[Any, ...]]] = {}
     parts: ClassVar[dict[str, type[Body]]] = {}
     reasons: ClassVar[Mapping[str, str]] = vllm_fields.REASONS
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """JSON Schema of what clients may send: with the harmless values of fields that are not honoured."""
+        schema = handler(core)
+        told = handler.resolve_ref_schema(schema)
+        fields = told.setdefault("properties", {})
+        fields |= {name: {"enum": [*values, None]} for name, values in cls.harmless.items()}
+        return schema
 
 
 class StreamOptions(Body):

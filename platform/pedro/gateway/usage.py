@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -134,7 +135,7 @@ class UsageLedger:
         if used.prompt_tokens or used.completion_tokens:
             self._add(used)
             if self._flushing is None or self._flushing.done():
-                self._flushing = asyncio.create_task(self._flush())
+                self._flushing = asyncio.create_task(self._flush(), context=Context())  # about no request
 
     async def close(self) -> None:
         """Write what is known, also of requests that have not ended; waits for the database, but not for ever."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from pedro.errors import PedroError
 from pedro.gateway.schemas import Body
@@ -42,7 +42,9 @@ def _kind(value: Any) -> Any:
     return value
 
 
-Kinds = Annotated[tuple[str, ...], BeforeValidator(_kinds)]
+EventType = Annotated[str, Field(json_schema_extra={"enum": list(EVENT_TYPES)})]
+TestedType = Annotated[str, Field(json_schema_extra={"enum": [*EVENT_TYPES, PING]})]
+Kinds = Annotated[tuple[str, ...], BeforeValidator(_kinds, Annotated[list[EventType], Field(min_length=1)])]
 
 
 class WebhookRequest(Body):
@@ -64,4 +66,4 @@ class RotateRequest(Body):
 
 
 class WebhookTest(Body):
-    event_type: Annotated[str, BeforeValidator(_kind)] = PING  # of the sample, whose data tell of nothing
+    event_type: Annotated[str, BeforeValidator(_kind, TestedType)] = PING  # of the sample, whose data tell of nothing

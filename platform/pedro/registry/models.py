@@ -12,6 +12,8 @@ import math
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -253,19 +255,30 @@ class Registry(Tracking):
         touch(target)  # so that it is not taken for one that nobody uses
         if (target / MANIFEST).is_file():
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".loading-", dir=target.parent))
-        try:
-            source = self.download_artifacts(version.run_id, "adapter", scratch, of=version.ref)
-            _verify(version, source)
+        with self._fetched(version, target.parent) as source:
             try:
                 source.rename(target)
             except OSError:  # another process was first with the same content
                 if not (target / MANIFEST).is_file():
                     raise
+        return target
+
+    def verify(self, version: Version) -> None:
+        """Read a version's files from where they lie, not from the cache. Raises AdapterError as `download` does."""
+        with self._fetched(version, self.adapter_cache):
+            pass
+
+    @contextmanager
+    def _fetched(self, version: Version, beside: Path) -> Iterator[Path]:
+        """A verified copy for as long as the block lasts, in a folder within `beside`."""
+        beside.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".loading-", dir=beside))
+        try:
+            source = self.download_artifacts(version.run_id, "adapter", scratch, of=version.ref)
+            _verify(version, source)
+            yield source
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        return target
 
 
 def _verify(version: Version, directory: Path) -> None:

@@ -152,7 +152,9 @@ class TenantFiles:
     def _logs(self) -> Iterator[Finding]:
         """Lines of logs: overwritten where they stand, since a server or a controller may be writing behind them."""
         log, name = self.view.settings.requests_log, re.escape(self.tenant).encode()
-        of_requests = rb'^(?:\S+ \S+ \S+ %b |.*="%b(?:\.[^"]*)?").*$' % (name, name)
+        as_text = rb'\S+ \S+ \S+ %b |(?!\{).*="%b(?:\.[^"]*)?"' % (name, name)
+        as_json = rb'\{.*"(?:tenant|model)": "%b(?:\.[^"]*)?"' % name
+        of_requests = rb"^(?:%b|%b).*$" % (as_text, as_json)
         jobs = b"|".join(re.escape(owner).encode() for owner in sorted(self.owners))
         of_controller = rb"^.*(?:\(%b\.%b).*$" % (name, b"|" + jobs if jobs else b"")
         for pattern, paths in (

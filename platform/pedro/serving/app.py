@@ -46,8 +46,10 @@ class EngineReplica:
     """One engine on one device. Each method takes the id of the replica that it is meant for."""
 
     def __init__(self, config: dict[str, Any], settings: Settings) -> None:
+        from pedro import log_lines
         from pedro.serving.server import ReplicaServer
 
+        log_lines.use(settings.log_format)
         self._id = serve.get_replica_context().replica_tag
         self._server = ReplicaServer(ServeConfig(**config), settings, self._id)
 
@@ -112,7 +114,7 @@ class Gateway:
         self._longest = min(self._config.max_length or context_length(backbone), context_length(backbone))
         self._store = Store(settings.database_url)
         self._engine = engine
-        self._requests_log = settings.requests_log
+        self._requests_log, self._log_format = settings.requests_log, settings.log_format
         self._storage = settings.storage
         self._env = settings.env()
         self._webhook_key_file, self._webhook_networks = settings.webhook_key_file, settings.webhook_networks
@@ -120,13 +122,15 @@ class Gateway:
         self._starting: list[asyncio.Task[Any]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
+        from pedro import log_lines
         from pedro.gateway.app import GatewaySettings, create_app
         from pedro.gateway.observability import write_to
         from pedro.serving.backend import ServeBackend
         from pedro.serving.discovery import DISCOVERY  # here: Serve ships this class by value, with its globals
         from pedro.serving.router import ReplicaSet
 
-        write_to(self._requests_log)
+        log_lines.use(self._log_format)
+        write_to(self._requests_log, self._log_format)
         loop = asyncio.get_running_loop()
         connected = ReplicaSet(lambda replica: RayReplicaConnection(self._engine, replica), self._backbone_digest)
 

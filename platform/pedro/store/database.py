@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
-from pedro.errors import ConfigError, UnavailableError
+from pedro.errors import ConfigError, PedroError, UnavailableError
 
 if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
@@ -103,6 +103,8 @@ class Database:
             yield
         except (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.TimeoutError) as error:
             raise UnavailableError("The platform's database does not answer; try again.", code="database") from error
+        except sa.exc.DataError as error:
+            raise PedroError("A text holds a null character; leave it out.", code="invalid_value") from error
         except sa.exc.DatabaseError as error:
             if type(error) is not sa.exc.DatabaseError:  # what is more than that is a mistake of ours
                 raise

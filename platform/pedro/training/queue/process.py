@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from pedro import log_lines
 from pedro.config import Settings
 from pedro.errors import ConflictError, UnavailableError
 from pedro.home import SERVER_RECORD
@@ -51,6 +52,9 @@ def run(
     from pedro.training.queue.controller import Controller
     from pedro.training.queue.launcher import RayJobs
 
+    if settings.log_format == log_lines.JSON:
+        log = log_lines.say_of_jobs
+        log_lines.use(settings.log_format)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -1,0 +1,40 @@
+"""/openapi.json: what the routes take and answer, for operators and for who sits at this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from functools import lru_cache
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import Response
+
+from pedro.gateway.auth import require
+from pedro.store import ADMIN
+
+FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # a proxy on this machine speaks for somebody else
+router = APIRouter()
+operator = require(ADMIN)
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> Response:
+    """The OpenAPI document, to an admin key; on this machine without a key, too."""
+    if "authorization" in request.headers or not _is_local(request):
+        await operator(request)
+    return Response(_document(request.app), media_type="application/json")
+
+
+def _is_local(request: Request) -> bool:
+    try:
+        is_loopback = request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:  # a name, not an address
+        return False
+    return is_loopback and not any(name in request.headers for name in FORWARDED)
+
+
+@lru_cache(maxsize=1)
+def _document(app: FastAPI) -> bytes:
+    from pedro.gateway.openapi import document
+
+    return json.dumps(document(app)).encode()
