@@ -10,6 +10,9 @@
 
 #include "thread_pool.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -100,7 +103,16 @@ static inline void store(float *p, vf v) { *(vfu *)p = v; }
 static inline void store4(float *p, f4 v) { *(f4u *)p = v; }
 static inline vf all(float s) { return s - (vf){0}; }
 static inline vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+#if defined(__AVX512F__)
+static inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); } /* b where one is no number */
+static inline vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+static inline vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 static inline vf vmax(vf a, vf b) { return pick(a > b, a, b); }
+static inline vf vmin(vf a, vf b) { return pick(a < b, a, b); }
+#endif
 
 static inline float sum(vf v) {
   float s[VW];
@@ -125,7 +137,7 @@ static inline f4 sum4(const vf *v) { /* `sum` of four vectors, each in the same 
 }
 
 static inline vf vexp(vf x) { /* Cephes' expf: relative error below 2e-7 */
-  x = pick(x > 88.0f, all(88.0f), pick(x < -87.0f, all(-87.0f), x));
+  x = vmin(all(88.0f), vmax(all(-87.0f), x));
   vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
   vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vf p = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
@@ -183,15 +195,15 @@ typedef struct {            /* one product: rows [m, k] (normed on the way where
   long ldo;
 } Product;
 
-static inline INLINE void tile(const int m, long k, const float *x, long ldx, const float *w, long ldw, float *out,
-                               long ldo) {
-  /* out [m, NR] = x' w, with x [k, m] and w [k, NR] */
+static inline INLINE void tile(const int m, const int ahead, long k, const float *x, long ldx, const float *w,
+                               long ldw, float *out, long ldo) {
+  /* out [m, NR] = x' w, with x [k, m] and w [k, NR]; ahead: w comes from memory, and is one piece with what follows */
   vf a[MR], b[MR];
 #pragma GCC unroll 12
   for (int r = 0; r < m; r++) a[r] = b[r] = (vf){0};
   for (long i = 0; i < k; i++, w += ldw, x += ldx) {
     vf w0 = load(w), w1 = load(w + VW);
-    __builtin_prefetch(w + AHEAD), __builtin_prefetch(w + AHEAD + VW);
+    if (ahead) __builtin_prefetch(w + AHEAD), __builtin_prefetch(w + AHEAD + VW);
 #pragma GCC unroll 12
     for (int r = 0; r < m; r++) {
       a[r] += w0 * x[r];
@@ -205,16 +217,28 @@ static inline INLINE void tile(const int m, long k, const float *x, long ldx, co
   }
 }
 
+#if MR > 6
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#elif MR > 4
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#else
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4)
+#endif
+
 static void run_tile(int m, long k, const float *x, long ldx, const float *w, long ldw, float *out, long ldo) {
   switch (m) {
-#define CASE(n) case n: tile(n, k, x, ldx, w, ldw, out, ldo); break;
-    CASE(1) CASE(2) CASE(3) CASE(4)
-#if MR > 4
-    CASE(5) CASE(6)
-#endif
-#if MR > 6
-    CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
+#define CASE(n) case n: tile(n, 1, k, x, ldx, w, ldw, out, ldo); break;
+    CASES
+#undef CASE
+  }
+}
+
+/* For attention: what follows its operands may be no memory yet, and to ask for such an address costs a walk through
+   the page tables each time; on one processor that took four times as long as the products themselves. */
+static void run_near_tile(int m, long k, const float *x, long ldx, const float *w, long ldw, float *out) {
+  switch (m) {
+#define CASE(n) case n: tile(n, 0, k, x, ldx, w, ldw, out, NR); break;
+    CASES
 #undef CASE
   }
 }
@@ -624,7 +648,7 @@ static void attend_prompt(const void *what, long index, int thread) {
       for (long i = 0; i < d; i++) q[i * NR + c] = B->qkv[(first + row + c) * width + h * d + i] * M->scaling;
     for (long t = low; t < high; t += MR) {
       const int m = count - t < MR ? count - t : MR;
-      run_tile(m, d, key + t * d, m, q, NR, p + t * NR, NR);
+      run_near_tile(m, d, key + t * d, m, q, NR, p + t * NR);
     }
     for (int s = 0; s < 2; s++) {
       vf most = all(-INFINITY), total = {0};
@@ -649,7 +673,7 @@ static void attend_prompt(const void *what, long index, int thread) {
       for (long i = 0; i < d; i += NR) { /* columns past the head's width are read and dropped */
         const int m = queries - r < MR ? queries - r : MR;
         const long columns = d - i < NR ? d - i : NR;
-        run_tile(m, high - low, p + low * NR + r, NR, values + low * d + i, d, y, NR);
+        run_near_tile(m, high - low, p + low * NR + r, NR, values + low * d + i, d, y);
         for (int j = 0; j < m; j++) {
           float *out = B->mixed + (first + row + r + j) * M->heads * d + h * d + i;
           for (long c = 0; c < columns; c++) out[c] = y[j * NR + c] * share[r + j];
