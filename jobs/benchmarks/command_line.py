@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 ABOUT = """\
 Measures the engine: beside its peers (serving), on real text (chat), and against its own promises (the rest). Backbones
 have random weights of real sizes (S: 15 M, M: 125 M, SmolLM2: 135 M, 7B: LLaMA-2-7B), real ones in chat, dryrun and
-published; prompts are random and distinct, and answers of equal lengths, but in chat and published.
+published, and where weights asks for quality; prompts are random and distinct, and answers of equal lengths, but in
+chat and published.
 
   tok_s         all new tokens / time from the first request's arrival to the last token
   decode_tok_s  tokens that came after every request had its first one / the time from then to the last token
@@ -41,7 +42,7 @@ published; prompts are random and distinct, and answers of equal lengths, but in
 """
 ALLOW_DIRTY = "write to jobs/results although code has changed since the commit; a + at the commit marks it"
 PEERS = ("vllm", "llamacpp")
-PEER = "a peer's own Python, for serving and prefix: vllm, or (prefix alone) llamacpp, which needs the wheel xllamacpp"
+PEER = "a peer's own Python: vllm, for serving and prefix; llamacpp (the wheel xllamacpp), for prefix and weights"
 ENGINES = ("generate", "ours", "peft", "continuous", "vllm")  # continuous: transformers' own, off unless named
 EXAMPLES = """\
 examples:
@@ -139,7 +140,10 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
         command.add_argument("--peer", type=_peer, action="append", default=[], metavar="vllm=PYTHON", help=PEER)
         command.add_argument("--engines", type=_engines, metavar="ours,vllm", help=f"of {', '.join(ENGINES)}")
         command.add_argument(
-            "--backbones", type=_names, metavar="A,B", help="of chat, dryrun and published, instead of their own"
+            "--backbones",
+            type=_names,
+            metavar="A,B",
+            help="of chat, dryrun, published and weights, instead of their own",
         )
         command.add_argument("--out", type=_file, metavar="FILE", help="where the result goes instead")
         command.add_argument("--allow-dirty", action="store_true", help=ALLOW_DIRTY)

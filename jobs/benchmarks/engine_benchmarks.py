@@ -59,6 +59,12 @@ BENCHMARKS = {
         "decoding held to a JSON schema beside free decoding, PEDRO adapters, a tenant a row",
         *("case", "adapters", "model", "batch", "decode_tok_s", "ratio", "ratio_interval"),
     ),
+    "weights": _entry(
+        "weights",
+        "float32, int8 and int4 backbones on the CPU kernel: speed, memory, perplexity",
+        *("model", "batch", "weights", "weight_mb", "decode_tok_s", "decode_ratio", "decode_ratio_interval"),
+        *("ours_decode_ratio", "ttft_ms", "ttft_ratio", "ours_ttft_ratio", "perplexity", "perplexity_ratio"),
+    ),
     "arrivals": _entry(
         "arrivals",
         "Poisson arrivals against a static batch; prefill of many tenants against one's (target 4)",

@@ -1,4 +1,4 @@
-"""A benchmark's random Llama as a GGUF file in float32, with a vocabulary of one word a token, for llama.cpp."""
+"""A benchmark's random Llama as a GGUF file for llama.cpp, float32 or quantised; each token is a word of its own."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ NAMES = {
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def saved_gguf(size: ModelSize) -> Path:
-    """The file; made once. Its weights are those of `saved_model`."""
-    path = bench_folder() / size.name / "backbone.gguf"
+def saved_gguf(size: ModelSize, kind: str = "F32") -> Path:
+    """The file; made once. Its weights are those of `saved_model`, in llama.cpp's `kind`: F32, Q8_0 or Q4_1, the last
+    with embedding and head in Q8_0."""
+    path = bench_folder() / size.name / ("backbone.gguf" if kind == "F32" else f"backbone-{kind}.gguf")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         making = path.with_name(f"backbone.{os.getpid()}.tmp")
-        _write(making, size)
+        _write(making, size, kind)
         making.rename(path)
     return path
 
 
-def _write(path: Path, size: ModelSize) -> None:
+def _write(path: Path, size: ModelSize, kind: str) -> None:
     import gguf
+    from gguf.quants import quantize
 
     model = make_model(size)
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -61,7 +63,10 @@ def _write(path: Path, size: ModelSize) -> None:
     writer.add_add_bos_token(False)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or not size.tied:
-            writer.add_tensor(_named(name), _ordered(name, tensor, size).contiguous().numpy())
+            outer = name.removesuffix(".weight") in OUTER and kind != "F32"
+            wanted = gguf.GGMLQuantizationType["F32" if tensor.dim() < 2 else "Q8_0" if outer else kind]
+            values = _ordered(name, tensor, size).contiguous().numpy()
+            writer.add_tensor(_named(name), quantize(values, wanted), raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -45,7 +45,7 @@ class LlamaCpp:
 
             body = {"prompt": ids, "max_tokens": order["new"], "temperature": 0, "ignore_eos": True, "stream": True}
             try:
-                self._server.handle_completions({**body, "cache_prompt": True}, take)
+                self._server.handle_completions({**body, "cache_prompt": order.get("cache", True)}, take)
             except Exception as error:  # noqa: BLE001 (told by the run)
                 failures.append(str(error))
 
@@ -112,5 +112,5 @@ def _figures(timeline: Timeline, answers: list[list[int]]) -> dict[str, Any]:
     return {
         "first_ms": [1000 * timeline.moments[str(number)][0] for number in range(len(answers))],
         "answers": answers,
-        "wall_s": timeline.figures()["wall_s"],
+        **timeline.figures(),
     }

@@ -26,6 +26,9 @@ def serve(
         int | None, typer.Option(help="Most CPU threads of a replica [its share of half the cores].")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    weights: Annotated[
+        str, typer.Option(help="float32, or int8 or int4: the backbone quantised, for the CPU kernel.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
     max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
@@ -61,6 +64,7 @@ def serve(
         "threads": threads
         or max(1, (os.cpu_count() or 2) // 2 // max(1, replicas)),  # the rest: proxy, gateway, clients
         "dtype": dtype,
+        "weights": weights,
         "device": device,
         "num_gpus": 1 if device.startswith("cuda") else 0,
         "max_batch": max_batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pedro.engine.panels import WEIGHTS
 from pedro.engine.runner import KERNELS
 from pedro.errors import ConfigError
 
@@ -27,6 +28,7 @@ class EngineConfig:
     tenant_weights: dict[str, float] = field(default_factory=dict)
     threads: int | None = None  # the most that the native kernel uses; None takes what the machine grants
     kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native where it fits
+    weights: str = "float32"  # of the backbone, for the native kernel: as they are, or quantised to int8 or int4
 
     def __post_init__(self) -> None:
         wrong = [
@@ -53,5 +55,7 @@ class EngineConfig:
             wrong.append(f"engine.threads: expected > 0 or None, got {self.threads!r}")
         if self.kernel not in KERNELS:
             wrong.append(f"engine.kernel: expected one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        if self.weights not in WEIGHTS:
+            wrong.append(f"engine.weights: expected one of {', '.join(WEIGHTS)}, got {self.weights!r}")
         if wrong:
             raise ConfigError("\n".join(wrong))

@@ -44,7 +44,7 @@ class Engine:
     """Serves one backbone to many tenants in one continuous batch. The model belongs to the engine from here on.
 
     `load(ref)` gives the directory of the adapter that `ref` names; it may block, and runs on a loader thread.
-    Raises BackboneError where the architecture is not supported.
+    Raises BackboneError where the architecture is not supported, or not with `config.weights`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Engine:
         self.config = config
         self._processor = RequestProcessor(model, tokenizer, config)
         self.max_length = self._processor.max_length
-        self._runner = Runner(model, config.max_batch, self.max_length, config.kernel, config.threads)
+        self._runner = Runner(model, config.max_batch, self.max_length, config.kernel, config.threads, config.weights)
         self._scheduler = Scheduler(
             SchedulerLimits(
                 slots=config.max_batch,
@@ -183,7 +183,7 @@ class Engine:
                 "waiting": self._scheduler.num_waiting,
                 "waiting_by_tenant": self._scheduler.waiting_by_tenant(),
                 "slots": self.config.max_batch,
-                "kernel": self._runner.kernel,
+                **self._runner.stats(),
                 "slots_free": self._scheduler.slots_free,
                 "kv_cache_bytes": self._runner.cache.nbytes,
                 "max_length": self.max_length,

@@ -24,6 +24,7 @@ class ModelExecutor(Protocol):
     """Runs the layers. A prefill's state (`start`) is its own; one prefill may be in progress between decode steps."""
 
     whole: bool  # whether a prefill cannot be cut
+    weight_bytes: int  # of the backbone's weights
 
     def start(self, rows: list[ConditionedRow], token_ids: list[list[int]]) -> Any:
         """Start a prefill whose rows the modulation has begun."""

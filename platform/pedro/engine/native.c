@@ -1,4 +1,5 @@
-/* The decode step and the projections of a prefill for Llama-like models on a CPU, in float32.
+/* The decode step and the projections of a prefill for Llama-like models on a CPU. Computes in float32; weights are
+   float32 or quantised (quantised.h).
 
    Weights lie in panels: two vectors of VW output columns, input by input, so that a product streams them once, in
    order, whatever the number of rows. Every output is one sum over the inputs in their order: a row's numbers do not
@@ -49,7 +50,7 @@ enum { LAST, MEAN, MAX };
 
 typedef struct {
   const float *norm1, *norm2, *q_norm, *k_norm;   /* q_norm, k_norm: [d] or null */
-  const float *qkv, *o, *gate_up, *down;          /* panels; gate_up: VW columns of gate beside VW of up */
+  const void *qkv, *o, *gate_up, *down;           /* panels; gate_up: VW columns of gate beside VW of up */
   const float *bias[SITES];                       /* of the projection, padded to VW, or null */
   const float *scale[SITES], *shift[SITES];       /* [slots, padded width], or null where no slot has any */
   float *keys, *values;                           /* [slots, kv_heads, length, head_dim] */
@@ -58,9 +59,13 @@ typedef struct {
 
 typedef struct {
   long layers, dim, heads, kv_heads, head_dim, rotary, ffn, vocab, length, slots, threads, activation;
+  long weights, head_weights;                     /* of the layers; of head and embed: FLOAT32, INT8 or INT4 */
   float eps, scaling, embed_scale, pad;
-  const float *embed;                             /* [vocab, dim]; null: read from the head's panels */
-  const float *final_norm, *head, *cos, *sin;     /* cos, sin: [length, rotary] */
+  const void *embed;                              /* null: read from the head's panels. [vocab, dim] or, quantised, */
+                                                  /* panels like those */
+  const float *final_norm;
+  const void *head;
+  const float *cos, *sin;                         /* [length, rotary] */
   Layer *layer;
   const float *const *lora;                       /* [layers, SITES, slots, 2]: A [in, rank], B [rank, padded out] */
   const int *ranks;                               /* [layers, SITES, slots], padded to VW; 0: none */
@@ -187,12 +192,14 @@ static inline float rms(const float *x, long n, float eps) {
 typedef struct {            /* one product: rows [m, k] (normed on the way where norm is given) times panels */
   const float *x;
   long ldx, k;
-  const float *norm, *panels;
+  const float *norm;
+  const void *panels;
   enum { STORE, ADD, GATED, HEAD } mode;
   int first, count;         /* its sites, in the order of their columns */
   long width[3];            /* of the sites, unpadded */
   float *out;
   long ldo;
+  long weights;             /* what the panels hold: `project` says it */
 } Product;
 
 static inline INLINE void tile(const int m, const int ahead, long k, const float *x, long ldx, const float *w,
@@ -242,6 +249,8 @@ static void run_near_tile(int m, long k, const float *x, long ldx, const float *
 #undef CASE
   }
 }
+
+#include "quantised.h"
 
 static inline int rows_of(const Batch *B, long b, long block) { /* of block b; the last may be short or empty */
   const long left = B->rows - b * block;
@@ -373,9 +382,39 @@ static void multiply_tile(const void *what, long index, int thread) {
     const long row = b * u->block;
     const int m = rows_of(u->B, b, u->block);
     for (long panel = u->panels * span / u->spans; m > 0 && panel < u->panels * (span + 1) / u->spans; panel++) {
-      run_tile(m, p->k, packed + row * p->k, m, p->panels + panel * p->k * NR, NR, y, NR);
+      run_tile(m, p->k, packed + row * p->k, m, (const float *)p->panels + panel * p->k * NR, NR, y, NR);
       if (p->mode == HEAD) finish_head(u->M, u->B, panel, row, m, y, thread);
       else finish(u->M, u->B, u->l, p, panel, row, m, y);
+    }
+  }
+}
+
+static void multiply_quantised(const void *what, long index, int thread) {
+  /* `multiply_tile` with quantised panels: one block of rows takes them as they lie; for several, as many panels as the
+     second cache holds are unpacked before the rows pass by. */
+  static __thread Room room;
+  const Multiplication *u = what;
+  const Product *p = u->p;
+  const long k = p->k, span = index / u->chunks, chunk = index % u->chunks;
+  const long from = u->blocks * chunk / u->chunks, to = u->blocks * (chunk + 1) / u->chunks;
+  const long last = u->panels * (span + 1) / u->spans, fit = UNPACKED_BYTES / sizeof(float) / (k * NR);
+  const long step = to - from < 2 || fit < 1 ? 1 : fit;
+  float *y, *plain = roomy(&room, step * k * NR);
+  const float *packed = packed_rows(u, &y);
+  for (long first = u->panels * span / u->spans; first < last; first += step) {
+    const long stop = first + step < last ? first + step : last;
+    for (long panel = first; to - from > 1 && panel < stop; panel++)
+      unpack(p->weights, 0, k, quantised_panel(p->panels, p->weights, k, panel), plain + (panel - first) * k * NR);
+    for (long b = from; b < to; b++) {
+      const long row = b * u->block;
+      const int m = rows_of(u->B, b, u->block);
+      for (long panel = first; m > 0 && panel < stop; panel++) {
+        const float *x = packed + row * k;
+        if (to - from > 1) run_tile(m, k, x, m, plain + (panel - first) * k * NR, NR, y, NR);
+        else run_quantised_tile(p->weights, m, k, x, quantised_panel(p->panels, p->weights, k, panel), y);
+        if (p->mode == HEAD) finish_head(u->M, u->B, panel, row, m, y, thread);
+        else finish(u->M, u->B, u->l, p, panel, row, m, y);
+      }
     }
   }
 }
@@ -395,7 +434,8 @@ static void multiply(const Model *M, const Batch *B, long l, const Product *p, l
     u.spans = group < 1 ? panels : (panels + group - 1) / group;
     u.chunks = tiles_of(work / u.spans, blocks);
   }
-  share(u.spans * u.chunks, B->rows <= FEW ? work / u.spans : TILE, multiply_tile, &u);
+  share(u.spans * u.chunks, B->rows <= FEW ? work / u.spans : TILE,
+        p->weights == FLOAT32 ? multiply_tile : multiply_quantised, &u);
 }
 
 static void low_rank_row(const void *what, long row, int thread) { /* low = A x of a row, for each site */
@@ -431,6 +471,7 @@ static void project(const Model *M, const Batch *B, long l, Product p) {
   long vectors = 0;
   for (int at = 0; at < p.count; at++) vectors += padded(p.width[at]) / VW;
   const Multiplication u = {.M = M, .B = B, .p = &p, .l = l};
+  p.weights = p.mode == HEAD ? M->head_weights : M->weights;
   if (B->lora && p.mode != HEAD) share(B->rows, 4.0 * p.k * M->max_rank, low_rank_row, &u);
   multiply(M, B, l, &p, (vectors + 1) / 2);
 }
@@ -766,10 +807,17 @@ static void out_of_attention(const Model *M, const Batch *B, long l) {
 static void embed_row(const void *what, long row, int thread) {
   const Attention *u = what;
   const Model *M = u->M;
-  const long id = u->B->ids[row], step = M->embed ? 1 : NR;
-  const float *from = M->embed ? M->embed + id * M->dim : M->head + id / NR * M->dim * NR + id % NR;
+  const long id = u->B->ids[row], dim = M->dim;
+  const void *from = M->embed ? M->embed : M->head;
+  float *x = u->B->x + row * padded(dim);
   (void)thread;
-  for (long i = 0; i < M->dim; i++) u->B->x[row * padded(M->dim) + i] = from[i * step] * M->embed_scale;
+  if (M->head_weights == FLOAT32) {
+    const long first = M->embed ? id * dim : id / NR * dim * NR + id % NR, step = M->embed ? 1 : NR;
+    for (long i = 0; i < dim; i++) x[i] = ((const float *)from)[first + i * step];
+  } else {
+    unpack_column(M->head_weights, dim, quantised_panel(from, M->head_weights, dim, id / NR), id % NR, x);
+  }
+  for (long i = 0; i < dim; i++) x[i] *= M->embed_scale;
 }
 
 static void embed(const Model *M, const Batch *B) {

@@ -1,5 +1,4 @@
-"""Compiles, caches and loads `native.c`, whose threads are those of `thread_pool.h`. `native_model.py` packs models for
-it.
+"""Compiles, caches and loads `native.c` with `thread_pool.h` and `quantised.h`. `native_model.py` packs models for it.
 
 The first engine of a machine compiles the kernel (about two seconds) into the user's cache directory, under the hash
 of source, compiler, flags and processor. Without a compiler the engine runs on PyTorch alone, and logs it.
@@ -22,7 +21,7 @@ from pathlib import Path
 from pedro.adapter_kinds import SITES  # in the order of native.c's enum
 
 log = logging.getLogger(__name__)
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "thread_pool.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "quantised.h", "thread_pool.h"))
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-shared", "-fPIC")
 
 
@@ -43,7 +42,7 @@ class ModelStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, c_long) for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "rotary", "ffn", "vocab")),
-        *((name, c_long) for name in ("length", "slots", "threads", "activation")),
+        *((name, c_long) for name in ("length", "slots", "threads", "activation", "weights", "head_weights")),
         *((name, c_float) for name in ("eps", "scaling", "embed_scale", "pad")),
         *((name, c_void_p) for name in ("embed", "final_norm", "head", "cos", "sin")),
         ("layer", POINTER(LayerStruct)),

@@ -19,6 +19,7 @@ from pedro.adapter_kinds import SITES, Adapter, Generator
 from pedro.engine import native
 from pedro.engine.kernel_threads import KernelThreads
 from pedro.engine.model_executor import Logits
+from pedro.engine.panels import WEIGHTS, PanelPacker
 from pedro.methods.architectures import config_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pedro.methods.architectures import Architecture, LayerSites
     from pedro.model_protocols import ModelConfig
 
+HEAD_WEIGHTS = {"int4": "int8"}  # of the head and the embedding, where not as the layers' are
 MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GENERATOR_ACTIVATIONS = ("rational", "gelu", "relu")  # the order of native.c's enums
 PART_ROWS, PART_STEP = 512, 64  # rows that go through a layer together: at most, and a multiple of
@@ -38,8 +40,16 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 def supported(model: PreTrainedModel) -> bool:
     """Whether the kernel exists here and can run this model."""
+    return not misfit(model)
+
+
+def misfit(model: PreTrainedModel) -> str:
+    """Why the kernel cannot run this model; empty where it can."""
     weight = next(model.parameters())
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not unfit(config_of(model))
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"the native kernel runs on a CPU from float32 weights, not on {weight.device.type} from {dtype}"
+    return unfit(config_of(model))
 
 
 def unfit(config: ModelConfig) -> str:
@@ -84,6 +94,7 @@ class NativeModel:
         modulation: Modulation,
         slots: int,
         threads: int,
+        weights: str = "float32",
     ) -> None:
         kernel = native.load_kernel()
         assert kernel is not None, "asked for only where it is supported"
@@ -91,7 +102,8 @@ class NativeModel:
         self._num_layers = len(architecture.layers)
         self._kernel, self._modulation, self._cache = kernel, modulation, cache
         self.threads = KernelThreads(threads)
-        self._simd_width = simd_width()
+        self._packer = PanelPacker(simd_width())
+        self._weights, head_weights = weights, HEAD_WEIGHTS.get(weights, weights)
         self._held: list[torch.Tensor] = []  # what the kernel points at
         heads = config.num_attention_heads
         kv_heads, width = cache.keys[0].shape[1], cache.keys[0].shape[3]
@@ -118,22 +130,25 @@ class NativeModel:
             slots=slots,
             threads=threads,
             activation=ACTIVATIONS[config.hidden_act],
+            weights=WEIGHTS.index(weights),
+            head_weights=WEIGHTS.index(head_weights),
             eps=config.rms_norm_eps,
             scaling=architecture.layers[0].attention.scaling,
             embed_scale=float(getattr(embedding, "embed_scale", 1.0)),
-            embed=None if tied else self._hold(embedding.weight.data),
+            embed=None if tied else self._hold(self._table(embedding.weight.data, head_weights)),
             final_norm=self._final_norm.data_ptr(),
-            head=self._hold(self._panels([head.weight.data])),
+            head=self._hold(self._packer.panels([head.weight.data], head_weights)),
             cos=self._hold(cos),
             sin=self._hold(sin),
             layer=layers,
         )
         _release(head)
-        if tied:
+        if tied or head_weights != "float32":
             _release(embedding)
         self._structs: WeakKeyDictionary[Generator, Any] = WeakKeyDictionary()
         for layer, sites, keys, values in zip(layers, architecture.layers, cache.keys, cache.values, strict=True):
             self._pack(layer, sites, keys, values)
+        self.weight_bytes = sum(tensor.nbytes for tensor in self._held)  # tables of rotations among them
         self._lora = torch.zeros(self._num_layers, len(SITES), slots, 2, dtype=torch.int64)
         self._ranks = torch.zeros(self._num_layers, len(SITES), slots, dtype=torch.int32)
         self._model.lora, self._model.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
@@ -256,18 +271,19 @@ class NativeModel:
         attention, mlp_norm = block.attention, block.block.get_submodule("post_attention_layernorm")
         sites = {name: _weights(site) for name, site in block.sites.items()}
         sites |= {"o": _own(block.output), "down": _own(block.down)}
+        packer, weights = self._packer, self._weights
         layer.norm1, layer.norm2 = self._hold(_norm(block.norm)), self._hold(_norm(mlp_norm))
         for name in ("q_norm", "k_norm"):
             norm = getattr(attention, name, None)
             setattr(layer, name, None if norm is None else self._hold(_norm(norm)))
-        layer.qkv = self._hold(self._panels([sites[site][0] for site in "qkv"]))
-        layer.o = self._hold(self._panels([sites["o"][0]]))
-        layer.gate_up = self._hold(self._paired(sites["gate"][0], sites["up"][0]))
-        layer.down = self._hold(self._panels([sites["down"][0]]))
+        layer.qkv = self._hold(packer.panels([sites[site][0] for site in "qkv"], weights))
+        layer.o = self._hold(packer.panels([sites["o"][0]], weights))
+        layer.gate_up = self._hold(packer.paired(sites["gate"][0], sites["up"][0], weights))
+        layer.down = self._hold(packer.panels([sites["down"][0]], weights))
         for number, site in enumerate(SITES):
             bias = sites[site][1]
             if bias is not None:
-                layer.bias[number] = self._hold(self._widened(bias[:, None])[:, 0].contiguous())
+                layer.bias[number] = self._hold(packer.widened(bias[:, None])[:, 0])
         layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         layer.window = _window(attention)
         for module in {
@@ -275,37 +291,23 @@ class NativeModel:
         }.values():
             _release(module)
 
-    def _panels(self, weights: list[torch.Tensor]) -> torch.Tensor:
-        """Weights [W, K] of the sites of one product, as panels [P, K, two vectors]."""
-        rows = torch.cat([self._widened(weight) for weight in weights])
-        if len(rows) % (2 * self._simd_width):
-            rows = F.pad(rows, (0, 0, 0, self._simd_width))
-        return rows.view(-1, 2 * self._simd_width, rows.shape[1]).transpose(1, 2).contiguous()
-
-    def _paired(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Gate and up [W, K] as panels of a vector of each."""
-        vectors = [self._widened(weight).view(-1, self._simd_width, weight.shape[1]) for weight in (gate, up)]
-        return torch.cat(vectors, 1).transpose(1, 2).contiguous()
-
-    def _widened(self, weight: torch.Tensor) -> torch.Tensor:
-        """[W, …] with rows of zeros up to whole vectors."""
-        return F.pad(weight, (0, 0, 0, self._round(len(weight)) - len(weight)))
-
-    def _round(self, width: int) -> int:
-        return -(-width // self._simd_width) * self._simd_width
+    def _table(self, embedding: torch.Tensor, weights: str) -> torch.Tensor:
+        """An embedding [V, D] that is not the head's: as it is, or quantised in panels."""
+        return embedding if weights == "float32" else self._packer.panels([embedding], weights)
 
     def _hold(self, tensor: torch.Tensor) -> int:
-        """Keep the tensor alive; gives its address."""
-        tensor = tensor.detach().float().contiguous()
+        """Keep the tensor alive, as float32 unless it holds bytes; gives its address."""
+        tensor = tensor.detach()
+        tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
         self._held.append(tensor)
         return tensor.data_ptr()
 
     def _make_batch(self, rows: int, logits: bool = True) -> tuple[native.BatchStruct, dict[str, torch.Tensor]]:
         """A batch of `rows`, and the tensors behind it: `dim` and so on are the widths of native.c's `Batch`."""
         sizes, threads = self._sizes, self.threads.limit
-        q, kv = (self._round(sizes[name] * sizes["head_dim"]) for name in ("heads", "kv_heads"))
-        mixed, act = sizes["heads"] * sizes["head_dim"], self._round(sizes["ffn"])
-        widths = {"x": self._round(sizes["dim"]), "qkv": q + 2 * kv, "mixed": mixed, "act": act}
+        q, kv = (self._packer.rounded(sizes[name] * sizes["head_dim"]) for name in ("heads", "kv_heads"))
+        mixed, act = sizes["heads"] * sizes["head_dim"], self._packer.rounded(sizes["ffn"])
+        widths = {"x": self._packer.rounded(sizes["dim"]), "qkv": q + 2 * kv, "mixed": mixed, "act": act}
         widths |= {"packed": max(sizes["dim"], mixed, sizes["ffn"]), "best_value": threads}
         if logits:
             widths["logits"] = sizes["vocab"]
@@ -325,7 +327,7 @@ class NativeModel:
         paused has its own."""
         shared = self._borrower() is None
         if not shared or self._prompts is None or len(self._prompts[1]["ids"]) < rows:
-            buffers = {"x": torch.empty(rows, self._round(self._sizes["dim"]))}
+            buffers = {"x": torch.empty(rows, self._packer.rounded(self._sizes["dim"]))}
             buffers |= {name: torch.empty(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods")}
             made = native.BatchStruct(**{name: buffer.data_ptr() for name, buffer in buffers.items()}), buffers
             if not shared:

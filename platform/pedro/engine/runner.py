@@ -79,11 +79,18 @@ class Runner:
     paused for another: `advance`, `end` and `abandon` act on the one that began last.
 
     `kernel`: "native" is the compiled CPU kernel, "torch" the model's own modules, "auto" the first where it fits.
-    `threads`: the most that the native kernel uses; None takes what the machine grants.
+    `threads`: the most that the native kernel uses; None takes what the machine grants. `weights`: what the native
+    kernel reads the backbone's in, of `panels.WEIGHTS`. Raises BackboneError where that cannot be.
     """
 
     def __init__(
-        self, model: PreTrainedModel, slots: int, length: int, kernel: str = "auto", threads: int | None = None
+        self,
+        model: PreTrainedModel,
+        slots: int,
+        length: int,
+        kernel: str = "auto",
+        threads: int | None = None,
+        weights: str = "float32",
     ) -> None:
         self.architecture = describe(model)
         refuse_unfit(model)
@@ -102,13 +109,20 @@ class Runner:
             self.device,
             paged=graphs,
         )
-        fits = kernel != "torch" and native_model.supported(model)
+        misfit = "kernel: torch was asked for" if kernel == "torch" else native_model.misfit(model)
+        fits = not misfit
         if kernel == "native" and not fits:
             raise BackboneError(
                 "engine.kernel: the native kernel needs a C compiler, a CPU, float32 and a backbone of type "
                 f"{', '.join(native_model.MODELS)}; use kernel: auto"
             )
+        if weights != "float32" and not fits:
+            raise BackboneError(
+                f"engine.weights: {weights} is for the native kernel alone, and that cannot run here: {misfit}; "
+                "use weights: float32"
+            )
         self.kernel = "native" if fits else "torch"
+        self._weights = weights
         self.simd_width = native_model.simd_width() if fits else 1
         widths = [
             {
@@ -120,7 +134,9 @@ class Runner:
         ]
         self.modulation = Modulation(widths, slots + graphs, self.device, self.simd_width)
         self._executor: ModelExecutor = (
-            NativeModel(model, self.architecture, self.cache, self.modulation, slots, threads or granted_threads())
+            NativeModel(
+                model, self.architecture, self.cache, self.modulation, slots, threads or granted_threads(), weights
+            )
             if fits
             else TorchModel(
                 model, self.architecture, self.cache, self.modulation, GraphCapture() if graphs else None, paged
@@ -156,6 +172,10 @@ class Runner:
         prefill = self._prefills[-1]
         self.modulation.generating = prefill.generating
         self._executor.advance(prefill.state, prefill.segments[-1].stop if until is None else until)
+
+    def stats(self) -> dict[str, Any]:
+        """What runs the model, what its weights are kept in, and the bytes that these take."""
+        return {"kernel": self.kernel, "weights": self._weights, "weight_bytes": self._executor.weight_bytes}
 
     @property
     def splits_prefills(self) -> bool:

@@ -59,6 +59,7 @@ class TorchModel:
     ) -> None:
         self._trunk = make_trunk(model)
         self.whole = self._trunk.num_parts == 1
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._head = OutputHead(model)
         self._cache = cache
         self._hooks = Hooks(architecture, modulation)

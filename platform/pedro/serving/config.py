@@ -19,6 +19,9 @@ class ServeConfig(Frozen):
     """How requests name the bare backbone; its id, or the directory's name, if not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the backbone's weights; the CPU kernel wants float32."""
+    weights: Literal["float32", "int8", "int4"] = "float32"
+    """What the CPU kernel keeps the backbone in; int8 and int4 are quantised at the start. It computes in float32 all
+    the same, and adapters stay as they are."""
     device: str = "cpu"
     """cpu or cuda."""
     replicas: int = Field(1, ge=1)

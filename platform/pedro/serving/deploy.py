@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pedro.errors import ConflictError, PedroError, UnavailableError
+from pedro.errors import BackboneError, ConflictError, PedroError, UnavailableError
 from pedro.home import SERVER_RECORD
 
 if TYPE_CHECKING:
+    from pedro.backbone import Backbone
     from pedro.config import Settings
     from pedro.serving.config import ServeConfig
 
@@ -177,6 +178,22 @@ def _check(config: ServeConfig, here: bool) -> None:
     if here:
         check_dtype_and_device(config.dtype, config.device)
         check_tokenizer_files(backbone)
+        if config.weights != "float32":
+            _check_quantised(config, backbone)
+
+
+def _check_quantised(config: ServeConfig, backbone: Backbone) -> None:
+    """Raise BackboneError where the native kernel, which alone has such weights, would not run."""
+    from pedro.backbone import load_config
+    from pedro.engine.native_model import unfit
+
+    why = f"--device {config.device}" if config.device != "cpu" else ""
+    why = why or (f"--dtype {config.dtype}" if config.dtype != "float32" else unfit(load_config(backbone)))
+    if why:
+        raise BackboneError(
+            f"weights: {config.weights} is for the CPU kernel with --dtype float32, and that cannot run here: {why}; "
+            "use --weights float32"
+        )
 
 
 def _error_of_a_replica() -> PedroError | None:

@@ -103,6 +103,7 @@ class ReplicaServer:
                 max_waiting=config.max_waiting,
                 tenant_weights=config.tenant_weights,
                 threads=threads,
+                weights=config.weights,
             ),
             self._fetch,
             backbone.digest,

@@ -1,0 +1,167 @@
+"""A backbone's weights in float32, int8 and int4, side by side: speed with PEDRO adapters, memory, and quality.
+
+Speed: as many requests as adapters, every kind in every round; ratios are to float32. Where llama.cpp is given, it
+answers the same prompts from the same weights in its own Q8_0 and Q4_1, without adapters. Quality: perplexity of real
+backbones on windows of WikiText-2 as the engine itself reads them; the ratio is to float32's, window by window.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from jobs.benchmarks.bench_engine import BenchEngine, use_threads
+from jobs.benchmarks.engine_process import EnginePool, EngineProcessError
+from jobs.benchmarks.gguf_model import saved_gguf
+from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, prompts
+from jobs.benchmarks.random_adapters import adapter_directories
+from jobs.benchmarks.report import BenchmarkReport
+from jobs.benchmarks.stats import mean_of_groups, paired_ratio
+from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
+from pedro.data.general_text import MOST_TOKENS, windows
+from pedro.engine.panels import WEIGHTS
+from pedro.errors import BackboneError
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.command_line import Options
+    from jobs.benchmarks.engine_process import Log
+
+BATCHES, BACKBONES = (1, 8, 32), ("pedro-nano", "smollm2-135m")
+QUICK_TOKENS = 500
+LLAMA_CPP = {"llama.cpp Q8_0": ("Q8_0", "int8"), "llama.cpp Q4_1": ("Q4_1", "int4")}  # and which of ours is beside it
+Figures = dict[str, float]
+
+
+def run(options: Options, log: Log) -> BenchmarkReport:
+    """Speed of each size and batch, then quality of each backbone; a backbone that is not here is skipped."""
+    use_threads(options.threads)
+    rounds = options.rounds or (2 if options.quick else 9)
+    tokens = QUICK_TOKENS if options.quick else MOST_TOKENS
+    settings = {"rounds": rounds, "prompt": PROMPT_TOKENS, "new": NEW_TOKENS, "threads": options.threads}
+    report = BenchmarkReport("weights", {**settings, "adapters": "PEDRO, one a request", "scored_tokens": tokens})
+    for name in options.models or (("S",) if options.quick else ("S", "SmolLM2")):
+        with EnginePool(log) as peers:
+            _Speed(MODEL_SIZES[name], options, rounds, peers, log).measure(report)
+        report.skipped |= peers.skipped
+    if "llamacpp" not in options.peers:
+        report.skipped["llama.cpp"] = "not asked for; give --peer llamacpp=/path/to/python"
+    for backbone in options.backbones or (("pedro-nano",) if options.quick else BACKBONES):
+        try:
+            _quality(backbone, tokens, options.threads, report, log)
+        except BackboneError as error:
+            report.skipped[backbone] = error.message
+    return report
+
+
+class _Speed:
+    """One size: our engines in this process, llama.cpp's in others; one computes at a time."""
+
+    def __init__(self, size: ModelSize, options: Options, rounds: int, peers: EnginePool, log: Log) -> None:
+        self._size, self._rounds, self._peers, self._log = size, rounds, peers, log
+        self._batches = options.batches or ((1, 8) if options.quick else BATCHES)
+        most, length = max(self._batches), PROMPT_TOKENS + NEW_TOKENS + 1
+        setup: dict[str, Any] = {"max_batch": most, "threads": options.threads}
+        self._engines = {kind: BenchEngine(size, weights=kind, max_length=length, **setup) for kind in WEIGHTS}
+        self._refs = [str(directory) for directory in adapter_directories(size, "pedro", most)]
+        for engine in self._engines.values():
+            engine.load(self._refs)
+        python = options.peers.get("llamacpp")
+        for name, (kind, _) in LLAMA_CPP.items() if python else ():
+            model = str(saved_gguf(size, kind))
+            peers.start(name, "prefix-llamacpp", {**setup, "model": model, "length": length}, str(python))
+
+    def measure(self, report: BenchmarkReport) -> None:
+        """A row for each engine and batch; the engines are closed behind it."""
+        report.facts.setdefault("peers", {})[self._size.name] = self._peers.wait()
+        for batch in self._batches:
+            seen: dict[str, list[Figures]] = {}
+            for number in range(self._rounds + 1):  # the first only warms up
+                asked = prompts(self._size, batch, PROMPT_TOKENS, number)
+                for name, engine in self._engines.items():
+                    figures = engine.answer(asked, self._refs[:batch], NEW_TOKENS).figures()
+                    seen.setdefault(name, []).append(figures)
+                for name in LLAMA_CPP:
+                    if self._peers.has(name) and (answered := self._ask(name, asked)) is not None:
+                        seen.setdefault(name, []).append(answered)
+            report.rows += [self._row(name, batch, seen) for name in seen if len(seen[name]) > self._rounds]
+        for engine in self._engines.values():
+            engine.close()
+
+    def _ask(self, name: str, asked: list[list[int]]) -> Figures | None:
+        try:
+            found = self._peers.run(name, {"prompts": asked, "new": NEW_TOKENS, "cache": False})
+        except EngineProcessError as error:
+            self._peers.skip(name, str(error))
+            return None
+        return {**found, "ttft_ms": median(found["first_ms"])}
+
+    def _row(self, name: str, batch: int, seen: dict[str, list[Figures]]) -> dict[str, Any]:
+        row: dict[str, Any] = {"model": self._size.name, "batch": batch, "weights": name}
+        if name in self._engines:
+            row["weight_mb"] = round(self._engines[name].engine.stats()["weight_bytes"] / 2**20, 1)
+        others = {"": "float32"} if name in self._engines else {"": "float32", "ours_": LLAMA_CPP[name][1]}
+        for figure, of in (("decode_tok_s", "decode"), ("ttft_ms", "ttft")):
+            own = [figures[figure] for figures in seen[name][1:]]
+            row[figure] = round(median(own), 2)
+            for prefix, other in others.items():
+                theirs = [figures[figure] for figures in seen[other][1:]]
+                ratio = paired_ratio(theirs, own) if prefix else paired_ratio(own, theirs)
+                row |= {f"{prefix}{of}_ratio": round(ratio.value, 4), f"{prefix}{of}_ratio_interval": ratio.interval}
+        ours = f"; ours / its {row['ours_decode_ratio']:.2f}" if "ours_decode_ratio" in row else ""
+        ratios = f"{row['decode_ratio']:.2f} of float32, first token {row['ttft_ratio']:.2f}{ours}"
+        self._log(f"  {self._size.name} B={batch} {name}: {row['decode_tok_s']:.0f} tok/s, {ratios}")
+        return row
+
+
+def _quality(name: str, tokens: int, threads: int, report: BenchmarkReport, log: Log) -> None:
+    """Raises BackboneError for a backbone that is not here."""
+    backbone = resolve_backbone(name)
+    tokenizer = load_tokenizer(backbone)
+    rows = windows(tokenizer, tokens, context_length(backbone))
+    plain: list[float] = []
+    for kind in WEIGHTS:
+        losses = _losses(name, rows, kind, threads)
+        plain = plain or [sum(window) for window in losses]
+        scored = sum(map(len, losses))
+        nats = sum(map(sum, losses)) / scored
+        changes = [(sum(window) - was) * len(losses) / scored for window, was in zip(losses, plain, strict=True)]
+        change = mean_of_groups([changes])
+        report.rows.append(
+            {
+                "model": name,
+                "weights": kind,
+                "perplexity": round(math.exp(nats), 4),
+                "perplexity_ratio": round(math.exp(change.value), 5),
+                "perplexity_ratio_interval": [round(math.exp(value), 5) for value in (change.low, change.high)],
+                "scored": scored,
+            }
+        )
+        log(f"  {name} {kind}: perplexity {math.exp(nats):.3f}, {math.exp(change.value):.4f} of float32's")
+
+
+def _losses(name: str, rows: list[dict[str, Any]], kind: str, threads: int) -> list[list[float]]:
+    """Nats of each token to be predicted, window by window."""
+    backbone = resolve_backbone(name)
+    longest = max(len(row["input_ids"]) for row in rows) + 1
+    size = MODEL_SIZES["tiny"]  # names nothing here: the model is given
+    setup: dict[str, Any] = {"max_batch": 4, "max_length": longest, "threads": threads, "weights": kind}
+    engine = BenchEngine(size, model=load_model(backbone), digest=backbone.digest, **setup)
+    losses = []
+    for row in rows:
+        asked = engine.request(row["input_ids"], None, 1, prompt_logprobs=0)
+        engine.engine.add(asked)
+        found: list[float] = []
+        while engine.engine.has_work():
+            for output in engine.engine.step():
+                if output.error is not None:
+                    raise output.error
+                found += [
+                    -one.logprob for one in (output.prompt_logprobs or [])[row["prompt_len"] :] if one is not None
+                ]
+        losses.append(found)
+    engine.close()
+    del engine
+    gc.collect()
+    return losses
