@@ -169,7 +169,7 @@ def test_nothing_of_an_erased_tenant_is_in_any_file_or_table_and_nothing_of_anot
     entry = registry.store.list_audit()[0]
     assert (entry.action, entry.tenant, entry.after["keys"]) == ("tenant.erase", done.number, 1)
     assert done.rows["versions"] == 3
-    assert (done.rows["webhook endpoints"], done.rows["webhook deliveries"]) == (1, 3)
+    assert (done.rows["webhook endpoints"], done.rows["webhook deliveries"]) == (1, 4)
     assert done.files["checkpoints"].removed == 5
 
 

@@ -138,6 +138,45 @@ def test_each_alias_that_moves_is_told_with_the_version_that_it_means(store):
     ]
 
 
+def test_a_canary_s_start_change_withdrawal_and_end_are_told(store):
+    fill(store, 4)
+    store.promote("acme.raced", 1)
+    endpoint(store, "hook")
+
+    def canary(what: str, version: int, **data: object) -> tuple[str, dict]:
+        return f"adapter.canary.{what}", {"adapter": "acme.raced", "version": version, **data}
+
+    store.set_canary("acme.raced", 2, 0.1)
+    store.set_canary("acme.raced", 2, 0.1)  # nothing changes
+    store.set_canary("acme.raced", 2, 0.5)
+    store.set_canary("acme.raced", 3, 0.5)
+    here = store.get_adapter("acme.raced").generation
+    assert not store.withdraw_canary("acme.raced", 3, "worse", generation=here - 1)
+    assert store.withdraw_canary("acme.raced", 3, "worse", generation=here)
+    store.set_canary("acme.raced", 4, 0.2)
+    store.set_canary("acme.raced", 4, 0.0)
+    assert told(store) == [
+        canary("started", 2, weight=0.1),
+        canary("changed", 2, weight=0.5),
+        canary("ended", 2),
+        canary("started", 3, weight=0.5),
+        canary("withdrawn", 3, reason="worse"),
+        canary("started", 4, weight=0.2),
+        canary("ended", 4),
+    ]
+
+
+@pytest.mark.parametrize("move", ["promote", "rollback", "delete_version", "delete_adapter"])
+def test_a_canary_that_ends_with_a_move_is_told_beside_its_aliases(store, move):
+    fill(store, 3)
+    for version in (1, 2):
+        store.promote("acme.raced", version)
+    store.set_canary("acme.raced", 3, 0.1)
+    endpoint(store, "canaries", event_types=[kind for kind in EVENT_TYPES if "canary" in kind])
+    getattr(store, move)("acme.raced", *([3] if move in ("promote", "delete_version") else []))
+    assert told(store) == [("adapter.canary.ended", {"adapter": "acme.raced", "version": 3})]
+
+
 def test_a_move_that_is_refused_tells_nothing(store):
     fill(store, 2)
     endpoint(store, "hook")

@@ -20,7 +20,7 @@ from pedro.store.changes import ADAPTER, acting, announce, audited, next_generat
 from pedro.store.parents import refuse_parent
 from pedro.store.records import CANDIDATE, CHAMPION, Actor, By, Move, Standing, Version
 from pedro.store.standings import WHATEVER
-from pedro.store.webhook_outbox import ALIAS_MOVED, enter_event
+from pedro.store.webhook_outbox import enter_moves
 
 if TYPE_CHECKING:
     from pedro.refs import ModelRef
@@ -247,18 +247,11 @@ class _Moving:
         }
         self._connection.execute(sa.insert(schema.alias_history).values(entry))
         self._forget_moves()
-        told = {**(after or {}), "reason": self._reason} if self._action == "withdraw" else after
+        withdrawn = self._reason if self._action == "withdraw" else ""
+        told = {**(after or {}), "reason": withdrawn} if withdrawn else after
         audited(self._connection, actor, f"adapter.{self._action}", self._ref.tenant, name, before=before, after=told)
         announce(self._connection, self._generation, ADAPTER, name)
-        self._tell_webhooks()
-
-    def _tell_webhooks(self) -> None:
-        """An event for each alias that means another version now, or none."""
-        was, now = self.before.aliases, self.after.aliases
-        for alias in sorted(was.keys() | now.keys()):
-            if was.get(alias) != now.get(alias):
-                data = {"adapter": self._ref.name, "alias": alias, "version": now.get(alias)}
-                enter_event(self._connection, self._ref.tenant, ALIAS_MOVED, data, self.at)
+        enter_moves(self._connection, self._ref, self.before, self.after, self.at, withdrawn)
 
     def _forget_answers(self) -> None:
         """Another canary begins with none."""

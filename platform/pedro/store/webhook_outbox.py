@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -16,9 +17,12 @@ import sqlalchemy as sa
 from pedro.store import schema
 
 if TYPE_CHECKING:
-    from pedro.store.records import JobStatus
+    from pedro.refs import ModelRef
+    from pedro.store.records import Canary, JobStatus, Standing
 
 ALIAS_MOVED = "adapter.alias.moved"
+CANARY_STARTED, CANARY_CHANGED = "adapter.canary.started", "adapter.canary.changed"
+CANARY_WITHDRAWN, CANARY_ENDED = "adapter.canary.withdrawn", "adapter.canary.ended"
 PING = "ping"  # sent by a test alone
 EVENT_TYPES = (
     "fine_tuning.job.succeeded",
@@ -29,6 +33,10 @@ EVENT_TYPES = (
     "batch.expired",
     "batch.cancelled",
     ALIAS_MOVED,
+    CANARY_STARTED,
+    CANARY_CHANGED,
+    CANARY_WITHDRAWN,  # by itself, because of its answers
+    CANARY_ENDED,  # in any other way
 )
 MAX_WAITING = 1000  # events of one endpoint that were not sent yet
 DELIVERIES, ENDPOINTS = schema.webhook_deliveries.c, schema.webhook_endpoints.c
@@ -57,6 +65,37 @@ def enter_job_end(connection: sa.Connection, tenant: str, job_id: str, status: J
     """The event of a job that has ended as `status`; a pause is no end."""
     if status.final:
         enter_event(connection, tenant, f"fine_tuning.job.{status.value}", {"id": job_id}, time.time())
+
+
+def enter_moves(
+    connection: sa.Connection, ref: ModelRef, before: Standing, after: Standing, now: float, withdrawn: str = ""
+) -> None:
+    """The events of one move: one for each alias that means another version now, or none, and those of the canary.
+
+    `withdrawn` is why the canary was withdrawn by its answers.
+    """
+    was, means = before.aliases, after.aliases
+    for alias in sorted(was.keys() | means.keys()):
+        if was.get(alias) != means.get(alias):
+            data = {"adapter": ref.name, "alias": alias, "version": means.get(alias)}
+            enter_event(connection, ref.tenant, ALIAS_MOVED, data, now)
+    for kind, canary in _canary_events(before.canary, after.canary, withdrawn):
+        enter_event(connection, ref.tenant, kind, {"adapter": ref.name, **canary}, now)
+
+
+def _canary_events(was: Canary | None, now: Canary | None, withdrawn: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What became of a canary; of one in whose place another version stands, its end comes first."""
+    if was == now:
+        return
+    if was is not None and now is not None and was.version == now.version:
+        yield CANARY_CHANGED, {"version": now.version, "weight": now.weight}
+        return
+    if was is not None and withdrawn:
+        yield CANARY_WITHDRAWN, {"version": was.version, "reason": withdrawn}
+    elif was is not None:
+        yield CANARY_ENDED, {"version": was.version}
+    if now is not None:
+        yield CANARY_STARTED, {"version": now.version, "weight": now.weight}
 
 
 def new_event_id() -> str:
