@@ -100,7 +100,8 @@ def _named_by_content(objects: list[Object]) -> list[Object]:
 
 def _is_target(obj: Object, target: dict[str, str]) -> bool:
     assert target.keys() <= {"kind", "name"}, f"{target} is not rendered here"
-    return obj["kind"] == target["kind"] and target.get("name", obj["metadata"]["name"]) == obj["metadata"]["name"]
+    name = obj["metadata"]["name"]
+    return bool(obj["kind"] == target["kind"] and target.get("name", name) == name)
 
 
 def _apply(obj: Object, operation: dict[str, Any]) -> None:

@@ -214,8 +214,8 @@ def compared(settings: Settings, job: data.Job) -> None:
         empty=True,
     )
     if other:
-        sides = [of_job(each, read_runs(settings, each)[0]) for each in (job, by_id[other])]
-        beside(settings, *sides, where="beside")
+        one, second = (of_job(each, read_runs(settings, each)[0]) for each in (job, by_id[other]))
+        beside(settings, one, second, where="beside")
 
 
 def _one(chosen: str | None) -> str | None:

@@ -11,7 +11,7 @@ import json
 import random
 import string
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, prompts
@@ -24,10 +24,9 @@ from pedro.gateway.backend import AnswerShape
 from pedro.serving.answer_shapes import AnswerShapes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from jobs.benchmarks.command_line import Options
     from jobs.benchmarks.engine_process import Log
+    from pedro.model_protocols import Tokenizer
     from pedro.serving.answer_shapes import NewMask
 
 SCHEMA = {  # many objects, so that no answer of the benchmark is whole
@@ -96,9 +95,10 @@ def _decode(engine: BenchEngine, refs: list[str], seed: int, new_mask: NewMask |
     return timeline.figures()["decode_tok_s"]
 
 
-def random_vocabulary(size: ModelSize) -> PreTrainedTokenizerFast:
+def random_vocabulary(size: ModelSize) -> Tokenizer:
     """A tokenizer of `size.vocab` tokens: three special ones, all bytes, then words of 2 to 10 letters and signs."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(0)  # noqa: S311
@@ -110,6 +110,7 @@ def random_vocabulary(size: ModelSize) -> PreTrainedTokenizerFast:
         if drawn not in known:
             known.add(drawn)
             words.append(drawn)
-    made = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], unk_token=UNKNOWN))
+    made = tokenizers.Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], unk_token=UNKNOWN))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=UNKNOWN, bos_token=BEGIN, eos_token=END)
+    wrapped: Any = PreTrainedTokenizerFast(tokenizer_object=made, unk_token=UNKNOWN, bos_token=BEGIN, eos_token=END)
+    return cast("Tokenizer", wrapped)

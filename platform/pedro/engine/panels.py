@@ -77,7 +77,8 @@ class PanelPacker:
         """Rows [P × NR, K] as panels: [P, K, NR] in float32, else bytes [P, G, scales, minima and codes]."""
         panel = 2 * self._simd_width
         if kind == "float32":
-            return rows.float().unflatten(0, (-1, panel)).transpose(1, 2).contiguous()
+            panels: torch.Tensor = rows.float().unflatten(0, (-1, panel)).transpose(1, 2)
+            return panels.contiguous()
         return torch.cat([self._quantised(part, kind) for part in rows.split(PART_ROWS // panel * panel)])
 
     def _quantised(self, rows: torch.Tensor, kind: str) -> torch.Tensor:
