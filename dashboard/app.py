@@ -21,6 +21,7 @@ ICON = str(HERE / "icon.png")
 PAGES = (
     ("overview", "Overview", ":material/dashboard:"),
     ("compare", "Compare", ":material/compare_arrows:"),
+    ("train", "Train", ":material/model_training:"),
     ("runs", "Runs", ":material/play_circle:"),
     ("sweeps", "Sweeps", ":material/tune:"),
     ("activations", "Activations", ":material/show_chart:"),

@@ -22,7 +22,7 @@ import pytest
 from dashboard_stack import ADAPTER, ROOT, stack
 
 pytestmark = pytest.mark.slow
-PAGES = ("Overview", "Compare", "Runs", "Sweeps", "Activations", "Adapters", "Serving", "Playground", "Demo")
+PAGES = ("Overview", "Compare", "Train", "Runs", "Sweeps", "Activations", "Adapters", "Serving", "Playground", "Demo")
 SCREENSHOTS = ROOT / "dashboard" / "screenshots"
 SETTLED = """() => document.querySelector('h1')
   && !document.querySelector('[data-testid=stStatusWidget]')
@@ -127,6 +127,9 @@ def choose(page, label: str, *texts: str) -> None:
 
 
 def type_key(page, platform) -> None:
+    """A key that is typed on one page is there on every other."""
+    if page.get_by_text("answers; admin key").count():
+        return
     box = page.get_by_label("API key", exact=True)
     box.fill(platform.admin)
     box.press("Enter")
@@ -186,6 +189,7 @@ def test_a_reader_visits_every_page_filters_promotes_and_asks(open_page, platfor
     picture(page, "overview")
     look_at_results(page)
     look_at_vectors(page)
+    start_a_job(page, platform)
     watched = open_page()  # its page stays open and sees what follows
     visit(watched, "Serving")
     type_key(watched, platform)
@@ -226,6 +230,31 @@ def look_at_vectors(page) -> None:
     page.get_by_text("What the prompt decides").wait_for()
     settled(page)
     picture(page, "activations")
+
+
+def start_a_job(page, platform) -> None:
+    """A file is dropped, checked and estimated; its job is made and can be ended, all by the mouse."""
+    visit(page, "Train")
+    type_key(page, platform)
+    rows = "".join(f'{{"prompt": "play {n}", "completion": "{n % 2}"}}\n' for n in range(40))
+    file = {"name": "My rows.jsonl", "mimeType": "application/jsonl", "buffer": rows.encode()}
+    page.locator("[data-testid=stFileUploaderDropzoneInput]").first.set_input_files(file)
+    page.get_by_text("can be trained on").wait_for()
+    settled(page)
+    page.get_by_role("button", name="Estimate").click()
+    page.get_by_text("Trained parameters").wait_for()
+    settled(page)
+    picture(page, "train")
+    page.get_by_role("button", name="Start training").click()
+    page.get_by_text("What it told").wait_for()
+    job_id = page.url.rpartition("job=")[2]
+    reply = httpx.get(f"{platform.gateway}/v1/fine_tuning/jobs/{job_id}", headers=key_of(platform), timeout=30)
+    assert reply.json()["training_file"].startswith("file-")
+    page.get_by_role("button", name="End this job").click()
+    page.get_by_role("button", name="End it").click()
+    page.get_by_text("cancelled", exact=True).first.wait_for()
+    page.get_by_role("button", name="Train another").click()
+    page.get_by_text("Chosen: ").wait_for()  # the file stays chosen
 
 
 def move_the_champion_and_back(page, platform) -> None:

@@ -29,8 +29,8 @@ NOT_NAMED = "-"  # the name of no adapter: what an admin key is told of it is a 
 class GatewayError(PedroError):
     """The gateway refused, or could not be asked. `status` is its answer's, 0 where there was none."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, status: int = 0, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
         self.status = status
 
 
@@ -63,11 +63,11 @@ class GatewayClient:
     def status(self) -> GatewayStatus:
         """Three short requests; never raises."""
         try:
-            self._ask("GET", "/health", keyed=False)
+            self.ask("GET", "/health", keyed=False)
         except GatewayError as error:
             return GatewayStatus(False, problem=error.message)
         try:
-            ready = self._ask("GET", "/ready", keyed=False).get("status") == "ready"
+            ready = self.ask("GET", "/ready", keyed=False).get("status") == "ready"
         except GatewayError:
             ready = False
         try:
@@ -77,24 +77,24 @@ class GatewayClient:
 
     def metrics_history(self, seconds: float, after: float = 0.0) -> dict[str, Any]:
         """What was served in the last `seconds`, of it what ended later than `after`. The key must be an admin key."""
-        return self._ask("GET", f"/metrics/history?seconds={seconds:.0f}&after={after:.3f}")
+        return self.ask("GET", f"/metrics/history?seconds={seconds:.0f}&after={after:.3f}")
 
     def models(self) -> list[dict[str, Any]]:
         """The models that the key may ask for: the backbone, and champions."""
-        models: list[dict[str, Any]] = self._ask("GET", "/v1/models")["data"]
+        models: list[dict[str, Any]] = self.ask("GET", "/v1/models")["data"]
         return models
 
     def adapter(self, name: str) -> dict[str, Any]:
         """Versions, aliases, and where it is resident."""
-        return self._ask("GET", f"/v1/adapters/{name}")
+        return self.ask("GET", f"/v1/adapters/{name}")
 
     def promote(self, name: str, version: int) -> dict[str, Any]:
         """Make a version champion; gives the adapter as it is then."""
-        return self._ask("POST", f"/v1/adapters/{name}/promote", {"version": version})
+        return self.ask("POST", f"/v1/adapters/{name}/promote", {"version": version})
 
     def rollback(self, name: str) -> dict[str, Any]:
         """Swap champion and previous; gives the adapter as it is then."""
-        return self._ask("POST", f"/v1/adapters/{name}/rollback")
+        return self.ask("POST", f"/v1/adapters/{name}/rollback")
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed answer. An error on the way is raised as one before it would be."""
@@ -103,24 +103,32 @@ class GatewayClient:
                 if line.startswith("data: ") and line != "data: [DONE]":
                     event = _parsed(line.removeprefix("data: "))
                     if "error" in event:
-                        raise GatewayError(_message(event) or "the answer broke off", 200)
+                        raise GatewayError(str(_error_of(event).get("message") or "the answer broke off"), 200)
                     yield event
 
     def _access(self) -> Access:
         if not self.key:
             return Access.NONE
         try:
-            self._ask("POST", f"/v1/adapters/{NOT_NAMED}/unpin")  # of the routes that operators alone have, and no act
+            self.ask("POST", f"/v1/adapters/{NOT_NAMED}/unpin")  # of the routes that operators alone have, and no act
         except GatewayError as error:
             if error.status in (401, 403, 404):
                 return {401: Access.UNKNOWN, 403: Access.TENANT, 404: Access.ADMIN}[error.status]
             raise
         return Access.ADMIN
 
-    def _ask(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, keyed: bool = True
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        keyed: bool = True,
+        timeout_s: float = TIMEOUT_S,
+        **more: Any,
     ) -> dict[str, Any]:
-        with self._sent(method, path, body, keyed=keyed) as reply:
+        """The JSON object that it answers with; `more` is of httpx: `headers`, or `files` and `data` of a form."""
+        with self._sent(method, path, body, timeout_s, keyed=keyed, **more) as reply:
             return _parsed(reply.text)
 
     @contextmanager
@@ -132,13 +140,17 @@ class GatewayClient:
         timeout_s: float = TIMEOUT_S,
         *,
         keyed: bool = True,
+        headers: Mapping[str, str] | None = None,
+        **more: Any,
     ) -> Iterator[httpx.Response]:
         """A reply of status 200, its body not read yet where there is much of it to come."""
-        headers = {"Authorization": f"Bearer {checked_key(self.key)}"} if self.key and keyed else {}
+        sent = dict(headers or {})
+        if self.key and keyed:
+            sent["Authorization"] = f"Bearer {checked_key(self.key)}"
         timeout = httpx.Timeout(timeout_s, connect=3.0)
         with self._errors():
             asked = _client().build_request(
-                method, f"{checked_url(self.url)}{path}", json=body, headers=headers, timeout=timeout
+                method, f"{checked_url(self.url)}{path}", json=body, headers=sent, timeout=timeout, **more
             )
             reply = _client().send(asked, stream=True)
         try:
@@ -147,8 +159,7 @@ class GatewayClient:
                 if not streamed:
                     reply.read()
             if reply.status_code != 200:
-                said = _message(_json(reply.text)) or f"it answered with status {reply.status_code}"
-                raise GatewayError(said, reply.status_code)
+                raise _refusal(_error_of(_json(reply.text)), reply.status_code)
             yield reply
         finally:
             reply.close()
@@ -217,6 +228,13 @@ def _json(text: str) -> Any:
         return None
 
 
-def _message(document: Any) -> str:
+def _error_of(document: Any) -> dict[str, Any]:
     error = document.get("error") if isinstance(document, dict) else None
-    return str(error.get("message") or "") if isinstance(error, dict) else ""
+    return error if isinstance(error, dict) else {}
+
+
+def _refusal(error: Mapping[str, Any], status: int) -> GatewayError:
+    """As the API says it."""
+    said = str(error.get("message") or f"it answered with status {status}")
+    param, code = (str(error[name]) if error.get(name) else None for name in ("param", "code"))
+    return GatewayError(said, status, param=param, code=code)

@@ -76,7 +76,7 @@ def _labels(runs: Sequence[TrackedRun]) -> list[str]:
     labels = []
     for run in runs:
         mine = _asked(run)
-        apart = [key for key, seen in values[_method(run)].items() if len(seen) > 1 and key in mine]
+        apart = [key for key, seen in values.get(_method(run), {}).items() if len(seen) > 1 and key in mine]
         labels.append(" ".join([_method(run), *(f"{key.rpartition('.')[2]}={mine[key]}" for key in apart)]))
     return labels
 
