@@ -48,7 +48,7 @@ class Drivers:
         prepare(job, self.settings)
 
     def look(self):
-        return ClusterView(dict(self.states), [{"CPU": 4.0}], {}, frozenset(self.states))
+        return ClusterView(dict(self.states), [{"CPU": 4.0}], {}, {name: {"CPU": 4.0} for name in self.states})
 
     def start(self, job, submission_id):
         self.states[submission_id] = JobStatus.RUNNING
@@ -433,6 +433,22 @@ def test_a_job_is_cancelled_paused_and_resumed(platform, client):
         with pytest.raises(openai.ConflictError):
             refused(made.id)
     assert client.fine_tuning.jobs.cancel(made.id).status == "cancelled", "again does no harm"
+
+
+def test_a_sweep_is_a_job_of_its_tenant_too(platform, client, request):
+    base = {"resources": {"workers": 1, "cpus_per_worker": 1}, "training": {"batch_size": 8}, "data": {"train": "/x"}}
+    spec = {**base, "sweep": {"name": "rates", "workers": 1, "at_once": 2}}
+    sweep = platform.store.create_job(tenant_of(request), "voice", spec, f"sweep-{tenant_of(request)}", queued=True).id
+    (listed,) = client.fine_tuning.jobs.list()
+    assert (listed.id, listed.status, listed.training_file) == (sweep, "queued", "")
+    platform.rounds()
+    assert client.fine_tuning.jobs.retrieve(sweep).hyperparameters.batch_size == 8
+    client.fine_tuning.jobs.pause(sweep)
+    platform.rounds()
+    assert client.fine_tuning.jobs.resume(sweep).status == "queued"
+    client.fine_tuning.jobs.cancel(sweep)
+    assert client.fine_tuning.jobs.retrieve(sweep).status == "cancelled"
+    assert "Fine-tuning job started" in [event.message for event in client.fine_tuning.jobs.list_events(sweep)]
 
 
 def test_a_file_that_was_deleted_while_its_job_waited_fails_it(platform, client):

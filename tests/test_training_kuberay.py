@@ -79,6 +79,15 @@ def test_a_job_without_gpus_asks_for_none_though_the_template_has_one(cluster, s
     assert workers(cluster.items[job])[1]["cpu"] == "0.5"
 
 
+def test_a_sweep_becomes_a_rayjob_with_the_workers_of_the_trials_that_run_at_once(cluster, settings, store):
+    spec = {"resources": {"workers": 2, "cpus_per_worker": 1}, "sweep": {"workers": 2, "at_once": 3}}
+    sweep = store.create_job("acme", "voice", spec, "sweep-1", queued=True).id
+    Controller(store, KubeRayJobs(settings, cpus=5)).round()
+    words = shlex.split(cluster.items[sweep]["spec"]["entrypoint"])
+    assert words[2:] == ["pedro.training.sweep.job", "--sweep", sweep, "--attempt", "1", "--at-once", "2"]
+    assert workers(cluster.items[sweep])[0] == 4
+
+
 def test_all_fine_tunes_together_hold_no_more_than_they_may(cluster, settings, store):
     first, second = queued(store, cpus_per_worker=3), queued(store, cpus_per_worker=2)
     controller = Controller(store, KubeRayJobs(settings, cpus=4))

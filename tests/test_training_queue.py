@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from queue_cluster import NODE, Clock, Cluster, ends
 
 from pedro.errors import ConfigError, ConflictError, NotFoundError, RateLimitError, UnavailableError
 from pedro.store import Idempotency, JobStatus, Store, Usage
@@ -15,46 +16,6 @@ from pedro.training.queue.budgets import used_up
 from pedro.training.queue.controller import LEASE_S, MOST_LOSSES, Controller
 from pedro.training.queue.launcher import Claim, ClusterView
 from pedro.training.queue.turns import in_turn
-
-NODE = {"CPU": 2.0}
-
-
-class Cluster:
-    """Drivers that do what the test says, on nodes of two cores."""
-
-    def __init__(self, *nodes):
-        self.nodes = nodes or (NODE,)
-        self.states: dict[str, JobStatus] = {}
-        self.claims: dict[str, Claim] = {}
-        self.stopped: list[str] = []
-        self.away = False
-        self.most = 0
-
-    def look(self):
-        if self.away:
-            raise UnavailableError("the cluster is away")
-        running = {name for name, state in self.states.items() if not state.final}
-        taken = {"CPU": sum(self.claims[name].total["CPU"] for name in running), "GPU": 0.0}
-        return ClusterView(dict(self.states), self.nodes, taken, frozenset(running))
-
-    def start(self, job, submission_id):
-        if self.away:
-            raise UnavailableError("the cluster is away")
-        assert submission_id not in self.states, "a driver is started once"
-        self.claims[submission_id] = Claim.of(job.spec)
-        self.states[submission_id] = JobStatus.RUNNING
-        self.most = max(self.most, sum(not state.final for state in self.states.values()))
-
-    def stop(self, submission_id):
-        self.stopped.append(submission_id)
-        self.states[submission_id] = JobStatus.CANCELLED
-
-
-class Clock:
-    now = 1_000_000.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
@@ -72,14 +33,6 @@ def clock():
 def queued(store, tenant="acme", *, cpus=1.0, workers=1, priority=0, adapter="voice"):
     spec = {"resources": {"workers": workers, "cpus_per_worker": cpus}}
     return store.create_job(tenant, adapter, spec, queued=True, priority=priority).id
-
-
-def ends(store, cluster, job_id, status=JobStatus.SUCCEEDED):
-    """A driver enters its end, and ends."""
-    job = store.get_job(job_id)
-    store.update_job(job_id, status=JobStatus.RUNNING, attempt=job.attempt)
-    store.update_job(job_id, status=status, attempt=job.attempt)
-    cluster.states[job.submission_id] = status
 
 
 def test_a_driver_starts_only_when_its_resources_are_free(store, clock):
@@ -538,4 +491,4 @@ def test_claims_are_read_from_specs():
     view = ClusterView({}, [{"CPU": 8.0, "GPU": 1.0}])
     assert not view.holds(claim)
     assert view.holds(replace(claim, workers=1))
-    assert view.free([replace(claim, workers=1)]) == {"CPU": 4.0, "GPU": 0.0}
+    assert view.free([replace(claim, workers=1).total]) == {"CPU": 4.0, "GPU": 0.0}

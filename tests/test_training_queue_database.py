@@ -54,9 +54,9 @@ class Processes:
 
     def look(self) -> ClusterView:
         states = {name: self._state(driver) for name, driver in self._drivers.items()}
-        running = {name for name, state in states.items() if not state.final}
-        taken = {"CPU": sum(self._claims[name].total["CPU"] for name in running), "GPU": 0.0}
-        return ClusterView(states, ({"CPU": 2.0},), taken, frozenset(running))
+        held = {name: self._claims[name].total for name, state in states.items() if not state.final}
+        taken = {"CPU": sum(amounts["CPU"] for amounts in held.values()), "GPU": 0.0}
+        return ClusterView(states, ({"CPU": 2.0},), taken, held)
 
     def start(self, job, submission_id) -> None:
         assert submission_id not in self._drivers, "a driver is started once"

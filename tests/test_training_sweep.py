@@ -22,8 +22,10 @@ from pedro.cli import app
 from pedro.config import Settings
 from pedro.errors import ConfigError, ConflictError, NotFoundError
 from pedro.registry import MANIFEST, Registry
-from pedro.store import Store
-from pedro.training import ray_jobs
+from pedro.store import JobStatus, Store
+from pedro.training import ray_jobs, submit
+from pedro.training.job_log import kept_log
+from pedro.training.queue.process import end_controller
 from pedro.training.sweep import launch
 from pedro.training.sweep.planner import make_planner
 from pedro.training.sweep.records import Records, TrialOutcome, TrialState, recall
@@ -273,8 +275,10 @@ def test_the_best_is_the_finished_trial_of_least_validation_loss(tmp_path):
 def test_a_sweep_is_found_again_by_its_spec_and_its_data(tmp_path):
     settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
     spec = sweep_for(tmp_path)
+    store = Store(settings.database_url)
     with pytest.raises(NotFoundError, match=r"--resume: no sweep of exactly this spec"):
-        launch.reopen(spec, settings, "http://127.0.0.1:9")
+        launch.resume(spec, settings, store)
+    store.close()
     record = launch.create(spec, settings)
     assert recall(settings.storage, launch.staged(spec, settings)) == record.id
     assert Records(settings.storage, record.id).spec() == launch.staged(spec, settings)
@@ -332,18 +336,6 @@ def test_a_sweep_from_before_the_later_fields_is_found(tmp_path):
     kept.parent.mkdir(parents=True)
     kept.write_text('{"id": "sweep-old"}')
     assert recall(settings.storage, spec) == "sweep-old"
-
-
-def test_a_sweep_that_still_runs_is_not_started_twice(tmp_path, monkeypatch):
-    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
-    spec = sweep_for(tmp_path)
-    record = launch.create(spec, settings)
-    monkeypatch.setattr(ray_jobs, "status", lambda job_id, url: "RUNNING")
-    with pytest.raises(ConflictError, match=f"{record.id} still runs"):
-        launch.reopen(spec, settings, "")
-    monkeypatch.setattr(ray_jobs, "status", lambda job_id, url: "FAILED")
-    assert launch.reopen(spec, settings, "").submission_id == f"{record.id}-again-1"
-    assert launch.reopen(spec, settings, "").submission_id == f"{record.id}-again-2"
 
 
 # Planners and schedulers
@@ -465,6 +457,7 @@ def home(tmp_path_factory):
     registry = Registry.open(settings)
     registry.models()  # creates the schema, which takes a while
     yield settings, registry, head.dashboard_url
+    end_controller(settings)
     cluster.stop_head(settings)
     os.environ.clear()
     os.environ.update(inherited)
@@ -480,32 +473,37 @@ def _drivers(sweep_id):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alone(home, tmp_path):
+def test_a_sweep_that_is_killed_and_paused_repeats_no_finished_trial_and_a_diverging_one_fails_alone(home, tmp_path):
     settings, registry, url = home
     rates = [1e-2, 100.0, 3e-3, 2e-2]
     training = {"max_steps": 20, "eval_every": 10, "clip": 0, "warmup": 0.0}
     asked = {"scheduler": {"name": "none"}, "concurrency": 2, "training": training}
     spec = sweep_for(tmp_path, {"training.lr": {"grid": rates}}, **asked)
-    record = launch.create(spec, settings)
-    records = Records(settings.storage, record.id)
-    launch.start(record, settings, url)
+    sweep_id = launch.submit(spec, settings, registry.store)
+    records = Records(settings.storage, sweep_id)
     while not any(trial.state is TrialState.FINISHED for trial in records.trials()):  # the last has not begun by then
-        assert ray_jobs.status(record.submission_id, url) in ("PENDING", "RUNNING"), ray_jobs.logs(
-            record.submission_id, url
-        )
+        assert not registry.store.get_job(sweep_id).status.final, kept_log(settings.storage, sweep_id)
         time.sleep(0.2)
-    for process in _drivers(record.id):
+    for process in _drivers(sweep_id):
         process.send_signal(signal.SIGKILL)
-    while ray_jobs.status(record.submission_id, url) == "RUNNING":
+    while ray_jobs.status(sweep_id, url) == "RUNNING":
         time.sleep(0.2)
     before = [trial for trial in records.trials() if trial.state.final]
     assert 1 <= len(before) < len(rates)
     curves = {trial.run_id: registry.metric_history(trial.run_id, "train/loss") for trial in before}
     written = {n: (Path(records.location) / f"results/{n:03d}.json").stat().st_mtime_ns for n in _numbers(before)}
 
-    again, lines = launch.reopen(spec, settings, url), []
-    launch.start(again, settings, url)
-    result = json.loads(launch.wait(again, url, lines.append))
+    while registry.store.get_job(sweep_id).attempt == 1 or registry.store.get_job(sweep_id).status != "running":
+        time.sleep(0.2)  # its controller starts another driver
+    assert submit.stop(sweep_id, settings, registry.store, JobStatus.PAUSED).status == "paused"
+    while ray_jobs.status(f"{sweep_id}-2", url) == "RUNNING":
+        time.sleep(0.2)
+    assert _drivers(sweep_id) == []
+    submit.resume(sweep_id, settings, registry.store)
+    lines = []
+    job = submit.until_end(sweep_id, settings, registry.store, lines.append)
+    result = launch.result_of(job, settings)
+    assert (job.attempt, job.submission_id) == (3, f"{sweep_id}-3")
 
     after = records.trials()
     assert result["kept"] >= len(before)
@@ -523,14 +521,14 @@ def test_a_killed_sweep_repeats_no_finished_trial_and_a_diverging_one_fails_alon
     version = registry.get("acme.colours")
     assert (version.ref, version.run_id, version.digest) == (result["model"], best.run_id, best.outcome.digest)
     manifest = json.loads((registry.download(version) / MANIFEST).read_text())
-    assert manifest["sweep"]["id"] == record.id
+    assert manifest["sweep"]["id"] == sweep_id
     assert manifest["sweep"]["trial"] == best.number
     assert manifest["sweep"]["parameters"] == best.parameters
     parents = {registry.client.get_run(trial.run_id).data.tags["mlflow.parentRunId"] for trial in after}
     assert parents == {result["run_id"]}
     kept = registry.download_artifacts(result["run_id"], "sweep", tmp_path)
     assert {path.name for path in kept.iterdir()} == {"summary.json", "trials.csv", "parallel.png"}
-    assert (settings.home / "sweeps" / record.id / "parallel.png").is_file()
+    assert (settings.home / "sweeps" / sweep_id / "parallel.png").is_file()
 
 
 def _numbers(trials):

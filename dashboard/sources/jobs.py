@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pedro.errors import NotFoundError, PedroError
 from pedro.refs import ModelRef
 from pedro.registry import Registry, queries
-from pedro.store import JobRecord, JobStatus, Store
+from pedro.store import JobKind, JobRecord, JobStatus, Store
 from pedro.training import ray_jobs, submit
 from pedro.training.job_log import kept_log
 from pedro.training.job_status import FROM_RAY, LOST, ClusterJobs, ReconciledJob, reconcile, reconcile_record
@@ -25,7 +25,6 @@ from sources.stores import ask_registry, ask_store
 if TYPE_CHECKING:
     from pedro.config import Settings
 
-FINE_TUNING, SWEEP = "fine-tuning", "sweep"
 OPEN = (JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.VALIDATING, JobStatus.PAUSED)
 CURVES = {"train/loss": "Training loss", "dev/loss": "Validation loss"}
 PLOTS: dict[str, dict[str, str]] = {  # what can be drawn of a run: metrics, and what they are called
@@ -89,7 +88,7 @@ class Jobs:
 
 
 def live_jobs(settings: Settings) -> Jobs:
-    """What is under way: open jobs of the records, and the cluster's other jobs (sweeps) that have not ended."""
+    """What is under way: open jobs of the records, and what else runs on the cluster (sweeps of earlier releases)."""
     cluster = ask_cluster(settings)
 
     def read(store: Store) -> list[ReconciledJob]:
@@ -197,7 +196,7 @@ def cancel(settings: Settings, job_id: str) -> str:
     def stop(store: Store) -> str:
         try:
             store.get_job(job_id)
-        except NotFoundError:  # a sweep, which keeps its own records
+        except NotFoundError:  # a sweep of an earlier release
             return _end_on_cluster(settings, job_id)
         return _ask(partial(submit.stop, job_id, settings, store))[1]
 
@@ -266,13 +265,14 @@ def _of_store(job: ReconciledJob) -> Job:
     record = job.record
     return Job(
         id=record.id,
-        kind=FINE_TUNING,
+        kind=record.kind,
         tenant=record.tenant,
         adapter=record.adapter,
         status=str(job.status),
         created=record.created,
         ended=record.finished,
         message=job.message,
+        sweep=record.id if record.kind == JobKind.SWEEP else "",
         record=record,
     )
 
@@ -282,7 +282,7 @@ def _of_cluster(ray_job: Mapping[str, Any]) -> Job:
     tenant, _, adapter = str(metadata.get("model", "")).partition(".")
     return Job(
         id=ray_job["id"],
-        kind=SWEEP if "sweep" in metadata else FINE_TUNING,
+        kind=JobKind.SWEEP if "sweep" in metadata else JobKind.FINE_TUNING,
         tenant=metadata.get("tenant", tenant),
         adapter=metadata.get("adapter", adapter),
         status=str(FROM_RAY.get(ray_job["status"], ray_job["status"].lower())),

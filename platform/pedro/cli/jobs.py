@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pedro.config import Settings
     from pedro.training.job_status import ClusterJobs
 
-app = typer.Typer(help="Fine-tuning jobs: list, logs, stop, pause, resume, retry.", no_args_is_help=True)
+app = typer.Typer(help="Fine-tuning jobs and sweeps: list, logs, stop, pause, resume, retry.", no_args_is_help=True)
 JobId = Annotated[str, typer.Argument(help="The job's id, from `pedro jobs list`.")]
 
 
@@ -114,7 +114,7 @@ def submit(
 def list_jobs(
     tenant: Annotated[str | None, typer.Argument(help="Only this tenant's.")] = None, as_json: AsJson = False
 ) -> None:
-    """List fine-tuning jobs, newest first. Looking changes nothing: `lost` is a job whose cluster is gone."""
+    """List jobs and sweeps, newest first. Looking changes nothing: `lost` is a job whose cluster is gone."""
     from pedro.config import Settings
 
     rows = _as_they_stand(Settings.from_env(), tenant)
@@ -158,10 +158,10 @@ def logs(
     settings = Settings.from_env()
     there = settings.ray_address is not None or find_head(settings) is not None
     kept, known = kept_log(settings.storage, job), None
-    with suppress(NotFoundError):  # a sweep, which keeps its own records
+    with suppress(NotFoundError):  # a sweep of an earlier release
         known = Store(settings.database_url).get_job(job)
     if follow and not as_json and (known or there):
-        with suppress(NotFoundError):  # a sweep of an earlier cluster has ended
+        with suppress(NotFoundError):  # one of an earlier cluster has ended
             coming = (
                 training.follow(job, settings, Store(settings.database_url))
                 if known
@@ -243,7 +243,7 @@ def stop_job(job: str) -> str:
     store = Store(settings.database_url)
     try:
         known = store.get_job(job)
-    except NotFoundError:  # a sweep, which keeps its own records
+    except NotFoundError:  # a sweep of an earlier release
         return ray_jobs.stop(job, _cluster().dashboard_url)
     return known.status if known.status.final else training.stop(job, settings, store).status
 
@@ -274,7 +274,7 @@ def _as_they_stand(settings: Settings, tenant: str | None) -> list[dict[str, Any
     if cluster.problem:
         log(f"what runs is as the records have it: {cluster.problem}")
     return [
-        {**asdict(job.record), "status": job.status, "message": job.message}
+        {**asdict(job.record), "kind": job.record.kind, "status": job.status, "message": job.message}
         for job in reconcile(store, cluster, tenant)
     ]
 

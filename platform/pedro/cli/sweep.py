@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,15 +22,19 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Start nothing; check everything, show the trials and their cost.")
     ] = False,
+    priority: Annotated[
+        int, typer.Option(help="Of jobs that wait, those of a higher priority start first.", min=-100, max=100)
+    ] = 0,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Resume the last sweep of this spec; finished trials are not run again."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try a space of settings as trials of one Ray Tune job, and register the best as a new version.
+    """Queue a sweep, which tries a space of settings as trials of Ray Tune and registers the best as a new version.
 
-    Trials are compared by their validation loss; ASHA stops the worse ones early.
+    It starts when the cluster has room for one trial at least; `pedro jobs` lists, pauses and stops it. Trials are
+    compared by their validation loss; ASHA stops the worse ones early.
 
     Examples: `pedro sweep jobs/configs/nano_sweep_r.yaml --wait`,
     `pedro sweep jobs/configs/nano_sweep_r.yaml base.training.max_steps=100 --dry-run`
@@ -48,25 +51,30 @@ def sweep(
         _dry_run(wanted, as_json)
         return
     from pedro.cluster import connect
+    from pedro.store import Store
+    from pedro.training.queue.launcher import check_fits
+    from pedro.training.submit import until_end
     from pedro.training.sweep import launch
 
     settings = Settings.from_env()
-    url = connect(settings, log).dashboard_url
-    record = launch.reopen(wanted, settings, url) if resume else launch.create(wanted, settings)
-    launch.start(record, settings, url)
+    store = Store(settings.database_url)
+    if settings.launcher == "ray" and connect(settings, log).local:
+        check_fits(wanted.base, settings)
+    queue = launch.resume if resume else launch.submit
+    sweep_id = queue(wanted, settings, store, priority=priority)
     if not wait:
-        follow = f"follow it:  pedro jobs logs {record.submission_id} --follow"
+        follow = f"follow it:  pedro jobs logs {sweep_id} --follow"
         emit(
-            {"sweep": record.id, "job_id": record.submission_id, "model": wanted.base.name},
+            {"sweep": sweep_id, "job_id": sweep_id, "model": wanted.base.name},
             as_json,
-            lambda: typer.echo(f"{record.id}\n{follow}"),
+            lambda: typer.echo(f"{sweep_id}\n{follow}"),
         )
         return
-    log(f"{record.id} {'resumes' if resume else 'sweeps'} {wanted.base.name}")
+    log(f"{sweep_id} {'resumes' if resume else 'sweeps'} {wanted.base.name}")
     try:
-        result = json.loads(launch.wait(record, url, log))
+        result = launch.result_of(until_end(sweep_id, settings, store, log), settings)
     except KeyboardInterrupt:
-        log(f"the sweep keeps running; `pedro jobs stop {record.submission_id}` ends it")
+        log(f"the sweep keeps running; `pedro jobs stop {sweep_id}` ends it")
         raise
     emit(result, as_json, lambda: _show(result, list(wanted.space)))
 

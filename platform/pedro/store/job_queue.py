@@ -22,7 +22,7 @@ from pedro.store.erasing import refuse_erased
 from pedro.store.event_rows import end_event, insert_events
 from pedro.store.jobs import job_not_found, job_record
 from pedro.store.parents import check_parent
-from pedro.store.records import By, JobRecord, JobStatus
+from pedro.store.records import By, JobKind, JobRecord, JobStatus
 from pedro.store.webhook_outbox import enter_job_end
 
 if TYPE_CHECKING:
@@ -96,12 +96,16 @@ class JobQueue:
         return self._change(job, JobStatus.VALIDATING, status=JobStatus.QUEUED.value, message="")
 
     def start_job(self, job: JobRecord, submission_id: str, starts: int) -> bool:
-        """Enter that a driver of the job is started as `submission_id`; False if another one was started since
-        `starts` were counted, or the job changed: then look again."""
+        """Enter that a driver of the job is started as `submission_id`, with the spec that `job` has: its workers are
+        held from now on. False if another one was started since `starts` were counted, or the job changed: then look
+        again."""
         waits = sa.and_(
             self._held(job), JOBS.status == JobStatus.QUEUED.value, JOBS.submission_id.is_(None), JOBS.wanted.is_(None)
         )
-        started = {"submission_id": submission_id, "started": time.time(), "message": "", "estimated_finish": None}
+        now = {"submission_id": submission_id, "started": time.time()}
+        started: dict[str, Any] = {**now, "message": "", "estimated_finish": None}
+        if job.kind == JobKind.SWEEP:
+            started["spec"] = job.spec
         with self._database.writing() as connection:
             if not self._count_start(connection, starts):
                 return False
@@ -177,7 +181,7 @@ class JobQueue:
                 .where(JOBS.id == job_id, JOBS.attempt > 0, JOBS.status.in_([source.value for source in sources]))
                 .values(
                     status=status, attempt=JOBS.attempt + 1, submission_id=None, wanted=None, finished=None,
-                    message="", lease_owner=None, lease_until=None,
+                    result=None, message="", lease_owner=None, lease_until=None,
                 )
             ).rowcount  # fmt: skip
             job = self._job(connection, job_id)

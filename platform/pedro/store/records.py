@@ -33,6 +33,11 @@ class JobStatus(StrEnum):
         return not NEXT[self]
 
 
+class JobKind(StrEnum):
+    FINE_TUNING = "fine-tuning"
+    SWEEP = "sweep"  # many of them, by one driver
+
+
 NEXT = {
     JobStatus.VALIDATING: {JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED},
     JobStatus.QUEUED: {JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED},
@@ -149,6 +154,11 @@ class JobRecord:
     def name(self) -> str:
         """The adapter that it trains, `tenant.adapter`."""
         return ModelRef(self.tenant, self.adapter).name
+
+    @property
+    def kind(self) -> JobKind:
+        """A sweep's spec is that of its trials, with a section `sweep` that no other can have."""
+        return JobKind.SWEEP if "sweep" in self.spec else JobKind.FINE_TUNING
 
 
 @dataclass(frozen=True)

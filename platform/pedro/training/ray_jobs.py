@@ -10,8 +10,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pedro.cluster import is_loopback
@@ -65,26 +65,6 @@ def launch(module: str, job_id: str, settings: Settings, dashboard_url: str, met
         )
     except (RuntimeError, OSError) as error:
         raise UnavailableError(f"the Ray cluster at {dashboard_url} did not take the job: {_line(error)}") from error
-
-
-def until_end(
-    job_id: str, dashboard_url: str, log: Callable[[str], None] = lambda _line: None
-) -> tuple[Literal["SUCCEEDED", "STOPPED", "FAILED"], str]:
-    """Follow a job to its end and `log` its lines: how it ended, with its result as JSON or with what went wrong."""
-    last, failure = "", ""
-    for line in follow(job_id, dashboard_url):
-        if line.startswith("{"):
-            last = line
-        elif line.startswith("error: "):
-            failure = line.removeprefix("error: ")
-        else:
-            log(line)
-    state = status(job_id, dashboard_url)
-    if state == "SUCCEEDED":
-        return "SUCCEEDED", last
-    if state == "STOPPED":
-        return "STOPPED", f"job {job_id} was stopped"
-    return "FAILED", failure or f"job {job_id} failed; `pedro jobs logs {job_id}` shows everything it wrote"
 
 
 def follow(job_id: str, dashboard_url: str) -> Iterator[str]:
@@ -158,8 +138,8 @@ def drivers(dashboard_url: str) -> list[JobDetails]:
 
 
 def jobs(dashboard_url: str) -> list[dict[str, Any]]:
-    """The Ray jobs of the platform that the cluster knows, newest first: id, metadata (tenant, adapter and job, or
-    tenant, model and sweep), status, message, started, ended."""
+    """The Ray jobs of the platform that the cluster knows, newest first: id, metadata (tenant, adapter and job; of
+    sweeps of earlier releases tenant, model and sweep), status, message, started, ended."""
     submitted = sorted(drivers(dashboard_url), key=lambda job: job.start_time or 0, reverse=True)
     return [
         {

@@ -54,7 +54,14 @@ def submit(spec: FineTuneSpec, settings: Settings, store: Store, *, priority: in
 
 
 def wait(job_id: str, settings: Settings, store: Store, log: Callable[[str], None] = lambda _line: None) -> JobResult:
-    """Follow a job to its end, `log` its lines without Ray's prefixes, and return its result.
+    """Follow a fine-tuning job to its end, as `until_end` does, and return its result."""
+    return JobResult(**(until_end(job_id, settings, store, log).result or {}))
+
+
+def until_end(
+    job_id: str, settings: Settings, store: Store, log: Callable[[str], None] = lambda _line: None
+) -> JobRecord:
+    """Follow a job or a sweep until it has succeeded, and `log` its lines without Ray's prefixes.
 
     Raises TrainingError with the job's own error line if it failed, was stopped or paused.
     """
@@ -63,7 +70,7 @@ def wait(job_id: str, settings: Settings, store: Store, log: Callable[[str], Non
             log(line)
     job = store.get_job(job_id)
     if job.status == JobStatus.SUCCEEDED:
-        return JobResult(**(job.result or {}))
+        return job
     if job.status == JobStatus.PAUSED:
         raise TrainingError(f"job {job_id} was paused; `pedro jobs resume {job_id}` lets it go on")
     if job.status == JobStatus.CANCELLED:

@@ -19,10 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from pedro.errors import NotFoundError, PedroError, UnavailableError
-from pedro.store import JobStatus
+from pedro.store import JobKind, JobStatus
 from pedro.training.queue.budgets import used_up
 from pedro.training.queue.launcher import Claim
 from pedro.training.queue.prepare import told_error
+from pedro.training.queue.sweeps import widened
 from pedro.training.queue.turns import in_turn
 
 if TYPE_CHECKING:
@@ -190,13 +191,13 @@ class Controller:
 
     def _start(self, waiting: list[JobRecord], running: list[JobRecord], view: ClusterView, starts: int) -> None:
         """Start what fits, in turn. Behind one that must wait for others to end, none is let through."""
-        promised = [Claim.of(job.spec) for job in running if job.submission_id not in view.placed]
+        promised = [view.missing(job) for job in running]
         held = Counter(job.tenant for job in running)
         history = self._store.worker_seconds(self._clock() - HISTORY_S) if waiting else {}
         over_budget = used_up(self._store, self._clock()) if waiting else {}
         while job := in_turn(waiting, held, history):
             waiting.remove(job)
-            claim = Claim.of(job.spec)
+            claim = Claim.least(job)
             if self._per_tenant is not None and held[job.tenant] >= self._per_tenant:
                 self._store.explain_wait(job, f"waits for the tenant's other jobs: {self._per_tenant} run at once")
             elif why := over_budget.get(job.tenant):
@@ -207,13 +208,14 @@ class Controller:
                 self._store.explain_wait(job, f"waits for {claim} to be free")
                 return
             else:
+                started = widened(job, view, promised, waiting) if job.kind == JobKind.SWEEP else job
                 submission_id = driver_id(job, job.attempt)
-                if not self._store.start_job(job, submission_id, starts):
+                if not self._store.start_job(started, submission_id, starts):
                     return  # another controller was first, or the job was stopped: the next round sees it
                 starts += 1
                 held[job.tenant] += 1
-                promised.append(claim)
-                self._launch(job, submission_id)
+                promised.append(Claim.of(started.spec).total)
+                self._launch(started, submission_id)
 
     def _hold_back(self, job: JobRecord, why: str) -> None:
         if job.message != why:

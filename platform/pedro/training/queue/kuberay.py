@@ -1,4 +1,4 @@
-"""Drivers as RayJobs of KubeRay: each fine-tune on a Ray cluster of its own, which comes and goes with it.
+"""Drivers as RayJobs of KubeRay: each fine-tune or sweep on a Ray cluster of its own, which comes and goes with it.
 
 A suspended RayJob in the namespace is the template, as `kubectl create job --from` takes a CronJob for one: image,
 settings, memory and security are its, and the operator's to write. Name, entrypoint, number of workers and their CPUs
@@ -65,12 +65,10 @@ class KubeRayJobs:
             items: Any = self._client.list(self._kind, labels=dict(OURS))
             found = [item.to_dict() for item in items]
         states = {item["metadata"]["name"]: _state(item) for item in found}
-        taken = dict.fromkeys(RESOURCES, 0.0)
-        for item in found:
-            if not states[item["metadata"]["name"]].final:
-                for name, amount in _held(item).items():
-                    taken[name] += amount
-        return ClusterView(states, [self._node], taken, frozenset(states))
+        held = {item["metadata"]["name"]: _held(item) for item in found}
+        open_ones = [amounts for name, amounts in held.items() if not states[name].final]
+        taken = {name: sum(amounts[name] for amounts in open_ones) for name in RESOURCES}
+        return ClusterView(states, [self._node], taken, held)
 
     def start(self, job: JobRecord, submission_id: str) -> None:
         with _answers(but=409):  # there is one already

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pedro.errors import ConfigError, UnavailableError
+from pedro.store import JobKind
 from pedro.training import ray_jobs
 from pedro.training.job_status import FROM_RAY
 from pedro.training.queue.prepare import prepare
@@ -42,6 +43,12 @@ class Claim:
             float(resources.get("gpus_per_worker", 0)),
         )
 
+    @classmethod
+    def least(cls, job: JobRecord) -> Claim:
+        """What a job cannot begin without: of a sweep, the workers of one trial."""
+        claim = cls.of(job.spec)
+        return replace(claim, workers=int(job.spec["sweep"]["workers"])) if job.kind == JobKind.SWEEP else claim
+
     @property
     def total(self) -> dict[str, float]:
         return {"CPU": self.workers * self.cpus, "GPU": self.workers * self.gpus}
@@ -61,9 +68,9 @@ class ClusterView:
     nodes: Sequence[Mapping[str, float]] = ()
     """What each node has in all."""
     taken: Mapping[str, float] = field(default_factory=dict)
-    """What serving, sweeps and drivers that have their workers hold."""
-    placed: frozenset[str] = frozenset()
-    """Drivers whose workers have their places: what they hold is in `taken`."""
+    """What serving and the drivers' workers hold."""
+    held: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """How much of that each driver's workers do, by submission id."""
 
     def holds(self, claim: Claim) -> bool:
         """Whether the claim could be met if nothing else ran."""
@@ -75,11 +82,16 @@ class ClusterView:
         ]
         return sum(places) >= claim.workers
 
-    def free(self, promised: Sequence[Claim] = ()) -> dict[str, float]:
-        """What is left, less what is promised to drivers that do not have their workers yet."""
+    def missing(self, job: JobRecord) -> dict[str, float]:
+        """What a driver was started with and its workers do not hold: not yet, or not between two trials."""
+        held = self.held.get(job.submission_id or "", {})
+        return {name: max(0.0, amount - held.get(name, 0.0)) for name, amount in Claim.of(job.spec).total.items()}
+
+    def free(self, promised: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
+        """What is left, less what is promised."""
         free = {name: sum(node.get(name, 0) for node in self.nodes) - self.taken.get(name, 0) for name in RESOURCES}
-        for claim in promised:
-            free = {name: free[name] - claim.total[name] for name in RESOURCES}
+        for amounts in promised:
+            free = {name: free[name] - amounts[name] for name in RESOURCES}
         return free
 
 
@@ -144,6 +156,10 @@ class RayJobs:
 
 def driver_arguments(job: JobRecord, settings: Settings) -> list[str]:
     """What `python -m` runs for a job's next start."""
+    if job.kind == JobKind.SWEEP:
+        at_once = Claim.of(job.spec).workers // Claim.least(job).workers
+        of_start = ["--attempt", str(job.attempt), "--at-once", str(at_once)]
+        return ["pedro.training.sweep.job", "--sweep", job.id, *of_start]
     location = join(settings.storage, "jobs", job.id, "spec.json")
     return ["pedro.training.job", "--spec", location, "--job-id", job.id, "--attempt", str(job.attempt)]
 
@@ -168,14 +184,16 @@ def _look(url: str) -> ClusterView:
     nodes = [dict(node.resources_total) for node in list_nodes(**ask, filters=[("state", "=", "ALIVE")])]
     groups = list_placement_groups(**ask, filters=[("state", "=", "CREATED")])
     actors = list_actors(**ask, filters=[("state", "=", "ALIVE")])
+    by_ray_id = {job.job_id: job.submission_id for job in drivers if job.submission_id}
     taken = dict.fromkeys(RESOURCES, 0.0)
-    for held in [
-        *(bundle.get("unit_resources") or bundle for group in groups for bundle in group.bundles or ()),
-        *(actor.required_resources or {} for actor in actors if not actor.placement_group_id),
+    held = {submission_id: dict.fromkeys(RESOURCES, 0.0) for submission_id in by_ray_id.values()}
+    for driver, amounts in [
+        *((by_ray_id.get(g.creator_job_id), b.get("unit_resources") or b) for g in groups for b in g.bundles or ()),
+        *((None, actor.required_resources or {}) for actor in actors if not actor.placement_group_id),
     ]:
         for name in RESOURCES:
-            taken[name] += float(held.get(name, 0))
-    by_ray_id = {job.job_id: job.submission_id for job in drivers if job.submission_id}
-    placed = frozenset(by_ray_id[group.creator_job_id] for group in groups if group.creator_job_id in by_ray_id)
+            taken[name] += float(amounts.get(name, 0))
+            if driver is not None:
+                held[driver][name] += float(amounts.get(name, 0))
     states = {job.submission_id: FROM_RAY[job.status.value] for job in drivers if job.submission_id}
-    return ClusterView(states, nodes, taken, placed)
+    return ClusterView(states, nodes, taken, held)

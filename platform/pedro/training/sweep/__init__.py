@@ -5,5 +5,5 @@ spec.py      the YAML of `pedro sweep`             tracker.py   who runs, who en
 variants.py  parameters -> a job's spec, checked   tuning.py    Ray Tune: who is next, who is stopped early
 planner.py   what the next trial tries             job.py       the Ray job: check, tune, register the best
 records.py   what must survive a kill              report.py    progress, summary table, figure
-launch.py    start, resume, follow
+launch.py    into the queue: new ones, resumed ones
 """

@@ -24,6 +24,7 @@ from pedro.registry import CHAMPION, Registry, Version
 from pedro.training.driver import connect_driver, drive, fail, log_beside, log_line
 from pedro.training.job import Log, check_data, flat, judge_version, move_alias
 from pedro.training.job_log import keeping_log
+from pedro.training.job_record import OwnRecord
 from pedro.training.job_usage import enter_training
 from pedro.training.sweep.launch import create
 from pedro.training.sweep.planner import make_planner
@@ -65,10 +66,19 @@ class SweepResult:
         return asdict(self)
 
 
-def run_sweep(sweep_id: str, settings: Settings, registry: Registry, log: Log = print) -> SweepResult:
+def run_sweep(
+    sweep_id: str,
+    settings: Settings,
+    registry: Registry,
+    log: Log = print,
+    *,
+    attempt: int = 1,
+    at_once: int | None = None,
+) -> SweepResult:
     """Run a sweep on the Ray cluster that this process is connected to, or what is left of it.
 
-    Raises PedroError; then what was trained stays, and the same call resumes from there.
+    `attempt` is which start of its driver this is; `at_once` how many trials its controller has room for. Raises
+    PedroError; then what was trained stays, and the same call resumes from there.
     """
     from pedro.training.sweep.tuning import concurrent_trials, run_trials
 
@@ -81,12 +91,12 @@ def run_sweep(sweep_id: str, settings: Settings, registry: Registry, log: Log = 
     try:
         tracker = TrialTracker(records, spec, make_planner(spec, records.trials()), registry, run_id)
         if tracker.waiting:
-            concurrency = min(spec.concurrency or concurrent_trials(spec.base.resources), tracker.waiting)
+            most = at_once or spec.concurrency or concurrent_trials(spec.base.resources)
+            concurrency = min(most, tracker.waiting)
             kept = f"{tracker.kept} of {tracker.planner.total} trials have ended before; " if tracker.kept else ""
             log(f"sweep {sweep_id}: {kept}{tracker.waiting} trials to run, {concurrency} at a time")
-            record = records.record()
-            assert record is not None
-            run_trials(tracker, settings, record.submission_id, concurrency, SweepProgress(tracker, log).show)
+            experiment = sweep_id if attempt == 1 else f"{sweep_id}-again-{attempt - 1}"
+            run_trials(tracker, settings, experiment, concurrency, SweepProgress(tracker, log).show)
         result = _finish(tracker, settings, registry, started, log)
         status = "FINISHED"
         return result
@@ -183,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pedro.training.sweep.job", description="Run one sweep, or resume it.")
     parser.add_argument("--sweep", help="the id of a sweep that `pedro sweep` has prepared, or that was interrupted")
     parser.add_argument("--spec", help="a YAML spec, for a new sweep")
+    parser.add_argument("--attempt", type=int, default=None, help="which start this is, if a controller counts them")
+    parser.add_argument("--at-once", type=int, default=None, help="trials that its controller has room for")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the spec")
     options = parser.parse_args(arguments)
     try:
@@ -190,16 +202,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = _record(options, settings)
     except PedroError as error:
         return fail(error.message)
-    with keeping_log(settings.storage, record.submission_id):
-        return _drive(record, settings)
+    with keeping_log(settings.storage, record.id):
+        return _drive(options, record, settings)
 
 
-def _drive(record: SweepRecord, settings: Settings) -> int:
+class _OwnRow(OwnRecord):
+    """A sweep's row: its trials are in its records, the metrics are those of the best."""
+
+    def succeeded(self, result: dict[str, Any]) -> None:
+        told = {name: value for name, value in result.items() if name != "trials"}
+        super().succeeded({**told, "metrics": result["best"]["metrics"]})
+
+
+def _drive(options: argparse.Namespace, record: SweepRecord, settings: Settings) -> int:
+    """Run the sweep, enter into its row how it goes, and in the usage ledger what its trials trained."""
+    own = _OwnRow(settings.database_url, record.id, log_line, options.attempt)
+
     def work() -> dict[str, Any]:
+        own.running()
         connect_driver(log_to_driver=False)
-        return run_sweep(record.id, settings, Registry.open(settings), log=log_line).to_dict()
+        registry, counted = Registry.open(settings), options.attempt or 1
+        result = run_sweep(record.id, settings, registry, log_line, attempt=counted, at_once=options.at_once)
+        return result.to_dict()
 
-    code = drive(work, "sweep", "`pedro jobs logs` shows where; --resume resumes it")
+    code = drive(work, "sweep", f"`pedro jobs logs {record.id} --raw` shows where; --resume resumes it", own)
     records = Records(settings.storage, record.id)
     model = records.spec().base.name
     for trial in records.trials():

@@ -1,25 +1,68 @@
-"""Starts a sweep on a cluster, or resumes one: what `pedro sweep` calls. Needs the cluster's URL alone."""
+"""Queues a sweep, or lets the last one of its spec go on: what `pedro sweep` calls. No cluster is asked here."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbones.sharing import offer_backbone
-from pedro.errors import ConflictError, NotFoundError, TrainingError
-from pedro.store import Store
-from pedro.training import ray_jobs
+from pedro.errors import ConflictError, NotFoundError, PedroError
+from pedro.store import JobStatus, Store
+from pedro.stored_files import remove
 from pedro.training.job import stage
-from pedro.training.job_status import RAY_OPEN
 from pedro.training.parent import with_pinned_parent
+from pedro.training.queue.process import hand_over
 from pedro.training.sweep.records import Records, SweepRecord, recall, remember
+from pedro.training.sweep.report import rows_of
+from pedro.training.sweep.variants import planned_trials, probes, variant
 from pedro.training.uploaded_files import with_uploaded_files
 
 if TYPE_CHECKING:
     from pedro.config import Settings
+    from pedro.store import JobRecord
     from pedro.training.sweep.spec import SweepSpec
+
+RESTS = (JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+AT_ONCE_IN_PODS = 4
+"""Trials at a time where each brings its pods, and nothing says how many there is room for."""
+
+
+def submit(spec: SweepSpec, settings: Settings, store: Store, *, priority: int = 0) -> str:
+    """Queue a new sweep and return its id, once a controller has it. Raises what `create` does; then there is none."""
+    record = create(spec, settings)
+    try:
+        _enter(record, settings, store, priority)
+    except PedroError:  # its tenant is being erased, its parent was deleted, or the database is away
+        remove(Records(settings.storage, record.id).location)
+        raise
+    hand_over(record.id, settings, store)
+    return record.id
+
+
+def resume(spec: SweepSpec, settings: Settings, store: Store, *, priority: int = 0) -> str:
+    """Queue the last sweep of this very spec and data again; what has ended of it is not run again.
+
+    Raises NotFoundError if there is none, ConflictError if it has not ended.
+    """
+    sweep_id = recall(settings.storage, staged(spec, settings))
+    record = Records(settings.storage, sweep_id).record() if sweep_id else None
+    if record is None:
+        raise NotFoundError(
+            f"--resume: no sweep of exactly this spec and data was started in {settings.storage}; give the same file "
+            "and the same key=value overrides, or leave --resume out to start anew",
+            param="--resume",
+        )
+    try:
+        job = store.get_job(record.id)
+    except NotFoundError:  # of an earlier release, without the queue
+        _enter(record, settings, store, priority)
+    else:
+        if job.status not in RESTS:
+            message = f"--resume: {record.id} is {job.status}; `pedro jobs logs {record.id} --follow` follows it"
+            raise ConflictError(message, param="--resume")
+        store.let_job_continue(record.id, RESTS)
+    hand_over(record.id, settings, store)
+    return record.id
 
 
 def create(spec: SweepSpec, settings: Settings) -> SweepRecord:
@@ -43,53 +86,35 @@ def create(spec: SweepSpec, settings: Settings) -> SweepRecord:
     return record
 
 
-def reopen(spec: SweepSpec, settings: Settings, dashboard_url: str) -> SweepRecord:
-    """The last sweep of this very spec and data, for another driver.
-
-    Raises NotFoundError if there is none, ConflictError if its driver still runs.
-    """
-    sweep_id = recall(settings.storage, staged(spec, settings))
-    record = Records(settings.storage, sweep_id).record() if sweep_id else None
-    if record is None:
-        raise NotFoundError(
-            f"--resume: no sweep of exactly this spec and data was started in {settings.storage}; give the same file "
-            "and the same key=value overrides, or leave --resume out to start anew",
-            param="--resume",
-        )
-    try:
-        state = ray_jobs.status(record.submission_id, dashboard_url)
-    except NotFoundError:  # the cluster it ran on is gone
-        state = "LOST"
-    if state in RAY_OPEN:
-        raise ConflictError(
-            f"--resume: {record.id} still runs; `pedro jobs logs {record.submission_id} --follow` follows it"
-        )
-    record = replace(record, submissions=record.submissions + 1)
-    Records(settings.storage, record.id).write_record(record)
-    return record
-
-
-def start(record: SweepRecord, settings: Settings, dashboard_url: str) -> None:
-    """Have the cluster run a driver for a sweep."""
-    module = f"pedro.training.sweep.job --sweep {record.id}"
-    base = record.spec["base"]
-    tried = record.spec["space"].get("backbone") or {}
-    for backbone in {base["backbone"], *map(str, tried.get("values") or ())}:
-        offer_backbone(settings, backbone)
-    # no "adapter" in the metadata, which would make it a fine-tuning job in lists
-    metadata = {"tenant": base["tenant"], "sweep": record.id, "model": f"{base['tenant']}.{base['adapter']}"}
-    ray_jobs.launch(module, record.submission_id, settings, dashboard_url, metadata)
-
-
-def wait(record: SweepRecord, dashboard_url: str, log: Callable[[str], None]) -> str:
-    """Follow a sweep to its end and return its result as JSON. Raises TrainingError if it failed or was stopped."""
-    state, text = ray_jobs.until_end(record.submission_id, dashboard_url, log)
-    if state != "SUCCEEDED":
-        raise TrainingError(f"{text}; `pedro sweep … --resume` resumes {record.id}")
-    return text
+def result_of(job: JobRecord, settings: Settings) -> dict[str, Any]:
+    """How a sweep ended, with all its trials (`SweepResult`)."""
+    return {**(job.result or {}), "trials": rows_of(Records(settings.storage, job.id).trials())}
 
 
 def staged(spec: SweepSpec, settings: Settings) -> SweepSpec:
-    """The spec with its data where every host finds it."""
+    """The spec with its data where every host finds them."""
     changes: dict[str, Any] = {"base": stage(with_uploaded_files(spec.base, settings), settings.storage)}
     return spec.model_copy(update=changes)
+
+
+def job_spec(spec: SweepSpec, settings: Settings) -> dict[str, Any]:
+    """What the queue knows of a sweep: its trials' spec, with the resources of the largest (`queue/sweeps.py`)."""
+    base = spec.to_dict()["base"]
+    if any(key.partition(".")[0] == "resources" for key in spec.space):
+        tried = [variant(spec, parameters).resources.model_dump() for _, parameters in probes(spec)]
+        base["resources"] = {name: max(each[name] for each in tried) for name in tried[0]}
+    planned = planned_trials(spec)
+    trials = spec.draws if planned is None else len(planned)
+    most = spec.concurrency or (AT_ONCE_IN_PODS if settings.launcher == "kuberay" else trials)
+    section = {"name": spec.name, "workers": base["resources"]["workers"], "at_once": min(most, trials)}
+    return {**base, "sweep": section}
+
+
+def _enter(record: SweepRecord, settings: Settings, store: Store, priority: int) -> None:
+    """The sweep's row, with the backbones that it needs in the storage."""
+    spec = Records(settings.storage, record.id).spec()
+    tried = spec.space.get("backbone")
+    for backbone in {spec.base.backbone, *map(str, tried.values if tried else ())}:
+        offer_backbone(settings, backbone)
+    fields = job_spec(spec, settings)
+    store.create_job(spec.base.tenant, spec.base.adapter, fields, record.id, queued=True, priority=priority)

@@ -96,15 +96,8 @@ class SweepRecord:
 
     id: str
     spec: dict[str, Any]
-    submissions: int = 1
-    """How often a driver was started for it."""
     run_id: str = ""
     """Its run in MLflow, once there is one."""
-
-    @property
-    def submission_id(self) -> str:
-        """The Ray job of its last driver."""
-        return self.id if self.submissions == 1 else f"{self.id}-again-{self.submissions - 1}"
 
 
 class Records:
@@ -117,7 +110,10 @@ class Records:
     def record(self) -> SweepRecord | None:
         """The sweep itself; None if there is none of this id."""
         text = read_text(join(self.location, "sweep.json"))
-        return None if text is None else SweepRecord(**json.loads(text))
+        if text is None:
+            return None
+        fields = json.loads(text)  # those of earlier releases count their drivers, too
+        return SweepRecord(fields["id"], fields["spec"], fields.get("run_id", ""))
 
     def write_record(self, record: SweepRecord) -> None:
         self._write("sweep.json", asdict(record))

@@ -64,7 +64,8 @@ class SweepSpec(Frozen):
     search: SearchSpec = SearchSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
     concurrency: int | None = Field(None, ge=1, le=4096)
-    """Most trials at a time; as many as the cluster's CPUs and GPUs allow if not given."""
+    """Most trials at a time; if not given, as many as the cluster has room for, beside what other jobs wait for, when
+    the sweep starts (4 where each brings its pods, PEDRO_LAUNCHER=kuberay). Their places are held until it ends."""
 
     @field_validator("name")
     @classmethod

@@ -41,7 +41,7 @@ def planned_trials(spec: SweepSpec) -> list[Parameters] | None:
 def check_sweep(spec: SweepSpec) -> None:
     """Raise one ConfigError with all that is wrong with the space, method options included, before anything starts."""
     mistakes: dict[str, str] = {}
-    for label, parameters in _probes(spec):
+    for label, parameters in probes(spec):
         try:
             job = variant(spec, parameters)
         except ConfigError as error:
@@ -57,7 +57,7 @@ def check_sweep(spec: SweepSpec) -> None:
         raise ConfigError("\n  ".join([head, *lines]), param=next(iter(mistakes.values())))
 
 
-def _probes(spec: SweepSpec) -> Iterator[tuple[str, Parameters]]:
+def probes(spec: SweepSpec) -> Iterator[tuple[str, Parameters]]:
     """The base alone, every listed value and both ends of every range alone, then the combinations that are planned."""
     yield "base", {}
     for key, dimension in spec.space.items():
