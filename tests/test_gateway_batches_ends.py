@@ -28,7 +28,7 @@ from gateway_batches import (
 )
 from gateway_server import serve
 
-from pedro.gateway import batch_work
+from pedro.gateway import batch_runner, batch_work
 from pedro.gateway.app import GatewaySettings
 
 QUICK = GatewaySettings(batch_lease_s=1.0)  # so that a killed gateway's batches need not be waited for
@@ -165,6 +165,29 @@ def test_rows_wait_for_a_quota_and_count_as_requests_of_it(wide):
     gateway.store.set_quota(key_id=gateway.store.list_keys("acme")[0].id, requests_per_day=100)
     assert counts(ended(watcher, made)) == (6, 6, 0)
     assert len(gateway.backend.calls) == 6
+
+
+def test_batches_that_wait_for_a_budget_keep_no_other_from_beginning(wide, monkeypatch):
+    monkeypatch.setattr(batch_runner, "MOST", 1)
+    monkeypatch.setattr(batch_work, "LONGEST_WAIT_S", 3600.0)
+    poor, other = wide.client(wide.key("acme", SCOPES)), wide.client(wide.key("globex", SCOPES))
+    watcher = wide.client(wide.key("acme", SCOPES))
+    wide.store.set_quota(key_id=wide.store.list_keys("acme")[0].id, requests_per_day=4)
+    made = begin(poor, [row(f"r{number}") for number in range(20)])
+    until(lambda: any(active.work.only_waits for active in wide.app.state.batches._active.values()))
+    done = ended(other, begin(other, [row("a")]))
+    assert (done.status, counts(done)) == ("completed", (1, 1, 0))
+    assert watcher.batches.retrieve(made.id).status == "in_progress"
+
+
+def test_a_batch_whose_answers_are_too_large_for_the_database_fails_with_those_that_are_not(wide, monkeypatch):
+    monkeypatch.setattr(batch_work, "MOST_ANSWERED", 2000)
+    client = wide.client(wide.key("acme", SCOPES))
+    done = ended(client, begin(client, [row(f"r{number}") for number in range(20)]))
+    assert (done.status, done.errors.data[0].code) == ("failed", "answers_too_large")
+    kept, unasked = answers(client, done.output_file_id), answers(client, done.error_file_id)
+    assert 0 < len(kept) < 20
+    assert sorted([*kept, *unasked]) == sorted(f"r{number}" for number in range(20))
 
 
 def test_rows_stand_aside_while_other_requests_are_open(tmp_path):

@@ -65,6 +65,7 @@ def test_a_job_becomes_a_rayjob_of_its_own_with_what_its_spec_asks(cluster, sett
     ]  # fmt: skip
     assert workers(made) == (2, {"cpu": "3", "nvidia.com/gpu": "1", "memory": workers(template)[1]["memory"]})
     assert "suspend" not in made["spec"], "the template never runs, and what is made of it does"
+    assert "activeDeadlineSeconds" not in made["spec"], "time that pods wait for room is no loss of a driver"
     assert template["spec"]["suspend"] is True
     assert made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "tuning"
     assert made["metadata"]["annotations"]["pedro/tenant"] == "acme"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 POLL_S = 2.0
 MOST = 32  # batches at work in one gateway; others are another one's
+MOST_WAITING = 256  # beside them: those of which no row can be asked now
 RETRY_S = 5.0  # before a batch is gone on with that met something that does not answer
 log = logging.getLogger("pedro.gateway")
 
@@ -100,7 +101,9 @@ class BatchRunner:
     def _lease(self) -> list[tuple[BatchRecord, Principal | None]]:
         """The batches to work on, each with the holder of its key, if that has not ended. On a thread."""
         now = time.time()
-        batches = self._store.lease_batches(self._owner, now, now + self._lease_s, self.clock(), MOST)
+        waiting = sum(active.work.only_waits for active in list(self._active.values()))
+        most = MOST + min(waiting, MOST_WAITING)
+        batches = self._store.lease_batches(self._owner, now, now + self._lease_s, self.clock(), most)
         keys = [self._store.find_key(batch.key_id) for batch in batches]
         callers = [None if key is None else Principal.of(*key) for key in keys]
         return list(zip(batches, callers, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ MAX_MISTAKES = 100  # that are told
 AWAY = (429, 503, 504)  # statuses of what may be otherwise in a while
 TRIES = 3  # of a row that met a fault of ours
 LONGEST_WAIT_S = 30.0
+MOST_ANSWERED = 1 << 30  # characters of a batch's answers that the database keeps until they are written out
 ASIDE_S = 0.05  # how often a row looks whether others are answered
 UNASKED = {
     BatchStatus.EXPIRED: ("batch_expired", "The completion window ended before this request was answered."),
@@ -84,7 +85,19 @@ class BatchWork:
         self._rows: Iterator[BatchRow | RowMistake] = iter(())
         self._ready: deque[BatchRow] = deque()
         self._answered: set[int] = set()
+        self._size = 0  # of the answers, in characters
+        self._asking = self._waiting = 0  # rows that are asked, or about to be; rows that are asked again later
         self._reading = asyncio.Lock()
+
+    @property
+    def only_waits(self) -> bool:
+        """Whether none of its rows can be asked now, for instance since a budget is used up."""
+        return self._waiting > 0 and not self._asking
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether its answers are more than the database is to keep."""
+        return self._size > MOST_ANSWERED
 
     @property
     def _asker(self) -> Principal:
@@ -101,8 +114,13 @@ class BatchWork:
                     await self.end(Ending(BatchStatus.FAILED, tuple(mistakes)))
                     return
                 await self._mine(store.begin_batch, batch, total, self._bench.clock())
+                self._batch = batch = replace(batch, total=total)
             if batch.status is not BatchStatus.FINALIZING:
                 await self._ask_rows()
+                if self._is_full:
+                    reason = f"its answers have more than {MOST_ANSWERED:,} characters; split the file, or ask for less"
+                    await self.end(Ending(BatchStatus.FAILED, (RowMistake("answers_too_large", reason),)))
+                    return
                 await self._mine(store.finalize_batch, batch, self._bench.clock())
             await self.end(Ending(BatchStatus.COMPLETED))
         except NotFoundError:
@@ -154,6 +172,7 @@ class BatchWork:
         """Have every row answered that is not yet; a few at once."""
         bench, batch = self._bench, self._batch
         self._answered = await asyncio.to_thread(bench.store.answered_lines, batch.id)
+        self._size = await asyncio.to_thread(bench.store.answers_size, batch.id)
         stream = await self._open()
         try:
             self._rows = read_rows(stream, batch.endpoint, bench.max_body_bytes)
@@ -169,7 +188,7 @@ class BatchWork:
 
     async def _ask_in_turn(self, place: int) -> None:
         """One row after another. All but the first stand aside while other requests are open."""
-        while row := await self._next_row():
+        while not self._is_full and (row := await self._next_row()):
             while place and self._bench.is_busy:
                 await asyncio.sleep(ASIDE_S)
             await self._ask(row)
@@ -188,18 +207,34 @@ class BatchWork:
         tries = 0
         while True:
             tries += 1
-            async with self._bench.rows:
-                self._bench.asking += 1
-                try:
-                    reply = await post(self._bench.app, batch.endpoint, row.body, self._asker, request_id)
-                finally:
-                    self._bench.asking -= 1
+            self._asking += 1
+            try:
+                reply = await self._reply(row, request_id)
+            finally:
+                self._asking -= 1
             wait_s = _wait_s(reply, tries)
             if wait_s is None:
                 break
-            await asyncio.sleep(wait_s)
+            self._waiting += 1
+            try:
+                await asyncio.sleep(wait_s)
+            finally:
+                self._waiting -= 1
+            if self._is_full:
+                return
         line = await asyncio.to_thread(answer_line, batch.id, row, reply, request_id)
+        self._size += len(line)
+        if self._is_full:
+            return
         await self._mine(self._bench.store.add_batch_answer, batch, row.line, reply.status, line)
+
+    async def _reply(self, row: BatchRow, request_id: str) -> Reply:
+        async with self._bench.rows:
+            self._bench.asking += 1
+            try:
+                return await post(self._bench.app, self._batch.endpoint, row.body, self._asker, request_id)
+            finally:
+                self._bench.asking -= 1
 
     async def _mine(self, change: Callable[..., bool], *args: Any) -> None:
         if not await asyncio.to_thread(change, *args):

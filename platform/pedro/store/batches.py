@@ -185,6 +185,12 @@ class BatchTable:
         with self._database.reading() as connection:
             return set(connection.execute(sa.select(ANSWERS.line).where(ANSWERS.batch_id == batch_id)).scalars())
 
+    def answers_size(self, batch_id: str) -> int:
+        """The characters of all that is kept of its answers."""
+        size = sa.select(sa.func.coalesce(sa.func.sum(sa.func.length(ANSWERS.body)), 0))
+        with self._database.reading() as connection:
+            return int(connection.execute(size.where(ANSWERS.batch_id == batch_id)).scalar_one())
+
     def read_answers(self, batch_id: str, *, good: bool) -> Iterator[str]:
         """The answers by line: those of status 200, or the other ones."""
         kind = ANSWERS.status_code == OK if good else ANSWERS.status_code != OK
