@@ -12,6 +12,7 @@ from dashboard_app import healthy, opener, words
 from dashboard_home import make_home
 from serving_adapters import backbone, make_adapter, register, settings_at, tokenizer
 
+from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.adapter_kinds import rational
 from pedro.backbone import load_model
 from pedro.errors import AdapterError, BackboneError
@@ -87,12 +88,33 @@ def test_fixed_activations_are_told_from_learned_ones(tmp_path):
 
 
 def test_distances_are_root_mean_squares_and_a_matrix_over_layers(made):
-    layers = activations.read_activations(made[0]).layers
-    rows = activations.distance_rows(layers, layers)
-    assert len(rows) == len(layers) ** 2
+    found = activations.read_activations(made[0])
+    rows = activations.distance_rows(found, found)
+    assert len(rows) == len(found.layers) ** 2
     assert all((row["distance"] == 0) == (row["layer"] == row["other"]) for row in rows)
     one, other = (activations.LayerActivation(0, "rational", (value,), ()) for value in (1.0, 3.0))
     assert activations.distance(one, other) == pytest.approx(2.0)
+
+
+def test_distances_count_where_the_inputs_lie():
+    flat = activations.LayerActivation(0, "rational", (0.0,), ())
+    bent = activations.LayerActivation(0, "rational", (0.0, 1.0), ())  # R(x) = x
+    given = activations.LayerInputs(0.0, 2.0, (0.75, 0.25))  # its bins' middles are 0.5 and 1.5
+    assert activations.distance(flat, bent, given) == pytest.approx((0.75 * 0.5**2 + 0.25 * 1.5**2) ** 0.5)
+    one, other = activations.Activations((flat,), {0: given}), activations.Activations((bent,))
+    assert activations.distance_rows(one, other)[0]["distance"] == activations.distance(flat, bent, given)
+    assert activations.distance_rows(other, one)[0]["distance"] == activations.distance(flat, bent)
+
+
+def test_the_shade_is_as_dense_as_the_inputs_and_lies_where_they_do():
+    inputs = [activations.LayerInputs(0.0, 2.0, (0.75, 0.25)), activations.LayerInputs(-1.0, 0.0, (1.0,))]
+    strips = activations.shade_rows(inputs, 3.0)
+    assert min(strip["low"] for strip in strips) == pytest.approx(-1.0)
+    assert max(strip["high"] for strip in strips) == pytest.approx(2.0)
+    by_place = {round(strip["low"] + 0.05, 2): strip["density"] for strip in strips}
+    assert (by_place[-0.55], by_place[0.55], by_place[1.55]) == pytest.approx((1.0, 0.75, 0.25))
+    assert activations.shade_rows([], 3.0) == []
+    assert activations.shade_rows([activations.LayerInputs(8.0, 9.0, (1.0,))], 3.0) == [], "none within reach"
 
 
 def test_what_is_no_pedro_adapter_is_told_with_the_reason(tmp_path):
@@ -239,6 +261,25 @@ def test_the_page_draws_figure_two_and_the_distances(page, home):
     assert charts(healthy(shown)) == 4
     shown.multiselect(key="layers_acme.voice:1").set_value([]).run()
     assert "Choose a layer" in words(healthy(shown).caption)
+
+
+def test_the_page_shades_what_training_recorded_and_tells_gelu_from_the_fit(page, made, tmp_path):
+    settings = settings_at(tmp_path / "home")
+    directory = shutil.copytree(made[0], tmp_path / "recorded")
+    given = {"low": -0.5, "high": 1.5, "shares": [0.25, 0.75]}
+    manifest = {**read_manifest(directory), "activation_inputs": {str(layer): given for layer in range(5)}}
+    write_manifest(directory, manifest)
+    register(Registry.open(settings), directory, "acme.recorded")
+    shown = page(settings.home)
+    told = words(shown.caption)
+    assert "lay for the rows on which training scored it, -0.5 to 1.5" in told
+    assert "where the x of each layer of acme.recorded:1 lay" in told
+    drawn = json.loads(shown.get("vega_lite_chart")[0].proto.spec)
+    behind, curves = drawn["layer"]
+    assert behind["mark"]["type"] == "rect"
+    scale = curves["encoding"]["color"]["scale"]
+    looks = dict(zip(scale["domain"], scale["range"], strict=True))
+    assert len({looks["GELU"], looks["initial fit"], *(looks[f"layer {layer}"] for layer in (0, 2, 4))}) == 5
 
 
 def test_the_page_draws_orders_by_layer(page, made, tmp_path):

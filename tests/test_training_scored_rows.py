@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from training_runs import LocalReporter, context_for, dpo_spec_for, spec_for
 
+from pedro.adapter_directory import read_manifest
 from pedro.errors import UnavailableError
 from pedro.evaluation.scoring import Score
+from pedro.methods.pedro import PedroLayer
+from pedro.methods.pedro.activation_inputs import BINS, summary
 from pedro.training import scored_rows, worker
 from pedro.training.scored_rows import FILE, ScoredRow, keep_rows, read_rows, write_rows
 
@@ -35,6 +39,26 @@ def test_each_row_that_was_scored_has_its_prompt_its_answers_and_its_scores(trai
     write_rows(tmp_path / FILE, rows)
     keep_rows(str(tmp_path / "storage"), "ftjob-1", tmp_path / FILE, pytest.fail)
     assert read_rows(str(tmp_path / "storage"), "ftjob-1") == rows
+
+
+def test_where_the_inputs_of_each_activation_lay_is_in_the_manifest(trained, tmp_path):
+    context, made = trained
+    layers = [module for module in context.model.modules() if isinstance(module, PedroLayer)]
+    assert list(made.activation_inputs) == [str(layer.index) for layer in layers]
+    for given in made.activation_inputs.values():
+        assert given["low"] < given["high"]
+        assert sum(given["shares"]) == pytest.approx(1.0, abs=1e-3)
+    worker.save(context, made, tmp_path / "adapter")
+    assert read_manifest(tmp_path / "adapter")["activation_inputs"] == made.activation_inputs
+    assert not any(layer._forward_hooks for layer in layers), "nothing records any more"
+
+
+def test_recorded_inputs_are_counted_in_equal_bins():
+    values = torch.linspace(-1.0, 3.0, 10_001)
+    told = summary({3: [values[:5000, None], values[5000:, None]], 4: [torch.full((4, 2), 0.5)]})
+    assert list(told) == ["3"], "what is always the same has no bins"
+    assert (told["3"]["low"], told["3"]["high"]) == pytest.approx((-0.996, 2.996), abs=1e-3)
+    assert told["3"]["shares"] == pytest.approx([1 / BINS] * BINS, abs=1e-3)
 
 
 def test_answers_of_several_workers_are_in_the_order_of_the_rows():

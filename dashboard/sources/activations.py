@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from pedro.adapter_directory import MANIFEST
 from pedro.errors import AdapterError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -23,6 +24,7 @@ COEFFICIENT = re.compile(r"\.(?P<layer>\d+)\.[^.]+\.pedro_(?P<letter>[ab])(?:\.|
 GENERATOR = re.compile(r"\.(?P<layer>\d+)\.[^.]+\.pedro_down(?:\.|$)")
 REACH = 5.0  # of x, on either side: the initial fit is good there
 POINTS = 121
+STRIPS = 60
 _fits: dict[tuple[int, int], LayerActivation] = {}
 
 
@@ -54,10 +56,29 @@ class LayerActivation:
 
 
 @dataclass(frozen=True)
+class LayerInputs:
+    """Where the x of one layer lay for the rows on which the version was scored: shares of equal bins."""
+
+    low: float
+    high: float
+    shares: tuple[float, ...]
+
+    def edges(self) -> np.ndarray:
+        return np.linspace(self.low, self.high, len(self.shares) + 1)
+
+    def weights(self, x: np.ndarray) -> np.ndarray:
+        """The density at each x; zero outside of the bins."""
+        at = np.clip(np.searchsorted(self.edges(), x, side="right") - 1, 0, len(self.shares) - 1)
+        width = (self.high - self.low) / len(self.shares)
+        return np.where((x >= self.low) & (x <= self.high), np.asarray(self.shares)[at] / width, 0.0)
+
+
+@dataclass(frozen=True)
 class Activations:
-    """Those of one adapter, by layer."""
+    """Those of one adapter, by layer; `inputs` of the layers of which they were recorded at training."""
 
     layers: tuple[LayerActivation, ...]
+    inputs: Mapping[int, LayerInputs] = field(default_factory=dict)
 
     @property
     def learned(self) -> bool:
@@ -80,7 +101,8 @@ def read_activations(directory: Path) -> Activations:
                     layer, str(name), coefficients.get((layer, "a"), ()), coefficients.get((layer, "b"), ())
                 )
                 for layer, name in zip(layers, listed, strict=True)
-            )
+            ),
+            _inputs(directory),
         )
     except (TypeError, ValueError) as error:
         raise AdapterError("adapter_config.json does not fit the weights; fetch the adapter again") from error
@@ -138,20 +160,45 @@ def curve_rows(curves: Mapping[str, Callable[[np.ndarray], np.ndarray]], x: np.n
     ]
 
 
-def distance(one: LayerActivation, other: LayerActivation, reach: float = REACH) -> float:
-    """Root mean square of the difference on [-reach, reach]."""
-    x = grid(reach)
-    return float(np.sqrt(np.mean((one(x) - other(x)) ** 2)))
+def distance(
+    one: LayerActivation, other: LayerActivation, inputs: LayerInputs | None = None, reach: float = REACH
+) -> float:
+    """Root mean square of the difference where the inputs lie, or evenly on [-reach, reach] where that is not known."""
+    if inputs is None:
+        x = grid(reach)
+        return float(np.sqrt(np.mean((one(x) - other(x)) ** 2)))
+    edges = inputs.edges()
+    x = (edges[:-1] + edges[1:]) / 2
+    return float(np.sqrt(np.average((one(x) - other(x)) ** 2, weights=inputs.shares)))
 
 
-def distance_rows(
-    one: Sequence[LayerActivation], other: Sequence[LayerActivation], reach: float = REACH
-) -> list[dict[str, Any]]:
-    """Every layer of `one` against every layer of `other`."""
+def shade_rows(inputs: Iterable[LayerInputs], reach: float) -> list[dict[str, float]]:
+    """Where inputs lie on [-reach, reach]: strips of x, and how dense they are there next to the densest of them.
+
+    Of several layers, the mean of their densities.
+    """
+    edges = np.linspace(-reach, reach, STRIPS + 1)
+    middle = (edges[:-1] + edges[1:]) / 2
+    held = [given.weights(middle) for given in inputs]
+    density = np.mean(held, axis=0) if held else np.zeros(STRIPS)
+    most = float(density.max())
     return [
-        {"layer": mine.index, "other": theirs.index, "distance": distance(mine, theirs, reach)}
-        for mine in one
-        for theirs in other
+        {"low": float(low), "high": float(high), "density": float(value / most)}
+        for low, high, value in zip(edges[:-1], edges[1:], density, strict=True)
+        if value > 0
+    ]
+
+
+def distance_rows(one: Activations, other: Activations) -> list[dict[str, Any]]:
+    """Every layer of `one` against every layer of `other`, where the inputs of the layer of `one` lie, if known."""
+    return [
+        {
+            "layer": mine.index,
+            "other": theirs.index,
+            "distance": distance(mine, theirs, one.inputs.get(mine.index)),
+        }
+        for mine in one.layers
+        for theirs in other.layers
     ]
 
 
@@ -174,6 +221,19 @@ def _coefficients(directory: Path) -> tuple[list[int], dict[tuple[int, str], tup
     if any((layer, other) not in coefficients for layer, letter in coefficients for other in "ab"):
         raise AdapterError(f"{WEIGHTS} holds half of a rational; fetch the adapter again")
     return sorted(layers), coefficients
+
+
+def _inputs(directory: Path) -> dict[int, LayerInputs]:
+    """What training recorded in the manifest; nothing of versions of earlier releases."""
+    try:
+        told = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["activation_inputs"]
+        return {
+            int(layer): LayerInputs(float(held["low"]), float(held["high"]), tuple(map(float, held["shares"])))
+            for layer, held in told.items()
+            if float(held["low"]) < float(held["high"]) and sum(map(float, held["shares"])) > 0
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -6,17 +6,12 @@ Loads PyTorch and the backbone into this process, on the CPU.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-
-    from pedro.methods.pedro import PedroLayer
 
 LONGEST = 2000  # characters of a prompt
 BINS = 40
@@ -62,25 +57,20 @@ class VectorReader:
         import torch
 
         from pedro.data.prompt_format import encode_prompt
+        from pedro.methods.pedro.activation_inputs import recorded
         from pedro.methods.prompt import KEPT
 
         messages = [{"role": "user", "content": prompt}]
         text = self._form.prompt(messages, self._tokenizer) if chat else prompt
         ids = encode_prompt(self._tokenizer, text)[-self._longest :]
-        seen: dict[int, np.ndarray] = {}
-        with self._lock, torch.inference_mode():
-            handles = [layer.register_forward_hook(_keep_inputs(seen)) for layer in _layers(self._model)]
-            try:
-                output = self._model(input_ids=torch.tensor([ids]), use_cache=True)
-            finally:
-                for handle in handles:
-                    handle.remove()
+        with self._lock, torch.inference_mode(), recorded(self._model) as seen:
+            output = self._model(input_ids=torch.tensor([ids]), use_cache=True)
         kept = getattr(output.past_key_values, KEPT)
         vectors = {
             layer: {target: made[0].float().numpy() for target, made in of_layer.items()}
             for layer, of_layer in kept.items()
         }
-        return PromptVectors(len(ids), vectors, seen)
+        return PromptVectors(len(ids), vectors, {layer: given[0][0].numpy() for layer, given in seen.items()})
 
 
 def spread_rows(readings: Sequence[PromptVectors], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -155,23 +145,3 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         return min(free, int(limit) - int(used))
     except (OSError, ValueError):  # no cgroup here, or "max": no limit
         return free
-
-
-def _layers(model: torch.nn.Module) -> list[PedroLayer]:
-    from pedro.methods.pedro import PedroLayer
-
-    return [module for module in model.modules() if isinstance(module, PedroLayer)]
-
-
-def _keep_inputs(seen: dict[int, np.ndarray]) -> Callable[[PedroLayer, tuple[Any, ...], Any], None]:
-    """A hook that keeps what a layer's activation is given: pooled W_down."""
-    from pedro.methods.pedro.layer import pool
-
-    def keep(layer: PedroLayer, args: tuple[Any, ...], _output: Any) -> None:
-        hidden, prompt, adapter = args
-        config = layer.configs[adapter]
-        norm = layer.layer_sites.norm if config.pool_source == "normed" else None
-        pooled = pool(hidden, prompt, config.pool, norm).float()
-        seen[layer.index] = (pooled @ layer.generator(adapter).down.float())[0].numpy()
-
-    return keep

@@ -15,7 +15,7 @@ import streamlit as st
 
 from components import prompt_vectors, shared_url
 from components.catalog import catalog_or_notice, read_stored, read_versions, select_version
-from drawing import DASHES, GREY, INK, SERIES
+from drawing import DASHES, GREY, INK, SERIES, VERMILION
 from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.registry import CHAMPION, Version
@@ -24,7 +24,8 @@ from sources import activations as data
 if TYPE_CHECKING:
     import numpy as np
 
-COLOURS = [colour for colour in SERIES if colour != GREY]
+START = VERMILION  # the colour of the fit that training starts from
+COLOURS = [colour for colour in SERIES if colour not in (GREY, START)]
 MOST_LAYERS = len(COLOURS)
 NONE = "none"
 
@@ -132,7 +133,7 @@ def draw(
     curves: dict[str, Curve] = {"GELU": Curve(data.gelu, GREY, DASHES[0])}
     for m, n in orders or ():
         name = "initial fit" if len(orders or ()) == 1 else f"initial fit of orders ({m}, {n})"
-        curves[name] = Curve(data.initial(m, n), GREY, DASHES[2])
+        curves[name] = Curve(data.initial(m, n), START, DASHES[2])
     chosen_layers: dict[str, tuple[data.LayerActivation, str, list[int]]] = {}
     for index, chosen in enumerate(filter(None, (one, other))):
         by_index = {layer.index: layer for layer in chosen.activations.layers}
@@ -141,10 +142,14 @@ def draw(
                 name = f"layer {layer}" if other is None else f"layer {layer}, {chosen.ref}"
                 chosen_layers[name] = (by_index[layer], colour, DASHES[index])
     curves |= {name: Curve(*look) for name, look in chosen_layers.items()}
+    known = [one.activations.inputs[layer] for layer in shown if layer in one.activations.inputs]
+    shade = data.shade_rows(known, reach)
+    if not shade and seen is not None:
+        shade = [{"low": max(seen[0], -reach), "high": min(seen[1], reach), "density": 0.4}]
     left, right = st.columns(2, gap="medium")
     with left:
         st.subheader("R(x) over GELU", anchor=False)
-        st.altair_chart(lines(curves, x, "R(x)", reach, seen), width="stretch")
+        st.altair_chart(lines(curves, x, "R(x)", reach, shade), width="stretch")
     with right:
         st.subheader("What training moved", anchor=False)
         if orders is None:
@@ -157,8 +162,14 @@ def draw(
             moved = {
                 name: Curve(data.moved(layer), colour, dash) for name, (layer, colour, dash) in chosen_layers.items()
             }
-            st.altair_chart(lines(moved, x, "R(x) − fit", reach, seen), width="stretch")
-    if seen is not None:
+            st.altair_chart(lines(moved, x, "R(x) − fit", reach, shade), width="stretch")
+    if known:
+        low, high = min(given.low for given in known), max(given.high for given in known)
+        st.caption(
+            f"Grey: where the x of these layers of {one.ref} lay for the rows on which training scored it, "
+            f"{low:.2g} to {high:.2g}; the darker, the more of them."
+        )
+    elif seen is not None:
         st.caption(f"Grey: where the x of your prompts lay, {seen[0]:.2g} to {seen[1]:.2g}.")
 
 
@@ -170,8 +181,8 @@ class Curve(NamedTuple):
     dash: list[int]
 
 
-def lines(curves: dict[str, Curve], x: np.ndarray, title: str, reach: float, seen: InputRange) -> Any:
-    """The curves, and behind them the x that the prompts below gave to R."""
+def lines(curves: dict[str, Curve], x: np.ndarray, title: str, reach: float, shade: list[dict[str, float]]) -> Any:
+    """The curves, and behind them where the x lay that R was given."""
     frame = pd.DataFrame(data.curve_rows({name: curve.function for name, curve in curves.items()}, x))
     names = list(curves)
     legend = alt.Legend(
@@ -194,10 +205,10 @@ def lines(curves: dict[str, Curve], x: np.ndarray, title: str, reach: float, see
             tooltip=["curve:N", alt.Tooltip("x:Q", format=".2f"), alt.Tooltip("y:Q", format=".4f")],
         )
     )  # fmt: skip
-    if seen is None:
+    if not shade:
         return alt.layer(chart).properties(height=340)
-    band = pd.DataFrame([{"low": max(seen[0], -reach), "high": min(seen[1], reach)}])
-    behind = alt.Chart(band).mark_rect(color=INK, opacity=0.13).encode(x="low:Q", x2="high:Q")
+    opacity = alt.Opacity("density:Q", scale=alt.Scale(domain=[0, 1], range=[0.02, 0.35]), legend=None)
+    behind = alt.Chart(pd.DataFrame(shade)).mark_rect(color=INK).encode(x="low:Q", x2="high:Q", opacity=opacity)
     return alt.layer(behind, chart).properties(height=340)
 
 
@@ -207,7 +218,7 @@ def apart(one: Chosen, other: Chosen | None) -> None:
     against = one if other is None else other
     with left:
         st.subheader("Between layers" if other is None else f"{one.ref} against {other.ref}", anchor=False)
-        rows = pd.DataFrame(data.distance_rows(one.activations.layers, against.activations.layers))
+        rows = pd.DataFrame(data.distance_rows(one.activations, against.activations))
         base = alt.Chart(rows).encode(
             x=alt.X("other:O", title=f"layer of {against.ref}", axis=alt.Axis(labelAngle=0)),
             y=alt.Y("layer:O", title=f"layer of {one.ref}"),
@@ -236,7 +247,9 @@ def apart(one: Chosen, other: Chosen | None) -> None:
                     {
                         "adapter": chosen.ref,
                         "layer": layer.index,
-                        "distance": data.distance(layer, data.start_of(layer)),
+                        "distance": data.distance(
+                            layer, data.start_of(layer), chosen.activations.inputs.get(layer.index)
+                        ),
                     }
                     for chosen in filter(None, (one, other))
                     for layer in chosen.activations.layers
@@ -260,7 +273,8 @@ def apart(one: Chosen, other: Chosen | None) -> None:
                 )
             )
             st.altair_chart(bars.properties(height=300), width="stretch")
-    st.caption(f"Root mean square of the difference for x in ±{data.REACH:g}.")
+    where = [f"for x in ±{data.REACH:g}", f"where the x of each layer of {one.ref} lay for the rows that were scored"]
+    st.caption(f"Root mean square of the difference, {where[bool(one.activations.inputs)]}.")
 
 
 if __name__ == "__main__":

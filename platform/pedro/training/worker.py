@@ -14,6 +14,7 @@ from pedro.backbone import load_model
 from pedro.evaluation.preference import pair_likelihoods, score_pairs
 from pedro.evaluation.saved import backbone_of, load_saved, release, trains_backbone
 from pedro.evaluation.scoring import Score, majority, score
+from pedro.methods.pedro.activation_inputs import recorded, summary
 from pedro.training.context import DTYPES, TrainingContext
 from pedro.training.loop import Reporter, TrainingOutcome, train
 from pedro.training.prepare import notes
@@ -37,6 +38,8 @@ class Trained:
     """Of the adapter, row by row."""
     bare: Score = field(default_factory=Score)
     """Of the backbone alone."""
+    activation_inputs: dict[str, Any] = field(default_factory=dict)
+    """Of PEDRO, by layer: where the inputs of its activation lay for the rows that this worker scored."""
 
 
 def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
@@ -63,8 +66,9 @@ def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
     }
     if outcome.validation_loss is not None and math.isfinite(outcome.validation_loss):
         counts["validation_loss"] = outcome.validation_loss
-    metrics, adapted, bare = evaluate(context, group, bare)
-    return Trained(outcome, {**metrics, **counts}, adapted, bare)
+    with recorded(None if _sharded(context) else context.model) as seen:  # a shard of W_down gives no x
+        metrics, adapted, bare = evaluate(context, group, bare)
+    return Trained(outcome, {**metrics, **counts}, adapted, bare, summary(seen))
 
 
 def rows_behind(context: TrainingContext, trained: Trained) -> list[ScoredRow]:
@@ -180,7 +184,8 @@ def save(
 
     Raises UnavailableError on every worker if it cannot be written.
     """
-    return save_model(context, trained.metrics, directory, extra)
+    recorded_inputs = {"activation_inputs": trained.activation_inputs} if trained.activation_inputs else {}
+    return save_model(context, trained.metrics, directory, {**recorded_inputs, **(extra or {})})
 
 
 def save_model(
