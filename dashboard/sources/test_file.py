@@ -5,6 +5,7 @@ The file is looked up among this home's data sets by the digest in its name, whe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ def _is(version: Version, asked: ModelRef) -> bool:
     return (asked.alias or CHAMPION) in version.aliases
 
 
-def _plain(settings: Settings, stored: str, fields: dict[str, str]) -> Any:
+def _plain(settings: Settings, stored: str, fields: dict[str, str]) -> Iterator[TestRow]:
     for line in scan(fetch(stored, settings.cache), fields):
         for example in line.examples if isinstance(line, ParsedLine) else ():
             first = example.messages[0]

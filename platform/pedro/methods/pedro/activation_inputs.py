@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ def recorded(model: nn.Module | None) -> Iterator[dict[int, list[torch.Tensor]]]
     Nothing for other methods, and for no model.
     """
     seen: dict[int, list[torch.Tensor]] = {}
-    modules = [] if model is None else model.modules()
+    modules: Iterable[nn.Module] = () if model is None else model.modules()
     layers = [module for module in modules if isinstance(module, PedroLayer)]
     handles = [layer.register_forward_hook(_keep(seen)) for layer in layers]
     try:
