@@ -22,7 +22,19 @@ import pytest
 from dashboard_stack import ADAPTER, ROOT, stack
 
 pytestmark = pytest.mark.slow
-PAGES = ("Overview", "Compare", "Train", "Runs", "Sweeps", "Activations", "Adapters", "Serving", "Playground", "Demo")
+PAGES = (
+    "Overview",
+    "Compare",
+    "Train",
+    "Runs",
+    "Sweeps",
+    "Activations",
+    "Adapters",
+    "Usage",
+    "Serving",
+    "Playground",
+    "Demo",
+)
 SCREENSHOTS = ROOT / "dashboard" / "screenshots"
 SETTLED = """() => document.querySelector('h1')
   && !document.querySelector('[data-testid=stStatusWidget]')

@@ -14,6 +14,7 @@ from components.curves import smoothed
 from drawing import DASHES, SERIES
 from sources import jobs as data
 from sources import mlflow_runs
+from sources.view import tenant_seen
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -35,6 +36,7 @@ PHASES = ("validating", "queued", "starting workers", "training", "scoring", "re
 
 read_runs = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner=False)(data.job_runs)
 read_curves = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.curve_rows)
+read_told = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.told)
 read_log = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.log_tail)
 
 
@@ -53,7 +55,14 @@ def details(settings: Settings, job: data.Job, where: str) -> None:
         curves(settings, data.curve_names(drawn), unread or nothing, where)
     with right:
         st.markdown("**Log**")
-        if lines:
+        if tenant_seen(settings) is not None:  # what stands in the log of a cluster is for its operators
+            st.code(
+                "\n".join(reversed(read_told(settings, job))) or "Nothing yet.",
+                language=None,
+                wrap_lines=True,
+                height=300,
+            )
+        elif lines:
             st.code("\n".join(reversed(lines)), language=None, wrap_lines=True, height=300)
             st.caption(f"The newest lines, the last first. `pedro jobs logs {job.id}` shows all.")
         else:

@@ -20,6 +20,7 @@ from pedro.refs import tenant_of
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
 from pedro.secret_files import without_password
 from sources.stores import ask_registry
+from sources.view import seen, sees, tenant_seen
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -85,20 +86,25 @@ def read_catalog(settings: Settings) -> Catalog:
                 previous=entry.aliases.get(PREVIOUS),
                 created=datetime.fromtimestamp(entry.created, UTC).isoformat(timespec="seconds"),
             )
-            for name, entry in sorted(registry.catalog().items())
+            for name, entry in sorted(seen(settings, registry.catalog()).items())
         )
 
     rows, problem = ask_registry(settings, read, ())
-    return Catalog(without_password(settings.tracking_uri), rows, problem)
+    tenant = tenant_seen(settings)
+    return Catalog(f"of {tenant}" if tenant else without_password(settings.tracking_uri), rows, problem)
 
 
 def read_versions(settings: Settings, name: str) -> Versions:
+    if not sees(settings, name):
+        return Versions()
     versions, problem = ask_registry(settings, lambda registry: tuple(reversed(registry.versions(name))), ())
     return Versions(versions, problem)
 
 
 def read_stored(settings: Settings, version: Version) -> Stored:
     """The version's files, fetched into the cache if they are not there, and what its manifest says."""
+    if not sees(settings, version.name):
+        return Stored(problem="there is no such version")
 
     def read(registry: Registry) -> Stored:
         directory = registry.download(version)

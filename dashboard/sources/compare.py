@@ -26,6 +26,7 @@ from pedro.comparison.selection import select
 from pedro.comparison.tables import build_tables
 from pedro.comparison.verdict import by_information
 from pedro.data.tasks import TASKS
+from sources.view import tenant_seen
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -91,6 +92,8 @@ class FilteredComparison:
 
 def list_comparisons(settings: Settings) -> tuple[ListedComparison, ...]:
     """Those of the checkout, then those of the home, the ones with the most runs first; only titles are read yet."""
+    if tenant_seen(settings) is not None:  # comparisons are operators' own
+        return ()
     roots = (("results", CHECKOUT / "jobs" / "results"), ("home", settings.home / "comparisons"))
     return tuple(
         ListedComparison(f"{root}/{path.name}", path, last_change(path), _title(path))

@@ -21,6 +21,7 @@ from pedro.training.job_status import FROM_RAY, LOST, ClusterJobs, ReconciledJob
 from pedro.training.progress import Phase, Progress, read_progress
 from sources.services import find_ray
 from sources.stores import ask_registry, ask_store
+from sources.view import may_act, tenant_seen
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -89,15 +90,16 @@ class Jobs:
 
 def live_jobs(settings: Settings) -> Jobs:
     """What is under way: open jobs of the records, and what else runs on the cluster (sweeps of earlier releases)."""
-    cluster = ask_cluster(settings)
+    cluster, tenant = ask_cluster(settings), tenant_seen(settings)
 
     def read(store: Store) -> list[ReconciledJob]:
-        return [job for status in OPEN for job in reconcile(store, cluster, status=status, limit=MOST_LIVE)]
+        return [job for status in OPEN for job in reconcile(store, cluster, tenant, status=status, limit=MOST_LIVE)]
 
     stored, problem = ask_store(settings, read, [])
     known = {job.record.id for job in stored}
     others = (_of_cluster(job) for job in cluster.jobs.values() if job["metadata"].get("job", job["id"]) not in known)
-    jobs = [*map(_of_store, stored), *(job for job in others if job.live)]
+    shown = (job for job in others if job.live and tenant in (None, job.tenant))
+    jobs = [*map(_of_store, stored), *shown]
     return Jobs(tuple(sorted(jobs, key=lambda job: -job.created)), None, cluster, problem)
 
 
@@ -113,6 +115,10 @@ def past_jobs(
 
     Rows, filter and counts go by the same state: the reconciled one, which of jobs that have ended is the record's.
     """
+    own = tenant_seen(settings)
+    if own is not None and tenant not in (None, own):
+        return Jobs()
+    tenant = own or tenant
     cluster = ask_cluster(settings)
 
     def read(store: Store) -> tuple[list[ReconciledJob], dict[str, int]]:
@@ -140,7 +146,8 @@ def past_jobs(
 
 def trained_adapters(settings: Settings) -> list[tuple[str, str]]:
     """Tenant and adapter of every recorded job, each pair once."""
-    return ask_store(settings, Store.list_trained, [])[0]
+    own = tenant_seen(settings)
+    return [pair for pair in ask_store(settings, Store.list_trained, [])[0] if own in (None, pair[0])]
 
 
 def ask_cluster(settings: Settings) -> ClusterJobs:
@@ -163,6 +170,12 @@ def log_tail(settings: Settings, job_id: str, lines: int = LOG_LINES) -> tuple[l
     return list(ray_jobs.for_people(ray_jobs.readable((text or "").splitlines())))[-lines:], problem
 
 
+def told(settings: Settings, job: Job) -> list[str]:
+    """What a job told its tenant, as the API has it: the last lines, in order."""
+    read = partial(Store.list_job_events, job_id=job.id, limit=LOG_LINES)
+    return [event.message for event in reversed(ask_store(settings, read, [])[0])]
+
+
 def progress_of(job: Job, lines: Sequence[str]) -> Progress:
     """Where a job stands that has not ended; a running one by the lines of its log."""
     if job.status == JobStatus.VALIDATING:
@@ -176,7 +189,7 @@ def one_job(settings: Settings, job_id: str) -> Job | None:
 
     def read(store: Store) -> Job | None:
         try:
-            return _of_store(reconcile_record(store.get_job(job_id), cluster))
+            return _of_store(reconcile_record(store.get_job(job_id, tenant_seen(settings)), cluster))
         except NotFoundError:
             return None
 
@@ -185,6 +198,8 @@ def one_job(settings: Settings, job_id: str) -> Job | None:
 
 def jobs_of_versions(settings: Settings, tenant: str, adapter: str) -> dict[str, str]:
     """The versions of an adapter that its last jobs made, newest first, and the ids of those jobs."""
+    if tenant_seen(settings) not in (None, tenant):
+        return {}
     read = partial(Store.list_jobs, tenant=tenant, adapter=adapter, status=JobStatus.SUCCEEDED, limit=MOST_LIVE)
     jobs: list[JobRecord] = ask_store(settings, read, [])[0]
     return {str(job.result["model"]): job.id for job in jobs if job.result and job.result.get("model")}
@@ -193,10 +208,15 @@ def jobs_of_versions(settings: Settings, tenant: str, adapter: str) -> dict[str,
 def cancel(settings: Settings, job_id: str) -> str:
     """End a job or a sweep; why it could not be ended, or nothing."""
 
+    if not may_act(settings):
+        return "This key may not end jobs; it takes one with the scope train."
+
     def stop(store: Store) -> str:
         try:
-            store.get_job(job_id)
+            store.get_job(job_id, tenant_seen(settings))
         except NotFoundError:  # a sweep of an earlier release
+            if job_id not in {job.id for job in live_jobs(settings).jobs}:
+                return "There is no such job."
             return _end_on_cluster(settings, job_id)
         return _ask(partial(submit.stop, job_id, settings, store))[1]
 

@@ -1,24 +1,39 @@
-"""The login: who may look at a dashboard that more than this machine can reach. The holder of an admin key.
+"""Whose key this is, and what it opens: an admin key everything, a tenant's key what is its tenant's.
 
-The key is checked by the gateway where one is named (`PEDRO_GATEWAY_URL`), else in this home's own key store.
+At a dashboard that more than this machine can reach each reader has to give one. Keys are looked up in this home's own
+store, and where a gateway is named (`PEDRO_GATEWAY_URL`) admin keys are checked by that.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pedro.errors import AuthenticationError, PedroError
-from pedro.store import ADMIN, Store
+from pedro.errors import AuthenticationError, UnavailableError
+from pedro.store import ADMIN, READ, TRAIN
+from pedro.store.keys import unknown_key
 from sources.gateway import MAKE_KEY, Access, GatewayClient, default_url
+from sources.stores import ask_store, is_there
 
 if TYPE_CHECKING:
     from pedro.config import Settings
+    from pedro.store import KeyRecord, Store
 
 REQUIRE_KEY = "PEDRO_DASHBOARD_REQUIRE_KEY"
-NOT_ADMIN = f"This is not an admin key. `{MAKE_KEY}` makes one."
+MAKE_TENANT_KEY = "pedro keys create TENANT --scope read"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who looks. `tenant` is None for an operator, who sees every tenant."""
+
+    tenant: str | None = None
+    trains: bool = True
+
+
+OPERATOR = Reader()
 
 
 def required(env: Mapping[str, str] = os.environ) -> bool:
@@ -26,32 +41,46 @@ def required(env: Mapping[str, str] = os.environ) -> bool:
     return env.get(REQUIRE_KEY, "").lower() not in ("", "0", "false", "no")
 
 
-def refusal(key: str, settings: Settings, env: Mapping[str, str] = os.environ) -> str:
-    """Why this key opens nothing, for people; empty if it does."""
+def admit(key: str, settings: Settings, env: Mapping[str, str] = os.environ) -> Reader:
+    """Who the holder of this key is. Raises AuthenticationError that says why it opens nothing, and UnavailableError
+    where that cannot be told now."""
     key = key.strip()
     if not key:
-        return "A key is needed."
+        raise AuthenticationError("A key is needed.")
     if env.get("PEDRO_GATEWAY_URL"):
-        return _asked_at_the_gateway(GatewayClient(default_url(env), key))
-    sqlite = settings.database_url.removeprefix("sqlite:///")
-    if sqlite != settings.database_url and not Path(sqlite).is_file():
-        return f"No key exists yet. `{MAKE_KEY}` makes one."
-    store = None
+        status = GatewayClient(default_url(env), key).status()
+        if status.problem:
+            raise UnavailableError(f"The key cannot be checked: {status.problem}")
+        if status.access is Access.ADMIN:
+            return OPERATOR
+        if status.access is not Access.TENANT:
+            raise AuthenticationError(f"The key is unknown or revoked. `{MAKE_KEY}` makes one.")
+    elif not is_there(settings.database_url):
+        raise AuthenticationError(f"No key exists yet. `{MAKE_KEY}` makes one.")
+    record, problem = ask_store(settings, lambda store: _live_key(store, key), None)
+    if problem:
+        raise UnavailableError(f"The key cannot be checked: {problem}")
+    if record is None:
+        raise unknown_key()
+    if ADMIN in record.scopes and not env.get("PEDRO_GATEWAY_URL"):
+        return OPERATOR
+    if record.adapters is not None:
+        raise AuthenticationError("This key is held to some adapters, and these pages are all of its tenant's.")
+    if not {READ, TRAIN} & {*record.scopes}:
+        raise AuthenticationError(f"This key may not look at jobs. `{MAKE_TENANT_KEY}` makes one that may.")
+    return Reader(record.tenant, TRAIN in record.scopes)
+
+
+def reader_of_typed(key: str, settings: Settings) -> Reader:
+    """Who looks where nobody has to log in: a tenant, if that is whose key was typed, else an operator."""
+    record, _ = ask_store(settings, lambda store: _live_key(store, key.strip()), None) if key.strip() else (None, "")
+    if record is None or ADMIN in record.scopes:
+        return OPERATOR
+    return Reader(record.tenant, TRAIN in record.scopes)
+
+
+def _live_key(store: Store, key: str) -> KeyRecord | None:
     try:
-        store = Store(settings.database_url)
-        record, _ = store.authenticate(key)
-    except AuthenticationError as error:
-        return error.message
-    except PedroError as error:
-        return f"The key cannot be checked: {error.message}"
-    finally:
-        if store is not None:
-            store.close()
-    return "" if ADMIN in record.scopes else NOT_ADMIN
-
-
-def _asked_at_the_gateway(gateway: GatewayClient) -> str:
-    status = gateway.status()
-    if status.problem:
-        return f"The key cannot be checked: {status.problem}"
-    return "" if status.access is Access.ADMIN else NOT_ADMIN
+        return store.authenticate(key)[0]
+    except AuthenticationError:
+        return None

@@ -19,6 +19,7 @@ from pedro.comparison.result_model import FINAL, FINISHED, Comparison, RunResult
 from pedro.registry import Registry, queries, utc
 from sources.compare import CURVES
 from sources.stores import ask_registry
+from sources.view import names_seen
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -37,11 +38,12 @@ SEED = "training.seed"
 def read_models(settings: Settings) -> tuple[list[str], str]:
     """The adapters that have runs, the last used first; and what went wrong."""
     names, problem = ask_registry(settings, queries.experiment_names, [])
-    return [name for name in names if not name.startswith(OF_COMPARISONS)], problem
+    return [name for name in names_seen(settings, names) if not name.startswith(OF_COMPARISONS)], problem
 
 
 def read_runs(settings: Settings, models: Sequence[str]) -> tuple[Comparison, str]:
     """The newest finished runs of some adapters as a comparison; and what went wrong."""
+    models = names_seen(settings, models)
 
     def read(registry: Registry) -> tuple[tuple[TrackedRun, ...], dict[str, int]]:
         page = queries.search_runs(registry, models, status="FINISHED", limit=MOST)

@@ -15,6 +15,7 @@ from pedro.store import JobRecord, JobStatus, Store, Usage
 from sources.jobs import live_jobs
 from sources.risks import Risk, refused
 from sources.stores import ask_registry, ask_store
+from sources.view import sees, tenant_seen
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -71,6 +72,7 @@ class Overview:
 
 def read_overview(settings: Settings, now: float | None = None) -> Overview:
     """A handful of short questions, however many runs and adapters there are."""
+    own = tenant_seen(settings)
     now = time.time() if now is None else now
     since, today = now - queries.DAY_S, datetime.fromtimestamp(now, UTC).date()
     first = (today - timedelta(days=DAYS - 1)).isoformat()
@@ -80,8 +82,11 @@ def read_overview(settings: Settings, now: float | None = None) -> Overview:
     )
     promoted, _ = ask_registry(settings, lambda registry: queries.promotions(registry, since, MOST_NEWS), [])
     quotas, unread = ask_store(settings, Store.list_quotas, {})
-    usage, _ = ask_store(settings, lambda store: store.usage(since=first, by=("day", "tenant")), [])
-    ended, _ = ask_store(settings, lambda store: store.list_jobs(ended_since=since, limit=MOST_NEWS), [])
+    usage, _ = ask_store(settings, lambda store: store.usage(own, since=first, by=("day", "tenant")), [])
+    ended, _ = ask_store(settings, lambda store: store.list_jobs(own, ended_since=since, limit=MOST_NEWS), [])
+    catalog = {name: entry for name, entry in catalog.items() if sees(settings, name)}
+    versions, promoted = ([each for each in found if sees(settings, each.name)] for found in (versions, promoted))
+    quotas = {tenant: quota for tenant, quota in quotas.items() if own in (None, tenant)}
     live = live_jobs(settings)
     statuses = [job.status for job in live.jobs]
     champions = {name: entry.aliases.get(CHAMPION) for name, entry in catalog.items()}

@@ -17,6 +17,7 @@ from pedro.store import Store
 from pedro.traffic.history import COARSE_S, FINE_S, UNSEEN_S, Interval
 from pedro.traffic.scrape import Histogram, Traffic
 from sources.stores import ask_store
+from sources.view import sees
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -99,6 +100,8 @@ def read_swaps(settings: Settings, since: float) -> list[ChampionSwap]:
     moves, _ = ask_store(settings, lambda store: Store.recent_moves(store, since), [])
     swaps = []
     for name, move in reversed(moves):
+        if not sees(settings, name):
+            continue
         old, new = (((side or {}).get("aliases") or {}).get(CHAMPION) for side in (move.before, move.after))
         if new is not None and new != old:
             swaps.append(ChampionSwap(move.at, name, new, old))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pedro.errors import PedroError
 from pedro.registry import Registry
 from pedro.store import Store
+from sources.view import tenant_seen, whole
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -26,17 +27,24 @@ def ask_registry(
     settings: Settings, read: Callable[[Registry], Found], nothing: Nothing
 ) -> tuple[Found | Nothing, str]:
     """What `read` finds, or `nothing` and why not; no reason where there simply is no registry yet."""
-    return _ask(settings.tracking_uri, lambda file: read(_registry(settings, file)), nothing)
+    found = _ask(settings.tracking_uri, lambda file: read(_registry(whole(settings), file)), nothing)
+    return found[0], _said(settings, found[1])
 
 
 def ask_store(settings: Settings, read: Callable[[Store], Found], nothing: Nothing) -> tuple[Found | Nothing, str]:
     """What `read` finds, or `nothing` and why not; no reason where there simply are no records yet."""
-    return _ask(settings.database_url, lambda file: read(_store(settings.database_url, file)), nothing)
+    found = _ask(settings.database_url, lambda file: read(_store(settings.database_url, file)), nothing)
+    return found[0], _said(settings, found[1])
 
 
 def is_there(url: str) -> bool:
     """Whether a store could answer: its file exists, or it is a server."""
     return not url.startswith(SQLITE) or Path(url.removeprefix(SQLITE)).is_file()
+
+
+def _said(settings: Settings, problem: str) -> str:
+    """What a reader is told: a tenant nothing of addresses and files."""
+    return "It cannot be read right now." if problem and tenant_seen(settings) is not None else problem
 
 
 def _ask(url: str, read: Callable[[object], Found], nothing: Nothing) -> tuple[Found | Nothing, str]:

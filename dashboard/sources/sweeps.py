@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pedro.errors import PedroError
 from pedro.training.sweep.records import Records, Trial, TrialState, sweep_ids
 from pedro.training.sweep.report import axis, metric, rows_of
+from sources.view import sees, tenant_seen
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -66,7 +67,8 @@ def read_sweeps(settings: Settings) -> tuple[tuple[Sweep, ...], str]:
         ids = sweep_ids(settings.storage)
         heads = [read_head(settings, sweep_id) for sweep_id in ids]
     except (PedroError, OSError) as error:
-        return (), str(error)
+        return (), str(error) if tenant_seen(settings) is None else "They cannot be read right now."
+    heads = [head for head in heads if sees(settings, head.model)]
     return tuple(sorted(heads, key=lambda sweep: (sweep.model, sweep.name, sweep.id))), ""
 
 
@@ -86,6 +88,8 @@ def read_head(settings: Settings, sweep_id: str) -> Sweep:
 def read_sweep(settings: Settings, sweep_id: str) -> Sweep:
     """A sweep with its trials."""
     head, records = read_head(settings, sweep_id), Records(settings.storage, sweep_id)
+    if not sees(settings, head.model):
+        return Sweep(sweep_id, sweep_id, "")
     trials: list[Trial] = []
     problems = list(head.problems)
     number = 0

@@ -17,6 +17,7 @@ from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, Registry
 from pedro.training.storage import DATASET, fetch, join
 from sources.stores import ask_registry
+from sources.view import sees
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -42,6 +43,8 @@ def rows_of(settings: Settings, model: str) -> tuple[list[TestRow], str]:
         asked = ModelRef.parse(model)
     except PedroError:
         return [], ""  # the backbone
+    if not sees(settings, asked.name):
+        return [], f"{model} is not in this home's registry"
     versions, problem = ask_registry(settings, lambda registry: Registry.versions(registry, asked.name), ())
     version = next((each for each in reversed(versions) if _is(each, asked)), None)
     if version is None:

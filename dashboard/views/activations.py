@@ -13,16 +13,18 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+import connection
 from components import prompt_vectors, shared_url
 from components.catalog import catalog_or_notice, read_stored, read_versions, select_version
 from drawing import DASHES, GREY, INK, SERIES, VERMILION
-from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.registry import CHAMPION, Version
 from sources import activations as data
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from pedro.config import Settings
 
 START = VERMILION  # the colour of the fit that training starts from
 COLOURS = [colour for colour in SERIES if colour not in (GREY, START)]
@@ -47,7 +49,7 @@ class Chosen(NamedTuple):
 
 
 def page() -> None:
-    settings = Settings.from_env()
+    settings = connection.settings()
     st.title("Activations", anchor=False)
     st.caption(
         "PEDRO makes its vectors by l = R(pool(x) W_down) W_up + b, with a rational R(x) that each layer learns from "

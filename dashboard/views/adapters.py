@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
@@ -15,12 +15,15 @@ from components.catalog import REFRESH_S, catalog_or_notice, forget, read_stored
 from components.job_details import runs_link
 from components.row_browser import browse
 from drawing import number
-from pedro.config import Settings
 from pedro.registry import CANDIDATE, CHAMPION, PREVIOUS, Version
 from sources import adapters as data
 from sources import jobs
 from sources.differences import of_version
 from sources.gateway import Access, GatewayClient, GatewayError
+from sources.view import may_act, tenant_seen
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 DATE = "YYYY-MM-DD HH:mm"
 read_made = st.cache_data(ttl=60, show_spinner=False, max_entries=200)(jobs.jobs_of_versions)
@@ -33,7 +36,7 @@ VERDICTS = {
 
 
 def page() -> None:
-    settings = Settings.from_env()
+    settings = connection.settings()
     gateway, status = connection.sidebar()
     st.title("Adapters", anchor=False)
     catalog = catalog_or_notice(settings)
@@ -43,7 +46,8 @@ def page() -> None:
     name = choose(catalog)
     promotion.show_outcome_elsewhere(name)
     if name is not None:
-        able = status.answers and status.access is Access.ADMIN
+        own = tenant_seen(settings) is not None and status.access is Access.TENANT and may_act(settings)
+        able = status.answers and (status.access is Access.ADMIN or own)
         detail(settings, name, gateway if able else None)
         if not able:
             connection.missing(gateway, status, "Moving a champion")
@@ -192,7 +196,7 @@ def residence(column: Any, name: str, gateway: GatewayClient | None, registered:
     held = adapter.get("residence")
     copies = [entry for entry in held if isinstance(entry, Mapping)] if isinstance(held, list) else []
     if held is None:
-        number(column, "Resident", "–", "engine away")
+        number(column, "Resident", "–", "engine away" if "residence" in adapter else "told to operators")
     elif not copies:
         number(column, "Resident", "no", "until asked for")
     else:

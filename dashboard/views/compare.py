@@ -9,6 +9,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+import connection
 from components import curves as curve_chart
 from components import shared_url
 from components.costs import costs
@@ -16,12 +17,12 @@ from components.run_rows import rows_behind
 from components.verdict import verdict
 from drawing import background_colour, colours, dashes
 from pedro.comparison.verdict import by_information
-from pedro.config import Settings
 from sources import compare as data
 from sources import mlflow_runs
 
 if TYPE_CHECKING:
     from pedro.comparison.result_model import Comparison, RunResult, Table
+    from pedro.config import Settings
     from sources.compare import FilteredComparison
 
 REFRESH_S = 60
@@ -66,7 +67,7 @@ def with_curves(settings: Settings, _runs: tuple[RunResult, ...], stamp: str, ta
 
 
 def page() -> None:
-    settings = Settings.from_env()
+    settings = connection.settings()
     st.title("Compare", anchor=False)
     comparison, stamp = chosen(settings)
     if comparison is None:

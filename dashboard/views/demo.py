@@ -8,8 +8,8 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+import connection
 from drawing import BLUE, GREEN, GREY, INK, ORANGE, number
-from pedro.config import Settings
 from sources import demo as data
 
 REFRESH_S = 10
@@ -19,7 +19,7 @@ read_demo = st.cache_resource(ttl=REFRESH_S, show_spinner=False)(data.read_demo)
 
 
 def page() -> None:
-    settings = Settings.from_env()
+    settings = connection.settings()
     st.title("Demo", anchor=False)
     demo = read_demo(settings.home)
     if demo.problems:

@@ -16,15 +16,16 @@ from components.catalog import EMPTY
 from components.observed import history_of, refresh
 from components.timeline import HEIGHT, Shown, draw
 from drawing import BLUE, GREEN, GREY, ORANGE, SERIES, number
-from pedro.config import Settings
 from pedro.traffic.history import Interval, coarser
 from sources import serving
 from sources.compare import literal
 from sources.overview import REST, Overview, read_overview, token_rows
 from sources.risks import FAILING, REFUSED, Risk, rising
 from sources.services import Service, ServiceState, health
+from sources.view import tenant_seen
 
 if TYPE_CHECKING:
+    from pedro.config import Settings
     from pedro.traffic.scrape import Histogram
     from sources.gateway import GatewayClient
 
@@ -44,7 +45,7 @@ read_now = st.cache_resource(ttl=REFRESH_S / 2, show_spinner="Reading the regist
 
 
 def page() -> None:
-    settings = Settings.from_env()
+    settings = connection.settings()
     gateway, _ = connection.sidebar()
     title, action = st.columns([6, 1], vertical_alignment="bottom")
     title.title("pedro", anchor=False)
@@ -63,10 +64,9 @@ def now(settings: Settings, gateway: GatewayClient) -> None:
     problem = refresh(gateway, history, SHOWN_S, moment)
     intervals = history.window(moment, SHOWN_S)
     risks = [*rising(intervals, moment), *seen.refused]
-    st.caption(
-        f"{len(seen.tenants):,} tenants, {seen.adapters:,} adapters, {seen.in_service:,} of them in service. "
-        f"Home `{settings.home}`."
-    )
+    own = tenant_seen(settings)
+    whose, where = (f"{len(seen.tenants):,} tenants, ", f" Home `{settings.home}`.") if own is None else ("", "")
+    st.caption(f"{whose}{seen.adapters:,} adapters, {seen.in_service:,} of them in service.{where}")
     if seen.problems:
         listed = "\n".join(seen.problems)
         st.warning(f"Parts of the platform cannot be read.\n\n```\n{listed}\n```", icon=":material/database_off:")
@@ -82,7 +82,8 @@ def now(settings: Settings, gateway: GatewayClient) -> None:
         tokens(seen)
     with right:
         requests(settings, intervals, moment)
-    services(read_health(settings))
+    if own is None:
+        services(read_health(settings))
     news(seen)
 
 

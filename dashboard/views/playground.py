@@ -10,7 +10,6 @@ import streamlit as st
 
 import connection
 from components import answers, saved_prompts
-from pedro.config import Settings
 from sources import adapters as registry
 from sources import playground as data
 from sources import test_file
@@ -19,6 +18,7 @@ from sources.gateway import Access, GatewayClient, GatewayError
 from sources.services import gateway_url
 
 if TYPE_CHECKING:
+    from pedro.config import Settings
     from sources.test_file import TestRow
 
 LOOK_S = 0.08  # between two looks at what has come
@@ -46,7 +46,7 @@ class Asking(NamedTuple):
 
 
 def page() -> None:
-    settings = Settings.from_env()
+    settings = connection.settings()
     gateway, status = connection.sidebar()
     st.title("Playground", anchor=False)
     able = status.answers and status.access in (Access.TENANT, Access.ADMIN)
@@ -176,7 +176,7 @@ def model_names(url: str, key: str) -> list[str]:
         served = data.model_names(GatewayClient(url, key).models())
     except GatewayError:
         return []
-    rows = {row.name: row for row in registry.read_catalog(Settings.from_env()).rows}
+    rows = {row.name: row for row in registry.read_catalog(connection.settings()).rows}
     others = [
         f"{name}@{alias}"
         for name in served

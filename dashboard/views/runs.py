@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
 
+import connection
 from components import shared_url
 from components.beside import beside
 from components.job_details import REFRESH_S, details, minute_utc, read_runs
 from components.row_browser import browse
-from pedro.config import Settings
 from sources import jobs as data
 from sources.differences import of_job
+from sources.view import may_act, tenant_seen
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 PAGE = 25
 ALL = "all"
@@ -41,7 +45,7 @@ read_trained = st.cache_data(ttl=30, show_spinner=False)(data.trained_adapters)
 
 
 def page() -> None:
-    settings = Settings.from_env()
+    settings = connection.settings()
     st.title("Runs", anchor=False)
     under_way(settings)
     past(settings)
@@ -53,7 +57,7 @@ def under_way(settings: Settings) -> None:
     seen = read_live(settings)
     st.subheader("Under way", anchor=False)
     complain(seen)
-    if seen.cluster.problem and not seen.cluster.gone:
+    if seen.cluster.problem and not seen.cluster.gone and tenant_seen(settings) is None:
         st.caption(f":orange[:material/warning:] {seen.cluster.problem}")
     if not seen.jobs:
         st.caption("Nothing is running or queued. `pedro submit SPEC.yaml` starts a job, `pedro sweep SPEC.yaml` many.")
@@ -80,7 +84,7 @@ def complain(seen: data.Jobs) -> None:
 
 def ending(settings: Settings, job: data.Job) -> None:
     """Two steps, so that nobody cancels a job by accident; the question survives redraws."""
-    if not job.live:
+    if not job.live or not may_act(settings):
         return
     if st.session_state.get("ending") != job.id:
         st.button("End this job …", icon=":material/stop_circle:", on_click=_ask, args=(job.id,))

@@ -16,7 +16,6 @@ import connection
 from components.observed import LONG_S, history_of, refresh
 from components.timeline import HEIGHT, Shown, clock, draw
 from drawing import BLUE, GREEN, GREY, ORANGE, PINK, SERIES, VERMILION, number
-from pedro.config import Settings
 from pedro.traffic.history import Interval, coarser
 from sources import serving as data
 from sources.gateway import MAKE_KEY, GatewayClient
@@ -60,7 +59,7 @@ def show(gateway: GatewayClient, history: data.History, seconds: float, names: l
     coarse = coarser(intervals, data.POINTS)
     chosen = names or sorted(data.adapters_of(intervals)[:MOST_LINES])
     kept = names or None
-    swaps = data.read_swaps(Settings.from_env(), now - seconds)
+    swaps = data.read_swaps(connection.settings(), now - seconds)
     happened = pd.DataFrame(data.marks(coarse, swaps), columns=["at", "event", "text"])
     if shown.gaps:
         listed = ", ".join(f"{clock(begun)} to {clock(ended)}" for begun, ended in shown.gaps[:4])

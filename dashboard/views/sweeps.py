@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import pandas as pd
 import streamlit as st
 
+import connection
 from components import shared_url
 from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, background_colour, number
-from pedro.config import Settings
 from pedro.training.sweep.records import TrialState
 from pedro.training.sweep.report import metric
 from sources import sweeps as data
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 REFRESH_S = 10
 SHADES = [BLUE, SKY, ORANGE]  # from the least loss to the largest, on the light and on the dark page
@@ -24,7 +27,7 @@ read_one = st.cache_resource(max_entries=100, ttl=REFRESH_S / 2, show_spinner="R
 
 
 def page() -> None:
-    settings = Settings.from_env()
+    settings = connection.settings()
     st.title("Sweeps", anchor=False)
     sweeps, problem = read_all(settings)
     if problem:

@@ -21,7 +21,7 @@ REQUIRE_KEY = "PEDRO_DASHBOARD_REQUIRE_KEY"
 
 def dashboard(
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but loopback asks each reader for an admin key.")
+        str, typer.Option(help="Address to listen on; any but loopback asks each reader for a key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8501,
     browser: Annotated[bool, typer.Option("--browser", help="Open it in this machine's browser.")] = False,
@@ -49,10 +49,7 @@ def dashboard(
     if not is_loopback(host):
         os.environ[REQUIRE_KEY] = "1"
         options.append("--server.allowedHosts=*")  # whatever name resolves to this machine
-    log(
-        f"dashboard of {settings.home}: http://{host}:{port}"
-        + ("" if is_loopback(host) else " (asks for an admin key)")
-    )
+    log(f"dashboard of {settings.home}: http://{host}:{port}" + ("" if is_loopback(host) else " (asks for a key)"))
     threading.Thread(target=_warm_up, args=(settings,), name="warm-up", daemon=True).start()
     sys.argv = ["streamlit", "run", str(app), *options]
     cli.main()

@@ -1,0 +1,67 @@
+"""Whose data a page shows: every tenant's, or one's alone. Pages take their settings from here, by `connection`.
+
+A view is settings that also say who looks, so that what was cached for one reader is never found for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from pedro.config import Settings
+
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True)
+class View(Settings):
+    """The platform's environment as a tenant sees it."""
+
+    tenant: str = ""
+    trains: bool = False
+    """Whether its reader may start and end jobs, and move aliases."""
+
+    @classmethod
+    def of(cls, settings: Settings, tenant: str, trains: bool) -> View:
+        return cls(**_values(settings), tenant=tenant, trains=trains)
+
+    @property
+    def whole(self) -> Settings:
+        """Without its reader: what connections are made by."""
+        return Settings(**_values(self))
+
+
+def whole(settings: Settings) -> Settings:
+    """The settings without who looks."""
+    return settings.whole if isinstance(settings, View) else settings
+
+
+def tenant_seen(settings: Settings) -> str | None:
+    """The one tenant that is shown; None: all."""
+    return settings.tenant if isinstance(settings, View) else None
+
+
+def may_act(settings: Settings) -> bool:
+    """Whether its reader may end jobs and move aliases."""
+    return settings.trains if isinstance(settings, View) else True
+
+
+def sees(settings: Settings, name: str) -> bool:
+    """Whether an adapter `tenant.adapter`, or what has its name, is shown."""
+    tenant = tenant_seen(settings)
+    return tenant is None or name.startswith(f"{tenant}.")
+
+
+def seen(settings: Settings, by_name: Mapping[str, Kept]) -> dict[str, Kept]:
+    """Those of a mapping whose names are shown."""
+    return {name: kept for name, kept in by_name.items() if sees(settings, name)}
+
+
+def names_seen(settings: Settings, names: Iterable[str]) -> list[str]:
+    """Those names that are shown."""
+    return [name for name in names if sees(settings, name)]
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    return {each.name: getattr(settings, each.name) for each in fields(Settings)}
