@@ -119,8 +119,10 @@ def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     masks = {i: row.mask for i, row in enumerate(rows) if row.mask is not None}
     if masks:
         let = allowed(list(masks.values()), scores.shape[-1], scores.device)
-        for i, row in zip(masks, let, strict=True):
-            scores[i].masked_fill_(~row, -math.inf)
+        if len(masks) == len(rows):
+            scores.masked_fill_(~let, -math.inf)
+        else:
+            scores[list(masks)] = scores[list(masks)].masked_fill(~let, -math.inf)
     return scores
 
 
