@@ -21,10 +21,15 @@ import math
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from operator import attrgetter
 
-from pedro.engine.scheduler_output import PrefillChunk, PrefillGroup, SchedulerLimits, SchedulerOutput
+from pedro.engine.scheduler_output import (
+    PrefillChunk,
+    PrefillGroup,
+    PrefillProgress,
+    SchedulerLimits,
+    SchedulerOutput,
+)
 from pedro.engine.sequence import Sequence, SequenceState
 from pedro.engine.shares import ByCounter, Shares, Tenant
 from pedro.errors import OverloadedError, RateLimitError
@@ -32,19 +37,6 @@ from pedro.errors import OverloadedError, RateLimitError
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
 NEWS = 0.25  # weight of the newest prompt in the mean of their lengths
 MAX_PREFILLS = 2  # one in progress, and one that is paused
-
-
-@dataclass
-class _PrefillProgress:
-    """A prefill in progress, and how many tokens' worth of it are done."""
-
-    groups: tuple[PrefillGroup, ...]
-    tenants: tuple[Tenant, ...]
-    done: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return sum(group[0].unread for group in self.groups)
 
 
 class Scheduler:
@@ -62,7 +54,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = itertools.count()
         self._free = list(range(limits.slots))  # a heap: low slots first keeps the running set dense
-        self._prefills: list[_PrefillProgress] = []  # the last is in progress; one before it is paused
+        self._prefills: list[PrefillProgress] = []  # the last is in progress; one before it is paused
         self._steps = 0
         self._sat_out = False  # whether tenants over their share made no token in the last step
         self.newcomer_tokens: float | None = None  # running mean of the prompts for which capacity is reserved
@@ -113,7 +105,7 @@ class Scheduler:
         if self.num_waiting and len(self._prefills) < MAX_PREFILLS:
             groups = self._admit(admit, preempted)
             if groups:
-                self._prefills.append(_PrefillProgress(groups, tuple({self._of(group[0]) for group in groups})))
+                self._prefills.append(PrefillProgress(groups, tuple({self._of(group[0]) for group in groups})))
         return self._plan(tuple(preempted))
 
     def unpark(self) -> None:

@@ -1,10 +1,11 @@
-"""What bounds the scheduler, and what it returns: one step. Decisions are made in `scheduler`."""
+"""What bounds the scheduler, what it keeps of prefills, and what it returns: one step. Decisions are made in `scheduler`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from pedro.engine.sequence import Sequence
+from pedro.engine.shares import Tenant
 
 SHED = (
     "the server's queue is full and most that waits in it is yours, so your newest request gave way to another "
@@ -28,6 +29,19 @@ class SchedulerLimits:
     preempt_after: int = 1024
     head_room_s: float = 10.0
     weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 where not named
+
+
+@dataclass
+class PrefillProgress:
+    """A prefill in progress, and how many tokens' worth of it are done."""
+
+    groups: tuple[PrefillGroup, ...]
+    tenants: tuple[Tenant, ...]
+    done: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(group[0].unread for group in self.groups)
 
 
 @dataclass(frozen=True)
