@@ -1,11 +1,14 @@
-"""What bounds the scheduler, what it keeps of prefills, and what it returns: one step. Decisions are made in `scheduler`."""
+"""What bounds the scheduler, a prefill in progress, and one step as it is returned. `scheduler` makes the decisions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pedro.engine.sequence import Sequence
-from pedro.engine.shares import Tenant
+
+if TYPE_CHECKING:
+    from pedro.engine.shares import Tenant
 
 SHED = (
     "the server's queue is full and most that waits in it is yours, so your newest request gave way to another "
