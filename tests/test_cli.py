@@ -482,6 +482,39 @@ def test_doctor_prints_its_checks_and_one_json_value(pedro):
     assert all(check["remedy"] for check in value["checks"] if check["status"] != "ok")
 
 
+def deep_checks(result, status):
+    return {check["name"]: check for check in one_value(result, status=status)["checks"]}
+
+
+def test_a_deep_look_finds_everything_whole_and_leaves_nothing(pedro, home):
+    checks = deep_checks(pedro("doctor", "--deep", "--json"), 0)
+    assert {checks[name]["status"] for name in ("storage", "secrets", "versions", "server")} == {"ok"}
+    assert checks["versions"]["found"].startswith("the files of 2 ")
+    assert checks["server"]["found"] == "none runs for this home"
+    assert not list((home / "storage").glob(".gone-*"))
+
+
+def test_a_deep_look_names_a_version_whose_files_were_changed(pedro, home, tmp_path):
+    copy = tmp_path / "home"
+    shutil.copytree(home, copy)
+    for weights in (copy / "artifacts").rglob("adapter_model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    (copy / "secrets" / "seal.key").chmod(0o644)
+    checks = deep_checks(pedro("doctor", "--deep", "--json", PEDRO_HOME=copy), 1)
+    assert checks["versions"]["status"] == "fail"
+    assert "acme.faq:2: the stored files are not those that were registered" in checks["versions"]["found"]
+    assert checks["versions"]["remedy"]
+    assert "PEDRO_SEAL_KEY_FILE" in checks["secrets"]["found"]
+
+
+def test_a_deep_look_tells_of_a_server_that_does_not_answer(pedro, home, tmp_path):
+    copy = tmp_path / "home"
+    shutil.copytree(home, copy)
+    (copy / "serve.json").write_text(json.dumps({"url": "http://127.0.0.1:9"}))
+    checks = deep_checks(pedro("doctor", "--deep", "--json", PEDRO_HOME=copy), 1)
+    assert (checks["server"]["status"], "does not answer" in checks["server"]["found"]) == ("fail", True)
+
+
 def test_doctor_tells_of_a_home_that_cannot_be_written(pedro):
     result = pedro("doctor", "--json", PEDRO_HOME="/dev/null/home")
     failed = {check["name"] for check in one_value(result, status=1)["checks"] if check["status"] == "fail"}

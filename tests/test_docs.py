@@ -114,6 +114,16 @@ def test_every_message_of_troubleshooting_is_one_of_the_code(section):
             assert re.search(pattern, messages()), f"no text of the code is like {message!r}"
 
 
+def test_every_message_in_the_runbook_is_one_that_is_written():
+    written = re.sub(r"%[.\w]", "…", messages())
+    quoted = {word for word in re.findall(r"`([^`]+)`", prose(DOCS / "runbook.md")) if " " in word}
+    quoted = {word for word in quoted if not re.match(r"pedro |kubectl |grep |GET |POST |/|--|[a-z]+=", word)}
+    assert len(quoted) > 10
+    for message in quoted:
+        pattern = ".*".join(re.escape(part.strip()) for part in message.split("…") if part.strip())
+        assert re.search(pattern, written), f"nothing writes {message!r}"
+
+
 def test_the_glossary_has_each_term_once_in_order_and_the_classes_it_names_are_where_it_says():
     rows = table(DOCS / "glossary.md")
     terms = [row[0] for row in rows]

@@ -12,7 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import pedro
-from pedro.gateway.openapi_routes import ROUTES, Told
+from pedro.gateway.openapi_routes import AFTER, ROUTES, Told
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -96,6 +96,7 @@ def _complete(operation: dict[str, Any], told: Told) -> None:
     statuses |= set() if told.public else set(OF_KEYS)
     statuses |= set(OF_BODIES) if told.body is not None or told.form is not None else set()
     statuses |= {400} if told.parameters else set()
+    statuses |= {404} if AFTER in told.parameters else set()
     statuses |= set(OF_PATHS) if paths else set()
     wrong = {JSON: {"schema": {"$ref": REF.format(model="Error")}}}
     operation["responses"] = {
