@@ -7,7 +7,7 @@ ARGS ?=
 COMPILE := $(BIN)/python -m compileall -qq -x '/tests?/|/transformers/models/(?!auto/)'
 export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz k8s-check sbom audit gpu-check format clean
+.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz k8s-check gpu-check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -61,19 +61,6 @@ fuzz: install ## ask every route, and every reader of files, what nobody would (
 k8s-check: install ## the Kubernetes manifests against schemas and rules, offline and without kubectl
 	@echo "== manifests"; $(BIN)/python -m pytest tests/test_k8s_manifests.py tests/test_k8s_network.py tests/test_k8s_ports.py \
 		tests/test_k8s_rendering.py $(ARGS)
-
-# Tools that look at the environment live beside it, so that they are no part of what they list.
-$(VENV)/tools/.installed: | install
-	@$(PYTHON) -m venv $(VENV)/tools && $(VENV)/tools/bin/pip install --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1
-	@touch $@
-
-sbom: $(VENV)/tools/.installed ## what is installed, with versions and licences, as CycloneDX in sbom.json
-	@$(VENV)/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file sbom.json $(BIN)/python
-	@echo "sbom.json"
-
-audit: $(VENV)/tools/.installed ## look the pinned versions up in a database of advisories (asks pypi.org; ARGS="-s osv": osv.dev)
-	@$(VENV)/tools/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip $(ARGS) || \
-		{ echo "advisories were found, or the database of advisories does not answer: the lines above say which"; exit 1; }
 
 gpu-check: ## check and measure on a GPU (nine minutes; needs torch, transformers, peft and pytest in PYTHON alone)
 	@PYTHONPATH=platform:. $(PYTHON) -m jobs.gpu_check $(ARGS)
