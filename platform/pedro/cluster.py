@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pedro.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
+    import psutil
+
     from pedro.config import Settings
 
 Answer = TypeVar("Answer")
@@ -163,13 +165,32 @@ def find_head(settings: Settings) -> Head | None:
 
 
 def stop_head(settings: Settings) -> bool:
-    """End the local head and every process it started; False if none ran."""
+    """End the local head and every process it started, or those that a killed one left; False if none ran."""
     head = find_head(settings)
     if head is None:
-        return False
+        return end_orphans(settings)
     _end(head.pid)
     _record(settings).unlink(missing_ok=True)
     return True
+
+
+def end_orphans(settings: Settings) -> bool:
+    """Kill what a local head that is gone has left, which may hold the server's port; False if there is nothing."""
+    import psutil
+
+    if find_head(settings) is not None:
+        return False
+    try:
+        pid = int(json.loads(_record(settings).read_text())["pid"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    orphans = []
+    for process in _session(pid):
+        with suppress(psutil.Error, OSError):
+            if process.environ().get("PEDRO_HOME") == str(settings.home):
+                orphans.append(process)
+    _kill(orphans)
+    return bool(orphans)
 
 
 def free_port(low: int = 20000, high: int = 32000) -> int:
@@ -248,6 +269,7 @@ def _ensure_head(settings: Settings, log: Callable[[str], None]) -> Head:
         head = find_head(settings)
         if head is not None:
             return head
+        end_orphans(settings)  # which write into the folder of the next one
         log("starting a local Ray head (about 10 s, once; `pedro down` ends it)")
         head = _start_head(folder)
         scratch = folder / "head.json.new"
@@ -309,18 +331,32 @@ def _end(pid: int) -> None:
     """End a head and all that it started, which is whatever shares its session."""
     import psutil
 
-    family = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-            if os.getsid(process.pid) == pid:
-                family.append(process)
+    family = _session(pid)
     with suppress(psutil.NoSuchProcess):
         psutil.Process(pid).terminate()
     _, alive = psutil.wait_procs(family, timeout=20)
-    for left in alive:
+    _kill(alive)
+
+
+def _session(pid: int) -> list[psutil.Process]:
+    """The processes of the session that `pid` leads, or led."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) == pid:
+                found.append(process)
+    return found
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    import psutil
+
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            left.kill()
-    psutil.wait_procs(alive, timeout=5)
+            process.kill()
+    psutil.wait_procs(processes, timeout=5)
 
 
 def _session_folder(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -47,13 +48,16 @@ def serve(
 ) -> None:
     """Serve the backbone and every registered champion behind an OpenAI-compatible API, until Ctrl-C.
 
+    A Ray head that dies is started again, and the server with it; with --detach nobody is there to see to that.
+
     Example: `pedro serve --port 8000`, then point any OpenAI client at http://127.0.0.1:8000/v1
     """
     import os
 
     from pedro.config import Settings, validate_spec
     from pedro.serving.config import ServeConfig
-    from pedro.serving.deploy import deploy, undeploy
+    from pedro.serving.deploy import deploy, disconnect, undeploy
+    from pedro.serving.supervision import Supervisor
     from pedro.training.queue.process import stay_with_server
 
     settings = Settings.from_env()
@@ -74,7 +78,8 @@ def serve(
         "share_bare_prefixes": share_bare_prefixes,
         "tenant_weights": dict(_share(text) for text in tenant_weight or ()),
     }
-    served = deploy(settings, validate_spec(options, ServeConfig, source="serve"), host, port, log)
+    config = validate_spec(options, ServeConfig, source="serve")
+    served = deploy(settings, config, host, port, log)
     stay_with_server(settings)
 
     def show() -> None:
@@ -87,9 +92,12 @@ def serve(
     if detach:
         return
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    threading.Thread(target=_show_requests, args=(settings.requests_log,), name="requests", daemon=True).start()
     try:
-        for line in follow(settings.requests_log):
-            log(line)
+        disconnect()
+        own_port = int(served.url.rpartition(":")[2])
+        Supervisor(settings, config, host, own_port, log, lambda: stay_with_server(settings)).run()
+        log("the server was ended")
     except KeyboardInterrupt:
         log("ending the server")
     finally:
@@ -164,6 +172,11 @@ def follow(path: Path, poll_s: float = 0.5) -> Iterator[str]:
             *whole, rest = (rest + gained).split(b"\n")
             yield from (line.decode("utf-8", "replace") for line in whole)
         time.sleep(poll_s)
+
+
+def _show_requests(path: Path) -> None:
+    for line in follow(path):
+        log(line)
 
 
 def _share(text: str) -> tuple[str, float]:

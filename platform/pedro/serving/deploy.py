@@ -75,7 +75,7 @@ def deploy(
     from pedro.serving.app import build_app
 
     app = build_app(config.model_dump())
-    if _record(settings).is_file():  # of a server that no longer answers, but may still hold its port
+    if record(settings).is_file():  # of a server that no longer answers, but may still hold its port
         _take_down(settings)
     log(f"loading {config.backbone} and starting the server on {host}:{port}")
     served = Served(f"http://{host}:{port}", config.model_name)
@@ -95,8 +95,8 @@ def deploy(
     except BaseException:
         _take_down(settings)
         raise
-    _record(settings).parent.mkdir(parents=True, exist_ok=True)
-    _record(settings).write_text(json.dumps({"url": served.url, "backbone": served.backbone}))
+    record(settings).parent.mkdir(parents=True, exist_ok=True)
+    record(settings).write_text(json.dumps({"url": served.url, "backbone": served.backbone}))
     return served
 
 
@@ -104,9 +104,9 @@ def undeploy(settings: Settings) -> bool:
     """Take the application off the cluster; False if this home serves nothing."""
     from pedro import cluster
 
-    recorded = _record(settings).is_file()
+    recorded = record(settings).is_file()
     if recorded and settings.ray_address is None and cluster.find_head(settings) is None:
-        _record(settings).unlink(missing_ok=True)
+        record(settings).unlink(missing_ok=True)
         return False
     if recorded:
         cluster.connect(settings, attach=True)
@@ -123,10 +123,18 @@ def end(settings: Settings) -> dict[str, bool]:
 
     if settings.ray_address is not None:
         return {"server": undeploy(settings), "head": False}
-    recorded = _record(settings).is_file()
-    _record(settings).unlink(missing_ok=True)
+    recorded = record(settings).is_file() or restarting(settings).is_file()
+    record(settings).unlink(missing_ok=True)
+    restarting(settings).unlink(missing_ok=True)
     head = cluster.stop_head(settings)
     return {"server": recorded and head, "head": head}
+
+
+def disconnect() -> None:
+    """Leave the cluster, whose server goes on: Ray ends a process that is connected when the head is gone."""
+    import ray
+
+    ray.shutdown()
 
 
 def find(settings: Settings) -> Served | None:
@@ -134,7 +142,7 @@ def find(settings: Settings) -> Served | None:
     import httpx
 
     try:
-        served = Served(**json.loads(_record(settings).read_text()))
+        served = Served(**json.loads(record(settings).read_text()))
         httpx.get(f"{served.url}/health", timeout=5).raise_for_status()
     except (OSError, ValueError, TypeError, httpx.HTTPError):
         return None
@@ -149,11 +157,17 @@ def _take_down(settings: Settings) -> None:
         serve.shutdown()
     else:
         serve.delete(APP_NAME)
-    _record(settings).unlink(missing_ok=True)
+    record(settings).unlink(missing_ok=True)
 
 
-def _record(settings: Settings) -> Path:
+def record(settings: Settings) -> Path:
+    """The file that says where this home serves, while it does."""
     return settings.home / SERVER_RECORD
+
+
+def restarting(settings: Settings) -> Path:
+    """A file that lies there while a server whose head is gone is started again; without it that ends at once."""
+    return settings.home / "ray" / "restarting"
 
 
 def _wait_ready(url: str) -> None:
