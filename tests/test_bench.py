@@ -96,6 +96,31 @@ def test_longer_prompts_are_read_by_every_pooler_beside_no_adapter(tmp_path, mon
     assert all(row["ttft_ms"] > 0 and (row["adapters"] != "none" or row["ratio"] == 1) for row in rows)
 
 
+def test_quantised_weights_stand_beside_float32_by_speed_memory_and_perplexity(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    words = [
+        "weights",
+        "--quick",
+        "--threads",
+        "1",
+        "--models",
+        "tiny",
+        "--batches",
+        "2",
+        "--backbones",
+        "pedro-nano,gone",
+    ]
+    assert main(BENCHMARKS, tmp_path / "results", words) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["skipped"]) == {"gone", "llama.cpp"}
+    speed = [row for row in result["rows"] if row["model"] == "tiny"]
+    quality = [row for row in result["rows"] if row["model"] == "pedro-nano"]
+    assert [row["weights"] for row in speed] == [row["weights"] for row in quality] == ["float32", "int8", "int4"]
+    assert speed[0]["weight_mb"] > 3 * speed[1]["weight_mb"] > 3 * speed[2]["weight_mb"]
+    assert speed[0]["decode_ratio"] == quality[0]["perplexity_ratio"] == 1
+    assert 0.99 < quality[1]["perplexity_ratio"] < 1.01, "int8 changes next to nothing"
+
+
 def test_chats_shared_and_cold_prompts_are_measured_with_the_prefix_cache_and_without(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
     words = ["prefix", "--quick", "--threads", "1", "--rounds", "1", "--peer", "llamacpp=/nowhere/python"]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jobs.benchmarks.command_line import Options
     from jobs.benchmarks.engine_process import Log
 
+SHORT = 32  # tokens of a prompt where several requests decode together: what differs there is decoding
 BATCHES, BACKBONES = (1, 8, 32), ("pedro-nano", "smollm2-135m")
 QUICK_TOKENS = 500
 LLAMA_CPP = {"llama.cpp Q8_0": ("Q8_0", "int8"), "llama.cpp Q4_1": ("Q4_1", "int4")}  # and which of ours is beside it
@@ -39,7 +40,13 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     use_threads(options.threads)
     rounds = options.rounds or (2 if options.quick else 9)
     tokens = QUICK_TOKENS if options.quick else MOST_TOKENS
-    settings = {"rounds": rounds, "prompt": PROMPT_TOKENS, "new": NEW_TOKENS, "threads": options.threads}
+    settings = {
+        "rounds": rounds,
+        "prompt": PROMPT_TOKENS,
+        "prompt_in_batches": SHORT,
+        "new": NEW_TOKENS,
+        "threads": options.threads,
+    }
     report = BenchmarkReport("weights", {**settings, "adapters": "PEDRO, one a request", "scored_tokens": tokens})
     for name in options.models or (("S",) if options.quick else ("S", "SmolLM2")):
         with EnginePool(log) as peers:
@@ -78,7 +85,7 @@ class _Speed:
         for batch in self._batches:
             seen: dict[str, list[Figures]] = {}
             for number in range(self._rounds + 1):  # the first only warms up
-                asked = prompts(self._size, batch, PROMPT_TOKENS, number)
+                asked = prompts(self._size, batch, PROMPT_TOKENS if batch == 1 else SHORT, number)
                 for name, engine in self._engines.items():
                     figures = engine.answer(asked, self._refs[:batch], NEW_TOKENS).figures()
                     seen.setdefault(name, []).append(figures)
