@@ -116,7 +116,7 @@ def test_quantised_weights_stand_beside_float32_by_speed_memory_and_perplexity(t
     speed = [row for row in result["rows"] if row["model"] == "tiny"]
     quality = [row for row in result["rows"] if row["model"] == "pedro-nano"]
     assert [row["weights"] for row in speed] == [row["weights"] for row in quality] == ["float32", "int8", "int4"]
-    assert speed[0]["weight_mb"] > 3 * speed[1]["weight_mb"] > 3 * speed[2]["weight_mb"]
+    assert speed[0]["weight_mb"] > 2 * speed[1]["weight_mb"] > 2 * speed[2]["weight_mb"]
     assert speed[0]["decode_ratio"] == quality[0]["perplexity_ratio"] == 1
     assert 0.99 < quality[1]["perplexity_ratio"] < 1.01, "int8 changes next to nothing"
 

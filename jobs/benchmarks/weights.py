@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from jobs.benchmarks.command_line import Options
     from jobs.benchmarks.engine_process import Log
 
-SHORT = 32  # tokens of a prompt where several requests decode together: what differs there is decoding
-BATCHES, BACKBONES = (1, 8, 32), ("pedro-nano", "smollm2-135m")
+SHORT = 16  # tokens of a prompt where several requests decode together: what differs there is decoding
+BATCHES = {"S": (1, 8, 32), "SmolLM2": (1, 8)}
+TOKENS = {"pedro-nano": MOST_TOKENS, "smollm2-135m": 1000}  # to be predicted: as many as take about a minute
 QUICK_TOKENS = 500
 LLAMA_CPP = {"llama.cpp Q8_0": ("Q8_0", "int8"), "llama.cpp Q4_1": ("Q4_1", "int4")}  # and which of ours is beside it
 Figures = dict[str, float]
@@ -38,8 +39,7 @@ Figures = dict[str, float]
 def run(options: Options, log: Log) -> BenchmarkReport:
     """Speed of each size and batch, then quality of each backbone; a backbone that is not here is skipped."""
     use_threads(options.threads)
-    rounds = options.rounds or (2 if options.quick else 9)
-    tokens = QUICK_TOKENS if options.quick else MOST_TOKENS
+    rounds = options.rounds or (2 if options.quick else 7)
     settings = {
         "rounds": rounds,
         "prompt": PROMPT_TOKENS,
@@ -47,14 +47,15 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         "new": NEW_TOKENS,
         "threads": options.threads,
     }
-    report = BenchmarkReport("weights", {**settings, "adapters": "PEDRO, one a request", "scored_tokens": tokens})
-    for name in options.models or (("S",) if options.quick else ("S", "SmolLM2")):
+    report = BenchmarkReport("weights", {**settings, "adapters": "PEDRO, one a request"})
+    for name in options.models or (("S",) if options.quick else BATCHES):
         with EnginePool(log) as peers:
             _Speed(MODEL_SIZES[name], options, rounds, peers, log).measure(report)
         report.skipped |= peers.skipped
     if "llamacpp" not in options.peers:
         report.skipped["llama.cpp"] = "not asked for; give --peer llamacpp=/path/to/python"
-    for backbone in options.backbones or (("pedro-nano",) if options.quick else BACKBONES):
+    for backbone in options.backbones or (("pedro-nano",) if options.quick else TOKENS):
+        tokens = QUICK_TOKENS if options.quick else TOKENS.get(backbone, MOST_TOKENS)
         try:
             _quality(backbone, tokens, options.threads, report, log)
         except BackboneError as error:
@@ -67,7 +68,7 @@ class _Speed:
 
     def __init__(self, size: ModelSize, options: Options, rounds: int, peers: EnginePool, log: Log) -> None:
         self._size, self._rounds, self._peers, self._log = size, rounds, peers, log
-        self._batches = options.batches or ((1, 8) if options.quick else BATCHES)
+        self._batches = options.batches or ((1, 8) if options.quick else BATCHES.get(size.name, (1, 8)))
         most, length = max(self._batches), PROMPT_TOKENS + NEW_TOKENS + 1
         setup: dict[str, Any] = {"max_batch": most, "threads": options.threads}
         self._engines = {kind: BenchEngine(size, weights=kind, max_length=length, **setup) for kind in WEIGHTS}
@@ -107,7 +108,7 @@ class _Speed:
     def _row(self, name: str, batch: int, seen: dict[str, list[Figures]]) -> dict[str, Any]:
         row: dict[str, Any] = {"model": self._size.name, "batch": batch, "weights": name}
         if name in self._engines:
-            row["weight_mb"] = round(self._engines[name].engine.stats()["weight_bytes"] / 2**20, 1)
+            row["weight_mb"] = round(self._engines[name].engine.stats()["weight_bytes"] / 2**20, 3)
         others = {"": "float32"} if name in self._engines else {"": "float32", "ours_": LLAMA_CPP[name][1]}
         for figure, of in (("decode_tok_s", "decode"), ("ttft_ms", "ttft")):
             own = [figures[figure] for figures in seen[name][1:]]
