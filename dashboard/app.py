@@ -73,7 +73,8 @@ def find_reader() -> login.Reader | None:
     settings = Settings.from_env()
     if not login.required():
         return typed(st.session_state.get(connection.KEY) or "", settings)
-    key, reader = st.session_state.get(ADMITTED, ("", None))
+    admitted: tuple[str, login.Reader | None] = st.session_state.get(ADMITTED, ("", None))
+    key, reader = admitted
     try:
         return admit(key, settings) if key else None
     except AuthenticationError:  # it was revoked, or has expired

@@ -14,6 +14,7 @@ import streamlit as st
 
 import connection
 from components import file_report, training_watch
+from components.job_details import duration
 from drawing import number
 from pedro.errors import ConfigError
 from sources import training as data
@@ -223,7 +224,7 @@ def show_estimate(found: dict[str, Any]) -> None:
     """The dry run: time, memory, steps, parameters, and where the numbers are from."""
     columns = st.columns(4)
     tensors = sum(found["memory_bytes"].values())
-    number(columns[0], "Time", f"about {training_watch.duration(found['seconds'])}", "from its start to its end")
+    number(columns[0], "Time", f"about {duration(found['seconds'])}", "from its start to its end")
     number(columns[1], "Memory", size(tensors + found["process_bytes"]), f"each worker; {size(tensors)} of tensors")
     number(columns[2], "Steps", f"{found['steps']:,}", f"ended by {found['ends_by']}")
     share = found["trainable_parameters"] / max(1, found["backbone_parameters"])
