@@ -180,6 +180,14 @@ class WordBackend:
         self.adapters[name] = replace(card, canary={"version": version, "weight": weight} if weight else None)
         return self.adapters[name]
 
+    async def set_shadow(
+        self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
+    ) -> AdapterCard:
+        card = self._versioned(tenant, name, version)
+        self.actors.append(actor)
+        self.adapters[name] = replace(card, shadow={"version": version, "weight": weight} if weight else None)
+        return self.adapters[name]
+
     async def delete_version(
         self, tenant: str, name: str, version: int, *, unused: bool = False, actor: Actor | None = None
     ) -> None:

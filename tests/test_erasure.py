@@ -333,6 +333,8 @@ def test_no_row_of_an_erased_tenant_is_left_on_either_database(url):
                 connection.execute(sa.insert(schema.usage).values(row))
             canary = {"tenant": tenant, "adapter": "a", "made": 1, "canary": 2, "champion": 1}
             connection.execute(sa.insert(schema.canaries).values(canary))
+            shadow = {"tenant": tenant, "adapter": "a", "made": 1, "shadow": 2, "champion": 1}
+            connection.execute(sa.insert(schema.shadows).values(shadow))
     before = {table: [row for row in rows if OTHER in repr(row)] for table, rows in rows_of(store).items()}
     store.begin_erasure(ERASED)
     assert store.list_jobs(ERASED)[0].status == "cancelled"

@@ -127,6 +127,7 @@ NAMED = (
     ("POST", "/v1/adapters/NAME/promote", {"version": 2}),
     ("POST", "/v1/adapters/NAME/rollback", None),
     ("POST", "/v1/adapters/NAME/canary", {"version": 2, "weight": 0.5}),
+    ("POST", "/v1/adapters/NAME/shadow", {"version": 2, "weight": 0.5}),
     ("POST", "/v1/adapters/NAME/feedback", {"version": 2, "thumb": "up"}),
     ("DELETE", "/v1/adapters/NAME/versions/2", None),
 )
@@ -178,6 +179,8 @@ def test_a_tenant_moves_versions_of_its_own_adapters_in_its_own_name(gateway):
             "weight": 0.25,
         }
         assert http.post(f"{path}/canary", json={"version": 1, "weight": 0}).json()["canary"] is None
+        shadow = http.post(f"{path}/shadow", json={"version": 1, "weight": 1}).json()["shadow"]
+        assert shadow == {"version": 1, "weight": 1.0}
         assert http.post(f"{path}/rollback").json()["aliases"]["champion"] == 1
         refused = http.delete(f"{path}/versions/1")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
@@ -214,6 +217,7 @@ def test_a_tenant_finds_no_adapter_of_another_to_see_or_move(gateway, method, pa
         ("POST", "canary", {"version": 2, "weight": 1}, "weight"),
         ("POST", "canary", {"version": 2, "weight": "0.1"}, "weight"),
         ("POST", "canary", {"weight": 0.1}, "version"),
+        ("POST", "shadow", {"version": 2, "weight": 1.5}, "weight"),
         ("POST", "feedback", {"version": 2}, "score"),
         ("POST", "feedback", {"version": 2, "score": 1.5}, "score"),
         ("POST", "feedback", {"version": 2, "score": 1, "thumb": "up"}, "score"),

@@ -286,6 +286,15 @@ def test_the_command_line_splits_an_alias_and_tells_how_it_was_moved(settings, m
         assert part in told
     moves = json.loads(pedro("history", NAME, "--limit", "2", "--json").stdout)
     assert [move["action"] for move in moves] == ["canary", "promote"]
+    assert (
+        "acme.moved:3 is asked 50.0% of what acme.moved answers" in pedro("shadow", NAME, "3", "--weight", "0.5").output
+    )
+    assert "shadow: v3 (50.0%): 0 answers as the champion's, 0 different" in pedro("show", NAME).output
+    shown = {row["version"]: row.get("shadow") for row in json.loads(pedro("show", NAME, "--json").stdout)}
+    assert shown[3]["weight"] == 0.5
+    assert shown[1] is None
+    assert "canary=v3 (12.5%) shadow=v3 (50.0%)" in pedro("history", NAME, "--limit", "1").output
+    assert "is no shadow any more" in pedro("shadow", NAME, "3", "--weight", "0").output
     assert "is no canary any more" in pedro("canary", NAME, "3", "--weight", "0").output
     assert isinstance(pedro("canary", NAME, "2", "--weight", "0.5", code=1).exception, ConflictError)
     assert "canary" not in json.loads(pedro("list", "--json").stdout)[0]

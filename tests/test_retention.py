@@ -189,6 +189,7 @@ def test_old_versions_go_only_if_that_is_asked_for_and_none_that_an_alias_names(
     for number in (3, 1, 2):
         registry.promote("acme.support", number)  # 3 was champion lately, 1 is previous, 2 champion
     registry.canary("acme.support", 4, 0.1)
+    registry.shadow("acme.support", 4, 0.5)
     assert not _gone(_gc(home), "versions")
     done = _gc(home, replace(DEFAULT, versions=1))
     assert _gone(done, "versions") == {"acme.support:5"}
@@ -198,7 +199,7 @@ def test_old_versions_go_only_if_that_is_asked_for_and_none_that_an_alias_names(
         1: "it is previous",
         2: "it is champion",
         3: "it was champion within 90 days",
-        4: "it is canary",
+        4: "it is canary and shadow",
         6: "among the newest 1",
     }
     assert registry.store.alias_history("acme.support")[0].action == "retire"

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pedro.cli import splits
 from pedro.cli.output import AsJson, accuracy, emit, log, percent, table
+from pedro.cli.splits import Name, check_servable_here, open_registry, shadow_line, told_shadow
 from pedro.refs import ModelRef
 
 if TYPE_CHECKING:
-    from pedro.registry import Registry, Version
+    from pedro.registry import Version
 
 app = typer.Typer(
     help="Adapter versions: list, promote, roll back, split, delete, export, import.", no_args_is_help=True
@@ -21,7 +23,6 @@ app = typer.Typer(
 Moved = Annotated[
     str | None, typer.Option("--backbone", help="Where the adapter's backbone is now, if it was renamed or moved.")
 ]
-Name = Annotated[str, typer.Argument(help="tenant.adapter, also with @alias or :version", metavar="MODEL")]
 
 
 @app.command("list")
@@ -29,7 +30,7 @@ def list_adapters(
     tenant: Annotated[str | None, typer.Argument(help="Only this tenant's.")] = None, as_json: AsJson = False
 ) -> None:
     """List the registered adapters with their champion."""
-    registry = _registry()
+    registry = open_registry()
     rows: list[dict[str, Any]] = []
     for name, entry in sorted(registry.catalog().items()):
         if tenant is None or name.startswith(f"{tenant}."):
@@ -58,7 +59,7 @@ def list_adapters(
 @app.command()
 def show(name: Name, as_json: AsJson = False) -> None:
     """Show every version of an adapter: digest, method, metrics, gate."""
-    registry = _registry()
+    registry = open_registry()
     ref = ModelRef.parse(name)
     versions = registry.versions(ref.name) if ref.which is None else [registry.find(ref)]
     if not versions:
@@ -67,6 +68,8 @@ def show(name: Name, as_json: AsJson = False) -> None:
         raise model_not_found(name)
 
     def print_versions() -> None:
+        if told:
+            typer.echo(shadow_line(told))
         table(
             ["version", "aliases", "method", "parameters", "accuracy", "backbone", "digest", "created", "gate"],
             [
@@ -85,7 +88,11 @@ def show(name: Name, as_json: AsJson = False) -> None:
             ],
         )
 
-    emit([asdict(version) for version in versions], as_json, print_versions)
+    told = told_shadow(registry, ref.name)
+    rows = [asdict(version) for version in versions]
+    if told:
+        rows = [{**row, **({"shadow": told} if row["version"] == told["version"] else {})} for row in rows]
+    emit(rows, as_json, print_versions)
 
 
 @app.command()
@@ -96,8 +103,8 @@ def promote(
 
     A version that the engine could not serve is refused.
     """
-    registry = _registry()
-    _check_servable(registry, registry.get(name, version))
+    registry = open_registry()
+    check_servable_here(registry, registry.get(name, version))
     _changed(registry.promote(name, version), as_json)
 
 
@@ -106,32 +113,17 @@ def rollback(name: Name, as_json: AsJson = False) -> None:
     """Swap champion and previous; refused where the engine could not serve the previous one."""
     from pedro.errors import NotFoundError
 
-    registry = _registry()
+    registry = open_registry()
     expected = None
     with suppress(NotFoundError):  # the registry says what is missing
         wanted = registry.get(name, "previous")
         expected = wanted.version
-        _check_servable(registry, wanted)
+        check_servable_here(registry, wanted)
     _changed(registry.rollback(name, expected=expected), as_json)
 
 
-@app.command()
-def canary(
-    name: Name,
-    version: Annotated[int, typer.Argument(help="The version number.")],
-    weight: Annotated[float, typer.Option(help="Its share of what is asked of the champion; 0 ends it.")],
-    as_json: AsJson = False,
-) -> None:
-    """Have a version answer a share of what is asked of the champion; a promotion or a rollback ends it.
-
-    Example: `pedro adapters canary acme.support 8 --weight 0.1`
-    """
-    registry = _registry()
-    if weight:
-        _check_servable(registry, registry.get(name, version))
-    after = registry.canary(name, version, weight)
-    now = f"answers {weight:.1%} of {name}" if weight else "is no canary any more"
-    emit({**asdict(after), "weight": weight}, as_json, lambda: typer.echo(f"{after.ref} {now}"))
+app.command("canary")(splits.canary)
+app.command("shadow")(splits.shadow)
 
 
 @app.command()
@@ -143,7 +135,7 @@ def history(
     """Show how an adapter's aliases were moved: when, by whom, from where to where."""
     from pedro.registry import utc
 
-    moves = _registry().store.alias_history(name, limit)
+    moves = open_registry().store.alias_history(name, limit)
 
     def show() -> None:
         table(
@@ -155,25 +147,11 @@ def history(
     def standing(state: dict[str, Any] | None) -> str:
         if state is None:
             return "-"
-        split = state.get("canary")
         parts = [f"{alias}=v{version}" for alias, version in sorted(state["aliases"].items())]
-        return " ".join([*parts, *([f"canary=v{split['version']} ({split['weight']:.1%})"] if split else [])])
+        splits = [(what, state[what]) for what in ("canary", "shadow") if state.get(what)]
+        return " ".join([*parts, *(f"{what}=v{split['version']} ({split['weight']:.1%})" for what, split in splits)])
 
     emit([asdict(move) for move in moves], as_json, show)
-
-
-def _check_servable(registry: Registry, wanted: Version) -> None:
-    """Raise AdapterError for a version that the engine could not serve; logs where that cannot be checked here."""
-    from pedro.backbone import resolve_backbone
-    from pedro.errors import BackboneError
-    from pedro.methods.servable import check_servable
-
-    try:
-        backbone = resolve_backbone(wanted.backbone_id)
-    except BackboneError as error:
-        log(f"whether {wanted.ref} can be served was not checked: {error.message}")
-    else:
-        check_servable(registry.download(wanted), backbone)
 
 
 @app.command()
@@ -188,7 +166,7 @@ def delete(
 
     ref = ModelRef.parse(name)
     plain = ref.name
-    registry = _registry()
+    registry = open_registry()
     number = None if ref.which is None else registry.find(ref).version
     what = str(ModelRef(ref.tenant, ref.adapter, version=number))
     if number is None:
@@ -217,7 +195,7 @@ def export_adapter(
 
     if directory.exists():
         raise ConfigError(f"{directory} exists already; name a new directory", param="directory")
-    registry = _registry()
+    registry = open_registry()
     version = registry.find(ModelRef.parse(name))
     shutil.copytree(registry.download(version), directory)
     emit(
@@ -256,7 +234,7 @@ def import_adapter(
         open_saved(whole, backbone)
         if (whole / CONFIG).is_file():
             check_tensor_names(whole)
-        registry = _registry()
+        registry = open_registry()
         run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"kind": "import"})
         version = registry.register(run, whole, tenant, adapter, gate="imported: not gated")
         registry.finish_run(run)
@@ -329,7 +307,7 @@ def _evaluate_file(
     from pedro.data.lines import parse_fields
 
     named = parse_fields(fields) if fields else None
-    registry = _registry()
+    registry = open_registry()
     version = registry.find(ModelRef.parse(name))
     log(f"scoring {version.ref} on {file}")
     from pedro.backbone import quiet
@@ -355,13 +333,6 @@ def _evaluate_file(
         )
 
     emit(result, as_json, print_report)
-
-
-def _registry() -> Registry:
-    from pedro.config import Settings
-    from pedro.registry import Registry
-
-    return Registry.open(Settings.from_env())
 
 
 def _changed(version: Version, as_json: bool) -> None:

@@ -85,6 +85,11 @@ class AllowedBackend:
     ) -> AdapterCard:
         return await self._backend.set_canary(tenant, self._allowed(name), version, weight, actor=actor)
 
+    async def set_shadow(
+        self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
+    ) -> AdapterCard:
+        return await self._backend.set_shadow(tenant, self._allowed(name), version, weight, actor=actor)
+
     async def delete_version(
         self, tenant: str, name: str, version: int, *, unused: bool = False, actor: Actor | None = None
     ) -> None:

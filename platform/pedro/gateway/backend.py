@@ -52,6 +52,7 @@ class AdapterCard:
     aliases: Mapping[str, int]
     versions: tuple[VersionCard, ...] = ()
     canary: Mapping[str, float] | None = None  # {"version": 8, "weight": 0.1}: its share of the champion's requests
+    shadow: Mapping[str, float | None] | None = None  # likewise, with how what it answered differs
 
 
 class CallMeter:
@@ -300,7 +301,7 @@ class Backend(Protocol):
         """Makes `version` the champion, and the champion `previous`. Raises NotFoundError, or ConflictError where the
         champion is another one than `expected`.
 
-        This and the three that follow enter `actor` into the audit; None: who runs this process.
+        This and the four that follow enter `actor` into the audit; None: who runs this process.
         """
         ...
 
@@ -317,11 +318,20 @@ class Backend(Protocol):
         """
         ...
 
+    async def set_shadow(
+        self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
+    ) -> AdapterCard:
+        """Has `version` asked a share of what the champion answers, for nobody to see; 0 ends it.
+
+        Raises as `set_canary` does.
+        """
+        ...
+
     async def delete_version(
         self, tenant: str, name: str, version: int, *, unused: bool = False, actor: Actor | None = None
     ) -> None:
         """Deletes a version. Raises NotFoundError, or ConflictError for the champion; `unused`: for every one that an
-        alias or the canary names."""
+        alias, the canary or the shadow names."""
         ...
 
     async def metrics(self) -> str:

@@ -14,7 +14,7 @@ from pedro.errors import NotFoundError, PedroError, model_not_found
 from pedro.gateway.auth import Principal, actor_of, backend_for, counted, require
 from pedro.gateway.backend import AdapterCard, AdapterResidence, Backend
 from pedro.gateway.parsing import parse, read_body
-from pedro.gateway.schemas import INT32, CanaryRequest, FeedbackRequest, PromoteRequest
+from pedro.gateway.schemas import INT32, CanaryRequest, FeedbackRequest, PromoteRequest, ShadowRequest
 from pedro.refs import ModelRef, tenant_of
 from pedro.store import ADMIN, INFER, READ, TRAIN, AnswerCounts, Store
 
@@ -60,6 +60,15 @@ async def rollback(request: Request, name: str, caller: Owner) -> dict[str, Any]
 async def set_canary(request: Request, name: str, caller: Owner) -> dict[str, Any]:
     wanted = parse(CanaryRequest, await read_body(request))
     moved = backend_for(request, caller).set_canary(
+        caller.view, name, wanted.version, wanted.weight, actor=actor_of(request, caller)
+    )
+    return _adapter(await moved)
+
+
+@router.post("/{name}/shadow")
+async def set_shadow(request: Request, name: str, caller: Owner) -> dict[str, Any]:
+    wanted = parse(ShadowRequest, await read_body(request))
+    moved = backend_for(request, caller).set_shadow(
         caller.view, name, wanted.version, wanted.weight, actor=actor_of(request, caller)
     )
     return _adapter(await moved)

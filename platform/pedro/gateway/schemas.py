@@ -367,6 +367,11 @@ class FeedbackRequest(Body):
     thumb: Literal["up", "down"] | None = None  # or 1 and 0 so
 
 
+class ShadowRequest(Body):
+    version: Annotated[int, Field(ge=1, lt=INT32)]  # the one that is asked, too
+    weight: Annotated[float, Field(ge=0, le=1)]  # a share of what the champion answers; 0 ends it
+
+
 class CanaryRequest(Body):
     version: Annotated[int, Field(ge=1, lt=INT32)]  # the one that answers a share
     weight: Annotated[float, Field(ge=0, lt=1)]  # its share of what is asked of the champion; 0 ends it

@@ -194,6 +194,13 @@ class Registry(Tracking):
         self._show(name)
         return moved
 
+    def shadow(self, name: str, version: int, weight: float, *, actor: By = None) -> Version:
+        """Have a version asked a share of what the champion answers, for nobody to see; 0 ends it. Raises
+        ConflictError."""
+        moved = self.store.set_shadow(name, version, weight, actor=actor)
+        self._show(name)
+        return moved
+
     def delete(self, name: str, version: int | None = None, *, actor: By = None) -> None:
         """Delete one version, or the adapter with all of them; the champion alone is refused (ConflictError)."""
         if version is None:

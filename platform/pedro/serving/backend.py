@@ -30,11 +30,11 @@ from pedro.gateway.backend import (
     GenerateCall,
     ModelCard,
     TokenizeResult,
-    VersionCard,
 )
 from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, PREVIOUS, Registry, Version
 from pedro.serving.canary_watch import CanaryWatch
+from pedro.serving.cards import adapter_card
 from pedro.serving.failover import SET_ASIDE_S, Retries, VersionFaults
 from pedro.serving.metrics import merged
 from pedro.serving.protocol import (
@@ -49,6 +49,7 @@ from pedro.serving.protocol import (
     UnpinAdapter,
 )
 from pedro.serving.resolver import ModelResolver, Share, visible
+from pedro.serving.shadows import Heard, Shadows, is_asked_too
 from pedro.store import WHATEVER
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class ServeBackend:
         self._faults = VersionFaults()
         self._retries = Retries(replicas, self._faults)
         self._canaries = CanaryWatch(registry, resolver)
+        self._shadows = Shadows(registry, resolver, replicas, self._faults)
         self._started = int(time.time())
 
     async def list_models(self, tenant: str) -> list[ModelCard]:
@@ -120,6 +122,8 @@ class ServeBackend:
             return
         answered = False
         ref = version.model_ref
+        shadow = self._resolver.shadow_of(version)
+        heard = Heard() if shadow is not None and is_asked_too(call, *shadow) else None
         fault = self._faults.current(ref)
         if fault is None:
             try:
@@ -128,7 +132,13 @@ class ServeBackend:
                         if not answered:
                             answered = True
                             self._faults.served(call.model, version, ref)
+                        if heard is not None:
+                            heard.add(delta)
                         yield delta
+                        if heard is not None:
+                            heard.go_on()
+                if shadow is not None and heard is not None:
+                    self._shadows.ask_too(call, version, shadow[0], heard)
                 if split:
                     self._canaries.note(version, None)
                 return
@@ -182,7 +192,9 @@ class ServeBackend:
         whose = None if tenant == ALL_TENANTS else tenant
         found = await asyncio.to_thread(self._registry.all_versions, whose)
         adapters = await asyncio.to_thread(self._registry.store.list_adapters, whose)
-        return [self._adapter_card(name, versions, adapters.get(name)) for name, versions in found.items()]
+        return await asyncio.to_thread(
+            lambda: [self._adapter_card(name, versions, adapters.get(name)) for name, versions in found.items()]
+        )
 
     async def promote(
         self, tenant: str, name: str, version: int, *, expected: int | None = None, actor: Actor | None = None
@@ -211,6 +223,17 @@ class ServeBackend:
         if weight:
             await self._check_servable(name, version)
         await asyncio.to_thread(self._registry.canary, name, version, weight, actor=actor)
+        await self._resolver.refresh()
+        return await self._adapter(name)
+
+    async def set_shadow(
+        self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
+    ) -> AdapterCard:
+        """Have a version asked a share of what the champion answers, or end that."""
+        self._own(tenant, name)
+        if weight:
+            await self._check_servable(name, version)
+        await asyncio.to_thread(self._registry.shadow, name, version, weight, actor=actor)
         await self._resolver.refresh()
         return await self._adapter(name)
 
@@ -275,7 +298,8 @@ class ServeBackend:
     async def metrics(self) -> str:
         """Prometheus text of every engine replica, and of what the home holds."""
         sizes = [] if self._sizes is None else [self._sizes.text()]
-        return merged([*await self._replicas.ask_all(ReadMetrics()), self._faults.metrics(), *sizes])
+        own = [self._faults.metrics(), self._shadows.metrics()]
+        return merged([*await self._replicas.ask_all(ReadMetrics()), *own, *sizes])
 
     async def ready(self) -> bool:
         """The catalogue is known and a replica would take a call."""
@@ -310,7 +334,7 @@ class ServeBackend:
         return [at for of_replica in await self._replicas.ask_all(request) for at in of_replica]
 
     async def _check_servable(self, name: str, which: int | str) -> int | None:
-        """Have a replica load a version before it becomes champion; its number, None if there is none.
+        """Have a replica load a version before it is champion, canary or shadow; its number, None if there is none.
 
         Raises ConflictError where it cannot be served. Where no replica answers it is not checked: a champion that
         brings them down must be possible to take back.
@@ -323,7 +347,8 @@ class ServeBackend:
             await self._replicas.ask(LoadAdapter(version.model_ref))
         except AdapterError as error:
             raise ConflictError(
-                f"{error.message.removeprefix('model: ')}; it does not become champion or canary", param="version"
+                f"{error.message.removeprefix('model: ')}; it does not become champion, canary or shadow",
+                param="version",
             ) from error
         except UnavailableError as error:
             if error.code not in ("no_replica", "replica_lost"):
@@ -352,28 +377,15 @@ class ServeBackend:
         )
 
     async def _adapter(self, name: str) -> AdapterCard:
-        adapter = await asyncio.to_thread(self._registry.store.get_adapter, name)
-        return self._adapter_card(name, await asyncio.to_thread(self._registry.versions, name), adapter)
+        return await asyncio.to_thread(
+            lambda: self._adapter_card(name, self._registry.versions(name), self._registry.store.get_adapter(name))
+        )
 
     def _adapter_card(self, name: str, versions: list[Version], adapter: RegisteredAdapter | None) -> AdapterCard:
-        return AdapterCard(
-            name=name,
-            canary=None if adapter is None else adapter.standing.to_dict().get("canary"),
-            aliases={alias: version.version for version in versions for alias in version.aliases},
-            versions=tuple(
-                VersionCard(
-                    v.version,
-                    v.digest,
-                    v.created,
-                    v.method,
-                    v.gate,
-                    v.aliases,
-                    self._faults.reason(v.model_ref),
-                    _numbers(v.metrics),
-                )
-                for v in reversed(versions)
-            ),
-        )
+        """On a thread: what a shadow was counted for is read."""
+        has_shadow = adapter is not None and adapter.standing.shadow is not None
+        counted = self._registry.store.shadow_answers(name) if has_shadow else None
+        return adapter_card(name, versions, adapter, self._faults.reason, counted)
 
 
 def share_of(call: GenerateCall, canary: int) -> float:
@@ -382,8 +394,3 @@ def share_of(call: GenerateCall, canary: int) -> float:
     whom = call.user or call.request_id.rpartition("-")[0]
     digest = hashlib.sha256(f"{call.model.partition('@')[0]}\n{canary}\n{whom}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers; a version's record also says which split they are of."""
-    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -86,6 +86,10 @@ class AdapterCatalog:
                 self._asking = asyncio.create_task(self._ask())
         return await asyncio.shield(question.answer)
 
+    def known(self, name: str) -> Found:
+        """An adapter as far as it is known already; nothing is looked up."""
+        return self._known.get(name)
+
     async def version(self, name: str, number: int) -> Version | None:
         """A version by its number; None if there is none. Raises UnavailableError where that cannot be known now."""
         known = await self.get(name)

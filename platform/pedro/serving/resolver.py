@@ -105,6 +105,15 @@ class ModelResolver:
             )
         return version
 
+    def shadow_of(self, version: Version) -> tuple[Version, float] | None:
+        """What stands in the shadow of a version, with its share; None where nothing does, or it is no champion."""
+        known = None if self._catalog is None else self._catalog.known(version.name)
+        shadow = None if known is None else known.adapter.standing.shadow
+        if known is None or shadow is None or known.adapter.aliases.get(CHAMPION) != version.version:
+            return None
+        found = known.versions.get(shadow.version)
+        return None if found is None or found.backbone_digest != self._backbone_digest else (found, shadow.weight)
+
     async def champions(self, tenant: str) -> list[Version]:
         """The champions that `tenant` may call, by name, those of other backbones left out."""
         if self._catalog is None:

@@ -61,6 +61,11 @@ class ReplicaSet:
         for replica in wanted - self._clients.keys():
             self._clients[replica] = ReplicaClient(replica, self._connect(replica), self._changed.set, self._backbone)
 
+    @property
+    def load(self) -> int:
+        """Calls that the replicas work on, as far as this gateway knows, those of others with its own."""
+        return sum(client.load for client in self._clients.values())
+
     async def generate(
         self,
         call: GenerateCall,

@@ -1,5 +1,6 @@
 """The platform's own records: keys, quotas, jobs, files, adapters, aliases. The only package that writes SQL."""
 
+from pedro.store.audit import AuditEntry, AuditQuery
 from pedro.store.batches import BatchRecord, BatchStatus, new_batch_id
 from pedro.store.buckets import LeaseGrant, LeaseRequest
 from pedro.store.canary_rule import AnswerCounts
@@ -23,8 +24,6 @@ from pedro.store.records import (
     TRAIN,
     TRAINING_LIMITS,
     Actor,
-    AuditEntry,
-    AuditQuery,
     By,
     Canary,
     CheckpointOf,
@@ -39,6 +38,7 @@ from pedro.store.records import (
     Move,
     Quota,
     RegisteredAdapter,
+    Shadow,
     Standing,
     Unmirrored,
     Usage,
@@ -49,6 +49,7 @@ from pedro.store.records import (
     utc,
 )
 from pedro.store.retention import OldVersion, StoredFile
+from pedro.store.shadows import ShadowCounts
 from pedro.store.standings import WHATEVER
 from pedro.store.store import Store
 from pedro.store.usage import USAGE_GROUPS, check_period, check_usage_groups, usage_row
@@ -111,6 +112,8 @@ __all__ = [
     "Quota",
     "RegisteredAdapter",
     "SecretSource",
+    "Shadow",
+    "ShadowCounts",
     "Standing",
     "Store",
     "StoredFile",

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from pedro.errors import NotFoundError
 from pedro.refs import ModelRef
 from pedro.store import schema
-from pedro.store.records import Canary, RegisteredAdapter, Standing, Version, utc
+from pedro.store.records import Canary, RegisteredAdapter, Shadow, Standing, Version, utc
 
 AS_THEY_ARE = (
     "tenant",
@@ -71,7 +71,9 @@ def in_any(table: sa.Table, refs: Collection[ModelRef]) -> sa.ColumnElement[bool
 def to_adapter(row: sa.Row[Any]) -> RegisteredAdapter:
     canary = None if row.canary is None else Canary(row.canary["version"], row.canary["weight"])
     name = ModelRef(row.tenant, row.adapter).name
-    return RegisteredAdapter(name, row.generation, row.made, row.created, Standing(dict(row.aliases), canary))
+    shadow = None if row.shadow is None else Shadow(row.shadow["version"], row.shadow["weight"])
+    standing = Standing(dict(row.aliases), canary, shadow)
+    return RegisteredAdapter(name, row.generation, row.made, row.created, standing)
 
 
 def to_version(row: sa.Row[Any], standing: Standing) -> Version:
@@ -86,7 +88,8 @@ def to_version(row: sa.Row[Any], standing: Standing) -> Version:
 
 def standing_values(standing: Standing) -> dict[str, Any]:
     """The columns of an adapter's row."""
-    return {"aliases": standing.aliases, "canary": standing.to_dict().get("canary")}
+    told = standing.to_dict()
+    return {"aliases": standing.aliases, "canary": told.get("canary"), "shadow": told.get("shadow")}
 
 
 def version_values(version: Version) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class AliasTable:
     _database: Database
 
     def promote(self, name: str, version: int, *, expected: int | None = WHATEVER, actor: By = None) -> Version:
-        """Make a version champion; the champion until now becomes `previous`, a canary ends.
+        """Make a version champion; the champion until now becomes `previous`, a canary and a shadow end.
 
         Raises ConflictError if `expected` is given and the champion is another one by now (None: there is one).
         """
@@ -62,6 +62,15 @@ class AliasTable:
         """
         with self._moving(name, "canary", actor, version) as move:
             move.to(standings.split(move.before, name, version, weight))
+            return move.version(version)
+
+    def set_shadow(self, name: str, version: int, weight: float, *, actor: By = None) -> Version:
+        """Have a version asked a share of what the champion answers, for nobody to see; 0 ends it.
+
+        Raises ConflictError if there is no champion or it is the version, ConfigError for what is no share.
+        """
+        with self._moving(name, "shadow", actor, version) as move:
+            move.to(standings.shadowed(move.before, name, version, weight))
             return move.version(version)
 
     def withdraw_canary(self, name: str, version: int, reason: str, *, generation: int, actor: By = None) -> bool:
@@ -114,8 +123,9 @@ class AliasTable:
         with self._moving(name, "retire", actor, version) as move:
             move.refuse_parent(version)
             promoted = move.promoted(version)
-            canary = move.before.canary
-            names = [*move.before.names_of(version), *(["canary"] if canary and canary.version == version else [])]
+            before = move.before.to_dict()
+            beside = [what for what in ("canary", "shadow") if before.get(what, {}).get("version") == version]
+            names = [*move.before.names_of(version), *beside]
             if names:
                 message = f"{name}:{version} is {' and '.join(names)}; give that to another version first"
                 raise ConflictError(message, param="version")
@@ -190,7 +200,10 @@ class _Moving:
         self._write_adapter(**standing_values(after))
         was, now = self.before.canary, after.canary
         if was is not None and (now is None or now.version != was.version):
-            self._forget_answers()
+            self._forget_answers(schema.canaries)
+        shadow = after.shadow and after.shadow.version
+        if self.before.shadow is not None and self.before.shadow.version != shadow:
+            self._forget_answers(schema.shadows)
         champion = after.aliases.get(CHAMPION)
         if champion is not None and (self._action == "promote" or champion != self.before.aliases.get(CHAMPION)):
             self.write(champion, promoted=self.at)
@@ -205,7 +218,8 @@ class _Moving:
         self.after, self._ended = Standing(), True
         self._write_adapter(**standing_values(self.after), deleted=self.at)
         self._connection.execute(sa.delete(schema.versions).where(same(schema.versions, self._ref)))
-        self._forget_answers()
+        for table in (schema.canaries, schema.shadows):
+            self._forget_answers(table)
 
     def write(self, version: int, **values: Any) -> None:
         """Columns of one of the adapter's versions."""
@@ -253,9 +267,9 @@ class _Moving:
         announce(self._connection, self._generation, ADAPTER, name)
         enter_moves(self._connection, self._ref, self.before, self.after, self.at, withdrawn)
 
-    def _forget_answers(self) -> None:
-        """Another canary begins with none."""
-        self._connection.execute(sa.delete(schema.canaries).where(same(schema.canaries, self._ref)))
+    def _forget_answers(self, table: sa.Table) -> None:
+        """Another canary, or another shadow, begins with none."""
+        self._connection.execute(sa.delete(table).where(same(table, self._ref)))
 
     def _forget_moves(self) -> None:
         """Of the adapter's history only the last moves are kept."""

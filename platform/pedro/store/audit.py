@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -9,10 +10,43 @@ import sqlalchemy as sa
 from pedro.errors import NotFoundError
 from pedro.store import schema
 from pedro.store.changes import audited, next_generation
-from pedro.store.records import AuditEntry, AuditQuery, By
 
 if TYPE_CHECKING:
     from pedro.store.database import Database
+    from pedro.store.records import By
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """Who changed what, and how it was before and is after.
+
+    `id` counts the entries of all tenants; a tenant is shown `public_id`, which is by chance.
+    """
+
+    id: int
+    public_id: str
+    at: float
+    actor: str
+    tenant: str
+    action: str
+    subject: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class AuditQuery:
+    """Which entries of the audit; a field that is left empty asks for nothing."""
+
+    tenants: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()  # "key.create", or "key" for all that is done with keys
+    actors: tuple[str, ...] = ()  # as the audit calls them, or the id of a key
+    subjects: tuple[str, ...] = ()
+    since: float | None = None
+    until: float | None = None
+    above: int | None = None  # only entries that came after the one with this id; the oldest of them first
+    before: str | None = None  # only entries that came before the one with this public id
 
 
 class AuditTable:

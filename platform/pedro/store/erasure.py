@@ -35,6 +35,7 @@ OF_TENANT = {  # tables that have a column `tenant`, as people call what is in t
     "versions": schema.versions,
     "moves": schema.alias_history,
     "canaries": schema.canaries,
+    "shadows": schema.shadows,
     "usage": schema.usage,
     "audit": schema.audit,
 }
@@ -83,6 +84,7 @@ class ErasureTable:
             nothing: dict[str, Any] = {
                 "aliases": {},
                 "canary": None,
+                "shadow": None,
                 "mirrored": generation,
                 **over,
             }  # MLflow is not told, but emptied

@@ -19,7 +19,18 @@ from pedro.store.changes import audited
 from pedro.store.database import Database, exclusive
 from pedro.store.records import PLATFORM
 
-OLDER = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009")  # revisions before `schema.REVISION`
+OLDER = (
+    "0001",
+    "0002",
+    "0003",
+    "0004",
+    "0005",
+    "0006",
+    "0007",
+    "0008",
+    "0009",
+    "0010",
+)  # revisions before `schema.REVISION`
 BEFORE_MIGRATIONS = "0.1.0"  # how a database is called whose tables no migration made
 LOCK = "schema"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -221,11 +221,21 @@ class Canary:
 
 
 @dataclass(frozen=True)
+class Shadow:
+    """A version that is asked a share of the champion's requests too, for nobody to see."""
+
+    version: int
+    weight: float
+    """Above 0, at most 1."""
+
+
+@dataclass(frozen=True)
 class Standing:
     """Where the aliases of one adapter stand: what a move changes as a whole."""
 
     aliases: dict[str, int] = field(default_factory=dict)
     canary: Canary | None = None
+    shadow: Shadow | None = None
 
     def names_of(self, version: int) -> tuple[str, ...]:
         """The aliases of a version."""
@@ -233,12 +243,12 @@ class Standing:
 
     @property
     def versions(self) -> set[int]:
-        """Those that an alias names, or the canary."""
-        return {*self.aliases.values(), *([self.canary.version] if self.canary else [])}
+        """Those that an alias names, the canary and the shadow."""
+        return {*self.aliases.values(), *(split.version for split in (self.canary, self.shadow) if split)}
 
     def to_dict(self) -> dict[str, Any]:
-        split = {"canary": {"version": self.canary.version, "weight": self.canary.weight}} if self.canary else {}
-        return {"aliases": self.aliases, **split}
+        splits: dict[str, Canary | Shadow | None] = {"canary": self.canary, "shadow": self.shadow}
+        return {"aliases": self.aliases, **{name: asdict(split) for name, split in splits.items() if split}}
 
 
 @dataclass(frozen=True)
@@ -352,39 +362,6 @@ class Move:
     before: dict[str, Any] | None
     after: dict[str, Any] | None
     reason: str
-
-
-@dataclass(frozen=True)
-class AuditEntry:
-    """Who changed what, and how it was before and is after.
-
-    `id` counts the entries of all tenants; a tenant is shown `public_id`, which is by chance.
-    """
-
-    id: int
-    public_id: str
-    at: float
-    actor: str
-    tenant: str
-    action: str
-    subject: str
-    before: dict[str, Any] | None
-    after: dict[str, Any] | None
-    request_id: str | None = None
-
-
-@dataclass(frozen=True)
-class AuditQuery:
-    """Which entries of the audit; a field that is left empty asks for nothing."""
-
-    tenants: tuple[str, ...] = ()
-    actions: tuple[str, ...] = ()  # "key.create", or "key" for all that is done with keys
-    actors: tuple[str, ...] = ()  # as the audit calls them, or the id of a key
-    subjects: tuple[str, ...] = ()
-    since: float | None = None
-    until: float | None = None
-    above: int | None = None  # only entries that came after the one with this id; the oldest of them first
-    before: str | None = None  # only entries that came before the one with this public id
 
 
 def utc(seconds: float) -> str:

@@ -48,7 +48,7 @@ class OldVersion:
     promoted: float | None
     bytes: int
     named_by: tuple[str, ...]
-    """Aliases, and "canary"."""
+    """Aliases, "canary" and "shadow"."""
     checkpoint_of: str = ""
     """The job that it is a checkpoint of; empty for a version that a job ended with, or that was imported."""
 
@@ -174,7 +174,8 @@ def forget_subjects(connection: sa.Connection, subjects: list[str]) -> None:
 
 def _named_by(adapter: sa.Row[Any], version: int) -> tuple[str, ...]:
     aliases = tuple(sorted(alias for alias, number in adapter.aliases.items() if number == version))
-    return (*aliases, "canary") if adapter.canary and adapter.canary["version"] == version else aliases
+    splits = {"canary": adapter.canary, "shadow": adapter.shadow}
+    return (*aliases, *(what for what, one in splits.items() if one and one["version"] == version))
 
 
 def _count(table: sa.Table, where: sa.ColumnElement[bool]) -> sa.Select[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-REVISION = "0010"
+REVISION = "0011"
 VERSION_TABLE = "pedro_schema"
 metadata = sa.MetaData()
 NAME = sa.String(63)  # of a tenant or an adapter
@@ -195,6 +195,7 @@ adapters = sa.Table(  # one row an adapter: where its aliases stand
     sa.Column("created", sa.Float, nullable=False),
     sa.Column("aliases", sa.JSON, nullable=False),  # {"champion": 7, "previous": 6}
     sa.Column("canary", sa.JSON(none_as_null=True)),  # {"version": 8, "weight": 0.1}: that share of the champion's
+    sa.Column("shadow", sa.JSON(none_as_null=True)),  # {"version": 9, "weight": 0.1}: asked that share of it as well
     sa.Column("deleted", sa.Float),  # the registry still has to hear of it
     sa.Column("mirrored", sa.BigInteger, nullable=False, server_default="0"),  # what the registry was told last
     sa.Index("ix_pedro_adapters_generation", "generation"),
@@ -243,6 +244,20 @@ canaries = sa.Table(  # how one canary and the champion beside it answer, summed
             ("score_squares", sa.Float),
         )
     ),
+)
+shadows = sa.Table(  # what one shadow answered beside one champion, summed
+    "pedro_shadows",
+    metadata,
+    sa.Column("tenant", NAME, primary_key=True),
+    sa.Column("adapter", NAME, primary_key=True),
+    sa.Column("made", sa.BigInteger, nullable=False),
+    sa.Column("shadow", sa.Integer, nullable=False),
+    sa.Column("champion", sa.Integer, nullable=False),
+    *(
+        sa.Column(name, sa.BigInteger, nullable=False, server_default="0")
+        for name in ("same", "different", "errors", "skipped")
+    ),
+    *(sa.Column(name, sa.Float, nullable=False, server_default="0") for name in ("seconds", "champion_seconds")),
 )
 alias_history = sa.Table(  # one row a move
     "pedro_alias_history",

@@ -1,7 +1,8 @@
 """What each move does to the aliases of an adapter. Pure: from where they stand to where they stand then.
 
 Three aliases are the platform's: `champion` (what the bare name means), `previous` (what rollback returns to) and
-`candidate` (the newest version that its gate refused). A canary takes a share of what is asked of the champion.
+`candidate` (the newest version that its gate refused). A canary takes a share of what is asked of the champion; a
+shadow is asked a share of it as well, for nobody to see.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pedro.errors import ConfigError, ConflictError
-from pedro.store.records import CANDIDATE, CHAMPION, PREVIOUS, Canary, Standing
+from pedro.store.records import CANDIDATE, CHAMPION, PREVIOUS, Canary, Shadow, Standing
 
 WHATEVER = -1  # an expected champion that is not compared
 
 
 def promoted(now: Standing, name: str, version: int, expected: int | None = WHATEVER) -> Standing:
-    """`version` is champion, the champion until now `previous`; a canary has ended.
+    """`version` is champion, the champion until now `previous`; a canary and a shadow have ended.
 
     Raises ConflictError if `expected` is given and the champion is another one by now (None: there is one).
     """
@@ -34,7 +35,7 @@ def promoted(now: Standing, name: str, version: int, expected: int | None = WHAT
 
 
 def rolled_back(now: Standing, name: str, expected: int | None = None) -> Standing:
-    """Champion and previous are swapped, a canary has ended.
+    """Champion and previous are swapped, a canary and a shadow have ended.
 
     Raises ConflictError if there is no previous version, or another than `expected`.
     """
@@ -68,10 +69,28 @@ def split(now: Standing, name: str, version: int, weight: float) -> Standing:
     return replace(now, canary=Canary(version, weight))
 
 
+def shadowed(now: Standing, name: str, version: int, weight: float) -> Standing:
+    """`version` is asked a share of what the champion answers; 0 ends it.
+
+    Raises ConfigError for a weight that is no share, ConflictError if there is no champion, or it is the champion.
+    """
+    if not 0 <= weight <= 1:
+        raise ConfigError(f"weight: expected a share from 0 to 1, got {weight:g}", param="weight")
+    if weight == 0:
+        return replace(now, shadow=None)
+    champion = now.aliases.get(CHAMPION)
+    if champion is None:
+        raise ConflictError(f"{name}: has no champion that a shadow could be compared with; `promote` a version first")
+    if champion == version:
+        raise ConflictError(f"{name}:{version} is the champion by now, so it cannot be its shadow")
+    return replace(now, shadow=Shadow(version, weight))
+
+
 def without(now: Standing, name: str, version: int) -> Standing:
     """No alias names `version`, so that it can be deleted. Raises ConflictError if it is the champion."""
     if now.aliases.get(CHAMPION) == version:
         raise ConflictError(f"{name}:{version} is the champion; promote another version first, or delete all of {name}")
     aliases = {alias: number for alias, number in now.aliases.items() if number != version}
     canary = None if now.canary and now.canary.version == version else now.canary
-    return Standing(aliases, canary)
+    shadow = None if now.shadow and now.shadow.version == version else now.shadow
+    return Standing(aliases, canary, shadow)

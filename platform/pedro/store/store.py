@@ -24,6 +24,7 @@ from pedro.store.keys import KeyTable
 from pedro.store.migrate import ready
 from pedro.store.quotas import QuotaTable
 from pedro.store.retention import RetentionTable
+from pedro.store.shadows import ShadowTable
 from pedro.store.usage import UsageTable
 from pedro.store.webhook_deliveries import WebhookDeliveryTable
 from pedro.store.webhooks import WebhookTable
@@ -41,6 +42,7 @@ class Store(
     WebhookDeliveryTable,
     AdapterTable,
     CanaryTable,
+    ShadowTable,
     AuditTable,
     BucketTable,
     ChangeTable,
