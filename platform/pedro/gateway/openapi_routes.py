@@ -26,6 +26,7 @@ from pedro.gateway.schemas import (
     DetokenizeRequest,
     FeedbackRequest,
     PromoteRequest,
+    ShadowRequest,
     TokenizeRequest,
 )
 from pedro.gateway.webhook_fields import RotateRequest, WebhookRequest, WebhookTest, WebhookUpdate
@@ -135,6 +136,7 @@ ROUTES: dict[str, Told] = {
     "POST /v1/adapters/{name}/promote": Told(ADAPTER, PromoteRequest, also=(409,)),
     "POST /v1/adapters/{name}/rollback": Told(ADAPTER, also=(409,)),
     "POST /v1/adapters/{name}/canary": Told(ADAPTER, CanaryRequest, also=(409,)),
+    "POST /v1/adapters/{name}/shadow": Told(ADAPTER, ShadowRequest, also=(409,)),
     "POST /v1/adapters/{name}/feedback": Told(("object", "model", "score", "counted"), FeedbackRequest),
     "DELETE /v1/adapters/{name}/versions/{version}": Told(DELETED, also=(409,)),
     **{
