@@ -118,7 +118,7 @@ def preempted_run(model, rivals, *requests, tokenizer=None, load=None):
     for step in range(2000):
         if step == 25:
             for i in range(rivals):
-                engine.add(request(f"rival{i}", prompt(5, i), 30, tenant=f"t{i}"))
+                engine.add(request(f"rival{i}", prompt(5, i), 60, tenant=f"t{i}"))
         for output in engine.step():
             answers.setdefault((output.request_id, output.index), Answer()).take(output)
         if not engine.has_work():

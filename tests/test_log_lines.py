@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 
@@ -19,19 +20,16 @@ from pedro.training.queue import controller, process
 
 
 @pytest.fixture
-def json_logs(tmp_path, capsys):
+def json_logs(tmp_path):
     """Has this process log as a server does with PEDRO_LOG_FORMAT=json; gives what was written so far."""
     loggers = logging.getLogger("pedro"), observability.log
     before = [(log, log.handlers[:], log.propagate, log.level) for log in loggers]
     log_lines.use("json")
+    written = io.StringIO()
+    (handler,) = logging.getLogger("pedro").handlers
+    handler.setStream(written)
     observability.write_to(tmp_path / "requests.log", "json")
-
-    def written():
-        lines = capsys.readouterr().err.splitlines()
-        assert not [line for line in lines if "log_lines.py" in line and not line.startswith("{")], lines
-        return [json.loads(line) for line in lines if line.startswith("{")]  # handlers of libraries may complain beside
-
-    yield written
+    yield lambda: [json.loads(line) for line in written.getvalue().splitlines()]
     for log, handlers, propagate, level in before:
         log.handlers[:], log.propagate = handlers, propagate
         log.setLevel(level)
@@ -79,7 +77,7 @@ def test_what_the_controller_says_of_a_job_names_it_with_its_tenant_and_model(ca
     assert "job" not in waiting
 
 
-def test_the_controller_of_a_home_logs_so_where_the_setting_says_so(json_logs, monkeypatch, tmp_path):
+def test_the_controller_of_a_home_logs_so_where_the_setting_says_so(capsys, monkeypatch, tmp_path):
     settings = Settings.from_env({"PEDRO_HOME": str(tmp_path), "PEDRO_LOG_FORMAT": "json"})
     store = Store(settings.database_url)
     job_id = queued(store)
@@ -93,7 +91,7 @@ def test_the_controller_of_a_home_logs_so_where_the_setting_says_so(json_logs, m
     monkeypatch.setattr(controller, "ROUND_S", 0.0)
     process.run(settings, lambda line: pytest.fail(f"{line} is no JSON"), until_idle=True, launcher=EndsAtOnce())
     store.close()
-    (line,) = json_logs()
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
     assert (line["job"], line["model"], line["message"]) == (job_id, "acme.voice", "started, attempt 1")
 
 

@@ -120,6 +120,7 @@ class NativeModel:
             "ffn": config.intermediate_size,
             "vocab": embedding.num_embeddings,
         }
+        self._widths = self._packer.buffer_widths(self._sizes)
         self._final_norm = _norm(decoder.norm).detach().float().contiguous()
         tied = head.weight.data_ptr() == embedding.weight.data_ptr()
         self._model = native.ModelStruct(
@@ -304,13 +305,10 @@ class NativeModel:
 
     def _make_batch(self, rows: int, logits: bool = True) -> tuple[native.BatchStruct, dict[str, torch.Tensor]]:
         """A batch of `rows`, and the tensors behind it: `dim` and so on are the widths of native.c's `Batch`."""
-        sizes, threads = self._sizes, self.threads.limit
-        q, kv = (self._packer.rounded(sizes[name] * sizes["head_dim"]) for name in ("heads", "kv_heads"))
-        mixed, act = sizes["heads"] * sizes["head_dim"], self._packer.rounded(sizes["ffn"])
-        widths = {"x": self._packer.rounded(sizes["dim"]), "qkv": q + 2 * kv, "mixed": mixed, "act": act}
-        widths |= {"packed": max(sizes["dim"], mixed, sizes["ffn"]), "best_value": threads}
+        threads = self.threads.limit
+        widths = {**self._widths, "best_value": threads}
         if logits:
-            widths["logits"] = sizes["vocab"]
+            widths["logits"] = self._sizes["vocab"]
         buffers = {name: torch.empty(rows, width) for name, width in widths.items()}
         buffers |= {
             name: torch.empty(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods", "best")
@@ -327,7 +325,7 @@ class NativeModel:
         paused has its own."""
         shared = self._borrower() is None
         if not shared or self._prompts is None or len(self._prompts[1]["ids"]) < rows:
-            buffers = {"x": torch.empty(rows, self._packer.rounded(self._sizes["dim"]))}
+            buffers = {"x": torch.empty(rows, self._widths["x"])}
             buffers |= {name: torch.empty(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods")}
             made = native.BatchStruct(**{name: buffer.data_ptr() for name, buffer in buffers.items()}), buffers
             if not shared:

@@ -7,6 +7,7 @@ Legend: W output width, K inputs, G groups of inputs, P panels, NR columns of a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,14 @@ class PanelPacker:
     def rounded(self, width: int) -> int:
         """The next multiple of a vector."""
         return -(-width // self._simd_width) * self._simd_width
+
+    def buffer_widths(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """How wide the buffers of native.c's `Batch` are, for a model of these sizes."""
+        mixed, kv = (sizes[name] * sizes["head_dim"] for name in ("heads", "kv_heads"))
+        dim, ffn = sizes["dim"], sizes["ffn"]
+        qkv = self.rounded(mixed) + 2 * self.rounded(kv)
+        widths = {"x": self.rounded(dim), "qkv": qkv, "mixed": mixed, "act": self.rounded(ffn)}
+        return {**widths, "packed": max(dim, mixed, ffn)}
 
     def widened(self, weight: torch.Tensor) -> torch.Tensor:
         """[W, …] with rows of zeros up to whole vectors."""

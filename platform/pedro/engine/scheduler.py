@@ -36,6 +36,7 @@ from pedro.errors import OverloadedError, RateLimitError
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
 NEWS = 0.25  # weight of the newest prompt in the mean of their lengths
+SOON = 32  # tokens: what has no more left may be waited for
 MAX_PREFILLS = 2  # one in progress, and one that is paused
 
 
@@ -277,7 +278,8 @@ class Scheduler:
     def _ends_before(self, slots: int, victims: list[Sequence]) -> bool:
         """Whether as many slots come free by themselves before the victims could be read again."""
         again = sum(victim.length for victim in victims)
-        return slots <= sum(s.width for s in self.running if s.tokens_left * self.step_tokens <= again)
+        soon = [s for s in self.running if s.tokens_left <= SOON and s.tokens_left * self.step_tokens <= again]
+        return slots <= sum(s.width for s in soon)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
