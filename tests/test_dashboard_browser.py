@@ -297,6 +297,7 @@ def ask_in_the_playground(page, platform) -> None:
     assert page.locator("[data-testid=stAlert]").count() == 0
     picture(page, "playground")
     page.get_by_role("button", name="Save", exact=True).click()
+    page.wait_for_function("() => Object.values(localStorage).some(value => value.includes('play some jazz music'))")
     settled(page)
     page.reload()
     shown(page, "Playground")
