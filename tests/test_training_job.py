@@ -101,7 +101,7 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_adapter(home, whole, tmp
     lost = [line for line in lines if re.match(r"worker \d was lost|worker processes 0, 1 were lost", line)]
     assert len(lost) == 1, lines  # the process that was killed may be either's, and its peer may fail of it
     assert "1 of at most 3 times" in lost[0]
-    assert list(jobs.readable(kept_log(settings.storage, job).splitlines()))[:-1] == lines
+    _wait_for_log(settings, job, lines)
     assert (killed.digest, killed.metrics["accuracy"]) == (whole["digest"], whole["metrics"]["accuracy"])
     assert (killed.steps, killed.optimizer_steps) == (40, 80)
     version = registry.get(f"acme.killed{workers}")
@@ -186,6 +186,14 @@ def test_queued_jobs_outlive_controller_and_cluster_and_end_once_with_the_same_a
     assert all(len(registry.versions(f"acme.{name}")) == 1 for name in names)
     assert store.get_job(started[0]).attempt == 2
     assert "resumed at step" in kept_log(settings.storage, started[0])
+
+
+def _wait_for_log(settings, job, lines):
+    """Until what is kept has these lines and the result, which is copied after the job's end."""
+    deadline = time.monotonic() + 60
+    while (kept := list(jobs.readable(kept_log(settings.storage, job).splitlines())))[:-1] != lines:
+        assert time.monotonic() < deadline, f"{kept} beside {lines}"
+        time.sleep(0.05)
 
 
 def _wait_for_checkpoints(settings, job):
