@@ -44,7 +44,7 @@ def main() -> None:
     st.logo(ICON, size="large")
     st.html(STYLE)
     reader = find_reader()
-    st.session_state[connection.READER] = reader or login.OPERATOR
+    st.session_state[connection.READER] = reader or login.NOBODY
     locked = reader is None
     pages = [
         st.Page(

@@ -128,6 +128,26 @@ def test_one_that_hangs_holds_up_no_request_and_no_more_than_so_many_wait_for_it
     assert (kept.same + kept.different, kept.errors, kept.skipped) == (shadows.MOST_WAITING + 1, 0, 3)
 
 
+def test_another_tenants_shadows_that_wait_cost_a_tenant_none_of_its_own(served):
+    busy, quiet = shaded(served, "acme.busy"), shaded(served, "globex.quiet")
+
+    async def go():
+        async with ingress(served, "r0") as at:
+            gate = asyncio.Event()
+            begun = stuck(at, gate)
+            for _ in range(shadows.MOST_WAITING + 2):
+                await fingerprint(at.backend, text_call("a", busy))
+                while not begun:
+                    await asyncio.sleep(0)
+            await fingerprint(at.backend, replace(text_call("a", quiet), tenant="globex"))
+            gate.set()
+            await at.backend._shadows.drain()
+
+    run(go())
+    assert (counted(served, busy).skipped, counted(served, quiet).skipped) == (1, 0)
+    assert counted(served, quiet).same + counted(served, quiet).different == 1
+
+
 def test_one_that_takes_too_long_is_an_error_of_its_own(served, monkeypatch):
     name = shaded(served, "acme.endless")
     monkeypatch.setattr(shadows, "LIMIT_S", 0.05)

@@ -34,6 +34,7 @@ class Reader:
 
 
 OPERATOR = Reader()
+NOBODY = Reader("", trains=False)  # who has yet to log in: of no tenant
 
 
 def required(env: Mapping[str, str] = os.environ) -> bool:

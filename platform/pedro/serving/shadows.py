@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from pedro.serving.resolver import ModelResolver
     from pedro.serving.router import ReplicaSet
 
-MOST_WAITING = 16
+MOST_WAITING = 16  # of a tenant: what another asks costs it none
+MOST_OF_ALL = 512
 PATIENCE_S = 5.0
 LOOK_S = 0.05
 LIMIT_S = 120.0  # of one answer; longer is an error of the shadow's
@@ -82,7 +83,8 @@ class Shadows:
 
     def ask_too(self, call: GenerateCall, champion: Version, shadow: Version, heard: Heard) -> None:
         """Have the shadow asked what the champion was, in its turn."""
-        if len(self._waiting) >= MOST_WAITING:
+        own = sum(asked.champion.tenant == champion.tenant for asked in self._waiting)
+        if own >= MOST_WAITING or len(self._waiting) >= MOST_OF_ALL:
             self._note(champion, shadow, ShadowCounts(skipped=1))
             return
         self._waiting.append(_Asked(call, champion, shadow, heard))
