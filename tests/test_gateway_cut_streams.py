@@ -5,6 +5,7 @@ Between client and gateway is a relay of this test, which dies as a proxy does: 
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import threading
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import openai
 import pytest
-from gateway_backend import BACKBONE
+from gateway_backend import BACKBONE, WordBackend
 from gateway_server import serve
 
 from pedro.errors import PedroError
-from pedro.gateway.backend import Delta
+from pedro.gateway.answer import FanIn, while_connected
+from pedro.gateway.backend import Delta, GenerateCall
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "http-api.md"
 GUARD_S = 60
@@ -219,3 +221,27 @@ def test_a_streamed_call_still_begins_by_saying_who_speaks(gateway, client, monk
     assert [one.delta.role for one in others] == [None] * len(others)
     assert [one.delta.tool_calls[0].function.name for one in others if one.delta.tool_calls] == ["look"]
     assert others[-1].finish_reason == "tool_calls"
+
+
+def test_a_request_that_is_cancelled_twice_still_frees_what_it_holds():
+    """As a batch's are: its rows are cancelled with it, and then once more by whoever waits for them."""
+    backend = WordBackend(token_s=60.0)
+    call = GenerateCall("cmpl-1-0", "acme", BACKBONE, prompt="a b")
+
+    async def work():
+        async with FanIn(backend, [call]) as deltas:
+            await deltas.admitted()
+
+    async def cancelled_twice():
+        request = asyncio.create_task(while_connected(asyncio.Event().wait, work()))
+        while not backend.running:
+            await asyncio.sleep(0)
+        for _ in range(2):
+            request.cancel()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        return backend.running
+
+    assert asyncio.run(cancelled_twice()) == 0

@@ -104,3 +104,11 @@ def test_a_dry_run_that_errs_takes_too_long_breaks_or_is_not_there_is_told_apart
         with pytest.raises(error, match=match):
             asyncio.run(runs.ask("acme", {}))
         assert not runs._asking
+
+
+def test_a_program_that_reads_nothing_may_answer_and_one_that_reads_gets_all():
+    quick = DryRuns([sys.executable, "-c", 'print(\'{"report": {"rows": 0}}\')'], {})
+    size = DryRuns([sys.executable, "-c", 'import sys; print(\'{"report": {"n": %d}}\' % len(sys.stdin.read()))'], {})
+    large = {"text": "x" * 1_000_000}
+    assert asyncio.run(quick.ask("acme", large)) == {"rows": 0}
+    assert asyncio.run(size.ask("acme", large)) == {"n": len(json.dumps(large))}

@@ -63,6 +63,7 @@ def test_a_home_of_before_means_the_same_and_mlflow_is_put_right_by_the_next_mov
     assert (second.promoted, second.backbone_id) == ("2025-01-02T03:04:05Z", "stories260K")
     assert second.created == registry.get(NAME, 1).created != ""
     assert registry.rollback(NAME).version == 2
+    assert not registry.mirror(), "a machine that is busy tells MLflow later"
     model = old.client.get_registered_model(NAME)
     shown = {alias: int(version) for alias, version in model.aliases.items()}
     assert (shown, MOVE in model.tags) == ({"champion": 2, "previous": 3}, False)

@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from tempfile import TemporaryFile
 from typing import Any
 
 from pedro.errors import DeadlineError, OverloadedError, PedroError, RateLimitError, UnavailableError
@@ -51,17 +52,20 @@ class DryRuns:
 
     async def _run(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            env={**os.environ, **self._env},
-            start_new_session=True,
-        )
+        with TemporaryFile() as given:  # a program that ends before it has read all would break a pipe
+            given.write(json.dumps(spec).encode())
+            given.seek(0)
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=given,
+                stdout=pipe,
+                stderr=pipe,
+                env={**os.environ, **self._env},
+                start_new_session=True,
+            )
         try:
             async with asyncio.timeout(self._timeout_s):
-                out, wrong = await process.communicate(json.dumps(spec).encode())
+                out, wrong = await process.communicate()
         except TimeoutError:
             message = f"The dry run took longer than {self._timeout_s:g} s; start the job, or ask with fewer rows."
             raise DeadlineError(message) from None
