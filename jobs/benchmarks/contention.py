@@ -30,7 +30,7 @@ ORDERS = {  # phase and model: what is asked of a batch of 1 and of more
     ("prefill", 1): {"prompt": 128, "new": 1},
     ("prefill", 8): {"prompt": 32, "new": 1},
 }
-LONGER = {"tiny": 1, "S": 4, "M": 1}  # new tokens are multiplied by it, where a step is short
+LONGER = {"tiny": 1, "S": 12, "M": 1}  # times the new tokens, or prompts: shorter runs would time the machine's slices
 CaseKey = tuple[str, int, int, str]  # phase, batch, neighbours, threads
 
 
@@ -70,14 +70,20 @@ def _measure(
                 for phase in ("decode", "prefill"):
                     for batch in batches:
                         for case in cases if number % 2 else reversed(cases):
-                            order = _order(phase, batch, name, number)
-                            figures = pool.run(case, order)
-                            speed = figures["decode_tok_s"]
-                            if phase == "prefill":
-                                speed = batch * order["prompt"] / figures["wall_s"]
+                            speed = _speed(pool, case, phase, batch, name, number)
                             seen.setdefault((phase, batch, count, case), []).append(speed)
             log(f"  {name} round {number + 1} of {rounds}, {count} neighbours")
     return seen
+
+
+def _speed(pool: EnginePool, case: str, phase: str, batch: int, name: str, number: int) -> float:
+    """Tokens per second: new ones, or those of prompts."""
+    order = _order(phase, batch, name, number)
+    if phase == "decode":
+        return float(pool.run(case, order)["decode_tok_s"])
+    times = LONGER.get(name, 1)
+    wall_s = sum(pool.run(case, order | {"seed": 100 * number + one})["wall_s"] for one in range(times))
+    return float(times * batch * order["prompt"] / wall_s)
 
 
 def _order(phase: str, batch: int, name: str, number: int) -> dict[str, Any]:
