@@ -14,6 +14,7 @@ import torch
 from jobs.benchmarks.model_sizes import ModelSize, make_model
 from jobs.benchmarks.timeline import Timeline
 from pedro.engine import Engine, EngineConfig, Output, Request, SamplingParams
+from pedro.process import set_torch_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,10 @@ class SilentTokenizer:
 
 
 class BenchEngine:
-    """An Engine on a random model of `size`; adapter refs are directories. `options` are those of EngineConfig."""
+    """An Engine on a random model of `size`; adapter refs are directories. `options` are those of EngineConfig.
+
+    PyTorch is left with the threads that a replica of the server leaves it.
+    """
 
     def __init__(
         self,
@@ -46,10 +50,13 @@ class BenchEngine:
         digest: str | None = None,
         **options: Any,
     ) -> None:
-        options = {"adapter_bytes": 8 << 30, "max_waiting": 100_000, "max_waiting_per_tenant": 100_000, **options}
+        many = {"adapter_bytes": 8 << 30, "max_waiting": 100_000, "max_waiting_per_tenant": 100_000}
+        options = {"threads": _threads_asked_for(), **many, **options}
         made = model if model is not None else make_model(size, device, dtype)
         self.size = size
         self.engine = Engine(made, tokenizer or SilentTokenizer(), EngineConfig(**options), Path, digest or size.digest)
+        if self.engine.stats()["kernel"] == "native":
+            set_torch_threads(1)  # else its threads spin after each of its few calls, on cores that the kernel needs
         self._names = itertools.count()
 
     def request(
@@ -129,3 +136,8 @@ def use_threads(count: int) -> None:
     """Have matrix products use `count` threads in this process, whoever multiplies."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
+
+
+def _threads_asked_for() -> int | None:
+    count = os.environ.get("OMP_NUM_THREADS", "")
+    return int(count) if count.isdigit() else None
