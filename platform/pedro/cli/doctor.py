@@ -37,11 +37,15 @@ def doctor(
         bool,
         typer.Option("--deep", help="Also write to the storage, and read every version that an alias names."),
     ] = False,
+    moved: Annotated[
+        bool,
+        typer.Option("--relocate", help="First have a home that was copied or moved name its own files everywhere."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check Python, packages, memory, disk, sizes, ports, registry, database and cluster; exit 1 if something fails."""
     checks: list[Check] = []
-    for check in run_checks(deep=deep):
+    for check in run_checks(deep=deep, moved=moved):
         checks.append(check)
         if not as_json:
             line = f"{_MARK[check.status]}  {check.name}: {check.found}"
@@ -52,11 +56,15 @@ def doctor(
         raise typer.Exit(1)
 
 
-def run_checks(*, deep: bool = False) -> Iterator[Check]:
+def run_checks(*, deep: bool = False, moved: bool = False) -> Iterator[Check]:
     """Every check in turn; none leaves anything behind but PEDRO_HOME."""
     from pedro.config import Settings
 
     settings = Settings.from_env()
+    if moved:
+        from pedro.cli.doctor_relocate import relocate
+
+        yield _service("relocation", lambda: relocate(settings), "check PEDRO_HOME and PEDRO_STORAGE")
     yield _python()
     yield _packages()
     yield _compiler()
