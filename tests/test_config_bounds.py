@@ -6,8 +6,8 @@ import time
 import pytest
 
 from pedro.errors import ConfigError
+from pedro.search_space import Dimension, drawn, every
 from pedro.training.spec import load_finetune_spec
-from pedro.training.sweep.space import Dimension, drawn, every
 
 GOOD = "tenant: acme\nadapter: support\ndata: {train: train.jsonl}\n"
 ANCHORS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

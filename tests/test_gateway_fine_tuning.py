@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 import zlib
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import openai
 import pytest
+from fine_tuning_platform import ROWS, Platform, upload
 from gateway_backend import BACKBONE
 from gateway_server import serve
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
@@ -25,67 +25,9 @@ from pedro.training.job_events import metrics_event, step_metrics
 from pedro.training.job_record import OwnRecord
 from pedro.training.job_results import store_results
 from pedro.training.loop import SECONDS_LEFT
-from pedro.training.queue.controller import Controller
-from pedro.training.queue.launcher import ClusterView
-from pedro.training.queue.prepare import prepare
 from pedro.training.trainer import _log_to
 
-ROWS = b"".join(
-    json.dumps({"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]}).encode()
-    + b"\n"
-    for n in range(20)
-)
 METHOD = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}}
-
-
-class Drivers:
-    """A cluster whose drivers do what the test says; specs and files are looked at as on any."""
-
-    def __init__(self, settings):
-        self.settings, self.states = settings, {}
-
-    def prepare(self, job):
-        prepare(job, self.settings)
-
-    def look(self):
-        return ClusterView(dict(self.states), [{"CPU": 4.0}], {}, {name: {"CPU": 4.0} for name in self.states})
-
-    def start(self, job, submission_id):
-        self.states[submission_id] = JobStatus.RUNNING
-
-    def stop(self, submission_id):
-        self.states[submission_id] = JobStatus.CANCELLED
-
-
-class Platform:
-    """A gateway, and a controller that works when it is told to."""
-
-    def __init__(self, gateway, settings):
-        self.gateway, self.store, self.settings = gateway, gateway.store, settings
-        self.drivers = Drivers(settings)
-        self.controller = Controller(self.store, self.drivers)
-
-    def rounds(self):
-        """Until all files were looked at and what can start has started."""
-        for _ in range(3):
-            self.controller.round()
-            for looking in list(self.controller._looking.values()):
-                looking.result(60)
-
-    def succeed(self, job_id):
-        """What a driver does."""
-        self.store.update_job(job_id, status=JobStatus.RUNNING, attempt=1)
-        for step, values in ((1, {"train/loss": 2.5}), (2, {"train/loss": 1.5}), (2, {"dev/loss": 1.25})):
-            told = metrics_event(step, values)
-            self.store.add_job_event(job_id, told.message, kind="metrics", data=told.data)
-        model = f"{self.store.get_job(job_id).name}:1"
-        metrics = {"best_step": 2, "validation_loss": 1.25, "train_tokens": 640}
-        for _ in range(2):  # the first was lost before its end was entered
-            files = store_results(self.settings, job_id, print)
-        for _ in range(2):
-            own = OwnRecord(self.settings.database_url, job_id, print, 1)
-            own.succeeded({"model": model, "metrics": metrics, "result_files": files})
-        self.drivers.states[job_id] = JobStatus.SUCCEEDED
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +49,6 @@ def tenant_of(request) -> str:
 def client(platform, request):
     """A tenant of the test's own."""
     return platform.gateway.client(platform.gateway.key(tenant_of(request), ("train",)))
-
-
-def upload(client, content=ROWS, purpose="fine-tune"):
-    return client.files.create(file=("train.jsonl", io.BytesIO(content)), purpose=purpose).id
 
 
 def test_a_job_is_made_followed_to_its_end_and_its_metrics_read(platform, client, request):

@@ -22,6 +22,7 @@ from pedro.cli import app
 from pedro.config import Settings
 from pedro.errors import ConfigError, ConflictError, NotFoundError
 from pedro.registry import MANIFEST, Registry
+from pedro.search_space import Dimension, drawn, every
 from pedro.store import JobStatus, Store
 from pedro.training import ray_jobs, submit
 from pedro.training.job_log import kept_log
@@ -30,7 +31,6 @@ from pedro.training.sweep import launch
 from pedro.training.sweep.planner import make_planner
 from pedro.training.sweep.records import Records, TrialOutcome, TrialState, recall
 from pedro.training.sweep.report import progress_table, rows_of, write_sweep_report
-from pedro.training.sweep.space import Dimension, drawn, every
 from pedro.training.sweep.spec import SweepSpec, load_sweep_spec
 from pedro.training.sweep.tracker import TrialTracker
 from pedro.training.sweep.variants import check_sweep, planned_trials, variant

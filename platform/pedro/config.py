@@ -78,6 +78,9 @@ class Settings:
 
     log_format: str = log_lines.TEXT
     """How servers and controllers log (`PEDRO_LOG_FORMAT`): `text`, or `json`, an object a line."""
+    prometheus_url: str | None = field(default=None, repr=False)
+    """A Prometheus that reads this platform's figures (`PEDRO_PROMETHEUS_URL` or `…_URL_FILE`): the dashboard asks it
+    for what was served; none: the gateway's own history."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -112,6 +115,7 @@ class Settings:
             webhook_networks=_networks(env.get("PEDRO_WEBHOOK_NETWORKS", "")),
             launcher=_one_of("PEDRO_LAUNCHER", LAUNCHERS, env),
             log_format=_one_of("PEDRO_LOG_FORMAT", log_lines.FORMATS, env),
+            prometheus_url=_http_address("PEDRO_PROMETHEUS_URL", env),
         )
 
     @property
@@ -154,6 +158,7 @@ class Settings:
             "PEDRO_LOG_FORMAT": self.log_format,
             "PEDRO_WEBHOOK_KEY_FILE": str(self.own_webhook_key_file or ""),
             "PEDRO_WEBHOOK_NETWORKS": ",".join(self.webhook_networks),
+            **secret_files.variables("PEDRO_PROMETHEUS_URL", self.prometheus_url or "", folder),
         }
 
     def single_host(self) -> list[str]:
@@ -186,6 +191,15 @@ def _with_user(address: str | None, env: Mapping[str, str]) -> str | None:
         return address
     scheme, _, rest = address.partition("://")
     return f"{scheme}://{quote(user, safe='')}:{quote(password, safe='')}@{rest}"
+
+
+def _http_address(variable: str, env: Mapping[str, str]) -> str | None:
+    address = secret_files.read(env, variable)
+    if address is None:
+        return None
+    if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
+        raise ConfigError(f"{variable}: expected an address such as http://prometheus:9090", param=variable)
+    return address.rstrip("/")
 
 
 def _path(text: str | None) -> Path | None:

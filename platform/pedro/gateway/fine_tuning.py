@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from pedro.errors import PedroError
 from pedro.gateway.schemas import INT32, Body, Metadata, Whole
+from pedro.gateway.sweep_requests import sweep_of
 from pedro.refs import NAME
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 LEARNING_RATE = 3e-3  # what `learning_rate_multiplier` multiplies; "auto" is 1
 PEDRO_SECTIONS = ("data", "gate", "method", "resources", "training")
+SWEEP = "sweep"  # and the section that makes a job many trials
+PEDRO = (
+    'Sections of a spec, as {"method": {"r": 8}, "training": {"lr": 0.01}}: data, gate, method, resources, training; '
+    "sweep (space, search, scheduler, concurrency) makes the job many trials."
+)
 OF_THE_API = {"data": ("train", "validation", "theta", "test")}  # keys that name files: the API has fields for them
 FILE_SHARES = ("theta", "validation")
 HOST_OPTIONS = ("_path", "_file", "_dir", "_kwargs", "_config", "auto_mapping")  # of PEFT's config classes
@@ -65,7 +71,7 @@ class Method(Body):
     type: Literal["supervised", "dpo"]
     supervised: Supervised | None = None
     dpo: Preference | None = None
-    pedro: dict[str, Any] | None = None  # extension: sections of a spec, {"method": {"r": 8}, "training": {"lr": 0.01}}
+    pedro: Annotated[dict[str, Any] | None, Field(description=PEDRO)] = None  # extension
 
 
 class JobRequest(Body):
@@ -113,9 +119,9 @@ def spec_of(
     """
     given = asked.method.pedro if asked.method and asked.method.pedro else {}
     spec: dict[str, Any] = {section: dict(_section(given, section)) for section in PEDRO_SECTIONS if section in given}
-    unknown = sorted(given.keys() - set(PEDRO_SECTIONS))
+    unknown = sorted(given.keys() - {*PEDRO_SECTIONS, SWEEP})
     if unknown:
-        known = ", ".join(PEDRO_SECTIONS)
+        known = ", ".join((*PEDRO_SECTIONS, SWEEP))
         message = f"method.pedro.{unknown[0][:80]}: unknown section; known: {known}"
         raise PedroError(message, param="method.pedro", code="unknown_parameter")
     _check_method(spec.get("method", {}))
@@ -156,6 +162,11 @@ def spec_of(
             message = f"method.pedro.method: {parent.ref} goes on as it was trained; leave it out"
             raise PedroError(message, param="method.pedro.method", code="invalid_value")
         spec["parent"] = parent.ref
+    if SWEEP in given:
+        spec[SWEEP] = sweep_of(given[SWEEP], spec)
+        for option in (key.removeprefix("method.") for key in spec[SWEEP]["space"] if key.startswith("method.")):
+            for value in spec[SWEEP]["space"][f"method.{option}"]["values"]:
+                _check_method({**spec.get("method", {}), option: value})
     return {**spec, "tenant": tenant, "adapter": adapter, "backbone": backbone}
 
 

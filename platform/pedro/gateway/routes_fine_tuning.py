@@ -32,6 +32,7 @@ from pedro.gateway.input_files import check_input_file
 from pedro.gateway.pages import known_parameters, page, page_limit, wrong_value
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.schemas import MAX_METADATA
+from pedro.gateway.sweep_requests import shown_sweep
 from pedro.store import READ, TRAIN, Idempotency, JobEvent, JobRecord, JobStatus, Store, Version
 from pedro.store.jobs import job_not_found
 
@@ -231,6 +232,7 @@ def _job(request: Request, job: JobRecord) -> dict[str, Any]:
     validation = data.get("validation")
     hyperparameters = shown_hyperparameters(job.spec)
     kind = str(job.spec.get("objective", "supervised"))
+    sweep = shown_sweep(job.spec)
     return {
         "object": "fine_tuning.job",
         "id": job.id,
@@ -250,7 +252,11 @@ def _job(request: Request, job: JobRecord) -> dict[str, Any]:
         "estimated_finish": _estimated_finish(job),
         "integrations": [],
         "metadata": job.labels,
-        "method": {"type": kind, kind: {"hyperparameters": hyperparameters}},
+        "method": {
+            "type": kind,
+            kind: {"hyperparameters": hyperparameters},
+            **({} if sweep is None else {"pedro": {"sweep": sweep}}),
+        },
     }
 
 

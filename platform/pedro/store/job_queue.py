@@ -90,10 +90,11 @@ class JobQueue:
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
-    def accept_job(self, job: JobRecord) -> bool:
-        """A job whose spec and files are right waits for its turn; False if it changed meanwhile: one that was looked
-        at twice, and has gone on, is not sent back."""
-        return self._change(job, JobStatus.VALIDATING, status=JobStatus.QUEUED.value, message="")
+    def accept_job(self, job: JobRecord, spec: dict[str, Any] | None = None) -> bool:
+        """A job whose spec and files are right waits for its turn, known by `spec` if one is given; False if it changed
+        meanwhile: one that was looked at twice, and has gone on, is not sent back."""
+        known_by = {} if spec is None else {"spec": spec}
+        return self._change(job, JobStatus.VALIDATING, status=JobStatus.QUEUED.value, message="", **known_by)
 
     def start_job(self, job: JobRecord, submission_id: str, starts: int) -> bool:
         """Enter that a driver of the job is started as `submission_id`, with the spec that `job` has: its workers are

@@ -15,16 +15,25 @@ from typing import Any
 from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.training.queue.prepare import looked_at, told_error
+from pedro.training.sweep import of_api
+from pedro.training.sweep.variants import planned_count
 
 
 def answer(fields: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """`{"report": …}`, without the spec, which names places of this host; or the `{"error": …}` of the job."""
+    """`{"report": …}`, without the spec, which names places of this host; or the `{"error": …}` of the job.
+
+    Of a sweep it is one trial with the job's own settings, and how many there are."""
     from pedro.training.estimate import dry_run
 
     try:
-        report = dry_run(looked_at(fields, settings), calibrated=False).to_dict()
+        spec = looked_at(fields, settings)
+        sweep = of_api.sweep_spec(fields, spec, options=True) if "sweep" in fields else None
+        report = dry_run(spec, calibrated=False).to_dict()
     except PedroError as error:
         return {"error": {**told_error(error), "message": error.message}}
+    if sweep is not None:
+        trials = planned_count(sweep)
+        report["sweep"] = {"trials": trials, "seconds_in_turn": round(trials * report["seconds"], 1)}
     return {"report": {name: value for name, value in report.items() if name != "spec"}}
 
 

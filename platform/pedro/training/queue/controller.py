@@ -127,7 +127,7 @@ class Controller:
             return
         self._store.add_job_event(job.id, f"Validating training file: {job.spec['data']['train']}", once=True)
         try:
-            self._launcher.prepare(job)
+            spec = self._launcher.prepare(job)
         except UnavailableError as error:
             self._store.explain_wait(job, error.message)  # the next round tries again
             return
@@ -141,7 +141,7 @@ class Controller:
             ours = {"error": {"code": "internal_error"}}
             self._store.end_job(job, JobStatus.FAILED, UNREADABLE, ours, only=JobStatus.VALIDATING)
             return
-        if self._store.accept_job(job):
+        if self._store.accept_job(job, spec):
             self._store.add_job_event(job.id, "Files validated, moving job to queued state")
 
     def _may_start(self, job: JobRecord, view: ClusterView, now: float) -> bool:

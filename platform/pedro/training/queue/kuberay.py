@@ -56,8 +56,8 @@ class KubeRayJobs:
         self._node = {"CPU": UNBOUNDED if cpus is None else cpus, "GPU": UNBOUNDED if gpus is None else gpus}
         self._client, self._kind = _connect(namespace)
 
-    def prepare(self, job: JobRecord) -> None:
-        prepare(job, self._settings)
+    def prepare(self, job: JobRecord) -> dict[str, Any] | None:
+        return prepare(job, self._settings)
 
     def look(self) -> ClusterView:
         with _answers():

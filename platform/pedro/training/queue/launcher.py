@@ -98,10 +98,11 @@ class ClusterView:
 class Launcher(Protocol):
     """Starts, watches and ends drivers. Every call may raise UnavailableError; then the controller tries again."""
 
-    def prepare(self, job: JobRecord) -> None:
+    def prepare(self, job: JobRecord) -> dict[str, Any] | None:
         """Look at the spec and the files of a job that came unseen, and put what its driver reads into the storage.
 
-        Raises PedroError for what is wrong with them; again does no harm."""
+        Returns the spec that the queue is to know it by, if that is another one. Raises PedroError for what is wrong
+        with them; again does no harm."""
 
     def look(self) -> ClusterView: ...
 
@@ -119,8 +120,8 @@ class RayJobs:
         self._settings, self._log = settings, log
         self._url: str | None = None
 
-    def prepare(self, job: JobRecord) -> None:
-        prepare(job, self._settings)
+    def prepare(self, job: JobRecord) -> dict[str, Any] | None:
+        return prepare(job, self._settings)
 
     def look(self) -> ClusterView:
         from pedro.cluster import within

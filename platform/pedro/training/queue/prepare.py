@@ -10,10 +10,12 @@ from pedro.backbones.sharing import offer_backbone
 from pedro.config import validate_spec
 from pedro.errors import ConfigError
 from pedro.refs import FILE_ID
+from pedro.store import JobKind
 from pedro.training.job import check_data, stage
 from pedro.training.parent import with_pinned_parent
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join, write_text
+from pedro.training.sweep import of_api
 from pedro.training.uploaded_files import with_uploaded_files
 
 if TYPE_CHECKING:
@@ -25,22 +27,28 @@ FIELDS = {"data.train": "training_file", "data.validation": "validation_file", "
 """Of the API, for those of a spec."""
 
 
-def prepare(job: JobRecord, settings: Settings) -> None:
-    """Put the resolved spec into the storage, its data with it. Raises what `looked_at` raises."""
+def prepare(job: JobRecord, settings: Settings) -> dict[str, Any] | None:
+    """Put the resolved spec into the storage, its data with it; of a sweep, the spec that its row is to have.
+
+    Raises what `looked_at` raises."""
     staged = looked_at(job.spec, settings)
     offer_backbone(settings, staged.backbone)
+    if job.kind == JobKind.SWEEP:
+        return of_api.record(job.id, of_api.sweep_spec(job.spec, staged, options=False), job.spec, settings)
     location = join(settings.storage, "jobs", job.id, "spec.json")
     write_text(location, json.dumps(staged.to_dict(), indent=2))
+    return None
 
 
 def looked_at(fields: Mapping[str, Any], settings: Settings) -> FineTuneSpec:
-    """The resolved spec, its data in the storage.
+    """The resolved spec, its data in the storage; of a sweep, that of its trials.
 
     Raises PedroError: ConfigError for a spec that is wrong, or names anything but uploaded files; NotFoundError for a
     file, or a version to go on from, that was deleted; DataError with the first bad line of a
     file that cannot be trained on.
     """
-    spec = validate_spec(dict(fields), FineTuneSpec, source="method.pedro")
+    own = {name: value for name, value in fields.items() if name != "sweep"}
+    spec = validate_spec(own, FineTuneSpec, source="method.pedro")
     for role, file in spec.data.files().items():
         if not FILE_ID.fullmatch(file):
             raise ConfigError(f"data.{role}: {file!r} is no id of an uploaded file", param=f"data.{role}")

@@ -31,6 +31,7 @@ from pedro.training.sweep.planner import make_planner
 from pedro.training.sweep.records import Records, SweepRecord, Trial, TrialState
 from pedro.training.sweep.report import SweepProgress, rows_of, write_sweep_report
 from pedro.training.sweep.spec import SweepSpec, load_sweep_spec
+from pedro.training.sweep.told import TrialEvents
 from pedro.training.sweep.tracker import TrialTracker
 from pedro.training.sweep.variants import check_sweep, variant
 from pedro.training.trainer import Champion, Result, unservable
@@ -96,7 +97,15 @@ def run_sweep(
             kept = f"{tracker.kept} of {tracker.planner.total} trials have ended before; " if tracker.kept else ""
             log(f"sweep {sweep_id}: {kept}{tracker.waiting} trials to run, {concurrency} at a time")
             experiment = sweep_id if attempt == 1 else f"{sweep_id}-again-{attempt - 1}"
-            run_trials(tracker, settings, experiment, concurrency, SweepProgress(tracker, log).show)
+            progress, events = SweepProgress(tracker, log), TrialEvents(tracker, registry.store)
+
+            def show(changed: bool) -> None:
+                progress.show(changed)
+                if changed:
+                    events.tell()
+
+            run_trials(tracker, settings, experiment, concurrency, show)
+            events.tell()
         result = _finish(tracker, settings, registry, started, log)
         status = "FINISHED"
         return result

@@ -14,7 +14,7 @@ from pedro.training.parent import with_pinned_parent
 from pedro.training.queue.process import hand_over
 from pedro.training.sweep.records import Records, SweepRecord, recall, remember
 from pedro.training.sweep.report import rows_of
-from pedro.training.sweep.variants import planned_trials, probes, variant
+from pedro.training.sweep.variants import planned_count, probes, variant
 from pedro.training.uploaded_files import with_uploaded_files
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ def job_spec(spec: SweepSpec, settings: Settings) -> dict[str, Any]:
     if any(key.partition(".")[0] == "resources" for key in spec.space):
         tried = [variant(spec, parameters).resources.model_dump() for _, parameters in probes(spec)]
         base["resources"] = {name: max(each[name] for each in tried) for name in tried[0]}
-    planned = planned_trials(spec)
-    trials = spec.draws if planned is None else len(planned)
+    trials = planned_count(spec)
     most = spec.concurrency or (AT_ONCE_IN_PODS if settings.launcher == "kuberay" else trials)
     section = {"name": spec.name, "workers": base["resources"]["workers"], "at_once": min(most, trials)}
     return {**base, "sweep": section}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pedro.search_space import Dimension, Parameters, rounded
 from pedro.training.sweep.records import Trial, TrialState
-from pedro.training.sweep.space import Dimension, Parameters, rounded
 from pedro.training.sweep.variants import planned_trials
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class OptunaPlanner:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         begun = list(begun)
-        self.total = spec.draws
+        self.total = spec.search.draws(spec.space)
         self._space = spec.space
         self._distributions = {key: _distribution(dimension) for key, dimension in spec.space.items()}
         # a resumed sampler must not repeat the draws of the first one

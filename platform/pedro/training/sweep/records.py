@@ -17,7 +17,7 @@ from pedro.training.storage import folders, join, read_text, write_text
 from pedro.training.sweep.spec import SweepSpec
 
 if TYPE_CHECKING:
-    from pedro.training.sweep.space import Parameters
+    from pedro.search_space import Parameters
 
 BY_SPEC = "by-spec"
 LATER = ("fields", "special_tokens_in_content")  # of a spec's data: sweeps from before there were these are found too

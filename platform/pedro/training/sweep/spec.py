@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from pedro.backbone import locate_backbone
 from pedro.config import Frozen, check_name, load_spec
 from pedro.errors import ConfigError
+from pedro.search_space import Dimension, SchedulerSpec, SearchSpec
 from pedro.training.spec import FineTuneSpec, check_data_files
-from pedro.training.sweep.space import Dimension
 
-DRAWS = 10
 FIXED = {
     "parent": "trials are compared from one start",
     "tenant": "a sweep trains versions of one adapter",
@@ -27,29 +26,6 @@ FIXED = {
     "dpo": "losses of different β are not to be compared",
     "gate": "trials are compared on the same rows, and the gate judges the best alone",
 }
-
-
-class SearchSpec(Frozen):
-    """What is tried."""
-
-    algorithm: Literal["random", "grid", "optuna"] = "random"
-    """random: `trials` draws, each with every combination of the grids; grid: every combination of grids and choices;
-    optuna: Optuna's TPE sampler, which learns from the trials before."""
-    trials: int | None = Field(None, ge=1, le=100_000)
-    """How many draws; 10 if not given, and 1 where the space has grids alone. Not for algorithm grid."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Of the draws; each trial's own seed is training.seed."""
-
-
-class SchedulerSpec(Frozen):
-    """Which trials are stopped early."""
-
-    name: Literal["asha", "none"] = "asha"
-    """asha (Li et al. 2020, arXiv 1810.05934): at each rung the best 1/reduction of the trials continue."""
-    grace_steps: int | None = Field(None, ge=1, le=10**9)
-    """Steps that every trial gets; base.training.eval_every if not given. Rungs lie at grace_steps × reduction^k."""
-    reduction: float = Field(3, gt=1, le=1000)
-    """What divides the number of trials at each rung, and multiplies their steps."""
 
 
 class SweepSpec(Frozen):
@@ -87,23 +63,10 @@ class SweepSpec(Frozen):
             raise ValueError("space.data.theta: shares can vary, files cannot; name a file as base.data.theta")
         if self.base.data.validation == 0:
             raise ValueError("base.data.validation: trials are compared by their loss on it; give a share or a file")
-        grids = [key for key, dimension in self.space.items() if dimension.kind == "grid"]
-        algorithm, trials = self.search.algorithm, self.search.trials
-        if trials is not None and algorithm == "grid":
-            raise ValueError("search.trials: algorithm grid tries every combination; leave it out")
-        if trials is not None and algorithm == "random" and len(grids) == len(self.space):
-            raise ValueError("search.trials: the space has grids alone, and every combination is tried; leave it out")
-        if algorithm == "optuna" and grids:
-            raise ValueError(f"space.{grids[0]}: optuna chooses what it tries; give a choice instead of a grid")
+        self.search.check(self.space)
         if self.scheduler.name == "asha" and not (self.scheduler.grace_steps or self.base.training.eval_every):
             raise ValueError("scheduler.grace_steps: needed where base.training.eval_every is 0 (once an epoch)")
         return self
-
-    @property
-    def draws(self) -> int:
-        """How many draws the search makes."""
-        only_grids = all(dimension.kind == "grid" for dimension in self.space.values())
-        return self.search.trials or (1 if only_grids else DRAWS)
 
     @property
     def grace_steps(self) -> int:

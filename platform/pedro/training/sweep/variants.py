@@ -14,10 +14,10 @@ from pedro.backbone import load_config, named_directory, resolve_backbone
 from pedro.config import validate_spec
 from pedro.errors import BackboneError, ConfigError
 from pedro.training.spec import FineTuneSpec
-from pedro.training.sweep.space import Parameters, drawn, every
 
 if TYPE_CHECKING:
     from pedro.model_protocols import ModelConfig
+    from pedro.search_space import Parameters
     from pedro.training.sweep.spec import SweepSpec
 
 
@@ -31,15 +31,18 @@ def variant(spec: SweepSpec, parameters: Parameters) -> FineTuneSpec:
 
 def planned_trials(spec: SweepSpec) -> list[Parameters] | None:
     """What will be tried, in order; None where each trial depends on the ones before."""
-    if spec.search.algorithm == "optuna":
-        return None
-    if spec.search.algorithm == "grid":
-        return every(spec.space)
-    return drawn(spec.space, spec.draws, spec.search.seed)
+    return spec.search.planned(spec.space)
 
 
-def check_sweep(spec: SweepSpec) -> None:
-    """Raise one ConfigError with all that is wrong with the space, method options included, before anything starts."""
+def planned_count(spec: SweepSpec) -> int:
+    """How many trials there will be, at most."""
+    planned = planned_trials(spec)
+    return spec.search.draws(spec.space) if planned is None else len(planned)
+
+
+def check_sweep(spec: SweepSpec, *, options: bool = True) -> None:
+    """Raise one ConfigError with all that is wrong with the space, before anything starts: the methods' options, too,
+    which only a process that may import torch looks at."""
     mistakes: dict[str, str] = {}
     for label, parameters in probes(spec):
         try:
@@ -49,7 +52,7 @@ def check_sweep(spec: SweepSpec) -> None:
             for line in lines or [head]:
                 mistakes.setdefault(line, label)
             continue
-        for line in _method_mistakes(job):
+        for line in _method_mistakes(job) if options else ():
             mistakes.setdefault(line, label)
     if mistakes:
         lines = [f"{label}: {line}" for line, label in mistakes.items()]

@@ -1,4 +1,4 @@
-"""Search spaces: which values a key may take, and lists of parameters drawn from a seed.
+"""Search spaces: which values a key may take, how they are searched, and lists of parameters drawn from a seed.
 
 What the keys mean is no concern of this file.
 """
@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from pedro.config import Frozen
 from pedro.errors import ConfigError
@@ -21,6 +21,7 @@ Kind = Literal["grid", "choice", "uniform", "loguniform", "randint"]
 KINDS: tuple[str, ...] = get_args(Kind)
 LISTS = ("grid", "choice")
 MOST = 100_000  # trials
+DRAWS = 10
 TRIES = 100  # draws in search of a combination that was not drawn before
 
 
@@ -86,6 +87,49 @@ class Dimension(Frozen):
 
 Space = Mapping[str, Dimension]
 Parameters = dict[str, Any]
+
+
+class SearchSpec(Frozen):
+    """What is tried."""
+
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    """random: `trials` draws, each with every combination of the grids; grid: every combination of grids and choices;
+    optuna: Optuna's TPE sampler, which learns from the trials before."""
+    trials: int | None = Field(None, ge=1, le=MOST)
+    """How many draws; 10 if not given, and 1 where the space has grids alone. Not for algorithm grid."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Of the draws; each trial's own seed is training.seed."""
+
+    def draws(self, space: Space) -> int:
+        """How many draws the search makes."""
+        return self.trials or (1 if all(each.kind == "grid" for each in space.values()) else DRAWS)
+
+    def check(self, space: Space) -> None:
+        """Raise ValueError for a space that is not searched so."""
+        grids = [key for key, dimension in space.items() if dimension.kind == "grid"]
+        if self.trials is not None and self.algorithm == "grid":
+            raise ValueError("search.trials: algorithm grid tries every combination; leave it out")
+        if self.trials is not None and self.algorithm == "random" and len(grids) == len(space):
+            raise ValueError("search.trials: the space has grids alone, and every combination is tried; leave it out")
+        if self.algorithm == "optuna" and grids:
+            raise ValueError(f"space.{grids[0]}: optuna chooses what it tries; give a choice instead of a grid")
+
+    def planned(self, space: Space) -> list[Parameters] | None:
+        """What will be tried, in order; None where each trial depends on the ones before. Raises ConfigError."""
+        if self.algorithm == "optuna":
+            return None
+        return every(space) if self.algorithm == "grid" else drawn(space, self.draws(space), self.seed)
+
+
+class SchedulerSpec(Frozen):
+    """Which trials are stopped early."""
+
+    name: Literal["asha", "none"] = "asha"
+    """asha (Li et al. 2020, arXiv 1810.05934): at each rung the best 1/reduction of the trials continue."""
+    grace_steps: int | None = Field(None, ge=1, le=10**9)
+    """Steps that every trial gets; base.training.eval_every if not given. Rungs lie at grace_steps × reduction^k."""
+    reduction: float = Field(3, gt=1, le=1000)
+    """What divides the number of trials at each rung, and multiplies their steps."""
 
 
 def every(space: Space) -> list[Parameters]:

@@ -1,0 +1,46 @@
+"""Tells whoever follows a sweep of each trial that ends: an event of its job."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pedro.errors import UnavailableError
+from pedro.training.sweep.records import TrialState
+
+if TYPE_CHECKING:
+    from pedro.store import Store
+    from pedro.training.sweep.records import Trial
+    from pedro.training.sweep.tracker import TrialTracker
+
+
+class TrialEvents:
+    """Each is told once, also by a driver that goes on after another one."""
+
+    def __init__(self, tracker: TrialTracker, store: Store) -> None:
+        self._tracker, self._store = tracker, store
+        self._told: set[int] = set()
+
+    def tell(self) -> None:
+        """What has ended since the last time; a database that is away hears of it the next time."""
+        for trial in self._tracker.trials:
+            if trial.state is TrialState.RUNNING or trial.number in self._told:
+                continue
+            message, data = trial_event(trial, self._tracker.planner.total)
+            kind = "metrics" if "valid_loss" in data else "message"
+            try:
+                self._store.add_job_event(self._tracker.records.sweep_id, message, kind=kind, data=data, once=True)
+            except UnavailableError:
+                return
+            self._told.add(trial.number)
+
+
+def trial_event(trial: Trial, total: int) -> tuple[str, dict[str, Any]]:
+    """Words, and the numbers: of the losses, one that is none is left out."""
+    values = ", ".join(f"{key}={value}" for key, value in trial.parameters.items())
+    loss = trial.loss if trial.loss is not None and math.isfinite(trial.loss) else None
+    how = f"validation loss {loss:.4f}" if loss is not None else trial.message or "no validation loss"
+    data: dict[str, Any] = {"trial": trial.number, "trials": total, "state": trial.state.value}
+    if loss is not None:
+        data |= {"step": trial.step, "valid_loss": loss}
+    return f"Trial {trial.number} {trial.state.value}: {how} ({values})", {**data, "parameters": trial.parameters}
