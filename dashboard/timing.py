@@ -14,7 +14,7 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 APP = Path(__file__).with_name("app.py")
-VIEWS = ("compare", "train", "runs", "sweeps", "activations", "adapters", "serving", "playground")
+VIEWS = ("compare", "train", "runs", "sweeps", "activations", "adapters", "usage", "serving", "playground")
 PAGES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("overview, with imports", "overview", {}),
     ("overview", "overview", {}),

@@ -247,7 +247,7 @@ def test_a_search_finds_an_adapter_and_keeps_it(admin, served):
     shown = admin(adapter="globex.faq")
     assert shown.selectbox(key="adapter").value == "globex.faq"
     shown.text_input[0].set_value("nowhere").run()
-    assert "None of 2 adapters fits" in words(healthy(shown).caption)
+    assert "None of 2 adapters match" in words(healthy(shown).caption)
 
 
 def test_without_a_gateway_everything_is_shown_and_nothing_can_be_moved(page, made):

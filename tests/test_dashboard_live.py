@@ -60,7 +60,7 @@ def test_a_training_job_is_watched_and_ended_from_the_page(home, tmp_path, monke
     assert shown.code
     press(shown, "End this job …")
     press(shown, "End it")
-    assert f"{job_id} is ended" in words(shown.toast)
+    assert f"{job_id} was ended" in words(shown.toast)
     assert store.get_job(job_id).status == "cancelled"
     while {job["id"]: job["status"] for job in ray_jobs.jobs(url)}[job_id] == "RUNNING":
         assert time.monotonic() < deadline, "the cluster did not end the job"

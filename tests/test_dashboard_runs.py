@@ -126,6 +126,16 @@ def test_the_open_row_stands_in_the_url_whatever_page_it_is_on(page, home, setti
     assert shown.selectbox(key="job").value is None
 
 
+def test_a_sweeps_job_has_a_link_to_its_trials(page, home, settings):
+    store = Store(settings.database_url)
+    spec = {"sweep": {"name": "orders", "workers": 1, "at_once": 1}}
+    job = store.create_job("acme", "intents", spec, "ftjob-of-many")
+    store.close()
+    shown = page(home, job=job.id)
+    linked = {link.proto.label: link.proto.query_string for link in shown.get("page_link")}
+    assert linked["Its trials"] == "sweep=ftjob-of-many"
+
+
 def test_jobs_are_filtered_by_tenant_and_adapter(page, jobs, home, settings):
     add_jobs(settings)
     shown = page(home, tenant="globex")

@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import zlib
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -18,11 +19,13 @@ from pedro.backbone import EMBEDDED
 from pedro.config import Settings
 from pedro.errors import ConfigError
 from pedro.gateway.app import GatewaySettings
-from pedro.store import JobStatus
+from pedro.store import JobKind, JobStatus
 from pedro.training.estimate import dry_run
 from pedro.training.job_events import metrics_event
 from pedro.training.spec import FineTuneSpec
-from sources import training
+from pedro.training.sweep.records import Trial, TrialState
+from pedro.training.sweep.told import trial_event
+from sources import sweep_space, training
 from sources.gateway import GatewayClient, GatewayError
 
 ROWS = b"".join(
@@ -46,8 +49,11 @@ def served(tmp_path_factory):
     report = dry_run(spec, calibrated=False).to_dict()
     report.pop("spec")
     (home / "report.json").write_text(json.dumps({"report": report}))
+    told = {"trials": 6, "seconds_in_turn": 6 * report["seconds"]}
+    (home / "sweep.json").write_text(json.dumps({"report": {**report, "sweep": told}}))
+    answer = f"if grep -q sweep; then cat {home}/sweep.json; else cat {home}/report.json; fi"
     gateway = GatewaySettings(
-        backbones={BACKBONE: BACKBONE}, storage=settings.storage, dry_run_command=("cat", str(home / "report.json"))
+        backbones={BACKBONE: BACKBONE}, storage=settings.storage, dry_run_command=("sh", "-c", answer)
     )
     with serve(home, settings=gateway) as running:
         yield running
@@ -152,6 +158,76 @@ def test_from_a_file_to_a_chat_with_what_it_made(page, tenant, served):
     assert shown.text_input(key="train_adapter").value == "my-rows", "what was chosen stays"
     assert shown.number_input(key="train_epochs").value == 2.0
     assert len(jobs_of(served, tenant)) == 1
+
+
+def tell_trials(served, job_id):
+    """What a sweep's driver tells of three of its six trials."""
+    served.store.update_job(job_id, status=JobStatus.QUEUED)
+    served.store.update_job(job_id, status=JobStatus.RUNNING, attempt=1)
+    ended = (TrialState.FINISHED, 1.5), (TrialState.STOPPED, 2.5), (TrialState.FAILED, None)
+    for number, (state, loss) in enumerate(ended):
+        trial = Trial(number, {"method.r": 4 + number, "training.lr": 0.01}, "run", state, message="diverged")
+        trial = replace(trial, reports=((20, loss),) if loss else ())
+        message, data = trial_event(trial, 6)
+        served.store.add_job_event(job_id, message, kind="metrics" if loss else "message", data=data)
+
+
+def test_a_sweep_is_chosen_estimated_started_once_and_watched(page, tenant, served):
+    shown = choose(page(tenant.key), ROWS)
+    shown = healthy(shown.button_group(key="train_kind").select("sweep").run())
+    assert "Start training" not in labels(shown)
+    shown.multiselect(key="train_sweep_widths").set_value([4, 8])
+    shown.number_input(key="train_sweep_trials").set_value(6)
+    shown.number_input(key="train_steps").set_value(60)
+    shown = press(shown, "Estimate")
+    assert "6 of them take" in words(shown.caption)
+    shown = press(shown, "Start the sweep")
+    (job,) = jobs_of(served, tenant)
+    assert job.kind == JobKind.SWEEP
+    space = job.spec["sweep"]["space"]
+    assert space["method.r"] == {"kind": "choice", "values": [4, 8]}
+    assert space["method.orders"]["values"] == [[6, 5], [4, 3], [2, 1]]
+    assert space["training.lr"] == {"kind": "loguniform", "values": [0.001, 0.03]}
+    assert (job.spec["sweep"]["search"]["trials"], job.spec["sweep"]["scheduler"]["grace_steps"]) == (6, 20)
+    assert job.spec["training"]["eval_every"] == 20
+    assert "**checking files**" in words(shown.markdown)
+    tell_trials(served, job.id)
+    shown = healthy(shown.run())
+    assert "3 of 6 trials have ended" in "".join(bar.proto.text for bar in shown.get("progress"))
+    assert "Trial 0 finished: validation loss 1.5000 (method.r=4" in shown.code[0].value
+    assert "Trial 2 failed: diverged" in shown.code[0].value
+    assert len(shown.get("vega_lite_chart")) == 1
+    links = {link.proto.label: link.proto for link in shown.get("page_link")}
+    assert links["All trials, and what each parameter explains"].query_string == f"sweep={job.id}"
+    served.store.update_job(job.id, status=JobStatus.SUCCEEDED, result={"model": f"{job.name}:1"})
+    links = {link.proto.label for link in healthy(shown.run()).get("page_link")}
+    assert f"Chat with {job.name}:1" in links
+
+
+def test_a_space_that_is_none_is_told_and_started_by_nobody(page, tenant, served):
+    shown = choose(page(tenant.key), ROWS)
+    shown = healthy(shown.button_group(key="train_kind").select("sweep").run())
+    shown.number_input(key="train_sweep_from").set_value(0.5)
+    shown = healthy(shown.run())
+    assert "the lowest is above the highest" in words(shown.error)
+    assert "Start the sweep" not in labels(shown)
+    shown.number_input(key="train_sweep_to").set_value(0.5)
+    shown.multiselect(key="train_sweep_widths").set_value([8])
+    shown.multiselect(key="train_sweep_orders").set_value([])
+    assert "Nothing varies" in words(healthy(shown.run()).error)
+    shown.multiselect(key="train_sweep_widths").set_value([4, 8])
+    shown = press(healthy(shown.run()), "Start the sweep")
+    assert "param `method.pedro.sweep.search.trials`" in words(shown.caption), "eight trials of two widths"
+    assert not jobs_of(served, tenant)
+
+
+def test_what_varies_is_said_as_people_say_it():
+    both = {"method.r": {"choice": [4, 8]}, "training.lr": {"loguniform": [1e-3, 1e-2]}}
+    assert sweep_space.said({**both, "method.orders": {"choice": [[6, 5], [1, 0]]}}) == (
+        "the width, the rate and the orders"
+    )
+    assert sweep_space.said({"method.r": {"choice": [4]}}) == "nothing"
+    assert sweep_space.whole_numbers(["8", 8, "wide"]) == [8, "wide"]
 
 
 def test_every_bad_line_is_told_and_nothing_can_be_started(page, tenant):

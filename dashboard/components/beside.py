@@ -31,7 +31,7 @@ def beside(settings: Settings, one: Side, other: Side, where: str) -> None:
                 column_config={"what": st.column_config.TextColumn("Parameter", pinned=True), **columns},
             )
         else:
-            st.caption("None: both were asked for alike.")
+            st.caption("None: both were submitted with the same parameters.")
     with right:
         st.markdown("**Measured**")
         measured = data.metrics(one, other)
@@ -51,4 +51,4 @@ def beside(settings: Settings, one: Side, other: Side, where: str) -> None:
             )
         else:
             st.caption("Nothing was measured of either.")
-    curves(settings, {**one.runs, **other.runs}, "Neither left a curve.", where)
+    curves(settings, {**one.runs, **other.runs}, "Neither recorded a curve.", where)

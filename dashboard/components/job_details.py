@@ -51,7 +51,7 @@ def details(settings: Settings, job: data.Job, where: str) -> None:
     left, right = st.columns([3, 2], gap="large")
     with left:
         drawn, unread = read_runs(settings, job)
-        nothing = "No curve yet: it appears with the first training steps." if job.live else "It left no curve."
+        nothing = "No curve yet: it appears with the first training steps." if job.live else "No curve was recorded."
         curves(settings, data.curve_names(drawn), unread or nothing, where)
     with right:
         st.markdown("**Log**")
@@ -64,7 +64,7 @@ def details(settings: Settings, job: data.Job, where: str) -> None:
             )
         elif lines:
             st.code("\n".join(reversed(lines)), language=None, wrap_lines=True, height=300)
-            st.caption(f"The newest lines, the last first. `pedro jobs logs {job.id}` shows all.")
+            st.caption(f"Newest lines first. `pedro jobs logs {job.id}` shows all.")
         else:
             st.caption(problem or "Nothing written yet.")
     links(job, drawn)
@@ -97,7 +97,12 @@ def links(job: data.Job, drawn: Sequence[TrackedRun]) -> None:
     with columns[1]:
         if ref:
             st.page_link("views/playground.py", label="Ask it", icon=":material/forum:", query_params={"model": ref})
-    if drawn and not job.sweep:
+    if job.sweep:
+        with columns[2]:
+            st.page_link(
+                "views/sweeps.py", label="Its trials", icon=":material/tune:", query_params={"sweep": job.sweep}
+            )
+    elif drawn:
         with columns[2]:
             runs_link(job.model)
         st.caption(f"Run in MLflow: `{drawn[0].id}` in experiment `{drawn[0].model}`")
@@ -116,7 +121,7 @@ def curves(settings: Settings, names: dict[str, str], nothing: str, where: str) 
     smoothing = st.slider("Smoothing", 0.0, 0.95, 0.0, 0.05, key=f"smoothing_{where}")
     frame = pd.DataFrame(read_curves(settings, names, plot), columns=["run", "curve", "step", "value"])
     if frame.empty:
-        st.caption(nothing if plot == plots[0] or not names else "Nothing of it was logged.")
+        st.caption(nothing if plot == plots[0] or not names else "Nothing was logged for this.")
         return
     runs = list(dict.fromkeys(frame["run"]))
     colour, dash = ("run", "curve") if len(runs) > 1 else ("curve", "run")

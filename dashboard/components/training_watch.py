@@ -1,4 +1,4 @@
-"""Follows one fine-tuning job through the API: phase, progress, losses, what it tells, and a chat with its result."""
+"""Follows one job or sweep through the API: phase, progress, losses, what it tells, and a chat with its result."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+from components import sweep_watch
 from components.job_details import SIGNS, duration
 from drawing import colours
+from sources import sweep_space
 from sources import training as data
 from sources.gateway import GatewayError
 
@@ -22,6 +24,7 @@ REFRESH_S = 3
 EVENTS = "train_events"  # in the session: job, and what it told so far
 MOST_LINES = 12
 PHASES = ("checking files", "queued", "starting workers", "training", "ended")
+SWEEP_PHASES = ("checking files", "queued", "trying", "ended")
 
 
 def watch(gateway: GatewayClient, job_id: str, steps: int | None) -> bool:
@@ -32,23 +35,30 @@ def watch(gateway: GatewayClient, job_id: str, steps: int | None) -> bool:
     except GatewayError as error:
         st.error(error.message, icon=":material/error:")
         return error.status == 0 or error.status >= 500  # away for a moment
-    points = data.curve_rows(events)
+    sweep = sweep_space.sweep_of(job) is not None
+    points = [] if sweep else data.curve_rows(events)
+    trials = sweep_space.trials_told(events)
     step = max((point["step"] for point in points), default=0)
     status, over = str(job["status"]), job["status"] in data.ENDED
     name = job["fine_tuned_model"] or f"on {job['model']}"
     st.markdown(f"{SIGNS.get(status, '')} **{status}** · {name} · `{job_id}`")
-    if not over:
+    if not over and sweep:
+        phases(now := sweep_watch.phase(job, len(trials)), SWEEP_PHASES)
+        sweep_watch.progress(job, trials, sweep_space.planned(events), now)
+    elif not over:
         progress(job, step, steps)
     if status == "failed":
         failure(job["error"] or {})
     elif job["fine_tuned_model"]:
         links(str(job["fine_tuned_model"]), job_id)
+    if sweep:
+        sweep_watch.link(job_id)
     left, right = st.columns([3, 2], gap="large")
     with left:
-        losses(points, over=over)
+        sweep_watch.losses(trials, over=over) if sweep else losses(points, over=over)
     with right:
-        st.markdown("**What it told**")
-        lines = [event["message"] for event in events if event["type"] == "message"]
+        st.markdown("**Events**")
+        lines = [event["message"] for event in events if sweep or event["type"] == "message"]
         st.code("\n".join(lines[-MOST_LINES:]) or "Nothing yet.", language=None, wrap_lines=True)
     return not over
 
@@ -62,11 +72,16 @@ def told(gateway: GatewayClient, job_id: str) -> Sequence[Mapping[str, Any]]:
     return events
 
 
+def phases(now: str, known: Sequence[str]) -> None:
+    """All of them in a line, the present one in bold."""
+    shown = known if now in known else (*known[:-1], now)
+    st.markdown(" › ".join(f"**{name}**" if name == now else f":gray[{name}]" for name in shown))
+
+
 def progress(job: Mapping[str, Any], step: int, steps: int | None) -> None:
     """Phases, the present one in bold, and how far the training is."""
     now = data.phase(job, step)
-    shown = PHASES if now in PHASES else (*PHASES[:-1], now)
-    st.markdown(" › ".join(f"**{name}**" if name == now else f":gray[{name}]" for name in shown))
+    phases(now, PHASES)
     words = f"step {step:,}" + (f" of {steps:,}" if steps else "") if step else now
     if job["estimated_finish"]:
         words += f" · about {duration(max(0.0, job['estimated_finish'] - time.time()))} of training left"
@@ -105,7 +120,7 @@ def links(model: str, job_id: str) -> None:
 def losses(points: Sequence[Mapping[str, Any]], *, over: bool) -> None:
     """Training and validation loss over the steps, on a logarithmic axis where they allow one."""
     if not points:
-        st.caption("It left no curve." if over else "No curve yet: it appears with the first training steps.")
+        st.caption("No curve was recorded." if over else "No curve yet: it appears with the first training steps.")
         return
     frame = pd.DataFrame(points)
     log = bool((frame["value"] > 0).all())

@@ -48,6 +48,8 @@ class History:
     """Since when the gateway has kept figures."""
     read_at: float | None = None
     gauges: Mapping[str, float] = field(default_factory=dict)
+    problem: str = ""
+    """Why the last asking failed."""
     _id: str = field(default="", init=False)
     _intervals: list[Interval] = field(default_factory=list, init=False)
     _asked: float = field(default=float("-inf"), init=False)
@@ -65,7 +67,7 @@ class History:
     def refresh(self, gateway: GatewayClient, seconds: float) -> str:
         """Ask for what is new of the last `seconds`; why that failed, or nothing."""
         if not self._asking.acquire(blocking=False):  # another session asks
-            return ""
+            return self.problem
         try:
             ended = [held.end for held in self._intervals if seconds <= FINE_S or held.seconds >= COARSE_S]
             after = max(ended, default=0.0)  # an interval that still grows is asked for again

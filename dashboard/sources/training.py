@@ -87,12 +87,16 @@ class Plan:
     seed: int = 0
     beta: float | None = None
     """Of preference tuning; None for plain answers."""
+    sweep: Mapping[str, Any] | None = None
+    """What varies from trial to trial (`sources/sweep_space.py`); None for one job."""
 
     def body(self, training_file: str, validation_file: str | None = None) -> dict[str, Any]:
         """The request for the job, of ids of uploaded files."""
         hyper = {"n_epochs": self.epochs, "batch_size": self.batch_size}
         kind = "supervised" if self.beta is None else "dpo"
-        training = {"lr": self.lr, **({"max_steps": self.max_steps} if self.max_steps else {})}
+        training: dict[str, Any] = {"lr": self.lr, **({"max_steps": self.max_steps} if self.max_steps else {})}
+        if self.sweep and (grace := self.sweep["scheduler"].get("grace_steps")):
+            training["eval_every"] = grace
         return {
             "model": self.backbone,
             "training_file": training_file,
@@ -102,7 +106,11 @@ class Plan:
             "method": {
                 "type": kind,
                 kind: {"hyperparameters": hyper if self.beta is None else {**hyper, "beta": self.beta}},
-                "pedro": {"method": {**self.options, "name": self.method}, "training": training},
+                "pedro": {
+                    "method": {**self.options, "name": self.method},
+                    "training": training,
+                    **({"sweep": dict(self.sweep)} if self.sweep else {}),
+                },
             },
         }
 

@@ -111,7 +111,7 @@ def functions(one: Chosen, other: Chosen | None, seen: InputRange) -> None:
     area = st.empty()
     orders = data.learned_orders(layer for chosen in filter(None, (one, other)) for layer in chosen.activations.layers)
     if not one.activations.learned:
-        st.caption(f"{one.ref} has fixed activations: nothing of them was learned.")
+        st.caption(f"{one.ref} has fixed activations: none of them was learned.")
     if any(data.known_initial(m, n) is None for m, n in orders):  # the curves need not wait for PyTorch
         with area.container():
             draw(one, other, shown, reach, None, seen)
@@ -155,7 +155,7 @@ def draw(
     with right:
         st.subheader("What training moved", anchor=False)
         if orders is None:
-            st.caption("R(x) less its start, the fit of GELU.")
+            st.caption("R(x) minus its initial fit of GELU.")
         elif not orders:
             st.caption("Nothing.")
         elif not shown:
@@ -242,7 +242,7 @@ def apart(one: Chosen, other: Chosen | None) -> None:
     with right:
         st.subheader("From the start", anchor=False)
         if not one.activations.learned:
-            st.caption("Nothing of these activations was learned.")
+            st.caption("None of these activations was learned.")
         else:
             began = pd.DataFrame(
                 [

@@ -62,7 +62,7 @@ def choose(catalog: data.Catalog) -> str | None:
     tenants = tenant.multiselect("Tenants", sorted({row.tenant for row in rows}), key="tenants", placeholder="all")
     kept = data.search(rows, text, tenants, state.selectbox("Show", data.STATES))
     if not kept:
-        st.caption(f"None of {len(rows):,} adapters fits.")
+        st.caption(f"None of {len(rows):,} adapters match.")
         return None
     pages = data.pages_of(kept)
     page = 1
@@ -264,7 +264,7 @@ def origin(settings: Settings, version: Version, registered: data.Versions) -> N
             others = {ref: job for ref, job in made.items() if ref != version.ref}
             browse(settings, made[version.ref], version.ref, others)
         else:
-            st.caption("No job of this home's records made it, so its rows are not known.")
+            st.caption("No recorded job produced this version, so its rows are unknown.")
     with facts:
         rows = data.lineage(version, stored.manifest)
         st.dataframe(
@@ -295,7 +295,7 @@ def compared(settings: Settings, version: Version, stored: data.Stored, register
     """A version beside another of the same adapter."""
     others = {other.ref: other for other in registered.versions if other.version != version.version}
     if not others:
-        st.caption("It is the only version.")
+        st.caption("This is the only version.")
         return
     asked = st.selectbox(
         "Other version", list(others), index=None, key=f"beside_{version.ref}", placeholder="Choose a version"

@@ -221,7 +221,7 @@ def budgets(selection: FilteredComparison) -> None:
     task = st.selectbox("Task", selection.tasks, index=len(selection.tasks) - 1, key="budget_task", bind="query-params")
     frame = pd.DataFrame(data.budget_rows(selection, task or selection.tasks[-1]))
     if frame.empty:
-        st.caption("No method has a score there.")
+        st.caption("No method has a score for this task.")
         return
     methods = list(dict.fromkeys(frame["method"]))
     base = alt.Chart(frame).encode(
@@ -281,8 +281,8 @@ def curves(settings: Settings, selection: FilteredComparison, stamp: str, main: 
     with left:
         curve_chart.draw(frame, methods, log=log, smoothing=smoothing)
         st.caption(
-            "Medians over seeds; the shade is the range over seeds. A click in the legend picks a method out, shift "
-            "adds another, a double click shows all."
+            "Medians over seeds; the shading is the range over seeds. Click a legend entry to single it out, "
+            "shift-click to add another, double-click to show all."
         )
     right.dataframe(
         pd.DataFrame(best),
@@ -307,7 +307,7 @@ def parameters(selection: FilteredComparison) -> None:
         st.caption("No parameter differs, other than the seed.")
         return
     st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
-    st.caption("What is equal for all methods that are shown is left out. Several values: they differ between runs.")
+    st.caption("Parameters that are equal for all methods shown are left out. Several values mean that runs differ.")
 
 
 if __name__ == "__main__":

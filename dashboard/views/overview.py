@@ -96,7 +96,7 @@ def traffic(seen: Overview, intervals: Sequence[Interval], *, observed: bool) ->
     first = serving.histogram(intervals, "first")
     span = "in the last hour" if seconds > 0.9 * SHOWN_S else f"in {seconds / 60:.0f} min observed of the last hour"
     if observed:
-        share = f"{failed / answers:.1%} of the answers" if answers else "no answer ended"
+        share = f"{failed / answers:.1%} of the answers" if answers else "no answer finished"
         number(columns[0], "Requests", f"{answers:,.0f}", span)
         number(columns[1], "Errors", f"{failed:,.0f}", f"{share}; {refused:,.0f} refused (429)")
         number(columns[2], "Time to first token", milliseconds(first, 0.5), f"median; p95 {milliseconds(first, 0.95)}")

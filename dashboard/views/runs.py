@@ -104,7 +104,7 @@ def _end(settings: Settings, job_id: str) -> None:
     st.session_state["ending"] = None
     read_live.clear()
     read_past.clear()
-    st.toast(problem or f"{job_id} is ended", icon=":material/error:" if problem else ":material/check:")
+    st.toast(problem or f"{job_id} was ended", icon=":material/error:" if problem else ":material/check:")
 
 
 def past(settings: Settings) -> None:

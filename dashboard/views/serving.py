@@ -1,6 +1,7 @@
 """Serving: requests, tokens, latencies and resident adapters over time, with promotions marked on the time line.
 
-The gateway keeps the figures, whether or not a page is open; what it did not observe is drawn as such. Times are UTC.
+The gateway keeps the figures, or a Prometheus does (PEDRO_PROMETHEUS_URL), whether or not a page is open; what was not
+observed is drawn as such. Times are UTC.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import pandas as pd
 import streamlit as st
 
 import connection
-from components.observed import LONG_S, history_of, refresh
+from components.observed import LONG_S, history_of, kept_elsewhere, refresh
 from components.timeline import HEIGHT, Shown, clock, draw
 from drawing import BLUE, GREEN, GREY, ORANGE, PINK, SERIES, VERMILION, number
 from pedro.traffic.history import Interval, coarser
 from sources import serving as data
-from sources.gateway import MAKE_KEY, GatewayClient
+from sources.gateway import MAKE_KEY, Access, GatewayClient
+from sources.services import gateway_url
+from sources.view import tenant_seen
 
 WINDOWS = {"5 minutes": 300.0, "15 minutes": 900.0, "1 hour": 3600.0, "6 hours": 21600.0, "24 hours": LONG_S}
 DEFAULT = "15 minutes"
@@ -30,21 +33,35 @@ MS = "%.1f ms"
 
 
 def page() -> None:
-    gateway, _ = connection.sidebar()
+    gateway, status = connection.sidebar()
     st.title("Serving", anchor=False)
     span, which, live = st.columns([6, 3, 2], vertical_alignment="bottom")
     seconds = WINDOWS[span.segmented_control("Time", list(WINDOWS), default=DEFAULT, required=True) or DEFAULT]
     history = history_of(gateway, seconds)
-    known = {*data.adapters_of(history.window(time.time(), seconds)), *st.session_state.get(CHOSEN, ())}
+    settings = connection.settings()
+    ours = status.access is Access.ADMIN and tenant_seen(settings) is None and gateway.url == gateway_url(settings)
+    elsewhere = kept_elsewhere(settings.prometheus_url, seconds) if settings.prometheus_url and ours else None
+    sources = [each for each in (elsewhere, history) if each is not None]
+    seen = [name for each in sources for name in data.adapters_of(each.window(time.time(), seconds))]
+    known = {*seen, *st.session_state.get(CHOSEN, ())}
     names = which.multiselect("Adapters", sorted(known), key=CHOSEN, persist_state="session", placeholder="the busiest")
     running = live.toggle("Live", True, help=f"Read every {data.INTERVAL_S:g} s while this page is open.")
-    st.fragment(show, run_every=data.INTERVAL_S if running else None)(gateway, history, seconds, names)
+    st.fragment(show, run_every=data.INTERVAL_S if running else None)(gateway, history, elsewhere, seconds, names)
 
 
-def show(gateway: GatewayClient, history: data.History, seconds: float, names: list[str]) -> None:
-    """Everything that changes by itself: read, then draw."""
+def show(
+    gateway: GatewayClient, history: data.History, elsewhere: data.History | None, seconds: float, names: list[str]
+) -> None:
+    """Everything that changes by itself: read, then draw; what the gateway keeps where a Prometheus does not answer."""
     now = time.time()
-    if problem := refresh(gateway, history, seconds, now):
+    keeps = "The gateway keeps its figures while it runs."
+    if elsewhere is not None:
+        if problem := refresh(gateway, elsewhere, seconds, now):
+            st.warning(f"{problem}. These are the figures that the gateway itself keeps.", icon=":material/cloud_off:")
+        else:
+            history, keeps = elsewhere, "Prometheus has no figures of that time."
+    problem = "" if history is elsewhere else refresh(gateway, history, seconds, now)
+    if problem:
         st.info(
             f"{problem}. `pedro serve` starts a gateway, and it shows its figures to an admin key (`{MAKE_KEY}`).",
             icon=":material/cloud_off:",
@@ -53,7 +70,11 @@ def show(gateway: GatewayClient, history: data.History, seconds: float, names: l
     figures(history, intervals)
     if not intervals:
         if not problem:
-            st.caption("The gateway has only just started to observe: the first figures come in some seconds.")
+            st.caption(
+                "The gateway has only just started to observe: the first figures come in some seconds."
+                if history is not elsewhere
+                else "Prometheus has no figures of this time."
+            )
         return
     shown = Shown(now - seconds, now, data.gaps(intervals, now - seconds, now))
     coarse = coarser(intervals, data.POINTS)
@@ -64,7 +85,7 @@ def show(gateway: GatewayClient, history: data.History, seconds: float, names: l
     if shown.gaps:
         listed = ", ".join(f"{clock(begun)} to {clock(ended)}" for begun, ended in shown.gaps[:4])
         more = f" and {len(shown.gaps) - 4} more times" if len(shown.gaps) > 4 else ""
-        st.caption(f"Not observed (grey): {listed}{more}. The gateway keeps its figures while it runs.")
+        st.caption(f"Not observed (grey): {listed}{more}. {keeps}")
     one, two = st.columns(2, gap="medium")
     with one:
         throughput(coarse, chosen, happened, shown, only=bool(names))
@@ -109,7 +130,7 @@ def throughput(
     st.subheader("Tokens a second", anchor=False)
     rows = pd.DataFrame(data.rate_rows(intervals, names), columns=["at", "adapter", "value"])
     if rows.empty:
-        nothing("No token was made", shown)
+        nothing("No tokens were generated", shown)
         return
     if only:
         rows = rows[rows["adapter"] != data.REST]
@@ -137,7 +158,7 @@ def latency(
     st.subheader(title, anchor=False)
     rows = pd.DataFrame(data.percentile_rows(intervals, which, names), columns=["at", "percentile", "value"])
     if rows.empty:
-        nothing("No answer ended", shown)
+        nothing("No answer finished", shown)
         return
     rows["value"] *= 1000
     draw(rows, "percentile", PERCENTILES, happened, shown, "ms", ",.1f", points=True)
@@ -181,7 +202,7 @@ def table(intervals: Sequence[Interval], names: list[str]) -> None:
     st.subheader("By adapter", anchor=False)
     rows = [row for row in data.adapter_table(intervals) if not names or row["adapter"] in names]
     if not rows:
-        st.caption("No answer ended in this time.")
+        st.caption("No answer finished in this time.")
         return
     config: dict[str, Any] = {
         "adapter": st.column_config.TextColumn("Adapter", pinned=True),

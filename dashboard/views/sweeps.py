@@ -37,11 +37,17 @@ def page() -> None:
             "No sweep yet. `pedro sweep jobs/configs/nano_sweep_orders.yaml --wait` runs one in minutes.",
             icon=":material/tune:",
         )
+        start_one()
         return
     names = {sweep.id: f"{sweep.model} · {sweep.name} · {sweep.id}" for sweep in sweeps}
     chosen = shared_url.choose("Sweep", list(names), "sweep", titles=names, what="Sweep", placeholder="Choose a sweep")
     if chosen:
         show(settings, chosen)
+    start_one()
+
+
+def start_one() -> None:
+    st.page_link("views/train.py", label="Start a sweep on a file of yours", icon=":material/model_training:")
 
 
 @st.fragment(run_every=REFRESH_S)
@@ -53,7 +59,7 @@ def show(settings: Settings, sweep_id: str) -> None:
             f"These files cannot be read and are left out:\n\n```\n{listed}\n```", icon=":material/broken_image:"
         )
     if not sweep.trials:
-        st.caption("No trial was begun yet.")
+        st.caption("No trial has started yet.")
         return
     heading(sweep)
     coordinates(sweep)
@@ -116,8 +122,8 @@ def coordinates(sweep: data.Sweep) -> None:
     text = labels.mark_text(**style, color=INK)
     st.altair_chart((others + lines + best + halo + text).properties(height=460), width="stretch")
     st.caption(
-        "A line a trial. Finished trials are coloured by their validation loss, blue is better; the best is thick and "
-        "red, those that were stopped or still run are dashed. Failed and lost ones have nothing to compare."
+        "One line per trial. Finished trials are coloured by validation loss (blue is better); the best is thick and "
+        "red, stopped and running ones are dashed. Failed and lost trials are left out."
     )
 
 
@@ -188,7 +194,7 @@ def losses(sweep: data.Sweep) -> None:
         )
     )
     st.altair_chart(chart.properties(height=280), width="stretch")
-    st.caption("A line a trial; the best is red.")
+    st.caption("One line per trial; the best is red.")
 
 
 def trials(sweep: data.Sweep) -> None:

@@ -1,4 +1,5 @@
-"""Train: check a file, say what is to be trained, see what it takes, start it, watch it, and chat with the result.
+"""Train: check a file, say what is to be trained, once or as a sweep, see what it takes, start it, watch it, and chat
+with the result.
 
 All of it goes through the jobs API with the reader's own key. What the reader chose and made is kept in the session.
 """
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 import connection
-from components import file_report, training_watch
+from components import file_report, sweep_plan, sweep_watch, training_watch
 from components.job_details import duration
 from drawing import number
 from pedro.errors import ConfigError
@@ -37,6 +38,7 @@ MORE = (
     "JSONL, JSON, CSV or parquet (also packed by gzip or zstd), of messages, prompt and completion, Alpaca, ShareGPT "
     "or preferences."
 )
+KINDS = {"job": "one job", "sweep": "a sweep: several, the best of which becomes the version"}
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -156,6 +158,20 @@ def choose(backbone: str, checked: data.Checked) -> data.Plan | None:
             beta = st.number_input("DPO's β", 0.001, 100.0, 0.1, 0.05, key="train_beta", persist_state="session")
     if checked.preferences:
         st.caption("The rows are preferences, which are learnt by DPO: better answers against worse ones.")
+    kind = st.segmented_control(
+        "Train",
+        list(KINDS),
+        default="job",
+        required=True,
+        format_func=lambda name: KINDS[name],
+        key="train_kind",
+        persist_state="session",
+    )
+    sweep = None
+    if kind == "sweep":
+        sweep = sweep_plan.choose(method or "pedro")
+        if sweep is None:
+            return None
     try:
         options = data.options_of(text or "")
     except ConfigError as error:
@@ -172,6 +188,7 @@ def choose(backbone: str, checked: data.Checked) -> data.Plan | None:
         lr=float(lr),
         seed=int(seed),
         beta=beta,
+        sweep=sweep,
     )
 
 
@@ -179,7 +196,12 @@ def begin(gateway: GatewayClient, plan: data.Plan, file: data.DataFile) -> None:
     """The two buttons: what it takes, and the job itself."""
     left, right, _ = st.columns([2, 2, 3])
     estimates = left.button("Estimate", icon=":material/schedule:", width="stretch")
-    starts = right.button("Start training", icon=":material/play_arrow:", type="primary", width="stretch")
+    starts = right.button(
+        "Start training" if plan.sweep is None else "Start the sweep",
+        icon=":material/play_arrow:",
+        type="primary",
+        width="stretch",
+    )
     try:
         if estimates:
             with st.spinner("Working out what it takes …"):
@@ -202,7 +224,7 @@ def begin(gateway: GatewayClient, plan: data.Plan, file: data.DataFile) -> None:
     if found is not None and of == plan:
         show_estimate(found)
     elif found is not None:
-        st.caption("The last estimate was of other settings.")
+        st.caption("The last estimate was for other settings.")
 
 
 def request(gateway: GatewayClient, plan: data.Plan, file: data.DataFile) -> dict[str, Any]:
@@ -231,6 +253,8 @@ def show_estimate(found: dict[str, Any]) -> None:
     number(columns[3], "Trained parameters", f"{found['trainable_parameters']:,}", f"{share:.2%} of the backbone's")
     rows = ", ".join(f"{count:,} {name}" for name, count in found["rows"].items())
     st.caption(f"Rows: {rows}; {found['tokens_per_row']:.0f} tokens each. Time is {found['time_from']}.")
+    if "sweep" in found:
+        sweep_watch.show_estimate(found, duration(found["sweep"]["seconds_in_turn"]))
     for note in found["notes"]:
         st.caption(f":material/info: {note}")
 
@@ -263,7 +287,7 @@ def follow(gateway: GatewayClient, job_id: str) -> None:
 def _end(gateway: GatewayClient, job_id: str) -> None:
     try:
         data.end(gateway, job_id)
-        st.toast("It ends as soon as its workers hear of it.", icon=":material/check:")
+        st.toast("It will end as soon as its workers have been told.", icon=":material/check:")
     except GatewayError as error:
         st.toast(error.message, icon=":material/error:")
 

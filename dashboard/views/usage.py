@@ -54,7 +54,7 @@ def page() -> None:
     since, tenant = data.first_day(period or "30 days"), None
     if tenant_seen(settings) is None:
         tenants = read_tenants(settings)
-        shared_url.check("tenant", [ALL, *tenants], "Tenant", "It has used nothing.")
+        shared_url.check("tenant", [ALL, *tenants], "Tenant", "It has no usage.")
         chosen = columns[1].selectbox("Tenant", [ALL, *tenants], key="tenant", bind="query-params")
         tenant = None if chosen in (None, ALL) else chosen
     by = columns[2].multiselect(
@@ -69,7 +69,7 @@ def page() -> None:
         st.warning(f"The ledger cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
         return
     if not daily:
-        st.caption("Nothing was used in this time.")
+        st.caption("No usage in this time.")
         return
     frame = pd.DataFrame(daily)
     figures(frame)
