@@ -199,14 +199,14 @@ def test_choices_and_beams_of_an_alora_are_those_of_its_prompt(tmp_path):
 def test_a_preempted_alora_goes_on_where_it_was(invoked, tmp_path):
     model = random_backbone("llama", max_position_embeddings=256)
     tuned = make_alora(model, tmp_path / "a")
-    one = request("r", words(12, 2, *invoked), 60, adapter="a", tenant="long")
+    one = request("r", words(12, 2, *invoked), 100, adapter="a", tenant="long")
     engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=1, preempt_after=8)
     engine.add(one)
     begun = drain(engine, until=lambda answers: "r" in answers and len(answers["r"].token_ids) > 30)["r"].token_ids
     engine.add(request("rival", prompt(5), 30, tenant="t"))
     rest = drain(engine)["r"].token_ids
     assert engine.stats()["preempted"] >= 1
-    assert begun + rest == peft_answer(tuned, one.prompt_ids, 60)
+    assert begun + rest == peft_answer(tuned, one.prompt_ids, 100)
     assert engine.adapters.residents()["a"].refcount == 0
 
 
@@ -275,8 +275,8 @@ def test_answer_side_pedro_equals_its_peft_model_beside_others(kernel, options, 
 def test_answer_side_pedro_answers_as_generate_and_goes_on_after_a_preemption(tmp_path):
     model = random_backbone("llama", max_position_embeddings=256)
     tuned = make_adapter(model, tmp_path / "a", 1, "pedro", apply_to="answer", tail=2)
-    one = request("r", words(14, 3), 60, adapter="a", tenant="long")
-    wanted = peft_answer(tuned, one.prompt_ids, 60)
+    one = request("r", words(14, 3), 100, adapter="a", tenant="long")
+    wanted = peft_answer(tuned, one.prompt_ids, 100)
     engine = make_engine(model, load=lambda ref: tmp_path / ref, max_batch=1, preempt_after=8)
     engine.add(one)
     begun = drain(engine, until=lambda answers: "r" in answers and len(answers["r"].token_ids) > 30)["r"].token_ids

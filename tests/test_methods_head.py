@@ -8,9 +8,9 @@ from methods_models import randomize, tiny_backbone, tokens, tuned
 from peft import PeftModel, get_peft_model
 
 from pedro import PedroConfig
+from pedro.adapter_kinds.heads import head_length
 from pedro.errors import ConfigError
 from pedro.methods import get_method
-from pedro.methods.pedro.reader import _head_of
 from pedro.methods.prompt import PromptPass
 
 END = (5, 6)
@@ -33,7 +33,7 @@ def test_the_head_ends_where_the_tokens_first_end_in_the_prompt():
         length = rng.randint(1, len(ids))
         passed._ids = torch.tensor([ids])
         head = passed.head(torch.arange(len(ids))[None] < length, end)
-        stop = _head_of(end, ids[:length])
+        stop = head_length(end, ids[:length])
         assert head[0].tolist() == [place < stop for place in range(len(ids))], (end, ids, length)
         found.add("all" if stop == length else "some")
     assert found == {"all", "some"}

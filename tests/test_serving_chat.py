@@ -1,6 +1,7 @@
 """Conversations on a small backbone of a language model's shape and chat template: gateway, engine and benchmark."""
 
 import json
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from jobs.benchmarks.chat_contenders import Generate, Reply, Server
 from jobs.benchmarks.command_line import main
 from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
+from pedro.data.conditioning import find_head_end
 from pedro.data.prompt_format import format_for_shape
 from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
@@ -58,9 +60,18 @@ def served(backbone, tmp_path_factory):
     manifest |= {"prompt_format": format_for_shape("messages", tokenizer).to_dict(), "metrics": {}}
     write_manifest(folder / "made", manifest)
     register(Registry.open(settings), folder / "made", "acme.chat")
+    form = format_for_shape("messages", tokenizer)
+    form = replace(form, head_end=find_head_end(form, tokenizer))
+    options = {"conditioning": "system", "head_end": list(form.head_end)}
+    headed = make_adapter(model, folder / "headed", seed=2, digest=backbone.digest, **options)
+    write_manifest(
+        folder / "headed",
+        {**manifest, "method": {"name": "pedro", "options": options}, "prompt_format": form.to_dict()},
+    )
+    register(Registry.open(settings), folder / "headed", "acme.headed")
     config = ServeConfig(backbone=str(backbone.directory), served_name="small", max_batch=4)
     with running(settings, config) as gateway:
-        yield gateway, tokenizer, {"small": model, "acme.chat": tuned}
+        yield gateway, tokenizer, {"small": model, "acme.chat": tuned, "acme.headed": headed}
 
 
 def generated(model, tokenizer, messages, count):
@@ -73,7 +84,7 @@ def generated(model, tokenizer, messages, count):
     return ids.shape[1], tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("name", ["small", "acme.chat"])
+@pytest.mark.parametrize("name", ["small", "acme.chat", "acme.headed"])
 def test_every_turn_of_a_conversation_is_what_generate_says_to_the_rendered_template(served, name):
     gateway, tokenizer, models_ = served
     messages = [{"role": "system", "content": "Be brief."}]
@@ -86,6 +97,42 @@ def test_every_turn_of_a_conversation_is_what_generate_says_to_the_rendered_temp
             assert answer["choices"][0]["message"]["content"] == text
             assert answer["usage"]["prompt_tokens"] == length
             messages.append({"role": "assistant", "content": text})
+
+
+def test_a_conversation_that_its_system_turn_conditions_reads_that_and_earlier_turns_once(served):
+    gateway, *_ = served
+    found = {}
+    with httpx.Client(base_url=gateway.url, headers={"Authorization": f"Bearer {gateway.acme}"}, timeout=60) as client:
+        for name in ("acme.chat", "acme.headed"):
+            messages = [{"role": "system", "content": "Speak of cards alone, and be kind."}]
+            found[name] = []
+            for said in USER:
+                messages.append({"role": "user", "content": said})
+                body = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 8}
+                answer = client.post("/v1/chat/completions", json=body).json()
+                usage = answer["usage"]
+                found[name].append((usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]))
+                messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+        fresh = [{"role": "system", "content": "Speak of cards alone, and be kind."}, {"role": "user", "content": "?"}]
+        body = {"model": "acme.headed", "messages": fresh, "max_tokens": 1}
+        other = client.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens_details"]
+    assert [cached for cached, _ in found["acme.chat"]] == [0, 0, 0], "each turn makes other vectors"
+    (first, length), (second, longer), (third, _) = found["acme.headed"]
+    assert first == 0
+    assert length - 32 < second < longer
+    assert longer - 32 < third
+    assert other["cached_tokens"] >= 32, "another conversation has its head in common"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize"])
+def test_without_the_system_turn_that_conditions_it_an_adapter_answers_nothing(served, path):
+    gateway, *_ = served
+    turn = {"role": "user", "content": "Which card did I lose?"}
+    asked = {"input": [turn]} if path == "/v1/responses" else {"messages": [turn]}
+    with httpx.Client(base_url=gateway.url, headers={"Authorization": f"Bearer {gateway.acme}"}, timeout=60) as client:
+        answer = client.post(path, json={"model": "acme.headed", **asked})
+    assert answer.status_code == 400
+    assert "is conditioned on the system turn (conditioning: system), and there is none" in answer.text
 
 
 def test_the_benchmark_holds_the_same_conversations_with_everybody_and_compares_the_answers(served):
@@ -101,7 +148,7 @@ def test_the_benchmark_holds_the_same_conversations_with_everybody_and_compares_
     ]
     assert [row["equal"] for row in report.rows if "equal" in row] == ["8/8", "2/2"]
     assert report.facts["differences"] == []
-    assert all(row["tok_s"] > 0 and row["ttft_ms"] > 0 and row["tpot_ms"] > 0 for row in report.rows)
+    assert all(row["tok_s"] > 0 and row["ttft_ms"] > 0 and row["tpot_ms"] >= 0 for row in report.rows)
     assert all(row["ratio"] == row["ttft_ratio"] == 1 for row in report.rows if row["engine"] == "generate")
     assert {row["answers"] for row in report.rows} == {8, 2}
     assert next(t for t in report.targets if t.name.startswith("answers unlike")).met

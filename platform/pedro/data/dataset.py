@@ -216,11 +216,16 @@ class _Writer:
     def __init__(self, tokenizer: Tokenizer, format_: PromptFormat, max_length: int) -> None:
         self.tokenizer, self.format, self.max_length = tokenizer, format_, max_length
         self.examples = self.rows = self.truncated = 0
+        self.heads = None
+        if format_.head_end:
+            from pedro.data.conditioning import Heads
+
+            self.heads = Heads(format_, tokenizer)
 
     def batches(self, path: Path, fields: Fields | None) -> Iterator[dict[str, list[Any]]]:
         examples = self._examples(path, fields)
         while batch := list(islice(examples, BATCH)):
-            columns = self._columns(batch)
+            columns = self._columns(batch, path)
             self.examples += len(batch)
             self.rows += len(columns["line"])
             if columns["line"]:
@@ -257,8 +262,15 @@ class _Writer:
         if count:
             raise bad_lines(path, errors, count)
 
-    def _columns(self, batch: list[tuple[Example, str, list[str]]]) -> dict[str, list[Any]]:
+    def _columns(self, batch: list[tuple[Example, str, list[str]]], path: Path) -> dict[str, list[Any]]:
         prompts = encode_prompts(self.tokenizer, [prompt for _, prompt, _ in batch])
+        if self.heads is not None:
+            for (example, *_), ids in zip(batch, prompts, strict=True):
+                try:
+                    self.heads.check(example.messages, example.tools, ids)
+                except DataError as error:
+                    reason = error.message.removeprefix("messages: ")
+                    raise bad_lines(path, [LineError(example.line, "messages", reason)], 1) from None
         sides = [self._encoded([answers[side] for *_, answers in batch]) for side in range(len(batch[0][2]))]
         columns: dict[str, list[Any]] = {name: [] for name in _features(len(sides) > 1)}
         for (example, prompt, answers), before, *afters in zip(batch, prompts, *sides, strict=True):

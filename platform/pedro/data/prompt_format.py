@@ -24,7 +24,7 @@ Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 Run = Callable[[str, Mapping[str, Any]], str]
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-LATER = ("pad_token", "unk_token", "special_tokens_in_content")
+LATER = ("pad_token", "unk_token", "special_tokens_in_content", "head_end")
 _TEMPLATES = Path(__file__).parents[1] / "assets" / "formats"
 RAW = "{% for message in messages %}{{ message.content }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
 
@@ -35,7 +35,8 @@ class PromptFormat:
 
     `id` is raw, alpaca or chat. Adapter manifests hold `to_dict()`, so an adapter never depends on what the
     installed package would choose today. Content that spells special tokens is read as text, unless
-    `special_tokens_in_content`.
+    `special_tokens_in_content`. Where the system turn conditions the adapter, `head_end` are the token ids that end it
+    (`conditioning.py`).
     """
 
     id: str
@@ -45,6 +46,7 @@ class PromptFormat:
     pad_token: str = ""
     unk_token: str = ""
     special_tokens_in_content: bool = False
+    head_end: tuple[int, ...] = ()
 
     def prompt(
         self,
@@ -111,9 +113,12 @@ class PromptFormat:
         plain = fields.get("special_tokens_in_content") or False
         if not isinstance(plain, bool):
             wrong.append("special_tokens_in_content")
+        end = fields.get("head_end") or ()
+        if not isinstance(end, list | tuple) or any(type(token) is not int for token in end):
+            wrong.append("head_end")
         if wrong:
             raise DataError(f"prompt_format: {', '.join(wrong)}: of another type than expected", param="prompt_format")
-        return cls(**given, special_tokens_in_content=plain)
+        return cls(**given, special_tokens_in_content=plain, head_end=tuple(end))
 
 
 _SYSTEM, _USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which card did I lose?"}

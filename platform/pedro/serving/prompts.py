@@ -9,6 +9,7 @@ while.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pedro.adapter_directory import read_manifest
 from pedro.data import templates
+from pedro.data.conditioning import KEPT_HEADS, asked, check_head, head_of
 from pedro.data.example_text import check_carried
 from pedro.data.prompt_format import FORMATS, PromptFormat, Run, encode_prompt, encode_text, format_for_shape
 from pedro.data.row_shapes import RowShape
@@ -89,13 +91,18 @@ class PromptProcessor:
         self._plain_format = format_for_shape(RowShape.MESSAGES, tokenizer)
         self._renderer = TemplateRenderer(tokenizer, [self._plain_format.template])
         self._formats: OrderedDict[ModelRef, PromptFormat] = OrderedDict()
+        self._heads: OrderedDict[tuple[ModelRef, str], list[int]] = OrderedDict()
 
     async def message_ids(
         self, messages: Messages, ref: ModelRef | None, tenant: str = "", tools: Messages = ()
     ) -> list[int]:
         """Of messages as `ref` (None: the bare backbone) was trained to read them; `tenant` is the one who asks."""
         form = self._plain_format if ref is None else await self._format_of(ref)
-        return await self._encode(await self._renderer.prompt(form, messages, ref, tools, tenant), "messages", tenant)
+        ids = await self._written(form, messages, ref, tenant, tools)
+        if form.head_end:
+            assert ref is not None, "the backbone alone is conditioned on nothing"
+            check_head(form, await self._head(form, messages, ref, tenant, tools), ids)
+        return ids
 
     async def template(self, ref: ModelRef | None) -> str:
         """The template of chats with `ref`."""
@@ -111,6 +118,26 @@ class PromptProcessor:
     def close(self) -> None:
         """End the worker that renders."""
         self._renderer.close()
+
+    async def _written(
+        self, form: PromptFormat, messages: Messages, ref: ModelRef | None, tenant: str, tools: Messages
+    ) -> list[int]:
+        return await self._encode(await self._renderer.prompt(form, messages, ref, tools, tenant), "messages", tenant)
+
+    async def _head(
+        self, form: PromptFormat, messages: Messages, ref: ModelRef, tenant: str, tools: Messages
+    ) -> list[int]:
+        """What their system turn is in any prompt of the adapter's, which it is conditioned on. Those used last are
+        kept: a conversation has the same one in all of its turns."""
+        alone = asked(messages)
+        key = ref, json.dumps([messages[0], tools])
+        head = self._heads.pop(key, None)
+        if head is None:
+            head = head_of(form, [await self._written(form, tuple(turns), ref, tenant, tools) for turns in alone])
+        self._heads[key] = head
+        if len(self._heads) > KEPT_HEADS:
+            self._heads.popitem(last=False)
+        return head
 
     async def _raw(self, text: str, ref: ModelRef | None) -> str:
         """A rendered prompt: what it spells is text or special tokens, as in the training of `ref`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pedro.backbone import Backbone, load_model, load_tokenizer, resolve_backbone
+from pedro.backbone import Backbone, load_config, load_model, load_tokenizer, resolve_backbone
 from pedro.errors import ConfigError
 from pedro.evaluation.saved import take_weights, trains_backbone
 from pedro.methods.registry import count_parameters, get_method
@@ -172,13 +172,16 @@ def deepspeed_engine(spec: FineTuneSpec) -> MakeEngine:
     return make
 
 
-def fresh_model(spec: FineTuneSpec, backbone: Backbone) -> tuple[Method, nn.Module]:
-    """The backbone with a new adapter of the spec's method, the same on every worker and in every process."""
+def fresh_model(spec: FineTuneSpec, backbone: Backbone, head_end: tuple[int, ...] = ()) -> tuple[Method, nn.Module]:
+    """The backbone with a new adapter of the spec's method, the same on every worker and in every process.
+
+    `head_end` are the tokens that end what conditions it, where the rows' format says so.
+    """
     device = "cuda" if torch.cuda.is_available() and spec.resources.gpus_per_worker else "cpu"
     method = get_method(spec.method.name)
     model: Any = load_model(backbone, DTYPES[spec.training.precision], device)
     torch.manual_seed(spec.training.seed)
-    model = method.apply(model, spec.method.options)
+    model = method.apply(model, spec.method.options | ({"head_end": list(head_end)} if head_end else {}))
     if spec.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return method, model
@@ -189,9 +192,10 @@ def _load(
 ) -> tuple[Backbone, Tokenizer, Method, nn.Module, PreparedData, tuple[Named, Named]]:
     backbone = resolve_backbone(spec.backbone)
     tokenizer = load_tokenizer(backbone)
-    method, model = fresh_model(spec, backbone)
+    get_method(spec.method.name).config(load_config(backbone), spec.method.options)  # before rows are tokenised
+    prepared = prepare_data(spec, backbone, tokenizer, cache)
+    method, model = fresh_model(spec, backbone, prepared.format.head_end)
     check_reference(spec, model)
     if parent is not None:
         take_weights(model, parent, backbone)
-    prepared = prepare_data(spec, backbone, tokenizer, cache)
     return backbone, tokenizer, method, model, prepared, method.parameter_groups(model)

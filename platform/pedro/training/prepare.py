@@ -123,15 +123,33 @@ def prepare_data(spec: FineTuneSpec, backbone: Backbone, tokenizer: Tokenizer, c
                 f"data.{name}: holds {shapes[name]}, but data.train holds {shapes['train']}; bring both in one shape",
                 param=f"data.{name}",
             )
+    form = _conditioned(formats["train"], spec, tokenizer)
     digests = {name: data_digest(path) for name, path in sorted(files.items())}
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "rows.lock"):  # one worker of a host tokenises, the others find its rows
         rows = {
-            name: load_rows(path, tokenizer, formats["train"], max_length, cache / "rows", data.fields)
+            name: load_rows(path, tokenizer, form, max_length, cache / "rows", data.fields)
             for name, path in files.items()
         }
     joined = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    return PreparedData(formats["train"], f"sha256:{joined}", max_length, data, rows)
+    return PreparedData(form, f"sha256:{joined}", max_length, data, rows)
+
+
+def _conditioned(form: PromptFormat, spec: FineTuneSpec, tokenizer: Tokenizer) -> PromptFormat:
+    """The format with the tokens that end its system turn, where the spec's method conditions on that."""
+    from pedro.data.conditioning import SYSTEM, find_head_end
+
+    options = spec.method.options
+    if options.get("conditioning") != SYSTEM:
+        return form
+    end = find_head_end(form, tokenizer)
+    if options.get("head_end") not in (None, list(end)):
+        raise ConfigError(
+            f"method.head_end: the {form.id} prompt format ends system turns with the tokens {list(end)}, got "
+            f"{options['head_end']}; leave it out, conditioning: {SYSTEM} finds it",
+            param="method.head_end",
+        )
+    return replace(form, head_end=end)
 
 
 def sample(rows: Dataset, most: int) -> Dataset:

@@ -16,6 +16,7 @@ POOLS = ("last", "mean", "max")
 POOL_SOURCES = ("normed", "residual")
 PROMPT, ANSWER = "prompt", "answer"
 HEAD, WIDTH = "head", "width"
+SYSTEM = "system"
 INIT_STD = 0.02
 PAPER_WIDTH = 4096  # of LLaMA-2 7B
 
@@ -29,7 +30,8 @@ class PedroConfig(TunerConfig):
     layers below have scaled: that is why the last token is always among the tail.
 
     Experimental, too: with `head_end` the vectors come from the prompt's head, which ends where these tokens first end,
-    for instance those that a template puts behind the system message. A prompt without them is all head.
+    for instance those that a template puts behind the system message. A prompt without them is all head. Training with
+    `conditioning: system` finds them: they are what the adapter's prompt format writes behind every system turn.
 
     Raises ConfigError for a value that no model could take; what depends on the model (an MLP without a gate, the
     number of layers) is checked when the adapter meets it.
@@ -65,6 +67,10 @@ class PedroConfig(TunerConfig):
         default=1, metadata={"help": f"How many of the prompt's last tokens are scaled with apply_to: {ANSWER}."}
     )
 
+    conditioning: str = field(
+        default=PROMPT,
+        metadata={"help": f"What is pooled: the {PROMPT}, or its {SYSTEM} turn, whose head_end training finds."},
+    )
     head_end: tuple[int, ...] | None = field(
         default=None,
         metadata={"help": "Token ids that end a prompt's head, which alone is pooled; null: all of the prompt is."},
@@ -125,6 +131,8 @@ class PedroConfig(TunerConfig):
         expect(
             self.tail == 1 or self.apply_to == ANSWER, "tail", f"1 with apply_to: {PROMPT}, which has none", self.tail
         )
+        parts = (PROMPT, SYSTEM)
+        expect(self.conditioning in parts, "conditioning", f"one of {', '.join(parts)}", self.conditioning)
         ids = self.head_end
         good = ids is None or (isinstance(ids, tuple) and len(ids) > 0 and all(is_count(i) and i >= 0 for i in ids))
         expect(good, "head_end", "a list of one token id or more, none below 0, or null", ids)
@@ -133,6 +141,11 @@ class PedroConfig(TunerConfig):
 
         spread = isinstance(self.init_std, (int, float)) and not isinstance(self.init_std, bool) and self.init_std > 0
         expect(spread or self.init_std == WIDTH, "init_std", f"a number > 0, or {WIDTH}", self.init_std)
+
+    @property
+    def lacks_head_end(self) -> bool:
+        """Whether nobody has said yet which tokens end the system turn; then it can be counted, but not run."""
+        return self.conditioning == SYSTEM and self.head_end is None
 
     @property
     def scaled_tail(self) -> int | None:

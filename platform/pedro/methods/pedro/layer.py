@@ -171,7 +171,14 @@ class PedroLayer(BlockLayer):
 
     def _head(self, prompt: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """The tokens [B, T] that an adapter's vectors come from."""
-        end = self.configs[adapter_name].head_end
+        config = self.configs[adapter_name]
+        if config.lacks_head_end:
+            raise ConfigError(
+                "method.head_end: conditioning: system needs the tokens that end the system turn, which a training job "
+                "finds; give them",
+                param="method.head_end",
+            )
+        end = config.head_end
         return prompt if end is None else self.prompts.head(prompt, end)
 
     def _before_attention(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pedro.methods.architectures import projection_paths
 from pedro.methods.method import Method
 from pedro.methods.options import expect, names_in
-from pedro.methods.pedro.config import INIT_STD, PedroConfig, variant_options
+from pedro.methods.pedro.config import INIT_STD, PROMPT, PedroConfig, variant_options
 from pedro.methods.pedro.model import PedroModel
 from pedro.methods.pedro.reader import READER
 from pedro.methods.peft_registration import register
@@ -33,6 +33,7 @@ def _build(  # noqa: PLR0913 - options
     window: int | None = None,
     apply_to: str | None = None,
     tail: int | None = None,
+    conditioning: str | None = None,
     head_end: list[int] | None = None,
     group_size: int | str | None = None,
     init_std: float | str | None = None,
@@ -47,6 +48,7 @@ def _build(  # noqa: PLR0913 - options
         "window": window,
         "apply_to": apply_to,
         "tail": tail,
+        "conditioning": conditioning,
         "head_end": head_end,
         "group_size": group_size,
         "init_std": init_std,
@@ -62,11 +64,21 @@ def _build_para(
     targets: list[str] | tuple[str, ...] = ("q", "v", "up"),
     activation: str = "gelu",
     pool: str = "last",
+    conditioning: str = PROMPT,
+    head_end: list[int] | None = None,
     init_std: float | str = INIT_STD,
 ) -> PedroConfig:
     expect(activation in ("gelu", "relu"), "activation", "gelu or relu (PARA's is fixed)", activation)
     return _checked(
-        PedroConfig(r=r, targets=names_in("targets", targets), activation=activation, pool=pool, init_std=init_std),
+        PedroConfig(
+            r=r,
+            targets=names_in("targets", targets),
+            activation=activation,
+            pool=pool,
+            conditioning=conditioning,
+            head_end=head_end,  # type: ignore[arg-type]  # a list becomes a tuple there
+            init_std=init_std,
+        ),
         model_config,
     )
 

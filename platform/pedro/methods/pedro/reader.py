@@ -7,6 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pedro.adapter_kinds import Adapter, Generator, GeneratorWeights
+from pedro.adapter_kinds.heads import head_length
+from pedro.errors import AdapterError
 from pedro.methods.pedro.config import PedroConfig
 from pedro.methods.pedro.model import CHILD
 from pedro.methods.reader import ROOT, Reader, SavedTensors, check_targets
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 
 def read(config: PedroConfig, tensors: SavedTensors, architecture: Architecture) -> Adapter:
     """The generators; an entry that a group of channels shares is repeated for each of them."""
+    if config.lacks_head_end:
+        raise AdapterError(
+            f"conditioning: {config.conditioning} without head_end, the tokens that end it; train it again"
+        )
     layers, widths = [], []
     by_layer = config.by_layer(len(architecture.layers))
     for block, (activation, r, orders) in zip(architecture.layers, by_layer, strict=True):
@@ -44,16 +50,10 @@ def read(config: PedroConfig, tensors: SavedTensors, architecture: Architecture)
         pool_source=config.pool_source,
         layers=tuple(layers),
         window=config.window,
-        head=None if config.head_end is None else partial(_head_of, config.head_end),
+        head=None if config.head_end is None else partial(head_length, config.head_end),
     )
     tail = config.scaled_tail
     return Adapter(generator=generator, start=None if tail is None else partial(_tail_begins, tail))
-
-
-def _head_of(end: tuple[int, ...], prompt_ids: Sequence[int]) -> int:
-    """The tokens of a prompt up to where `end` first ends; all where it does not occur."""
-    stops = range(len(end), len(prompt_ids) + 1)
-    return next((stop for stop in stops if tuple(prompt_ids[stop - len(end) : stop]) == end), len(prompt_ids))
 
 
 def _tail_begins(tail: int, _prompt_ids: Sequence[int], conditioning_length: int) -> int:
