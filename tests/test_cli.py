@@ -349,7 +349,8 @@ def test_only_a_whole_adapter_of_a_known_backbone_is_imported(pedro, home, tmp_p
     good = home / "made" / "1"
     one_error(pedro("adapters", "import", "acme.new", tmp_path / "nothere"), "is no directory")
     one_error(pedro("adapters", "import", "acme", good), "adapter")
-    one_error(pedro("adapters", "import", "acme.a.b", good), "'a.b'")
+    one_error(pedro("adapters", "import", "acme.a.b", good), "'acme.a.b'")
+    one_error(pedro("adapters", "import", "acme.new:3", good), "'acme.new:3' names a version")
     damaged = shutil.copytree(good, tmp_path / "damaged")
     with (damaged / "adapter_model.safetensors").open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)

@@ -1,11 +1,20 @@
 """Models' names: parsed, written and refused."""
 
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
 from pedro.errors import NotFoundError
-from pedro.refs import ModelRef
+from pedro.refs import ModelRef, tenant_of, without_digest
+
+ROOT = Path(__file__).parents[1]
+# f"{tenant}.{adapter}", f"{ref.name}:{version}", name.partition("."), model.rpartition(":")
+BY_HAND = re.compile(
+    r"""tenant["'\])]*\}\.\{|ref\.name\}[:@]\{|startswith\(f"\{tenant\}\."""
+    r"""|\b(name|model|ref)\.r?(partition|split)\("[:@#]"|\b(name|model)\.r?partition\("[.]"""
+)
 
 
 @pytest.mark.parametrize(
@@ -35,3 +44,24 @@ def test_a_name_is_written_as_it_was_read(text, which, digest):
 def test_what_is_no_name_of_an_adapter_is_refused_by_name(text):
     with pytest.raises(NotFoundError, match=r"is no adapter name; expected tenant\.adapter"):
         ModelRef.parse(text)
+
+
+def test_a_version_and_the_parts_of_a_name_are_had_from_any_name_of_it():
+    ref = ModelRef.parse("acme.faq@previous#sha256:0f")
+    assert str(ref.at(3)) == str(ref.at(3).at(3)) == "acme.faq:3"
+    assert (tenant_of(str(ref)), without_digest(str(ref))) == ("acme", "acme.faq@previous")
+    assert (tenant_of("acme-two.faq") == "acme", without_digest("stories260K")) == (False, "stories260K")
+
+
+def test_no_other_file_takes_a_name_apart_or_puts_one_together():
+    """`acme` once began `acme-two`, and a digest's colon a version."""
+    mine = {"platform/pedro/refs.py", "jobs/benchmarks/synthetic_data.py"}  # the latter makes rows of other programs
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for room in ("platform/pedro", "dashboard", "jobs")
+        for path in sorted((ROOT / room).rglob("*.py"))
+        if str(path.relative_to(ROOT)) not in mine
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if BY_HAND.search(line)
+    ]
+    assert not found, "\n".join(found)

@@ -12,6 +12,7 @@ import streamlit as st
 
 from components.curves import smoothed
 from drawing import DASHES, SERIES
+from pedro.refs import ModelRef
 from sources import jobs as data
 from sources import mlflow_runs
 from sources.view import tenant_seen
@@ -92,7 +93,7 @@ def links(job: data.Job, drawn: Sequence[TrackedRun]) -> None:
     ref = str(data.result_of(job).get("model", ""))
     columns = st.columns([2, 2, 2], vertical_alignment="center")
     with columns[0]:
-        query = {"adapter": job.model, **({"version": ref.rpartition(":")[2]} if ref else {})}
+        query = {"adapter": job.model, **({"version": str(ModelRef.parse(ref).number)} if ref else {})}
         st.page_link("views/adapters.py", label=ref or job.model, icon=":material/extension:", query_params=query)
     with columns[1]:
         if ref:

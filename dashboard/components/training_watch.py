@@ -13,6 +13,7 @@ import streamlit as st
 from components import sweep_watch
 from components.job_details import SIGNS, duration
 from drawing import colours
+from pedro.refs import ModelRef
 from sources import sweep_space
 from sources import training as data
 from sources.gateway import GatewayError
@@ -98,7 +99,7 @@ def failure(error: Mapping[str, Any]) -> None:
 
 def links(model: str, job_id: str) -> None:
     """Where the result can be asked, and where it is kept."""
-    name, _, version = model.rpartition(":")
+    ref = ModelRef.parse(model)
     columns = st.columns(3)
     with columns[0]:
         st.page_link(
@@ -109,7 +110,7 @@ def links(model: str, job_id: str) -> None:
             "views/adapters.py",
             label="Its versions",
             icon=":material/extension:",
-            query_params={"adapter": name, "version": version},
+            query_params={"adapter": ref.name, "version": str(ref.number)},
         )
     with columns[2]:
         st.page_link(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pedro.refs import tenant_of
+from pedro.refs import ModelRef, tenant_of
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
 from pedro.secret_files import without_password
 from sources.stores import ask_registry
@@ -147,7 +147,7 @@ def page_rows(rows: Sequence[CatalogRow], number: int, size: int = PAGE) -> list
     return [
         {
             "tenant": row.tenant,
-            "adapter": row.name.partition(".")[2],
+            "adapter": ModelRef.parse(row.name).adapter,
             "champion": row.champion,
             "candidate": row.candidate,
             "previous": row.previous,

@@ -141,7 +141,7 @@ def _news(versions: Iterable[Version], promoted: Iterable[Version], since: float
 
 def _ended(record: JobRecord) -> Event:
     detail = record.message or str((record.result or {}).get("gate", ""))
-    return Event(record.finished or 0.0, f"job {record.status}", f"{record.tenant}.{record.adapter}", detail)
+    return Event(record.finished or 0.0, f"job {record.status}", record.name, detail)
 
 
 def _seconds(utc: str) -> float:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pedro.errors import PedroError
+from pedro.refs import without_digest
 
 if TYPE_CHECKING:
     from sources.gateway import GatewayClient
@@ -146,7 +147,7 @@ class ParallelAnswers:
         """One event: text, how it ended, or at last the counts."""
         answer = self._answers[column]
         seen = [token for choice in event.get("choices") or () for token in seen_tokens(choice.get("logprobs"))]
-        changed: dict[str, Any] = {"version": str(event.get("system_fingerprint") or answer.version).partition("#")[0]}
+        changed: dict[str, Any] = {"version": without_digest(str(event.get("system_fingerprint") or answer.version))}
         for choice in event.get("choices") or ():
             text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
             if text:

@@ -12,6 +12,7 @@ from statistics import fmean, median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from pedro.errors import PedroError
+from pedro.refs import ModelRef
 from pedro.training.sweep.records import Records, Trial, TrialState, sweep_ids
 from pedro.training.sweep.report import axis, metric, rows_of
 from sources.view import sees, tenant_seen
@@ -79,7 +80,7 @@ def read_head(settings: Settings, sweep_id: str) -> Sweep:
         if record is None:
             return Sweep(sweep_id, sweep_id, "", problems=("sweep.json: it is not there",))
         base = record.spec["base"]
-        model = f"{base['tenant']}.{base['adapter']}"
+        model = ModelRef(base["tenant"], base["adapter"]).name
         return Sweep(sweep_id, str(record.spec["name"]), model, tuple(record.spec["space"]))
     except BROKEN as error:
         return Sweep(sweep_id, sweep_id, "", problems=(f"sweep.json: {_why(error)}",))

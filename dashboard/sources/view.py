@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from pedro.config import Settings
+from pedro.refs import tenant_of
 
 Kept = TypeVar("Kept")
 
@@ -50,7 +51,7 @@ def may_act(settings: Settings) -> bool:
 def sees(settings: Settings, name: str) -> bool:
     """Whether an adapter `tenant.adapter`, or what has its name, is shown."""
     tenant = tenant_seen(settings)
-    return tenant is None or name.startswith(f"{tenant}.")
+    return tenant is None or tenant_of(name) == tenant
 
 
 def seen(settings: Settings, by_name: Mapping[str, Kept]) -> dict[str, Kept]:

@@ -15,6 +15,7 @@ from components.catalog import REFRESH_S, catalog_or_notice, forget, read_stored
 from components.job_details import runs_link
 from components.row_browser import browse
 from drawing import number
+from pedro.refs import ModelRef
 from pedro.registry import CANDIDATE, CHAMPION, PREVIOUS, Version
 from sources import adapters as data
 from sources import jobs
@@ -107,7 +108,7 @@ def follow_table(table: Any, shown: list[dict[str, Any]]) -> None:
     """Selecting a row of the table selects its adapter."""
     selected = list(table.selection.rows) if table else []
     row = shown[selected[0]] if selected and selected[0] < len(shown) else None
-    name = f"{row['tenant']}.{row['adapter']}" if row else None
+    name = ModelRef(row["tenant"], row["adapter"]).name if row else None
     if name is not None and name != st.session_state.get("adapters_clicked"):
         st.session_state["adapter"] = name
     st.session_state["adapters_clicked"] = name
@@ -169,8 +170,7 @@ def links(settings: Settings, version: Version) -> None:
 
 def made_by(settings: Settings, version: Version) -> dict[str, str]:
     """The versions of the same adapter that jobs made, and those jobs."""
-    tenant, _, adapter = version.name.partition(".")
-    return read_made(settings, tenant, adapter)
+    return read_made(settings, version.tenant, version.adapter)
 
 
 def aliased(version: Version | None, none: str) -> tuple[str, str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import streamlit as st
 
 import connection
 from components import answers, saved_prompts
+from pedro.errors import NotFoundError
+from pedro.refs import ModelRef
 from sources import adapters as registry
 from sources import playground as data
 from sources import test_file
@@ -96,6 +99,14 @@ def page() -> None:
     answers.after(st.session_state.get(HELD, ()), gateway.url, st.session_state.get(ASKED))
 
 
+def adapter_of(model: str) -> str:
+    """The `tenant.adapter` that a model is a version of; empty for a backbone."""
+    try:
+        return ModelRef.parse(model).name
+    except NotFoundError:
+        return ""
+
+
 def offered(
     settings: Settings, gateway: GatewayClient, names: Sequence[str], models: Sequence[str], prompts: list[str]
 ) -> None:
@@ -103,10 +114,10 @@ def offered(
     left, right = st.columns(2)
     with left:
         saved_prompts.choose(prompts, use)
-    model = next((name for name in models if "." in name), "")
-    served = {name.partition("@")[0] for name in names}
+    model = next((name for name in models if adapter_of(name)), "")
+    served = {adapter_of(name) for name in names}
     with right:
-        if not model or model.partition("@")[0].partition(":")[0] not in served or gateway.url != gateway_url(settings):
+        if not model or adapter_of(model) not in served or gateway.url != gateway_url(settings):
             return
         rows, problem = read_tested(settings, model)
         by_line = {row.line: row for row in rows}
@@ -178,7 +189,7 @@ def model_names(url: str, key: str) -> list[str]:
         return []
     rows = {row.name: row for row in registry.read_catalog(connection.settings()).rows}
     others = [
-        f"{name}@{alias}"
+        str(replace(ModelRef.parse(name), alias=alias))
         for name in served
         if name in rows
         for alias, version in (("candidate", rows[name].candidate), ("previous", rows[name].previous))

@@ -25,6 +25,7 @@ from jobs.benchmarks.stats import percentile
 from jobs.benchmarks.workers.catalogue import BACKBONE
 from pedro.cluster import free_port
 from pedro.config import Settings
+from pedro.refs import ModelRef
 from pedro.registry import Registry, Version, utc
 from pedro.store import Inherited
 
@@ -117,9 +118,11 @@ def _measure(env: dict[str, str], count: int, moves: int, log: Log) -> dict[str,
 
 
 def _inherited(name: str) -> Inherited:
-    tenant, _, adapter = name.partition(".")
+    ref = ModelRef.parse(name)
     versions = tuple(
-        Version(tenant, adapter, number, f"sha256:{number}", "b", BACKBONE, "pedro", 1, {}, {}, "", "run", utc(0))
+        Version(
+            ref.tenant, ref.adapter, number, f"sha256:{number}", "b", BACKBONE, "pedro", 1, {}, {}, "", "run", utc(0)
+        )
         for number in (1, 2)
     )
     return Inherited(name, 0.0, {"champion": 1}, versions)
@@ -140,7 +143,8 @@ def _register(registry: Registry, names: list[str], scratch: Path) -> None:
         write_manifest(directory, {"backbone": {"id": "b", "digest": BACKBONE}, "method": {"name": "pedro"}})
         for name in names:
             run = registry.start_run(experiment="control plane", name=name, params={}, tags={})
-            registry.register(run, directory, *name.split("."))
+            ref = ModelRef.parse(name)
+            registry.register(run, directory, ref.tenant, ref.adapter)
     for name in names:
         registry.promote(name, 1)
 

@@ -64,6 +64,10 @@ class ModelRef:
         """As people write it."""
         return replace(self, digest="")
 
+    def at(self, version: int) -> ModelRef:
+        """A version of the same adapter, by its number."""
+        return ModelRef(self.tenant, self.adapter, version=version)
+
     def __str__(self) -> str:
         text = self.name
         if self.version is not None:
@@ -71,6 +75,11 @@ class ModelRef:
         elif self.alias is not None:
             text += f"@{self.alias}"
         return f"{text}#{self.digest}" if self.digest else text
+
+
+def without_digest(name: str) -> str:
+    """A model's name as people write it, whatever kind of model it is."""
+    return name.partition("#")[0]
 
 
 def tenant_of(name: str) -> str:

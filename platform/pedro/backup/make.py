@@ -24,7 +24,7 @@ from pedro.backup.parts import CHECKPOINTS, Places, find_files
 from pedro.backup.running_jobs import hold_runs
 from pedro.errors import ConfigError, PedroError, UnavailableError
 from pedro.home import backbones_folder
-from pedro.refs import NAME
+from pedro.refs import NAME, ModelRef
 from pedro.registry.snapshot import copy_database
 from pedro.secret_files import without_password
 from pedro.store import PLATFORM, Database, JobStatus, Store, exclusive, schema
@@ -151,7 +151,7 @@ def _named(rows: Iterator[tuple[str, dict[str, Any]]]) -> _Kept:
     kept = _Kept()
     for table, row in rows:
         if table == "pedro_versions" and row["deleted"] is None:
-            kept.versions.append((f"{row['tenant']}.{row['adapter']}:{row['version']}", row))
+            kept.versions.append((str(ModelRef(row["tenant"], row["adapter"], version=row["version"])), row))
         elif table == "pedro_jobs" and row["status"] not in ENDED:
             kept.unfinished_jobs.add(row["id"])
     return kept

@@ -12,7 +12,7 @@ import typer
 from pedro.cli import splits
 from pedro.cli.output import AsJson, accuracy, emit, log, percent, table
 from pedro.cli.splits import Name, check_servable_here, open_registry, shadow_line, told_shadow
-from pedro.refs import ModelRef
+from pedro.refs import ModelRef, tenant_of
 
 if TYPE_CHECKING:
     from pedro.registry import Version
@@ -33,7 +33,7 @@ def list_adapters(
     registry = open_registry()
     rows: list[dict[str, Any]] = []
     for name, entry in sorted(registry.catalog().items()):
-        if tenant is None or name.startswith(f"{tenant}."):
+        if tenant is None or tenant_of(name) == tenant:
             champion = asdict(registry.get(name)) if "champion" in entry.aliases else None
             rows.append({"model": name, **entry.standing.to_dict(), "champion": champion})
 
@@ -221,22 +221,24 @@ def import_adapter(
 
     from pedro.adapter_check import check_adapter
     from pedro.adapter_directory import CONFIG
-    from pedro.config import check_name
+    from pedro.errors import ConfigError
     from pedro.evaluation.saved import open_saved
     from pedro.methods.servable import check_tensor_names
     from pedro.methods.stock import is_stock
 
-    tenant, adapter = name.partition(".")[::2]
-    check_name("tenant", tenant)
-    check_name("adapter", adapter)
+    ref = ModelRef.parse(name)
+    if str(ref) != ref.name:
+        raise ConfigError(
+            f"name: {name!r} names a version, and an import makes a new one; give {ref.name}", param="name"
+        )
     with _adopted(directory, backbone, form) if is_stock(directory) else nullcontext(directory) as whole:
         check_adapter(whole)
         open_saved(whole, backbone)
         if (whole / CONFIG).is_file():
             check_tensor_names(whole)
         registry = open_registry()
-        run = registry.start_run(experiment=tenant, name=f"import {name}", params={}, tags={"kind": "import"})
-        version = registry.register(run, whole, tenant, adapter, gate="imported: not gated")
+        run = registry.start_run(experiment=ref.tenant, name=f"import {name}", params={}, tags={"kind": "import"})
+        version = registry.register(run, whole, ref.tenant, ref.adapter, gate="imported: not gated")
         registry.finish_run(run)
     _changed(registry.set_alias(version.name, "candidate", version.version), as_json)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pedro.cli.output import AsJson, accuracy, emit, log, percent, printable, table
+from pedro.refs import ModelRef
 
 if TYPE_CHECKING:
     from pedro.cluster import Cluster
@@ -125,7 +126,7 @@ def list_jobs(
             [
                 [
                     row["id"],
-                    f"{row['tenant']}.{row['adapter']}",
+                    ModelRef(row["tenant"], row["adapter"]).name,
                     row["status"],
                     time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created"])),
                     round(row["finished"] - row["created"]) if row["finished"] else "",

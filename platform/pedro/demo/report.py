@@ -47,7 +47,7 @@ def problems(result: dict[str, Any], margin: float) -> list[str]:
         rivals["most frequent answer"] = row["majority"]
         rival, value = max(((name, value or 0.0) for name, value in rivals.items()), key=lambda pair: pair[1])
         if row["score"] < value + margin:
-            found.append(f"{row['tenant']}.{row['adapter']} is only {row['score'] - value:+.3f} over the {rival}")
+            found.append(f"{_name(row)} is only {row['score'] - value:+.3f} over the {rival}")
     swap = result["swap"]
     if swap["failed"] or swap["mixed"] or not swap["answered_by_new"]:
         found.append(f"hot swap: {swap['failed']} failed, {swap['mixed']} mixed, {swap['answered_by_new']} by the new")
@@ -69,7 +69,7 @@ def show(result: dict[str, Any], log: Log) -> None:
     for row in result["tenants"]:
         scores = (row[key] for key in ("majority", "zero_shot", "few_shot", "score"))
         grid.add_row(
-            f"{row['tenant']}.{row['adapter']}",
+            _name(row),
             *(f"{row[key]:,}" for key in ("rows", "steps", "trainable_parameters", "test_rows")),
             *("-" if score is None else f"{score:.3f}" for score in scores),
             row["metric"],
@@ -98,7 +98,11 @@ def side_by_side(row: dict[str, Any]) -> str:
     lines = {"asked": first["asked"], "wanted": first["wanted"]}
     lines |= {label: first[way] for way, label in WAYS.items() if way in first}
     shown = [f"  {label:<26} {' '.join(text.split())}" for label, text in lines.items()]
-    return "\n".join([f"{row['tenant']}.{row['adapter']}", *shown])
+    return "\n".join([_name(row), *shown])
+
+
+def _name(row: dict[str, Any]) -> str:
+    return ModelRef(row["tenant"], row["adapter"]).name
 
 
 def farewell(part: Part, served: Served, secret: str, keep: bool, log: Log) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Generic
 
 from pedro.engine.adapter_state import A, AdapterState, Failure, PooledAdapter, ResidentAdapter
 from pedro.errors import AdapterError, AdapterUnusableError, ConflictError, PedroError, UnavailableError
+from pedro.refs import without_digest
 
 log = logging.getLogger(__name__)
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 60.0
@@ -346,5 +347,4 @@ class AdapterPool(Generic[A]):
 
 def unusable(ref: str, error: PedroError) -> AdapterUnusableError:
     """What a request is told whose adapter version cannot be served: that is at fault, and not the request."""
-    named = ref.partition("#")[0]
-    return AdapterUnusableError(f"model: {named} cannot be served: {error.message}", param="model")
+    return AdapterUnusableError(f"model: {without_digest(ref)} cannot be served: {error.message}", param="model")

@@ -33,6 +33,7 @@ from pedro.gateway.pages import known_parameters, page, page_limit, wrong_value
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.schemas import MAX_METADATA
 from pedro.gateway.sweep_requests import shown_sweep
+from pedro.refs import ModelRef
 from pedro.store import READ, TRAIN, Idempotency, JobEvent, JobRecord, JobStatus, Store, Version
 from pedro.store.jobs import job_not_found
 
@@ -57,7 +58,7 @@ async def create_job(request: Request, caller: Owner) -> dict[str, Any]:
     parent = None if asked.model in backbones else await asyncio.to_thread(_parent, request, caller, asked.model)
     backbone = backbones[asked.model] if parent is None else served_backbone(parent, backbones)
     adapter = adapter_of(asked.suffix, sent.key)
-    if caller.models is not None and f"{caller.tenant}.{adapter}" not in caller.models:
+    if caller.models is not None and ModelRef(caller.tenant, adapter).name not in caller.models:
         message = "suffix: this API key is held to other adapters"
         raise PedroError(message, param="suffix", code="invalid_value")
     spec = spec_of(asked, caller.tenant, adapter, backbone, parent)

@@ -39,10 +39,11 @@ async def delete_model(request: Request, name: str, caller: Owner) -> dict[str, 
         card = await backend.get_model(caller.view, name)
         if ref is None:
             raise ConflictError(f"'{name}' is the backbone, which stays", param="model")
-        version = f"'{ref.name}:{card.version}'"
-        raise ConflictError(f"'{name}' means {version} now; name the version that is to be deleted", param="model")
+        assert card.version is not None, "the name of an adapter means a version"
+        now = ref.at(card.version)
+        raise ConflictError(f"'{name}' means '{now}' now; name the version that is to be deleted", param="model")
     if ref.digest:
-        raise PedroError(f"model: expected '{ref.name}:{ref.version}', without a digest", param="model")
+        raise PedroError(f"model: expected '{ref.without_digest}', without a digest", param="model")
     try:
         await backend.delete_version(caller.view, ref.name, ref.version, unused=True, actor=actor_of(request, caller))
     except NotFoundError:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from pedro.errors import UnavailableError
+from pedro.refs import tenant_of
 from pedro.registry.connection import SQLITE
 from pedro.registry.tags import ours
 from pedro.store.database import vacuum_file
@@ -59,7 +60,7 @@ def experiments_of(connection: Connection, tenant: str) -> set[str]:
     """Names of the experiments of a tenant: its own, for imports, and those of its adapters."""
     with connection.answering():
         names = {one.name for one in _experiments(connection)}
-    return {name for name in names if name == tenant or name.startswith(f"{tenant}.")}
+    return {name for name in names if tenant_of(name) == tenant}
 
 
 def models_of(connection: Connection, tenant: str) -> set[str]:
@@ -68,7 +69,7 @@ def models_of(connection: Connection, tenant: str) -> set[str]:
         return set()
     with connection.answering():
         found = connection.pages(connection.client.search_registered_models, filter_string=None)
-        return {model.name for model in found if model.name.startswith(f"{tenant}.")}
+        return {model.name for model in found if tenant_of(model.name) == tenant}
 
 
 def adapter_bytes(connection: Connection, run: KeptRun) -> int:

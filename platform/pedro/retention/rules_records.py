@@ -55,7 +55,7 @@ def versions(view: View) -> Iterator[Finding]:
         place = -1
         for version in group:
             place += not version.checkpoint_of
-            name = f"{version.ref.name}:{version.version}"
+            name = str(version.ref.at(version.version))
             stays = _why_kept(view, version, place, keep)
             if stays:
                 yield Finding("versions", name, version.bytes, stays)
@@ -69,7 +69,7 @@ def versions(view: View) -> Iterator[Finding]:
 def _why_kept(view: View, version: OldVersion, place: int, keep: int | None) -> str:
     if version.named_by:
         return f"it is {' and '.join(version.named_by)}"
-    if who := view.parents.get(f"{version.ref.name}:{version.version}"):
+    if who := view.parents.get(str(version.ref.at(version.version))):
         return f"{who} goes on from it"
     if version.checkpoint_of:
         if version.checkpoint_of in view.jobs:

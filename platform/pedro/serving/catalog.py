@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pedro.errors import NotFoundError, UnavailableError
+from pedro.refs import tenant_of
 from pedro.store import ADAPTER, KnownAdapter, Position, Store, Version
 
 MAX_KNOWN = 50_000  # adapters, each with the versions that its aliases name
@@ -116,7 +117,7 @@ class AdapterCatalog:
             names = await asyncio.to_thread(self.store.list_adapters, tenant)
             found = await asyncio.to_thread(self.store.look_up, list(names))
         except UnavailableError:
-            found = {name: known for name, known in self._known.items() if tenant in (None, name.partition(".")[0])}
+            found = {name: known for name, known in self._known.items() if tenant in (None, tenant_of(name))}
         return [found[name] for name in sorted(found)]
 
     async def _ask(self) -> None:

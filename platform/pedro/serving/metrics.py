@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from pedro.refs import ModelRef
+
 if TYPE_CHECKING:  # the ingress, which only joins texts, does without an engine
     from pedro.engine.sequence import Output
-    from pedro.refs import ModelRef
 
 OTHER = "other"
 REASONS = ("stop", "length", "cancelled", "error")
@@ -145,7 +146,7 @@ class ReplicaMetrics:
             yield counter
         kept: Sums[str] = Sums()
         for ref, nbytes in prefixes["bytes_by_adapter"].items():
-            kept[self._label.of(self._backbone if ref is None else ref.partition(":")[0])] += nbytes
+            kept[self._label.of(self._backbone if ref is None else ModelRef.parse(ref).name)] += nbytes
         gauge = GaugeMetricFamily("pedro_prefix_cache_bytes", "Memory of kept prompts.", labels=("replica", "adapter"))
         for adapter, nbytes in kept.items():
             gauge.add_metric((self._replica, adapter), nbytes)

@@ -141,7 +141,12 @@ class AdapterTable:
         with self._database.reading() as connection:
             alive = sa.select(adapters).where(in_any(adapters, refs), adapters.c.deleted.is_(None))
             found = [to_adapter(row) for row in connection.execute(alive)]
-            wanted = [(*one.name.split("."), number) for one in found for number in one.standing.versions]
+            wanted = [
+                (ref.tenant, ref.adapter, number)
+                for one in found
+                for ref in (parsed(one.name),)
+                for number in one.standing.versions
+            ]
             key = sa.tuple_(versions.c.tenant, versions.c.adapter, versions.c.version)
             query = sa.select(*(column for column in versions.c if column.name not in LONG)).where(key.in_(wanted))
             rows = connection.execute(query).all()

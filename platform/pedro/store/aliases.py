@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from pedro.errors import ConflictError, NotFoundError, model_not_found
+from pedro.refs import ModelRef
 from pedro.store import schema, standings
 from pedro.store.adapter_rows import adapter_row, parsed, same, standing_values, to_adapter, to_version, version_row
 from pedro.store.changes import ADAPTER, acting, announce, audited, next_generation
@@ -23,7 +24,6 @@ from pedro.store.standings import WHATEVER
 from pedro.store.webhook_outbox import enter_moves
 
 if TYPE_CHECKING:
-    from pedro.refs import ModelRef
     from pedro.store.database import Database
 
 KEEP_MOVES = 1000  # of one adapter; the audit keeps them by age
@@ -160,7 +160,7 @@ class AliasTable:
         query = sa.select(table).order_by(table.c.generation.desc()).limit(limit)
         with self._database.reading() as connection:
             found = connection.execute(query).all()
-        return [(f"{row.tenant}.{row.adapter}", _move(row)) for row in found if row.at >= since]
+        return [(ModelRef(row.tenant, row.adapter).name, _move(row)) for row in found if row.at >= since]
 
     @contextmanager
     def _moving(self, name: str, action: str, actor: By, version: int | None = None) -> Iterator[_Moving]:
@@ -172,7 +172,7 @@ class AliasTable:
             if row is None:
                 raise model_not_found(name)
             if version is not None and version_row(connection, ref, version) is None:
-                raise model_not_found(f"{name}@{version}")
+                raise model_not_found(str(ref.at(version)))
             move = _Moving(connection, ref, row, action, generation)
             yield move
             move.record(acting(actor))
@@ -240,7 +240,7 @@ class _Moving:
         """A version as it is after the move."""
         row = version_row(self._connection, self._ref, number)
         if row is None:
-            raise model_not_found(f"{self._ref.name}@{number}")
+            raise model_not_found(str(self._ref.at(number)))
         return to_version(row, self.after)
 
     def record(self, actor: Actor) -> None:

@@ -19,7 +19,7 @@ PARENT = schema.jobs.c.spec["parent"].as_string()
 
 def refuse_parent(connection: sa.Connection, ref: ModelRef, version: int | None = None) -> None:
     """Raise ConflictError where a job that has not ended goes on from this version, or from any of the adapter."""
-    here = f"{ref.name}:{version}" == PARENT if version else PARENT.startswith(f"{ref.name}:", autoescape=True)
+    here = str(ref.at(version)) == PARENT if version else PARENT.startswith(f"{ref.name}:", autoescape=True)
     jobs = schema.jobs.c
     query = sa.select(jobs.id, PARENT.label("parent")).where(jobs.tenant == ref.tenant, jobs.status.in_(UNENDED), here)
     row = connection.execute(query.order_by(jobs.created, jobs.id).limit(1)).one_or_none()
@@ -35,5 +35,5 @@ def check_parent(connection: sa.Connection, spec: Mapping[str, Any]) -> None:
         return
     ref = ModelRef.parse(str(spec["parent"]))
     if version_row(connection, ref, ref.number) is None:
-        message = f"parent: {ref.name}:{ref.number} was deleted meanwhile"
+        message = f"parent: {ref.without_digest} was deleted meanwhile"
         raise NotFoundError(message, param="parent", code="model_not_found")

@@ -100,7 +100,7 @@ class RetentionTable:
         query = sa.select(table.c.tenant, table.c.adapter, table.c.version, table.c.spec)
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
-        return [(row.tenant, f"{row.tenant}.{row.adapter}:{row.version}", row.spec) for row in rows]
+        return [(row.tenant, str(ModelRef(row.tenant, row.adapter, version=row.version)), row.spec) for row in rows]
 
     def stored_files(self, tenant: str | None = None) -> list[StoredFile]:
         """The uploaded files, of one tenant or of all."""

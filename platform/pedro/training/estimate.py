@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import Backbone, load_config, load_tokenizer, resolve_backbone
+from pedro.refs import ModelRef
 from pedro.training.calibrate import BOUND_S, Calibration, calibrate
 from pedro.training.memory import Sizes, training_memory
 from pedro.training.objectives import objective_of
@@ -72,7 +73,7 @@ class DryRun:
         parts = ", ".join(f"{_duration(value)} {name}" for name, value in self.seconds_by_part.items())
         tensors = sum(self.memory_bytes.values())
         lines = [
-            f"{spec['tenant']}.{spec['adapter']}: {spec['method']['name']} on {spec['backbone']}",
+            f"{ModelRef(spec['tenant'], spec['adapter'])}: {spec['method']['name']} on {spec['backbone']}",
             f"trainable    {trainable}; {share:.2f} % of the backbone's {self.backbone_parameters:,}",
             f"rows         {rows}; {self.tokens_per_row:.0f} tokens each",
             f"steps        {steps}",

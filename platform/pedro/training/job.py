@@ -180,7 +180,7 @@ def judge_version(spec: FineTuneSpec, trained: Result, registry: Registry) -> Ga
         return GateDecision(False, "the champion changed while this version was scored; compare and promote it by hand")
     if champion and champion.metrics is None:
         return GateDecision(
-            False, f"the champion {spec.name}:{champion.version} cannot be compared: {champion.problem}"
+            False, f"the champion {spec.ref.at(champion.version)} cannot be compared: {champion.problem}"
         )
     metrics = trained.metrics
     names = ("accuracy", "loss", "preference_accuracy")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pedro.errors import UnavailableError
+from pedro.refs import tenant_of
 from pedro.store import Usage
 from pedro.training.job_record import insist
 from pedro.training.storage import folders, join, read_text
@@ -33,7 +34,7 @@ def enter_training(settings: Settings, job_id: str, model: str, log: Callable[[s
         return
     used = Usage(
         day=time.strftime("%Y-%m-%d", time.gmtime()),
-        tenant=model.partition(".")[0],
+        tenant=tenant_of(model),
         model=model,
         training_tokens=tokens,
         training_seconds=seconds,

@@ -310,9 +310,14 @@ class FineTuneSpec(Frozen):
         return self.dpo.beta if self.objective == "dpo" else None
 
     @property
+    def ref(self) -> ModelRef:
+        """What it trains."""
+        return ModelRef(self.tenant, self.adapter)
+
+    @property
     def name(self) -> str:
         """`tenant.adapter`, as the registry calls it."""
-        return ModelRef(self.tenant, self.adapter).name
+        return self.ref.name
 
     def located(self, base: Path) -> FineTuneSpec:
         """The same spec with absolute paths; a backbone may also lie in the working directory."""
