@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
-from pedro.engine import Engine, EngineConfig, Output, Request, SamplingParams, TokenLogprob
+from pedro.engine import Engine, EngineConfig, Logprob, Output, Request, SamplingParams
 from pedro.methods import get_method
 from pedro.methods.adapter_files import save_adapter
 from pedro.model_protocols import TokenDecoder, Tokenizer
@@ -155,7 +155,7 @@ class Answer:
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.text = ""
-        self.logprobs: list[TokenLogprob] = []
+        self.logprobs: list[Logprob] = []
         self.last: Output | None = None
         self.outputs: list[Output] = []
 

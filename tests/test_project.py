@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_the_gateway_imports_neither_tensors_nor_ray_nor_mlflow():
 
 def test_the_data_room_imports_no_tensors():
     assert modules_after("import pedro.data").isdisjoint({"torch", "ray", "mlflow", "peft", "transformers"})
+
+
+@pytest.mark.parametrize("room", ["platform/pedro", "dashboard"])
+def test_a_class_has_its_name_for_itself(room):
+    """Who searches for a name finds one thing."""
+    found = re.findall(
+        r"^class (\w+)", "\n".join(path.read_text() for path in (ROOT / room).rglob("*.py")), re.MULTILINE
+    )
+    assert not {name for name, count in Counter(found).items() if count > 1}
 
 
 def test_torch_is_pinned_to_the_version_that_was_tested():

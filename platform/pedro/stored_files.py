@@ -23,7 +23,7 @@ _MOMENTS = ("mtime", "LastModified", "last_modified", "updated", "created")  # a
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """A file or a folder with all that is in it."""
 
     name: str
@@ -33,7 +33,7 @@ class Part:
     """When something in it was last written; now, where that cannot be known."""
 
 
-def parts(location: str) -> list[Part]:
+def parts(location: str) -> list[StoredPart]:
     """What a folder holds, by name; nothing where it is not there. Raises UnavailableError for a URL that fails."""
     if "://" in location:
         return _parts_behind(location)
@@ -43,15 +43,15 @@ def parts(location: str) -> list[Part]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     measured = ((entry, _measure(entry.path)) for entry in entries)
-    return [Part(entry.name, entry.path, *size) for entry, size in measured if size is not None]
+    return [StoredPart(entry.name, entry.path, *size) for entry, size in measured if size is not None]
 
 
-def part(location: str) -> Part | None:
+def part(location: str) -> StoredPart | None:
     """One file or folder; None if it is not there."""
     folder, _, name = location.rstrip("/").rpartition("/")
     if "://" not in location:
         size = _measure(location)
-        return None if size is None else Part(name, location, *size)
+        return None if size is None else StoredPart(name, location, *size)
     return next((found for found in parts(folder) if found.name == name), None)
 
 
@@ -120,7 +120,7 @@ def _below(folder: str) -> Iterator[os.stat_result]:
                 continue
 
 
-def _parts_behind(location: str) -> list[Part]:
+def _parts_behind(location: str) -> list[StoredPart]:
     try:
         system, root = _system(location)
         if not system.exists(root):
@@ -138,7 +138,7 @@ def _parts_behind(location: str) -> list[Part]:
         grouped[path.strip("/").removeprefix(prefix).partition("/")[0]].append(facts)
     base = location.rstrip("/")
     return [
-        Part(name, f"{base}/{name}", sum(int(facts.get("size") or 0) for facts in files), _newest(files))
+        StoredPart(name, f"{base}/{name}", sum(int(facts.get("size") or 0) for facts in files), _newest(files))
         for name, files in sorted(grouped.items())
     ]
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from pedro.comparison.data import TaskData, TestSet
     from pedro.comparison.run_planner import PlannedRun
-    from pedro.comparison.spec import JudgeSpec, ResourcesSpec
+    from pedro.comparison.spec import JudgeSpec, RunResources
     from pedro.training.engines import StepEngine
     from pedro.training.worker_group import WorkerGroup
 
@@ -62,7 +62,7 @@ class CurveRecorder:
 def execute_run(
     plan: PlannedRun,
     data: TaskData,
-    resources: ResourcesSpec,
+    resources: RunResources,
     judge: JudgeSpec | None,
     cache: Path,
     keep: Keep = lambda _rows: None,
@@ -121,7 +121,7 @@ def execute_run(
     )
 
 
-def _ask_backbone(plan: PlannedRun, data: TaskData, resources: ResourcesSpec, keep: Keep) -> RunResult:
+def _ask_backbone(plan: PlannedRun, data: TaskData, resources: RunResources, keep: Keep) -> RunResult:
     """The score of the backbone itself."""
     from pedro.comparison.untrained_run import BackboneAsker
 
@@ -150,7 +150,7 @@ def _meter(plan: PlannedRun, data: TaskData) -> AbilityMeter | None:
     return AbilityMeter(resolve_backbone(plan.group.backbone), plan.forgetting, data.general)
 
 
-def _device(resources: ResourcesSpec) -> str:
+def _device(resources: RunResources) -> str:
     import torch
 
     return "cuda" if resources.gpus and torch.cuda.is_available() else "cpu"
@@ -191,7 +191,7 @@ def _result(plan: PlannedRun, **fields: Any) -> RunResult:
     )
 
 
-def _job(plan: PlannedRun, data: TaskData, resources: ResourcesSpec) -> FineTuneSpec:
+def _job(plan: PlannedRun, data: TaskData, resources: RunResources) -> FineTuneSpec:
     """The run as a fine-tuning job, which is what the loop and its preparation understand."""
     train, validation = data.chats if plan.chat and data.chats else data.files
     return FineTuneSpec.model_validate(

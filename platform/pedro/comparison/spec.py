@@ -147,7 +147,7 @@ class JudgeSpec(Frozen):
     """The environment variable that holds its key."""
 
 
-class ResourcesSpec(Frozen):
+class RunResources(Frozen):
     """What one run takes of the cluster."""
 
     cpus: float = Field(1, gt=0, le=4096)
@@ -187,7 +187,7 @@ class ComparisonSpec(Frozen):
     judge: JudgeSpec | None = None
     forgetting: ForgettingSpec | None = None
     serving: ServingSpec | None = None
-    resources: ResourcesSpec = ResourcesSpec()
+    resources: RunResources = RunResources()
     concurrency: Positive | None = None
     """Runs at a time; as many as the cluster has room for if not given."""
     paper: PaperBlock = None

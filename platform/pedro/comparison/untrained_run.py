@@ -16,7 +16,7 @@ from pedro.evaluation.scoring import generate
 if TYPE_CHECKING:
     from pedro.comparison.data import TaskData, TestSet
     from pedro.comparison.run_planner import PlannedRun
-    from pedro.comparison.spec import ResourcesSpec
+    from pedro.comparison.spec import RunResources
     from pedro.data.tasks import Task, TaskRow
     from pedro.model_protocols import Tokenizer
 
@@ -44,7 +44,7 @@ class QuestionEncoder:
 class BackboneAsker:
     """One backbone, asked in the way of a planned run."""
 
-    def __init__(self, plan: PlannedRun, resources: ResourcesSpec) -> None:
+    def __init__(self, plan: PlannedRun, resources: RunResources) -> None:
         backbone = resolve_backbone(plan.group.backbone)
         way = plan.group.untrained
         assert way is not None, "only the backbone itself is asked here"

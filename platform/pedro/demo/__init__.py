@@ -19,7 +19,7 @@ from pedro.backbone import quiet, resolve_backbone
 from pedro.backbones.pull import pull
 from pedro.demo.questions import Questions
 from pedro.demo.report import farewell, problems, show, swap_report
-from pedro.demo.stories import FULL, SMALL, Part, Story, demo_spec
+from pedro.demo.stories import FULL, SMALL, Story, StoryPart, demo_spec
 from pedro.demo.tenant_client import answers, promote, swap_under_load
 from pedro.errors import BackboneError, ConflictError, PedroError, UnavailableError
 from pedro.provenance import provenance
@@ -115,7 +115,7 @@ def _train_missing(
 ) -> list[Outcome]:
     """Start the trainings whose versions are not there: as many at once as there are cores, a tenant's in turn."""
 
-    def train(part: Part, have: int) -> None:
+    def train(part: StoryPart, have: int) -> None:
         for steps in part.steps[have:]:
             job = submit(demo_spec(story, part, steps), settings, store)
             log(f"{part.name}: {part.tenant.title}; job {job} trains {steps} steps")
@@ -132,7 +132,7 @@ def _train_missing(
     return outcomes
 
 
-def _versions(registry: Registry, part: Part, digest: str) -> list[Version]:
+def _versions(registry: Registry, part: StoryPart, digest: str) -> list[Version]:
     """The versions of a part's adapter that were made for this backbone, oldest first."""
     return [version for version in registry.versions(part.name) if version.backbone_digest == digest]
 
@@ -148,7 +148,7 @@ def _keys(story: Story, store: Store) -> tuple[list[str], dict[str, str]]:
 
 
 def _swap(
-    part: Part,
+    part: StoryPart,
     made: dict[str, list[Version]],
     served: Served,
     secrets: dict[str, str],
@@ -165,7 +165,7 @@ def _swap(
     return {**swap_report(old, new, seen), "old_accuracy": before}
 
 
-def _measure(part: Part, version: Version, served: Served, secret: str, log: Log) -> dict[str, Any]:
+def _measure(part: StoryPart, version: Version, served: Served, secret: str, log: Log) -> dict[str, Any]:
     """The same rows by the bare backbone, told what is asked, with and without examples, and by the adapter."""
     questions = Questions(part.tenant, part.rows)
     log(f"  {version.ref}: {len(questions.asked)} rows")

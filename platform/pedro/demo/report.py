@@ -11,7 +11,7 @@ from pedro.demo.questions import Questions
 from pedro.refs import ModelRef
 
 if TYPE_CHECKING:
-    from pedro.demo.stories import Part
+    from pedro.demo.stories import StoryPart
     from pedro.demo.tenant_client import Swap
     from pedro.registry import Version
     from pedro.serving.deploy import Served
@@ -105,7 +105,7 @@ def _name(row: dict[str, Any]) -> str:
     return ModelRef(row["tenant"], row["adapter"]).name
 
 
-def farewell(part: Part, served: Served, secret: str, keep: bool, log: Log) -> None:
+def farewell(part: StoryPart, served: Served, secret: str, keep: bool, log: Log) -> None:
     """How to go on."""
     asked = list(Questions(part.tenant, 1).asked[0].messages)
     body = json.dumps({"model": part.name, "messages": asked, "max_tokens": 8})

@@ -15,7 +15,7 @@ from pedro.training.spec import FineTuneSpec
 
 
 @dataclass(frozen=True)
-class Part:
+class StoryPart:
     """A tenant's part: its adapter has a version for each number of `steps`, trained as `training` says."""
 
     tenant: DemoTenant
@@ -37,14 +37,14 @@ class Story:
     """Parts in the order in which they start to train: the longest first."""
 
     backbone: str
-    parts: tuple[Part, ...]
+    parts: tuple[StoryPart, ...]
     margin: float
     """How far every adapter is to be above the bare backbone and the most frequent answer."""
     threads: int | None = None
     """Of the server's engine; None takes what is free."""
 
     @property
-    def swapped(self) -> Part:
+    def swapped(self) -> StoryPart:
         """The part with two versions, of which the second takes the place of the first."""
         return next(part for part in self.parts if len(part.steps) == 2)
 
@@ -55,22 +55,26 @@ ACME, GLOBEX, INITECH = DEMO_TENANTS
 _, READER, SUPPORT = CHAT_TENANTS
 SMALL = Story(
     "pedro-nano",
-    (Part(GLOBEX, (150,), _SMALL, 80), Part(ACME, (15, 100), _SMALL, 80), Part(INITECH, (100,), _SMALL, 80)),
+    (
+        StoryPart(GLOBEX, (150,), _SMALL, 80),
+        StoryPart(ACME, (15, 100), _SMALL, 80),
+        StoryPart(INITECH, (100,), _SMALL, 80),
+    ),
     margin=0.20,
     threads=1,
 )
 FULL = Story(
     "smollm2-135m",
     (
-        Part(SUPPORT, (60,), {**_CHAT, "batch_size": 16}, 24, shots=4),  # each prompt lists 77 labels
-        Part(ACME, (10, 30), {**_CHAT, "batch_size": 8}, 40, shots="label"),
-        Part(READER, (12,), {**_CHAT, "batch_size": 8}, 40, shots=2),
+        StoryPart(SUPPORT, (60,), {**_CHAT, "batch_size": 16}, 24, shots=4),  # each prompt lists 77 labels
+        StoryPart(ACME, (10, 30), {**_CHAT, "batch_size": 8}, 40, shots="label"),
+        StoryPart(READER, (12,), {**_CHAT, "batch_size": 8}, 40, shots=2),
     ),
     margin=0.05,
 )
 
 
-def demo_spec(story: Story, part: Part, steps: int) -> FineTuneSpec:
+def demo_spec(story: Story, part: StoryPart, steps: int) -> FineTuneSpec:
     """The spec that trains an adapter of the story for `steps`."""
     tenant = part.tenant
     data: dict[str, Any] = {"train": str(tenant.train), "test": str(tenant.test)}

@@ -7,15 +7,15 @@ sampler chooses tokens, the engine hands out what came of it. `EngineThread` doe
 from pedro.engine.config import EngineConfig
 from pedro.engine.engine import Engine
 from pedro.engine.engine_thread import EngineThread
-from pedro.engine.sequence import Output, Request, SamplingParams, Timing, TokenLogprob
+from pedro.engine.sequence import Logprob, Output, Request, SamplingParams, Timing
 
 __all__ = [
     "Engine",
     "EngineConfig",
     "EngineThread",
+    "Logprob",
     "Output",
     "Request",
     "SamplingParams",
     "Timing",
-    "TokenLogprob",
 ]

@@ -16,7 +16,7 @@ import torch
 
 from pedro.engine.detokenizer import Detokenizer
 from pedro.engine.sampler import SampleRow, penalised
-from pedro.engine.sequence import NOTHING, Output, Request, Sequence, TokenLogprob
+from pedro.engine.sequence import NOTHING, Logprob, Output, Request, Sequence
 
 if TYPE_CHECKING:
     from pedro.model_protocols import TokenDecoder
@@ -34,7 +34,7 @@ class BeamSequence(Sequence):
         super().__init__(request, 0, max_tokens, tokenizer, eos_ids)
         self.width = request.params.num_beams
         self.done = False
-        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.prompt_logprobs: list[Logprob | None] | None = None
         self._tokenizer = tokenizer
         self._beams: list[list[int]] = [[] for _ in range(self.width)]
         self._scores = torch.full((self.width,), NEVER)  # [K] of the running beams; one of them counts at first

@@ -23,7 +23,7 @@ from pedro.engine.request_processor import RequestProcessor
 from pedro.engine.runner import Runner
 from pedro.engine.scheduler import Scheduler
 from pedro.engine.scheduler_output import SHED, PrefillChunk, PrefillGroup, SchedulerLimits
-from pedro.engine.sequence import Output, Request, Sequence, SequenceState, TokenLogprob
+from pedro.engine.sequence import Logprob, Output, Request, Sequence, SequenceState
 from pedro.engine.steps import first_tokens, next_tokens, prefill_row, settle
 from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError
 from pedro.methods.servable import read_adapter
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pedro.model_protocols import TokenDecoder
 
 log = logging.getLogger(__name__)
-PromptLogprobs = list[TokenLogprob | None] | None
+PromptLogprobs = list[Logprob | None] | None
 
 
 class Engine:
@@ -320,7 +320,7 @@ class Engine:
         self,
         sequence: Sequence,
         token_id: int,
-        logprob: TokenLogprob | None = None,
+        logprob: Logprob | None = None,
         prompt_logprobs: PromptLogprobs = None,
         embedding: bytes | None = None,
     ) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from pedro.adapter_kinds import Adapter
     from pedro.engine.model_executor import Logits, ModelExecutor
-    from pedro.engine.sequence import TokenLogprob
+    from pedro.engine.sequence import Logprob
 
 KERNELS = ("auto", "native", "torch")
 HEAD_CHUNK = 256  # prompt positions whose logits exist at once
@@ -191,7 +191,7 @@ class Runner:
         return [None if row.pooling is None else self._embedding(prefill.state, segment, row) for row, segment in pairs]
 
     @torch.inference_mode()
-    def end(self) -> tuple[Logits, list[list[TokenLogprob | None] | None]]:
+    def end(self) -> tuple[Logits, list[list[Logprob | None] | None]]:
         """The logits after each prompt, and the prompts' own log-probabilities where asked for.
 
         Where it raises, the prefill is still in progress.
@@ -255,9 +255,9 @@ class Runner:
         if isinstance(self._executor, TorchModel):
             self._executor.close()
 
-    def _prompt_logprobs(self, state: Any, segment: Segment, row: PrefillRow) -> list[TokenLogprob | None]:
+    def _prompt_logprobs(self, state: Any, segment: Segment, row: PrefillRow) -> list[Logprob | None]:
         """Of each prompt token given those before it; the first has none."""
-        result: list[TokenLogprob | None] = [None]
+        result: list[Logprob | None] = [None]
         for start in range(0, len(row.token_ids) - 1, HEAD_CHUNK):
             stop = min(start + HEAD_CHUNK, len(row.token_ids) - 1)
             logits = self._executor.logits(state, list(range(segment.start + start, segment.start + stop)))

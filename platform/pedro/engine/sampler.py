@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pedro.engine.sequence import SamplingParams, TokenLogprob
+from pedro.engine.sequence import Logprob, SamplingParams
 from pedro.engine.token_mask import allowed
 
 LEAST_TEMPERATURE = 1e-6  # below it float32 would divide by zero
@@ -40,7 +40,7 @@ class Sampled:
     """A chosen token, -1 where the logits are not finite, and its log-probability where asked for."""
 
     token_id: int
-    logprob: TokenLogprob | None
+    logprob: Logprob | None
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -67,25 +67,25 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[Sampled]:
         part = scores if len(drawn) == len(rows) else scores[drawn]
         for i, token in zip(drawn, _draw(part, [rows[i] for i in drawn]), strict=True):
             tokens[i] = token
-    logprobs: dict[int, TokenLogprob] = {}
+    logprobs: dict[int, Logprob] = {}
     if wants:
         most = max(rows[i].params.logprobs or 0 for i in wants)
         picked = token_logprobs(logits[wants], [max(0, tokens[i]) for i in wants], most)
         logprobs = {
-            i: TokenLogprob(lp.token_id, lp.logprob, lp.top[: rows[i].params.logprobs])
+            i: Logprob(lp.token_id, lp.logprob, lp.top[: rows[i].params.logprobs])
             for i, lp in zip(wants, picked, strict=True)
         }
     return [Sampled(token, logprobs.get(i)) for i, token in enumerate(tokens)]
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: list[int], top: int) -> list[TokenLogprob]:
+def token_logprobs(logits: torch.Tensor, token_ids: list[int], top: int) -> list[Logprob]:
     """Log-probabilities of `token_ids` [R] under logits [R, V], each with the `top` likeliest tokens."""
     logprobs = torch.log_softmax(logits.float(), -1)
     index = torch.tensor(token_ids, device=logits.device)[:, None]
     own = logprobs.gather(1, index)[:, 0].tolist()
     values, ids = logprobs.topk(min(top, logprobs.shape[-1]), -1)
     tops = [tuple(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [TokenLogprob(t, o, best) for t, o, best in zip(token_ids, own, tops, strict=True)]
+    return [Logprob(t, o, best) for t, o, best in zip(token_ids, own, tops, strict=True)]
 
 
 def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:

@@ -162,7 +162,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
+class Logprob:
     """A token, its log-probability, and the likeliest tokens at its position with theirs, best first."""
 
     token_id: int
@@ -193,8 +193,8 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
-    logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob | None] | None = None
+    logprobs: list[Logprob] | None = None
+    prompt_logprobs: list[Logprob | None] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of those, how many had been read before
     completion_tokens: int = 0

@@ -12,14 +12,14 @@ from pedro.engine.beam import BeamSequence
 from pedro.engine.modulation import PreemptedState
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 from pedro.engine.sampler import SampleRow, greedy, sample
-from pedro.engine.sequence import Sequence, SequenceState, TokenLogprob
+from pedro.engine.sequence import Logprob, Sequence, SequenceState
 
 if TYPE_CHECKING:
     from pedro.adapter_kinds import Adapter
     from pedro.engine.model_executor import Logits
     from pedro.engine.scheduler_output import PrefillGroup
 
-NewToken = tuple[Sequence, int, TokenLogprob | None]  # the token is -1 where there is none; beams use only that
+NewToken = tuple[Sequence, int, Logprob | None]  # the token is -1 where there is none; beams use only that
 
 
 def prefill_row(sequence: Sequence, adapter: Adapter | None) -> PrefillRow:

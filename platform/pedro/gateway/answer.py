@@ -23,11 +23,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from pedro.gateway.backend import CallMeter
+from pedro.gateway.body_formats import BodyFormat, Choice, envelope, usage
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.errors import stream_error_body
 from pedro.gateway.observability import note
 from pedro.gateway.quotas import Ticket, prompt_estimate
-from pedro.gateway.responses import Choice, ResponseFormat, envelope, usage
 from pedro.gateway.schemas import StreamOptions
 
 if TYPE_CHECKING:
@@ -202,13 +202,13 @@ class StreamedAnswer(Answer):
 
 
 class ChoicesAnswer(StreamedAnswer):
-    """Of completions and chats, in `response_format`; `options` add to the events of a stream."""
+    """Of completions and chats, in `body_format`; `options` add to the events of a stream."""
 
     def __init__(
         self,
         backend: Backend,
         calls: Sequence[GenerateCall],
-        response_format: ResponseFormat,
+        body_format: BodyFormat,
         ticket: Ticket,
         *,
         entry: UsageEntry,
@@ -216,7 +216,7 @@ class ChoicesAnswer(StreamedAnswer):
         options: StreamOptions = NO_OPTIONS,
     ) -> None:
         super().__init__(backend, calls, ticket, entry, stream)
-        self._format, self._options = response_format, options
+        self._format, self._options = body_format, options
 
     def _body(self) -> dict[str, Any]:
         choices = [self._format.choice(choice) for of_call in self._choices for choice in of_call]

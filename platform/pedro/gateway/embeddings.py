@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from pedro.errors import PedroError
 from pedro.gateway.answer import Answer, while_connected
-from pedro.gateway.responses import usage
+from pedro.gateway.body_formats import usage
 from pedro.gateway.schemas import Body, ModelName, Prompts
 from pedro.gateway.vllm_fields import REASONS, Harmless
 

@@ -65,7 +65,7 @@ class Preference(Body):
     hyperparameters: PreferenceHyperparameters | None = None
 
 
-class Method(Body):
+class JobMethod(Body):
     parts: ClassVar[dict[str, type[Body]]] = {"supervised": Supervised, "dpo": Preference}
     harmless: ClassVar[dict[str, tuple[Any, ...]]] = {"reinforcement": ()}
     type: Literal["supervised", "dpo"]
@@ -75,7 +75,7 @@ class Method(Body):
 
 
 class JobRequest(Body):
-    parts: ClassVar[dict[str, type[Body]]] = {"hyperparameters": Hyperparameters, "method": Method}
+    parts: ClassVar[dict[str, type[Body]]] = {"hyperparameters": Hyperparameters, "method": JobMethod}
     harmless: ClassVar[dict[str, tuple[Any, ...]]] = {"integrations": ([],)}
     model: Annotated[str, Field(max_length=200)]  # a backbone of this server, or a fine-tuned model to go on from
     training_file: Annotated[str, Field(max_length=100)]  # the id of an uploaded file
@@ -83,7 +83,7 @@ class JobRequest(Body):
         None  # likewise; it stops training and picks the best
     )
     hyperparameters: Hyperparameters | None = None  # deprecated by OpenAI in favour of `method`
-    method: Method | None = None  # supervised if not given
+    method: JobMethod | None = None  # supervised if not given
     suffix: Annotated[str | None, Field(max_length=64)] = None  # names the adapter
     seed: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None  # 0 if not given
     metadata: Metadata = None  # labels

@@ -23,14 +23,14 @@ MAIL_ENCODINGS = (b"base64", b"quoted-printable")  # of mail; no client of HTTP 
 
 
 @dataclass(frozen=True)
-class Part:
+class FormPart:
     """The head of a part; its bytes follow. `filename` is None for a plain field."""
 
     name: str
     filename: str | None
 
 
-async def read_form(request: Request) -> AsyncIterator[Part | bytes]:
+async def read_form(request: Request) -> AsyncIterator[FormPart | bytes]:
     """Each part and then its bytes, as they come. Raises PedroError for what is no form, or ends before it is whole."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
@@ -53,12 +53,12 @@ class _Form:
 
     def __init__(self) -> None:
         self.ended = False
-        self._events: list[Part | bytes] = []
+        self._events: list[FormPart | bytes] = []
         self._parts = 0
         self._header: tuple[bytearray, bytearray] = (bytearray(), bytearray())
         self._headers: dict[bytes, bytes] = {}
 
-    def take(self) -> list[Part | bytes]:
+    def take(self) -> list[FormPart | bytes]:
         events, self._events = self._events, []
         return events
 
@@ -91,7 +91,7 @@ class _Form:
         if self._headers.get(b"content-transfer-encoding", b"").strip().lower() in MAIL_ENCODINGS:
             raise _malformed("a part is in an encoding of mail; send its bytes as they are")
         filename = options.get(b"filename")
-        self._events.append(Part(_text(options[b"name"]), None if filename is None else _text(filename)))
+        self._events.append(FormPart(_text(options[b"name"]), None if filename is None else _text(filename)))
 
     def _end(self) -> None:
         self.ended = True

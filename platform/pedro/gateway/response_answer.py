@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.errors import PedroError
 from pedro.gateway.answer import BLOCK, StreamedAnswer, sent_event
+from pedro.gateway.body_formats import usage
 from pedro.gateway.errors import stream_error_body
 from pedro.gateway.response_objects import Event, OutputItems, new_id, response_usage
-from pedro.gateway.responses import usage
 from pedro.gateway.tool_answers import CallReader
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from pedro.gateway.answer import ChoicesAnswer
 from pedro.gateway.answer_shapes import answer_shape
 from pedro.gateway.auth import Principal, backend_for, require
 from pedro.gateway.backend import AnswerShape, GenerateCall
+from pedro.gateway.body_formats import ChatFormat, CompletionFormat
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.quotas import admit, reservation
-from pedro.gateway.responses import ChatFormat, CompletionFormat
 from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields, StreamOptions, plain_messages
 from pedro.store import INFER
 
@@ -32,20 +32,20 @@ router = APIRouter()
 async def create_completion(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> Response:
     wanted = parse(CompletionRequest, await read_body(request))
     calls = completion_calls(wanted, **call_context(request, caller))
-    response_format = CompletionFormat(calls[0].request_id.rpartition("-")[0], wanted.model)
+    body_format = CompletionFormat(calls[0].request_id.rpartition("-")[0], wanted.model)
     backend = backend_for(request, caller)
     ticket = await admit(request, caller, reservation(calls))
-    return ChoicesAnswer(backend, calls, response_format, ticket, **_delivery(request, caller, wanted))
+    return ChoicesAnswer(backend, calls, body_format, ticket, **_delivery(request, caller, wanted))
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request, caller: Annotated[Principal, Depends(require(INFER))]) -> Response:
     wanted = parse(ChatRequest, await read_body(request))
     call = chat_call(wanted, **call_context(request, caller))
-    response_format = _chat_format(call)
+    body_format = _chat_format(call)
     backend = backend_for(request, caller)
     ticket = await admit(request, caller, reservation([call]))
-    return ChoicesAnswer(backend, [call], response_format, ticket, **_delivery(request, caller, wanted))
+    return ChoicesAnswer(backend, [call], body_format, ticket, **_delivery(request, caller, wanted))
 
 
 def _chat_format(call: GenerateCall) -> ChatFormat:

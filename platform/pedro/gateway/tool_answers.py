@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pedro.gateway.responses import ChatFormat, Choice, chat_chunk
+from pedro.gateway.body_formats import ChatFormat, Choice, chat_chunk
 
 if TYPE_CHECKING:
     from pedro.gateway.backend import Delta

@@ -18,7 +18,7 @@ from pedro.errors import PedroError, RateLimitError
 from pedro.files import check_expiry, check_filename, check_purpose
 from pedro.gateway.auth import actor_of
 from pedro.gateway.errors import RequestTimeoutError
-from pedro.gateway.multipart import Part, read_form
+from pedro.gateway.multipart import FormPart, read_form
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -106,8 +106,8 @@ class _Receiver:
         self._filename = ""
         self._block = bytearray()
 
-    async def accept(self, event: Part | bytes) -> None:
-        if isinstance(event, Part):
+    async def accept(self, event: FormPart | bytes) -> None:
+        if isinstance(event, FormPart):
             await self._start(event)
         elif self._into == FILE:
             self._block += event
@@ -137,7 +137,7 @@ class _Receiver:
         if self._upload is not None:
             await self._threads.run(self._upload.abandon)
 
-    async def _start(self, part: Part) -> None:
+    async def _start(self, part: FormPart) -> None:
         if part.name in self._fields or (part.name == FILE and self._upload is not None):
             raise PedroError(f"{part.name}: given twice", param=part.name, code="invalid_value")
         self._into = part.name

@@ -16,7 +16,7 @@ from pedro.home import BACKBONES, UPLOADS, backbones_folder
 from pedro.retention.finding import Finding
 from pedro.retention.policy import LEFTOVER_S
 from pedro.retention.view import DATASET, leftover
-from pedro.stored_files import GONE, Part, part, parts, remove
+from pedro.stored_files import GONE, StoredPart, part, parts, remove
 from pedro.training.storage import join, read_text
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ def leftovers(view: View) -> Iterator[Finding]:
             yield _left(view, half)
 
 
-def _left(view: View, found: Part) -> Finding:
+def _left(view: View, found: StoredPart) -> Finding:
     if leftover(found):
         reason = "its removal was broken off"
         return Finding("leftovers", found.name, found.bytes, reason, partial(_gone, found.location))
     return view.by_age("leftovers", found, LEFTOVER_S, "written to")
 
 
-def _hidden(place: str, depth: int) -> Iterator[Part]:
+def _hidden(place: str, depth: int) -> Iterator[StoredPart]:
     if "://" in place or not Path(place).is_dir():  # a storage behind a URL takes files whole
         return
     for entry in sorted(Path(place).iterdir()):

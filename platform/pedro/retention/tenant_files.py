@@ -26,7 +26,7 @@ from pedro.registry.purge import (
 )
 from pedro.retention.finding import Finding
 from pedro.retention.view import DATASET, data_of, leftover
-from pedro.stored_files import GONE, Part, part, parts, remove
+from pedro.stored_files import GONE, StoredPart, part, parts, remove
 from pedro.training.storage import join, read_text
 from pedro.training.sweep.records import BY_SPEC
 
@@ -194,7 +194,7 @@ def _again_of(name: str, owners: set[str]) -> bool:
     return any(name.startswith((f"{owner}-trial-", f"{owner}-again-")) for owner in owners)
 
 
-def _file(kind: str, found: Part) -> Finding:
+def _file(kind: str, found: StoredPart) -> Finding:
     return Finding(kind, found.name, found.bytes, "", partial(_done, partial(remove, found.location)))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pedro.retention.finding import Finding
 from pedro.retention.policy import GUARD_S, Retention
-from pedro.stored_files import GONE, Part, part, parts, remove
+from pedro.stored_files import GONE, StoredPart, part, parts, remove
 from pedro.training.job_status import LOST, RAY_OPEN, ClusterJobs, ReconciledJob, reconcile
 from pedro.training.storage import join, read_text
 from pedro.training.sweep.records import BY_SPEC, Records, SweepRecord
@@ -101,7 +101,7 @@ class View:
     def age(self, modified: float) -> float:
         return self.now - modified
 
-    def by_age(self, kind: str, found: Part, keep_s: float, what: str, stays: str = "") -> Finding:
+    def by_age(self, kind: str, found: StoredPart, keep_s: float, what: str, stays: str = "") -> Finding:
         """A part of the home or the storage that goes once it is older than `keep_s`; `stays` is why it does not."""
         limit = max(keep_s, GUARD_S)
         if stays:
@@ -144,7 +144,7 @@ def data_of(text: str, who: str) -> dict[str, str]:
     return {digest: who for digest in DATASET.findall(text)}
 
 
-def leftover(found: Part) -> bool:
+def leftover(found: StoredPart) -> bool:
     """Whether it is the rest of a removal that was broken off."""
     return found.name.startswith(GONE)
 

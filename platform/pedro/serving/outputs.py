@@ -16,8 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from pedro.engine.sequence import Output, Request
-from pedro.engine.sequence import TokenLogprob as EngineLogprob
+from pedro.engine.sequence import Logprob, Output, Request
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
 from pedro.serving.protocol import (
@@ -283,13 +282,13 @@ class DeltaBuilder:
         logprobs = delta.logprobs
         if self._logprobs and first.prompt_logprobs is not None:
             pairs = zip(ids, first.prompt_logprobs, strict=True)
-            scored = [self._logprob(entry or EngineLogprob(token, math.nan)) for token, entry in pairs]
+            scored = [self._logprob(entry or Logprob(token, math.nan)) for token, entry in pairs]
             logprobs = (*scored, *(logprobs or ()))
         return replace(
             delta, text=(self._text or "") + delta.text, token_ids=(*ids, *delta.token_ids), logprobs=logprobs
         )
 
-    def _logprob(self, entry: EngineLogprob) -> TokenLogprob:
+    def _logprob(self, entry: Logprob) -> TokenLogprob:
         text, raw = self._texts(entry.token_id)
         top = []
         for token_id, logprob in entry.top:

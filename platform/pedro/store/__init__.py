@@ -4,7 +4,7 @@ from pedro.store.audit import AuditEntry, AuditQuery
 from pedro.store.batches import BatchRecord, BatchStatus, new_batch_id
 from pedro.store.buckets import LeaseGrant, LeaseRequest
 from pedro.store.canary_rule import AnswerCounts
-from pedro.store.changes import ADAPTER, KEY, QUOTA, Delta, Position
+from pedro.store.changes import ADAPTER, KEY, QUOTA, ChangeSet, Position
 from pedro.store.database import Database, exclusive
 from pedro.store.event_rows import CHECKPOINT, NewEvent
 from pedro.store.files import check_file_room, file_not_found
@@ -91,9 +91,9 @@ __all__ = [
     "BatchStatus",
     "By",
     "Canary",
+    "ChangeSet",
     "CheckpointOf",
     "Database",
-    "Delta",
     "FileRecord",
     "Idempotency",
     "Inherited",

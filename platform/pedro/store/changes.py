@@ -38,7 +38,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Delta:
+class ChangeSet:
     """What changed after a place: ask again from `position` on."""
 
     position: Position
@@ -142,7 +142,7 @@ class ChangeTable:
             counters = _counters(connection)
         return Position(counters[EPOCH], counters[GENERATION])
 
-    def changes(self, since: Position) -> Delta:
+    def changes(self, since: Position) -> ChangeSet:
         """What changed after a place that `position` or a delta before told. Raises UnavailableError."""
         table = schema.changes
         with self._database.reading() as connection:
@@ -151,7 +151,7 @@ class ChangeTable:
             known_from = _counters(connection)[CHANGES_FROM]  # read last: what is forgotten meanwhile has been read
         here = Position(now[EPOCH], max([now[GENERATION], *(row.generation for row in rows)]))
         known = since.epoch == here.epoch and known_from <= since.generation <= here.generation
-        return Delta(here, frozenset((row.kind, row.subject) for row in rows), known)
+        return ChangeSet(here, frozenset((row.kind, row.subject) for row in rows), known)
 
     def forget_changes(self, before: float) -> int:
         """Delete changes older than a time; how many. Who has not read them by then reads everything anew."""

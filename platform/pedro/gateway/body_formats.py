@@ -49,7 +49,7 @@ class Choice:
                 self.logprobs += delta.logprobs
 
 
-class ResponseFormat(Protocol):
+class BodyFormat(Protocol):
     id: str
     object: str
     chunk_object: str
@@ -118,13 +118,13 @@ class ChatFormat:
 
 
 def envelope(
-    response_format: ResponseFormat, kind: str, choices: list[dict[str, Any]], fingerprint: str | None
+    body_format: BodyFormat, kind: str, choices: list[dict[str, Any]], fingerprint: str | None
 ) -> dict[str, Any]:
     return {
-        "id": response_format.id,
+        "id": body_format.id,
         "object": kind,
-        "created": response_format.created,
-        "model": response_format.model,
+        "created": body_format.created,
+        "model": body_format.model,
         "system_fingerprint": fingerprint,
         "choices": choices,
     }
