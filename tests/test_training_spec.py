@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pedro.backbone import resolve_backbone
 from pedro.comparison.spec_file import load_comparison_spec
 from pedro.config import Settings
-from pedro.errors import ConfigError
+from pedro.errors import BackboneError, ConfigError
 from pedro.training.job import flat, read_spec, stage
 from pedro.training.prepare import make_training_plan
 from pedro.training.spec import FineTuneSpec, load_finetune_spec
@@ -165,6 +166,38 @@ def test_a_resolved_spec_is_held_to_the_same_places(elsewhere, tmp_path):
         else:
             with pytest.raises(ConfigError, match=r"data\.train: "):
                 read_spec(str(location), settings.cache)
+
+
+def test_a_backbones_directory_is_held_to_the_same_places(elsewhere, tmp_path, monkeypatch):
+    outside, specs = str(elsewhere.parent), tmp_path / "specs"
+    (specs / "link").symlink_to(outside)
+    sweep = {"name": "s", "base": SMALL, "space": {"backbone": {"grid": ["stories260K", outside]}}}
+    compared = {"name": "c", "backbones": ["stories260K", outside], "tasks": ["snips"], "methods": ["pedro"]}
+    asked = (
+        (load_finetune_spec, {**SMALL, "backbone": outside}, "backbone"),
+        (load_finetune_spec, {**SMALL, "backbone": "./link"}, "backbone"),
+        (load_sweep_spec, {**sweep, "base": {**SMALL, "backbone": outside}}, "base.backbone"),
+        (load_sweep_spec, sweep, "space.backbone"),
+        (load_comparison_spec, compared, "backbones"),
+    )
+    path = specs / "spec.yaml"
+    for load, fields, key in asked:
+        path.write_text(yaml.safe_dump(fields))
+        with pytest.raises(ConfigError, match=rf"{key}\S*: '.*' lies outside the spec's folder.*pedro backbones add"):
+            load(path)
+    path.write_text(yaml.safe_dump(compared))
+    assert load_comparison_spec(path, [f"backbones=[{outside}]"]).backbones == (outside,), "typed by hand"
+    path.write_text(yaml.safe_dump({**SMALL, "backbone": outside}))
+    assert load_finetune_spec(path, [f"backbone={outside}"]).backbone == outside
+    monkeypatch.setenv("PEDRO_DATA_ROOTS", outside)
+    assert load_finetune_spec(path).backbone == outside
+
+
+@pytest.mark.parametrize("url", ["http://169.254.169.254/model", "file:///etc", "s3://bucket/model", "a::b://c/d"])
+def test_a_url_is_no_backbone(elsewhere, tmp_path, url):
+    path = _write(tmp_path / "specs", backbone=url)
+    with pytest.raises(BackboneError, match="is no directory"):
+        resolve_backbone(load_finetune_spec(path).backbone)
 
 
 def test_a_scheme_that_is_no_data_scheme_cannot_be_configured(monkeypatch):

@@ -10,6 +10,7 @@ from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, TaskChoice
 from pedro.config import Settings, load_spec
 from pedro.errors import ConfigError
 from pedro.training.allowed_files import check_allowed_files
+from pedro.training.spec import check_backbones
 from pedro.yaml_reader import read_yaml
 
 KINDS = ("comparison", "efficiency")
@@ -29,6 +30,7 @@ def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> Com
     tasks = [_located(task, base) for task in spec.tasks]
     _check_files(spec, tasks, base, overrides)
     backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
+    check_backbones({f"backbones.{number}": name for number, name in enumerate(backbones)}, base, overrides)
     changes: dict[str, object] = {"backbones": backbones, "data": _resolved(spec.data, base), "tasks": tuple(tasks)}
     if spec.forgetting:
         own = {"data": _resolved(spec.forgetting.data, base)}

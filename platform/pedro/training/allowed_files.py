@@ -1,8 +1,9 @@
-"""Where the files that a spec names may lie, so that a stranger's spec reads neither the host nor its network.
+"""Where the files and backbones that a spec names may lie, so that a stranger's spec reads neither the host nor its
+network.
 
 A spec may name files beneath its own folder, the working directory, the home, a local storage and the folders of
 PEDRO_DATA_ROOTS, and URLs of the schemes in PEDRO_DATA_SCHEMES. What a person types beside it (an override, an option)
-may lie anywhere on this host. Opens nothing.
+may lie anywhere on this host. A backbone's directory is held to the same places. Opens nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +38,25 @@ def check_allowed_files(
             raise ConfigError(
                 f"{field}: {location!r} lies outside the spec's folder, the working directory and PEDRO_HOME; copy it "
                 f"there, type {field}=PATH on the command line, or name its folder in PEDRO_DATA_ROOTS",
+                param=field,
+            )
+
+
+def check_allowed_backbones(
+    names: Mapping[str, str], settings: Settings, folders: Collection[Path] = (), typed: Collection[str] = ()
+) -> None:
+    """Raise ConfigError for the first of `names` (as `locate_backbone` gives them, by field) that is a directory which
+    a spec may not name. Names of the package and of the home, and hub ids, are no directories."""
+    for field, name in names.items():
+        if (
+            name.startswith("/")
+            and field not in typed
+            and not any(_beneath(name, root) for root in _roots(settings, folders))
+        ):
+            raise ConfigError(
+                f"{field}: {name!r} lies outside the spec's folder, the working directory and PEDRO_HOME; type "
+                f"{field}=PATH on the command line, name its folder in PEDRO_DATA_ROOTS, or have it under a name by "
+                "`pedro backbones add`",
                 param=field,
             )
 

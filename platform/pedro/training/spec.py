@@ -6,7 +6,7 @@ are checked by the method itself when the job is resolved, since each method has
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ from pedro.backbone import locate_backbone
 from pedro.config import Frozen, Settings, check_name, load_spec
 from pedro.errors import ConfigError
 from pedro.refs import FILE_ID, ModelRef
-from pedro.training.allowed_files import check_allowed_files
+from pedro.training.allowed_files import check_allowed_backbones, check_allowed_files
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 FILES = ("train", "theta", "validation", "test")
@@ -337,15 +337,25 @@ def load_finetune_spec(path: str | Path, overrides: Iterable[str] = ()) -> FineT
     overrides, folder = list(overrides), Path(path).absolute().parent
     spec = load_spec(path, [_locate_override(override) for override in overrides], FineTuneSpec).located(folder)
     check_data_files(spec.data, folder, overrides)
+    check_backbones({"backbone": spec.backbone}, folder, overrides)
     return spec
 
 
 def check_data_files(data: DataSpec, folder: Path, overrides: Iterable[str] = (), section: str = "data") -> None:
     """Raise ConfigError for a file that the spec in `folder` may not name; those of overrides may lie anywhere."""
     files = {f"{section}.{role}": file for role, file in data.files().items()}
+    check_allowed_files(files, Settings.from_env(), [folder, ASSETS], _typed(files, overrides))
+
+
+def check_backbones(named: Mapping[str, str], folder: Path, overrides: Iterable[str] = ()) -> None:
+    """Raise ConfigError for a backbone's directory that the spec in `folder` may not name, but by an override."""
+    check_allowed_backbones(named, Settings.from_env(), [folder], _typed(named, overrides))
+
+
+def _typed(fields: Iterable[str], overrides: Iterable[str]) -> set[str]:
+    """Those of the fields that an override gives, alone or with others."""
     keys = {override.partition("=")[0] for override in overrides}
-    typed = {field for field in files if any(field == key or field.startswith(f"{key}.") for key in keys)}
-    check_allowed_files(files, Settings.from_env(), [folder, ASSETS], typed)
+    return {field for field in fields if any(field == key or field.startswith(f"{key}.") for key in keys)}
 
 
 def _located(base: Path, file: str) -> str:

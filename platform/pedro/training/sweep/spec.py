@@ -12,7 +12,7 @@ from pedro.backbone import locate_backbone
 from pedro.config import Frozen, check_name, load_spec
 from pedro.errors import ConfigError
 from pedro.search_space import Dimension, SchedulerSpec, SearchSpec
-from pedro.training.spec import FineTuneSpec, check_data_files
+from pedro.training.spec import FineTuneSpec, check_backbones, check_data_files
 
 FIXED = {
     "parent": "trials are compared from one start",
@@ -92,4 +92,7 @@ def load_sweep_spec(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpe
         space["backbone"] = tried.model_copy(update={"values": values})
     located = spec.base.located(base)
     check_data_files(located.data, base, overrides, "base.data")
+    tried = space.get("backbone")
+    named = {f"space.backbone.{number}": str(name) for number, name in enumerate(tried.values if tried else ())}
+    check_backbones({"base.backbone": located.backbone, **named}, base, overrides)
     return spec.model_copy(update={"base": located, "space": space})
