@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
 from docs_pages import PAGES, ROOT, anchors, blocks, links, name_of, prose, table
 
+from pedro.cli import app
 from pedro.gateway.app import create_app
 
 PACKAGE = ROOT / "platform" / "pedro"
@@ -63,6 +65,43 @@ def test_every_error_code_that_a_client_may_get_is_documented():
     named = {code for name in CLIENTS for path in files(PACKAGE / name) for code in codes_of(path)}
     from_code = codes_of(PACKAGE / "errors.py") | codes_of(PACKAGE / "gateway" / "errors.py")  # a table of its own
     assert not {code for code in named - from_code if f"`{code}`" not in prose(HTTP_API)}
+
+
+COMMAND = re.compile(r"^(?:\S* |\$\()*pedro ([a-z].*)")  # not `kubectl -n pedro get`
+NOT_OURS = re.compile(r"-[nU] pedro")
+ROOT_COMMAND = typer.main.get_command(app)
+
+
+def unknown_words(code: str) -> Iterator[str]:
+    """Of the `pedro` commands in a line or a span of code: subcommands and flags that there are not."""
+    for part in re.split(r" \| | && |; |\$\(", code.partition("# ")[0]):
+        found = COMMAND.search(part)
+        if found is None or NOT_OURS.search(part):
+            continue
+        command, words = ROOT_COMMAND, re.sub(r"[)\"'`].*", "", found[1]).split()
+        while (children := getattr(command, "commands", None)) and words and re.fullmatch("[a-z-]+", words[0]):
+            name = words.pop(0)
+            if name not in children:
+                yield f"pedro … {name}"
+                break
+            command = children[name]
+        else:
+            known = {"--help", *(flag for option in command.params for flag in (*option.opts, *option.secondary_opts))}
+            yield from (f"{command.name} {word}" for word in words if word.startswith("-") and word not in known)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_and_flag_on_a_page_is_one_of_the_command_line(page):
+    code = [line for block in blocks(page) if block.language != "python" for line in block.text.splitlines()]
+    code += [span for span in re.findall(r"`([^`]+)`", prose(page))]
+    assert not [f"{word} in: {line}" for line in code for word in unknown_words(line)]
+
+
+def test_a_command_or_flag_that_there_is_not_is_found():
+    assert list(unknown_words("pedro adapters show acme.faq --json  # all of it")) == []
+    assert list(unknown_words("kubectl -n pedro get pods --all")) == []
+    assert list(unknown_words("pedro adapters shaw acme.faq")) == ["pedro … shaw"]
+    assert list(unknown_words("x | pedro keys create acme --scopes train")) == ["create --scopes"]
 
 
 @pytest.mark.parametrize(
