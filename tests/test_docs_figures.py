@@ -15,6 +15,17 @@ LINES = [  # of the table of speeds: engine and adapters
     *(("peft", "lora"), ("vllm", "none"), ("vllm", "lora"), ("roofline", "none")),
 ]
 
+# The table of promises: of which file's targets, with how many decimals, each of them or the least and the most.
+SAID = [
+    *(("serving", r"pedro / vllm($|,)", None, "each"), ("tenants", r"^(?!32 tenants, zipf)", 2, "each")),
+    *(("longprompt", "", 1, "each"), ("arrivals", "", 2, "each"), ("prefix", "second turn", 2, "each")),
+    *(("coldstart", "", 1, "each"), ("memory", "", 1, "each"), ("efficiency", "64 tenants", 2, "each")),
+    *(("swap", "until first served", 1, "each"), ("http", "throughput", 2, "each"), ("http", "p50 ms", 0, "each")),
+    *(("http-one-thread", "throughput", 2, "each"), ("http-one-thread", "p50 ms", 0, "each")),
+    *(("fairness", "p95", 2, "each"), ("control_plane", "p99", 3, "each"), ("registry", "throughput", 2, "each")),
+    *(("contention", "decode", 2, "range"), ("prefix", "cold prompt", 2, "range")),
+]
+
 
 def test_the_demos_table_is_the_demos_result():
     tenants = json.loads((RESULTS / "demo.json").read_text())["tenants"]
@@ -50,6 +61,17 @@ def test_the_table_of_speeds_is_what_the_benchmark_measured():
     for row, line in zip(table(PAGE, "## Engine"), LINES, strict=True):
         cells = [measured[*line, *column] for column in COLUMNS]
         assert plain(row)[1:] == [f"{decoding:,.0f} ({whole:,.0f})" for decoding, whole in cells]
+
+
+@pytest.mark.parametrize(("name", "targets", "decimals", "which"), SAID, ids=[f"{row[0]}: {row[1]}" for row in SAID])
+def test_the_promises_say_what_the_benchmarks_measured(name, targets, decimals, which):
+    held = json.loads((RESULTS / f"{name}.json").read_text())["targets"]
+    values = [target["value"] for target in held if re.search(targets, target["name"])]
+    assert values
+    (row, *_) = [cells for cells in table(PAGE, "| promise |") if name in re.split(", ", cells[2])]
+    for value in values if which == "each" else (min(values), max(values)):
+        shown = f"{value:.{(1 if value >= 1 else 2) if decimals is None else decimals}f}"
+        assert re.search(rf"(?<![\d.]){re.escape(shown)}(?!\d)", row[1]), f"{name}: {shown} is not said"
 
 
 def test_the_published_figures_stand_beside_what_the_benchmark_measured():
