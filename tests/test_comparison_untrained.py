@@ -22,7 +22,7 @@ from pedro.config import validate_spec
 from pedro.data.prompt_format import encode_prompt, encode_text
 from pedro.data.tasks import get_task
 from pedro.errors import ConfigError
-from pedro.evaluation.ranking import PromptReader, answer_likelihoods, likeliest
+from pedro.evaluation.ranking import PromptReader, likeliest
 from pedro.evaluation.scoring import answer_logprobs
 
 WAYS = [{"name": "backbone", "shots": shots, "by": by} for by in ("likelihood", "match") for shots in (0, 4, "label")]
@@ -42,11 +42,11 @@ def test_answers_that_share_one_reading_of_the_prompt_are_as_likely_as_by_themse
     answers = [encode_text(tokenizer, text) for text in (" play", " small talk about nothing", " x", " play")]
     rows = [{"input_ids": [*prompt, *answer], "prompt_len": len(prompt)} for answer in answers]
     slowly = [nats for nats, _ in answer_logprobs(model, tokenizer, rows, shared=False)]
-    nats = answer_likelihoods(model, prompt, answers)
+    nats = [each for each, _ in PromptReader(model).scores(prompt, answers)]
     assert nats == pytest.approx(slowly, abs=1e-3)
     assert likeliest(PromptReader(model), prompt, answers) == nats.index(max(nats))
-    alone = answer_likelihoods(model, prompt, [answers[2][:1]])
-    assert alone == pytest.approx([first_token(model, prompt, answers[2])], abs=1e-4)
+    ((alone, _),) = PromptReader(model).scores(prompt, [answers[2][:1]])
+    assert [alone] == pytest.approx([first_token(model, prompt, answers[2])], abs=1e-4)
 
 
 @torch.no_grad()

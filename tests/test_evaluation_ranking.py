@@ -6,7 +6,7 @@ import torch
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.data.prompt_format import encode_prompt, encode_text
 from pedro.evaluation import ranking
-from pedro.evaluation.ranking import PromptReader, answer_likelihoods, likeliest, reads_once
+from pedro.evaluation.ranking import PromptReader, likeliest, reads_once
 from pedro.evaluation.scoring import answer_logprobs, generate
 from pedro.methods import get_method
 
@@ -66,7 +66,7 @@ def test_prompts_that_begin_alike_score_as_if_each_was_the_first(bare):
     prompts = [encode_prompt(tokenizer, text) for text in [*PROMPTS, "Tim", PROMPTS[0], PROMPTS[0]]]
     for prompt in prompts:
         nats = [nats for nats, _ in reader.scores(prompt, answers)]
-        assert nats == pytest.approx(answer_likelihoods(model, prompt, answers), abs=1e-3)
+        assert nats == pytest.approx([nats for nats, _ in PromptReader(model).scores(prompt, answers)], abs=1e-3)
 
 
 def test_a_beginning_is_read_once_and_an_adapters_prompt_always_whole(bare):
@@ -96,7 +96,7 @@ def test_the_likeliest_is_taken_as_a_whole_or_for_each_unit_of_its_length(bare):
     model, tokenizer = bare
     prompt = encode_prompt(tokenizer, "Once upon a")
     answers = [encode_text(tokenizer, text) for text in (" time", " zebra zebra")]
-    one, other = answer_likelihoods(model, prompt, answers)
+    (one, _), (other, _) = PromptReader(model).scores(prompt, answers)
     assert one > other
     assert likeliest(PromptReader(model), prompt, answers) == 0
     assert likeliest(PromptReader(model), prompt, answers, [1, 10_000]) == 1

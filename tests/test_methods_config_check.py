@@ -30,6 +30,11 @@ def test_lora_from_changed_weights_is_refused_before_anything_is_trained(start):
         get_method("peft").config(random_backbone().config, {**LORA, "init_lora_weights": start})
 
 
+def test_lora_that_changes_the_backbone_besides_is_refused_before_anything_is_trained():
+    with pytest.raises(ConfigError, match=r"method.kasa_config: changes the backbone itself"):
+        get_method("peft").config(random_backbone().config, {**LORA, "kasa_config": {"beta": 1e-4}})
+
+
 @pytest.mark.parametrize("start", [True, False, "gaussian"])
 def test_lora_on_the_backbone_as_it_is_may_start_as_it_likes(start):
     assert get_method("peft").config(random_backbone().config, {**LORA, "init_lora_weights": start}) is not None

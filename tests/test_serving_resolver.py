@@ -262,6 +262,7 @@ def test_an_adapter_of_another_backbone_is_refused_with_both_digests_and_not_lis
         resolve(resolver, "acme", "acme.alien")
     assert OURS in caught.value.message
     assert OTHER_BACKBONE in caught.value.message
+    assert "`pedro serve --backbone b`" in caught.value.message, "what to do"
     assert "acme.alien" not in {version.name for version in asyncio.run(resolver.champions("acme"))}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from training_runs import LocalReporter, context_for, spec_for
 
@@ -20,6 +22,10 @@ def test_the_lines_of_a_real_training_are_read(tmp_path):
     assert steps == sorted(steps)
     assert any(each.left_s is not None for each in seen)
     assert (seen[-1].phase, seen[-1].share) == (Phase.SCORING, 1.0)
+    speeds = [re.search(r"([\d,]+) tokens/s \(([\d,]+) of answers\)", line) for line in lines if "tokens/s" in line]
+    counted = [[int(number.replace(",", "")) for number in speed.groups()] for speed in speeds if speed]
+    assert counted
+    assert all(tokens > answers > 0 for tokens, answers in counted), "prompts are read, too"
 
 
 @pytest.mark.parametrize(

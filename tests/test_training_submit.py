@@ -12,6 +12,7 @@ from pedro.config import Settings
 from pedro.errors import ConflictError, DataError, TrainingError
 from pedro.store import Store
 from pedro.training import ray_jobs, submit
+from pedro.training.lost_workers import TellLosses
 from pedro.training.queue.launcher import RayJobs
 from pedro.training.ray_jobs import for_people, readable
 from pedro.training.spec import FineTuneSpec
@@ -45,6 +46,20 @@ def test_progress_reads_clean_and_frameworks_keep_to_themselves():
         '{"model": "acme.voice:1"}',
     ]
     assert list(for_people(['{"model": "acme.voice:1"}', "{braces} are no result"])) == ["{braces} are no result"]
+
+
+def test_each_loss_of_workers_is_a_line_that_people_see(capsys):
+    told = TellLosses(max_failures=1)
+    died = RuntimeError("Worker failed.\n\nThe actor died unexpectedly before finishing this task.")
+    told.after_exception(None, {0: died})
+    told.after_exception(None, {0: died, 1: died})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        "worker 0 was lost (The actor died unexpectedly before finishing this task); replaced, 1 of at most 1 times; "
+        "training resumes from the last checkpoint",
+        "worker processes 0, 1 were lost (The actor died unexpectedly before finishing this task); no more are replaced",
+    ]
+    assert list(readable(f"(TrainController pid=7) {line}" for line in printed)) == printed
 
 
 @pytest.mark.parametrize("home", ["it's mine", 'a "b" $HOME; c'])

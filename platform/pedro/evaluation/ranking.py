@@ -123,11 +123,6 @@ def reads_once(model: Any) -> bool:
     )
 
 
-def answer_likelihoods(model: nn.Module, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[float]:
-    """The log-likelihood (nats) of each of the answers' tokens after the prompt's."""
-    return [nats for nats, _ in PromptReader(model).scores(prompt, answers)]
-
-
 def likeliest(
     reader: PromptReader, prompt: Sequence[int], answers: Sequence[Sequence[int]], lengths: Sequence[int] | None = None
 ) -> int:

@@ -176,14 +176,6 @@ class Files:
         self.contents.remove(record.location)
         self._store.delete_file(record.id, record.tenant, actor=actor)
 
-    def delete_expired(self, now: float | None = None) -> list[FileRecord]:
-        """Remove every file that has expired, and say which. Raises UnavailableError; what is left is there the next
-        time."""
-        expired = self._store.list_expired_files(now)
-        for record in expired:
-            self.delete(record)
-        return expired
-
     def sweep(self, older_than_s: float = SCRATCH_KEPT_S) -> int:
         """Remove what uploads that were killed left behind; how many."""
         return self.contents.sweep(older_than_s)

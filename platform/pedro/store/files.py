@@ -83,13 +83,6 @@ class FileTable:
         with self._database.reading() as connection:
             return [_file_record(row) for row in connection.execute(query)]
 
-    def list_expired_files(self, now: float | None = None) -> list[FileRecord]:
-        """Files that nobody can see any more, the longest expired first; their bytes are still stored."""
-        expired = schema.files.c.expires <= (time.time() if now is None else now)
-        query = sa.select(schema.files).where(expired).order_by(schema.files.c.expires, schema.files.c.id)
-        with self._database.reading() as connection:
-            return [_file_record(row) for row in connection.execute(query)]
-
     def delete_file(self, file_id: str, tenant: str | None = None, *, actor: By = None) -> bool:
         """Forget a file, expired or not; whether there was one. Its bytes are to be removed first: see
         `pedro.files.Files.delete`."""
