@@ -50,14 +50,14 @@ def test_progress_reads_clean_and_frameworks_keep_to_themselves():
 
 def test_each_loss_of_workers_is_a_line_that_people_see(capsys):
     told = TellLosses(max_failures=1)
-    died = RuntimeError("Worker failed.\n\nThe actor died unexpectedly before finishing this task.")
+    died = RuntimeError("Worker failed.\n\nThe actor died unexpectedly.")
     told.after_exception(None, {0: died})
     told.after_exception(None, {0: died, 1: died})
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
-        "worker 0 was lost (The actor died unexpectedly before finishing this task); replaced, 1 of at most 1 times; "
+        "worker 0 was lost (The actor died unexpectedly); replaced, 1 of at most 1 times; "
         "training resumes from the last checkpoint",
-        "worker processes 0, 1 were lost (The actor died unexpectedly before finishing this task); no more are replaced",
+        "worker processes 0, 1 were lost (The actor died unexpectedly); no more are replaced",
     ]
     assert list(readable(f"(TrainController pid=7) {line}" for line in printed)) == printed
 
