@@ -194,7 +194,7 @@ def stop(job: JobId, as_json: AsJson = False) -> None:
 
 @app.command()
 def pause(job: JobId, as_json: AsJson = False) -> None:
-    """End a job's workers until `pedro jobs resume`, which goes on from its last checkpoint to the same adapter."""
+    """End a job's workers until `pedro jobs resume`, which continues from its last checkpoint to the same adapter."""
     from pedro.config import Settings
     from pedro.store import JobStatus, Store
     from pedro.training import submit as training
@@ -202,20 +202,20 @@ def pause(job: JobId, as_json: AsJson = False) -> None:
     settings = Settings.from_env()
     status = training.stop(job, settings, Store(settings.database_url), JobStatus.PAUSED).status
     said = (
-        f"paused {job}; go on with:  pedro jobs resume {job}" if status == "paused" else f"{job} has {status} already"
+        f"paused {job}; resume with:  pedro jobs resume {job}" if status == "paused" else f"{job} has {status} already"
     )
     emit({"job_id": job, "status": status}, as_json, lambda: typer.echo(said))
 
 
 @app.command()
 def resume(job: JobId, as_json: AsJson = False) -> None:
-    """Let a paused job go on from its last checkpoint, when its turn comes."""
+    """Let a paused job resume from its last checkpoint, when its turn comes."""
     _go_on(job, as_json, after_failure=False)
 
 
 @app.command()
 def retry(job: JobId, as_json: AsJson = False) -> None:
-    """Start a job again that failed or was stopped; it goes on from its last checkpoint, if it has one."""
+    """Start a job again that failed or was stopped; it resumes from its last checkpoint, if it has one."""
     _go_on(job, as_json, after_failure=True)
 
 

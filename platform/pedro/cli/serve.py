@@ -125,7 +125,7 @@ def down(
     end_controller(settings)
     ended = end(settings)
     if waiting := Store(settings.database_url).count_open_jobs():
-        log(f"{waiting} jobs stay queued; `pedro controller`, or the next `pedro submit`, goes on with them")
+        log(f"{waiting} jobs stay queued; `pedro controller`, or the next `pedro submit`, resumes them")
 
     def show() -> None:
         typer.echo(

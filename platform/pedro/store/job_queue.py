@@ -170,7 +170,7 @@ class JobQueue:
         return job
 
     def let_job_continue(self, job_id: str, sources: Sequence[JobStatus], *, actor: By = None) -> JobRecord:
-        """Queue a job again, which goes on from its last checkpoint. Raises NotFoundError, also where the version
+        """Queue a job again, which resumes it from its last checkpoint. Raises NotFoundError, also where the version
         that it goes on from was deleted, or ConflictError for one that is in none of the states `sources`, or is not
         the queue's."""
         unseen = sa.and_(JOBS.key_id.is_not(None), JOBS.started.is_(None))  # what came over HTTP is looked at first

@@ -121,7 +121,7 @@ def stop(job_id: str, settings: Settings, store: Store, wanted: JobStatus = JobS
 
 
 def resume(job_id: str, settings: Settings, store: Store, *, after_failure: bool = False) -> JobRecord:
-    """Let a paused job go on from its last checkpoint, or (`after_failure`) one that failed or was stopped."""
+    """Let a paused job resume from its last checkpoint, or (`after_failure`) one that failed or was stopped."""
     sources = [JobStatus.FAILED, JobStatus.CANCELLED] if after_failure else [JobStatus.PAUSED]
     job = store.let_job_continue(job_id, sources)
     hand_over(job_id, settings, store)

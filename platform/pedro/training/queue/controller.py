@@ -176,10 +176,10 @@ class Controller:
         self._losses[job.id] += 1
         losses = self._losses[job.id]
         if losses >= MOST_LOSSES:
-            self._end(job, JobStatus.FAILED, f"{why}; given up after {losses} starts (`pedro jobs retry` goes on)")
+            self._end(job, JobStatus.FAILED, f"{why}; given up after {losses} starts (`pedro jobs retry` resumes it)")
             return
-        if self._store.requeue_job(job, f"{why}; it goes on from its last checkpoint"):
-            self._store.add_job_event(job.id, f"{why}; the job goes on from its last checkpoint", level="warn")
+        if self._store.requeue_job(job, f"{why}; it resumes from its last checkpoint"):
+            self._store.add_job_event(job.id, f"{why}; the job resumes from its last checkpoint", level="warn")
             pause = min(FIRST_PAUSE_S * 2 ** (losses - 1), LONGEST_PAUSE_S)
             self._not_before[job.id] = self._clock() + pause
             self._log(f"{job.id} ({job.name}): {why}; started again in {pause:.0f} s")
