@@ -7,6 +7,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from serving_adapters import make_adapter, settings_at
+from training_runs import context_for, spec_for
 from typer.testing import CliRunner
 
 from pedro.adapter_directory import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_digest, write_manifest
@@ -14,7 +15,9 @@ from pedro.backbone import load_model, resolve_backbone
 from pedro.cli import app
 from pedro.data.prompt_format import FORMATS
 from pedro.errors import AdapterError, BackboneError, DataError
-from pedro.evaluation.saved import load_saved, open_saved
+from pedro.evaluation.saved import load_saved, open_saved, score_file
+from pedro.training.worker import evaluate
+from pedro.training.worker_group import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +131,16 @@ def test_a_damaged_config_is_not_imported(older, made, tmp_path, monkeypatch):
         assert isinstance(outcome.exception, AdapterError)
         assert message in outcome.exception.message
     assert CliRunner().invoke(app, ["adapters", "list", "--json"]).stdout.strip() == "[]"
+
+
+def test_the_majority_is_the_commonest_answer_of_the_rows_scored_in_a_job_and_by_eval_alike(made, tmp_path):
+    test = tmp_path / "test.jsonl"
+    answers = ["a zebra", "a zebra ", "red", "a zebra"]  # training's commonest is another
+    test.write_text(
+        "".join(json.dumps({"prompt": f"item {n}:", "completion": a}) + "\n" for n, a in enumerate(answers))
+    )
+    spec = spec_for(tmp_path)
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"test": str(test)})})
+    of_job, _, _ = evaluate(context_for(spec, tmp_path), ALONE)
+    of_eval = score_file(made, test, tmp_path / "cache")
+    assert of_job["majority_accuracy"] == of_eval["majority_accuracy"] == 0.75
