@@ -93,7 +93,8 @@ def links(job: data.Job, drawn: Sequence[TrackedRun]) -> None:
     ref = str(data.result_of(job).get("model", ""))
     columns = st.columns([2, 2, 2], vertical_alignment="center")
     with columns[0]:
-        query = {"adapter": job.model, **({"version": str(ModelRef.parse(ref).number)} if ref else {})}
+        number = ModelRef.parse(ref).version if ref else None
+        query = {"adapter": job.model, **({"version": str(number)} if number else {})}
         st.page_link("views/adapters.py", label=ref or job.model, icon=":material/extension:", query_params=query)
     with columns[1]:
         if ref:
