@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,9 @@ import pytest
 from ray.job_submission import JobStatus as RayStatus
 
 from pedro.config import Settings
-from pedro.errors import ConflictError, DataError, TrainingError
+from pedro.errors import ConflictError, DataError, TrainingError, UnavailableError
 from pedro.store import Store
-from pedro.training import ray_jobs, submit
+from pedro.training import ray_jobs, storage, submit
 from pedro.training.lost_workers import TellLosses
 from pedro.training.queue.launcher import RayJobs
 from pedro.training.ray_jobs import for_people, readable
@@ -135,6 +136,31 @@ def test_following_a_job_shows_why_it_waits_then_its_lines_and_raises_how_it_end
         submit.wait(job.id, settings, store, see)
     assert seen[:2] == ["waits for 2 CPU to be free", "acme.voice: examples: 2,800 in train, 334 in test"]
     assert not any(line.startswith(("{", "error")) for line in seen)
+
+
+def test_a_storage_without_credentials_is_one_clear_line_and_makes_no_job(queue, tmp_path, monkeypatch):
+    settings, store = queue
+
+    class Locked:  # as s3fs: what botocore raises is no OSError
+        def __getattr__(self, asked):
+            def refuse(*_args, **_options):
+                raise RuntimeError("Unable to locate\n credentials")
+
+            return refuse
+
+    monkeypatch.setattr(storage, "_filesystem", lambda url: (Locked(), url.partition("://")[2]))
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    spec = FineTuneSpec(tenant="acme", adapter="support", data={"train": str(tmp_path / "train.jsonl")})
+    for ask in (
+        lambda: submit.submit(spec, replace(settings, storage="s3://bucket/x"), store),
+        lambda: storage.read_text("s3://bucket/x/jobs/a/log.txt"),
+        lambda: storage.folders("s3://bucket/x/runs"),
+    ):
+        with pytest.raises(
+            UnavailableError, match=r"s3://bucket/x/\S+ could not be .*Unable to locate credentials\); check"
+        ):
+            ask()
+    assert store.list_jobs() == []
 
 
 def test_a_job_of_an_earlier_release_is_not_stopped_through_the_queue(queue):

@@ -11,6 +11,8 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +89,11 @@ def _renewed(target: str) -> bool:
         touch(target)
         return there
     system, path = _filesystem(target)
-    try:
-        return bool(system.exists(path) and time.time() - system.modified(path).timestamp() < RENEW_S)
-    except NotImplementedError:  # it does not tell times
-        return bool(system.exists(path))
+    with _answering(target):
+        try:
+            return bool(system.exists(path) and time.time() - system.modified(path).timestamp() < RENEW_S)
+        except NotImplementedError:  # it does not tell times
+            return bool(system.exists(path))
 
 
 def write_text(location: str, text: str) -> None:
@@ -107,39 +110,33 @@ def put_file(source: str, target: str) -> None:
 
 
 def read_text(location: str) -> str | None:
-    """What `write_text` wrote last; None if there is no such file."""
+    """What `write_text` wrote last; None if there is no such file. Raises UnavailableError for a URL that fails."""
     found = read_bytes(location)
     return None if found is None else found.decode()
 
 
 def read_bytes(location: str) -> bytes | None:
-    """A stored file; None if there is no such file."""
+    """A stored file; None if there is no such file. Raises UnavailableError for a URL that fails."""
     try:
         if "://" not in location:
             return Path(location).read_bytes()
         system, path = _filesystem(location)
-        found: bytes = system.cat_file(path)
+        with _answering(location):
+            found: bytes = system.cat_file(path)
         return found
     except FileNotFoundError:
         return None
 
 
-def exists(location: str) -> bool:
-    """Whether a stored file is there."""
-    if "://" not in location:
-        return Path(location).is_file()
-    system, path = _filesystem(location)
-    there: bool = system.exists(path)
-    return there
-
-
 def folders(location: str) -> list[str]:
-    """Names of the folders inside a stored folder, in order; none if it is not there."""
+    """Names of the folders inside a stored folder, in order; none if it is not there. Raises UnavailableError for a URL
+    that fails."""
     try:
         if "://" not in location:
             return sorted(path.name for path in Path(location).iterdir() if path.is_dir())
         system, path = _filesystem(location)
-        entries = system.ls(path, detail=True)
+        with _answering(location):
+            entries = system.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
@@ -183,6 +180,21 @@ def _copy(source: str, target: str) -> None:
             f"{field}: {source} could not be copied to {target} ({reason}); check the place, its rights and keys, and "
             "its free space",
             param=field,
+        ) from error
+
+
+@contextmanager
+def _answering(location: str) -> Iterator[None]:
+    """Whatever a storage behind a URL raises, but for what is not there or not known, is an UnavailableError."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, NotImplementedError):
+        raise
+    except Exception as error:  # fsspec's systems raise any type: no credentials are no OSError
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300] or type(error).__name__
+        raise UnavailableError(
+            f"PEDRO_STORAGE: {location} could not be read ({reason}); check the place, its rights and keys",
+            param="PEDRO_STORAGE",
         ) from error
 
 
