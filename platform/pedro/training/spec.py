@@ -349,7 +349,7 @@ def check_data_files(data: DataSpec, folder: Path, overrides: Iterable[str] = ()
 
 def check_backbones(named: Mapping[str, str], folder: Path, overrides: Iterable[str] = ()) -> None:
     """Raise ConfigError for a backbone's directory that the spec in `folder` may not name, but by an override."""
-    check_allowed_backbones(named, Settings.from_env(), [folder], _typed(named, overrides))
+    check_allowed_backbones(named, Settings.from_env(), [folder, ASSETS], _typed(named, overrides))
 
 
 def _typed(fields: Iterable[str], overrides: Iterable[str]) -> set[str]:
