@@ -193,6 +193,37 @@ def test_a_backbones_directory_is_held_to_the_same_places(elsewhere, tmp_path, m
     assert load_finetune_spec(path).backbone == outside
 
 
+def test_sweeps_and_comparisons_open_no_door_either(elsewhere, tmp_path):
+    outside = str(elsewhere.parent)
+    sweep = {"name": "s", "base": SMALL, "space": {"training.lr": {"grid": [0.1]}}}
+    compared = {"name": "c", "tasks": ["snips"], "methods": ["pedro"]}
+    asked = (
+        (
+            load_sweep_spec,
+            {**sweep, "base": {**SMALL, "data": {"train": str(elsewhere)}}},
+            "base.data.train: .* lies out",
+        ),
+        (load_sweep_spec, {**sweep, "base": {**SMALL, "data": {"train": "http://a/b"}}}, "http is no data scheme"),
+        (
+            load_sweep_spec,
+            {**sweep, "space": {"data.train": {"grid": ["/etc/passwd"]}}},
+            "space.data.train: cannot vary",
+        ),
+        (load_comparison_spec, {**compared, "data": outside}, "data: .* lies outside"),
+        (
+            load_comparison_spec,
+            {**compared, "tasks": [{"task": "snips", "data": outside}]},
+            "tasks.0.data: .* lies outsi",
+        ),
+        (load_comparison_spec, {**compared, "forgetting": {"data": outside}}, "forgetting.data: .* lies outside"),
+    )
+    path = tmp_path / "specs" / "spec.yaml"
+    for load, fields, reason in asked:
+        path.write_text(yaml.safe_dump(fields))
+        with pytest.raises(ConfigError, match=reason):
+            load(path)
+
+
 @pytest.mark.parametrize("url", ["http://169.254.169.254/model", "file:///etc", "s3://bucket/model", "a::b://c/d"])
 def test_a_url_is_no_backbone(elsewhere, tmp_path, url):
     path = _write(tmp_path / "specs", backbone=url)
