@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from serving_adapters import make_adapter, register, tokenizer
-from serving_ingress import answer, call, fingerprint, ingress, run, text_call
+from serving_ingress import answer, call, fingerprint, ingress, run, text_call, until
 
 from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.errors import (
@@ -125,6 +125,8 @@ def test_metrics_tell_what_was_served_by_replica_and_adapter(served):
     async def go():
         async with ingress(served, "r0") as at:
             await answer(at.backend, call(max_tokens=5))
+            counted = 'adapter="acme.faq",finish_reason="length"'
+            await until(lambda: counted in served.replica._metrics.text())  # once the answer has left
             return await at.backend.metrics()
 
     text = run(go())
