@@ -192,7 +192,7 @@ def key_of(platform) -> dict[str, str]:
 
 
 def champion(platform) -> int:
-    reply = httpx.get(f"{platform.gateway}/v1/adapters/{ADAPTER}", headers=key_of(platform), timeout=30)
+    reply = httpx.get(f"{platform.gateway}/v1/adapters/{ADAPTER}", headers=key_of(platform), timeout=120)
     return reply.json()["aliases"]["champion"]
 
 
@@ -260,7 +260,7 @@ def start_a_job(page, platform) -> None:
     page.get_by_role("button", name="Start training").click()
     page.get_by_text("What it told").wait_for()
     job_id = page.url.rpartition("job=")[2]
-    reply = httpx.get(f"{platform.gateway}/v1/fine_tuning/jobs/{job_id}", headers=key_of(platform), timeout=30)
+    reply = httpx.get(f"{platform.gateway}/v1/fine_tuning/jobs/{job_id}", headers=key_of(platform), timeout=120)
     assert reply.json()["training_file"].startswith("file-")
     page.get_by_role("button", name="End this job").click()
     page.get_by_role("button", name="End it").click()

@@ -157,7 +157,7 @@ def test_two_processes_may_load_one_file_at_once(write, tmp_path):
     children = [context.Process(target=_load_in_child, args=arguments) for _ in range(2)]
     for child in children:
         child.start()
-    first, second = (queue.get(timeout=120) for _ in children)
+    first, second = (queue.get(timeout=600) for _ in children)
     for child in children:
         child.join()
     assert first == second

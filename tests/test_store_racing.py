@@ -31,7 +31,7 @@ def race(url: str, count: int, processes: int, threads: int) -> list[Attempt]:
         )
         for seed in range(processes)
     ]
-    ends = [process.communicate(timeout=300) for process in running]
+    ends = [process.communicate(timeout=900) for process in running]
     assert all(process.returncode == 0 for process in running), ends
     return [Attempt(**json.loads(line)) for out, _ in ends for line in out.splitlines()]
 

@@ -17,7 +17,7 @@ from pedro.store import JobStatus, Store
 from pedro.training.queue.controller import Controller
 from pedro.training.queue.launcher import Claim, ClusterView
 
-GUARD_S = 120
+GUARD_S = 600
 # What a job's driver does around its training: enters its states, and registers one version, once.
 DRIVER = """
 import sys, time

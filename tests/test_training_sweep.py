@@ -2,31 +2,23 @@
 
 import hashlib
 import json
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import yaml
 from pydantic import ValidationError
 from store_moves import stub_version
-from training_runs import LocalReporter, context_for, spec_for
+from training_runs import WIDTHS, LocalReporter, context_for, spec_for, sweep_for
 from typer.testing import CliRunner
 
-from pedro import cluster
 from pedro.cli import app
 from pedro.config import Settings
 from pedro.errors import ConfigError, ConflictError, NotFoundError
-from pedro.registry import MANIFEST, Registry
+from pedro.registry import MANIFEST
 from pedro.search_space import Dimension, drawn, every
-from pedro.store import JobStatus, Store
-from pedro.training import ray_jobs, submit
-from pedro.training.job_log import kept_log
-from pedro.training.queue.process import end_controller
+from pedro.store import Store
 from pedro.training.sweep import launch
 from pedro.training.sweep.planner import make_planner
 from pedro.training.sweep.records import Records, TrialOutcome, TrialState, recall
@@ -37,13 +29,6 @@ from pedro.training.sweep.variants import check_sweep, planned_trials, variant
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 SHIPPED = sorted(CONFIGS.glob("*sweep*.yaml"))
-WIDTHS = {"method.r": {"grid": [2, 3, 6]}}
-
-
-def sweep_for(folder, space=None, **changes):
-    base = spec_for(folder, **changes.pop("training", {})).to_dict()
-    base["method"] = changes.pop("method", {"name": "pedro"})
-    return SweepSpec.model_validate({"name": "widths", "base": base, "space": space or WIDTHS, **changes})
 
 
 class Runs:
@@ -442,97 +427,6 @@ def test_an_adapter_says_which_sweep_and_trial_it_comes_from(tmp_path):
     manifest = json.loads((tmp_path / "adapter" / MANIFEST).read_text())
     assert manifest["sweep"] == {"id": "sweep-1", "trial": 3}
     assert manifest["metrics"]["validation_loss"] == trained.outcome.validation_loss
-
-
-# A real one
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Settings, registry and dashboard URL of one local cluster."""
-    folder = tmp_path_factory.mktemp("home")
-    inherited = dict(os.environ)
-    settings = Settings.from_env({"PEDRO_HOME": str(folder)})
-    head = cluster.connect(settings)
-    registry = Registry.open(settings)
-    registry.models()  # creates the schema, which takes a while
-    yield settings, registry, head.dashboard_url
-    end_controller(settings)
-    cluster.stop_head(settings)
-    os.environ.clear()
-    os.environ.update(inherited)
-
-
-def _drivers(sweep_id):
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if "pedro.training.sweep.job" in words and sweep_id in words:
-            found.append(process)
-    return found
-
-
-@pytest.mark.slow
-def test_a_sweep_that_is_killed_and_paused_repeats_no_finished_trial_and_a_diverging_one_fails_alone(home, tmp_path):
-    settings, registry, url = home
-    rates = [1e-2, 100.0, 3e-3, 2e-2]
-    training = {"max_steps": 20, "eval_every": 10, "clip": 0, "warmup": 0.0}
-    asked = {"scheduler": {"name": "none"}, "concurrency": 2, "training": training}
-    spec = sweep_for(tmp_path, {"training.lr": {"grid": rates}}, **asked)
-    sweep_id = launch.submit(spec, settings, registry.store)
-    records = Records(settings.storage, sweep_id)
-    while not any(trial.state is TrialState.FINISHED for trial in records.trials()):  # the last has not begun by then
-        assert not registry.store.get_job(sweep_id).status.final, kept_log(settings.storage, sweep_id)
-        time.sleep(0.2)
-    for process in _drivers(sweep_id):
-        process.send_signal(signal.SIGKILL)
-    while ray_jobs.status(sweep_id, url) == "RUNNING":
-        time.sleep(0.2)
-    before = [trial for trial in records.trials() if trial.state.final]
-    assert 1 <= len(before) < len(rates)
-    curves = {trial.run_id: registry.metric_history(trial.run_id, "train/loss") for trial in before}
-    written = {n: (Path(records.location) / f"results/{n:03d}.json").stat().st_mtime_ns for n in _numbers(before)}
-
-    while registry.store.get_job(sweep_id).attempt == 1 or registry.store.get_job(sweep_id).status != "running":
-        time.sleep(0.2)  # its controller starts another driver
-    assert submit.stop(sweep_id, settings, registry.store, JobStatus.PAUSED).status == "paused"
-    while ray_jobs.status(f"{sweep_id}-2", url) == "RUNNING":
-        time.sleep(0.2)
-    assert _drivers(sweep_id) == []
-    submit.resume(sweep_id, settings, registry.store)
-    lines = []
-    job = submit.until_end(sweep_id, settings, registry.store, lines.append)
-    result = launch.result_of(job, settings)
-    assert (job.attempt, job.submission_id) == (3, f"{sweep_id}-3")
-
-    after = records.trials()
-    assert result["kept"] >= len(before)
-    for trial in before:
-        assert after[trial.number].outcome == trial.outcome
-        assert registry.metric_history(trial.run_id, "train/loss") == curves[trial.run_id]
-    assert written == {n: (Path(records.location) / f"results/{n:03d}.json").stat().st_mtime_ns for n in written}
-    assert [trial.state.value for trial in after] == ["finished", "failed", "finished", "finished"]
-    assert "the loss is" in after[1].message
-    assert all(trial.attempt == 1 for trial in after)
-    assert any("dev loss" in line for line in lines), "a table while it runs"
-
-    best = min((trial for trial in after if trial.state is TrialState.FINISHED), key=lambda trial: trial.loss)
-    assert result["best"]["trial"] == best.number
-    version = registry.get("acme.colours")
-    assert (version.ref, version.run_id, version.digest) == (result["model"], best.run_id, best.outcome.digest)
-    manifest = json.loads((registry.download(version) / MANIFEST).read_text())
-    assert manifest["sweep"]["id"] == sweep_id
-    assert manifest["sweep"]["trial"] == best.number
-    assert manifest["sweep"]["parameters"] == best.parameters
-    parents = {registry.client.get_run(trial.run_id).data.tags["mlflow.parentRunId"] for trial in after}
-    assert parents == {result["run_id"]}
-    kept = registry.download_artifacts(result["run_id"], "sweep", tmp_path)
-    assert {path.name for path in kept.iterdir()} == {"summary.json", "trials.csv", "parallel.png"}
-    assert (settings.home / "sweeps" / sweep_id / "parallel.png").is_file()
-
-
-def _numbers(trials):
-    return [trial.number for trial in trials]
 
 
 def test_a_dry_run_resumes_nothing_and_says_so(tmp_path):

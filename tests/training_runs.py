@@ -15,10 +15,12 @@ from pedro.training.context import TrainingContext, build_context
 from pedro.training.engines import StepEngine
 from pedro.training.loop import TrainingOutcome, TrainState, train
 from pedro.training.spec import FineTuneSpec
+from pedro.training.sweep.spec import SweepSpec
 from pedro.training.worker_group import WorkerGroup
 
 COLOURS = ("red", "blue", "green")
 BETA = 0.5
+WIDTHS = {"method.r": {"grid": [2, 3, 6]}}
 
 
 def write_rows(path: Path, count: int = 72, start: int = 0) -> Path:
@@ -49,6 +51,13 @@ def spec_for(
             "resources": resources or {},
         }
     )
+
+
+def sweep_for(folder: Path, space: Mapping[str, Any] | None = None, **changes: Any) -> SweepSpec:
+    """A sweep of `spec_for`, over WIDTHS unless another space is given; `training` changes its job."""
+    base = spec_for(folder, **changes.pop("training", {})).to_dict()
+    base["method"] = changes.pop("method", {"name": "pedro"})
+    return SweepSpec.model_validate({"name": "widths", "base": base, "space": space or WIDTHS, **changes})
 
 
 def write_pairs(path: Path, count: int = 48) -> Path:

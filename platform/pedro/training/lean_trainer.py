@@ -5,8 +5,12 @@ Ray Train starts several actors beside the workers, each a process that imports 
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 from typing import Any
 
+from ray import runtime_context
 from ray.train.torch import TorchTrainer
 
 # By name: they are Ray's own, and one that another version no longer has is simply not found.
@@ -15,7 +19,7 @@ CLEANER = "PlacementGroupCleanerCallback"  # frees the workers' CPUs if the cont
 
 
 class LeanTorchTrainer(TorchTrainer):
-    """Starts one process less, and two less where no trial of a sweep is trained.
+    """Starts one process less, and three less where no trial of a sweep is trained.
 
     A job ends with its controller, and with it what its workers hold; a sweep goes on to its other trials.
     """
@@ -24,6 +28,35 @@ class LeanTorchTrainer(TorchTrainer):
         made = super()._create_default_callbacks()  # type: ignore[misc]  # only version 2 of Ray Train has it
         unused = {DATASETS} if _in_sweep() else {DATASETS, CLEANER}
         return [callback for callback in made if type(callback).__name__ not in unused]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        """Ray's controller runs in the job's driver, which has nothing else to do, instead of as an actor."""
+        if _in_sweep():  # whose trial is told of each report by this process, while it waits
+            return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
+        from ray.train.v2._internal.execution.controller import TrainController
+
+        ray_context: Any = runtime_context
+        ray_context._runtime_context = _DriversContext(runtime_context.get_runtime_context().worker)
+        controller = TrainController(**options)
+        for handler in logging.getLogger("ray.train").handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setFormatter(_OfAnActor())
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _DriversContext(runtime_context.RuntimeContext):
+    """The controller hands its own actor to the workers, who would ask it for checkpoints; ours ask for none."""
+
+    current_actor: Any = None
+
+
+class _OfAnActor(logging.Formatter):
+    """Marks the controller's own lines as Ray marks an actor's, so that only who wants all of a log reads them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        mark = f"(TrainController pid={os.getpid()}) "
+        return "\n".join(mark + line for line in super().format(record).splitlines())
 
 
 def _in_sweep() -> bool:
