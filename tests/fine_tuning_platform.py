@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+from typing import TYPE_CHECKING, Any
 
-from pedro.store import JobStatus
+from pedro.store import JobRecord, JobStatus
 from pedro.training.job_events import metrics_event
 from pedro.training.job_record import OwnRecord
 from pedro.training.job_results import store_results
 from pedro.training.queue.controller import Controller
 from pedro.training.queue.launcher import ClusterView
 from pedro.training.queue.prepare import prepare
+
+if TYPE_CHECKING:
+    import openai
+    from gateway_server import Gateway
+
+    from pedro.config import Settings
 
 ROWS = b"".join(
     json.dumps({"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]}).encode()
@@ -23,42 +30,44 @@ ROWS = b"".join(
 class Drivers:
     """A cluster whose drivers do what the test says; specs and files are looked at as on any."""
 
-    def __init__(self, settings):
-        self.settings, self.states = settings, {}
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.states: dict[str, JobStatus] = {}
 
-    def prepare(self, job):
+    def prepare(self, job: JobRecord) -> dict[str, Any] | None:
         return prepare(job, self.settings)
 
-    def look(self):
+    def look(self) -> ClusterView:
         return ClusterView(dict(self.states), [{"CPU": 4.0}], {}, {name: {"CPU": 4.0} for name in self.states})
 
-    def start(self, job, submission_id):
+    def start(self, _job: JobRecord, submission_id: str) -> None:
         self.states[submission_id] = JobStatus.RUNNING
 
-    def stop(self, submission_id):
+    def stop(self, submission_id: str) -> None:
         self.states[submission_id] = JobStatus.CANCELLED
 
 
 class Platform:
     """A gateway, and a controller that works when it is told to."""
 
-    def __init__(self, gateway, settings):
+    def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self.gateway, self.store, self.settings = gateway, gateway.store, settings
         self.drivers = Drivers(settings)
         self.controller = Controller(self.store, self.drivers)
 
-    def rounds(self):
+    def rounds(self) -> None:
         """Until all files were looked at and what can start has started."""
         for _ in range(3):
             self.controller.round()
             for looking in list(self.controller._looking.values()):
                 looking.result(60)
 
-    def succeed(self, job_id):
+    def succeed(self, job_id: str) -> None:
         """What a driver does."""
         self.store.update_job(job_id, status=JobStatus.RUNNING, attempt=1)
         for step, values in ((1, {"train/loss": 2.5}), (2, {"train/loss": 1.5}), (2, {"dev/loss": 1.25})):
             told = metrics_event(step, values)
+            assert told is not None
             self.store.add_job_event(job_id, told.message, kind="metrics", data=told.data)
         model = f"{self.store.get_job(job_id).name}:1"
         metrics = {"best_step": 2, "validation_loss": 1.25, "train_tokens": 640}
@@ -70,5 +79,5 @@ class Platform:
         self.drivers.states[job_id] = JobStatus.SUCCEEDED
 
 
-def upload(client, content=ROWS, purpose="fine-tune"):
+def upload(client: openai.OpenAI, content: bytes = ROWS, purpose: Any = "fine-tune") -> str:
     return client.files.create(file=("train.jsonl", io.BytesIO(content)), purpose=purpose).id

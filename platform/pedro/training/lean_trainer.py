@@ -36,7 +36,8 @@ class LeanTorchTrainer(TorchTrainer):
         from ray.train.v2._internal.execution.controller import TrainController
 
         ray_context: Any = runtime_context
-        ray_context._runtime_context = _DriversContext(runtime_context.get_runtime_context().worker)
+        drivers_context: Any = _DriversContext
+        ray_context._runtime_context = drivers_context(runtime_context.get_runtime_context().worker)
         controller = TrainController(**options)
         for handler in logging.getLogger("ray.train").handlers:
             if isinstance(handler, logging.StreamHandler):
