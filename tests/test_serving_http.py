@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,10 +86,11 @@ def served(here):
         store.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(served):
-    """The official client of a tenant."""
+    """The official client of a tenant, made once: each one reads certificates anew."""
 
+    @cache
     def client(tenant="acme"):
         return openai.OpenAI(base_url=f"{served.url}/v1", api_key=served.keys[tenant], max_retries=0, timeout=GUARD_S)
 
@@ -125,7 +127,7 @@ def wait_for(condition, guard_s=GUARD_S):
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < guard_s, "it did not happen in time"
-        time.sleep(0.02)
+        time.sleep(0.1)  # many conditions are a request, and what is waited for wants the cores
 
 
 def fingerprint(version):
@@ -489,6 +491,7 @@ class Traffic:
                 assert chunks[-1].choices[0].finish_reason == "length"
             except Exception as error:  # noqa: BLE001 - counted, whatever it is
                 self.errors.append(error)
+            self._stop.wait(0.1)  # a replica that starts wants the cores, too
 
 
 def test_replicas_come_and_go_and_die_while_a_hot_adapter_streams_and_no_client_notices(served, client):
