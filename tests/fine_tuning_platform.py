@@ -65,12 +65,14 @@ class Platform:
     def succeed(self, job_id: str) -> None:
         """What a driver does."""
         self.store.update_job(job_id, status=JobStatus.RUNNING, attempt=1)
-        for step, values in ((1, {"train/loss": 2.5}), (2, {"train/loss": 1.5}), (2, {"dev/loss": 1.25})):
+        points = ((1, {"train/loss": 2.5, "train/token_accuracy": 0.5}), (2, {"train/loss": 1.5}))
+        for step, values in (*points, (2, {"dev/loss": 1.25, "dev/token_accuracy": 0.75})):
             told = metrics_event(step, values)
             assert told is not None
             self.store.add_job_event(job_id, told.message, kind="metrics", data=told.data)
         model = f"{self.store.get_job(job_id).name}:1"
         metrics = {"best_step": 2, "validation_loss": 1.25, "train_tokens": 640}
+        metrics |= {"train_loss": 1.5, "train_token_accuracy": 0.5, "validation_token_accuracy": 0.75}
         for _ in range(2):  # the first was lost before its end was entered
             files = store_results(self.settings, job_id, print)
         for _ in range(2):

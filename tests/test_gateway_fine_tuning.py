@@ -72,10 +72,18 @@ def test_a_job_is_made_followed_to_its_end_and_its_metrics_read(platform, client
     assert done.trained_tokens == 640
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(made.id)
     assert (checkpoint.step_number, checkpoint.fine_tuned_model_checkpoint) == (2, done.fine_tuned_model)
-    assert (checkpoint.metrics.step, checkpoint.metrics.valid_loss) == (2, 1.25)
+    assert checkpoint.metrics.model_dump() == {
+        "step": 2,
+        "train_loss": 1.5,
+        "train_mean_token_accuracy": 0.5,
+        "valid_loss": 1.25,
+        "valid_mean_token_accuracy": 0.75,
+        "full_valid_loss": 1.25,
+        "full_valid_mean_token_accuracy": 0.75,
+    }
     (result_file,) = done.result_files
     assert client.files.content(result_file).text.splitlines() == [
-        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy", "1,2.5,,,", "2,1.5,,1.25,",
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy", "1,2.5,0.5,,", "2,1.5,,1.25,0.75",
     ]  # fmt: skip
     assert [file.id for file in client.files.list(purpose="fine-tune-results")] == [result_file]
 
@@ -107,14 +115,14 @@ def test_events_come_newest_first_in_pages_and_by_what_is_new(platform, client):
         f"Validating training file: {made.training_file}",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
-        "Step 1: training loss=2.5000",
+        "Step 1: training loss=2.5000, training mean token accuracy=0.5000",
         "Step 2: training loss=1.5000",
-        "Step 2: validation loss=1.2500",
+        "Step 2: validation loss=1.2500, validation mean token accuracy=0.7500",
         f"New fine-tuned model created: {client.fine_tuning.jobs.retrieve(made.id).fine_tuned_model}",
         "The job has successfully completed",
     ]
     metrics = [event for event in events if event.type == "metrics"]
-    assert metrics[0].data == {"step": 2, "valid_loss": 1.25}
+    assert metrics[0].data == {"step": 2, "valid_loss": 1.25, "valid_mean_token_accuracy": 0.75}
     with pytest.raises(openai.NotFoundError, match="after"):
         client.fine_tuning.jobs.list_events(made.id, after="ftevent-x")
 

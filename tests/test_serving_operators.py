@@ -3,11 +3,12 @@
 import asyncio
 import json
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
 from serving_adapters import make_adapter, register, tokenizer
-from serving_ingress import answer, call, fingerprint, ingress, run, text_call, until
+from serving_ingress import answer, call, fingerprint, idle, ingress, run, text_call, until
 
 from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.errors import (
@@ -183,6 +184,41 @@ def test_a_canary_that_cannot_be_served_is_withdrawn_by_one_of_two_gateways_and_
             assert len(withdrawn) == 1
             for backend in gateways:
                 assert await fingerprint(backend, text_call("a", name)) == f"{name}:1"
+
+    run(go())
+
+
+@pytest.mark.parametrize("order", ["deleted, then fetched", "fetched, then deleted"])
+def test_a_version_that_is_deleted_while_it_loads_answers_who_had_asked_and_nobody_else(served, monkeypatch, order):
+    name = f"acme.{order.partition(',')[0]}"
+    register(served.registry, served.folder / "1", name)
+    register(served.registry, served.folder / "2", name, promote=False)
+    held, go_on, download = threading.Event(), threading.Event(), served.replica._registry.download
+
+    def slow(version):
+        if version.ref != f"{name}:2":
+            return download(version)
+        directory = download(version) if order.startswith("fetched") else None
+        held.set()
+        assert go_on.wait(60)
+        return directory or download(version)
+
+    monkeypatch.setattr(served.replica._registry, "download", slow)
+
+    async def go():
+        async with ingress(served, "r0") as at:
+            asked = asyncio.create_task(fingerprint(at.backend, text_call("a", f"{name}:2")))
+            await until(held.is_set)
+            await at.backend.delete_version("acme", name, 2)
+            assert await fingerprint(at.backend, text_call("a", name)) == f"{name}:1", (
+                "who asks meanwhile is not held up"
+            )
+            go_on.set()
+            assert await asked == f"{name}:2"
+            with pytest.raises(NotFoundError):
+                await fingerprint(at.backend, text_call("a", f"{name}:2"))
+            assert await fingerprint(at.backend, text_call("a", name)) == f"{name}:1"
+            await until(lambda: idle(served))
 
     run(go())
 

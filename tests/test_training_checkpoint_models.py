@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from openai.types.fine_tuning.jobs.fine_tuning_job_checkpoint import Metrics
 from retention_home import open_home
 from training_runs import LocalReporter, context_for, parameters, same, spec_for
 
@@ -20,11 +21,12 @@ class Publishing(LocalReporter):
     def __init__(self, directory, context, models):
         super().__init__(directory, lambda _line: None)
         self._context, self._models = context, models
-        self.parameters, self.best = {}, 0
+        self.parameters, self.losses, self.best = {}, {}, 0
 
     def checkpoint(self, engine, group, state, best):
         super().checkpoint(engine, group, state, best)
         self.parameters[state.step] = parameters(self._context)
+        self.losses[state.step] = state.validations[-1][1]
         self._models.add(state)
         self.best = state.best_step
 
@@ -61,6 +63,11 @@ def test_the_last_checkpoints_and_the_best_are_versions_of_their_steps_and_no_al
     assert {event.data["step"]: event.data["model"] for event in events} == {
         step: version.ref for step, version in versions.items()
     }
+    for event in events:
+        assert set(event.data["metrics"]) == set(Metrics.model_fields)
+        told = event.data["metrics"]
+        assert (told["step"], told["valid_loss"]) == (event.data["step"], reporter.losses[event.data["step"]])
+        assert 0 <= told["full_valid_mean_token_accuracy"] == told["valid_mean_token_accuracy"] <= 1
     for step, version in versions.items():
         directory = registry.download(version)
         again = load_saved(directory, read_manifest(directory), context.backbone, "float32", "cpu")

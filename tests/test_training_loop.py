@@ -319,13 +319,26 @@ def test_without_validation_the_last_parameters_stay_and_nothing_is_scored(tmp_p
 def test_the_loss_of_a_batch_is_the_mean_over_its_answer_tokens(tmp_path):
     context = context_for(spec_for(tmp_path), tmp_path)
     rows = RowStream(context.data.train, 8, 0).batch(0)
-    loss, tokens = batch_step(context.engine, rows, context.plan, context.data.pad_id, salt=0)
+    (loss, right), tokens = batch_step(context.engine, rows, context.plan, context.data.pad_id, salt=0)
     assert tokens == supervised_tokens(rows)
     fresh = context_for(spec_for(tmp_path), tmp_path)
-    assert mean_losses(fresh.engine, rows, 3, fresh.data.pad_id, WorkerGroup())[0] == pytest.approx(
-        float(loss), rel=1e-5
-    )
+    means = mean_losses(fresh.engine, rows, 3, fresh.data.pad_id, WorkerGroup())
+    assert means == pytest.approx([float(loss), float(right)], rel=1e-5)
     assert math.isfinite(loss)
+
+
+@torch.no_grad()
+def test_the_token_accuracy_is_the_share_of_answer_tokens_that_are_the_likeliest(tmp_path):
+    context = context_for(spec_for(tmp_path), tmp_path)
+    rows, right, count = RowStream(context.data.train, 8, 0).batch(0), 0, 0
+    for row in rows:  # written out, one after the other
+        ids, start = torch.tensor([row["input_ids"]]), row["prompt_len"]
+        logits = context.model(input_ids=ids, prompt_lens=torch.tensor([start])).logits[0]
+        right += sum(int(logits[at - 1].argmax()) == int(ids[0, at]) for at in range(start, ids.shape[1]))
+        count += ids.shape[1] - start
+    _, share = mean_losses(context.engine, rows, 3, context.data.pad_id, WorkerGroup())
+    assert share == pytest.approx(right / count)
+    assert 0 < share < 1
 
 
 def test_scores_of_workers_are_joined_in_the_order_of_the_rows():

@@ -10,11 +10,13 @@ import pytest
 from ray.job_submission import JobStatus as RayStatus
 
 from pedro.config import Settings
-from pedro.errors import ConflictError, DataError, TrainingError, UnavailableError
+from pedro.errors import ConfigError, ConflictError, DataError, TrainingError, UnavailableError
 from pedro.store import Store
 from pedro.training import ray_jobs, storage, submit
 from pedro.training.lost_workers import TellLosses
-from pedro.training.queue.launcher import RayJobs
+from pedro.training.queue import launcher as launchers
+from pedro.training.queue.launcher import ClusterView, RayJobs
+from pedro.training.queue.prepare import told_error
 from pedro.training.ray_jobs import for_people, readable
 from pedro.training.spec import FineTuneSpec
 
@@ -82,6 +84,29 @@ def test_no_path_breaks_the_line_that_starts_a_driver(tmp_path, monkeypatch, hom
         python, "-m", "pedro.training.job", "--spec", location, "--job-id", "ftjob-1", "--attempt", "1",
     ]  # fmt: skip
     assert sent[0]["metadata"] == {"tenant": "acme", "adapter": "support", "job": "ftjob-1"}
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_job_over_http_that_this_machine_could_never_hold_is_refused_and_one_of_a_cluster_waits(
+    tmp_path, monkeypatch, address
+):
+    monkeypatch.setattr(launchers, "prepare", lambda job, settings: None)
+    env = {"PEDRO_HOME": str(tmp_path / "home")} | ({"RAY_ADDRESS": address} if address else {})
+    settings = Settings.from_env(env)
+    launcher = RayJobs(settings, print)
+    monkeypatch.setattr(launcher, "look", lambda: ClusterView({}, [{"CPU": 2.0}]))
+    store = Store(settings.database_url)
+    fits, never = (
+        store.ask_for_job("acme", "voice", {"resources": {"workers": workers}}, key_id="key_1") for workers in (2, 3)
+    )
+    store.close()
+    launcher.prepare(fits)
+    if address:
+        launcher.prepare(never)
+        return
+    with pytest.raises(ConfigError, match="needs 3 times 1 CPU, and this machine has 2 CPU; lower") as refused:
+        launcher.prepare(never)
+    assert told_error(refused.value) == {"code": "invalid_config", "param": "method.pedro.resources"}
 
 
 @pytest.fixture

@@ -25,25 +25,30 @@ TENANT = "bench"
 
 @dataclass(frozen=True)
 class LocalServer:
-    """Where it answers, and the store that makes keys for it."""
+    """Where it answers, the store that makes keys for it, and its home."""
 
     url: str
     store: Store
+    settings: Settings
 
-    def key(self, tenant: str = TENANT, scope: str = "infer") -> str:
-        """A new key."""
-        return self.store.create_key(tenant, [scope], "benchmark")[1]
+    def key(self, tenant: str = TENANT, *scopes: str) -> str:
+        """A new key; it may infer if nothing else is said."""
+        return self.store.create_key(tenant, scopes or ("infer",), "benchmark")[1]
 
 
 @contextmanager
-def local_server(config: ServeConfig, register: Callable[[Registry, Path], None], log: Log) -> Iterator[LocalServer]:
-    """Serve what `register` puts into the registry of a new home; Ray head and home go with the `with`."""
+def local_server(
+    config: ServeConfig, register: Callable[[Registry, Path], None], log: Log, *, database_url: str = ""
+) -> Iterator[LocalServer]:
+    """Serve what `register` puts into the registry of a new home; Ray head and home go with the `with`.
+
+    The store is in a file of the home where no `database_url` is given."""
     from pedro.registry import Registry
     from pedro.serving.deploy import deploy, end
     from pedro.store import Store
 
     home = bench_folder() / "home"
-    settings = Settings.from_env({"PEDRO_HOME": str(home)})
+    settings = Settings.from_env({"PEDRO_HOME": str(home), "PEDRO_DATABASE_URL": database_url})
     before = dict(os.environ)
     try:
         end(settings)  # of a run that was killed
@@ -53,7 +58,7 @@ def local_server(config: ServeConfig, register: Callable[[Registry, Path], None]
         store = Store(settings.database_url)
         served = deploy(settings, config, port=0, log=log)
         _restore(before)
-        yield LocalServer(served.url, store)
+        yield LocalServer(served.url, store, settings)
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a driver whose head is gone hangs before it shows any error

@@ -1,21 +1,18 @@
-"""The benchmarks that need the platform around the engine: HTTP, hot swap under load, the registry's part of a miss.
+"""The benchmarks that need the platform around the engine: HTTP, hot swap under load, what a failure costs.
 
-Knows the platform from outside: a home of its own, two registered versions of one adapter, keys, a local Ray head.
+Knows the platform from outside: a home of its own, registered versions of one adapter, keys, a local Ray head.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from jobs.benchmarks import (
+    batch_kill,
+    canary,
     chat_server,
     control_plane,
     dashboard_pages,
@@ -23,35 +20,26 @@ from jobs.benchmarks import (
     fairness,
     fairness_http,
     http_overhead,
+    outage,
+    queue_kills,
     tenants_http,
 )
 from jobs.benchmarks.command_line import Benchmark, Options
+from jobs.benchmarks.demo_server import ADAPTER, MODEL, adapted, backbone_with_words, running_server
 from jobs.benchmarks.engine_benchmarks import FAIRNESS_COLUMNS
-from jobs.benchmarks.local_server import TENANT, local_server, register_version
-from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, ModelSize, bench_folder, prompts, saved_model
+from jobs.benchmarks.local_server import register_version
+from jobs.benchmarks.model_sizes import MODEL_SIZES, PROMPT_TOKENS, bench_folder, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
-from pedro.backbone import Backbone, resolve_backbone
+from pedro.backbone import resolve_backbone
 from pedro.config import Settings
 
 if TYPE_CHECKING:
     from jobs.benchmarks.engine_process import Log
-    from pedro.registry import Registry
 
-ADAPTER = "demo"
 REGISTRY_COLUMNS = (
     *("case", "median_ms", "longest_ms", "tenants", "requests", "tok_s", "ttft_ms", "ratio", "ratio_interval"),
 )
-
-
-@dataclass(frozen=True)
-class RunningServer:
-    """A server that runs for a benchmark, and an operator's key for it."""
-
-    server: http_overhead.Server
-    admin_key: str
-    other_key: str  # of another tenant
-    versions: tuple[int, ...]
 
 
 def http_report(options: Options, log: Log) -> BenchmarkReport:
@@ -64,7 +52,7 @@ def fairness_report(options: Options, log: Log) -> BenchmarkReport:
     """Floods beside a quiet tenant: on the engine in process, then through the server."""
     report = fairness.run(options, log)
     with running_server(options, log) as running:
-        fairness_http.add(report, options, running.server, running.other_key, log)
+        fairness_http.add(report, options, running.server, running.local.key("other"), log)
     return report
 
 
@@ -78,7 +66,7 @@ def swap_report(options: Options, log: Log) -> BenchmarkReport:
         seen = swap(
             running.server.url,
             running.server.key,
-            running.admin_key,
+            running.local.key("operator", "admin"),
             running.server.model,
             list(running.versions),
             streams=8 if options.quick else 32,
@@ -115,13 +103,13 @@ def registry_report(options: Options, log: Log) -> BenchmarkReport:
         registry = Registry.open(settings)
         log(f"registering {count} adapters of {size.name}")
         for source in adapter_directories(size, "pedro", count):
-            register_version(registry, _adapted(source, backbone, home), ADAPTER)
+            register_version(registry, adapted(source, backbone, home), ADAPTER)
         seen: dict[str, list[float]] = {"look up": [], "fetch": [], "fetch again": []}
         for number in range(1, count + 1):
             for case, work in (
-                ("look up", lambda n: registry.get(f"{TENANT}.{ADAPTER}", n)),
-                ("fetch", lambda n: registry.download(registry.get(f"{TENANT}.{ADAPTER}", n))),
-                ("fetch again", lambda n: registry.download(registry.get(f"{TENANT}.{ADAPTER}", n))),
+                ("look up", lambda n: registry.get(MODEL, n)),
+                ("fetch", lambda n: registry.download(registry.get(MODEL, n))),
+                ("fetch again", lambda n: registry.download(registry.get(MODEL, n))),
             ):
                 began = time.perf_counter()
                 work(number)
@@ -167,80 +155,29 @@ SERVER_BENCHMARKS = {
         dry_run.run,
         dry_run.COLUMNS,
     ),
+    "queue": Benchmark(
+        "five fine-tunes, and a worker, the controller, the Ray head and PostgreSQL killed in their middle",
+        queue_kills.queue_report,
+        queue_kills.COLUMNS,
+    ),
+    "canary": Benchmark(
+        "a canary over HTTP: its share, the same version for a user, bad ones withdrawn",
+        canary.canary_report,
+        canary.COLUMNS,
+    ),
+    "batch": Benchmark(
+        "a batch of 2,000 rows whose engine replica is killed: each row answered once",
+        batch_kill.batch_report,
+        batch_kill.COLUMNS,
+    ),
+    "outage": Benchmark(
+        "the database away for a minute, under 64 streams at three gateways",
+        outage.outage_report,
+        outage.COLUMNS,
+    ),
     "swap": Benchmark(
         "an alias that moves under load: nothing fails, nothing is mixed",
         swap_report,
         ("every_s", "moves", "answers", "failed", "mixed", "stale", "first_served_s", "slowest_s", "last_version_wins"),
     ),
 }
-
-
-@contextmanager
-def running_server(options: Options, log: Log) -> Iterator[RunningServer]:
-    """A server of two versions of one random adapter for the time of the `with`."""
-    from pedro.serving.config import ServeConfig
-
-    size = MODEL_SIZES[(options.models or ("S",))[0]]
-    backbone = resolve_backbone(str(backbone_with_words(size)))
-    model = f"{TENANT}.{ADAPTER}"
-    versions: list[int] = []
-    adapters: list[Path] = []
-
-    def register(registry: Registry, home: Path) -> None:
-        log(f"registering two versions of {model} on {size.name}")
-        adapters.extend(_adapted(source, backbone, home) for source in adapter_directories(size, "pedro", 2))
-        versions.extend(register_version(registry, adapter, ADAPTER) for adapter in adapters)
-        registry.promote(model, versions[0])
-
-    config = ServeConfig(backbone=str(backbone.directory), served_name=size.name, threads=options.threads)
-    with local_server(config, register, log) as local:
-        server = http_overhead.Server(
-            size.name, local.url, local.key(), model, str(adapters[0]), str(backbone.directory)
-        )
-        yield RunningServer(server, local.key("operator", "admin"), local.key("other"), tuple(versions))
-
-
-def backbone_with_words(size: ModelSize) -> Path:
-    """The saved model with a tokenizer whose every token is one word, so that counting words counts tokens."""
-    directory = saved_model(size)
-    if not (directory / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, size.vocab))]
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            unk_token="<unk>",  # noqa: S106
-            bos_token="<s>",  # noqa: S106
-            eos_token="</s>",  # noqa: S106
-        ).save_pretrained(directory)
-    return directory
-
-
-def _adapted(source: Path, backbone: Backbone, home: Path) -> Path:
-    """A random adapter that belongs to the served backbone, so strong that versions answer differently."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from pedro.adapter_directory import WEIGHTS, write_manifest
-    from pedro.data.prompt_format import FORMATS
-
-    target = home / "made" / source.name
-    shutil.copytree(source, target)
-    weights = load_file(target / WEIGHTS)
-    noise = torch.Generator().manual_seed(int(source.name) + 1)
-    for name, tensor in weights.items():
-        if name.endswith("pedro_bias"):
-            tensor += torch.randn(tensor.shape, generator=noise)
-    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
-    manifest = json.loads((target / "pedro_adapter.json").read_text())
-    manifest["backbone"] = {
-        "id": backbone.id,
-        "digest": backbone.digest,
-        "tokenizer_digest": backbone.tokenizer_digest,
-    }
-    manifest |= {"prompt_format": FORMATS["raw"].to_dict(), "metrics": {}}
-    write_manifest(target, manifest)
-    return target

@@ -15,6 +15,7 @@ from pedro.errors import ConflictError, NotFoundError
 from pedro.evaluation.saved import trains_backbone
 from pedro.methods.servable import check_servable
 from pedro.store import CHECKPOINT, checkpoint_gate, checkpoint_of
+from pedro.training.job_events import measured_at
 from pedro.training.worker import save_model
 from pedro.training.worker_group import WorkerGroup
 
@@ -71,8 +72,7 @@ class CheckpointModels:
             version = registry.register(run, directory, spec.tenant, spec.adapter, gate=gate)
         finally:
             registry.finish_run(run)
-        told: dict[str, Any] = {"step": step, "valid_loss": state.validations[-1][1]}
-        data = {"model": version.ref, "step": step, "metrics": told}
+        data: dict[str, Any] = {"model": version.ref, "step": step, "metrics": measured_at(step, state.told)}
         registry.store.add_job_event(self._job_id, f"Checkpoint created at step {step:,}", kind=CHECKPOINT, data=data)
         drop_old(registry, spec.name, self._job_id, state.best_step)
 

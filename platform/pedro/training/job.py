@@ -252,6 +252,7 @@ def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
         begun.append(spec)
         connect_driver()
         result = run_job(spec, settings, Registry.open(settings), job_id, log=log_line)
+        enter_training(settings, job_id, spec.name, log_beside)  # before its end is told, after which nobody starts it
         return {**result.to_dict(), "result_files": store_results(settings, job_id, log_line)}
 
     code = drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)

@@ -9,14 +9,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = {"train/loss": "train_loss", "dev/loss": "valid_loss"}  # of our curves: theirs
+NAMES = {  # of our curves: theirs
+    "train/loss": "train_loss",
+    "train/token_accuracy": "train_mean_token_accuracy",
+    "dev/loss": "valid_loss",
+    "dev/token_accuracy": "valid_mean_token_accuracy",
+}
 PAIRS = {  # of preference tuning, for which they name none
     f"{split}/{measure}": f"{theirs}_{measure}"
     for split, theirs in (("train", "train"), ("dev", "valid"))
     for measure in ("reward_accuracy", "reward_margin")
 }
 WORDS = {"train": "training", "valid": "validation"}
+IN_FILE = {"train_mean_token_accuracy": "train_accuracy"}  # what the result file calls otherwise
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+OF_RESULT = {  # a job's metrics, as those of its best checkpoint; all validation rows are read at each validation
+    "train_loss": "train_loss",
+    "train_mean_token_accuracy": "train_token_accuracy",
+    "valid_loss": "validation_loss",
+    "valid_mean_token_accuracy": "validation_token_accuracy",
+    "full_valid_loss": "validation_loss",
+    "full_valid_mean_token_accuracy": "validation_token_accuracy",
+    "full_valid_reward_accuracy": "preference_accuracy",
+}
 
 
 @dataclass(frozen=True)
@@ -36,13 +51,16 @@ def metrics_event(step: int, values: Mapping[str, float]) -> MetricsEvent | None
 
 
 def checkpoint_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """A job's metrics as those of its best checkpoint: the step, and on validation and test rows what was measured."""
-    told = {"step": metrics.get("best_step", 0)}
-    measured = (("valid_loss", "validation_loss"), ("full_valid_loss", "loss"))
-    for theirs, ours in (*measured, ("full_valid_reward_accuracy", "preference_accuracy")):
-        if ours in metrics:
-            told[theirs] = metrics[ours]
-    return told
+    """A job's metrics as those of its best checkpoint: the step, and what was measured then."""
+    told = {theirs: metrics[ours] for theirs, ours in OF_RESULT.items() if ours in metrics}
+    return {"step": metrics.get("best_step", 0), **told}
+
+
+def measured_at(step: int, values: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a checkpoint in between, of the curves' last values."""
+    told = {theirs: values[ours] for ours, theirs in {**NAMES, **PAIRS}.items() if ours in values}
+    full = {f"full_{name}": value for name, value in told.items() if name.startswith("valid_")}
+    return {"step": step, **told, **full}
 
 
 def step_metrics(points: Iterable[Mapping[str, Any]]) -> str:
@@ -50,7 +68,8 @@ def step_metrics(points: Iterable[Mapping[str, Any]]) -> str:
     steps: dict[int, dict[str, Any]] = {}
     known = (*COLUMNS, *PAIRS.values())
     for point in points:
-        steps.setdefault(int(point["step"]), {}).update({name: point[name] for name in known if name in point})
+        named = {IN_FILE.get(name, name): value for name, value in point.items()}
+        steps.setdefault(int(point["step"]), {}).update({name: named[name] for name in known if name in named})
     present = [name for name in known if name in COLUMNS or any(name in values for values in steps.values())]
     text = io.StringIO()
     writer = csv.DictWriter(text, present, restval="", lineterminator="\n")

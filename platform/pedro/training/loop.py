@@ -77,6 +77,10 @@ class TrainState:
     """Rows, each as often as it was read."""
     seconds: float = 0.0
     validations: list[tuple[int, float]] = field(default_factory=list)
+    told: dict[str, float] = field(default_factory=dict)
+    """The last loss and measures of training (`train/…`) and of validation (`dev/…`)."""
+    best_told: dict[str, float] = field(default_factory=dict)
+    """The same as of the best validation."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,6 +101,8 @@ class TrainingOutcome:
     seconds: float
     stopped_early: bool
     validations: tuple[tuple[int, float], ...]
+    told: Mapping[str, float] = field(default_factory=dict)
+    """Loss and measures of training and validation as of the best step, by the names of the curves."""
 
 
 class Reporter(Protocol):
@@ -180,6 +186,7 @@ def train(
         seconds=state.seconds,
         stopped_early=state.step < plan.steps,
         validations=tuple((int(step), float(loss)) for step, loss in state.validations),
+        told=state.best_told if len(data.validation) else state.told,
     )
 
 
@@ -303,13 +310,14 @@ class MetricsLogger:
                 f"({self.plan.lr:g}) or training.clip, or look at the answers of the training data",
                 param="training.lr",
             )
+        means = {"train/loss": loss, **{f"train/{name}": value for name, value in told.items()}}
+        self.state.told |= means
         if group.rank == 0:
             took = max(1e-9, now - self._since)
             now_at = (self.state.all_tokens, self.state.tokens, self.state.samples)
             speed, answers, samples = ((at - before) / took for at, before in zip(now_at, self._before, strict=True))
-            values = {"train/loss": loss, "train/tokens_per_second": speed, "train/lr": self._lr()}
+            values = {**means, "train/tokens_per_second": speed, "train/lr": self._lr()}
             values |= {"train/answer_tokens_per_second": answers, "train/samples_per_second": samples}
-            values |= {f"train/{name}": value for name, value in told.items()}
             if self._counts[1]:
                 values["train/theta_loss"] = theta / self._counts[1]
             values[SECONDS_LEFT] = self._left(now)
@@ -324,9 +332,13 @@ class MetricsLogger:
         self.state.seconds += now - self._clock
         self._clock = now
         told = dict(zip(("loss", *self._names), means, strict=True))
+        values = {f"dev/{name}": value for name, value in told.items()}
         loss = self._last_dev = told.pop("loss")
+        self.state.told |= values
+        if self.state.best_step == self.state.step:
+            self.state.best_told = dict(self.state.told)
         if group.rank == 0:
-            reporter.metrics(self.state.step, {"dev/loss": loss, **{f"dev/{name}": told[name] for name in told}})
+            reporter.metrics(self.state.step, values)
             better = "best so far" if self.state.best_step == self.state.step else "no better"
             reporter.line(f"step {self.state.step:,}/{self.plan.steps:,} · dev {loss:.3f}{_first(told)} · {better}")
         self._clear()

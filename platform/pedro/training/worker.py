@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+TOLD = {"train/loss": "train_loss", "train/token_accuracy": "train_token_accuracy"}
+TOLD |= {"dev/token_accuracy": "validation_token_accuracy"}  # curves as of the best step: metrics of the adapter
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
     }
     if outcome.validation_loss is not None and math.isfinite(outcome.validation_loss):
         counts["validation_loss"] = outcome.validation_loss
+    counts |= {name: outcome.told[curve] for curve, name in TOLD.items() if curve in outcome.told}
     with recorded(None if _sharded(context) else context.model) as seen:  # a shard of W_down gives no x
         metrics, adapted, bare = evaluate(context, group, bare)
     return Trained(outcome, {**metrics, **counts}, adapted, bare, summary(seen))

@@ -121,7 +121,10 @@ class RayJobs:
         self._url: str | None = None
 
     def prepare(self, job: JobRecord) -> dict[str, Any] | None:
-        return prepare(job, self._settings)
+        made = prepare(job, self._settings)
+        if self._settings.ray_address is None:  # to another's cluster nodes may come
+            _check_holds(self.look(), Claim.least(job if made is None else replace(job, spec=made)))
+        return made
 
     def look(self) -> ClusterView:
         from pedro.cluster import within
@@ -167,7 +170,10 @@ def driver_arguments(job: JobRecord, settings: Settings) -> list[str]:
 
 def check_fits(spec: FineTuneSpec, settings: Settings) -> None:
     """Raise ConfigError for a job whose workers the cluster could not hold even if nothing else ran."""
-    claim, view = Claim.of(spec.to_dict()), RayJobs(settings, lambda _line: None).look()
+    _check_holds(RayJobs(settings, lambda _line: None).look(), Claim.of(spec.to_dict()))
+
+
+def _check_holds(view: ClusterView, claim: Claim) -> None:
     if not view.holds(claim):
         there = " and ".join(f"{node[name]:g} {name}" for node in view.nodes for name in RESOURCES if node.get(name))
         raise ConfigError(

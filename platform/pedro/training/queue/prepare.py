@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from pedro.errors import PedroError
     from pedro.store import JobRecord
 
-FIELDS = {"data.train": "training_file", "data.validation": "validation_file", "parent": "model"}
+FIELDS = {
+    **{"data.train": "training_file", "data.validation": "validation_file", "parent": "model"},
+    "resources": "method.pedro.resources",
+}
 """Of the API, for those of a spec."""
 
 

