@@ -1,11 +1,15 @@
 """Answers whose tokens are held to a shape by a mask, beside answers that are not."""
 
+import math
+import random
+
 import pytest
 import torch
 from engine_models import VOCABULARY, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
 from pedro.engine import SamplingParams
 from pedro.engine.sampler import SampleRow, sample
+from pedro.engine.token_mask import allowed, likeliest
 from pedro.errors import PedroError
 
 WORDS = VOCABULARY // 32
@@ -32,6 +36,10 @@ class Cycle:
         if len(self.taken) == self.breaks_at:
             raise PedroError("structured_outputs: takes too much", code="shape_bounds")
         return bits(*self.steps[len(self.taken) % len(self.steps)])
+
+    def lets(self, token_id):
+        at = len(self.taken)
+        return at != self.breaks_at and token_id in self.steps[at % len(self.steps)]
 
     def accept(self, token_id):
         assert token_id in self.steps[len(self.taken) % len(self.steps)]
@@ -78,6 +86,49 @@ def test_logprobs_are_the_models_own_whatever_the_mask():
     [one] = sample(logits, [row])
     assert one.logprob.logprob == pytest.approx(logits.log_softmax(-1)[0, 4].item())
     assert one.logprob.top[0][0] == logits[0].argmax().item()
+
+
+def test_the_kernel_finds_the_likeliest_token_that_a_mask_lets_through():
+    """Whatever the sizes, as masking all and taking the largest does."""
+    rng = random.Random(5)
+    for _ in range(120):
+        vocabulary, words, rows = rng.randint(1, 150), rng.randint(1, 5), rng.randint(1, 4)
+        logits = torch.randn(rows + 2, vocabulary).mul(2).round()  # so that some are equal
+        masks = [
+            bits(*(token for token in range(32 * words) if rng.random() < rng.choice([0.02, 0.5, 1])), words=words)
+            for _ in range(rows)
+        ]
+        at = rng.sample(range(rows + 2), rows)
+        if rng.random() < 0.3:
+            logits[rng.choice(at), rng.randrange(vocabulary)] = rng.choice([math.nan, math.inf])
+        found = likeliest(logits, at, masks, native=True)
+        for row, mask, token, slow in zip(at, masks, found, likeliest(logits, at, masks), strict=True):
+            let = allowed([mask], vocabulary, logits.device)[0].nonzero()[:, 0].tolist()
+            if not let or not logits[row, let].isfinite().all():
+                assert token == slow == -1
+            else:
+                assert token == max(let, key=lambda t: (logits[row, t], -t))
+                assert logits[row, slow] == logits[row, token]
+
+
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_a_model_that_keeps_to_the_shape_by_itself_asks_for_no_mask(model, kernel):
+    engine = make_engine(model, kernel=kernel)
+    free = run(engine, request("free", prompt(5), 12))["free"].token_ids
+    asked = []
+
+    class Follows(Cycle):
+        def bits(self):
+            asked.append(len(self.taken))
+            return super().bits()
+
+    steps = [(token, (token + 1) % VOCABULARY) for token in free]
+    steps[7] = ((free[7] + 1) % VOCABULARY,)  # the model would say something else here
+    engine.add(request("other", prompt(6), 12))
+    answer = run(engine, request("r", prompt(5), 8, new_mask=lambda: Follows(steps)))["r"]
+    assert answer.token_ids == [*free[:7], (free[7] + 1) % VOCABULARY]
+    assert asked == [7] or kernel == "torch"
+    engine.close()
 
 
 @pytest.mark.parametrize("kernel", ["torch", "auto"])

@@ -13,6 +13,8 @@ import string
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
@@ -60,7 +62,10 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         tokenizer = random_vocabulary(size)
         shapes = AnswerShapes(tokenizer, size.vocab, (2,))
         new_mask = asyncio.run(shapes.new_mask(AnswerShape("json", json.dumps(SCHEMA), "response_format"), "bench"))
-        engine = BenchEngine(size, options.device, max_batch=max(batches), max_length=PROMPT_TOKENS + NEW_TOKENS + 8)
+        length = PROMPT_TOKENS + NEW_TOKENS + 8
+        engine = BenchEngine(size, options.device, max_batch=max(batches), max_length=length, threads=options.threads)
+        if engine.engine.stats()["kernel"] == "native":
+            torch.set_num_threads(1)  # as in a server: threads of its own would take the kernel's cores
         refs = [str(path) for path in adapter_directories(size, "pedro", max(batches))]
         engine.load(refs)
         for batch in batches:

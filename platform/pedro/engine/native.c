@@ -14,6 +14,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -841,6 +842,37 @@ static void logits(const Model *M, const Batch *B) {
   }
 }
 
+/* ---- the likeliest token that a mask lets through ---- */
+
+static int likeliest(const float *y, const unsigned *mask, long words, long vocab) {
+  const vf none = all(-FLT_MAX);
+  const long end = vocab < 32 * words ? vocab : 32 * words;
+  vf best = none, bad = all(0);
+  vi lane, at = {0};
+  long t = 0, found = -1;
+  float value = -FLT_MAX;
+  for (int i = 0; i < VW; i++) lane[i] = 1 << i;
+  for (; t + VW <= end; t += VW) {
+    const unsigned let = mask[t / 32] >> t % 32 & ((1u << VW) - 1);
+    if (!let) continue;
+    const vf x = pick((lane & (int)let) != 0, load(y + t), none);
+    const vi more = x > best;
+    bad += x - x;
+    best = pick(more, x, best);
+    at = (more & (int)t) | (~more & at);
+  }
+  for (int i = 0; i < VW; i++) {
+    if (!(bad[i] == 0)) return -1;
+    if (best[i] > value || (best[i] == value && value > -FLT_MAX && at[i] + i < found)) value = best[i], found = at[i] + i;
+  }
+  for (; t < end; t++) {
+    if (!(mask[t / 32] >> t % 32 & 1)) continue;
+    if (!(y[t] - y[t] == 0)) return -1;
+    if (y[t] > value) value = y[t], found = t;
+  }
+  return found;
+}
+
 /* ---- kept blocks ---- */
 
 static void copy_head(const void *what, long unit, int thread) { /* of one tensor */
@@ -884,6 +916,11 @@ void pedro_copy(long threads, long tensors, const Copy *c) {
   enter(threads);
   share(tensors * c->heads, 8.0 * c->count, copy_head, c);
   leave(&spent, &lost);
+}
+
+void pedro_likeliest(long rows, const float *const *logits, const unsigned *const *masks, long words, long vocab,
+                     int *found) { /* -1 where what is let through is not finite, or nothing is */
+  for (long row = 0; row < rows; row++) found[row] = likeliest(logits[row], masks[row], words, vocab);
 }
 
 void pedro_decode(Model *M, const Batch *B) {

@@ -111,6 +111,9 @@ def load_kernel() -> ctypes.CDLL | None:
         function = getattr(kernel, f"pedro_{name}")
         function.argtypes, function.restype = (POINTER(ModelStruct), POINTER(BatchStruct), *last), None
     kernel.pedro_copy.argtypes, kernel.pedro_copy.restype = (c_long, c_long, POINTER(CopyStruct)), None
+    pointers = POINTER(c_void_p)
+    kernel.pedro_likeliest.argtypes = (c_long, pointers, pointers, c_long, c_long, POINTER(c_int))
+    kernel.pedro_likeliest.restype = None
     return kernel
 
 

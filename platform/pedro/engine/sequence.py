@@ -273,19 +273,35 @@ class Sequence:
         """Whether its next token is the model's likeliest, whatever that is."""
         return self.params.plain and not self.barred and self.request.new_mask is None
 
+    @property
+    def shaped(self) -> bool:
+        """Whether its next token is the likeliest of those that its mask lets through."""
+        return self.params.plain and not self.barred and self.request.new_mask is not None
+
+    def lets(self, token_id: int) -> bool:
+        """Whether its mask is known to let this token through; what goes wrong `mask_bits` says."""
+        try:
+            return self._begun_mask().lets(token_id)
+        except PedroError:
+            return False
+
     def mask_bits(self) -> torch.Tensor | None:
         """Which tokens may come next (`TokenMask.bits`); None for all. Sets `fault` where it cannot be told."""
         if self.request.new_mask is None:
             return None
         try:
-            if self._mask is None:
-                self._mask = self.request.new_mask()
-                for token_id in self.request.resumed_ids:
-                    self._mask.accept(token_id)
-            return self._mask.bits()
+            return self._begun_mask().bits()
         except PedroError as error:
             self.fault = error
             return None
+
+    def _begun_mask(self) -> TokenMask:
+        if self._mask is None:
+            assert self.request.new_mask is not None, "asked for only where the answer has a shape"
+            self._mask = self.request.new_mask()
+            for token_id in self.request.resumed_ids:
+                self._mask.accept(token_id)
+        return self._mask
 
     @property
     def prefill_ids(self) -> list[int]:

@@ -13,6 +13,7 @@ from pedro.engine.modulation import PreemptedState
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 from pedro.engine.sampler import SampleRow, greedy, sample
 from pedro.engine.sequence import Logprob, Sequence, SequenceState
+from pedro.engine.token_mask import likeliest
 
 if TYPE_CHECKING:
     from pedro.adapter_kinds import Adapter
@@ -122,12 +123,35 @@ def _choose(logits: Logits, sequences: list[Sequence], rows: list[int] | None) -
         made = [(sequence, token, None) for sequence, token in zip(sequences, tokens, strict=False)]
     else:
         made = [(sequence, tokens[row], None) for sequence, row in zip(sequences, rows, strict=True)]
+    if picky and tokens is not None:
+        shaped = [i for i in picky if sequences[i].shaped]
+        picky = [i for i in picky if not sequences[i].shaped]
+        _hold_to_shape(made, shaped, logits, rows)
     if picky:
         indices = picky if rows is None else [rows[i] for i in picky]
         values = logits.values if indices == list(range(len(logits.values))) else logits.values[indices]
         for i, one in zip(picky, sample(values, [_sample_row(sequences[i]) for i in picky]), strict=True):
             made[i] = (sequences[i], -1 if sequences[i].fault else one.token_id, one.logprob)
     return made
+
+
+def _hold_to_shape(made: list[NewToken], shaped: list[int], logits: Logits, rows: list[int] | None) -> None:
+    """Of those of `made` that are `shaped`, the likeliest token that the shape lets through in place of the likeliest
+    of all. A model that keeps to the shape by itself asks for no whole mask."""
+    places, masks = [], []
+    for i in shaped:
+        sequence, token, _ = made[i]
+        if token >= 0 and not sequence.lets(token):
+            bits = sequence.mask_bits()
+            made[i] = (sequence, -1, None)
+            if bits is not None:
+                places.append(i)
+                masks.append(bits)
+    if places:
+        native = logits.best is not None and logits.values.device.type == "cpu"
+        found = likeliest(logits.values, places if rows is None else [rows[i] for i in places], masks, native)
+        for i, token in zip(places, found, strict=True):
+            made[i] = (made[i][0], token, None)
 
 
 def _advance(beam: BeamSequence, logits: Any) -> tuple[int, list[tuple[int, int]]]:

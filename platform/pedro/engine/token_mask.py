@@ -5,10 +5,14 @@ Legend: R rows, W words of 32 bits, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from ctypes import c_int, c_void_p
 from typing import Protocol
 
 import numpy as np
 import torch
+
+from pedro.engine.native import load_kernel
 
 
 class TokenMask(Protocol):
@@ -21,9 +25,29 @@ class TokenMask(Protocol):
         """
         ...
 
+    def lets(self, token_id: int) -> bool:
+        """Whether this token may come next, for less than `bits` takes. False where it cannot be told: `bits` says."""
+        ...
+
     def accept(self, token_id: int) -> bool:
         """Take the token that was chosen; True where the answer is whole and nothing can follow."""
         ...
+
+
+def likeliest(logits: torch.Tensor, rows: list[int], masks: list[torch.Tensor], native: bool = False) -> list[int]:
+    """Of each of `rows` of logits [R, V] the likeliest token that its mask [W] lets through; -1 where that is not
+    finite. `native`: by the CPU kernel, whose logits they are."""
+    kernel = load_kernel() if native else None
+    if kernel is None:
+        values, tokens = logits[rows].masked_fill(~allowed(masks, logits.shape[-1], logits.device), -math.inf).max(-1)
+        finite = values.isfinite().tolist()
+        return [token if good else -1 for token, good in zip(tokens.tolist(), finite, strict=True)]
+    count, start, step = len(rows), logits.data_ptr(), logits.stride(0) * logits.element_size()
+    found = (c_int * count)()
+    of_rows = (c_void_p * count)(*(start + row * step for row in rows))
+    of_masks = (c_void_p * count)(*(mask.data_ptr() for mask in masks))
+    kernel.pedro_likeliest(count, of_rows, of_masks, len(masks[0]), logits.shape[-1], found)
+    return list(found)
 
 
 def allowed(masks: list[torch.Tensor], vocabulary: int, device: torch.device) -> torch.Tensor:

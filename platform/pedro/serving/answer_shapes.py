@@ -42,6 +42,7 @@ class AnswerShapes:
         self._eos_ids = sorted(eos_ids)
         self._spaces = _puts_spaces(tokenizer)
         self._tokens: LLTokenizer | None = None  # made when it is first needed: it takes a second
+        self._unlike: frozenset[int] = frozenset()  # tokens that no other is spelled like
         self._worker = ShapeWorker()
         self._free = asyncio.Lock()  # in the order of asking
         self._turns = Turns()
@@ -81,7 +82,8 @@ class AnswerShapes:
         grammar = self._worker.grammar(shape, spaced)
         if self._tokens is None:
             self._tokens = self._llguidance_tokenizer(shape.param)
-        return CompiledShape(self._tokens, grammar, -(-self._vocabulary // 32), shape.param)
+            self._unlike = _unlike(self._tokens)
+        return CompiledShape(self._tokens, grammar, -(-self._vocabulary // 32), shape.param, self._unlike)
 
     def _llguidance_tokenizer(self, param: str) -> LLTokenizer:
         tokenizer: Any = self._tokenizer
@@ -102,8 +104,8 @@ class CompiledShape:
     lexer of its own, so that it ends as it would alone; the shape is `used_up`.
     """
 
-    def __init__(self, tokens: LLTokenizer, grammar: str, words: int, param: str) -> None:
-        self.words, self.param = words, param
+    def __init__(self, tokens: LLTokenizer, grammar: str, words: int, param: str, unlike: frozenset[int]) -> None:
+        self.words, self.param, self.unlike = words, param, unlike
         self._tokens, self._grammar = tokens, grammar
         self.used_up = self.is_cheap = False
         began = time.thread_time()
@@ -146,6 +148,15 @@ class Matcher:
             raise too_much(self._shape.param)
         return self._bits
 
+    def lets(self, token_id: int) -> bool:
+        """Whether the token may come next. Of tokens that are spelled alike a mask may leave some out."""
+        if token_id not in self._shape.unlike:
+            return False
+        began = time.thread_time()
+        good = not self._matcher.is_error() and self._matcher.validate_tokens([token_id]) == 1
+        self._cpu_left_s += (EACH_S if good else 0) + began - time.thread_time()
+        return good and self._cpu_left_s >= 0
+
     def accept(self, token_id: int) -> bool:
         """Take the chosen token; True where nothing can follow. What goes wrong here `bits` says."""
         self._taken.append(token_id)
@@ -153,6 +164,17 @@ class Matcher:
 
     def _compute(self) -> None:
         self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.nbytes)
+
+
+def _unlike(tokens: LLTokenizer) -> frozenset[int]:
+    """The tokens with a text that no other token has; special ones have none."""
+    first: dict[bytes, int] = {}
+    twice: set[bytes] = {b""}
+    for token in (token for token in range(tokens.vocab_size) if not tokens.is_special_token(token)):
+        text = tokens.decode_bytes([token])
+        if first.setdefault(text, token) != token:
+            twice.add(text)
+    return frozenset(token for text, token in first.items() if text not in twice)
 
 
 def _puts_spaces(tokenizer: Tokenizer) -> bool:
