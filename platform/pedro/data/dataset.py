@@ -29,6 +29,7 @@ from pedro.stored_files import touch
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
+    from pedro.data.conditioning import Heads
     from pedro.data.row_shapes import Example, Fields
     from pedro.model_protocols import Tokenizer
 
@@ -216,11 +217,11 @@ class _Writer:
     def __init__(self, tokenizer: Tokenizer, format_: PromptFormat, max_length: int) -> None:
         self.tokenizer, self.format, self.max_length = tokenizer, format_, max_length
         self.examples = self.rows = self.truncated = 0
-        self.heads = None
+        self.heads: Heads | None = None
         if format_.head_end:
-            from pedro.data.conditioning import Heads
+            from pedro.data import conditioning
 
-            self.heads = Heads(format_, tokenizer)
+            self.heads = conditioning.Heads(format_, tokenizer)
 
     def batches(self, path: Path, fields: Fields | None) -> Iterator[dict[str, list[Any]]]:
         examples = self._examples(path, fields)
