@@ -25,15 +25,17 @@ DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]
 INK = "#808495"  # readable on the light and on the dark page
 STYLE = """<style>
 [data-testid="stMainBlockContainer"] {padding: 3.2rem clamp(1rem, 3.5vw, 4rem) 4rem;}
-[data-testid="stMetricLabel"] *, [data-testid="stMetricDelta"], [data-testid="stMetricDelta"] * {
+[data-testid="stMetricLabel"] *, [data-testid="stMetricDelta"], [data-testid="stMetricDelta"] *,
+[data-testid="stMetricValue"], [data-testid="stMetricValue"] *, [data-testid="stPageLink"] * {
   white-space: normal !important; overflow: visible !important; text-overflow: clip !important;}
 [data-testid="stMetricDelta"] {height: auto; max-width: 100%;}
 @media (max-width: 640px) {
+  [data-testid="stMetricValue"] {font-size: 1.6rem;}
   [data-testid="stHorizontalBlock"]:not(:has([data-testid="stHorizontalBlock"])) >
   [data-testid="stColumn"]:has([data-testid="stMetric"]) {min-width: calc(50% - 0.5rem); flex: 1 1 calc(50% - 0.5rem);}
 }
 </style>"""
-"""Less margin, and figures whose notes wrap instead of ending in dots, two to a row on a phone."""
+"""Less margin, and figures and links whose words wrap instead of ending in dots, two to a row on a phone."""
 
 
 def number(column: DeltaGenerator, label: str, value: str, note: str) -> None:

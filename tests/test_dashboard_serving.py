@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 
+import altair as alt
 import dashboard_gateway
 import httpx
 import pytest
 from dashboard_app import healthy, opener, words
 from traffic_scrapes import add, end, replica, window
 
+from components import timeline
 from pedro.gateway import traffic_sampler
 from pedro.traffic.history import Interval, TrafficHistory
 from pedro.traffic.scrape import Traffic
@@ -50,6 +52,15 @@ def test_what_no_interval_covers_was_not_observed():
     assert serving.gaps(seen, 0.0, 600.0) == [(0.0, 300.0), (330.0, 500.0), (515.0, 600.0)]
     assert serving.gaps(seen, 290.0, 520.0) == [(330.0, 500.0)], "the time of a reading or two is no gap"
     assert serving.gaps([], 0.0, 600.0) == [(0.0, 600.0)]
+
+
+def test_a_chart_has_its_band_also_where_all_was_observed():
+    """In Chromium, lines alone were all drawn at one moment."""
+    x = alt.X("at:T")
+    for observed in (timeline.Shown(100.0, 200.0, []), timeline.Shown(100.0, 200.0, [(100.0, 120.0)])):
+        (band,) = timeline.unobserved(observed, x)
+        begun, ended = observed.gaps[0] if observed.gaps else (200.0, 200.0)
+        assert (band.data["at"][0], band.data["to"][0]) == (1000 * begun, 1000 * ended)
 
 
 def test_rates_are_of_the_time_and_what_has_no_line_of_its_own_is_added():

@@ -27,6 +27,7 @@ from pedro.training.sweep.records import Trial, TrialState
 from pedro.training.sweep.told import trial_event
 from sources import sweep_space, training
 from sources.gateway import GatewayClient, GatewayError
+from sources.token_text import token_texts
 
 ROWS = b"".join(
     json.dumps({"prompt": f"question {n}", "completion": "yes" if n % 3 else "no"}).encode() + b"\n" for n in range(30)
@@ -322,6 +323,17 @@ def test_files_of_every_kind_are_checked_and_preferences_are_learnt_by_dpo():
     body = training.Plan("b", "a", beta=0.2).body("file-1", "file-2")
     assert body["method"]["dpo"]["hyperparameters"]["beta"] == 0.2
     assert (body["training_file"], body["validation_file"]) == ("file-1", "file-2")
+
+
+def test_tokens_are_shown_as_the_text_that_they_stand_for():
+    assert token_texts(["<|im_start|>", "What", "Ġfilm", "ĠcafÃ©", "Ċ"]) == [
+        "<|im_start|>",
+        "What",
+        " film",
+        " café",
+        "\n",
+    ]
+    assert token_texts(["▁play", "é"]) == [" play", "é"]
 
 
 def test_names_and_options_are_read_as_people_write_them():

@@ -12,6 +12,7 @@ from drawing import number
 from pedro.data.check import GOOD_ROW, MAX_ERRORS
 from pedro.data.files import Kind
 from pedro.data.mistakes import escaped
+from sources.token_text import token_texts
 
 if TYPE_CHECKING:
     from pedro.data.check import DataReport
@@ -117,7 +118,7 @@ def answers(report: DataReport) -> None:
     """The commonest ones: of labels, how they are spread."""
     if not report.answers:
         return
-    st.markdown("**Commonest answers**")
+    st.markdown("**Most common answers**")
     st.dataframe(
         pd.DataFrame([{"answer": text, "rows": count} for text, count in report.answers]),
         hide_index=True,
@@ -138,12 +139,13 @@ def masks(rows: tuple[MaskedRow, ...]) -> None:
 
 def masked(row: MaskedRow) -> str:
     """One row as HTML; its text is a tenant's and is escaped."""
+    texts = token_texts(row.tokens[:MOST_TOKENS])
     pieces = [
-        f'<span style="{LEARNT if learnt else MASKED}">{escape(escaped(token))}</span>'
-        for token, learnt in zip(row.tokens[:MOST_TOKENS], row.supervised, strict=False)
+        f'<span style="{LEARNT if learnt else MASKED}">{escape(escaped(text))}</span>'
+        for text, learnt in zip(texts, row.supervised, strict=False)
     ]
     more = f" … and {len(row.tokens) - MOST_TOKENS:,} tokens" if len(row.tokens) > MOST_TOKENS else ""
     return (
-        f'<p style="margin: 0 0 0.6rem; overflow-wrap: anywhere; line-height: 1.7">'
-        f"<small>{escape(row.place)}</small><br>{' '.join(pieces)}{more}</p>"
+        f'<p style="margin: 0 0 0.6rem; overflow-wrap: anywhere; white-space: pre-wrap; line-height: 1.7">'
+        f"<small>{escape(row.place)}</small><br>{''.join(pieces)}{more}</p>"
     )

@@ -127,7 +127,7 @@ def curves(settings: Settings, names: dict[str, str], nothing: str, where: str) 
         return
     runs = list(dict.fromkeys(frame["run"]))
     colour, dash = ("run", "curve") if len(runs) > 1 else ("curve", "run")
-    legend = alt.Legend(title=None, orient="top", columns=4, labelLimit=240)
+    legend = alt.Legend(title=None, orient="top", columns=2, labelLimit=240)
     loss = plot == plots[0]
     log = loss and bool((frame["value"] > 0).all())
     scale = alt.Scale(type="log", nice=False, padding=8) if log else alt.Scale(zero=False)

@@ -37,7 +37,7 @@ def choose(method: str) -> dict[str, Any] | None:
         space |= data.listed("method.orders", [list(pair) for pair in orders])
     numbers = st.columns(4)
     low = numbers[0].number_input(
-        "Rate from", 1e-7, 10.0, 1e-3, 1e-4, format="%.2g", key="train_sweep_from", persist_state="session"
+        "Learning rate from", 1e-7, 10.0, 1e-3, 1e-4, format="%.2g", key="train_sweep_from", persist_state="session"
     )
     high = numbers[1].number_input(
         "to", 1e-7, 10.0, 3e-2, 1e-4, format="%.2g", key="train_sweep_to", persist_state="session"
@@ -75,6 +75,6 @@ def choose(method: str) -> dict[str, Any] | None:
         return None
     st.caption(
         f"{int(trials)} trials with different values of {data.said(space)}; the one with the least validation loss "
-        "becomes the version. The rate above counts where it does not vary."
+        "becomes the version. The learning rate above applies where the sweep does not vary it."
     )
     return data.section(space, str(algorithm or "random"), int(trials), every=int(every), early=early)

@@ -45,7 +45,7 @@ def draw(
     rows = pd.concat([rows, pd.DataFrame(broken, columns=["at", by, "value"])]) if broken else rows
     rows = rows.astype({"value": float}).assign(when=rows["at"].map(clock), at=moments(rows["at"]))
     legend = alt.Legend(
-        title=None, orient="bottom", columns=3, labelLimit=180, symbolType="stroke", symbolStrokeWidth=3
+        title=None, orient="bottom", columns=2, labelLimit=180, symbolType="stroke", symbolStrokeWidth=3
     )
     dashes = [DASHES[index % len(DASHES)] for index in range(len(names))]
     ends = [1000 * shown.start, 1000 * shown.end]
@@ -83,12 +83,10 @@ def draw(
 
 
 def unobserved(shown: Shown, x: alt.X) -> list[alt.Chart]:
-    """Grey where nobody looked."""
-    if not shown.gaps:
-        return []
+    """Grey where nobody looked; without such a time a band of no width, since Vega draws lines alone at one moment."""
     bands = pd.DataFrame(
         {"at": 1000 * begun, "to": 1000 * ended, "text": f"not observed, {clock(begun)} to {clock(ended)}"}
-        for begun, ended in shown.gaps
+        for begun, ended in shown.gaps or [(shown.end, shown.end)]
     )
     band = alt.Chart(bands).mark_rect(color=INK, opacity=0.16)
     return [band.encode(x=x, x2="to:T", tooltip=alt.Tooltip("text:N", title="UTC"))]

@@ -79,7 +79,7 @@ def scores(demo: data.DemoResult) -> None:
             "answers:N",
             sort=list(ANSWERS),
             scale=alt.Scale(domain=list(ANSWERS), range=list(ANSWERS.values())),
-            legend=alt.Legend(title=None, orient="top"),
+            legend=alt.Legend(title=None, orient="top", columns=2, labelLimit=240),
         )
     )
     values = base.mark_text(dy=-7, fontSize=12, color=INK).encode(text=alt.Text("score:Q", format=".0%"))

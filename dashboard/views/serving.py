@@ -6,6 +6,7 @@ observed is drawn as such. Times are UTC.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -160,7 +161,10 @@ def latency(
     if rows.empty:
         nothing("No answer finished", shown)
         return
-    rows["value"] *= 1000
+    answered = set(rows["at"])
+    idle = [(each.end, name) for each in intervals if each.end not in answered for name in PERCENTILES]
+    breaks = pd.DataFrame([{"at": at, "percentile": name, "value": math.nan} for at, name in idle])
+    rows = pd.concat([rows, breaks]).assign(value=lambda frame: 1000 * frame["value"])  # a line ends where none did
     draw(rows, "percentile", PERCENTILES, happened, shown, "ms", ",.1f", points=True)
 
 

@@ -38,7 +38,7 @@ MORE = (
     "JSONL, JSON, CSV or parquet (also packed by gzip or zstd), of messages, prompt and completion, Alpaca, ShareGPT "
     "or preferences."
 )
-KINDS = {"job": "one job", "sweep": "a sweep: several, the best of which becomes the version"}
+KINDS = {"job": "One job", "sweep": "A sweep"}
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 

@@ -11,7 +11,7 @@ import streamlit as st
 
 import connection
 from components import shared_url
-from drawing import colours, number
+from drawing import SERIES, number
 from pedro.store import USAGE_GROUPS
 from sources import usage as data
 from sources.view import tenant_seen
@@ -47,7 +47,7 @@ read_names = st.cache_data(ttl=30, show_spinner=False)(data.key_names)
 def page() -> None:
     settings = connection.settings()
     st.title("Usage", anchor=False)
-    columns = st.columns([3, 2, 3], vertical_alignment="bottom")
+    columns = st.columns([4, 2, 3], vertical_alignment="bottom")
     period = columns[0].segmented_control(
         "Time", list(data.PERIODS), default="30 days", required=True, key="time", bind="query-params"
     )
@@ -81,12 +81,16 @@ def figures(frame: pd.DataFrame) -> None:
     """Sums of all that is shown."""
     sums = frame.sum(numeric_only=True)
     columns = st.columns(4)
-    number(columns[0], "Requests", f"{sums['requests']:,.0f}", f"on {frame['day'].nunique():,} days")
+    number(columns[0], "Requests", f"{sums['requests']:,.0f}", days_said(frame["day"].nunique()))
     cached = sums["cached_tokens"] / max(1, sums["prompt_tokens"])
     number(columns[1], "Prompt tokens", f"{sums['prompt_tokens']:,.0f}", f"{cached:.0%} of them cached")
     number(columns[2], "Answer tokens", f"{sums['completion_tokens']:,.0f}", "as the engine counted them")
     hours = f"{sums['training_seconds'] / 3600:,.2f} h, times the workers"
     number(columns[3], "Training tokens", f"{sums['training_tokens']:,.0f}", hours)
+
+
+def days_said(count: int) -> str:
+    return "on one day" if count == 1 else f"on {count:,} days"
 
 
 def over_time(frame: pd.DataFrame, field: str) -> None:
@@ -97,13 +101,19 @@ def over_time(frame: pd.DataFrame, field: str) -> None:
     largest = frame.groupby(field)["tokens"].sum().nlargest(MOST_SERIES - 1).index
     frame[field] = frame[field].where(frame[field].isin(largest), "others")
     days = frame.groupby(["day", field], as_index=False)["tokens"].sum()
+    names = sorted(days[field].unique())
     chart = (
         alt.Chart(days)
-        .mark_bar()
+        .mark_bar(size=min(40, 600 // days["day"].nunique()))
         .encode(
             x=alt.X("day:O", title=None, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y("tokens:Q", title="tokens", axis=alt.Axis(format="~s")),
-            color=colours(field, sorted(days[field].unique())),
+            color=alt.Color(
+                f"{field}:N",
+                sort=names,
+                scale=alt.Scale(domain=names, range=[SERIES[index % len(SERIES)] for index in range(len(names))]),
+                legend=alt.Legend(title=None, orient="top", columns=3, labelLimit=240),
+            ),
             tooltip=[f"{field}:N", "day:O", alt.Tooltip("tokens:Q", format=",")],
         )
     )
