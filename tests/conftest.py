@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+from made_once import make_once, set_aside
 
 if TYPE_CHECKING:
     from jobs.benchmarks.postgres_server import PostgresServer
@@ -32,6 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     counts = Counter(item.path.name for item in items)
     items.sort(key=lambda item: (first.get(item.path.name, len(first)), -counts[item.path.name], item.path.name))
+
+
+_files: list[Path] = []  # of the tests that were begun
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is imported by now is seen to; what is there at the begin of a file stays."""
+    make_once()
+    if item.path not in _files[-1:]:
+        _files.append(item.path)
+        set_aside()
 
 
 @pytest.fixture(scope="session")

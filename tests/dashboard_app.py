@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_once import make_once
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "dashboard"
 if str(DASHBOARD) not in sys.path:
@@ -19,6 +20,7 @@ def opener(monkeypatch: pytest.MonkeyPatch, view: str = "overview") -> Callable[
     AppTest; a page that raises fails the test."""
     streamlit = pytest.importorskip("streamlit")
     testing = pytest.importorskip("streamlit.testing.v1")
+    make_once()
 
     def open_page(home: Path, tracking_uri: str | None = None, **query: str | list[str]) -> Any:
         for name in ("MLFLOW_TRACKING_URI", "PEDRO_DATABASE_URL", "PEDRO_STORAGE", "RAY_ADDRESS"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,13 +32,13 @@ class Pod:
 
 
 @functools.cache
-def _render(overlay: str) -> str:
-    return yaml.safe_dump_all(rendered(ROOT / "k8s" / "overlays" / overlay))
+def _render(overlay: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(yaml.safe_dump_all(rendered(ROOT / "k8s" / "overlays" / overlay))))
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
-    """Every object of an overlay."""
-    return list(yaml.safe_load_all(_render(overlay)))
+    """Every object of an overlay; a copy, which a test may change."""
+    return copy.deepcopy(_render(overlay))
 
 
 def one(objects: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:

@@ -15,14 +15,17 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("platform", "dashboard", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 OPEN_PAGES = """
+import functools
 import sys
 
 sys.modules.update(dict.fromkeys(("datasets", "deepspeed", "lm_eval", "matplotlib", "optuna"), None))  # other extras
 
 import pedro
 from pedro.cli.dashboard import find_app
+from streamlit.components.v2 import manifest_scanner
 from streamlit.testing.v1 import AppTest
 
+manifest_scanner.scan_component_manifests = functools.cache(manifest_scanner.scan_component_manifests)  # of each page
 app = find_app()
 sys.path.insert(0, str(app.parent))  # as `streamlit run` does
 print(pedro.__file__, app, sep="\\n")

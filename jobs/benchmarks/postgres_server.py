@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import sqlalchemy as sa
 
 from pedro.errors import NotFoundError
-from pedro.store import Database
+from pedro.store import Database, schema
+from pedro.store.changes import EPOCH
 from pedro.store.migrate import upgrade
 
 QUICK = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=32MB", "max_connections=200")
@@ -38,6 +41,7 @@ class PostgresServer:
         self.folder = folder
         self._command, self._as_user = command, as_user
         self._process: subprocess.Popen[bytes] | None = None
+        self._template = ""  # the name of a database with the schema: made once, copied often
 
     def start(self) -> None:
         """Start it, and return when it answers."""
@@ -69,18 +73,32 @@ class PostgresServer:
 
     def database(self) -> str:
         """The URL of a database that nobody else has."""
-        name = f"test_{os.getpid()}_{next(_count)}"
-        with self._connect() as connection:
-            connection.execute(f"CREATE DATABASE {name}")
-        return f"postgresql://pedro@/{name}?host={self.folder}"
+        return self._url(self._create("template1"))
 
     def ready_database(self) -> str:
-        """The URL of a new database with this release's schema and nothing in it."""
-        url = self.database()
+        """The URL of a new database with this release's schema and nothing in it, under an epoch of its own."""
+        if not self._template:
+            name = self._create("template1")
+            database = Database(self._url(name))
+            upgrade(database)
+            database.close()
+            self._template = name
+        url = self._url(self._create(self._template))
         database = Database(url)
-        upgrade(database)
+        with database.writing() as connection:
+            of_epoch = schema.counters.c.name == EPOCH
+            connection.execute(sa.update(schema.counters).where(of_epoch).values(value=secrets.randbits(62)))
         database.close()
         return url
+
+    def _create(self, template: str) -> str:
+        name = f"test_{os.getpid()}_{next(_count)}"
+        with self._connect() as connection:
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    def _url(self, name: str) -> str:
+        return f"postgresql://pedro@/{name}?host={self.folder}"
 
     def _connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(host=str(self.folder), user="pedro", dbname="postgres", autocommit=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -67,6 +68,7 @@ def _hash(root: Path, folders: tuple[str, ...]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -86,6 +88,7 @@ def _commit(checkout: Path) -> str | None:
         return None
 
 
+@functools.cache
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

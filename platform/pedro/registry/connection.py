@@ -158,6 +158,7 @@ def _make_schema(database: Path) -> None:
     for left in (scratch, scratch.with_name(f"{scratch.name}-journal")):
         left.unlink(missing_ok=True)
     _connect(f"{SQLITE}{scratch}")
+    _mark(scratch)
     scratch.rename(database)
 
 
@@ -166,9 +167,8 @@ def _upgrade_schema(database: Path) -> None:
     import mlflow.store.db_migrations
     from alembic.script import ScriptDirectory
 
-    release = zlib.crc32(mlflow.__version__.encode()) >> 1
     with closing(sqlite3.connect(database, timeout=20)) as link:
-        if link.execute("PRAGMA user_version").fetchone()[0] == release:  # which nobody else uses: it was looked at
+        if link.execute("PRAGMA user_version").fetchone()[0] == _release():  # which nobody else uses: it was looked at
             return
         found = link.execute("SELECT version_num FROM alembic_version").fetchone()[0]
     if found != ScriptDirectory(str(Path(mlflow.store.db_migrations.__file__).parent)).get_current_head():
@@ -182,5 +182,16 @@ def _upgrade_schema(database: Path) -> None:
             why = done.stderr.strip().rpartition("\n")[2]
             raise RuntimeError(f"its schema, {found}, is not this MLflow's, and cannot become it: {why}")
         scratch.rename(database)
+    _mark(database)
+
+
+def _mark(database: Path) -> None:
+    """Its schema is this MLflow's: who opens it next need not look."""
     with closing(sqlite3.connect(database, timeout=20)) as link:
-        link.execute(f"PRAGMA user_version = {release}")
+        link.execute(f"PRAGMA user_version = {_release()}")
+
+
+def _release() -> int:
+    import mlflow
+
+    return zlib.crc32(mlflow.__version__.encode()) >> 1

@@ -1,0 +1,112 @@
+"""What many tests would make again is made once a process: the schema of a new store, and what never changes."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_done: set[str] = set()
+
+
+def make_once() -> None:
+    """See to what is imported by now."""
+    for name, see_to in PATCHES.items():
+        if name in sys.modules and name not in _done:
+            _done.add(name)
+            see_to(sys.modules[name])
+
+
+def set_aside() -> None:
+    """What is there now stays: a look for garbage, as Streamlit has after each run of a page, passes it over."""
+    gc.collect()
+    gc.freeze()
+
+
+def _migrations(migrate: Any) -> None:
+    """An empty sqlite file gets what the migrations left in the first one, under an epoch of its own."""
+    import sqlalchemy as sa
+
+    from pedro.store import schema
+    from pedro.store.changes import EPOCH
+
+    @functools.cache
+    def left() -> list[str]:
+        engine = sa.create_engine("sqlite://", connect_args={"isolation_level": None})
+        with engine.connect() as connection:
+            whole(connection)
+            link: Any = connection.connection.driver_connection
+            return list(link.iterdump())[1:-1]  # between BEGIN and COMMIT
+
+    def apply(connection: sa.Connection, to: str = schema.REVISION) -> None:
+        if to != schema.REVISION or connection.dialect.name != "sqlite" or sa.inspect(connection).get_table_names():
+            whole(connection, to)
+            return
+        for statement in left():
+            connection.exec_driver_sql(statement)
+        of_epoch = schema.counters.c.name == EPOCH
+        connection.execute(sa.update(schema.counters).where(of_epoch).values(value=secrets.randbits(62)))
+
+    whole, migrate.apply = migrate.apply, apply
+
+
+def _mlflow_store(connection: Any) -> None:
+    """A new MLflow store is a copy of the first one, which takes seconds."""
+    first: list[Path] = []
+
+    def make(database: Path) -> None:
+        if first:
+            shutil.copy(first[0], database)
+            return
+        whole(database)
+        folder = Path(tempfile.mkdtemp(prefix="pedro-mlflow-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        first.append(folder / "mlflow.db")
+        shutil.copy(database, first[0])
+
+    whole, connection._make_schema = connection._make_schema, make
+
+
+def _mlflow_revision(utils: Any) -> None:
+    """Which schema this MLflow has is read from its seventy migrations once."""
+    utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
+
+
+def _provenance(provenance: Any) -> None:
+    """The state of this checkout does not change under its tests."""
+
+    def once(look: Callable[..., Any]) -> Callable[..., Any]:
+        kept = functools.cache(look)
+        return lambda root, *rest: (kept if root == provenance.CHECKOUT else look)(root, *rest)
+
+    provenance._hash, provenance._commit = once(provenance._hash), once(provenance._commit)
+
+
+def _pages(_: Any) -> None:
+    """Streamlit's AppTest looks through every installed package for components, reads the scripts and looks for
+    garbage, anew for each page that is opened."""
+    from streamlit import config
+    from streamlit.components.v2 import manifest_scanner
+    from streamlit.runtime.scriptrunner.script_cache import ScriptCache
+    from streamlit.testing.v1 import app_test, local_script_runner
+
+    config.set_option("runner.postScriptGC", False)
+    manifest_scanner.scan_component_manifests = functools.cache(manifest_scanner.scan_component_manifests)
+    scripts = functools.cache(ScriptCache)
+    app_test.ScriptCache = local_script_runner.ScriptCache = scripts  # type: ignore[assignment, misc]
+
+
+PATCHES: dict[str, Callable[[Any], None]] = {
+    "pedro.store.migrate": _migrations,
+    "pedro.registry.connection": _mlflow_store,
+    "mlflow.store.db.utils": _mlflow_revision,
+    "pedro.provenance": _provenance,
+    "streamlit.testing.v1": _pages,
+}
