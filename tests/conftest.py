@@ -67,12 +67,15 @@ def shared_replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleN
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database of the test's own with this release's schema: one test on each kind."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/deep/er/pedro.db"
+        yield f"sqlite:///{tmp_path}/deep/er/pedro.db"
+        return
     server: PostgresServer = request.getfixturevalue("postgres")
-    return server.ready_database()
+    url = server.ready_database()
+    yield url
+    server.drop(url)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import functools
 import gc
 import secrets
 import shutil
+import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable
@@ -79,6 +80,21 @@ def _mlflow_revision(utils: Any) -> None:
     utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
 
 
+def _files(os: Any) -> None:
+    """What is written waits for no disk, as it must where the power may fail: twenty milliseconds each, on some."""
+    os.fsync = lambda _: None
+
+
+def _sqlite(sqlalchemy: Any) -> None:
+    """Nor does what is committed."""
+
+    @sqlalchemy.event.listens_for(sqlalchemy.Engine, "checkout")
+    def let_go(link: Any, record: Any, _proxy: Any) -> None:
+        if isinstance(link, sqlite3.Connection) and not record.info.get("let_go"):
+            link.execute("PRAGMA synchronous=OFF")
+            record.info["let_go"] = True
+
+
 def _provenance(provenance: Any) -> None:
     """The state of this checkout does not change under its tests."""
 
@@ -97,13 +113,21 @@ def _pages(_: Any) -> None:
     from streamlit.runtime.scriptrunner.script_cache import ScriptCache
     from streamlit.testing.v1 import app_test, local_script_runner
 
+    @functools.cache
+    def scripts() -> ScriptCache:
+        return ScriptCache()
+
     config.set_option("runner.postScriptGC", False)
-    manifest_scanner.scan_component_manifests = functools.cache(manifest_scanner.scan_component_manifests)
-    scripts = functools.cache(ScriptCache)
-    app_test.ScriptCache = local_script_runner.ScriptCache = scripts  # type: ignore[assignment, misc]
+    scanner: Any = manifest_scanner
+    scanner.scan_component_manifests = functools.cache(scanner.scan_component_manifests)
+    runners: tuple[Any, ...] = (app_test, local_script_runner)
+    for runner in runners:
+        runner.ScriptCache = scripts
 
 
 PATCHES: dict[str, Callable[[Any], None]] = {
+    "os": _files,
+    "sqlalchemy": _sqlite,
     "pedro.store.migrate": _migrations,
     "pedro.registry.connection": _mlflow_store,
     "mlflow.store.db.utils": _mlflow_revision,

@@ -37,7 +37,7 @@ def connect():
             }
             done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
             assert done.returncode == 0, done.stderr
-            (server.folder / "data" / "pg_hba.conf").write_text("local all all scram-sha-256\n")
+            (server.data / "pg_hba.conf").write_text("local all all scram-sha-256\n")
             boss.execute("SELECT pg_reload_conf()")
 
         def connect(role, database, password=None):
