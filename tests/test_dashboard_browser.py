@@ -258,7 +258,7 @@ def start_a_job(page, platform) -> None:
     settled(page)
     picture(page, "train")
     page.get_by_role("button", name="Start training").click()
-    page.get_by_text("What it told").wait_for()
+    page.get_by_text("Events", exact=True).wait_for()
     job_id = page.url.rpartition("job=")[2]
     reply = httpx.get(f"{platform.gateway}/v1/fine_tuning/jobs/{job_id}", headers=key_of(platform), timeout=120)
     assert reply.json()["training_file"].startswith("file-")
