@@ -133,5 +133,14 @@ def figure(cell: str) -> str:
     return text if "†" not in cell else text.partition(" [")[0] + " (chance)"
 
 
+def test_what_failures_cost_is_what_the_benchmarks_measured():
+    page, said = " ".join(PAGE.read_text().split()), []
+    whole, killed = json.loads((RESULTS / "batch.json").read_text())["rows"]
+    said.append(f"killed after {killed['killed_at']:,} of {killed['rows']:,} rows: {killed['once']:,} answered once")
+    said.append(f"{killed['as_undisturbed']:,} as in the batch that nobody disturbed")
+    said.append(f"in {killed['seconds']:.0f} s in place of {whole['seconds']:.0f} s")
+    assert [words for words in said if words not in page] == []
+
+
 def plain(row: list[str]) -> list[str]:
     return [cell.replace("**", "") for cell in row]
