@@ -12,8 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dashboard_pages import PATIENCE_MS, chromium, settled, shown, started, take_file
+
+if TYPE_CHECKING:
+    from playwright.sync_api import ConsoleMessage, Page
 
 SCREENSHOTS = Path(__file__).resolve().parents[1] / "dashboard" / "screenshots"
 DESKTOP, PHONE = 1280, 390
@@ -71,12 +75,12 @@ def main(arguments: list[str]) -> int:
     return 1 if faults else 0
 
 
-def note(faults: list[str], name: str, message) -> None:
+def note(faults: list[str], name: str, message: ConsoleMessage) -> None:
     if message.type == "error" and "_stcore" not in message.location.get("url", ""):
         faults.append(f"{name}: {message.text}")
 
 
-def prepare(page, name: str, options: argparse.Namespace) -> None:
+def prepare(page: Page, name: str, options: argparse.Namespace) -> None:
     """What a reader would do before the page shows what it is for."""
     if name == "train":
         take_file(page, options.rows.name, options.rows.read_bytes())
@@ -99,7 +103,7 @@ def prepare(page, name: str, options: argparse.Namespace) -> None:
     settled(page)
 
 
-def take(page, name: str, folder: Path | None, faults: list[str]) -> None:
+def take(page: Page, name: str, folder: Path | None, faults: list[str]) -> None:
     SCREENSHOTS.mkdir(exist_ok=True)
     for width in (DESKTOP, PHONE) if folder else (DESKTOP,):
         for scheme in ("light", "dark") if folder else ("light",):

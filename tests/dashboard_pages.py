@@ -6,7 +6,10 @@ import contextlib
 import re
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import FilePayload, Page
 
 SETTLED = """() => document.querySelector('h1')
   && !document.querySelector('[data-testid=stStatusWidget]')
@@ -41,7 +44,7 @@ def started(executable: str) -> Iterator[Any]:
         browser.close()
 
 
-def settled(page) -> None:
+def settled(page: Page) -> None:
     """Wait until nothing is drawn any more; no exception may be shown."""
     page.wait_for_function(SETTLED)
     page.wait_for_timeout(500)
@@ -50,18 +53,18 @@ def settled(page) -> None:
     assert exceptions.count() == 0, exceptions.inner_text()
 
 
-def visit(page, title: str) -> None:
+def visit(page: Page, title: str) -> None:
     page.locator("[data-testid=stSidebarNav]").get_by_role("link", name=title, exact=True).click()
     shown(page, title)
 
 
-def shown(page, title: str) -> None:
+def shown(page: Page, title: str) -> None:
     heading = "pedro" if title == "Overview" else title
     page.locator("h1", has_text=re.compile(f"^{heading}$")).wait_for()
     settled(page)
 
 
-def choose(page, label: str, *texts: str) -> None:
+def choose(page: Page, label: str, *texts: str) -> None:
     """Pick options of a selectbox or multiselect by the keyboard."""
     for text in texts:
         box = page.get_by_role("combobox", name=re.compile(rf"{label}$")).first
@@ -74,9 +77,9 @@ def choose(page, label: str, *texts: str) -> None:
         settled(page)
 
 
-def take_file(page, name: str, content: bytes) -> None:
+def take_file(page: Page, name: str, content: bytes) -> None:
     """A file dropped on the Train page, until it is checked."""
-    file = {"name": name, "mimeType": "application/jsonl", "buffer": content}
+    file: FilePayload = {"name": name, "mimeType": "application/jsonl", "buffer": content}
     page.locator("[data-testid=stFileUploaderDropzoneInput]").first.set_input_files(file)
     page.get_by_text("can be trained on").wait_for()
     settled(page)

@@ -88,11 +88,12 @@ def _files(os: Any) -> None:
 def _sqlite(sqlalchemy: Any) -> None:
     """Nor does what is committed."""
 
-    @sqlalchemy.event.listens_for(sqlalchemy.Engine, "checkout")
     def let_go(link: Any, record: Any, _proxy: Any) -> None:
         if isinstance(link, sqlite3.Connection) and not record.info.get("let_go"):
             link.execute("PRAGMA synchronous=OFF")
             record.info["let_go"] = True
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "checkout", let_go)
 
 
 def _provenance(provenance: Any) -> None:
