@@ -117,7 +117,7 @@ def test_the_time_that_is_left_is_told_until_none_is(tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_a_clear_error(tmp_path):
-    context = context_for(spec_for(tmp_path, lr=100, clip=0, warmup=0.0, max_steps=40), tmp_path)
+    context = context_for(spec_for(tmp_path, lr=100, clip=0, warmup=0.0, max_steps=40, eval_every=40), tmp_path)
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+; lower training.lr"):
         run(context, tmp_path / "run")
     assert not (tmp_path / "run" / "last").exists()
