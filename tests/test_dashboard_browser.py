@@ -1,25 +1,25 @@
-"""The dashboard as a reader meets it: in Chromium, over a platform that serves.
+"""The dashboard as a reader meets it: in Chromium, over a platform that trains and serves.
 
-PEDRO_SCREENSHOTS=1 writes a picture of each page to dashboard/screenshots/; PEDRO_SCREENSHOTS=HOME takes them of that
-home, say one on which `make demo` ran, instead of the made-up one.
+Pictures of its pages are taken by dashboard_gallery.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import re
-import shutil
 import socket
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
-from dashboard_stack import ADAPTER, ROOT, stack
+from dashboard_pages import PATIENCE_MS, choose, chromium, settled, shown, started, take_file, visit
+from dashboard_stack import ADAPTER, stack
+
+from pedro.config import Settings
+from pedro.store import Store
 
 pytestmark = pytest.mark.slow
 PAGES = (
@@ -35,43 +35,22 @@ PAGES = (
     "Playground",
     "Demo",
 )
-SCREENSHOTS = ROOT / "dashboard" / "screenshots"
-SETTLED = """() => document.querySelector('h1')
-  && !document.querySelector('[data-testid=stStatusWidget]')
-  && !document.querySelector('[data-testid=stSkeleton]')
-  && !document.querySelector('[data-testid=stSpinner]')
-  && !document.querySelector('[data-stale=true]')"""
 PROBE = re.compile(r":\d+/\w+/_stcore/(health|host-config)$")  # a page that is reloaded asks there first, in vain
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PATIENCE_MS = 600_000
 
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
+    pytest.importorskip("playwright.sync_api")
+    if (executable := chromium()) is None:
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=FLAGS)
+    with started(executable) as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
 def platform(browser, tmp_path_factory):
     pytest.importorskip("streamlit")
-    wanted = os.environ.get("PEDRO_SCREENSHOTS", "")
-    home = Path(wanted).absolute() if wanted not in ("", "1") else None
-    with stack(tmp_path_factory.mktemp("stack"), home) as running:
+    with stack(tmp_path_factory.mktemp("stack")) as running:
         yield running
 
 
@@ -104,40 +83,6 @@ def open_page(browser, platform) -> Iterator:
     assert found == []
 
 
-def settled(page) -> None:
-    """Wait until nothing is drawn any more; no exception may be shown."""
-    page.wait_for_function(SETTLED)
-    page.wait_for_timeout(500)
-    page.wait_for_function(SETTLED)
-    assert page.locator("[data-testid=stException]").count() == 0, page.locator(
-        "[data-testid=stException]"
-    ).inner_text()
-
-
-def visit(page, title: str) -> None:
-    page.locator("[data-testid=stSidebarNav]").get_by_role("link", name=title, exact=True).click()
-    shown(page, title)
-
-
-def shown(page, title: str) -> None:
-    heading = "pedro" if title == "Overview" else title
-    page.locator("h1", has_text=re.compile(f"^{heading}$")).wait_for()
-    settled(page)
-
-
-def choose(page, label: str, *texts: str) -> None:
-    """Pick options of a selectbox or multiselect by the keyboard."""
-    for text in texts:
-        box = page.get_by_role("combobox", name=re.compile(rf"{label}$")).first
-        box.click()
-        box.fill(text)
-        page.get_by_role("option", name=re.compile(re.escape(text))).first.wait_for()
-        box.press("Enter")
-        if page.get_by_role("option").count():  # a list of which several may be picked; a closed one would be cleared
-            page.keyboard.press("Escape")
-        settled(page)
-
-
 def type_key(page, platform) -> None:
     """A key that is typed on one page is there on every other."""
     if page.get_by_text("answers; admin key").count():
@@ -147,20 +92,6 @@ def type_key(page, platform) -> None:
     box.press("Enter")
     page.get_by_text("answers; admin key").wait_for()
     settled(page)
-
-
-def picture(page, name: str) -> None:
-    """The whole page, for the README."""
-    if not os.environ.get("PEDRO_SCREENSHOTS"):
-        return
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page.evaluate("document.querySelector('[data-testid=stMain]').scrollTo(0, 0)")
-    height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
-    page.set_viewport_size({"width": 1280, "height": min(int(height), 2400)})
-    page.wait_for_timeout(1500)
-    settled(page)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
-    page.set_viewport_size({"width": 1280, "height": 900})
 
 
 @contextlib.contextmanager
@@ -192,16 +123,16 @@ def key_of(platform) -> dict[str, str]:
 
 
 def champion(platform) -> int:
-    reply = httpx.get(f"{platform.gateway}/v1/adapters/{ADAPTER}", headers=key_of(platform), timeout=120)
+    reply = httpx.get(f"{platform.gateway}/v1/adapters/{ADAPTER}", headers=key_of(platform), timeout=30)
     return reply.json()["aliases"]["champion"]
 
 
 def test_a_reader_visits_every_page_filters_promotes_and_asks(open_page, platform):
     page = open_page()
-    picture(page, "overview")
     look_at_results(page)
+    look_at_rows(page, platform)
     look_at_vectors(page)
-    start_a_job(page, platform)
+    from_a_file_to_a_chat(page, platform)
     watched = open_page()  # its page stays open and sees what follows
     visit(watched, "Serving")
     type_key(watched, platform)
@@ -211,14 +142,12 @@ def test_a_reader_visits_every_page_filters_promotes_and_asks(open_page, platfor
     watched.get_by_role("heading", name="By adapter").wait_for()
     assert watched.locator("[data-testid=stMetric]", has_text="Adapters resident").inner_text()
     watched.locator("canvas td", has_text=re.compile(f"{ADAPTER}: .*→ v")).first.wait_for(state="attached")
-    picture(watched, "serving")
 
 
 def look_at_results(page) -> None:
     """Comparisons, filtered; the curves of a job; a sweep."""
     visit(page, "Compare")
     rows = page.locator(".pedro-table tbody tr")
-    picture(page, "compare")
     before = rows.count()
     choose(page, "Methods", "PEDRO", "LoRA")
     assert 0 < rows.count() < before
@@ -229,9 +158,17 @@ def look_at_results(page) -> None:
     visit(page, "Runs")
     choose(page, "Look at", f"{ADAPTER} · fine-tuning · succeeded")
     page.get_by_text("Specification").wait_for()
-    picture(page, "runs")
     visit(page, "Sweeps")
-    picture(page, "sweeps")
+
+
+def look_at_rows(page, platform) -> None:
+    """The rows behind a comparison, and those on which two methods differ."""
+    page.goto(f"http://127.0.0.1:{platform.port}/compare?comparison=home/tiny_table1")
+    shown(page, "Compare")
+    choose(page, "Compare with", "LoRA")
+    page.get_by_text("McNemar's exact test").first.wait_for()
+    choose(page, "Rows", "differ")
+    page.get_by_text("rows shown").first.wait_for()
 
 
 def look_at_vectors(page) -> None:
@@ -241,32 +178,31 @@ def look_at_vectors(page) -> None:
     page.get_by_role("button", name="Make the vectors").click()
     page.get_by_text("What the prompt decides").wait_for()
     settled(page)
-    picture(page, "activations")
 
 
-def start_a_job(page, platform) -> None:
-    """A file is dropped, checked and estimated; its job is made and can be ended, all by the mouse."""
+def from_a_file_to_a_chat(page, platform) -> None:
+    """A file is dropped, checked and estimated; its job is made, ends, and its adapter is asked, all by the mouse."""
     visit(page, "Train")
     type_key(page, platform)
     rows = "".join(f'{{"prompt": "play {n}", "completion": "{n % 2}"}}\n' for n in range(40))
-    file = {"name": "My rows.jsonl", "mimeType": "application/jsonl", "buffer": rows.encode()}
-    page.locator("[data-testid=stFileUploaderDropzoneInput]").first.set_input_files(file)
-    page.get_by_text("can be trained on").wait_for()
-    settled(page)
+    take_file(page, "My rows.jsonl", rows.encode())
     page.get_by_role("button", name="Estimate").click()
     page.get_by_text("Trained parameters").wait_for()
     settled(page)
-    picture(page, "train")
     page.get_by_role("button", name="Start training").click()
     page.get_by_text("Events", exact=True).wait_for()
     job_id = page.url.rpartition("job=")[2]
-    reply = httpx.get(f"{platform.gateway}/v1/fine_tuning/jobs/{job_id}", headers=key_of(platform), timeout=120)
+    reply = httpx.get(f"{platform.gateway}/v1/fine_tuning/jobs/{job_id}", headers=key_of(platform), timeout=30)
     assert reply.json()["training_file"].startswith("file-")
-    page.get_by_role("button", name="End this job").click()
-    page.get_by_role("button", name="End it").click()
-    page.get_by_text("cancelled", exact=True).first.wait_for()
-    page.get_by_role("button", name="Train another").click()
-    page.get_by_text("Chosen: ").wait_for()  # the file stays chosen
+    chat = page.get_by_role("link", name=re.compile("Chat with .*my-rows:[0-9]"))
+    chat.wait_for()
+    chat.click()
+    shown(page, "Playground")
+    page.get_by_role("button", name="Send").click()
+    page.wait_for_function("() => (document.body.innerText.match(/latency/g) || []).length >= 2")
+    settled(page)
+    assert page.locator("[data-testid=stAlert]").count() == 0
+    assert page.get_by_text(re.compile("my-rows:[0-9]")).count()
 
 
 def move_the_champion_and_back(page, platform) -> None:
@@ -274,7 +210,6 @@ def move_the_champion_and_back(page, platform) -> None:
     visit(page, "Adapters")
     type_key(page, platform)
     choose(page, "Adapter", ADAPTER)
-    picture(page, "adapters")
     now = champion(platform)
     other = 1 if now != 1 else 2
     choose(page, "Version", f"v{other}")
@@ -295,7 +230,6 @@ def ask_in_the_playground(page, platform) -> None:
     settled(page)
     assert page.locator("[data-testid=stCode]").count() >= 2
     assert page.locator("[data-testid=stAlert]").count() == 0
-    picture(page, "playground")
     page.get_by_role("button", name="Save", exact=True).click()
     page.wait_for_function("() => Object.values(localStorage).some(value => value.includes('play some jazz music'))")
     settled(page)
@@ -303,6 +237,22 @@ def ask_in_the_playground(page, platform) -> None:
     shown(page, "Playground")
     type_key(page, platform)
     choose(page, "Saved prompts", "play some jazz music")
+
+
+def test_a_tenants_key_shows_its_own_alone(open_page, platform):
+    store = Store(Settings.from_env({"PEDRO_HOME": str(platform.home)}).database_url)
+    key = store.create_key("acme", ("read",))[1]
+    store.close()
+    page = open_page()
+    box = page.get_by_label("API key", exact=True)
+    box.fill(key)
+    box.press("Enter")
+    page.get_by_text("What is acme's alone").wait_for()
+    for title in ("Overview", "Runs", "Sweeps", "Adapters", "Usage"):
+        visit(page, title)
+        seen = page.locator("body").inner_text()
+        assert "globex" not in seen, title
+        assert "initech" not in seen, title
 
 
 def test_every_page_fits_a_phone_without_an_error(open_page, platform):
