@@ -22,7 +22,7 @@ WORDS = ["play some jazz", "book a table for two", "what is the weather", "rate 
 class SteadyClients:
     """`number` clients of one URL, each with connections of its own; every other answer streams."""
 
-    def __init__(self, url: str, key: str, model: str, number: int = 32) -> None:
+    def __init__(self, url: str, key: str, model: str, number: int = 64) -> None:
         self._url, self._key, self._model, self._number = url, key, model, number
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(number)
