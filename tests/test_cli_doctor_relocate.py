@@ -30,7 +30,7 @@ def test_specs_of_a_copied_home_name_its_own_data_and_nothing_else_is_changed(tm
     assert json.loads((here / "storage/jobs/ftjob-1/spec.json").read_text()) == moved
     assert json.loads((here / "storage/sweeps/sweep-1/sweep.json").read_text()) == {"spec": {"base": moved}}
     assert json.loads((there / "storage/jobs/ftjob-1/spec.json").read_text()) == spec
-    assert "every spec names this home's data" in relocate(settings)
+    assert "no spec names data that this home has elsewhere" in relocate(settings)
 
 
 def test_a_storage_of_its_own_is_not_moved(tmp_path):

@@ -1,4 +1,4 @@
-"""What of a job a sweep varies, chosen on the Train page: widths, orders, the rate; how many trials, how they end."""
+"""What a sweep varies, chosen on the Train page: r, orders, the learning rate; how many trials, how they end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import streamlit as st
 from sources import sweep_space as data
 
 
-def choose(method: str) -> dict[str, Any] | None:
-    """The section `sweep` of the job's request; None for a space in which nothing varies, which is said."""
+def choose(method: str) -> data.Sweep | None:
+    """None for a space in which nothing varies, which is said."""
     space: dict[str, Any] = {}
     left, right = st.columns(2)
     if label := data.WIDTHS.get(method):
@@ -67,8 +67,10 @@ def choose(method: str) -> dict[str, Any] | None:
     early = stops.toggle("Stop weak trials early (ASHA)", True, key="train_sweep_early", persist_state="session")
     if low < high:
         space["training.lr"] = {"loguniform": [float(low), float(high)]}
-    elif low > high:
-        st.error("Rate: the lowest is above the highest.", icon=":material/error:")
+    elif low == high:
+        space["training.lr"] = {"choice": [float(low)]}
+    else:
+        st.error("Learning rate: the lower bound is above the upper one.", icon=":material/error:")
         return None
     if data.said(space) == "nothing":
         st.error("Nothing varies: choose more than one value of something.", icon=":material/error:")
@@ -77,4 +79,4 @@ def choose(method: str) -> dict[str, Any] | None:
         f"{int(trials)} trials with different values of {data.said(space)}; the one with the least validation loss "
         "becomes the version. The learning rate above applies where the sweep does not vary it."
     )
-    return data.section(space, str(algorithm or "random"), int(trials), every=int(every), early=early)
+    return data.sweep(space, str(algorithm or "random"), int(trials), every=int(every), early=early)

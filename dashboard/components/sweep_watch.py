@@ -89,4 +89,4 @@ def show_estimate(found: Mapping[str, Any], said: str) -> None:
 
 def phase(job: Mapping[str, Any], ended: int) -> str:
     """What a sweep does now."""
-    return "trying" if job["status"] == "running" else training.phase(job, ended)
+    return "running trials" if job["status"] == "running" else training.phase(job, ended)

@@ -25,7 +25,7 @@ REFRESH_S = 3
 EVENTS = "train_events"  # in the session: job, and what it told so far
 MOST_LINES = 12
 PHASES = ("checking files", "queued", "starting workers", "training", "ended")
-SWEEP_PHASES = ("checking files", "queued", "trying", "ended")
+SWEEP_PHASES = ("checking files", "queued", "running trials", "ended")
 
 
 def watch(gateway: GatewayClient, job_id: str, steps: int | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 WIDTHS = {"pedro": "Bottleneck sizes r", "lora": "Ranks r"}  # of methods that the page names and that have one
 WIDTH_CHOICES = [2, 4, 8, 12, 16, 24, 32, 48, 64]
@@ -14,7 +14,7 @@ ORDERS_DEFAULT = [(6, 5), (4, 3), (2, 1)]
 ALGORITHMS = {"random": "drawn at random", "optuna": "proposed by Optuna"}
 TRIALS, MOST_TRIALS = 8, 100
 EVERY = 20
-TITLES = {"method.r": "the width", "method.orders": "the orders", "training.lr": "the rate"}
+TITLES = {"method.r": "r", "method.orders": "the orders", "training.lr": "the learning rate"}
 
 
 def listed(key: str, values: Sequence[Any]) -> dict[str, Any]:
@@ -34,10 +34,18 @@ def said(space: Mapping[str, Any]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 2 else names) or "nothing"
 
 
-def section(space: Mapping[str, Any], algorithm: str, trials: int, *, every: int, early: bool) -> dict[str, Any]:
-    """The section `sweep` of a job's request."""
+class Sweep(NamedTuple):
+    """A sweep as it was chosen: the section `sweep` of a job's request, and the steps from validation to validation."""
+
+    section: dict[str, Any]
+    eval_every: int
+
+
+def sweep(space: Mapping[str, Any], algorithm: str, trials: int, *, every: int, early: bool) -> Sweep:
+    """`early`: weak trials are stopped at a validation."""
     scheduler = {"name": "asha", "grace_steps": every, "reduction": 2} if early else {"name": "none"}
-    return {"space": dict(space), "search": {"algorithm": algorithm, "trials": trials}, "scheduler": scheduler}
+    search = {"algorithm": algorithm, "trials": trials}
+    return Sweep({"space": dict(space), "search": search, "scheduler": scheduler}, every)
 
 
 def sweep_of(job: Mapping[str, Any]) -> Mapping[str, Any] | None:

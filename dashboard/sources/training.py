@@ -25,6 +25,7 @@ from sources.gateway import GatewayError
 
 if TYPE_CHECKING:
     from sources.gateway import GatewayClient
+    from sources.sweep_space import Sweep
 
 JOBS = "/v1/fine_tuning/jobs"
 METHODS = {  # of `pedro methods`, what is served and what most jobs want; any other can be typed
@@ -87,16 +88,16 @@ class Plan:
     seed: int = 0
     beta: float | None = None
     """Of preference tuning; None for plain answers."""
-    sweep: Mapping[str, Any] | None = None
-    """What varies from trial to trial (`sources/sweep_space.py`); None for one job."""
+    sweep: Sweep | None = None
+    """What varies from trial to trial; None for one job."""
 
     def body(self, training_file: str, validation_file: str | None = None) -> dict[str, Any]:
         """The request for the job, of ids of uploaded files."""
         hyper = {"n_epochs": self.epochs, "batch_size": self.batch_size}
         kind = "supervised" if self.beta is None else "dpo"
         training: dict[str, Any] = {"lr": self.lr, **({"max_steps": self.max_steps} if self.max_steps else {})}
-        if self.sweep and (grace := self.sweep["scheduler"].get("grace_steps")):
-            training["eval_every"] = grace
+        if self.sweep:
+            training["eval_every"] = self.sweep.eval_every
         return {
             "model": self.backbone,
             "training_file": training_file,
@@ -109,7 +110,7 @@ class Plan:
                 "pedro": {
                     "method": {**self.options, "name": self.method},
                     "training": training,
-                    **({"sweep": dict(self.sweep)} if self.sweep else {}),
+                    **({"sweep": self.sweep.section} if self.sweep else {}),
                 },
             },
         }

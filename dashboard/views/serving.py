@@ -60,7 +60,7 @@ def show(
         if problem := refresh(gateway, elsewhere, seconds, now):
             st.warning(f"{problem}. These are the figures that the gateway itself keeps.", icon=":material/cloud_off:")
         else:
-            history, keeps = elsewhere, "Prometheus has no figures of that time."
+            history, keeps = elsewhere, "Prometheus has no figures for this time."
     problem = "" if history is elsewhere else refresh(gateway, history, seconds, now)
     if problem:
         st.info(
@@ -74,7 +74,7 @@ def show(
             st.caption(
                 "The gateway has only just started to observe: the first figures come in some seconds."
                 if history is not elsewhere
-                else "Prometheus has no figures of this time."
+                else "Prometheus has no figures for this time."
             )
         return
     shown = Shown(now - seconds, now, data.gaps(intervals, now - seconds, now))

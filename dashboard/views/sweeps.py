@@ -47,7 +47,7 @@ def page() -> None:
 
 
 def start_one() -> None:
-    st.page_link("views/train.py", label="Start a sweep on a file of yours", icon=":material/model_training:")
+    st.page_link("views/train.py", label="Start a sweep on your own file", icon=":material/model_training:")
 
 
 @st.fragment(run_every=REFRESH_S)

@@ -19,6 +19,7 @@ from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio
 from jobs.benchmarks.timeline import Timeline
+from pedro.process import set_torch_threads
 
 if TYPE_CHECKING:
     from jobs.benchmarks.command_line import Options
@@ -77,10 +78,14 @@ def _first_token_pair(
 
     setup = {"size": engine.size.name, "device": options.device, "dtype": default_dtype(options.device)}
     generate = Generate({**setup, "threads": options.threads})
+    set_torch_threads(1)  # which the engine has left it (BenchEngine)
 
     def pair(seed: int) -> tuple[Figures, Figures]:
         order = {"batch": 1, "prompt": PROMPT_TOKENS, "new": 1, "seed": seed}
-        return generate.run(order), _prefill(engine, refs[:1], 1, seed)
+        set_torch_threads(options.threads)
+        plain = generate.run(order)
+        set_torch_threads(1)
+        return plain, _prefill(engine, refs[:1], 1, seed)
 
     return pair
 

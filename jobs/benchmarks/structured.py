@@ -13,8 +13,6 @@ import string
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from jobs.benchmarks.bench_engine import BenchEngine, use_threads
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, ModelSize, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
@@ -63,9 +61,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         shapes = AnswerShapes(tokenizer, size.vocab, (2,))
         new_mask = asyncio.run(shapes.new_mask(AnswerShape("json", json.dumps(SCHEMA), "response_format"), "bench"))
         length = PROMPT_TOKENS + NEW_TOKENS + 8
-        engine = BenchEngine(size, options.device, max_batch=max(batches), max_length=length, threads=options.threads)
-        if engine.engine.stats()["kernel"] == "native":
-            torch.set_num_threads(1)  # as in a server: threads of its own would take the kernel's cores
+        engine = BenchEngine(size, options.device, max_batch=max(batches), max_length=length)
         refs = [str(path) for path in adapter_directories(size, "pedro", max(batches))]
         engine.load(refs)
         for batch in batches:

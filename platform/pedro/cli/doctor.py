@@ -57,7 +57,7 @@ def doctor(
 
 
 def run_checks(*, deep: bool = False, moved: bool = False) -> Iterator[Check]:
-    """Every check in turn; none leaves anything behind but PEDRO_HOME."""
+    """Every check in turn; none leaves anything behind but PEDRO_HOME and, where it has `moved`, specs put right."""
     from pedro.config import Settings
 
     settings = Settings.from_env()

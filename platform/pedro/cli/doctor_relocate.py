@@ -32,7 +32,10 @@ def relocate(settings: Settings) -> str:
     Registry.open(settings)
     storage, moved = Path(settings.storage), 0
     for path in sorted(found for pattern in SPECS for found in storage.glob(pattern)):
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path}: no JSON ({error}); restore it, or delete its job or sweep") from None
         here = _here(fields, storage / DATASETS)
         if here != fields:
             path.with_suffix(".moving").write_text(json.dumps(here, indent=1), encoding="utf-8")
@@ -41,9 +44,10 @@ def relocate(settings: Settings) -> str:
     specs = (
         f"{moved} spec{'s' if moved != 1 else ''} of jobs and sweeps named another home's data"
         if moved
-        else ("every spec names this home's data")
+        else "no spec names data that this home has elsewhere"
     )
-    return f"{settings.home}: MLflow's rows name its own artifacts; {specs}"
+    rows = "MLflow's rows name its own artifacts; " if settings.tracking_uri.startswith("sqlite:") else ""
+    return f"{settings.home}: {rows}{specs}"
 
 
 def _here(value: Any, datasets: Path) -> Any:

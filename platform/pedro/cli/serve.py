@@ -125,7 +125,8 @@ def down(
     end_controller(settings)
     ended = end(settings)
     if waiting := Store(settings.database_url).count_open_jobs():
-        log(f"{waiting} jobs stay queued; `pedro controller`, or the next `pedro submit`, resumes them")
+        stay = "1 job stays" if waiting == 1 else f"{waiting} jobs stay"
+        log(f"{stay} queued; `pedro controller`, or the next `pedro submit`, starts what waits")
 
     def show() -> None:
         typer.echo(

@@ -70,7 +70,7 @@ def _check_key(key: str, dimension: Dimension, goes_on: bool) -> None:
     if section == "method" and option in ONE_METHOD:
         raise _wrong(field, f"{field}: cannot vary; a sweep tries settings of one method")
     if section == "method" and goes_on:
-        raise _wrong(field, f"{field}: cannot vary; trials go on from a model, as that was trained")
+        raise _wrong(field, f"{field}: cannot vary; trials start from a model and keep its method")
     if len(dimension.values) > MOST_VALUES:
         raise _wrong(field, f"{field}: expected at most {MOST_VALUES} values, got {len(dimension.values)}")
 
