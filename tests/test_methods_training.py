@@ -156,7 +156,7 @@ def test_what_is_saved_answers_as_what_was_trained(tmp_path, name):
     batch = tensors(list(context.data.validation), context.data.pad_id, "cpu", {})
     del batch["labels"]
     with torch.no_grad():
-        torch.testing.assert_close(again(**batch).logits, context.model.eval()(**batch).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again(**batch).logits, context.model.eval()(**batch).logits, atol=3e-5, rtol=1e-5)
     if name in SHAPE_CHANGING:
         saved = sum(p.numel() for n, p in again.named_parameters() if "lora_" in n or "sparse_search" in n)
         assert manifest["kept_parameters"] == saved < 0.6 * manifest["trainable_parameters"]

@@ -50,6 +50,7 @@ def test_a_version_and_the_parts_of_a_name_are_had_from_any_name_of_it():
     ref = ModelRef.parse("acme.faq@previous#sha256:0f")
     assert str(ref.at(3)) == str(ref.at(3).at(3)) == "acme.faq:3"
     assert (tenant_of(str(ref)), without_digest(str(ref))) == ("acme", "acme.faq@previous")
+    assert (tenant_of("acme-two.faq"), tenant_of("acme")) == ("acme-two", "")
     assert (tenant_of("acme-two.faq") == "acme", without_digest("stories260K")) == (False, "stories260K")
 
 

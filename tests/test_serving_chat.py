@@ -139,7 +139,7 @@ def test_the_benchmark_holds_the_same_conversations_with_everybody_and_compares_
     gateway, tokenizer, models_ = served
     generate, said = Generate(models_["small"], tokenizer), []
     servers = {name: Server(gateway.url, gateway.acme, [m]) for name, m in (("none", "small"), ("pedro", "acme.chat"))}
-    sizes = Sizes(rounds=2, batches=(2,), new=12, prompt=300, after_prompt=6)
+    sizes = Sizes(rounds=2, batches=(2,), new=12, prompt=300, after_prompt=24)
     report = ChatComparison(generate, servers, sizes, said.append).run(EXCERPTS)
     assert [(row["texts"], row["engine"], row["adapters"]) for row in report.rows] == [
         (texts, *who)

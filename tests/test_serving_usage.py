@@ -245,7 +245,7 @@ def test_a_call_that_is_left_is_told_what_the_engine_made_until_it_ended(served,
 
 def test_a_call_whose_time_is_over_is_told_what_its_beams_made_though_no_delta_came(served):
     async def go():
-        asked = replace(call(2, num_beams=2, max_tokens=400), timeout_s=0.3)
+        asked = replace(call(2, num_beams=2, max_tokens=400), timeout_s=0.1)
         async with ingress(served) as (backend, _):
             with pytest.raises(PedroError):
                 await read(backend.generate(asked))

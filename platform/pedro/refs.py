@@ -84,4 +84,5 @@ def without_digest(name: str) -> str:
 
 def tenant_of(name: str) -> str:
     """The tenant that a model's name begins with, whatever follows; of no well-formed name, no tenant's name."""
-    return name.partition(".")[0]
+    tenant, dot, _ = name.partition(".")
+    return tenant if dot else ""

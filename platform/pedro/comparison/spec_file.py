@@ -9,8 +9,8 @@ from pedro.backbone import locate_backbone
 from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, TaskChoice
 from pedro.config import Settings, load_spec
 from pedro.errors import ConfigError
-from pedro.training.allowed_files import check_allowed_files
-from pedro.training.spec import check_backbones
+from pedro.training.allowed_files import check_allowed_backbones, check_allowed_files
+from pedro.training.spec import ASSETS
 from pedro.yaml_reader import read_yaml
 
 KINDS = ("comparison", "efficiency")
@@ -27,10 +27,9 @@ def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> Com
         return load_spec(path, overrides, EfficiencySpec)
     spec = load_spec(path, overrides, ComparisonSpec)
     base = Path(path).absolute().parent
-    tasks = [_located(task, base) for task in spec.tasks]
-    _check_files(spec, tasks, base, overrides)
     backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
-    check_backbones({f"backbones.{number}": name for number, name in enumerate(backbones)}, base, overrides)
+    tasks = [_located(task, base) for task in spec.tasks]
+    _check_places(spec, tasks, backbones, base, overrides)
     changes: dict[str, object] = {"backbones": backbones, "data": _resolved(spec.data, base), "tasks": tuple(tasks)}
     if spec.forgetting:
         own = {"data": _resolved(spec.forgetting.data, base)}
@@ -38,16 +37,20 @@ def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> Com
     return spec.model_copy(update=changes)
 
 
-def _check_files(spec: ComparisonSpec, tasks: list[TaskChoice], base: Path, overrides: Iterable[str]) -> None:
-    """Raise ConfigError for a folder of data that a spec may not name; `data=DIR` by hand may lie anywhere."""
+def _check_places(
+    spec: ComparisonSpec, tasks: list[TaskChoice], backbones: tuple[str, ...], base: Path, overrides: Iterable[str]
+) -> None:
+    """Raise ConfigError for a folder, of data or a backbone, that a spec may not name; by hand it may lie anywhere."""
+    given, settings = {override.partition("=")[0] for override in overrides}, Settings.from_env()
     folders = {"data": _resolved(spec.data, base)}
     folders |= {"forgetting.data": _resolved(spec.forgetting.data, base)} if spec.forgetting else {}
     for number, task in enumerate(tasks):
         folders[f"tasks.{number}.data"] = task.data
         folders |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}
-    typed = {field for field in folders if field in {override.partition("=")[0] for override in overrides}}
     local = {field: folder for field, folder in folders.items() if folder and folder != "hub"}
-    check_allowed_files(local, Settings.from_env(), [base], typed)
+    check_allowed_files(local, settings, [base], given)
+    named = {f"backbones.{number}": name for number, name in enumerate(backbones)}
+    check_allowed_backbones(named, settings, [base, ASSETS], named if "backbones" in given else given)
 
 
 def _located(task: TaskChoice, base: Path) -> TaskChoice:
