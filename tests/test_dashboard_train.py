@@ -210,7 +210,7 @@ def test_a_space_that_is_none_is_told_and_started_by_nobody(page, tenant, served
     shown = healthy(shown.button_group(key="train_kind").select("sweep").run())
     shown.number_input(key="train_sweep_from").set_value(0.5)
     shown = healthy(shown.run())
-    assert "the lowest is above the highest" in words(shown.error)
+    assert "the lower bound is above the upper one" in words(shown.error)
     assert "Start the sweep" not in labels(shown)
     shown.number_input(key="train_sweep_to").set_value(0.5)
     shown.multiselect(key="train_sweep_widths").set_value([8])
@@ -225,10 +225,13 @@ def test_a_space_that_is_none_is_told_and_started_by_nobody(page, tenant, served
 def test_what_varies_is_said_as_people_say_it():
     both = {"method.r": {"choice": [4, 8]}, "training.lr": {"loguniform": [1e-3, 1e-2]}}
     assert sweep_space.said({**both, "method.orders": {"choice": [[6, 5], [1, 0]]}}) == (
-        "the width, the rate and the orders"
+        "r, the learning rate and the orders"
     )
     assert sweep_space.said({"method.r": {"choice": [4]}}) == "nothing"
     assert sweep_space.whole_numbers(["8", 8, "wide"]) == [8, "wide"]
+    unstopped = sweep_space.sweep(both, "random", 4, every=30, early=False)
+    body = training.Plan("stories260K", "voice", sweep=unstopped).body("file-1")["method"]["pedro"]
+    assert (body["training"]["eval_every"], body["sweep"]["scheduler"]) == (30, {"name": "none"})
 
 
 def test_every_bad_line_is_told_and_nothing_can_be_started(page, tenant):

@@ -150,7 +150,7 @@ def test_a_fine_tuned_model_goes_on_as_it_was_trained(platform, client, tenant):
     trained = {"method": {"name": "lora", "r": 4}}
     version = replace(stub_version(1, f"{tenant}.base"), spec=trained, backbone_id=BACKBONE)
     platform.store.add_version(version, platform.store.made_of(f"{tenant}.base"))
-    with pytest.raises(openai.BadRequestError, match="trials go on from a model"):
+    with pytest.raises(openai.BadRequestError, match="trials start from a model"):
         ask(client, SWEEP, upload(client), model=f"{tenant}.base:1")
 
 

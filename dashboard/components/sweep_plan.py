@@ -9,7 +9,7 @@ import streamlit as st
 from sources import sweep_space as data
 
 
-def choose(method: str) -> data.Sweep | None:
+def choose(method: str) -> data.SweepChoice | None:
     """None for a space in which nothing varies, which is said."""
     space: dict[str, Any] = {}
     left, right = st.columns(2)

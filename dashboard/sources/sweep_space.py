@@ -34,18 +34,18 @@ def said(space: Mapping[str, Any]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 2 else names) or "nothing"
 
 
-class Sweep(NamedTuple):
+class SweepChoice(NamedTuple):
     """A sweep as it was chosen: the section `sweep` of a job's request, and the steps from validation to validation."""
 
     section: dict[str, Any]
     eval_every: int
 
 
-def sweep(space: Mapping[str, Any], algorithm: str, trials: int, *, every: int, early: bool) -> Sweep:
+def sweep(space: Mapping[str, Any], algorithm: str, trials: int, *, every: int, early: bool) -> SweepChoice:
     """`early`: weak trials are stopped at a validation."""
     scheduler = {"name": "asha", "grace_steps": every, "reduction": 2} if early else {"name": "none"}
     search = {"algorithm": algorithm, "trials": trials}
-    return Sweep({"space": dict(space), "search": search, "scheduler": scheduler}, every)
+    return SweepChoice({"space": dict(space), "search": search, "scheduler": scheduler}, every)
 
 
 def sweep_of(job: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -25,7 +25,7 @@ from sources.gateway import GatewayError
 
 if TYPE_CHECKING:
     from sources.gateway import GatewayClient
-    from sources.sweep_space import Sweep
+    from sources.sweep_space import SweepChoice
 
 JOBS = "/v1/fine_tuning/jobs"
 METHODS = {  # of `pedro methods`, what is served and what most jobs want; any other can be typed
@@ -88,7 +88,7 @@ class Plan:
     seed: int = 0
     beta: float | None = None
     """Of preference tuning; None for plain answers."""
-    sweep: Sweep | None = None
+    sweep: SweepChoice | None = None
     """What varies from trial to trial; None for one job."""
 
     def body(self, training_file: str, validation_file: str | None = None) -> dict[str, Any]:

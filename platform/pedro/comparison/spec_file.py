@@ -41,15 +41,16 @@ def _check_places(
     spec: ComparisonSpec, tasks: list[TaskChoice], backbones: tuple[str, ...], base: Path, overrides: Iterable[str]
 ) -> None:
     """Raise ConfigError for a folder, of data or a backbone, that a spec may not name; by hand it may lie anywhere."""
-    given, settings = {override.partition("=")[0] for override in overrides}, Settings.from_env()
+    given = {override.partition("=")[0] for override in overrides}
     folders = {"data": _resolved(spec.data, base)}
     folders |= {"forgetting.data": _resolved(spec.forgetting.data, base)} if spec.forgetting else {}
     for number, task in enumerate(tasks):
         folders[f"tasks.{number}.data"] = task.data
         folders |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}
     local = {field: folder for field, folder in folders.items() if folder and folder != "hub"}
-    check_allowed_files(local, settings, [base], given)
     named = {f"backbones.{number}": name for number, name in enumerate(backbones)}
+    settings = Settings.from_env()
+    check_allowed_files(local, settings, [base], given)
     check_allowed_backbones(named, settings, [base, ASSETS], named if "backbones" in given else given)
 
 
