@@ -159,8 +159,9 @@ def test_the_address_is_a_setting(tmp_path):
     settings = Settings.from_env(env)
     assert settings.prometheus_url == "http://prometheus:9090"
     assert Settings.from_env(settings.env()).prometheus_url == settings.prometheus_url
-    with pytest.raises(ConfigError, match="PEDRO_PROMETHEUS_URL: expected an address"):
-        Settings.from_env({**env, "PEDRO_PROMETHEUS_URL": "prometheus:9090"})
+    for wrong in ("prometheus:9090", "http://["):
+        with pytest.raises(ConfigError, match="PEDRO_PROMETHEUS_URL: expected an address"):
+            Settings.from_env({**env, "PEDRO_PROMETHEUS_URL": wrong})
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_the_page_shows_what_prometheus_has(page):
     assert not shown.warning
     assert {tile.label: tile.value for tile in shown.metric}["Running"] == "6"
     assert {*shown.dataframe[-1].value["adapter"]} == {"acme.faq", "globex.faq"}
-    assert "Prometheus has no figures of that time" in words(shown.caption)
+    assert "Prometheus has no figures for this time" in words(shown.caption)
 
 
 def test_while_prometheus_is_away_the_page_says_so_and_asks_the_gateway(page):

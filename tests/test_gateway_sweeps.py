@@ -101,6 +101,17 @@ def test_its_driver_tells_of_each_trial_once(platform, client):
     assert events[1].data == {
         "trial": 0, "trials": 6, "state": "finished", "step": 40, "valid_loss": 1.25, "parameters": {"method.r": 4},
     }  # fmt: skip
+    trials[1] = replace(trials[1], state=TrialState.LOST, message="x" * 3000)
+    told = TrialEvents(tracker, platform.store)
+    told.tell()
+    trials[2] = replace(trials[2], state=TrialState.LOST, message="x" * 3000)
+    told.tell()
+    trials[2] = replace(trials[2], state=TrialState.FINISHED, attempt=2, message="", reports=((40, 1.5),))
+    for telling in (told, TrialEvents(tracker, platform.store)):
+        telling.tell()
+    last, before = [event.message for event in client.fine_tuning.jobs.list_events(made.id, limit=2).data]
+    assert last == "Trial 2 finished: validation loss 1.5000 (method.r=8)", "one that was lost and run again"
+    assert before.startswith("Trial 2 lost: xxx")
     client.fine_tuning.jobs.cancel(made.id)
 
 
@@ -130,6 +141,9 @@ def test_its_driver_tells_of_each_trial_once(platform, client):
         ({"space": {"method.r": {"grid": [4]}}, "search": {"algorithm": "optuna"}}, "space.method.r", "optuna chooses"),
         ({"space": SPACE, "concurrency": 0}, "concurrency", "expected"),
         ({"space": SPACE, "name": "../x"}, "name", "match"),
+        ({"space": SPACE, "scheduler": {"reduction": 1.0001}}, "scheduler.reduction", "1.1"),
+        ({"space": {"training.lr": {"uniform": [0, 10**400]}}}, "space.training.lr", "two numbers"),
+        ({"space": {"training.lr": {"uniform": ["0", "1e999"]}}}, "space.training.lr", "two numbers"),
     ],
 )  # fmt: skip
 def test_a_space_that_is_none_is_refused_at_once_by_its_field(platform, client, tenant, sweep, field, said):
@@ -138,6 +152,12 @@ def test_a_space_that_is_none_is_refused_at_once_by_its_field(platform, client, 
     assert refused.value.param == f"method.pedro.sweep.{field}".rstrip("."), refused.value.message
     assert said in refused.value.message
     assert not platform.store.list_jobs(tenant)
+
+
+def test_a_section_without_bounds_is_refused_before_it_is_looked_at(client):
+    with pytest.raises(openai.BadRequestError, match="at most 65,536 characters") as refused:
+        ask(client, {"space": {f"training.k{n}": {"between": [1, 2]} for n in range(20_000)}})
+    assert refused.value.param == "method.pedro"
 
 
 def test_no_trial_names_anything_of_the_host(client):

@@ -109,6 +109,26 @@ def test_a_job_over_http_that_this_machine_could_never_hold_is_refused_and_one_o
     assert told_error(refused.value) == {"code": "invalid_config", "param": "method.pedro.resources"}
 
 
+def test_a_cluster_that_tells_of_no_node_or_nothing_ends_no_job(tmp_path, monkeypatch):
+    """It is asked again, whatever Ray raises."""
+    monkeypatch.setattr(launchers, "prepare", lambda job, settings: None)
+    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
+    launcher = RayJobs(settings, print)
+    store = Store(settings.database_url)
+    job = store.ask_for_job("acme", "voice", {"resources": {"workers": 9}}, key_id="key_1")
+    store.close()
+    monkeypatch.setattr(launcher, "_connected", lambda: "http://127.0.0.1:1")
+    monkeypatch.setattr(launchers, "_look", lambda _url: ClusterView({}))
+    launcher.prepare(job)
+
+    def broken(_url):
+        raise Exception("the API is limited")
+
+    monkeypatch.setattr(launchers, "_look", broken)
+    with pytest.raises(UnavailableError, match="the API is limited"):
+        launcher.prepare(job)
+
+
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
     """Settings and store of a home whose queue has a controller, which does nothing."""

@@ -103,6 +103,13 @@ def test_without_a_bound_of_its_own_it_leaves_room_for_those_who_wait_and_begins
     assert at_once(store, settings, small) == 1
 
 
+def test_its_trials_count_for_the_most_jobs_of_a_tenant(home, tmp_path):
+    settings, store = home
+    sweep = launch.submit(sweep_for(tmp_path), settings, store)
+    Controller(store, Cluster(EIGHT), clock=Clock(), per_tenant=2).round()
+    assert at_once(store, settings, sweep) == 2
+
+
 def test_between_two_trials_nobody_takes_the_place_of_the_next(home, tmp_path):
     settings, store = home
 

@@ -197,7 +197,11 @@ def _http_address(variable: str, env: Mapping[str, str]) -> str | None:
     address = secret_files.read(env, variable)
     if address is None:
         return None
-    if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
+    try:
+        right = urlsplit(address).scheme in ("http", "https") and bool(urlsplit(address).hostname)
+    except ValueError:  # half an IPv6 address
+        right = False
+    if not right:
         raise ConfigError(f"{variable}: expected an address such as http://prometheus:9090", param=variable)
     return address.rstrip("/")
 

@@ -128,7 +128,7 @@ class SchedulerSpec(Frozen):
     """asha (Li et al. 2020, arXiv 1810.05934): at each rung the best 1/reduction of the trials continue."""
     grace_steps: int | None = Field(None, ge=1, le=10**9)
     """Steps that every trial gets; base.training.eval_every if not given. Rungs lie at grace_steps × reduction^k."""
-    reduction: float = Field(3, gt=1, le=1000)
+    reduction: float = Field(3, ge=1.1, le=1000)
     """What divides the number of trials at each rung, and multiplies their steps."""
 
 
@@ -198,15 +198,21 @@ def _key(value: Any) -> str:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; everybody means the number."""
+    """YAML 1.1 reads 1e-3 as text; everybody means the number. "nan" and "inf" stay what they are."""
     if isinstance(value, str):
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
             return value
+        return number if math.isfinite(number) else value
     return value
 
 
 def _is_number(value: Any, whole: bool) -> bool:
     kinds = (int,) if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False

@@ -48,10 +48,10 @@ def _check_places(
         folders[f"tasks.{number}.data"] = task.data
         folders |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}
     local = {field: folder for field, folder in folders.items() if folder and folder != "hub"}
-    named = {f"backbones.{number}": name for number, name in enumerate(backbones)}
     settings = Settings.from_env()
     check_allowed_files(local, settings, [base], given)
-    check_allowed_backbones(named, settings, [base, ASSETS], named if "backbones" in given else given)
+    for name in backbones:
+        check_allowed_backbones({"backbones": name}, settings, [base, ASSETS], given)
 
 
 def _located(task: TaskChoice, base: Path) -> TaskChoice:

@@ -6,6 +6,7 @@ Reference: https://platform.openai.com/docs/api-reference/fine-tuning
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 LEARNING_RATE = 3e-3  # what `learning_rate_multiplier` multiplies; "auto" is 1
 PEDRO_SECTIONS = ("data", "gate", "method", "resources", "training")
+MAX_SPEC = 65_536  # characters: every controller reads it, each round
 SWEEP = "sweep"  # and the section that makes a job many trials
 PEDRO = (
     'Sections of a spec, as {"method": {"r": 8}, "training": {"lr": 0.01}}: data, gate, method, resources, training; '
@@ -118,6 +120,9 @@ def spec_of(
     Raises PedroError for what a tenant may not say: through the API, only ids of files are data.
     """
     given = asked.method.pedro if asked.method and asked.method.pedro else {}
+    if len(json.dumps(given)) > MAX_SPEC:  # before it is looked at: each mistake of it would be explained
+        message = f"method.pedro: expected at most {MAX_SPEC:,} characters"
+        raise PedroError(message, param="method.pedro", code="invalid_value")
     spec: dict[str, Any] = {section: dict(_section(given, section)) for section in PEDRO_SECTIONS if section in given}
     unknown = sorted(given.keys() - {*PEDRO_SECTIONS, SWEEP})
     if unknown:

@@ -21,6 +21,7 @@ from pedro.files.names import FINE_TUNE
 from pedro.gateway.auth import Principal, actor_of, counted
 from pedro.gateway.dry_runs import DryRuns
 from pedro.gateway.fine_tuning import (
+    MAX_SPEC,
     JobRequest,
     adapter_of,
     served_backbone,
@@ -42,7 +43,6 @@ Reader = Annotated[Principal, Depends(counted(READ, TRAIN))]
 Owner = Annotated[Principal, Depends(counted(TRAIN))]
 PAGED = ("after", "limit")
 MAX_KEY = 200
-MAX_SPEC = 65_536
 
 
 @router.post("")
@@ -62,7 +62,7 @@ async def create_job(request: Request, caller: Owner) -> dict[str, Any]:
         message = "suffix: this API key is held to other adapters"
         raise PedroError(message, param="suffix", code="invalid_value")
     spec = spec_of(asked, caller.tenant, adapter, backbone, parent)
-    if len(json.dumps(spec)) > MAX_SPEC:  # every controller reads it, each round
+    if len(json.dumps(spec)) > MAX_SPEC:
         message = f"method.pedro: expected at most {MAX_SPEC:,} characters"
         raise PedroError(message, param="method.pedro", code="invalid_value")
     await asyncio.to_thread(_check_files, request, caller, asked)

@@ -9,6 +9,7 @@ while.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import time
@@ -99,7 +100,7 @@ class PromptProcessor:
         """Of messages as `ref` (None: the bare backbone) was trained to read them; `tenant` is the one who asks."""
         form = self._plain_format if ref is None else await self._format_of(ref)
         ids = await self._written(form, messages, ref, tenant, tools)
-        if form.head_end:
+        if form.head_end and len(ids) <= self._max_length:  # the engine refuses what is longer; of it nothing is kept
             assert ref is not None, "the backbone alone is conditioned on nothing"
             check_head(form, await self._head(form, messages, ref, tenant, tools), ids)
         return ids
@@ -130,7 +131,7 @@ class PromptProcessor:
         """What their system turn is in any prompt of the adapter's, which it is conditioned on. Those used last are
         kept: a conversation has the same one in all of its turns."""
         alone = asked(messages)
-        key = ref, json.dumps([messages[0], tools])
+        key = ref, hashlib.sha256(json.dumps([messages[0], tools]).encode()).hexdigest()
         head = self._heads.pop(key, None)
         if head is None:
             head = head_of(form, [await self._written(form, tuple(turns), ref, tenant, tools) for turns in alone])

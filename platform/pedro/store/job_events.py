@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from pedro.errors import NotFoundError
 from pedro.store import schema
-from pedro.store.event_rows import CHECKPOINT, MESSAGE, METRICS, NewEvent, insert_events
+from pedro.store.event_rows import CHECKPOINT, MESSAGE, METRICS, MOST_MESSAGE, NewEvent, insert_events
 from pedro.store.records import JobEvent
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class JobEventTable:
         events, jobs = schema.job_events, schema.jobs
         with self._database.writing() as connection:
             tenant = connection.execute(sa.select(jobs.c.tenant).where(jobs.c.id == job_id)).scalar_one_or_none()
-            said = sa.select(events.c.id).where(events.c.job_id == job_id, events.c.message == message)
+            said = sa.select(events.c.id).where(events.c.job_id == job_id, events.c.message == message[:MOST_MESSAGE])
             if tenant is None or (once and connection.execute(said.limit(1)).first() is not None):
                 return
             insert_events(connection, job_id, tenant, [NewEvent(message, kind, level, data)])

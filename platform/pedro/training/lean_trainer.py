@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from ray import runtime_context
@@ -15,6 +17,7 @@ from ray.train.torch import TorchTrainer
 
 # By name: they are Ray's own, and one that another version no longer has is simply not found.
 DATASETS = "DatasetsCallback"  # hands out shards of Ray Data's datasets, of which we give none
+LOOK_S = 0.5  # how soon a signal is seen at the latest
 CLEANER = "PlacementGroupCleanerCallback"  # frees the workers' CPUs if the controller dies and its job lives on
 
 
@@ -42,8 +45,27 @@ class LeanTorchTrainer(TorchTrainer):
         for handler in logging.getLogger("ray.train").handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setFormatter(_OfAnActor())
-        asyncio.run(controller.run())
+        _beside_signals(lambda: asyncio.run(controller.run()))
         return controller.get_result()
+
+
+def _beside_signals(work: Callable[[], None]) -> None:
+    """Do it on a thread: this one stays free to be stopped, which a call into Ray would not let it be."""
+    ended: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            work()
+            ended.append(None)
+        except BaseException as error:  # noqa: BLE001 (raised again where it is waited for)
+            ended.append(error)
+
+    thread = threading.Thread(target=run, name="train controller", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_S)
+    if ended[0] is not None:
+        raise ended[0]
 
 
 class _DriversContext(runtime_context.RuntimeContext):

@@ -353,9 +353,13 @@ def check_backbones(named: Mapping[str, str], folder: Path, overrides: Iterable[
 
 
 def _typed(fields: Iterable[str], overrides: Iterable[str]) -> set[str]:
-    """Those of the fields that an override gives, alone or with others."""
+    """Those of the fields that an override gives, alone, with others or in part."""
     keys = {override.partition("=")[0] for override in overrides}
-    return {field for field in fields if any(field == key or field.startswith(f"{key}.") for key in keys)}
+    return {
+        field
+        for field in fields
+        if any(f"{field}.".startswith(f"{key}.") or key.startswith(f"{field}.") for key in keys)
+    }
 
 
 def _located(base: Path, file: str) -> str:

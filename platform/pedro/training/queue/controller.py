@@ -208,7 +208,8 @@ class Controller:
                 self._store.explain_wait(job, f"waits for {claim} to be free")
                 return
             else:
-                started = widened(job, view, promised, waiting) if job.kind == JobKind.SWEEP else job
+                room = None if self._per_tenant is None else self._per_tenant - held[job.tenant]
+                started = widened(job, view, promised, waiting, room) if job.kind == JobKind.SWEEP else job
                 submission_id = driver_id(job, job.attempt)
                 if not self._store.start_job(started, submission_id, starts):
                     return  # another controller was first, or the job was stopped: the next round sees it

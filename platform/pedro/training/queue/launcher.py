@@ -132,7 +132,7 @@ class RayJobs:
         url = self._connected()
         try:
             return within(LOOK_TIMEOUT_S, partial(_look, url))
-        except (OSError, RuntimeError, TimeoutError) as error:
+        except Exception as error:  # of Ray's state API, too, which has one of its own
             self._url = None  # it may be another one by the next look
             raise UnavailableError(f"the Ray cluster at {url} does not answer: {error}") from error
 
@@ -152,10 +152,10 @@ class RayJobs:
     def _connected(self) -> str:
         from pedro.cluster import connect, find_head
 
-        local = self._settings.ray_address is None
-        if self._url is None or (local and find_head(self._settings) is None):
-            self._url = connect(self._settings, self._log).dashboard_url
-        return self._url
+        local, url = self._settings.ray_address is None, self._url  # which another thread may forget meanwhile
+        if url is None or (local and find_head(self._settings) is None):
+            url = self._url = connect(self._settings, self._log).dashboard_url
+        return url
 
 
 def driver_arguments(job: JobRecord, settings: Settings) -> list[str]:
@@ -174,7 +174,7 @@ def check_fits(spec: FineTuneSpec, settings: Settings) -> None:
 
 
 def _check_holds(view: ClusterView, claim: Claim) -> None:
-    if not view.holds(claim):
+    if view.nodes and not view.holds(claim):  # a cluster that has none yet says nothing
         there = " and ".join(f"{node[name]:g} {name}" for node in view.nodes for name in RESOURCES if node.get(name))
         raise ConfigError(
             f"resources: the job needs {claim}, and this machine has {there}; lower resources.workers, "

@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 
 
 def widened(
-    job: JobRecord, view: ClusterView, promised: Sequence[Mapping[str, float]], waiting: Sequence[JobRecord]
+    job: JobRecord,
+    view: ClusterView,
+    promised: Sequence[Mapping[str, float]],
+    waiting: Sequence[JobRecord],
+    most: int | None = None,
 ) -> JobRecord:
-    """The sweep with workers for all trials that fit beside what is promised and what other jobs wait for."""
+    """The sweep with workers for all trials that fit beside what is promised and what other jobs wait for; `most`, the
+    jobs that its tenant may still run at once."""
     others = [claim.total for claim in map(Claim.least, waiting) if view.holds(claim)]
     trial, free = Claim.least(job), view.free([*promised, *others])
     rooms = [int((free[name] + 1e-6) // amount) for name, amount in trial.total.items() if amount]
-    at_once = max(1, min(int(job.spec["sweep"]["at_once"]), *rooms))
+    asked = int(job.spec["sweep"]["at_once"])
+    at_once = max(1, min(asked, asked if most is None else most, *rooms))
     resources: dict[str, Any] = {**job.spec["resources"], "workers": trial.workers * at_once}
     return replace(job, spec={**job.spec, "resources": resources})

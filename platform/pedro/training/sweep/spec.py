@@ -93,6 +93,7 @@ def load_sweep_spec(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpe
     located = spec.base.located(base)
     check_data_files(located.data, base, overrides, "base.data")
     tried = space.get("backbone")
-    named = {f"space.backbone.{number}": str(name) for number, name in enumerate(tried.values if tried else ())}
-    check_backbones({"base.backbone": located.backbone, **named}, base, overrides)
+    check_backbones({"base.backbone": located.backbone}, base, overrides)
+    for name in tried.values if tried else ():
+        check_backbones({"space.backbone": str(name)}, base, overrides)
     return spec.model_copy(update={"base": located, "space": space})

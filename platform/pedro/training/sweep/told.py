@@ -19,12 +19,12 @@ class TrialEvents:
 
     def __init__(self, tracker: TrialTracker, store: Store) -> None:
         self._tracker, self._store = tracker, store
-        self._told: set[int] = set()
+        self._told: set[tuple[int, int]] = set()  # number and attempt
 
     def tell(self) -> None:
         """What has ended since the last time; a database that is away hears of it the next time."""
         for trial in self._tracker.trials:
-            if trial.state is TrialState.RUNNING or trial.number in self._told:
+            if trial.state is TrialState.RUNNING or (trial.number, trial.attempt) in self._told:
                 continue
             message, data = trial_event(trial, self._tracker.planner.total)
             kind = "metrics" if "valid_loss" in data else "message"
@@ -32,7 +32,7 @@ class TrialEvents:
                 self._store.add_job_event(self._tracker.records.sweep_id, message, kind=kind, data=data, once=True)
             except UnavailableError:
                 return
-            self._told.add(trial.number)
+            self._told.add((trial.number, trial.attempt))
 
 
 def trial_event(trial: Trial, total: int) -> tuple[str, dict[str, Any]]:
