@@ -246,11 +246,14 @@ def test_its_driver_enters_how_it_goes_and_its_follower_reads_it(home, tmp_path,
         told = {"model": "acme.colours:1", "gate": "passed", "best": {"metrics": {"best_step": 7}}, "trials": [{}]}
         return SimpleNamespace(to_dict=lambda: told)
 
+    entered = []
     monkeypatch.setattr(sweep_job, "run_sweep", run)
     monkeypatch.setattr(sweep_job, "connect_driver", lambda **options: None)
+    monkeypatch.setattr(sweep_job, "_enter_trials", lambda name, _: entered.append(store.get_job(name).status))
     monkeypatch.setattr(sweep_job.Registry, "open", lambda settings: None)
     words = shlex.split(f"--sweep {sweep} --attempt 1 --at-once 2")
     assert sweep_job.main(words) == 0
+    assert entered[0] == JobStatus.RUNNING, "what was trained stands in the ledger before the end is told"
     assert seen == {"sweep": sweep, "attempt": 1, "at_once": 2, "status": JobStatus.RUNNING}
     lines = []
     job = submit.until_end(sweep, settings, store, lines.append)

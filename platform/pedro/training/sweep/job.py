@@ -232,15 +232,21 @@ def _drive(options: argparse.Namespace, record: SweepRecord, settings: Settings)
         connect_driver(log_to_driver=False)
         registry, counted = Registry.open(settings), options.attempt or 1
         result = run_sweep(record.id, settings, registry, log_line, attempt=counted, at_once=options.at_once)
+        _enter_trials(record.id, settings)  # before its end is told, after which nobody starts it
         return result.to_dict()
 
     code = drive(work, "sweep", f"`pedro jobs logs {record.id} --raw` shows where; --resume resumes it", own)
-    records = Records(settings.storage, record.id)
+    _enter_trials(record.id, settings)
+    return code
+
+
+def _enter_trials(sweep_id: str, settings: Settings) -> None:
+    """What its trials trained, into the usage ledger; what stands there already stays as it is."""
+    records = Records(settings.storage, sweep_id)
     model = records.spec().base.name
     for trial in records.trials():
         for attempt in range(1, trial.attempt + 1):
-            enter_training(settings, replace(trial, attempt=attempt).job_id(record.id), model, log_beside)
-    return code
+            enter_training(settings, replace(trial, attempt=attempt).job_id(sweep_id), model, log_beside)
 
 
 def _record(options: argparse.Namespace, settings: Settings) -> SweepRecord:
