@@ -18,7 +18,7 @@ from gateway_backend import BACKBONE, WordBackend
 from gateway_server import serve
 
 from pedro.errors import PedroError
-from pedro.gateway.answer import FanIn, while_connected
+from pedro.gateway.answer import FanIn, to_its_end, while_connected
 from pedro.gateway.backend import Delta, GenerateCall
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "http-api.md"
@@ -245,3 +245,34 @@ def test_a_request_that_is_cancelled_twice_still_frees_what_it_holds():
         return backend.running
 
     assert asyncio.run(cancelled_twice()) == 0
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_a_clean_up_goes_on_however_often_who_waits_for_it_is_cancelled(times):
+    async def cleaned():
+        done = asyncio.Event()
+
+        async def clean():
+            await asyncio.sleep(0.02)
+            done.set()
+            return "clean"
+
+        waiting = asyncio.create_task(to_its_end(clean()))
+        for _ in range(times):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            waiting.cancel()
+        (end,) = await asyncio.gather(waiting, return_exceptions=True)
+        return done.is_set(), end
+
+    done, end = asyncio.run(cleaned())
+    assert done
+    assert isinstance(end, asyncio.CancelledError) if times else end == "clean"
+
+
+def test_what_breaks_in_a_clean_up_is_raised():
+    async def broken():
+        raise PedroError("no room")
+
+    with pytest.raises(PedroError, match="no room"):
+        asyncio.run(to_its_end(broken()))

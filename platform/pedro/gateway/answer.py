@@ -13,7 +13,7 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -346,15 +346,21 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def _end(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel each once, and wait for all: one who is cancelled again meanwhile must not cut their clean-up short."""
     for task in tasks:
         task.cancel()
-    ended = asyncio.gather(*tasks, return_exceptions=True)
+    await to_its_end(asyncio.gather(*tasks, return_exceptions=True))
+
+
+async def to_its_end(work: Awaitable[Result]) -> Result:
+    """The result of a clean-up, which goes on whoever is cancelled meanwhile, however often: who is leaves after it."""
+    task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
-    while not ended.done():
+    while not task.done():
         try:
-            await asyncio.shield(ended)
+            await asyncio.wait({task})  # which, cancelled, leaves the task alone
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
+        task.exception()  # looked at, since nobody else will
         raise cancelled
+    return task.result()

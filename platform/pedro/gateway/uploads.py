@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from pedro.errors import PedroError, RateLimitError
 from pedro.files import check_expiry, check_filename, check_purpose
+from pedro.gateway.answer import to_its_end
 from pedro.gateway.auth import actor_of
 from pedro.gateway.errors import RequestTimeoutError
 from pedro.gateway.multipart import FormPart, read_form
@@ -89,7 +90,7 @@ async def receive_file(request: Request, caller: Principal, files: Files) -> Fil
     except TimeoutError:
         raise RequestTimeoutError(f"The upload did not arrive within {settings.upload_timeout_s:g} s.") from None
     finally:
-        await receiver.abandon()
+        await to_its_end(receiver.abandon())
 
 
 class _Receiver:
