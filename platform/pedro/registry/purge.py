@@ -60,7 +60,7 @@ def experiments_of(connection: Connection, tenant: str) -> set[str]:
     """Names of the experiments of a tenant: its own, for imports, and those of its adapters."""
     with connection.answering():
         names = {one.name for one in _experiments(connection)}
-    return {name for name in names if tenant_of(name) == tenant}
+    return {name for name in names if tenant in (name, tenant_of(name))}
 
 
 def models_of(connection: Connection, tenant: str) -> set[str]:
