@@ -23,17 +23,18 @@ from xml.etree import ElementTree
 
 TESTS = Path(__file__).parent
 PROCESSES = (
+    ("serving_http",),
+    ("bench_failures",),
     ("training_job",),
     ("docs_commands",),
-    ("serving_http",),
     ("dashboard_browser",),
+    ("training_workers", "gpu_check", "equality"),
+    ("data_dataset", "data_check", "evaluation_harness", "bench", "bench_from_spec", "methods_peft"),
     ("demo",),
     ("cluster",),
-    ("backbones",),
-    ("training_workers", "gpu_check", "equality"),
-    ("comparison_grid",),
     ("serving_usage", "store_racing", "registry_server", "registry_takeover", "training_queue_database"),
-    ("data_dataset", "data_check", "evaluation_harness", "bench", "bench_from_spec", "methods_peft"),
+    ("comparison_grid",),
+    ("backbones",),
 )
 """In the order in which they start. A file that is not named here comes last, in a process of its own."""
 NOTHING_COLLECTED = 5
