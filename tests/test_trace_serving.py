@@ -6,6 +6,7 @@ knows no tensor, the runner no sequence, and templates run in a process that imp
 """
 
 import asyncio
+import logging
 import sys
 import threading
 from collections import Counter
@@ -47,11 +48,13 @@ class Trace:
 @pytest.fixture
 def trace():
     trace = Trace()
+    logging.disable()  # who formats log lines is a matter of the tests before
     threading.setprofile(trace)  # what the engine and the pools of threads start from now on
     sys.setprofile(trace)
     yield trace
     sys.setprofile(None)
     threading.setprofile(None)
+    logging.disable(logging.NOTSET)
 
 
 def test_one_chat_completion_enters_no_more_files_than_it_must(trace, tmp_path):
