@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gateway_backend import BACKBONE
+from gateway_server import serve
+
+from pedro.config import Settings
+from pedro.gateway.app import GatewaySettings
 from pedro.store import JobRecord, JobStatus
 from pedro.training.job_events import metrics_event
 from pedro.training.job_record import OwnRecord
@@ -17,8 +25,6 @@ from pedro.training.queue.prepare import prepare
 if TYPE_CHECKING:
     import openai
     from gateway_server import Gateway
-
-    from pedro.config import Settings
 
 ROWS = b"".join(
     json.dumps({"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]}).encode()
@@ -79,6 +85,17 @@ class Platform:
             own = OwnRecord(self.settings.database_url, job_id, print, 1)
             own.succeeded({"model": model, "metrics": metrics, "result_files": files})
         self.drivers.states[job_id] = JobStatus.SUCCEEDED
+
+
+@contextmanager
+def running_platform(home: Path) -> Iterator[Platform]:
+    """One in a home of its own, whose gateway serves one backbone."""
+    settings = Settings.from_env({"PEDRO_HOME": str(home)})
+    gateway_settings = GatewaySettings(backbones={BACKBONE: "stories260K"}, storage=settings.storage)
+    with serve(home, settings=gateway_settings) as gateway:
+        made = Platform(gateway, settings)
+        yield made
+        made.controller.close()
 
 
 def upload(client: openai.OpenAI, content: bytes = ROWS, purpose: Any = "fine-tune") -> str:

@@ -10,14 +10,13 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from fine_tuning_platform import ROWS, Platform, upload
+from fine_tuning_platform import ROWS, running_platform, upload
 from gateway_backend import BACKBONE
 from gateway_server import serve
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from retention_home import execute
 from store_moves import stub_version
 
-from pedro.config import Settings
 from pedro.errors import ConflictError, UnavailableError
 from pedro.gateway.app import GatewaySettings
 from pedro.store import JobStatus
@@ -32,13 +31,8 @@ METHOD = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    settings = Settings.from_env({"PEDRO_HOME": str(home)})
-    gateway_settings = GatewaySettings(backbones={BACKBONE: "stories260K"}, storage=settings.storage)
-    with serve(home, settings=gateway_settings) as gateway:
-        made = Platform(gateway, settings)
-        yield made
-        made.controller.close()
+    with running_platform(tmp_path_factory.mktemp("home")) as running:
+        yield running
 
 
 def tenant_of(request) -> str:

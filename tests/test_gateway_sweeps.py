@@ -10,13 +10,10 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from fine_tuning_platform import ROWS, Platform, upload
+from fine_tuning_platform import ROWS, running_platform, upload
 from gateway_backend import BACKBONE
-from gateway_server import serve
 from store_moves import stub_version
 
-from pedro.config import Settings
-from pedro.gateway.app import GatewaySettings
 from pedro.store import JobKind, JobStatus
 from pedro.training.dry_run_process import answer
 from pedro.training.queue.launcher import Claim, driver_arguments
@@ -29,13 +26,8 @@ SWEEP = {"space": SPACE, "search": {"trials": 6}, "scheduler": {"name": "asha", 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    settings = Settings.from_env({"PEDRO_HOME": str(home)})
-    gateway_settings = GatewaySettings(backbones={BACKBONE: "stories260K"}, storage=settings.storage)
-    with serve(home, settings=gateway_settings) as gateway:
-        made = Platform(gateway, settings)
-        yield made
-        made.controller.close()
+    with running_platform(tmp_path_factory.mktemp("home")) as running:
+        yield running
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from ray import runtime_context
@@ -17,7 +18,6 @@ from ray.train.torch import TorchTrainer
 
 # By name: they are Ray's own, and one that another version no longer has is simply not found.
 DATASETS = "DatasetsCallback"  # hands out shards of Ray Data's datasets, of which we give none
-LOOK_S = 0.5  # how soon a signal is seen at the latest
 CLEANER = "PlacementGroupCleanerCallback"  # frees the workers' CPUs if the controller dies and its job lives on
 
 
@@ -51,21 +51,18 @@ class LeanTorchTrainer(TorchTrainer):
 
 def _beside_signals(work: Callable[[], None]) -> None:
     """Do it on a thread: this one stays free to be stopped, which a call into Ray would not let it be."""
-    ended: list[BaseException | None] = []
+    ended: Future[None] = Future()
 
     def run() -> None:
         try:
             work()
-            ended.append(None)
-        except BaseException as error:  # noqa: BLE001 (raised again where it is waited for)
-            ended.append(error)
+        except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
 
-    thread = threading.Thread(target=run, name="train controller", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(LOOK_S)
-    if ended[0] is not None:
-        raise ended[0]
+    threading.Thread(target=run, name="train controller", daemon=True).start()
+    ended.result()
 
 
 class _DriversContext(runtime_context.RuntimeContext):
