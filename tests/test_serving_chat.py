@@ -1,5 +1,6 @@
 """Conversations on a small backbone of a language model's shape and chat template: gateway, engine and benchmark."""
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -20,9 +21,11 @@ from jobs.benchmarks.chat_contenders import Generate, Reply, Server
 from jobs.benchmarks.command_line import main
 from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
-from pedro.data.conditioning import find_head_end
+from pedro.data.conditioning import find_head_end, head_of
 from pedro.data.prompt_format import format_for_shape
+from pedro.refs import ModelRef
 from pedro.registry import Registry
+from pedro.serving import prompts
 from pedro.serving.config import ServeConfig
 
 SHAPE = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 16}
@@ -122,6 +125,28 @@ def test_a_conversation_that_its_system_turn_conditions_reads_that_and_earlier_t
     assert length - 32 < second < longer
     assert longer - 32 < third
     assert other["cached_tokens"] >= 32, "another conversation has its head in common"
+
+
+def test_the_head_of_a_prompt_that_is_too_long_is_not_kept(backbone, tmp_path, monkeypatch):
+    tokenizer, made = load_tokenizer(backbone), []
+    form = format_for_shape("messages", tokenizer)
+    form = replace(form, head_end=find_head_end(form, tokenizer))
+    monkeypatch.setattr(prompts, "read_manifest", lambda _directory: {"prompt_format": form.to_dict()})
+    monkeypatch.setattr(prompts, "head_of", lambda form, turns: made.append(turns) or head_of(form, turns))
+    ref = ModelRef.parse("acme.headed:1")
+
+    async def go():
+        processor = prompts.PromptProcessor(tokenizer, 96, lambda _ref: tmp_path)
+        try:
+            for said in ("Be brief.", "Be brief.", "Be brief. " * 40):
+                messages = ({"role": "system", "content": said}, {"role": "user", "content": "Hi"})
+                length = len(await processor.message_ids(messages, ref, "acme"))
+            return length
+        finally:
+            processor.close()
+
+    assert asyncio.run(go()) > 96, "what is too long is left for the engine to refuse"
+    assert len(made) == 1, "a head is made once, and none of what is too long"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize"])

@@ -22,6 +22,7 @@ DATASETS = "datasets"
 def relocate(settings: Settings) -> str:
     """What was done. Raises ConfigError for a storage that is no folder, PedroError if the registry does not open."""
     from pedro.registry import Registry
+    from pedro.training.storage import write_text
 
     if "://" in settings.storage:
         raise ConfigError(
@@ -38,8 +39,7 @@ def relocate(settings: Settings) -> str:
             raise ConfigError(f"{path}: no JSON ({error}); restore it, or delete its job or sweep") from None
         here = _here(fields, storage / DATASETS)
         if here != fields:
-            path.with_suffix(".moving").write_text(json.dumps(here, indent=1), encoding="utf-8")
-            path.with_suffix(".moving").replace(path)
+            write_text(str(path), json.dumps(here, indent=1))
             moved += 1
     specs = (
         f"{moved} spec{'s' if moved != 1 else ''} of jobs and sweeps named another home's data"
