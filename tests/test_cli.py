@@ -461,7 +461,8 @@ def test_serve_refuses_wrong_settings_before_anything_starts(pedro, home):
 def test_jobs_of_an_unknown_or_lost_cluster_are_told(pedro):
     assert one_value(pedro("jobs", "list", "--json")) == []
     one_error(pedro("jobs", "logs", "ftjob-none"))
-    one_error(pedro("jobs", "stop", "ftjob-none"))
+    for command in ("stop", "cancel", "show"):
+        one_error(pedro("jobs", command, "ftjob-none"))
 
 
 def test_a_spec_with_mistakes_is_told_with_all_of_them(pedro, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from pedro.training.job_results import store_results
 from pedro.training.loop import SECONDS_LEFT
 from pedro.training.trainer import _log_to
 
+OF_TYPE = "method.supervised.hyperparameters"
 METHOD = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}}
 
 
@@ -187,13 +189,24 @@ def test_a_key_held_to_some_adapters_sees_and_ends_jobs_of_those_alone(platform,
     [
         ({"model": "gpt-4o-mini"}, "model"),
         ({"training_file": "file-nope"}, "training_file"),
-        ({"training_file": "/etc/passwd"}, "training_file"),
+        *(({"model": name}, "model") for name in ("/models/x", "../x", "https://host/x", "os.path", "")),
+        *(({"training_file": name}, "training_file") for name in ("/etc/passwd", "s3://b/x", "pedro://demo/acme", "")),
+        ({"validation_file": "https://host/rows.jsonl"}, "validation_file"),
         ({"suffix": "…"}, "suffix"),
         ({"seed": -1}, "seed"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
         ({"metadata": {"k": "v" * 513}}, "metadata"),
         ({"method": {"type": "reinforcement"}}, "method.type"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
+        *(
+            ({"method": {"type": "supervised", "supervised": {"hyperparameters": {name: value}}}}, f"{OF_TYPE}.{name}")
+            for name, values in (
+                ("n_epochs", (0, -1, 10**9, "many", True)),
+                ("batch_size", (0, 1.5, 10**9, "many", True)),
+                ("learning_rate_multiplier", (0, -1, 10**9, "fast", True)),
+            )
+            for value in values
+        ),
         ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
         ({"method": {"type": "supervised", "pedro": {"data": {"test": "/etc/passwd"}}}}, "method.pedro.data.test"),
         ({"method": {"type": "supervised", "pedro": {"data": {"train": "file-x"}}}}, "method.pedro.data.train"),
@@ -391,6 +404,17 @@ def test_a_sweep_is_a_job_of_its_tenant_too(platform, client, request):
     assert "Fine-tuning job started" in [event.message for event in client.fine_tuning.jobs.list_events(sweep)]
 
 
+def test_a_file_of_another_purpose_is_refused_by_its_field(client):
+    batch, file = upload(client, purpose="batch"), upload(client)
+    for fields, param in (
+        ({"training_file": batch}, "training_file"),
+        ({"training_file": file, "validation_file": batch}, "validation_file"),
+    ):
+        with pytest.raises(openai.BadRequestError, match='uploaded for "batch"') as refused:
+            client.fine_tuning.jobs.create(model=BACKBONE, **fields)
+        assert (refused.value.param, refused.value.code) == (param, "invalid_file_purpose")
+
+
 def test_a_file_that_was_deleted_while_its_job_waited_fails_it(platform, client):
     file = upload(client)
     made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=file)
@@ -408,6 +432,14 @@ def test_an_idempotency_key_makes_one_job(platform, client):
     assert [event.message for event in client.fine_tuning.jobs.list_events(first)][-1].startswith("Created")
     with pytest.raises(openai.ConflictError, match="Idempotency-Key"):
         client.fine_tuning.jobs.create(**{**asked, "seed": 3}, extra_headers=header)
+
+
+def test_of_many_that_ask_at_once_with_one_idempotency_key_there_is_one_job(client):
+    asked = {"model": BACKBONE, "training_file": upload(client), "extra_headers": {"Idempotency-Key": "k2"}}
+    with ThreadPoolExecutor(8) as pool:
+        made = {job.id for job in pool.map(lambda _: client.fine_tuning.jobs.create(**asked), range(8))}
+    assert made == {job.id for job in client.fine_tuning.jobs.list()}
+    assert len(made) == 1
 
 
 def test_an_idempotent_repeat_is_the_first_job_whatever_its_model_means_by_now(platform, client, request):

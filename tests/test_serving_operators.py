@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from serving_adapters import make_adapter, register, tokenizer
 from serving_ingress import answer, call, fingerprint, idle, ingress, run, text_call, until
+from store_moves import stub_version
 
 from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.errors import (
@@ -21,6 +22,7 @@ from pedro.errors import (
     model_not_found,
 )
 from pedro.gateway.backend import ALL_TENANTS
+from pedro.serving.cards import adapter_card
 from pedro.store import Actor, AuditQuery
 
 
@@ -120,6 +122,13 @@ def test_one_adapter_is_shown_with_its_versions_and_a_foreign_one_is_not_found(s
                 assert caught.value.code == "model_not_found"
 
     run(go())
+
+
+def test_a_version_names_the_one_whose_weights_it_started_from():
+    first, second = (stub_version(number, "acme.voice") for number in (1, 2))
+    second = replace(second, spec={"parent": "acme.voice:1"})
+    card = adapter_card("acme.voice", [first, second], None, lambda _: None, None)
+    assert [(version.version, version.parent) for version in card.versions] == [(2, "acme.voice:1"), (1, None)]
 
 
 def test_metrics_tell_what_was_served_by_replica_and_adapter(served):

@@ -9,6 +9,7 @@ import time
 import uuid
 
 import pytest
+from store_moves import stub_version
 from training_runs import context_for, run, spec_for
 
 from pedro import cli
@@ -183,6 +184,29 @@ def test_listing_shows_a_lost_job_and_writes_nothing(settings, store, monkeypatc
     assert (row["status"], row["message"], row["finished"]) == ("lost", "its cluster was ended", None)
     assert watch.execute("PRAGMA data_version").fetchone() == before
     assert store.get_job(made.id).status == "running"
+
+
+def test_one_job_is_shown_with_what_it_told_and_nothing_is_written(settings, store, monkeypatch, capsys):
+    store.add_version(stub_version(1, "acme.colours"), None)
+    asked = {"method": {"name": "lora"}, "parent": "acme.colours:1"}
+    made = store.create_job("acme", "colours", asked, queued=True).id
+    store.update_job(made, status="running", submission_id=made)
+    for step in range(1, 4):
+        store.add_job_event(made, f"Step {step}: training loss={step}", kind="metrics", data={"step": step})
+    store.update_job(made, status="succeeded", result={"model": "acme.colours:2", "gate": "passed"})
+    _pedro(monkeypatch, "jobs", "show", made)
+    shown = capsys.readouterr().out
+    for words in ("acme.colours:1", "lora", "succeeded", "acme.colours:2", "passed", "Step 1: training loss=1"):
+        assert words in shown
+    _pedro(monkeypatch, "jobs", "show", made, "--events", "2", "--json")
+    row = json.loads(capsys.readouterr().out)
+    assert (row["id"], row["status"], row["result"]["model"]) == (made, "succeeded", "acme.colours:2")
+    assert [event["message"] for event in row["events"]] == ["Step 3: training loss=3", "The job was succeeded"]
+    lost = store.create_job("acme", "colours", {}).id
+    store.update_job(lost, status="running", submission_id=lost)
+    _pedro(monkeypatch, "jobs", "show", lost, "--json")
+    assert json.loads(capsys.readouterr().out)["status"] == "lost"
+    assert store.get_job(lost).status == "running"
 
 
 def test_a_log_is_read_after_its_cluster_is_gone(settings, monkeypatch, capsys):

@@ -34,7 +34,7 @@ def gc(
     """
     from dataclasses import replace
 
-    from pedro.cli.jobs import ask_cluster
+    from pedro.cli.standing_jobs import ask_cluster
     from pedro.config import Settings
     from pedro.registry import Registry
     from pedro.retention.collector import collect

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pedro.cli import standing_jobs
 from pedro.cli.output import AsJson, accuracy, emit, log, percent, printable, table
-from pedro.refs import ModelRef
+from pedro.cli.standing_jobs import JobId
 
 if TYPE_CHECKING:
     from pedro.cluster import Cluster
     from pedro.config import Settings
-    from pedro.training.job_status import ClusterJobs
 
-app = typer.Typer(help="Fine-tuning jobs and sweeps: list, logs, stop, pause, resume, retry.", no_args_is_help=True)
-JobId = Annotated[str, typer.Argument(help="The job's id, from `pedro jobs list`.")]
+app = typer.Typer(
+    help="Fine-tuning jobs and sweeps: list, show, logs, stop, pause, resume, retry.", no_args_is_help=True
+)
 
 
 def submit(
@@ -111,33 +110,8 @@ def submit(
     emit(result.to_dict(), as_json, show)
 
 
-@app.command("list")
-def list_jobs(
-    tenant: Annotated[str | None, typer.Argument(help="Only this tenant's.")] = None, as_json: AsJson = False
-) -> None:
-    """List jobs and sweeps, newest first. Looking changes nothing: `lost` is a job whose cluster is gone."""
-    from pedro.config import Settings
-
-    rows = _as_they_stand(Settings.from_env(), tenant)
-
-    def show() -> None:
-        table(
-            ["job", "model", "status", "created", "seconds", "message"],
-            [
-                [
-                    row["id"],
-                    ModelRef(row["tenant"], row["adapter"]).name,
-                    row["status"],
-                    time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created"])),
-                    round(row["finished"] - row["created"]) if row["finished"] else "",
-                    row["message"] or (row["result"] or {}).get("gate", ""),
-                ]
-                for row in rows
-            ],
-            empty="no jobs yet; `pedro submit SPEC.yaml` starts one",
-        )
-
-    emit(rows, as_json, show)
+app.command("list")(standing_jobs.list_jobs)
+app.command()(standing_jobs.show)
 
 
 @app.command()
@@ -190,6 +164,9 @@ def stop(job: JobId, as_json: AsJson = False) -> None:
     status = stop_job(job)
     ended = f"stopped {job}" if status == "cancelled" else f"{job} was not stopped, it has {status}"
     emit({"job_id": job, "status": status}, as_json, lambda: typer.echo(ended))
+
+
+app.command("cancel", help="The same as stop.")(stop)
 
 
 @app.command()
@@ -262,40 +239,6 @@ def _cluster() -> Cluster:
             "jobs and how they ended"
         )
     return connect(settings)
-
-
-def _as_they_stand(settings: Settings, tenant: str | None) -> list[dict[str, Any]]:
-    """The jobs of the records; of those that have not ended, what the cluster says, or that it is gone."""
-    from pedro.store import Store
-    from pedro.training.job_status import ClusterJobs, reconcile
-
-    store = Store(settings.database_url)
-    is_open = any(not record.status.final for record in store.list_jobs(tenant))
-    cluster = ask_cluster(settings) if is_open else ClusterJobs({}, gone=True)
-    if cluster.problem:
-        log(f"what runs is as the records have it: {cluster.problem}")
-    return [
-        {**asdict(job.record), "kind": job.record.kind, "status": job.status, "message": job.message}
-        for job in reconcile(store, cluster, tenant)
-    ]
-
-
-def ask_cluster(settings: Settings) -> ClusterJobs:
-    """What the cluster says of its jobs; none is started to be asked."""
-    from pedro.cluster import connect, find_head
-    from pedro.errors import UnavailableError
-    from pedro.training import ray_jobs
-    from pedro.training.job_status import ClusterJobs
-
-    if settings.launcher != "ray":
-        return ClusterJobs({})  # each job has a cluster of its own: the records are what is known
-    if settings.ray_address is None and find_head(settings) is None:
-        return ClusterJobs({}, gone=True)
-    try:
-        url = connect(settings).dashboard_url
-        return ClusterJobs({job["id"]: job for job in ray_jobs.jobs(url)}, url)
-    except UnavailableError as error:
-        return ClusterJobs({}, problem=error.message)
 
 
 def running_jobs(settings: Settings) -> list[tuple[str, str]]:

@@ -103,8 +103,9 @@ def erase(
     Examples: `pedro tenants erase acme --dry-run`; `pedro tenants erase acme --keep-sums`
     """
     from pedro.cli.gc import size
-    from pedro.cli.jobs import ask_cluster, end_driver
+    from pedro.cli.jobs import end_driver
     from pedro.cli.output import confirm
+    from pedro.cli.standing_jobs import ask_cluster
     from pedro.config import Settings
     from pedro.registry import Registry
     from pedro.retention.erasure import erase_tenant

@@ -42,6 +42,7 @@ class VersionCard:
     aliases: tuple[str, ...] = ()
     fault: str | None = None  # why the server cannot serve it, as far as it has tried
     metrics: Mapping[str, float] = field(default_factory=dict)
+    parent: str | None = None  # the version whose weights its training started from
 
 
 @dataclass(frozen=True)

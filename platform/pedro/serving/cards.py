@@ -31,7 +31,8 @@ def adapter_card(
         aliases={alias: version.version for version in versions for alias in version.aliases},
         versions=tuple(
             VersionCard(
-                v.version, v.digest, v.created, v.method, v.gate, v.aliases, reason(v.model_ref), _numbers(v.metrics)
+                *(v.version, v.digest, v.created, v.method, v.gate, v.aliases),
+                *(reason(v.model_ref), _numbers(v.metrics), (v.spec or {}).get("parent")),
             )
             for v in reversed(versions)
         ),
