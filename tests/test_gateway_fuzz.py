@@ -1,7 +1,8 @@
 """Every route of the gateway, asked by a schema-driven tester over HTTP, with a real engine and a real store behind it.
 
 What it answers is what its OpenAPI document says: no other status, media type or shape, and nothing of its inside.
-`FUZZ=n` (`make fuzz`) asks each route n times and more, other things each time, also with PostgreSQL.
+`FUZZ=n` (`make fuzz`) asks each route n times and more, other things each time, also with PostgreSQL: no answer then
+takes longer than 5 s, and the gateway's memory does not grow.
 """
 
 from __future__ import annotations
@@ -14,89 +15,33 @@ from urllib.parse import quote
 import httpx
 import pytest
 import requests
+from fuzzed_gateway import AT_MOST_S, FUZZED, GROWTH, GROWTH_MB, LONGEST_S, ROWS, FuzzedGateway, apart, gateway
 from fuzzing import FUZZ, JSON, tried
-from gateway_engine import served_engine
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_adapters import register
 
 from pedro.gateway.openapi_routes import ROUTES
 
-LONGEST_S = 30
-INSIDE = re.compile(
-    r"Traceback|site-packages|\.py\b|<class |object at 0x|\b(?:pedro|sqlalchemy|psycopg|starlette|pydantic|torch)\."
-    r"|\b[A-Z]\w+(?:Error|Exception)\b|sqlite3?"
-)
 FEW = {"max_tokens": 3, "max_completion_tokens": 3, "max_output_tokens": 3, "min_tokens": 2, "n": 2, "best_of": 2}
-FUZZED = "acme.fuzzed"
 OPERATORS = ("/metrics", "/openapi.json", "/load", "/pin", "/unload", "/unpin")
 
 
 @pytest.fixture(scope="module", params=["sqlite", *(["postgresql"] if FUZZ else [])])
-def at(request, shared_replica, tmp_path_factory):
-    """A client of the gateway with a tenant's key, one with an operator's, and names of things that there are."""
+def at(request, tmp_path_factory):
+    """A gateway with a store of its own; in a long search in a process of its own."""
     folder = tmp_path_factory.mktemp("fuzz")
     url = f"sqlite:///{folder}/pedro.db"
     if request.param == "postgresql":
         url = request.getfixturevalue("postgres").ready_database()
-    for _ in range(2):  # its own: what is asked moves aliases and deletes versions
-        register(shared_replica.registry, shared_replica.folder / "1", FUZZED)
-    with served_engine(shared_replica, folder, url) as (address, store), httpx.Client(timeout=LONGEST_S) as http:
-        keys = {
-            "tenant": store.create_key("acme", ("infer", "train", "read"))[1],
-            "operator": store.create_key("ops", ("admin",))[1],
-        }
-        yield Gateway(address, http, keys, str(folder))
-
-
-class Gateway:
-    def __init__(self, address, http, keys, folder):
-        self.address, self.http, self.folder = address, http, folder
-        self.headers = {who: {"authorization": f"Bearer {key}"} for who, key in keys.items()}
-        row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-        form = {"files": {"file": ("rows.jsonl", json.dumps(row) + "\n")}, "data": {"purpose": "fine-tune"}}
-        file_id = self.ask("POST", "/v1/files", **form).json()["id"]
-        job = {"model": "stories260K", "training_file": file_id}
-        job_id = self.ask("POST", "/v1/fine_tuning/jobs", json=job).json()["id"]
-        hook = {"url": "http://127.0.0.1:9/", "name": "hook", "event_types": ["batch.failed"]}
-        hook_id = self.ask("POST", "/v1/webhook_endpoints", json=hook).json()["id"]
-        self.known = {
-            "name": FUZZED,
-            "ref": FUZZED,
-            "file_id": file_id,
-            "job_id": job_id,
-            "endpoint_id": hook_id,
-            "model": FUZZED,
-            "training_file": file_id,
-            "input_file_id": file_id,
-        }
-
-    def ask(self, method, path, who="tenant", **more):
-        headers = {**self.headers[who], **more.pop("headers", {})}
-        return self.http.request(method, self.address + path, headers=headers, **more)
-
-    @property
-    def schema(self):
-        import schemathesis
-
-        told = self.ask("GET", "/openapi.json", "operator").json()
-        return schemathesis.openapi.from_dict(told)
-
-    def aim(self, case):
-        """Have a generated request name what there is, and ask for little."""
-        case.path_parameters = {k: self.known.get(k, v) for k, v in (case.path_parameters or {}).items()}
-        if isinstance(case.body, dict):
-            known = {k: self.known[k] for k in self.known.keys() & case.body.keys() if isinstance(case.body[k], str)}
-            case.body = {**case.body, **known}
-
-    def look(self, reply):
-        """What every answer is held to."""
-        assert reply.status_code < 500 or reply.status_code in (503, 504), reply.text
-        assert not (found := INSIDE.search(reply.text)), f"{found}: {reply.text}"
-        assert self.folder not in reply.text
-        if reply.status_code >= 400:  # also of an address that is none of the document's
-            assert "application/json" in reply.headers["content-type"]  # Schemathesis has a list of each header
-            assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
+    with httpx.Client(timeout=LONGEST_S) as http:
+        if not FUZZ:
+            with gateway(request.getfixturevalue("shared_replica"), folder, url) as (address, keys):
+                yield FuzzedGateway(address, http, keys, str(folder), None)
+            return
+        with apart(folder, url) as (address, keys, pid):
+            asked = FuzzedGateway(address, http, keys, str(folder), pid)
+            yield asked
+            request.config.get_terminal_writer().line(f"\n{request.param}: {asked.told()}")
 
 
 def limited(body):
@@ -150,6 +95,36 @@ def test_a_route_answers_what_its_description_says(at, operations, route):
     asked()
 
 
+def test_what_an_answer_names_is_taken_by_the_routes_that_it_is_linked_to(at):
+    from schemathesis.specs.openapi import checks
+
+    held = [checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance]
+    held += [checks.use_after_free, checks.ensure_resource_availability]
+    followed = set()
+
+    class Chains(at.schema.as_state_machine()):
+        def before_call(self, case):
+            known = {"model": FUZZED, "url": "http://127.0.0.1:9/"}
+            at.aim_body(case, known)
+            limited(case.body)
+            if case.operation.label == "POST /v1/files" and isinstance(case.body, dict):
+                case.body = {**case.body, "file": ROWS.get(case.body.get("purpose"), "\0")}
+
+        def get_call_kwargs(self, case):
+            headers = at.headers[who_asks(case.operation.path)]
+            return {"base_url": at.address, "headers": headers, "timeout": LONGEST_S}
+
+        def validate_response(self, response, case, additional_checks=None, **kwargs):
+            case.validate_response(response, checks=held, transport_kwargs=kwargs, recorder=self.recorder)
+            at.look(response)
+            parent = self.recorder.cases[case.id].parent_id
+            if parent is not None and response.status_code == 200:
+                followed.add(f"{self.recorder.cases[parent].value.operation.label} -> {case.operation.label}")
+
+    Chains.run(settings=settings(tried(12, 4), stateful_step_count=8))
+    assert len(followed) >= 3, followed
+
+
 BODIES = sorted(route for route, told in ROUTES.items() if told.body is not None)
 RAW = st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()) | st.just(b"[" * 5000)
 
@@ -184,3 +159,11 @@ def test_no_address_is_too_wild_for_an_answer(at, route, part, query):
     path = re.sub(r"\{\w+\}", lambda _: part, path)
     url = httpx.URL(at.address).copy_with(raw_path=f"{path}?{query}".encode())
     at.look(at.http.request(method, url, headers=at.headers[who_asks(route)]))
+
+
+if FUZZ:  # the last of a long search
+
+    def test_no_answer_took_long_and_no_memory_was_kept(at):
+        assert at.slowest[0] <= AT_MOST_S, at.slowest
+        begin, end = at.memory()
+        assert end <= max(GROWTH * begin, begin + GROWTH_MB), at.memory_mb

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from contextlib import suppress
+from dataclasses import asdict
 
 import httpx
 import numpy as np
@@ -25,6 +27,9 @@ from pedro.data.row_reader import read_rows
 from pedro.data.row_shapes import read_row
 from pedro.data.templates import TooLongError, render
 from pedro.errors import AdapterError, ConfigError, DataError, PedroError
+from pedro.gateway.batch_rows import RowMistake
+from pedro.gateway.batch_rows import read_rows as read_batch
+from pedro.gateway.tool_answers import CallReader
 from pedro.methods.adapter_files import read_config
 from pedro.training.spec import FineTuneSpec
 from pedro.yaml_reader import parse_yaml
@@ -58,6 +63,27 @@ def test_any_file_of_rows_is_read_or_refused_line_by_line(tmp_path_factory, line
                 continue
             with suppress(LineError):
                 read_row(row, number)
+
+
+# batches
+
+BATCH_FIELDS = ["custom_id", "method", "url", "body", "model", "stream", "prompt"]
+BATCH_VALUES = JSON | st.sampled_from(["POST", "/v1/completions", "\ud800"])
+BATCH_LINE = st.dictionaries(st.sampled_from(BATCH_FIELDS), BATCH_VALUES, max_size=5)
+
+
+@tried(40, 20)
+@given(lines=st.lists(BATCH_LINE | st.binary(max_size=40), max_size=4), end=st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
+def test_any_line_of_a_batch_is_a_row_or_one_mistake_that_can_be_told(lines, end):
+    content = end.join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    for one in read_batch(io.BytesIO(content), "/v1/completions", 10_000):
+        if isinstance(one, RowMistake):
+            assert one.line is not None
+            assert "\n" not in one.message
+        else:
+            assert one.custom_id
+            json.loads(one.body)
+        json.dumps(asdict(one), default=bytes.decode).encode()
 
 
 # specs
@@ -175,6 +201,46 @@ def test_any_template_renders_or_is_refused(words):
         assert "<class" not in written
 
 
+# answers that may call tools
+
+CALL = '{"name": "f", "arguments": {"a": "é"}}'
+PIECES = [
+    CALL,
+    f"[{CALL}, {CALL}]",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool",
+    "_call>",
+    "[TOOL_CALLS]",
+    "{",
+    "[",
+    "x",
+    " ",
+]
+PIECES += [
+    '{"name": "f", "arguments": {"a": NaN}}',
+    '{"name": "f", "parameters": {"a": "\\ud800"}}',
+    '{"name": "g"}',
+    "\n",
+]
+
+
+@tried(150, 20)
+@given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=7), parallel=st.booleans())
+def test_an_answer_in_pieces_has_the_calls_and_the_text_of_the_whole_one(pieces, parallel):
+    def read(parts):
+        reader, texts, calls = CallReader(["f"], parallel), [], []
+        for number, part in enumerate(parts, 1):
+            text, more = reader.feed(part, number == len(parts))
+            texts.append(text)
+            calls += more
+        assert [call["index"] for call in calls] == list(range(len(calls)))
+        assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in calls)
+        return "".join("".join(texts).split()), [call["function"] for call in calls]
+
+    assert read(pieces) == read(["".join(pieces)])
+
+
 # streams
 
 
@@ -186,17 +252,28 @@ def http(tmp_path_factory):
             yield client
 
 
+PROMPT = st.text(min_size=1, max_size=12).filter(str.strip)
+
+
 @tried(15, 10)
-@given(prompt=st.text(min_size=1, max_size=12).filter(str.strip))
+@given(prompt=PROMPT)
 @example("a\u2028b\u0085c\rd data: [DONE] e")
 def test_a_stream_of_any_text_is_the_whole_answer_an_event_a_line(http, prompt):
-    body = {"model": BACKBONE, "prompt": prompt.encode(errors="replace").decode(), "max_tokens": 3}
-    if not body["prompt"].split():
+    prompt = prompt.encode(errors="replace").decode()
+    if not prompt.split():
         return
-    whole = http.post("/v1/completions", json=body)
-    streamed = http.post("/v1/completions", json={**body, "stream": True})
-    assert (whole.status_code, streamed.status_code) == (200, 200)
-    *events, done, rest = streamed.content.decode().split("\n\n")
+    events, whole = streamed(http, "/v1/completions", {"prompt": prompt, "max_tokens": 3})
+    assert "".join(chunk["choices"][0]["text"] for chunk in events) == whole["choices"][0]["text"]
+    chat = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 3}
+    events, whole = streamed(http, "/v1/chat/completions", chat)
+    said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in events)
+    assert said == whole["choices"][0]["message"]["content"]
+
+
+def streamed(http, path, body):
+    """The events of a stream, and the same answer whole."""
+    whole, stream = (http.post(path, json={"model": BACKBONE, **body, "stream": stream}) for stream in (False, True))
+    assert (whole.status_code, stream.status_code) == (200, 200)
+    *events, done, rest = stream.content.decode().split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole.json()["choices"][0]["text"]
+    return [json.loads(event.removeprefix("data: ")) for event in events], whole.json()

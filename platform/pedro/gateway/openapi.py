@@ -6,13 +6,15 @@ JSON Schema. Reference: https://spec.openapis.org/oas/v3.1.0
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import pedro
-from pedro.gateway.openapi_routes import AFTER, ROUTES, Told
+from pedro.gateway.openapi_routes import AFTER, IDS, ROUTES, Told
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -76,6 +78,10 @@ def document(app: FastAPI) -> dict[str, Any]:
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
             _complete(operation, ROUTES[f"{method.upper()} {path}"])
+    operations = {f"{method.upper()} {path}": o for path, of in found["paths"].items() for method, o in of.items()}
+    for source, places in IDS.items():
+        links = {o["operationId"]: _link(route, o, places) for route, o in operations.items() if route != source}
+        operations[source]["responses"]["200"]["links"] = {name: link for name, link in links.items() if link}
     found["components"] = {
         "schemas": {**schemas, "Error": ERROR},
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer sk-…"}},
@@ -107,6 +113,17 @@ def _complete(operation: dict[str, Any], told: Told) -> None:
             for status, names in told.instead.items()
         },
     }
+
+
+def _link(route: str, operation: dict[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    """How to ask `route` for what an answer with values at these places told; empty if it takes none of them."""
+    of_path, body = re.findall(r"{(\w+)}", route), ROUTES[route].body
+    of_body = [] if body is None or of_path else [name for name in places if name in body.model_fields]
+    taken = of_path or of_body
+    if not taken or not places.keys() >= set(taken):
+        return {}
+    where = "parameters" if of_path else "requestBody"
+    return {"operationId": operation["operationId"], where: {name: f"$response.body#{places[name]}" for name in taken}}
 
 
 def _answer(told: Told, media: str) -> dict[str, Any]:

@@ -210,3 +210,17 @@ ROUTES: dict[str, Told] = {
         parameters=(*PAGE, EFFECTIVE_AT, *(_several(name, TEXT) for name in LISTS)),
     ),
 }
+
+# Links: what a route's answer names, as a parameter or field of others, and where it stands in the answer.
+IDS: dict[str, dict[str, str]] = {
+    "POST /v1/files": {"file_id": "/id", "training_file": "/id", "input_file_id": "/id"},
+    "GET /v1/files": {"file_id": "/data/0/id"},
+    "POST /v1/fine_tuning/jobs": {"job_id": "/id"},
+    "GET /v1/fine_tuning/jobs": {"job_id": "/data/0/id"},
+    "POST /v1/batches": {"batch_id": "/id"},
+    "GET /v1/batches": {"batch_id": "/data/0/id"},
+    "POST /v1/webhook_endpoints": {"endpoint_id": "/id"},
+    "GET /v1/webhook_endpoints": {"endpoint_id": "/data/0/id"},
+    "GET /v1/adapters": {"name": "/data/0/name", "ref": "/data/0/name", "model": "/data/0/name"},
+    "GET /v1/adapters/{name}": {"name": "/name", "version": "/versions/0/version"},
+}
