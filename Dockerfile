@@ -24,6 +24,8 @@ COPY platform ./platform
 COPY dashboard ./dashboard
 RUN pip install -c constraints.txt '.[all]'
 COPY jobs ./jobs
+# What is in here, with licences.
+RUN python -m jobs.supply_chain sbom --out /opt/pedro/sbom.cdx.json
 
 ENV HOME=/var/lib/pedro \
     PYTHONPATH=/opt/pedro \

@@ -7,7 +7,7 @@ ARGS ?=
 COMPILE := $(BIN)/python -m compileall -qq -x '/tests?/|/transformers/models/(?!auto/)'
 export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz k8s-check gpu-check format clean
+.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz audit sbom k8s-check gpu-check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,8 +41,8 @@ test-slow: install ## the slow tests: kills, clusters, the demo, the browser
 
 test-all: test test-slow ## every test
 
-check: install ## formatting, lint, types, import rules, documentation, Kubernetes
-	@$(MAKE) --no-print-directory -j 2 types lint docs k8s-check
+check: install ## formatting, lint, types, import rules, documentation, Kubernetes, known holes
+	@$(MAKE) --no-print-directory -j 2 types lint docs k8s-check audit
 
 types: install # most of the time of `check`: the others run beside it
 	@echo "== mypy"; $(BIN)/mypy
@@ -55,9 +55,16 @@ lint: install
 docs: install ## build the documentation into site/ (strict, without network)
 	@echo "== documentation"; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-fuzz: install ## ask every route, and every reader of files, what nobody would (minutes; FUZZ=examples)
-	@FUZZ=$${FUZZ:-50} PEDRO_SCHEMAS=1000 $(BIN)/python -m pytest tests/test_gateway_fuzz.py tests/test_hostile_inputs.py \
+fuzz: install ## ask every route, and every reader of files, what nobody would (FUZZ=60: 10,000 requests a database)
+	@FUZZ=$${FUZZ:-60} $(BIN)/python -m pytest tests/test_gateway_fuzz.py $(ARGS)
+	@FUZZ=$${FUZZ:-60} PEDRO_SCHEMAS=1000 $(BIN)/python -m pytest tests/test_hostile_inputs.py \
 		tests/test_serving_shapes.py::test_answers_to_random_schemas_always_validate_with_any_adapter -n logical --dist load $(ARGS)
+
+audit: install ## ask osv.dev which installed packages have known holes (skipped, with the reason, where it does not answer)
+	@echo "== known holes"; $(BIN)/python -m jobs.supply_chain audit
+
+sbom: install ## write dist/sbom.cdx.json, a bill of materials with licences, and count the licences
+	@$(BIN)/python -m jobs.supply_chain sbom $(ARGS)
 
 k8s-check: install ## the Kubernetes manifests against schemas and rules, offline and without kubectl
 	@echo "== manifests"; $(BIN)/python -m pytest tests/test_k8s_manifests.py tests/test_k8s_network.py tests/test_k8s_ports.py \
