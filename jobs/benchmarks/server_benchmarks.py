@@ -22,6 +22,7 @@ from jobs.benchmarks import (
     http_overhead,
     outage,
     queue_kills,
+    soak,
     tenants_http,
 )
 from jobs.benchmarks.command_line import Benchmark, Options
@@ -174,6 +175,11 @@ SERVER_BENCHMARKS = {
         "the database away for a minute, under 64 streams at three gateways",
         outage.outage_report,
         outage.COLUMNS,
+    ),
+    "soak": Benchmark(
+        "ten minutes of churn: memory, descriptors, threads, rows and files that should not grow",
+        soak.soak_report,
+        soak.COLUMNS,
     ),
     "swap": Benchmark(
         "an alias that moves under load: nothing fails, nothing is mixed",
