@@ -1,11 +1,13 @@
 """Lines of logs as JSON objects, one a line, for what collects logs (`PEDRO_LOG_FORMAT=json`). Opens no file.
 
-A line has `time` (UTC), `level`, `logger`, `message`, and where they are known `request_id` and `tenant`, or `job`,
-`tenant` and `model`; of an exception the traceback. Lines of requests have their fields in place of a message.
+A line has `time` (UTC), `level`, `logger`, `message`, and where they are known `request_id`, `trace_id` and `tenant`,
+or `job`, `trace_id`, `tenant` and `model`; of an exception the traceback. Lines of requests have their fields in place
+of a message. Traces are those of `tracing.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -48,9 +50,14 @@ def use(form: str) -> None:
 def say_of_jobs(line: str) -> None:
     """A line of the controller's to standard error; one about a job begins with its id and model."""
     found = OF_JOB.fullmatch(line)
-    told = found.groupdict() if found else {"message": line}
+    told = {**found.groupdict(), "trace_id": trace_of_job(found["job"])} if found else {"message": line}
     head = {"time": _utc(time.time()), "level": "INFO", "logger": "pedro.controller"}
     print(_dumped({**head, **told}), file=sys.stderr, flush=True)
+
+
+def trace_of_job(job_id: str) -> str:
+    """The id of a job's trace: of 32 hexadecimal digits, the same wherever the job is known."""
+    return hashlib.sha256(job_id.encode()).hexdigest()[:32]
 
 
 def _utc(seconds: float) -> str:

@@ -73,7 +73,7 @@ class Edge:
             "response_headers": extra,
             "at_end": leaving,
         }
-        ABOUT.set({"request_id": request_id})
+        ABOUT.set({"request_id": request_id, "trace_id": scope["state"].get("trace_id")})
         started, unread = False, _has_body(Headers(scope=scope))
 
         async def receive_body() -> Message:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from filelock import FileLock
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
+from pedro import tracing
 from pedro.log_lines import ABOUT, JSON, TEXT, JsonLines
 
 if TYPE_CHECKING:
@@ -161,6 +162,10 @@ class Observed:
             await send(message)
 
         self._metrics.opened()
+        span = None
+        if tracing.TRACER is not None and scope["path"] not in PROBES:
+            span = tracing.TRACER.begin_request(scope["headers"])
+            scope["state"] = {**scope.get("state", {}), "trace_id": tracing.trace_id(span)}
         try:
             await self._app(scope, receive, watched)
         finally:
@@ -177,6 +182,9 @@ class Observed:
                     "route": route,
                     "status": status,
                 }
+                if span is not None and tracing.TRACER is not None:
+                    tracing.TRACER.end_request(span, head, _named(noted))
+                    noted["trace_id"] = scope["state"]["trace_id"]
                 log.info("%s", _line(head, noted), extra={"facts": {**head, **_named(noted)}})
 
 

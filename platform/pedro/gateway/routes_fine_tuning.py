@@ -30,6 +30,7 @@ from pedro.gateway.fine_tuning import (
     spec_of,
 )
 from pedro.gateway.input_files import check_input_file
+from pedro.gateway.observability import note
 from pedro.gateway.pages import known_parameters, page, page_limit, wrong_value
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.schemas import MAX_METADATA
@@ -69,7 +70,9 @@ async def create_job(request: Request, caller: Owner) -> dict[str, Any]:
     if dry_run:
         dry_runs: DryRuns = request.app.state.dry_runs
         return {"object": "fine_tuning.job.dry_run", "model": asked.model, **await dry_runs.ask(caller.tenant, spec)}
-    return await asyncio.to_thread(_create, request, caller, asked, spec, sent)
+    created = await asyncio.to_thread(_create, request, caller, asked, spec, sent)
+    note(request.scope, job=created["id"])
+    return created
 
 
 @router.get("")

@@ -46,11 +46,12 @@ class EngineReplica:
     """One engine on one device. Each method takes the id of the replica that it is meant for."""
 
     def __init__(self, config: dict[str, Any], settings: Settings) -> None:
-        from pedro import log_lines
+        from pedro import log_lines, tracing
         from pedro.serving.server import ReplicaServer
 
         log_lines.use(settings.log_format)
         self._id = serve.get_replica_context().replica_tag
+        tracing.start("pedro-engine", self._id)
         self._server = ReplicaServer(ServeConfig(**config), settings, self._id)
 
     async def stream(self, stream_id: str, *, to: str) -> AsyncGenerator[OutputBatch | ReplicaLost, None]:
@@ -122,7 +123,7 @@ class Gateway:
         self._starting: list[asyncio.Task[Any]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
-        from pedro import log_lines
+        from pedro import log_lines, tracing
         from pedro.gateway.app import GatewaySettings, create_app
         from pedro.gateway.observability import write_to
         from pedro.serving.backend import ServeBackend
@@ -130,6 +131,7 @@ class Gateway:
         from pedro.serving.router import ReplicaSet
 
         log_lines.use(self._log_format)
+        tracing.start("pedro-gateway", serve.get_replica_context().replica_tag)
         write_to(self._requests_log, self._log_format)
         loop = asyncio.get_running_loop()
         connected = ReplicaSet(lambda replica: RayReplicaConnection(self._engine, replica), self._backbone_digest)

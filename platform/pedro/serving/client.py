@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pedro import tracing
 from pedro.errors import PedroError
 from pedro.serving.protocol import (
     SILENCE_S,
@@ -95,7 +96,8 @@ class ReplicaClient:
         number = next(self._numbers)
         inbox = self._inboxes[number] = _Inbox(call, ref, len(resumed))
         bare = replace(call, meter=None)
-        self._to_submit.append(SubmitRequest(number, bare, ref, resumed, self._backbone))
+        trace = "" if tracing.TRACER is None else tracing.TRACEPARENT.get()
+        self._to_submit.append(SubmitRequest(number, bare, ref, resumed, self._backbone, trace))
         self._something_to_send.set()
         try:
             while not inbox.finished:

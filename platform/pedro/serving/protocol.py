@@ -76,7 +76,8 @@ class SubmitRequest:
     """A call on its way to a replica. `number` is the ingress's own name for it on this stream.
 
     `ref` is the adapter version (None: the bare backbone); `resumed` are answer tokens that the client has already.
-    `backbone` is the digest of the one that the ingress knows, empty where it does not say.
+    `backbone` is the digest of the one that the ingress knows, empty where it does not say; `trace` the span that this
+    is a part of, empty where none is made.
     """
 
     number: int
@@ -84,6 +85,7 @@ class SubmitRequest:
     ref: ModelRef | None = None
     resumed: tuple[int, ...] = ()
     backbone: str = ""
+    trace: str = ""
 
 
 @dataclass(frozen=True)

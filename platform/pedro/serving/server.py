@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro import tracing
 from pedro.adapter_directory import check_tokenizer, read_manifest
 from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
 from pedro.backbones.sharing import obtain_backbone
@@ -52,6 +54,8 @@ class _Unfinished:
     choices: int
     resumed: int = 0  # tokens of the answer that another engine made
     prompt_tokens: int = 0
+    trace: str = ""  # the span that its own is a part of
+    steps: list[tuple[int, int, int]] = field(default_factory=list)  # of a traced one: choice, Unix nanoseconds, tokens
 
     def new_tokens(self, output: Output) -> Output:
         """The last output of a choice with what this engine read and made for it: the choices share their prompt."""
@@ -163,7 +167,9 @@ class ReplicaServer:
             if request.id in self._unfinished:
                 raise PedroError(f"request id: {request.id!r} is in use; give each request its own", param="id")
             deltas = DeltaBuilder(self._tokenizer, self._texts, request, call, str(submitted.ref or self._bare))
-            self._unfinished[request.id] = _Unfinished(stream, submitted.ref, request.n, len(submitted.resumed))
+            self._unfinished[request.id] = _Unfinished(
+                stream, submitted.ref, request.n, len(submitted.resumed), trace=submitted.trace
+            )
             stream.open(number, request.id, request.n, deltas)
             try:
                 self._thread.submit(request)
@@ -180,7 +186,10 @@ class ReplicaServer:
         """Called on the engine's thread, once a step."""
         of_streams: dict[OutputStream, list[Output]] = {}
         for output in outputs:
-            of_streams.setdefault(self._unfinished[output.request_id].stream, []).append(output)
+            request = self._unfinished[output.request_id]
+            of_streams.setdefault(request.stream, []).append(output)
+            if request.trace:
+                self._trace(request, output)
         for stream, of_stream in of_streams.items():
             stream.take(of_stream)
         for output in outputs:
@@ -190,6 +199,22 @@ class ReplicaServer:
                 if not request.choices:
                     del self._unfinished[output.request_id]
                 self._metrics.finished(request.ref, request.new_tokens(output))
+
+    def _trace(self, request: _Unfinished, output: Output) -> None:
+        """Note the step, and at an answer's end send what it was made of."""
+        request.steps.append((output.index, time.time_ns(), len(output.token_ids)))
+        if output.finish_reason is None or tracing.TRACER is None or output.timing is None:
+            return
+        facts = {
+            "request": output.request_id,
+            "model": str(request.ref or self._bare),
+            "finish_reason": output.finish_reason,
+            "prompt_tokens": output.prompt_tokens,
+            "cached_tokens": output.cached_tokens,
+            "completion_tokens": output.completion_tokens,
+        }
+        steps = [(at, tokens) for index, at, tokens in request.steps if index == output.index and tokens]
+        tracing.TRACER.answered(request.trace, output.timing, steps, facts)
 
     # texts
 

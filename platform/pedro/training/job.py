@@ -19,10 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pedro import tracing
 from pedro.config import Settings, validate_spec
 from pedro.errors import ConfigError, DataError, NotFoundError, PedroError
 from pedro.registry import CHAMPION, Registry, Version
 from pedro.registry.queries import find_run_of_job
+from pedro.store import JobStatus, Store
 from pedro.training.allowed_files import check_allowed_files
 from pedro.training.driver import connect_driver, drive, fail, log_beside, log_line
 from pedro.training.job_log import keeping_log
@@ -76,28 +78,32 @@ def run_job(
     """
     started = time.monotonic()
     job_id = job_id or new_job_id()
-    check_data(spec, settings, log)
+    with tracing.span("check data"):
+        check_data(spec, settings, log)
     run_id = _run_of(job_id, spec, registry)
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as scratch:
             followed = _came_over_http(registry, job_id)
-            trained = fit(spec, settings, run_id, job_id, Path(scratch), checkpoint_models=followed)
-            _log_spec(registry, run_id, spec, Path(scratch))
-            log("scored; registering")
-            keep_rows(settings.storage, job_id, Path(scratch) / FILE, log)
-            version = _registered(registry, spec.name, run_id) or registry.register(
-                run_id, trained.directory, spec.tenant, spec.adapter
-            )
-        if version.aliases:  # a driver before this one was lost when all was done
-            alias, decision = version.aliases[0], GateDecision(CHAMPION in version.aliases, version.gate)
-        else:
-            decision = judge_version(spec, trained, registry)
-            judged_against = trained.champion.version if trained.champion else None
-            alias, decision = move_alias(registry, version, decision, judged_against)
-        evidence = trained.champion.paired if trained.champion else None
-        tags = {"version": version.ref, "alias": alias, "gate": decision.reason}
-        registry.tag_run(run_id, {**tags, **({"evidence": json.dumps(evidence)} if evidence else {})})
+            with tracing.span("train and score"):
+                trained = fit(spec, settings, run_id, job_id, Path(scratch), checkpoint_models=followed)
+            with tracing.span("register"):
+                _log_spec(registry, run_id, spec, Path(scratch))
+                log("scored; registering")
+                keep_rows(settings.storage, job_id, Path(scratch) / FILE, log)
+                version = _registered(registry, spec.name, run_id) or registry.register(
+                    run_id, trained.directory, spec.tenant, spec.adapter
+                )
+        with tracing.span("gate"):
+            if version.aliases:  # a driver before this one was lost when all was done
+                alias, decision = version.aliases[0], GateDecision(CHAMPION in version.aliases, version.gate)
+            else:
+                decision = judge_version(spec, trained, registry)
+                judged_against = trained.champion.version if trained.champion else None
+                alias, decision = move_alias(registry, version, decision, judged_against)
+            evidence = trained.champion.paired if trained.champion else None
+            tags = {"version": version.ref, "alias": alias, "gate": decision.reason}
+            registry.tag_run(run_id, {**tags, **({"evidence": json.dumps(evidence)} if evidence else {})})
         status = "FINISHED"
     finally:
         registry.finish_run(run_id, status)
@@ -255,10 +261,29 @@ def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
         enter_training(settings, job_id, spec.name, log_beside)  # before its end is told, after which nobody starts it
         return {**result.to_dict(), "result_files": store_results(settings, job_id, log_line)}
 
-    code = drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
+    tracing.start("pedro-job", job_id)
+    with tracing.span("driver", tracing.of_job(job_id), job=job_id, attempt=options.attempt):
+        code = drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
     for spec in begun:
         enter_training(settings, job_id, spec.name, log_beside)
+    _end_trace(settings, job_id)
     return code
+
+
+def _end_trace(settings: Settings, job_id: str) -> None:
+    """Send the span of the whole job once it has ended, and those that wait."""
+    if tracing.TRACER is None:
+        return
+    with suppress(PedroError):
+        store = Store(settings.database_url)
+        try:
+            job = store.get_job(job_id)
+        finally:
+            store.close()
+        if job.status.final:
+            facts = {"tenant": job.tenant, "model": f"{job.tenant}.{job.adapter}", "status": str(job.status)}
+            tracing.TRACER.end_job(job_id, job.created, facts, job.status != JobStatus.SUCCEEDED)
+    tracing.stop()
 
 
 def _champion(registry: Registry, name: str) -> int | None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro import tracing
 from pedro.backbones.sharing import obtain_backbone
 from pedro.config import Settings
 from pedro.errors import NotFoundError, PedroError, TrainingError
@@ -120,6 +121,7 @@ def fit(
             "job_id": job_id,
             "extra": dict(extra or {}),
             "checkpoint_models": checkpoint_models,
+            "trace": tracing.TRACEPARENT.get(),
         },
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -178,11 +180,14 @@ def _work(config: dict[str, Any]) -> None:
     obtain_backbone(settings, spec.backbone)
     registry = Registry.open(settings)
     curves = CurveWriter(lambda: _log_to(registry, config["run_id"], config["job_id"])) if group.rank == 0 else None
+    tracing.start("pedro-worker", f"{config['job_id']}/{group.rank}")
     try:
-        _train(spec, settings, registry, group, curves, config)
+        with tracing.span("worker", config.get("trace", ""), job=config["job_id"], rank=group.rank):
+            _train(spec, settings, registry, group, curves, config)
     finally:
         if curves:
             curves.close()
+        tracing.stop()
 
 
 def _train(
@@ -203,14 +208,16 @@ def _train(
     parent = None
     if spec.parent:  # of its own tenant, whoever started this driver
         parent = registry.download(registry.store.get_own_version(spec.parent, spec.tenant, "parent"))
-    context = build_context(spec, settings.cache, deepspeed_engine(spec), group, parent)
+    with tracing.span("prepare"):
+        context = build_context(spec, settings.cache, deepspeed_engine(spec), group, parent)
     reporter = RayReporter(curves, context.plan.steps)
     if config.get("checkpoint_models"):
         reporter.models = CheckpointModels(context, registry, config["job_id"], config["run_id"], reporter.line)
     if group.rank == 0:
         what = f"{context.trainable_parameters:,} parameters on {len(context.data.train):,} rows"
         reporter.line(f"training {what}, {context.plan.steps:,} steps")
-    trained = worker.train_and_score(context, reporter)
+    with tracing.span("train and score"):
+        trained = worker.train_and_score(context, reporter)
     with tempfile.TemporaryDirectory() as folder:
         digest = worker.save(context, trained, Path(folder) / ADAPTER, config["extra"])
         checkpoint = None
@@ -270,7 +277,7 @@ class RayReporter:
 
         from pedro.training.checkpoints import write_checkpoint
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tracing.span("checkpoint", step=state.step), tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder) / STATE, engine, group, state, best)
             metrics: dict[str, Any] = {"step": state.step, "steps": self._steps}
             if state.validations:

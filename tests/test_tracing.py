@@ -1,0 +1,150 @@
+"""Spans of a request and of a job: what they tell, and that nothing is made of them unless a collector is named."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import logging
+import sys
+import threading
+
+import httpx
+import pytest
+from gateway_engine import served_engine
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from pedro import tracing
+from pedro.config import Settings
+from pedro.gateway import observability
+from pedro.log_lines import trace_of_job
+from pedro.store import Store
+from pedro.training import job
+
+CLIENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+SECRET = "only the client knows this sentence"
+
+
+@pytest.fixture
+def sent():
+    """The spans that this process sent, by name, once it has stopped."""
+    exporter = InMemorySpanExporter()
+    tracing.start("test", "t0", exporter)
+
+    def stopped():
+        tracing.stop()
+        return {span.name: span for span in exporter.get_finished_spans()}
+
+    yield stopped
+    tracing.stop()
+
+
+def test_a_request_is_traced_from_the_client_to_the_steps_of_the_engine(sent, shared_replica, tmp_path, monkeypatch):
+    for name in ("handlers", "propagate"):  # put back afterwards
+        monkeypatch.setattr(observability.log, name, getattr(observability.log, name))
+    monkeypatch.setattr(observability.log, "handlers", [])
+    observability.write_to(tmp_path / "requests.log", "json")
+    with served_engine(shared_replica, tmp_path, f"sqlite:///{tmp_path}/pedro.db") as (address, store):
+        headers = {"authorization": f"Bearer {store.create_key('acme', ('infer',))[1]}", "traceparent": CLIENT}
+        body = {"model": "acme.faq", "prompt": SECRET, "max_tokens": 5, "ignore_eos": True}
+        with httpx.Client(base_url=address, headers=headers, timeout=60) as client:
+            assert client.get("/health").status_code == 200
+            request_id = client.post("/v1/completions", json=body).raise_for_status().headers["x-request-id"]
+    spans = sent()
+    assert spans.keys() == {"POST /v1/completions", "engine", "queue", "prefill", "decode"}
+    assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {CLIENT.split("-")[1]}
+    request, engine = spans["POST /v1/completions"], spans["engine"]
+    assert f"{request.parent.span_id:016x}" == CLIENT.split("-")[2]
+    assert engine.parent.span_id == request.context.span_id
+    assert all(spans[part].parent.span_id == engine.context.span_id for part in ("queue", "prefill", "decode"))
+    assert spans["queue"].end_time == spans["prefill"].start_time
+    assert spans["prefill"].end_time == spans["decode"].start_time
+    assert sum(event.attributes["tokens"] for event in spans["decode"].events) == 5
+    told = request.attributes
+    assert (told["pedro.tenant"], told["pedro.model"], told["http.response.status_code"]) == ("acme", "acme.faq", 200)
+    assert told["pedro.request_id"] == request_id
+    assert engine.attributes["pedro.model"].startswith("acme.faq:")
+    assert SECRET not in "".join(span.to_json() for span in spans.values())
+    (line,) = [json.loads(line) for line in (tmp_path / "requests.log").read_text().splitlines()]
+    assert line["trace_id"] == CLIENT.split("-")[1]
+
+
+def test_a_job_is_a_trace_that_its_id_names_whatever_process_it_is_in(sent, tmp_path, monkeypatch):
+    settings = Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
+    for name, value in settings.env().items():
+        monkeypatch.setenv(name, value)
+    store = Store(settings.database_url)
+    made = store.create_job("acme", "colours", {})
+    monkeypatch.setattr(tracing, "start", lambda *_: None)  # the one of this test is there
+
+    def broken(*_):
+        with tracing.span("check data"):
+            raise ValueError("broken on purpose")
+
+    monkeypatch.setattr(job, "read_spec", broken)
+    assert job.main(["--spec", "spec.json", "--job-id", made.id]) == 1
+    assert store.get_job(made.id).status == "failed"
+    store.close()
+    spans = sent()
+    assert spans.keys() == {"job", "driver", "check data"}
+    assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {trace_of_job(made.id)}
+    assert spans["job"].parent is None
+    assert spans["driver"].parent.span_id == spans["job"].context.span_id
+    assert spans["check data"].parent.span_id == spans["driver"].context.span_id
+    assert spans["job"].start_time <= spans["driver"].start_time
+    assert not spans["job"].status.is_ok
+    assert not spans["check data"].status.is_ok
+
+
+@pytest.fixture
+def collector():
+    """A collector's address, and the spans that it was sent."""
+    got = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            content = self.rfile.read(int(self.headers["content-length"]))
+            sent = ExportTraceServiceRequest.FromString(content)
+            for of_process in sent.resource_spans:
+                named = {each.key: each.value.string_value for each in of_process.resource.attributes}
+                got.extend(
+                    (named["service.name"], span.name) for scope in of_process.scope_spans for span in scope.spans
+                )
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", got
+        server.shutdown()
+
+
+def test_a_collector_that_the_environment_names_is_sent_the_spans(collector, monkeypatch):
+    address, got = collector
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+    tracing.start("pedro-engine", "r0")
+    with tracing.span("whole"), tracing.span("part"):
+        pass
+    tracing.stop()
+    assert sorted(got) == [("pedro-engine", "part"), ("pedro-engine", "whole")]
+
+
+def test_tracing_is_off_unless_it_is_asked_for_and_can_be_had(monkeypatch, caplog):
+    for name in tracing.ENDPOINTS:
+        monkeypatch.delenv(name, raising=False)
+    tracing.start("test")
+    assert tracing.TRACER is None
+    with tracing.span("nothing"):
+        assert tracing.TRACEPARENT.get() == ""
+    monkeypatch.setenv(tracing.ENDPOINTS[0], "http://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("pedro").addHandler(caplog.handler)
+        tracing.start("test")
+        logging.getLogger("pedro").removeHandler(caplog.handler)
+    assert tracing.TRACER is None
+    assert "pip install 'pedro-platform[otel]'" in caplog.text
