@@ -7,9 +7,8 @@ import pytest
 from engine_models import Letters, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
 from pedro.engine import engine as engine_module
-from pedro.engine.prefill_budget import LEAST_ROWS, PrefillBudget
+from pedro.engine.schedule import LEAST_ROWS, PrefillBudget, SchedulerLimits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.scheduler_output import SchedulerLimits
 from pedro.engine.sequence import Request, SamplingParams, Sequence, SequenceState
 from pedro.errors import OverloadedError, RateLimitError
 

@@ -16,8 +16,8 @@ from engine_models import (
     stories,
 )
 
+from pedro.engine.schedule import SchedulerLimits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.scheduler_output import SchedulerLimits
 from pedro.engine.sequence import MIN_TURN_TOKENS, Request, SamplingParams, Sequence, SequenceState
 
 

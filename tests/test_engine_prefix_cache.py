@@ -6,7 +6,7 @@ import pytest
 import torch
 from engine_models import Answers, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
-from pedro.engine import prefix_cache, prefix_keys
+from pedro.engine import prefix_cache
 from pedro.engine.kernel_threads import KernelThreads
 from pedro.engine.kv_blocks import BLOCK, KVBlocks
 from pedro.engine.kv_cache import KVCache
@@ -206,9 +206,8 @@ class SameHash(bytes):
 def test_any_schedule_gives_the_answers_of_an_engine_that_keeps_nothing(model_type, same_hash, tmp_path, monkeypatch):
     """Much is evicted and cancelled meanwhile; with `same_hash` no hash tells one block from another."""
     if same_hash:
-        for module in (prefix_cache, prefix_keys):
-            real = module.token_bytes
-            monkeypatch.setattr(module, "token_bytes", lambda ids, real=real: SameHash(real(ids)))
+        real = prefix_cache.token_bytes
+        monkeypatch.setattr(prefix_cache, "token_bytes", lambda ids: SameHash(real(ids)))
     model = random_backbone(model_type)
     for seed, method in enumerate(("lora", "red", "pedro")):
         make_adapter(model, tmp_path / method, seed=seed, method=method)
@@ -332,7 +331,7 @@ def test_an_eviction_in_the_middle_of_a_prefill_changes_no_answer(model, adapter
     engine.add(one)
     engine.step()
     engine._prefixes._unkept.append(  # another prompt that ended meanwhile
-        prefix_cache._Unkept(prefix_keys.reuse_of(request("x", [1]), None), prompt(3 * BLOCK, seed=8), 3)
+        prefix_cache._Unkept(prefix_cache.reuse_of(request("x", [1]), None), prompt(3 * BLOCK, seed=8), 3)
     )
     engine.step()
     assert engine.stats()["prefixes"]["evictions"] == 2, "all that it began with"

@@ -18,7 +18,7 @@ from pedro.data.dataset import SOURCE
 from pedro.errors import AuthenticationError, ConflictError, NotFoundError, UnavailableError
 from pedro.gateway.key_cache import KeyCache
 from pedro.retention.erasure import erase_tenant
-from pedro.serving.catalog import AdapterCatalog
+from pedro.serving.resolver import AdapterCatalog
 from pedro.store import Quota, Store, schema
 from pedro.training.job_status import ClusterJobs
 from pedro.training.storage import join

@@ -9,7 +9,7 @@ import pytest
 from store_moves import fill, stub_version
 
 from pedro.errors import UnavailableError
-from pedro.serving.catalog import AdapterCatalog
+from pedro.serving.resolver import AdapterCatalog
 from pedro.store import CHAMPION, Database, Store
 
 
@@ -94,7 +94,7 @@ def test_many_who_ask_at_once_are_one_question(store):
 
 
 def test_many_names_asked_for_at_once_are_few_questions_and_each_gets_its_own_answer(store, monkeypatch):
-    monkeypatch.setattr("pedro.serving.catalog.MAX_TOGETHER", 4)
+    monkeypatch.setattr("pedro.serving.resolver.MAX_TOGETHER", 4)
     for number in range(9):
         fill(store, 1, f"acme.a{number}")
     counted = Counted(store)
@@ -207,7 +207,7 @@ def test_a_version_that_is_not_there_is_asked_for_once_until_its_adapter_changes
         store.add_version(stub_version(2, "acme.faq"), store.made_of("acme.faq"))
         await catalog.follow()
         assert (await catalog.version("acme.faq", 2)).version == 2
-        monkeypatch.setattr("pedro.serving.catalog.MAX_MISSING", 10)
+        monkeypatch.setattr("pedro.serving.resolver.MAX_MISSING", 10)
         for number in range(100, 150):
             assert await catalog.version("acme.faq", number) is None
         assert len(catalog._no_version) == 10

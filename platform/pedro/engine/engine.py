@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.engine.adapter_pool import AdapterPool
 from pedro.engine.beam import BeamSequence
-from pedro.engine.prefill_budget import LONE_TOKENS, PrefillBudget
 from pedro.engine.prefix_cache import PrefixCache
 from pedro.engine.request_processor import RequestProcessor
 from pedro.engine.runner import Runner
+from pedro.engine.schedule import LONE_TOKENS, SHED, PrefillBudget, PrefillChunk, PrefillGroup, SchedulerLimits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.scheduler_output import SHED, PrefillChunk, PrefillGroup, SchedulerLimits
 from pedro.engine.sequence import Logprob, Output, Request, Sequence, SequenceState
 from pedro.engine.steps import first_tokens, next_tokens, prefill_row, settle
 from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError

@@ -1,8 +1,13 @@
 """Keys and values of what was read, in blocks, for prompts that begin alike. Used on the step thread.
 
+For whom they hold is composed in one place, `reuse_of`. They depend on the tokens up to their own, on the adapter that
+acted on those, and where that makes its vectors from the prompt, on all of what the vectors were made from. Whatever
+else decides how a token is read, such as a position that later tokens tell, belongs into the key. Beside that stands
+whose prompt it was: by default nothing passes from one tenant to another, not even how long an answer takes.
+
 Blocks form a tree. The key of a block is its parent's number and its own tokens, so that equal keys mean equal prompts
 up to there: a number is given once and the tokens themselves are compared, never only their hash. Above the first block
-stands who may find it (`prefix_keys`). Where an adapter makes its vectors from the prompt, they are kept there, too.
+stands who may find it (`PrefixKey`). Where an adapter makes its vectors from the prompt, they are kept there, too.
 
 A block that a waiting sequence is about to begin with is referenced, and never evicted.
 """
@@ -11,23 +16,67 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pedro.engine.kv_blocks import BLOCK, block_bytes
-from pedro.engine.prefix_keys import PrefixKey, Reuse, reuse_of, token_bytes
 
 if TYPE_CHECKING:
     from pedro.adapter_kinds import Adapter
     from pedro.engine.modulation import SlotRows
     from pedro.engine.runner import Runner
-    from pedro.engine.sequence import Sequence
+    from pedro.engine.sequence import Request, Sequence
     from pedro.engine.steps import NewToken
 
 OVERHEAD = 2048  # bytes that a block takes beside its keys and values: its tokens and its entry
-TOKEN_BYTES = len(token_bytes((0,)))
+TOKEN_BYTES = array("i").itemsize
+ANY_TENANT = None
+
+
+class PrefixKey(NamedTuple):
+    """What two prompts must have in common, beside the tokens from their first on. Compared as a whole."""
+
+    tenant: str | None  # None: whoever asks
+    salt: str
+    adapter: str | None  # a version with its digest; None: the bare backbone
+    epoch: int  # which life of the cache: what is kept in one is never found in the next
+    conditioning: bytes  # the tokens that the vectors were made from; none where vectors are the same for any prompt
+
+
+class Reuse(NamedTuple):
+    """A prompt's key, and how many tokens of prompt and answer hold for it and are worth keeping (None: all)."""
+
+    key: PrefixKey
+    until: int | None = None
+
+
+def reuse_of(request: Request, adapter: Adapter | None, epoch: int = 0, share_bare: bool = False) -> Reuse:
+    """With whom the request may share, in this epoch of the cache.
+
+    `share_bare`: the operator lets tenants share what no adapter acted on; a request with a salt still shares with its
+    own tenant alone.
+    """
+    named, conditioning, until = request.adapter, b"", None
+    if adapter is not None:
+        length = request.conditioning_length or len(request.prompt_ids)
+        start = adapter.start_in(request.prompt_ids, length)
+        read = adapter.conditioned_by(request.prompt_ids[:length])
+        if start is None:
+            named = None
+        elif start:  # what comes before is the bare backbone's; the tokens that vectors are made from must be read
+            pooled = len(request.prompt_ids) if adapter.generator is None else adapter.generator.first_pooled(read)
+            named, until = None, min(start, pooled)
+        elif adapter.generator is not None:
+            conditioning = token_bytes(request.prompt_ids[:read])
+            whole = request.conditioning_length is None and adapter.generator.head is None
+            until = read if whole else None  # then no other prompt begins with its answer
+    tenant = ANY_TENANT if share_bare and named is None and not request.cache_salt else request.tenant
+    return Reuse(PrefixKey(tenant, request.cache_salt, named, epoch, conditioning), until)
+
+
 EntryKey = tuple[PrefixKey | int, bytes]  # of a first block, or of one below another; vectors have no tokens
 
 
@@ -277,3 +326,8 @@ def _blocks(token_ids: list[int]) -> Iterable[bytes]:
     """The tokens of each whole block."""
     every, size = token_bytes(token_ids), BLOCK * TOKEN_BYTES
     return (every[start : start + size] for start in range(0, len(every) - size + 1, size))
+
+
+def token_bytes(token_ids: Iterable[int]) -> bytes:
+    """The ids themselves, four bytes each: equal bytes are equal tokens."""
+    return array("i", token_ids).tobytes()

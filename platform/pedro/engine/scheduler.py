@@ -23,7 +23,7 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from pedro.engine.scheduler_output import (
+from pedro.engine.schedule import (
     PrefillChunk,
     PrefillGroup,
     PrefillProgress,

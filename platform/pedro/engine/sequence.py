@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from pedro.engine.modulation import PreemptedState
-    from pedro.engine.prefix_cache import Prefix
-    from pedro.engine.prefix_keys import Reuse
+    from pedro.engine.prefix_cache import Prefix, Reuse
     from pedro.engine.token_mask import TokenMask
     from pedro.model_protocols import TokenDecoder
 

@@ -18,7 +18,7 @@ from pedro.engine.token_mask import likeliest
 if TYPE_CHECKING:
     from pedro.adapter_kinds import Adapter
     from pedro.engine.model_executor import Logits
-    from pedro.engine.scheduler_output import PrefillGroup
+    from pedro.engine.schedule import PrefillGroup
 
 NewToken = tuple[Sequence, int, Logprob | None]  # the token is -1 where there is none; beams use only that
 

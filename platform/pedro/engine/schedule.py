@@ -1,0 +1,142 @@
+"""What the scheduler keeps to and what it decides: limits, a step's budget, a prefill in progress, one step.
+
+How much a step may do while others wait, or may come, follows from what recent steps cost. A prompt cannot be read
+token by token, since its last token makes its vectors; but it can be read in chunks, layer by layer, between decode
+steps. A chunk is to last at most `stall` decode steps, by recent costs of both. A short step is one that a newcomer may
+find under way: it is to last at most `PATIENCE` of the time in which the newcomer's own prompt is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pedro.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from pedro.engine.scheduler import Scheduler
+    from pedro.engine.shares import Tenant
+
+NEWS = 0.25  # weight of the newest measurement
+LEAST_TOKENS = 4
+LEAST_ROWS = 4  # of a short step: fewer hardly make it shorter, since every step reads all weights
+LONE_TOKENS = 512  # of a chunk beside which nobody makes a token
+PATIENCE = 0.15
+SHED = (
+    "the server's queue is full and most that waits in it is yours, so your newest request gave way to another "
+    "tenant's; try again later or send fewer at once"
+)
+PrefillGroup = tuple[Sequence, ...]  # share one prefill: the first is read, the others copy it
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Bounds of the schedule. `prefill_tokens` is the most prompt work of one step, in tokens through all layers.
+
+    A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
+    For `head_room_s` after a tenant's last request capacity is reserved for its next one.
+    """
+
+    slots: int
+    prefill_tokens: int = 2048
+    max_waiting: int = 1024
+    max_waiting_per_tenant: int = 256
+    preempt_after: int = 1024
+    head_room_s: float = 10.0
+    weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 where not named
+
+
+class PrefillBudget:
+    """Running means of a decode step's seconds and of a prompt token's."""
+
+    def __init__(self, stall: float) -> None:
+        self._stall = stall
+        self._step_s: float | None = None
+        self._row_s: float | None = None
+        self._token_s: float | None = None
+
+    def record_decode(self, seconds: float, rows: int) -> None:
+        """A decode step of `rows` rows took `seconds`."""
+        self._step_s = _mean(self._step_s, seconds)
+        if rows >= LEAST_ROWS:
+            self._row_s = _mean(self._row_s, seconds / rows)
+
+    def record_prefill(self, tokens: int, seconds: float) -> None:
+        """`tokens` tokens' worth of a prefill, through all layers, took `seconds`."""
+        if tokens > 0:
+            self._token_s = _mean(self._token_s, seconds / tokens)
+
+    def chunk_tokens(self, most: int) -> int:
+        """The next chunk: at most `most` tokens' worth, and that until both costs are known."""
+        if self._step_s is None or not self._token_s:
+            return most
+        return max(LEAST_TOKENS, min(most, int(self._stall * self._step_s / self._token_s)))
+
+    def keep_steps_short(self, scheduler: Scheduler) -> None:
+        """Tell the scheduler what fits into a short step, and what a step is worth, by what recent ones cost."""
+        prompt, limits = scheduler.newcomer_tokens, scheduler.limits
+        if self._step_s is not None and self._token_s:
+            scheduler.step_tokens = self._step_s / self._token_s
+        if prompt is not None:
+            scheduler.short_tokens = self.short_tokens(prompt, limits.prefill_tokens)
+            scheduler.short_rows = self.short_rows(prompt, limits.slots)
+
+    def short_tokens(self, prompt: float, most: int) -> int:
+        """The chunk of a short step, where prompts of newcomers have about `prompt` tokens."""
+        return max(LEAST_TOKENS, min(most, int(PATIENCE * prompt)))
+
+    def short_rows(self, prompt: float, most: int) -> int:
+        """The rows of a short step. As many as fit by what a row cost recently, which settles within a few steps."""
+        if self._row_s is None or self._token_s is None:
+            return most
+        return max(LEAST_ROWS, min(most, int(PATIENCE * prompt * self._token_s / self._row_s)))
+
+
+@dataclass
+class PrefillProgress:
+    """A prefill in progress, and how many tokens' worth of it are done."""
+
+    groups: tuple[PrefillGroup, ...]
+    tenants: tuple[Tenant, ...]
+    done: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(group[0].unread for group in self.groups)
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """A part of the prefill of `groups`: from `since` to `until` tokens' worth of work, through all layers."""
+
+    groups: tuple[PrefillGroup, ...]
+    since: int
+    until: int
+    ends: bool
+
+    @property
+    def begins(self) -> bool:
+        return self.since == 0
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [sequence for group in self.groups for sequence in group]
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """One step: at most one chunk of one prefill, and a token for running sequences, all or as many as fit now.
+
+    Before all that the slots of `preempted` must be saved: each sequence still names the slots it lost.
+    """
+
+    prefill: PrefillChunk | None
+    decode: tuple[Sequence, ...]
+    preempted: tuple[Sequence, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.prefill is not None or bool(self.decode)
+
+
+def _mean(before: float | None, now: float) -> float:
+    return now if before is None else before + NEWS * (now - before)
