@@ -22,6 +22,7 @@ from typing import Any
 from pedro import tracing
 from pedro.config import Settings, validate_spec
 from pedro.errors import ConfigError, DataError, NotFoundError, PedroError
+from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, Registry, Version
 from pedro.registry.queries import find_run_of_job
 from pedro.store import JobStatus, Store
@@ -281,7 +282,7 @@ def _end_trace(settings: Settings, job_id: str) -> None:
         finally:
             store.close()
         if job.status.final:
-            facts = {"tenant": job.tenant, "model": f"{job.tenant}.{job.adapter}", "status": str(job.status)}
+            facts = {"tenant": job.tenant, "model": ModelRef(job.tenant, job.adapter).name, "status": str(job.status)}
             tracing.TRACER.end_job(job_id, job.created, facts, job.status != JobStatus.SUCCEEDED)
     tracing.stop()
 
