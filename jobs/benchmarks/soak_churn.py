@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 ANSWERS, LEFT = 8, 0.2  # so many are asked at once; of these so many are left in their middle
 MOVE_S, RESIDE_S, OTHERS_S, SETTLED_S = 0.25, 0.5, 0.2, 120.0
 FILE_BYTES, BATCH_ROWS = 64 * 2**10, 5
-HOOK = {"url": "https://hooks.example.com/pedro", "name": "soak", "event_types": ["fine_tuning.job.succeeded"]}
+# Of no event that the soak makes: nothing is ever sent there
+HOOK = {"url": "https://1.1.1.1/pedro", "name": "soak", "event_types": ["fine_tuning.job.succeeded"]}
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
@@ -134,7 +135,7 @@ class Churn:
             await self._ask(client, "POST", f"/v1/adapters/{ref}/{what}", "operator", right=(200, 404, 409, 503))
 
     async def _file(self, client: httpx.AsyncClient) -> None:
-        made = await self._upload(client, self._random.randbytes(FILE_BYTES), "batch")
+        made = await self._upload(client, self._random.randbytes(FILE_BYTES // 2).hex().encode(), "batch")
         await self._get(client, f"/v1/files/{made}/content")
         await self._ask(client, "DELETE", f"/v1/files/{made}")
 

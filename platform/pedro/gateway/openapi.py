@@ -14,7 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import pedro
-from pedro.gateway.openapi_routes import AFTER, IDS, ROUTES, Told
+from pedro.gateway.openapi_routes import AFTER, EVENTS, IDS, ROUTES, Told
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -42,6 +42,13 @@ ERROR = {
             },
         }
     },
+}
+EVENT = {
+    "type": "object",
+    "description": "Each event of the stream; `data` is JSON, or [DONE].",
+    "required": ["data"],
+    "additionalProperties": False,
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
 }
 ANY = (431, 500)  # whatever is asked for
 OF_KEYS = (401, 403, 429, 503)
@@ -127,6 +134,8 @@ def _link(route: str, operation: dict[str, Any], places: Mapping[str, str]) -> d
 
 
 def _answer(told: Told, media: str) -> dict[str, Any]:
+    if media == EVENTS:
+        return {"schema": EVENT}
     return {"schema": _object(told.answer) if media == JSON else {"type": "string"}}
 
 
