@@ -101,8 +101,13 @@ class Churn:
 
     async def _answer(self, client: httpx.AsyncClient) -> None:
         """One answer of any adapter; some are left before their first token, some after it."""
-        body = {"model": self._random.choice(self._models), "prompt": self._random.choice(self._prompts)}
-        body |= {"max_tokens": self._random.randint(1, 48), "ignore_eos": True, "stream": self._random.random() < 0.5}
+        body: dict[str, Any] = {"model": self._random.choice(self._models)}
+        body |= {
+            "prompt": self._random.choice(self._prompts),
+            "max_tokens": self._random.randint(1, 48),
+            "ignore_eos": True,
+            "stream": self._random.random() < 0.5,
+        }
         if self._random.random() < LEFT:
             self.done["left"] += 1
             with_first = self._random.random() < 0.5
@@ -184,5 +189,5 @@ class Churn:
         await asyncio.to_thread(self._local.store.revoke_key, key.id)
 
     async def _upload(self, client: httpx.AsyncClient, content: bytes, purpose: str) -> str:
-        form = {"files": {"file": ("soak.jsonl", content)}, "data": {"purpose": purpose}}
+        form: dict[str, Any] = {"files": {"file": ("soak.jsonl", content)}, "data": {"purpose": purpose}}
         return str((await self._ask(client, "POST", "/v1/files", **form))["id"])
