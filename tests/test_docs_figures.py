@@ -139,6 +139,18 @@ def test_what_failures_cost_is_what_the_benchmarks_measured():
     said.append(f"killed after {killed['killed_at']:,} of {killed['rows']:,} rows: {killed['once']:,} answered once")
     said.append(f"{killed['as_undisturbed']:,} as in the batch that nobody disturbed")
     said.append(f"in {killed['seconds']:.0f} s in place of {whole['seconds']:.0f} s")
+    good, *bad = json.loads((RESULTS / "canary.json").read_text())["rows"]
+    low, high = (100 * bound for bound in good["share_interval"])
+    said.append(f"{100 * good['share']:.1f} % [{low:.1f}, {high:.1f}] of {good['requests']:,} requests")
+    said.append(f"{good['moved']} of the {good['asked_again']:,} users who asked again met another version")
+    said += [f"after {one['withdrawn_s']:.0f} s, {one['failed']} failed" for one in bad]
+    *rounds, waiting = json.loads((RESULTS / "queue.json").read_text())["rows"]
+    undisturbed, killed, paused = rounds
+    for row in (killed, paused):
+        assert row["once"] == row["succeeded"]
+        said.append(f"{row['succeeded']} of {row['jobs']} succeeded once, {row['as_undisturbed']} with the adapter")
+        said.append(f"{row['seconds']:.0f} s in place of {undisturbed['seconds']:.0f} s")
+    said.append(f"{waiting['jobs']} jobs that wait take {waiting['more_mb']:.0f} MB and {waiting['more_processes']}")
     assert [words for words in said if words not in page] == []
 
 
