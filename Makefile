@@ -7,10 +7,10 @@ ARGS ?=
 COMPILE := $(BIN)/python -m compileall -qq -x '/tests?/|/transformers/models/(?!auto/)'
 export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz audit sbom k8s-check gpu-check format clean
+.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz chaos chaos-short audit sbom k8s-check gpu-check format clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## make the virtual environment and install everything into it
 
@@ -65,6 +65,12 @@ audit: install ## ask osv.dev which installed packages have known holes (skipped
 
 sbom: install ## write dist/sbom.cdx.json, a bill of materials with licences, and count the licences
 	@$(BIN)/python -m jobs.supply_chain sbom $(ARGS)
+
+chaos: install ## clients and jobs while everything around them is killed (20 minutes; ARGS: --batches CLIENTS, --rounds N)
+	@$(BIN)/python -m jobs.bench load --out jobs/results/chaos.json $(ARGS)
+
+chaos-short: install ## the same in small, as the slow tests have it (under 4 minutes)
+	@$(BIN)/python -m pytest tests/chaos -m slow -s $(ARGS)
 
 k8s-check: install ## the Kubernetes manifests against schemas and rules, offline and without kubectl
 	@echo "== manifests"; $(BIN)/python -m pytest tests/test_k8s_manifests.py tests/test_k8s_network.py tests/test_k8s_ports.py \

@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 PROCESSES = (
     ("serving_http",),
     ("bench_failures",),
+    ("chaos",),
     ("training_job",),
     ("docs_commands",),
     ("dashboard_browser",),
@@ -56,10 +57,11 @@ class Ended:
 
 def processes() -> list[Targets]:
     """The files that hold slow tests, by process."""
-    slow = {path.stem for path in TESTS.glob("test_*.py") if "mark.slow" in path.read_text(encoding="utf-8")}
+    files = {path.stem: f"tests/{path.relative_to(TESTS)}" for path in TESTS.rglob("test_*.py")}
+    slow = {name for name, file in files.items() if "mark.slow" in (TESTS.parent / file).read_text(encoding="utf-8")}
     named = [tuple(f"test_{name}" for name in names if f"test_{name}" in slow) for names in PROCESSES]
     left = [(name,) for name in sorted(slow.difference(*named))]
-    return [tuple(f"tests/{name}.py" for name in names) for names in (*named, *left) if names]
+    return [tuple(files[name] for name in names) for names in (*named, *left) if names]
 
 
 def run(targets: Targets, words: list[str]) -> Ended:
@@ -77,7 +79,9 @@ def run(targets: Targets, words: list[str]) -> Ended:
     tests = tuple((float(case.get("time", 0)), _name(case)) for case in cases)
     broken = (_name(case) for case in cases if case.find("failure") is not None or case.find("error") is not None)
     again = tuple(dict.fromkeys(broken)) or targets  # a process that was killed names no test
-    if not all(name.startswith("tests/test_") and "::" in name for name in again):  # a file that cannot be imported
+    if not all(
+        name.startswith("tests/") and ".py" in name and "::" in name for name in again
+    ):  # a file that cannot be imported
         again = targets
     return Ended(targets, status, done.stdout, time.monotonic() - began, tests, again if status else ())
 

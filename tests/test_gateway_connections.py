@@ -10,6 +10,7 @@ from gateway_server import serve
 
 from pedro.errors import ConfigError
 from pedro.gateway.connections import BoundedProtocol, ConnectionLimits, bound_connections
+from pedro.gateway.not_yet import NotYet
 
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
 
@@ -23,7 +24,7 @@ def limits(monkeypatch):
     def limits(**given):
         for name, value in given.items():
             monkeypatch.setenv(f"PEDRO_HTTP_{name.upper()}", str(value))
-        assert bound_connections() == []
+        assert [middleware.cls for middleware in bound_connections()] == [NotYet]
 
     return limits
 

@@ -14,7 +14,9 @@ import pytest
 from gateway_backend import BACKBONE, SECRET_TEXT
 from gateway_server import Gateway, serve
 
+from pedro.errors import AdapterUnusableError, UnavailableError
 from pedro.gateway.app import GatewaySettings, create_app
+from pedro.gateway.errors import error_response
 from pedro.gateway.schemas import ChatRequest, CompletionRequest
 from pedro.store import Store
 
@@ -607,6 +609,17 @@ def test_an_unexpected_error_is_a_500_without_internal_text(http, caplog):
         assert reply.headers["x-request-id"] in reply.text
         assert SECRET_TEXT not in reply.text
     assert SECRET_TEXT in caplog.text
+
+
+def test_openais_clients_are_told_not_to_ask_again_for_a_version_that_cannot_be_served():
+    unusable = error_response(AdapterUnusableError("model: acme.faq:2 cannot be served", param="model"))
+    assert (unusable.status_code, unusable.headers["x-should-retry"]) == (500, "false")
+    assert "x-should-retry" not in error_response(UnavailableError("try again")).headers
+
+
+def test_while_the_database_is_away_clients_are_told_to_come_later_than_they_would():
+    assert error_response(UnavailableError("it does not answer", code="database")).headers["retry-after"] == "5"
+    assert "retry-after" not in error_response(UnavailableError("lost", code="replica_lost")).headers
 
 
 @pytest.mark.parametrize("prompt", ["break", "vanish"])

@@ -296,6 +296,21 @@ def test_gateways_of_a_host_share_a_log_and_no_line_is_lost_when_it_begins_anew(
     assert [line for path in files for line in path.read_text().splitlines()] == wanted
 
 
+def test_a_log_that_cannot_be_opened_costs_its_lines_and_no_request(tmp_path, capsys):
+    file = tmp_path / "logs" / "requests.log"
+    file.parent.mkdir()
+    handler = SharedFileHandler(file, maxBytes=2000, backupCount=3)
+    handler.emit(logging.makeLogRecord({"msg": "before"}))
+    file.parent.rename(tmp_path / "aside")
+    for _ in range(2):
+        handler.emit(logging.makeLogRecord({"msg": "meanwhile"}))
+    (tmp_path / "aside").rename(file.parent)
+    handler.emit(logging.makeLogRecord({"msg": "after"}))
+    handler.close()
+    assert file.read_text() == "before\nafter\n"
+    assert "meanwhile" in capsys.readouterr().err
+
+
 def test_the_log_is_followed_from_now_on_also_when_it_begins_anew(tmp_path):
     file = tmp_path / "requests.log"
     file.write_text("old\n")

@@ -373,6 +373,24 @@ def test_a_version_whose_files_are_gone_is_a_503(served):
         assert caught.value.status == 503
 
 
+def test_a_version_that_was_evicted_is_loaded_again_while_the_database_is_away_but_no_other_is(served, monkeypatch):
+    first, second = (served.folder / name for name in ("kept", "unseen"))
+    make_adapter(first, 44, "completion"), make_adapter(second, 45, "completion")
+    kept = register(served.registry, first, "acme.kept").model_ref
+    unseen = register(served.registry, second, "acme.unseen").model_ref
+    (before,) = ask(served.replica, completion(max_tokens=8), kept)
+    assert served.replica._engine.adapters.evict(str(kept))
+
+    def away(*_):
+        raise UnavailableError("the database does not answer", code="database")
+
+    monkeypatch.setattr(served.replica._registry.store, "get_version", away)
+    (again,) = ask(served.replica, completion(max_tokens=8), kept)
+    assert again.text == before.text
+    with pytest.raises(UnavailableError):
+        ask(served.replica, completion(max_tokens=8), unseen)
+
+
 def test_equal_weights_with_another_prompt_format_are_served_by_their_own_format(served):
     versions = []
     for number, shape in enumerate(("completion", "messages")):

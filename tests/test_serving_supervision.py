@@ -63,10 +63,13 @@ class Watched(supervision.Supervisor):
     meanwhile."""
 
     def __init__(self, settings, tries):
-        super().__init__(settings, ServeConfig(), "127.0.0.1", 1, lambda _line: None, self._again)
-        self.tries, self.started = list(tries), 0
+        super().__init__(settings, ServeConfig(), "127.0.0.1", 1, lambda _line: None, self._beside_it)
+        self.tries, self.started, self.looked, self.current = list(tries), 0, 0, None
 
-    def _again(self):
+    def _beside_it(self):
+        self.looked += 1
+        if self.current is None or self.current.poll() is not None:
+            return
         self.started += 1
         if self.tries:
             kill(self.current)

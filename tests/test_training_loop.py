@@ -96,7 +96,8 @@ def test_checkpoints_hold_what_is_trained_and_nothing_of_the_backbone(tmp_path):
     context = context_for(spec_for(tmp_path), tmp_path)
     run(context, tmp_path / "run")
     files = {path.name: path.stat().st_size for path in (tmp_path / "run" / "last").iterdir()}
-    assert set(files) == {"rank0.safetensors", "parameters.safetensors", "best.safetensors", "progress.json"}
+    tensors = {"rank0.safetensors", "parameters.safetensors", "best.safetensors"}
+    assert set(files) == {*tensors, "progress.json", "rank0.digests.json"}
     assert sum(files.values()) < 6 * 4 * context.trainable_parameters
     backbone = sum(p.numel() for p in context.model.parameters()) * 4
     assert sum(files.values()) < backbone

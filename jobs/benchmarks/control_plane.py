@@ -12,18 +12,17 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from jobs.benchmarks.mlflow_server import mlflow_server
 from jobs.benchmarks.model_sizes import bench_folder
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from jobs.benchmarks.stats import percentile
 from jobs.benchmarks.workers.catalogue import BACKBONE
-from pedro.cluster import free_port
 from pedro.config import Settings
 from pedro.refs import ModelRef
 from pedro.registry import Registry, Version, utc
@@ -39,7 +38,6 @@ COLUMNS = (
 )
 NAMES, QUICK = (1_000, 10_000, 100_000), (1_000,)
 GATEWAYS, TENANTS, IN_MLFLOW, IDLE_S = 4, 100, 20, 30.0
-STARTS_S = 180
 SERVED_S, IDLE_SHARE, QUESTIONS = 2.0, 0.01, 1.0
 
 
@@ -52,10 +50,12 @@ def control_plane_report(options: Options, log: Log) -> BenchmarkReport:
     home = bench_folder() / "control_plane"
     shutil.rmtree(home, ignore_errors=True)
     try:
-        with running_server() as postgres, _mlflow(home, log) as tracking_uri:
+        home.mkdir(parents=True)
+        log("starting MLflow's server")
+        with running_server() as postgres, mlflow_server(home) as mlflow:
             for count in QUICK if options.quick else NAMES:
                 database = postgres.ready_database()
-                env = {"PEDRO_HOME": str(home), "PEDRO_DATABASE_URL": database, "MLFLOW_TRACKING_URI": tracking_uri}
+                env = {"PEDRO_HOME": str(home), "PEDRO_DATABASE_URL": database, "MLFLOW_TRACKING_URI": mlflow.url}
                 report.rows.append(_measure(env, count, moves, log))
     finally:
         shutil.rmtree(home, ignore_errors=True)
@@ -147,37 +147,6 @@ def _register(registry: Registry, names: list[str], scratch: Path) -> None:
             registry.register(run, directory, ref.tenant, ref.adapter)
     for name in names:
         registry.promote(name, 1)
-
-
-@contextmanager
-def _mlflow(home: Path, log: Log) -> Iterator[str]:
-    home.mkdir(parents=True)
-    port = free_port()
-    log("starting MLflow's server")
-    with open(home / "mlflow.log", "w") as written:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}", "--workers=1",
-             f"--backend-store-uri=sqlite:///{home}/server.db", f"--default-artifact-root={home}/artifacts"],
-            stdout=written, stderr=written, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )  # fmt: skip
-    try:
-        until = time.monotonic() + STARTS_S
-        while not _answers(f"http://127.0.0.1:{port}/health"):
-            if server.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"MLflow's server did not start:\n{(home / 'mlflow.log').read_text()[-2000:]}")
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - loopback
-            return True
-    except OSError:
-        return False
 
 
 @contextmanager

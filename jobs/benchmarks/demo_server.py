@@ -85,7 +85,7 @@ def backbone_with_words(size: ModelSize) -> Path:
     return directory
 
 
-def adapted(source: Path, backbone: Backbone, home: Path) -> Path:
+def adapted(source: Path, backbone: Backbone, home: Path, strength: float = 1.0) -> Path:
     """A random adapter that belongs to the served backbone, so strong that versions answer differently."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -99,7 +99,7 @@ def adapted(source: Path, backbone: Backbone, home: Path) -> Path:
     noise = torch.Generator().manual_seed(int(source.name) + 1)
     for name, tensor in weights.items():
         if name.endswith("pedro_bias"):
-            tensor += torch.randn(tensor.shape, generator=noise)
+            tensor += strength * torch.randn(tensor.shape, generator=noise)
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
     manifest = json.loads((target / "pedro_adapter.json").read_text())
     manifest["backbone"] = {

@@ -25,6 +25,7 @@ from jobs.benchmarks import (
     soak,
     tenants_http,
 )
+from jobs.benchmarks.chaos import run as chaos_run
 from jobs.benchmarks.command_line import Benchmark, Options
 from jobs.benchmarks.demo_server import ADAPTER, MODEL, adapted, backbone_with_words, running_server
 from jobs.benchmarks.engine_benchmarks import FAIRNESS_COLUMNS
@@ -170,6 +171,11 @@ SERVER_BENCHMARKS = {
         "a batch of 2,000 rows whose engine replica is killed: each row answered once",
         batch_kill.batch_report,
         batch_kill.COLUMNS,
+    ),
+    "load": Benchmark(
+        "chaos: stock clients and jobs while everything around them is killed, in an order that a seed has drawn",
+        chaos_run.load_report,
+        chaos_run.COLUMNS,
     ),
     "outage": Benchmark(
         "the database away for a minute, under 64 streams at three gateways",

@@ -56,9 +56,10 @@ def serve(
 
     from pedro.config import Settings, validate_spec
     from pedro.serving.config import ServeConfig
-    from pedro.serving.deploy import deploy, disconnect, undeploy
+    from pedro.serving.deploy import answers, deploy, disconnect, record, restarting, undeploy
+    from pedro.serving.door import Door
     from pedro.serving.supervision import Supervisor
-    from pedro.training.queue.process import stay_with_server
+    from pedro.training.queue.process import Companion
 
     settings = Settings.from_env()
     options = {
@@ -80,7 +81,8 @@ def serve(
     }
     config = validate_spec(options, ServeConfig, source="serve")
     served = deploy(settings, config, host, port, log)
-    stay_with_server(settings)
+    companion = Companion(settings)
+    companion.look()
 
     def show() -> None:
         typer.echo(f"serving {served.backbone} at {served.url}/v1")
@@ -93,14 +95,21 @@ def serve(
         return
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     threading.Thread(target=_show_requests, args=(settings.requests_log,), name="requests", daemon=True).start()
+    own_port = int(served.url.rpartition(":")[2])
+
+    def served_here() -> bool:
+        return settings.ray_address is None and (record(settings).is_file() or restarting(settings).is_file())
+
+    door = Door(host, own_port, served_here, lambda: answers(served.url))
     try:
         disconnect()
-        own_port = int(served.url.rpartition(":")[2])
-        Supervisor(settings, config, host, own_port, log, lambda: stay_with_server(settings)).run()
+        door.start()
+        Supervisor(settings, config, host, own_port, log, companion.look).run()
         log("the server was ended")
     except KeyboardInterrupt:
         log("ending the server")
     finally:
+        door.close()
         undeploy(settings)
 
 

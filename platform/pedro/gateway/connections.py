@@ -49,12 +49,15 @@ class ConnectionLimits:
 
 
 def bound_connections() -> list[Any]:
-    """Called by Serve as its proxy starts; gives the middlewares that it wants from such a function: none."""
+    """Called by Serve as its proxy starts; gives the middlewares that it wants from such a function."""
     import uvicorn.config
+    from starlette.middleware import Middleware
+
+    from pedro.gateway.not_yet import NotYet
 
     BoundedProtocol.limits = ConnectionLimits.from_env()
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"
-    return []
+    return [Middleware(NotYet)]
 
 
 class BoundedProtocol(HttpToolsProtocol):

@@ -14,12 +14,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from pedro.errors import PedroError
+from pedro.errors import AdapterUnusableError, PedroError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
 CLIENTS_WAIT_S = 60  # what is longer OpenAI's clients do not wait: they try again at once
+AWAY, AWAY_S = ("database", "adapter_unavailable"), 5.0
+"""Codes of what is away, and when to come again: by themselves OpenAI's clients give up within two seconds."""
 log = logging.getLogger("pedro.gateway")
 
 
@@ -50,9 +52,12 @@ def error_response(error: PedroError) -> JSONResponse:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is None and error.code in AWAY:
+        retry_after_s = AWAY_S
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    if error.status in (429, 504) and (retry_after_s is None or retry_after_s > CLIENTS_WAIT_S):
+    in_vain = error.status in (429, 504) and (retry_after_s is None or retry_after_s > CLIENTS_WAIT_S)
+    if in_vain or isinstance(error, AdapterUnusableError):
         headers["x-should-retry"] = "false"  # OpenAI's clients would try again on their own
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 

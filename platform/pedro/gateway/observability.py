@@ -48,8 +48,12 @@ class SharedFileHandler(RotatingFileHandler):
     """A file to which several gateways of a host append: who finds it full renames it, and the others follow."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._follow()
-        super().emit(record)
+        try:
+            self._follow()
+        except OSError:  # it can be neither read nor made now: the line is lost, not the request
+            self.handleError(record)
+        else:
+            super().emit(record)
 
     def doRollover(self) -> None:
         with FileLock(f"{self.baseFilename}.lock"):
@@ -67,6 +71,8 @@ class SharedFileHandler(RotatingFileHandler):
             followed = False
         if not followed:
             stream.close()
+            none: Any = None  # as long as it cannot be opened
+            self.stream = none
             self.stream = self._open()
 
 

@@ -53,14 +53,15 @@ def deploy(
     ConnectionLimits.from_env()
     _check(config, here=settings.ray_address is None)
     offer_backbone(settings, config.backbone, log)
-    running = find(settings)
+    again = restarting(settings).is_file()  # then its port is kept for it, and who asks there waits
+    running = None if again else find(settings)
     if running is not None:
         raise ConflictError(
             f"already serving {running.backbone} at {running.url}: one server serves one backbone per PEDRO_HOME; "
             "`pedro down` ends it, or another PEDRO_HOME holds another server"
         )
     port = port or cluster.free_port()
-    if not cluster.port_is_free(port, host):
+    if not again and not cluster.port_is_free(port, host):
         raise UnavailableError(
             f"port: {port} on {host} is in use; stop what uses it, or choose another with --port (0: any free one)",
             param="port",
@@ -170,16 +171,21 @@ def restarting(settings: Settings) -> Path:
     return settings.home / "ray" / "restarting"
 
 
-def _wait_ready(url: str) -> None:
+def answers(url: str) -> bool:
+    """Whether the server there is ready for requests."""
     import httpx
 
+    try:
+        return httpx.get(f"{url}/ready", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _wait_ready(url: str) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
+        if answers(url):
+            return
         time.sleep(0.2)
     raise UnavailableError(f"the server at {url} did not get ready within {READY_TIMEOUT_S} s")
 

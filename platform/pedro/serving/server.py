@@ -26,7 +26,7 @@ from pedro.errors import AdapterError, NotFoundError, PedroError, UnavailableErr
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
 from pedro.process import configure_serving_process, set_torch_threads
 from pedro.refs import ModelRef
-from pedro.registry import DAMAGED, Registry
+from pedro.registry import DAMAGED, Registry, Version
 from pedro.serving.answer_shapes import AnswerShapes
 from pedro.serving.gone_versions import GoneVersions
 from pedro.serving.metrics import ReplicaMetrics
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pedro.serving.config import ServeConfig
 
 LOAD_TIMEOUT_S = 60.0
+MAX_FOUND = 16_384
 log = logging.getLogger("pedro.serving")
 
 
@@ -90,6 +91,7 @@ class ReplicaServer:
         self._texts = TokenTexts(self._tokenizer)
         self._streams: dict[str, OutputStream] = {}
         self._unfinished: dict[str, _Unfinished] = {}  # by request id
+        self._found: dict[ModelRef, Version] = {}
         self._turns = Turns()  # of calls that come in
         longest = context_length(backbone)
         model = load_model(backbone, config.dtype, config.device)
@@ -306,11 +308,7 @@ class ReplicaServer:
 
     def _fetch(self, named: str) -> Path:
         """The directory of the version and digest that the engine wants. Runs on a loader thread."""
-        ref = ModelRef.parse(named)
-        try:
-            version = self._registry.find(ref)
-        except NotFoundError as error:
-            raise _gone(ref) from error
+        version = self._find(ModelRef.parse(named))
         try:
             directory = self._registry.download(version)
         except AdapterError as error:  # the store's fault, not the caller's
@@ -322,6 +320,23 @@ class ReplicaServer:
         except AdapterError as error:
             raise unusable(named, error) from error
         return directory
+
+    def _find(self, ref: ModelRef) -> Version:
+        """The version that `ref` names. While the database is away, one that was found before is what it was: versions
+        do not change, and others may have taken its room since."""
+        try:
+            version = self._found[ref] = self._registry.find(ref)
+        except NotFoundError as error:
+            self._found.pop(ref, None)
+            raise _gone(ref) from error
+        except UnavailableError:
+            known = self._found.get(ref)
+            if known is None:
+                raise
+            return known
+        if len(self._found) > MAX_FOUND:
+            self._found.pop(next(iter(self._found)), None)
+        return version
 
     async def _request(self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...] = ()) -> Request:
         """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""

@@ -30,13 +30,14 @@ Log = Callable[[str], None]
 
 
 class Supervisor:
-    """Watches over the server that this home runs on a head of its own. `started` is called after each new start."""
+    """Watches over the server that this home runs on a head of its own. `beside` is called at each look while it runs,
+    and sees to what belongs to it."""
 
     def __init__(
-        self, settings: Settings, config: ServeConfig, host: str, port: int, log: Log, started: Callable[[], None]
+        self, settings: Settings, config: ServeConfig, host: str, port: int, log: Log, beside: Callable[[], None]
     ) -> None:
         self._settings, self._config, self._host, self._port = settings, config, host, port
-        self._log, self._started = log, started
+        self._log, self._beside = log, beside
         self._head = cluster.find_head(settings)
 
     def run(self) -> None:
@@ -44,6 +45,9 @@ class Supervisor:
         while record(self._settings).is_file():
             if self._settings.ray_address is None and cluster.find_head(self._settings) != self._head:
                 self._start_again()
+            else:
+                with suppress(OSError):  # a disk without room, say: it is looked at again
+                    self._beside()
             time.sleep(LOOK_S)
 
     def _start_again(self) -> None:
@@ -65,7 +69,6 @@ class Supervisor:
                 end(self._settings)
                 return
             self._head = cluster.find_head(self._settings)
-            self._started()
         finally:
             mark.unlink(missing_ok=True)
 

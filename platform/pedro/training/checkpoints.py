@@ -2,16 +2,17 @@
 
 Safetensors and JSON only, written by each worker into its own files of one directory:
 `rank<N>.safetensors` (its optimizer's tensors), and by rank 0 `parameters.safetensors`, `best.safetensors`,
-`progress.json` and, where the method has a training hook, `companion.safetensors`. Random numbers and the order of rows
-are functions of the step, so they need no place here.
+`progress.json` and, where the method has a training hook, `companion.safetensors`; beside them `rank<N>.digests.json`,
+by which damage is found. Random numbers and the order of rows are functions of the step, so they need no place here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from pedro.training.worker_group import WorkerGroup
 
 HOOK = "companion.safetensors"  # the hook's state; the name is that of checkpoints made so far
+PARAMETERS, BEST, PROGRESS = "parameters.safetensors", "best.safetensors", "progress.json"
+
+
+class DamagedCheckpoint(TrainingError):
+    """What lies there is not what was written; the checkpoint before it may do."""
 
 
 def write_checkpoint(
@@ -37,17 +43,24 @@ def write_checkpoint(
     def write() -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            written = []
             if group.rank == 0 or not engine.replicated():
                 own = {name: tensor.detach().cpu().clone() for name, tensor in optimizer_tensors(engine)}
-                save_file(own, str(directory / f"rank{group.rank}.safetensors"))
+                written.append(f"rank{group.rank}.safetensors")
+                save_file(own, str(directory / written[-1]))
             if group.rank == 0:
-                save_file(parameters, str(directory / "parameters.safetensors"))
-                save_file(dict(best), str(directory / "best.safetensors"))
+                save_file(parameters, str(directory / PARAMETERS))
+                save_file(dict(best), str(directory / BEST))
+                progress = {"world": group.world, **state.to_dict()}
+                (directory / PROGRESS).write_text(json.dumps(progress))
+                written += [PARAMETERS, BEST, PROGRESS]
                 if engine.hook is not None:
                     tensors = {name: t.detach().cpu().contiguous() for name, t in engine.hook.state().items()}
                     save_file(tensors, str(directory / HOOK))
-                progress = {"world": group.world, **state.to_dict()}
-                (directory / "progress.json").write_text(json.dumps(progress))
+                    written.append(HOOK)
+            if written:
+                digests = {name: _digest(directory / name) for name in written}
+                (directory / f"rank{group.rank}.digests.json").write_text(json.dumps(digests))
         except (OSError, SafetensorError) as error:
             raise cannot_write("checkpoint", directory.parent, error) from error
 
@@ -58,24 +71,52 @@ def write_checkpoint(
 def read_checkpoint(
     directory: Path, engine: StepEngine, group: WorkerGroup
 ) -> tuple[TrainState, dict[str, torch.Tensor]]:
-    """Load a checkpoint into the engine; the train state, and on rank 0 the best parameters so far."""
-    progress = json.loads((directory / "progress.json").read_text())
+    """Load a checkpoint into the engine; the train state, and on rank 0 the best parameters so far.
+
+    Raises DamagedCheckpoint on every worker, and loads nothing, if a file is not what was written.
+    """
+    mine = f"rank{0 if engine.replicated() else group.rank}"
+
+    def read() -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+        names = [PARAMETERS, f"{mine}.safetensors"]
+        names += ([BEST] if group.rank == 0 else []) + ([HOOK] if engine.hook is not None else [])
+        try:
+            for rank in {"rank0", mine}:
+                _check(directory, rank)
+            progress = json.loads((directory / PROGRESS).read_text())
+            progress["validations"] = [(int(step), float(loss)) for step, loss in progress["validations"]]
+            return progress, {name: load_file(str(directory / name)) for name in names}
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise DamagedCheckpoint(f"checkpoint: {directory} cannot be read ({error})", param="checkpoint") from error
+
+    progress, files = group.together(read)
     world = progress.pop("world")
     assert engine.replicated() or world == group.world, (
         f"a checkpoint of {world} workers cannot be resumed by {group.world}"
     )
-    saved = load_file(str(directory / "parameters.safetensors"))
     with engine.gathered():
         for name, parameter in engine.parameters:
-            parameter.data.copy_(saved[name])
-    own = load_file(str(directory / f"rank{0 if engine.replicated() else group.rank}.safetensors"))
+            parameter.data.copy_(files[PARAMETERS][name])
     for name, tensor in optimizer_tensors(engine):
-        tensor.data.copy_(own[name])
+        tensor.data.copy_(files[f"{mine}.safetensors"][name])
     if engine.hook is not None:
-        engine.hook.load(load_file(str(directory / HOOK)))
-    best = load_file(str(directory / "best.safetensors")) if group.rank == 0 else {}
-    progress["validations"] = [(int(step), float(loss)) for step, loss in progress["validations"]]
-    return TrainState(**progress), best
+        engine.hook.load(files[HOOK])
+    return TrainState(**progress), files.get(BEST, {})
+
+
+def _check(directory: Path, rank: str) -> None:
+    """Raise ValueError unless a worker's files are those that it wrote. Earlier releases wrote no digests."""
+    path = directory / f"{rank}.digests.json"
+    if not path.is_file():
+        return
+    for name, digest in json.loads(path.read_text()).items():
+        if _digest(directory / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cannot_write(what: str, target: Path | str, error: Exception) -> TrainingError:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,15 +260,16 @@ class RayReporter:
         """Where checkpoints are models."""
 
     def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
-        import ray.train
+        from pedro.training.checkpoints import DamagedCheckpoint, read_checkpoint
 
-        from pedro.training.checkpoints import read_checkpoint
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            return read_checkpoint(Path(folder) / STATE, engine, group)
+        for checkpoint in _newest_first():
+            try:
+                with checkpoint.as_directory() as folder:
+                    return read_checkpoint(Path(folder) / STATE, engine, group)
+            except DamagedCheckpoint as error:
+                if group.rank == 0:
+                    self.line(f"{error.message}; resuming from the one before it, if there is one")
+        return None
 
     def checkpoint(
         self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
@@ -294,12 +295,37 @@ class RayReporter:
         print(text, flush=True)
 
 
+def _newest_first() -> Iterator[Checkpoint]:
+    """The run's last checkpoint, then those before it that are still there."""
+    import ray.train
+    from pyarrow.fs import FileSelector
+
+    last = ray.train.get_checkpoint()
+    if last is None:
+        return
+    yield last
+    run, _, name = last.path.rstrip("/").rpartition("/")
+    entries = last.filesystem.get_file_info(FileSelector(run, allow_not_found=True))
+    earlier = sorted((e.base_name for e in entries if e.base_name.startswith("checkpoint_")), reverse=True)
+    for other in earlier:
+        if other < name:  # a later one was never told of: it is not whole
+            yield ray.train.Checkpoint(f"{run}/{other}", last.filesystem)
+
+
 def _finished(checkpoint: Checkpoint | None) -> bool:
-    """Whether the last checkpoint is the run's result: its worker was lost after everything was done."""
+    """Whether the last checkpoint is the run's result: its worker was lost after everything was done. One that is
+    damaged is none: the end is made again, from the checkpoint before it."""
     if checkpoint is None:
         return False
+    from pedro.adapter_directory import verify_adapter
+
     with checkpoint.as_directory() as folder:
-        return (Path(folder) / ANSWER).is_file()
+        try:
+            json.loads((Path(folder) / ANSWER).read_text())
+            verify_adapter(Path(folder) / ADAPTER, None)
+        except (OSError, ValueError, PedroError):
+            return False
+    return True
 
 
 def _score_champion(context: TrainingContext, registry: Registry, adapted: Score) -> dict[str, Any] | None:

@@ -95,11 +95,20 @@ def hand_over(job_id: str, settings: Settings, store: Store) -> None:
     )
 
 
-def stay_with_server(settings: Settings) -> None:
-    """Have a controller beside this home's server, to which jobs come at any time; it ends with the server. A cluster
+class Companion:
+    """Has a controller beside this home's server, to which jobs come at any time; it ends with the server. A cluster
     that is somebody else's has its own."""
-    if settings.ray_address is None and settings.launcher == "ray" and not is_running(settings):
-        _spawn(settings)
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._not_before = 0.0
+
+    def look(self) -> None:
+        """Start one if there is none, unless one was started a moment ago."""
+        own = self._settings.ray_address is None and self._settings.launcher == "ray"
+        if own and time.monotonic() >= self._not_before and not is_running(self._settings):
+            _spawn(self._settings)
+            self._not_before = time.monotonic() + RESPAWN_S
 
 
 def end_controller(settings: Settings) -> bool:

@@ -1,0 +1,73 @@
+"""What Ray Serve's proxy answers before it has heard of the application: a 404 to everything, which clients take for
+final. As it comes up, after its own death or the head's, requests wait here until there is an application instead.
+
+Runs in the proxy. Tells Serve's 404 from one of an application by its text. Knows no routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOOK_S, PATIENCE_S = 0.2, 60.0
+SERVES = b"/-/routes for available routes"
+ABSENT = {
+    "error": {
+        "message": "Nothing is served here now; try again.",
+        "type": "server_error",
+        "param": None,
+        "code": "unavailable",
+    }
+}
+
+
+class NotYet:
+    """ASGI middleware around Serve's own application."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        until = time.monotonic() + PATIENCE_S
+        while not await self._answered(scope, receive, send):
+            if time.monotonic() > until:
+                await _absent(send)
+                return
+            await asyncio.sleep(LOOK_S)
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Whether the application answered; nothing was read of the request and nothing sent if not."""
+        absent = False
+        held: Message | None = None  # the start of an answer that may be Serve's
+
+        async def passed(message: Message) -> None:
+            nonlocal absent, held
+            if message["type"] == "http.response.start" and message["status"] == 404:
+                held = message
+                return
+            if held is not None:
+                absent = SERVES in message.get("body", b"")
+                if not absent:
+                    await send(held)
+                held = None
+            if not absent:
+                await send(message)
+
+        await self._app(dict(scope), receive, passed)
+        return not absent
+
+
+async def _absent(send: Send) -> None:
+    body = json.dumps(ABSENT).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers.append((b"retry-after", b"1"))
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

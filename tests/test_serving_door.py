@@ -1,0 +1,170 @@
+"""Who connects while a server's port has nobody waits, and is answered by the server that comes."""
+
+import socket
+import threading
+from contextlib import closing, contextmanager, suppress
+
+import pytest
+
+from pedro.cluster import free_port, port_is_free
+from pedro.serving import door
+from pedro.serving.door import Door, listeners
+
+GUARD_S = 120
+
+
+@pytest.fixture
+def port(monkeypatch):
+    monkeypatch.setattr(door, "LOOK_S", 0.01)
+    if not door.TABLES[0].is_file():
+        pytest.skip("this system has no tables of who listens")
+    return free_port()
+
+
+@contextmanager
+def watched(port, ready=lambda: True, wanted=lambda: True):
+    keeper = Door("127.0.0.1", port, wanted, ready)
+    keeper.start()
+    try:
+        yield keeper
+    finally:
+        keeper.close()
+
+
+class Server:
+    """Answers each line with the same in capitals, beside others on the port."""
+
+    def __init__(self, port):
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._listener.bind(("127.0.0.1", port))
+        self._listener.listen()
+        self._lines = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                line, _ = self._listener.accept()
+            except OSError:
+                return
+            self._lines.append(line)
+            threading.Thread(target=self._answer, args=(line,), daemon=True).start()
+
+    @staticmethod
+    def _answer(line):
+        with closing(line), line.makefile("rwb") as file:
+            for said in file:
+                file.write(said.upper())
+                file.flush()
+
+    def die(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for line in self._lines:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+
+
+def connect(port):
+    line = socket.create_connection(("127.0.0.1", port), timeout=GUARD_S)
+    return line, line.makefile("rwb")
+
+
+def say(file, text):
+    file.write(text + b"\n")
+    file.flush()
+
+
+def until(condition):
+    waited = threading.Event()
+    for _ in range(GUARD_S * 100):
+        if condition():
+            return
+        waited.wait(0.01)
+    raise AssertionError("it did not happen in time")
+
+
+def test_who_connects_while_nobody_listens_is_answered_by_the_server_that_comes(port):
+    with watched(port):
+        until(lambda: listeners(port))
+        lines = [connect(port) for _ in range(20)]
+        for number, (_, file) in enumerate(lines):
+            say(file, b"early %d" % number)
+        server = Server(port)
+        assert [file.readline() for _, file in lines] == [b"EARLY %d\n" % number for number in range(20)]
+        until(lambda: len(listeners(port)) == 1)
+        line, file = connect(port)
+        say(file, b"directly")
+        assert file.readline() == b"DIRECTLY\n"
+        server.die()
+        assert file.readline() == b""
+        until(lambda: listeners(port))
+        again, file = connect(port)
+        say(file, b"again")
+        second = Server(port)
+        assert file.readline() == b"AGAIN\n"
+        second.die()
+        assert file.readline() == b"", "the end of the server's side is passed on"
+        for one in (line, again, *(one for one, _ in lines)):
+            one.close()
+
+
+def test_nobody_is_let_in_before_the_server_says_that_it_is_ready(port):
+    ready = threading.Event()
+    with watched(port, ready.is_set):
+        until(lambda: listeners(port))
+        line, file = connect(port)
+        say(file, b"early")
+        server = Server(port)
+        until(lambda: len(listeners(port)) == 1)
+        line.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            line.recv(1)
+        line.settimeout(GUARD_S)
+        ready.set()
+        assert line.recv(100) == b"EARLY\n"
+        server.die()
+        line.close()
+
+
+def test_a_port_is_kept_only_as_long_as_a_server_belongs_there(port):
+    wanted, looks = threading.Event(), []
+
+    def is_wanted():
+        looks.append(wanted.is_set())
+        return wanted.is_set()
+
+    with watched(port, wanted=is_wanted):
+        until(lambda: len(looks) > 3)
+        assert not listeners(port)
+        wanted.set()
+        until(lambda: listeners(port))
+        wanted.clear()
+        until(lambda: not listeners(port))
+
+
+def test_a_port_that_is_given_up_is_free_and_who_waited_is_let_go(port):
+    with watched(port):
+        until(lambda: listeners(port))
+        line, _ = connect(port)
+    with suppress(ConnectionResetError):  # as one that had not been accepted yet
+        assert line.recv(1) == b""
+    line.close()
+    assert port_is_free(port)
+
+
+def test_a_client_that_leaves_while_it_waits_is_forgotten(port):
+    with watched(port) as keeper:
+        until(lambda: listeners(port))
+        line, file = connect(port)
+        say(file, b"gone")
+        file.close()
+        line.close()
+        server = Server(port)
+        until(lambda: len(listeners(port)) == 1 and keeper._held == 0)
+        other, file = connect(port)
+        say(file, b"here")
+        assert file.readline() == b"HERE\n"
+        server.die()
+        other.close()
