@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pedro.errors import NotFoundError
-from pedro.refs import ModelRef, tenant_of, without_digest
+from pedro.refs import ModelRef, tenant_of, version_name, without_digest
 
 ROOT = Path(__file__).parents[1]
 # f"{tenant}.{adapter}", f"{ref.name}:{version}", name.partition("."), model.rpartition(":")
 BY_HAND = re.compile(
-    r"""tenant["'\])]*\}\.\{|ref\.name\}[:@]\{|startswith\(f"\{tenant\}\."""
+    r"""tenant["'\])]*\}\.\{|ref\.name\}[:@]\{|\{name\}(:\{version|@\{which)|startswith\(f"\{tenant\}\."""
     r"""|\b(name|model|ref)\.r?(partition|split)\("[:@#]"|\b(name|model)\.r?partition\("[.]"""
 )
 
@@ -50,6 +50,7 @@ def test_a_version_and_the_parts_of_a_name_are_had_from_any_name_of_it():
     ref = ModelRef.parse("acme.faq@previous#sha256:0f")
     assert str(ref.at(3)) == str(ref.at(3).at(3)) == "acme.faq:3"
     assert (tenant_of(str(ref)), without_digest(str(ref))) == ("acme", "acme.faq@previous")
+    assert version_name("acme.faq", 3) == "acme.faq:3"
     assert (tenant_of("acme-two.faq"), tenant_of("acme")) == ("acme-two", "")
     assert (tenant_of("acme-two.faq") == "acme", without_digest("stories260K")) == (False, "stories260K")
 

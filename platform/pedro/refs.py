@@ -82,6 +82,11 @@ def without_digest(name: str) -> str:
     return name.partition("#")[0]
 
 
+def version_name(name: str, version: int) -> str:
+    """`tenant.adapter:7`. Raises NotFoundError where `name` names no model."""
+    return str(ModelRef.parse(name).at(version))
+
+
 def tenant_of(name: str) -> str:
     """The tenant that a model's name begins with, whatever follows; of no well-formed name, no tenant's name."""
     tenant, dot, _ = name.partition(".")

@@ -15,7 +15,7 @@ from pedro.gateway.auth import Principal, actor_of, backend_for, counted, requir
 from pedro.gateway.backend import AdapterCard, AdapterResidence, Backend
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.schemas import INT32, CanaryRequest, FeedbackRequest, PromoteRequest, ShadowRequest
-from pedro.refs import ModelRef, tenant_of
+from pedro.refs import ModelRef, tenant_of, version_name
 from pedro.store import ADMIN, INFER, READ, TRAIN, AnswerCounts, Store
 
 log = logging.getLogger("pedro.gateway")
@@ -81,16 +81,16 @@ async def feedback(request: Request, name: str, caller: Rater) -> dict[str, Any]
     version, score = _rated(wanted, name), _score(wanted)
     card = await backend_for(request, caller).get_adapter(caller.view, name)
     if version not in {each.version for each in card.versions}:
-        raise model_not_found(f"{name}:{version}")
+        raise model_not_found(version_name(name, version))
     store: Store = request.app.state.store
     known, _ = await asyncio.to_thread(store.add_answers, name, {version: AnswerCounts.scored(score)})
-    return {"object": "adapter.feedback", "model": f"{name}:{version}", "score": score, "counted": known}
+    return {"object": "adapter.feedback", "model": version_name(name, version), "score": score, "counted": known}
 
 
 @router.delete("/{name}/versions/{version}")
 async def delete_version(request: Request, name: str, version: Number, caller: Owner) -> dict[str, Any]:
     await backend_for(request, caller).delete_version(caller.view, name, version, actor=actor_of(request, caller))
-    return {"object": "adapter.version", "id": f"{name}:{version}", "deleted": True}
+    return {"object": "adapter.version", "id": version_name(name, version), "deleted": True}
 
 
 @router.post("/{ref}/load")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -81,15 +82,16 @@ class AdapterTable:
     def get_version(self, name: str, which: str | int = CHAMPION) -> Version:
         """A version by number or alias; NotFoundError (the uniform 404) if there is none."""
         ref = parsed(name)
+        is_number = isinstance(which, int) or (which.isascii() and which.isdecimal())
         with self._database.reading() as connection:
             adapter = adapter_row(connection, ref)
             if adapter is not None:
-                is_number = isinstance(which, int) or (which.isascii() and which.isdecimal())
                 number = int(which) if is_number else adapter.aliases.get(which, 0)
                 row = version_row(connection, ref, number)
                 if row is not None:
                     return to_version(row, to_adapter(adapter).standing)
-        raise model_not_found(name if which == CHAMPION else f"{name}@{which}")
+        asked = ref.at(int(which)) if is_number else replace(ref, alias=None if which == CHAMPION else str(which))
+        raise model_not_found(str(asked))
 
     def get_own_version(self, model: str, tenant: str, param: str) -> Version:
         """The version that a tenant's own adapter, `tenant.adapter`, `…@alias` or `…:3`, means.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from pedro.errors import ConflictError, NotFoundError, model_not_found
-from pedro.refs import ModelRef
+from pedro.refs import ModelRef, version_name
 from pedro.store import schema, standings
 from pedro.store.adapter_rows import adapter_row, parsed, same, standing_values, to_adapter, to_version, version_row
 from pedro.store.changes import ADAPTER, acting, announce, audited, next_generation
@@ -127,10 +127,10 @@ class AliasTable:
             beside = [what for what in ("canary", "shadow") if before.get(what, {}).get("version") == version]
             names = [*move.before.names_of(version), *beside]
             if names:
-                message = f"{name}:{version} is {' and '.join(names)}; give that to another version first"
+                message = f"{version_name(name, version)} is {' and '.join(names)}; give that to another version first"
                 raise ConflictError(message, param="version")
             if promoted is not None and promoted >= promoted_before:
-                raise ConflictError(f"{name}:{version} was champion not long ago", param="version")
+                raise ConflictError(f"{version_name(name, version)} was champion not long ago", param="version")
             move.to(move.before, f"version {version}")
             move.write(version, deleted=move.at)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pedro.errors import ConfigError, ConflictError
+from pedro.refs import version_name
 from pedro.store.records import CANDIDATE, CHAMPION, PREVIOUS, Canary, Shadow, Standing
 
 WHATEVER = -1  # an expected champion that is not compared
@@ -24,7 +25,8 @@ def promoted(now: Standing, name: str, version: int, expected: int | None = WHAT
     if expected not in (WHATEVER, champion):
         is_now, was = (f"version {number}" if number is not None else "none" for number in (champion, expected))
         raise ConflictError(
-            f"the champion is {is_now} by now, not {was}; compare {name}:{version} with it and promote it by hand"
+            f"the champion is {is_now} by now, not {was}; compare {version_name(name, version)} with it and promote it "
+            "by hand"
         )
     aliases = {**now.aliases, CHAMPION: version}
     if champion is not None and champion != version:
@@ -65,7 +67,9 @@ def split(now: Standing, name: str, version: int, weight: float) -> Standing:
     if weight == 0:
         return replace(now, canary=None)
     if champion == version:
-        raise ConflictError(f"{name}:{version} is the champion by now, so it cannot be the canary beside it")
+        raise ConflictError(
+            f"{version_name(name, version)} is the champion by now, so it cannot be the canary beside it"
+        )
     return replace(now, canary=Canary(version, weight))
 
 
@@ -82,14 +86,16 @@ def shadowed(now: Standing, name: str, version: int, weight: float) -> Standing:
     if champion is None:
         raise ConflictError(f"{name}: has no champion that a shadow could be compared with; `promote` a version first")
     if champion == version:
-        raise ConflictError(f"{name}:{version} is the champion by now, so it cannot be its shadow")
+        raise ConflictError(f"{version_name(name, version)} is the champion by now, so it cannot be its shadow")
     return replace(now, shadow=Shadow(version, weight))
 
 
 def without(now: Standing, name: str, version: int) -> Standing:
     """No alias names `version`, so that it can be deleted. Raises ConflictError if it is the champion."""
     if now.aliases.get(CHAMPION) == version:
-        raise ConflictError(f"{name}:{version} is the champion; promote another version first, or delete all of {name}")
+        raise ConflictError(
+            f"{version_name(name, version)} is the champion; promote another version first, or delete all of {name}"
+        )
     aliases = {alias: number for alias, number in now.aliases.items() if number != version}
     canary = None if now.canary and now.canary.version == version else now.canary
     shadow = None if now.shadow and now.shadow.version == version else now.shadow
