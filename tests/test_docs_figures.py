@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from docs_pages import ROOT, table
+from docs_pages import ROOT, prose, table
 
 PAGE = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "jobs" / "results"
@@ -120,6 +120,35 @@ def test_the_tables_of_methods_are_the_comparisons(section, comparison):
         method, row = name.replace("full", "Full"), [parameters, *cells]
         held = committed[method]
         assert all(any(figure(cell) == figure(other) for other in held) for cell in row), f"{name}: {row} of {held}"
+
+
+def test_what_holds_where_is_what_the_comparisons_found():
+    folders = {("64", "bare"): "nano_table1", ("192", "bare"): "nano_table1_pedro_nano"}
+    shown = {}
+    for width, _, prompts, other, *cells in table(PAGE, "### What holds where"):
+        if "not measured yet" in cells:
+            continue
+        shown[width, prompts, other] = cells
+        tasks = ("snips", "clinc_domains", "banking77")
+        held = differences_of(RESULTS / folders[width, prompts] / "table.md")[other]
+        assert cells == [turned(held[task]) for task in tasks], f"{width}, {prompts}, {other}"
+    assert len(shown) == 2 * len(folders)
+
+
+def differences_of(file: Path) -> dict[str, dict[str, str]]:
+    """Each method's difference to PEDRO by task."""
+    page = prose(file)
+    head = page[page.index(": difference to PEDRO") :].split("| method |")[1].splitlines()[0]
+    tasks = [cell.strip() for cell in head.split("|")[:-1]]
+    return {name: dict(zip(tasks, cells, strict=True)) for name, *cells in table(file, ": difference to PEDRO")}
+
+
+def turned(cell: str) -> str:
+    """The same difference from PEDRO's side."""
+    value, low, high = (
+        f"{-float(number) + 0.0:+.1f}".replace("-", "−") for number in re.findall(r"[+-]?\d+\.\d", cell)
+    )
+    return f"{f'**{value}**' if '**' in cell else value} [{high}, {low}]"
 
 
 def scores_of(file: Path) -> dict[str, list[str]]:
