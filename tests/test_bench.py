@@ -146,6 +146,17 @@ def test_answers_held_to_a_schema_are_measured_beside_free_ones_of_equal_length(
     assert held["ratio"] == pytest.approx(held["decode_tok_s"] / free["decode_tok_s"], rel=0.01)
 
 
+def test_answers_with_drafts_are_measured_beside_the_same_ones_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    words = ["speculation", "--quick", "--models", "tiny", "--threads", "1", "--rounds", "1"]
+    assert main(BENCHMARKS, tmp_path / "results", words) == 0
+    spans, free, misleading = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["case"] for row in (spans, free, misleading)] == ["spans", "free", "misleading"]
+    assert spans["accepted_tokens"] > 0
+    assert free["draft_tokens"] == misleading["accepted_tokens"] == 0
+    assert spans["ratio"] == pytest.approx(spans["ngram_tok_s"] / spans["off_tok_s"], rel=0.01)
+
+
 def test_the_prefix_benchmarks_engine_goes_on_from_what_it_read_and_answers_alike_without(tmp_path, monkeypatch):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
     size = MODEL_SIZES["tiny"]

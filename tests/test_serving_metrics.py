@@ -10,6 +10,7 @@ from pedro.serving.metrics import OTHER, Labels, ReplicaMetrics, merged
 
 STATS = {
     "running": 3, "waiting": 2, "slots": 8, "slots_free": 5, "kv_cache_bytes": 1024, "steps": 7,
+    "speculation": {"drafts": 4, "draft_tokens": 20, "accepted_tokens": 9},
     "prefixes": {
         "budget_bytes": 1000, "evictions": 3,
         "bytes_by_adapter": {None: 5, "acme.faq:1#sha256:1": 7, "acme.faq:2#sha256:2": 8, "acme.rare:1#sha256:3": 9},
@@ -53,6 +54,9 @@ def test_an_answer_counts_under_its_adapter_whatever_the_version():
     assert found["pedro_prefix_cache_bytes", ("adapter", "stories"), at[1]] == 5
     assert found["pedro_prefix_cache_bytes", ("adapter", OTHER), at[1]] == 9, "it has no series yet"
     assert found["pedro_prefix_cache_evictions_total", at[1]] == 3
+    assert found["pedro_spec_decode_num_drafts_total", at[1]] == 4
+    assert found["pedro_spec_decode_num_draft_tokens_total", at[1]] == 20
+    assert found["pedro_spec_decode_num_accepted_tokens_total", at[1]] == 9
     assert found["pedro_time_to_first_token_seconds_count", *at] == 3
     assert abs(found["pedro_time_per_token_seconds_sum", *at] - 0.3) < 1e-9
     assert found["pedro_requests_total", ("adapter", "stories"), ("finish_reason", "cancelled"), at[1]] == 1

@@ -15,6 +15,7 @@ from pedro.traffic.scrape import parse_metrics
 INF = math.inf
 STATS: dict[str, Any] = {
     "running": 3, "waiting": 2, "slots": 8, "slots_free": 5, "kv_cache_bytes": 1024, "steps": 7,
+    "speculation": {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0},
     "prefixes": {"budget_bytes": 1000, "evictions": 0, "bytes_by_adapter": {}},
     "adapters": {
         "resident": 4, "pinned": 1, "bytes": 99, "budget_bytes": 100, "loads": 6, "failed_loads": 0, "evictions": 2,

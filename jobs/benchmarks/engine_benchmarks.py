@@ -59,6 +59,12 @@ BENCHMARKS = {
         "decoding held to a JSON schema beside free decoding, PEDRO adapters, a tenant a row",
         *("case", "adapters", "model", "batch", "decode_tok_s", "ratio", "ratio_interval"),
     ),
+    "speculation": _entry(
+        "speculation",
+        "drafts by prompt lookup beside none: answers that quote, and others",
+        *("model", "batch", "case", "off_tok_s", "ngram_tok_s", "ratio", "ratio_interval"),
+        *("cpu_ratio", "cpu_ratio_interval", "drafts", "draft_tokens", "accepted_tokens"),
+    ),
     "weights": _entry(
         "weights",
         "float32, int8 and int4 backbones on the CPU kernel: speed, memory, perplexity",

@@ -40,6 +40,12 @@ def serve(
     share_bare_prefixes: Annotated[
         bool, typer.Option("--share-bare-prefixes", help="Tenants share prompts to the bare backbone.")
     ] = False,
+    speculate: Annotated[
+        str, typer.Option(help="off, or ngram: guess tokens from the prompt, check several at once; answers stay.")
+    ] = "off",
+    num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens of a guess.")] = 8,
+    prompt_lookup_max: Annotated[int, typer.Option(help="Last tokens that are looked up, at most.")] = 3,
+    prompt_lookup_min: Annotated[int, typer.Option(help="And at least.")] = 2,
     tenant_weight: Annotated[
         list[str] | None, typer.Option(help="TENANT=SHARE of a busy engine, 1 where not named; repeat for more.")
     ] = None,
@@ -77,6 +83,10 @@ def serve(
         "adapter_budget_mb": adapter_budget_mb,
         "prefix_cache_mb": prefix_cache_mb,
         "share_bare_prefixes": share_bare_prefixes,
+        "speculate": speculate,
+        "num_speculative_tokens": num_speculative_tokens,
+        "prompt_lookup_max": prompt_lookup_max,
+        "prompt_lookup_min": prompt_lookup_min,
         "tenant_weights": dict(_share(text) for text in tenant_weight or ()),
     }
     config = validate_spec(options, ServeConfig, source="serve")

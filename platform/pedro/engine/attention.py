@@ -78,7 +78,8 @@ class PrefillStep:
 
 
 class DecodeStep:
-    """One new token a row, which attends to all of its slot up to its own position."""
+    """One new token a row, which attends to all of its slot up to its own position. Rows may share a slot, at positions
+    of their own."""
 
     def __init__(self, cache: KVCache, slots: list[int], positions: list[int], device: torch.device) -> None:
         self.slot_ids = slots
@@ -89,7 +90,8 @@ class DecodeStep:
         self._reach = max(slots) + 1
         # Rows are read in place where the slots lie dense; idle slots in between cost attention only.
         self.dense = self._reach == len(slots) and slots == list(range(self._reach))
-        self._scattered = not self.dense and self._reach <= 2 * len(slots)
+        apart = len(set(slots)) == len(slots)
+        self._scattered = apart and not self.dense and self._reach <= 2 * len(slots)
         self._rows: int | torch.Tensor = self._reach if self.dense or self._scattered else self.slots
         self._masks: dict[int | None, torch.Tensor] = {}
 

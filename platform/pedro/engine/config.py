@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pedro.engine.panels import WEIGHTS
 from pedro.engine.runner import KERNELS
+from pedro.engine.speculation import SPECULATIONS
 from pedro.errors import ConfigError
 
 
@@ -29,6 +30,10 @@ class EngineConfig:
     threads: int | None = None  # the most that the native kernel uses; None takes what the machine grants
     kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native where it fits
     weights: str = "float32"  # of the backbone, for the native kernel: as they are, or quantised to int8 or int4
+    speculate: str = "off"  # ngram: tokens are guessed from prompt and answer, several checked in a step (speculation)
+    num_speculative_tokens: int = 8  # of one guess, at most
+    prompt_lookup_max: int = 3  # the last tokens that are looked up, at most
+    prompt_lookup_min: int = 2  # and at least
 
     def __post_init__(self) -> None:
         wrong = [
@@ -43,6 +48,8 @@ class EngineConfig:
                 "preempt_after",
                 "head_room_s",
                 "prefill_stall",
+                "num_speculative_tokens",
+                "prompt_lookup_min",
             )
             if getattr(self, name) <= 0
         ]
@@ -57,5 +64,10 @@ class EngineConfig:
             wrong.append(f"engine.kernel: expected one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if self.weights not in WEIGHTS:
             wrong.append(f"engine.weights: expected one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.speculate not in SPECULATIONS:
+            wrong.append(f"engine.speculate: expected one of {', '.join(SPECULATIONS)}, got {self.speculate!r}")
+        if self.prompt_lookup_max < self.prompt_lookup_min:
+            least = self.prompt_lookup_min
+            wrong.append(f"engine.prompt_lookup_max: expected ≥ {least} (_min), got {self.prompt_lookup_max!r}")
         if wrong:
             raise ConfigError("\n".join(wrong))

@@ -23,6 +23,7 @@ from pedro.engine.runner import Runner
 from pedro.engine.schedule import LONE_TOKENS, SHED, PrefillBudget, PrefillChunk, PrefillGroup, SchedulerLimits
 from pedro.engine.scheduler import Scheduler
 from pedro.engine.sequence import Logprob, Output, Request, Sequence, SequenceState
+from pedro.engine.speculation import NO_DRAFTS, Speculator, draft_rows
 from pedro.engine.steps import first_tokens, next_tokens, prefill_row, settle
 from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError
 from pedro.methods.servable import read_adapter
@@ -57,19 +58,11 @@ class Engine:
         self.config = config
         self._processor = RequestProcessor(model, tokenizer, config)
         self.max_length = self._processor.max_length
-        self._runner = Runner(model, config.max_batch, self.max_length, config.kernel, config.threads, config.weights)
-        self._scheduler = Scheduler(
-            SchedulerLimits(
-                slots=config.max_batch,
-                prefill_tokens=config.prefill_tokens,
-                max_waiting=config.max_waiting,
-                max_waiting_per_tenant=config.max_waiting_per_tenant,
-                preempt_after=config.preempt_after,
-                head_room_s=config.head_room_s,
-                weights=config.tenant_weights,
-            )
+        self._runner = Runner(
+            model, config.max_batch, self.max_length, config.kernel, config.threads, config.weights, draft_rows(config)
         )
-
+        self._speculator = Speculator(config, self._processor.vocab_size) if config.speculate != "off" else None
+        self._scheduler = Scheduler(SchedulerLimits.of(config))
         self._prefixes = PrefixCache(self._runner, config.prefix_bytes, config.share_bare_prefixes)
         self.forget_prefixes = self._prefixes.forget
         self._prefill_budget = PrefillBudget(config.prefill_stall) if self._runner.splits_prefills else None
@@ -187,6 +180,7 @@ class Engine:
                 "kv_cache_bytes": self._runner.cache.nbytes,
                 "max_length": self.max_length,
                 "prefixes": self._prefixes.stats(),
+                "speculation": NO_DRAFTS if self._speculator is None else self._speculator.stats(),
                 "adapters": self.adapters.stats(),
             }
 
@@ -280,20 +274,25 @@ class Engine:
                     self._accept(*one, None if logprobs is None else logprobs[:prompt], embedding)
 
     def _run_decode(self, sequences: tuple[Sequence, ...]) -> None:
-        began = time.perf_counter()
+        began, speculator = time.perf_counter(), self._speculator
         try:
-            made = next_tokens(self._runner, sequences)
+            drafts = {} if speculator is None else speculator.drafts(sequences)
+            made = next_tokens(self._runner, sequences, drafts)
         except Exception:  # as above
             log.exception("decoding failed for requests %s", ", ".join(s.request.id for s in sequences))
             with self._lock:
                 self._fail(sequences)
             return
+        seconds = time.perf_counter() - began
         if self._prefill_budget is not None:
-            self._prefill_budget.record_decode(time.perf_counter() - began, sum(s.width for s in sequences))
+            rows = sum(s.width for s in sequences) + sum(map(len, drafts.values()))
+            self._prefill_budget.record_decode(seconds, rows)
             self._prefill_budget.keep_steps_short(self._scheduler)
         with self._lock:
             for one in made:
                 self._accept(*one)
+        if speculator is not None:
+            speculator.record(sequences, drafts, seconds)
 
     @contextmanager
     def _timed_prefill(self, part: PrefillChunk) -> Iterator[None]:

@@ -92,11 +92,11 @@ class KVCache:
             for target in targets:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
-    def wipe(self, slot: int, length: int | None = None) -> None:
-        """Zero a slot, or its first positions, that may hold numbers that are not finite: masked out, they would still
-        poison what comes next."""
+    def wipe(self, slot: int, length: int | None = None, start: int = 0) -> None:
+        """Zero a slot, or its positions [start, length), that may hold numbers that are not finite: masked out, they
+        would still poison what comes next."""
         for tensor in (*self.keys, *self.values):
-            tensor[slot, :, :length].zero_()
+            tensor[slot, :, start:length].zero_()
 
 
 def zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -43,5 +43,5 @@ class ModelExecutor(Protocol):
         ...
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
-        """One step of every row: its slot, its last token, and where that stands."""
+        """One step of every row: its slot, its last token, and where that stands. Rows may share a slot (drafts)."""
         ...

@@ -81,7 +81,8 @@ typedef struct {                                  /* one layer of a PEDRO or PAR
 } Generator;
 
 typedef struct {
-  long rows, lora;                                /* lora: whether any row has a low-rank term */
+  long rows, lora, shared;                        /* lora: whether any row has a low-rank term; shared: whether rows */
+                                                  /* of a decode step share a slot, at positions of their own */
   const int *ids, *positions, *slots, *mods;      /* [rows]; mods: the slot whose scales apply, -1 for none */
   float *x, *qkv, *mixed, *act, *low;             /* [rows, …]: dim, qkv, heads * d, padded ffn, 3 * max_rank */
   float *packed;                                  /* rows times the widest input, scratch; for many rows only */
@@ -610,6 +611,12 @@ typedef struct {            /* attention of one layer, or the making of vectors 
   const long *first_key, *first_tile; /* [prompts + 1]: tokens and tiles of the prompts before */
 } Attention;
 
+static void keep_row(const void *what, long unit, int thread) {
+  const Attention *u = what;
+  (void)thread;
+  keep(u->M, u->B, u->L, unit / u->M->kv_heads, unit % u->M->kv_heads);
+}
+
 static void attend_row(const void *what, long unit, int thread) { /* a token and a kv head */
   const Attention *u = what;
   const Model *M = u->M;
@@ -617,7 +624,7 @@ static void attend_row(const void *what, long unit, int thread) { /* a token and
   const long d = M->head_dim, group = M->heads / M->kv_heads, row = unit / M->kv_heads, kv = unit % M->kv_heads;
   const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
   (void)thread;
-  keep(M, B, u->L, row, kv);
+  if (!B->shared) keep(M, B, u->L, row, kv);
   for (long part = 0, parts = (group + GROUP - 1) / GROUP; part < parts; part++) {
     const long h = kv * group + group * part / parts, heads = kv * group + group * (part + 1) / parts - h;
     float *q = B->qkv + row * width + h * d;
@@ -630,7 +637,9 @@ static void attention(const Model *M, const Batch *B, const Layer *L) {
   double seen = 0;
   for (long row = 0; row < B->rows; row++) seen += B->positions[row] + 1;
   const double work = 8 * seen / B->rows * M->head_dim * M->heads / M->kv_heads;
-  share(B->rows * M->kv_heads, work, attend_row, &(Attention){.M = M, .B = B, .L = L});
+  const Attention u = {.M = M, .B = B, .L = L};
+  if (B->shared) share(B->rows * M->kv_heads, 32.0 * M->head_dim, keep_row, &u); /* before a later row looks at them */
+  share(B->rows * M->kv_heads, work, attend_row, &u);
 }
 
 static void place_row(const void *what, long row, int thread) { /* turn a row's heads, and keep its keys and values */

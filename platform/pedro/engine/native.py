@@ -73,6 +73,7 @@ class BatchStruct(ctypes.Structure):
     _fields_ = [
         ("rows", c_long),
         ("lora", c_long),
+        ("shared", c_long),
         *((name, c_void_p) for name in ("ids", "positions", "slots", "mods")),
         *((name, c_void_p) for name in ("x", "qkv", "mixed", "act", "low", "packed")),
         ("prompts", c_long),

@@ -95,6 +95,7 @@ class NativeModel:
         slots: int,
         threads: int,
         weights: str = "float32",
+        draft_rows: int = 0,
     ) -> None:
         kernel = native.load_kernel()
         assert kernel is not None, "asked for only where it is supported"
@@ -153,12 +154,13 @@ class NativeModel:
         self._lora = torch.zeros(self._num_layers, len(SITES), slots, 2, dtype=torch.int64)
         self._ranks = torch.zeros(self._num_layers, len(SITES), slots, dtype=torch.int32)
         self._model.lora, self._model.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
-        self._batch, self._buffers = self._make_batch(slots)
+        most = slots + draft_rows  # rows of a step
+        self._batch, self._buffers = self._make_batch(most)
         self._part, self._part_buffers = self._make_batch(PART_ROWS, logits=False)
         self._prompts: tuple[native.BatchStruct, dict[str, torch.Tensor]] | None = None
         self._borrower: Callable[[], PrefillState | None] = lambda: None  # the prefill that has the shared buffers
         ids, positions, slot_ids, mods = (self._buffers[name] for name in ("ids", "positions", "slots", "mods"))
-        self._inputs: list[Any] = [(c_int * slots).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
+        self._inputs: list[Any] = [(c_int * most).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
         modulation.on_buffer = self._use_buffer
         modulation.on_low_rank = self._use_low_rank
 
@@ -215,12 +217,12 @@ class NativeModel:
         return F.rms_norm(x, x.shape[-1:], self._final_norm, self._model.eps)
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
-        """One step: the last token of each row."""
+        """One step: the last token of each row. Of rows with one slot each sees those at lower positions."""
         rows, batch, modulation = len(slots), self._batch, self._modulation
         ids, at, slot_ids, mods = self._inputs
         ids[:rows], at[:rows], slot_ids[:rows] = token_ids, positions, slots
         mods[:rows] = [slot if modulation.modulated[slot] else -1 for slot in slots]
-        batch.rows = rows
+        batch.rows, batch.shared = rows, len(set(slots)) < rows
         batch.lora = bool(modulation.low_rank) and any(slot in modulation.low_rank for slot in slots)
         if batch.lora:
             self._make_low(batch, self._buffers)

@@ -26,7 +26,7 @@ class RequestProcessor:
         self._max_batch = config.max_batch
         self._tokenizer = tokenizer
         embedding: Any = model.get_input_embeddings()
-        self._vocab_size: int = embedding.num_embeddings
+        self.vocab_size: int = embedding.num_embeddings
         self._eos_ids = eos_ids(model, tokenizer)
 
     def process(self, request: Request) -> list[Sequence]:
@@ -64,9 +64,9 @@ class RequestProcessor:
         return sequences
 
     def _check_vocabulary(self, param: str, token_ids: Iterable[int]) -> None:
-        bad = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
+        bad = next((t for t in token_ids if not 0 <= t < self.vocab_size), None)
         if bad is not None:
-            raise PedroError(f"{param}: token {bad} is outside the vocabulary of {self._vocab_size}", param=param)
+            raise PedroError(f"{param}: token {bad} is outside the vocabulary of {self.vocab_size}", param=param)
 
 
 def _context_length(config: ModelConfig) -> int:

@@ -59,7 +59,7 @@ class PrefillRow:
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """The last token of the sequence in `slot`, at `position`."""
+    """The last token of the sequence in `slot`, or one that may follow it, at `position`."""
 
     slot: int
     token_id: int
@@ -80,7 +80,8 @@ class Runner:
 
     `kernel`: "native" is the compiled CPU kernel, "torch" the model's own modules, "auto" the first where it fits.
     `threads`: the most that the native kernel uses; None takes what the machine grants. `weights`: what the native
-    kernel reads the backbone's in, of `panels.WEIGHTS`. Raises BackboneError where that cannot be.
+    kernel reads the backbone's in, of `panels.WEIGHTS`. `draft_rows`: rows of a step beside one a slot. Raises
+    BackboneError where any of it cannot be.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Runner:
         kernel: str = "auto",
         threads: int | None = None,
         weights: str = "float32",
+        draft_rows: int = 0,
     ) -> None:
         self.architecture = describe(model)
         refuse_unfit(model)
@@ -121,6 +123,10 @@ class Runner:
                 f"engine.weights: {weights} is for the native kernel alone, and that cannot run here: {misfit}; "
                 "use weights: float32"
             )
+        if draft_rows and graphs:
+            raise BackboneError(
+                "engine.speculate: ngram is for a CPU alone: a captured decode step has one token a sequence; use off"
+            )
         self.kernel = "native" if fits else "torch"
         self._weights = weights
         self.simd_width = native_model.simd_width() if fits else 1
@@ -135,7 +141,14 @@ class Runner:
         self.modulation = Modulation(widths, slots + graphs, self.device, self.simd_width)
         self._executor: ModelExecutor = (
             NativeModel(
-                model, self.architecture, self.cache, self.modulation, slots, threads or granted_threads(), weights
+                model,
+                self.architecture,
+                self.cache,
+                self.modulation,
+                slots,
+                threads or granted_threads(),
+                weights,
+                draft_rows,
             )
             if fits
             else TorchModel(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pedro.engine.sequence import Sequence
 
 if TYPE_CHECKING:
+    from pedro.engine.config import EngineConfig
     from pedro.engine.scheduler import Scheduler
     from pedro.engine.shares import Tenant
 
@@ -44,6 +45,19 @@ class SchedulerLimits:
     preempt_after: int = 1024
     head_room_s: float = 10.0
     weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 where not named
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> SchedulerLimits:
+        """Those of an engine."""
+        return cls(
+            slots=config.max_batch,
+            prefill_tokens=config.prefill_tokens,
+            max_waiting=config.max_waiting,
+            max_waiting_per_tenant=config.max_waiting_per_tenant,
+            preempt_after=config.preempt_after,
+            head_room_s=config.head_room_s,
+            weights=config.tenant_weights,
+        )
 
 
 class PrefillBudget:

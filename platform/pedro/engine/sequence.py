@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pedro.engine.modulation import PreemptedState
     from pedro.engine.prefix_cache import Prefix, Reuse
+    from pedro.engine.speculation import DraftHistory
     from pedro.engine.token_mask import TokenMask
     from pedro.model_protocols import TokenDecoder
 
@@ -246,6 +247,7 @@ class Sequence:
         self.cached_tokens = 0  # of its prompt, those that had been read before; the same for all answers to a request
         self.resumes = False  # whether it ran before: its vectors are made, its prompt is given out
         self.prompt_read = False  # for this answer or another to the same request: it is counted
+        self.drafting: DraftHistory | None = None  # what its drafts are made from
         self.stepped = 0  # the last step that it was decoded in
         self.turn_length = 0  # tokens of answer when it last started
         self.output_ids: list[int] = list(request.resumed_ids)

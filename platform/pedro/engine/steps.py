@@ -5,7 +5,8 @@ A sequence costs what it asks for: one that wants the likeliest token touches no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pedro.engine.beam import BeamSequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pedro.engine.schedule import PrefillGroup
 
 NewToken = tuple[Sequence, int, Logprob | None]  # the token is -1 where there is none; beams use only that
+Drafts = Mapping[Sequence, list[int]]  # tokens that may come next, of sequences that answer without beams or shapes
 
 
 def prefill_row(sequence: Sequence, adapter: Adapter | None) -> PrefillRow:
@@ -84,19 +86,31 @@ def settle(runner: Runner, sequences: Iterable[Sequence]) -> None:
             runner.copy(leader.slot, [sequence.slot], len(sequence.request.prompt_ids))
 
 
-def next_tokens(runner: Runner, sequences: tuple[Sequence, ...]) -> list[NewToken]:
-    """One decode step: the next token of every sequence."""
+def next_tokens(runner: Runner, sequences: tuple[Sequence, ...], drafts: Drafts) -> list[NewToken]:
+    """One decode step: the next token of every sequence, and after a draft as many more as the model agrees with."""
     settle(runner, sequences)
     singles: list[Sequence] = []
     beams: list[BeamSequence] = []
     for sequence in sequences:
         beams.append(sequence) if isinstance(sequence, BeamSequence) else singles.append(sequence)
-    rows = [DecodeRow(s.slot, s.output_ids[-1], len(s.request.prompt_ids) + len(s.output_ids) - 1) for s in singles]
+    rows = [DecodeRow(s.slot, s.output_ids[-1], s.length - 1) for s in singles]
     for beam in beams:
         position = len(beam.request.prompt_ids) + beam.num_made - 1
         rows += [DecodeRow(slot, token_id, position) for slot, token_id in beam.last_tokens()]
+    drafted = len(rows)
+    for sequence, draft in drafts.items():
+        rows += [DecodeRow(sequence.slot, token, sequence.length + at) for at, token in enumerate(draft)]
     logits = runner.decode(rows)
+    if drafts:
+        best = greedy(logits.values) if logits.best is None else logits.best
+        if min(best) < 0:  # even masked out, a draft's keys that are not finite would poison what is right
+            for sequence, draft in drafts.items():
+                runner.cache.wipe(sequence.slot, sequence.length + len(draft), start=sequence.length)
+            return next_tokens(runner, sequences, {})
+        logits = logits._replace(best=best)
     made = _choose(logits, singles, None)
+    if drafts:
+        made += _confirmed(logits, {one[0]: one[1] for one in made}, drafts, drafted)
     moves, row = [], len(singles)
     for beam in beams:
         start = len(beam.request.prompt_ids)
@@ -111,8 +125,33 @@ def next_tokens(runner: Runner, sequences: tuple[Sequence, ...]) -> list[NewToke
     return made
 
 
-def _choose(logits: Logits, sequences: list[Sequence], rows: list[int] | None) -> list[NewToken]:
-    """A token for each of `sequences` from its row of logits (None: the first rows, in order)."""
+def _confirmed(logits: Logits, first: dict[Sequence, int], drafts: Drafts, row: int) -> list[NewToken]:
+    """What comes after the drafts' tokens that were right, from the rows of logits from `row` on. `first`: the tokens
+    before them.
+
+    A row's logits are those of a step of its own, and it is asked only when the tokens up to it are known to be so: the
+    answer is the same, to each random number. What was kept of wrong tokens is overwritten before anything looks at it.
+    """
+    made: list[NewToken] = []
+    starts = dict(zip(drafts, itertools.accumulate(map(len, drafts.values()), initial=row), strict=False))
+    tokens, ahead = first, 0
+    while sequences := [s for s, token in tokens.items() if drafts.get(s, [])[ahead : ahead + 1] == [token]]:
+        ahead += 1
+        chosen = _choose(logits, sequences, [starts[s] + ahead - 1 for s in sequences], drafts, ahead)
+        tokens = {sequence: token for sequence, token, _ in chosen}
+        made += chosen
+    return made
+
+
+def _choose(
+    logits: Logits,
+    sequences: list[Sequence],
+    rows: list[int] | None,
+    drafts: Drafts | None = None,
+    ahead: int = 0,
+) -> list[NewToken]:
+    """A token for each of `sequences` from its row of logits (None: the first rows, in order), after `ahead` tokens of
+    its draft."""
     picky = [i for i, sequence in enumerate(sequences) if not sequence.plain]
     tokens = logits.best
     if tokens is None and len(picky) < len(sequences):
@@ -130,7 +169,8 @@ def _choose(logits: Logits, sequences: list[Sequence], rows: list[int] | None) -
     if picky:
         indices = picky if rows is None else [rows[i] for i in picky]
         values = logits.values if indices == list(range(len(logits.values))) else logits.values[indices]
-        for i, one in zip(picky, sample(values, [_sample_row(sequences[i]) for i in picky]), strict=True):
+        samples = sample(values, [_sample_row(sequences[i], drafts, ahead) for i in picky])
+        for i, one in zip(picky, samples, strict=True):
             made[i] = (sequences[i], -1 if sequences[i].fault else one.token_id, one.logprob)
     return made
 
@@ -163,7 +203,9 @@ def _advance(beam: BeamSequence, logits: Any) -> tuple[int, list[tuple[int, int]
     return 0, beam.advance(logits)
 
 
-def _sample_row(sequence: Sequence) -> SampleRow:
+def _sample_row(sequence: Sequence, drafts: Drafts | None, ahead: int) -> SampleRow:
     prompt, output = sequence.request.prompt_ids, sequence.output_ids
+    if drafts is not None:
+        output = [*output, *drafts[sequence][:ahead]]
     bits = sequence.mask_bits()
     return SampleRow(sequence.params, sequence.seed, sequence.index, prompt, output, sequence.barred, bits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pedro.config import Frozen
 
@@ -40,6 +40,15 @@ class ServeConfig(Frozen):
     On a CPU it uses fewer while busy neighbours keep some from running."""
     max_batch: int = Field(32, ge=1)
     """Sequences decoded together."""
+    speculate: Literal["off", "ngram"] = "off"
+    """ngram: on a CPU, an answer's next tokens are looked up in its prompt and in itself, and several are checked in a
+    step. Answers stay the same; those that quote their prompt come sooner. It rests where it does not pay."""
+    num_speculative_tokens: int = Field(8, ge=1)
+    """The most tokens of one guess."""
+    prompt_lookup_max: int = Field(3, ge=1)
+    """How many last tokens are looked up, at most."""
+    prompt_lookup_min: int = Field(2, ge=1)
+    """And at least."""
     max_length: int | None = Field(None, ge=2)
     """Tokens of prompt and answer together; the backbone's context if not given."""
     max_waiting: int = Field(1024, ge=1)
@@ -63,6 +72,17 @@ class ServeConfig(Frozen):
     """Fine-tuning jobs of a tenant that have not ended; one more over HTTP is a 429."""
     watch_interval_s: float = Field(0.5, gt=0, le=10)
     """How often the registry's aliases are read: the bound on how late a hot swap is seen."""
+
+    @model_validator(mode="after")
+    def _check_speculation(self) -> ServeConfig:
+        if self.speculate != "off" and self.device != "cpu":
+            raise ValueError(f"speculate: {self.speculate} is for a CPU, not for {self.device}; use --speculate off")
+        if self.prompt_lookup_max < self.prompt_lookup_min:
+            raise ValueError(
+                f"prompt_lookup_max: expected at least prompt_lookup_min = {self.prompt_lookup_min}, "
+                f"got {self.prompt_lookup_max}"
+            )
+        return self
 
     @property
     def model_name(self) -> str:

@@ -117,7 +117,7 @@ class ReplicaMetrics:
     def gauges(self) -> Iterator[Metric]:
         """What the engine says of itself, as of now."""
         stats = self._stats()
-        adapters, prefixes = stats["adapters"], stats["prefixes"]
+        adapters, prefixes, speculation = stats["adapters"], stats["prefixes"], stats["speculation"]
         used = stats["slots"] - stats["slots_free"]
         for name, text, value in (
             ("running", "Answers being made.", stats["running"]),
@@ -140,6 +140,9 @@ class ReplicaMetrics:
             ("prefix_cache_evictions", "Blocks of kept prompts that gave way to others.", prefixes["evictions"]),
             ("preemptions", "Answers that gave their slot to another tenant's.", stats.get("preempted", 0)),
             ("steps", "Steps of the engine.", stats["steps"]),
+            ("spec_decode_num_drafts", "Guesses of next tokens.", speculation["drafts"]),
+            ("spec_decode_num_draft_tokens", "Their tokens.", speculation["draft_tokens"]),
+            ("spec_decode_num_accepted_tokens", "Of these, those that answers have.", speculation["accepted_tokens"]),
         ):
             counter = CounterMetricFamily(f"pedro_{name}", text, labels=("replica",))
             counter.add_metric((self._replica,), value)
