@@ -21,6 +21,7 @@ from jobs.benchmarks.model_sizes import MODEL_SIZES, ModelSize, prompts
 from jobs.benchmarks.random_adapters import adapter_directories
 from pedro.backbone import Backbone, load_tokenizer, resolve_backbone
 from pedro.errors import PedroError
+from pedro.refs import ModelRef, version_name
 from pedro.store import Inherited
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Adapter:
     """Which prompts it is asked: the answers to these are known."""
 
     def ref(self, version: int) -> str:
-        return f"{self.name}:{version}"
+        return version_name(self.name, version)
 
 
 @dataclass
@@ -121,7 +122,7 @@ def make_world(size_name: str, scale: Scale, home: Path) -> World:
         directories = tuple(adapted(next(made), backbone, home, STRENGTH) for _ in range(count))
         place = number - scale.adapters
         damage = DAMAGES[place] if place >= 0 else ""
-        adapter = Adapter(tenant, f"{tenant}.{damage or 'a'}-{number}", directories, damage)
+        adapter = Adapter(tenant, ModelRef(tenant, f"{damage or 'a'}-{number}").name, directories, damage)
         if number < plain:
             adapter = replace(adapter, prompts=(number % len(asked),))  # there are many
         group = world.broken if damage else world.steady if number < plain else world.canaries
@@ -186,7 +187,7 @@ def register(world: World, registry: Registry, scale: Scale) -> None:
             continue
         for directory in adapter.directories:
             run = registry.start_run(experiment=adapter.tenant, name="chaos", params={}, tags={})
-            registry.register(run, directory, adapter.tenant, adapter.name.partition(".")[2])
+            registry.register(run, directory, adapter.tenant, ModelRef.parse(adapter.name).adapter)
             registry.finish_run(run)
         registry.promote(adapter.name, 1)
     for adapter in world.canaries:
@@ -208,7 +209,7 @@ def _fetched(adapter: Adapter, registry: Registry) -> Inherited:
     shutil.copytree(adapter.directories[0], registry.cached(digest, run))
     version = Version(
         adapter.tenant,
-        adapter.name.partition(".")[2],
+        ModelRef.parse(adapter.name).adapter,
         1,
         digest,
         backbone["id"],
