@@ -64,7 +64,7 @@ def main() -> None:
     pages.append(st.Page(overview, title="Overview", url_path="overview", visibility="hidden"))
     chosen = st.navigation(pages, position="hidden" if locked else "sidebar")
     if reader is not None and reader.tenant is not None:
-        st.sidebar.caption(f":material/visibility: What is {reader.tenant}'s alone")
+        st.sidebar.caption(f":material/visibility: Only {reader.tenant}'s data")
     chosen.run()
 
 

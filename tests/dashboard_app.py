@@ -21,6 +21,7 @@ def opener(monkeypatch: pytest.MonkeyPatch, view: str = "overview") -> Callable[
     streamlit = pytest.importorskip("streamlit")
     testing = pytest.importorskip("streamlit.testing.v1")
     make_once()
+    monkeypatch.setattr("drawing.CHECKED", True)
 
     def open_page(home: Path, tracking_uri: str | None = None, **query: str | list[str]) -> Any:
         for name in ("MLFLOW_TRACKING_URI", "PEDRO_DATABASE_URL", "PEDRO_STORAGE", "RAY_ADDRESS"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,23 @@ def _render(overlay: str) -> list[dict[str, Any]]:
 def render(overlay: str) -> list[dict[str, Any]]:
     """Every object of an overlay; a copy, which a test may change."""
     return copy.deepcopy(_render(overlay))
+
+
+@functools.cache
+def _monitored(overlay: str) -> list[dict[str, Any]]:
+    folder = ROOT / "k8s"
+    told = {
+        "resources": [str(folder / "overlays" / overlay)],
+        "components": [str(folder / "components" / "monitoring")],
+    }
+    with tempfile.TemporaryDirectory() as made:
+        (Path(made) / "kustomization.yaml").write_text(json.dumps(told), "utf-8")
+        return list(yaml.safe_load_all(yaml.safe_dump_all(rendered(Path(made)))))
+
+
+def monitored(overlay: str) -> list[dict[str, Any]]:
+    """The same with the component that watches it."""
+    return copy.deepcopy(_monitored(overlay))
 
 
 def one(objects: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:

@@ -212,8 +212,8 @@ def test_a_link_opens_the_version_that_it_names_and_leads_to_its_job_and_to_a_ch
     shown = page(home, adapter="acme.intents", version="2")
     linked = {link.proto.label: link.proto.query_string for link in shown.get("page_link")}
     assert linked == {
-        "Ask it": "model=acme.intents%3A2",
-        "Its job, ftjob-0": "job=ftjob-0",
+        "Chat with it": "model=acme.intents%3A2",
+        "Trained by ftjob-0": "job=ftjob-0",
         "Compare its runs": "comparison=mlflow%2Fruns&models=acme.intents",
     }
 

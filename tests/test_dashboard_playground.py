@@ -21,7 +21,15 @@ from pedro.training.storage import put_dataset
 from sources import test_file
 from sources.answer_html import difference_html, tokens_html
 from sources.gateway import GatewayClient
-from sources.playground import ParallelAnswers, Sampling, SeenToken, asked_prompt, first_choice, model_names
+from sources.playground import (
+    ParallelAnswers,
+    Sampling,
+    SeenToken,
+    StreamedAnswer,
+    asked_prompt,
+    first_choice,
+    model_names,
+)
 from sources.request_code import as_curl, as_python
 
 PROMPT = "Once upon a time"
@@ -278,6 +286,12 @@ def test_probabilities_are_shown_where_they_are_asked_for(keyed, served):
     assert tokens[0].count("<span") == 6
     assert "%&#10;" in tokens[0]
     assert "&#x27;" in tokens[0], "texts are quoted and escaped"
+
+
+def test_special_tokens_are_left_out_as_the_answers_text_does_and_pieces_of_a_character_stay():
+    texts = [" Hi", " ", "bytes:\\xc3", "bytes:\\xa9", "<|im_end|>"]
+    answer = StreamedAnswer("m", text="Hi é", seen=tuple(SeenToken(text, -0.1) for text in texts))
+    assert [token.text for token in answer.shown] == texts[:-1]
 
 
 def shaded(shown) -> list[str]:

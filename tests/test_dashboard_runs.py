@@ -118,7 +118,7 @@ def test_the_open_row_stands_in_the_url_whatever_page_it_is_on(page, home, setti
     assert "**succeeded**" in words(shown.markdown)
     linked = {link.proto.label: link.proto.query_string for link in shown.get("page_link")}
     assert linked["acme.intents:2"] == "adapter=acme.intents&version=2"
-    assert linked["Ask it"] == "model=acme.intents%3A2"
+    assert linked["Chat with it"] == "model=acme.intents%3A2"
     healthy(shown.selectbox(key="job").select("ftjob-1").run())
     assert shown.query_params["job"] == "ftjob-1"
     shown = page(home, job="ftjob-nowhere")
@@ -133,7 +133,7 @@ def test_a_sweeps_job_has_a_link_to_its_trials(page, home, settings):
     store.close()
     shown = page(home, job=job.id)
     linked = {link.proto.label: link.proto.query_string for link in shown.get("page_link")}
-    assert linked["Its trials"] == "sweep=ftjob-of-many"
+    assert linked["Trials of this sweep"] == "sweep=ftjob-of-many"
 
 
 def test_jobs_are_filtered_by_tenant_and_adapter(page, jobs, home, settings):

@@ -17,7 +17,7 @@ from pedro.registry import Registry
 from pedro.store import Store, Usage
 from pedro.training.sweep.records import Records
 from sources import adapters, jobs, login, mlflow_runs, overview, serving, sweeps, usage
-from sources.view import View
+from sources.view import View, without_places
 
 OTHERS = ("globex", "initech")
 PAGES = sorted(path.stem for path in (DASHBOARD / "views").glob("*.py"))
@@ -150,6 +150,44 @@ def test_sources_give_a_view_its_tenants_own_alone(settings):
     assert {swap.name for swap in serving.read_swaps(view, 0.0)} == {"acme.intents"}
     assert {swap.name for swap in serving.read_swaps(settings, 0.0)} > {"acme.intents"}
     assert overview.read_overview(view).tenants == ("acme",)
+
+
+MESSAGES = {
+    "data.train: /srv/pedro/datasets/abc.jsonl: line 3": "data.train: abc.jsonl: line 3",
+    "'/srv/my home/rows.npz' and s3://bucket/pedro/x.jsonl are gone": "'rows.npz' and x.jsonl are gone",
+    "file:///srv/x.json, ~/y/z.json (/a/b/) error:/c/d": "x.json, z.json (b) error:d",
+    "POST /v1/files, https://a.b/c and pedro://demo/d, and/or 0.9 / 0.5": None,
+}
+
+
+@pytest.mark.parametrize(("told", "shown"), MESSAGES.items())
+def test_of_paths_in_a_message_a_tenant_reads_the_last_names_and_an_operator_all(settings, told, shown):
+    assert without_places(View.of(settings, "acme", trains=True), told) == (shown or told)
+    assert without_places(settings, told) == told
+
+
+def test_a_tenant_sees_no_path_of_the_host_on_any_page(settings, logged_in, key_of):
+    place = f"{settings.home}/storage/datasets/{'a' * 64}.jsonl"
+    spec = {"backbone": f"{settings.home}/backbones/own", "data": {"train": place, "test": "file-1"}}
+    store, registry = Store(settings.database_url), Registry.open(settings)
+    store.create_job("acme", "intents", spec, "ftjob-placed")
+    store.update_job("ftjob-placed", status="running", submission_id="ftjob-placed")
+    store.update_job("ftjob-placed", status="failed", message=f"data.train: {place}: line 1: no JSON")
+    (newest, *_) = reversed(registry.versions("acme.intents"))
+    number = newest.version + 1
+    placed = replace(newest, version=number, spec=spec, backbone_id=spec["backbone"], gate=f"refused: {place}")
+    store.add_version(placed, store.made_of("acme.intents"))
+    store.close()
+    hidden, view = str(settings.home), View.of(settings, "acme", trains=True)
+    (version, *_) = adapters.read_versions(view, "acme.intents").versions
+    assert (version.version, version.spec["data"]["train"]) == (number, f"{'a' * 64}.jsonl")
+    assert hidden not in repr(version)
+    for key, kept in ((key_of("acme"), False), (key_of("ops", "admin"), True)):
+        shown = logged_in(key, "runs", job="ftjob-placed")
+        assert (hidden.encode() in written(shown)) == kept
+        for name in (page for page in PAGES if page != "demo"):
+            page = written(healthy(shown.switch_page(f"views/{name}.py").run()))
+            assert kept or hidden.encode() not in page, name
 
 
 def test_a_tenant_ends_its_own_jobs_alone_and_only_where_its_key_may(settings):

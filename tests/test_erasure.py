@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from audit_entries import last_audit
 from cli_commands import command_runner
 from filelock import FileLock
 from retention_home import GONE, dataset, execute, job, open_home, rows_of, tree, version, written
@@ -166,7 +167,7 @@ def test_nothing_of_an_erased_tenant_is_in_any_file_or_table_and_nothing_of_anot
     assert len([path for path in tree(settings.home) if path.startswith("storage/datasets")]) == 2
     assert registry.get(f"{OTHER}.support").version == 2
     assert registry.store.authenticate(marks[OTHER]["secret"])
-    entry = registry.store.list_audit()[0]
+    entry = last_audit(registry.store)[0]
     assert (entry.action, entry.tenant, entry.after["keys"]) == ("tenant.erase", done.number, 1)
     assert done.rows["versions"] == 3
     assert (done.rows["webhook endpoints"], done.rows["webhook deliveries"]) == (1, 4)
@@ -190,7 +191,7 @@ def test_the_name_can_be_used_anew_and_nothing_of_the_old_comes_back(home, tmp_p
     assert registry.store.list_jobs(ERASED) == []
     registry.take_over()
     assert [one.version for one in registry.versions(name)] == [1]
-    assert [entry.action for entry in registry.store.list_audit(ERASED)] == ["adapter.promote", "key.create"]
+    assert [entry.action for entry in last_audit(registry.store, ERASED)] == ["adapter.promote", "key.create"]
 
 
 def test_the_tenant_is_refused_from_the_first_moment_and_its_jobs_are_ended_first(home):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from audit_entries import last_audit
 from gateway_server import Gateway, serve
 from openai.types import FileObject
 from store_moves import fill
@@ -338,7 +339,7 @@ def test_the_audit_names_the_key_that_made_and_deleted_a_file(gateway):
     client = gateway.client(secret)
     made = client.files.create(file=("a.jsonl", ROW), purpose="fine-tune")
     client.files.delete(made.id)
-    entries = [entry for entry in gateway.store.list_audit("audited") if entry.subject == made.id]
+    entries = [entry for entry in last_audit(gateway.store, "audited") if entry.subject == made.id]
     assert [entry.action for entry in entries] == ["file.delete", "file.create"]
     assert {entry.actor for entry in entries} == {f"key:audited/{record.id}"}
     assert all(entry.request_id for entry in entries)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
-from k8s_render import OVERLAYS, matches, pods, render
+from k8s_render import OVERLAYS, environment, matches, monitored, pods, render
 
 NAMESPACE = {"kubernetes.io/metadata.name": "pedro"}
 OPERATOR = {"kubernetes.io/metadata.name": "kuberay-system"}
@@ -127,6 +128,24 @@ def test_storage_in_the_cluster_is_reached_by_those_who_hold_its_key():
     for source in ("serving", "finetune", "controller", "dashboard", "mlflow"):
         assert may_talk(policies, component(source), component("minio"), 9000)
     assert not may_talk(policies, component("postgres"), component("minio"), 9000)
+
+
+def test_the_dashboard_alone_asks_prometheus_and_is_let_through_where_it_is_told_of_one(policies):
+    prometheus, there = {"app.kubernetes.io/name": "prometheus"}, {"kubernetes.io/metadata.name": "monitoring"}
+    objects = monitored("gpu")
+    with_it = [obj["spec"] for obj in objects if obj["kind"] == "NetworkPolicy"]
+    told = {}
+    for pod in pods(objects):
+        for container in pod.containers:
+            if url := environment(container, objects).get("PEDRO_PROMETHEUS_URL"):
+                told[pod.where] = url
+    assert [*told] == ["Deployment/dashboard"]
+    address = urlsplit(told["Deployment/dashboard"])
+    assert address.hostname == "prometheus-operated.monitoring.svc"
+    for pod in pods(objects):
+        may = direction_allows(with_it, "Egress", pod.labels, prometheus, there, address.port)
+        assert may == (pod.where in told), pod.where
+    assert not direction_allows(policies, "Egress", component("dashboard"), prometheus, there, address.port)
 
 
 def test_the_kubernetes_api_is_within_reach_of_the_controller_alone(policies):

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import yaml
-from k8s_render import OVERLAYS, ROOT, one, pods, render
+from k8s_render import OVERLAYS, ROOT, monitored, one, pods, render
 from kustomize import rendered
 
 HASH = re.compile(r"^(pedro-[a-z]+)-[0-9a-z]{10}$")
@@ -64,7 +64,7 @@ def test_what_it_does_not_render_is_an_error(tmp_path, text, complaint):
 
 
 def test_the_monitoring_component_names_its_secret_and_hands_the_dashboard_over():
-    objects = rendered(ROOT / "k8s" / "components" / "monitoring")
+    objects = monitored("gpu")
     assert {obj["metadata"]["namespace"] for obj in objects} == {"pedro"}
     scrape = one(objects, "ScrapeConfig")["spec"]
     assert scrape["staticConfigs"] == [{"targets": ["pedro-serve-svc.pedro.svc:8000"]}]
@@ -74,7 +74,7 @@ def test_the_monitoring_component_names_its_secret_and_hands_the_dashboard_over(
     board = one(objects, "ConfigMap", "pedro-grafana-dashboard")
     assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert json.loads(board["data"]["pedro.json"])["title"] == "pedro"
-    (rule,) = one(objects, "NetworkPolicy")["spec"]["ingress"]
+    (rule,) = one(objects, "NetworkPolicy", "metrics")["spec"]["ingress"]
     assert rule["ports"] == [{"protocol": "TCP", "port": 8000}]
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from audit_entries import last_audit
 from cli_commands import command_runner
 from filelock import FileLock
 from retention_home import DAY, GONE, age_runs, aged, dataset, execute, job, open_home, tree, version, written
@@ -321,7 +322,7 @@ def test_a_dry_run_changes_nothing_and_says_what_a_run_then_does(home, tmp_path)
     }
     assert promised.kinds["datasets"].bytes > 0
     assert not data.exists()
-    (entry,) = registry.store.list_audit()
+    (entry,) = last_audit(registry.store)
     assert (entry.action, entry.after["datasets"]["removed"]) == ("gc", 1)
     assert not [finding for finding, went in _gc(home).findings if went]
 

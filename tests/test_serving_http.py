@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 import torch
+from audit_entries import last_audit
 from ray._private.authentication_test_utils import reset_auth_token_state
 from safetensors.torch import load_file, save_file
 from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, settings_at, tokenizer
@@ -375,7 +376,7 @@ def test_an_operator_promotes_and_rolls_back_over_http(served, client):
         assert complete(client(), "acme.faq").system_fingerprint.startswith("acme.faq:2#")
         assert admin.post("/v1/adapters/acme.none/promote", json={"version": 1}).status_code == 404
         assert admin.post("/v1/adapters/acme.faq/promote", json={"version": 99}).status_code == 404
-    entries = served.store.list_audit("acme", limit=2)
+    entries = last_audit(served.store, "acme", limit=2)
     assert [entry.action for entry in entries] == ["adapter.rollback", "adapter.promote"]
     assert all(entry.actor.startswith("key:ops/key_") and entry.request_id for entry in entries)
 

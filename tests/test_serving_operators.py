@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+from audit_entries import last_audit
 from serving_adapters import make_adapter, register, tokenizer
 from serving_ingress import answer, call, fingerprint, idle, ingress, run, text_call, until
 from store_moves import stub_version
@@ -336,7 +337,7 @@ def test_a_tenants_moves_are_entered_in_the_name_of_its_key_and_stay_within_its_
                     await move
                 assert caught.value.body() == model_not_found(name).body()
 
-    before = served.registry.store.list_audit(limit=1)[0].id
+    before = last_audit(served.registry.store, limit=1)[0].id
     run(go())
     entries = served.registry.store.find_audit(AuditQuery(above=before))
     assert [(entry.action, entry.subject, entry.actor, entry.request_id) for entry in entries] == [

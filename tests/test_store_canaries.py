@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from audit_entries import last_audit
 from scipy import stats
 from store_moves import NAME, fill
 
@@ -101,7 +102,7 @@ def test_a_canary_is_withdrawn_by_one_move_with_the_numbers_in_history_and_audit
     assert move.reason.startswith(
         "20 of 50 answers of the canary failed, of the champion 5 of 500: Fisher's exact test"
     )
-    entry = next(entry for entry in store.list_audit() if entry.action == "adapter.withdraw")
+    entry = next(entry for entry in last_audit(store) if entry.action == "adapter.withdraw")
     assert (entry.tenant, entry.subject, entry.actor) == ("acme", NAME, "platform:canary")
     assert entry.before["canary"] == {"version": CANARY, "weight": 0.1}
     assert entry.after == {"aliases": {"champion": CHAMPION}, "reason": move.reason}
@@ -137,17 +138,20 @@ def test_aliases_that_moved_meanwhile_are_left_as_they_are(store):
 
 
 def test_each_canary_and_each_champion_begins_with_no_answers_and_another_weight_goes_on(store):
-    store.add_answers(NAME, {CHAMPION: answers(40), CANARY: answers(40, 40)})
-    store.set_canary(NAME, CANARY, 0.2)
-    assert store.canary_answers(NAME)["canary"] == answers(40, 40)
+    most, rest = {CHAMPION: answers(40), CANARY: answers(40, 40)}, {CHAMPION: answers(10), CANARY: answers(10, 10)}
+    store.add_answers(NAME, most)
     store.set_canary(NAME, CANARY, 0)
-    assert store.canary_answers(NAME) == {}
     assert store.add_answers(NAME, {CANARY: answers(9)}) == (False, False)  # it is none any more
     store.set_canary(NAME, CANARY, 0.2)
-    store.add_answers(NAME, {CHAMPION: answers(3), 3: answers(7, 7)})
-    assert store.canary_answers(NAME) == {"canary": answers(0), "champion": answers(3)}
+    assert store.add_answers(NAME, rest) == (True, False)
+    store.set_canary(NAME, 3, 0.2)
+    assert store.add_answers(NAME, {CHAMPION: answers(40), CANARY: answers(40, 40), 3: answers(3)}) == (True, False)
+    store.set_canary(NAME, CANARY, 0.1)
+    store.add_answers(NAME, most)
+    store.set_canary(NAME, CANARY, 0.2)
+    assert store.add_answers(NAME, rest) == (True, True)
+    assert moves(store)[0].reason.startswith("50 of 50 answers of the canary failed, of the champion 0 of 50:")
     store.delete_adapter(NAME)
-    assert store.canary_answers(NAME) == {}
     assert store.add_answers(NAME, {CANARY: answers(9)}) == (False, False)
 
 

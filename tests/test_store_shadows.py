@@ -1,6 +1,7 @@
 """Shadows in the store: when one begins and ends, and what is counted of it; on sqlite and on PostgreSQL."""
 
 import pytest
+from audit_entries import last_audit
 from store_moves import NAME, fill
 
 from pedro.errors import ConfigError, ConflictError, NotFoundError
@@ -36,7 +37,7 @@ def test_a_shadow_stands_beside_champion_and_canary_until_it_is_ended(store):
     store.set_shadow(NAME, 4, 0)
     assert (standing(store).shadow, standing(store).canary.version) == (None, 3)
     assert [move.action for move in store.alias_history(NAME, 2)] == ["shadow", "shadow"]
-    assert store.list_audit("acme")[0].action == "adapter.shadow"
+    assert last_audit(store, "acme")[0].action == "adapter.shadow"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sources.request_code import as_curl, as_python
 if TYPE_CHECKING:
     from sources import playground as data
 
-ENDS = {"stop": "ended by itself", "length": "as long as allowed", "cancelled": "stopped", "": ""}
+ENDS = {"stop": "finished", "length": "reached the token limit", "cancelled": "stopped", "": ""}
 
 
 def draw(answers: Sequence[data.StreamedAnswer], wanted: str = "") -> None:
@@ -23,7 +23,7 @@ def draw(answers: Sequence[data.StreamedAnswer], wanted: str = "") -> None:
     if not answers:
         return
     if wanted:
-        st.caption("Wanted, as the test file has it:")
+        st.caption("Expected, from the test file:")
         st.code(wanted, language=None, wrap_lines=True)
     for column, answer in zip(st.columns(len(answers), gap="medium"), answers, strict=True):
         with column.container(border=True):
@@ -32,7 +32,7 @@ def draw(answers: Sequence[data.StreamedAnswer], wanted: str = "") -> None:
             if answer.error:
                 st.error(answer.error, icon=":material/error:")
             if answer.done and answer.seen:
-                st.html(tokens_html(answer.seen))
+                st.html(tokens_html(answer.shown))
             else:
                 st.code(answer.text or ("" if answer.done else "…"), language=None, wrap_lines=True)
             st.caption(timing(answer))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from drawing import BLUE, GREY, INK
+from drawing import BLUE, GREY, INK, show_chart
 from sources import pareto
 from sources.pareto import METRICS
 
@@ -119,7 +119,7 @@ def _draw_front(frame: pd.DataFrame, line: pd.DataFrame, x: str, y: str) -> None
             tooltip=tooltip,
         )
     )
-    st.altair_chart(alt.layer(*layers).properties(height=height), width="stretch")
+    show_chart(alt.layer(*layers).properties(height=height))
 
 
 class _Axis(NamedTuple):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import altair as alt
 import streamlit as st
 
-from drawing import colours, dashes
+from drawing import colours, dashes, show_chart
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ def draw(frame: pd.DataFrame, methods: list[str], *, log: bool, smoothing: float
     bands = base.mark_area().encode(
         y=alt.Y("low:Q", scale=scale), y2="high:Q", opacity=alt.condition(picked, alt.value(0.12), alt.value(0.02))
     )
-    st.altair_chart((bands + lines.add_params(picked)).properties(height=340), width="stretch")
+    show_chart((bands + lines.add_params(picked)).properties(height=340))
     if log and not positive:
         st.caption("Not on a log axis: a value is zero or less.")
 

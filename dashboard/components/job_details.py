@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from components.curves import smoothed
-from drawing import DASHES, SERIES
+from drawing import DASHES, SERIES, show_chart
 from pedro.refs import ModelRef
 from sources import jobs as data
 from sources import mlflow_runs
@@ -43,7 +43,7 @@ read_log = st.cache_data(ttl=REFRESH_S / 2, show_spinner=False)(data.log_tail)
 
 def details(settings: Settings, job: data.Job, where: str) -> None:
     """`where` tells the widgets of one place on the page from those of another."""
-    st.markdown(f"{SIGNS.get(job.status, '')} **{job.status}** · begun {minute_utc(job.created)} UTC · `{job.id}`")
+    st.markdown(f"{SIGNS.get(job.status, '')} **{job.status}** · created {minute_utc(job.created)} UTC · `{job.id}`")
     lines, problem = read_log(settings, job.id)
     if job.live and not job.sweep:
         progress_bar(data.progress_of(job, lines))
@@ -98,11 +98,11 @@ def links(job: data.Job, drawn: Sequence[TrackedRun]) -> None:
         st.page_link("views/adapters.py", label=ref or job.model, icon=":material/extension:", query_params=query)
     with columns[1]:
         if ref:
-            st.page_link("views/playground.py", label="Ask it", icon=":material/forum:", query_params={"model": ref})
+            st.page_link("views/playground.py", label="Chat with it", icon=":material/forum:", query_params={"model": ref})
     if job.sweep:
         with columns[2]:
             st.page_link(
-                "views/sweeps.py", label="Its trials", icon=":material/tune:", query_params={"sweep": job.sweep}
+                "views/sweeps.py", label="Trials of this sweep", icon=":material/tune:", query_params={"sweep": job.sweep}
             )
     elif drawn:
         with columns[2]:
@@ -146,7 +146,7 @@ def curves(settings: Settings, names: dict[str, str], nothing: str, where: str) 
             tooltip=["run:N", "curve:N", alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=",.4~g")],
         )
     )
-    st.altair_chart(chart.properties(height=300), width="stretch")
+    show_chart(chart.properties(height=300))
     best = frame[frame["curve"] == data.CURVES["dev/loss"]]
     if not best.empty:
         least = min(best.to_dict("records"), key=lambda row: row["value"])

@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from drawing import INK, SERIES, colours
+import connection
+from drawing import INK, SERIES, colours, show_chart
 from pedro.errors import PedroError
 from sources import vectors
+from sources.view import without_places
 
 if TYPE_CHECKING:
     from pedro.registry import Version
@@ -71,7 +73,7 @@ def read_prompts(version: Version, directory: Path, lines: list[str], chat: bool
         with st.spinner("Reading the prompts …"):
             readings = [reader.read(text, chat=chat) for text in texts]
     except PedroError as error:
-        st.error(error.message, icon=":material/error:")
+        st.error(without_places(connection.settings(), error.message), icon=":material/error:")
         return
     except Exception as error:  # noqa: BLE001 (a backbone may fail in as many ways as PyTorch has)
         st.error(f"{version.ref} could not read them ({type(error).__name__}).", icon=":material/error:")
@@ -99,7 +101,7 @@ def show(names: list[str], readings: list[vectors.PromptVectors]) -> None:
         ones = alt.Chart(pd.DataFrame([{"one": 1.0}])).mark_rule(color=INK, strokeDash=[4, 4]).encode(y="one:Q")
         with column:
             st.subheader(target, anchor=False)
-            st.altair_chart((ones + whiskers + boxes).properties(height=260), width="stretch")
+            show_chart((ones + whiskers + boxes).properties(height=260))
     st.caption("Boxes: the middle half of a vector's values; lines: 5 % to 95 %. At 1, the dashes, nothing changes.")
     numbers = sorted(readings[0].vectors)
     left, right = st.columns(2, gap="medium")
@@ -119,7 +121,7 @@ def show(names: list[str], readings: list[vectors.PromptVectors]) -> None:
                 tooltip=["prompt:N", alt.Tooltip("left:Q", format=".3f"), alt.Tooltip("share:Q", format=".1%")],
             )
         )
-        st.altair_chart(steps.properties(height=300), width="stretch")
+        show_chart(steps.properties(height=300))
     with right:
         st.subheader("What the prompt decides", anchor=False)
         if len(readings) < 2:

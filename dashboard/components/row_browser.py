@@ -10,7 +10,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import BLUE
+from drawing import BLUE, show_chart
 from sources import rows as data
 
 if TYPE_CHECKING:
@@ -125,4 +125,4 @@ def matrix(rows: Sequence[ScoredRow]) -> None:
         text = base.mark_text(fontSize=11).encode(
             text="rows:Q", color=alt.condition(f"datum.rows > {dark}", alt.value("white"), alt.value("black"))
         )
-        st.altair_chart((cell + text).properties(height=80 + 22 * frame["wanted"].nunique()), width="stretch")
+        show_chart((cell + text).properties(height=80 + 22 * frame["wanted"].nunique()))

@@ -72,7 +72,7 @@ def choose(prompts: list[str], use: Callable[[str], None]) -> None:
         index=None,
         key="saved_prompt",
         format_func=label,
-        placeholder="Choose one" if prompts else "None yet: `Save` keeps a prompt in this browser",
+        placeholder="Choose one" if prompts else "None in this browser yet",
         on_change=picked,
         disabled=not prompts,
     )

@@ -9,7 +9,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import BLUE, GREY, VERMILION
+from drawing import BLUE, GREY, VERMILION, show_chart
 from sources import sweep_space as data
 from sources import training
 
@@ -75,7 +75,7 @@ def losses(trials: Sequence[Mapping[str, Any]], *, over: bool) -> None:
             ],
         )
     )
-    st.altair_chart(chart.properties(height=HEIGHT), width="stretch")
+    show_chart(chart.properties(height=HEIGHT))
 
 
 def show_estimate(found: Mapping[str, Any], said: str) -> None:

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import altair as alt
 import pandas as pd
-import streamlit as st
 
-from drawing import DASHES, GREY, INK, PINK, SKY, VERMILION
+from drawing import DASHES, GREY, INK, PINK, SKY, VERMILION, show_chart
 
 EVENTS = {"Swap": VERMILION, "Eviction": SKY, "429": GREY, "Failed load": PINK}
 HEIGHT = 230
@@ -79,7 +78,7 @@ def draw(
         )
     )
     layers = [*unobserved(shown, x), *event_marks(happened), lines]
-    st.altair_chart(alt.layer(*layers).properties(height=HEIGHT), width="stretch")
+    show_chart(alt.layer(*layers).properties(height=HEIGHT))
 
 
 def unobserved(shown: Shown, x: alt.X) -> list[alt.Chart]:

@@ -12,7 +12,7 @@ import streamlit as st
 
 from components import sweep_watch
 from components.job_details import SIGNS, duration
-from drawing import colours
+from drawing import colours, show_chart
 from pedro.refs import ModelRef
 from sources import sweep_space
 from sources import training as data
@@ -136,4 +136,4 @@ def losses(points: Sequence[Mapping[str, Any]], *, over: bool) -> None:
             tooltip=["curve:N", alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=",.4~g")],
         )
     )
-    st.altair_chart(chart.properties(height=300), width="stretch")
+    show_chart(chart.properties(height=300))

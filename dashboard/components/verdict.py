@@ -10,7 +10,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from drawing import BLUE, GREY, INK, ORANGE
+from drawing import BLUE, GREY, INK, ORANGE, show_chart
 from pedro.comparison.result_model import JUDGE
 from pedro.comparison.verdict import against, by_information, task_titles, verdicts
 from sources import compare as data
@@ -87,7 +87,7 @@ def plot(table: Table, titles: Mapping[str, str]) -> None:
             mine = [row for row in rows if row["task"] == task]
             with column:
                 st.markdown(f"**{data.literal(titles[task])}**")
-                st.altair_chart(panel(mine, list(table.rows), zero=shown == DIFFERENCES), width="stretch")
+                show_chart(panel(mine, list(table.rows), zero=shown == DIFFERENCES))
     st.caption(note)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from pedro.refs import ModelRef, tenant_of
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
 from pedro.secret_files import without_password
 from sources.stores import ask_registry
-from sources.view import seen, sees, tenant_seen
+from sources.view import seen, sees, tenant_seen, without_places
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -98,7 +98,7 @@ def read_versions(settings: Settings, name: str) -> Versions:
     if not sees(settings, name):
         return Versions()
     versions, problem = ask_registry(settings, lambda registry: tuple(reversed(registry.versions(name))), ())
-    return Versions(versions, problem)
+    return Versions(tuple(_shown(settings, version) for version in versions), problem)
 
 
 def read_stored(settings: Settings, version: Version) -> Stored:
@@ -111,7 +111,7 @@ def read_stored(settings: Settings, version: Version) -> Stored:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict):
             raise ValueError(f"{MANIFEST} holds no object")
-        return Stored(directory, manifest)
+        return Stored(directory, without_places(settings, manifest))
 
     stored, problem = ask_registry(settings, read, None)
     return stored or Stored(problem=problem or "there is no registry")
@@ -197,7 +197,7 @@ def lineage(version: Version, manifest: Mapping[str, Any] | None) -> list[tuple[
         ("Sweep", " · ".join(str(sweep[key]) for key in ("name", "id") if sweep.get(key))),
         ("Trial", _trial(sweep)),
         ("Data", str(recorded.get("data_digest") or "")),
-        ("Training file", str(data.get("train") or "")),
+        ("Training file", str(data.get("train") or "").rpartition("/")[2]),
         ("Backbone", version.backbone_id),
         ("Backbone digest", version.backbone_digest),
         ("Tokenizer digest", str(backbone.get("tokenizer_digest") or "")),
@@ -235,6 +235,11 @@ def number_of(metrics: Any, name: str) -> float | None:
 def short(digest: str) -> str:
     """Enough of a digest to tell it from others."""
     return digest.removeprefix("sha256:")[:12]
+
+
+def _shown(settings: Settings, version: Version) -> Version:
+    backbone, gate = (without_places(settings, text) for text in (version.backbone_id, version.gate))
+    return replace(version, backbone_id=backbone, gate=gate, spec=without_places(settings, version.spec))
 
 
 def _options(options: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +21,7 @@ from pedro.training.job_status import FROM_RAY, LOST, ClusterJobs, ReconciledJob
 from pedro.training.progress import Phase, Progress, read_progress
 from sources.services import find_ray
 from sources.stores import ask_registry, ask_store
-from sources.view import may_act, tenant_seen
+from sources.view import may_act, tenant_seen, without_places
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -97,9 +97,10 @@ def live_jobs(settings: Settings) -> Jobs:
 
     stored, problem = ask_store(settings, read, [])
     known = {job.record.id for job in stored}
-    others = (_of_cluster(job) for job in cluster.jobs.values() if job["metadata"].get("job", job["id"]) not in known)
+    unrecorded = (job for job in cluster.jobs.values() if job["metadata"].get("job", job["id"]) not in known)
+    others = (_of_cluster(settings, job) for job in unrecorded)
     shown = (job for job in others if job.live and tenant in (None, job.tenant))
-    jobs = [*map(_of_store, stored), *shown]
+    jobs = [*(_of_store(settings, job) for job in stored), *shown]
     return Jobs(tuple(sorted(jobs, key=lambda job: -job.created)), None, cluster, problem)
 
 
@@ -141,7 +142,7 @@ def past_jobs(
         return found[offset : offset + limit], known
 
     page, problem = ask_store(settings, read, ([], {}))
-    return Jobs(tuple(map(_of_store, page[0])), page[1], cluster, problem)
+    return Jobs(tuple(_of_store(settings, job) for job in page[0]), page[1], cluster, problem)
 
 
 def trained_adapters(settings: Settings) -> list[tuple[str, str]]:
@@ -189,7 +190,7 @@ def one_job(settings: Settings, job_id: str) -> Job | None:
 
     def read(store: Store) -> Job | None:
         try:
-            return _of_store(reconcile_record(store.get_job(job_id, tenant_seen(settings)), cluster))
+            return _of_store(settings, reconcile_record(store.get_job(job_id, tenant_seen(settings)), cluster))
         except NotFoundError:
             return None
 
@@ -221,7 +222,8 @@ def cancel(settings: Settings, job_id: str) -> str:
         return _ask(partial(submit.stop, job_id, settings, store))[1]
 
     problem, unread = ask_store(settings, stop, None)
-    return unread or (_end_on_cluster(settings, job_id) if problem is None else problem)  # None: there are no records
+    problem = _end_on_cluster(settings, job_id) if problem is None and not unread else problem  # None: no records
+    return str(without_places(settings, unread or problem or ""))
 
 
 def _end_on_cluster(settings: Settings, job_id: str) -> str:
@@ -281,8 +283,8 @@ def result_of(job: Job) -> dict[str, Any]:
     return (job.record.result if job.record else None) or {}
 
 
-def _of_store(job: ReconciledJob) -> Job:
-    record = job.record
+def _of_store(settings: Settings, job: ReconciledJob) -> Job:
+    record = replace(job.record, spec=without_places(settings, job.record.spec))
     return Job(
         id=record.id,
         kind=record.kind,
@@ -291,13 +293,13 @@ def _of_store(job: ReconciledJob) -> Job:
         status=str(job.status),
         created=record.created,
         ended=record.finished,
-        message=job.message,
+        message=without_places(settings, job.message),
         sweep=record.id if record.kind == JobKind.SWEEP else "",
         record=record,
     )
 
 
-def _of_cluster(ray_job: Mapping[str, Any]) -> Job:
+def _of_cluster(settings: Settings, ray_job: Mapping[str, Any]) -> Job:
     metadata = ray_job["metadata"]
     tenant, _, adapter = str(metadata.get("model", "")).partition(".")
     return Job(
@@ -308,7 +310,7 @@ def _of_cluster(ray_job: Mapping[str, Any]) -> Job:
         status=str(FROM_RAY.get(ray_job["status"], ray_job["status"].lower())),
         created=ray_job["started"],
         ended=ray_job["ended"],
-        message=ray_job["message"] if ray_job["status"] == "FAILED" else "",
+        message=without_places(settings, ray_job["message"] if ray_job["status"] == "FAILED" else ""),
         sweep=metadata.get("sweep", ""),
     )
 

@@ -19,7 +19,7 @@ from pedro.comparison.result_model import FINAL, FINISHED, Comparison, RunResult
 from pedro.registry import Registry, queries, utc
 from sources.compare import CURVES
 from sources.stores import ask_registry
-from sources.view import names_seen
+from sources.view import names_seen, without_places
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -48,7 +48,7 @@ def read_runs(settings: Settings, models: Sequence[str]) -> tuple[Comparison, st
     def read(registry: Registry) -> tuple[tuple[TrackedRun, ...], dict[str, int]]:
         page = queries.search_runs(registry, models, status="FINISHED", limit=MOST)
         sizes = {v.run_id: v.trainable_parameters for model in models for v in registry.versions(model)}
-        return page.runs, sizes
+        return tuple(replace(run, params=without_places(settings, run.params)) for run in page.runs), sizes
 
     (runs, sizes), problem = ask_registry(settings, read, ((), {}))
     scored = [run for run in runs if "final/accuracy" in run.metrics]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from pedro.store import JobRecord, JobStatus, Store, Usage
 from sources.jobs import live_jobs
 from sources.risks import Risk, refused
 from sources.stores import ask_registry, ask_store
-from sources.view import sees, tenant_seen
+from sources.view import sees, tenant_seen, without_places
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -91,6 +91,7 @@ def read_overview(settings: Settings, now: float | None = None) -> Overview:
     statuses = [job.status for job in live.jobs]
     champions = {name: entry.aliases.get(CHAMPION) for name, entry in catalog.items()}
     news = [*_news(versions, promoted, since), *map(_ended, ended)]
+    news = [replace(event, detail=without_places(settings, event.detail)) for event in news]
     return Overview(
         tenants=tuple(sorted({tenant_of(name) for name in catalog} | set(quotas))),
         adapters=len(catalog),
@@ -134,7 +135,7 @@ def token_rows(usage: Iterable[Usage]) -> list[dict[str, Any]]:
 def _news(versions: Iterable[Version], promoted: Iterable[Version], since: float) -> list[Event]:
     made = [Event(_seconds(version.created), "new version", version.ref, version.gate) for version in versions]
     moved = [
-        Event(_seconds(version.promoted), "promoted", version.ref, "the champion since then") for version in promoted
+        Event(_seconds(version.promoted), "promoted", version.ref, "now the champion") for version in promoted
     ]
     return [event for event in made if event.at >= since] + moved
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MOST_COLUMNS = 3
 OTHERS = 5  # likeliest tokens beside the one that was drawn
+PIECE = "bytes:\\x"  # how the API names a token that is a piece of a character
 SHORTEST_S = 0.02  # that tells a speed: what arrives in one go says nothing of how it was made
 
 
@@ -78,6 +79,11 @@ class StreamedAnswer:
     finish_reason: str = ""
     version: str = ""  # which one answered: `tenant.adapter:7`
     seen: tuple[SeenToken, ...] = ()  # where probabilities were asked for
+
+    @property
+    def shown(self) -> list[SeenToken]:
+        """Those that stand in the text, or are pieces of a character in it: special tokens, the end's too, do not."""
+        return [token for token in self.seen if token.text.startswith(PIECE) or token.text.strip() in self.text]
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -1,6 +1,6 @@
 """The rows behind a job's scores: filters, counts, a confusion matrix, the test of two versions, a file to download.
 
-Rows are a tenant's own data: they are shown to operators alone, as everything here, and leave by a download alone.
+Rows are a tenant's own data: its own readers see them, and operators; they leave by a download alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pedro.csv_cells import csv_table
 from pedro.errors import PedroError
 from pedro.training.paired_test import PairedTest, compare_rows
 from pedro.training.scored_rows import ScoredRow, read_rows
+from sources.view import without_places
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -47,7 +48,7 @@ def rows_of(settings: Settings, job_id: str) -> tuple[list[ScoredRow], str]:
     try:
         return read_rows(settings.storage, job_id), ""
     except (PedroError, ValueError, OSError) as error:
-        return [], error.message if isinstance(error, PedroError) else str(error)
+        return [], without_places(settings, error.message if isinstance(error, PedroError) else str(error))
 
 
 def beside(rows: Sequence[ScoredRow], others: Sequence[ScoredRow]) -> list[Compared]:

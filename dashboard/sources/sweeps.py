@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median, quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from pedro.errors import PedroError
 from pedro.refs import ModelRef
 from pedro.training.sweep.records import Records, Trial, TrialState, sweep_ids
 from pedro.training.sweep.report import axis, metric, rows_of
-from sources.view import sees, tenant_seen
+from sources.view import sees, tenant_seen, without_places
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -68,7 +68,7 @@ def read_sweeps(settings: Settings) -> tuple[tuple[Sweep, ...], str]:
         ids = sweep_ids(settings.storage)
         heads = [read_head(settings, sweep_id) for sweep_id in ids]
     except (PedroError, OSError) as error:
-        return (), str(error) if tenant_seen(settings) is None else "They cannot be read right now."
+        return (), f"{settings.storage}: {error}" if tenant_seen(settings) is None else "They cannot be read right now."
     heads = [head for head in heads if sees(settings, head.model)]
     return tuple(sorted(heads, key=lambda sweep: (sweep.model, sweep.name, sweep.id))), ""
 
@@ -102,10 +102,12 @@ def read_sweep(settings: Settings, sweep_id: str) -> Sweep:
         else:
             if trial is None:
                 break
-            trials.append(trial)
+            words = {name: without_places(settings, getattr(trial, name)) for name in ("message", "parameters")}
+            trials.append(replace(trial, **words))
         number += 1
     keys = head.keys or tuple(dict.fromkeys(key for trial in trials for key in trial.parameters))
-    return Sweep(head.id, head.name, head.model, keys, tuple(trials), tuple(problems))
+    told = tuple(without_places(settings, problem) for problem in problems)
+    return Sweep(head.id, head.name, head.model, keys, tuple(trials), told)
 
 
 def importances(sweep: Sweep) -> list[Importance]:

@@ -17,7 +17,7 @@ from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, Registry
 from pedro.training.storage import DATASET, fetch, join
 from sources.stores import ask_registry
-from sources.view import sees
+from sources.view import sees, without_places
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -58,7 +58,7 @@ def rows_of(settings: Settings, model: str) -> tuple[list[TestRow], str]:
     try:
         return list(islice(_plain(settings, stored, data.get("fields") or {}), MOST_ROWS)), ""
     except PedroError as error:
-        return [], f"the test file of {version.ref} cannot be read: {error.message}"
+        return [], f"the test file of {version.ref} cannot be read: {without_places(settings, error.message)}"
     except OSError as error:
         return [], f"the test file of {version.ref} cannot be read: {error.strerror or type(error).__name__}"
 

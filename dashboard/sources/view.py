@@ -1,10 +1,12 @@
 """Whose data a page shows: every tenant's, or one's alone. Pages take their settings from here, by `connection`.
 
-A view is settings that also say who looks, so that what was cached for one reader is never found for another.
+A view is settings that also say who looks, so that what was cached for one reader is never found for another. Where
+the platform keeps files is its operators' to know: a tenant is shown their names.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -13,6 +15,12 @@ from pedro.config import Settings
 from pedro.refs import tenant_of
 
 Kept = TypeVar("Kept")
+PLACE = r"(?!https?:|pedro:|/v1/)(?:[a-z][a-z0-9+.-]*:/|~)?/+"  # what a path or a storage's URL begins with
+NAME = r"[^\s/'\"`<>|,;()]+"
+BEFORE = r"(?<![\w./-])(?<!https:)(?<!http:)(?<!pedro:)"
+PLACES = re.compile(
+    rf"(?<=(['\"`])){PLACE}(?:[^'\"`\n]*/)?(?P<quoted>[^'\"`\n/]+)/?(?=\1)|{BEFORE}{PLACE}(?:{NAME}/)*(?P<plain>{NAME})/?"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,23 @@ def seen(settings: Settings, by_name: Mapping[str, Kept]) -> dict[str, Kept]:
 def names_seen(settings: Settings, names: Iterable[str]) -> list[str]:
     """Those names that are shown."""
     return [name for name in names if sees(settings, name)]
+
+
+def without_places(settings: Settings, told: Any) -> Any:
+    """What a tenant is shown: in a message, and in what a specification holds, the last name of each path alone."""
+    if tenant_seen(settings) is None:
+        return told
+    return PLACES.sub(lambda at: at["quoted"] or at["plain"], told) if isinstance(told, str) else _named(told)
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _named(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_named, value))
+    if isinstance(value, str) and re.match(PLACE, value):
+        return value.rstrip("/").rpartition("/")[2]
+    return value
 
 
 def _values(settings: Settings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import streamlit as st
 import connection
 from components import prompt_vectors, shared_url
 from components.catalog import catalog_or_notice, read_stored, read_versions, select_version
-from drawing import DASHES, GREY, INK, SERIES, VERMILION
+from drawing import DASHES, GREY, INK, SERIES, VERMILION, show_chart
 from pedro.errors import PedroError
 from pedro.registry import CHAMPION, Version
 from sources import activations as data
@@ -151,7 +151,7 @@ def draw(
     left, right = st.columns(2, gap="medium")
     with left:
         st.subheader("R(x) over GELU", anchor=False)
-        st.altair_chart(lines(curves, x, "R(x)", reach, shade), width="stretch")
+        show_chart(lines(curves, x, "R(x)", reach, shade))
     with right:
         st.subheader("What training moved", anchor=False)
         if orders is None:
@@ -164,7 +164,7 @@ def draw(
             moved = {
                 name: Curve(data.moved(layer), colour, dash) for name, (layer, colour, dash) in chosen_layers.items()
             }
-            st.altair_chart(lines(moved, x, "R(x) − fit", reach, shade), width="stretch")
+            show_chart(lines(moved, x, "R(x) − fit", reach, shade))
     if known:
         low, high = min(given.low for given in known), max(given.high for given in known)
         st.caption(
@@ -238,7 +238,7 @@ def apart(one: Chosen, other: Chosen | None) -> None:
                 text=alt.Text("distance:Q", format=".2f"),
                 color=alt.condition(f"datum.distance > {middle}", alt.value("black"), alt.value("white")),
             )
-        st.altair_chart(chart.properties(height=300), width="stretch")
+        show_chart(chart.properties(height=300))
     with right:
         st.subheader("From the start", anchor=False)
         if not one.activations.learned:
@@ -274,7 +274,7 @@ def apart(one: Chosen, other: Chosen | None) -> None:
                     tooltip=["adapter:N", "layer:O", alt.Tooltip("distance:Q", format=".4f")],
                 )
             )
-            st.altair_chart(bars.properties(height=300), width="stretch")
+            show_chart(bars.properties(height=300))
     where = [f"for x in ±{data.REACH:g}", f"where the x of each layer of {one.ref} lay for the rows that were scored"]
     st.caption(f"Root mean square of the difference, {where[bool(one.activations.inputs)]}.")
 

@@ -125,7 +125,7 @@ def detail(settings: Settings, name: str, gateway: GatewayClient | None) -> None
     champion, previous, candidate = (registered.holding(alias) for alias in (CHAMPION, PREVIOUS, CANDIDATE))
     facts = st.columns(4)
     number(facts[0], "Champion", *aliased(champion, "none yet"))
-    number(facts[1], "Previous", *aliased(previous, "no roll back"))
+    number(facts[1], "Previous", *aliased(previous, "nothing to roll back to"))
     number(facts[2], "Candidate", *aliased(candidate, "none refused"))
     residence(facts[3], name, gateway, registered)
     versions_table(registered)
@@ -159,12 +159,12 @@ def links(settings: Settings, version: Version) -> None:
         runs_link(version.name)
     with one:
         st.page_link(
-            "views/playground.py", label="Ask it", icon=":material/forum:", query_params={"model": version.ref}
+            "views/playground.py", label="Chat with it", icon=":material/forum:", query_params={"model": version.ref}
         )
     with two:
         if job:
             st.page_link(
-                "views/runs.py", label=f"Its job, {job}", icon=":material/play_circle:", query_params={"job": job}
+                "views/runs.py", label=f"Trained by {job}", icon=":material/play_circle:", query_params={"job": job}
             )
 
 
@@ -196,9 +196,9 @@ def residence(column: Any, name: str, gateway: GatewayClient | None, registered:
     held = adapter.get("residence")
     copies = [entry for entry in held if isinstance(entry, Mapping)] if isinstance(held, list) else []
     if held is None:
-        number(column, "Resident", "–", "engine away" if "residence" in adapter else "told to operators")
+        number(column, "Resident", "–", "engine away" if "residence" in adapter else "for operators")
     elif not copies:
-        number(column, "Resident", "no", "until asked for")
+        number(column, "Resident", "no", "loads on first request")
     else:
         versions = ", ".join(sorted({f"v{entry.get('version')}" for entry in copies}))
         size = sum(int(entry.get("bytes") or 0) for entry in copies)

@@ -15,7 +15,7 @@ from components import shared_url
 from components.costs import costs
 from components.run_rows import rows_behind
 from components.verdict import verdict
-from drawing import background_colour, colours, dashes
+from drawing import background_colour, colours, dashes, show_chart
 from pedro.comparison.verdict import by_information
 from sources import compare as data
 from sources import mlflow_runs
@@ -176,7 +176,7 @@ def table(selection: FilteredComparison) -> None:
     heads = {table.notes[0] for table in selection.tables if table.notes}  # which budget is equal
     st.caption("  \n".join([data.LEGEND, *(map(data.literal, heads) if len(heads) == 1 else ())]))
     notes = dict.fromkeys(note for table in selection.tables for note in table.notes)
-    with st.expander("What the numbers are", icon=":material/info:"):
+    with st.expander("About these numbers", icon=":material/info:"):
         st.markdown("\n".join(f"- {data.literal(note)}" for note in notes))
 
 
@@ -243,7 +243,7 @@ def budgets(selection: FilteredComparison) -> None:
         y=y, strokeDash=dashes("method", methods), detail="backbone:N"
     )
     spans = base.mark_rule(strokeWidth=1.2, opacity=0.6).encode(y="low:Q", y2="high:Q", detail="backbone:N")
-    st.altair_chart((spans + lines).properties(height=380), width="stretch")
+    show_chart((spans + lines).properties(height=380))
     st.caption("Medians over seeds with their 95 % intervals; the number of parameters on a logarithmic axis.")
 
 

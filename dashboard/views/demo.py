@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 import connection
-from drawing import BLUE, GREEN, GREY, INK, ORANGE, number
+from drawing import BLUE, GREEN, GREY, INK, ORANGE, number, show_chart
 from sources import demo as data
 
 REFRESH_S = 10
@@ -83,7 +83,7 @@ def scores(demo: data.DemoResult) -> None:
         )
     )
     values = base.mark_text(dy=-7, fontSize=12, color=INK).encode(text=alt.Text("score:Q", format=".0%"))
-    st.altair_chart((bars + values).properties(height=300), width="stretch")
+    show_chart((bars + values).properties(height=300))
     rows = ", ".join(f"{tenant.name} {tenant.test_rows:,} by {tenant.metric}" for tenant in demo.tenants)
     st.caption(f"Held-out rows, from the prompt alone, over HTTP: {rows}.")
 
@@ -142,7 +142,7 @@ def swap(demo: data.DemoResult) -> None:
             tooltip=[alt.Tooltip("version:N"), alt.Tooltip("answers:Q", format=",d")],
         )
     )
-    st.altair_chart(bar.properties(height=130), width="stretch")
+    show_chart(bar.properties(height=130))
 
 
 if __name__ == "__main__":

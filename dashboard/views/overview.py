@@ -15,7 +15,7 @@ import connection
 from components.catalog import EMPTY
 from components.observed import history_of, refresh
 from components.timeline import HEIGHT, Shown, draw
-from drawing import BLUE, GREEN, GREY, ORANGE, SERIES, number
+from drawing import BLUE, GREEN, GREY, ORANGE, SERIES, number, show_chart
 from pedro.traffic.history import Interval, coarser
 from sources import serving
 from sources.compare import literal
@@ -174,7 +174,7 @@ def tokens(seen: Overview) -> None:
             tooltip=["day:N", "tenant:N", *(alt.Tooltip(f"{name}:Q", format=",") for name in ("tokens", "requests"))],
         )
     )
-    st.altair_chart(bars.properties(height=HEIGHT), width="stretch")
+    show_chart(bars.properties(height=HEIGHT))
     st.caption("Prompts and answers, by tenant and day (UTC), from the usage ledger.")
 
 

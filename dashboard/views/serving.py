@@ -120,9 +120,8 @@ def figures(history: data.History, intervals: Sequence[Interval]) -> None:
         facts = dict.fromkeys(facts, ("–", "no figures yet"))
     elif "running" not in gauges:  # the gateway's own are not the engine's
         facts |= dict.fromkeys(("Running", "Waiting", "Adapters resident"), ("–", "no engine answers"))
-    for row in (list(facts)[:3], list(facts)[3:]):
-        for column, name in zip(st.columns(3), row, strict=True):
-            number(column, name, *facts[name])
+    for column, name in zip(st.columns(len(facts)), facts, strict=True):
+        number(column, name, *facts[name])
 
 
 def throughput(

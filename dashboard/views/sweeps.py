@@ -10,7 +10,7 @@ import streamlit as st
 
 import connection
 from components import shared_url
-from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, background_colour, number
+from drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, background_colour, number, show_chart
 from pedro.training.sweep.records import TrialState
 from pedro.training.sweep.report import metric
 from sources import sweeps as data
@@ -31,7 +31,7 @@ def page() -> None:
     st.title("Sweeps", anchor=False)
     sweeps, problem = read_all(settings)
     if problem:
-        st.warning(f"The sweeps of `{settings.storage}` cannot be read.\n\n```\n{problem}\n```")
+        st.warning(f"The sweeps cannot be read.\n\n```\n{problem}\n```", icon=":material/broken_image:")
     if not sweeps:
         st.info(
             "No sweep yet. `pedro sweep jobs/configs/nano_sweep_orders.yaml --wait` runs one in minutes.",
@@ -74,7 +74,7 @@ def show(settings: Settings, sweep_id: str) -> None:
 
 def heading(sweep: data.Sweep) -> None:
     counts = sweep.counts()
-    columns = st.columns(3)
+    columns = st.columns(4)
     states = ", ".join(f"{counts[state]} {state}" for state in map(str, STEPS) if state in counts)
     number(columns[0], "Trials", f"{len(sweep.trials):,}", states)
     best = sweep.best
@@ -83,8 +83,11 @@ def heading(sweep: data.Sweep) -> None:
         return
     number(columns[1], "Best validation loss", f"{best.loss:.4f}", f"trial {best.number}")
     accuracy = metric(best, data.ACCURACY)
-    parameters = f"{best.outcome.trainable_parameters:,} trained parameters" if best.outcome else ""
-    number(columns[2], "Its accuracy", "–" if accuracy is None else f"{accuracy:.1%}", parameters)
+    backbone = metric(best, "backbone_accuracy")
+    beside = "" if backbone is None else f"the backbone alone {backbone:.1%}"
+    number(columns[2], "Its accuracy", "–" if accuracy is None else f"{accuracy:.1%}", beside)
+    size = f"{best.outcome.trainable_parameters:,}" if best.outcome else "–"
+    number(columns[3], "Its parameters", size, "trained")
     st.markdown(
         "Best trial: " + " · ".join(f"`{key}` = **{data.format_value(v)}**" for key, v in best.parameters.items())
     )
@@ -120,7 +123,7 @@ def coordinates(sweep: data.Sweep) -> None:
         **style, stroke=background_colour(), strokeWidth=4, strokeJoin="round", color=background_colour()
     )
     text = labels.mark_text(**style, color=INK)
-    st.altair_chart((others + lines + best + halo + text).properties(height=460), width="stretch")
+    show_chart((others + lines + best + halo + text).properties(height=460))
     st.caption(
         "One line per trial. Finished trials are coloured by validation loss (blue is better); the best is thick and "
         "red, stopped and running ones are dashed. Failed and lost trials are left out."
@@ -141,7 +144,7 @@ def importance(sweep: data.Sweep) -> None:
         tooltip=["key:N", alt.Tooltip("share:Q", format=".1%")],
     )
     text = bars.mark_text(align="left", dx=4, color=INK).encode(text=alt.Text("share:Q", format=".0%"))
-    st.altair_chart((bars.mark_bar(color=BLUE) + text).properties(height=60 + 42 * len(frame)), width="stretch")
+    show_chart((bars.mark_bar(color=BLUE) + text).properties(height=60 + 42 * len(frame)))
     unknown = [one.key for one in importances if one.share is None]
     st.caption(
         f"Of the variance of validation loss over {len(sweep.ended)} finished trials, what lies between the values of "
@@ -170,7 +173,7 @@ def orders(sweep: data.Sweep) -> bool:
         text=alt.Text("loss:Q", format=".3f"),
         color=alt.condition(f"datum.loss < {dark}", alt.value("white"), alt.value("black")),
     )
-    st.altair_chart((cells + text).properties(height=280), width="stretch")
+    show_chart((cells + text).properties(height=280))
     st.caption("Validation loss, the median of the finished trials of each pair; the paper's orders are (6, 5).")
     return True
 
@@ -193,7 +196,7 @@ def losses(sweep: data.Sweep) -> None:
             tooltip=["trial:N", "state:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
         )
     )
-    st.altair_chart(chart.properties(height=280), width="stretch")
+    show_chart(chart.properties(height=280))
     st.caption("One line per trial; the best is red.")
 
 

@@ -11,7 +11,7 @@ import streamlit as st
 
 import connection
 from components import shared_url
-from drawing import SERIES, number
+from drawing import colours, number, show_chart
 from pedro.store import USAGE_GROUPS
 from sources import usage as data
 from sources.view import tenant_seen
@@ -30,7 +30,7 @@ COLUMNS: dict[str, Any] = {
     "requests": st.column_config.NumberColumn("Requests", format="localized"),
     "prompt_tokens": st.column_config.NumberColumn("Prompt tokens", format="localized"),
     "cached_tokens": st.column_config.NumberColumn(
-        "Of them cached", format="localized", help="Tokens of prompts that needed no reading"
+        "Of which cached", format="localized", help="Tokens of prompts that needed no reading"
     ),
     "completion_tokens": st.column_config.NumberColumn("Answer tokens", format="localized"),
     "training_tokens": st.column_config.NumberColumn("Training tokens", format="localized"),
@@ -83,7 +83,7 @@ def figures(frame: pd.DataFrame) -> None:
     columns = st.columns(4)
     number(columns[0], "Requests", f"{sums['requests']:,.0f}", days_said(frame["day"].nunique()))
     cached = sums["cached_tokens"] / max(1, sums["prompt_tokens"])
-    number(columns[1], "Prompt tokens", f"{sums['prompt_tokens']:,.0f}", f"{cached:.0%} of them cached")
+    number(columns[1], "Prompt tokens", f"{sums['prompt_tokens']:,.0f}", f"{cached:.0%} cached")
     number(columns[2], "Answer tokens", f"{sums['completion_tokens']:,.0f}", "as the engine counted them")
     hours = f"{sums['training_seconds'] / 3600:,.2f} h, times the workers"
     number(columns[3], "Training tokens", f"{sums['training_tokens']:,.0f}", hours)
@@ -108,16 +108,11 @@ def over_time(frame: pd.DataFrame, field: str) -> None:
         .encode(
             x=alt.X("day:O", title=None, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y("tokens:Q", title="tokens", axis=alt.Axis(format="~s")),
-            color=alt.Color(
-                f"{field}:N",
-                sort=names,
-                scale=alt.Scale(domain=names, range=[SERIES[index % len(SERIES)] for index in range(len(names))]),
-                legend=alt.Legend(title=None, orient="top", columns=3, labelLimit=240),
-            ),
+            color=colours(field, names, lines=False),
             tooltip=[f"{field}:N", "day:O", alt.Tooltip("tokens:Q", format=",")],
         )
     )
-    st.altair_chart(chart.properties(height=260), width="stretch")
+    show_chart(chart.properties(height=260))
 
 
 def table(settings: Settings, by: list[str], since: str | None, tenant: str | None) -> None:

@@ -144,7 +144,10 @@ class Settings:
         return self.home / "logs" / "requests.log"
 
     def env(self) -> dict[str, str]:
-        """The environment variables that hand these settings to another process; what holds a password goes by file."""
+        """The environment variables that hand these settings to another process; what holds a password goes by file.
+
+        Not Prometheus's address, which the dashboard alone reads, from its own environment.
+        """
         folder = self.home / "secrets"
         return {
             "PEDRO_HOME": str(self.home),
@@ -158,7 +161,6 @@ class Settings:
             "PEDRO_LOG_FORMAT": self.log_format,
             "PEDRO_WEBHOOK_KEY_FILE": str(self.own_webhook_key_file or ""),
             "PEDRO_WEBHOOK_NETWORKS": ",".join(self.webhook_networks),
-            **secret_files.variables("PEDRO_PROMETHEUS_URL", self.prometheus_url or "", folder),
         }
 
     def single_host(self) -> list[str]:

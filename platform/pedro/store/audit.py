@@ -73,10 +73,6 @@ class AuditTable:
             next_generation(connection)  # in its turn, as every other entry
             audited(connection, actor, action, tenant, subject, before=before, after=after)
 
-    def list_audit(self, tenant: str | None = None, *, since: float = 0.0, limit: int = 100) -> list[AuditEntry]:
-        """The last entries of the audit, newest first."""
-        return self.find_audit(AuditQuery(() if tenant is None else (tenant,), since=since), limit)
-
     def find_audit(self, query: AuditQuery, limit: int = 100) -> list[AuditEntry]:
         """The last entries that `query` asks for, newest first; with `above` the first ones, oldest first.
 

@@ -64,13 +64,6 @@ class CanaryTable(AliasTable):
         )
         return True, withdrawn
 
-    def canary_answers(self, name: str) -> dict[str, AnswerCounts]:
-        """What was counted of the canary that stands, and of the champion beside it; empty where nothing was."""
-        table = schema.canaries
-        with self._database.reading() as connection:
-            row = connection.execute(sa.select(table).where(same(table, parsed(name)))).one_or_none()
-        return {} if row is None else {side: _read(row, side) for side in SIDES}
-
 
 def _read(row: sa.Row[Any], side: str) -> AnswerCounts:
     return AnswerCounts(*(row._mapping[f"{side}_{each.name}"] for each in fields(AnswerCounts)))

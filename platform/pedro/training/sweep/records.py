@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from pedro.training.storage import folders, join, read_text, write_text
+from pedro.training.storage import DATASET, folders, join, read_text, write_text
 from pedro.training.sweep.spec import SweepSpec
 
 if TYPE_CHECKING:
@@ -176,16 +176,24 @@ def remember(storage: str, spec: SweepSpec, sweep_id: str) -> None:
 
 def recall(storage: str, spec: SweepSpec) -> str | None:
     """The last sweep of exactly this spec, data included."""
-    text = read_text(_by_spec(storage, spec))
+    text = read_text(_by_spec(storage, spec)) or read_text(_by_spec(storage, spec, placed=True))
     return None if text is None else json.loads(text)["id"]
 
 
-def _by_spec(storage: str, spec: SweepSpec) -> str:
+def _by_spec(storage: str, spec: SweepSpec, *, placed: bool = False) -> str:
+    """Data sets count by their names, which are those of their contents: the home may have been moved. Earlier
+    releases took their places (`placed`)."""
     fields = spec.to_dict()
-    data = fields["base"]["data"]
-    fields["base"]["data"] = {name: value for name, value in data.items() if value or name not in LATER}
+    data = fields["base"]["data"].items()
+    named = {name: value if placed else _name(value) for name, value in data if value or name not in LATER}
+    fields["base"]["data"] = named
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return join(storage, "sweeps", BY_SPEC, f"{digest[:32]}.json")
+
+
+def _name(value: Any) -> Any:
+    found = DATASET.search(value) if isinstance(value, str) else None
+    return value if found is None else value[found.start() :]
 
 
 def _trial(fields: dict[str, Any]) -> Trial:
