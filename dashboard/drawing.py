@@ -73,6 +73,11 @@ def background_colour() -> str:
     return st.get_option(f"theme.{st.context.theme.type or 'light'}.backgroundColor") or "white"
 
 
+def background_css() -> str:
+    """The same in CSS, which follows a theme that changes while the page is open."""
+    return "light-dark({}, {})".format(*(st.get_option(f"theme.{name}.backgroundColor") for name in ("light", "dark")))
+
+
 def colours(field: str, names: list[str], columns: int = 3, *, lines: bool = True) -> alt.Color:
     """A colour for each of the names of a field, with a legend of `columns` columns above the chart."""
     palette = [SERIES[index % len(SERIES)] for index in range(len(names))]

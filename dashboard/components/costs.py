@@ -94,12 +94,14 @@ def _draw_front(frame: pd.DataFrame, line: pd.DataFrame, x: str, y: str) -> None
         if at == "score" and frame["low"].notna().any():
             span = base.mark_rule(strokeWidth=1.3, opacity=0.55, color=INK)
             layers.append(
-                span.encode(x=across, y=alt.Y("low:Q", **up_axis.encoding), y2="high:Q")
+                span.encode(x=across, y=alt.Y("low:Q", **up_axis.encoding), y2=alt.Y2("high:Q"))
                 if field == "y"
-                else span.encode(x=alt.X("low:Q", **across_axis.encoding), x2="high:Q", y=up)
+                else span.encode(x=alt.X("low:Q", **across_axis.encoding), x2=alt.X2("high:Q"), y=up)
             )
     layers.append(
-        base.mark_rule(strokeWidth=0.7, opacity=0.5, color=INK).encode(x=across, y=up, x2="label_x:Q", y2="label_y:Q")
+        base.mark_rule(strokeWidth=0.7, opacity=0.5, color=INK).encode(
+            x=across, y=up, x2=alt.X2("label_x:Q"), y2=alt.Y2("label_y:Q")
+        )
     )
     layers.append(
         base.mark_point(size=110, strokeWidth=2, opacity=1).encode(
@@ -115,7 +117,7 @@ def _draw_front(frame: pd.DataFrame, line: pd.DataFrame, x: str, y: str) -> None
         base.mark_text(align="left", baseline="middle", dx=4, fontSize=12, color=INK).encode(
             x=alt.X("label_x:Q", **across_axis.encoding),
             y=alt.Y("label_y:Q", **up_axis.encoding),
-            text="method:N",
+            text=alt.Text("method:N"),
             tooltip=tooltip,
         )
     )

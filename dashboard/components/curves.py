@@ -30,10 +30,16 @@ def draw(frame: pd.DataFrame, methods: list[str], *, log: bool, smoothing: float
         y=y,
         opacity=strong,
         strokeDash=dashes("method", methods),
-        tooltip=["method:N", "step:Q", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high"))],
+        tooltip=[
+            alt.Tooltip("method:N"),
+            alt.Tooltip("step:Q"),
+            *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high")),
+        ],
     )
     bands = base.mark_area().encode(
-        y=alt.Y("low:Q", scale=scale), y2="high:Q", opacity=alt.condition(picked, alt.value(0.12), alt.value(0.02))
+        y=alt.Y("low:Q", scale=scale),
+        y2=alt.Y2("high:Q"),
+        opacity=alt.condition(picked, alt.value(0.12), alt.value(0.02)),
     )
     show_chart((bands + lines.add_params(picked)).properties(height=340))
     if log and not positive:

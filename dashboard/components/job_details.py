@@ -98,11 +98,16 @@ def links(job: data.Job, drawn: Sequence[TrackedRun]) -> None:
         st.page_link("views/adapters.py", label=ref or job.model, icon=":material/extension:", query_params=query)
     with columns[1]:
         if ref:
-            st.page_link("views/playground.py", label="Chat with it", icon=":material/forum:", query_params={"model": ref})
+            st.page_link(
+                "views/playground.py", label="Chat with it", icon=":material/forum:", query_params={"model": ref}
+            )
     if job.sweep:
         with columns[2]:
             st.page_link(
-                "views/sweeps.py", label="Trials of this sweep", icon=":material/tune:", query_params={"sweep": job.sweep}
+                "views/sweeps.py",
+                label="Trials of this sweep",
+                icon=":material/tune:",
+                query_params={"sweep": job.sweep},
             )
     elif drawn:
         with columns[2]:
@@ -143,7 +148,12 @@ def curves(settings: Settings, names: dict[str, str], nothing: str, where: str) 
             strokeDash=alt.StrokeDash(
                 f"{dash}:N", scale=alt.Scale(range=DASHES), legend=legend if len(runs) > 1 else None, sort=None
             ),
-            tooltip=["run:N", "curve:N", alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=",.4~g")],
+            tooltip=[
+                alt.Tooltip("run:N"),
+                alt.Tooltip("curve:N"),
+                alt.Tooltip("step:Q", format=","),
+                alt.Tooltip("value:Q", format=",.4~g"),
+            ],
         )
     )
     show_chart(chart.properties(height=300))

@@ -92,13 +92,17 @@ def show(names: list[str], readings: list[vectors.PromptVectors]) -> None:
             x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
             xOffset=alt.XOffset("prompt:N", sort=names),
             color=alt.Color("prompt:N", sort=names, scale=alt.Scale(domain=names, range=SERIES), legend=None),
-            tooltip=["prompt:N", "layer:O", *(alt.Tooltip(f"{at}:Q", format=".3f") for at in SPREAD)],
+            tooltip=[
+                alt.Tooltip("prompt:N"),
+                alt.Tooltip("layer:O"),
+                *(alt.Tooltip(f"{at}:Q", format=".3f") for at in SPREAD),
+            ],
         )
         whiskers = base.mark_rule(strokeWidth=1.5).encode(
-            y=alt.Y("p5:Q", title=None, scale=alt.Scale(zero=False)), y2="p95:Q"
+            y=alt.Y("p5:Q", title=None, scale=alt.Scale(zero=False)), y2=alt.Y2("p95:Q")
         )
-        boxes = base.mark_bar(size=7).encode(y="p25:Q", y2="p75:Q")
-        ones = alt.Chart(pd.DataFrame([{"one": 1.0}])).mark_rule(color=INK, strokeDash=[4, 4]).encode(y="one:Q")
+        boxes = base.mark_bar(size=7).encode(y=alt.Y("p25:Q"), y2=alt.Y2("p75:Q"))
+        ones = alt.Chart(pd.DataFrame([{"one": 1.0}])).mark_rule(color=INK, strokeDash=[4, 4]).encode(y=alt.Y("one:Q"))
         with column:
             st.subheader(target, anchor=False)
             show_chart((ones + whiskers + boxes).properties(height=260))
@@ -118,7 +122,11 @@ def show(names: list[str], readings: list[vectors.PromptVectors]) -> None:
                 x=alt.X("left:Q", title="value", scale=alt.Scale(zero=False)),
                 y=alt.Y("share:Q", title="share of its values", axis=alt.Axis(format=".0%")),
                 color=colours("prompt", names, columns=1),
-                tooltip=["prompt:N", alt.Tooltip("left:Q", format=".3f"), alt.Tooltip("share:Q", format=".1%")],
+                tooltip=[
+                    alt.Tooltip("prompt:N"),
+                    alt.Tooltip("left:Q", format=".3f"),
+                    alt.Tooltip("share:Q", format=".1%"),
+                ],
             )
         )
         show_chart(steps.properties(height=300))

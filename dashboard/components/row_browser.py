@@ -116,13 +116,13 @@ def matrix(rows: Sequence[ScoredRow]) -> None:
         base = alt.Chart(frame).encode(
             x=alt.X("answer:N", title="answered", axis=alt.Axis(labelLimit=140, labelAngle=-40)),
             y=alt.Y("wanted:N", title="wanted", axis=alt.Axis(labelLimit=180)),
-            tooltip=["wanted:N", "answer:N", "rows:Q"],
+            tooltip=[alt.Tooltip("wanted:N"), alt.Tooltip("answer:N"), alt.Tooltip("rows:Q")],
         )
         dark = float(frame["rows"].max()) / 2
         cell = base.mark_rect().encode(
             color=alt.Color("rows:Q", scale=alt.Scale(range=["#eef3f7", BLUE], type="sqrt"), legend=None)
         )
         text = base.mark_text(fontSize=11).encode(
-            text="rows:Q", color=alt.condition(f"datum.rows > {dark}", alt.value("white"), alt.value("black"))
+            text=alt.Text("rows:Q"), color=alt.condition(f"datum.rows > {dark}", alt.value("white"), alt.value("black"))
         )
         show_chart((cell + text).properties(height=80 + 22 * frame["wanted"].nunique()))

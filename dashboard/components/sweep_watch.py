@@ -68,8 +68,8 @@ def losses(trials: Sequence[Mapping[str, Any]], *, over: bool) -> None:
             ),
             shape=alt.Shape("how:N", sort=list(kinds), scale=alt.Scale(domain=list(kinds)), legend=None),
             tooltip=[
-                "trial:O",
-                "how:N",
+                alt.Tooltip("trial:O"),
+                alt.Tooltip("how:N"),
                 alt.Tooltip("loss:Q", format=".4f"),
                 *(alt.Tooltip(f"{key.replace('.', '_')}:N", title=key) for key in keys),
             ],

@@ -88,7 +88,7 @@ def unobserved(shown: Shown, x: alt.X) -> list[alt.Chart]:
         for begun, ended in shown.gaps or [(shown.end, shown.end)]
     )
     band = alt.Chart(bands).mark_rect(color=INK, opacity=0.16)
-    return [band.encode(x=x, x2="to:T", tooltip=alt.Tooltip("text:N", title="UTC"))]
+    return [band.encode(x=x, x2=alt.X2("to:T"), tooltip=alt.Tooltip("text:N", title="UTC"))]
 
 
 def event_marks(happened: pd.DataFrame) -> list[alt.Chart]:
@@ -100,7 +100,10 @@ def event_marks(happened: pd.DataFrame) -> list[alt.Chart]:
             marks.append(
                 alt.Chart(kind.assign(when=kind["at"].map(clock), at=moments(kind["at"])))
                 .mark_rule(color=colour, strokeWidth=2, opacity=0.8, strokeDash=[1, 0] if event == "Swap" else [2, 3])
-                .encode(x="at:T", tooltip=["event:N", "text:N", alt.Tooltip("when:N", title="UTC")])
+                .encode(
+                    x=alt.X("at:T"),
+                    tooltip=[alt.Tooltip("event:N"), alt.Tooltip("text:N"), alt.Tooltip("when:N", title="UTC")],
+                )
             )
     return marks
 

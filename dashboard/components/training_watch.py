@@ -133,7 +133,7 @@ def losses(points: Sequence[Mapping[str, Any]], *, over: bool) -> None:
             x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, grid=False)),
             y=alt.Y("value:Q", title="loss, log" if log else "loss", scale=scale, axis=alt.Axis(format=".3~g")),
             color=colours("curve", list(data.CURVES.values())),
-            tooltip=["curve:N", alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=",.4~g")],
+            tooltip=[alt.Tooltip("curve:N"), alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=",.4~g")],
         )
     )
     show_chart(chart.properties(height=300))

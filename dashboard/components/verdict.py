@@ -162,16 +162,16 @@ def panel(rows: list[dict[str, Any]], order: list[str], *, zero: bool) -> Any:
     x = alt.X("value:Q", title="points" if zero else None, scale=alt.Scale(zero=False, padding=12))
     base = alt.Chart(frame).encode(y=y, tooltip=tooltip)
     layers = [
-        base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=None), x2="high:Q", color=colour),
+        base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=None), x2=alt.X2("high:Q"), color=colour),
         base.mark_point(size=75, strokeWidth=2, opacity=1).encode(x=x, color=colour, fill=fill),
     ]
     ticks = pd.DataFrame([{"method": row["method"], "value": value} for row in rows for value in row["seeds"]])
     if len(ticks):
-        layers.insert(0, alt.Chart(ticks).mark_tick(thickness=1.5, size=11, color=GREY).encode(x="value:Q", y=y))
+        layers.insert(0, alt.Chart(ticks).mark_tick(thickness=1.5, size=11, color=GREY).encode(x=alt.X("value:Q"), y=y))
     lines = [0.0] if zero else near_chance(rows)
     if lines:
         at = pd.DataFrame({"at": lines})
-        layers.insert(0, alt.Chart(at).mark_rule(color=INK, strokeDash=[4, 4]).encode(x="at:Q"))
+        layers.insert(0, alt.Chart(at).mark_rule(color=INK, strokeDash=[4, 4]).encode(x=alt.X("at:Q")))
     return alt.layer(*layers).properties(height=40 + ROW_PX * len(methods))
 
 

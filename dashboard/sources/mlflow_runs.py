@@ -18,7 +18,7 @@ import yaml
 from pedro.comparison.result_model import FINAL, FINISHED, Comparison, RunResult, TaskResult
 from pedro.registry import Registry, queries, utc
 from sources.compare import CURVES
-from sources.stores import ask_registry
+from sources.stores import ask_registry, is_there
 from sources.view import names_seen, without_places
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ MOST_CURVES = 60
 NOTHING_EQUAL = ""  # nobody planned these jobs to be compared
 KEPT = ("method.", "training.", "backbone", "resources.zero_stage")
 SEED = "training.seed"
+
+
+def may_have_any(settings: Settings) -> bool:
+    """Whether there is a registry that may hold runs: it is read only for who wants them."""
+    return is_there(settings.tracking_uri)
 
 
 def read_models(settings: Settings) -> tuple[list[str], str]:

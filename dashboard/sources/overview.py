@@ -134,9 +134,7 @@ def token_rows(usage: Iterable[Usage]) -> list[dict[str, Any]]:
 
 def _news(versions: Iterable[Version], promoted: Iterable[Version], since: float) -> list[Event]:
     made = [Event(_seconds(version.created), "new version", version.ref, version.gate) for version in versions]
-    moved = [
-        Event(_seconds(version.promoted), "promoted", version.ref, "now the champion") for version in promoted
-    ]
+    moved = [Event(_seconds(version.promoted), "promoted", version.ref, "now the champion") for version in promoted]
     return [event for event in made if event.at >= since] + moved
 
 

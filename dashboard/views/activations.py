@@ -204,13 +204,17 @@ def lines(curves: dict[str, Curve], x: np.ndarray, title: str, reach: float, sha
                 "curve:N", sort=names, legend=legend,
                 scale=alt.Scale(domain=names, range=[curve.dash for curve in curves.values()]),
             ),
-            tooltip=["curve:N", alt.Tooltip("x:Q", format=".2f"), alt.Tooltip("y:Q", format=".4f")],
+            tooltip=[alt.Tooltip("curve:N"), alt.Tooltip("x:Q", format=".2f"), alt.Tooltip("y:Q", format=".4f")],
         )
     )  # fmt: skip
     if not shade:
         return alt.layer(chart).properties(height=340)
     opacity = alt.Opacity("density:Q", scale=alt.Scale(domain=[0, 1], range=[0.02, 0.35]), legend=None)
-    behind = alt.Chart(pd.DataFrame(shade)).mark_rect(color=INK).encode(x="low:Q", x2="high:Q", opacity=opacity)
+    behind = (
+        alt.Chart(pd.DataFrame(shade))
+        .mark_rect(color=INK)
+        .encode(x=alt.X("low:Q"), x2=alt.X2("high:Q"), opacity=opacity)
+    )
     return alt.layer(behind, chart).properties(height=340)
 
 
@@ -224,7 +228,7 @@ def apart(one: Chosen, other: Chosen | None) -> None:
         base = alt.Chart(rows).encode(
             x=alt.X("other:O", title=f"layer of {against.ref}", axis=alt.Axis(labelAngle=0)),
             y=alt.Y("layer:O", title=f"layer of {one.ref}"),
-            tooltip=["layer:O", "other:O", alt.Tooltip("distance:Q", format=".4f")],
+            tooltip=[alt.Tooltip("layer:O"), alt.Tooltip("other:O"), alt.Tooltip("distance:Q", format=".4f")],
         )
         cells = base.mark_rect().encode(
             color=alt.Color(
@@ -271,7 +275,7 @@ def apart(one: Chosen, other: Chosen | None) -> None:
                         scale=alt.Scale(domain=refs, range=COLOURS),
                         legend=alt.Legend(title=None, orient="top", labelLimit=260),
                     ),
-                    tooltip=["adapter:N", "layer:O", alt.Tooltip("distance:Q", format=".4f")],
+                    tooltip=[alt.Tooltip("adapter:N"), alt.Tooltip("layer:O"), alt.Tooltip("distance:Q", format=".4f")],
                 )
             )
             show_chart(bars.properties(height=300))

@@ -15,7 +15,7 @@ from components import shared_url
 from components.costs import costs
 from components.run_rows import rows_behind
 from components.verdict import verdict
-from drawing import background_colour, colours, dashes, show_chart
+from drawing import background_css, colours, dashes, show_chart
 from pedro.comparison.verdict import by_information
 from sources import compare as data
 from sources import mlflow_runs
@@ -91,16 +91,9 @@ def page() -> None:
 def chosen(settings: Settings) -> tuple[Comparison | None, str]:
     """The selected comparison, and a stamp that changes with its runs."""
     comparisons = {listed.key: listed for listed in list_all(settings)}
-    models, problem = read_models(settings)
-    if problem:
-        st.warning(f"The registry cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
-    options = [*comparisons, *([mlflow_runs.NAME] if models else [])]
+    options = [*comparisons, *([mlflow_runs.NAME] if mlflow_runs.may_have_any(settings) else [])]
     if not options:
-        st.info(
-            "Nothing to compare yet. `pedro compare jobs/configs/nano_table1.yaml` runs a grid of methods; jobs of "
-            "`pedro submit` can be compared as well.",
-            icon=":material/compare_arrows:",
-        )
+        nothing()
         return None, ""
     key = shared_url.choose(
         "Comparison",
@@ -115,6 +108,13 @@ def chosen(settings: Settings) -> tuple[Comparison | None, str]:
     if key in comparisons:
         listed = comparisons[key]
         return read_one(listed), f"{key} {listed.stamp}"
+    models, problem = read_models(settings)
+    if problem:
+        st.warning(f"The registry cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
+    if not models:
+        if not problem:
+            nothing()
+        return None, ""
     shared_url.check("models", models, "Adapter", "No runs of it are in this registry.")
     wanted = st.multiselect(
         "Adapters", models, default=models[:3], key="models", bind="query-params", max_selections=25
@@ -123,6 +123,14 @@ def chosen(settings: Settings) -> tuple[Comparison | None, str]:
     if problem:
         st.warning(f"The runs cannot be read.\n\n```\n{problem}\n```", icon=":material/database_off:")
     return comparison, f"{mlflow_runs.NAME} {[run.id for run in comparison.runs]}"
+
+
+def nothing() -> None:
+    st.info(
+        "Nothing to compare yet. `pedro compare jobs/configs/nano_table1.yaml` runs a grid of methods; jobs of "
+        "`pedro submit` can be compared as well.",
+        icon=":material/compare_arrows:",
+    )
 
 
 def problems(comparison: Comparison) -> None:
@@ -160,7 +168,7 @@ def filtered(comparison: Comparison, stamp: str) -> FilteredComparison:
 def table(selection: FilteredComparison) -> None:
     printed, sortable = st.tabs(["As printed", "Sortable"])
     with printed:
-        style = STYLE % background_colour()  # of the first column, which stays while the others scroll
+        style = STYLE % background_css()  # of the first column, which stays while the others scroll
         st.html(style + "".join(data.table_html(table) for table in selection.tables))
     with sortable:
         frame = pd.DataFrame(data.sortable_rows(selection))
@@ -233,16 +241,18 @@ def budgets(selection: FilteredComparison) -> None:
         ),
         color=colours("method", methods),
         tooltip=[
-            *("method:N", "backbone:N"),
+            *map(alt.Tooltip, ("method:N", "backbone:N")),
             alt.Tooltip("parameters:Q", format=","),
             *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("score", "low", "high")),
         ],
     )
     y = alt.Y("score:Q", title="score", scale=alt.Scale(zero=False), axis=alt.Axis(format=".0%"))
     lines = base.mark_line(strokeWidth=2.2, point=alt.OverlayMarkDef(size=45)).encode(
-        y=y, strokeDash=dashes("method", methods), detail="backbone:N"
+        y=y, strokeDash=dashes("method", methods), detail=alt.Detail("backbone:N")
     )
-    spans = base.mark_rule(strokeWidth=1.2, opacity=0.6).encode(y="low:Q", y2="high:Q", detail="backbone:N")
+    spans = base.mark_rule(strokeWidth=1.2, opacity=0.6).encode(
+        y=alt.Y("low:Q"), y2=alt.Y2("high:Q"), detail=alt.Detail("backbone:N")
+    )
     show_chart((spans + lines).properties(height=380))
     st.caption("Medians over seeds with their 95 % intervals; the number of parameters on a logarithmic axis.")
 

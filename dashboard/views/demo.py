@@ -132,7 +132,7 @@ def swap(demo: data.DemoResult) -> None:
                 scale=alt.Scale(domain=[0, max(1, seen.answered_by_old + seen.answered_by_new)], nice=False),
                 axis=alt.Axis(tickCount=6, grid=False, format=",d", titlePadding=4),
             ),
-            order="order:Q",
+            order=alt.Order("order:Q"),
             color=alt.Color(
                 "version:N",
                 sort=list(frame["version"]),

@@ -171,7 +171,11 @@ def tokens(seen: Overview) -> None:
                 scale=alt.Scale(domain=names, range=palette),
                 legend=alt.Legend(title=None, orient="bottom", columns=4, labelLimit=150),
             ),
-            tooltip=["day:N", "tenant:N", *(alt.Tooltip(f"{name}:Q", format=",") for name in ("tokens", "requests"))],
+            tooltip=[
+                alt.Tooltip("day:N"),
+                alt.Tooltip("tenant:N"),
+                *(alt.Tooltip(f"{name}:Q", format=",") for name in ("tokens", "requests")),
+            ],
         )
     )
     show_chart(bars.properties(height=HEIGHT))

@@ -79,7 +79,9 @@ def page() -> None:
         pressed = send.form_submit_button(
             "Send", icon=":material/send:", type="primary", width="stretch", disabled=not able
         )
-        stop.form_submit_button("Stop", icon=":material/stop:", width="stretch", help="Stops answers that are still streaming.")
+        stop.form_submit_button(
+            "Stop", icon=":material/stop:", width="stretch", help="Stops answers that are still streaming."
+        )
         keep.form_submit_button(
             "Save",
             icon=":material/bookmark:",

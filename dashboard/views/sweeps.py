@@ -104,7 +104,7 @@ def coordinates(sweep: data.Sweep) -> None:
     x = alt.X("axis:N", sort=axes, title=None, axis=alt.Axis(labelAngle=0, labelLimit=200, orient="top", grid=True))
     y = alt.Y("height:Q", axis=None, scale=alt.Scale(domain=[-0.04, 1.04]))
     tooltip = [*map(alt.Tooltip, ("trial:N", "state:N", "axis:N", "value:N")), alt.Tooltip("loss:Q", format=".4f")]
-    base = alt.Chart(frame).encode(x=x, y=y, detail="trial:N", tooltip=tooltip)
+    base = alt.Chart(frame).encode(x=x, y=y, detail=alt.Detail("trial:N"), tooltip=tooltip)
     done = base.transform_filter("datum.state === 'finished'")
     others = base.transform_filter("datum.state !== 'finished'").mark_line(
         color=GREY, strokeWidth=1, strokeDash=[3, 3], opacity=0.7
@@ -117,7 +117,7 @@ def coordinates(sweep: data.Sweep) -> None:
         )
     )
     best = base.transform_filter("datum.best").mark_line(color=VERMILION, strokeWidth=4)
-    labels = alt.Chart(marks).encode(x=alt.X("axis:N", sort=axes), y="height:Q", text="tick:N")
+    labels = alt.Chart(marks).encode(x=alt.X("axis:N", sort=axes), y=alt.Y("height:Q"), text=alt.Text("tick:N"))
     style: dict[str, Any] = {"align": "right", "dx": -7, "fontSize": 11}
     halo = labels.mark_text(
         **style, stroke=background_colour(), strokeWidth=4, strokeJoin="round", color=background_colour()
@@ -141,7 +141,7 @@ def importance(sweep: data.Sweep) -> None:
     bars = alt.Chart(frame).encode(
         y=alt.Y("key:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
         x=alt.X("share:Q", title="share of the variance", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%")),
-        tooltip=["key:N", alt.Tooltip("share:Q", format=".1%")],
+        tooltip=[alt.Tooltip("key:N"), alt.Tooltip("share:Q", format=".1%")],
     )
     text = bars.mark_text(align="left", dx=4, color=INK).encode(text=alt.Text("share:Q", format=".0%"))
     show_chart((bars.mark_bar(color=BLUE) + text).properties(height=60 + 42 * len(frame)))
@@ -162,7 +162,12 @@ def orders(sweep: data.Sweep) -> bool:
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=alt.X("m:O", title="m, order of the numerator", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("n:O", title="n, order of the denominator", sort="descending"),
-        tooltip=["m:O", "n:O", alt.Tooltip("loss:Q", title="validation loss", format=".4f"), "trials:Q"],
+        tooltip=[
+            alt.Tooltip("m:O"),
+            alt.Tooltip("n:O"),
+            alt.Tooltip("loss:Q", title="validation loss", format=".4f"),
+            alt.Tooltip("trials:Q"),
+        ],
     )
     cells = base.mark_rect(cornerRadius=3).encode(
         color=alt.Color("loss:Q", scale=alt.Scale(range=SHADES, interpolate="rgb"), legend=None)
@@ -191,9 +196,14 @@ def losses(sweep: data.Sweep) -> None:
         .encode(
             x=alt.X("step:Q", axis=alt.Axis(grid=False)),
             y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=False)),
-            detail="trial:N",
+            detail=alt.Detail("trial:N"),
             color=alt.condition(f"datum.trial === {best}", alt.value(VERMILION), alt.value(GREY)),
-            tooltip=["trial:N", "state:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
+            tooltip=[
+                alt.Tooltip("trial:N"),
+                alt.Tooltip("state:N"),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("loss:Q", format=".4f"),
+            ],
         )
     )
     show_chart(chart.properties(height=280))

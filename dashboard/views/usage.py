@@ -109,7 +109,7 @@ def over_time(frame: pd.DataFrame, field: str) -> None:
             x=alt.X("day:O", title=None, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y("tokens:Q", title="tokens", axis=alt.Axis(format="~s")),
             color=colours(field, names, lines=False),
-            tooltip=[f"{field}:N", "day:O", alt.Tooltip("tokens:Q", format=",")],
+            tooltip=[alt.Tooltip(f"{field}:N"), alt.Tooltip("day:O"), alt.Tooltip("tokens:Q", format=",")],
         )
     )
     show_chart(chart.properties(height=260))
