@@ -88,7 +88,7 @@ def test_lineage_names_what_a_version_was_made_from():
     assert facts["Data"] == "sha256:dd"
     assert facts["Method"] == "pedro r=12"
     assert facts["Tokenizer digest"] == "sha256:tt"
-    assert facts["Training file"] == "/data/train.jsonl"
+    assert facts["Training file"] == "train.jsonl"
     assert facts["Champion since"] == "2026-11-21T00:00:00Z"
     assert "lr: 0.01" in adapters.spec_text(version(), manifest)
 

@@ -174,7 +174,7 @@ def log_tail(settings: Settings, job_id: str, lines: int = LOG_LINES) -> tuple[l
 def told(settings: Settings, job: Job) -> list[str]:
     """What a job told its tenant, as the API has it: the last lines, in order."""
     read = partial(Store.list_job_events, job_id=job.id, limit=LOG_LINES)
-    return [event.message for event in reversed(ask_store(settings, read, [])[0])]
+    return [without_places(settings, event.message) for event in reversed(ask_store(settings, read, [])[0])]
 
 
 def progress_of(job: Job, lines: Sequence[str]) -> Progress:
