@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COLUMNS = ("home", "page", "first_s", "cpu_s", "again_s", "failed")
 HOMES = {"demo": (12, 3), "synthetic": (10_000, 500)}  # runs, adapters
 QUICK = {"demo": (12, 3), "synthetic": (500, 50)}
-OPEN_S, AGAIN_S = 3.0, 1.0
+OPEN_S, AGAIN_S = 2.0, 1.0
 
 
 def dashboard_report(options: Options, log: Log) -> BenchmarkReport:
