@@ -133,7 +133,6 @@ def test_a_reader_visits_every_page_filters_promotes_and_asks(open_page, platfor
     look_at_rows(page, platform)
     look_at_vectors(page)
     from_a_file_to_a_chat(page, platform)
-    a_sweep_over_the_same_file(page)
     watched = open_page()  # its page stays open and sees what follows
     visit(watched, "Serving")
     type_key(watched, platform)
@@ -204,25 +203,6 @@ def from_a_file_to_a_chat(page, platform) -> None:
     settled(page)
     assert page.locator("[data-testid=stAlert]").count() == 0
     assert page.get_by_text(re.compile("my-rows:[0-9]")).count()
-
-
-def a_sweep_over_the_same_file(page) -> None:
-    """Two short trials, started and followed by the mouse, up to their page."""
-    visit(page, "Train")
-    page.get_by_role("button", name="Train another").click()
-    page.get_by_text("A sweep", exact=True).click()
-    settled(page)
-    for label, value in (("Steps at most", "4"), ("Trials", "2"), ("Validate every", "2")):
-        box = page.get_by_label(label, exact=True)
-        box.fill(value)
-        box.press("Enter")
-        settled(page)
-    page.get_by_role("button", name="Start the sweep").click()
-    page.get_by_role("link", name=re.compile("Chat with .*my-rows:[0-9]")).wait_for()
-    page.get_by_role("link", name="All trials, and what each parameter explains").click()
-    shown(page, "Sweeps")
-    trials = page.locator("[data-testid=stMetric]", has_text="Trials")
-    assert re.search(r"\b2\b.*finished", trials.inner_text(), re.DOTALL), "one of them may have been stopped early"
 
 
 def move_the_champion_and_back(page, platform) -> None:
