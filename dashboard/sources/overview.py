@@ -92,6 +92,7 @@ def read_overview(settings: Settings, now: float | None = None) -> Overview:
     champions = {name: entry.aliases.get(CHAMPION) for name, entry in catalog.items()}
     news = [*_news(versions, promoted, since), *map(_ended, ended)]
     news = [replace(event, detail=without_places(settings, event.detail)) for event in news]
+    risks = [replace(risk, detail=without_places(settings, risk.detail)) for risk in refused(versions, champions)]
     return Overview(
         tenants=tuple(sorted({tenant_of(name) for name in catalog} | set(quotas))),
         adapters=len(catalog),
@@ -100,7 +101,7 @@ def read_overview(settings: Settings, now: float | None = None) -> Overview:
         queued=statuses.count(JobStatus.QUEUED),
         lost=statuses.count("lost"),
         failed=sum(job.status == JobStatus.FAILED for job in ended),
-        refused=tuple(refused(versions, champions)),
+        refused=tuple(risks),
         usage=tuple(used for used in usage if used.tenant and used.day <= today.isoformat()),
         today=today,
         news=tuple(sorted(news, key=lambda event: -event.at))[:MOST_NEWS],
