@@ -161,7 +161,10 @@ class _Load:
     async def _watch(self, seen: _Seen, until: float) -> None:
         async with httpx.AsyncClient(base_url=self._url, timeout=GUARD_S) as anybody:
             while time.monotonic() < until:
-                seen.ready_says.add(await _ready(anybody))
+                try:
+                    seen.ready_says.add(await _ready(anybody))
+                except httpx.HTTPError as error:  # asked once, where clients ask again
+                    seen.failures.append(f"/ready: {error!r}")
                 await asyncio.sleep(LOOK_S)
 
     async def _until_ready(self) -> None:
