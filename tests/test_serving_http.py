@@ -32,6 +32,7 @@ from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
 from pedro.serving.deploy import deploy, find
 from pedro.store import Store
+from pedro.training.queue.process import end_controller, stay_with_server
 
 pytestmark = pytest.mark.slow  # the server takes as long to start as all of these take
 BACKBONE = "stories260K"
@@ -581,6 +582,99 @@ def test_a_batch_answers_each_row_once_though_a_replica_and_then_the_gateway_are
         asked = bodies[answer["custom_id"]]
         direct = client.post("/completions", body=asked, cast_to=object)
         assert answer["response"]["body"]["choices"] == direct["choices"]
+
+
+RATED = ("train_reward_accuracy", "train_reward_margin", "valid_reward_accuracy", "valid_reward_margin")
+
+
+class Learner:
+    """A tenant with a file, a batch and a fine-tuning job of its own, all by the official client."""
+
+    def __init__(self, served, tenant, kind):
+        key = served.store.create_key(tenant, ("infer", "train"))[1]
+        self.client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0, timeout=GUARD_S)
+        self.kind, self.model = kind, f"{tenant}.own"
+        self.asked, good, bad = (
+            [{"role": role, "content": text}]
+            for role, text in (("user", "Is it?"), ("assistant", "yes"), ("assistant", "no"))
+        )
+        row = {"input": {"messages": self.asked}, "preferred_output": good, "non_preferred_output": bad}
+        self.file = self.upload([row if kind == "dpo" else {"messages": self.asked + good}] * 24, "fine-tune")
+        body = {"model": BACKBONE, "prompt": PROMPT, "max_tokens": 2}
+        rows = self.upload([{"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}], "batch")
+        batches = self.client.batches
+        self.batch = batches.create(input_file_id=rows, endpoint="/v1/completions", completion_window="24h").id
+        method = {
+            "type": kind,
+            kind: {"hyperparameters": {"batch_size": 4, "learning_rate_multiplier": 7}},
+            "pedro": {"training": {"max_steps": 8, "bilevel": False}, "gate": {"min_gain": -1}},
+        }
+        jobs = self.client.fine_tuning.jobs
+        self.job = jobs.create(
+            model=BACKBONE, training_file=self.file, validation_file=self.file, suffix="own", method=method
+        ).id
+
+    def upload(self, rows, purpose):
+        data = "\n".join(map(json.dumps, rows)).encode()
+        return self.client.files.create(file=("rows.jsonl", data), purpose=purpose).id
+
+    def learn(self):
+        """Follow the job to its end and ask what it made; the lines of its result file."""
+        jobs, chats = self.client.fine_tuning.jobs, self.client.chat.completions
+        wait_for(lambda: jobs.retrieve(self.job).status not in ("validating_files", "queued", "running"))
+        done = jobs.retrieve(self.job)
+        told = [event.message for event in jobs.list_events(self.job, limit=100)]
+        assert done.status == "succeeded", [done.error, told]
+        assert (done.method.type, done.fine_tuned_model.partition(":")[0]) == (self.kind, self.model)
+        assert (told[0], told[-1]) == ("The job has successfully completed", f"Created fine-tuning job: {self.job}")
+        models = {checkpoint.fine_tuned_model_checkpoint for checkpoint in jobs.checkpoints.list(self.job)}
+        assert done.fine_tuned_model in models
+        for model in (self.model, *models):
+            answer = chats.create(model=model, messages=self.asked, max_tokens=2, temperature=0)
+            assert answer.system_fingerprint.startswith(model if ":" in model else done.fine_tuned_model)
+        wait_for(lambda: self.client.batches.retrieve(self.batch).status == "completed")
+        return [line.split(",") for line in self.client.files.content(done.result_files[0]).text.split()]
+
+    def is_apart_from(self, other):
+        """No list has anything of the other's, and its ids are answered like those of nothing."""
+        files, jobs, batches, models = self.everything()
+        listed, theirs = ({one.id for each in who.everything() for one in each.list()} for who in (self, other))
+        assert {self.file, self.job, self.batch} <= listed
+        assert listed & theirs == {BACKBONE}
+        for asks, known, unknown in (
+            ((files.retrieve, files.content, files.delete), other.file, "file-" + "0" * 24),
+            ((jobs.retrieve, jobs.list_events, jobs.checkpoints.list), other.job, "ftjob-" + "0" * 24),
+            ((jobs.cancel, jobs.pause, jobs.resume), other.job, "ftjob-" + "0" * 24),
+            ((batches.retrieve, batches.cancel), other.batch, "batch_" + "0" * 24),
+            ((models.retrieve, models.delete), f"{other.model}:1", f"{other.model}-none:1"),
+        ):
+            for ask in asks:
+                said = []
+                for name in (known, unknown):
+                    with pytest.raises(openai.NotFoundError) as refused:
+                        ask(name)
+                    said.append(refused.value.response.text.replace(name, "NAME"))
+                assert said[0] == said[1]
+
+    def everything(self):
+        return self.client.files, self.client.fine_tuning.jobs, self.client.batches, self.client.models
+
+
+def test_two_tenants_fine_tune_at_once_and_neither_sees_what_is_the_others(served):
+    acme, globex = Learner(served, "acme", "supervised"), Learner(served, "globex", "dpo")
+    acme.is_apart_from(globex), globex.is_apart_from(acme)
+    stay_with_server(served.settings)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            answers, preferences = pool.map(Learner.learn, (acme, globex))
+    finally:
+        end_controller(served.settings)
+    acme.is_apart_from(globex), globex.is_apart_from(acme)
+    columns = ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
+    assert (answers[0], preferences[0]) == (columns, [*columns, *RATED])
+    for _, row in (answers, preferences):
+        assert row[0] == "8"
+        assert min(float(row[1]), float(row[3])) > 0  # the losses
 
 
 def kill_replica(served, of="engine"):

@@ -114,9 +114,9 @@ class _Load:
                     await asyncio.to_thread(turns[case])
                 self._now = seen = _Seen()
                 self._log(f"  {case}: {streams} streams for {span:g} s")
-                await self._watch(seen, time.monotonic() + span)
+                await asyncio.to_thread(self._watch, seen, time.monotonic() + span)
                 if case == AFTER:
-                    await self._until_ready()
+                    await asyncio.to_thread(self._until_ready)
                 rows.append((seen, case, span))
         finally:
             self._stop = True
@@ -158,25 +158,26 @@ class _Load:
         self.asked += 1
         return "".join(parts)
 
-    async def _watch(self, seen: _Seen, until: float) -> None:
-        async with httpx.AsyncClient(base_url=self._url, timeout=GUARD_S) as anybody:
+    def _watch(self, seen: _Seen, until: float) -> None:
+        """What a probe hears. On a thread: one that waits behind all streams sends too late to be answered."""
+        with httpx.Client(base_url=self._url, timeout=GUARD_S) as anybody:
             while time.monotonic() < until:
                 try:
-                    seen.ready_says.add(await _ready(anybody))
+                    seen.ready_says.add(_status(anybody.get("/ready")))
                 except httpx.HTTPError as error:  # asked once, where clients ask again
                     seen.failures.append(f"/ready: {error!r}")
-                await asyncio.sleep(LOOK_S)
+                time.sleep(LOOK_S)
 
-    async def _until_ready(self) -> None:
-        """Until every gateway has been heard to be ready, as far as asking so often tells."""
-        async with httpx.AsyncClient(base_url=self._url, timeout=GUARD_S) as anybody:
+    def _until_ready(self) -> None:
+        """On a thread: until every gateway has been heard to be ready, as far as asking so often tells."""
+        with httpx.Client(base_url=self._url, timeout=GUARD_S) as anybody:
             until, good = time.monotonic() + GUARD_S, 0
             while good < 4 * GATEWAYS:
-                good = good + 1 if await _ready(anybody) == "ready" else 0
+                good = good + 1 if _status(anybody.get("/ready")) == "ready" else 0
                 if time.monotonic() > until:
                     raise PedroError(f"the server is not ready {GUARD_S:g} s after the database is back")
-                await asyncio.sleep(0.1)
+                time.sleep(0.1)
 
 
-async def _ready(anybody: httpx.AsyncClient) -> str:
-    return str((await anybody.get("/ready")).json()["status"])
+def _status(answer: httpx.Response) -> str:
+    return str(answer.json()["status"])
