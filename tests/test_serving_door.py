@@ -22,8 +22,8 @@ def port(monkeypatch):
 
 
 @contextmanager
-def watched(port, ready=lambda: True, wanted=lambda: True):
-    keeper = Door("127.0.0.1", port, wanted, ready)
+def watched(port, ready=lambda: True, wanted=lambda: True, host="127.0.0.1"):
+    keeper = Door(host, port, wanted, ready)
     keeper.start()
     try:
         yield keeper
@@ -34,10 +34,11 @@ def watched(port, ready=lambda: True, wanted=lambda: True):
 class Server:
     """Answers each line with the same in capitals, beside others on the port."""
 
-    def __init__(self, port):
+    def __init__(self, port, host="127.0.0.1"):
+        self.peers = []
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self._listener.bind(("127.0.0.1", port))
+        self._listener.bind((host, port))
         self._listener.listen()
         self._lines = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -45,10 +46,11 @@ class Server:
     def _accept(self):
         while True:
             try:
-                line, _ = self._listener.accept()
+                line, peer = self._listener.accept()
             except OSError:
                 return
             self._lines.append(line)
+            self.peers.append(peer[0])
             threading.Thread(target=self._answer, args=(line,), daemon=True).start()
 
     @staticmethod
@@ -66,8 +68,8 @@ class Server:
                 line.shutdown(socket.SHUT_RDWR)
 
 
-def connect(port):
-    line = socket.create_connection(("127.0.0.1", port), timeout=GUARD_S)
+def connect(port, host="127.0.0.1"):
+    line = socket.create_connection((host, port), timeout=GUARD_S)
     return line, line.makefile("rwb")
 
 
@@ -108,6 +110,18 @@ def test_who_connects_while_nobody_listens_is_answered_by_the_server_that_comes(
         assert file.readline() == b"", "the end of the server's side is passed on"
         for one in (line, again, *(one for one, _ in lines)):
             one.close()
+
+
+def test_a_stranger_is_not_taken_for_somebody_on_this_machine(port):
+    with watched(port, host="0.0.0.0"):
+        until(lambda: listeners(port))
+        line, file = connect(port, "127.0.0.2")  # stands for an address of the network
+        say(file, b"hello")
+        server = Server(port, "0.0.0.0")
+        assert file.readline() == b"HELLO\n"
+        assert "127.0.0.1" not in server.peers
+        line.close()
+        server.die()
 
 
 def test_nobody_is_let_in_before_the_server_says_that_it_is_ready(port):

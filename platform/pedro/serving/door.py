@@ -20,7 +20,6 @@ MOST_HELD = 1024
 PIECE = 2**14  # bytes that are read of a connection before they can be passed on
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 LISTENS = "0A"  # the state in these tables
-ANY = ("", "0.0.0.0", "::")  # noqa: S104 - as a user may have named the server's address
 
 
 class Door:
@@ -29,7 +28,6 @@ class Door:
 
     def __init__(self, host: str, port: int, wanted: Callable[[], bool], ready: Callable[[], bool]) -> None:
         self._host, self._port, self._wanted, self._ready = host, port, wanted, ready
-        self._behind = "127.0.0.1" if host in ANY else host
         self._over = threading.Event()
         self._held = 0
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
@@ -93,7 +91,9 @@ class Door:
         other: asyncio.StreamWriter | None = None
         try:
             await back.wait()
-            answers, other = await asyncio.open_connection(self._behind, self._port, limit=PIECE)
+            # From and to the address that was asked for: a stranger's connection must not look like a local one.
+            address = writer.get_extra_info("sockname")[0]
+            answers, other = await asyncio.open_connection(address, self._port, limit=PIECE, local_addr=(address, 0))
             ways = [asyncio.create_task(_pass(reader, other)), asyncio.create_task(_pass(answers, writer))]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             for way in ways:
