@@ -133,6 +133,9 @@ def test_what_holds_where_is_what_the_comparisons_found():
         held = differences_of(RESULTS / folders[width, prompts] / "table.md")[other]
         assert cells == [turned(held[task]) for task in tasks], f"{width}, {prompts}, {other}"
     assert len(shown) == 2 * len(folders)
+    page = " ".join(PAGE.read_text().split())
+    for name, _, cell in table(RESULTS / "nano_table1_template" / "table.md"):
+        assert f"{name} {figure(cell)}" in page
 
 
 def differences_of(file: Path) -> dict[str, dict[str, str]]:
