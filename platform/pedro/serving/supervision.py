@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LOOK_S = 1.0
 PATIENCE_S = 30.0  # the longest pause between two tries that failed
 ENDS_S = 30.0
+SET_BACK_S = 5.0
 Log = Callable[[str], None]
 
 
@@ -39,16 +40,26 @@ class Supervisor:
         self._settings, self._config, self._host, self._port = settings, config, host, port
         self._log, self._beside = log, beside
         self._head = cluster.find_head(settings)
+        self._ahead = ahead()
 
     def run(self) -> None:
         """Return when somebody ended the server (`pedro down`). A cluster that is somebody else's is left to them."""
         while record(self._settings).is_file():
+            self._look_at_clock()
             if self._settings.ray_address is None and cluster.find_head(self._settings) != self._head:
                 self._start_again()
             else:
                 with suppress(OSError):  # a disk without room, say: it is looked at again
                     self._beside()
             time.sleep(LOOK_S)
+
+    def _look_at_clock(self) -> None:
+        """Serve's controller times its looks at replicas by the wall clock: where that was set back, it would miss
+        every death until the clock is where it was. Another one starts at once; requests go on meanwhile."""
+        before, self._ahead = self._ahead, ahead()
+        if before - self._ahead > SET_BACK_S and self._settings.ray_address is None:
+            self._log("the clock was set back; starting Serve's controller anew")
+            cluster.kill_of_head(self._settings, "ServeController")
 
     def _start_again(self) -> None:
         mark = restarting(self._settings)
@@ -81,6 +92,11 @@ class Supervisor:
         finally:
             _end(process)
         return process.exitcode == 0
+
+
+def ahead() -> float:
+    """How far the wall clock is ahead of the one that nobody can set."""
+    return time.time() - time.monotonic()
 
 
 def _deploy(settings: Settings, config: ServeConfig, host: str, port: int, log: Log) -> None:
