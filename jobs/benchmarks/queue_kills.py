@@ -16,7 +16,6 @@ import psutil
 
 from jobs.benchmarks.home_processes import of_home
 from jobs.benchmarks.job_rounds import (
-    CHECKPOINT,
     CHECKPOINT_EVERY,
     CONTROLLER,
     DATABASE,
@@ -45,7 +44,7 @@ JOBS, QUICK_JOBS = 5, 2
 KILLED = "killed"
 CASES: dict[str, tuple[str, ...]] = {
     UNDISTURBED: (),
-    KILLED: (WORKER, CONTROLLER, CHECKPOINT, HEAD, DATABASE),  # one after another, in the middle of the same jobs
+    KILLED: (WORKER, CONTROLLER, HEAD, DATABASE),  # one after another, in the middle of the same jobs
     PAUSED: (PAUSED,),
 }
 QUICK = (UNDISTURBED, KILLED)

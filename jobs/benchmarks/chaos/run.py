@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from jobs.benchmarks.chaos.clients import CALM, MAX_RETRIES, Clients, Seen
 from jobs.benchmarks.chaos.clock import make_clock
 from jobs.benchmarks.chaos.faults import (
-    AHEAD,
     DATABASE,
     ENGINE,
     GATEWAY,
@@ -62,7 +61,7 @@ QUICK = Scale(
     calm_s=1.0,
     think_s=0.2,
 )
-QUICK_FAULTS = (DATABASE, ENGINE, GATEWAY, PROXY, HEAD, AHEAD)
+QUICK_FAULTS = (DATABASE, ENGINE, GATEWAY, PROXY, HEAD)
 ROUNDS, JOBS, KILLS = 1, 2, (WORKER, DRIVER, CONTROLLER, CHECKPOINT)
 JOB_ROUNDS = 10
 CALM_S, WHOLE_S, SERVER_BACK_S, SAMPLE_S, SEED = 20.0, 240.0, 60.0, 30.0, 0
@@ -97,11 +96,11 @@ def load_report(options: Options, log: Log) -> BenchmarkReport:
         postgres = stack.enter_context(running_server())
         env = {"PEDRO_HOME": str(home / "home"), "PEDRO_DATABASE_URL": postgres.ready_database()}
         (home / "home").mkdir()
-        mlflow = None
-        clock = make_clock(home)
+        mlflow = clock = None
         if not options.quick:
             mlflow = stack.enter_context(mlflow_server(home))
             env["MLFLOW_TRACKING_URI"] = mlflow.url
+            clock = make_clock(home)
         log(f"{scale.adapters} adapters of {scale.tenants} tenants on {size}: made, and asked in this process")
         world = make_world(size, scale, home)
         shape = Shape(world.backbone.directory, scale.gateways, options.threads, world.resident_mb)

@@ -72,7 +72,10 @@ class ServedHome:
             if self._process.poll() is not None or time.monotonic() > until:
                 raise PedroError(f"pedro serve did not start: {(self.home / 'serve.err').read_text()[-2000:]}")
             time.sleep(LOOK_S)
-        self.url = str(json.loads(out.read_text().splitlines()[0])["url"])
+        said = json.loads(out.read_text().splitlines()[0])
+        if "url" not in said:
+            raise PedroError(f"pedro serve did not start: {said}")
+        self.url = str(said["url"])
 
     @property
     def lives(self) -> bool:

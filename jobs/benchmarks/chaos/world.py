@@ -7,6 +7,7 @@ of another version, another tenant or the bare model is told by its text.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -182,6 +183,7 @@ def register(world: World, registry: Registry, scale: Scale) -> None:
     Steady ones beyond those that are to be registered are entered as a host knows them that has fetched them already.
     """
     rest = world.steady[scale.registered :]
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     for adapter in world.adapters:
         if adapter in rest:
             continue
