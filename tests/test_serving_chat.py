@@ -23,6 +23,7 @@ from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.data.conditioning import find_head_end, head_of
 from pedro.data.prompt_format import format_for_shape
+from pedro.errors import DataError
 from pedro.refs import ModelRef
 from pedro.registry import Registry
 from pedro.serving import prompts
@@ -72,9 +73,10 @@ def served(backbone, tmp_path_factory):
         {**manifest, "method": {"name": "pedro", "options": options}, "prompt_format": form.to_dict()},
     )
     register(Registry.open(settings), folder / "headed", "acme.headed")
+    twin = make_adapter(model, folder / "twin", seed=1, digest=backbone.digest, **options)
     config = ServeConfig(backbone=str(backbone.directory), served_name="small", max_batch=4)
     with running(settings, config) as gateway:
-        yield gateway, tokenizer, {"small": model, "acme.chat": tuned, "acme.headed": headed}
+        yield gateway, tokenizer, {"small": model, "acme.chat": tuned, "acme.headed": headed, "twin": twin}
 
 
 def generated(model, tokenizer, messages, count):
@@ -125,6 +127,89 @@ def test_a_conversation_that_its_system_turn_conditions_reads_that_and_earlier_t
     assert length - 32 < second < longer
     assert longer - 32 < third
     assert other["cached_tokens"] >= 32, "another conversation has its head in common"
+
+
+def test_a_request_may_have_its_system_turn_alone_condition_an_adapter(served):
+    """As the same weights answer that were told the end of the system turn when they were trained."""
+    gateway, tokenizer, models_ = served
+    messages, found = [{"role": "system", "content": "Speak of clocks alone, and be brief about it."}], []
+    body = {"temperature": 0, "max_tokens": 24, "messages": messages, "conditioning": "system"}
+    with httpx.Client(base_url=gateway.url, headers={"Authorization": f"Bearer {gateway.acme}"}, timeout=60) as client:
+        for said in USER:
+            messages.append({"role": "user", "content": said})
+            answer = client.post("/v1/chat/completions", json={"model": "acme.chat", **body}).json()
+            length, text = generated(models_["twin"], tokenizer, messages, 24)
+            assert answer["choices"][0]["message"]["content"] == text
+            assert answer["usage"]["prompt_tokens"] == length
+            found.append((answer["usage"]["prompt_tokens_details"]["cached_tokens"], length))
+            whole = client.post("/v1/chat/completions", json={"model": "acme.chat", **body, "conditioning": "prompt"})
+            assert (
+                whole.json()["choices"][0]["message"]["content"]
+                == generated(models_["acme.chat"], tokenizer, messages, 24)[1]
+            )
+            messages.append({"role": "assistant", "content": text})
+        for name in ("small", "acme.headed"):  # which is conditioned on nothing, and which on that by itself
+            answer = client.post("/v1/chat/completions", json={"model": name, **body, "messages": messages[:2]}).json()
+            text = generated(models_[name], tokenizer, messages[:2], 24)[1]
+            assert answer["choices"][0]["message"]["content"] == text
+    (none, first), (second, longer), (third, _) = found
+    assert none == 0
+    assert first - 32 < second < longer, "its vectors, keys and values are those of the turn before"
+    assert longer - 32 < third
+
+
+@pytest.mark.parametrize(
+    ("model", "conditioning", "why"),
+    [
+        ("acme.headed", "prompt", "conditioning: the adapter was trained on its system turn alone; send 'system'"),
+        ("acme.chat", "system", "there is none; begin with one"),
+        ("acme.chat", "user", "conditioning: expected 'prompt' or 'system'"),
+    ],
+)
+def test_a_conditioning_that_cannot_be_is_refused_by_name(served, model, conditioning, why):
+    gateway, *_ = served
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which card did I lose?"}]
+    body = {"model": model, "messages": turns[why.startswith("there") :], "conditioning": conditioning}
+    with httpx.Client(base_url=gateway.url, headers={"Authorization": f"Bearer {gateway.acme}"}, timeout=60) as client:
+        answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert why in answer.json()["error"]["message"]
+
+
+STRANGERS = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+LAST_USER = "{% for m in messages[1:] %}{{ messages[0].content if loop.last }} {{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("config", "template", "outcome"),
+    [
+        ({"peft_type": "PEDRO"}, STRANGERS, "<|im_start|>system: Be brief.<|im_end|><|im_start|>"),
+        ({"peft_type": "LORA"}, LAST_USER, None),
+        ({"peft_type": "PEDRO"}, LAST_USER, "conditioning, conditioning: the adapter's prompt format, chat, writes no"),
+        ({"peft_type": "PEDRO", "apply_to": "answer"}, STRANGERS, "conditioning, conditioning: the adapter acts on"),
+    ],
+)
+def test_what_a_request_conditions_on_depends_on_the_adapter_and_its_template(
+    backbone, tmp_path, monkeypatch, config, template, outcome
+):
+    tokenizer, ref = load_tokenizer(backbone), ModelRef.parse("acme.strange:1")
+    form = replace(format_for_shape("messages", tokenizer), template=template)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(prompts, "read_manifest", lambda _directory: {"prompt_format": form.to_dict()})
+    messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
+
+    async def go():
+        processor = prompts.PromptProcessor(tokenizer, 96, lambda _ref: tmp_path)
+        try:
+            ids, length = await processor.conditioned(messages, ref, "acme", (), "system")
+            return length if length is None else tokenizer.decode(ids[:length])
+        except DataError as error:
+            return f"{error.param}, {error.message}"
+        finally:
+            processor.close()
+
+    found = asyncio.run(go())
+    assert found == outcome or outcome in found
 
 
 def test_the_head_of_a_prompt_that_is_too_long_is_not_kept(backbone, tmp_path, monkeypatch):

@@ -171,9 +171,7 @@ def text_after(ids, generated):
 def test_served_prompt_ids_are_the_training_prompt_ids(served, tmp_path, shape):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[shape]))
-    form = served.replica._prompts._formats.get(ref(served, f"acme.{shape}")) or asyncio.run(
-        served.replica._prompts._format_of(ref(served, f"acme.{shape}"))
-    )
+    form = asyncio.run(served.replica._prompts._adapter(ref(served, f"acme.{shape}"))).form
     rows = load_rows(file, tokenizer(), form, 512, tmp_path / "cache")
     examples = [
         example for number, line in enumerate(file.read_text().splitlines(), 1) for example in parse_line(line, number)

@@ -14,7 +14,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pedro.adapter_kinds.heads import head_length
-from pedro.data.prompt_format import PromptFormat, encode_prompts
+from pedro.data import templates
+from pedro.data.prompt_format import PromptFormat, Run, encode_prompts
+from pedro.data.template_worker import TemplateBoundsError
 from pedro.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ _SYSTEMS = ("Be brief.", "You are a clerk", "x = (7)", "Two lines\nof text\n")  
 _USERS = ("the cat", "7", "What is it?", "(a)", "\n- b")  # that begin unlike each other
 
 
-def find_head_end(form: PromptFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
+def find_head_end(form: PromptFormat, tokenizer: Tokenizer, run: Run = templates.render) -> tuple[int, ...]:
     """The token ids with which the format ends every system turn, up to the last special one if one is among them:
     what a user says may be joined to others. Raises DataError where it has none.
     """
@@ -36,7 +38,9 @@ def find_head_end(form: PromptFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
     for text in _SYSTEMS:
         system = {"role": "system", "content": text}
         try:
-            prompts = [form.prompt((system, {"role": "user", "content": said}), tokenizer) for said in _USERS]
+            prompts = [form.prompt((system, {"role": "user", "content": said}), tokenizer, run) for said in _USERS]
+        except TemplateBoundsError:
+            raise
         except DataError as error:
             raise _no_head(form, f"refuses a system and a user turn ({error.message})") from None
         heads.append(_beginning(encode_prompts(tokenizer, prompts)))

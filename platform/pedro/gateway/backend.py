@@ -134,6 +134,7 @@ class GenerateCall:
     alternatives; 0 is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty, logit_bias
     (by token id), pooling ("last" or "mean", with max_tokens 0: an embedding is all that is made).
     `conditioning_length`: the first N tokens of the prompt condition the vectors; None: all of them.
+    `conditioning`: what of `messages` does, "prompt" or "system"; None: what the adapter was trained on.
     `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
     `cache_salt`: the call shares what is read of its prompt only with calls of its tenant that have the same.
@@ -151,6 +152,7 @@ class GenerateCall:
     params: Mapping[str, Any] = field(default_factory=dict)
     n: int = 1
     conditioning_length: int | None = None
+    conditioning: str | None = None
     echo: bool = False
     timeout_s: float | None = None
     trace_id: str = ""

@@ -157,6 +157,7 @@ def chat_call(
         messages=plain_messages(request.messages),
         params=params,
         n=n,
+        conditioning=request.conditioning,
         timeout_s=timeout_s,
         trace_id=trace_id,
         user=request.user or request.session_id,

@@ -326,6 +326,9 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: bool | None = None  # false: one call at most
     logprobs: bool | None = None  # of the chosen tokens
     top_logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None  # alternatives named at each token
+    conditioning: Literal["prompt", "system"] | None = (
+        None  # extension: what the vectors come from, all or the system turn
+    )
     metadata: dict[str, str] | None = None  # this and what follows is OpenAI's bookkeeping: no effect on the answer
     prompt_cache_key: str | None = None  # no effect
     prompt_cache_retention: str | None = None  # no effect

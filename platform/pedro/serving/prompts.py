@@ -16,12 +16,14 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pedro.adapter_directory import read_manifest
+from pedro.adapter_directory import CONFIG, read_manifest
 from pedro.data import templates
-from pedro.data.conditioning import KEPT_HEADS, asked, check_head, head_of
+from pedro.data.conditioning import KEPT_HEADS, SYSTEM, asked, check_head, find_head_end, head_of
 from pedro.data.example_text import check_carried
 from pedro.data.prompt_format import FORMATS, PromptFormat, Run, encode_prompt, encode_text, format_for_shape
 from pedro.data.row_shapes import RowShape
@@ -37,6 +39,7 @@ CACHED_FORMATS = 4096
 LONG_TEXT = 8192  # characters; tokenising more takes long enough to hold up the streams of others
 SHRINKAGE = 4  # how much shorter a tokenizer's normalisation could make a text
 LONG_CHARS, LONG_MESSAGES = 8192, 64  # what takes long enough in this process to hold up the streams of others
+FROM_PROMPT, EVERYTHING = "PEDRO", "prompt"  # an adapter's `peft_type` and `apply_to` (`methods/pedro/config.py`)
 FIRST_REFUSAL_S, LAST_REFUSAL_S = 30.0, 3600.0
 MAX_REFUSALS = 4096
 log = logging.getLogger("pedro.serving")
@@ -91,23 +94,41 @@ class PromptProcessor:
         self._encoding_turns = Turns()
         self._plain_format = format_for_shape(RowShape.MESSAGES, tokenizer)
         self._renderer = TemplateRenderer(tokenizer, [self._plain_format.template])
-        self._formats: OrderedDict[ModelRef, PromptFormat] = OrderedDict()
+        self._adapters: OrderedDict[ModelRef, _Adapter] = OrderedDict()
         self._heads: OrderedDict[tuple[ModelRef, str], list[int]] = OrderedDict()
 
     async def message_ids(
         self, messages: Messages, ref: ModelRef | None, tenant: str = "", tools: Messages = ()
     ) -> list[int]:
         """Of messages as `ref` (None: the bare backbone) was trained to read them; `tenant` is the one who asks."""
-        form = self._plain_format if ref is None else await self._format_of(ref)
+        return (await self.conditioned(messages, ref, tenant, tools))[0]
+
+    async def conditioned(
+        self,
+        messages: Messages,
+        ref: ModelRef | None,
+        tenant: str = "",
+        tools: Messages = (),
+        conditioning: str | None = None,
+    ) -> tuple[list[int], int | None]:
+        """`message_ids`, and from how many of them the vectors are to come, where `conditioning` asks for what the
+        adapter does not by itself (else None). Raises DataError for what cannot be."""
+        if ref is None:
+            return await self._written(self._plain_format, messages, None, tenant, tools), None
+        adapter = await self._adapter(ref)
+        form, told = adapter.form, False
+        if conditioning is not None and adapter.scales is not None:
+            form, told = await self._asked_form(adapter, ref, conditioning, tenant)
         ids = await self._written(form, messages, ref, tenant, tools)
-        if form.head_end and len(ids) <= self._max_length:  # the engine refuses what is longer; of it nothing is kept
-            assert ref is not None, "the backbone alone is conditioned on nothing"
-            check_head(form, await self._head(form, messages, ref, tenant, tools), ids)
-        return ids
+        if not form.head_end or len(ids) > self._max_length:  # the engine refuses what is longer; of it nothing is kept
+            return ids, None
+        head = await self._head(form, messages, ref, tenant, tools)
+        check_head(form, head, ids)
+        return ids, len(head) if told else None
 
     async def template(self, ref: ModelRef | None) -> str:
         """The template of chats with `ref`."""
-        return (self._plain_format if ref is None else await self._format_of(ref)).template
+        return (self._plain_format if ref is None else (await self._adapter(ref)).form).template
 
     async def text_ids(
         self, text: str, ref: ModelRef | None, add_special_tokens: bool = True, tenant: str = ""
@@ -146,7 +167,7 @@ class PromptProcessor:
         if ref is None or not special_tokens(self._tokenizer).cuts(text):
             return text
         try:
-            return (await self._format_of(ref)).raw_prompt(text, self._tokenizer)
+            return (await self._adapter(ref)).form.raw_prompt(text, self._tokenizer)
         except DataError:  # an adapter without a format: its prompts are all its callers' own
             return text
 
@@ -176,15 +197,65 @@ class PromptProcessor:
                 code="context_length_exceeded",
             )
 
-    async def _format_of(self, ref: ModelRef) -> PromptFormat:
-        form = self._formats.get(ref)
-        if form is None:
+    async def _asked_form(
+        self, adapter: _Adapter, ref: ModelRef, conditioning: str, tenant: str
+    ) -> tuple[PromptFormat, bool]:
+        """The format, with what ends its system turns if one is to condition, and whether the request alone says so."""
+        form = adapter.form
+        if form.head_end and conditioning != SYSTEM:
+            raise DataError(
+                f"conditioning: the adapter was trained on its system turn alone; send {SYSTEM!r}, or leave it out",
+                param="conditioning",
+            )
+        if form.head_end or conditioning != SYSTEM:
+            return form, False
+        if adapter.scales != EVERYTHING:
+            raise DataError(
+                "conditioning: the adapter acts on answers alone (apply_to: answer), whose place follows from what "
+                "conditions it; leave it out",
+                param="conditioning",
+            )
+        if adapter.headed is None:
+            try:
+                adapter.headed = await self._renderer.headed(form, ref, tenant)
+            except TemplateBoundsError:
+                raise
+            except DataError as error:
+                raise DataError(
+                    f"conditioning: the adapter's prompt format, {form.id}, writes no system turn that could condition "
+                    "it; leave it out",
+                    param="conditioning",
+                ) from error
+        return adapter.headed, True
+
+    async def _adapter(self, ref: ModelRef) -> _Adapter:
+        adapter = self._adapters.get(ref)
+        if adapter is None:
             directory = await asyncio.to_thread(self._fetch, str(ref))
             form = PromptFormat.from_dict(read_manifest(directory).get("prompt_format") or {})
-            self._formats[ref] = form
-            if len(self._formats) > CACHED_FORMATS:
-                self._formats.popitem(last=False)
-        return form
+            adapter = self._adapters[ref] = _Adapter(form, _scales(directory))
+            if len(self._adapters) > CACHED_FORMATS:
+                self._adapters.popitem(last=False)
+        return adapter
+
+
+def _scales(directory: Path) -> str | None:
+    """What an adapter that makes its vectors from the prompt acts on (`apply_to`); None for any other."""
+    try:
+        config = json.loads((directory / CONFIG).read_bytes())
+    except FileNotFoundError:  # a whole model
+        return None
+    return config.get("apply_to", EVERYTHING) if config.get("peft_type") == FROM_PROMPT else None
+
+
+@dataclass
+class _Adapter:
+    """What is known of a version here."""
+
+    form: PromptFormat
+    scales: str | None
+    headed: PromptFormat | None = None
+    """The format with what ends its system turns, once a request asked for that."""
 
 
 class TemplateRenderer:
@@ -209,32 +280,38 @@ class TemplateRenderer:
         """
         if form.template not in self._trusted:
             assert ref is not None, "the backbone's own template is trusted"
-            return await self._bounded(form, messages, ref, tools)
-        if tools or not _plain(messages):
-            async with self._asking.of(tenant):
-                return await to_its_end(self._with_tools, form, messages, tools, templates.render)
-        if len(messages) <= LONG_MESSAGES and sum(len(str(m.get("content", ""))) for m in messages) <= LONG_CHARS:
+            return await self._bounded(ref, partial(self._prompt, form, messages, tools))
+        short = len(messages) <= LONG_MESSAGES and sum(len(str(m.get("content", ""))) for m in messages) <= LONG_CHARS
+        if short and not tools and _plain(messages):
             return form.prompt(messages, self._tokenizer)
         async with self._asking.of(tenant):
-            return await to_its_end(form.prompt, messages, self._tokenizer)
+            return await to_its_end(self._prompt, form, messages, tools, templates.render)
+
+    async def headed(self, form: PromptFormat, ref: ModelRef, tenant: str) -> PromptFormat:
+        """The format with what ends its system turns; some are rendered for it. Raises DataError as `prompt` does."""
+        if form.template not in self._trusted:
+            end = await self._bounded(ref, partial(find_head_end, form, self._tokenizer))
+        else:
+            async with self._asking.of(tenant):
+                end = await to_its_end(find_head_end, form, self._tokenizer)
+        return replace(form, head_end=end)
 
     def close(self) -> None:
         """End the worker."""
         self._worker.close()
 
-    def _with_tools(self, form: PromptFormat, messages: Messages, tools: Messages, run: Run) -> Prompt:
-        check_carried(form, [dict(message) for message in messages], [dict(tool) for tool in tools], run=run)
+    def _prompt(self, form: PromptFormat, messages: Messages, tools: Messages, run: Run) -> Prompt:
+        if tools or not _plain(messages):
+            check_carried(form, [dict(message) for message in messages], [dict(tool) for tool in tools], run=run)
         return form.prompt(messages, self._tokenizer, run, tools)
 
-    async def _bounded(self, form: PromptFormat, messages: Messages, ref: ModelRef, tools: Messages) -> Prompt:
+    async def _bounded(self, ref: ModelRef, render: Callable[[Run], T]) -> T:
         async with self._turns.of(ref.tenant), self._free:
             refusal = self._refusals.get(ref)
             if refusal is not None and time.monotonic() < refusal.until:
                 raise refusal.error.with_traceback(None)
             try:
-                if tools or not _plain(messages):
-                    return await to_its_end(self._with_tools, form, messages, tools, self._worker.render)
-                return await to_its_end(form.prompt, messages, self._tokenizer, self._worker.render)
+                return await to_its_end(render, self._worker.render)
             except TemplateBoundsError as error:
                 self._refuse(ref, error)
                 raise

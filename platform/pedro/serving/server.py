@@ -344,9 +344,10 @@ class ReplicaServer:
 
     async def _request(self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...] = ()) -> Request:
         """The engine's request: the prompt rendered as the adapter was trained, the sampling checked."""
+        length = call.conditioning_length
         if call.messages is not None:
             tools = () if call.tools is None else call.tools.tools
-            ids = await self._prompts.message_ids(call.messages, ref, call.tenant, tools)
+            ids, length = await self._prompts.conditioned(call.messages, ref, call.tenant, tools, call.conditioning)
         elif isinstance(call.prompt, str):
             ids = await self._prompts.text_ids(call.prompt, ref, tenant=call.tenant)
         else:
@@ -364,7 +365,7 @@ class ReplicaServer:
             prompt_ids=ids,
             adapter=None if ref is None else str(ref),
             params=params,
-            conditioning_length=call.conditioning_length,
+            conditioning_length=length,
             deadline_s=call.timeout_s,
             apart=apart,
             n=call.n,
