@@ -14,8 +14,11 @@ from typing import Any
 import yaml
 from kustomize import rendered
 
+from pedro.config import Settings
+
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAYS = ("dev", "gpu")
+FILES = ("PEDRO_DATABASE_PASSWORD_FILE",)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ def pods(objects: list[dict[str, Any]]) -> Iterator[Pod]:
 
 def _pod(where: str, template: dict[str, Any], added: dict[str, str] | None = None, ends: bool = False) -> Pod:
     return Pod(where, {**template["metadata"]["labels"], **(added or {})}, template["spec"], ends)
+
+
+def settings_of(container: dict[str, Any], objects: list[dict[str, Any]]) -> Settings:
+    """What a container reads there, whose passwords in files are `<secret>`."""
+    files = {f"{name.removesuffix('_FILE')}": "<secret>" for name in environment(container, objects) if name in FILES}
+    return Settings.from_env({**files, **environment(container, objects)})
 
 
 def environment(container: dict[str, Any], objects: list[dict[str, Any]]) -> dict[str, str]:

@@ -21,11 +21,11 @@ from store_moves import stub_version
 from pedro.errors import ConflictError, UnavailableError
 from pedro.gateway.app import GatewaySettings
 from pedro.store import JobStatus
+from pedro.training.curves import log_point
 from pedro.training.job_events import metrics_event, step_metrics
 from pedro.training.job_record import OwnRecord
 from pedro.training.job_results import store_results
 from pedro.training.loop import SECONDS_LEFT
-from pedro.training.trainer import _log_to
 
 OF_TYPE = "method.supervised.hyperparameters"
 METHOD = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}}
@@ -87,12 +87,12 @@ def test_a_job_is_made_followed_to_its_end_and_its_metrics_read(platform, client
 def test_a_job_that_runs_tells_when_it_should_end(platform, client):
     made = client.fine_tuning.jobs.create(model=BACKBONE, training_file=upload(client)).id
     platform.rounds()
-    log = _log_to(SimpleNamespace(store=platform.store, log_metrics=lambda *_: None), "run", made)
-    log(1, {"train/loss": 2.5, SECONDS_LEFT: 100.0})
+    registry = SimpleNamespace(store=platform.store, log_metrics=lambda *_: None)
+    log_point(registry, "run", made, 1, {"train/loss": 2.5, SECONDS_LEFT: 100.0})
     assert client.fine_tuning.jobs.retrieve(made).estimated_finish is None, "it has not begun"
     platform.store.update_job(made, status=JobStatus.RUNNING, attempt=1)
     before = int(time.time())
-    log(2, {"train/loss": 2.0, SECONDS_LEFT: 100.0})
+    log_point(registry, "run", made, 2, {"train/loss": 2.0, SECONDS_LEFT: 100.0})
     assert before + 100 <= client.fine_tuning.jobs.retrieve(made).estimated_finish <= int(time.time()) + 100
     platform.succeed(made)
     assert client.fine_tuning.jobs.retrieve(made).estimated_finish is None

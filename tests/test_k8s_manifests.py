@@ -13,12 +13,12 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from k8s_render import OVERLAYS, ROOT, environment, matches, one, pods, render
+from k8s_render import OVERLAYS, ROOT, environment, matches, one, pods, render, settings_of
 from typer.testing import CliRunner
 
 import pedro
 from pedro.cli import app
-from pedro.config import Settings, validate_spec
+from pedro.config import NOT_FOR_WORKERS, Settings, validate_spec
 from pedro.gateway.connections import ConnectionLimits
 from pedro.serving.config import ServeConfig
 from pedro.training.queue.kuberay import TEMPLATE
@@ -160,6 +160,10 @@ def test_each_secret_is_read_by_those_who_need_it_alone(platform):
                     readers.setdefault(secret["name"], set()).add(pod.where)
     assert readers["pedro-postgres"] == {"StatefulSet/postgres"}, "the superuser's"
     assert readers["mlflow-database"] == {"StatefulSet/postgres", "Deployment/mlflow"}
+    assert readers["pedro-driver"] == {"StatefulSet/postgres", "RayJob/finetune-template/head"}
+    assert "RayJob/finetune-template/head" not in readers["pedro-database"], "it has a role of its own"
+    trainers = {name for name, where in readers.items() if "RayJob/finetune-template/trainers" in where}
+    assert trainers == {"pedro-storage", "pedro-hub"}, "what workers need: data and checkpoints, and gated backbones"
     assert "Deployment/mlflow" not in readers["pedro-database"] | readers["pedro-seal"]
     assert not any("RayService" in where or "dashboard" in where for where in readers["pedro-seal"])
 
@@ -187,6 +191,29 @@ def test_every_scratch_volume_is_bounded(platform):
 
 
 @pytest.mark.parametrize("platform", OVERLAYS)
+def test_no_password_of_the_platforms_database_is_in_an_environment(platform):
+    for pod in pods(render(platform)):
+        for container in pod.containers:
+            for entry in container.get("env", []):
+                secret = entry.get("valueFrom", {}).get("secretKeyRef", {}).get("name")
+                assert pod.where == "StatefulSet/postgres" or secret not in ("pedro-database", "pedro-driver"), (
+                    pod.where
+                )
+
+
+@pytest.mark.parametrize("platform", OVERLAYS)
+def test_workers_of_fine_tunes_are_told_where_files_are_and_nothing_that_opens_the_platform(platform):
+    objects = render(platform)
+    (worker,) = (pod for pod in pods(objects) if pod.where == "RayJob/finetune-template/trainers")
+    variables = environment(worker.spec["containers"][0], objects)
+    assert not variables.keys() & {*NOT_FOR_WORKERS}
+    (head,) = (pod for pod in pods(objects) if pod.where == "RayJob/finetune-template/head")
+    drivers = settings_of(head.spec["containers"][0], objects)
+    told = {name: value for name, value in drivers.env_of_workers().items() if value}
+    assert told.items() <= variables.items(), "what the driver tells them is what their pod has"
+
+
+@pytest.mark.parametrize("platform", OVERLAYS)
 def test_every_variable_is_one_that_somebody_reads(platform):
     read: set[str] = set()
 
@@ -195,7 +222,7 @@ def test_every_variable_is_one_that_somebody_reads(platform):
             read.add(key)
             return super().get(key, default)
 
-    Settings.from_env(Recorder())
+    Settings.from_env(Recorder({"PEDRO_DATABASE_URL": "postgresql://pedro@postgres/pedro"}))
     ConnectionLimits.from_env(Recorder())
     objects = render(platform)
     script = one(objects, "ConfigMap", "postgres-init")["data"]["databases.sh"]
@@ -222,8 +249,11 @@ def test_ray_pods_get_settings_that_work_across_hosts(platform):
     ray_pods = [pod for pod in pods(objects) if "ray.io/node-type" in pod.labels]
     assert len(ray_pods) == 4
     for pod in ray_pods:
-        settings = Settings.from_env(environment(pod.spec["containers"][0], objects))
-        assert settings.single_host() == [], pod.where
+        settings = settings_of(pod.spec["containers"][0], objects)
+        if pod.where == "RayJob/finetune-template/trainers":  # it knows no database and no MLflow
+            assert "://" in settings.storage
+        else:
+            assert settings.single_host() == [], pod.where
         mounts = [mount["mountPath"] for mount in pod.spec["containers"][0]["volumeMounts"]]
         assert str(settings.home) in mounts, f"{pod.where}: PEDRO_HOME is not writable"
 
@@ -267,13 +297,16 @@ def test_fine_tunes_are_made_from_a_job_that_never_runs_by_the_controller_of_the
     (container,) = controller["containers"]
     assert container["command"] == ["pedro", "controller"]
     assert CliRunner().invoke(app, [*container["command"][1:], "--help"]).exit_code == 0
-    settings = Settings.from_env(environment(container, objects))
+    settings = settings_of(container, objects)
     assert settings.launcher == "kuberay"
-    for pod in pods([template]):
-        theirs = Settings.from_env(environment(pod.spec["containers"][0], objects))
-        assert pod.ends or (theirs.database_url, theirs.storage) == (settings.database_url, settings.storage)
-        mounted = {mount["name"]: mount["mountPath"] for mount in pod.spec["containers"][0]["volumeMounts"]}
-        assert pod.ends or str(settings.own_seal_file).startswith(f"{mounted['seal']}/")
+    (head,) = (pod for pod in pods([template]) if pod.labels.get("ray.io/node-type") == "head")
+    theirs = settings_of(head.spec["containers"][0], objects)
+    assert (theirs.storage, theirs.tracking_uri) == (settings.storage, settings.tracking_uri)
+    (upgrade,) = one(objects, "Job", "upgrade")["spec"]["template"]["spec"]["containers"]
+    role = next(word for word in upgrade["command"] if word.startswith("--driver-role=")).partition("=")[2]
+    assert theirs.database_url == settings.database_url.replace("//pedro:", f"//{role}:")
+    mounted = {mount["name"]: mount["mountPath"] for mount in head.spec["containers"][0]["volumeMounts"]}
+    assert str(settings.own_seal_file).startswith(f"{mounted['seal']}/")
     beat = Settings.from_env({"PEDRO_HOME": str(settings.home)}).home / "ray" / "controller.pid"
     assert str(beat) in container["livenessProbe"]["exec"]["command"][-1]
 
@@ -313,13 +346,12 @@ def test_the_serve_config_is_one_that_serve_and_pedro_accept_and_its_engines_fit
 def test_schemas_are_upgraded_by_commands_that_there_are_with_the_settings_of_the_pods_that_need_them(platform):
     objects = render(platform)
     (container,) = one(objects, "Job", "upgrade")["spec"]["template"]["spec"]["containers"]
-    assert container["command"] == ["pedro", "db", "upgrade"]
+    assert container["command"] == ["pedro", "db", "upgrade", "--driver-role=pedro_driver"]
     assert CliRunner().invoke(app, [*container["command"][1:], "--help"]).exit_code == 0
-    ours = Settings.from_env(environment(container, objects))
-    ray_pods = [pod for pod in pods(objects) if "ray.io/node-type" in pod.labels]
-    assert {ours.database_url} == {
-        Settings.from_env(environment(pod.spec["containers"][0], objects)).database_url for pod in ray_pods
-    }
+    ours = settings_of(container, objects)
+    assert ours.database_url == "postgresql+psycopg://pedro:%3Csecret%3E@postgres:5432/pedro"
+    serving = [pod for pod in pods(objects) if pod.where.startswith("RayService/")]
+    assert {settings_of(pod.spec["containers"][0], objects).database_url for pod in serving} == {ours.database_url}
     mlflow = one(objects, "Deployment", "mlflow")["spec"]["template"]["spec"]
     (first,), (server,) = mlflow["initContainers"], mlflow["containers"]
     assert first["command"] == ["mlflow", "db", "upgrade", "$(MLFLOW_BACKEND_STORE_URI)"]

@@ -16,7 +16,9 @@ STRANGERS = {"kubernetes.io/metadata.name": "default"}
 
 
 def component(name: str) -> dict[str, str]:
-    return {"app.kubernetes.io/component": name}
+    """The labels of a pod: "finetune", or "finetune/head" for its driver's."""
+    name, _, node = name.partition("/")
+    return {"app.kubernetes.io/component": name} | ({"ray.io/node-type": node} if node else {})
 
 
 def peer_matches(peer: dict[str, Any], labels: dict[str, str], namespace: dict[str, str]) -> bool:
@@ -69,9 +71,10 @@ def test_every_policy_names_pods_that_exist():
         ("serving", "mlflow", 5000),
         ("serving", "postgres", 5432),
         ("serving", "serving", 6379),
-        ("finetune", "mlflow", 5000),
-        ("finetune", "postgres", 5432),
-        ("finetune", "finetune", 8265),
+        ("finetune/head", "mlflow", 5000),
+        ("finetune/head", "postgres", 5432),
+        ("finetune", "finetune/head", 8265),
+        ("finetune/head", "finetune/worker", 6379),
         ("mlflow", "postgres", 5432),
         ("dashboard", "mlflow", 5000),
         ("dashboard", "postgres", 5432),
@@ -89,8 +92,12 @@ def test_what_must_talk_can(policies, source, target, port):
 @pytest.mark.parametrize(
     ("source", "target", "port"),
     [
-        ("finetune", "serving", 8000),
-        ("finetune", "serving", 8265),
+        ("finetune/worker", "mlflow", 5000),
+        ("finetune/worker", "postgres", 5432),
+        ("finetune", "mlflow", 5000),  # its submitter
+        ("finetune", "postgres", 5432),
+        ("finetune/head", "serving", 8000),
+        ("finetune/head", "serving", 8265),
         ("serving", "finetune", 8265),
         ("serving", "dashboard", 8501),
         ("finetune", "dashboard", 8501),

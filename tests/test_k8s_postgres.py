@@ -6,13 +6,17 @@ import os
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from k8s_render import one, render
 
 from jobs.benchmarks.postgres_server import running_server
+from pedro.store import Database, driver_rights
+from pedro.store.migrate import upgrade
 
-PASSWORDS = {"pedro": 'it\'s "p1" :name', "mlflow": "$p2\\"}
+PASSWORDS = {"pedro": 'it\'s "p1" :name', "mlflow": "$p2\\", "pedro_driver": "p'3 "}
+VARIABLES = {"pedro_driver": "DRIVER"}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def connect():
         with psycopg.connect(host=host, user="postgres", dbname="postgres", autocommit=True) as boss:
             boss.execute("ALTER ROLE pedro RENAME TO boot")  # the manifests' superuser is another
             environment = {
-                **{f"{name.upper()}_PASSWORD": password for name, password in PASSWORDS.items()},
+                **{f"{VARIABLES.get(name, name.upper())}_PASSWORD": word for name, word in PASSWORDS.items()},
                 "PATH": f"{binaries}:{os.environ['PATH']}",
                 "PGHOST": host,
                 "POSTGRES_USER": "postgres",
@@ -53,8 +57,8 @@ def test_each_role_owns_its_database_and_is_no_superuser(connect, name):
         assert connection.execute("SELECT rolsuper FROM pg_roles WHERE rolname = current_user").fetchone() == (False,)
 
 
-@pytest.mark.parametrize(("role", "database"), [("pedro", "mlflow"), ("mlflow", "pedro")])
-def test_no_role_reads_the_others_database(connect, role, database):
+@pytest.mark.parametrize(("role", "database"), [("pedro", "mlflow"), ("mlflow", "pedro"), ("pedro_driver", "mlflow")])
+def test_no_role_reads_anothers_database(connect, role, database):
     with pytest.raises(Exception, match="permission denied for database"):
         connect(role, database)
 
@@ -62,3 +66,18 @@ def test_no_role_reads_the_others_database(connect, role, database):
 def test_the_passwords_are_those_of_the_secrets(connect):
     with pytest.raises(Exception, match="password authentication failed"):
         connect("pedro", "pedro", PASSWORDS["mlflow"])
+
+
+def test_drivers_of_fine_tunes_come_in_once_the_upgrade_has_let_them(connect):
+    with pytest.raises(Exception, match="permission denied for database"):
+        connect("pedro_driver", "pedro")
+    with connect("pedro", "pedro") as connection:
+        host = connection.info.host
+    url = f"postgresql://pedro:{quote(PASSWORDS['pedro'], safe='')}@/pedro?host={host}"
+    database = Database(url)
+    upgrade(database)
+    driver_rights.grant(database, "pedro_driver")
+    database.close()
+    with connect("pedro_driver", "pedro") as connection:
+        assert connection.execute("SELECT count(*) FROM pedro_jobs").fetchone() == (0,)
+        assert connection.execute("SELECT rolsuper FROM pg_roles WHERE rolname = current_user").fetchone() == (False,)

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import yaml
-from k8s_render import OVERLAYS, ROOT, monitored, one, pods, render
+from k8s_render import OVERLAYS, ROOT, environment, monitored, one, pods, render
 from kustomize import rendered
 
 HASH = re.compile(r"^(pedro-[a-z]+)-[0-9a-z]{10}$")
@@ -83,16 +83,11 @@ def test_the_tracing_component_names_the_collector_to_every_pod_that_makes_spans
     told = {"resources": [str(k8s / "overlays/dev")], "components": [str(k8s / "components/tracing")]}
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(told))
     objects = rendered(tmp_path)
-    (settings,) = [obj for obj in objects if obj["kind"] == "ConfigMap" and "pedro-settings" in obj["metadata"]["name"]]
-    assert settings["data"]["OTEL_EXPORTER_OTLP_ENDPOINT"].endswith(":4318")
-    named = settings["metadata"]["name"]
-    reading = {
-        pod.labels["app.kubernetes.io/component"]
-        for pod in pods(objects)
-        for container in pod.containers
-        if {"configMapRef": {"name": named}} in container.get("envFrom", [])
-    }
     (policy,) = [obj for obj in objects if obj["kind"] == "NetworkPolicy" and obj["metadata"]["name"] == "tracing"]
     (chosen,) = policy["spec"]["podSelector"]["matchExpressions"]
-    assert set(chosen["values"]) <= reading
+    tracing = [pod for pod in pods(objects) if pod.labels["app.kubernetes.io/component"] in chosen["values"]]
+    assert len(tracing) == 5
+    for pod in tracing:
+        told = environment(pod.spec["containers"][0], objects)
+        assert pod.ends or told["OTEL_EXPORTER_OTLP_ENDPOINT"].endswith(":4318"), pod.where
     assert policy["spec"]["egress"][0]["ports"] == [{"protocol": "TCP", "port": 4318}]

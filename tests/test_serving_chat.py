@@ -163,7 +163,7 @@ def test_a_request_may_have_its_system_turn_alone_condition_an_adapter(served):
     [
         ("acme.headed", "prompt", "conditioning: the adapter was trained on its system turn alone; send 'system'"),
         ("acme.chat", "system", "there is none; begin with one"),
-        ("acme.chat", "user", "conditioning: expected 'prompt' or 'system'"),
+        ("acme.chat", "user", 'conditioning: expected "prompt" or "system"'),
     ],
 )
 def test_a_conditioning_that_cannot_be_is_refused_by_name(served, model, conditioning, why):

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from openai.types.fine_tuning.jobs.fine_tuning_job_checkpoint import Metrics
 from retention_home import open_home
 from training_runs import LocalReporter, context_for, parameters, same, spec_for
 
 from pedro.adapter_directory import read_manifest
-from pedro.errors import NotFoundError
+from pedro.errors import AdapterError, NotFoundError
 from pedro.evaluation.saved import load_saved
 from pedro.store import CHAMPION, checkpoint_of
-from pedro.training.checkpoint_models import LAST, CheckpointModels
+from pedro.training import checkpoint_models
+from pedro.training.checkpoint_models import CheckpointModels
+from pedro.training.checkpoint_versions import LAST, publish
 from pedro.training.loop import train
 
 
 class Publishing(LocalReporter):
-    """Reports as a worker of a job over HTTP does, and notes the parameters of each checkpoint."""
+    """Reports as a worker of a job over HTTP does and publishes as its driver; notes each checkpoint's parameters."""
 
-    def __init__(self, directory, context, models):
+    def __init__(self, directory, context, models, publish):
         super().__init__(directory, lambda _line: None)
-        self._context, self._models = context, models
+        self._context, self._models, self._publish = context, models, publish
         self.parameters, self.losses, self.best = {}, {}, 0
 
     def checkpoint(self, engine, group, state, best):
         super().checkpoint(engine, group, state, best)
         self.parameters[state.step] = parameters(self._context)
         self.losses[state.step] = state.validations[-1][1]
-        self._models.add(state)
+        adapter = self.directory / f"adapter-{state.step}"
+        if made := self._models.save(state, adapter):
+            self._publish(adapter, made)
         self.best = state.best_step
 
 
@@ -49,8 +55,8 @@ def test_the_last_checkpoints_and_the_best_are_versions_of_their_steps_and_no_al
     context = context_for(spec, tmp_path)
     job = store.ask_for_job("acme", "colours", spec.to_dict(), key_id="key_1").id
     own = registry.start_run(experiment=spec.name, name=job, params={}, tags={"job": job})
-    models = CheckpointModels(context, registry, job, own, told.append)
-    reporter = Publishing(tmp_path / "run", context, models)
+    models = CheckpointModels(context, told.append)
+    reporter = Publishing(tmp_path / "run", context, models, partial(publish, registry, spec.ref, job, own))
     run(context, reporter)
     assert told == []
     versions = {checkpoint_of(version.gate).step: version for version in registry.versions("acme.colours")}
@@ -75,15 +81,17 @@ def test_the_last_checkpoints_and_the_best_are_versions_of_their_steps_and_no_al
         assert same(kept, reporter.parameters[step])
 
 
-def test_a_checkpoint_that_cannot_be_registered_is_told_and_training_goes_on(home, tmp_path):
-    _, registry = home
-    told = []
+def test_a_checkpoint_that_the_engine_would_not_serve_is_told_and_training_goes_on(tmp_path, monkeypatch):
+    told, published = [], []
     spec = spec_for(tmp_path, {"name": "lora", "r": 2}, max_steps=2, eval_every=1)
     context = context_for(spec, tmp_path)
-    registry.store.begin_erasure("acme")
-    models = CheckpointModels(context, registry, "ftjob-0", None, told.append)
-    outcome = run(context, Publishing(tmp_path / "run", context, models))
+
+    def refuse(directory, backbone):
+        raise AdapterError("weights: too wide")
+
+    monkeypatch.setattr(checkpoint_models, "check_servable", refuse)
+    models = CheckpointModels(context, told.append)
+    outcome = run(context, Publishing(tmp_path / "run", context, models, lambda *made: published.append(made)))
     assert outcome.steps == 2
-    assert len(told) == 2
-    assert "is being erased" in told[0]
-    assert registry.versions("acme.colours") == []
+    assert told == [f"the checkpoint of step {step} is no model: weights: too wide" for step in (1, 2)]
+    assert published == []

@@ -31,7 +31,7 @@ class Resuming(LocalReporter):
     """Resumes as a worker of Ray Train does."""
 
     def resume(self, engine, group):
-        reporter = RayReporter(None, 6)
+        reporter = RayReporter(6)
         reporter.line = self.log
         return reporter.resume(engine, group)
 

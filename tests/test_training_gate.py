@@ -2,8 +2,10 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from serving_adapters import register, settings_at
@@ -11,6 +13,7 @@ from training_runs import LocalReporter, context_for, spec_for
 
 from pedro.registry import Registry
 from pedro.training import trainer, worker
+from pedro.training.handed_adapters import hand
 from pedro.training.job import judge_version
 from pedro.training.paired_test import compare_rows
 from pedro.training.promotion_gate import decide
@@ -137,13 +140,19 @@ def test_a_gates_later_keys_are_not_part_of_a_spec_that_does_not_use_them():
     assert GateSpec(**GateSpec(evidence="better", level=0.01).model_dump()).level == 0.01
 
 
-def test_a_job_compares_its_version_with_the_champion_row_by_row_and_the_gate_is_told(tmp_path):
-    registry = Registry.open(settings_at(tmp_path / "home"))
+def test_a_job_compares_its_version_with_the_champion_row_by_row_and_the_gate_is_told(tmp_path, monkeypatch):
+    settings = settings_at(tmp_path / "home")
+    registry = Registry.open(settings)
     context = context_for(spec_for(tmp_path, "lora", max_steps=2), tmp_path)
     trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
     worker.save(context, trained, tmp_path / "adapter")
-    register(registry, tmp_path / "adapter", context.spec.name)
-    told = json.loads(json.dumps(trainer._score_champion(context, registry, trained.score)))  # as the driver reads it
+    handed = hand(register(registry, tmp_path / "adapter", context.spec.name), registry, settings, "ftjob-1")
+    answers = [None, replace(handed, problem="its files are gone"), handed]  # of the driver
+    monkeypatch.setattr(trainer, "OUTBOX", SimpleNamespace(ask=lambda _about: answers.pop(0)))
+    assert trainer._score_champion(context, trained.score) is None
+    gone = trainer.Champion(**trainer._score_champion(context, trained.score))
+    assert (gone.version, gone.metrics, gone.problem) == (1, None, "its files are gone")
+    told = json.loads(json.dumps(trainer._score_champion(context, trained.score)))  # as the driver reads it
     champion = trainer.Champion(**told)
     assert champion.version == 1
     assert (champion.paired["better"], champion.paired["worse"]) == (0, 0)

@@ -23,7 +23,7 @@ from training_groups import Training, train_in_group
 from training_runs import LocalReporter, context_for, spec_for, sweep_for
 
 from pedro import cluster
-from pedro.config import Settings
+from pedro.config import NOT_FOR_WORKERS, Settings
 from pedro.errors import ConfigError, NotFoundError, TrainingError
 from pedro.registry import MANIFEST, Registry
 from pedro.store import JobStatus, Store
@@ -144,7 +144,11 @@ def test_a_killed_worker_of_two_resumes_and_ends_with_the_same_adapter(home, who
     follower = threading.Thread(target=lambda: results.append(jobs.wait(job, settings, store, lines.append)))
     follower.start()
     _wait_for_checkpoints(settings, job)
-    _workers(settings)[0].send_signal(signal.SIGKILL)
+    victim = _workers(settings)[0]
+    given = victim.environ()
+    assert not {name for name in NOT_FOR_WORKERS if given.get(name)}, "it opens neither MLflow nor the database"
+    assert given["PEDRO_HOME"] == str(settings.home)
+    victim.send_signal(signal.SIGKILL)
     follower.join()
     killed = results[0]
     assert any(line.startswith("resumed at step") for line in lines), lines

@@ -28,6 +28,29 @@ SHOWN = 200
 """Characters of a wrong value that an error repeats."""
 DATA_SCHEMES = ("s3", "gs", "hf")
 LAUNCHERS = ("ray", "kuberay")
+NOT_FOR_WORKERS = (  # what opens the platform, by MLflow's and PostgreSQL's own variables too
+    *(
+        f"{name}{end}"
+        for end in ("", "_FILE")
+        for name in (
+            "MLFLOW_BACKEND_STORE_URI",
+            "MLFLOW_TRACKING_URI",
+            "MLFLOW_TRACKING_USERNAME",
+            "MLFLOW_TRACKING_PASSWORD",
+            "PEDRO_DATABASE_PASSWORD",
+            "PEDRO_DATABASE_URL",
+            "PEDRO_PROMETHEUS_URL",
+        )
+    ),
+    "MLFLOW_REGISTRY_URI",
+    "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+    "MLFLOW_TRACKING_TOKEN",
+    "PEDRO_API_KEY",
+    "PEDRO_SEAL_KEY_FILE",
+    "PEDRO_WEBHOOK_KEY_FILE",
+    "PGPASSFILE",
+    "PGPASSWORD",
+)
 PLAIN_WORDS = {  # pydantic's words: ours
     r"^Value error, ": "",
     r"Input should be": "expected",
@@ -55,7 +78,8 @@ class Settings:
     tracking_uri: str = field(repr=False)
     """MLflow's store (`MLFLOW_TRACKING_URI` or `MLFLOW_TRACKING_URI_FILE`, default sqlite in the home)."""
     database_url: str = field(repr=False)
-    """Keys and jobs, an SQLAlchemy URL (`PEDRO_DATABASE_URL` or `…_URL_FILE`, default sqlite in the home)."""
+    """Keys and jobs, an SQLAlchemy URL (`PEDRO_DATABASE_URL` or `…_URL_FILE`, default sqlite in the home), to which the
+    password may come from a file of its own (`PEDRO_DATABASE_PASSWORD_FILE`)."""
     storage: str
     """Data files and checkpoints, a path or fsspec URL (`PEDRO_STORAGE`, default a folder in the home)."""
     ray_address: str | None
@@ -100,7 +124,8 @@ class Settings:
             home=home,
             tracking_uri=_with_user(secret_files.read(env, "MLFLOW_TRACKING_URI"), env)
             or f"sqlite:///{home / 'mlflow.db'}",
-            database_url=secret_files.read(env, "PEDRO_DATABASE_URL") or f"sqlite:///{home / 'pedro.db'}",
+            database_url=_with_password(secret_files.read(env, "PEDRO_DATABASE_URL"), env)
+            or f"sqlite:///{home / 'pedro.db'}",
             storage=storage,
             ray_address=env.get("RAY_ADDRESS") or None,
             data_roots=tuple(
@@ -163,6 +188,22 @@ class Settings:
             "PEDRO_WEBHOOK_NETWORKS": ",".join(self.webhook_networks),
         }
 
+    def env_of_workers(self) -> dict[str, str]:
+        """The variables of a process that trains: where data and caches are. What opens the platform is emptied, lest
+        it come from its host."""
+        return {
+            **dict.fromkeys(NOT_FOR_WORKERS, ""),
+            "PEDRO_HOME": str(self.home),
+            "PEDRO_STORAGE": self.storage,
+            "PEDRO_DATA_ROOTS": os.pathsep.join(self.data_roots),
+            "PEDRO_DATA_SCHEMES": ",".join(self.data_schemes),
+        }
+
+    @property
+    def storage_in_home(self) -> bool:
+        """Whether all is on one host's disk: whoever reaches the storage has the home, too."""
+        return "://" not in self.storage and Path(self.storage).is_relative_to(self.home)
+
     def single_host(self) -> list[str]:
         """The settings that only work while all processes share one host's disk, as `NAME=value`."""
         local = []
@@ -193,6 +234,16 @@ def _with_user(address: str | None, env: Mapping[str, str]) -> str | None:
         return address
     scheme, _, rest = address.partition("://")
     return f"{scheme}://{quote(user, safe='')}:{quote(password, safe='')}@{rest}"
+
+
+def _with_password(url: str | None, env: Mapping[str, str]) -> str | None:
+    """The database's URL, with the password of a file of its own where it has a user and none."""
+    scheme, _, rest = (url or "").partition("://")
+    user, at, address = rest.rpartition("@")
+    if not at or ":" in user or not scheme.startswith("postgres"):
+        return url
+    password = secret_files.read(env, "PEDRO_DATABASE_PASSWORD")
+    return f"{scheme}://{user}:{quote(password, safe='')}@{address}" if password else url
 
 
 def _http_address(variable: str, env: Mapping[str, str]) -> str | None:

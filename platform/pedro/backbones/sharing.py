@@ -26,7 +26,7 @@ def offer_backbone(settings: Settings, name: str, log: Log = lambda _line: None)
     Raises UnavailableError where the storage cannot be written.
     """
     directory = find_kept(settings.home, name)
-    if directory is None or _in_home(settings):
+    if directory is None or settings.storage_in_home:
         return
     digest = resolve_backbone(name).digest
     try:
@@ -53,7 +53,7 @@ def obtain_backbone(settings: Settings, name: str, log: Log = lambda _line: None
     Raises BackboneError where this host has another backbone of that name, UnavailableError where the storage cannot
     be read. A name that the storage does not offer is left to `resolve_backbone`.
     """
-    if not NAME.fullmatch(name) or _in_home(settings):
+    if not NAME.fullmatch(name) or settings.storage_in_home:
         return
     if named_directory(name) is not None and find_kept(settings.home, name) is None:  # packaged
         return
@@ -80,7 +80,7 @@ def obtain_backbone(settings: Settings, name: str, log: Log = lambda _line: None
 
 def withdraw_backbone(settings: Settings, name: str) -> None:
     """Remove the storage's copy of a backbone that is removed."""
-    if _in_home(settings):
+    if settings.storage_in_home:
         return
     try:
         system, root = _place(settings)
@@ -104,10 +104,6 @@ def _offered(system: Any, root: str, name: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return facts
-
-
-def _in_home(settings: Settings) -> bool:
-    return "://" not in settings.storage and Path(settings.storage).is_relative_to(settings.home)
 
 
 def _place(settings: Settings) -> tuple[Any, str]:

@@ -20,18 +20,28 @@ app = typer.Typer(
 
 
 @app.command()
-def upgrade(as_json: AsJson = False) -> None:
+def upgrade(
+    driver_role: Annotated[
+        str | None,
+        typer.Option(
+            "--driver-role", help="A role of PostgreSQL that gets what drivers of fine-tunes need, and nothing more."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Bring the schema to this release's, then take over adapters and aliases of MLflow's registry, once.
 
     An sqlite database in the home needs no such command: it is upgraded when it is first opened. Again does no harm,
     and of two at once one waits for the other. Back up a server's database first.
     """
     from pedro.registry import Registry
-    from pedro.store import Store, migrate, schema
+    from pedro.store import Store, driver_rights, migrate, schema
 
     settings = _settings()
     database = _database(settings)
     before = migrate.upgrade(database)
+    if driver_role:
+        driver_rights.grant(database, driver_role)
     database.close()
     store = Store(settings.database_url)
     taken = None if store.imported() else Registry.open(settings).take_over()
@@ -43,6 +53,8 @@ def upgrade(as_json: AsJson = False) -> None:
             typer.echo(f"the schema is {before}: nothing to do")
         else:
             typer.echo(f"the schema is {schema.REVISION} now (was {before or 'empty'})")
+        if driver_role:
+            typer.echo(f"{driver_role} may do what drivers of fine-tunes need")
         if taken is not None:
             typer.echo(_taken(taken.adapters, taken.versions))
 

@@ -20,15 +20,15 @@ from pedro.comparison.kept_rows import write_rows
 from pedro.comparison.rate_search import Chosen, chosen, next_rate
 from pedro.comparison.result_model import FAILED, FINAL, TUNE, RunResult, format_score
 from pedro.comparison.run_files import write_run
+from pedro.config import Settings
 from pedro.errors import ConfigError, TrainingError
-from pedro.training.trainer import ENVIRONMENT, pack_settings, unpack_settings
+from pedro.training.trainer import ENVIRONMENT
 
 if TYPE_CHECKING:
     from pedro.comparison.data import TaskData
     from pedro.comparison.kept_rows import AnsweredTask
     from pedro.comparison.run_planner import PlannedRun, RunGroup, RunPlanner
     from pedro.comparison.spec import ComparisonSpec
-    from pedro.config import Settings
 
 Log = Callable[[str], None]
 TRIES = 3  # of a run whose worker died (out of memory, a lost node)
@@ -37,7 +37,7 @@ TRIES = 3  # of a run whose worker died (out of memory, a lost node)
 class RunWorker:
     """A process that keeps torch, the backbone's rows and the compiled parts of PEFT warm between runs."""
 
-    def __init__(self, settings: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, settings: Mapping[str, str], threads: int) -> None:
         os.environ.update({name: value for name, value in ENVIRONMENT.items() if not name.startswith("RAY_")})
         import logging
 
@@ -48,7 +48,7 @@ class RunWorker:
         quiet()
         logging.getLogger("pedro").setLevel(logging.ERROR)  # rows that do not fit are counted in the result
         torch.set_num_threads(threads)
-        self._settings = unpack_settings(dict(settings))
+        self._settings = Settings.from_env(settings)
 
     def run(self, plan: PlannedRun, data: TaskData, spec: ComparisonSpec) -> tuple[dict[str, Any], list[AnsweredTask]]:
         """One run's result as JSON, and the rows behind it. Whatever breaks is a failed run: the others continue."""
@@ -153,7 +153,7 @@ class RunExecutor:
         log(f"{progress.total} runs, {len(progress.kept)} of them done before; {count} at a time")
         needs = {"num_cpus": self.spec.resources.cpus, "num_gpus": self.spec.resources.gpus}
         kind: Any = ray.remote(**needs)(RunWorker)  # type: ignore[call-overload]
-        new_worker = partial(kind.remote, pack_settings(settings), max(1, int(self.spec.resources.cpus)))
+        new_worker = partial(kind.remote, settings.env_of_workers(), max(1, int(self.spec.resources.cpus)))
         shared, spec = {name: ray.put(item) for name, item in self.data.items()}, ray.put(self.spec)
         idle = [new_worker() for _ in range(count)]
         running: dict[Any, tuple[Any, PlannedRun]] = {}

@@ -1,58 +1,36 @@
-"""The curves of a run: points sent to the tracking server, with what the process takes of the machine."""
+"""The curves of a run: what a worker takes of the machine beside what it tells of training, and where a point goes."""
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pedro.process import peak_memory
+from pedro.training.job_events import metrics_event
 
-LOG = logging.getLogger(__name__)
-LogPoint = Callable[[int, Mapping[str, float]], None]
-FLUSH_TIMEOUT_S = 60
+if TYPE_CHECKING:
+    from pedro.registry import Registry
 
 
-class CurveWriter:
-    """Sends the points of a run's curves from a thread of its own: a slow tracking server never slows training.
+def log_point(registry: Registry, run_id: str, job_id: str, step: int, values: Mapping[str, float]) -> None:
+    """Send a point to the run, what a job's followers read of it to its events, and when it should end to its row."""
+    from pedro.training.loop import SECONDS_LEFT
 
-    `connect` is called once, on that thread, and returns what takes (step, metrics). A point that cannot be sent is
-    dropped with a warning: curves are worth less than the training.
-    """
-
-    def __init__(self, connect: Callable[[], LogPoint]) -> None:
-        self._points: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._send, args=(connect,), name="curves", daemon=True)
-        self._thread.start()
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Queue one point of several curves, with what the process takes of the machine by now."""
-        self._points.put((step, {**values, **system_metrics()}))
-
-    def close(self) -> None:
-        """Send what is queued, at most for a minute."""
-        self._points.put(None)
-        self._thread.join(FLUSH_TIMEOUT_S)
-
-    def _send(self, connect: Callable[[], LogPoint]) -> None:
-        log: LogPoint | None = None
-        while (point := self._points.get()) is not None:
-            try:
-                log = log or connect()
-                log(*point)
-            except Exception as error:  # noqa: BLE001 - whatever the tracking server's client raises
-                LOG.warning("a point of the curves at step %d is lost: %s", point[0], error)
+    if SECONDS_LEFT in values:
+        registry.store.expect_end(job_id, time.time() + values[SECONDS_LEFT])
+    registry.log_metrics(run_id, step, {name: value for name, value in values.items() if name != SECONDS_LEFT})
+    if told := metrics_event(step, values):
+        registry.store.add_job_event(job_id, told.message, kind="metrics", data=told.data)
 
 
 def system_metrics() -> dict[str, float]:
     """What this process takes of the machine: resident memory and its peak, processor use since the last call, and the
     peak of GPU memory.
     """
+    import torch
+
     process = _this_process()
     values = {
         "system/memory_mb": process.memory_info().rss / 2**20,

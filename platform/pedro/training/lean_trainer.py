@@ -27,10 +27,15 @@ class LeanTorchTrainer(TorchTrainer):
     A job ends with its controller, and with it what its workers hold; a sweep goes on to its other trials.
     """
 
+    def __init__(self, *arguments: Any, errands: Any = None, **options: Any) -> None:
+        """`errands` is a callback for the controller alone: those of the `run_config` are sent to the workers, too."""
+        super().__init__(*arguments, **options)
+        self._errands = [errands] if errands is not None else []
+
     def _create_default_callbacks(self) -> list[Any]:
         made = super()._create_default_callbacks()  # type: ignore[misc]  # only version 2 of Ray Train has it
         unused = {DATASETS} if _in_sweep() else {DATASETS, CLEANER}
-        return [callback for callback in made if type(callback).__name__ not in unused]
+        return [callback for callback in made if type(callback).__name__ not in unused] + self._errands
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         """Ray's controller runs in the job's driver, which has nothing else to do, instead of as an actor."""

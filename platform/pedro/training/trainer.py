@@ -1,5 +1,6 @@
 """Runs a job's workers on Ray Train (V2): starts them, keeps checkpoints, replaces lost ones, returns the result.
 
+Workers are handed no credential of the platform: what they need of it they ask the driver for (`errands.py`).
 A worker that dies is replaced, and its group resumes from the last checkpoint. A PedroError (a loss that is NaN,
 a full disk) would only come again: workers return it as their result instead of raising it, so that it is not retried.
 """
@@ -10,8 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from pedro import tracing
 from pedro.backbones.sharing import obtain_backbone
 from pedro.config import Settings
-from pedro.errors import NotFoundError, PedroError, TrainingError
+from pedro.errors import PedroError, TrainingError
 from pedro.process import set_torch_threads, update_environment
-from pedro.registry import CHAMPION, Registry
+from pedro.training.handed_adapters import HandedAdapter, hand_parent
+from pedro.training.outbox import MODEL, OUTBOX, THE_CHAMPION
 from pedro.training.scored_rows import FILE, write_rows
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from pedro.evaluation.scoring import Score
     from pedro.training.checkpoint_models import CheckpointModels
     from pedro.training.context import TrainingContext
-    from pedro.training.curves import CurveWriter, LogPoint
     from pedro.training.engines import StepEngine
     from pedro.training.loop import TrainState
     from pedro.training.worker_group import WorkerGroup
@@ -103,6 +104,7 @@ def fit(
     import ray.train
     from ray.train.torch import TorchConfig
 
+    from pedro.training.errands import Errands
     from pedro.training.lean_trainer import LeanTorchTrainer
     from pedro.training.lost_workers import TellLosses, reason
 
@@ -112,17 +114,19 @@ def fit(
         per_worker["GPU"] = resources.gpus_per_worker
     run_config: Any = ray.train.RunConfig  # V2's fields and return values are not those that V1's types tell
     loop: Any = work
+    for_workers = settings.env_of_workers()
     trainer = LeanTorchTrainer(
         loop,
         train_loop_config={
             "spec": spec.to_dict(),
-            "settings": pack_settings(settings),
-            "run_id": run_id,
+            "settings": for_workers,
             "job_id": job_id,
+            "parent": hand_parent(spec, settings, job_id),
             "extra": dict(extra or {}),
             "checkpoint_models": checkpoint_models,
             "trace": tracing.TRACEPARENT.get(),
         },
+        errands=Errands(settings, spec.ref, run_id, job_id),
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
@@ -134,6 +138,7 @@ def fit(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             callbacks=[*callbacks, TellLosses(resources.max_failures)],
+            worker_runtime_env={"env_vars": for_workers},
         ),
     )
     try:
@@ -167,37 +172,25 @@ def work(config: dict[Any, Any]) -> PedroError | None:
 def _work(config: dict[str, Any]) -> None:
     import ray.train
 
-    from pedro.training.curves import CurveWriter
     from pedro.training.worker_group import WorkerGroup
 
     if _finished(ray.train.get_checkpoint()):
         return
     spec = FineTuneSpec.model_validate(config["spec"])
-    settings = unpack_settings(config["settings"])
+    settings = Settings.from_env(config["settings"])
     context = ray.train.get_context()
     group = WorkerGroup(context.get_world_rank(), context.get_world_size())
     set_torch_threads(max(1, int(spec.resources.cpus_per_worker)))
     obtain_backbone(settings, spec.backbone)
-    registry = Registry.open(settings)
-    curves = CurveWriter(lambda: _log_to(registry, config["run_id"], config["job_id"])) if group.rank == 0 else None
     tracing.start("pedro-worker", f"{config['job_id']}/{group.rank}")
     try:
-        with tracing.span("worker", config.get("trace", ""), job=config["job_id"], rank=group.rank):
-            _train(spec, settings, registry, group, curves, config)
+        with tracing.span("worker", config["trace"], job=config["job_id"], rank=group.rank):
+            _train(spec, settings, group, config)
     finally:
-        if curves:
-            curves.close()
         tracing.stop()
 
 
-def _train(
-    spec: FineTuneSpec,
-    settings: Settings,
-    registry: Registry,
-    group: WorkerGroup,
-    curves: CurveWriter | None,
-    config: Mapping[str, Any],
-) -> None:
+def _train(spec: FineTuneSpec, settings: Settings, group: WorkerGroup, config: Mapping[str, Any]) -> None:
     """Train, score, save, and report the adapter as the run's last checkpoint."""
     import ray.train
 
@@ -205,14 +198,13 @@ def _train(
     from pedro.training.checkpoint_models import CheckpointModels
     from pedro.training.context import build_context, deepspeed_engine
 
-    parent = None
-    if spec.parent:  # of its own tenant, whoever started this driver
-        parent = registry.download(registry.store.get_own_version(spec.parent, spec.tenant, "parent"))
-    with tracing.span("prepare"):
-        context = build_context(spec, settings.cache, deepspeed_engine(spec), group, parent)
-    reporter = RayReporter(curves, context.plan.steps)
-    if config.get("checkpoint_models"):
-        reporter.models = CheckpointModels(context, registry, config["job_id"], config["run_id"], reporter.line)
+    parent: HandedAdapter | None = config["parent"]
+    with ExitStack() as stack, tracing.span("prepare"):
+        start = stack.enter_context(parent.here()) if parent else None
+        context = build_context(spec, settings.cache, deepspeed_engine(spec), group, start)
+    reporter = RayReporter(context.plan.steps)
+    if config["checkpoint_models"]:
+        reporter.models = CheckpointModels(context, reporter.line)
     if group.rank == 0:
         what = f"{context.trainable_parameters:,} parameters on {len(context.data.train):,} rows"
         reporter.line(f"training {what}, {context.plan.steps:,} steps")
@@ -228,7 +220,7 @@ def _train(
                 "digest": digest,
                 "metrics": trained.metrics,
                 "trainable_parameters": context.trainable_parameters,
-                "champion": _score_champion(context, registry, trained.score),
+                "champion": _score_champion(context, trained.score),
                 "unservable": unservable(Path(folder) / ADAPTER, context.backbone),
             }
             (Path(folder) / ANSWER).write_text(json.dumps(answer))
@@ -252,10 +244,10 @@ def _report(metrics: dict[str, Any], checkpoint: Checkpoint | None, group: Worke
 
 
 class RayReporter:
-    """Checkpoints through Ray Train, lines to standard output, which the job's log collects."""
+    """Checkpoints through Ray Train, points to the outbox, lines to standard output, which the job's log collects."""
 
-    def __init__(self, curves: CurveWriter | None, steps: int) -> None:
-        self._curves, self._steps = curves, steps
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
         self.models: CheckpointModels | None = None
         """Where checkpoints are models."""
 
@@ -283,13 +275,14 @@ class RayReporter:
             metrics: dict[str, Any] = {"step": state.step, "steps": self._steps}
             if state.validations:
                 metrics["dev_loss"] = state.validations[-1][1]
+            if self.models is not None and (made := self.models.save(state, Path(folder) / ADAPTER)):
+                metrics[MODEL] = made
             _report(metrics, ray.train.Checkpoint.from_directory(folder), group)
-        if self.models is not None:  # it is kept by now, so no run makes a model of it again
-            self.models.add(state)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        if self._curves:
-            self._curves.add(step, values)
+        from pedro.training.curves import system_metrics
+
+        OUTBOX.tell(step, {**values, **system_metrics()})
 
     def line(self, text: str) -> None:
         print(text, flush=True)
@@ -328,24 +321,24 @@ def _finished(checkpoint: Checkpoint | None) -> bool:
     return True
 
 
-def _score_champion(context: TrainingContext, registry: Registry, adapted: Score) -> dict[str, Any] | None:
+def _score_champion(context: TrainingContext, adapted: Score) -> dict[str, Any] | None:
     """The champion's score on the rows of `adapted`, the new version's, and both compared row by row."""
     from pedro.training.paired_test import compare_rows
     from pedro.training.worker import compared, score_directory
 
-    try:
-        version = registry.get(context.spec.name, CHAMPION)
-    except NotFoundError:
+    handed: HandedAdapter | None = OUTBOX.ask(THE_CHAMPION)
+    if handed is None:
         return None
-    print(f"scoring the champion {version.ref} on the same rows", flush=True)
+    if handed.problem:
+        return asdict(Champion(handed.version, None, handed.problem))
+    print(f"scoring the champion {handed.ref} on the same rows", flush=True)
     try:
-        score = score_directory(context, registry.download(version))
+        with handed.here() as directory:
+            score = score_directory(context, directory)
     except PedroError as error:
-        return asdict(Champion(version.version, None, error.message))
+        return asdict(Champion(handed.version, None, error.message))
     paired = compare_rows(context.spec.gate.metric, adapted.each, score.each)
-    return asdict(
-        Champion(version.version, compared(context, score), paired=None if paired is None else asdict(paired))
-    )
+    return asdict(Champion(handed.version, compared(context, score), paired=None if paired is None else asdict(paired)))
 
 
 def unservable(directory: Path, backbone: Backbone) -> str:
@@ -357,21 +350,6 @@ def unservable(directory: Path, backbone: Backbone) -> str:
     except PedroError as error:
         return error.message
     return ""
-
-
-def _log_to(registry: Registry, run_id: str, job_id: str) -> LogPoint:
-    """Sends a point to the run, what a job's followers read of it to its events, and when it should end to its row."""
-    from pedro.training.job_events import metrics_event
-    from pedro.training.loop import SECONDS_LEFT
-
-    def log(step: int, values: Mapping[str, float]) -> None:
-        if SECONDS_LEFT in values:
-            registry.store.expect_end(job_id, time.time() + values[SECONDS_LEFT])
-        registry.log_metrics(run_id, step, {name: value for name, value in values.items() if name != SECONDS_LEFT})
-        if told := metrics_event(step, values):
-            registry.store.add_job_event(job_id, told.message, kind="metrics", data=told.data)
-
-    return log
 
 
 def pack_settings(settings: Settings) -> dict[str, str]:

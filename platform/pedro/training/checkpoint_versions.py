@@ -1,0 +1,59 @@
+"""Checkpoints of a running job as versions, which its driver makes: the last few of a job and its best.
+
+Such a version is like any other, with a run of its own below the job's; what its gate says names the job and the step.
+No alias moves to it by itself, it goes when newer ones come, and at the latest with the row of its job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pedro.errors import ConflictError, NotFoundError
+from pedro.store import CHECKPOINT, checkpoint_gate, checkpoint_of
+
+if TYPE_CHECKING:
+    from pedro.refs import ModelRef
+    from pedro.registry import Registry
+
+LAST = 3
+"""So many are kept beside the best one, as OpenAI keeps them."""
+
+
+def publish(
+    registry: Registry, ref: ModelRef, job_id: str, run_id: str, directory: Path, made: Mapping[str, Any]
+) -> None:
+    """Make a version of a checkpoint's adapter; `made` is what `CheckpointModels.save` returned, `run_id` the job's."""
+    step = made["step"]
+    run = registry.start_run(
+        experiment=ref.name,
+        name=f"{job_id} step {step}",
+        params={},
+        tags={"checkpoint_of": job_id, "model": ref.name},
+        parent=run_id,
+    )
+    try:
+        gate = checkpoint_gate(job_id, step)
+        version = registry.register(run, directory, ref.tenant, ref.adapter, gate=gate)
+    finally:
+        registry.finish_run(run)
+    data = {"model": version.ref, "step": step, "metrics": made["metrics"]}
+    registry.store.add_job_event(job_id, f"Checkpoint created at step {step:,}", kind=CHECKPOINT, data=data)
+    drop_old(registry, ref.name, job_id, made["best_step"])
+
+
+def drop_old(registry: Registry, name: str, job_id: str, best_step: int) -> None:
+    """Delete a job's checkpoints but the last few and the best; what an alias names, or a job goes on from, stays."""
+    found = {}
+    for version in registry.versions(name):
+        if (of := checkpoint_of(version.gate)) is not None and of.job_id == job_id:
+            found[of.step] = version
+    for step in sorted(found)[:-LAST]:
+        if step == best_step:
+            continue
+        try:
+            registry.retire(name, found[step].version, actor=f"job:{job_id}")
+        except (ConflictError, NotFoundError):
+            continue
+        registry.store.forget_checkpoint(job_id, found[step].ref)

@@ -1,0 +1,140 @@
+"""What a job's driver does for its workers: it alone writes to MLflow and the database, and fetches adapters there.
+
+Runs where Ray Train's controller does, which looks after the workers five times a second: in the job's driver, of a
+sweep's trial in an actor on the same host.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.train import Checkpoint
+from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
+
+from pedro.errors import NotFoundError, PedroError, UnavailableError
+from pedro.registry import CHAMPION, Registry
+from pedro.training import outbox
+from pedro.training.background import Background
+from pedro.training.checkpoint_versions import publish
+from pedro.training.curves import log_point
+from pedro.training.handed_adapters import HandedAdapter, hand
+from pedro.training.trainer import ADAPTER, unpack_settings
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.refs import ModelRef
+
+LOOK_S, CURVES_S, OTHERS_S = 5.0, 60.0, 600.0
+"""How long the last look into the outbox may take, and what is left to do then."""
+
+
+class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
+    """Of one run. What fails is told, or answered to who asked; the training goes on."""
+
+    def __init__(self, settings: Settings, model: ModelRef, run_id: str, job_id: str) -> None:
+        """`model` is the adapter that is trained."""
+        self._settings, self._model, self._run_id, self._job_id = settings, model, run_id, job_id
+        self._registry = Registry.open(settings)
+        self._curves = Background("a point of the curves is lost")  # apart: a slow tracking server keeps no question
+        self._others = Background("an errand of the workers failed")
+        self._worker: Any = None
+        self._looked = threading.Event()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For the controller of a trial; no password travels."""
+        return _again, (self._settings.env(), self._model, self._run_id, self._job_id)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._worker = worker_group.get_workers()[0]
+        self._looked.set()
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if self._looked.is_set():  # one look at a time
+            self._look()
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """What the workers left last; those that were lost have nothing more."""
+        if self._looked.wait(LOOK_S):
+            self._look()
+            self._looked.wait(LOOK_S)
+
+    async def before_controller_shutdown(self) -> None:
+        self._curves.close(CURVES_S)
+        self._others.close(OTHERS_S)
+
+    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
+        """A checkpoint is kept by now. Its adapter is copied at once: the checkpoint goes when newer ones come."""
+        made = metrics[0].get(outbox.MODEL)
+        if made is None or training_report.checkpoint is None:
+            return
+        scratch = tempfile.TemporaryDirectory()
+        kept = training_report.checkpoint
+        try:
+            Checkpoint(f"{kept.path}/{ADAPTER}", kept.filesystem).to_directory(scratch.name)
+        except Exception as error:  # noqa: BLE001 - whatever the storage raises
+            scratch.cleanup()
+            _say_no_model(made, error)
+        else:
+            self._others.do(partial(self._publish, scratch, made))
+
+    def _publish(self, scratch: tempfile.TemporaryDirectory[str], made: Mapping[str, Any]) -> None:
+        try:
+            publish(self._registry, self._model, self._job_id, self._run_id, Path(scratch.name), made)
+        except Exception as error:  # noqa: BLE001 - whatever the tracking server's client raises
+            _say_no_model(made, error)
+        finally:
+            scratch.cleanup()
+
+    def _look(self) -> None:
+        self._looked.clear()
+        looking = self._worker.execute_async(outbox.take).future()
+        looking.add_done_callback(partial(self._found, self._worker))
+
+    def _found(self, worker: Any, looking: Future[list[outbox.CurvePoint | outbox.WorkerQuestion]]) -> None:
+        with suppress(Exception):  # a worker that was lost, which Ray Train notices by itself
+            for item in looking.result():
+                if isinstance(item, outbox.CurvePoint):
+                    self._curves.do(partial(self._log, item))
+                else:
+                    self._others.do(partial(self._answer, worker, item))
+        self._looked.set()
+
+    def _log(self, point: outbox.CurvePoint) -> None:
+        log_point(self._registry, self._run_id, self._job_id, point.step, point.values)
+
+    def _answer(self, worker: Any, question: outbox.WorkerQuestion) -> None:
+        try:
+            answer: Any = {outbox.THE_CHAMPION: self._champion}[question.about]()
+        except PedroError as error:
+            answer = error
+        except Exception as error:  # noqa: BLE001 - the worker waits: it must hear of whatever went wrong
+            answer = UnavailableError(
+                f"the registry did not tell the {question.about} ({type(error).__name__}: {error})"
+            )
+        worker.execute_async(outbox.answer, question.number, answer)
+
+    def _champion(self) -> HandedAdapter | None:
+        """The present one; None where there is none, and one without files where they cannot be had."""
+        try:
+            version = self._registry.get(self._model.name, CHAMPION)
+        except NotFoundError:
+            return None
+        try:
+            return hand(version, self._registry, self._settings, self._job_id)
+        except PedroError as error:
+            return HandedAdapter(version.ref, version.version, problem=error.message)
+
+
+def _again(settings: Mapping[str, str], model: ModelRef, run_id: str, job_id: str) -> Errands:
+    return Errands(unpack_settings(settings), model, run_id, job_id)
+
+
+def _say_no_model(made: Mapping[str, Any], error: Exception) -> None:
+    print(f"the checkpoint of step {made['step']:,} is no model: {error}", flush=True)
