@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pedro.adapter_kinds import GeneratorWeights, generate_vectors, rational
+from pedro.adapter_kinds.generator import Rational
 from pedro.errors import ConfigError
 from pedro.methods.pedro.rational import fit_gelu
 
@@ -52,6 +53,14 @@ def test_gradients_are_finite_for_small_zero_and_large_inputs():
     for part in (x, a, b):
         assert torch.isfinite(part.grad).all()
         assert part.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("m", "n", "rows"), [(6, 5, ()), (1, 3, ()), (3, 0, ()), (4, 2, (3,))])
+def test_the_derivatives_are_those_of_the_function(m, n, rows):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 4), (*rows, m + 1), (*rows, n))
+    given = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    assert torch.autograd.gradcheck(Rational.apply, tuple(given))
 
 
 def test_rows_may_have_activations_of_their_own():

@@ -12,7 +12,7 @@ from pedro.methods import METHODS, get_method
 from pedro.methods.sparse_search import balance, choose
 from pedro.training.batches import tensors
 from pedro.training.bilevel import Alternation, GroupedAdamW
-from pedro.training.context import build_context, fresh_model
+from pedro.training.context import build_context
 from pedro.training.engines import TorchEngine
 from pedro.training.loop import Data, TrainingPlan, train
 from pedro.training.spec import MethodSpec
@@ -233,7 +233,7 @@ def test_a_peft_type_alone_names_the_method(tmp_path):
     before = parameters(context)
     run(context, tmp_path / "run")
     assert not same(before, parameters(context))
-    assert fresh_model(context.spec, context.backbone)[0].name == "peft"
+    assert context.method.name == "peft"
 
 
 def test_the_learned_adapters_mixture_is_what_theta_steps_train(tmp_path):

@@ -48,8 +48,8 @@ def test_alternation_equals_two_plain_optimizers_on_the_same_batches(tmp_path):
     omega = [p for name, p in reference.engine.parameters if not _is_theta(name)]
     theta = [p for name, p in reference.engine.parameters if _is_theta(name)]
     plain = {
-        OMEGA: (omega, torch.optim.AdamW(omega, lr=1e-2, weight_decay=0.1)),
-        THETA: (theta, torch.optim.AdamW(theta, lr=1e-2, weight_decay=0.0)),
+        OMEGA: (omega, torch.optim.AdamW(omega, lr=1e-2, weight_decay=0.1, fused=True)),
+        THETA: (theta, torch.optim.AdamW(theta, lr=1e-2, weight_decay=0.0, fused=True)),
     }
     context.engine.mode(training=True)
     reference.model.train()

@@ -65,18 +65,22 @@ def test_prompts_that_a_held_out_file_shares_with_training_are_said(tmp_path):
     assert "data.test: 5 of its prompts are in data.train too" in str(dry_run(spec))
 
 
-def test_zero_and_bf16_show_in_the_memory_and_stage_3_promises_no_more_than_it_keeps(tmp_path):
+def test_zero_and_bf16_show_in_the_memory_and_stage_3_halves_the_backbone_where_it_can_be_cut(tmp_path, monkeypatch):
     plain = dry_run(spec_for(tmp_path, "lora"))
     spec = spec_for(tmp_path, "lora", {"workers": 2, "zero_stage": 3}, precision="bf16")
     report = dry_run(spec)
     sharded = report.memory_bytes
-    assert sharded["backbone"] * 2 == plain.memory_bytes["backbone"]
-    assert sharded["adapter"] == plain.memory_bytes["adapter"]
-    for part in ("gradients", "optimizer"):
+    assert sharded["backbone"] * 4 == plain.memory_bytes["backbone"]
+    assert sharded["gathered"] == 2 * 512 * 64, "the embedding, in bfloat16"
+    for part in ("adapter", "gradients", "optimizer"):
         assert sharded[part] * 2 == plain.memory_bytes[part]
     assert report.process_bytes > plain.process_bytes > 500e6
-    assert "stage 3 saves no memory" in str(report)
-    assert "stage 3" not in str(plain)
+    assert "gathered" in str(report)
+    assert "gathered" not in str(plain)
+    monkeypatch.setattr("pedro.training.backbone_pieces.can_be_cut", lambda _: False)
+    whole = dry_run(spec, calibrated=False)
+    assert whole.memory_bytes["backbone"] == 2 * sharded["backbone"]
+    assert "each worker loads the whole backbone first" in str(whole)
 
 
 def test_a_dry_run_says_what_ends_training(tmp_path):

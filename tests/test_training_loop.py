@@ -26,7 +26,7 @@ from pedro.evaluation.saved import load_saved
 from pedro.evaluation.scoring import Score, answer_loss, score
 from pedro.methods.output_head import supervised
 from pedro.training import checkpoints, worker
-from pedro.training.batches import RowStream, slices, supervised_tokens, tensors, token_loss
+from pedro.training.batches import RowStream, fetch, slices, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA
 from pedro.training.loop import SECONDS_LEFT, Data, batch_step, mean_losses, train
 from pedro.training.paired_test import compare_rows
@@ -266,6 +266,14 @@ def test_every_row_is_met_once_an_epoch_in_full_batches_and_in_another_order_eac
     assert met[:10] != met[10:]
     assert [row["input_ids"][0] for row in RowStream(rows, 4, seed=3).batch(2)] == met[8:12]
     assert met != [row["input_ids"][0] for k in range(5) for row in RowStream(rows, 4, seed=4).batch(k)]
+
+
+def test_rows_of_a_data_set_are_read_all_at_once(tmp_path):
+    rows = context_for(spec_for(tmp_path), tmp_path).data.train
+    places = [3, 0, 3, 5]
+    assert fetch(rows, places) == [rows[place] for place in places] == fetch(list(rows), places)
+    together = SimpleNamespace(__getitems__=lambda places: [{"at": place} for place in places])
+    assert fetch(together, range(2)) == [{"at": 0}, {"at": 1}], "one read"
 
 
 def test_slices_deal_every_row_to_exactly_one_worker():

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 ABOUT = """\
 Measures the engine: beside its peers (serving), on real text (chat), and against its own promises (the rest). Backbones
-have random weights of real sizes (S: 15 M, M: 125 M, SmolLM2: 135 M, 7B: LLaMA-2-7B), real ones in chat, dryrun and
-published, and where weights asks for quality and speculation for text; prompts are random and distinct, and answers of
-equal lengths, but in chat, published and such text.
+have random weights of real sizes (S: 15 M, M: 125 M, SmolLM2: 135 M, 7B: LLaMA-2-7B), real ones in chat, dryrun,
+published and training, and where weights asks for quality and speculation for text; prompts are random and distinct,
+and answers of equal lengths, but in chat, published, training and such text.
 
   tok_s         all new tokens / time from the first request's arrival to the last token
   decode_tok_s  tokens that came after every request had its first one / the time from then to the last token
@@ -143,7 +143,7 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
             "--backbones",
             type=_names,
             metavar="A,B",
-            help="of chat, dryrun, published, speculation and weights, instead of their own",
+            help="of chat, dryrun, published, speculation, training and weights, instead of their own",
         )
         command.add_argument("--out", type=_file, metavar="FILE", help="where the result goes instead")
         command.add_argument("--allow-dirty", action="store_true", help=ALLOW_DIRTY)

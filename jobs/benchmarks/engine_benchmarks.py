@@ -104,6 +104,16 @@ BENCHMARKS = {
         *("engine", "adapters", "model", "batch", "tenants", "beams", "tok_s", "decode_tok_s", "peak_gb"),
         *("ratio", "decode_ratio", "bandwidth_share"),
     ),
+    "training": _entry(
+        "training",
+        "fine-tuning: PEDRO, (IA)³, LoRA, full in our trainer beside transformers' Trainer with peft",
+        *("backbone", "trainer", "method", "tok_s", "step_ms", "peak_mb", "ratio", "ratio_interval"),
+    ),
+    "sharding": _entry(
+        "sharding",
+        "two workers on 300 M parameters: peak memory of ZeRO 0 and 3 beside what the dry run promises",
+        *("stage", "method", "peak_mb", "promised_mb", "off", "ratio", "step_s", "loss"),
+    ),
     "published": _entry(
         "published",
         "SmolLM2-135M-Instruct on MMLU, BBH, GSM8K and WikiText-2 beside what its makers publish",

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+M_MMAP_THRESHOLD = -3  # malloc.h
 SWITCH_S = 0.0005  # how long an event loop may keep the interpreter from the engine's thread
 
 
@@ -50,6 +51,18 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_freed_memory_at_once(least: int = 2**20) -> None:
+    """Have blocks of at least so many bytes given back as soon as they are freed (glibc; else nothing).
+
+    By itself glibc keeps more and more for its own, the larger the blocks are that it sees freed.
+    """
+    import ctypes
+
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None:
+        adjust(M_MMAP_THRESHOLD, least)
 
 
 def peak_memory() -> int:

@@ -8,9 +8,10 @@ Shapes: B rows, D model width, R bottleneck, W all targets' widths together, m a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 FIXED_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -25,14 +26,47 @@ def rational(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     x [..., R]; a [m+1] and b [n] for one activation, or [B, m+1] and [B, n] for one a row of x [B, R].
     """
-    x, a, b = x.float(), a.float(), b.float()
-    above = torch.zeros_like(x)
-    for j in reversed(range(a.shape[-1])):
-        above = above * x + a[..., j : j + 1]
-    below = torch.zeros_like(x)
-    for i in reversed(range(b.shape[-1])):
-        below = (below + b[..., i : i + 1]) * x
-    return above / (1 + below.abs())
+    function: Any = Rational
+    made: torch.Tensor = function.apply(x.float(), a.float(), b.float())
+    return made
+
+
+class Rational(torch.autograd.Function):
+    """R(x) = P(x) / (1 + |Q(x)|) with its derivatives written out: a graph of Horner's rule has 60 small steps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        above = torch.zeros_like(x)
+        for j in reversed(range(a.shape[-1])):
+            above.mul_(x).add_(a[..., j : j + 1])
+        below = torch.zeros_like(x)
+        for i in reversed(range(b.shape[-1])):
+            below.add_(b[..., i : i + 1]).mul_(x)
+        made = above / (1 + below.abs())
+        ctx.save_for_backward(x, a, b, below, made)
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, a, b, below, made = ctx.saved_tensors
+        m, n = a.shape[-1] - 1, b.shape[-1]
+        to_above = grad / (1 + below.abs())  # [..., R]
+        to_below = -to_above * made * below.sign()
+        powers = x[..., None].expand(*x.shape, max(m, n)).cumprod(-1)  # x^1, x^2, … [..., R, max(m, n)]
+        into_x = into_a = into_b = None
+        if ctx.needs_input_grad[0]:
+            lower = functional.pad(powers[..., :-1], (1, 0), value=1.0)  # x^0, x^1, …
+            degrees = torch.arange(1.0, max(m, n) + 1, device=x.device)
+            slope_above = (lower[..., :m] * (a[..., 1:] * degrees[:m])[..., None, :]).sum(-1)
+            slope_below = (lower[..., :n] * (b * degrees[:n])[..., None, :]).sum(-1)
+            into_x = to_above * slope_above + to_below * slope_below
+        if ctx.needs_input_grad[1]:
+            each = torch.cat([to_above[..., None], to_above[..., None] * powers[..., :m]], -1)
+            into_a = each.sum(-2).sum_to_size(a.shape)
+        if ctx.needs_input_grad[2]:
+            into_b = (to_below[..., None] * powers[..., :n]).sum(-2).sum_to_size(b.shape)
+        return into_x, into_a, into_b
 
 
 class GeneratorWeights(NamedTuple):

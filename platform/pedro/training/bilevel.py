@@ -40,7 +40,7 @@ class GroupedAdamW(torch.optim.AdamW):
             {"params": faster, "role": OMEGA, "weight_decay": weight_decay, "ratio": ratio},
             {"params": [p for _, p in theta], "role": THETA, "weight_decay": 0.0},
         ]
-        super().__init__([group for group in groups if group["params"]], lr=0.0)
+        super().__init__([group for group in groups if group["params"]], lr=0.0, fused=True)  # one kernel a step
         self.active: frozenset[str] = frozenset((OMEGA, THETA))
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class GroupedAdamW(torch.optim.AdamW):
         """Give every master tensor its (zero) state now, so that a checkpoint finds the same whenever it is made."""
         for tensor in masters:
             self.state[tensor] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
                 "exp_avg": torch.zeros_like(tensor),
                 "exp_avg_sq": torch.zeros_like(tensor),
             }

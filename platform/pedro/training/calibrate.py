@@ -53,9 +53,11 @@ def calibrate(
     trained: int,
     row_s: float,
     bound_s: float = BOUND_S,
+    in_pieces: bool = False,
 ) -> Calibration | str:
     """Measure, or say why that cannot be.
 
+    Here the backbone is loaded whole; `in_pieces` says that the job's workers do not, so what that takes is not theirs.
     `parameters` of the model with its adapter, of which so many are `trained`; `row_s` is a guess of a row's part of a
     step: by it a batch that would take too long is cut to fewer rows.
     """
@@ -77,7 +79,7 @@ def calibrate(
     threads = torch.get_num_threads()
     set_torch_threads(max(1, int(spec.resources.cpus_per_worker)))
     try:
-        return _Calibrator(_alone(spec, rows), cache, share, bound_s).measure()
+        return _Calibrator(_alone(spec, rows), cache, share, bound_s, in_pieces).measure()
     finally:
         set_torch_threads(threads)
 
@@ -96,14 +98,14 @@ def _alone(spec: FineTuneSpec, rows: int) -> FineTuneSpec:
 class _Calibrator:
     """One measurement. `share` is how many rows a worker has of a batch, of which the spec may hold fewer."""
 
-    def __init__(self, spec: FineTuneSpec, cache: Path, share: int, bound_s: float) -> None:
+    def __init__(self, spec: FineTuneSpec, cache: Path, share: int, bound_s: float, in_pieces: bool) -> None:
         from pedro.training.context import build_context
 
         self._share, self._end = share, time.perf_counter() + bound_s
         self._told = reset_peak_memory()
         before = resident_memory()
         self.context = build_context(spec, cache)
-        self._loading = peak_memory() - resident_memory() if self._told and before else 0
+        self._loading = peak_memory() - resident_memory() if self._told and before and not in_pieces else 0
         self._on_gpu = self.context.engine.device.type == "cuda"
 
     def measure(self) -> Calibration | str:

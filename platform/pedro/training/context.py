@@ -14,7 +14,8 @@ from pedro.backbone import Backbone, load_config, load_model, load_tokenizer, re
 from pedro.errors import ConfigError
 from pedro.evaluation.saved import take_weights, trains_backbone
 from pedro.methods.registry import count_parameters, get_method
-from pedro.model_protocols import Tokenizer
+from pedro.process import return_freed_memory_at_once
+from pedro.training.backbone_pieces import can_be_cut, fill, load_in_pieces
 from pedro.training.bilevel import Alternation, GroupedAdamW, Named
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan
@@ -67,8 +68,10 @@ def build_context(
 
     A mistake in the spec raises its PedroError on every worker of the group, so that none waits for the others.
     """
-    backbone, tokenizer, method, model, prepared, groups = group.together(lambda: _load(spec, cache, parent))
-    omega, theta = groups
+    backbone, tokenizer, prepared = group.together(lambda: _prepare(spec, cache))
+    bare = _load_backbone(spec, backbone, group)
+    method, model = group.together(lambda: _adapt(spec, bare, backbone, prepared, parent))
+    omega, theta = method.parameter_groups(model)
     with_theta = bool(theta) and spec.training.bilevel
     train, theta_rows, validation = group.together(lambda: prepared.splits(with_theta))
     plan = make_training_plan(spec.training, len(train), with_theta, objective_of(spec.beta))
@@ -79,11 +82,6 @@ def build_context(
     if engine.hook is not None and spec.resources.zero_stage:
         raise ConfigError(
             f"resources.zero_stage: {method.name} changes its parameters between steps, which ZeRO shards; use 0",
-            param="resources.zero_stage",
-        )
-    if method.reads_weights and spec.resources.zero_stage == 3:
-        raise ConfigError(
-            f"resources.zero_stage: {method.name} reads the backbone's weights, which stage 3 shards; use at most 2",
             param="resources.zero_stage",
         )
     data = Data(
@@ -150,19 +148,17 @@ def torch_engine(spec: FineTuneSpec) -> MakeEngine:
     return make
 
 
+def engine_for(spec: FineTuneSpec) -> MakeEngine:
+    """The engine that a job trains with, over the process group that is up: DeepSpeed's where there is work for it."""
+    resources = spec.resources
+    if resources.workers == 1 and not resources.zero_stage and not _trains_in_bf16(spec):
+        return torch_engine(spec)  # the same steps, without its libraries
+    return deepspeed_engine(spec)
+
+
 def deepspeed_engine(spec: FineTuneSpec) -> MakeEngine:
     """DeepSpeed over the process group that is up."""
-    from pedro.training.ds_config import deepspeed_config
-
-    training, resources = spec.training, spec.resources
-    config = deepspeed_config(
-        slice_rows=max(1, training.batch_size // (resources.workers * training.gradient_accumulation)),
-        accumulation=training.gradient_accumulation,
-        world=resources.workers,
-        zero_stage=resources.zero_stage,
-        clip=training.clip,
-        bf16_masters=spec.method.name == "full" and training.precision == "bf16",
-    )
+    config = _deepspeed_config(spec)
 
     def make(model: nn.Module, optimizer: GroupedAdamW, parameters: Named) -> StepEngine:
         from pedro.training.ds_engine import DeepSpeedEngine
@@ -172,30 +168,66 @@ def deepspeed_engine(spec: FineTuneSpec) -> MakeEngine:
     return make
 
 
-def fresh_model(spec: FineTuneSpec, backbone: Backbone, head_end: tuple[int, ...] = ()) -> tuple[Method, nn.Module]:
-    """The backbone with a new adapter of the spec's method, the same on every worker and in every process.
+def _deepspeed_config(spec: FineTuneSpec) -> dict[str, Any]:
+    from pedro.training.ds_config import deepspeed_config
 
-    `head_end` are the tokens that end what conditions it, where the rows' format says so.
-    """
-    device = "cuda" if torch.cuda.is_available() and spec.resources.gpus_per_worker else "cpu"
-    method = get_method(spec.method.name)
-    model: Any = load_model(backbone, DTYPES[spec.training.precision], device)
-    torch.manual_seed(spec.training.seed)
-    model = method.apply(model, spec.method.options | ({"head_end": list(head_end)} if head_end else {}))
-    if spec.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return method, model
+    training, resources = spec.training, spec.resources
+    return deepspeed_config(
+        slice_rows=max(1, training.batch_size // (resources.workers * training.gradient_accumulation)),
+        accumulation=training.gradient_accumulation,
+        world=resources.workers,
+        zero_stage=resources.zero_stage,
+        clip=training.clip,
+        bf16_masters=_trains_in_bf16(spec),
+        on_gpu=_device(spec) == "cuda",
+    )
 
 
-def _load(
-    spec: FineTuneSpec, cache: Path, parent: Path | None
-) -> tuple[Backbone, Tokenizer, Method, nn.Module, PreparedData, tuple[Named, Named]]:
+def _trains_in_bf16(spec: FineTuneSpec) -> bool:
+    """Whether what is trained is in bf16 itself, and needs float32 masters."""
+    return spec.method.name == "full" and spec.training.precision == "bf16"
+
+
+def _device(spec: FineTuneSpec) -> str:
+    return "cuda" if torch.cuda.is_available() and spec.resources.gpus_per_worker else "cpu"
+
+
+def _prepare(spec: FineTuneSpec, cache: Path) -> tuple[Backbone, Tokenizer, PreparedData]:
     backbone = resolve_backbone(spec.backbone)
     tokenizer = load_tokenizer(backbone)
-    get_method(spec.method.name).config(load_config(backbone), spec.method.options)  # before rows are tokenised
-    prepared = prepare_data(spec, backbone, tokenizer, cache)
-    method, model = fresh_model(spec, backbone, prepared.format.head_end)
-    check_reference(spec, model)
+    method = get_method(spec.method.name)
+    method.config(load_config(backbone), spec.method.options)  # before rows are tokenised
+    if method.reads_weights and spec.resources.zero_stage == 3:
+        raise ConfigError(
+            f"resources.zero_stage: {method.name} reads the backbone's weights, which stage 3 shards; use at most 2",
+            param="resources.zero_stage",
+        )
+    return backbone, tokenizer, prepare_data(spec, backbone, tokenizer, cache)
+
+
+def _load_backbone(spec: FineTuneSpec, backbone: Backbone, group: WorkerGroup) -> nn.Module:
+    """The frozen backbone; with ZeRO-3 this worker's share of it, wherever its files can be read in pieces."""
+    dtype, device = DTYPES[spec.training.precision], _device(spec)
+    if spec.resources.zero_stage < 3 or not group.together(lambda: can_be_cut(backbone)):
+        return group.together(lambda: load_model(backbone, dtype, device))
+    from pedro.training.ds_engine import partitioning, pieces
+
+    return_freed_memory_at_once()  # or what tensors took while they were whole would stay the process's
+    model = load_in_pieces(backbone, dtype, torch.device(device), partitioning(_deepspeed_config(spec)))
+    group.together(lambda: fill(backbone, pieces(model)))
+    return model
+
+
+def _adapt(
+    spec: FineTuneSpec, model: nn.Module, backbone: Backbone, prepared: PreparedData, parent: Path | None
+) -> tuple[Method, nn.Module]:
+    """The backbone with a new adapter of the spec's method, the same on every worker and in every process."""
+    method, head_end = get_method(spec.method.name), prepared.format.head_end
+    torch.manual_seed(spec.training.seed)
+    adapted: Any = method.apply(model, spec.method.options | ({"head_end": list(head_end)} if head_end else {}))
+    if spec.training.gradient_checkpointing:
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check_reference(spec, adapted)
     if parent is not None:
-        take_weights(model, parent, backbone)
-    return backbone, tokenizer, method, model, prepared, method.parameter_groups(model)
+        take_weights(adapted, parent, backbone)
+    return method, adapted

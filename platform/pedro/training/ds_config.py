@@ -11,7 +11,14 @@ from typing import Any
 
 
 def deepspeed_config(
-    *, slice_rows: int, accumulation: int, world: int, zero_stage: int, clip: float, bf16_masters: bool
+    *,
+    slice_rows: int,
+    accumulation: int,
+    world: int,
+    zero_stage: int,
+    clip: float,
+    bf16_masters: bool,
+    on_gpu: bool = False,
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
@@ -33,6 +40,9 @@ def deepspeed_config(
     if stage == 3:
         # Small adapter parameters are partitioned like the rest: one rule for saving, whatever their size.
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "round_robin_gradients": False}
+        if not on_gpu:  # nothing is fetched while something else is computed: a tensor is whole while it is used alone
+            none_longer = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+            config["zero_optimization"] |= dict.fromkeys(none_longer, 0)
     if bf16_masters:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -11,14 +11,16 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pedro.methods.output_head import logits_at
+from pedro.training.backbone_pieces import Piece
 from pedro.training.engines import adapter_off
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class DeepSpeedEngine:
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         with logits_at(self.model, positions):
-            logits: torch.Tensor = self._engine(**batch).logits[0]
+            logits: torch.Tensor = self._engine(**batch, use_cache=False).logits[0]
             return logits
 
     def bare(self) -> AbstractContextManager[None]:
@@ -77,6 +79,21 @@ class DeepSpeedEngine:
 
     def replicated(self) -> bool:
         return not self._sharded
+
+
+@contextmanager
+def partitioning(config: dict[str, Any]) -> Iterator[None]:
+    """Within it, each module's parameters are sharded over the workers as soon as the module is made (ZeRO-3)."""
+    deepspeed = import_deepspeed()
+    with deepspeed.zero.Init(config_dict_or_path=deepcopy(config), tensor_overrides=()):  # dtypes stay the model's own
+        yield
+
+
+def pieces(model: nn.Module) -> Iterator[Piece]:
+    """This worker's piece of each parameter that was made within `partitioning`."""
+    for name, parameter in model.named_parameters():
+        shard: Any = parameter
+        yield Piece(name, shard.ds_numel, shard.ds_zero_partition_rank * shard.ds_tensor.numel(), shard.ds_tensor)
 
 
 def import_deepspeed() -> Any:

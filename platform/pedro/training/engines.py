@@ -73,7 +73,7 @@ class TorchEngine:
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         with logits_at(self.model, positions):
-            logits: torch.Tensor = self.model(**batch).logits[0]
+            logits: torch.Tensor = self.model(**batch, use_cache=False).logits[0]
             return logits
 
     def bare(self) -> AbstractContextManager[None]:
@@ -98,7 +98,7 @@ class TorchEngine:
         return nullcontext()
 
     def masters(self) -> Sequence[torch.Tensor]:
-        return [p for _, p in self.parameters]
+        return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
 
     def replicated(self) -> bool:
         return True

@@ -19,7 +19,6 @@ from pedro.training.objectives import objective_of
 from pedro.training.prepare import PreparedData, make_training_plan, notes, prepare_data
 
 if TYPE_CHECKING:
-    from pedro.model_protocols import ModelConfig
     from pedro.training.spec import FineTuneSpec
 
 # Measured with Ray 2 jobs of stories260K on two cores that were busy otherwise too (load 3 to 5), 1 and 2 workers, ZeRO
@@ -88,8 +87,9 @@ class DryRun:
         lines.append(f"  {'process':<12}{_size(self.process_bytes):>10} (estimate)")
         if spec.get("objective") == "dpo":
             lines.insert(2, f"objective    dpo, β {spec['dpo']['beta']:g}: {DPO_READS}")
-        if spec["resources"]["zero_stage"] == 3:
-            lines.append("  stage 3 saves no memory of a worker's process here: each loads the whole backbone first")
+        resources = spec["resources"]
+        if resources["zero_stage"] == 3 and resources["workers"] > 1 and "gathered" not in self.memory_bytes:
+            lines.append("  each worker loads the whole backbone first: its files name other tensors than the model")
         return "\n".join([*lines, *(f"note         {note}" for note in self.notes)])
 
 
@@ -109,6 +109,7 @@ def _estimate(
     spec: FineTuneSpec, backbone: Backbone, prepared: PreparedData, cache: Path, bound_s: float | None
 ) -> DryRun:
     from pedro.methods.registry import count_parameters, get_method
+    from pedro.training.backbone_pieces import can_be_cut
     from pedro.training.context import check_reference, make_optimizer
 
     model = _shapes(spec, backbone)
@@ -131,6 +132,7 @@ def _estimate(
     device = "gpu" if spec.resources.gpus_per_worker else "cpu"
     work = (6 if method.name == "full" or spec.beta is not None else 4) * backbone_parameters * tokens * plan.batch_size
     per_worker = work / spec.resources.workers / ASSUMED_FLOPS[device]
+    in_pieces = spec.resources.zero_stage == 3 and can_be_cut(backbone)
     found: Calibration | str = "not asked for"
     if bound_s is not None:
         row_s = per_worker / max(1, plan.batch_size // spec.resources.workers)
@@ -142,6 +144,7 @@ def _estimate(
             trained=counts["trainable"],
             row_s=row_s,
             bound_s=bound_s,
+            in_pieces=in_pieces,
         )
     if isinstance(found, Calibration):
         per_step, a_validated, a_scored = found.per_step, found.per_validated, found.per_scored
@@ -158,7 +161,9 @@ def _estimate(
         rows["validation"] = len(validation)
     if split == "test" and scored is not None:
         rows["test"] = len(scored)
-    memory = _memory(spec, model.config, frozen, counts["trainable"], plan.batch_size, longest, longest_answer)
+    largest = max(p.numel() for p in model.parameters()) if in_pieces else 0
+    sizes = Sizes(model.config.hidden_size, model.config.num_hidden_layers, model.config.vocab_size, largest)
+    memory = _memory(spec, sizes, frozen, counts["trainable"], plan.batch_size, longest, longest_answer)
     measured = isinstance(found, Calibration) and found.activation_bytes is not None
     if isinstance(found, Calibration) and found.activation_bytes is not None:
         memory["activations"] = found.activation_bytes
@@ -216,7 +221,7 @@ def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
 
 def _memory(
     spec: FineTuneSpec,
-    config: ModelConfig,
+    sizes: Sizes,
     frozen: int,
     trainable: int,
     batch_size: int,
@@ -228,7 +233,7 @@ def _memory(
     rows = -(-batch_size // (resources.workers * training.gradient_accumulation))
     rows *= 1 if spec.beta is None else 2  # sequences; the reference's pass is over before theirs, and takes less
     return training_memory(
-        Sizes(config.hidden_size, config.num_hidden_layers, config.vocab_size),
+        sizes,
         frozen=frozen,
         trainable=trainable,
         precision=training.precision,
@@ -238,6 +243,7 @@ def _memory(
         gradient_checkpointing=training.gradient_checkpointing,
         workers=resources.workers,
         zero_stage=resources.zero_stage,
+        on_gpu=resources.gpus_per_worker > 0,
     )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from pedro.errors import TrainingError
-from pedro.training.batches import Rows, RowStream, passed_tokens, slices, supervised_tokens
+from pedro.training.batches import Rows, RowStream, fetch, passed_tokens, slices, supervised_tokens
 from pedro.training.bilevel import OMEGA, THETA, Alternation, learning_rate
 from pedro.training.objectives import ANSWERS, Objective
 from pedro.training.worker_group import WorkerGroup
@@ -219,11 +219,12 @@ def mean_losses(
     engine: StepEngine, rows: Rows, batch_size: int, pad_id: int, group: WorkerGroup, objective: Objective = ANSWERS
 ) -> list[float]:
     """Mean loss over all rows, then the means of the objective's measures; every worker takes a share and gets the same
-    numbers."""
+    numbers. Rows of like length share a batch, so that little of it is padding."""
     engine.mode(training=False)
+    by_length = sorted(fetch(rows, range(len(rows))), key=lambda row: len(row["input_ids"]))
     total, weight = torch.zeros(1 + len(objective.measures), dtype=torch.float64), 0
     for start in range(0, len(rows), batch_size):
-        batch_rows = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        batch_rows = by_length[start : start + batch_size]
         weight += objective.weight(batch_rows)
         (part,) = slices(batch_rows, group.rank, group.world, 1)
         loss, measures = objective.sums(engine, part, pad_id, filler=batch_rows[0])

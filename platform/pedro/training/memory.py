@@ -8,15 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BYTES = {"fp32": 4, "bf16": 2}
+KEPT_ON_GPU = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters, left as it is there
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The widths of a backbone that activations depend on."""
+    """The widths of a backbone that activations depend on, and what a worker of ZeRO-3 has whole."""
 
     hidden_size: int
     num_layers: int
     vocab_size: int
+    largest: int = 0
+    """Parameters of the largest tensor; 0 where workers cannot load pieces of the backbone."""
 
 
 def training_memory(  # noqa: PLR0913
@@ -31,11 +34,12 @@ def training_memory(  # noqa: PLR0913
     gradient_checkpointing: bool,
     workers: int = 1,
     zero_stage: int = 0,
+    on_gpu: bool = False,
 ) -> dict[str, int]:
-    """Bytes on each worker by part; ZeRO 1 shards optimizer state, 2 gradients as well.
+    """Bytes on each worker by part; ZeRO 1 shards optimizer state, 2 gradients as well, 3 the parameters.
 
-    Stage 3 is not counted as sharding parameters: each worker loads the whole backbone before it gives its share away,
-    and on two ranks it takes more memory than stage 0.
+    With stage 3 a worker has one tensor whole at a time, on a GPU as many parameters as DeepSpeed keeps there. Where
+    workers cannot load pieces, the backbone is counted whole, as each of them once has it.
 
     `frozen` and `trainable` count parameters; `tokens` are those of one slice, padding included, and `answer_tokens`
     those that have logits; `full` says that the backbone itself is trained. Activations: per layer and token about 34
@@ -48,9 +52,12 @@ def training_memory(  # noqa: PLR0913
     per_layer = (1 if gradient_checkpointing else 17) * size * sizes.hidden_size
     logits = 2 * 4 * sizes.vocab_size
     share = {part: workers if zero_stage >= least else 1 for part, least in (("gradients", 2), ("optimizer", 1))}
+    cut = workers if zero_stage == 3 and sizes.largest else 1
+    gathered = min(frozen + trainable, max(sizes.largest, KEPT_ON_GPU if on_gpu else 0)) * size if cut > 1 else 0
     return {
-        "backbone": frozen * size,
-        "adapter": trainable * trained_size,
+        "backbone": -(-frozen // cut) * size,
+        **({"gathered": gathered} if gathered else {}),
+        "adapter": -(-trainable // cut) * trained_size,
         "gradients": trainable * trained_size // share["gradients"],
         "optimizer": trainable * (12 if full16 else 8) // share["optimizer"],
         "activations": int(tokens * sizes.num_layers * per_layer + answer_tokens * logits),

@@ -196,12 +196,12 @@ def _train(spec: FineTuneSpec, settings: Settings, group: WorkerGroup, config: M
 
     from pedro.training import worker
     from pedro.training.checkpoint_models import CheckpointModels
-    from pedro.training.context import build_context, deepspeed_engine
+    from pedro.training.context import build_context, engine_for
 
     parent: HandedAdapter | None = config["parent"]
     with ExitStack() as stack, tracing.span("prepare"):
         start = stack.enter_context(parent.here()) if parent else None
-        context = build_context(spec, settings.cache, deepspeed_engine(spec), group, start)
+        context = build_context(spec, settings.cache, engine_for(spec), group, start)
     reporter = RayReporter(context.plan.steps)
     if config["checkpoint_models"]:
         reporter.models = CheckpointModels(context, reporter.line)

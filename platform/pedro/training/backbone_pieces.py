@@ -1,0 +1,142 @@
+"""Loads a backbone that ZeRO-3 shards: each worker reads its own piece of every tensor from the files, nothing more.
+
+A piece is a run of a tensor's numbers as they lie in memory, which is how ZeRO-3 cuts tensors. So that this can be, the
+files must hold the model's tensors under its own names and in its shapes; `can_be_cut` says whether they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from pedro.adapter_directory import tensor_heads
+from pedro.backbone import BUFFERS, Backbone, load_config
+from pedro.errors import BackboneError, PedroError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KINDS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+READ_AT_ONCE = 2**22  # numbers
+GENERATION = "generation_config.json"
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor's numbers lie."""
+
+    file: Path
+    first_byte: int
+    dtype: torch.dtype
+
+
+class Piece(NamedTuple):
+    """A worker's part of one tensor: `numbers` [N] are those from `start` on, and past the tensor's end padding."""
+
+    name: str
+    size: int
+    start: int
+    numbers: torch.Tensor
+
+
+def can_be_cut(backbone: Backbone) -> bool:
+    """Whether workers can read pieces of this backbone; else each has to load it whole. Reads heads of files alone."""
+    return bool(_stored(backbone, _shapes(backbone)))
+
+
+def load_in_pieces(
+    backbone: Backbone, dtype: str, device: torch.device, partitioning: AbstractContextManager[None]
+) -> PreTrainedModel:
+    """The backbone as `load_model` makes it, but for its weights, which `fill` reads: no worker ever has all of them.
+
+    What is made within `partitioning` is sharded as soon as it is made; every worker must be here.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    config: Any = load_config(backbone)
+    with no_init_weights(), partitioning:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.tie_weights()
+    if (backbone.directory / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(backbone.directory, local_files_only=True)
+    model.requires_grad_(False).eval().to(device)
+    return model
+
+
+def fill(backbone: Backbone, pieces: Iterable[Piece]) -> None:
+    """Read the pieces from the files. Raises BackboneError for files that cannot be read and numbers not finite."""
+    stored = _stored(backbone, _shapes(backbone))
+    if not stored:
+        raise BackboneError(
+            f"backbone: the files of {backbone.id!r} changed while they were read; submit the job again",
+            param="backbone",
+        )
+    for piece in pieces:
+        wanted = piece.numbers[: max(0, piece.size - piece.start)]
+        if not len(wanted):
+            continue
+        _read(stored[piece.name], piece.start, wanted, backbone.id)
+        if not all(bound.isfinite() for bound in torch.aminmax(wanted)):
+            raise BackboneError(
+                f"backbone: {backbone.id!r} holds numbers in {piece.name} that are not finite (NaN or infinite); copy "
+                "or save the directory again",
+                param="backbone",
+            )
+
+
+def _read(tensor: StoredTensor, start: int, out: torch.Tensor, name: str) -> None:
+    """Fill `out` [N] with the tensor's numbers from `start` on."""
+    width = tensor.dtype.itemsize
+    try:
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.first_byte + start * width)
+            for part in out.split(READ_AT_ONCE):
+                data = bytearray(part.numel() * width)
+                if stream.readinto(data) < len(data):
+                    raise OSError(f"{tensor.file.name} ends too early")
+                part.copy_(torch.frombuffer(data, dtype=tensor.dtype))
+    except OSError as error:
+        raise BackboneError(
+            f"backbone: the model of {name!r} cannot be loaded ({error}); copy or save the directory again",
+            param="backbone",
+        ) from error
+
+
+def _shapes(backbone: Backbone) -> tuple[str, dict[str, tuple[int, ...]], set[str]]:
+    """What the model's names begin with, the shapes of its parameters, and other names of those that are tied."""
+    from transformers import AutoModelForCausalLM
+
+    config: Any = load_config(backbone)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return model.base_model_prefix, shapes, every - set(shapes)
+
+
+def _stored(
+    backbone: Backbone, expected: tuple[str, Mapping[str, tuple[int, ...]], set[str]]
+) -> dict[str, StoredTensor]:
+    """Where each parameter lies; nothing where the files hold other tensors or lack one."""
+    prefix, shapes, tied = expected
+    found: dict[str, StoredTensor] = {}
+    try:
+        for file in sorted(backbone.directory.glob("*.safetensors")):
+            for saved, kind, shape, path, first, last in tensor_heads(file):
+                name = next((name for name in (saved, f"{prefix}.{saved}") if name in shapes), None)
+                if name is None:
+                    if saved in tied or BUFFERS.search(saved):
+                        continue
+                    return {}
+                fits = tuple(shape) == shapes[name] and kind in KINDS
+                if not fits or last - first != math.prod(shape) * KINDS[kind].itemsize:
+                    return {}
+                found[name] = StoredTensor(path, first, KINDS[kind])
+    except PedroError:  # a head that cannot be read: loading it whole says what is wrong
+        return {}
+    return found if found.keys() == shapes.keys() else {}
