@@ -176,6 +176,12 @@ def test_what_failures_cost_is_what_the_benchmarks_measured():
     said.append(f"{100 * good['share']:.1f} % [{low:.1f}, {high:.1f}] of {good['requests']:,} requests")
     said.append(f"{good['moved']} of the {good['asked_again']:,} users who asked again met another version")
     said += [f"after {one['withdrawn_s']:.0f} s, {one['failed']} failed" for one in bad]
+    outage = json.loads((RESULTS / "outage.json").read_text())
+    _, away, _ = outage["rows"]
+    said.append(f"{away['seconds']:.0f} s under {outage['settings']['streams']} streams")
+    said.append(f"{away['answers']:,} answers meanwhile, {away['failed']} failed, {away['wrong']} wrong")
+    (missing,) = [one for one in outage["targets"] if "ledger" in one["name"]]
+    said.append(f"of {outage['tokens_in_ledger']:,} tokens {missing['value']} were missing from the ledger")
     *rounds, waiting = json.loads((RESULTS / "queue.json").read_text())["rows"]
     undisturbed, killed, paused = rounds
     for row in (killed, paused):
