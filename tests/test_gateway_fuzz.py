@@ -128,11 +128,13 @@ def test_what_an_answer_names_is_taken_by_the_routes_that_it_is_linked_to(at):
             if parent is not None and response.status_code == 200:
                 followed.add(f"{self.recorder.cases[parent].value.operation.label} -> {case.operation.label}")
 
-    for _ in range(FUZZ or 1):
+    for number in range(FUZZ or 5):
         with suppress(FlakyStrategyDefinition):  # what there is differs from run to run, and with it what is drawn
             Chains.run(settings=settings(tried(12), max_examples=12, stateful_step_count=8))
         if wrong:
             raise wrong[0]
+        if number >= FUZZ and len(followed) >= 3:  # enough for the fast tests
+            break
     assert len(followed) >= 3, followed
 
 
