@@ -55,7 +55,7 @@ lint: install
 docs: install ## build the documentation into site/ (strict, without network)
 	@echo "== documentation"; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-fuzz: install ## ask every route, and every reader of files, what nobody would (FUZZ=60: 10,000 requests a database)
+fuzz: install ## ask every route, and every reader of files, what nobody would (FUZZ=60 examples a route; the count is printed)
 	@FUZZ=$${FUZZ:-60} $(BIN)/python -m pytest tests/test_gateway_fuzz.py $(ARGS)
 	@FUZZ=$${FUZZ:-60} PEDRO_SCHEMAS=1000 $(BIN)/python -m pytest tests/test_hostile_inputs.py \
 		tests/test_serving_shapes.py::test_answers_to_random_schemas_always_validate_with_any_adapter -n logical --dist load $(ARGS)
