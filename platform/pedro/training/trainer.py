@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -253,8 +253,9 @@ class RayReporter:
 
     def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
         from pedro.training.checkpoints import DamagedCheckpoint, read_checkpoint
+        from pedro.training.kept_checkpoints import newest_first
 
-        for checkpoint in _newest_first():
+        for checkpoint in newest_first():
             try:
                 with checkpoint.as_directory() as folder:
                     return read_checkpoint(Path(folder) / STATE, engine, group)
@@ -286,23 +287,6 @@ class RayReporter:
 
     def line(self, text: str) -> None:
         print(text, flush=True)
-
-
-def _newest_first() -> Iterator[Checkpoint]:
-    """The run's last checkpoint, then those before it that are still there."""
-    import ray.train
-    from pyarrow.fs import FileSelector
-
-    last = ray.train.get_checkpoint()
-    if last is None:
-        return
-    yield last
-    run, _, name = last.path.rstrip("/").rpartition("/")
-    entries = last.filesystem.get_file_info(FileSelector(run, allow_not_found=True))
-    earlier = sorted((e.base_name for e in entries if e.base_name.startswith("checkpoint_")), reverse=True)
-    for other in earlier:
-        if other < name:  # a later one was never told of: it is not whole
-            yield ray.train.Checkpoint(f"{run}/{other}", last.filesystem)
 
 
 def _finished(checkpoint: Checkpoint | None) -> bool:
