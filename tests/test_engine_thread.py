@@ -159,9 +159,10 @@ def test_served_requests_leave_no_memory_behind(model, tmp_path):
 
 
 def test_one_call_a_step_carries_the_outputs_of_all_requests(model):
-    steps, answers, done = [], {}, threading.Event()
+    steps, answers, done, all_are_in = [], {}, threading.Event(), threading.Event()
 
     def take(outputs):
+        assert all_are_in.wait(20)  # holds the engine up, which might be done with the first before the last comes
         steps.append({output.request_id for output in outputs})
         for output in outputs:
             answers.setdefault(output.request_id, Answer()).take(output)
@@ -172,6 +173,7 @@ def test_one_call_a_step_carries_the_outputs_of_all_requests(model):
     with EngineThread(make_engine(model), take) as thread:
         for one in requests:
             thread.submit(one)
+        all_are_in.set()
         assert done.wait(20)
     assert any(len(step) == 3 for step in steps)
     assert len(steps) < 36, "fewer calls than tokens"
