@@ -38,7 +38,7 @@ async def echo(request: Request):
 async def lost(request: Request):
     if request.query_params.get("plain"):
         return PlainTextResponse("nothing of the kind", status_code=404)
-    return JSONResponse({"error": {"code": "model_not_found"}}, status_code=404)
+    return JSONResponse({"error": {"code": "model_not_found", **request.query_params}}, status_code=404)
 
 
 @pytest.fixture
@@ -61,7 +61,8 @@ def test_an_applications_own_404_is_final_whatever_it_says(application):
         assert client.get("/lost").json() == {"error": {"code": "model_not_found"}}
         assert client.get("/lost?plain=1").text == "nothing of the kind"
         assert client.get("/nowhere").status_code == 404
-    assert proxy.asked == 3
+        assert client.get("/lost", params={"message": SERVES}).json()["error"]["message"] == SERVES
+    assert proxy.asked == 4
 
 
 def test_where_nothing_is_served_for_long_clients_are_told_to_come_again(application, monkeypatch):

@@ -1,7 +1,10 @@
 """Who connects while a server's port has nobody waits, and is answered by the server that comes."""
 
+import json
 import socket
 import threading
+import urllib.error
+import urllib.request
 from contextlib import closing, contextmanager, suppress
 
 import pytest
@@ -35,7 +38,7 @@ class Server:
     """Answers each line with the same in capitals, beside others on the port."""
 
     def __init__(self, port, host="127.0.0.1"):
-        self.peers = []
+        self.peers, self.heard = [], []
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._listener.bind((host, port))
@@ -53,10 +56,10 @@ class Server:
             self.peers.append(peer[0])
             threading.Thread(target=self._answer, args=(line,), daemon=True).start()
 
-    @staticmethod
-    def _answer(line):
+    def _answer(self, line):
         with closing(line), line.makefile("rwb") as file:
             for said in file:
+                self.heard.append(said)
                 file.write(said.upper())
                 file.flush()
 
@@ -168,17 +171,43 @@ def test_a_port_that_is_given_up_is_free_and_who_waited_is_let_go(port):
     assert port_is_free(port)
 
 
-def test_a_client_that_leaves_while_it_waits_is_forgotten(port):
+def test_a_client_that_leaves_while_it_waits_is_forgotten_and_has_asked_nothing(port):
     with watched(port) as keeper:
         until(lambda: listeners(port))
         line, file = connect(port)
         say(file, b"gone")
+        until(lambda: keeper._held.total() == 1)
         file.close()
         line.close()
+        until(lambda: keeper._held.total() == 0)
         server = Server(port)
-        until(lambda: len(listeners(port)) == 1 and keeper._held == 0)
         other, file = connect(port)
         say(file, b"here")
         assert file.readline() == b"HERE\n"
+        assert server.heard == [b"here\n"]
         server.die()
         other.close()
+
+
+def test_who_has_waited_for_too_long_is_told_to_come_again(port, monkeypatch):
+    monkeypatch.setattr(door, "PATIENCE_S", 0.05)
+    with watched(port):
+        until(lambda: listeners(port))
+        with pytest.raises(urllib.error.HTTPError) as told:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=GUARD_S)
+        assert (told.value.code, told.value.headers["retry-after"]) == (503, "5")
+        assert json.load(told.value)["error"]["code"] == "unavailable"
+
+
+def test_one_client_holds_no_more_connections_than_it_may(port, monkeypatch):
+    monkeypatch.setenv("PEDRO_HTTP_CONNECTIONS_PER_CLIENT", "2")
+    with watched(port) as keeper:
+        until(lambda: listeners(port))
+        lines = [connect(port)[0] for _ in range(2)]
+        until(lambda: keeper._held.total() == 2)
+        third, file = connect(port)
+        assert file.read() == b""
+        other = socket.create_connection(("127.0.0.1", port), timeout=GUARD_S, source_address=("127.0.0.2", 0))
+        until(lambda: keeper._held == {"127.0.0.1": 2, "127.0.0.2": 1})
+        for one in (*lines, third, other):
+            one.close()

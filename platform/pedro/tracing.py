@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 TRACEPARENT: ContextVar[str] = ContextVar("traceparent", default="")
 """The span that what is done now belongs to, as https://www.w3.org/TR/trace-context/ writes it."""
-MAX_STEPS = 128  # of a span, as many events as OpenTelemetry keeps of it
+MAX_STEPS = 128  # of an answer: as many events as OpenTelemetry keeps of a span
 MAX_TEXT = 200
 TRACER: Tracer | None = None
 log = logging.getLogger("pedro")
@@ -137,7 +137,7 @@ class Tracer:
             begun.add_link(_span_context(of_job(facts["job"])))
         begun.end()
 
-    def answered(self, parent: str, timing: Any, steps: Sequence[tuple[int, int]], facts: Mapping[str, Any]) -> None:
+    def answered(self, parent: str, timing: Any, steps: Iterable[tuple[int, int]], facts: Mapping[str, Any]) -> None:
         """One answer of an engine ended now: its `queue`, `prefill` and `decode`, with an event a step that made tokens
         of it (nanoseconds of Unix time, tokens)."""
         end = time.time_ns()
@@ -147,7 +147,7 @@ class Tracer:
         for name, since, until in (("queue", came, began), ("prefill", began, first), ("decode", first, end)):
             if until > since:
                 part = self.begin(name, _written(whole), {}, since)
-                for at, tokens in steps[-MAX_STEPS:] if name == "decode" else ():
+                for at, tokens in steps if name == "decode" else ():
                     part.add_event("step", {"tokens": tokens}, at)
                 part.end(until)
         if facts.get("finish_reason") == "error":

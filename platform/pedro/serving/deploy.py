@@ -36,8 +36,11 @@ def deploy(
     host: str = "127.0.0.1",
     port: int = 8000,
     log: Callable[[str], None] = lambda _line: None,
+    *,
+    again: bool = False,
 ) -> Served:
-    """Serve `config` on the cluster of `settings` and wait until it answers.
+    """Serve `config` on the cluster of `settings` and wait until it answers. `again`: in place of this home's server,
+    whose head is gone; its port is kept for it, and who asks there waits.
 
     Raises BackboneError for a backbone that cannot be had or loaded, ConfigError for a device that there is not or a
     limit of connections that is no number,
@@ -53,7 +56,6 @@ def deploy(
     ConnectionLimits.from_env()
     _check(config, here=settings.ray_address is None)
     offer_backbone(settings, config.backbone, log)
-    again = restarting(settings).is_file()  # then its port is kept for it, and who asks there waits
     running = None if again else find(settings)
     if running is not None:
         raise ConflictError(
@@ -177,7 +179,7 @@ def answers(url: str) -> bool:
 
     try:
         return httpx.get(f"{url}/ready", timeout=5).status_code == 200
-    except httpx.HTTPError:
+    except (httpx.HTTPError, httpx.InvalidURL):
         return False
 
 

@@ -2,7 +2,8 @@
 
 Ray starts a proxy that died again, and `pedro serve` a head; for some seconds nothing listens then. In these, and only
 in these, this listens beside whoever comes next (SO_REUSEPORT, as Ray Serve's proxies have it), and passes each
-connection on once the server answers. It reads nothing of what is asked.
+connection on once the server answers. Who leaves meanwhile has asked nothing, and who has waited for too long is told
+to come again. It understands nothing of what is asked.
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ import asyncio
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from pedro.gateway.connections import ConnectionLimits
+from pedro.gateway.not_yet import NOT_SERVED
+
 LOOK_S = 0.1
 MOST_HELD = 1024
-PIECE = 2**14  # bytes that are read of a connection before they can be passed on
+PATIENCE_S = 300.0  # a head and its server are back within a minute or two; clients wait ten
+PIECE = 2**14
+MOST_SAID = 2**16  # bytes that are kept of a connection before they can be passed on
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 LISTENS = "0A"  # the state in these tables
+ABSENT = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\nconnection: close\r\n"
+    b"content-length: %d\r\n\r\n%s" % (len(NOT_SERVED), NOT_SERVED)
+)
 
 
 class Door:
@@ -29,7 +40,8 @@ class Door:
     def __init__(self, host: str, port: int, wanted: Callable[[], bool], ready: Callable[[], bool]) -> None:
         self._host, self._port, self._wanted, self._ready = host, port, wanted, ready
         self._over = threading.Event()
-        self._held = 0
+        self._held: Counter[str] = Counter()  # connections by client address
+        self._most = ConnectionLimits.from_env().connections_per_client
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
     def start(self) -> None:
@@ -84,16 +96,24 @@ class Door:
 
     async def _wait(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, back: asyncio.Event) -> None:
         """One connection: it waits, then bytes go both ways until either side ends."""
-        if self._held >= MOST_HELD:
+        client = writer.get_extra_info("peername")[0]
+        if self._held.total() >= MOST_HELD or self._held[client] >= (self._most or MOST_HELD):
             writer.close()
             return
-        self._held += 1
+        self._held[client] += 1
         other: asyncio.StreamWriter | None = None
         try:
-            await back.wait()
+            said = await _until(back, reader)
+            if said is None:  # what nobody waits for is not asked
+                return
+            if not back.is_set():
+                writer.write(ABSENT)
+                await writer.drain()
+                return
             # From and to the address that was asked for: a stranger's connection must not look like a local one.
             address = writer.get_extra_info("sockname")[0]
             answers, other = await asyncio.open_connection(address, self._port, limit=PIECE, local_addr=(address, 0))
+            other.write(said)
             ways = [asyncio.create_task(_pass(reader, other)), asyncio.create_task(_pass(answers, writer))]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             for way in ways:
@@ -102,10 +122,34 @@ class Door:
         except OSError:  # the server is gone again: this client is told so, and asks once more
             pass
         finally:
-            self._held -= 1
+            self._held[client] -= 1
+            if not self._held[client]:
+                del self._held[client]
             writer.close()
             if other is not None:
                 other.close()
+
+
+async def _until(back: asyncio.Event, reader: asyncio.StreamReader) -> bytes | None:
+    """What a client says until the server is back, or its time is over; None if it has left."""
+    said = bytearray()
+    hearing, waiting = asyncio.create_task(_hear(reader, said)), asyncio.create_task(back.wait())
+    try:
+        await asyncio.wait((hearing, waiting), timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        return None if hearing.done() else bytes(said)
+    finally:
+        hearing.cancel(), waiting.cancel()
+        await asyncio.gather(hearing, waiting, return_exceptions=True)
+
+
+async def _hear(reader: asyncio.StreamReader, said: bytearray) -> None:
+    """Return when the client has left. Of a long request the rest is left until it can be passed on."""
+    while len(said) < MOST_SAID:
+        piece = await reader.read(PIECE)
+        if not piece:
+            return
+        said += piece
+    await asyncio.Event().wait()
 
 
 async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -220,12 +220,14 @@ class PromptProcessor:
                 adapter.headed = await self._renderer.headed(form, ref, tenant)
             except TemplateBoundsError:
                 raise
-            except DataError as error:
-                raise DataError(
-                    f"conditioning: the adapter's prompt format, {form.id}, writes no system turn that could condition "
-                    "it; leave it out",
-                    param="conditioning",
-                ) from error
+            except DataError:
+                adapter.headed = form
+        if not adapter.headed.head_end:
+            raise DataError(
+                f"conditioning: the adapter's prompt format, {form.id}, writes no system turn that could condition "
+                "it; leave it out",
+                param="conditioning",
+            )
         return adapter.headed, True
 
     async def _adapter(self, ref: ModelRef) -> _Adapter:
@@ -255,7 +257,7 @@ class _Adapter:
     form: PromptFormat
     scales: str | None
     headed: PromptFormat | None = None
-    """The format with what ends its system turns, once a request asked for that."""
+    """The format with what ends its system turns, once a request asked for that; as it is if nothing does."""
 
 
 class TemplateRenderer:

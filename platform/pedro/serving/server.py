@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -56,7 +57,8 @@ class _Unfinished:
     resumed: int = 0  # tokens of the answer that another engine made
     prompt_tokens: int = 0
     trace: str = ""  # the span that its own is a part of
-    steps: list[tuple[int, int, int]] = field(default_factory=list)  # of a traced one: choice, Unix nanoseconds, tokens
+    steps: dict[int, deque[tuple[int, int]]] = field(default_factory=dict)
+    """Of a traced one the last steps by choice: Unix nanoseconds, tokens."""
 
     def new_tokens(self, output: Output) -> Output:
         """The last output of a choice with what this engine read and made for it: the choices share their prompt."""
@@ -208,7 +210,9 @@ class ReplicaServer:
 
     def _trace(self, request: _Unfinished, output: Output) -> None:
         """Note the step, and at an answer's end send what it was made of."""
-        request.steps.append((output.index, time.time_ns(), len(output.token_ids)))
+        steps = request.steps.setdefault(output.index, deque(maxlen=tracing.MAX_STEPS))
+        if output.token_ids:
+            steps.append((time.time_ns(), len(output.token_ids)))
         if output.finish_reason is None or tracing.TRACER is None or output.timing is None:
             return
         facts = {
@@ -219,8 +223,7 @@ class ReplicaServer:
             "cached_tokens": output.cached_tokens,
             "completion_tokens": output.completion_tokens,
         }
-        steps = [(at, tokens) for index, at, tokens in request.steps if index == output.index and tokens]
-        tracing.TRACER.answered(request.trace, output.timing, steps, facts)
+        tracing.TRACER.answered(request.trace, output.timing, request.steps.pop(output.index), facts)
 
     # texts
 

@@ -103,7 +103,7 @@ def _deploy(settings: Settings, config: ServeConfig, host: str, port: int, log: 
     """What the process apart does; its status is 0 if the server answers."""
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
-        deploy(settings, config, host, port, log)
+        deploy(settings, config, host, port, log, again=True)
     except PedroError as error:
         log(f"error: {error.message}")
         raise SystemExit(1) from None
