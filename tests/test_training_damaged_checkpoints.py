@@ -1,5 +1,7 @@
 """A checkpoint that is not what was written is found before anything of it is loaded; the one before it is taken."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,19 @@ def test_a_file_that_was_cut_changed_or_lost_is_found_and_nothing_is_loaded(inte
         (state / file).write_bytes(written)
     assert same(parameters(context), fresh)
     assert read_checkpoint(state, context.engine, ALONE)[0].step == 4
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES])
+def test_an_error_that_may_pass_is_no_damage_and_no_reason_to_go_back(interrupted, monkeypatch, number):
+    folder, spec, _, _ = interrupted
+    at_last(folder, monkeypatch)
+
+    def fail(_path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("pedro.training.checkpoints._digest", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        run(context_for(spec, folder), Resuming(folder / "later", lambda _line: None))
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_bits(interrupted, monkeypatch):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +24,9 @@ from pedro.registry import Registry
 from pedro.store import checkpoint_of
 from pedro.training import lean_trainer, outbox, trainer
 from pedro.training.errands import Errands
-from pedro.training.handed_adapters import hand
+from pedro.training.handed_adapters import HandedAdapter, hand
 from pedro.training.outbox import MODEL, THE_CHAMPION, Outbox
+from pedro.training.worker_group import WorkerGroup
 
 SECRET = "hunter2"
 OPENERS = {
@@ -197,6 +200,83 @@ def test_a_champion_whose_files_are_gone_is_handed_with_the_reason(home, tmp_pat
     ended(errands)
 
 
+def test_a_question_does_not_wait_for_checkpoints_that_are_published(home, tmp_path, monkeypatch):
+    settings, _ = home
+    stub_adapter(tmp_path / "adapter", "one", "sha256:bb")
+    report = SimpleNamespace(checkpoint=Checkpoint.from_directory(tmp_path))
+    answered, waited = Event(), []
+    monkeypatch.setattr("pedro.training.errands.publish", lambda *_: waited.append(answered.wait(60)))
+    worker = Worker()
+    errands = started(settings, worker)
+    errands.after_report(report, [{MODEL: {"step": 1}}])
+    assert asked(errands, worker) is None
+    answered.set()
+    ended(errands)
+    assert waited == [True]
+
+
+def test_a_question_whose_answer_was_lost_is_asked_again_and_a_second_answer_is_dropped(home, monkeypatch):
+    settings, _ = home
+    monkeypatch.setattr(outbox, "AGAIN_S", 0.01)
+    worker = Worker()
+    with ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(worker.outbox.ask, THE_CHAMPION)
+        while not worker.outbox.take():  # the driver's call never came back
+            pass
+        errands = started(settings, worker)
+        while not wait([heard], 0.01).done:
+            errands.after_worker_group_poll_status(None)
+    assert heard.result() is None
+    worker.outbox.answer(0, UnavailableError("late"))
+    worker.outbox.answer(0, "later")
+    ended(errands)
+
+
+def test_a_question_that_is_asked_again_while_it_is_answered_is_answered_once(home, monkeypatch):
+    settings, _ = home
+    monkeypatch.setattr(outbox, "AGAIN_S", 0.01)
+    worker, seen, looks = Worker(), [], []
+
+    def get(*_):
+        seen.append("asked")
+        while len(looks) < 20:
+            time.sleep(0.001)
+        raise UnavailableError("slow")
+
+    monkeypatch.setattr(Registry, "get", get)
+    errands = started(settings, worker)
+    with ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(worker.outbox.ask, THE_CHAMPION)
+        while len(looks) < 20:
+            if taken := worker.outbox.take():
+                looked = Future()
+                looked.set_result(taken)
+                errands._found(worker, looked)
+                looks.append(taken)
+        assert isinstance(heard.exception(), UnavailableError)
+    assert len(seen) == 1
+    ended(errands)
+
+
+@pytest.mark.parametrize("parent", [None, HandedAdapter("acme.colours:1", 1)])
+def test_what_the_first_worker_cannot_have_ends_the_others_too(tmp_path, monkeypatch, parent):
+    class Second(WorkerGroup):
+        def gather(self, value):
+            return [UnavailableError("no answer"), value]
+
+    steps = []
+    model = SimpleNamespace(plan=SimpleNamespace(steps=1))
+    monkeypatch.setattr("pedro.training.context.engine_for", lambda *_: None)
+    monkeypatch.setattr("pedro.training.context.build_context", lambda *_: steps.append("built") or model)
+    monkeypatch.setattr("pedro.training.worker.train_and_score", lambda *_: steps.append("trained"))
+    monkeypatch.setattr("pedro.training.worker.save", lambda *_: steps.append("saved"))
+    monkeypatch.setattr(trainer, "_report", lambda *_: steps.append("waits for ever"))
+    config = {"parent": parent, "checkpoint_models": False, "extra": {}}
+    with pytest.raises(UnavailableError, match="no answer"):
+        trainer._train(spec_for(tmp_path), Settings.from_env({}), Second(1, 2), config)
+    assert steps == ([] if parent else ["built", "trained", "saved"])
+
+
 def test_an_adapter_is_handed_through_the_storage_where_hosts_share_no_home(home, tmp_path):
     settings, registry = home
     made = version(registry, tmp_path, "acme.colours", "one")
@@ -228,6 +308,25 @@ def test_a_kept_checkpoint_becomes_a_version_and_one_that_cannot_is_told(home, t
     ended(errands)
     (found,) = registry.versions("acme.colours")
     assert checkpoint_of(found.gate).step == 5
+    again = started(settings, Worker(), run, job)
+    again.after_report(report, [{"step": 5, MODEL: made}])  # the job went back behind a damaged checkpoint
+    ended(again)
+    assert len(registry.versions("acme.colours")) == 1
     (event,) = registry.store.list_job_events(job, ("checkpoint",), limit=10)
     assert event.data == {"model": "acme.colours:1", "step": 5, "metrics": made["metrics"]}
     assert "the checkpoint of step 6 is no model" in capsys.readouterr().out
+
+
+def test_a_full_disk_under_a_checkpoints_copy_is_told_and_is_no_error(home, tmp_path, monkeypatch, capsys):
+    settings, _ = home
+    errands = started(settings, Worker())
+
+    def full(**_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pedro.training.errands.tempfile.TemporaryDirectory", full)
+    report = SimpleNamespace(checkpoint=Checkpoint.from_directory(tmp_path))
+    errands.after_report(report, [{MODEL: {"step": 6}}])
+    monkeypatch.undo()
+    ended(errands)
+    assert "the checkpoint of step 6 is no model: No space left" in capsys.readouterr().out

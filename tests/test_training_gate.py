@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import pytest
 from serving_adapters import register, settings_at
@@ -140,19 +139,18 @@ def test_a_gates_later_keys_are_not_part_of_a_spec_that_does_not_use_them():
     assert GateSpec(**GateSpec(evidence="better", level=0.01).model_dump()).level == 0.01
 
 
-def test_a_job_compares_its_version_with_the_champion_row_by_row_and_the_gate_is_told(tmp_path, monkeypatch):
+def test_a_job_compares_its_version_with_the_champion_row_by_row_and_the_gate_is_told(tmp_path):
     settings = settings_at(tmp_path / "home")
     registry = Registry.open(settings)
     context = context_for(spec_for(tmp_path, "lora", max_steps=2), tmp_path)
     trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
     worker.save(context, trained, tmp_path / "adapter")
     handed = hand(register(registry, tmp_path / "adapter", context.spec.name), registry, settings, "ftjob-1")
-    answers = [None, replace(handed, problem="its files are gone"), handed]  # of the driver
-    monkeypatch.setattr(trainer, "OUTBOX", SimpleNamespace(ask=lambda _about: answers.pop(0)))
-    assert trainer._score_champion(context, trained.score) is None
-    gone = trainer.Champion(**trainer._score_champion(context, trained.score))
+    lost = replace(handed, problem="its files are gone")
+    assert trainer._score_champion(context, trained.score, None) is None
+    gone = trainer.Champion(**trainer._score_champion(context, trained.score, lost))
     assert (gone.version, gone.metrics, gone.problem) == (1, None, "its files are gone")
-    told = json.loads(json.dumps(trainer._score_champion(context, trained.score)))  # as the driver reads it
+    told = json.loads(json.dumps(trainer._score_champion(context, trained.score, handed)))  # as the driver reads it
     champion = trainer.Champion(**told)
     assert champion.version == 1
     assert (champion.paired["better"], champion.paired["worse"]) == (0, 0)

@@ -331,9 +331,18 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_answer_tokens(tmp_path):
     (loss, right), tokens = batch_step(context.engine, rows, context.plan, context.data.pad_id, salt=0)
     assert tokens == supervised_tokens(rows)
     fresh = context_for(spec_for(tmp_path), tmp_path)
-    means = mean_losses(fresh.engine, rows, 3, fresh.data.pad_id, WorkerGroup())
-    assert means == pytest.approx([float(loss), float(right)], rel=1e-5)
+    for accumulation in (1, 2, 4):  # more slices than rows in the end
+        means = mean_losses(fresh.engine, rows, 3, fresh.data.pad_id, WorkerGroup(), accumulation=accumulation)
+        assert means == pytest.approx([float(loss), float(right)], rel=1e-5)
     assert math.isfinite(loss)
+
+
+def test_validation_holds_no_more_logits_at_a_time_than_a_slice_of_its_longest_rows(tmp_path):
+    context = context_for(spec_for(tmp_path), tmp_path)
+    row, seen = context.data.train[0], []
+    context.model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    mean_losses(context.engine, [row] * 8, 8, context.data.pad_id, WorkerGroup(), accumulation=4)
+    assert [shape[1] for shape in seen] == [2 * supervised_tokens([row])] * 4
 
 
 @torch.no_grad()

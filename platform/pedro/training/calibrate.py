@@ -197,12 +197,12 @@ class _Calibrator:
         from pedro.training.loop import mean_losses
         from pedro.training.worker_group import ALONE
 
-        data = self.context.data
+        data, plan = self.context.data, self.context.plan
         if not len(data.validation) or self._spent():
             return forward
         some = [data.validation[place] for place in range(min(len(data.validation), rows))]
         started = time.perf_counter()
-        mean_losses(self.context.engine, some, rows, data.pad_id, ALONE, self.context.plan.objective)
+        mean_losses(self.context.engine, some, rows, data.pad_id, ALONE, plan.objective, plan.accumulation)
         return (time.perf_counter() - started) / len(some)
 
     def _scored(self, forward: float) -> float:

@@ -24,8 +24,14 @@ LAST = 3
 def publish(
     registry: Registry, ref: ModelRef, job_id: str, run_id: str, directory: Path, made: Mapping[str, Any]
 ) -> None:
-    """Make a version of a checkpoint's adapter; `made` is what `CheckpointModels.save` returned, `run_id` the job's."""
+    """Make a version of a checkpoint's adapter; `made` is what `CheckpointModels.save` returned, `run_id` the job's.
+
+    A job that went back behind a damaged checkpoint comes by a step again, with the same bits: its version stays.
+    """
     step = made["step"]
+    gate = checkpoint_gate(job_id, step)
+    if any(version.gate == gate for version in registry.versions(ref.name)):
+        return
     run = registry.start_run(
         experiment=ref.name,
         name=f"{job_id} step {step}",
@@ -34,7 +40,6 @@ def publish(
         parent=run_id,
     )
     try:
-        gate = checkpoint_gate(job_id, step)
         version = registry.register(run, directory, ref.tenant, ref.adapter, gate=gate)
     finally:
         registry.finish_run(run)

@@ -73,7 +73,8 @@ def read_checkpoint(
 ) -> tuple[TrainState, dict[str, torch.Tensor]]:
     """Load a checkpoint into the engine; the train state, and on rank 0 the best parameters so far.
 
-    Raises DamagedCheckpoint on every worker, and loads nothing, if a file is not what was written.
+    Raises DamagedCheckpoint on every worker, and loads nothing, if a file is gone or not what was written. An OSError
+    that may pass (a stale handle, no permission) says nothing about the files: it is raised as it is, for another try.
     """
     mine = f"rank{0 if engine.replicated() else group.rank}"
 
@@ -86,7 +87,7 @@ def read_checkpoint(
             progress = json.loads((directory / PROGRESS).read_text())
             progress["validations"] = [(int(step), float(loss)) for step, loss in progress["validations"]]
             return progress, {name: load_file(str(directory / name)) for name in names}
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise DamagedCheckpoint(f"checkpoint: {directory} cannot be read ({error})", param="checkpoint") from error
 
     progress, files = group.together(read)

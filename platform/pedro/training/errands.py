@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from pedro.config import Settings
     from pedro.refs import ModelRef
 
-LOOK_S, CURVES_S, OTHERS_S = 5.0, 60.0, 600.0
-"""How long the last look into the outbox may take, and what is left to do then."""
+LOOK_S, CURVES_S, ANSWERS_S, MODELS_S = 5.0, 60.0, 5.0, 600.0
+"""How long the last look into the outbox may take, and what is left to do then. No worker waits by then."""
 
 
 class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
@@ -42,8 +42,12 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         """`model` is the adapter that is trained."""
         self._settings, self._model, self._run_id, self._job_id = settings, model, run_id, job_id
         self._registry = Registry.open(settings)
-        self._curves = Background("a point of the curves is lost")  # apart: a slow tracking server keeps no question
-        self._others = Background("an errand of the workers failed")
+        # apart: neither a slow tracking server nor checkpoints that are published keep a question waiting
+        self._curves = Background("a point of the curves is lost")
+        self._answers = Background("an answer to a worker is lost")
+        self._models = Background("a checkpoint is no model")
+        self._underway: set[int] = set()
+        """Questions of the present worker that are being answered: it may ask again meanwhile."""
         self._worker: Any = None
         self._looked = threading.Event()
 
@@ -52,7 +56,7 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         return _again, (self._settings.env(), self._model, self._run_id, self._job_id)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        self._worker = worker_group.get_workers()[0]
+        self._worker, self._underway = worker_group.get_workers()[0], set()
         self._looked.set()
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
@@ -67,22 +71,20 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
 
     async def before_controller_shutdown(self) -> None:
         self._curves.close(CURVES_S)
-        self._others.close(OTHERS_S)
+        self._answers.close(ANSWERS_S)
+        self._models.close(MODELS_S)
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
         """A checkpoint is kept by now. Its adapter is copied at once: the checkpoint goes when newer ones come."""
         made = metrics[0].get(outbox.MODEL)
         if made is None or training_report.checkpoint is None:
             return
-        scratch = tempfile.TemporaryDirectory()
-        kept = training_report.checkpoint
         try:
-            Checkpoint(f"{kept.path}/{ADAPTER}", kept.filesystem).to_directory(scratch.name)
-        except Exception as error:  # noqa: BLE001 - whatever the storage raises
-            scratch.cleanup()
+            scratch = _copy_adapter(training_report.checkpoint)
+        except Exception as error:  # noqa: BLE001 - whatever the storage raises, or a full disk
             _say_no_model(made, error)
         else:
-            self._others.do(partial(self._publish, scratch, made))
+            self._models.do(partial(self._publish, scratch, made))
 
     def _publish(self, scratch: tempfile.TemporaryDirectory[str], made: Mapping[str, Any]) -> None:
         try:
@@ -102,8 +104,9 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
             for item in looking.result():
                 if isinstance(item, outbox.CurvePoint):
                     self._curves.do(partial(self._log, item))
-                else:
-                    self._others.do(partial(self._answer, worker, item))
+                elif item.number not in self._underway:
+                    self._underway.add(item.number)
+                    self._answers.do(partial(self._answer, worker, item))
         self._looked.set()
 
     def _log(self, point: outbox.CurvePoint) -> None:
@@ -118,6 +121,7 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
             answer = UnavailableError(
                 f"the registry did not tell the {question.about} ({type(error).__name__}: {error})"
             )
+        self._underway.discard(question.number)
         worker.execute_async(outbox.answer, question.number, answer)
 
     def _champion(self) -> HandedAdapter | None:
@@ -134,6 +138,17 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
 
 def _again(settings: Mapping[str, str], model: ModelRef, run_id: str, job_id: str) -> Errands:
     return Errands(unpack_settings(settings), model, run_id, job_id)
+
+
+def _copy_adapter(kept: Checkpoint) -> tempfile.TemporaryDirectory[str]:
+    """The adapter of a checkpoint, on this host. Raises whatever the storage does."""
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    try:
+        Checkpoint(f"{kept.path}/{ADAPTER}", kept.filesystem).to_directory(scratch.name)
+    except BaseException:
+        scratch.cleanup()
+        raise
+    return scratch
 
 
 def _say_no_model(made: Mapping[str, Any], error: Exception) -> None:

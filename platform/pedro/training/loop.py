@@ -161,7 +161,9 @@ def train(
             logger.log(group, reporter)
         if len(data.validation) and (state.step % plan.validate_every == 0 or last):
             logger.log(group, reporter)
-            means = mean_losses(engine, data.validation, plan.batch_size, data.pad_id, group, plan.objective)
+            means = mean_losses(
+                engine, data.validation, plan.batch_size, data.pad_id, group, plan.objective, plan.accumulation
+            )
             best = keep_best(state, means[0], best, engine)
             logger.validated(means, group, reporter)
             engine.mode(training=True)
@@ -216,19 +218,26 @@ def batch_step(
 
 @torch.no_grad()
 def mean_losses(
-    engine: StepEngine, rows: Rows, batch_size: int, pad_id: int, group: WorkerGroup, objective: Objective = ANSWERS
+    engine: StepEngine,
+    rows: Rows,
+    batch_size: int,
+    pad_id: int,
+    group: WorkerGroup,
+    objective: Objective = ANSWERS,
+    accumulation: int = 1,
 ) -> list[float]:
     """Mean loss over all rows, then the means of the objective's measures; every worker takes a share and gets the same
-    numbers. Rows of like length share a batch, so that little of it is padding."""
+    numbers. Rows of like length share a batch, so that little of it is padding. It is cut in slices as training's are:
+    the batch of the longest rows needs no more memory than a step on them."""
     engine.mode(training=False)
     by_length = sorted(fetch(rows, range(len(rows))), key=lambda row: len(row["input_ids"]))
     total, weight = torch.zeros(1 + len(objective.measures), dtype=torch.float64), 0
     for start in range(0, len(rows), batch_size):
         batch_rows = by_length[start : start + batch_size]
         weight += objective.weight(batch_rows)
-        (part,) = slices(batch_rows, group.rank, group.world, 1)
-        loss, measures = objective.sums(engine, part, pad_id, filler=batch_rows[0])
-        total += torch.cat([loss[None], measures]).double().cpu()
+        for part in slices(batch_rows, group.rank, group.world, accumulation):
+            loss, measures = objective.sums(engine, part, pad_id, filler=batch_rows[0])
+            total += torch.cat([loss[None], measures]).double().cpu()
     return [summed / weight for summed in group.sum(total.tolist())]
 
 

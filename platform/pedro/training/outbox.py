@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ MODEL = "model"
 """Of a checkpoint's report: what is told of it where it is to become a version."""
 THE_CHAMPION = "champion"
 """To ask for."""
+AGAIN_S = 30.0
+"""So long after a question it is asked again: it or its answer may have been lost on the way."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Outbox:
         """Wait for the driver's answer. Raises the PedroError that it met."""
         answer: Future[Any] = Future()
         self._asked.append(answer)
-        self._items.put(WorkerQuestion(len(self._asked) - 1, about))
+        question = WorkerQuestion(len(self._asked) - 1, about)
+        self._items.put(question)
+        while not wait([answer], AGAIN_S).done:
+            self._items.put(question)
         return answer.result()
 
     def take(self) -> list[CurvePoint | WorkerQuestion]:
@@ -62,11 +67,12 @@ class Outbox:
         return taken
 
     def answer(self, number: int, value: Any) -> None:
-        """Answer a question, with an error if that is what `value` is."""
-        if isinstance(value, Exception):
-            self._asked[number].set_exception(value)
-        else:
-            self._asked[number].set_result(value)
+        """Answer a question, with an error if that is what `value` is. A second answer is dropped."""
+        with suppress(InvalidStateError):
+            if isinstance(value, Exception):
+                self._asked[number].set_exception(value)
+            else:
+                self._asked[number].set_result(value)
 
 
 OUTBOX = Outbox()

@@ -200,7 +200,7 @@ def _train(spec: FineTuneSpec, settings: Settings, group: WorkerGroup, config: M
 
     parent: HandedAdapter | None = config["parent"]
     with ExitStack() as stack, tracing.span("prepare"):
-        start = stack.enter_context(parent.here()) if parent else None
+        start = group.together(lambda: stack.enter_context(parent.here())) if parent else None
         context = build_context(spec, settings.cache, engine_for(spec), group, start)
     reporter = RayReporter(context.plan.steps)
     if config["checkpoint_models"]:
@@ -212,6 +212,7 @@ def _train(spec: FineTuneSpec, settings: Settings, group: WorkerGroup, config: M
         trained = worker.train_and_score(context, reporter)
     with tempfile.TemporaryDirectory() as folder:
         digest = worker.save(context, trained, Path(folder) / ADAPTER, config["extra"])
+        handed = group.together(lambda: _ask_for_champion(group))
         checkpoint = None
         if group.rank == 0:
             finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
@@ -220,7 +221,7 @@ def _train(spec: FineTuneSpec, settings: Settings, group: WorkerGroup, config: M
                 "digest": digest,
                 "metrics": trained.metrics,
                 "trainable_parameters": context.trainable_parameters,
-                "champion": _score_champion(context, trained.score),
+                "champion": _score_champion(context, trained.score, handed),
                 "unservable": unservable(Path(folder) / ADAPTER, context.backbone),
             }
             (Path(folder) / ANSWER).write_text(json.dumps(answer))
@@ -305,12 +306,19 @@ def _finished(checkpoint: Checkpoint | None) -> bool:
     return True
 
 
-def _score_champion(context: TrainingContext, adapted: Score) -> dict[str, Any] | None:
+def _ask_for_champion(group: WorkerGroup) -> HandedAdapter | None:
+    """The first worker asks; the others wait with it, so that an error stops them all."""
+    if group.rank:
+        return None
+    handed: HandedAdapter | None = OUTBOX.ask(THE_CHAMPION)
+    return handed
+
+
+def _score_champion(context: TrainingContext, adapted: Score, handed: HandedAdapter | None) -> dict[str, Any] | None:
     """The champion's score on the rows of `adapted`, the new version's, and both compared row by row."""
     from pedro.training.paired_test import compare_rows
     from pedro.training.worker import compared, score_directory
 
-    handed: HandedAdapter | None = OUTBOX.ask(THE_CHAMPION)
     if handed is None:
         return None
     if handed.problem:
