@@ -88,7 +88,8 @@ def whole(tmp_path_factory):
     @cache
     def whole(workers):
         folder = tmp_path_factory.mktemp("whole")
-        return train_in_group(workers, folder, [Training("whole", _long_spec(folder, workers).to_dict())])["whole"]
+        training = Training("whole", _long_spec(folder, workers).to_dict(), as_job=True)
+        return train_in_group(workers, folder, [training])["whole"]
 
     return whole
 

@@ -1,4 +1,4 @@
-"""Groups of training workers without Ray: real processes over gloo, each with DeepSpeed.
+"""Groups of training workers without Ray: real processes over gloo, each with DeepSpeed unless told otherwise.
 
 One group trains every spec that it is given, since starting its processes costs most.
 """
@@ -21,7 +21,7 @@ import torch.multiprocessing
 from training_runs import LocalReporter, parameters, run
 
 from pedro.errors import TrainingError
-from pedro.training.context import build_context, deepspeed_engine
+from pedro.training.context import build_context, deepspeed_engine, engine_for
 from pedro.training.engines import StepEngine
 from pedro.training.loop import TrainState, train
 from pedro.training.spec import FineTuneSpec
@@ -30,11 +30,13 @@ from pedro.training.worker_group import WorkerGroup
 
 @dataclass(frozen=True)
 class Training:
-    """What a group is to train; `cut_at` is the step after whose checkpoint it is broken off once, and resumed."""
+    """What a group is to train; `cut_at` is the step after whose checkpoint it is broken off once, and resumed. `as_job`:
+    with the engine that a job takes."""
 
     name: str
     spec: dict[str, Any]
     cut_at: int | None = None
+    as_job: bool = False
 
 
 Results = dict[str, dict[str, Any]]
@@ -91,12 +93,13 @@ def _train(training: Training, folder: Path, group: WorkerGroup) -> dict[str, An
     from pedro.training.worker import Trained, evaluate, save
 
     spec = FineTuneSpec.model_validate(training.spec)
+    make_engine = engine_for if training.as_job else deepspeed_engine
     if training.cut_at:
-        first = build_context(spec, folder / "cache", deepspeed_engine(spec), group)
+        first = build_context(spec, folder / "cache", make_engine(spec), group)
         cut = _Cut(folder / training.name, training.cut_at)
         with pytest.raises(InterruptedError):
             train(first.engine, first.alternation, first.plan, first.data, cut)
-    context = build_context(spec, folder / "cache", deepspeed_engine(spec), group)
+    context = build_context(spec, folder / "cache", make_engine(spec), group)
     outcome = run(context, folder / training.name)
     metrics, _, _ = evaluate(context, group)
     digest = save(context, Trained(outcome, metrics), folder / f"{training.name}-adapter")
