@@ -30,8 +30,8 @@ from pedro.training.worker_group import WorkerGroup
 
 @dataclass(frozen=True)
 class Training:
-    """What a group is to train; `cut_at` is the step after whose checkpoint it is broken off once, and resumed. `as_job`:
-    with the engine that a job takes."""
+    """What a group is to train; `cut_at` is the step after whose checkpoint it is broken off once, and resumed.
+    `as_job`: with the engine that a job takes."""
 
     name: str
     spec: dict[str, Any]
