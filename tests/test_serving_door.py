@@ -181,6 +181,7 @@ def test_a_client_that_leaves_while_it_waits_is_forgotten_and_has_asked_nothing(
         line.close()
         until(lambda: keeper._held.total() == 0)
         server = Server(port)
+        until(lambda: len(listeners(port)) == 1)
         other, file = connect(port)
         say(file, b"here")
         assert file.readline() == b"HERE\n"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -129,6 +130,9 @@ def test_where_the_clock_was_set_back_serves_controller_is_started_anew_once(set
 
 def test_of_a_head_only_what_runs_under_a_title_is_killed(settings):
     head, (own,) = start_head(settings)
+    until = time.monotonic() + 60
+    while "600" not in psutil.Process(own).cmdline() and time.monotonic() < until:  # it is forked first
+        time.sleep(0.01)
     assert cluster.kill_of_head(settings, "sleep 601") is False
     assert cluster.kill_of_head(settings, "sleep 600") is True
     assert not alive(own)
