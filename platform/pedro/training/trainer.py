@@ -174,12 +174,12 @@ def _work(config: dict[str, Any]) -> None:
 
     from pedro.training.worker_group import WorkerGroup
 
-    if _finished(ray.train.get_checkpoint()):
+    context = ray.train.get_context()
+    group = WorkerGroup(context.get_world_rank(), context.get_world_size())
+    if all(group.gather(_finished(ray.train.get_checkpoint()))):  # one that cannot read it now is not left alone
         return
     spec = FineTuneSpec.model_validate(config["spec"])
     settings = Settings.from_env(config["settings"])
-    context = ray.train.get_context()
-    group = WorkerGroup(context.get_world_rank(), context.get_world_size())
     set_torch_threads(max(1, int(spec.resources.cpus_per_worker)))
     obtain_backbone(settings, spec.backbone)
     tracing.start("pedro-worker", f"{config['job_id']}/{group.rank}")
