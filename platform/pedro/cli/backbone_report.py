@@ -134,7 +134,7 @@ def _training_bytes(config: Any) -> dict[str, int]:
         answer_tokens=ROWS * ANSWER,
         gradient_checkpointing=False,
     )
-    return {**parts, "process": PROCESS_BYTES[0]}
+    return {**parts, "process": PROCESS_BYTES}
 
 
 def _serving_bytes(config: Any, facts: Facts) -> dict[str, int]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BOUND_S = 60.0
 STEPS, FEW_SECONDS, MOST_STEPS = 2, 0.5, 10  # at least so many steps are timed, more of short ones
-SCORED_ROWS = 8  # that are timed
+SCORED_ROWS = 32  # that are timed at most: a batch
 MOST_PARAMETERS = 1_000_000_000  # that are timed on a CPU
 LOADING, TRAINED_BYTES = 1.5, 12  # times the weights while they load; a gradient and two moments of a parameter
 ROOM = 0.7  # of the free memory; the rest is for activations
@@ -207,16 +207,22 @@ class _Calibrator:
 
     def _scored(self, forward: float) -> float:
         """A row's answer is generated token by token, and its loss taken."""
-        from pedro.evaluation.scoring import score
-
         _, scored = self.context.scored_rows()
         if scored is None:
             return 0.0
-        some = [scored[place] for place in range(min(len(scored), SCORED_ROWS))]
-        if self._spent():
+        count = min(len(scored), SCORED_ROWS)
+        if not count or self._spent():
             return 3 * forward
         self.context.engine.mode(training=False)
+        first = self._score_s([scored[0]])  # what is made once is there by then
+        left = self._end - time.perf_counter()
+        count = max(1, min(count, int(left / first) if first > 0 else count))
+        return self._score_s([scored[place] for place in range(count)]) / count
+
+    def _score_s(self, rows: list[Any]) -> float:
+        from pedro.evaluation.scoring import score
+
         started = time.perf_counter()
-        score(self.context.model, self.context.tokenizer, some)
+        score(self.context.model, self.context.tokenizer, rows)
         self._wait()
-        return (time.perf_counter() - started) / len(some)
+        return time.perf_counter() - started

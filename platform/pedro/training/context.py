@@ -150,10 +150,12 @@ def torch_engine(spec: FineTuneSpec) -> MakeEngine:
 
 def engine_for(spec: FineTuneSpec) -> MakeEngine:
     """The engine that a job trains with, over the process group that is up: DeepSpeed's where there is work for it."""
-    resources = spec.resources
-    if resources.workers == 1 and not resources.zero_stage and not _trains_in_bf16(spec):
-        return torch_engine(spec)  # the same steps, without its libraries
-    return deepspeed_engine(spec)
+    return deepspeed_engine(spec) if needs_deepspeed(spec) else torch_engine(spec)
+
+
+def needs_deepspeed(spec: FineTuneSpec) -> bool:
+    """Whether there is work for DeepSpeed; plain torch makes the same steps without its libraries."""
+    return spec.resources.workers > 1 or spec.resources.zero_stage > 0 or _trains_in_bf16(spec)
 
 
 def deepspeed_engine(spec: FineTuneSpec) -> MakeEngine:

@@ -21,10 +21,11 @@ from pedro.training.prepare import PreparedData, make_training_plan, notes, prep
 if TYPE_CHECKING:
     from pedro.training.spec import FineTuneSpec
 
-# Measured with Ray 2 jobs of stories260K on two cores that were busy otherwise too (load 3 to 5), 1 and 2 workers, ZeRO
-# 0, 1 and 3: 45 to 60 s beside training and scoring; resident memory of a worker, whose tensors take 2 MB.
-STARTUP_S = 45.0
-PROCESS_BYTES = {0: 770_000_000, 1: 790_000_000, 2: 790_000_000, 3: 810_000_000}
+# Measured with Ray 2 jobs of stories260K and pedro-nano, whose tensors take 2 and 10 MB: seconds beside training and
+# scoring, and resident memory of a worker. DeepSpeed's by ZeRO stage, 1 and 2 workers, on two cores that were busy.
+STARTUP_S, DEEPSPEED_STARTUP_S = 14.0, 45.0
+PROCESS_BYTES = 650_000_000
+DEEPSPEED_PROCESS_BYTES = {0: 770_000_000, 1: 790_000_000, 2: 790_000_000, 3: 810_000_000}
 ROLES = {"theta": "theta (for the steps on Θ)"}
 DPO_READS = "two sequences a row; the backbone reads both first, of which two numbers are kept, then the adapter"
 ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only for what is not timed here
@@ -110,7 +111,7 @@ def _estimate(
 ) -> DryRun:
     from pedro.methods.registry import count_parameters, get_method
     from pedro.training.backbone_pieces import can_be_cut
-    from pedro.training.context import check_reference, make_optimizer
+    from pedro.training.context import check_reference, make_optimizer, needs_deepspeed
 
     model = _shapes(spec, backbone)
     method = get_method(spec.method.name)
@@ -167,9 +168,9 @@ def _estimate(
     measured = isinstance(found, Calibration) and found.activation_bytes is not None
     if isinstance(found, Calibration) and found.activation_bytes is not None:
         memory["activations"] = found.activation_bytes
-    workers = spec.resources.workers
+    workers, deepspeed = spec.resources.workers, needs_deepspeed(spec)
     parts = {
-        "to start": STARTUP_S,
+        "to start": DEEPSPEED_STARTUP_S if deepspeed else STARTUP_S,
         "of steps": per_step * plan.steps,
         "of validation": a_validated * validated / workers,
         "of scoring": a_scored * to_score / workers,
@@ -183,7 +184,7 @@ def _estimate(
         tokens_per_row=tokens,
         memory_bytes=memory,
         memory_from="measured" if measured else "estimate",
-        process_bytes=PROCESS_BYTES[spec.resources.zero_stage],
+        process_bytes=DEEPSPEED_PROCESS_BYTES[spec.resources.zero_stage] if deepspeed else PROCESS_BYTES,
         steps=plan.steps,
         optimizer_steps=plan.optimizer_steps(plan.steps),
         ends_by=_ends_by(spec, plan.steps),
