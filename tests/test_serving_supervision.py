@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -117,26 +116,18 @@ def test_a_server_that_is_ended_while_it_starts_again_is_ended_with_the_head_tha
     assert not record(settings).exists()
 
 
-def test_where_the_clock_was_set_back_serves_controller_is_started_anew_once(settings, monkeypatch):
-    start_head(settings)
-    clocks, killed = iter([0.0, 0.0, 3600.0, 3599.0, -0.5, -0.5]), []
-    monkeypatch.setattr(supervision, "ahead", lambda: next(clocks))
-    monkeypatch.setattr(cluster, "kill_of_head", lambda _settings, title: killed.append(title))
-    watched = Watched(settings, [])
-    for _ in range(5):
-        watched._look_at_clock()
-    assert killed == ["ServeController"]
-
-
-def test_of_a_head_only_what_runs_under_a_title_is_killed(settings):
+def test_where_the_clock_was_set_back_head_and_server_are_started_again(settings, monkeypatch):
     head, (own,) = start_head(settings)
-    until = time.monotonic() + 60
-    while "600" not in psutil.Process(own).cmdline() and time.monotonic() < until:  # it is forked first
-        time.sleep(0.01)
-    assert cluster.kill_of_head(settings, "sleep 601") is False
-    assert cluster.kill_of_head(settings, "sleep 600") is True
-    assert not alive(own)
+    clocks = iter([0.0, 0.0, 3600.0, 3599.0, -0.5])  # a second's step back, then an hour's
+    monkeypatch.setattr(supervision, "ahead", lambda: next(clocks, -0.5))
+    watched = Watched(settings, ["start"])
+    for _ in range(3):
+        watched._look_at_clock()
     assert head.poll() is None
+    watched.run()
+    assert (watched.started, watched.tries) == (1, [])
+    assert head.poll() is not None
+    assert not alive(own)
 
 
 def test_what_a_killed_head_left_is_ended_before_the_next_starts_and_a_strangers_processes_are_not(settings):

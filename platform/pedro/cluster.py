@@ -174,19 +174,6 @@ def stop_head(settings: Settings) -> bool:
     return True
 
 
-def kill_of_head(settings: Settings, title: str) -> bool:
-    """Kill what the local head runs under a title, for Ray to start again; False if there is nothing."""
-    import psutil
-
-    head, found = find_head(settings), []
-    for process in _session(head.pid) if head else ():
-        with suppress(psutil.Error, OSError):
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    _kill(found)
-    return bool(found)
-
-
 def end_orphans(settings: Settings) -> bool:
     """Kill what a local head that is gone has left, which may hold the server's port; False if there is nothing."""
     import psutil

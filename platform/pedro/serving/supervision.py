@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LOOK_S = 1.0
 PATIENCE_S = 30.0  # the longest pause between two tries that failed
 ENDS_S = 30.0
-SET_BACK_S = 5.0
+SET_BACK_S = 30.0  # about what starting again takes; less is waited out
 Log = Callable[[str], None]
 
 
@@ -54,12 +54,17 @@ class Supervisor:
             time.sleep(LOOK_S)
 
     def _look_at_clock(self) -> None:
-        """Serve's controller times its looks at replicas by the wall clock: where that was set back, it would miss
-        every death until the clock is where it was. Another one starts at once; requests go on meanwhile."""
+        """End the head if the clock was set back, so that it is started again.
+
+        Ray's timers go by the wall clock: in every process that runs, Serve's looks at replicas, calls that are to be
+        repeated and heartbeats stand still until the clock is where it was.
+        """
         before, self._ahead = self._ahead, ahead()
         if before - self._ahead > SET_BACK_S and self._settings.ray_address is None:
-            self._log("the clock was set back; starting Serve's controller anew")
-            cluster.kill_of_head(self._settings, "ServeController")
+            self._log(
+                f"the clock was set back by {before - self._ahead:.0f} s, for which Ray's timers would stand still"
+            )
+            cluster.stop_head(self._settings)
 
     def _start_again(self) -> None:
         mark = restarting(self._settings)
