@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -128,6 +129,15 @@ def test_where_the_clock_was_set_back_head_and_server_are_started_again(settings
     assert (watched.started, watched.tries) == (1, [])
     assert head.poll() is not None
     assert not alive(own)
+
+
+def test_a_clock_that_is_set_back_while_the_server_starts_ends_its_head(settings, monkeypatch):
+    head, _ = start_head(settings)
+    clocks = iter([0.0, 3600.0, 0.0])
+    monkeypatch.setattr(supervision, "ahead", lambda: next(clocks, 0.0))
+    started = SimpleNamespace(is_alive=lambda: head.poll() is None, join=lambda _limit: None)
+    Watched(settings, [])._wait(started)
+    assert head.poll() is not None
 
 
 def test_what_a_killed_head_left_is_ended_before_the_next_starts_and_a_strangers_processes_are_not(settings):

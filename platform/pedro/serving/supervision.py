@@ -93,10 +93,16 @@ class Supervisor:
         process = multiprocessing.get_context("spawn").Process(target=_deploy, args=options)
         process.start()
         try:
-            process.join()
+            self._wait(process)
         finally:
             _end(process)
         return process.exitcode == 0
+
+    def _wait(self, process: SpawnProcess) -> None:
+        """Until it ends: by itself, or because the clock was set back and its head with it."""
+        while process.is_alive():
+            process.join(LOOK_S)
+            self._look_at_clock()
 
 
 def ahead() -> float:
