@@ -96,6 +96,22 @@ def test_longer_prompts_are_read_by_every_pooler_beside_no_adapter(tmp_path, mon
     assert all(row["ttft_ms"] > 0 and (row["adapters"] != "none" or row["ratio"] == 1) for row in rows)
 
 
+def test_what_is_read_again_is_told_by_what_an_adapter_depends_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    words = ["conditioning", "--quick", "--threads", "1", "--rounds", "1"]
+    assert main(BENCHMARKS, tmp_path / "results", words) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    reused = {
+        row["adapters"]: tuple(row[f"{name}_cached"] > 0 for name in ("next_turn", "same_system_prompt"))
+        for row in rows
+    }
+    assert reused.pop("PEDRO, whole prompt") == (False, False), "its vectors are of the whole prompt"
+    assert set(reused.values()) == {(True, True)}
+    others = {row["adapters"] for row in rows if row["another_adapter_cached"]}
+    answer_side = {"PEDRO, answer, tail 1", "PEDRO, answer, tail 9", "activated LoRA"}
+    assert others == {"none", *answer_side}, "what the bare backbone reads is anybody's"
+
+
 def test_quantised_weights_stand_beside_float32_by_speed_memory_and_perplexity(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
     words = [

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_data_wordings import CHAT
 
 from pedro.backbone import EMBEDDED
-from pedro.comparison.data import gather
+from pedro.comparison.data import _plain, gather
 from pedro.comparison.pipeline import prepare
 from pedro.comparison.result_model import FINISHED
 from pedro.comparison.run_files import read_comparison
@@ -16,7 +17,9 @@ from pedro.comparison.run_planner import RunPlanner
 from pedro.comparison.single_run import execute_run
 from pedro.comparison.spec import ComparisonSpec
 from pedro.comparison.spec_file import load_comparison_spec
+from pedro.comparison.untrained_run import BackboneAsker
 from pedro.config import Settings, validate_spec
+from pedro.data.prompt_format import encode_prompt
 from pedro.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +72,38 @@ def test_a_run_is_a_chat_where_the_backbone_has_a_template_for_it(wording, given
     result = execute_run(plan, data, spec.resources, None, tmp_path / "cache")
     assert (result.state, result.message, result.prompt_format) == (FINISHED, "", form)
     assert result.scores[0].rows == 6
+
+
+def test_a_system_turn_conditions_a_run_and_tells_the_bare_backbone(tmp_path):
+    task = {"task": "snips", "wording": "system", "train_rows": 40, "validation_rows": 6, "test_rows": 6}
+    methods = [
+        {"name": "pedro", "r": 2, "conditioning": "system"},
+        {"name": "pedro", "label": "answer", "r": 2, "apply_to": "answer", "tail": 5},
+        {"name": "backbone", "by": "match"},
+    ]
+    tree = {"name": "told", "tasks": [task], "methods": methods, "seeds": [0], "training": TRAINING}
+    spec = validate_spec({**tree, "backbones": [chat_backbone(tmp_path / "chat")]}, ComparisonSpec)
+    data = gather(spec, spec.tasks[0], str(tmp_path / "storage"))
+    planner = RunPlanner(spec, {"snips": data.digest})
+    plans = [plan for group in planner.groups for plan in planner.finals(group, None)]
+    assert {plan.wording for plan in plans} == {"system"}
+    for plan in plans:
+        kept: list = []
+        result = execute_run(plan, data, spec.resources, None, tmp_path / "cache", kept.append)
+        assert (result.state, result.message, result.prompt_format) == (FINISHED, "", "chat")
+        assert kept[0].rows[0].prompt.startswith("Say which intent the text has: add, ")
+    asked = BackboneAsker(plans[-1], spec.resources)
+    row = data.tests[0].rows[0]
+    prompt = asked.encoder.form.prompt(row.messages, asked.tokenizer)
+    assert asked.encoder.prompt(row.prompt, row.system) == encode_prompt(asked.tokenizer, prompt)
+    other = replace(data.tests[0], rows=(replace(row, system="Say it."), *data.tests[0].rows[1:]))
+    assert _plain(other) != _plain(data.tests[0]), "another system turn is another comparison"
+
+
+def test_a_backbone_with_worked_examples_wants_them_in_the_users_turn():
+    tree = {"name": "told", "methods": [{"name": "backbone", "shots": 2}]}
+    with pytest.raises(ConfigError, match="the wording 'system' of snips tells"):
+        validate_spec({**tree, "tasks": [{"task": "snips", "wording": "system"}]}, ComparisonSpec)
 
 
 def test_a_method_may_be_shown_other_words_as_a_row_of_its_own(tmp_path):

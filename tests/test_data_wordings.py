@@ -3,15 +3,19 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from task_files import make_task_files
 
+from pedro.adapter_kinds.heads import head_length
 from pedro.backbone import EMBEDDED, load_tokenizer, resolve_backbone
 from pedro.data import format_for_shape
+from pedro.data.conditioning import Heads, find_head_end
 from pedro.data.prompt_format import encode_prompts
 from pedro.data.row_shapes import RowShape
 from pedro.data.tasks import TASKS, get_task
+from pedro.errors import ConfigError
 
 TRAINED = [name for name, task in TASKS.items() if task.name != "mt_bench"]  # that one is asked as others were trained
 KINDS = ("stories260K", "pedro-nano", "chat")
@@ -64,6 +68,44 @@ def test_what_a_prompt_ends_with_stands_in_the_wording(name):
 def test_a_bare_prompt_ends_anywhere(name, data, tokenizers):
     assert get_task(name, "bare").words.ending == ""
     assert len(last_tokens(get_task(name, "bare"), data, tokenizers["pedro-nano"])) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["snips", "clinc_domains", "banking77", "squad", "wikisql"])
+def test_a_system_turn_says_what_is_asked_and_prompts_end_alike(name, kind, data, tokenizers):
+    task = get_task(name, "system")
+    assert len(last_tokens(task, data, tokenizers[kind])) == 1
+    row, other = itertools.islice(task.rows("test", None if task.packaged else data), 2)
+    plain = next(get_task(name).rows("test", None if task.packaged else data))
+    assert [turn["role"] for turn in task.line(row, chat=True)["messages"]] == ["system", "user", "assistant"]
+    assert plain.completion == row.completion
+    if task.packaged:
+        assert row.prompt == plain.prompt
+        assert row.system == other.system == get_task(name).words.instruction, "the same in all rows"
+    else:
+        assert len(row.prompt) < len(plain.prompt), "the passage or the table is told before"
+        assert plain.prompt.splitlines()[0] in row.system
+    form = format_for_shape(task.shape, tokenizers[kind])
+    assert task.line(row)["prompt"] == form.render(row.messages), (
+        "without a chat template training asks as scoring does"
+    )
+
+
+def test_a_chats_system_turn_is_a_head_that_conditions(data, tokenizers):
+    form = format_for_shape(RowShape.MESSAGES, tokenizers["chat"])
+    form = replace(form, head_end=find_head_end(form, tokenizers["chat"]))
+    heads = Heads(form, tokenizers["chat"])
+    for name in ("snips", "squad", "wikisql"):
+        task = get_task(name, "system")
+        for row in itertools.islice(task.rows("test", None if task.packaged else data), 3):
+            (ids,) = encode_prompts(tokenizers["chat"], [form.prompt(row.messages, tokenizers["chat"])])
+            heads.check(row.messages, (), ids)
+            assert 0 < head_length(form.head_end, ids) < len(ids)
+
+
+def test_a_system_turn_takes_no_worked_examples():
+    with pytest.raises(ConfigError, match="shots: squad has none in the wording 'system'"):
+        get_task("squad", "system", 2)
 
 
 def test_earlier_names_of_wordings_mean_what_they_meant(data):

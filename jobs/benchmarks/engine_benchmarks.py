@@ -54,6 +54,12 @@ BENCHMARKS = {
         *("case", "engine", "adapters", "model", "tokens", "first_ms", "ms", "last_ms", "off_ms", "tok_s"),
         *("ratio", "ratio_interval"),
     ),
+    "conditioning": _entry(
+        "conditioning",
+        "what is read again behind a known system prompt: PEDRO by what conditions it and what it scales, LoRA, aLoRA",
+        *("adapters", "model", "tokens", "cold_ms", "next_turn_ms", "next_turn_ratio", "same_system_prompt_ms"),
+        *("same_system_prompt_ratio", "another_adapter_ms", "another_adapter_ratio", "another_adapter_cached"),
+    ),
     "structured": _entry(
         "structured",
         "decoding held to a JSON schema beside free decoding, PEDRO adapters, a tenant a row",

@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
+INVOCATION = (3, 4, 5, 6)  # tokens from which an activated LoRA acts
+LINEARS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 OPTIONS: dict[str, dict[str, Any]] = {kind: {"r": 12} for kind in ("pedro", "pedro-1", "pedro-2")} | {
     "ia3": {},
     "lora": {"r": 16, "alpha": 32},
+    "alora": {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": LINEARS}
+    | {"alora_invocation_tokens": list(INVOCATION)},
+    "pedro-answer-1": {"r": 12, "apply_to": "answer", "tail": 1},
+    "pedro-answer-9": {"r": 12, "apply_to": "answer", "tail": 9},
 }
+METHOD_OF = {"alora": "peft", "pedro-answer-1": "pedro", "pedro-answer-9": "pedro"}
+"""Kinds that are not called as their method."""
 
 
 def adapter_directories(size: ModelSize, kind: str, count: int) -> list[Path]:
@@ -52,7 +60,8 @@ def make_adapter(bare: PreTrainedModel, kind: str, directory: Path, manifest: di
 
     from pedro.methods import get_method
 
-    tuned = get_method(kind).apply(bare, OPTIONS[kind])
+    method = METHOD_OF.get(kind, kind)
+    tuned = get_method(method).apply(bare, OPTIONS[kind])
     assert isinstance(tuned, PeftModel), f"{kind} is no adapter"
     generator = torch.Generator().manual_seed(seed)
     state = {
@@ -63,7 +72,7 @@ def make_adapter(bare: PreTrainedModel, kind: str, directory: Path, manifest: di
     config.inference_mode = True
     config.save_pretrained(str(making))
     save_file(state, making / WEIGHTS, metadata={"format": "pt"})
-    _finish(making, directory, {**manifest, "method": {"name": kind, "options": OPTIONS[kind]}})
+    _finish(making, directory, {**manifest, "method": {"name": method, "options": OPTIONS[kind]}})
 
 
 def _fill(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

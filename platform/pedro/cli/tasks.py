@@ -106,7 +106,7 @@ def _show(rows: list[TaskRow], as_json: bool) -> None:
     def text() -> None:
         for row in rows:
             typer.echo(typer.style(f"-- {row.id}", dim=True))
-            typer.echo(row.prompt + (f"\n{row.input}" if row.input else ""))
+            typer.echo("\n".join(turn["content"] for turn in row.messages))
             typer.echo(typer.style(row.completion, bold=True))
             if row.references and row.references != (row.completion,):
                 typer.echo(f"right: {' | '.join(dict.fromkeys(row.references))}")

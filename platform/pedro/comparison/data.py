@@ -145,5 +145,8 @@ def _share(row: TaskRow, salt: bytes = b"") -> float:
 
 
 def _plain(test: TestSet) -> list[object]:
-    rows = [[row.prompt, row.input, row.completion, row.references, row.group] for row in test.rows]
+    rows = [
+        [row.prompt, row.input, row.completion, row.references, row.group, *([row.system] if row.system else [])]
+        for row in test.rows
+    ]
     return [test.task.name, test.task.stored_wording, test.task.shots, rows]

@@ -63,6 +63,11 @@ class Untrained:
                     f"methods.backbone: the wording {task.wording!r} of {task.name} does not say what is asked, so its "
                     f"score would mean nothing; use wording: {TEMPLATE}, or leave the backbone out"
                 )
+            if self.shots and task.words.system:
+                raise ValueError(
+                    f"methods.backbone.shots: the wording {task.wording!r} of {task.name} tells what belongs to a "
+                    "question in its system turn, so there are no examples; use shots: 0"
+                )
             if self.shots and task.name != trained:
                 raise ValueError(
                     f"methods.backbone.shots: examples are rows that are trained on, and these are {trained}'s; "

@@ -28,15 +28,17 @@ class QuestionEncoder:
         self.tokenizer, self.chat = tokenizer, chat
         self.form: PromptFormat = format_for_shape(RowShape.MESSAGES, tokenizer) if chat else FORMATS["raw"]
 
-    def prompt(self, text: str) -> list[int]:
-        """The tokens up to where an answer begins."""
-        return encode_prompt(self.tokenizer, self.form.prompt([{"role": "user", "content": text}], self.tokenizer))
+    def prompt(self, text: str, system: str = "") -> list[int]:
+        """The tokens up to where an answer begins, behind a system turn if there is one."""
+        told = [{"role": "system", "content": system}] if system else []
+        said = {"role": "user", "content": text}
+        return encode_prompt(self.tokenizer, self.form.prompt([*told, said], self.tokenizer))
 
-    def label(self, text: str, prompt: list[int], label: str) -> list[int]:
+    def label(self, text: str, prompt: list[int], label: str, system: str = "") -> list[int]:
         """A label's tokens as they follow the prompt: behind a space, unless a chat's answer begins there."""
         if self.chat:
             return encode_text(self.tokenizer, label)
-        whole = self.prompt(f"{text} {label}")
+        whole = self.prompt(f"{text} {label}", system)
         together = len(whole) > len(prompt) and whole[: len(prompt)] == prompt
         return whole[len(prompt) :] if together else encode_text(self.tokenizer, f" {label}")
 
@@ -70,7 +72,7 @@ class BackboneAsker:
     ) -> tuple[list[TaskRow], list[str]]:
         """The rows whose prompt leaves room for an answer, and the answers."""
         texts = [prompt_of(task, row, examples) for row in rows]
-        prompts = [self.encoder.prompt(text) for text in texts]
+        prompts = [self.encoder.prompt(text, row.system) for text, row in zip(texts, rows, strict=True)]
         kept = [place for place, ids in enumerate(prompts) if len(ids) + task.max_new_tokens <= self.context]
         if not kept:
             longest = max(map(len, prompts))
@@ -94,5 +96,5 @@ class BackboneAsker:
     def _likeliest(self, task: Task, row: TaskRow, text: str, prompt: list[int]) -> str:
         labels = candidates(task, row)
         lengths = [len(label) for label in labels] if task.words.spelled else None
-        encoded = [self.encoder.label(text, prompt, label) for label in labels]
+        encoded = [self.encoder.label(text, prompt, label, row.system) for label in labels]
         return labels[likeliest(self.reader, prompt, encoded, lengths)]

@@ -3,7 +3,7 @@
 The packaged rows are the demo's (short prompts, one word an intent). A directory with the public sources gives all
 their rows, in the same words; of Banking77 either ten intents or all 77, which keep their names. The wording `template`
 puts a text between "Text:" and "Intent:"; `bare` (first called `full`) leaves it alone, so that a prompt may end
-anywhere.
+anywhere; `system` is the template behind a system turn that lists the intents.
 """
 
 import json
@@ -80,7 +80,7 @@ def make(record: Record, words: Wording, shots: str) -> TaskRow | None:
     text, intent = " ".join(record["text"].split()), record["intent"]
     if not text or intent not in words.labels:
         return None
-    return TaskRow(words.prompt({"text": text}, shots), words.label(intent))
+    return TaskRow(words.prompt({"text": text}, shots), words.label(intent), system=words.told({}))
 
 
 def read_packaged(path: Path, intents: dict[str, str]) -> Iterator[Record]:
@@ -141,6 +141,7 @@ def _wordings(intents: dict[str, str], what: str) -> dict[str, Wording]:
         "full": Wording("{text}", intents),
         "asked": Wording(asked, intents),
         "template": Wording(f"Text: {{text}}\n{what}:", intents, instruction=instruction),
+        "system": Wording(f"Text: {{text}}\n{what}:", intents, system=instruction),
     }
 
 

@@ -20,7 +20,7 @@ def read(path: Path) -> Iterator[Record]:
 def make(record: Record, words: Wording, shots: str) -> TaskRow:
     answers = tuple(record["answers"]["text"])
     fields = {"context": record["context"].strip(), "question": record["question"].strip()}
-    return TaskRow(words.prompt(fields, shots), answers[0], answers, id=record["id"])
+    return TaskRow(words.prompt(fields, shots), answers[0], answers, id=record["id"], system=words.told(fields))
 
 
 TASK = Task(
@@ -35,6 +35,10 @@ TASK = Task(
             instruction="Answer the question in words of the passage, as few as possible.",
         ),
         "short": Wording("{context}\n{question}"),
+        "system": Wording(
+            "Question: {question}\nAnswer:",
+            system="Answer the question in words of the passage, as few as possible.\nPassage: {context}",
+        ),
     },
     make=make,
     parser=parse_span,

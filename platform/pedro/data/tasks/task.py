@@ -26,8 +26,8 @@ class TaskRow:
     """One question. `prompt` conditions the answer, `completion` is what training teaches.
 
     `references` are all the answers that count as right, in the form that the task's parser gives (the completion
-    if there are none). `input` is Alpaca's second field; `group` is the subject or sub-task; `extra` is what a
-    metric needs besides.
+    if there are none). `input` is Alpaca's second field; `system` a turn in front of the prompt; `group` is the subject
+    or sub-task; `extra` is what a metric needs besides.
     """
 
     prompt: str
@@ -37,6 +37,7 @@ class TaskRow:
     group: str = ""
     id: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -48,7 +49,8 @@ class TaskRow:
         """What `PromptFormat.render` takes, so that a row can be asked in the format of any adapter."""
         if self.input.strip():
             return ({"role": "system", "content": self.prompt}, {"role": "user", "content": self.input})
-        return ({"role": "user", "content": self.prompt},)
+        told = ({"role": "system", "content": self.system},) if self.system else ()
+        return (*told, {"role": "user", "content": self.prompt})
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Wording:
     A prompt is `head`, then worked examples if any are asked for, then `body`. `labels` are the words for the
     source's classes. `reasons` says that answers spell out their reasoning, `spelled` that an answer is a choice's own
     words and not its letter, so that the likeliest for each character is taken. `instruction` is what a model that was
-    not trained on the task is told before the prompt, where the prompt itself does not say what is asked.
+    not trained on the task is told before the prompt, where the prompt itself does not say what is asked. `system` is a
+    turn of its own in front of every prompt, trained models' too.
     """
 
     body: str
@@ -67,6 +70,7 @@ class Wording:
     reasons: bool = False
     spelled: bool = False
     instruction: str = ""
+    system: str = ""
 
     @property
     def ending(self) -> str:
@@ -77,6 +81,10 @@ class Wording:
     def prompt(self, fields: Mapping[str, Any], shots: str = "") -> str:
         """The prompt, up to where the answer begins."""
         return self.head.format_map(fields) + shots + self.body.format_map(fields)
+
+    def told(self, fields: Mapping[str, Any]) -> str:
+        """The system turn; "" where there is none."""
+        return self.system.format_map(fields)
 
     def label(self, name: str) -> str:
         """The word for a class of the source. Raises DataError for a class that the task does not have."""
@@ -101,7 +109,8 @@ class Task:
     """A benchmark. `metric` names one of `pedro.evaluation.metrics`; `average` says over what it is taken.
 
     Every task has the wording `template`, whose prompts end with the same words whatever the record says; `bare` is the
-    record's text with nothing around it. Both may be `second_names` of wordings that are called otherwise.
+    record's text with nothing around it. Both may be `second_names` of wordings that are called otherwise. In `system`,
+    where a task has it, what does not change from question to question stands in a system turn.
 
     `layouts` are the file trees that are known, the most specific first, under `folder` of a data directory (the name
     if not given); `read` turns one of their files into records of the hub's form. `packaged` is a folder of the
@@ -139,7 +148,10 @@ class Task:
             raise ConfigError(f"wording: {self.name} has no {wording!r}; choose one of: {known}", param="wording")
         if shots < 0:
             raise ConfigError(f"shots: expected 0 or more, got {shots}", param="shots")
-        return replace(self, wording=wording, shots=shots)
+        made = replace(self, wording=wording, shots=shots)
+        if shots and made.words.system:
+            raise ConfigError(f"shots: {self.name} has none in the wording {wording!r}; set 0", param="shots")
+        return made
 
     @property
     def wording_names(self) -> list[str]:
@@ -159,7 +171,7 @@ class Task:
     @property
     def as_chat(self) -> bool:
         """Whether its rows are conversations where the backbone has a chat template."""
-        return self.wording == TEMPLATE and self.shape is RowShape.COMPLETION
+        return (self.wording == TEMPLATE or bool(self.words.system)) and self.shape is RowShape.COMPLETION
 
     def open(self, data: str | Path | None = None) -> Source:
         """Where the rows are: a directory, "hub", or None for data that the package carries. Raises DataError."""
@@ -197,7 +209,7 @@ class Task:
             return {"messages": [*row.messages, {"role": "assistant", "content": row.completion}]}
         if self.shape is RowShape.ALPACA:
             return {"instruction": row.prompt, "input": row.input, "output": row.completion}
-        return {"prompt": row.prompt, "completion": row.completion}
+        return {"prompt": "\n".join(turn["content"] for turn in row.messages), "completion": row.completion}
 
     def write(self, split: str, path: Path, data: str | Path | None = None, limit: int | None = None) -> int:
         """Writes a split as JSONL for training, whole or not at all; how many rows it has. Line n is the n-th row."""

@@ -137,7 +137,8 @@ def make(record: Record, words: Wording, shots: str) -> TaskRow:
     columns = ", ".join(question["columns"])
     fields = {"question": question["question"].strip(), "table": f"Table: {TABLE} ({columns})\n" if columns else ""}
     extra: dict[str, Any] = {"database": question["database"]} if "database" in question else {}
-    return TaskRow(words.prompt(fields, shots), question["sql"][0], tuple(question["sql"]), extra=extra)
+    answers, told = tuple(question["sql"]), words.told(fields).strip()
+    return TaskRow(words.prompt(fields, shots), answers[0], answers, extra=extra, system=told)
 
 
 def _splits(file: str) -> dict[str, Part]:
@@ -148,6 +149,7 @@ def _splits(file: str) -> dict[str, Part]:
 WORDINGS = {
     "full": Wording("{table}Question: {question}\nSQL:"),
     "short": Wording("{question}"),
+    "system": Wording("Question: {question}\nSQL:", system="Write the question as a query in SQL.\n{table}"),
 }
 WIKISQL_TASK = Task(
     name="wikisql",
