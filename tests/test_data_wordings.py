@@ -75,13 +75,13 @@ def test_a_bare_prompt_ends_anywhere(name, data, tokenizers):
 def test_a_system_turn_says_what_is_asked_and_prompts_end_alike(name, kind, data, tokenizers):
     task = get_task(name, "system")
     assert len(last_tokens(task, data, tokenizers[kind])) == 1
-    row, other = itertools.islice(task.rows("test", None if task.packaged else data), 2)
-    plain = next(get_task(name).rows("test", None if task.packaged else data))
+    row, *others = task.rows("train", None if task.packaged else data)
+    plain = next(get_task(name).rows("train", None if task.packaged else data))
     assert [turn["role"] for turn in task.line(row, chat=True)["messages"]] == ["system", "user", "assistant"]
     assert plain.completion == row.completion
     if task.packaged:
         assert row.prompt == plain.prompt
-        assert row.system == other.system == get_task(name).words.instruction, "the same in all rows"
+        assert {each.system for each in (row, *others)} == {get_task(name).words.instruction}
     else:
         assert len(row.prompt) < len(plain.prompt), "the passage or the table is told before"
         assert plain.prompt.splitlines()[0] in row.system
@@ -97,7 +97,7 @@ def test_a_chats_system_turn_is_a_head_that_conditions(data, tokenizers):
     heads = Heads(form, tokenizers["chat"])
     for name in ("snips", "squad", "wikisql"):
         task = get_task(name, "system")
-        for row in itertools.islice(task.rows("test", None if task.packaged else data), 3):
+        for row in itertools.islice(task.rows("train", None if task.packaged else data), 3):
             (ids,) = encode_prompts(tokenizers["chat"], [form.prompt(row.messages, tokenizers["chat"])])
             heads.check(row.messages, (), ids)
             assert 0 < head_length(form.head_end, ids) < len(ids)
