@@ -197,7 +197,7 @@ def run(engine: Engine, *requests: Request) -> Answers:
 @torch.no_grad()
 def reference_logits(model: Any, ids: list[int], prompt_length: int) -> torch.Tensor:
     """The logits of all positions [T, V] by one uncached forward, conditioned on the first `prompt_length` tokens."""
-    conditioned = any(config.peft_type == "PEDRO" for config in getattr(model, "peft_config", {}).values())
+    conditioned = any(config.peft_type in ("PEDRO", "REFT") for config in getattr(model, "peft_config", {}).values())
     lens = {"prompt_lens": torch.tensor([prompt_length])} if conditioned else {}
     device = next(model.parameters()).device
     logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=device), **lens).logits[0]

@@ -30,10 +30,12 @@ KINDS = {
     "melora": ("melora", {"r": 3, "n": 2}),
     "lora-dash": ("lora-dash", {"r": 4, "directions": 3}),
     "lorta": ("lorta", {"r": 8}),
+    "loreft": ("loreft", {"positions": "f2+l1"}),
+    "direft": ("loreft", {"direct": True, "shared": False, "positions": "f1+l2", "layers": [0, 2]}),
     "grouped": ("pedro", {"group_size": "head", "pool": "mean", "window": 3}),
     "by-layer": ("pedro", {"r": [4, 6, 12], "orders": [[4, 3], [6, 5], [2, 2]]}),
 }
-LOW_RANK = ("lora", "adalora", "ssp", "melora", "lora-dash", "lorta")
+STAY = ("lora", "adalora", "ssp", "melora", "lora-dash", "lorta", "loreft")
 BACKBONES = {
     "llama": ("native", "torch"),
     "qwen2": ("native",),  # its q, k and v have biases
@@ -51,7 +53,7 @@ UNSERVED = {("gpt2", "ia3"), ("gpt_neox", "ia3")}  # after an ungated MLP's acti
 @pytest.mark.parametrize(("model_type", "kernel"), CASES)
 def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
     model = random_backbone(model_type)
-    runner = Runner(copy.deepcopy(model), slots=18, length=64, kernel=kernel)
+    runner = Runner(copy.deepcopy(model), slots=20, length=64, kernel=kernel)
     assert runner.kernel == kernel
     rows, references = [], []
     for number, (name, (method, options)) in enumerate(KINDS.items()):
@@ -61,11 +63,11 @@ def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
         bare, made = (reference_logits(m, prompt(7), 7) for m in (model, tuned))
         assert (made - bare).abs().max() > 0.01, f"{name} has an effect to compare"
         adapter = read_adapter(tmp_path / name, runner.architecture, DIGEST, runner.device, runner.simd_width)
-        assert adapter.acts_on_every_token == (method in LOW_RANK)
+        assert adapter.must_stay == (method in STAY)
         ids = prompt(5 + number, number)
         rows.append(PrefillRow(number, ids, len(ids), adapter))
         references.append(tuned)
-    rows.append(PrefillRow(17, prompt(6), 6))
+    rows.append(PrefillRow(19, prompt(6), 6))
     references.append(model)
     runner.begin(rows)
     for until in (1, 9, 20, None):
@@ -86,7 +88,7 @@ def test_all_kinds_in_one_batch_equal_each_alone(model_type, kernel, tmp_path):
 def test_a_slot_forgets_the_kind_it_held(kernel, tmp_path):
     model = random_backbone("llama")
     runner = Runner(copy.deepcopy(model), slots=1, length=64, kernel=kernel)
-    order = ["lora", "red", "pedro", "bitfit", "ia3", None, "lora"]
+    order = ["lora", "red", "pedro", "loreft", "bitfit", "ia3", None, "loreft", "lora"]
     for number, name in enumerate(order):
         reference, adapter = model, None
         if name is not None:
@@ -105,7 +107,7 @@ def test_a_slot_forgets_the_kind_it_held(kernel, tmp_path):
 
 
 @pytest.mark.parametrize("kernel", ["native", "torch"])
-@pytest.mark.parametrize("name", ["pedro", "red", "lora"])
+@pytest.mark.parametrize("name", ["pedro", "red", "lora", "loreft"])
 def test_what_a_preempted_request_saved_stands_in_for_its_adapter(name, kernel, tmp_path):
     model = random_backbone("llama")
     tuned = make_adapter(model, tmp_path / "a", seed=1, method=KINDS[name][0], **KINDS[name][1])

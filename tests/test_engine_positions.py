@@ -253,7 +253,7 @@ def test_answer_side_pedro_equals_its_peft_model_beside_others(kernel, options, 
         PrefillRow(slot, list(ids), lengths[slot], adapter, start=adapter.start_in(ids, lengths[slot]) or 0)
         for slot, (ids, adapter) in enumerate(zip(asked, adapters, strict=True))
     ]
-    assert not adapters[0].acts_on_every_token, "it is needed during prefill alone"
+    assert not adapters[0].must_stay, "it is needed during prefill alone"
     runner.begin([*rows, PrefillRow(4, words(5, 9), 5)])
     for until in (3, 20, None):
         runner.advance(until)

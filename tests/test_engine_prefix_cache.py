@@ -16,7 +16,7 @@ BEGINNING = prompt(40, seed=5)  # two blocks and a half
 CACHE = 1 << 24
 KERNELS = ("native", "torch")
 CONSTANT = (None, "lora", "red", "ia3")  # what acts on a token does not depend on the rest of the prompt
-GENERATED = ("pedro", "pedro-1", "para")
+GENERATED = ("pedro", "pedro-1", "para", "loreft")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,7 @@ def test_the_last_token_of_a_prompt_is_always_read(model, adapters):
         ({"adapter": "lora"}, {}),
         ({}, {"adapter": "red"}),
         ({"adapter": "pedro"}, {"adapter": "pedro"}),  # with another prompt
+        ({"adapter": "loreft"}, {"adapter": "loreft"}),
         ({"adapter": "pedro"}, {}),
         ({"adapter": "pedro"}, {"adapter": "para"}),
         ({}, {"adapter": "pedro"}),

@@ -60,6 +60,10 @@ def test_red_trains_two_widths_a_layer():
     assert count_on_llama_2_7b(METHODS["red"], {})["trainable"] == 32 * 2 * 4096
 
 
+def test_loreft_trains_two_projections_of_its_rank_a_layer():
+    assert count_on_llama_2_7b(METHODS["loreft"], {})["trainable_without_bias"] == 32 * 4 * 2 * 4096
+
+
 def test_half_of_adaloras_ranks_are_a_lora_of_rank_four():
     model = llama_2_7b(METHODS["adalora"], layers=4)
     lora = count_parameters(llama_2_7b(METHODS["lora"], {"r": 4}, layers=4))["trainable"]
@@ -88,7 +92,7 @@ def test_the_capability_table_lists_every_method_with_its_count():
     assert listed["full"]["trained_parameters"] == 6_738_415_616
     assert {name for name, entry in listed.items() if entry["mixed_batches"]} == {
         *(name for name in METHODS if name.startswith("pedro")),
-        *("para", "lora", "ia3", "bitfit", "red", "adalora", "ssp", "melora", "lora-dash", "lorta"),
+        *("para", "lora", "ia3", "bitfit", "red", "adalora", "ssp", "melora", "lora-dash", "lorta", "loreft"),
     }
 
 

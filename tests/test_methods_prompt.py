@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StaticCache
 
 from pedro import PedroConfig
 from pedro.errors import ConfigError
+from pedro.methods import get_method
 from pedro.methods.pedro.layer import PedroLayer
 
 PROMPT, ANSWER = 6, 4
@@ -278,7 +279,17 @@ def test_packed_rows_are_refused():
         tuned()(tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 3, 8]))
 
 
-CONDITIONED = {"pedro": tuned, "para": lambda: tuned(activation="gelu", pool="mean"), "lpt": late_prompt}
+def reft():
+    torch.manual_seed(1)
+    return get_method("loreft").apply(tiny_backbone(), {"positions": "f2+l2"}).eval()
+
+
+CONDITIONED = {
+    "pedro": tuned,
+    "para": lambda: tuned(activation="gelu", pool="mean"),
+    "lpt": late_prompt,
+    "loreft": reft,
+}
 
 
 @torch.no_grad()

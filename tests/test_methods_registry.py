@@ -10,6 +10,7 @@ from pedro.methods import METHODS, count_parameters, get_method
 
 PEDROS = ["pedro", *(f"pedro-{n}" for n in range(1, 8))]
 TUNERS = ["para", "lora", "ia3", "bitfit", "red", "adalora", "ssp", "houlsby", "learned-adapter", "p-tuning-v2", "lpt"]
+TUNERS += ["loreft"]
 FIELD = ["melora", "lora-dash", "lorta", "gift", "ether", "ether-plus", "sibo", "mode", "loretta"]
 ALL = [*PEDROS, *TUNERS, *FIELD, "peft", "full"]
 SMALL = {
@@ -177,6 +178,16 @@ def test_counting_leaves_out_bias_vectors_when_asked():
         ("learned-adapter", {"r": 0}, r"method\.r: expected a whole number > 0, got 0"),
         ("p-tuning-v2", {"tokens": 0}, r"method\.tokens: expected a whole number > 0, got 0"),
         ("lpt", {"layer": 3}, r"method\.layer: expected 1 to 2, the backbone's last, got 3"),
+        (
+            "loreft",
+            {"positions": "l2+f3"},
+            r"method\.positions: expected numbers of first and last tokens.*got 'l2\+f3'",
+        ),
+        ("loreft", {"positions": "f0"}, r"method\.positions: expected numbers of first and last tokens"),
+        ("loreft", {"layers": [0, 3]}, r"method\.layers: expected 0 to 2, got 3"),
+        ("loreft", {"layers": [1, 1]}, r"method\.layers: expected a list of distinct whole numbers"),
+        ("loreft", {"direct": 1}, r"method\.direct: expected true or false, got 1"),
+        ("loreft", {"r": 33}, r"method\.r: expected at most 32, the backbone's width, got 33"),
         ("pedro", {"r": 10**30}, r"method\.r: expected at most 1,000,000, got 1000"),
         ("pedro", {"r": [1, 2, 10**7]}, r"method\.r: expected at most 1,000,000, got 10000000"),
         ("lora", {"alpha": 10**400}, r"method\.alpha: expected at most 1,000,000"),
@@ -270,7 +281,9 @@ def test_a_mistake_that_only_the_model_shows_is_told_as_the_specs_option():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["adalora", "ssp", "houlsby", "learned-adapter", "p-tuning-v2", "lpt", "peft", *FIELD])
+@pytest.mark.parametrize(
+    "name", ["adalora", "ssp", "houlsby", "learned-adapter", "p-tuning-v2", "lpt", "loreft", "peft", *FIELD]
+)
 def test_an_adapter_comes_back_from_its_directory_to_the_bit(tmp_path, name):
     model = get_method(name).apply(tiny_backbone(), SMALL.get(name)).eval()
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,17 @@ other.
 """
 
 from pedro.adapter_kinds.generator import GeneratorWeights, generate_vectors, rational
-from pedro.adapter_kinds.kinds import SITES, Adapter, Generator, LowRank, Start
+from pedro.adapter_kinds.kinds import SITES, Adapter, Edit, Edits, Generator, LowRank, Start
 
-__all__ = ["SITES", "Adapter", "Generator", "GeneratorWeights", "LowRank", "Start", "generate_vectors", "rational"]
+__all__ = [
+    "SITES",
+    "Adapter",
+    "Edit",
+    "Edits",
+    "Generator",
+    "GeneratorWeights",
+    "LowRank",
+    "Start",
+    "generate_vectors",
+    "rational",
+]

@@ -1,7 +1,8 @@
-"""An adapter as the engine runs it: some of four parts, whichever method trained it.
+"""An adapter as the engine runs it: some of five parts, whichever method trained it.
 
-A generator of vectors (PEDRO, PARA), constant scales ((IA)³, RED), constant shifts (RED, BitFit) and low-rank terms
-(LoRA and its kin). A site is one of the seven projections of a layer: y = scale · (W x + b) + shift + (x · A) · B.
+A generator of vectors (PEDRO, PARA), constant scales ((IA)³, RED), constant shifts (RED, BitFit), low-rank terms (LoRA
+and its kin) and edits of a prompt's tokens behind a layer (LoReFT). A site is one of the seven projections of a layer:
+y = scale · (W x + b) + shift + (x · A) · B.
 An adapter may act on a row from one of its tokens on (aLoRA); before that the row is the bare backbone's.
 Legend: D model width, R bottleneck or rank, W output width of a site.
 """
@@ -34,6 +35,28 @@ class LowRank(NamedTuple):
         rank = (0, -len(self.b) % multiple)
         b = torch.nn.functional.pad(self.b, (0, -self.b.shape[1] % multiple, *rank))
         return LowRank(torch.nn.functional.pad(self.a, rank).contiguous(), b.contiguous())
+
+
+class Edit(NamedTuple):
+    """What is done to a token behind a layer: h ← h + (h · A + c) · B."""
+
+    a: torch.Tensor  # [D, R]
+    c: torch.Tensor  # [R]
+    b: torch.Tensor  # [R, D]
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """Edits of a prompt's `first` and `last` tokens, one a layer where there is any; an answer has none."""
+
+    first: int
+    last: int
+    layers: tuple[Edit | None, ...]
+
+    def tokens(self, length: int) -> list[int]:
+        """The tokens of a prompt of `length` that are edited, at most half of them from either end."""
+        first, last = min(self.first, length // 2), min(self.last, length // 2)
+        return [*range(first), *range(length - last, length)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +93,7 @@ class Adapter:
     scale: tuple[dict[str, torch.Tensor], ...] = ()  # site -> [W]
     shift: tuple[dict[str, torch.Tensor], ...] = ()
     low_rank: tuple[dict[str, LowRank], ...] = ()
+    edits: tuple[Edits, ...] = ()
     start: Start | None = None  # None: it acts from the first token on
     nbytes: int = field(init=False)
 
@@ -77,9 +101,15 @@ class Adapter:
         object.__setattr__(self, "nbytes", sum(tensor.nbytes for tensor in self._tensors()))
 
     @cached_property  # asked for at every prefill
-    def acts_on_every_token(self) -> bool:
-        """Whether decoding needs the adapter's weights, so that it must stay until its requests end."""
-        return bool(self.low_rank)
+    def must_stay(self) -> bool:
+        """Whether it is needed until its requests end: for decoding, or for a prompt that is read again after a
+        preemption."""
+        return bool(self.low_rank or self.edits)
+
+    @cached_property
+    def reads_prompt(self) -> bool:
+        """Whether what it does to a token depends on which prompt that stands in."""
+        return self.generator is not None or bool(self.edits)
 
     def start_in(self, prompt_ids: Sequence[int], conditioning_length: int) -> int | None:
         """The first token of a prompt that the adapter acts on; None: on none, and on none of the answer."""
@@ -104,3 +134,6 @@ class Adapter:
         for terms in self.low_rank:
             for term in terms.values():
                 yield from term
+        for edits in self.edits:
+            for edit in edits.layers:
+                yield from edit or ()

@@ -305,12 +305,12 @@ class Engine:
             self._prefill_budget.keep_steps_short(self._scheduler)
 
     def _end_prefill(self, groups: tuple[PrefillGroup, ...]) -> None:
-        """The vectors are made: only adapters that act on every token are still needed."""
+        """The vectors are made: only adapters that must stay are still needed."""
         for sequence in itertools.chain.from_iterable(groups):
             entry = self._held.get(sequence)
             if sequence.state is SequenceState.FINISHED:
                 self._ended.append(sequence)
-            elif entry is not None and not (entry.adapter is not None and entry.adapter.acts_on_every_token):
+            elif entry is not None and not (entry.adapter is not None and entry.adapter.must_stay):
                 self._release_adapter(sequence)
         self._scheduler.prefilled(groups)
 

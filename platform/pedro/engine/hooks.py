@@ -48,6 +48,7 @@ class Hooks:
             for name, (module, rows) in {**sites, "o": (layer.output, None), "down": (layer.down, None)}.items():
                 projections.setdefault(id(module), _Projection(module)).rows[name] = rows
             self._handles.append(layer.norm.register_forward_hook(self._make_norm_hook(number)))
+            self._handles.append(layer.block.register_forward_hook(self._make_block_hook(number)))
             for projection in projections.values():
                 hook = self._make_hook(number, projection)
                 self._handles.append(projection.module.register_forward_hook(hook))
@@ -80,6 +81,14 @@ class Hooks:
             if self._prefill and self._modulation.generating:
                 norm = module.forward  # not the call, which would come back here
                 self._modulation.generate(layer, inputs[0][0], norm)
+
+        return hook
+
+    def _make_block_hook(self, layer: int) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if self._prefill:
+                hidden = output[0] if isinstance(output, tuple) else output
+                self._modulation.edit(layer, hidden[0], self._prefill)
 
         return hook
 

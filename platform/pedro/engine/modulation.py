@@ -32,10 +32,10 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class PreemptedState:
-    """What must outlive a preemption: the slot's rows, or the low-rank adapter itself."""
+    """What must outlive a preemption: the slot's rows, or the adapter itself where it must stay."""
 
     rows: SlotRows
-    low_rank: Adapter | None
+    held: Adapter | None
     start: int = 0  # as of `ConditionedRow`
 
 
@@ -100,7 +100,8 @@ class Modulation:
 
     def __init__(self, widths: list[dict[str, int]], slots: int, device: torch.device, simd_width: int = 1) -> None:
         self.buffers: dict[Key, torch.Tensor] = {}
-        self.low_rank: dict[int, Adapter] = {}  # by slot
+        self.held: dict[int, Adapter] = {}  # by slot, those that must stay
+        self.low_rank: dict[int, Adapter] = {}  # and of those, what has low-rank terms
         self.modulated = [False] * slots  # whether a slot differs from the bare backbone
         self._starts = [0] * slots  # and from which position on
         self.on_buffer: Callable[[str, int, str, torch.Tensor], None] = lambda *_: None
@@ -122,10 +123,10 @@ class Modulation:
             was, self.modulated[slot] = self.modulated[slot], row.modulated
             self._starts[slot] = row.start
             if row.preempted_state is not None:
-                self._set(slot, row.preempted_state.rows, row.preempted_state.low_rank)
+                self._set(slot, row.preempted_state.rows, row.preempted_state.held)
             elif adapter is not None:
                 generated = adapter.generator.targets if adapter.generator is not None else ()
-                self._set(slot, self._constants(adapter), adapter if adapter.low_rank else None, generated)
+                self._set(slot, self._constants(adapter), adapter if adapter.must_stay else None, generated)
                 if adapter.generator is not None:
                     self._reserve(adapter.generator)
                     by_form.setdefault(adapter.generator.form, []).append(row)
@@ -149,17 +150,29 @@ class Modulation:
             for site, part in zip(first.targets, made.split(first.widths[layer], -1), strict=True):
                 self._buffer((SCALE, layer, site))[batch.slots, : part.shape[-1]] = part
 
+    def edit(self, layer: int, hidden: torch.Tensor, rows: list[ConditionedRow]) -> None:
+        """Edit the prompts' tokens behind a layer, whose output hidden [N, D] is changed in place."""
+        for row in rows if self.held else ():
+            adapter = self.held.get(row.segment.slot)
+            for edits in adapter.edits if adapter is not None else ():
+                edit = edits.layers[layer]
+                tokens = [at - row.begin for at in edits.tokens(row.conditioning_length) if at >= row.begin]
+                if edit is not None and tokens:
+                    index = torch.tensor(tokens, device=hidden.device) + row.segment.start
+                    chosen = hidden[index].float()  # [n, D]
+                    hidden[index] = (chosen + (chosen @ edit.a + edit.c) @ edit.b).to(hidden.dtype)
+
     def save_state(self, slot: int) -> PreemptedState:
         """The slot's rows, copied."""
         rows = {key: buffer[slot].clone() for key, buffer in self.buffers.items()} if self.modulated[slot] else {}
-        return PreemptedState(rows, self.low_rank.get(slot), self._starts[slot])
+        return PreemptedState(rows, self.held.get(slot), self._starts[slot])
 
     def copy(self, source: int, targets: list[int]) -> None:
         """Give the slots `targets` the rows of `source`."""
         differ = any(self.modulated[slot] for slot in (source, *targets))  # rows of all others are neutral
         for slot in targets:
             self.modulated[slot], self._starts[slot] = self.modulated[source], self._starts[source]
-            self._hold(slot, self.low_rank.get(source))
+            self._hold(slot, self.held.get(source))
         if differ:
             for buffer in self.buffers.values():
                 buffer[targets] = buffer[source].clone()
@@ -181,7 +194,7 @@ class Modulation:
             for site, row in sites.items()
         }
 
-    def _set(self, slot: int, rows: SlotRows, low_rank: Adapter | None, generated: tuple[str, ...] = ()) -> None:
+    def _set(self, slot: int, rows: SlotRows, held: Adapter | None, generated: tuple[str, ...] = ()) -> None:
         """Write the slot's rows, neutral where `rows` has none; the scales of the sites `generated` come later."""
         for key in rows:
             self._buffer(key)
@@ -193,7 +206,7 @@ class Modulation:
                 buffer[slot] = NEUTRAL[key[0]]
             else:
                 buffer[slot, : len(row)] = row
-        self._hold(slot, low_rank)
+        self._hold(slot, held)
 
     def _reserve(self, generator: Generator) -> None:
         """Make the buffers that the generator writes to."""
@@ -202,13 +215,15 @@ class Modulation:
                 self._buffer((SCALE, layer, site))
 
     def _hold(self, slot: int, adapter: Adapter | None) -> None:
-        if self.low_rank.get(slot) is adapter:
+        if self.held.get(slot) is adapter:
             return
-        if adapter is None:
-            del self.low_rank[slot]
-        else:
+        self.held.pop(slot, None)
+        self.low_rank.pop(slot, None)
+        if adapter is not None:
+            self.held[slot] = adapter
+        if adapter is not None and adapter.low_rank:
             self.low_rank[slot] = adapter
-        self.on_low_rank(slot, adapter)
+        self.on_low_rank(slot, self.low_rank.get(slot))
 
     def _buffer(self, key: Key) -> torch.Tensor:
         buffer = self.buffers.get(key)

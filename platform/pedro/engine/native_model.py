@@ -203,6 +203,8 @@ class NativeModel:
             size = min(count - row, PART_ROWS, -(-left // PART_STEP) * PART_STEP)
             self._run("prefill", self._part_of(state, row, size), layer)
             state.done += size
+            if row + size == count:
+                self._modulation.edit(layer, state.buffers["x"][:count, : self._sizes["dim"]], state.rows)
 
     def logits(self, state: PrefillState, index: list[int]) -> Logits:
         """What comes after the tokens `index` of a prefill whose layers all ran."""

@@ -43,7 +43,7 @@ class PrefixKey(NamedTuple):
     salt: str
     adapter: str | None  # a version with its digest; None: the bare backbone
     epoch: int  # which life of the cache: what is kept in one is never found in the next
-    conditioning: bytes  # the tokens that the vectors were made from; none where vectors are the same for any prompt
+    conditioning: bytes  # the tokens that decide what is done to each; none where that is the same in any prompt
 
 
 class Reuse(NamedTuple):
@@ -69,9 +69,11 @@ def reuse_of(request: Request, adapter: Adapter | None, epoch: int = 0, share_ba
         elif start:  # what comes before is the bare backbone's; the tokens that vectors are made from must be read
             pooled = len(request.prompt_ids) if adapter.generator is None else adapter.generator.first_pooled(read)
             named, until = None, min(start, pooled)
-        elif adapter.generator is not None:
+        elif adapter.reads_prompt:
             conditioning = token_bytes(request.prompt_ids[:read])
-            whole = request.conditioning_length is None and adapter.generator.head is None
+            whole = request.conditioning_length is None and (
+                adapter.generator is None or adapter.generator.head is None
+            )
             until = read if whole else None  # then no other prompt begins with its answer
     tenant = ANY_TENANT if share_bare and named is None and not request.cache_salt else request.tenant
     return Reuse(PrefixKey(tenant, request.cache_salt, named, epoch, conditioning), until)

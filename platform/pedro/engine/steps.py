@@ -32,7 +32,7 @@ def prefill_row(sequence: Sequence, adapter: Adapter | None) -> PrefillRow:
     prompt_ids, conditioning_length = sequence.request.prompt_ids, sequence.conditioning_length
     prefix, start = sequence.prefix, 0
     if state is None and prefix is not None and prefix.rows is not None:
-        state = PreemptedState(prefix.rows, adapter if adapter is not None and adapter.low_rank else None)
+        state = PreemptedState(prefix.rows, adapter if adapter is not None and adapter.must_stay else None)
     if state is not None:
         adapter, start = None, state.start
     elif adapter is not None:

@@ -27,6 +27,7 @@ MODULES = (  # of this package, in the order of every table; each holds a METHOD
     "bottleneck",
     "p_tuning_v2",
     "late_prompt",
+    "reft",
     "low_rank.melora",
     "low_rank.lora_dash",
     "low_rank.lorta",
