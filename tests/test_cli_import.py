@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import threading
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
 import pytest
 import torch
 from cli_commands import command_runner
@@ -11,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from serving_adapters import backbone, settings_at
 
 from pedro.backbone import load_model
+from pedro.methods.reft import ReftConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONFIGS = {
     "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_rslora=True),
     "alora": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
+    "loreft": ReftConfig(r=2, task_type="CAUSAL_LM"),
     "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
 }
 
@@ -80,6 +86,95 @@ def test_a_folder_that_peft_wrote_is_registered_with_its_own_weights(name, pedro
     before, after = load_file(stock / name / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the hub's API as an import asks: one repository, `main` of which is at one commit."""
+
+    commit = "c" * 40
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._send(404, b"{}")
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        self.server.asked.append(path)
+        files = {file.name: file.read_bytes() for file in self.server.folder.iterdir()}
+        entries = [{"type": "file", "path": f"sub/{n}", "size": len(d), "oid": "1" * 40} for n, d in files.items()]
+        if path.startswith("/api/models/someone/tiny/tree/"):
+            return self._send(200, json.dumps(entries).encode())
+        if path.startswith("/api/models/someone/tiny"):
+            return self._send(200, json.dumps({"id": "someone/tiny", "sha": self.commit, "siblings": []}).encode())
+        name = path.removeprefix(f"/someone/tiny/resolve/{self.commit}/sub/")
+        return self._send(200, files[name]) if name in files else self._send(404, b"{}")
+
+    def _send(self, status, data):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(stock, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.folder, server.asked = stock / "lora", []
+    options = {"endpoint": f"http://127.0.0.1:{server.server_address[1]}", "token": False}
+    monkeypatch.setitem(fsspec.config.conf, "hf", options)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def check_registered(pedro, stock, tmp_path):
+    pedro("adapters", "export", "acme.new@candidate", tmp_path / "out")
+    before, after = load_file(stock / "lora" / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_adapter_is_imported_from_the_hub_at_one_commit(pedro, stock, hub, tmp_path):
+    assert one_value(imported(pedro, "hf://someone/tiny/sub"))["aliases"] == ["candidate"]
+    check_registered(pedro, stock, tmp_path)
+    assert {path for path in hub.asked if "/resolve/" in path} == {
+        f"/someone/tiny/resolve/{_Hub.commit}/sub/{name}" for name in (WEIGHTS, CONFIG, "README.md")
+    }
+    one_error(imported(pedro, "hf://someone/none"), "hf://someone/none", "is not there")
+
+
+def test_an_adapter_is_imported_from_a_bucket(pedro, stock, tmp_path):
+    """`memory://` in place of `s3://`: both are file systems of fsspec."""
+    place = f"memory://{uuid.uuid4().hex}/folder"
+    bucket = fsspec.filesystem("memory")
+    bucket.put(str(stock / "lora"), place, recursive=True)
+    bucket.pipe_file(f"{place}/notes.txt", b"not of an adapter, so not fetched")
+    one_value(imported(pedro, place))
+    check_registered(pedro, stock, tmp_path)
+    pedro("adapters", "export", "acme.new@candidate", tmp_path / "whole")
+    bucket.put(str(tmp_path / "whole"), f"{place}-2", recursive=True)
+    assert one_value(pedro("adapters", "import", "acme.again", f"{place}-2", "--json"))["aliases"] == ["candidate"]
+    bucket.mv(f"{place}/{WEIGHTS}", f"{place}/adapter_model.bin")
+    one_error(imported(pedro, place), "adapter_model.bin", "pickle", "safe_serialization")
+    one_error(imported(pedro, f"{place}-none"), "is not there")
+    one_error(imported(pedro, "nosuch://bucket/x"), "nosuch://bucket/x could not be read", "Protocol not known")
+
+
+def test_what_pyreft_saved_is_refused_with_what_to_do(pedro, tmp_path):
+    saved = tmp_path / "reft"
+    saved.mkdir()
+    (saved / "config.json").write_text(json.dumps({"intervention_types": ["LoreftIntervention"], "sorted_keys": []}))
+    (saved / "intkey_layer.3.comp.block_output.unit.pos.nunit.1#0.bin").write_bytes(b"a pickle")
+    one_error(imported(pedro, saved), "pyreft", "pickle", "loreft")
 
 
 def test_a_folder_that_is_not_whole_or_not_served_is_refused_and_nothing_is_registered(pedro, stock, tmp_path):

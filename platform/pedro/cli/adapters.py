@@ -208,7 +208,9 @@ def export_adapter(
 @app.command("import")
 def import_adapter(
     name: Annotated[str, typer.Argument(help="tenant.adapter to register it as.", metavar="MODEL")],
-    directory: Annotated[Path, typer.Argument(help="An adapter directory: exported, or written by PEFT.")],
+    directory: Annotated[
+        str, typer.Argument(help="An adapter directory: exported, or written by PEFT. A path, hf://owner/name, s3://…")
+    ],
     backbone: Moved = None,
     form: Annotated[str, typer.Option("--format", help="For PEFT's own: raw, alpaca or chat.")] = "raw",
     as_json: AsJson = False,
@@ -216,30 +218,36 @@ def import_adapter(
     """Register an adapter directory as a new version, a candidate until `pedro adapters promote`.
 
     One that PEFT wrote by itself needs --backbone; it is registered if the engine serves it on that backbone.
+
+    Examples: `pedro adapters import acme.faq ./from-peft --backbone stories260K --format chat`;
+    `pedro adapters import acme.faq hf://owner/name@revision --backbone smollm2-135m`
     """
     from contextlib import nullcontext
 
     from pedro.adapter_check import check_adapter
     from pedro.adapter_directory import CONFIG
+    from pedro.adapter_fetch import fetched
     from pedro.errors import ConfigError
     from pedro.evaluation.saved import open_saved
     from pedro.methods.servable import check_tensor_names
-    from pedro.methods.stock import is_stock
+    from pedro.methods.stock import is_stock, refuse_pyreft
 
     ref = ModelRef.parse(name)
     if str(ref) != ref.name:
         raise ConfigError(
             f"name: {name!r} names a version, and an import makes a new one; give {ref.name}", param="name"
         )
-    with _adopted(directory, backbone, form) if is_stock(directory) else nullcontext(directory) as whole:
-        check_adapter(whole)
-        open_saved(whole, backbone)
-        if (whole / CONFIG).is_file():
-            check_tensor_names(whole)
-        registry = open_registry()
-        run = registry.start_run(experiment=ref.tenant, name=f"import {name}", params={}, tags={"kind": "import"})
-        version = registry.register(run, whole, ref.tenant, ref.adapter, gate="imported: not gated")
-        registry.finish_run(run)
+    with fetched(directory) as here:
+        refuse_pyreft(here)
+        with _adopted(here, backbone, form) if is_stock(here) else nullcontext(here) as whole:
+            check_adapter(whole)
+            open_saved(whole, backbone)
+            if (whole / CONFIG).is_file():
+                check_tensor_names(whole)
+            registry = open_registry()
+            run = registry.start_run(experiment=ref.tenant, name=f"import {name}", params={}, tags={"kind": "import"})
+            version = registry.register(run, whole, ref.tenant, ref.adapter, gate="imported: not gated")
+            registry.finish_run(run)
     _changed(registry.set_alias(version.name, "candidate", version.version), as_json)
 
 

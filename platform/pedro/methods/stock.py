@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,10 +20,26 @@ from pedro.methods.servable import check_declared, check_servable
 if TYPE_CHECKING:
     from pedro.backbone import Backbone
 
+PYREFT_CONFIG = "config.json"
+
 
 def is_stock(directory: Path) -> bool:
     """Whether a directory is an adapter of PEFT without a manifest."""
     return (directory / CONFIG).is_file() and not (directory / MANIFEST).exists()
+
+
+def refuse_pyreft(directory: Path) -> None:
+    """Raise AdapterError for what pyreft saved: it writes interventions as pickles."""
+    file = directory / PYREFT_CONFIG
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= MAX_JSON_BYTES else None
+    except (OSError, ValueError, RecursionError):  # whoever reads it for what it is says what is wrong with it
+        return
+    if isinstance(saved, dict) and "intervention_types" in saved:
+        raise AdapterError(
+            f"{PYREFT_CONFIG}: is one of pyreft, whose .bin files may hold code (pickle) and are refused; load them "
+            "where you trust them and save them as an adapter of loreft: docs/methods.md#reft shows how"
+        )
 
 
 @contextmanager
