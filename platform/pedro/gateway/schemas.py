@@ -271,6 +271,7 @@ class Message(Body):
         "audio": (),
         "annotations": ([],),
         "function_call": (),
+        "provider_specific_fields": ({}, {"refusal": None}),  # what litellm puts into a message, and sends back
     }
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: Content
