@@ -1,4 +1,4 @@
-"""Runs pages of the dashboard by Streamlit's AppTest. Knows nothing of what they show."""
+"""Runs pages of the dashboard by Streamlit's AppTest. What they show is for the tests to check."""
 
 from __future__ import annotations
 

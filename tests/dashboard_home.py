@@ -1,4 +1,4 @@
-"""A home as the demo leaves it, written through the real registry with made-up numbers. Knows nothing of the page."""
+"""A home as the demo leaves it, written through the real registry with made-up numbers. No page is involved."""
 
 from __future__ import annotations
 

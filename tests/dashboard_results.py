@@ -1,4 +1,4 @@
-"""Jobs, sweeps and comparisons as their real writers leave them, with made-up numbers. Knows nothing of pages."""
+"""Jobs, sweeps and comparisons as their real writers leave them, with made-up numbers. No page is involved."""
 
 from __future__ import annotations
 

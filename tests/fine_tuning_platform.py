@@ -1,4 +1,4 @@
-"""A gateway with a controller whose drivers do what a test says. Knows nothing of requests."""
+"""A gateway with a controller whose drivers do what a test says. Requests are made by the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rendered Kubernetes manifests, and the pods in them. Knows nothing of what is right or wrong with them."""
+"""The rendered Kubernetes manifests, and the pods in them. Judging them is left to the tests."""
 
 from __future__ import annotations
 

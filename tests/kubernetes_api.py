@@ -2,7 +2,7 @@
 
 It refuses what the API server and the operator refuse: unknown fields (by KubeRay's own schemas), a name that is
 taken, one of more than 47 characters. Deletion in the foreground leaves an object until its
-pods are gone. Knows nothing of pedro.
+pods are gone. Independent of pedro.
 """
 
 from __future__ import annotations

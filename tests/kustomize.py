@@ -1,6 +1,6 @@
 """Renders a kustomization without kubectl: as much of kustomize as k8s/ uses, and an error for what is beyond that.
 
-A test compares it with kubectl's own rendering where there is one. Knows nothing of what is rendered.
+A test compares it with kubectl's own rendering if kubectl is installed. It works for any manifests.
 Reference: https://kubectl.docs.kubernetes.io/references/kustomize/kustomization/
 """
 

@@ -1,4 +1,4 @@
-"""Replicas whose figures are scraped: real metrics over made-up counts. Knows nothing of pages."""
+"""Replicas whose figures are scraped: real metrics over made-up counts. Pages are tested elsewhere."""
 
 from __future__ import annotations
 

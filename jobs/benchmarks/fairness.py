@@ -1,4 +1,4 @@
-"""What a flood by one tenant costs another that asks one short request at a time. Knows no HTTP: see fairness_http.
+"""What a flood by one tenant costs another that asks one short request at a time; see fairness_http for HTTP.
 
 The quiet tenant waits a random while after each answer. Its times to the first token, from the moment it asks, are
 taken alone and beside each flood in turn, in one run. Aim: the 95th percentile beside a flood at most 1.2 times that

@@ -1,4 +1,4 @@
-"""Finds the frozen backbone and says which one it is. Knows nothing of adapters, training or serving.
+"""Finds the frozen backbone and identifies it. Independent of adapters, training and serving.
 
 A backbone is named by an embedded name (`stories260K`), the name of one that PEDRO_HOME keeps (`pedro backbones`), a
 transformers directory, or a hub id; where a name could be several of these, the first of them. Whatever the name, it

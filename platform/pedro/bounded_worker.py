@@ -1,6 +1,6 @@
-"""Work on what strangers wrote, in a process of its own that is killed where it takes too long or too much memory.
+"""Runs work on untrusted input in a separate process, which is killed if it takes too long or too much memory.
 
-The process is `python -m` a module that calls `serve`. Standard library only; knows nothing of the work.
+The process is `python -m` a module that calls `serve` and does the work. Standard library only.
 """
 
 from __future__ import annotations

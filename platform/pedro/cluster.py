@@ -1,4 +1,4 @@
-"""Finds the Ray cluster to work on, or starts the one local head of this PEDRO_HOME. Knows nothing of jobs or serving.
+"""Finds the Ray cluster to work on, or starts the one local head of this PEDRO_HOME, for jobs and servers alike.
 
 With `RAY_ADDRESS` set the cluster is somebody else's and is only connected to. Without it, one detached head per
 PEDRO_HOME is started on loopback with token authentication, reused by every command, and ended by `pedro down`.

@@ -1,4 +1,4 @@
-"""Where things live and how a specification is read. Knows nothing of Ray, MLflow or tensors.
+"""Where things live and how a spec is read; free of Ray, MLflow and torch.
 
 `Settings` is the environment, read once; `load_spec` turns YAML and `key=value` overrides into a frozen pydantic
 model and reports every mistake at once. Precedence: defaults < YAML < `key=value`.

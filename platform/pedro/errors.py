@@ -1,4 +1,4 @@
-"""The errors that people meet. Knows nothing of HTTP frameworks, Ray or tensors; standard library only.
+"""Errors meant for users. Standard library only: no HTTP framework, no Ray, no torch.
 
 A user's mistake raises a `PedroError`: it names the field, the value and the remedy, and carries the OpenAI
 error `type` and `code` and the HTTP status under which the gateway shows it. A programmer's mistake is an

@@ -1,6 +1,6 @@
 """What lies in a folder or below an fsspec URL: its parts with their bytes and age, and how one is removed for good.
 
-Knows nothing of what the files are. A part is as old as the newest file in it.
+What the files mean is up to the caller. A part is as old as the newest file in it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The backbones that a home keeps: each written whole or not at all, by one process at a time, its origin beside it.
 
-Knows nothing of where a backbone comes from.
+Where they come from (wheels, the hub, GGUF files) is left to other modules.
 """
 
 from __future__ import annotations

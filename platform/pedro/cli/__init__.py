@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="pedro",
     help="Fine-tune and serve prompt-dependent adapters: one frozen backbone, many tenants, one tiny adapter each.\n\n"
-    "Try `pedro demo` first. For tenants: data check, submit, keys create, serve, chat. "
-    "Every command has --help with examples, and --json for programs.",
+    "Start with `pedro demo`. As a tenant: data check, submit, keys create, serve, chat. "
+    "Every command has --help; most have examples, and --json for programs.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

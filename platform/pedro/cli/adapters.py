@@ -110,7 +110,7 @@ def promote(
 
 @app.command()
 def rollback(name: Name, as_json: AsJson = False) -> None:
-    """Swap champion and previous; refused where the engine could not serve the previous one."""
+    """Swap champion and previous; refused if the engine cannot serve the previous one."""
     from pedro.errors import NotFoundError
 
     registry = open_registry()
@@ -129,7 +129,7 @@ app.command("shadow")(splits.shadow)
 @app.command()
 def history(
     name: Name,
-    limit: Annotated[int, typer.Option(help="The last so many moves.", min=1)] = 100,
+    limit: Annotated[int, typer.Option(help="How many of the latest moves to show.", min=1)] = 100,
     as_json: AsJson = False,
 ) -> None:
     """Show how an adapter's aliases were moved: when, by whom, from where to where."""
@@ -160,7 +160,7 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete one version (`tenant.adapter:7`) or a whole adapter (`tenant.adapter`); says first what is served."""
+    """Delete one version (`tenant.adapter:7`) or a whole adapter (`tenant.adapter`); first says what is served."""
     from pedro.cli.output import confirm
     from pedro.errors import model_not_found
 
@@ -212,7 +212,9 @@ def import_adapter(
         str, typer.Argument(help="An adapter directory: exported, or written by PEFT. A path, hf://owner/name, s3://…")
     ],
     backbone: Moved = None,
-    form: Annotated[str, typer.Option("--format", help="For PEFT's own: raw, alpaca or chat.")] = "raw",
+    form: Annotated[
+        str, typer.Option("--format", help="Prompt format of one written by PEFT: raw, alpaca or chat.")
+    ] = "raw",
     as_json: AsJson = False,
 ) -> None:
     """Register an adapter directory as a new version, a candidate until `pedro adapters promote`.
@@ -271,21 +273,23 @@ def _adopted(directory: Path, name: str | None, form: str) -> AbstractContextMan
 def evaluate(
     name: Annotated[str, typer.Argument(help="tenant.adapter[@alias|:version]", metavar="MODEL")],
     file: Annotated[
-        Path | None, typer.Option("--data", help="A file with the rows to answer, as for `pedro data check`.")
+        Path | None, typer.Option("--data", help="A file of rows to answer, as for `pedro data check`.")
     ] = None,
     fields: Annotated[
-        str | None, typer.Option(help="The file's columns for our fields: prompt=question,completion=answer.")
+        str | None, typer.Option(help="Map the file's columns: prompt=question,completion=answer.")
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
-    harness: Annotated[str | None, typer.Option(help="lm-eval: ask --tasks of it, instead of --data.")] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks of the harness, by commas.")] = "",
+    harness: Annotated[str | None, typer.Option(help="lm-eval: run its --tasks instead of --data.")] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of the harness, comma-separated.")] = "",
     shots: Annotated[
         int | None, typer.Option(min=0, help="Worked examples before each of the harness's prompts.")
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="A folder with more task files for the harness.")
+        Path | None, typer.Option(exists=True, file_okay=False, help="A folder of further task files for the harness.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask the harness's prompts in the adapter's format.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the harness's prompts into the adapter's prompt format.")
+    ] = False,
     backbone: Moved = None,
     as_json: AsJson = False,
 ) -> None:

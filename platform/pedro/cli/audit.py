@@ -23,14 +23,16 @@ MOMENTS = ("expires", "revoked")  # of a key, in Unix seconds
 
 def audit(
     tenant: Annotated[str | None, typer.Option(help="Only what concerns this tenant.")] = None,
-    action: Annotated[str | None, typer.Option(help="Only this: key.create, or key for all about keys.")] = None,
-    actor: Annotated[str | None, typer.Option(help="Only what this one did: user:ada, or a key's id.")] = None,
-    since: Annotated[str | None, typer.Option(help="Only from then on: 24h ago, or a date (UTC).")] = None,
-    limit: Annotated[int, typer.Option(help="The last so many entries.", min=1)] = 50,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Then print entries as they come.")] = False,
+    action: Annotated[
+        str | None, typer.Option(help="Only this action: key.create, or key for everything about keys.")
+    ] = None,
+    actor: Annotated[str | None, typer.Option(help="Only changes by this actor: user:ada, or a key's id.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only changes since then: 24h ago, or a date (UTC).")] = None,
+    limit: Annotated[int, typer.Option(help="How many of the latest entries to show.", min=1)] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Then keep printing new entries.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show who changed keys, quotas, adapters and the database: the last entries, the newest at the end.
+    """Show who changed keys, quotas, adapters and the database; the latest entry comes last.
 
     Example: `pedro audit --tenant acme --action key --since 7d`
     """

@@ -85,10 +85,10 @@ def show_backbone(
 def pull(
     what: Annotated[str, typer.Argument(help="smollm2-135m, or a hub id (owner/name).", metavar="NAME")],
     name: NewName = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")] = None,
+    revision: Annotated[str | None, typer.Option(help="For a hub id: a branch, tag or commit.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download a backbone into PEDRO_HOME; keeps what has come when it is stopped, does nothing if it is there.
+    """Download a backbone into PEDRO_HOME, if it is not there yet; resumes an interrupted download.
 
     Example: `pedro backbones pull smollm2-135m`, then `pedro serve --backbone smollm2-135m`
     """
@@ -104,10 +104,10 @@ def pull(
 def add(
     path: Annotated[Path, typer.Argument(help="A transformers directory, or a GGUF file.")],
     name: NewName = None,
-    licence: Annotated[str | None, typer.Option(help="Its licence, to be shown with it.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Its licence, shown with it.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Keep a copy of a model in PEDRO_HOME: of a directory as it is, of a GGUF file as bfloat16 weights."""
+    """Copy a model into PEDRO_HOME: a directory as it is, a GGUF file as bfloat16 weights."""
     from pedro.backbone import quiet
     from pedro.backbones.pull import add as add_backbone
     from pedro.config import Settings
@@ -122,7 +122,7 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove a backbone from PEDRO_HOME; says first which server and which adapters need it, and asks."""
+    """Remove a backbone from PEDRO_HOME, after naming the server and adapters that need it, and asking."""
     from pedro.backbones.kept import check_removable, remove_kept
     from pedro.backbones.sharing import withdraw_backbone
     from pedro.cli.output import confirm

@@ -1,4 +1,4 @@
-"""`pedro backup` and `pedro restore`: all that a home holds as one file."""
+"""`pedro backup` and `pedro restore`: a whole home as one file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 10  # of what is missing
 def backup(
     file: Annotated[Path, typer.Argument(help="The archive to write, a new file (.tar.gz).")],
     without_backbones: Annotated[
-        bool, typer.Option("--without-backbones", help="Leave out language models that can be had again.")
+        bool, typer.Option("--without-backbones", help="Leave out language models that can be downloaded again.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,10 +52,10 @@ def backup(
 def restore(
     file: Annotated[Path, typer.Argument(help="An archive that `pedro backup` wrote.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only read it to its end and say whether it is whole; write nothing.")
+        bool, typer.Option("--dry-run", help="Only read it through and say whether it is complete; write nothing.")
     ] = False,
     sha256: Annotated[
-        str | None, typer.Option(help="What `pedro backup` said that it is; any other file is refused.")
+        str | None, typer.Option(help="The digest that `pedro backup` printed; any other file is refused.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

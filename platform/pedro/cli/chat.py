@@ -14,14 +14,14 @@ from pedro.cli.output import AsJson, emit, printable
 
 def chat(
     model: Annotated[str, typer.Argument(help="A model name, for instance acme.support")],
-    message: Annotated[str | None, typer.Argument(help="One message; without it you are asked, until Ctrl-D.")] = None,
-    url: Annotated[str | None, typer.Option(help="The server [PEDRO_URL, else the local one].")] = None,
+    message: Annotated[str | None, typer.Argument(help="One message; without it, type messages until Ctrl-D.")] = None,
+    url: Annotated[str | None, typer.Option(help="The server's address [PEDRO_URL, else the local server].")] = None,
     key: Annotated[str | None, typer.Option(envvar="PEDRO_API_KEY", help="An API key.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Chat with a model; the answer streams as it is made.
+    """Chat with a model; the answer is streamed.
 
     Example: `PEDRO_API_KEY=sk-pedro-… pedro chat acme.intents "play some jazz"`
     """

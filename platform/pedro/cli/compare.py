@@ -1,4 +1,4 @@
-"""`pedro compare`: methods side by side, on the same rows, with seeds and intervals."""
+"""`pedro compare`: methods side by side on the same rows, over several seeds, with intervals."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def compare(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, for instance training.max_steps=50")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder of the results; PEDRO_HOME/comparisons/NAME if not given.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Start nothing; check everything, list the runs.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results [PEDRO_HOME/comparisons/NAME].")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Start nothing; check everything and list the runs.")
+    ] = False,
     report: Annotated[
-        bool, typer.Option("--report", help="Start nothing; write tables and figures of the runs that are there.")
+        bool, typer.Option("--report", help="Start nothing; write tables and figures of the existing runs.")
     ] = False,
     pack: Annotated[
         bool,
         typer.Option(
-            "--pack", help="Start nothing; gather the runs' files into one runs.jsonl to commit, then as --report."
+            "--pack", help="Start nothing; merge the runs' files into one runs.jsonl to commit, then as --report."
         ),
     ] = False,
     pareto: Annotated[
@@ -40,20 +40,21 @@ def compare(
         typer.Option(
             "--pareto",
             metavar="X,Y",
-            help="Draw the Pareto front of two columns, as parameters,score; may be repeated.",
+            help="Plot the Pareto front of two columns, for instance parameters,score; repeatable.",
         ),
     ] = None,
     export_peft: Annotated[
         Path | None,
         typer.Option(
-            "--export-peft", help="As --report; write the runs as PEFT's method_comparison has them, to here."
+            "--export-peft",
+            help="As --report; also write the runs to this folder in the format of PEFT's method_comparison.",
         ),
     ] = None,
     import_peft: Annotated[
         list[Path] | None,
         typer.Option(
             "--import-peft",
-            help="As --report; show results of PEFT's method_comparison beside (a file or a folder; may be repeated).",
+            help="As --report; also show results of PEFT's method_comparison (a file or a folder; repeatable).",
         ),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")] = False,
@@ -61,15 +62,15 @@ def compare(
         bool,
         typer.Option(
             "--allow-dirty",
-            help="Write to jobs/results although code has changed since the commit; a + at the commit marks the runs.",
+            help="Write to jobs/results with uncommitted code; the runs are marked by a + after the commit.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train and score methods × tasks × backbones × budgets × seeds, and print the table a paper would show.
 
-    Every finished run is a file of its own; interrupted or changed, the same command does only what is missing.
-    Tables (text, Markdown, CSV, LaTeX) and figures (PNG) stand beside the runs. To commit a comparison, --pack it.
+    Every finished run has its own file; after an interruption or a change, the same command does only what is missing.
+    Tables (text, Markdown, CSV, LaTeX) and figures (PNG) go beside the runs. To commit a comparison, --pack it.
     Tasks that the package does not carry are read below PEDRO_TASK_DATA or `data:` of the spec (a directory, or hub).
 
     Examples: `pedro compare jobs/configs/nano_table1.yaml`,

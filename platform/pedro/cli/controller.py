@@ -1,4 +1,4 @@
-"""`pedro controller`: starts queued jobs when their turn comes, for as long as it runs."""
+"""`pedro controller`: starts queued jobs when their turn comes, until it is stopped."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pedro.cli.output import log
 
 def controller(
     per_tenant: Annotated[
-        int | None, typer.Option(help="Jobs of one tenant that may run at once; without it, as many as fit.", min=1)
+        int | None, typer.Option(help="Most jobs of one tenant that run at once [as many as fit].", min=1)
     ] = None,
-    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no job is queued or running.")] = False,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="Exit when no job is queued or running.")] = False,
     template: Annotated[
         str | None,
-        typer.Option(help="PEDRO_LAUNCHER=kuberay: the suspended RayJob that others are made from.", metavar="NAME"),
+        typer.Option(help="With PEDRO_LAUNCHER=kuberay: the suspended RayJob to use as a template.", metavar="NAME"),
     ] = None,
     cpus: Annotated[
         float | None,
         typer.Option(
-            help="PEDRO_LAUNCHER=kuberay: what all workers may hold at once; else the cluster decides.", min=0
+            help="With PEDRO_LAUNCHER=kuberay: most CPUs of all workers together [what the cluster allows].", min=0
         ),
     ] = None,
-    gpus: Annotated[float | None, typer.Option(help="The same of GPUs.", min=0)] = None,
+    gpus: Annotated[float | None, typer.Option(help="The same for GPUs.", min=0)] = None,
 ) -> None:
-    """Start queued jobs when their turn comes and what they need is free, and look after them until they end.
+    """Start queued jobs when their turn comes and their resources are free, and watch them until they end.
 
     A laptop needs none: `pedro submit` starts one that ends with the last job. On a cluster it runs as a Deployment;
     of several, each job has one at a time, and one that dies is replaced by another after 30 s. Jobs run on the Ray

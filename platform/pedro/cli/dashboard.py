@@ -1,4 +1,4 @@
-"""`pedro dashboard`: the operators' pages in a browser."""
+"""`pedro dashboard`: the platform in a browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REQUIRE_KEY = "PEDRO_DASHBOARD_REQUIRE_KEY"
 
 def dashboard(
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but loopback asks each reader for a key.")
+        str, typer.Option(help="Address to listen on; on any but loopback, visitors need a key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8501,
     browser: Annotated[bool, typer.Option("--browser", help="Open it in this machine's browser.")] = False,

@@ -1,4 +1,4 @@
-"""`pedro data`: look at a data file before anything is trained on it."""
+"""`pedro data`: check a data file before training on it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def check(
     file: Annotated[
         Path,
         typer.Argument(
-            help="Rows of messages, prompt/completion, Alpaca, ShareGPT or preferences: JSONL, JSON, CSV, parquet."
+            help="Rows of messages, prompt/completion, Alpaca, ShareGPT or preferences: JSONL, JSON, CSV, Parquet."
         ),
     ],
-    backbone: Annotated[str, typer.Option(help="Whose tokenizer and context length count.")] = "stories260K",
-    validation: Annotated[Path | None, typer.Option(help="A validation or test file to check for leakage.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Tokens a row may have; default: the backbone's context.")
-    ] = None,
+    backbone: Annotated[
+        str, typer.Option(help="The backbone whose tokenizer and context length apply.")
+    ] = "stories260K",
+    validation: Annotated[Path | None, typer.Option(help="A validation or test file, to check for leakage.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens per row [the backbone's context].")] = None,
     fields: Annotated[
         str | None,
-        typer.Option(help="Your columns for our fields: prompt=question,completion=answer (in a spec: data.fields)."),
+        typer.Option(help="Map your columns: prompt=question,completion=answer (in a spec: data.fields)."),
     ] = None,
     show: Annotated[int, typer.Option(help="Print how the first N rows are masked.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Say what the file holds and every line that cannot be used; exit 1 if it cannot be trained on.
+    """Summarise the file and list every line that cannot be used; exit 1 if it cannot be trained on.
 
     Example: `pedro data check train.jsonl --validation test.jsonl --show 3`
     """

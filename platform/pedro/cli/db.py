@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pedro.store import Database
 
 app = typer.Typer(
-    help="The platform's database: upgrade its schema, say where it stands, take over MLflow's registry.",
+    help="The platform's database: check and upgrade its schema, import MLflow's registry.",
     no_args_is_help=True,
 )
 
@@ -24,12 +24,12 @@ def upgrade(
     driver_role: Annotated[
         str | None,
         typer.Option(
-            "--driver-role", help="A role of PostgreSQL that gets what drivers of fine-tunes need, and nothing more."
+            "--driver-role", help="A PostgreSQL role to grant what drivers of fine-tunes need, and nothing else."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring the schema to this release's, then take over adapters and aliases of MLflow's registry, once.
+    """Upgrade the schema to this release, then, once, import adapters and aliases from MLflow's registry.
 
     An sqlite database in the home needs no such command: it is upgraded when it is first opened. Again does no harm,
     and of two at once one waits for the other. Back up a server's database first.
@@ -63,7 +63,7 @@ def upgrade(
 
 @app.command()
 def current(as_json: AsJson = False) -> None:
-    """Print the revision of the schema; changes nothing."""
+    """Print the revision of the schema. Changes nothing."""
     from pedro.store import migrate
 
     database = _database(_settings())
@@ -74,7 +74,7 @@ def current(as_json: AsJson = False) -> None:
 
 @app.command()
 def check(as_json: AsJson = False) -> None:
-    """Say whether this release can work with the database, and what to do if not (exit 1); changes nothing."""
+    """Check whether this release can work with the database, and say what to do if not (exit 1). Changes nothing."""
     from pedro.store import Store, migrate
 
     settings = _settings()
@@ -105,11 +105,11 @@ def check(as_json: AsJson = False) -> None:
 @app.command("import")
 def import_registry(
     unsealed: Annotated[
-        bool, typer.Option("--unsealed", help="Take versions without the platform's seal, too: as MLflow tells them.")
+        bool, typer.Option("--unsealed", help="Also import versions without the platform's seal, trusting MLflow.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take over adapters, versions and aliases of MLflow's registry that the database does not know.
+    """Import adapters, versions and aliases from MLflow's registry that the database does not have.
 
     Happens once by itself; again, for instance after MLflow was restored, it adds what is missing and moves no alias.
     Then versions are taken that this platform sealed when it registered them; earlier releases sealed none. Anybody who
@@ -129,7 +129,7 @@ def import_registry(
 
 @app.command()
 def mirror(as_json: AsJson = False) -> None:
-    """Tell MLflow, whose pages show aliases, of moves that it has not heard of; a server does so by itself."""
+    """Bring the aliases that MLflow shows up to date; a running server does so by itself."""
     from pedro.registry import Registry
 
     waiting = Registry.open(_settings()).mirror()

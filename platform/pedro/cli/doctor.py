@@ -1,4 +1,4 @@
-"""`pedro doctor`: is this host ready, and if not, what to do."""
+"""`pedro doctor`: is this host ready, and if not, what to fix."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def doctor(
     ] = False,
     moved: Annotated[
         bool,
-        typer.Option("--relocate", help="First have a home that was copied or moved name its own files everywhere."),
+        typer.Option("--relocate", help="First rewrite the paths of a home that was copied or moved."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

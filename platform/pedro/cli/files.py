@@ -1,4 +1,4 @@
-"""`pedro files`: tenants' uploaded files, for operators; tenants have `/v1/files` of the server."""
+"""`pedro files`: tenants' uploaded files, for operators; tenants use the server's `/v1/files`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pedro.files import Files
     from pedro.store import FileRecord
 
-app = typer.Typer(help="Tenants' uploaded files: a spec names one by its id.", no_args_is_help=True)
+app = typer.Typer(help="Tenants' uploaded files; a spec refers to one by its id.", no_args_is_help=True)
 FileId = Annotated[str, typer.Argument(help="The file's id, from `pedro files list`.")]
 Tenant = Annotated[str | None, typer.Option(help="Only a file of this tenant.")]
 BLOCK = 1 << 20
@@ -26,15 +26,15 @@ BLOCK = 1 << 20
 @app.command()
 def upload(
     path: Annotated[Path, typer.Argument(help="The file.")],
-    tenant: Annotated[str, typer.Option(help="Whose file it will be.")],
+    tenant: Annotated[str, typer.Option(help="The tenant who will own it.")],
     purpose: Annotated[str, typer.Option(help="fine-tune or batch.")] = "fine-tune",
     expires_after: Annotated[
         int | None,
-        typer.Option(help="Seconds until it is removed, 3600 to 2592000; a batch's file ends after 30 days."),
+        typer.Option(help="Seconds until it expires, 3600 to 2592000; a batch file expires after 30 days."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a file for a tenant; limits of size do not hold here.
+    """Upload a file for a tenant; size limits do not apply here.
 
     Example: `pedro files upload train.jsonl --tenant acme`
     """
@@ -59,17 +59,17 @@ def upload(
 @app.command("list")
 def list_files(
     tenant: Annotated[str | None, typer.Argument(help="Only this tenant's.")] = None,
-    purpose: Annotated[str | None, typer.Option(help="Only those of this purpose.")] = None,
+    purpose: Annotated[str | None, typer.Option(help="Only files with this purpose.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List files, newest first; those that have expired are gone."""
+    """List files, newest first, without expired ones."""
     records = _files().list_files(tenant, purpose=purpose)
     emit([asdict(record) for record in records], as_json, lambda: _show(records))
 
 
 @app.command()
 def show(file: FileId, tenant: Tenant = None, as_json: AsJson = False) -> None:
-    """Show what is known of a file."""
+    """Show the details of a file."""
     record = _files().get(file, tenant)
     emit(asdict(record), as_json, lambda: _show([record], record.digest))
 
@@ -77,7 +77,7 @@ def show(file: FileId, tenant: Tenant = None, as_json: AsJson = False) -> None:
 @app.command()
 def download(
     file: FileId,
-    to: Annotated[Path | None, typer.Argument(help="Where to; standard output if not given.")] = None,
+    to: Annotated[Path | None, typer.Argument(help="Where to write it [standard output].")] = None,
     tenant: Tenant = None,
 ) -> None:
     """Copy a file's content to a path that does not exist yet, or to standard output."""
@@ -100,7 +100,7 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete a file. Jobs that were submitted with it have a copy of their own."""
+    """Delete a file. Jobs that were submitted with it keep their own copy."""
     files = _files()
     record = files.get(file, tenant)
     confirm(f"Delete {record.filename} of tenant {record.tenant}?", yes, as_json)

@@ -1,4 +1,4 @@
-"""`pedro gc`: what a home keeps, and what may go."""
+"""`pedro gc`: removes what a home no longer needs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ if TYPE_CHECKING:
 
 
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")] = False,
     older_than: Annotated[
         str | None,
-        typer.Option(help="30d, 12h or 90m: for caches, checkpoints, data sets and adapters of no version."),
+        typer.Option(help="30d, 12h or 90m: applies to caches, checkpoints, data sets and unregistered adapters."),
     ] = None,
     keep_versions: Annotated[
-        int | None, typer.Option(help="Of each adapter the newest N, and what an alias names; else all.", min=1)
+        int | None,
+        typer.Option(help="Keep only the newest N versions of each adapter, and those with an alias [all].", min=1),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Name everything that goes or stays, and why.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="List everything that is removed or kept, and why.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what is of no use any more: old caches, checkpoints of ended jobs, data that nobody names, expired files.
+    """Remove what is no longer needed: old caches, checkpoints of ended jobs, unreferenced data, expired files.
 
     How long things are kept is set by PEDRO_KEEP_… (docs/operations.md). A version behind an alias, one that was
     champion within 90 days, the files of a job that runs, data that a kept job or version names, and whatever was

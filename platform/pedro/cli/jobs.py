@@ -29,7 +29,7 @@ def submit(
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end; exit 1 if it fails.")] = False,
     priority: Annotated[
-        int, typer.Option(help="Of jobs that wait, those of a higher priority start first.", min=-100, max=100)
+        int, typer.Option(help="Waiting jobs with a higher priority start first.", min=-100, max=100)
     ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Start nothing; show parameters, memory, steps and time.")
@@ -38,14 +38,14 @@ def submit(
         bool,
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="In a dry run, load the backbone and time steps (about a minute), or assume a speed.",
+            help="In a dry run: load the backbone and time a few steps (about a minute), or assume a speed.",
         ),
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Queue a job that trains an adapter, evaluates it, registers it, and makes it champion if its gate says so.
+    """Queue a job: train an adapter, evaluate it, register it, and make it champion if it passes its gate.
 
-    It starts when the cluster has what its workers need; a driver that is lost is started again.
+    It starts once the cluster has the resources its workers need, and is restarted if its driver is lost.
 
     Examples: `pedro submit jobs/configs/finetune.yaml --dry-run`,
     `pedro submit jobs/configs/finetune.yaml training.max_steps=300 --wait`
@@ -118,10 +118,10 @@ app.command()(standing_jobs.show)
 def logs(
     job: JobId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the job ends.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="With every line of Ray.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Include Ray's own lines.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a job wrote: progress, loss, speed, time left, errors; also when its cluster is gone."""
+    """Print a job's log: progress, loss, speed, time left, errors; also after its cluster is gone."""
     from pedro.cluster import connect, find_head
     from pedro.config import Settings
     from pedro.errors import NotFoundError
@@ -160,7 +160,7 @@ def logs(
 
 @app.command()
 def stop(job: JobId, as_json: AsJson = False) -> None:
-    """End a job; its checkpoints stay, nothing is registered. One that has ended stays as it is, and this says how."""
+    """Stop a job; checkpoints stay, nothing is registered. For one that has already ended, say how it ended."""
     status = stop_job(job)
     ended = f"stopped {job}" if status == "cancelled" else f"{job} was not stopped, it has {status}"
     emit({"job_id": job, "status": status}, as_json, lambda: typer.echo(ended))
@@ -171,7 +171,7 @@ app.command("cancel", help="The same as stop.")(stop)
 
 @app.command()
 def pause(job: JobId, as_json: AsJson = False) -> None:
-    """End a job's workers until `pedro jobs resume`, which continues from its last checkpoint to the same adapter."""
+    """Stop a job's workers until `pedro jobs resume`, which continues from the last checkpoint to the same adapter."""
     from pedro.config import Settings
     from pedro.store import JobStatus, Store
     from pedro.training import submit as training
@@ -186,13 +186,13 @@ def pause(job: JobId, as_json: AsJson = False) -> None:
 
 @app.command()
 def resume(job: JobId, as_json: AsJson = False) -> None:
-    """Let a paused job resume from its last checkpoint, when its turn comes."""
+    """Queue a paused job again; it resumes from its last checkpoint."""
     _go_on(job, as_json, after_failure=False)
 
 
 @app.command()
 def retry(job: JobId, as_json: AsJson = False) -> None:
-    """Start a job again that failed or was stopped; it resumes from its last checkpoint, if it has one."""
+    """Retry a job that failed or was stopped, from its last checkpoint if it has one."""
     _go_on(job, as_json, after_failure=True)
 
 

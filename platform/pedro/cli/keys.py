@@ -42,7 +42,7 @@ KeyId = Annotated[str, typer.Argument(help="The key's id, from `pedro keys list`
 
 @app.command()
 def create(
-    tenant: Annotated[str, typer.Argument(help="The tenant that the key speaks for.")],
+    tenant: Annotated[str, typer.Argument(help="The tenant that the key belongs to.")],
     scope: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,9 +51,9 @@ def create(
         ),
     ] = None,
     name: Annotated[str, typer.Option(help="A note to tell keys apart.")] = "",
-    expires: Annotated[str | None, typer.Option(help="When it ends: 90d from now, or a date (UTC).")] = None,
+    expires: Annotated[str | None, typer.Option(help="When it expires: 90d from now, or a date (UTC).")] = None,
     adapters: Annotated[
-        str | None, typer.Option(help="The only adapters that it may name, by commas; the backbone neither.")
+        str | None, typer.Option(help="Restrict it to these adapters, comma-separated; the backbone is refused too.")
     ] = None,
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
@@ -111,7 +111,7 @@ def list_keys(
 
 @app.command()
 def show(key: KeyId, as_json: AsJson = False) -> None:
-    """Show all of one key but its secret."""
+    """Show everything about one key except its secret."""
     record, now = _store().get_key(key), time.time()
     facts = (
         ("id", record.id),
@@ -135,11 +135,11 @@ def show(key: KeyId, as_json: AsJson = False) -> None:
 def rotate(
     key: KeyId,
     overlap: Annotated[
-        str, typer.Option(help="How long the old key still works: 24h, 7d; 0s ends it at once.")
+        str, typer.Option(help="How long the old key keeps working: 24h, 7d; 0s revokes it at once.")
     ] = "24h",
     as_json: AsJson = False,
 ) -> None:
-    """Make a new key with the same rights and print its secret, once; the old key ends after the overlap.
+    """Make a new key with the same rights and print its secret, once; the old key expires after the overlap.
 
     A key that expires gets a successor that lives as long as it did. Example: `pedro keys rotate key_… --overlap 24h`
     """
@@ -160,7 +160,7 @@ def quota(
     tokens_per_month: TokensPerMonth = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set a key's own quota, or show it; its tenant's holds as well. What is not given stays.
+    """Set or show a key's own quota; its tenant's applies as well. Limits that are not given stay.
 
     Example: `pedro keys quota key_… --requests-per-minute 60`
     """

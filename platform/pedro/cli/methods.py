@@ -1,4 +1,4 @@
-"""`pedro methods`: what can be trained, and what can be done with the result."""
+"""`pedro methods`: what can be trained, and how the result can be used."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ANSWERS = {True: "yes", False: "no", None: "depends"}
 
 def methods(
     counts: bool = typer.Option(
-        True, help="Count the trained parameters at the settings of the paper's table 1, on LLaMA-2 7B shapes."
+        True, help="Count trained parameters with the settings of the paper's table 1, on LLaMA-2 7B."
     ),
     as_json: AsJson = False,
 ) -> None:
-    """List the methods: trained parameters, serving in batches that mix adapters, merging, and where they are from.
+    """List the methods: trained parameters, whether they can be served in mixed batches and merged, and their source.
 
     Any of them goes into a spec as `method: {name: red}`, with its options beside the name; any method of PEFT as
     `method: {peft_type: VERA, r: 64}`.

@@ -1,4 +1,4 @@
-"""`pedro adapters canary` and `shadow`: versions beside the champion; and what all of `pedro adapters` opens."""
+"""`pedro adapters canary` and `shadow`: versions that run beside the champion; what `pedro adapters` shares."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Name = Annotated[str, typer.Argument(help="tenant.adapter, also with @alias or :
 def canary(
     name: Name,
     version: Annotated[int, typer.Argument(help="The version number.")],
-    weight: Annotated[float, typer.Option(help="Its share of what is asked of the champion; 0 ends it.")],
+    weight: Annotated[float, typer.Option(help="Its share of the champion's requests; 0 ends it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Have a version answer a share of what is asked of the champion; a promotion or a rollback ends it.
+    """Have a version answer a share of the champion's requests, until a promotion or rollback.
 
     Example: `pedro adapters canary acme.support 8 --weight 0.1`
     """
@@ -36,10 +36,10 @@ def canary(
 def shadow(
     name: Name,
     version: Annotated[int, typer.Argument(help="The version number.")],
-    weight: Annotated[float, typer.Option(help="The share of what the champion answers; 0 ends it.")],
+    weight: Annotated[float, typer.Option(help="The share of the champion's requests it gets a copy of; 0 ends it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Have a version asked a share of what the champion answers, too: nobody sees it, and how it differs is counted.
+    """Send a version a copy of a share of the champion's requests; its answers are only compared, nobody sees them.
 
     `pedro adapters show` tells the counts; a promotion or a rollback ends it. It is asked after the champion has
     answered, one request at a time, and counts against no quota.

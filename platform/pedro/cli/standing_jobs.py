@@ -1,4 +1,4 @@
-"""`pedro jobs list` and `show`: jobs as they stand, by their records and their cluster. Changes nothing."""
+"""`pedro jobs list` and `show`: the state of jobs, from their records and their cluster. Changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JobId = Annotated[str, typer.Argument(help="The job's id, from `pedro jobs list`
 def list_jobs(
     tenant: Annotated[str | None, typer.Argument(help="Only this tenant's.")] = None, as_json: AsJson = False
 ) -> None:
-    """List jobs and sweeps, newest first. Looking changes nothing: `lost` is a job whose cluster is gone."""
+    """List jobs and sweeps, newest first. A job is `lost` if its cluster is gone. Changes nothing."""
     from pedro.config import Settings
 
     rows = _as_they_stand(Settings.from_env(), tenant)
@@ -50,10 +50,10 @@ def list_jobs(
 
 def show(
     job: JobId,
-    events: Annotated[int, typer.Option(help="The last so many things that it told.", min=1)] = 20,
+    events: Annotated[int, typer.Option(help="How many of its latest events to show.", min=1)] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Show one job or sweep: how it stands, what it trains, its result, and what it told last. Changes nothing."""
+    """Show one job or sweep: its state, what it trains, its result and its latest events. Changes nothing."""
     from pedro.config import Settings
     from pedro.store import Store
     from pedro.training.job_status import reconcile_record

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    spec: Annotated[Path, typer.Argument(help="A YAML file: name, base (a job as `pedro submit` takes it), space.")],
+    spec: Annotated[Path, typer.Argument(help="A YAML file: name, base (a spec as for `pedro submit`), space.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, for instance base.training.max_steps=100")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the sweep to its end; exit 1 if it fails.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Start nothing; check everything, show the trials and their cost.")
+        bool, typer.Option("--dry-run", help="Start nothing; check everything and show the trials and their cost.")
     ] = False,
     priority: Annotated[
-        int, typer.Option(help="Of jobs that wait, those of a higher priority start first.", min=-100, max=100)
+        int, typer.Option(help="Waiting jobs with a higher priority start first.", min=-100, max=100)
     ] = 0,
     resume: Annotated[
         bool,
@@ -31,10 +31,10 @@ def sweep(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Queue a sweep, which tries a space of settings as trials of Ray Tune and registers the best as a new version.
+    """Queue a sweep: try a space of settings with Ray Tune and register the best trial as a new version.
 
-    It starts when the cluster has room for one trial at least; `pedro jobs` lists, pauses and stops it. Trials are
-    compared by their validation loss; ASHA stops the worse ones early.
+    It starts once the cluster has room for at least one trial; `pedro jobs` lists, pauses and stops it. Trials are
+    compared by validation loss, and ASHA stops the worse ones early.
 
     Examples: `pedro sweep jobs/configs/nano_sweep_r.yaml --wait`,
     `pedro sweep jobs/configs/nano_sweep_r.yaml base.training.max_steps=100 --dry-run`

@@ -1,4 +1,4 @@
-"""`pedro tasks`: the benchmarks, and their rows as files that can be trained on."""
+"""`pedro tasks`: the benchmark tasks, and their rows as training files."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SPLITS = ("train", "validation", "test")
 
 
 def tasks(
-    name: Annotated[str | None, typer.Argument(help="One task, to look at its rows or write them.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A task, to show or write its rows.")] = None,
     data: Annotated[
         str | None,
         typer.Option(envvar="PEDRO_TASK_DATA", help='The directory with the tasks\' folders, or "hub" to stream.'),
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Print the first N rows of --split.")] = 0,
     split: Annotated[str, typer.Option(help="Which rows to show.")] = "test",
-    wording: Annotated[str, typer.Option(help="In which words prompts are put: template, bare, ...")] = "template",
+    wording: Annotated[str, typer.Option(help="The wording of prompts: template, bare, ...")] = "template",
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each prompt.")] = 0,
     write: Annotated[Path | None, typer.Option(help="Write each split as JSONL into this directory.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Write a fair sample of N rows per split.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the benchmark tasks: metric, rows by split, licence, where they are from.
+    """List the benchmark tasks: metric, rows per split, licence, source.
 
     Rows are counted in --data; without it they are those that the source publishes or the package carries.
 

@@ -1,4 +1,4 @@
-"""`pedro tenants`: who has keys, how much each may ask for in a minute, a day and a month, and the end of one."""
+"""`pedro tenants`: who has keys, their quotas a minute, a day and a month, and erasing one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def set_limits(
     training_hours_per_month: TrainingPerMonth = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set a tenant's quota, or show it; a running server follows with the next request. What is not given stays.
+    """Set or show a tenant's quota, which a running server applies within a second. Limits that are not given stay.
 
     Hours of training are those of every worker, sweeps included; over them, queued jobs wait for the next one.
 
@@ -85,11 +85,11 @@ def set_limits(
 
 @app.command()
 def erase(
-    tenant: Annotated[str, typer.Argument(help="The tenant, of which nothing will be left.", metavar="NAME")],
+    tenant: Annotated[str, typer.Argument(help="The tenant to erase.", metavar="NAME")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what there is; erase nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be erased; erase nothing.")] = False,
     keep_sums: Annotated[
-        bool, typer.Option("--keep-sums", help="Keep its usage by day, under a number instead of its name.")
+        bool, typer.Option("--keep-sums", help="Keep its daily usage, under a number instead of its name.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -16,16 +16,16 @@ def usage(
     since: Annotated[str | None, typer.Option("--from", metavar="DAY", help="First day (UTC): 2026-03-01.")] = None,
     until: Annotated[str | None, typer.Option("--to", metavar="DAY", help="Last day, included.")] = None,
     by: Annotated[
-        str, typer.Option(help="What to sum by, parted by commas: tenant, model, key, day; empty for the total alone.")
+        str, typer.Option(help="Sum by these, comma-separated: tenant, model, key, day; empty for the total only.")
     ] = "tenant,model",
     csv: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write CSV to a file, or to standard output with -.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What tenants used: requests, tokens of prompts and answers, tokens and seconds of training, by day (UTC).
+    """Show what tenants used: requests, prompt and answer tokens, tokens and seconds of training, by day (UTC).
 
-    Counts are the engine's own, also of answers that a client did not wait for, and are there a second later.
+    The counts are the engine's own, include answers that a client abandoned, and appear within about a second.
 
     Example: `pedro usage --tenant acme --from 2026-03-01 --to 2026-03-31 --by day,model --csv march.csv`
     """

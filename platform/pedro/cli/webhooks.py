@@ -1,4 +1,4 @@
-"""`pedro webhooks`: where tenants' events are sent, for operators; tenants have `/v1/webhook_endpoints`."""
+"""`pedro webhooks`: where tenants' events are sent, for operators; tenants use `/v1/webhook_endpoints`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pedro.gateway.webhook_sending import WebhookSender
     from pedro.store import Store, WebhookEndpoint
 
-app = typer.Typer(help="Webhook endpoints: events of jobs, batches and aliases are sent to them.", no_args_is_help=True)
+app = typer.Typer(help="Webhook endpoints, which receive events of jobs, batches and aliases.", no_args_is_help=True)
 EndpointId = Annotated[str, typer.Argument(help="The endpoint's id, from `pedro webhooks list`.")]
 
 
@@ -25,18 +25,16 @@ EndpointId = Annotated[str, typer.Argument(help="The endpoint's id, from `pedro 
 def list_webhooks(
     tenant: Annotated[str | None, typer.Argument(help="Only this tenant's.")] = None, as_json: AsJson = False
 ) -> None:
-    """List endpoints, newest first, with the last that went wrong; never their secrets."""
+    """List endpoints, newest first, with their last failure; never their secrets."""
     found = _store(_settings()).list_webhooks(tenant)
     emit([_described(endpoint) for endpoint in found], as_json, lambda: _show(found))
 
 
 @app.command()
 def add(
-    tenant: Annotated[str, typer.Argument(help="Whose events are sent there.")],
+    tenant: Annotated[str, typer.Argument(help="The tenant whose events are sent there.")],
     url: Annotated[str, typer.Argument(help="https://…, on the public network.")],
-    event: Annotated[
-        list[str] | None, typer.Option(help="An event type; repeat for several, all if not given.")
-    ] = None,
+    event: Annotated[list[str] | None, typer.Option(help="An event type; repeatable [all].")] = None,
     name: Annotated[str, typer.Option(help="A note to tell endpoints apart.")] = "added by an operator",
     as_json: AsJson = False,
 ) -> None:
@@ -71,7 +69,7 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove an endpoint, with the events that wait for it."""
+    """Remove an endpoint and the events waiting for it."""
     store = _store(_settings())
     found = store.get_webhook(endpoint, None)
     confirm(f"Remove {found.name} of tenant {found.tenant}?", yes, as_json)
@@ -81,7 +79,7 @@ def remove(
 
 @app.command("test")
 def send_test(endpoint: EndpointId, as_json: AsJson = False) -> None:
-    """Send a `ping` to an endpoint from this host, and say what it answered."""
+    """Send a `ping` to an endpoint from this host and print the response."""
     from pedro.gateway.webhook_sending import sample
     from pedro.store import PING
 

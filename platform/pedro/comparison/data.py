@@ -1,6 +1,6 @@
 """The rows of a comparison's tasks: training files in the storage, and the rows that models are scored on.
 
-Knows nothing of models. Every method sees the same rows.
+Independent of models: every method sees the same rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a comparison is asked to do: the YAML of `pedro compare`, frozen and checked. Knows nothing of tensors."""
+"""What a comparison is asked to do: the YAML of `pedro compare`, frozen and checked without torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the demo does over HTTP: ask questions, and keep asking while an adapter is swapped.
 
-Knows nothing of training, the registry or Ray: it sees what a tenant sees.
+It sees only what a tenant sees: no training, no registry, no Ray.
 """
 
 from __future__ import annotations

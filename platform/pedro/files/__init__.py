@@ -1,4 +1,4 @@
-"""Tenants' uploaded files: rows in the store, bytes in the storage. Knows nothing of HTTP, jobs or tensors.
+"""Tenants' uploaded files: rows in the store, bytes in the storage. Usable without HTTP, jobs or torch.
 
 files.py             uploads, reads and deletes a file as a whole
 contents.py          the bytes, in a folder or at an fsspec URL

@@ -1,1 +1,1 @@
-"""The HTTP room: OpenAI's shapes, keys and errors over a `Backend`. Knows nothing of tensors, Ray or MLflow."""
+"""The HTTP side: OpenAI's schemas, API keys and errors over a `Backend`. Imports neither torch nor Ray nor MLflow."""

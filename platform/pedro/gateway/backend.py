@@ -1,4 +1,4 @@
-"""What the gateway asks of whatever makes the tokens. Knows nothing of HTTP, of engines or of where they run.
+"""What the gateway asks of whatever generates tokens, independent of HTTP, of the engine and of where it runs.
 
 An implementation conforms by shape (`typing.Protocol`); nothing is inherited. Errors meant for the tenant are
 `pedro.errors.PedroError`; anything else is a fault of ours, and the tenant sees only that it happened.
@@ -214,7 +214,7 @@ class TokenizeResult:
 
 @dataclass(frozen=True)
 class AdapterResidence:
-    """One adapter version on one engine replica. A version that a replica knows nothing of has no residence there."""
+    """One adapter version on one engine replica. A version that a replica does not have has no residence there."""
 
     name: str  # tenant.adapter
     version: int

@@ -1,4 +1,4 @@
-"""Dry runs of jobs: what one would take, worked out in a process of its own, since the gateway knows no tensors.
+"""Dry runs of jobs: what one would take, worked out in a process of its own, since the gateway does without torch.
 
 One at a time, each bounded in time; it starts no job and trains nothing.
 """

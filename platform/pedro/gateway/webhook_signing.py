@@ -1,4 +1,4 @@
-"""Signing secrets of webhook endpoints, and signatures as OpenAI's clients check them. Knows neither HTTP nor SQL.
+"""Signing secrets of webhook endpoints, and signatures as OpenAI's clients check them; no HTTP and no SQL.
 
 A secret is an HMAC over endpoint and salt by a key of the platform's: the database holds the salt, a file on the hosts
 of the gateways the key, and neither alone the secret.

@@ -1,4 +1,4 @@
-"""The replica's side of the protocol: one engine, its streams of outputs, its adapters. Knows neither Ray nor HTTP."""
+"""The replica's side of the protocol: one engine, its streams of outputs, its adapters; free of Ray and HTTP."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Traffic over time: scrapes of /metrics become increases, and these a bounded history. Knows no HTTP and no store."""
+"""Traffic over time: scrapes of /metrics become increases, and these a bounded history; without HTTP or the store."""

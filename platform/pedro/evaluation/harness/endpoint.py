@@ -1,4 +1,4 @@
-"""lm-eval over our HTTP API: `--model pedro --model_args base_url=...,model=acme.support`. Knows nothing of tensors.
+"""lm-eval over our HTTP API: `--model pedro --model_args base_url=...,model=acme.support`. Needs no torch.
 
 A continuation is scored by echo: its prompt goes as token ids with `conditioning_length`, the number of them that are
 context, so that the answer does not condition the vectors that it is judged by. lm-eval's own `local-completions` does
