@@ -230,7 +230,7 @@ def test_what_varies_is_said_as_people_say_it():
     assert sweep_space.said({"method.r": {"choice": [4]}}) == "nothing"
     assert sweep_space.whole_numbers(["8", 8, "wide"]) == [8, "wide"]
     unstopped = sweep_space.sweep(both, "random", 4, every=30, early=False)
-    body = training.Plan("stories260K", "voice", sweep=unstopped).body("file-1")["method"]["pedro"]
+    body = training.JobRequest("stories260K", "voice", sweep=unstopped).body("file-1")["method"]["pedro"]
     assert (body["training"]["eval_every"], body["sweep"]["scheduler"]) == (30, {"name": "none"})
 
 
@@ -263,7 +263,7 @@ def test_what_the_api_refuses_is_told_as_it_says_it(page, tenant, served):
 
 
 def test_a_button_that_is_pressed_twice_makes_one_job(tenant, served):
-    body = training.Plan(BACKBONE, "twice").body(training.upload(tenant.client, training.DataFile("a", ROWS)))
+    body = training.JobRequest(BACKBONE, "twice").body(training.upload(tenant.client, training.DataFile("a", ROWS)))
     first, again = (training.submit(tenant.client, body, "once") for _ in range(2))
     assert first["id"] == again["id"]
     assert training.submit(tenant.client, {**body, "seed": 1}, "once")["id"] != first["id"], "other settings: another"
@@ -323,7 +323,7 @@ def test_files_of_every_kind_are_checked_and_preferences_are_learnt_by_dpo():
     assert "`not-here`" in pairs.unmeasured
     packed = training.check(training.DataFile("rows.zip", b"PK\x03\x04"), "stories260K")
     assert "rows.zip' is a zip archive" in packed.problem, "the file is called what its reader calls it"
-    body = training.Plan("b", "a", beta=0.2).body("file-1", "file-2")
+    body = training.JobRequest("b", "a", beta=0.2).body("file-1", "file-2")
     assert body["method"]["dpo"]["hyperparameters"]["beta"] == 0.2
     assert (body["training_file"], body["validation_file"]) == ("file-1", "file-2")
 

@@ -64,8 +64,8 @@ def test_a_fault_of_ours_is_logged_with_the_request_and_its_tenant(json_logs, tm
 
 
 def test_what_the_controller_says_of_a_job_names_it_with_its_tenant_and_model(capsys, tmp_path):
-    log_lines.say_of_jobs("job-1 (acme.support): started, attempt 2")
-    log_lines.say_of_jobs("waiting: the platform's database does not answer")
+    log_lines.log_job_line("job-1 (acme.support): started, attempt 2")
+    log_lines.log_job_line("waiting: the platform's database does not answer")
     started, waiting = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert {name: started[name] for name in ("job", "tenant", "model", "message")} == {
         "job": "job-1",

@@ -32,7 +32,7 @@ from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
 from pedro.serving.deploy import deploy, find
 from pedro.store import Store
-from pedro.training.queue.process import Companion, end_controller
+from pedro.training.queue.process import ControllerKeeper, end_controller
 
 pytestmark = pytest.mark.slow  # the server takes as long to start as all of these take
 BACKBONE = "stories260K"
@@ -663,7 +663,7 @@ class Learner:
 def test_two_tenants_fine_tune_at_once_and_neither_sees_what_is_the_others(served):
     acme, globex = Learner(served, "acme", "supervised"), Learner(served, "globex", "dpo")
     acme.is_apart_from(globex), globex.is_apart_from(acme)
-    Companion(served.settings).look()
+    ControllerKeeper(served.settings).ensure()
     try:
         with ThreadPoolExecutor(2) as pool:
             answers, preferences = pool.map(Learner.learn, (acme, globex))

@@ -1,4 +1,4 @@
-"""Search spaces as the Train page offers them, and a sweep's trials as its job tells of them. Knows no page."""
+"""Search spaces as the Train page offers them, and a sweep's trials from its job's events."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checks a file as `pedro data check` does, and makes and follows fine-tuning jobs through the gateway's API.
 
-Everything is asked with the reader's own key, so that a job is its tenant's. Knows nothing of pages.
+Every request carries the reader's own key, so that a job belongs to its tenant. No page is drawn here.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobRequest:
     """What a job is to be, without its files."""
 
     backbone: str

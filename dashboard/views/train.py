@@ -114,7 +114,7 @@ def check(file: data.DataFile, backbone: str, validation: data.DataFile | None) 
     return found
 
 
-def choose(backbone: str, checked: data.Checked) -> data.Plan | None:
+def choose(backbone: str, checked: data.Checked) -> data.JobRequest | None:
     """Method and hyperparameters; None for options that cannot be read, which is said."""
     one, two = st.columns(2)
     adapter = one.text_input(
@@ -177,7 +177,7 @@ def choose(backbone: str, checked: data.Checked) -> data.Plan | None:
     except ConfigError as error:
         complain(error)
         return None
-    return data.Plan(
+    return data.JobRequest(
         backbone=backbone,
         adapter=adapter,
         method=method or "pedro",
@@ -192,7 +192,7 @@ def choose(backbone: str, checked: data.Checked) -> data.Plan | None:
     )
 
 
-def begin(gateway: GatewayClient, plan: data.Plan, file: data.DataFile) -> None:
+def begin(gateway: GatewayClient, plan: data.JobRequest, file: data.DataFile) -> None:
     """The two buttons: what it takes, and the job itself."""
     left, right, _ = st.columns([2, 2, 3])
     estimates = left.button("Estimate", icon=":material/schedule:", width="stretch")
@@ -227,7 +227,7 @@ def begin(gateway: GatewayClient, plan: data.Plan, file: data.DataFile) -> None:
         st.caption("The last estimate was for other settings.")
 
 
-def request(gateway: GatewayClient, plan: data.Plan, file: data.DataFile) -> dict[str, Any]:
+def request(gateway: GatewayClient, plan: data.JobRequest, file: data.DataFile) -> dict[str, Any]:
     """The job's request; files are uploaded once. Raises GatewayError."""
     ids: dict[tuple[str, str, str], str] = st.session_state.setdefault(UPLOADED, {})
     whose = hashlib.sha256(gateway.key.encode()).hexdigest()

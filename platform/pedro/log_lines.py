@@ -47,7 +47,7 @@ def use(form: str) -> None:
     log.setLevel(logging.INFO)
 
 
-def say_of_jobs(line: str) -> None:
+def log_job_line(line: str) -> None:
     """A line of the controller's to standard error; one about a job begins with its id and model."""
     found = OF_JOB.fullmatch(line)
     told = {**found.groupdict(), "trace_id": trace_of_job(found["job"])} if found else {"message": line}

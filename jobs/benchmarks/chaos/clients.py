@@ -72,7 +72,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlannedRequest:
     """One request, and the versions by number that may answer it, where these are known before."""
 
     adapter: Adapter | None
@@ -173,7 +173,7 @@ class Clients:
                 self.by_client[number] += 1
                 self._judge(asked, answer, began, seen)
 
-    def _draw(self, rng: random.Random) -> Asked:
+    def _draw(self, rng: random.Random) -> PlannedRequest:
         """What is asked next: mostly any adapter, often one whose alias moves or that has a canary."""
         world, kind = self._world, rng.random()
         fields: dict[str, Any] = {
@@ -181,23 +181,25 @@ class Clients:
             "stream": rng.random() < 0.5,
         }
         if kind < 0.12:
-            return Asked(None, world.bare, prompt=rng.randrange(len(world.prompts)), **fields)
+            return PlannedRequest(None, world.bare, prompt=rng.randrange(len(world.prompts)), **fields)
         group = world.moving if kind < 0.35 else world.canaries if kind < 0.45 else world.steady
         adapter = rng.choice(world.broken if kind > 0.97 else group)
         fields["prompt"] = rng.choice(adapter.prompts)
         if adapter.damage:
-            return Asked(adapter, adapter.name, **fields)
+            return PlannedRequest(adapter, adapter.name, **fields)
         if group is world.moving:
             if rng.random() < 0.3:
                 version = rng.randrange(1, len(adapter.directories) + 1)
-                return Asked(adapter, adapter.ref(version), numbers=frozenset([version]), **fields)
-            return Asked(adapter, rng.choice((adapter.name, f"{adapter.name}@champion")), **fields)
+                return PlannedRequest(adapter, adapter.ref(version), numbers=frozenset([version]), **fields)
+            return PlannedRequest(adapter, rng.choice((adapter.name, f"{adapter.name}@champion")), **fields)
         if group is world.canaries:
-            return Asked(adapter, adapter.name, user=rng.choice(self._users), numbers=frozenset([1, 2]), **fields)
+            return PlannedRequest(
+                adapter, adapter.name, user=rng.choice(self._users), numbers=frozenset([1, 2]), **fields
+            )
         name = rng.choice((adapter.name, f"{adapter.name}@champion", adapter.ref(1)))
-        return Asked(adapter, name, numbers=frozenset([1]), **fields)
+        return PlannedRequest(adapter, name, numbers=frozenset([1]), **fields)
 
-    async def _ask(self, client: openai.AsyncOpenAI, asked: Asked, seen: Seen) -> _Answer:
+    async def _ask(self, client: openai.AsyncOpenAI, asked: PlannedRequest, seen: Seen) -> _Answer:
         """A whole answer; a stream that broke is asked again, of the version that had begun to answer."""
         import openai
 
@@ -224,7 +226,7 @@ class Clients:
         raise AssertionError("not reached")
 
     async def _pieces(
-        self, client: openai.AsyncOpenAI, asked: Asked, model: str, answer: _Answer, seen: Seen
+        self, client: openai.AsyncOpenAI, asked: PlannedRequest, model: str, answer: _Answer, seen: Seen
     ) -> AsyncGenerator[None, None]:
         """Fill `answer` piece by piece."""
         raw: Any = await client.completions.with_raw_response.create(**self._fields(asked, model), stream=True)
@@ -238,7 +240,7 @@ class Clients:
                 answer.fingerprint = chunk.system_fingerprint
                 yield
 
-    async def _leave(self, client: openai.AsyncOpenAI, asked: Asked, rng: random.Random, seen: Seen) -> None:
+    async def _leave(self, client: openai.AsyncOpenAI, asked: PlannedRequest, rng: random.Random, seen: Seen) -> None:
         """Go away in the middle of an answer, or before it has begun."""
         answer, began = _Answer(), time.monotonic()
         with suppress(TimeoutError):
@@ -256,12 +258,12 @@ class Clients:
         if answer.text:
             self._judge(asked, answer, began, seen, whole=False)
 
-    def _fields(self, asked: Asked, model: str) -> dict[str, Any]:
+    def _fields(self, asked: PlannedRequest, model: str) -> dict[str, Any]:
         fields: dict[str, Any] = {"model": model, "prompt": self._world.prompts[asked.prompt], "temperature": 0}
         fields |= {"max_tokens": asked.length, "extra_body": {"ignore_eos": True}}
         return fields | ({"user": asked.user} if asked.user else {})
 
-    def _judge(self, asked: Asked, answer: _Answer, began: float, seen: Seen, whole: bool = True) -> None:
+    def _judge(self, asked: PlannedRequest, answer: _Answer, began: float, seen: Seen, whole: bool = True) -> None:
         """Whether the words are those of a version that may have answered."""
         words = answer.text.split()
         if asked.adapter is None:
@@ -279,7 +281,7 @@ class Clients:
             return
         self._wrong(asked, answer, words, seen)
 
-    def _stay(self, asked: Asked, ref: str, seen: Seen) -> None:
+    def _stay(self, asked: PlannedRequest, ref: str, seen: Seen) -> None:
         """A canary meets the same users each time."""
         assert asked.adapter is not None, "it is a canary"
         assert asked.user is not None, "whose requests name a user"
@@ -288,7 +290,7 @@ class Clients:
             seen.wrong[WRONG_VERSION] += 1
             seen.first_wrong = seen.first_wrong or f"{asked.user} of {asked.adapter.name} met another version, {ref}"
 
-    def _wrong(self, asked: Asked, answer: _Answer, words: list[str], seen: Seen) -> None:
+    def _wrong(self, asked: PlannedRequest, answer: _Answer, words: list[str], seen: Seen) -> None:
         whose = self._world.whose(asked.prompt, words)
         tenant = asked.adapter.tenant if asked.adapter else ""
         if answer.fingerprint.partition("#")[0] in whose and len(words) < asked.length:

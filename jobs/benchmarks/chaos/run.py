@@ -31,7 +31,7 @@ from jobs.benchmarks.chaos.faults import (
     Faults,
     schedule,
 )
-from jobs.benchmarks.chaos.server import ServedHome, Shape, wait_until
+from jobs.benchmarks.chaos.server import ServedHome, ServerSize, wait_until
 from jobs.benchmarks.chaos.world import Scale, World, break_, clear, make_world, register
 from jobs.benchmarks.job_rounds import CHECKPOINT, CONTROLLER, DRIVER, UNDISTURBED, WORKER, JobRounds
 from jobs.benchmarks.mlflow_server import mlflow_server
@@ -103,8 +103,8 @@ def load_report(options: Options, log: Log) -> BenchmarkReport:
             clock = make_clock(home)
         log(f"{scale.adapters} adapters of {scale.tenants} tenants on {size}: made, and asked in this process")
         world = make_world(size, scale, home)
-        shape = Shape(world.backbone.directory, scale.gateways, options.threads, world.resident_mb)
-        served = ServedHome(env, shape, clock.env if clock else {})
+        server_size = ServerSize(world.backbone.directory, scale.gateways, options.threads, world.resident_mb)
+        served = ServedHome(env, server_size, clock.env if clock else {})
         stack.callback(clear, home)
         stack.callback(served.end)
         run = _Run(world, served, scale, log)

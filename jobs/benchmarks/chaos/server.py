@@ -35,7 +35,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Shape:
+class ServerSize:
     """What is served, and by how many of each."""
 
     backbone: Path
@@ -47,10 +47,10 @@ class Shape:
 class ServedHome:
     """`pedro serve` in the foreground, which sees to what dies; `env` names its home, database and so on."""
 
-    def __init__(self, env: dict[str, str], shape: Shape, more: dict[str, str]) -> None:
+    def __init__(self, env: dict[str, str], size: ServerSize, more: dict[str, str]) -> None:
         """`more` are variables of the server's processes alone."""
         self.settings = Settings.from_env(env)
-        self._shape, self.home = shape, self.settings.home
+        self._size, self.home = size, self.settings.home
         self._env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PEDRO_", "MLFLOW_"))}
         self._env |= env | more
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,9 +59,9 @@ class ServedHome:
     def start(self) -> None:
         """Return when it answers."""
         out = self.home / "serve.out"
-        words = ["serve", "--backbone", self._shape.backbone, "--port", 0, "--json"]
-        words += ["--gateways", self._shape.gateways, "--threads", self._shape.threads]
-        words += ["--adapter-budget-mb", self._shape.adapter_budget_mb]
+        words = ["serve", "--backbone", self._size.backbone, "--port", 0, "--json"]
+        words += ["--gateways", self._size.gateways, "--threads", self._size.threads]
+        words += ["--adapter-budget-mb", self._size.adapter_budget_mb]
         command = [sys.executable, "-m", "pedro.cli", *map(str, words)]
         with out.open("wb") as stdout, (self.home / "serve.err").open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -101,13 +101,13 @@ class ServedHome:
 
     def whole(self) -> bool:
         """Whether everything that serves is there and says that it is ready."""
-        wanted = {"engine": 1, "gateway": self._shape.gateways, "proxy": 1, "Serve's controller": 1}
+        wanted = {"engine": 1, "gateway": self._size.gateways, "proxy": 1, "Serve's controller": 1}
         wanted |= {"raylet": 1, "GCS": 1, "queue's controller": 1}
         found = self._count()
         if find_head(self.settings) is None or any(found[kind] < count for kind, count in wanted.items()):
             return False
         try:
-            for _ in range(2 * self._shape.gateways):
+            for _ in range(2 * self._size.gateways):
                 reply = httpx.get(f"{self.url}/ready", timeout=5)
                 if reply.status_code != 200 or reply.json()["status"] != "ready":
                     return False

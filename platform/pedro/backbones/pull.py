@@ -35,7 +35,7 @@ WIDTH = 2  # bytes of a parameter as it is kept
 
 
 @dataclass(frozen=True)
-class Kept:
+class PulledBackbone:
     """A backbone of the home; `made` says whether it was made now."""
 
     name: str
@@ -43,7 +43,7 @@ class Kept:
     made: bool
 
 
-def pull(home: Path, what: str, log: Log, name: str | None = None, revision: str | None = None) -> Kept:
+def pull(home: Path, what: str, log: Log, name: str | None = None, revision: str | None = None) -> PulledBackbone:
     """Have the backbone of a recipe or a hub id (owner/name), downloading what is not there.
 
     Raises ConfigError for what is neither, ConflictError where the name is another backbone's, BackboneError for files
@@ -83,7 +83,7 @@ def pull(home: Path, what: str, log: Log, name: str | None = None, revision: str
     return _made(home, chosen, origin, lambda folder: _of_hub(home, snapshot, chosen, folder, log), log)
 
 
-def add(home: Path, path: Path, log: Log, name: str | None = None, licence: str | None = None) -> Kept:
+def add(home: Path, path: Path, log: Log, name: str | None = None, licence: str | None = None) -> PulledBackbone:
     """Keep a copy of a transformers directory, or what a GGUF file holds. Raises as `pull` does."""
     path = path.expanduser().absolute()
     if path.is_dir() and not (path / "config.json").is_file():
@@ -112,7 +112,7 @@ def add(home: Path, path: Path, log: Log, name: str | None = None, licence: str 
     return _made(home, chosen, origin, lambda folder: convert_gguf(path, folder, log), log)
 
 
-def _made(home: Path, name: str, origin: Origin, fill: Callable[[Path], None], log: Log) -> Kept:
+def _made(home: Path, name: str, origin: Origin, fill: Callable[[Path], None], log: Log) -> PulledBackbone:
     """What `fill` makes, checked, as the kept backbone `name`."""
     check_backbone_name(name)
     with locked(home, name, log):
@@ -126,7 +126,7 @@ def _made(home: Path, name: str, origin: Origin, fill: Callable[[Path], None], l
             write_origin(folder, origin)
     directory = find_kept(home, name)
     assert directory is not None, "renamed to it above"
-    return Kept(name, directory, made=True)
+    return PulledBackbone(name, directory, made=True)
 
 
 def check_backbone(directory: Path, name: str) -> Backbone:
@@ -144,13 +144,13 @@ def check_backbone(directory: Path, name: str) -> Backbone:
     return found
 
 
-def _same_or_refuse(name: str, there: Path, wanted: Origin) -> Kept:
+def _same_or_refuse(name: str, there: Path, wanted: Origin) -> PulledBackbone:
     """The kept backbone, if it is what is asked for."""
     origin = read_origin(there)
     same = origin is not None and (origin.source, origin.kind) == (wanted.source, wanted.kind)
     if not same or (wanted.revision is not None and origin is not None and origin.revision != wanted.revision):
         raise _taken(name, origin)
-    return Kept(name, there, made=False)
+    return PulledBackbone(name, there, made=False)
 
 
 def _taken(name: str, origin: Origin | None) -> ConflictError:

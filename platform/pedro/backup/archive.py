@@ -1,7 +1,7 @@
 """The file of a backup: a tar in gzip with a header in front and the digest of each member at its end.
 
-Reading trusts nothing: members are plain files of known places, each once, and what differs by a byte from what was
-written is told before anybody sees any of it. Knows nothing of what the members mean.
+Reading trusts nothing: members must be plain files at known paths, each once, and a single wrong byte is reported
+before any of it becomes visible. What the members mean is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Entry:
+class MemberDigest:
     bytes: int
     sha256: str
 
@@ -72,12 +72,12 @@ class ArchiveWriter:
     """Writes an archive into a stream. Whole once `close` has returned."""
 
     def __init__(self, stream: IO[bytes], header: Header) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, MemberDigest] = {}
         self._gzip = gzip.GzipFile(filename="", fileobj=stream, mode="wb", compresslevel=1)
         self._tar = tarfile.open(fileobj=self._gzip, mode="w|")  # noqa: SIM115 (see `close`)
         self._put(HEADER, io.BytesIO(_json(asdict(header))), None)
 
-    def add(self, name: str, path: Path) -> Entry:
+    def add(self, name: str, path: Path) -> MemberDigest:
         """Add a file. Raises FileNotFoundError, and has added nothing, where it is gone."""
         assert may_be(name), f"{name} has no place in an archive"
         with path.open("rb") as stream:
@@ -94,7 +94,7 @@ class ArchiveWriter:
         self._tar.close()
         self._gzip.close()
 
-    def _put(self, name: str, stream: IO[bytes], size: int | None) -> Entry:
+    def _put(self, name: str, stream: IO[bytes], size: int | None) -> MemberDigest:
         info = tarfile.TarInfo(name)
         info.size = len(stream.getbuffer()) if isinstance(stream, io.BytesIO) else int(size or 0)
         info.mode = 0o600
@@ -105,13 +105,13 @@ class ArchiveWriter:
             if error.errno is None:  # of tarfile: it is shorter now
                 raise UnavailableError(f"{name} became shorter while it was read; take the backup again") from error
             raise
-        entry = Entry(info.size, hashed.hexdigest())
+        entry = MemberDigest(info.size, hashed.hexdigest())
         if name not in (HEADER, CONTENTS):
             self.entries[name] = entry
         return entry
 
 
-def read_archive(path: Path, begin: Callable[[Header], Sink], sha256: str | None = None) -> dict[str, Entry]:
+def read_archive(path: Path, begin: Callable[[Header], Sink], sha256: str | None = None) -> dict[str, MemberDigest]:
     """Read an archive from end to end; what each member holds is written to what the sink gives for its name.
 
     `begin` hears the header first and gives the sink; it may raise. Raises ConfigError where the file is no archive of
@@ -161,8 +161,8 @@ class Hashing:
         return self._hash.hexdigest()
 
 
-def _members(path: Path, unpacked: IO[bytes], begin: Callable[[Header], Sink]) -> dict[str, Entry]:
-    found: dict[str, Entry] = {}
+def _members(path: Path, unpacked: IO[bytes], begin: Callable[[Header], Sink]) -> dict[str, MemberDigest]:
+    found: dict[str, MemberDigest] = {}
     with tarfile.open(fileobj=unpacked, mode="r|") as tar:
         members = iter(tar)
         sink = begin(_header(path, tar, next(members, None)))
@@ -185,7 +185,7 @@ def _members(path: Path, unpacked: IO[bytes], begin: Callable[[Header], Sink]) -
     return found
 
 
-def _check(path: Path, member: tarfile.TarInfo, found: dict[str, Entry]) -> None:
+def _check(path: Path, member: tarfile.TarInfo, found: dict[str, MemberDigest]) -> None:
     """Refuse a member that is no plain file, has no place in a home, or comes twice."""
     if not member.isreg() or member.issparse():
         raise _damaged(path, f"{member.name!r} is no plain file")
@@ -225,21 +225,21 @@ def _content(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, most: in
     return stream.read()
 
 
-def _contents(path: Path, text: bytes) -> dict[str, Entry]:
+def _contents(path: Path, text: bytes) -> dict[str, MemberDigest]:
     try:
-        return {str(name): Entry(int(size), str(digest)) for name, (size, digest) in json.loads(text).items()}
+        return {str(name): MemberDigest(int(size), str(digest)) for name, (size, digest) in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its {CONTENTS} cannot be read") from error
 
 
-def _copy(tar: tarfile.TarFile, member: tarfile.TarInfo, target: IO[bytes]) -> Entry:
+def _copy(tar: tarfile.TarFile, member: tarfile.TarInfo, target: IO[bytes]) -> MemberDigest:
     stream = tar.extractfile(member)
     assert stream is not None, f"{member.name} is a file"
     hashed, size = Hashing(stream), 0
     while piece := hashed.read(PIECE):
         target.write(piece)
         size += len(piece)
-    return Entry(size, hashed.hexdigest())
+    return MemberDigest(size, hashed.hexdigest())
 
 
 def _damaged(path: Path, why: str) -> ConfigError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.backup.archive import Entry, Header, Sink, nowhere, read_archive
+from pedro.backup.archive import Header, MemberDigest, Sink, nowhere, read_archive
 from pedro.backup.parts import Places
 from pedro.backup.staging import Staging
 from pedro.errors import ConfigError, UnavailableError
@@ -89,7 +89,7 @@ def _look(source: Path, log: Log, sha256: str | None) -> Restored:
 
 def _read(
     settings: Settings, source: Path, sink: Sink, log: Log, sha256: str | None
-) -> tuple[Header, dict[str, Entry]]:
+) -> tuple[Header, dict[str, MemberDigest]]:
     headers: list[Header] = []
 
     def begin(header: Header) -> Sink:
@@ -140,7 +140,7 @@ def _check_settings(settings: Settings, header: Header) -> None:
         )
 
 
-def _told(source: Path, header: Header, entries: dict[str, Entry], rows: dict[str, int]) -> Restored:
+def _told(source: Path, header: Header, entries: dict[str, MemberDigest], rows: dict[str, int]) -> Restored:
     files: dict[str, int] = {}
     for part in (name.partition("/")[0] for name in entries if "/" in name):
         files[part] = files.get(part, 0) + 1

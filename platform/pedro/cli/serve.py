@@ -21,40 +21,40 @@ def serve(
     ] = "stories260K",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
-    replicas: Annotated[int, typer.Option(help="Engine replicas, one a device.")] = 1,
-    gateways: Annotated[int, typer.Option(help="Gateway processes, which share the quotas.")] = 1,
+    replicas: Annotated[int, typer.Option(help="Engine replicas, usually one per device.")] = 1,
+    gateways: Annotated[int, typer.Option(help="Gateway processes; quotas hold for all of them together.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(help="Most CPU threads of a replica [its share of half the cores].")
+        int | None, typer.Option(help="Most CPU threads per replica [its share of half the cores].")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     weights: Annotated[
-        str, typer.Option(help="float32, or int8 or int4: the backbone quantised, for the CPU kernel.")
+        str, typer.Option(help="float32, or int8 or int4: quantise the backbone, for the CPU kernel.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
-    adapter_budget_mb: Annotated[float, typer.Option(help="Memory of a replica for resident adapters.")] = 512,
+    max_batch: Annotated[int, typer.Option(help="Most sequences decoded together.")] = 32,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    adapter_budget_mb: Annotated[float, typer.Option(help="Memory per replica for resident adapters.")] = 512,
     prefix_cache_mb: Annotated[
-        float, typer.Option(help="Memory of a replica for prompts that begin alike; 0 reads each anew.", min=0)
+        float, typer.Option(help="Memory per replica for reusing prompts that begin alike; 0 is off.", min=0)
     ] = 512,
     share_bare_prefixes: Annotated[
-        bool, typer.Option("--share-bare-prefixes", help="Tenants share prompts to the bare backbone.")
+        bool, typer.Option("--share-bare-prefixes", help="Let tenants reuse each other's prompts to the bare backbone.")
     ] = False,
     speculate: Annotated[
-        str, typer.Option(help="off, or ngram: guess tokens from the prompt, check several at once; answers stay.")
+        str, typer.Option(help="off, or ngram: guess tokens from the text so far; answers stay the same.")
     ] = "off",
-    num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens of a guess.")] = 8,
-    prompt_lookup_max: Annotated[int, typer.Option(help="Last tokens that are looked up, at most.")] = 3,
-    prompt_lookup_min: Annotated[int, typer.Option(help="And at least.")] = 2,
+    num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens guessed at once.")] = 8,
+    prompt_lookup_max: Annotated[int, typer.Option(help="Most trailing tokens to look up.")] = 3,
+    prompt_lookup_min: Annotated[int, typer.Option(help="Fewest trailing tokens to look up.")] = 2,
     tenant_weight: Annotated[
-        list[str] | None, typer.Option(help="TENANT=SHARE of a busy engine, 1 where not named; repeat for more.")
+        list[str] | None, typer.Option(help="TENANT=SHARE of a busy engine, 1 if not given; repeatable.")
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once it answers; `pedro down` ends it.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it answers; `pedro down` stops it.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Serve the backbone and every registered champion behind an OpenAI-compatible API, until Ctrl-C.
 
-    A Ray head that dies is started again, and the server with it; with --detach nobody is there to see to that.
+    If the Ray head dies, it is restarted together with the server, but not with --detach.
 
     Example: `pedro serve --port 8000`, then point any OpenAI client at http://127.0.0.1:8000/v1
     """
@@ -65,7 +65,7 @@ def serve(
     from pedro.serving.deploy import answers, deploy, disconnect, record, restarting, undeploy
     from pedro.serving.door import Door
     from pedro.serving.supervision import Supervisor
-    from pedro.training.queue.process import Companion
+    from pedro.training.queue.process import ControllerKeeper
 
     settings = Settings.from_env()
     options = {
@@ -91,8 +91,8 @@ def serve(
     }
     config = validate_spec(options, ServeConfig, source="serve")
     served = deploy(settings, config, host, port, log)
-    companion = Companion(settings)
-    companion.look()
+    controller_keeper = ControllerKeeper(settings)
+    controller_keeper.ensure()
 
     def show() -> None:
         typer.echo(f"serving {served.backbone} at {served.url}/v1")
@@ -114,7 +114,7 @@ def serve(
     try:
         disconnect()
         door.start()
-        Supervisor(settings, config, host, own_port, log, companion.look).run()
+        Supervisor(settings, config, host, own_port, log, controller_keeper.ensure).run()
         log("the server was ended")
     except KeyboardInterrupt:
         log("ending the server")

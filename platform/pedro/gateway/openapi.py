@@ -14,7 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import pedro
-from pedro.gateway.openapi_routes import AFTER, EVENTS, IDS, ROUTES, Told
+from pedro.gateway.openapi_routes import AFTER, EVENTS, IDS, ROUTES, RouteDoc
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -96,7 +96,7 @@ def document(app: FastAPI) -> dict[str, Any]:
     return found
 
 
-def _complete(operation: dict[str, Any], told: Told) -> None:
+def _complete(operation: dict[str, Any], told: RouteDoc) -> None:
     paths = [parameter for parameter in operation.get("parameters", ()) if parameter["in"] == "path"]
     operation["parameters"] = [*paths, *told.parameters]
     operation["security"] = [] if told.public else [{"key": []}]
@@ -133,7 +133,7 @@ def _link(route: str, operation: dict[str, Any], places: Mapping[str, str]) -> d
     return {"operationId": operation["operationId"], where: {name: f"$response.body#{places[name]}" for name in taken}}
 
 
-def _answer(told: Told, media: str) -> dict[str, Any]:
+def _answer(told: RouteDoc, media: str) -> dict[str, Any]:
     if media == EVENTS:
         return {"schema": EVENT}
     return {"schema": _object(told.answer) if media == JSON else {"type": "string"}}

@@ -38,7 +38,7 @@ Schema = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Told:
+class RouteDoc:
     """One route."""
 
     answer: tuple[str, ...] = ()
@@ -106,16 +106,16 @@ DELETED = ("id", "object", "deleted")
 LATE = 504
 
 
-def _generates(body: type[Body], answer: tuple[str, ...], media: tuple[str, ...] = (JSON, EVENTS)) -> Told:
-    return Told(answer, body, parameters=(TIMEOUT,), also=(404, LATE), media=media)
+def _generates(body: type[Body], answer: tuple[str, ...], media: tuple[str, ...] = (JSON, EVENTS)) -> RouteDoc:
+    return RouteDoc(answer, body, parameters=(TIMEOUT,), also=(404, LATE), media=media)
 
 
-ROUTES: dict[str, Told] = {
-    "GET /openapi.json": Told(("openapi", "paths")),
-    "GET /health": Told(("status",), public=True),
-    "GET /ready": Told(("status",), public=True, instead={503: ("status",)}),
-    "GET /metrics": Told(media=("text/plain",)),
-    "GET /metrics/history": Told(
+ROUTES: dict[str, RouteDoc] = {
+    "GET /openapi.json": RouteDoc(("openapi", "paths")),
+    "GET /health": RouteDoc(("status",), public=True),
+    "GET /ready": RouteDoc(("status",), public=True, instead={503: ("status",)}),
+    "GET /metrics": RouteDoc(media=("text/plain",)),
+    "GET /metrics/history": RouteDoc(
         parameters=(
             _query("seconds", {"type": "number", "minimum": 1, "maximum": LONGEST_S}, "The last ones."),
             _query("after", {"type": "number", "minimum": 0, "maximum": 4_102_444_800}, "Unix seconds."),
@@ -125,26 +125,26 @@ ROUTES: dict[str, Told] = {
     "POST /v1/chat/completions": _generates(ChatRequest, CHOICES),
     "POST /v1/responses": _generates(ResponsesRequest, ("id", "object", "status", "model", "output", "usage")),
     "POST /v1/embeddings": _generates(EmbeddingsRequest, ("object", "data", "model", "usage"), (JSON,)),
-    "POST /tokenize": Told(("count", "max_model_len", "tokens", "token_strs"), TokenizeRequest, also=(404, LATE)),
-    "POST /detokenize": Told(("prompt",), DetokenizeRequest, also=(404, LATE)),
-    "GET /tokenizer_info": Told(("tokenizer_class",)),
-    "GET /v1/models": Told(LIST),
-    "GET /v1/models/{name}": Told(("id", "object", "created", "owned_by")),
-    "DELETE /v1/models/{name}": Told(DELETED, also=(409,)),
-    "GET /v1/adapters": Told(LIST),
-    "GET /v1/adapters/{name}": Told(ADAPTER),
-    "POST /v1/adapters/{name}/promote": Told(ADAPTER, PromoteRequest, also=(409,)),
-    "POST /v1/adapters/{name}/rollback": Told(ADAPTER, also=(409,)),
-    "POST /v1/adapters/{name}/canary": Told(ADAPTER, CanaryRequest, also=(409,)),
-    "POST /v1/adapters/{name}/shadow": Told(ADAPTER, ShadowRequest, also=(409,)),
-    "POST /v1/adapters/{name}/feedback": Told(("object", "model", "score", "counted"), FeedbackRequest),
-    "DELETE /v1/adapters/{name}/versions/{version}": Told(DELETED, also=(409,)),
+    "POST /tokenize": RouteDoc(("count", "max_model_len", "tokens", "token_strs"), TokenizeRequest, also=(404, LATE)),
+    "POST /detokenize": RouteDoc(("prompt",), DetokenizeRequest, also=(404, LATE)),
+    "GET /tokenizer_info": RouteDoc(("tokenizer_class",)),
+    "GET /v1/models": RouteDoc(LIST),
+    "GET /v1/models/{name}": RouteDoc(("id", "object", "created", "owned_by")),
+    "DELETE /v1/models/{name}": RouteDoc(DELETED, also=(409,)),
+    "GET /v1/adapters": RouteDoc(LIST),
+    "GET /v1/adapters/{name}": RouteDoc(ADAPTER),
+    "POST /v1/adapters/{name}/promote": RouteDoc(ADAPTER, PromoteRequest, also=(409,)),
+    "POST /v1/adapters/{name}/rollback": RouteDoc(ADAPTER, also=(409,)),
+    "POST /v1/adapters/{name}/canary": RouteDoc(ADAPTER, CanaryRequest, also=(409,)),
+    "POST /v1/adapters/{name}/shadow": RouteDoc(ADAPTER, ShadowRequest, also=(409,)),
+    "POST /v1/adapters/{name}/feedback": RouteDoc(("object", "model", "score", "counted"), FeedbackRequest),
+    "DELETE /v1/adapters/{name}/versions/{version}": RouteDoc(DELETED, also=(409,)),
     **{
-        f"POST /v1/adapters/{{ref}}/{what}": Told(RESIDENCE, also=(409, LATE))
+        f"POST /v1/adapters/{{ref}}/{what}": RouteDoc(RESIDENCE, also=(409, LATE))
         for what in ("load", "pin", "unpin", "unload")
     },
-    "POST /v1/files": Told(FILE, form=UPLOAD),
-    "GET /v1/files": Told(
+    "POST /v1/files": RouteDoc(FILE, form=UPLOAD),
+    "GET /v1/files": RouteDoc(
         PAGED,
         parameters=(
             AFTER,
@@ -153,34 +153,37 @@ ROUTES: dict[str, Told] = {
             _query("purpose", {"type": "string", "enum": list(PURPOSES)}),
         ),
     ),
-    "GET /v1/files/{file_id}": Told(FILE),
-    "GET /v1/files/{file_id}/content": Told(media=("application/octet-stream",)),
-    "DELETE /v1/files/{file_id}": Told(DELETED, also=(409,)),
-    "POST /v1/fine_tuning/jobs": Told(("object",), JobRequest, parameters=(DRY_RUN, ONCE), also=(409, LATE)),
-    "GET /v1/fine_tuning/jobs": Told(PAGED, parameters=(*PAGE, METADATA)),
-    "GET /v1/fine_tuning/jobs/{job_id}": Told(JOB),
+    "GET /v1/files/{file_id}": RouteDoc(FILE),
+    "GET /v1/files/{file_id}/content": RouteDoc(media=("application/octet-stream",)),
+    "DELETE /v1/files/{file_id}": RouteDoc(DELETED, also=(409,)),
+    "POST /v1/fine_tuning/jobs": RouteDoc(("object",), JobRequest, parameters=(DRY_RUN, ONCE), also=(409, LATE)),
+    "GET /v1/fine_tuning/jobs": RouteDoc(PAGED, parameters=(*PAGE, METADATA)),
+    "GET /v1/fine_tuning/jobs/{job_id}": RouteDoc(JOB),
     **{
-        f"POST /v1/fine_tuning/jobs/{{job_id}}/{what}": Told(JOB, also=(409,)) for what in ("cancel", "pause", "resume")
+        f"POST /v1/fine_tuning/jobs/{{job_id}}/{what}": RouteDoc(JOB, also=(409,))
+        for what in ("cancel", "pause", "resume")
     },
     **{
-        f"GET /v1/fine_tuning/jobs/{{job_id}}/{what}": Told(PAGED, parameters=PAGE)
+        f"GET /v1/fine_tuning/jobs/{{job_id}}/{what}": RouteDoc(PAGED, parameters=PAGE)
         for what in ("events", "checkpoints")
     },
-    "POST /v1/batches": Told(BATCH, BatchRequest),
-    "GET /v1/batches": Told(PAGED, parameters=PAGE),
-    "GET /v1/batches/{batch_id}": Told(BATCH),
-    "POST /v1/batches/{batch_id}/cancel": Told(BATCH, also=(409,)),
-    "GET /v1/webhook_event_types": Told(LIST),
-    "POST /v1/webhook_endpoints": Told((*WEBHOOK, "signing_secret"), WebhookRequest),
-    "GET /v1/webhook_endpoints": Told(PAGED, parameters=PAGE),
-    "GET /v1/webhook_endpoints/{endpoint_id}": Told(WEBHOOK),
-    "POST /v1/webhook_endpoints/{endpoint_id}": Told(WEBHOOK, WebhookUpdate),
-    "DELETE /v1/webhook_endpoints/{endpoint_id}": Told(DELETED),
-    "POST /v1/webhook_endpoints/{endpoint_id}/rotate_secret": Told(
+    "POST /v1/batches": RouteDoc(BATCH, BatchRequest),
+    "GET /v1/batches": RouteDoc(PAGED, parameters=PAGE),
+    "GET /v1/batches/{batch_id}": RouteDoc(BATCH),
+    "POST /v1/batches/{batch_id}/cancel": RouteDoc(BATCH, also=(409,)),
+    "GET /v1/webhook_event_types": RouteDoc(LIST),
+    "POST /v1/webhook_endpoints": RouteDoc((*WEBHOOK, "signing_secret"), WebhookRequest),
+    "GET /v1/webhook_endpoints": RouteDoc(PAGED, parameters=PAGE),
+    "GET /v1/webhook_endpoints/{endpoint_id}": RouteDoc(WEBHOOK),
+    "POST /v1/webhook_endpoints/{endpoint_id}": RouteDoc(WEBHOOK, WebhookUpdate),
+    "DELETE /v1/webhook_endpoints/{endpoint_id}": RouteDoc(DELETED),
+    "POST /v1/webhook_endpoints/{endpoint_id}/rotate_secret": RouteDoc(
         (*WEBHOOK, "signing_secret"), RotateRequest, body_needed=False
     ),
-    "POST /v1/webhook_endpoints/{endpoint_id}/test": Told(("object", "status_code"), WebhookTest, body_needed=False),
-    "GET /v1/usage": Told(
+    "POST /v1/webhook_endpoints/{endpoint_id}/test": RouteDoc(
+        ("object", "status_code"), WebhookTest, body_needed=False
+    ),
+    "GET /v1/usage": RouteDoc(
         ("object", "data", "total", "has_more", "next_page"),
         parameters=(
             _query("tenant", TEXT),
@@ -193,7 +196,7 @@ ROUTES: dict[str, Told] = {
         ),
         media=(JSON, "text/csv"),
     ),
-    "GET /v1/organization/usage/completions": Told(
+    "GET /v1/organization/usage/completions": RouteDoc(
         ("object", "data", "has_more", "next_page"),
         parameters=(
             _query("start_time", UNIX_S, "Unix seconds.", required=True),
@@ -205,7 +208,7 @@ ROUTES: dict[str, Told] = {
             *(_several(name, TEXT) for name in OPENAI_FILTERS),
         ),
     ),
-    "GET /v1/organization/audit_logs": Told(
+    "GET /v1/organization/audit_logs": RouteDoc(
         PAGED,
         parameters=(*PAGE, EFFECTIVE_AT, *(_several(name, TEXT) for name in LISTS)),
     ),

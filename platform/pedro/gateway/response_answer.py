@@ -92,9 +92,9 @@ class ResponseAnswer(StreamedAnswer):
     def _take(self, text: str, last: bool) -> list[Event]:
         """More of the answer's text."""
         if self._reader is None:
-            return self._items.say(text)
+            return self._items.add_text(text)
         said, calls = self._reader.feed(text, last)
-        return [*self._items.say(said), *(event for call in calls for event in self._items.call(call))]
+        return [*self._items.add_text(said), *(event for call in calls for event in self._items.call(call))]
 
     def _ended(self) -> dict[str, Any]:
         [[choice]] = self._choices

@@ -19,7 +19,7 @@ class OutputItems:
         self.items: list[dict[str, Any]] = []
         self._text: list[str] | None = None  # of the message that is open
 
-    def say(self, text: str) -> list[Event]:
+    def add_text(self, text: str) -> list[Event]:
         """More text, of the open message or a new one."""
         if not text:
             return []

@@ -49,7 +49,7 @@ from pedro.serving.protocol import (
     UnpinAdapter,
 )
 from pedro.serving.resolver import ModelResolver, Share, visible
-from pedro.serving.shadows import Heard, Shadows, is_asked_too
+from pedro.serving.shadows import ChampionAnswer, Shadows, is_asked_too
 from pedro.store import WHATEVER
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class ServeBackend:
         answered = False
         ref = version.model_ref
         shadow = self._resolver.shadow_of(version)
-        heard = Heard() if shadow is not None and is_asked_too(call, *shadow) else None
+        heard = ChampionAnswer() if shadow is not None and is_asked_too(call, *shadow) else None
         fault = self._faults.current(ref)
         if fault is None:
             try:

@@ -42,7 +42,7 @@ Pair = tuple[str, int, int]
 """Adapter, shadow, champion."""
 
 
-class Heard:
+class ChampionAnswer:
     """An answer as far as it has come: the tokens of each choice, and the seconds that were waited for them."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class _Asked:
     call: GenerateCall
     champion: Version
     shadow: Version
-    heard: Heard
+    heard: ChampionAnswer
 
 
 class Shadows:
@@ -81,7 +81,7 @@ class Shadows:
         self._worker: asyncio.Task[None] | None = None
         self._flushing: asyncio.Task[None] | None = None
 
-    def ask_too(self, call: GenerateCall, champion: Version, shadow: Version, heard: Heard) -> None:
+    def ask_too(self, call: GenerateCall, champion: Version, shadow: Version, heard: ChampionAnswer) -> None:
         """Have the shadow asked what the champion was, in its turn."""
         own = sum(asked.champion.tenant == champion.tenant for asked in self._waiting)
         if own >= MOST_WAITING or len(self._waiting) >= MOST_OF_ALL:
@@ -127,7 +127,7 @@ class Shadows:
 
     async def _compared(self, asked: _Asked) -> ShadowCounts:
         """What one answer of a shadow counts as. Whatever it fails with stays here."""
-        ref, heard = asked.shadow.model_ref, Heard()
+        ref, heard = asked.shadow.model_ref, ChampionAnswer()
         if self._faults.current(ref) is not None:
             return ShadowCounts(errors=1)
         limit_s = min(asked.call.timeout_s or LIMIT_S, LIMIT_S)

@@ -53,7 +53,7 @@ def run(
     from pedro.training.queue.launcher import RayJobs
 
     if settings.log_format == log_lines.JSON:
-        log = log_lines.say_of_jobs
+        log = log_lines.log_job_line
         log_lines.use(settings.log_format)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -95,15 +95,15 @@ def hand_over(job_id: str, settings: Settings, store: Store) -> None:
     )
 
 
-class Companion:
-    """Has a controller beside this home's server, to which jobs come at any time; it ends with the server. A cluster
-    that is somebody else's has its own."""
+class ControllerKeeper:
+    """Keeps a controller running beside this home's server, to which jobs may come at any time, until the server ends.
+    A cluster that is somebody else's has its own."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._not_before = 0.0
 
-    def look(self) -> None:
+    def ensure(self) -> None:
         """Start one if there is none, unless one was started a moment ago."""
         own = self._settings.ray_address is None and self._settings.launcher == "ray"
         if own and time.monotonic() >= self._not_before and not is_running(self._settings):
@@ -209,11 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--until-idle", action="store_true", help="end when no job is open")
     options = parser.parse_args(arguments)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
 
     with contextlib.suppress(ConflictError):  # another one was faster
-        run(Settings.from_env(), say, until_idle=options.until_idle)
+        run(Settings.from_env(), log, until_idle=options.until_idle)
     return 0
 
 
