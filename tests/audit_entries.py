@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pedro.store import AuditQuery, Store
-from pedro.store.audit import AuditEntry
+
+if TYPE_CHECKING:
+    from pedro.store.audit import AuditEntry
 
 
 def last_audit(store: Store, *tenants: str, limit: int = 100) -> list[AuditEntry]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import uvicorn
@@ -17,7 +18,6 @@ from serving_adapters import make_adapter, register, settings_at
 from serving_connections import LocalConnection
 
 from pedro.backbone import context_length, resolve_backbone
-from pedro.config import Settings
 from pedro.gateway.app import create_app
 from pedro.registry import Registry
 from pedro.serving.backend import ServeBackend
@@ -26,6 +26,9 @@ from pedro.serving.resolver import ModelResolver
 from pedro.serving.router import ReplicaSet
 from pedro.serving.server import ReplicaServer
 from pedro.store import Store
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 
 @dataclass
@@ -65,7 +68,7 @@ def running(settings: Settings, config: ServeConfig | None = None) -> Iterator[R
     server = uvicorn.Server(uvicorn.Config(lambda: None, log_level="warning", timeout_graceful_shutdown=2))
 
     async def main() -> None:
-        replicas = ReplicaSet(lambda name: LocalConnection(replica))
+        replicas = ReplicaSet(lambda _name: LocalConnection(replica))
         resolver = ModelResolver(registry, config.model_name, backbone.digest, 0.2)
         await resolver.refresh()
         replicas.update(["r0"])

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.comparison.kept_rows import AnsweredRow, AnsweredTask, write_rows
 from pedro.comparison.result_model import RunResult
 from pedro.comparison.run_files import read_comparison, write_run
-from pedro.config import Settings
 from pedro.registry import Registry
 from pedro.store import Store
 from pedro.training.sweep.records import Records, SweepRecord, Trial, TrialOutcome, TrialState
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 METHODS = (
     ("pedro", "PEDRO", {"r": 12}, 20260, 0.06),
@@ -103,30 +105,17 @@ def add_comparison(folder: Path, name: str = "tiny_table1", budgets: tuple[int |
         "provenance": {"commit": "0123456", "created": "2026-11-20T12:00:00Z"},
     }
     (folder / "comparison.json").write_text(json.dumps(head))
-    for method, label, options, parameters, gain in METHODS:
-        for task, title, base, majority in TASKS:
+    for described in METHODS:
+        method, _, _, parameters, gain = described
+        for asked in TASKS:
+            task, _, base, _ = asked
             for budget in budgets:
                 for seed in SEEDS:
                     count = budget or parameters
                     shift = gain + 0.03 * math.log10(count / 20000) + 0.01 * (seed - 1)
                     failed = (method, task, seed) == ("bitfit", "snips", 2)
-                    write_run(
-                        folder,
-                        _result(
-                            name,
-                            method,
-                            label,
-                            options,
-                            task,
-                            title,
-                            seed,
-                            budget,
-                            count,
-                            base + shift,
-                            majority,
-                            failed,
-                        ),
-                    )
+                    score = None if failed else base + shift
+                    write_run(folder, _result(name, described, asked, seed, budget, count, score))
     return folder
 
 
@@ -148,21 +137,16 @@ def add_rows(folder: Path) -> None:
 
 def _result(
     name: str,
-    method: str,
-    label: str,
-    options: dict[str, Any],
-    task: str,
-    title: str,
+    described: tuple[str, str, dict[str, Any], int, float],
+    asked: tuple[str, str, float, float],
     seed: int,
     budget: int | None,
     count: int,
-    score: float,
-    majority: float,
-    failed: bool,
+    score: float | None,
 ) -> RunResult:
+    """A run of one of METHODS on one of TASKS; a failed one where there is no score."""
+    (method, label, options, _, _), (task, title, _, majority) = described, asked
     rows = 200
-    right = [1 if (row * 37) % rows < score * rows else 0 for row in range(rows)]
-    value = sum(right) / rows
     tree = {
         "id": f"{abs(hash_of(name, label, task, seed, budget)):016x}"[:16],
         "stage": "final",
@@ -178,12 +162,14 @@ def _result(
         "seed": seed,
         "lr": 0.01 if method == "pedro" else 0.003,
         "training": {"lr": 0.01 if method == "pedro" else 0.003, "batch_size": 16, "max_steps": 150, "seed": seed},
-        "state": "failed" if failed else "finished",
-        "message": "the loss is NaN" if failed else "",
+        "state": "failed" if score is None else "finished",
+        "message": "the loss is NaN" if score is None else "",
         "provenance": {"commit": "0123456"},
     }
-    if failed:
+    if score is None:
         return RunResult.from_dict(tree)
+    right = [1 if (row * 37) % rows < score * rows else 0 for row in range(rows)]
+    value = sum(right) / rows
     score_of = {"task": task, "metric": "accuracy", "value": value, "parts": {"accuracy": value}, "rows": rows}
     points = range(25, 151, 25)
     return RunResult.from_dict(

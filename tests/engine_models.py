@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.engine import Engine, EngineConfig, Logprob, Output, Request, SamplingParams
 from pedro.methods import get_method
 from pedro.methods.adapter_files import save_adapter
-from pedro.model_protocols import TokenDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import TokenDecoder, Tokenizer
 
 DIGEST = "sha256:the-backbone"
 VOCABULARY = 96
@@ -110,7 +112,7 @@ def make_adapter(
         for name, parameter in tuned.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * (0.3 if "pedro_up" in name else 0.05))
-        SETTLED.get(method, lambda model: None)(tuned)
+        SETTLED.get(method, lambda _tuned: None)(tuned)
     manifest = {"backbone": {"id": "test", "digest": digest}, "method": {"name": method, "options": options}}
     save_adapter(tuned, directory, manifest)
     return tuned.eval()

@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import psutil
+
+if TYPE_CHECKING:
+    import httpx
 
 LONGEST_S = 30  # a guard in the fast tests; in a long search, which has the machine to itself, an answer has AT_MOST_S
 AT_MOST_S = 5.0

@@ -8,7 +8,7 @@ import struct
 import threading
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.errors import (
     ConflictError,
@@ -31,7 +31,9 @@ from pedro.gateway.backend import (
     TokenLogprob,
     VersionCard,
 )
-from pedro.store import Actor
+
+if TYPE_CHECKING:
+    from pedro.store import Actor
 
 BACKBONE = "words-1"
 SECRET_TEXT = "internal-path-/srv/secret"  # must never reach a client

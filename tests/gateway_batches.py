@@ -6,12 +6,14 @@ import io
 import json
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import openai
 from gateway_backend import BACKBONE
-from gateway_server import Gateway
-from openai.types import Batch
+
+if TYPE_CHECKING:
+    import openai
+    from gateway_server import Gateway
+    from openai.types import Batch
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SCOPES = ("infer", "train")

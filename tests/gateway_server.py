@@ -9,15 +9,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import openai
 import uvicorn
-from fastapi import FastAPI
 from gateway_backend import WordBackend
 
 from pedro.gateway.app import GatewaySettings, create_app
 from pedro.store import Store
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 @dataclass

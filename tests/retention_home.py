@@ -8,15 +8,17 @@ import sqlite3
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serving_adapters import settings_at, stub_adapter
 
-from pedro.config import Settings
 from pedro.registry import Registry, Version
 from pedro.store import Store, schema
 from pedro.training.job_status import ClusterJobs
 from pedro.training.storage import put_dataset
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
 
 DAY = 86400.0
 GONE = ClusterJobs({}, gone=True)

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,8 +19,10 @@ from pedro.config import Settings
 from pedro.data.prompt_format import PromptFormat, format_for_shape
 from pedro.methods import get_method
 from pedro.methods.adapter_files import save_adapter
-from pedro.model_protocols import Tokenizer
 from pedro.registry import Registry, Version
+
+if TYPE_CHECKING:
+    from pedro.model_protocols import Tokenizer
 
 OTHER_BACKBONE = "sha256:" + "0" * 64
 

@@ -6,9 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pedro.serving.protocol import ControlRequest, OutputBatch, ReplicaLost, SubmitRequest, T
-from pedro.serving.server import ReplicaServer
+
+if TYPE_CHECKING:
+    from pedro.serving.server import ReplicaServer
 
 
 class LocalConnection:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,10 +22,12 @@ from training_runs import LocalReporter, parameters, run
 
 from pedro.errors import TrainingError
 from pedro.training.context import build_context, deepspeed_engine, engine_for
-from pedro.training.engines import StepEngine
 from pedro.training.loop import TrainState, train
 from pedro.training.spec import FineTuneSpec
 from pedro.training.worker_group import WorkerGroup
+
+if TYPE_CHECKING:
+    from pedro.training.engines import StepEngine
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class _Cut(LocalReporter):
     """A reporter that breaks the run off after the checkpoint of a step."""
 
     def __init__(self, directory: Path, step: int) -> None:
-        super().__init__(directory, lambda line: None)
+        super().__init__(directory, lambda _line: None)
         self.step = step
 
     def checkpoint(

@@ -6,17 +6,19 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pedro.training.checkpoints import read_checkpoint, write_checkpoint
 from pedro.training.context import TrainingContext, build_context
-from pedro.training.engines import StepEngine
 from pedro.training.loop import TrainingOutcome, TrainState, train
 from pedro.training.spec import FineTuneSpec
 from pedro.training.sweep.spec import SweepSpec
-from pedro.training.worker_group import WorkerGroup
+
+if TYPE_CHECKING:
+    from pedro.training.engines import StepEngine
+    from pedro.training.worker_group import WorkerGroup
 
 COLOURS = ("red", "blue", "green")
 BETA = 0.5
@@ -124,7 +126,7 @@ class DiesAfterCheckpoint(LocalReporter):
     """A worker that is gone as soon as the checkpoint of `step` is on disk."""
 
     def __init__(self, directory: Path, step: int) -> None:
-        super().__init__(directory, log=lambda line: None)
+        super().__init__(directory, log=lambda _line: None)
         self.step = step
 
     def checkpoint(
@@ -137,7 +139,7 @@ class DiesAfterCheckpoint(LocalReporter):
 
 def run(context: TrainingContext, folder: Path) -> TrainingOutcome:
     """Train to the end, or resume from the checkpoint in `folder`."""
-    reporter = LocalReporter(folder, log=lambda line: None)
+    reporter = LocalReporter(folder, log=lambda _line: None)
     return train(context.engine, context.alternation, context.plan, context.data, reporter)
 
 

@@ -19,6 +19,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pedro.model_protocols import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -67,7 +69,7 @@ class Contender(Protocol):
 class Generate:
     """`generate()` on a batch padded on the left, a turn after the other: a batch starts and ends together."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def converse(self, conversations: Sequence[Turns], new: int) -> Held:

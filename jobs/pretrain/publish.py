@@ -15,6 +15,8 @@ from jobs.pretrain.corpus import LEFT_OUT, SOURCES
 from pedro.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pedro.model_protocols import Tokenizer
 
 LIMIT_BYTES = 32_000_000
@@ -37,7 +39,7 @@ def check_size(model: torch.nn.Module) -> None:
         )
 
 
-def publish(model: Any, tokenizer: Tokenizer, folder: Path, result: Mapping[str, Any]) -> None:
+def publish(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, result: Mapping[str, Any]) -> None:
     """Write the backbone (bf16 safetensors) with PROVENANCE.md and LICENSE; a former one stays until this is whole.
 
     Raises ConfigError if it is too large.

@@ -1,4 +1,4 @@
-"""What the platform asks of transformers' objects: a tokenizer, what decodes tokens, a model's config.
+"""What the platform asks of transformers' objects: a tokenizer, what decodes tokens, a model that writes, its config.
 
 Types for the checker alone: nothing here is compared at run time, and no architecture has all that `ModelConfig` names.
 """
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from tokenizers import AddedToken
     from transformers import BatchEncoding
 
@@ -43,6 +44,12 @@ class Tokenizer(TokenDecoder, Protocol):
     def convert_ids_to_tokens(self, ids: int) -> str | None: ...
     @overload
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
+
+
+class Generates(Protocol):
+    """A causal model, bare or with PEFT's adapter on it, as far as it writes."""
+
+    def generate(self, **options: Any) -> torch.Tensor: ...
 
 
 class ModelConfig(Protocol):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from jobs.benchmarks.model_sizes import MODEL_SIZES, make_model, prompts
 from jobs.benchmarks.timeline import Timeline
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pedro.model_protocols import Generates
 
 
 class Generate:
@@ -31,7 +36,7 @@ class ContinuousBatching:
     def __init__(self, setup: dict[str, Any]) -> None:
         torch.set_num_threads(setup["threads"])
         self._size = MODEL_SIZES[setup["size"]]
-        self._model: Any = make_model(self._size, setup["device"], setup["dtype"])
+        self._model = make_model(self._size, setup["device"], setup["dtype"])
         self._count = 0
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:
@@ -73,11 +78,11 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def timed_generate(model: Any, ids: torch.Tensor, order: dict[str, Any], **options: Any) -> dict[str, float]:
+def timed_generate(model: nn.Module, ids: torch.Tensor, order: dict[str, Any], **options: Any) -> dict[str, float]:
     """Greedy (or `beams`) `generate()` of ids [B, T] with its figures; beams of a row count as one answer."""
     timeline = Timeline()
     with torch.inference_mode():
-        model.generate(
+        cast("Generates", model).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=order["new"],

@@ -151,7 +151,7 @@ class HfTrainer:
         seconds = time.perf_counter() - began
         return {"seconds": seconds, "steps": steps, "tok_s": self._tokens / seconds}
 
-    def _count(self, model: Any, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    def _count(self, model: torch.nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
         if model.training:
             self._tokens += int(given["attention_mask"].sum())
 

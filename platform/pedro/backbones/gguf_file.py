@@ -19,6 +19,8 @@ from pedro.backbones.gguf_header import GGUFHeader, read_header
 from pedro.errors import BackboneError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from pedro.backbones.kept import Log
 
 ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3")
@@ -212,7 +214,7 @@ def _tokenizer(path: Path) -> tuple[Mapping[str, Any], Any]:
     return facts, PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **given)
 
 
-def _check_tokenizer(path: Path, facts: Mapping[str, Any], tokenizer: Any) -> None:
+def _check_tokenizer(path: Path, facts: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise BackboneError where the saved tokenizer makes other ids than the file's metadata says."""
     tokens, kinds = facts["tokens"], facts.get("token_type") or ()
     if len(tokenizer) != len(tokens):

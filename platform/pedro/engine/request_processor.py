@@ -11,6 +11,7 @@ from pedro.errors import PedroError
 from pedro.methods.architectures import config_of
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from pedro.engine.config import EngineConfig
@@ -73,7 +74,7 @@ def _context_length(config: ModelConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: TokenDecoder) -> frozenset[int]:
+def eos_ids(model: nn.Module, tokenizer: TokenDecoder) -> frozenset[int]:
     """Every id that ends an answer: the tokenizer's, and those of the model's generation config."""
     generation = getattr(model, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)

@@ -7,13 +7,14 @@ not read again. T tokens of the prompt, L answers, W tokens of the longest but i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pedro.methods.output_head import logits_at
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig
     from torch import nn
 
 MOST_TOKENS = 16_384  # whose keys and values lie in memory at once, the prompt's once for each answer
@@ -31,7 +32,7 @@ class PromptReader:
         assert reads_once(model), (
             "a model with soft prompts makes a cache of its own, and an aLoRA acts by what it reads"
         )
-        self.model: Any = model
+        self.model = model
         self.bare = is_bare(model)
         self._ids: list[int] = []
         self._cache: Any = None
@@ -109,17 +110,17 @@ def common_beginning(rows: Sequence[list[int]]) -> int:
     )
 
 
-def is_bare(model: Any) -> bool:
+def is_bare(model: nn.Module) -> bool:
     """Whether it is a backbone without an adapter on it."""
     return not hasattr(model, "peft_config")
 
 
-def reads_once(model: Any) -> bool:
+def reads_once(model: nn.Module) -> bool:
     """Whether a model goes on from a prompt's cache as if it read the prompt again. PEFT's soft prompts do not, and its
     aLoRA looks for its invocation in what is read now."""
-    return is_bare(model) or not any(
-        config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None)
-        for config in model.peft_config.values()
+    configs: Mapping[str, PeftConfig] = getattr(model, "peft_config", {})
+    return not any(
+        config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None) for config in configs.values()
     )
 
 

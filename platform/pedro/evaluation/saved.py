@@ -98,7 +98,7 @@ def backbone_of(model: nn.Module) -> nn.Module | None:
 
     if not isinstance(model, PeftModel) or any(changes_backbone(config) for config in model.peft_config.values()):
         return None
-    bare: Any = model.get_base_model()
+    bare: nn.Module = model.get_base_model()
     if isinstance(model.base_model, BaseTuner):
         try:
             bare = model.base_model.unload()
@@ -113,9 +113,9 @@ def changes_backbone(config: PeftConfig) -> bool:
     return getattr(config, "bias", "none") != "none"
 
 
-def trains_backbone(model: Any) -> bool:
+def trains_backbone(model: nn.Module) -> bool:
     """Whether the backbone's own weights are trained in `model`, so that it is gone afterwards."""
-    configs = getattr(model, "peft_config", None)
+    configs: Mapping[str, PeftConfig] = getattr(model, "peft_config", {})
     return not configs or any(changes_backbone(config) for config in configs.values())
 
 

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pedro.data.dataset import collate
 from pedro.evaluation.ranking import PromptReader, common_beginning, is_bare, reads_once
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pedro.model_protocols import Tokenizer
+    from pedro.model_protocols import Generates, Tokenizer
 
 EncodedRow = Mapping[str, Any]
 SHARED = 32  # tokens: prompts that begin with as many the same have these read once
@@ -75,7 +75,7 @@ def score(model: nn.Module, tokenizer: Tokenizer, rows: Sequence[EncodedRow], ba
 
 
 def generate(
-    model: Any,
+    model: nn.Module,
     tokenizer: Tokenizer,
     rows: Sequence[EncodedRow],
     max_new_tokens: int,
@@ -110,7 +110,7 @@ def generate(
             begun["past_key_values"] = copy.deepcopy(cache)
             begun["past_key_values"].batch_repeat_interleave(len(prompts))
         with torch.no_grad(), _decoding(model, tokenizer, max_new_tokens, num_beams):
-            out = model.generate(
+            out = cast("Generates", model).generate(
                 input_ids=ids,
                 attention_mask=mask,
                 **begun,
@@ -121,30 +121,32 @@ def generate(
     return texts
 
 
-def _common_head(model: Any, prompts: Sequence[Sequence[int]]) -> int:
+def _common_head(model: nn.Module, prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with and a bare backbone reads once for all; 0 where that is not worth it.
 
     Each prompt keeps a token of its own. What an adapter makes of a beginning may depend on the prompt's end.
     """
-    if len(prompts) < 2 or not is_bare(model) or getattr(model.config, "sliding_window", None):
+    config = getattr(model, "config", None)
+    if len(prompts) < 2 or not is_bare(model) or getattr(config, "sliding_window", None):
         return 0
     shared = common_beginning([list(prompt[:-1]) for prompt in prompts])
     return shared if shared >= SHARED else 0
 
 
 @contextmanager
-def _decoding(model: Any, tokenizer: Tokenizer, max_new_tokens: int, num_beams: int) -> Iterator[None]:
+def _decoding(model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int, num_beams: int) -> Iterator[None]:
     """For its length, `model` decodes as the engine does: of the backbone's generation config, its ends alone count.
 
     Whatever a generation config leaves open is taken from the model's own, so that one is replaced.
     """
+    from peft import PeftModel
     from transformers import GenerationConfig
 
     from pedro.engine.request_processor import eos_ids
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    holders = [each for each in (model, inner) if "generation_config" in vars(each)]
-    kept = [each.generation_config for each in holders]
+    inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    holders = [vars(each) for each in (model, inner) if "generation_config" in vars(each)]
+    kept = [holder["generation_config"] for holder in holders]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -154,12 +156,12 @@ def _decoding(model: Any, tokenizer: Tokenizer, max_new_tokens: int, num_beams: 
         eos_token_id=sorted(eos_ids(inner, tokenizer)) or None,
     )
     for holder in holders:
-        holder.generation_config = config
+        holder["generation_config"] = config
     try:
         yield
     finally:
         for holder, own in zip(holders, kept, strict=True):
-            holder.generation_config = own
+            holder["generation_config"] = own
 
 
 def answer_loss(

@@ -172,7 +172,7 @@ def find_prompt(given: dict[str, Any], width: int | None = None) -> torch.Tensor
     return marked
 
 
-def _guessed(model: Any, given: dict[str, Any]) -> str:
+def _guessed(model: nn.Module, given: dict[str, Any]) -> str:
     """What to say of a call that takes all of a row for the prompt though nobody said so; empty where it is clear.
 
     A model without generate(), as a classifier, has no answer in its rows, and who keeps a cache reads a prompt.
