@@ -234,7 +234,7 @@ def test_what_is_neither_a_recipe_nor_a_hub_id_is_not_pulled(home, name):
 @pytest.mark.parametrize("name", ["../x", "a/b", ".x", "X", "", "a.b", "x" * 64, "a\nb"])
 def test_a_name_that_is_a_path_or_no_name_is_refused(home, index, name):
     for act in (lambda: pull(home, "tiny", _silent, name), lambda: add(home, EMBEDDED / "stories260K", _silent, name)):
-        with pytest.raises(ConfigError, match="is no valid name of a backbone"):
+        with pytest.raises(ConfigError, match="is not a valid name of a backbone"):
             act()
     assert not home.exists()
 
@@ -359,7 +359,7 @@ main()
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
     assert "error: backbone: mine could not be written to" in run.stderr
-    assert "nothing of it was kept" in run.stderr
+    assert "nothing was kept" in run.stderr
     _nothing_kept(home)
 
 
@@ -410,7 +410,7 @@ def test_show_tells_sizes_memory_kernel_template_and_origin(pedro, home, index):
     for part in ("llama", "context", "to train", "to serve", "native", "| <|im_start|>user", "none registered for it"):
         assert part in text
     assert pedro("backbones", "show", "stories260K")[0] == 0
-    assert "error: backbone: 'nowhere' is no directory" in pedro("backbones", "show", "nowhere")[2]
+    assert "error: backbone: 'nowhere' is neither a directory" in pedro("backbones", "show", "nowhere")[2]
 
 
 def test_remove_says_who_needs_the_backbone_and_asks(pedro, home):
@@ -427,9 +427,9 @@ def test_remove_says_who_needs_the_backbone_and_asks(pedro, home):
     assert resolve_backbone("mine")
     assert pedro("backbones", "remove", "mine", "--yes")[:2] == (0, "removed mine\n")
     assert kept_backbones() == []
-    assert "is no backbone that" in pedro("backbones", "remove", "mine", "--yes")[2]
+    assert "is not a backbone that" in pedro("backbones", "remove", "mine", "--yes")[2]
     assert "is packaged with pedro and stays" in pedro("backbones", "remove", "pedro-nano", "--yes")[2]
-    assert "is no backbone that" in pedro("backbones", "remove", "../backbones", "--yes")[2]
+    assert "is not a backbone that" in pedro("backbones", "remove", "../backbones", "--yes")[2]
 
 
 def test_remove_says_that_a_server_runs_on_the_backbone(pedro, home):

@@ -121,7 +121,7 @@ def test_a_pull_that_broke_off_keeps_the_files_that_came(home, hub):
     hub.breaks = True
     status, said, _ = _pull_from(hub, home)
     assert status == 1
-    assert "someone/tiny' could not be had from the hub" in said["error"]["message"]
+    assert "someone/tiny' could not be fetched from the hub" in said["error"]["message"]
     assert "keeps the files that have come" in said["error"]["message"]
     assert kept_backbones() == []
     hub.breaks = False
@@ -143,7 +143,7 @@ def test_a_file_of_the_hub_that_is_not_the_one_it_names_is_refused(home, hub):
 def test_a_hub_id_without_a_connection_or_that_there_is_not_is_one_line(home, hub):
     status, said, _ = _pull_from(None, home)
     assert status == 1
-    assert "backbone: 'someone/tiny' could not be had from the hub (" in said["error"]["message"]
+    assert "backbone: 'someone/tiny' could not be fetched from the hub (" in said["error"]["message"]
     status, said, _ = _pull_from(hub, home, what="someone/else")
     assert status == 1
     assert "the hub has no model 'someone/else' that is open to you" in said["error"]["message"]

@@ -264,7 +264,7 @@ def test_a_disk_that_gets_full_leaves_nothing(archive, new, tmp_path, monkeypatc
     restore(new, archive)
     with monkeypatch.context() as patched:
         patched.setattr("pedro.backup.make.os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-        with pytest.raises(UnavailableError, match="nothing of it was kept"):
+        with pytest.raises(UnavailableError, match="nothing was kept"):
             back_up(new, tmp_path / "more.tar.gz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
 
@@ -290,8 +290,8 @@ def test_a_place_that_cannot_be_written_is_told(archive, new, tmp_path):
     (tmp_path / "file").touch()
     for target, match in (
         (archive, "exists already"),
-        (tmp_path / "no" / "where.tar.gz", "is no folder; make it first"),
-        (tmp_path / "file" / "below.tar.gz", "is no folder"),
+        (tmp_path / "no" / "where.tar.gz", "is not a folder; create it first"),
+        (tmp_path / "file" / "below.tar.gz", "is not a folder"),
         (new.home / "storage" / "backup.tar.gz", "which is backed up"),
     ):
         with pytest.raises(ConfigError, match=match):

@@ -347,7 +347,7 @@ def test_an_export_never_writes_over_anything(pedro, tmp_path):
 
 def test_only_a_whole_adapter_of_a_known_backbone_is_imported(pedro, home, tmp_path):
     good = home / "made" / "1"
-    one_error(pedro("adapters", "import", "acme.new", tmp_path / "nothere"), "is no directory")
+    one_error(pedro("adapters", "import", "acme.new", tmp_path / "nothere"), "is not a directory")
     one_error(pedro("adapters", "import", "acme", good), "adapter")
     one_error(pedro("adapters", "import", "acme.a.b", good), "'acme.a.b'")
     one_error(pedro("adapters", "import", "acme.new:3", good), "'acme.new:3' names a version")

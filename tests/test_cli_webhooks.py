@@ -41,9 +41,9 @@ def test_an_operator_adds_an_endpoint_tries_it_and_removes_it(run):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("add", "acme", "https://10.0.0.1/"), "none of the public network"),
+        (("add", "acme", "https://10.0.0.1/"), "not on the public network"),
         (("add", "acme", "ftp://127.0.0.1/"), "url: expected"),
-        (("add", "Acme", "https://127.0.0.1/"), "tenant: 'Acme' is no valid name"),
+        (("add", "Acme", "https://127.0.0.1/"), "tenant: 'Acme' is not a valid name"),
         (("add", "acme", "https://127.0.0.1/", "--event", "ping"), "event_types: there are no events 'ping'"),
         (("add", "acme", "https://127.0.0.1/", "--name", ""), "name: expected 1 to 200"),
         (("test", "we_nix"), "No such webhook endpoint: we_nix"),
@@ -57,4 +57,4 @@ def test_what_is_wrong_is_named(run, words, told):
 
 def test_a_network_that_is_none_is_named(run):
     status, _, err = run("webhooks", "list", PEDRO_WEBHOOK_NETWORKS="10.0.0.0/99")
-    assert (status, "PEDRO_WEBHOOK_NETWORKS: '10.0.0.0/99' is no network" in err) == (1, True)
+    assert (status, "PEDRO_WEBHOOK_NETWORKS: '10.0.0.0/99' is not a network" in err) == (1, True)

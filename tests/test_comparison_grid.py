@@ -97,8 +97,8 @@ def test_all_mistakes_of_a_spec_are_told_with_field_and_remedy(tmp_path):
         load_comparison_spec(path)
     assert "rows: unknown key" in caught.value.message
     for change, words in (
-        ({"methods": ["pedro", "pedro"]}, "'PEDRO' stands there twice; give the second a label"),
-        ({"seeds": [1, 1]}, "seeds: 1 stands there twice"),
+        ({"methods": ["pedro", "pedro"]}, "'PEDRO' appears twice; give the second a label"),
+        ({"seeds": [1, 1]}, "seeds: 1 appears twice"),
         ({"baseline": "LORA"}, "baseline: 'LORA' is none of PEDRO, LoRA"),
         (
             {"training": {"max_steps": 0}},
@@ -108,9 +108,9 @@ def test_all_mistakes_of_a_spec_are_told_with_field_and_remedy(tmp_path):
         ({"training": {"seed": 1}}, "training.seed: `seeds` of the comparison says which"),
         ({"training": {"lr": 1}}, "training.lr: `tune` searches the learning rate"),
         ({"tune": {"lr": [0]}}, "tune.lr.0: expected greater than 0, got 0"),
-        ({"tune": {"lr": [1, 1]}}, "tune.lr: 1.0 stands there twice"),
-        ({"budgets": [9, 9]}, "budgets: 9 stands there twice"),
-        ({"backbones": ["a", "a"]}, "backbones: 'a' stands there twice"),
+        ({"tune": {"lr": [1, 1]}}, "tune.lr: 1.0 appears twice"),
+        ({"budgets": [9, 9]}, "budgets: 9 appears twice"),
+        ({"backbones": ["a", "a"]}, "backbones: 'a' appears twice"),
         ({"seeds": [2**70]}, "seeds.0: expected less than"),
         ({"methods": [{"name": "pedro", "label": "A"}, {"name": "pedro", "label": "B"}]}, "'A' and 'B' are the same"),
         ({"methods": [{"name": "pedro", "r": date(2024, 1, 1)}]}, "pedro: expected text, numbers, lists"),
@@ -136,7 +136,7 @@ def test_all_that_is_missing_is_told_at_once_backbones_before_rows(tmp_path, mon
     nowhere = [str(tmp_path / "a"), str(tmp_path / "b")]
     with pytest.raises(ConfigError, match="2 mistakes") as caught:
         prepare(spec_of(backbones=[*nowhere, "stories260K"]), settings, tmp_path / "out", False, print)
-    assert all(f"backbone: {path!r} is no directory" in caught.value.message for path in nowhere)
+    assert all(f"backbone: {path!r} is neither a directory" in caught.value.message for path in nowhere)
     with pytest.raises(DataError, match="rows are missing; name their directory in `data:`") as data:
         prepare(spec_of(tasks=["snips", "rte", "copa"]), settings, tmp_path / "out", False, print)
     assert "\n  rte: no data given" in data.value.message

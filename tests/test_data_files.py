@@ -250,11 +250,11 @@ def test_archives_and_broken_files_are_refused_by_name(tmp_path):
         check_file(tmp_path / "rows.jsonl")
     for name, content, reason in (
         ("a.jsonl", b"BZh91AY", "bzip2"),
-        ("b.jsonl", gzip.compress(b"x" * 100_000, mtime=0)[:-20], "cannot be unpacked"),
-        ("data.zst", (CASES / "data.zst").read_bytes(), "cannot be unpacked"),
-        ("c.parquet", b"PAR1 but then nothing", "no readable parquet"),
-        ("d.parquet", b'{"prompt": "a"}', "no parquet file"),
-        ("e.parquet", gzip.compress(b"PAR1xxxx", mtime=0), "packed parquet"),
+        ("b.jsonl", gzip.compress(b"x" * 100_000, mtime=0)[:-20], "cannot be decompressed"),
+        ("data.zst", (CASES / "data.zst").read_bytes(), "cannot be decompressed"),
+        ("c.parquet", b"PAR1 but then nothing", "not a readable Parquet"),
+        ("d.parquet", b'{"prompt": "a"}', "not a Parquet file"),
+        ("e.parquet", gzip.compress(b"PAR1xxxx", mtime=0), "compressed Parquet"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=reason):

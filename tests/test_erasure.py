@@ -227,7 +227,7 @@ def test_the_tenant_is_refused_from_the_first_moment_and_its_jobs_are_ended_firs
 def test_where_it_cannot_be_known_that_jobs_have_ended_the_tenant_is_refused_and_its_files_stay(home):
     settings, registry, marks = home
     for _ in range(2):
-        with pytest.raises(UnavailableError, match="give the same command again"):
+        with pytest.raises(UnavailableError, match="run the same command again"):
             _erase(home, cluster=ClusterJobs({}, problem="no answer"))
     assert (Path(settings.storage) / "runs" / marks[ERASED]["running"]).is_dir()
     with pytest.raises(ConflictError):

@@ -115,7 +115,7 @@ def test_its_driver_tells_of_each_trial_once(platform, client):
         ({"space": {}}, "space", "at least 1"),
         ({"space": SPACE, "trials": 9}, "trials", "unknown key"),
         ({"space": {"training.lr": {"loguniform": [0, 1]}}}, "space.training.lr", "more than 0"),
-        ({"space": {"training.lr": {"between": [0, 1]}}}, "space.training.lr", "no kind of search space"),
+        ({"space": {"training.lr": {"between": [0, 1]}}}, "space.training.lr", "not a kind of search space"),
         ({"space": {"training.lr": 3}}, "space.training.lr", "expected one of"),
         ({"space": {"data.train": {"choice": ["/etc/passwd"]}}}, "space.data.train", "cannot vary"),
         ({"space": {"backbone": {"choice": ["a", "b"]}}}, "space.backbone", "cannot vary"),

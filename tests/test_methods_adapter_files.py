@@ -264,7 +264,7 @@ def test_a_missing_or_broken_manifest_is_told(adapter, content, message):
 )
 def test_weights_that_are_no_safetensors_are_told(adapter, content):
     (adapter / WEIGHTS).write_bytes(content)
-    with pytest.raises(AdapterError, match="damaged or no safetensors"):
+    with pytest.raises(AdapterError, match="damaged or not a safetensors"):
         verify_adapter(adapter, BACKBONE)
 
 

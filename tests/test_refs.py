@@ -42,7 +42,7 @@ def test_a_name_is_written_as_it_was_read(text, which, digest):
      "acme.faq:9999999999", "acme.faq#", f"{'a' * 64}.faq"],
 )  # fmt: skip
 def test_what_is_no_name_of_an_adapter_is_refused_by_name(text):
-    with pytest.raises(NotFoundError, match=r"is no adapter name; expected tenant\.adapter"):
+    with pytest.raises(NotFoundError, match=r"is not an adapter name; expected tenant\.adapter"):
         ModelRef.parse(text)
 
 

@@ -156,7 +156,7 @@ def test_a_number_that_the_store_has_already_is_passed_over(registry, register):
 
 @pytest.mark.parametrize("name", ["acme", "acme.o'ne", "a.b.c", "../x.y"])
 def test_a_hostile_name_never_reaches_the_store(registry, name):
-    with pytest.raises(PedroError, match=r"no adapter name|no valid name"):
+    with pytest.raises(PedroError, match=r"not an adapter name|not a valid name"):
         registry.versions(name)
 
 
@@ -197,8 +197,8 @@ def _damage(directory, how):
     ("how", "message"),
     [
         ("link", r"README\.md: is a link"),
-        ("unknown file", r"notes\.txt: is no file of an adapter"),
-        ("folder", "more: is no file of an adapter"),
+        ("unknown file", r"notes\.txt: is not a file of an adapter"),
+        ("folder", "more: is not a file of an adapter"),
         ("no file", r"README\.md: is neither"),
         ("not finite", "w holds numbers that are not finite"),
         ("truncated", "is damaged"),

@@ -294,8 +294,8 @@ def test_the_command_line_splits_an_alias_and_tells_how_it_was_moved(settings, m
     assert shown[3]["weight"] == 0.5
     assert shown[1] is None
     assert "canary=v3 (12.5%) shadow=v3 (50.0%)" in pedro("history", NAME, "--limit", "1").output
-    assert "is no shadow any more" in pedro("shadow", NAME, "3", "--weight", "0").output
-    assert "is no canary any more" in pedro("canary", NAME, "3", "--weight", "0").output
+    assert "is no longer a shadow" in pedro("shadow", NAME, "3", "--weight", "0").output
+    assert "is no longer a canary" in pedro("canary", NAME, "3", "--weight", "0").output
     assert isinstance(pedro("canary", NAME, "2", "--weight", "0.5", code=1).exception, ConflictError)
     assert "canary" not in json.loads(pedro("list", "--json").stdout)[0]
 

@@ -227,7 +227,7 @@ def test_sweeps_and_comparisons_open_no_door_either(elsewhere, tmp_path):
 @pytest.mark.parametrize("url", ["http://169.254.169.254/model", "file:///etc", "s3://bucket/model", "a::b://c/d"])
 def test_a_url_is_no_backbone(elsewhere, tmp_path, url):
     path = _write(tmp_path / "specs", backbone=url)
-    with pytest.raises(BackboneError, match="is no directory"):
+    with pytest.raises(BackboneError, match="is neither a directory"):
         resolve_backbone(load_finetune_spec(path).backbone)
 
 

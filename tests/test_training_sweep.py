@@ -145,11 +145,11 @@ def test_a_combination_that_no_job_can_take_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"space": {"training.lr": {"logunifrom": [1e-4, 1e-1]}}}, "'logunifrom' is no kind of search space"),
+        ({"space": {"training.lr": {"logunifrom": [1e-4, 1e-1]}}}, "'logunifrom' is not a kind of search space"),
         ({"space": {"training.lr": [1e-4, 1e-1]}}, "expected one of grid, choice, uniform, loguniform, randint"),
         ({"space": {"training.lr": {"loguniform": [0, 1]}}}, "loguniform: the lowest value must be more than 0"),
         ({"space": {"method.r": {"randint": [2.5, 4]}}}, "two whole numbers"),
-        ({"space": {"method.r": {"grid": [2, 2]}}}, "a value stands there twice"),
+        ({"space": {"method.r": {"grid": [2, 2]}}}, "a value appears twice"),
         ({"space": {"adapter": {"grid": ["a", "b"]}}}, "a sweep trains versions of one adapter"),
         ({"space": {"data.train": {"grid": ["a.jsonl"]}}}, "trials are compared on the same rows"),
         ({"space": {}}, "at least 1"),

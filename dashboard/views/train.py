@@ -35,8 +35,8 @@ WATCHED = "train_job"  # the job that was started or asked for
 STEPS = "train_job_steps"  # a job, and the steps of its estimate
 JOB = "job"  # in the URL: the one that is watched
 MORE = (
-    "JSONL, JSON, CSV or parquet (also packed by gzip or zstd), of messages, prompt and completion, Alpaca, ShareGPT "
-    "or preferences."
+    "JSONL, JSON, CSV or Parquet (gzip or zstd is fine, too), of messages, prompt and completion, Alpaca, ShareGPT or "
+    "preferences."
 )
 KINDS = {"job": "One job", "sweep": "A sweep"}
 UNITS = ("B", "kB", "MB", "GB", "TB")

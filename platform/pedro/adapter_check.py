@@ -38,13 +38,15 @@ def check_adapter(directory: str | Path, backbone_digest: str | None = None) -> 
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise AdapterError(f"directory: {directory} is no directory; give that of an adapter", param="directory")
+        raise AdapterError(f"directory: {directory} is not a directory; give that of an adapter", param="directory")
     for path in sorted(directory.iterdir()):
         if not path.is_symlink() and not KNOWN.fullmatch(path.name):
-            raise AdapterError(f"{path.name}: is no file of an adapter; leave it out of {directory}")
+            raise AdapterError(f"{path.name}: is not a file of an adapter; leave it out of {directory}")
     manifest = verify_adapter(directory, backbone_digest)
     if not any((directory / name).is_file() for name in CONFIGS):
-        raise AdapterError(f"{CONFIGS[0]}: not found in {directory}, so this is no adapter; fetch the adapter again")
+        raise AdapterError(
+            f"{CONFIGS[0]}: not found in {directory}, so this is not an adapter; fetch the adapter again"
+        )
     for file in sorted(directory.glob("*.safetensors")):
         _refuse_infinite(file)
     return manifest

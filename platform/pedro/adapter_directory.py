@@ -169,7 +169,7 @@ def _read_json(path: Path) -> Any:
     """What a small JSON file holds. Raises ValueError, RecursionError or OSError, whatever the file is."""
     about = path.lstat()
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{path.name} is no regular file")
+        raise ValueError(f"{path.name} is not a regular file")
     if about.st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path.name} has {about.st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -274,4 +274,4 @@ def tensor_heads(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, i
                 raise ValueError(f"{name} lies outside the file")
             yield name, entry["dtype"], entry["shape"], file, begin, end
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise AdapterError(f"{file.name}: is damaged or no safetensors file; fetch the adapter again") from error
+        raise AdapterError(f"{file.name}: is damaged or not a safetensors file; fetch the adapter again") from error

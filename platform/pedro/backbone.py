@@ -271,8 +271,9 @@ def _directory(name: str) -> Path:
     here = ", ".join([*embedded_backbones(), *kept_backbones()])
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise BackboneError(
-            f"backbone: {name!r} is no directory and no embedded backbone, and {backbones_folder(home_directory())} "
-            f"keeps none of that name; give a transformers directory, a hub id (owner/name), or one of {here}; "
+            f"backbone: {name!r} is neither a directory nor an embedded backbone, and "
+            f"{backbones_folder(home_directory())} has none of that name; give a transformers directory, a hub id "
+            f"(owner/name), or one of {here}; "
             "`pedro backbones list` says what can be pulled",
             param="backbone",
         )
@@ -282,8 +283,8 @@ def _directory(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the hub client raises dozens of types; each means "not to be had"
         raise BackboneError(
-            f"backbone: {name!r} could not be had from the hub ({type(error).__name__}); check the id, your network "
-            f"and HF_TOKEN, or use one of {here}",
+            f"backbone: {name!r} could not be fetched from the hub ({type(error).__name__}); check the id, your "
+            f"network and HF_TOKEN, or use one of {here}",
             param="backbone",
         ) from error
 

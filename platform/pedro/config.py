@@ -270,7 +270,7 @@ def _networks(text: str) -> tuple[str, ...]:
             ipaddress.ip_network(network)
         except ValueError as error:
             raise ConfigError(
-                f"PEDRO_WEBHOOK_NETWORKS: {network[:SHOWN]!r} is no network ({error}); an example is 10.20.0.0/16",
+                f"PEDRO_WEBHOOK_NETWORKS: {network[:SHOWN]!r} is not a network ({error}); an example is 10.20.0.0/16",
                 param="PEDRO_WEBHOOK_NETWORKS",
             ) from None
     return networks
@@ -281,7 +281,7 @@ def _schemes(text: str) -> tuple[str, ...]:
     if unknown := [scheme for scheme in schemes if scheme not in DATA_SCHEMES]:
         known = ", ".join(DATA_SCHEMES)
         raise ConfigError(
-            f"PEDRO_DATA_SCHEMES: {unknown[0]!r} is none that data is read from; name some of {known}",
+            f"PEDRO_DATA_SCHEMES: {unknown[0]!r} is not a scheme that data can be read from; choose from {known}",
             param="PEDRO_DATA_SCHEMES",
         )
     return schemes
@@ -291,7 +291,7 @@ def check_name(field: str, value: str) -> str:
     """`value` if it may name a tenant or an adapter: `[a-z0-9][a-z0-9_-]{0,62}`, no dots; ConfigError if not."""
     if not NAME.fullmatch(value):
         raise ConfigError(
-            f"{field}: {value!r} is no valid name; use 1 to 63 of a-z, 0-9, '_' and '-', a letter or digit first",
+            f"{field}: {value!r} is not a valid name; use 1 to 63 of a-z, 0-9, '_' and '-', a letter or digit first",
             param=field,
         )
     return value
@@ -343,7 +343,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
     for parent in parents:
         fields = fields.setdefault(parent, {})
         if not isinstance(fields, dict):
-            raise ConfigError(f"{override!r}: {parent!r} is no section, so nothing can be set inside it", param=key)
+            raise ConfigError(f"{override!r}: {parent!r} is not a section, so nothing can be set inside it", param=key)
     fields[leaf] = _scalar(value)
 
 

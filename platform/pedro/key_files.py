@@ -46,7 +46,7 @@ class KeyFile:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not ASCII text"
             raise ConfigError(
-                f"{self._setting}: {self._file} cannot be read ({reason}); check its rights", param=self._setting
+                f"{self._setting}: {self._file} cannot be read ({reason}); check its permissions", param=self._setting
             ) from error
         if not lines or any(len(line) < SHORTEST for line in lines):
             raise ConfigError(

@@ -33,7 +33,7 @@ class ModelRef:
         """What `text` names. Raises NotFoundError where it names no model."""
         match = _MODEL.fullmatch(text)
         if match is None:
-            raise NotFoundError(f"{text!r} is no adapter name; expected tenant.adapter", param="model")
+            raise NotFoundError(f"{text!r} is not an adapter name; expected tenant.adapter", param="model")
         version = match["version"]
         return cls(
             match["tenant"],

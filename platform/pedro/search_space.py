@@ -45,7 +45,7 @@ class Dimension(Frozen):
             raise ValueError(f"expected {kinds}")
         ((kind, values),) = value.items()
         if kind not in KINDS:
-            raise ValueError(f"{kind!r} is no kind of search space; expected {kinds}")
+            raise ValueError(f"{kind!r} is not a kind of search space; expected {kinds}")
         if not isinstance(values, (list, tuple)):
             raise ValueError(f"{kind}: expected a list of values")
         return {"kind": kind, "values": [_number(item) for item in values]}
@@ -56,7 +56,7 @@ class Dimension(Frozen):
             if not self.values:
                 raise ValueError(f"{self.kind}: expected at least one value")
             if len({_key(value) for value in self.values}) < len(self.values):
-                raise ValueError(f"{self.kind}: a value stands there twice")
+                raise ValueError(f"{self.kind}: a value appears twice")
             return self
         whole = self.kind == "randint"
         if len(self.values) != 2 or not all(_is_number(value, whole) for value in self.values):

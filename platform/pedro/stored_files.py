@@ -171,4 +171,4 @@ def _system(url: str) -> tuple[Any, str]:
 
 def _failed(location: str, what: str, error: Exception) -> UnavailableError:
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300] or type(error).__name__
-    return UnavailableError(f"{location} could not be {what} ({reason}); check its rights and keys, and try again")
+    return UnavailableError(f"{location} could not be {what} ({reason}); check its permissions and keys, and try again")

@@ -18,7 +18,7 @@ MAX_VALUES = 100_000
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The one document of a YAML file. Raises ConfigError for what is no regular file, too large, or not YAML."""
+    """The one document of a YAML file. Raises ConfigError for what is not a regular file, too large, or not YAML."""
     path = Path(path)
     try:
         status = path.stat()
@@ -79,14 +79,14 @@ class _BoundedLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping; a key that stands there twice is an error, not a choice."""
+        """A mapping; a key that appears twice is an error, not a choice."""
         seen: dict[Hashable, yaml.Mark] = {}
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             if (key := self.construct_object(key_node)) in seen:
                 where = f"line {seen[key].line + 1}"
-                raise _refused(f"the key {key!r} stands there twice (first in {where})", key_node.start_mark)
+                raise _refused(f"the key {key!r} appears twice (first in {where})", key_node.start_mark)
             seen[key] = key_node.start_mark
         return super().construct_mapping(node, deep)
 

@@ -91,7 +91,7 @@ def _asking(hub_id: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError as error:
-        raise BackboneError(f"backbone: {hub_id!r} is no hub id; expected owner/name", param="backbone") from error
+        raise BackboneError(f"backbone: {hub_id!r} is not a hub id; expected owner/name", param="backbone") from error
     except errors.GatedRepoError as error:
         raise BackboneError(
             f"backbone: {hub_id!r} is given only to accounts that accepted its terms; accept them on its page and set "
@@ -114,8 +114,8 @@ def _asking(hub_id: str, revision: str | None) -> Iterator[None]:
 
 def _unreachable(hub_id: str, error: Exception) -> UnavailableError:
     return UnavailableError(
-        f"backbone: {hub_id!r} could not be had from the hub ({type(error).__name__}); check your network and HF_TOKEN "
-        f"and pull again, which keeps the files that have come; `pedro backbones add` takes files, and "
+        f"backbone: {hub_id!r} could not be fetched from the hub ({type(error).__name__}); check your network and "
+        f"HF_TOKEN and pull again, which keeps the files that have come; `pedro backbones add` takes files, and "
         f"{', '.join(embedded_backbones())} need no network",
         param="backbone",
     )

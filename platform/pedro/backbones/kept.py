@@ -73,8 +73,8 @@ def check_backbone_name(name: str) -> str:
     """`name` if a kept backbone may have it. Raises ConfigError for another, ConflictError for a packaged one's."""
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"name: {name!r} is no valid name of a backbone; use 1 to 63 of a-z, 0-9, '_' and '-', a letter or digit "
-            "first (--name gives another)",
+            f"name: {name!r} is not a valid name of a backbone; use 1 to 63 of a-z, 0-9, '_' and '-', a letter or "
+            "digit first (--name gives another)",
             param="name",
         )
     if name.casefold() in (packaged.casefold() for packaged in embedded_backbones()):
@@ -137,7 +137,7 @@ def made_whole(home: Path, name: str) -> Iterator[Path]:
     except OSError as error:
         raise UnavailableError(
             f"backbone: {name} could not be written to {folder} ({error.strerror or error}); check its free space and "
-            "its rights; nothing of it was kept",
+            "its rights; nothing was kept",
             param="backbone",
         ) from error
     finally:
@@ -168,7 +168,7 @@ def check_removable(home: Path, name: str) -> Path:
     directory = find_kept(home, name)
     if directory is None:
         raise NotFoundError(
-            f"name: {name!r} is no backbone that {backbones_folder(home)} keeps; `pedro backbones list` shows them",
+            f"name: {name!r} is not a backbone that {backbones_folder(home)} keeps; `pedro backbones list` shows them",
             param="name",
         )
     return directory

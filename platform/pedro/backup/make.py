@@ -209,7 +209,7 @@ def _check_target(target: Path, places: Places) -> None:
     if target.exists() or target.is_symlink():
         raise ConfigError(f"file: {target} exists already; name a new file", param="file")
     if not target.parent.is_dir():
-        raise ConfigError(f"file: {target.parent} is no folder; make it first", param="file")
+        raise ConfigError(f"file: {target.parent} is not a folder; create it first", param="file")
     for folder in places.folders.values():
         if target.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(f"file: {target} lies in {folder}, which is backed up; name another place", param="file")
@@ -231,8 +231,8 @@ def _written_whole(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
     except OSError as error:
         at = f"{error.filename}: " if error.filename else ""
         raise UnavailableError(
-            f"file: {target} could not be made ({at}{error.strerror or error}); check the rights and the free space; "
-            "nothing of it was kept",
+            f"file: {target} could not be made ({at}{error.strerror or error}); check permissions and free space; "
+            "nothing was kept",
             param="file",
         ) from error
 

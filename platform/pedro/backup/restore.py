@@ -65,7 +65,7 @@ def restore_backup(
         at = f"{error.filename}: " if error.filename else ""
         raise UnavailableError(
             f"file: {source} could not be restored ({at}{error.strerror or error}); check the home's rights and free "
-            "space; nothing of it was kept",
+            "space; nothing was kept",
             param="file",
         ) from error
     finally:

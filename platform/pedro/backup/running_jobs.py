@@ -49,7 +49,7 @@ def _hold(folder: Path, into: Path) -> None:
             return
         time.sleep(PAUSE_S)
     raise UnavailableError(
-        f"the checkpoints of {folder.name} change faster than they can be read; give the same command again, or pause "
+        f"the checkpoints of {folder.name} change faster than they can be read; run the same command again, or pause "
         f"the job first (`pedro jobs pause {folder.name}`); nothing of the backup was kept"
     )
 

@@ -284,7 +284,7 @@ def end_driver(settings: Settings, ray_id: str) -> None:
     url = connect(settings).dashboard_url
     ray_jobs.stop(ray_id, url)
     if ray_jobs.status(ray_id, url) in RAY_OPEN:
-        raise UnavailableError(f"{ray_id} has not ended; give the same command again")
+        raise UnavailableError(f"{ray_id} has not ended; run the same command again")
 
 
 def _model(metadata: dict[str, str]) -> str:

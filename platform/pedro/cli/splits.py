@@ -29,7 +29,7 @@ def canary(
     if weight:
         check_servable_here(registry, registry.get(name, version))
     after = registry.canary(name, version, weight)
-    now = f"answers {weight:.1%} of {name}" if weight else "is no canary any more"
+    now = f"answers {weight:.1%} of {name}" if weight else "is no longer a canary"
     emit({**asdict(after), "weight": weight}, as_json, lambda: typer.echo(f"{after.ref} {now}"))
 
 
@@ -50,7 +50,7 @@ def shadow(
     if weight:
         check_servable_here(registry, registry.get(name, version))
     after = registry.shadow(name, version, weight)
-    now = f"is asked {weight:.1%} of what {name} answers" if weight else "is no shadow any more"
+    now = f"is asked {weight:.1%} of what {name} answers" if weight else "is no longer a shadow"
     emit({**asdict(after), "weight": weight}, as_json, lambda: typer.echo(f"{after.ref} {now}"))
 
 

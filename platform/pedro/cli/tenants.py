@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from pedro.store import Quota, Store
 
 app = typer.Typer(help="Tenants and their quotas; a tenant exists once it has a key.", no_args_is_help=True)
-RequestsPerMinute = Annotated[int | None, typer.Option(help="The most requests a minute; 0 is no limit.", min=0)]
+RequestsPerMinute = Annotated[int | None, typer.Option(help="Most requests a minute; 0: no limit.", min=0)]
 TokensPerMinute = Annotated[
-    int | None, typer.Option(help="The most tokens of prompts and answers a minute; 0 is no limit.", min=0)
+    int | None, typer.Option(help="Most tokens of prompts and answers a minute; 0: no limit.", min=0)
 ]
-RequestsPerDay = Annotated[int | None, typer.Option(help="The most requests a day (UTC); 0 is no limit.", min=0)]
-TokensPerDay = Annotated[int | None, typer.Option(help="The most tokens a day (UTC); 0 is no limit.", min=0)]
-RequestsPerMonth = Annotated[int | None, typer.Option(help="The most requests a month (UTC); 0 is no limit.", min=0)]
-TokensPerMonth = Annotated[int | None, typer.Option(help="The most tokens a month (UTC); 0 is no limit.", min=0)]
+RequestsPerDay = Annotated[int | None, typer.Option(help="Most requests a day (UTC); 0: no limit.", min=0)]
+TokensPerDay = Annotated[int | None, typer.Option(help="Most tokens a day (UTC); 0: no limit.", min=0)]
+RequestsPerMonth = Annotated[int | None, typer.Option(help="Most requests a month (UTC); 0: no limit.", min=0)]
+TokensPerMonth = Annotated[int | None, typer.Option(help="Most tokens a month (UTC); 0: no limit.", min=0)]
 TrainingPerDay = Annotated[
-    int | None, typer.Option("--training-hours-per-day", help="The most hours of training a day (UTC).", min=0)
+    int | None, typer.Option("--training-hours-per-day", help="Most hours of training a day (UTC).", min=0)
 ]
 TrainingPerMonth = Annotated[
-    int | None, typer.Option("--training-hours-per-month", help="The most hours of training a month (UTC).", min=0)
+    int | None, typer.Option("--training-hours-per-month", help="Most hours of training a month (UTC).", min=0)
 ]
 SHORT = {"minute": "min", "day": "day", "month": "month"}
 

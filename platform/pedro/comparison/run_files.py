@@ -112,7 +112,7 @@ def pack_runs(folder: Path) -> int:
     stored, problems = _stored(folder)
     if problems or not stored:
         why = "; ".join(problems[:3]) or "it holds no runs"
-        raise ConfigError(f"{folder} cannot be packed: {why}; remove or mend what is broken, or name another folder")
+        raise ConfigError(f"{folder} cannot be packed: {why}; remove or fix what is broken, or name another folder")
     lines = (json.dumps(values, ensure_ascii=False) for values, _ in stored.values())
     write_text(folder / PACKED, "".join(f"{line}\n" for line in lines))
     for path in list(_files(folder)):

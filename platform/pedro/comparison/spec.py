@@ -224,7 +224,7 @@ class ComparisonSpec(Frozen):
         for listed, what in lists:
             if twice := [item for item in dict.fromkeys(listed) if list(listed).count(item) > 1]:
                 hint = "; give the second a label" if what == "methods" else ""
-                raise ValueError(f"{what}: {twice[0]!r} stands there twice{hint}")
+                raise ValueError(f"{what}: {twice[0]!r} appears twice{hint}")
         same: dict[Any, str] = {}
         for method in self.methods:
             runs = [self.training_of(method, task, None).model_dump_json() for task in self.tasks]

@@ -85,11 +85,12 @@ def kind_of_file(path: Path, stream: BufferedReader, columns: Collection[str] = 
     if head.startswith(b"PAR1"):
         if isinstance(stream.raw, gzip.GzipFile | _Unpacked):
             raise DataError(
-                f"data: {str(path)!r} is a packed parquet file; parquet packs itself, unpack it", param="data"
+                f"data: {str(path)!r} is a compressed Parquet file; Parquet compresses by itself, decompress it",
+                param="data",
             )
         return Kind.PARQUET
     if ending(path)[0] == ".parquet":
-        raise DataError(f"data: {str(path)!r} ends in .parquet but is no parquet file; save it again", param="data")
+        raise DataError(f"data: {str(path)!r} ends in .parquet but is not a Parquet file; save it again", param="data")
     if ending(path)[0] in TABLES or _is_header(head, columns):
         return Kind.TABLE
     for kind, pattern in ((Kind.ARRAY, ARRAY), (Kind.WRAPPED, WRAPPED), (Kind.SPREAD, SPREAD)):

@@ -74,7 +74,7 @@ def check_fields(fields: Fields) -> dict[str, str]:
     """`fields` if it maps fields that rows may have to different columns; ConfigError if not."""
     for field, column in fields.items():
         if field not in FIELDS:
-            raise ConfigError(f"fields: {field!r} is no field of a row; known: {', '.join(FIELDS)}", param="fields")
+            raise ConfigError(f"fields: {field!r} is not a field of a row; known: {', '.join(FIELDS)}", param="fields")
         if not column or list(fields.values()).count(column) > 1:
             raise ConfigError(f"fields: {field}={column!r}: expected a column of its own", param="fields")
     return dict(fields)

@@ -35,7 +35,9 @@ def read_rows(path: Path, columns: Collection[str] = ()) -> Iterator[tuple[int, 
             for number, row in _rows(path, stream, kind):
                 yield number, _in_unit(row, kind.unit)
         except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"data: {str(path)!r} cannot be unpacked: {error}; save it again", param="data") from None
+            raise DataError(
+                f"data: {str(path)!r} cannot be decompressed: {error}; save it again", param="data"
+            ) from None
 
 
 def file_kind(path: Path, columns: Collection[str] = ()) -> Kind:
@@ -48,7 +50,7 @@ def _kind(path: Path, stream: BufferedReader, columns: Collection[str]) -> Kind:
     try:
         return kind_of_file(path, stream, columns)
     except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"data: {str(path)!r} cannot be unpacked: {error}; save it again", param="data") from None
+        raise DataError(f"data: {str(path)!r} cannot be decompressed: {error}; save it again", param="data") from None
 
 
 def _rows(path: Path, stream: BufferedReader, kind: Kind) -> Iterator[tuple[int, Row | LineError]]:
@@ -188,7 +190,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row | LineError]]:
     except arrow.ArrowException as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"data: {str(path)!r} is no readable parquet file: {reason}; save it again", param="data"
+            f"data: {str(path)!r} is not a readable Parquet file: {reason}; save it again", param="data"
         ) from None
 
 

@@ -103,7 +103,7 @@ def _row(number: int, line: bytes, endpoint: str, max_bytes: int, seen: set[byte
     if not isinstance(value, dict):
         raise _Wrong("invalid_json_line", "the line must be a JSON object")
     if unknown := sorted(value.keys() - set(FIELDS)):
-        message = f"{_shown(unknown[0])} is no field of a row; known: {', '.join(FIELDS)}"
+        message = f"{_shown(unknown[0])} is not a field of a row; known: {', '.join(FIELDS)}"
         raise _Wrong("unknown_parameter", message, unknown[0][:MAX_SHOWN])
     custom_id = value.get("custom_id")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID:

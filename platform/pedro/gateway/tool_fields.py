@@ -90,5 +90,5 @@ def _must_call(choice: Any, names: list[str]) -> str | None:
         expected = 'none, auto, required or {"type": "function", "function": {"name": …}}'
         raise PedroError(f"tool_choice: expected {expected}", param="tool_choice")
     if name not in names:
-        raise PedroError(f"tool_choice: {name!r:.80} is none of the tools", param="tool_choice")
+        raise PedroError(f"tool_choice: {name!r:.80} is not one of the tools", param="tool_choice")
     return str(name)

@@ -68,7 +68,7 @@ class Addresses:
         addresses = [ipaddress.ip_address(one.partition("%")[0]) for one in dict.fromkeys(found)][:MAX_ADDRESSES]
         own = [self._is_own(address) for address in addresses]
         if not all(mine or _is_public(address) for mine, address in zip(own, addresses, strict=True)):
-            raise WebhookUrlError(f"its host {url.host[:80]!r} is none of the public network")
+            raise WebhookUrlError(f"its host {url.host[:80]!r} is not on the public network")
         if url.scheme != "https" and not all(own):
             raise WebhookUrlError("expected https://")
         return [str(address) for address in addresses]
@@ -107,7 +107,7 @@ def read_url(text: str) -> httpx.URL:
         url = httpx.URL(text)
         port_is_one = url.port is None or 0 < url.port < 2**16
     except (httpx.InvalidURL, ValueError) as error:
-        raise WebhookUrlError(f"is no URL ({error})") from None
+        raise WebhookUrlError(f"is not a URL ({error})") from None
     if url.scheme not in ("https", "http") or not HOST.fullmatch(url.raw_host) or not port_is_one:
         raise WebhookUrlError("expected for instance https://example.com/hooks")
     if url.userinfo or "@" in re.split(r"[/?#]", text.partition("://")[2], maxsplit=1)[0]:

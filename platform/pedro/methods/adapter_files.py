@@ -63,7 +63,9 @@ def read_config(directory: str | Path) -> PeftConfig:
     """
     directory = Path(directory)
     if not (directory / CONFIG).is_file():
-        raise AdapterError(f"{CONFIG}: not found in {directory}, so this is no PEFT adapter; fetch the adapter again")
+        raise AdapterError(
+            f"{CONFIG}: not found in {directory}, so this is not a PEFT adapter; fetch the adapter again"
+        )
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(directory))
         unknown = unknown_keys(config, json.loads((directory / CONFIG).read_text(encoding="utf-8")))

@@ -79,7 +79,7 @@ class DeclaredTensors(SavedTensors):
         try:
             self._tensors = {name: torch.empty(shape, device="meta") for name, _, shape, *_ in heads}
         except (RuntimeError, TypeError, ValueError) as error:
-            raise AdapterError(f"{WEIGHTS}: is damaged or no safetensors file; fetch the adapter again") from error
+            raise AdapterError(f"{WEIGHTS}: is damaged or not a safetensors file; fetch the adapter again") from error
         self.names = frozenset(self._tensors)
         self.numbers = sum(tensor.numel() for tensor in self._tensors.values())
         held = sum(end - begin for *_, begin, end in heads)

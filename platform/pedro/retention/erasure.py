@@ -105,7 +105,7 @@ def _end_jobs(files: TenantFiles, cluster: ClusterJobs, stop: Callable[[str], No
     if not cluster.answered and files.owners:
         raise UnavailableError(
             f"whether jobs of {files.tenant} still run cannot be known ({cluster.problem}); the tenant is refused "
-            "already; once the cluster answers, give the same command again"
+            "already; once the cluster answers, run the same command again"
         )
     for job, facts in cluster.jobs.items():
         if facts["status"] in RAY_OPEN and (facts.get("metadata") or {}).get("tenant") == files.tenant:
@@ -124,6 +124,6 @@ def _files(files: TenantFiles, done: Erased, log: Log) -> None:
             try:
                 done.at_server += not finding.remove()
             except OSError as error:
-                raise UnavailableError(f"{finding.name}: {error}; give the same command again") from error
+                raise UnavailableError(f"{finding.name}: {error}; run the same command again") from error
         total = done.files.setdefault(finding.kind, KindTotal())
         total.removed, total.bytes = total.removed + 1, total.bytes + finding.bytes

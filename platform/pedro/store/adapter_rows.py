@@ -37,7 +37,7 @@ def parsed(name: str) -> ModelRef:
     """The adapter of a plain name. Raises NotFoundError for what is no such name."""
     ref = ModelRef.parse(name)
     if ref.name != name:
-        raise NotFoundError(f"{name!r} is no adapter name; expected tenant.adapter", param="model")
+        raise NotFoundError(f"{name!r} is not an adapter name; expected tenant.adapter", param="model")
     return ref
 
 

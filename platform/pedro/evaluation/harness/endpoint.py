@@ -174,7 +174,7 @@ class EndpointModel(HarnessModel):
             what = "no JSON object" if not isinstance(body, dict) else f"no {want}"
             raise ConfigError(
                 f"base_url: {self._http.base_url} answers {response.request.url.path} with {what}, "
-                "so it is no pedro server; give the address of one",
+                "so it is not a pedro server; give the address of one",
                 param="base_url",
             )
         return body

@@ -75,7 +75,7 @@ def _put(fields: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         fields = fields.setdefault(parent, {})
         if not isinstance(fields, dict):
-            raise ConfigError(f"{key}: {parent!r} is no section, so nothing can be set inside it", param=key)
+            raise ConfigError(f"{key}: {parent!r} is not a section, so nothing can be set inside it", param=key)
     fields[leaf] = value
 
 
