@@ -18,8 +18,7 @@ from store_moves import fill
 from pedro.errors import UnavailableError
 from pedro.gateway import usage as ledgers
 from pedro.gateway.app import GatewaySettings
-from pedro.gateway.backend import CallMeter
-from pedro.gateway.usage import SEVERAL, UsageLedger
+from pedro.gateway.usage import SEVERAL, CallMeter, UsageLedger
 from pedro.store import Store, Usage
 
 QUICK = GatewaySettings(write_usage_every_s=0.01)

@@ -12,7 +12,7 @@ from serving_ingress import answer, call, fingerprint, ingress, run, text_call
 
 from pedro.errors import NotFoundError, OverloadedError
 from pedro.gateway.app import GatewaySettings, create_app
-from pedro.gateway.backend import CallMeter
+from pedro.gateway.usage import CallMeter
 from pedro.serving import shadows
 from pedro.serving.protocol import ReplicaLost
 from pedro.store import INFER, ShadowCounts

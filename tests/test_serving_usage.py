@@ -19,7 +19,8 @@ from serving_connections import LocalConnection
 
 from pedro.errors import PedroError
 from pedro.gateway.app import GatewaySettings, create_app
-from pedro.gateway.backend import CallMeter, GenerateCall
+from pedro.gateway.backend import GenerateCall
+from pedro.gateway.usage import CallMeter
 from pedro.registry import Registry
 from pedro.serving import client as replica_client
 from pedro.serving.backend import ServeBackend

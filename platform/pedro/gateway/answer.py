@@ -22,13 +22,13 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from pedro.gateway.backend import CallMeter
 from pedro.gateway.body_formats import BodyFormat, Choice, envelope, usage
 from pedro.gateway.edge import request_id_of
 from pedro.gateway.errors import stream_error_body
 from pedro.gateway.observability import note
 from pedro.gateway.quotas import Ticket, prompt_estimate
 from pedro.gateway.schemas import StreamOptions
+from pedro.gateway.usage import CallMeter
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

@@ -6,11 +6,12 @@ An implementation conforms by shape (`typing.Protocol`); nothing is inherited. E
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from pedro.gateway.usage import CallMeter
     from pedro.store import Actor
 
 ALL_TENANTS = "*"
@@ -54,46 +55,6 @@ class AdapterCard:
     versions: tuple[VersionCard, ...] = ()
     canary: Mapping[str, float] | None = None  # {"version": 8, "weight": 0.1}: its share of the champion's requests
     shadow: Mapping[str, float | None] | None = None  # likewise, with how what it answered differs
-
-
-class CallMeter:
-    """What one call has used by now: totals, which only grow.
-
-    Whoever reads a call to its end knows them from its deltas. One that is left before its end, or ends in an error,
-    may have used more than was seen: then the backend `expect`s a count, and has it `settled` some seconds later at
-    most, with or without one. All on one event loop.
-    """
-
-    def __init__(self) -> None:
-        self.model = ""  # tenant.adapter, or the backbone's name; empty until it is known
-        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
-        self._expected = 0
-        self._then: Callable[[], None] = lambda: None
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether no count is to come."""
-        return not self._expected
-
-    def count(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> None:
-        """So much was used at least."""
-        self.prompt_tokens = max(self.prompt_tokens, prompt_tokens)
-        self.cached_tokens = max(self.cached_tokens, cached_tokens)
-        self.completion_tokens = max(self.completion_tokens, completion_tokens)
-
-    def expect(self) -> None:
-        """A count is to come, though the call was left."""
-        self._expected += 1
-
-    def settled(self) -> None:
-        """That count came, or will not."""
-        self._expected -= 1
-        if not self._expected:
-            self._then()
-
-    def when_settled(self, then: Callable[[], None]) -> None:
-        """Have `then` called once no count is to come any more."""
-        self._then = then
 
 
 class AnswerShape(NamedTuple):

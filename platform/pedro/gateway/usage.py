@@ -1,4 +1,4 @@
-"""The usage ledger as one gateway keeps it: sums what requests used, and hands the sums to the store in batches.
+"""The usage ledger as one gateway keeps it: what each call used, summed, and handed to the store in batches.
 
 No request waits for the database. A batch that could not be written is kept and written again; meanwhile sums grow in
 number only as far as `MAX_SUMS`: beyond it they are a tenant's as a whole. What a gateway has not handed over when it
@@ -23,7 +23,6 @@ from pedro.errors import PedroError
 from pedro.store import Usage
 
 if TYPE_CHECKING:
-    from pedro.gateway.backend import CallMeter
     from pedro.store import Store
 
 FLUSH_EVERY_S = 1.0
@@ -34,6 +33,46 @@ SEVERAL = "(several)"  # the model of sums that were too many to be kept apart
 MAX_MODEL = 200  # characters, as the ledger has them
 log = logging.getLogger("pedro.gateway")
 Key = tuple[str, str, str, str]
+
+
+class CallMeter:
+    """What one call has used by now: totals, which only grow.
+
+    Whoever reads a call to its end knows them from its deltas. One that is left before its end, or ends in an error,
+    may have used more than was seen: then the backend `expect`s a count, and has it `settled` some seconds later at
+    most, with or without one. All on one event loop.
+    """
+
+    def __init__(self) -> None:
+        self.model = ""  # tenant.adapter, or the backbone's name; empty until it is known
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self._expected = 0
+        self._then: Callable[[], None] = lambda: None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no count is to come."""
+        return not self._expected
+
+    def count(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> None:
+        """So much was used at least."""
+        self.prompt_tokens = max(self.prompt_tokens, prompt_tokens)
+        self.cached_tokens = max(self.cached_tokens, cached_tokens)
+        self.completion_tokens = max(self.completion_tokens, completion_tokens)
+
+    def expect(self) -> None:
+        """A count is to come, though the call was left."""
+        self._expected += 1
+
+    def settled(self) -> None:
+        """That count came, or will not."""
+        self._expected -= 1
+        if not self._expected:
+            self._then()
+
+    def when_settled(self, then: Callable[[], None]) -> None:
+        """Have `then` called once no count is to come any more."""
+        self._then = then
 
 
 class UsageEntry:
