@@ -147,7 +147,7 @@ def _result(
     """A run of one of METHODS on one of TASKS; a failed one where there is no score."""
     (method, label, options, _, _), (task, title, _, majority) = described, asked
     rows = 200
-    tree = {
+    fields = {
         "id": f"{abs(hash_of(name, label, task, seed, budget)):016x}"[:16],
         "stage": "final",
         "comparison": name,
@@ -167,14 +167,14 @@ def _result(
         "provenance": {"commit": "0123456"},
     }
     if score is None:
-        return RunResult.from_dict(tree)
+        return RunResult.from_dict(fields)
     right = [1 if (row * 37) % rows < score * rows else 0 for row in range(rows)]
     value = sum(right) / rows
     score_of = {"task": task, "metric": "accuracy", "value": value, "parts": {"accuracy": value}, "rows": rows}
     points = range(25, 151, 25)
     return RunResult.from_dict(
         {
-            **tree,
+            **fields,
             "scores": [{**score_of, "majority": majority, "per_row": right}],
             "validation": {"metric": "accuracy", "value": value, "loss": 1 - value, "rows": 150},
             "trainable_parameters": count,

@@ -67,7 +67,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
 
 
 def _spec(method: str, backbone: str, steps: int) -> FineTuneSpec:
-    tree = {
+    fields = {
         "tenant": "bench",
         "adapter": method,
         "backbone": backbone,
@@ -76,7 +76,7 @@ def _spec(method: str, backbone: str, steps: int) -> FineTuneSpec:
         "training": {**TRAINING, "max_steps": steps, "eval_every": max(1, steps // 4)},
         "gate": {"max_rows": 200},
     }
-    return validate_spec(tree, FineTuneSpec, source=f"bench.{method}").located(Path.cwd())
+    return validate_spec(fields, FineTuneSpec, source=f"bench.{method}").located(Path.cwd())
 
 
 def _promise(spec: FineTuneSpec, home: Path) -> dict[str, Any]:

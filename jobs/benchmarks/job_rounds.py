@@ -82,7 +82,7 @@ class JobRounds:
         from pedro.training.spec import FineTuneSpec
 
         training = {"max_steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY, "eval_every": 2 * CHECKPOINT_EVERY}
-        tree = {
+        fields = {
             "tenant": TENANT,
             "adapter": adapter,
             "data": {"train": "pedro://demo/acme/train.jsonl", "test": "pedro://demo/acme/test.jsonl"},
@@ -90,7 +90,7 @@ class JobRounds:
             "gate": {"max_rows": 16, "min_gain": -1},
             "resources": {"cpus_per_worker": self._cpus},
         }
-        return validate_spec(tree, FineTuneSpec, source=f"{TENANT}.{adapter}").located(Path.cwd())
+        return validate_spec(fields, FineTuneSpec, source=f"{TENANT}.{adapter}").located(Path.cwd())
 
     def now(self, jobs: Sequence[str]) -> list[JobRecord]:
         """The jobs as they are; a database that is away is waited for, but not for ever."""

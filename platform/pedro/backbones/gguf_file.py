@@ -263,12 +263,12 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _drop(path: Path, keys: tuple[str, ...]) -> None:
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(_json({key: value for key, value in tree.items() if key not in keys}), encoding="utf-8")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(_json({key: value for key, value in config.items() if key not in keys}), encoding="utf-8")
 
 
-def _json(tree: Mapping[str, Any]) -> str:
-    return json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+def _json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _line(error: Exception) -> str:

@@ -168,6 +168,6 @@ def _gain(before: float | None, after: float | None) -> float | None:
 
 
 def _perplexity_change(run: RunResult) -> float | None:
-    """Perplexity of general text after tuning minus that of the backbone; None where a loss is no number."""
+    """Perplexity of general text after tuning minus that of the backbone; None where a loss is NaN."""
     before, after = run.forgetting.get("loss_before"), run.forgetting.get("loss")
     return None if before is None or after is None else math.exp(min(after, MOST_NATS)) - math.exp(before)

@@ -48,7 +48,7 @@ def _number(given: dict[str, str], name: str, default: float, least: float, most
         value = float(text)
     except ValueError:
         value = -1.0
-    if not least <= value <= most:  # nor what is no number
+    if not least <= value <= most:  # nor NaN
         message = f"{name}: expected a number, {least:,.0f} to {most:,.0f}, got {text[:40]!r}"
         raise PedroError(message, param=name, code="invalid_value")
     return value

@@ -52,7 +52,7 @@ class Retention:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Retention:
-        """Raises ConfigError for what is no number of days, or versions."""
+        """Raises ConfigError for what is not a number of days, or versions."""
         times: dict[str, Any] = {
             field: _number(env, f"PEDRO_KEEP_{field[:-2].upper()}_DAYS", days) * DAY_S for field, days in DAYS
         }

@@ -43,7 +43,7 @@ def deploy(
     whose head is gone; its port is kept for it, and who asks there waits.
 
     Raises BackboneError for a backbone that cannot be had or loaded, ConfigError for a device that there is not or a
-    limit of connections that is no number,
+    limit of connections that is not a number,
     UnavailableError if the port is taken or the application does not come up, ConflictError if this home serves
     already; nothing is left half started.
     """
