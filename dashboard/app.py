@@ -1,4 +1,4 @@
-"""The dashboard: its pages, and a login where others than this machine can reach it. A tenant's key opens its view.
+"""The dashboard: its pages, and a login if other machines can reach it. A tenant's key opens that tenant's view.
 
 Start it with `pedro dashboard`. A page is a file of `views/`, which only draws; what it shows comes from `sources/`,
 which imports without Streamlit; larger pieces of pages are in `components/`.

@@ -1,4 +1,4 @@
-"""Where pretraining was: `python -m jobs.pretrain` took its place, with the same options."""
+"""The former place of pretraining: use `python -m jobs.pretrain`, with the same options."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the image is made of: `make sbom` writes a bill of materials with licences, `make audit` asks for known holes.
+"""The supply chain: `make sbom` writes a bill of materials with licences, `make audit` looks for known vulnerabilities.
 
 Reads what is installed, following the requirements of `pedro-platform[all]`, and imports none of it. The bill is
 CycloneDX 1.6 (https://cyclonedx.org/docs/1.6/json/), equal for equal installations; holes are those of https://osv.dev.

@@ -1,4 +1,4 @@
-"""What a gateway, or a Prometheus, observed: one copy for every session and page, read when it is due."""
+"""What a gateway, or a Prometheus, observed: one copy for all sessions and pages, refreshed when due."""
 
 from __future__ import annotations
 

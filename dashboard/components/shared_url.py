@@ -1,4 +1,4 @@
-"""What a shared URL asks for: a name that is not there is an error by name, not silently another one."""
+"""What a shared URL asks for: an unknown name is an error that names it, not silently another one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines of logs as JSON objects, one a line, for what collects logs (`PEDRO_LOG_FORMAT=json`). Opens no file.
+"""Log lines as JSON objects, one per line, for log collectors (`PEDRO_LOG_FORMAT=json`). Opens no file.
 
 A line has `time` (UTC), `level`, `logger`, `message`, and where they are known `request_id`, `trace_id` and `tenant`,
 or `job`, `trace_id`, `tenant` and `model`; of an exception the traceback. Lines of requests have their fields in place

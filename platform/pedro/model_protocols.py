@@ -1,4 +1,4 @@
-"""What the platform asks of transformers' objects: a tokenizer, what decodes tokens, a model that writes, its config.
+"""What the platform needs of transformers' objects: a tokenizer, a decoder, a model that generates, its config.
 
 Types for the checker alone: nothing here is compared at run time, and no architecture has all that `ModelConfig` names.
 """

@@ -1,4 +1,4 @@
-"""What lies in a folder or below an fsspec URL: its parts with their bytes and age, and how one is removed for good.
+"""What is in a folder or under an fsspec URL: its parts with their size and age, and how one is removed for good.
 
 What the files mean is up to the caller. A part is as old as the newest file in it.
 """

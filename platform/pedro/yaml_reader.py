@@ -1,4 +1,4 @@
-"""Reads YAML that people write, within bounds: size, depth, what anchors expand to, no key twice. Any keys will do."""
+"""Reads YAML that people write, within bounds: size, depth, what anchors expand to, no key twice."""
 
 from __future__ import annotations
 

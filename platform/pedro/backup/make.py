@@ -1,4 +1,4 @@
-"""Makes a backup beside running servers and jobs: first the store as of one moment, then MLflow's database, then files.
+"""Makes a backup while servers and jobs run: first the store as of one moment, then MLflow's database, then files.
 
 Files are written before a row names them and stay while one does, so whatever the store's rows name is among the files
 that are read after them. The archive appears whole, by a rename, or not at all.

@@ -1,4 +1,4 @@
-"""Restores a backup into an empty home. Everything is read and verified before anything of it can be seen.
+"""Restores a backup into an empty home. Everything is read and verified before any of it becomes visible.
 
 The store's rows come last, in one transaction that is committed once all files are in their places: what no row names
 is not there for anybody.

@@ -1,4 +1,4 @@
-"""`pedro db`: the schema of the platform's records, what is taken over from MLflow, and what MLflow is told."""
+"""`pedro db`: the schema of the platform's records, what is imported from MLflow, and what MLflow is told."""
 
 from __future__ import annotations
 

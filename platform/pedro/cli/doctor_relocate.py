@@ -1,4 +1,4 @@
-"""`pedro doctor --relocate`: a home that was copied or moved names its own files, also where nothing was opened yet.
+"""`pedro doctor --relocate`: rewrites the paths of a home that was copied or moved, also before anything is opened.
 
 MLflow's rows are put right whenever its registry is opened; this does so now, and then the data sets that specs of jobs
 and sweeps name, so that these go on from here.

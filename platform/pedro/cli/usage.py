@@ -1,4 +1,4 @@
-"""`pedro usage`: what tenants used, as the ledger has it."""
+"""`pedro usage`: what tenants used, from the ledger."""
 
 from __future__ import annotations
 

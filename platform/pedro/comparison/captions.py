@@ -1,4 +1,4 @@
-"""Captions: what must be said beside a table so that nobody reads more into it than is there.
+"""Captions: what must be said beside a table so that it is not over-interpreted.
 
 Budgets, seeds, intervals, failures, from the runs and the entries that the table shows.
 """

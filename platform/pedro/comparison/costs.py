@@ -1,4 +1,4 @@
-"""What methods cost beside what they score, and which of them no other beats over any of these metrics at once."""
+"""What methods cost beside what they score, and which of them are on the Pareto front of any of these metrics."""
 
 from __future__ import annotations
 

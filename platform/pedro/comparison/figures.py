@@ -1,4 +1,4 @@
-"""A comparison in pictures: every method with its interval, scores against budgets (the paper's figure 3), scores by
+"""A comparison in figures: every method with its interval, scores against budgets (the paper's figure 3), scores by
 group, learned activations (its figure 2), Pareto fronts of two columns. Draws what others found; decides nothing.
 
 matplotlib is imported where it is used, by its objects alone, so that nothing here depends on a display.

@@ -1,4 +1,4 @@
-"""The rows behind a run's scores: prompt, wanted answer, what was answered, its score; packed, bounded.
+"""The rows behind a run's scores: prompt, expected answer, actual answer, score; compressed and bounded.
 
 They lie in `rows/` beside a comparison's runs, whether or not those are packed. Runs ask the same questions, so these
 are a file of their own, named by their content, and each run keeps only its answers and scores.

@@ -1,4 +1,4 @@
-"""The system turn as the part of a prompt that conditions an adapter: `conditioning: system`.
+"""The system turn as the only part of a prompt that conditions an adapter: `conditioning: system`.
 
 A prompt's head is what a format writes for a system turn whatever the user says, tools included where it puts them
 there. It ends with tokens that are the same for every system turn. They are found once for a format and a tokenizer;

@@ -1,4 +1,4 @@
-"""Opens a data file whatever it is packed in, and says what kind of file it is.
+"""Opens a data file, compressed or not, and says what kind of file it is.
 
 Content decides, not the ending; only tables of text (CSV, TSV), which anything may look like, go by their ending or
 by a header that names known columns.

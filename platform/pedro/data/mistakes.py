@@ -1,4 +1,4 @@
-"""How a mistake in a data file is reported: by line or row, field and reason."""
+"""How errors in a data file are reported: by line or row, field and reason."""
 
 from __future__ import annotations
 

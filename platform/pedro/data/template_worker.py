@@ -1,4 +1,4 @@
-"""Runs templates that strangers wrote in a process of their own, which is killed where it takes too long.
+"""Runs untrusted templates in a process of their own, which is killed if it takes too long.
 
 A sandboxed template reaches nothing, but it may loop or grow without end. Here it has bounds: computing time, memory,
 size of what it writes. `python -m pedro.data.template_worker` is the process.

@@ -1,4 +1,4 @@
-"""What the demo can show: on which backbone, which tenants, how long their adapters train. No cluster, no server."""
+"""What the demo can show: which backbone, which tenants, how long their adapters train. No cluster, no server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks given answers by their likelihood after a prompt: what a model knows, however it would put it.
+"""Ranks given answers by their likelihood after a prompt: what a model knows, whatever its wording.
 
 A prompt is read once for all of its answers; of a bare backbone's prompts, what one shares with the one before it is
 not read again. T tokens of the prompt, L answers, W tokens of the longest but its last, N all of these, V vocabulary.

@@ -1,4 +1,4 @@
-"""Loads a saved adapter and scores it on a file: what `pedro eval` and the gate's look at the champion share.
+"""Loads a saved adapter and scores it on a file: shared by `pedro eval` and the gate.
 
 It is handed a directory, wherever that came from.
 """

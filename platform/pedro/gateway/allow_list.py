@@ -1,4 +1,4 @@
-"""The backend as a key sees it that is held to some adapters: every other name is one that is not there.
+"""The backend for a key that is restricted to some adapters: no other name exists for it.
 
 A name is refused before anything is looked up for it, so neither the answer nor its time tells whether it exists.
 """

@@ -1,4 +1,4 @@
-"""Around every route: bounds the headers, gives every response its request id and answers what nobody else caught.
+"""Around every route: limits the headers, gives every response its request id and turns uncaught errors into a 500.
 
 A request that is answered before its body was read has its connection closed: nobody reads the rest.
 

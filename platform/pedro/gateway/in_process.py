@@ -1,4 +1,4 @@
-"""Requests that this process makes of its own gateway: through every layer that a client's pass, but the network.
+"""Requests of this process to its own gateway: through every layer that a client's requests pass, except the network.
 
 So what is asked here is admitted, counted, logged and refused as anything else is.
 """

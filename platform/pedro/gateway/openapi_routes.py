@@ -1,4 +1,4 @@
-"""What every route of the gateway takes and answers, for its OpenAPI document. A test holds each to be here.
+"""What every route of the gateway takes and answers, for its OpenAPI document. A test checks that none is missing.
 
 `answer`: the fields that a JSON answer always has. What a route may answer beside what any such route may is in `also`.
 """

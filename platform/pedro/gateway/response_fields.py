@@ -1,4 +1,4 @@
-"""The body of /v1/responses, as far as an answer that is kept nowhere can be asked for with it.
+"""The body of /v1/responses, as far as it can be honoured without storing answers.
 
 What would need a memory of ours, or a tool that OpenAI runs, is refused by name with what to do instead. The items of
 `input` are read by `response_input.py`.

@@ -1,4 +1,4 @@
-"""/openapi.json: what the routes take and answer, for operators and for who sits at this machine."""
+"""/openapi.json: what the routes take and answer, for operators and for clients on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/v1/responses: a request that is translated into a chat, and its answer back. Nothing of it is kept.
+"""/v1/responses: translates a request into a chat, and its answer back. Nothing is stored.
 
 Reference: https://platform.openai.com/docs/api-reference/responses/create
 """

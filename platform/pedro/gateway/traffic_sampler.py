@@ -1,4 +1,4 @@
-"""Reads the gateway's and the engines' own figures at intervals, whether or not anybody looks, and keeps them a while.
+"""Reads the gateway's and the engines' own figures at regular intervals and keeps them for a while.
 
 What was not read, because no engine answered or the gateway did not run, is no zero: the history has no figure there.
 """

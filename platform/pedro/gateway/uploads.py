@@ -1,4 +1,4 @@
-"""Takes an upload in: from the pieces of a form to a tenant's file, or to nothing at all.
+"""Receives an upload: from the parts of a form to a tenant's file, or to nothing at all.
 
 Pieces are written by threads in blocks, so that the event loop never waits for a disk. A tenant has a few uploads open
 at once: each holds a connection and room in the storage.

@@ -1,4 +1,4 @@
-"""What each method says it can do, as plain records, and how many parameters it trains on LLaMA-2 7B.
+"""The capabilities of each method, as plain records, and how many parameters it trains on LLaMA-2 7B.
 
 Only shapes are made for the counts: no memory stands behind them.
 """

@@ -1,4 +1,4 @@
-"""Regular expressions of a PEFT config, tried in a process that can be ended.
+"""Regular expressions of a PEFT config, tried in a process that can be killed.
 
 PEFT matches `target_modules`, `exclude_modules`, the keys of `rank_pattern` and others against the name of every
 module. A pattern like `(a+)+` may need years for it, and Python cannot stop a match once it has begun.

@@ -1,4 +1,4 @@
-"""Takes over an adapter that PEFT alone wrote: its two files are copied, and a manifest is written beside the copy."""
+"""Imports an adapter that PEFT alone wrote: its two files are copied, and a manifest is written beside the copy."""
 
 from __future__ import annotations
 

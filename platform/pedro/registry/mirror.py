@@ -1,4 +1,4 @@
-"""Tells MLflow where aliases stand, for those who look at its pages. The store is right whatever MLflow says.
+"""Mirrors aliases to MLflow, for those who look at its pages. The store is authoritative.
 
 A move is done once the store has it. MLflow hears of it next; where it does not answer, it is told later, and until
 then the store knows which adapters it has not heard of.

@@ -1,4 +1,4 @@
-"""Takes what MLflow's registry held before aliases were the store's: adapters, their versions, where aliases stood.
+"""Imports what MLflow's registry held before aliases moved to the store: adapters, their versions, where aliases stood.
 
 Earlier releases moved several aliases by a tag that said where they shall stand (`MOVE`); a move that was broken off
 there counts as made, as it did for them.

@@ -1,4 +1,4 @@
-"""What a sweep through the home found: a thing that goes, or stays, and why."""
+"""What the collector found in the home: a thing that is removed or kept, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What there is, as one run of the collector sees it: jobs as they stand, who names which data, ages."""
+"""The home as one run of the collector sees it: the state of jobs, who refers to which data, ages."""
 
 from __future__ import annotations
 

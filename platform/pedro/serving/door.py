@@ -1,4 +1,4 @@
-"""Keeps a server's port while nobody listens on it: who connects waits until the server is back, and is not refused.
+"""Keeps a server's port while nobody listens on it: clients wait until the server is back instead of being refused.
 
 Ray starts a proxy that died again, and `pedro serve` a head; for some seconds nothing listens then. In these, and only
 in these, this listens beside whoever comes next (SO_REUSEPORT, as Ray Serve's proxies have it), and passes each

@@ -1,4 +1,4 @@
-"""Has a replica let go of adapter versions that were deleted: in memory, and in this host's cache.
+"""Makes a replica drop adapter versions that were deleted: in memory, and in this host's cache.
 
 Follows the store's change feed. A request that holds such a version keeps it in memory to its end. Where the feed
 cannot tell what changed, as after a tenant was erased, what was kept of prompts goes, too: a name may be another's now.

@@ -1,4 +1,4 @@
-"""Which replica answers: a client of each that there is, and a call's choice among them.
+"""Which replica answers: a client of each one, and the choice among them for a call.
 
 Each adapter has its own order of the replicas (rendezvous hashing), so that it is resident on few of them and a
 replica that comes or goes moves only its own share. No replica takes more than a bounded share of the load

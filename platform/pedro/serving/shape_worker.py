@@ -1,4 +1,4 @@
-"""Reads answer shapes, which strangers wrote, in a process that is killed where they take too much.
+"""Compiles untrusted answer shapes in a process that is killed if it takes too much.
 
 `python -m pedro.serving.shape_worker` is the process. What it takes without harm a replica compiles again for its own
 tokenizer, within the same limits. Needs llguidance and no tensor.

@@ -1,4 +1,4 @@
-"""What PostgreSQL lets the role do as which drivers of jobs connect: to its job, to versions, to the ledger.
+"""What PostgreSQL allows the role that drivers of jobs connect as: to its job, to versions, to the ledger.
 
 It opens neither keys, quotas, batches and their answers, nor what webhooks' secrets are made from.
 """

@@ -1,4 +1,4 @@
-"""The mark of a tenant whose erasure has begun and not ended: nothing new of it is taken until then.
+"""The mark of a tenant whose erasure has begun and not ended: nothing new of it is accepted until then.
 
 It holds no name, so that none is left where an erasure is never ended.
 """

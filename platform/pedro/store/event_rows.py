@@ -1,4 +1,4 @@
-"""What is told of a job, entered in the transaction of what it tells: its end is told with the end, so once."""
+"""Events of a job, written in the transaction that they report: its end is reported with the end, exactly once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions that jobs go on from, their parents: such a version stays until the last of these jobs has ended."""
+"""Parents: versions that jobs start from. Such a version stays until the last of these jobs has ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the store gives to others: frozen records, which know of no table."""
+"""The records that the store returns: frozen, independent of its tables."""
 
 from __future__ import annotations
 

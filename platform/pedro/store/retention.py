@@ -1,4 +1,4 @@
-"""What of the records may go once it is old: looked at first, and removed by a statement that asks again.
+"""Which old records may be removed: listed first, then removed by a statement that checks again.
 
 So a row that changed between the look and the removal stays.
 """

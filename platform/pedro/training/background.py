@@ -1,4 +1,4 @@
-"""A thread that does one task after the other, so that whoever gives it one need not wait."""
+"""A thread that does one task after the other, so that the caller need not wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a job stands: what the records say and, until it has ended there, what its cluster says. Writes nothing.
+"""The state of a job: what the records say and, until it has ended, what its cluster says. Writes nothing.
 
 The one place where the two are brought together, for the command line and the dashboard alike. A driver enters its own
 end (`job_record.py`); one that was killed could not, and its job is `failed` or `lost` here while its row stays open.

@@ -1,4 +1,4 @@
-"""Training that goes on from an adapter's version, the job's parent, instead of from a fresh adapter."""
+"""Training that starts from an adapter's version, the job's parent, instead of from a fresh adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a job stands, read from the lines that it prints for people: its phase, its steps, the time that is left.
+"""A job's progress, read from the lines that it prints for people: its phase, its steps, the time that is left.
 
 The lines are those of `loop.py`, `trainer.py`, `worker.py` and `job.py`; a test trains and reads them.
 """

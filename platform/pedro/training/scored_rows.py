@@ -1,4 +1,4 @@
-"""The rows behind a job's scores: prompt, wanted answer, what the adapter and the bare backbone answered; bounded.
+"""The rows behind a job's scores: prompt, expected answer, answers of the adapter and the bare backbone; bounded.
 
 They are a file of the job's folder in the storage (`jobs/<id>/rows.jsonl.gz`), so they go with the job: at erasure, at
 `pedro gc`. No route serves them.

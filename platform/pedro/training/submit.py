@@ -1,4 +1,4 @@
-"""Queues jobs, follows one to its end, and asks for one to stop: what `pedro submit` and `pedro jobs` call.
+"""Queues jobs, follows one to its end, and requests that one stop: what `pedro submit` and `pedro jobs` call.
 
 What a job needs lies in the storage before it is queued; its row and its kept log say how it goes. No cluster is asked
 here: that is the controller's part.

@@ -1,4 +1,4 @@
-"""Looks at a job that came over HTTP, of which only the shape was checked, and readies what its driver reads."""
+"""Validates a job that came over HTTP, of which only the shape was checked, and prepares what its driver reads."""
 
 from __future__ import annotations
 

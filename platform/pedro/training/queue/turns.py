@@ -1,4 +1,4 @@
-"""Whose turn it is among the jobs that wait: higher priorities first, then the tenant that has had least."""
+"""Whose turn it is among the jobs that wait: higher priorities first, then the tenant that has had the least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Queues a sweep, or lets the last one of its spec go on: what `pedro sweep` calls. No cluster is asked here."""
+"""Queues a sweep, or resumes the last one of its spec: what `pedro sweep` calls. Needs no cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells whoever follows a sweep of each trial that ends: an event of its job."""
+"""Reports each trial that ends to whoever follows the sweep: an event of its job."""
 
 from __future__ import annotations
 
