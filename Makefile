@@ -41,7 +41,7 @@ test-slow: install ## the slow tests: kills, clusters, the demo, the browser
 
 test-all: test test-slow ## every test
 
-check: install ## formatting, lint, types, import rules, documentation, Kubernetes, known holes
+check: install ## formatting, lint, types, import rules, documentation, Kubernetes, known vulnerabilities
 	@$(MAKE) --no-print-directory -j 2 types lint docs k8s-check audit
 
 types: install # most of the time of `check`: the others run beside it
@@ -55,33 +55,33 @@ lint: install
 docs: install ## build the documentation into site/ (strict, without network)
 	@echo "== documentation"; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-fuzz: install ## ask every route, and every reader of files, what nobody would (FUZZ=60 examples a route; the count is printed)
+fuzz: install ## fuzz every route and every reader of files (FUZZ=60 examples per route; the count is printed)
 	@FUZZ=$${FUZZ:-60} $(BIN)/python -m pytest tests/test_gateway_fuzz.py $(ARGS)
 	@FUZZ=$${FUZZ:-60} PEDRO_SCHEMAS=1000 $(BIN)/python -m pytest tests/test_hostile_inputs.py \
 		tests/test_serving_shapes.py::test_answers_to_random_schemas_always_validate_with_any_adapter -n logical --dist load $(ARGS)
 
-audit: install ## ask osv.dev which installed packages have known holes (skipped, with the reason, where it does not answer)
-	@echo "== known holes"; $(BIN)/python -m jobs.supply_chain audit
+audit: install ## ask osv.dev which installed packages have known vulnerabilities (skipped, with the reason, if it does not answer)
+	@echo "== known vulnerabilities"; $(BIN)/python -m jobs.supply_chain audit
 
 sbom: install ## write dist/sbom.cdx.json, a bill of materials with licences, and count the licences
 	@$(BIN)/python -m jobs.supply_chain sbom $(ARGS)
 
-chaos: install ## clients and jobs while everything around them is killed (20 minutes; ARGS: --batches CLIENTS, --rounds N)
+chaos: install ## clients and jobs while everything around them gets killed (20 minutes; ARGS: --batches CLIENTS, --rounds N)
 	@$(BIN)/python -m jobs.bench load --out jobs/results/chaos.json $(ARGS)
 
-chaos-short: install ## the same in small, as the slow tests have it (under 4 minutes)
+chaos-short: install ## a small version of the same, as in the slow tests (under 4 minutes)
 	@$(BIN)/python -m pytest tests/chaos -m slow -s $(ARGS)
 
 k8s-check: install ## the Kubernetes manifests against schemas and rules, offline and without kubectl
 	@echo "== manifests"; $(BIN)/python -m pytest tests/test_k8s_manifests.py tests/test_k8s_network.py tests/test_k8s_ports.py \
 		tests/test_k8s_rendering.py $(ARGS)
 
-gpu-check: ## check and measure on a GPU (nine minutes; needs torch, transformers, peft and pytest in PYTHON alone)
+gpu-check: ## check and measure on a GPU (nine minutes; only needs torch, transformers, peft and pytest in PYTHON)
 	@PYTHONPATH=platform:. $(PYTHON) -m jobs.gpu_check $(ARGS)
 
 format: install ## rewrite the code as `make check` wants it
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-clean: ## end what runs and remove the local platform state (.pedro)
+clean: ## stop what runs and remove the local platform state (.pedro)
 	@test ! -x $(BIN)/pedro || $(BIN)/pedro down --yes
 	@rm -rf .pedro
