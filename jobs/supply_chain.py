@@ -1,7 +1,7 @@
 """The supply chain: `make sbom` writes a bill of materials with licences, `make audit` looks for known vulnerabilities.
 
 Reads what is installed, following the requirements of `pedro-platform[all]`, and imports none of it. The bill is
-CycloneDX 1.6 (https://cyclonedx.org/docs/1.6/json/), equal for equal installations; holes are those of https://osv.dev.
+CycloneDX 1.6 (https://cyclonedx.org/docs/1.6/json/), equal for equal installations; vulnerabilities come from https://osv.dev.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OSV = "https://api.osv.dev"
 LONGEST_S = 15.0
 UNTOLD = "not told"
 ACCEPTED: Mapping[str, str] = {}
-"""Ids of holes that stay, each with the reason why it cannot be reached here."""
+"""Ids of vulnerabilities that stay, each with the reason why it cannot be reached here."""
 COPYLEFT = re.compile(r"\b(A?GPL|LGPL|MPL|EUPL|Mozilla|GNU)", re.IGNORECASE)
 EXPRESSION = re.compile(
     r"(?:MIT|ISC|[\w.]+-[\w.+-]+|0BSD|Zlib)(?: (?:AND|OR|WITH) (?:MIT|ISC|[\w.]+-[\w.+-]+|0BSD|Zlib))*"
@@ -116,8 +116,8 @@ def bill(found: Mapping[str, Component], root: str = ROOT) -> dict[str, Any]:
     }
 
 
-def holes(found: Mapping[str, Component], client: httpx.Client) -> dict[str, list[str]]:
-    """The ids of the holes that are known in each; those of `ACCEPTED` left out. Raises httpx.HTTPError."""
+def vulnerabilities(found: Mapping[str, Component], client: httpx.Client) -> dict[str, list[str]]:
+    """The ids of the known vulnerabilities of each; those of `ACCEPTED` left out. Raises httpx.HTTPError."""
     asked = [one for name, one in found.items() if name != ROOT]
     queries = [
         {"package": {"name": one.name, "ecosystem": "PyPI"}, "version": one.version.partition("+")[0]} for one in asked
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("sbom", help="write the bill of materials, and say which licences there are")
     made.add_argument("--out", type=Path, default=Path("dist/sbom.cdx.json"))
-    commands.add_parser("audit", help="ask osv.dev which versions have known holes; 1 if any has")
+    commands.add_parser("audit", help="ask osv.dev which versions have known vulnerabilities; 1 if any has")
     parsed = parser.parse_args(arguments)
     try:
         found = components()
@@ -159,13 +159,13 @@ def _audit(found: Mapping[str, Component]) -> int:
 
     try:
         with httpx.Client(base_url=OSV, timeout=LONGEST_S) as client:
-            known = holes(found, client)
+            known = vulnerabilities(found, client)
     except httpx.HTTPError as error:
         print(f"audit: skipped, since {OSV} does not answer: {error}", file=sys.stderr)
         return 0
     for name, ids in known.items():
         print(f"{name} {found[name].version}: {', '.join(f'https://osv.dev/{each}' for each in ids)}")
-    print(f"{len(found)} packages, {len(known)} with known holes", file=sys.stderr)
+    print(f"{len(found)} packages, {len(known)} with known vulnerabilities", file=sys.stderr)
     return 1 if known else 0
 
 

