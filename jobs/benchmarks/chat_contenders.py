@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import httpx
 import torch
@@ -21,7 +21,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pedro.model_protocols import Tokenizer
+    from pedro.model_protocols import Generates, Tokenizer
 
 Messages = list[dict[str, str]]
 Turns = Sequence[str]
@@ -117,7 +117,7 @@ class Generate:
         eos = self.tokenizer.eos_token_id
         config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=pad)
         with torch.inference_mode():
-            made = self.model.generate(
+            made = cast("Generates", self.model).generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,

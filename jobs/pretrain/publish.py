@@ -15,8 +15,6 @@ from jobs.pretrain.corpus import LEFT_OUT, SOURCES
 from pedro.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from pedro.model_protocols import Tokenizer
 
 LIMIT_BYTES = 32_000_000
@@ -39,7 +37,7 @@ def check_size(model: torch.nn.Module) -> None:
         )
 
 
-def publish(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, result: Mapping[str, Any]) -> None:
+def publish(model: torch.nn.Module, tokenizer: Tokenizer, folder: Path, result: Mapping[str, Any]) -> None:
     """Write the backbone (bf16 safetensors) with PROVENANCE.md and LICENSE; a former one stays until this is whole.
 
     Raises ConfigError if it is too large.
@@ -48,7 +46,8 @@ def publish(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, result: 
     scratch = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    model.to(torch.bfloat16).save_pretrained(scratch)
+    saved: Any = model.to(torch.bfloat16)
+    saved.save_pretrained(scratch)
     model.float()
     tokenizer.save_pretrained(scratch)
     (scratch / "PROVENANCE.md").write_text(provenance_text(result))

@@ -36,7 +36,7 @@ class ContinuousBatching:
     def __init__(self, setup: dict[str, Any]) -> None:
         torch.set_num_threads(setup["threads"])
         self._size = MODEL_SIZES[setup["size"]]
-        self._model = make_model(self._size, setup["device"], setup["dtype"])
+        self._model: Any = make_model(self._size, setup["device"], setup["dtype"])
         self._count = 0
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:

@@ -235,7 +235,7 @@ def _check_tokenizer(path: Path, facts: Mapping[str, Any], tokenizer: PreTrained
     if named["eos_token"] is None:
         raise _refused(path, "names no end of text (tokenizer.ggml.eos_token_id), so no answer would end")
     ids = tokenizer(SAMPLE, add_special_tokens=False).input_ids
-    text = tokenizer.decode(ids)
+    text = str(tokenizer.decode(ids))
     if tokenizer.unk_token_id not in ids and text.strip() != SAMPLE.strip():
         raise _refused(path, f"holds a tokenizer that cannot be rebuilt (it reads {SAMPLE!r} as {text!r:.80})")
 
