@@ -22,6 +22,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(help="Engine replicas, usually one per device.")] = 1,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Processes to split each replica over, on one machine, one GPU each.", min=1)
+    ] = 1,
     gateways: Annotated[int, typer.Option(help="Gateway processes; quotas hold for all of them together.")] = 1,
     threads: Annotated[
         int | None, typer.Option(help="Most CPU threads per replica [its share of half the cores].")
@@ -71,13 +74,14 @@ def serve(
     options = {
         "backbone": backbone,
         "replicas": replicas,
+        "tensor_parallel_size": tensor_parallel_size,
         "gateways": gateways,
         "threads": threads
         or max(1, (os.cpu_count() or 2) // 2 // max(1, replicas)),  # the rest: proxy, gateway, clients
         "dtype": dtype,
         "weights": weights,
         "device": device,
-        "num_gpus": 1 if device.startswith("cuda") else 0,
+        "num_gpus": tensor_parallel_size if device.startswith("cuda") else 0,
         "max_batch": max_batch,
         "max_length": max_length,
         "adapter_budget_mb": adapter_budget_mb,

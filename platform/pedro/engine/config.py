@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from pedro.engine.panels import WEIGHTS
 from pedro.engine.runner import KERNELS
-from pedro.engine.speculation import SPECULATIONS
+from pedro.engine.speculation import SPECULATIONS, draft_rows
 from pedro.errors import ConfigError
 
 
@@ -71,3 +72,12 @@ class EngineConfig:
             wrong.append(f"engine.prompt_lookup_max: expected ≥ {least} (_min), got {self.prompt_lookup_max!r}")
         if wrong:
             raise ConfigError("\n".join(wrong))
+
+    def runner_options(self) -> dict[str, Any]:
+        """What a `Runner` takes of these, beside its sizes."""
+        return {
+            "kernel": self.kernel,
+            "threads": self.threads,
+            "weights": self.weights,
+            "draft_rows": draft_rows(self),
+        }

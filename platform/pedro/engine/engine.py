@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,9 @@ from pedro.engine.runner import Runner
 from pedro.engine.schedule import LONE_TOKENS, SHED, PrefillBudget, PrefillChunk, PrefillGroup, SchedulerLimits
 from pedro.engine.scheduler import Scheduler
 from pedro.engine.sequence import Logprob, Output, Request, Sequence, SequenceState
-from pedro.engine.speculation import NO_DRAFTS, Speculator, draft_rows
-from pedro.engine.steps import first_tokens, next_tokens, prefill_row, settle
-from pedro.errors import DeadlineError, PedroError, RateLimitError, UnavailableError
-from pedro.methods.servable import read_adapter
+from pedro.engine.speculation import NO_DRAFTS, Speculator
+from pedro.engine.steps import first_tokens, late, next_tokens, output_of, prefill_row, settle
+from pedro.errors import PedroError, RateLimitError, UnavailableError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pedro.adapter_kinds import Adapter
     from pedro.engine.adapter_state import PooledAdapter
     from pedro.engine.config import EngineConfig
+    from pedro.engine.tensor_parallel import TensorParallel
     from pedro.model_protocols import TokenDecoder
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Engine:
     """Serves one backbone to many tenants in one continuous batch. The model belongs to the engine from here on.
 
     `load(ref)` gives the directory of the adapter that `ref` names; it may block, and runs on a loader thread.
+    `split`: the ranks that have the rest of `model`, where it is only a part of the backbone.
     Raises BackboneError where the architecture is not supported, or not with `config.weights`.
     """
 
@@ -54,13 +56,13 @@ class Engine:
         config: EngineConfig,
         load: Callable[[str], Path],
         backbone_digest: str,
+        split: TensorParallel | None = None,
     ) -> None:
         self.config = config
         self._processor = RequestProcessor(model, tokenizer, config)
         self.max_length = self._processor.max_length
-        self._runner = Runner(
-            model, config.max_batch, self.max_length, config.kernel, config.threads, config.weights, draft_rows(config)
-        )
+        make_runner = partial(Runner, model) if split is None else split.make_runner
+        self._runner = make_runner(config.max_batch, self.max_length, **config.runner_options())
         self._speculator = Speculator(config, self._processor.vocab_size) if config.speculate != "off" else None
         self._scheduler = Scheduler(SchedulerLimits.of(config))
         self._prefixes = PrefixCache(self._runner, config.prefix_bytes, config.share_bare_prefixes)
@@ -70,8 +72,7 @@ class Engine:
             self._scheduler.lone_tokens = min(LONE_TOKENS, config.prefill_tokens)
 
         def fetch(ref: str) -> Adapter:
-            runner = self._runner
-            return read_adapter(load(ref), runner.architecture, backbone_digest, runner.device, runner.simd_width)
+            return self._runner.read_adapter(load(ref), backbone_digest)
 
         self.adapters = AdapterPool(fetch, config.adapter_bytes, self._adapters_changed, config.loaders)
         self._lock = threading.Lock()
@@ -84,6 +85,7 @@ class Engine:
         self._counts = dict.fromkeys(names, 0)
         self.idle = True  # whether the last step found nothing to run
         self.on_change: Callable[[], None] = lambda: None  # called when there may be new work, from any thread
+        self._runner.on_lost(self._notify)
 
     def add(self, request: Request) -> None:
         """Queue a request. Its outputs come from `step`.
@@ -117,6 +119,9 @@ class Engine:
 
     def step(self) -> list[Output]:
         """One turn: decide who runs, run them, return their outputs. Empty if nothing could run."""
+        if self.lost is not None:
+            self.fail_all(self.lost)
+            return self.take_outputs()
         self._prefixes.keep()
         with self._lock:
             self._drop_failed_and_late()
@@ -153,6 +158,11 @@ class Engine:
         """Whether any request is unfinished or an output has not been returned yet."""
         with self._lock:
             return bool(self._live or self._outbox)
+
+    @property
+    def lost(self) -> PedroError | None:
+        """Why no request can be run any more."""
+        return self._runner.lost
 
     def next_deadline(self) -> float | None:
         """When the next request's deadline falls, on the monotonic clock."""
@@ -226,11 +236,7 @@ class Engine:
             for sequence in self._scheduler.waiting_for(ref):
                 self._finish(sequence, "error", error=error)
         for sequence in self._scheduler.expired(time.monotonic()):
-            error = DeadlineError(
-                f"the deadline of {sequence.request.deadline_s:g} s passed after {len(sequence.output_ids)} tokens of "
-                "answer; allow more time or ask for fewer tokens"
-            )
-            self._finish(sequence, "error", error=error)
+            self._finish(sequence, "error", error=late(sequence))
 
     def _run_prefill(self, part: PrefillChunk) -> None:
         leaders = [group[0] for group in part.groups]
@@ -327,7 +333,7 @@ class Engine:
             log.error("request %s: %s", sequence.request.id, sequence.fault or "the model's logits are not finite")
             settle(self._runner, sequence.lends_to)
             for slot in sequence.slots:
-                self._runner.cache.wipe(slot)
+                self._runner.wipe(slot)
             self._fail((sequence,))
         if sequence.state is SequenceState.FINISHED:
             return
@@ -344,19 +350,7 @@ class Engine:
         text, reason = sequence.append(token_id)
         logprobs = None if logprob is None else [logprob]
         if reason is None:
-            self._outbox.append(
-                Output(
-                    request_id=sequence.request.id,
-                    index=sequence.index,
-                    token_ids=[token_id],
-                    text=text,
-                    logprobs=logprobs,
-                    prompt_logprobs=prompt_logprobs,
-                    prompt_tokens=len(sequence.request.prompt_ids),
-                    cached_tokens=sequence.cached_tokens,
-                    completion_tokens=len(sequence.output_ids),
-                )
-            )
+            self._outbox.append(output_of(sequence, token_id, text, logprobs, prompt_logprobs))
         else:
             fields = {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
             self._finish(sequence, reason, token_ids=[token_id], text=text, **fields)
@@ -365,7 +359,7 @@ class Engine:
         for sequence in sequences:
             if sequence.state is not SequenceState.FINISHED:
                 error = UnavailableError("the engine failed on this request; try again", code="engine_error")
-                self._finish(sequence, "error", error=sequence.fault or error)
+                self._finish(sequence, "error", error=sequence.fault or self.lost or error)
 
     def _finish(self, sequence: Sequence, reason: str, **fields: Any) -> None:
         """End a sequence, wherever it is, with its last output."""

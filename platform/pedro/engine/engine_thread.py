@@ -23,17 +23,24 @@ log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.5  # wakes anyway, in case a deadline moved or a notice was missed
 OnOutput = Callable[[Output], None]
 OnOutputs = Callable[[list[Output]], None]
+OnLost = Callable[[PedroError], None]
+
+
+def ignore(_error: PedroError) -> None:
+    """Where nobody but the requests needs to know."""
 
 
 class EngineThread:
-    """Steps `engine` while there is work. Use as a context manager, or `start` and `stop`.
+    """Steps `engine` while there is work, until it is lost. Use as a context manager, or `start` and `stop`.
 
     `on_outputs`, where given, is called once a step with all outputs of that step, instead of callbacks by request.
+    `on_lost` is told why the engine cannot go on, before its requests are.
     """
 
-    def __init__(self, engine: Engine, on_outputs: OnOutputs | None = None) -> None:
+    def __init__(self, engine: Engine, on_outputs: OnOutputs | None = None, on_lost: OnLost = ignore) -> None:
         self.engine = engine
         self._on_outputs = on_outputs
+        self._on_lost = on_lost
         self._callbacks: dict[str, tuple[OnOutput, set[int]]] = {}  # and the indices still to finish
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -88,13 +95,23 @@ class EngineThread:
         self.engine.cancel(request_id)
 
     def _run(self) -> None:
+        outputs: list[Output] = []
         while not self._stopping:
             self._wake.clear()
             outputs = self._step()
+            if self.engine.lost is not None:
+                break
             self._hand_over(outputs)
             if self.engine.idle and not outputs and not self._stopping:
                 self._wait()
-        self.engine.fail_all(UnavailableError("the engine is shutting down; try again on another replica"))
+            outputs = []
+        lost = self.engine.lost
+        with self._lock:
+            self._stopping = True
+        if lost is not None:
+            self._on_lost(lost)  # before anybody is told: another replica may go on with what runs here
+        self._hand_over(outputs)
+        self.engine.fail_all(lost or UnavailableError("the engine is shutting down; try again on another replica"))
         self._hand_over(self._step())
 
     def _step(self) -> list[Output]:

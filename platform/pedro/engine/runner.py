@@ -7,7 +7,9 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +24,9 @@ from pedro.engine.modulation import ConditionedRow, GeneratorBatch, Modulation, 
 from pedro.engine.native_model import NativeModel
 from pedro.engine.sampler import token_logprobs
 from pedro.engine.torch_model import TorchModel, refuse_unfit, softcapped
-from pedro.errors import BackboneError
+from pedro.errors import BackboneError, PedroError
 from pedro.methods.architectures import config_of, describe
+from pedro.methods.servable import read_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,8 +83,8 @@ class Runner:
 
     `kernel`: "native" is the compiled CPU kernel, "torch" the model's own modules, "auto" the first where it fits.
     `threads`: the most that the native kernel uses; None takes what the machine grants. `weights`: what the native
-    kernel reads the backbone's in, of `panels.WEIGHTS`. `draft_rows`: rows of a step beside one a slot. Raises
-    BackboneError where any of it cannot be.
+    kernel reads the backbone's in, of `panels.WEIGHTS`. `draft_rows`: rows of a step beside one a slot.
+    `capture`: whether steps on a GPU may be captured as graphs. Raises BackboneError where any of it cannot be.
     """
 
     def __init__(
@@ -93,13 +96,14 @@ class Runner:
         threads: int | None = None,
         weights: str = "float32",
         draft_rows: int = 0,
+        capture: bool = True,
     ) -> None:
         self.architecture = describe(model)
         refuse_unfit(model)
         config, weight = config_of(model), next(model.parameters())
         self.device = weight.device
         heads = config.num_attention_heads
-        graphs = uses_graphs(self.device)
+        graphs = capture and uses_graphs(self.device)
         paged = find_paged_attention(weight.dtype) if graphs and not softcapped(model) else None
         self.cache = KVCache(
             config.num_hidden_layers,
@@ -157,6 +161,18 @@ class Runner:
         )
         self._prefills: list[_PackedPrefill] = []
         self._blocks: KVBlocks | None = None
+
+    @property
+    def lost(self) -> PedroError | None:
+        """Why nothing can be run any more; None as long as it can."""
+        return None
+
+    def on_lost(self, call: Callable[[], None]) -> None:
+        """Have `call` called when that comes to be, from any thread."""
+
+    def read_adapter(self, directory: Path, backbone_digest: str) -> Adapter:
+        """The adapter in `directory`, as prefills take it. For any thread. Raises AdapterError where it cannot be."""
+        return read_adapter(directory, self.architecture, backbone_digest, self.device, self.simd_width)
 
     @torch.inference_mode()
     def begin(self, rows: list[PrefillRow]) -> None:
@@ -257,6 +273,15 @@ class Runner:
         threads = self._executor.threads if isinstance(self._executor, NativeModel) else None
         self._blocks = KVBlocks(self.cache, count, threads)
         return self._blocks
+
+    def save_blocks(self, slot: int, first: int, places: Sequence[int]) -> None:
+        """Keep the slot's blocks from number `first` on at `places`."""
+        assert self._blocks is not None, "there is room for what is kept"
+        self._blocks.save(slot, first, places)
+
+    def wipe(self, slot: int, length: int | None = None, start: int = 0) -> None:
+        """As `KVCache.wipe`."""
+        self.cache.wipe(slot, length, start)
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:

@@ -13,8 +13,9 @@ from pedro.engine.beam import BeamSequence
 from pedro.engine.modulation import PreemptedState
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 from pedro.engine.sampler import SampleRow, greedy, sample
-from pedro.engine.sequence import Logprob, Sequence, SequenceState
+from pedro.engine.sequence import Logprob, Output, Sequence, SequenceState
 from pedro.engine.token_mask import likeliest
+from pedro.errors import DeadlineError
 
 if TYPE_CHECKING:
     from pedro.adapter_kinds import Adapter
@@ -78,6 +79,35 @@ def first_tokens(runner: Runner, logits: Logits, groups: tuple[PrefillGroup, ...
     return [[made[sequence] for sequence in group] for group in groups]
 
 
+def output_of(
+    sequence: Sequence,
+    token_id: int,
+    text: str,
+    logprobs: list[Logprob] | None,
+    prompt_logprobs: list[Logprob | None] | None,
+) -> Output:
+    """What an answer that goes on gives of a step."""
+    return Output(
+        request_id=sequence.request.id,
+        index=sequence.index,
+        token_ids=[token_id],
+        text=text,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        prompt_tokens=len(sequence.request.prompt_ids),
+        cached_tokens=sequence.cached_tokens,
+        completion_tokens=len(sequence.output_ids),
+    )
+
+
+def late(sequence: Sequence) -> DeadlineError:
+    """What an answer is told whose deadline passed."""
+    return DeadlineError(
+        f"the deadline of {sequence.request.deadline_s:g} s passed after {len(sequence.output_ids)} tokens of "
+        "answer; allow more time or ask for fewer tokens"
+    )
+
+
 def settle(runner: Runner, sequences: Iterable[Sequence]) -> None:
     """Have the slots of `sequences` hold their prompts."""
     for sequence in sequences:
@@ -105,7 +135,7 @@ def next_tokens(runner: Runner, sequences: tuple[Sequence, ...], drafts: Drafts)
         best = greedy(logits.values) if logits.best is None else logits.best
         if min(best) < 0:  # even masked out, a draft's keys that are not finite would poison what is right
             for sequence, draft in drafts.items():
-                runner.cache.wipe(sequence.slot, sequence.length + len(draft), start=sequence.length)
+                runner.wipe(sequence.slot, sequence.length + len(draft), start=sequence.length)
             return next_tokens(runner, sequences, {})
         logits = logits._replace(best=best)
     made = _choose(logits, singles, None)

@@ -6,6 +6,7 @@ The same `build_app` serves `pedro serve`, a Serve config file and a RayService 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -52,7 +53,11 @@ class EngineReplica:
         log_lines.use(settings.log_format)
         self._id = serve.get_replica_context().replica_tag
         tracing.start("pedro-engine", self._id)
-        self._server = ReplicaServer(ServeConfig(**config), settings, self._id)
+        self._server = ReplicaServer(ServeConfig(**config), settings, self._id, self._end)
+
+    def _end(self, _error: PedroError) -> None:
+        """The engine cannot go on: with this process its requests go to another replica, and Serve starts a new one."""
+        os._exit(1)
 
     async def stream(self, stream_id: str, *, to: str) -> AsyncGenerator[OutputBatch | ReplicaLost, None]:
         """The long-lived stream of one ingress."""

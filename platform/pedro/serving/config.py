@@ -26,6 +26,9 @@ class ServeConfig(Frozen):
     """cpu or cuda."""
     replicas: int = Field(1, ge=1)
     """Engine replicas, one a device."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Processes of one replica, each with its part of every layer and of every adapter, on one machine: for a backbone
+    that no GPU holds whole. Each has a GPU of its own, or on a CPU its share of the threads."""
     gateways: int = Field(1, ge=1)
     """Gateway processes, which share the quotas through the database. Every node's proxy sends requests to any."""
     gateway_num_cpus: float = Field(0, ge=0)
@@ -82,6 +85,18 @@ class ServeConfig(Frozen):
                 f"prompt_lookup_max: expected at least prompt_lookup_min = {self.prompt_lookup_min}, "
                 f"got {self.prompt_lookup_max}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> ServeConfig:
+        ranks = self.tensor_parallel_size
+        if ranks > 1 and self.weights != "float32":
+            raise ValueError(
+                f"weights: {self.weights} is for the CPU kernel, which knows no ranks; use --weights float32 with "
+                f"--tensor-parallel-size {ranks}"
+            )
+        if ranks > 1 and self.device == "cuda" and self.num_gpus not in (0, ranks):
+            raise ValueError(f"num_gpus: expected tensor_parallel_size = {ranks}, a GPU a rank, got {self.num_gpus:g}")
         return self
 
     @property

@@ -202,6 +202,8 @@ def _check(config: ServeConfig, here: bool) -> None:
         check_tokenizer_files(backbone)
         if config.weights != "float32":
             _check_quantised(config, backbone)
+        if config.tensor_parallel_size > 1:
+            _check_ranks(config, backbone)
 
 
 def _check_quantised(config: ServeConfig, backbone: Backbone) -> None:
@@ -216,6 +218,15 @@ def _check_quantised(config: ServeConfig, backbone: Backbone) -> None:
             f"weights: {config.weights} is for the CPU kernel with --dtype float32, and that cannot run here: {why}; "
             "use --weights float32"
         )
+
+
+def _check_ranks(config: ServeConfig, backbone: Backbone) -> None:
+    """Raise what would keep the ranks of a replica from starting."""
+    from pedro.backbone import load_config
+    from pedro.engine.tensor_parallel import check_devices, check_split
+
+    check_split(load_config(backbone), config.tensor_parallel_size, backbone.id)
+    check_devices(config.device, config.tensor_parallel_size)
 
 
 def _error_of_a_replica() -> PedroError | None:

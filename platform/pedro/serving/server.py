@@ -19,7 +19,7 @@ from pedro.backbones.sharing import obtain_backbone
 from pedro.engine.adapter_pool import unusable
 from pedro.engine.config import EngineConfig
 from pedro.engine.engine import Engine
-from pedro.engine.engine_thread import EngineThread
+from pedro.engine.engine_thread import EngineThread, OnLost, ignore
 from pedro.engine.kernel_threads import granted_cores
 from pedro.engine.request_processor import eos_ids
 from pedro.engine.sequence import Output, Request, SamplingParams
@@ -38,8 +38,10 @@ from pedro.serving.tokens import TokenTexts, tokenizer_info
 from pedro.serving.tool_shapes import call_shape
 
 if TYPE_CHECKING:
+    from pedro.backbone import Backbone
     from pedro.config import Settings
     from pedro.engine.adapter_state import ResidentAdapter
+    from pedro.engine.tensor_parallel import TensorParallel
     from pedro.serving.config import ServeConfig
 
 LOAD_TIMEOUT_S = 60.0
@@ -76,10 +78,11 @@ class ReplicaServer:
     """Loads the backbone once and serves it with every adapter of the registry. `name` tells it from other replicas.
 
     Conforms to `ReplicaConnection` and `ReplicaControl` of `pedro.serving.protocol`; an ingress comes by a connection.
+    `on_lost` is called where only a new process helps, before requests are told.
     """
 
-    def __init__(self, config: ServeConfig, settings: Settings, name: str = "local") -> None:
-        threads = config.threads or granted_cores()
+    def __init__(self, config: ServeConfig, settings: Settings, name: str = "local", on_lost: OnLost = ignore) -> None:
+        threads = max(1, (config.threads or granted_cores()) // config.tensor_parallel_size)
         configure_serving_process(threads)
         obtain_backbone(settings, config.backbone)
         backbone = resolve_backbone(config.backbone)
@@ -96,7 +99,8 @@ class ReplicaServer:
         self._found: dict[ModelRef, Version] = {}
         self._turns = Turns()  # of calls that come in
         longest = context_length(backbone)
-        model = load_model(backbone, config.dtype, config.device)
+        split = _split(config, backbone, threads)
+        model = load_model(backbone, config.dtype, config.device) if split is None else split.model
         embedding: Any = model.get_input_embeddings()
         self._shapes = AnswerShapes(self._tokenizer, embedding.num_embeddings, eos_ids(model, self._tokenizer))
         self._engine = Engine(
@@ -119,12 +123,13 @@ class ReplicaServer:
             ),
             self._fetch,
             backbone.digest,
+            split,
         )
         if self._engine.stats()["kernel"] == "native":
             set_torch_threads(1)  # what is left to PyTorch is small, and its threads wait for those put aside
         self._prompts = PromptProcessor(self._tokenizer, self._engine.max_length, self._fetch)
         self._metrics = ReplicaMetrics(name, config.model_name, self._engine.stats)
-        self._thread = EngineThread(self._engine, on_outputs=self._hand_out)
+        self._thread = EngineThread(self._engine, self._hand_out, on_lost)
         self._thread.start()
         pool = self._engine.adapters
         self._gone = GoneVersions(self._registry, pool.residents, pool.evict, self._engine.forget_prefixes)
@@ -382,3 +387,12 @@ def _gone(ref: ModelRef) -> UnavailableError:
     return UnavailableError(
         f"model: the version {ref.without_digest} that this request was admitted with is gone; ask again"
     )
+
+
+def _split(config: ServeConfig, backbone: Backbone, threads: int) -> TensorParallel | None:
+    """The ranks that share the backbone, where there are several; this process is the first of them."""
+    if config.tensor_parallel_size == 1:
+        return None
+    from pedro.engine.tensor_parallel import TensorParallel
+
+    return TensorParallel(backbone, config.tensor_parallel_size, config.dtype, config.device, threads)

@@ -6,32 +6,21 @@ files must hold the model's tensors under its own names and in its shapes; `can_
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from pedro.adapter_directory import tensor_heads
-from pedro.backbone import BUFFERS, Backbone, load_config
-from pedro.errors import BackboneError, PedroError
+from pedro.backbone import Backbone, load_config
+from pedro.backbone_tensors import StoredTensor, stored_tensors
+from pedro.errors import BackboneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KINDS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 READ_AT_ONCE = 2**22  # numbers
 GENERATION = "generation_config.json"
-
-
-class StoredTensor(NamedTuple):
-    """Where a tensor's numbers lie."""
-
-    file: Path
-    first_byte: int
-    dtype: torch.dtype
 
 
 class Piece(NamedTuple):
@@ -45,7 +34,7 @@ class Piece(NamedTuple):
 
 def can_be_cut(backbone: Backbone) -> bool:
     """Whether workers can read pieces of this backbone; else each has to load it whole. Reads heads of files alone."""
-    return bool(_stored(backbone, _shapes(backbone)))
+    return bool(stored_tensors(backbone))
 
 
 def load_in_pieces(
@@ -70,7 +59,7 @@ def load_in_pieces(
 
 def fill(backbone: Backbone, pieces: Iterable[Piece]) -> None:
     """Read the pieces from the files. Raises BackboneError for files that cannot be read and numbers not finite."""
-    stored = _stored(backbone, _shapes(backbone))
+    stored = stored_tensors(backbone)
     if not stored:
         raise BackboneError(
             f"backbone: the files of {backbone.id!r} changed while they were read; submit the job again",
@@ -105,38 +94,3 @@ def _read(tensor: StoredTensor, start: int, out: torch.Tensor, name: str) -> Non
             f"backbone: the model of {name!r} cannot be loaded ({error}); copy or save the directory again",
             param="backbone",
         ) from error
-
-
-def _shapes(backbone: Backbone) -> tuple[str, dict[str, tuple[int, ...]], set[str]]:
-    """What the model's names begin with, the shapes of its parameters, and other names of those that are tied."""
-    from transformers import AutoModelForCausalLM
-
-    config: Any = load_config(backbone)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return model.base_model_prefix, shapes, every - set(shapes)
-
-
-def _stored(
-    backbone: Backbone, expected: tuple[str, Mapping[str, tuple[int, ...]], set[str]]
-) -> dict[str, StoredTensor]:
-    """Where each parameter lies; nothing where the files hold other tensors or lack one."""
-    prefix, shapes, tied = expected
-    found: dict[str, StoredTensor] = {}
-    try:
-        for file in sorted(backbone.directory.glob("*.safetensors")):
-            for saved, kind, shape, path, first, last in tensor_heads(file):
-                name = next((name for name in (saved, f"{prefix}.{saved}") if name in shapes), None)
-                if name is None:
-                    if saved in tied or BUFFERS.search(saved):
-                        continue
-                    return {}
-                fits = tuple(shape) == shapes[name] and kind in KINDS
-                if not fits or last - first != math.prod(shape) * KINDS[kind].itemsize:
-                    return {}
-                found[name] = StoredTensor(path, first, KINDS[kind])
-    except PedroError:  # a head that cannot be read: loading it whole says what is wrong
-        return {}
-    return found if found.keys() == shapes.keys() else {}
