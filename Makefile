@@ -7,7 +7,7 @@ ARGS ?=
 COMPILE := $(BIN)/python -m compileall -qq -x '/tests?/|/transformers/models/(?!auto/)'
 export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz chaos chaos-short audit sbom k8s-check gpu-check format clean
+.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz chaos chaos-short audit sbom k8s-check integration gpu-check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -55,7 +55,7 @@ lint: install
 docs: install ## build the documentation into site/ (strict, without network)
 	@echo "== documentation"; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-fuzz: install ## fuzz every route and every reader of files (FUZZ=60 examples per route; the count is printed)
+fuzz: install ## fuzz every route and every reader of files (FUZZ=60 examples per route; the count is printed, and kept in FUZZ_OUT=FILE)
 	@FUZZ=$${FUZZ:-60} $(BIN)/python -m pytest tests/test_gateway_fuzz.py $(ARGS)
 	@FUZZ=$${FUZZ:-60} PEDRO_SCHEMAS=1000 $(BIN)/python -m pytest tests/test_hostile_inputs.py \
 		tests/test_serving_shapes.py::test_answers_to_random_schemas_always_validate_with_any_adapter -n logical --dist load $(ARGS)
@@ -73,8 +73,11 @@ chaos-short: install ## a small version of the same, as in the slow tests (under
 	@$(BIN)/python -m pytest tests/chaos -m slow -s $(ARGS)
 
 k8s-check: install ## the Kubernetes manifests against schemas and rules, offline and without kubectl
-	@echo "== manifests"; $(BIN)/python -m pytest tests/test_k8s_manifests.py tests/test_k8s_network.py tests/test_k8s_ports.py \
-		tests/test_k8s_rendering.py $(ARGS)
+	@echo "== manifests"; $(BIN)/python -m pytest tests/test_k8s_guide.py tests/test_k8s_manifests.py tests/test_k8s_network.py \
+		tests/test_k8s_ports.py tests/test_k8s_rendering.py $(ARGS)
+
+integration: install ## the manifests as local processes, the guide walked, a roll-out and a drain (8 minutes; ARGS: --keep, --until STEP)
+	@PYTHONPATH=tests:. $(BIN)/python -m integration $(ARGS)
 
 gpu-check: ## check and measure on a GPU (nine minutes; only needs torch, transformers, peft and pytest in PYTHON)
 	@PYTHONPATH=platform:. $(PYTHON) -m jobs.gpu_check $(ARGS)

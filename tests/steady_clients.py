@@ -22,8 +22,11 @@ WORDS = ["play some jazz", "book a table for two", "what is the weather", "rate 
 class SteadyClients:
     """`number` clients of one URL, each with connections of its own; every other answer streams."""
 
-    def __init__(self, url: str, key: str, model: str, number: int = 64) -> None:
+    def __init__(
+        self, url: str, key: str, model: str, number: int = 64, tokens: int = 48, pause_s: float = 0.0
+    ) -> None:
         self._url, self._key, self._model, self._number = url, key, model, number
+        self._tokens, self._pause_s = tokens, pause_s
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(number)
         self.wanted: dict[str, str] = {}
@@ -66,6 +69,7 @@ class SteadyClients:
             except Exception as error:  # noqa: BLE001 (counted, whatever it is)
                 self.failures.append(repr(error))
             asked += 3
+            self._stop.wait(self._pause_s)
 
     def _whole(self, client: openai.OpenAI, prompt: str) -> str:
         return str(self._ask(client, prompt).choices[0].text)
@@ -88,5 +92,5 @@ class SteadyClients:
         raise AssertionError("not reached")
 
     def _ask(self, client: openai.OpenAI, prompt: str, **options: Any) -> Any:
-        fields: dict[str, Any] = {"model": self._model, "prompt": prompt, "temperature": 0, "max_tokens": 48}
+        fields: dict[str, Any] = {"model": self._model, "prompt": prompt, "temperature": 0, "max_tokens": self._tokens}
         return client.completions.create(**fields, extra_body={"ignore_eos": True}, **options)

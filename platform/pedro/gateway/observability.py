@@ -20,6 +20,7 @@ from filelock import FileLock
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from pedro import tracing
+from pedro.gateway import open_metrics
 from pedro.log_lines import ABOUT, JSON, TEXT, JsonLines
 
 if TYPE_CHECKING:
@@ -86,6 +87,14 @@ def write_to(path: Path, form: str = TEXT) -> None:
     log.setLevel(logging.INFO)
 
 
+def of_gateway(text: str, gateway: str) -> str:
+    """Prometheus text with the gateway's name as a label of each figure; as it is where there is one gateway alone."""
+    if not gateway:
+        return text
+    label = f'gateway="{gateway}"'
+    return SAMPLE.sub(lambda found: f"{found[1]}{{{label}{',' if found[2] else '}'}", text)
+
+
 class GatewayMetrics:
     """The gateway's own figures, in a registry of its own: several gateways may live in one process.
 
@@ -118,11 +127,11 @@ class GatewayMetrics:
 
     def text(self) -> str:
         """Prometheus's text format."""
-        text = generate_latest(self.registry).decode()
-        if not self._gateway:
-            return text
-        label = f'gateway="{self._gateway}"'
-        return SAMPLE.sub(lambda found: f"{found[1]}{{{label}{',' if found[2] else '}'}", text)
+        return of_gateway(generate_latest(self.registry).decode(), self._gateway)
+
+    def open_text(self) -> str:
+        """The same as OpenMetrics, without its end: requests that are traced are examples of how long some took."""
+        return of_gateway(open_metrics.of_registry(self.registry), self._gateway)
 
     def opened(self) -> None:
         """A request came."""
@@ -140,7 +149,8 @@ class GatewayMetrics:
         self._requests.labels(method, route, f"{status // 100}xx").inc()
         if status == 429:
             self._refused.labels("quota" if scope["state"].get("over_quota") else "queue").inc()
-        self._seconds.labels(route).observe(total_s)
+        trace = scope["state"].get("trace_id")
+        self._seconds.labels(route).observe(total_s, {"trace_id": trace} if trace else None)
 
 
 class Observed:

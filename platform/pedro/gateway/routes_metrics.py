@@ -11,7 +11,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from pedro import tracing
 from pedro.errors import PedroError
+from pedro.gateway import open_metrics
 from pedro.gateway.auth import Principal, require
 from pedro.gateway.traffic_sampler import TrafficSampler
 from pedro.store import ADMIN
@@ -24,7 +26,9 @@ Operator = Annotated[Principal, Depends(require(ADMIN))]
 
 @router.get("/metrics")
 async def metrics(request: Request, _: Operator) -> PlainTextResponse:
-    """Prometheus's text format."""
+    """Prometheus's text format; as OpenMetrics for who takes that, while requests are traced."""
+    if tracing.TRACER is not None and open_metrics.MEDIA_TYPE in request.headers.get("accept", ""):
+        return PlainTextResponse(await _sampler(request).open_text(), media_type=open_metrics.OPEN_METRICS)
     return PlainTextResponse(await _sampler(request).text(), media_type=CONTENT_TYPE_LATEST)
 
 

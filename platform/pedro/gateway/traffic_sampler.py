@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from pedro.gateway import open_metrics
 from pedro.traffic.history import TrafficHistory
 from pedro.traffic.scrape import parse_metrics
 
@@ -47,13 +48,19 @@ class TrafficSampler:
 
     async def text(self) -> str:
         """Prometheus's text as of now; without an engine's figures while none answers."""
-        text = self._metrics.text()
+        return self._metrics.text() + await self._engines()
+
+    async def open_text(self) -> str:
+        """The same as OpenMetrics, which has exemplars."""
+        return self._metrics.open_text() + open_metrics.of_text(await self._engines()) + open_metrics.END
+
+    async def _engines(self) -> str:
         try:
             async with asyncio.timeout(BACKEND_TIMEOUT_S):
-                text += await self._backend().metrics()
+                text = await self._backend().metrics()
         except Exception as error:  # noqa: BLE001 (the gateway's own figures matter most when the engine is away)
             log.log(logging.WARNING if self._engine_seen else logging.DEBUG, "no metrics of the engine: %r", error)
-            return text
+            return ""
         self._engine_seen = True
         return text
 

@@ -34,13 +34,16 @@ KEEP_CHANGES_S = 3600.0  # a gateway that was held up for longer reads everythin
 KEEP_BATCHES_S = 7 * 24 * 3600.0  # of usage: a gateway that could not write for so long may enter its last one twice
 HEAD_RESOURCE = "node:__internal_head__"  # which Ray gives to no other node
 HEALTH_CHECK_PERIOD_S = 2.0  # a gateway that died is replaced within some such periods
+STREAMS_END_S = 90.0  # what a gateway that is to leave has for the streams that it sends
+MAX_STARTS = 100  # of a replica; Serve's own bound, three for each, is RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT
 MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
 
 
 @serve.deployment(
     name="engine",
     max_ongoing_requests=MAX_ONGOING,
-    graceful_shutdown_timeout_s=10,
+    max_constructor_retry_count=MAX_STARTS,
+    graceful_shutdown_timeout_s=10,  # what has not ended then goes on at another, from the token that it had come to
     request_router_config=RequestRouterConfig.model_validate({"request_router_class": ROUTER}),
 )
 class EngineReplica:
@@ -96,7 +99,13 @@ class EngineReplica:
             return error
 
 
-@serve.deployment(name="gateway", max_ongoing_requests=MAX_ONGOING, health_check_period_s=HEALTH_CHECK_PERIOD_S)
+@serve.deployment(
+    name="gateway",
+    max_ongoing_requests=MAX_ONGOING,
+    max_constructor_retry_count=MAX_STARTS,
+    graceful_shutdown_timeout_s=STREAMS_END_S,
+    health_check_period_s=HEALTH_CHECK_PERIOD_S,
+)
 @serve.ingress()
 class Gateway:
     """The HTTP edge: keys, OpenAI schemas, model names."""
@@ -153,6 +162,7 @@ class Gateway:
             asyncio.create_task(self._resolver.watch()),
             asyncio.create_task(self._keep_house()),
         ]
+        name = serve.get_replica_context().replica_tag if self._config.gateways > 1 else ""
         backend = ServeBackend(
             self._config.model_name,
             self._longest,
@@ -161,12 +171,13 @@ class Gateway:
             connected,
             self._config.request_timeout_s,
             self._sizes,
+            name,
         )
         settings = GatewaySettings(
             max_body_bytes=max_body_bytes(self._longest),
             max_open_requests=MAX_ONGOING,
             gateways=self._config.gateways,
-            name=serve.get_replica_context().replica_tag if self._config.gateways > 1 else "",
+            name=name,
             backbones={self._config.model_name: self._config.backbone},
             dry_run_command=(sys.executable, "-m", "pedro.training.dry_run_process"),
             dry_run_env=self._env,

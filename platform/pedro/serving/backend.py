@@ -31,6 +31,7 @@ from pedro.gateway.backend import (
     ModelCard,
     TokenizeResult,
 )
+from pedro.gateway.observability import of_gateway
 from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, PREVIOUS, Registry, Version
 from pedro.serving.canary_watch import CanaryWatch
@@ -72,7 +73,10 @@ class ServeBackend:
         replicas: ReplicaSet,
         timeout_s: float = 600.0,
         sizes: SizeGauges | None = None,
+        gateway: str = "",
     ) -> None:
+        """`gateway`: its name, as a label of what it counts itself, where there are several."""
+        self._gateway = gateway
         self._model_name = model_name
         self.max_model_len = max_model_len
         self._resolver = resolver
@@ -298,7 +302,7 @@ class ServeBackend:
     async def metrics(self) -> str:
         """Prometheus text of every engine replica, and of what the home holds."""
         sizes = [] if self._sizes is None else [self._sizes.text()]
-        own = [self._faults.metrics(), self._shadows.metrics()]
+        own = [of_gateway(text, self._gateway) for text in (self._faults.metrics(), self._shadows.metrics())]
         return merged([*await self._replicas.ask_all(ReadMetrics()), *own, *sizes])
 
     async def ready(self) -> bool:
