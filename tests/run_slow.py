@@ -30,7 +30,7 @@ PROCESSES = (
     ("docs_commands",),
     ("dashboard_browser",),
     ("training_workers", "gpu_check", "equality"),
-    ("data_dataset", "data_check", "evaluation_harness", "bench", "bench_from_spec", "methods_peft"),
+    ("data_dataset", "data_check", "evaluation_harness", "bench", "bench_from_spec", "bench_scaling", "methods_peft"),
     ("demo",),
     ("cluster",),
     ("serving_usage", "store_racing", "registry_server", "registry_takeover", "training_queue_database"),

@@ -203,5 +203,13 @@ def test_what_a_dry_run_promises_is_what_the_benchmark_measured():
     assert (missed, len(measured["targets"])) == (1, 18), "the page says so"
 
 
+def test_the_page_of_many_replicas_says_what_was_measured_and_simulated():
+    from jobs.benchmarks.scaling_page import BLOCK, PAGE, PARTS, results, written
+
+    page = PAGE.read_text()
+    assert {name for _, name, _ in BLOCK.findall(page)} == PARTS.keys()
+    assert written(page, *results()) == page, "run python -m jobs.benchmarks.scaling_page"
+
+
 def plain(row: list[str]) -> list[str]:
     return [cell.replace("**", "") for cell in row]

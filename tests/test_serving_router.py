@@ -2,10 +2,11 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from pedro.refs import ModelRef
-from pedro.serving.router import SHARE, choose
+from pedro.serving.router import SHARE, choose, key_of, pick, ranks
 
 REPLICAS = [f"replica-{i}" for i in range(4)]
 
@@ -51,6 +52,17 @@ def test_a_replica_that_leaves_moves_only_what_was_its_own():
     for i in range(200):
         before = choose(ModelRef.parse(f"acme.a{i}:1"), idle)
         assert before == REPLICAS[-1] or choose(ModelRef.parse(f"acme.a{i}:1"), fewer) == before
+
+
+def test_a_choice_is_the_best_liked_replica_below_the_bound_however_many_there_are():
+    names = [f"r{i}" for i in range(50)]
+    loads = {name: i % 5 for i, name in enumerate(names)}  # 2 in the mean: up to 2 may take one more
+    liked = ranks(key_of("acme.a:1"), np.array([key_of(name) for name in names], dtype=np.uint64))
+    order = sorted(range(50), key=lambda i: int(liked[i]), reverse=True)
+    expected = next(i for i in order if loads[names[i]] < 3)
+    assert pick(liked, np.array(list(loads.values()))) == expected
+    assert choose(ModelRef.parse("acme.a:1"), loads) == names[expected]
+    assert pick(liked, np.array(list(loads.values())), share=9.0) == order[0]
 
 
 def test_the_bare_backbone_goes_to_the_least_loaded_replica():

@@ -120,6 +120,12 @@ BENCHMARKS = {
         "two workers on 300 M parameters: peak memory of ZeRO 0 and 3 beside what the dry run promises",
         *("stage", "method", "peak_mb", "promised_mb", "off", "ratio", "step_s", "loss"),
     ),
+    "scaling": _entry(
+        "scaling",
+        "a thousand replicas and a million tenants, simulated with the router's placement from what scaleout measured",
+        *("case", "zipf", "placement", "share", "hit_share", "loads_a_call", "wait_p50_ms", "wait_p99_ms"),
+        *("answer_p50_s", "answer_p99_s", "load_p50", "load_p99", "hot_on", "held", "held_twice"),
+    ),
     "published": _entry(
         "published",
         "SmolLM2-135M-Instruct on MMLU, BBH, GSM8K and WikiText-2 beside what its makers publish",

@@ -22,6 +22,7 @@ from jobs.benchmarks import (
     http_overhead,
     outage,
     queue_kills,
+    scaleout,
     soak,
     tenants_http,
 )
@@ -156,6 +157,11 @@ SERVER_BENCHMARKS = {
         "time and memory that `pedro submit --dry-run` promises, beside what the job takes",
         dry_run.run,
         dry_run.COLUMNS,
+    ),
+    "scaleout": Benchmark(
+        "one, two and four replicas of one thread behind the router; adapters placed by it or at random",
+        scaleout.run,
+        scaleout.COLUMNS,
     ),
     "queue": Benchmark(
         "five fine-tunes, and a worker, the controller, the Ray head and PostgreSQL killed in their middle",

@@ -58,7 +58,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     report = BenchmarkReport("tenants", {"model": size.name, "tenants": counts, "slots": slots, "requests": requests})
     log(f"making {max(counts):,} adapter directories (kept for the next time)")
     directories = [str(path) for path in adapter_directories(size, "pedro", max(counts))]
-    budget = ROOM * _adapter_bytes(size, directories[0], options)
+    budget = ROOM * adapter_bytes(size, directories[0], options)
     cases = [Case(n, draw) for n in counts for draw in ("uniform", "zipf") if n > 1 or draw == "uniform"]
 
     def engine(max_batch: int) -> BenchEngine:
@@ -85,13 +85,13 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     return report
 
 
-def _adapter_bytes(size: ModelSize, directory: str, options: Options) -> int:
+def adapter_bytes(size: ModelSize, directory: str, options: Options) -> int:
     """What the pool counts for one adapter."""
     probe = BenchEngine(size, options.device, max_batch=1, max_length=8)
     probe.load([directory])
-    adapter_bytes = probe.engine.adapters.residents()[directory].nbytes
+    taken = probe.engine.adapters.residents()[directory].nbytes
     probe.close()
-    return adapter_bytes
+    return taken
 
 
 def _throughput(

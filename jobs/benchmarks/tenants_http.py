@@ -6,21 +6,17 @@ the two loads take turns.
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from jobs.benchmarks.engine_process import EnginePool, Log
+from jobs.benchmarks.entered_adapters import ADAPTER, enter, tenant_name
 from jobs.benchmarks.local_server import local_server
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS
-from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import Target
 from jobs.benchmarks.stats import paired_ratio
-from pedro.registry import Version, utc
-from pedro.store import Inherited
 
 if TYPE_CHECKING:
     from jobs.benchmarks.command_line import Options
@@ -49,18 +45,14 @@ def add(report: BenchmarkReport, options: Options, backbone: Backbone, log: Log)
 
     def register(registry: Registry, _home: Path) -> None:
         log(f"entering {tenants:,} tenants' adapters, {len(asked):,} of them with their files")
-        made = zip(asked, adapter_directories(MODEL_SIZES[size], "pedro", len(asked)), strict=True)
-        versions = {number: _cached(registry, source, backbone, number) for number, source in made}
-        rest = (number for number in range(tenants) if number not in versions)
-        versions |= {number: _version(backbone, number, f"sha256:{number}", "") for number in rest}
-        registry.store.take_over(Inherited(one.name, 0.0, {"champion": 1}, (one,)) for one in versions.values())
+        enter(registry, MODEL_SIZES[size], backbone, tenants, asked)
 
     config = ServeConfig(
         backbone=str(backbone.directory), served_name=size, threads=options.threads, adapter_budget_mb=ADAPTER_MB
     )
     seen: dict[str, list[dict[str, Any]]] = {ONE: [], MANY: []}
     with local_server(config, register, log) as local, EnginePool(log) as pool:
-        callers = {number: (f"{_tenant(number)}.own", local.key(_tenant(number))) for number in asked}
+        callers = {number: (f"{tenant_name(number)}.{ADAPTER}", local.key(tenant_name(number))) for number in asked}
         model, key = callers[0]
         pool.start("client", "http", {"size": size, "url": local.url, "key": key, "model": model})
         if pool.wait():
@@ -95,45 +87,3 @@ def _report(report: BenchmarkReport, seen: dict[str, list[dict[str, Any]]], tena
         report.rows.append(row)
     name = f"end to end, {requests} requests of as many of {tenants:,} tenants / of one tenant: throughput"
     report.targets.append(Target(name, LEAST, ratio))
-
-
-def _tenant(number: int) -> str:
-    return f"tenant{number:05}"
-
-
-def _version(backbone: Backbone, number: int, digest: str, manifest_digest: str) -> Version:
-    return Version(
-        _tenant(number),
-        "own",
-        1,
-        digest,
-        backbone.id,
-        backbone.digest,
-        "pedro",
-        1,
-        {},
-        {},
-        "",
-        f"made{number}",
-        utc(0),
-        manifest_digest=manifest_digest,
-    )
-
-
-def _cached(registry: Registry, source: Path, backbone: Backbone, number: int) -> Version:
-    """A tenant's adapter where this host keeps the copies that it fetched of the registry's."""
-    from pedro.adapter_directory import MANIFEST, manifest_digest, read_manifest, write_manifest
-    from pedro.data.prompt_format import FORMATS
-
-    digest = str(json.loads((source / MANIFEST).read_text())["digest"])
-    target = registry.cached(digest, f"made{number}")
-    shutil.copytree(source, target)
-    manifest = json.loads((target / MANIFEST).read_text())
-    manifest["backbone"] = {
-        "id": backbone.id,
-        "digest": backbone.digest,
-        "tokenizer_digest": backbone.tokenizer_digest,
-    }
-    write_manifest(target, manifest | {"prompt_format": FORMATS["raw"].to_dict(), "metrics": {}})
-    written = read_manifest(target)
-    return _version(backbone, number, str(written["digest"]), manifest_digest(written))

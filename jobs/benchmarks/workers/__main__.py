@@ -23,6 +23,7 @@ KINDS = {
     "train": ("jobs.benchmarks.workers.train", "OurTrainer"),
     "train-hf": ("jobs.benchmarks.workers.train", "HfTrainer"),
     "train-group": ("jobs.benchmarks.workers.train_group", "GroupWorker"),
+    "replica": ("jobs.benchmarks.workers.replica", "Replica"),
     "roofline": ("jobs.benchmarks.workers.roofline", "Roofline"),
     "prefix": ("jobs.benchmarks.workers.prefix", "Prefix"),
     "prefix-llamacpp": ("jobs.benchmarks.workers.prefix_peers", "LlamaCpp"),

@@ -3,7 +3,8 @@
 Each adapter has its own order of the replicas (rendezvous hashing), so that it is resident on few of them and a
 replica that comes or goes moves only its own share. No replica takes more than a bounded share of the load
 (Mirrokni, Thorup, Zadimoghaddam 2016, "Consistent Hashing with Bounded Loads"): what exceeds it goes to the next in
-order, so a hot adapter spreads over as many replicas as its load asks for.
+order, so a hot adapter spreads over as many replicas as its load asks for. `jobs.benchmarks.fleet` simulates with the
+same functions.
 """
 
 from __future__ import annotations
@@ -17,19 +18,61 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from pedro.errors import UnavailableError
 from pedro.serving.client import ReplicaClient
 from pedro.serving.protocol import ControlRequest, ReplicaConnection, ReplicaLost
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pedro.gateway.backend import Delta, GenerateCall
     from pedro.refs import ModelRef
 
 SHARE = 1.25  # of the mean load
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # splitmix64's finaliser (Steele, Lea, Flood 2014)
 PATIENCE_S = 120.0  # how long a call waits for a replica where there is none, as while one is replaced
 RECHECK_S = 0.5  # whether one suits may change with time alone
 
 T = TypeVar("T")
+
+
+def choose(ref: ModelRef | None, loads: Mapping[str, int]) -> str:
+    """The replica for adapter version `ref`, given the unfinished calls of each replica (at least one).
+
+    The bare backbone (None) is at home everywhere: it goes to the least loaded.
+    """
+    if ref is None:
+        return min(loads, key=lambda replica: (loads[replica], random.random()))  # noqa: S311 (breaks ties)
+    names = list(loads)
+    seeds = np.fromiter(map(key_of, names), np.uint64, len(names))
+    counts = np.fromiter(loads.values(), np.int64, len(names))
+    return names[pick(ranks(key_of(str(ref)), seeds), counts)]
+
+
+@lru_cache(maxsize=65536)
+def key_of(name: str) -> int:
+    """64 bits that stand for an adapter version or a replica."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def ranks(key: int, replicas: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """How much the adapter of `key` likes each replica [N], the replicas being given by their keys [N]."""
+    mixed = replicas ^ np.uint64(key)
+    for shift, factor in MIX:
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def pick(liked: NDArray[np.uint64], loads: NDArray[np.int64], share: float = SHARE) -> int:
+    """The replica that is liked best of those below the bound, by its place in `loads` [N]."""
+    bound = math.ceil(share * (int(loads.sum()) + 1) / len(loads))
+    return int(np.where(loads < bound, liked, 0).argmax())
+
+
+Placement = Callable[["ModelRef | None", Mapping[str, int]], str]
 
 
 class ReplicaSet:
@@ -38,9 +81,12 @@ class ReplicaSet:
     `backbone` is the digest of the one that calls mean. All on one event loop; `update` says which replicas there are.
     """
 
-    def __init__(self, connect: Callable[[str], ReplicaConnection], backbone: str = "") -> None:
+    def __init__(
+        self, connect: Callable[[str], ReplicaConnection], backbone: str = "", place: Placement = choose
+    ) -> None:
         self._connect = connect
         self._backbone = backbone
+        self._place = place
         self._clients: dict[str, ReplicaClient] = {}
         self._leaving: list[ReplicaClient] = []  # their last calls still run
         self._changed = asyncio.Event()
@@ -121,7 +167,7 @@ class ReplicaSet:
                             await self._changed.wait()
         except TimeoutError as error:
             raise UnavailableError("no engine replica answers; try again later", code="no_replica") from error
-        return self._clients[choose(ref, found)]
+        return self._clients[self._place(ref, found)]
 
     async def _choose_alive(self, ref: ModelRef | None, suits: Callable[[ReplicaClient], bool]) -> ReplicaClient:
         while True:
@@ -129,20 +175,3 @@ class ReplicaSet:
             with suppress(ReplicaLost):
                 await client.answer()
                 return client
-
-
-def choose(ref: ModelRef | None, loads: Mapping[str, int]) -> str:
-    """The replica for adapter version `ref`, given the unfinished calls of each replica (at least one).
-
-    The bare backbone (None) is at home everywhere: it goes to the least loaded.
-    """
-    if ref is None:
-        return min(loads, key=lambda replica: (loads[replica], random.random()))  # noqa: S311 (breaks ties)
-    bound = math.ceil(SHARE * (sum(loads.values()) + 1) / len(loads))
-    by_rank = sorted(loads, key=lambda replica: _rank(ref, replica), reverse=True)
-    return next(replica for replica in by_rank if loads[replica] < bound)
-
-
-@lru_cache(maxsize=65536)
-def _rank(ref: ModelRef, replica: str) -> bytes:
-    return blake2b(f"{replica}\n{ref}".encode(), digest_size=8).digest()

@@ -1,0 +1,176 @@
+"""Writes into docs/scaling.md what scaleout.json and scaling.json hold, and draws its figure.
+
+`python -m jobs.benchmarks.scaling_page`, after either was measured anew. What stands between `<!-- measured: NAME -->`
+and `<!-- end -->` is replaced; all else is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.benchmarks.scaleout import SLOTS
+
+ROOT = Path(__file__).parents[2]
+PAGE, RESULTS, PICTURE = ROOT / "docs" / "scaling.md", ROOT / "jobs" / "results", ROOT / "docs" / "scaling.png"
+BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+Result = Mapping[str, Any]
+BEHIND = (
+    "answered at once",
+    "wait p50, p99 (ms)",
+    "answer p50, p99 (s)",
+    "busiest 1 % of the mean",
+    "hottest on",
+    "held",
+)
+
+
+def written(page: str, scaleout: Result, scaling: Result) -> str:
+    """The page with what the results say."""
+    return BLOCK.sub(lambda found: found[1] + PARTS[found[2]](scaleout, scaling) + found[3], page)
+
+
+def results() -> tuple[Result, Result]:
+    """Those of `scaleout` and `scaling` that are committed."""
+    held: list[Result] = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("scaleout", "scaling")]
+    return held[0], held[1]
+
+
+def _machine(scaleout: Result, _: Result) -> str:
+    said, hardware = scaleout["settings"], scaleout["hardware"]
+    return (
+        f"{said['rounds']} interleaved rounds of {said['seconds']:g} s each on {hardware['cpu']}, "
+        f"{said['granted_cores']} cores; {said['model']}, {said['prompt']} + {said['new']} tokens; one thread, "
+        f"{said['slots']} slots and {said['slots']} callers a replica."
+    )
+
+
+def _together(scaleout: Result, _: Result) -> str:
+    rows = [row for row in scaleout["rows"] if row["case"] == "speed" and row["callers"] == SLOTS * row["replicas"]]
+    heads = ("replicas", "tokens/s", "of n × one", "of min(n, cores) × one", "replicas' cores", "router and callers")
+    lines = []
+    for row in rows:
+        ratio, of_cores = "1", "1"
+        if "ratio" in row:
+            low, high = row["ratio_interval"]
+            ratio, of_cores = f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]", f"{row['of_cores']:.2f}"
+        used = f"{row['router_cpu']:.3f} cores, {row['router_us'] / 1000:.1f} ms a call"
+        lines.append([f"{row['replicas']}", f"{row['tok_s']:.0f}", ratio, of_cores, f"{row['replicas_cpu']:.2f}", used])
+    return _table(heads, lines)
+
+
+def _placed(scaleout: Result, _: Result) -> str:
+    heads = ("asked for", "placed", "adapter resident", "loads", "tokens/s", "different adapters held")
+    rows = [row for row in scaleout["rows"] if row["case"] == "residency"]
+    return _table(
+        heads,
+        [
+            [
+                *(row["draw"], row["placement"], f"{row['hit_share']:.3f}"),
+                *(f"{row[name]:.0f}" for name in ("loads", "tok_s", "resident")),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _costs(_: Result, scaling: Result) -> str:
+    said = scaling["settings"]
+    rates = said["calls_s"]
+    speeds = f"{rates[1]:.2f} calls/s one at a time, {rates[4]:.2f} with four, {rates[-1]:.2f} with {said['slots']}"
+    load = f"{said['load_ms']:.0f} ms, {said['load_cpu_ms']:.0f} of them the replica's processor's"
+    return f"A replica answers {speeds}, which are all its slots. A load takes {load}."
+
+
+def _placements(_: Result, scaling: Result) -> str:
+    rows = [row for row in scaling["rows"] if row["case"] == "placement"]
+    return _table(("Zipf", "placed", *BEHIND), [[f"{row['zipf']:g}", row["placement"], *_figures(row)] for row in rows])
+
+
+def _bounds(_: Result, scaling: Result) -> str:
+    rows = [row for row in scaling["rows"] if row["case"] == "bound"]
+    return _table(("bound", *BEHIND), [[f"{row['share']:g}", *_figures(row)] for row in rows])
+
+
+def _death(_: Result, scaling: Result) -> str:
+    death, moved = scaling["death"], 100 * scaling["moved_share"]
+    return (
+        f"{death['died']} of {scaling['settings']['replicas']:,} replicas died at once: "
+        f"{death['calls_issued_again']:,} calls were issued again, and the share answered at once fell from "
+        f"{death['before']:.3f} to {death['just_after']:.3f} and was {death['at_the_end']:.3f} at the end. When one "
+        f"replica leaves, {moved:.2f} % of the adapters get another first replica, all of them its own."
+    )
+
+
+def _choice(_: Result, scaling: Result) -> str:
+    each = ", ".join(f"{us:.0f} µs among {int(count):,}" for count, us in scaling["choice_us"].items())
+    return f"A choice takes the gateway {each} replicas."
+
+
+PARTS: dict[str, Callable[[Result, Result], str]] = {
+    "machine": _machine,
+    "together": _together,
+    "placed": _placed,
+    "costs": _costs,
+    "placements": _placements,
+    "bounds": _bounds,
+    "death": _death,
+    "choice": _choice,
+}
+
+
+def _figures(row: Result) -> list[str]:
+    waits = f"{row['wait_p50_ms']:,.0f}, {row['wait_p99_ms']:,.0f}"
+    answers = f"{row['answer_p50_s']:.2f}, {row['answer_p99_s']:.2f}"
+    return [
+        f"{row['hit_share']:.3f}",
+        waits,
+        answers,
+        f"{row['load_p99']:.1f}",
+        f"{row['hot_on']:,}",
+        f"{row['held']:,}",
+    ]
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+def figure(scaling: Result, path: Path) -> None:
+    """What each placement and each bound finds resident, and what a death does."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(drawn)
+    left, middle, right = drawn.subplots(1, 3, sharey=True)
+    placed = [row for row in scaling["rows"] if row["case"] == "placement"]
+    names = list(dict.fromkeys(row["placement"] for row in placed))
+    places = np.arange(len(names))
+    for number, zipf in enumerate(dict.fromkeys(row["zipf"] for row in placed)):
+        shares = [row["hit_share"] for row in placed if row["zipf"] == zipf]
+        left.bar(places + 0.4 * number, shares, 0.38, label=f"Zipf {zipf:g}")
+    left.set_xticks(places + 0.2, [name.replace(" ", "\n", 1) for name in names])
+    left.set(ylim=(0, 1), ylabel="calls whose adapter is resident")
+    left.legend(loc="lower left")
+    bounds = [row for row in scaling["rows"] if row["case"] == "bound"]
+    middle.plot([row["share"] for row in bounds], [row["hit_share"] for row in bounds], "o-", color="C2")
+    middle.axvline(scaling["settings"]["bound"], linestyle=":", color="grey")
+    middle.set(xlabel="most that a replica takes, of the mean load (dotted: the router's)")
+    death = scaling["death"]
+    shares = death["hit_share"]
+    seconds = death["seconds_a_bucket"] * (np.arange(len(shares)) + 0.5 - len(shares) / 2)
+    right.plot(seconds, shares, color="C3")
+    right.axvline(0, linestyle=":", color="grey")
+    right.set(xlabel=f"seconds since {death['died']} replicas died")
+    drawn.savefig(path, dpi=100, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(), *results()))
+    figure(results()[1], PICTURE)
