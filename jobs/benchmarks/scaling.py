@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parents[1] / "results"
 REPLICAS, TENANTS = 1000, 1_000_000
-ROOM = 64  # adapters of 8 MB, as of a backbone of a billion parameters, in the 512 MB of --adapter-budget-mb
+ROOM = 64  # adapters of 8 MB in the 512 MB of --adapter-budget-mb
 SHARE_OF_CAPACITY = 0.7
 WARM, CALLS = 200_000, 100_000
 ZIPF = (1.0, 1.1)
