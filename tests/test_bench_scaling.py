@@ -121,8 +121,10 @@ def test_the_scaling_benchmark_simulates_placements_bounds_and_a_death_from_what
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     page = scaling_page.written("# A\n<!-- measured: placements -->\nold\n<!-- end -->\nB\n", {}, saved)
     assert page.startswith("# A\n<!-- measured: placements -->\n| Zipf | placed |")
-    assert page.endswith("|\n<!-- end -->\nB\n")
+    assert page.endswith("(scaling.png)\n<!-- end -->\nB\n")
     assert "old" not in page
+    unmade = scaling_page.written("<!-- measured: placed -->\n\n<!-- end -->", {}, saved)
+    assert "Not run yet: `python -m jobs.bench scaleout`." in unmade
 
 
 def test_a_replica_behind_a_socket_answers_as_one_here_and_its_loss_is_told(shared_replica, tmp_path):

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGE, RESULTS, PICTURE = ROOT / "docs" / "scaling.md", ROOT / "jobs" / "results", ROOT / "docs" / "scaling.png"
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 Result = Mapping[str, Any]
+DRAWN = "Share of calls whose adapter is resident, by placement, by the bound, and while replicas die"
 BEHIND = (
     "answered at once",
     "wait p50, p99 (ms)",
@@ -31,17 +32,24 @@ BEHIND = (
 
 
 def written(page: str, scaleout: Result, scaling: Result) -> str:
-    """The page with what the results say."""
-    return BLOCK.sub(lambda found: found[1] + PARTS[found[2]](scaleout, scaling) + found[3], page)
+    """The page with what the results say; an empty one was not made yet."""
+
+    def part(found: re.Match[str]) -> str:
+        name, write = PARTS[found[2]]
+        result = scaleout if name == "scaleout" else scaling
+        return found[1] + (write(result) if result else f"Not run yet: `python -m jobs.bench {name}`.") + found[3]
+
+    return BLOCK.sub(part, page)
 
 
 def results() -> tuple[Result, Result]:
-    """Those of `scaleout` and `scaling` that are committed."""
-    held: list[Result] = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("scaleout", "scaling")]
+    """Those of `scaleout` and `scaling`, empty where there is none."""
+    files = [RESULTS / f"{name}.json" for name in ("scaleout", "scaling")]
+    held: list[Result] = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
     return held[0], held[1]
 
 
-def _machine(scaleout: Result, _: Result) -> str:
+def _machine(scaleout: Result) -> str:
     said, hardware = scaleout["settings"], scaleout["hardware"]
     return (
         f"{said['rounds']} interleaved rounds of {said['seconds']:g} s each on {hardware['cpu']}, "
@@ -50,7 +58,7 @@ def _machine(scaleout: Result, _: Result) -> str:
     )
 
 
-def _together(scaleout: Result, _: Result) -> str:
+def _together(scaleout: Result) -> str:
     rows = [row for row in scaleout["rows"] if row["case"] == "speed" and row["callers"] == SLOTS * row["replicas"]]
     heads = ("replicas", "tokens/s", "of n × one", "of min(n, cores) × one", "replicas' cores", "router and callers")
     lines = []
@@ -64,7 +72,7 @@ def _together(scaleout: Result, _: Result) -> str:
     return _table(heads, lines)
 
 
-def _placed(scaleout: Result, _: Result) -> str:
+def _placed(scaleout: Result) -> str:
     heads = ("asked for", "placed", "adapter resident", "loads", "tokens/s", "different adapters held")
     rows = [row for row in scaleout["rows"] if row["case"] == "residency"]
     return _table(
@@ -79,7 +87,7 @@ def _placed(scaleout: Result, _: Result) -> str:
     )
 
 
-def _costs(_: Result, scaling: Result) -> str:
+def _costs(scaling: Result) -> str:
     said = scaling["settings"]
     rates = said["calls_s"]
     speeds = f"{rates[1]:.2f} calls/s one at a time, {rates[4]:.2f} with four, {rates[-1]:.2f} with {said['slots']}"
@@ -87,17 +95,18 @@ def _costs(_: Result, scaling: Result) -> str:
     return f"A replica answers {speeds}, which are all its slots. A load takes {load}."
 
 
-def _placements(_: Result, scaling: Result) -> str:
+def _placements(scaling: Result) -> str:
     rows = [row for row in scaling["rows"] if row["case"] == "placement"]
-    return _table(("Zipf", "placed", *BEHIND), [[f"{row['zipf']:g}", row["placement"], *_figures(row)] for row in rows])
+    lines = [[f"{row['zipf']:g}", row["placement"], *_figures(row)] for row in rows]
+    return f"{_table(('Zipf', 'placed', *BEHIND), lines)}\n\n![{DRAWN}]({PICTURE.name})"
 
 
-def _bounds(_: Result, scaling: Result) -> str:
+def _bounds(scaling: Result) -> str:
     rows = [row for row in scaling["rows"] if row["case"] == "bound"]
     return _table(("bound", *BEHIND), [[f"{row['share']:g}", *_figures(row)] for row in rows])
 
 
-def _death(_: Result, scaling: Result) -> str:
+def _death(scaling: Result) -> str:
     death, moved = scaling["death"], 100 * scaling["moved_share"]
     return (
         f"{death['died']} of {scaling['settings']['replicas']:,} replicas died at once: "
@@ -107,21 +116,22 @@ def _death(_: Result, scaling: Result) -> str:
     )
 
 
-def _choice(_: Result, scaling: Result) -> str:
+def _choice(scaling: Result) -> str:
     each = ", ".join(f"{us:.0f} µs among {int(count):,}" for count, us in scaling["choice_us"].items())
     return f"A choice takes the gateway {each} replicas."
 
 
-PARTS: dict[str, Callable[[Result, Result], str]] = {
-    "machine": _machine,
-    "together": _together,
-    "placed": _placed,
-    "costs": _costs,
-    "placements": _placements,
-    "bounds": _bounds,
-    "death": _death,
-    "choice": _choice,
+PARTS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "machine": ("scaleout", _machine),
+    "together": ("scaleout", _together),
+    "placed": ("scaleout", _placed),
+    "costs": ("scaling", _costs),
+    "placements": ("scaling", _placements),
+    "bounds": ("scaling", _bounds),
+    "death": ("scaling", _death),
+    "choice": ("scaling", _choice),
 }
+"""Of which result each part is, and how it is written."""
 
 
 def _figures(row: Result) -> list[str]:
@@ -173,4 +183,5 @@ def figure(scaling: Result, path: Path) -> None:
 
 if __name__ == "__main__":
     PAGE.write_text(written(PAGE.read_text(), *results()))
-    figure(results()[1], PICTURE)
+    if simulated := results()[1]:
+        figure(simulated, PICTURE)
