@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks.scaleout import SLOTS
-
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS, PICTURE = ROOT / "docs" / "scaling.md", ROOT / "jobs" / "results", ROOT / "docs" / "scaling.png"
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
@@ -59,16 +57,20 @@ def _machine(scaleout: Result) -> str:
 
 
 def _together(scaleout: Result) -> str:
-    rows = [row for row in scaleout["rows"] if row["case"] == "speed" and row["callers"] == SLOTS * row["replicas"]]
-    heads = ("replicas", "tokens/s", "of n × one", "of min(n, cores) × one", "replicas' cores", "router and callers")
+    slots, speeds = scaleout["settings"]["slots"], [row for row in scaleout["rows"] if row["case"] == "speed"]
+    rows = [row for row in speeds if row["callers"] == slots * row["replicas"]]
+    heads = ("replicas", "tokens/s", "of n × one", "of min(n, cores) × one", "replicas' cores")
+    heads = (*heads, "tokens a core-second", "router and callers, a call")
     lines = []
     for row in rows:
         ratio, of_cores = "1", "1"
         if "ratio" in row:
             low, high = row["ratio_interval"]
             ratio, of_cores = f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]", f"{row['of_cores']:.2f}"
-        used = f"{row['router_cpu']:.3f} cores, {row['router_us'] / 1000:.1f} ms a call"
-        lines.append([f"{row['replicas']}", f"{row['tok_s']:.0f}", ratio, of_cores, f"{row['replicas_cpu']:.2f}", used])
+        used = [f"{row['tok_s'] / row['replicas_cpu']:.0f}", f"{row['router_us'] / 1000:.1f} ms"]
+        lines.append(
+            [f"{row['replicas']}", f"{row['tok_s']:.0f}", ratio, of_cores, f"{row['replicas_cpu']:.2f}", *used]
+        )
     return _table(heads, lines)
 
 

@@ -78,11 +78,12 @@ Placement = Callable[["ModelRef | None", Mapping[str, int]], str]
 class ReplicaSet:
     """The replicas of one engine deployment. `connect(replica)` gives the connection to a replica by its id.
 
-    `backbone` is the digest of the one that calls mean. All on one event loop; `update` says which replicas there are.
+    `backbone` is the digest of the one that calls mean; `place` chooses among replicas, `choose` where it is not given.
+    All on one event loop; `update` says which replicas there are.
     """
 
     def __init__(
-        self, connect: Callable[[str], ReplicaConnection], backbone: str = "", place: Placement = choose
+        self, connect: Callable[[str], ReplicaConnection], backbone: str = "", place: Placement | None = None
     ) -> None:
         self._connect = connect
         self._backbone = backbone
@@ -167,7 +168,7 @@ class ReplicaSet:
                             await self._changed.wait()
         except TimeoutError as error:
             raise UnavailableError("no engine replica answers; try again later", code="no_replica") from error
-        return self._clients[self._place(ref, found)]
+        return self._clients[(self._place or choose)(ref, found)]
 
     async def _choose_alive(self, ref: ModelRef | None, suits: Callable[[ReplicaClient], bool]) -> ReplicaClient:
         while True:
