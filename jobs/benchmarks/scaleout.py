@@ -115,7 +115,13 @@ def _registered(size: ModelSize, home: Path) -> list[ModelRef]:
 
 
 def _new_report(plan: Plan, held: int) -> BenchmarkReport:
-    settings = {"model": plan.size.name, "slots": SLOTS, "threads": 1, "rounds": plan.rounds, "seconds": plan.seconds}
+    settings: dict[str, Any] = {
+        "model": plan.size.name,
+        "slots": SLOTS,
+        "threads": 1,
+        "rounds": plan.rounds,
+        "seconds": plan.seconds,
+    }
     settings |= {"prompt": plan.prompt, "new": plan.new, "adapters": ADAPTERS, "room": ROOM, "adapter_bytes": held}
     return BenchmarkReport("scaleout", {**settings, "granted_cores": granted_cores()})
 

@@ -50,7 +50,13 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     """All of it; `--quick` has fewer replicas, tenants and calls."""
     costs = measured_costs(RESULTS)
     replicas, tenants, warm, calls = (20, 5_000, 1_200, 800) if options.quick else (REPLICAS, TENANTS, WARM, CALLS)
-    settings = {"replicas": replicas, "tenants": tenants, "room": costs.room, "slots": costs.slots, "calls": calls}
+    settings: dict[str, Any] = {
+        "replicas": replicas,
+        "tenants": tenants,
+        "room": costs.room,
+        "slots": costs.slots,
+        "calls": calls,
+    }
     settings |= {"warm": warm, "share_of_capacity": SHARE_OF_CAPACITY, "bound": SHARE, "gateways": 4, "seed": 0}
     settings |= {"calls_s": [round(rate, 3) for rate in costs.rates], "load_ms": round(1000 * costs.load_s, 2)}
     report = BenchmarkReport("scaling", {**settings, "load_cpu_ms": round(1000 * costs.load_cpu_s, 2)})
