@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pedro.errors import UnavailableError
 from pedro.store import JobRecord, JobStatus, Store
 from pedro.training.queue.launcher import Claim, ClusterView
@@ -38,6 +40,18 @@ class Cluster:
     def stop(self, submission_id: str) -> None:
         self.stopped.append(submission_id)
         self.states[submission_id] = JobStatus.CANCELLED
+
+
+class SharingCluster(Cluster):
+    """One that knows drivers of several jobs."""
+
+    def __init__(self, *nodes: dict[str, float]) -> None:
+        super().__init__(*nodes)
+        self.together: dict[str, list[str]] = {}
+
+    def start_together(self, jobs: Sequence[JobRecord], submission_id: str) -> None:
+        self.start(jobs[0], submission_id)
+        self.together[submission_id] = [job.id for job in jobs]
 
 
 class Clock:

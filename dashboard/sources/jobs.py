@@ -97,7 +97,8 @@ def live_jobs(settings: Settings) -> Jobs:
 
     stored, problem = ask_store(settings, read, [])
     known = {job.record.id for job in stored}
-    unrecorded = (job for job in cluster.jobs.values() if job["metadata"].get("job", job["id"]) not in known)
+    alone = (job for job in cluster.jobs.values() if "jobs" not in job["metadata"])  # each of those has its record
+    unrecorded = (job for job in alone if job["metadata"].get("job", job["id"]) not in known)
     others = (_of_cluster(settings, job) for job in unrecorded)
     shown = (job for job in others if job.live and tenant in (None, job.tenant))
     jobs = [*(_of_store(settings, job) for job in stored), *shown]

@@ -115,6 +115,11 @@ BENCHMARKS = {
         "fine-tuning: PEDRO, (IA)³, LoRA, full in our trainer beside transformers' Trainer with peft",
         *("backbone", "trainer", "method", "tok_s", "step_ms", "peak_mb", "ratio", "ratio_interval"),
     ),
+    "cotraining": _entry(
+        "cotraining",
+        "eight small fine-tunes of one backbone in one group beside one after the other",
+        *("backbone", "method", "batch", "tok_s", "alone_tok_s", "ratio", "ratio_interval"),
+    ),
     "sharding": _entry(
         "sharding",
         "two workers on 300 M parameters: peak memory of ZeRO 0 and 3 beside what the dry run promises",

@@ -61,7 +61,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         if quick:
             load = Load(load.batch, 2, load.joined, load.batch)
         try:
-            setup = {**_setup(name, load), "threads": options.threads, "batch": load.batch, "steps": load.steps}
+            setup = {**setup_of(name, load), "threads": options.threads, "batch": load.batch, "steps": load.steps}
         except BackboneError as error:
             report.skipped[name] = error.message
             log(f"  skipped {name}: {error.message}")
@@ -135,7 +135,7 @@ def _speeds(taken: Sequence[Mapping[str, float]]) -> list[float]:
     return [figures["tok_s"] for figures in taken]
 
 
-def _setup(name: str, load: Load) -> dict[str, Any]:
+def setup_of(name: str, load: Load) -> dict[str, Any]:
     """Directory of the backbone, and files of rows. Raises BackboneError for a backbone that is not here."""
     folder = bench_folder() / "training" / name
     directory = random_backbone(MODEL_SIZES[name], folder / "backbone") if name in MODEL_SIZES else _named(name)

@@ -28,6 +28,10 @@ def submit(
         list[str] | None, typer.Argument(help="Settings to change, for instance training.lr=1e-3")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end; exit 1 if it fails.")] = False,
+    together: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another spec, queued at the same moment; all share one worker (resources.share)."),
+    ] = None,
     priority: Annotated[
         int, typer.Option(help="Waiting jobs with a higher priority start first.", min=-100, max=100)
     ] = 0,
@@ -48,14 +52,19 @@ def submit(
     It starts once the cluster has the resources its workers need, and is restarted if its driver is lost.
 
     Examples: `pedro submit jobs/configs/finetune.yaml --dry-run`,
-    `pedro submit jobs/configs/finetune.yaml training.max_steps=300 --wait`
+    `pedro submit jobs/configs/finetune.yaml training.max_steps=300 --wait`,
+    `pedro submit acme.yaml --together globex.yaml --together initech.yaml`
     """
     from pedro.config import Settings
+    from pedro.errors import ConfigError
     from pedro.training.spec import load_finetune_spec
 
-    wanted = load_finetune_spec(spec, overrides or [])
+    overrides = [*(overrides or []), *(["resources.share=true"] if together else [])]
+    wanted, *others = [load_finetune_spec(path, overrides) for path in (spec, *(together or []))]
     settings = Settings.from_env()
     if dry_run:
+        if others:
+            raise ConfigError("--together: a dry run is of one spec; leave it out", param="--together")
         from pedro.backbone import quiet
         from pedro.training.estimate import dry_run as estimate
         from pedro.training.parent import with_pinned_parent
@@ -73,6 +82,9 @@ def submit(
     store = Store(settings.database_url)
     if settings.launcher == "ray" and connect(settings, log).local:
         check_fits(wanted, settings)
+    if others:
+        _follow_all(training.submit_all([wanted, *others], settings, store, priority=priority), wait, as_json)
+        return
     job_id = training.submit(wanted, settings, store, priority=priority)
     if not wait:
         emit(
@@ -108,6 +120,34 @@ def submit(
         typer.echo(f"gate: {result.gate}")
 
     emit(result.to_dict(), as_json, show)
+
+
+def _follow_all(job_ids: list[str], wait: bool, as_json: bool) -> None:
+    """Tell the ids of jobs that were queued together; with `wait`, follow them to their ends, one after the other."""
+    from pedro.config import Settings
+    from pedro.errors import PedroError
+    from pedro.store import Store
+    from pedro.training import submit as training
+
+    settings = Settings.from_env()
+    store = Store(settings.database_url)
+    names = {job_id: store.get_job(job_id).name for job_id in job_ids}
+    if not wait:
+        rows = [{"job_id": job_id, "model": name} for job_id, name in names.items()]
+        emit(rows, as_json, lambda: typer.echo("\n".join(job_ids)))
+        return
+    results, failed = [], False
+    for job_id, name in names.items():
+        log(f"job {job_id} trains {name}")
+        try:
+            results.append(training.wait(job_id, settings, store, log))
+        except PedroError as error:
+            log(f"{name}: {error.message}")
+            failed = True
+    told = [[result.model, result.alias, result.gate] for result in results]
+    emit([result.to_dict() for result in results], as_json, lambda: table(["model", "alias", "gate"], told))
+    if failed:
+        raise typer.Exit(1)
 
 
 app.command("list")(standing_jobs.list_jobs)
@@ -256,10 +296,13 @@ def running_jobs(settings: Settings) -> list[tuple[str, str]]:
         log(f"which jobs run cannot be told: {error}")
         return []
     running = [job for job in jobs if job["status"] in RAY_OPEN]
-    return [
+    alone = [
         (job["metadata"].get("job") or job["id"], job["metadata"].get("model") or _model(job["metadata"]))
         for job in running
+        if "jobs" not in job["metadata"]
     ]
+    together = [job_id for job in running for job_id in job["metadata"].get("jobs", "").split()]
+    return [*alone, *((job_id, "beside others") for job_id in together)]
 
 
 def stop_jobs(job_ids: list[str]) -> None:

@@ -108,7 +108,9 @@ def _end_jobs(files: TenantFiles, cluster: ClusterJobs, stop: Callable[[str], No
             "already; once the cluster answers, run the same command again"
         )
     for job, facts in cluster.jobs.items():
-        if facts["status"] in RAY_OPEN and (facts.get("metadata") or {}).get("tenant") == files.tenant:
+        told = facts.get("metadata") or {}
+        shared = not files.owners.isdisjoint(told.get("jobs", "").split())  # the others' jobs resume by themselves
+        if facts["status"] in RAY_OPEN and (shared or told.get("tenant") == files.tenant):
             log(f"ending {job}")
             stop(job)
 

@@ -73,7 +73,8 @@ class View:
         """Jobs and sweeps that the cluster has not ended, whatever the records say: a driver names its job."""
         found = {ray_id: facts for ray_id, facts in self.cluster.jobs.items() if facts["status"] in RAY_OPEN}
         named = [facts.get("metadata") or {} for facts in found.values()]
-        return {*found, *(told[what] for told in named for what in ("job", "sweep") if what in told)}
+        together = (job for told in named for job in told.get("jobs", "").split())
+        return {*found, *together, *(told[what] for told in named for what in ("job", "sweep") if what in told)}
 
     def owner_of(self, folder: str) -> str:
         """The job or sweep whose files lie in `runs/` or `tune/` under this name."""

@@ -7,7 +7,7 @@ B rows of a slice, T tokens of its longest row. Rows are mappings with `input_id
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -29,14 +29,13 @@ class RowStream:
     def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
         assert len(rows) > 0, "a stream needs rows; the caller checks that the split is not empty"
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self._order = lru_cache(maxsize=2)(partial(_permutation, len(rows), seed))  # a batch may lie across two epochs
 
     def batch(self, k: int) -> list[Mapping[str, Any]]:
         """The rows of the k-th batch, counted from 0."""
         size = len(self.rows)
         positions = range(k * self.batch_size, (k + 1) * self.batch_size)
-        return fetch(
-            self.rows, [int(_permutation(size, self.seed, position // size)[position % size]) for position in positions]
-        )
+        return fetch(self.rows, [int(self._order(position // size)[position % size]) for position in positions])
 
 
 def fetch(rows: Rows, places: Sequence[int]) -> list[Mapping[str, Any]]:
@@ -46,7 +45,6 @@ def fetch(rows: Rows, places: Sequence[int]) -> list[Mapping[str, Any]]:
     return read
 
 
-@lru_cache(maxsize=4)  # a batch of either stream may lie across two epochs
 def _permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(size, generator=generator)

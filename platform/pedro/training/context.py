@@ -61,15 +61,16 @@ def build_context(
     make_engine: MakeEngine | None = None,
     group: WorkerGroup = ALONE,
     parent: Path | None = None,
+    bare: nn.Module | None = None,
 ) -> TrainingContext:
     """Load and build everything; `make_engine` as `torch_engine` or `deepspeed_engine` of the same spec return it.
 
-    `parent` is the saved adapter whose weights the new one starts with.
+    `parent` is the saved adapter whose weights the new one starts with; `bare` is the backbone, where it is loaded.
 
     A mistake in the spec raises its PedroError on every worker of the group, so that none waits for the others.
     """
     backbone, tokenizer, prepared = group.together(lambda: _prepare(spec, cache))
-    bare = _load_backbone(spec, backbone, group)
+    bare = bare if bare is not None else _load_backbone(spec, backbone, group)
     method, model = group.together(lambda: _adapt(spec, bare, backbone, prepared, parent))
     omega, theta = method.parameter_groups(model)
     with_theta = bool(theta) and spec.training.bilevel
@@ -181,7 +182,7 @@ def _deepspeed_config(spec: FineTuneSpec) -> dict[str, Any]:
         zero_stage=resources.zero_stage,
         clip=training.clip,
         bf16_masters=_trains_in_bf16(spec),
-        on_gpu=_device(spec) == "cuda",
+        on_gpu=device_of(spec) == "cuda",
     )
 
 
@@ -190,7 +191,8 @@ def _trains_in_bf16(spec: FineTuneSpec) -> bool:
     return spec.method.name == "full" and spec.training.precision == "bf16"
 
 
-def _device(spec: FineTuneSpec) -> str:
+def device_of(spec: FineTuneSpec) -> str:
+    """Where the job's tensors are."""
     return "cuda" if torch.cuda.is_available() and spec.resources.gpus_per_worker else "cpu"
 
 
@@ -209,7 +211,7 @@ def _prepare(spec: FineTuneSpec, cache: Path) -> tuple[Backbone, Tokenizer, Prep
 
 def _load_backbone(spec: FineTuneSpec, backbone: Backbone, group: WorkerGroup) -> nn.Module:
     """The frozen backbone; with ZeRO-3 this worker's share of it, wherever its files can be read in pieces."""
-    dtype, device = DTYPES[spec.training.precision], _device(spec)
+    dtype, device = DTYPES[spec.training.precision], device_of(spec)
     if spec.resources.zero_stage < 3 or not group.together(lambda: can_be_cut(backbone)):
         return group.together(lambda: load_model(backbone, dtype, device))
     from pedro.training.ds_engine import partitioning, pieces

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -45,6 +46,9 @@ class DeepSpeedEngine:
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = torch.device(self._engine.device)
         optimizer.materialise(self.masters())
+
+    def clock(self) -> float:
+        return time.monotonic()
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         with logits_at(self.model, positions):

@@ -6,6 +6,7 @@ equal, and all that a box with nothing but torch needs. `ds_engine.py` has the o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,6 +32,9 @@ class StepEngine(Protocol):
     """The trainable parameters by name; under ZeRO-3 their data is only there inside `gathered()`."""
     hook: TrainingHook | None
     """What a method does between steps, for those that change their shape while they train."""
+
+    def clock(self) -> float:
+        """Seconds of this worker that the run has had, from any beginning."""
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] at the N marked `positions` ([B, T], bool) of the batch, row after row."""
@@ -70,6 +74,9 @@ class TorchEngine:
         self.device = parameters[0][1].device
         self._accumulation, self._clip, self._slices = accumulation, clip, 0
         optimizer.materialise(self.masters())
+
+    def clock(self) -> float:
+        return time.monotonic()
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         with logits_at(self.model, positions):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -70,17 +70,20 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
             self._looked.wait(LOOK_S)
 
     async def before_controller_shutdown(self) -> None:
-        self._curves.close(CURVES_S)
-        self._answers.close(ANSWERS_S)
-        self._models.close(MODELS_S)
+        self.close()
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
         """A checkpoint is kept by now. Its adapter is copied at once: the checkpoint goes when newer ones come."""
         made = metrics[0].get(outbox.MODEL)
         if made is None or training_report.checkpoint is None:
             return
+        kept = training_report.checkpoint
+        self.publish_from(Checkpoint(f"{kept.path}/{ADAPTER}", kept.filesystem).to_directory, made)
+
+    def publish_from(self, copy_to: Callable[[Any], object], made: Mapping[str, Any]) -> None:
+        """Copy a checkpoint's adapter with `copy_to`, which takes a directory, and begin to make a version of it."""
         try:
-            scratch = _copy_adapter(training_report.checkpoint)
+            scratch = _filled(copy_to)
         except Exception as error:  # noqa: BLE001 - whatever the storage raises, or a full disk
             _say_no_model(made, error)
         else:
@@ -102,17 +105,27 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
     def _found(self, worker: Any, looking: Future[list[outbox.CurvePoint | outbox.WorkerQuestion]]) -> None:
         with suppress(Exception):  # a worker that was lost, which Ray Train notices by itself
             for item in looking.result():
-                if isinstance(item, outbox.CurvePoint):
-                    self._curves.do(partial(self._log, item))
-                elif item.number not in self._underway:
-                    self._underway.add(item.number)
-                    self._answers.do(partial(self._answer, worker, item))
+                self.do(item, partial(worker.execute_async, outbox.answer))
         self._looked.set()
+
+    def do(self, item: outbox.CurvePoint | outbox.WorkerQuestion, reply: Callable[[int, Any], object]) -> None:
+        """Begin what one of a worker's messages asks for; `reply` takes a question's number and the answer."""
+        if isinstance(item, outbox.CurvePoint):
+            self._curves.do(partial(self._log, item))
+        elif item.number not in self._underway:
+            self._underway.add(item.number)
+            self._answers.do(partial(self._answer, reply, item))
+
+    def close(self) -> None:
+        """Do what is left."""
+        self._curves.close(CURVES_S)
+        self._answers.close(ANSWERS_S)
+        self._models.close(MODELS_S)
 
     def _log(self, point: outbox.CurvePoint) -> None:
         log_point(self._registry, self._run_id, self._job_id, point.step, point.values)
 
-    def _answer(self, worker: Any, question: outbox.WorkerQuestion) -> None:
+    def _answer(self, reply: Callable[[int, Any], object], question: outbox.WorkerQuestion) -> None:
         try:
             answer: Any = {outbox.THE_CHAMPION: self._champion}[question.about]()
         except PedroError as error:
@@ -122,7 +135,7 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
                 f"the registry did not tell the {question.about} ({type(error).__name__}: {error})"
             )
         self._underway.discard(question.number)
-        worker.execute_async(outbox.answer, question.number, answer)
+        reply(question.number, answer)
 
     def _champion(self) -> HandedAdapter | None:
         """The present one; None where there is none, and one without files where they cannot be had."""
@@ -140,11 +153,10 @@ def _again(settings: Mapping[str, str], model: ModelRef, run_id: str, job_id: st
     return Errands(unpack_settings(settings), model, run_id, job_id)
 
 
-def _copy_adapter(kept: Checkpoint) -> tempfile.TemporaryDirectory[str]:
-    """The adapter of a checkpoint, on this host. Raises whatever the storage does."""
+def _filled(copy_to: Callable[[Any], object]) -> tempfile.TemporaryDirectory[str]:
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     try:
-        Checkpoint(f"{kept.path}/{ADAPTER}", kept.filesystem).to_directory(scratch.name)
+        copy_to(scratch.name)
     except BaseException:
         scratch.cleanup()
         raise

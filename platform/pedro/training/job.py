@@ -41,6 +41,8 @@ from pedro.training.trainer import Result, fit
 from pedro.training.uploaded_files import with_uploaded_files
 
 Log = Callable[[str], None]
+Fit = Callable[..., Result]
+"""`trainer.fit`, or what else trains a job as it does."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,14 @@ class JobResult:
 
 
 def run_job(
-    spec: FineTuneSpec, settings: Settings, registry: Registry, job_id: str | None = None, log: Log = print
+    spec: FineTuneSpec,
+    settings: Settings,
+    registry: Registry,
+    job_id: str | None = None,
+    log: Log = print,
+    train: Fit | None = None,
 ) -> JobResult:
-    """Run one job on the Ray cluster that this process is connected to.
+    """Run one job on the Ray cluster that this process is connected to; `train` stands in for `trainer.fit`.
 
     Raises PedroError; then nothing is registered, and the run in MLflow is FAILED.
     """
@@ -87,7 +94,7 @@ def run_job(
         with tempfile.TemporaryDirectory() as scratch:
             followed = _came_over_http(registry, job_id)
             with tracing.span("train and score"):
-                trained = fit(spec, settings, run_id, job_id, Path(scratch), checkpoint_models=followed)
+                trained = (train or fit)(spec, settings, run_id, job_id, Path(scratch), checkpoint_models=followed)
             with tracing.span("register"):
                 _log_spec(registry, run_id, spec, Path(scratch))
                 log("scored; registering")
@@ -248,26 +255,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
-    """Run the job, enter into its record how it goes, and in the usage ledger what it trained."""
-    record = OwnRecord(settings.database_url, job_id, log_line, options.attempt)
+    """Run the job, its trace beside it."""
+    tracing.start("pedro-job", job_id)
+    with tracing.span("driver", tracing.of_job(job_id), job=job_id, attempt=options.attempt):
+        code = drive_job(
+            lambda: read_spec(options.spec, settings.cache, options.overrides), settings, job_id, options.attempt
+        )
+    _end_trace(settings, job_id)
+    return code
+
+
+def drive_job(
+    read: Callable[[], FineTuneSpec], settings: Settings, job_id: str, attempt: int | None, train: Fit | None = None
+) -> int:
+    """Run a job, enter into its record how it goes, and in the usage ledger what it trained; the exit code."""
+    record = OwnRecord(settings.database_url, job_id, log_line, attempt)
     begun: list[FineTuneSpec] = []
 
     def work() -> dict[str, Any]:
         record.running()
-        spec = read_spec(options.spec, settings.cache, options.overrides)
-        spec = stage(with_uploaded_files(spec, settings), settings.storage)
+        spec = stage(with_uploaded_files(read(), settings), settings.storage)
         begun.append(spec)
         connect_driver()
-        result = run_job(spec, settings, Registry.open(settings), job_id, log=log_line)
+        result = run_job(spec, settings, Registry.open(settings), job_id, log_line, train)
         enter_training(settings, job_id, spec.name, log_beside)  # before its end is told, after which nobody starts it
         return {**result.to_dict(), "result_files": store_results(settings, job_id, log_line)}
 
-    tracing.start("pedro-job", job_id)
-    with tracing.span("driver", tracing.of_job(job_id), job=job_id, attempt=options.attempt):
-        code = drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
+    code = drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
     for spec in begun:
         enter_training(settings, job_id, spec.name, log_beside)
-    _end_trace(settings, job_id)
     return code
 
 

@@ -19,6 +19,8 @@ from pedro.errors import NotFoundError, PedroError
 from pedro.training.storage import join, put_file, read_text
 
 UPLOAD_S = 10.0
+LOGS = threading.local()
+"""The log of the job that this thread drives, if it keeps one of its own."""
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
@@ -32,6 +34,36 @@ def kept_log(storage: str, job_id: str) -> str | None:
 @contextlib.contextmanager
 def keeping_log(storage: str, job_id: str) -> Iterator[None]:
     """Copy standard output and error into the storage while the block runs; a log that cannot be kept is said once."""
+    with _opened(storage, job_id) as log:
+        if log is None:
+            yield
+            return
+        with contextlib.redirect_stdout(_Both(sys.stdout, log)), contextlib.redirect_stderr(_Both(sys.stderr, log)):
+            yield
+
+
+@contextlib.contextmanager
+def keeping_log_of_thread(storage: str, job_id: str) -> Iterator[None]:
+    """The same for what this thread prints, which then goes nowhere else: other threads' jobs are other tenants'.
+    Within `by_thread`."""
+    with _opened(storage, job_id) as log:
+        LOGS.log = log
+        try:
+            yield
+        finally:
+            LOGS.log = None
+
+
+@contextlib.contextmanager
+def by_thread() -> Iterator[None]:
+    """Within it, what a thread prints goes to the log that it keeps, if it keeps one."""
+    with contextlib.redirect_stdout(_OfThread(sys.stdout)), contextlib.redirect_stderr(_OfThread(sys.stderr)):
+        yield
+
+
+@contextlib.contextmanager
+def _opened(storage: str, job_id: str) -> Iterator[_Log | None]:
+    """A job's log, to be written on; None if it cannot be."""
     target = join(storage, "jobs", job_id, "log.txt")
     with contextlib.ExitStack() as stack:
         try:
@@ -44,13 +76,12 @@ def keeping_log(storage: str, job_id: str) -> Iterator[None]:
             file = stack.enter_context(path.open("a", encoding="utf-8", errors="replace", buffering=1))
         except (OSError, PedroError) as error:
             print(f"the job's log is not kept: {error}", file=sys.stderr, flush=True)
-            yield
+            yield None
             return
         log = _Log(file)
         if "://" in target:
             stack.enter_context(_uploading(path, target))
-        with contextlib.redirect_stdout(_Both(sys.stdout, log)), contextlib.redirect_stderr(_Both(sys.stderr, log)):
-            yield
+        yield log
 
 
 class _Log:
@@ -79,6 +110,23 @@ class _Both:
     def write(self, text: str) -> int:
         self._log.write(text)
         return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _OfThread:
+    """A stream that hands what a thread with a log of its own writes to that alone."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        log: _Log | None = getattr(LOGS, "log", None)
+        if log is None:
+            return self._stream.write(text)
+        log.write(text)
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -134,7 +134,7 @@ def train(
     state, best = reporter.resume(engine, group) or (TrainState(), {})
     omega_rows = RowStream(data.train, plan.batch_size, plan.seed)
     theta_rows = RowStream(data.theta, plan.batch_size, plan.seed + 1) if plan.bilevel else None
-    logger = MetricsLogger(plan, state, engine.device)
+    logger = MetricsLogger(plan, state, engine)
     if state.step and group.rank == 0:
         reporter.line(f"resumed at step {state.step:,}/{plan.steps:,}")
     engine.mode(training=True)
@@ -274,10 +274,11 @@ def restore(engine: StepEngine, group: WorkerGroup, best: Mapping[str, torch.Ten
 class MetricsLogger:
     """Adds up losses on the device and logs them now and then: progress line, curves, and a check for NaN."""
 
-    def __init__(self, plan: TrainingPlan, state: TrainState, device: torch.device) -> None:
-        self.plan, self.state, self.device = plan, state, device
+    def __init__(self, plan: TrainingPlan, state: TrainState, engine: StepEngine) -> None:
+        self.plan, self.state, self.device = plan, state, engine.device
         self._names = plan.objective.measures
-        self._clock, self._started = time.monotonic(), state.step
+        self._clock, self._started = engine.clock, state.step
+        self._read = self._clock()
         self._spent = 0.0
         self._last_dev: float | None = state.validations[-1][1] if state.validations else None
         self._clear()
@@ -312,8 +313,7 @@ class MetricsLogger:
         loss = omega / self._counts[0]
         told = {name: value / self._counts[0] for name, value in zip(self._names, measures, strict=True)}
         now = time.monotonic()
-        self.state.seconds += now - self._clock
-        self._clock = now
+        self._count_seconds()
         if not math.isfinite(omega + theta):
             raise TrainingError(
                 f"training: the loss is {omega + theta} at step {self.state.step}; lower training.lr "
@@ -338,9 +338,7 @@ class MetricsLogger:
 
     def validated(self, means: Sequence[float], group: WorkerGroup, reporter: Reporter) -> None:
         """Report a validation, loss and measures; its time is training time, but not of tokens per second."""
-        now = time.monotonic()
-        self.state.seconds += now - self._clock
-        self._clock = now
+        self._count_seconds()
         told = dict(zip(("loss", *self._names), means, strict=True))
         values = {f"dev/{name}": value for name, value in told.items()}
         loss = self._last_dev = told.pop("loss")
@@ -352,6 +350,11 @@ class MetricsLogger:
             better = "best so far" if self.state.best_step == self.state.step else "no better"
             reporter.line(f"step {self.state.step:,}/{self.plan.steps:,} · dev {loss:.3f}{_first(told)} · {better}")
         self._clear()
+
+    def _count_seconds(self) -> None:
+        read = self._clock()
+        self.state.seconds += read - self._read
+        self._read = read
 
     def _lr(self) -> float:
         return learning_rate(self.state.step - 1, self.plan.steps, self.plan.lr, self.plan.warmup)

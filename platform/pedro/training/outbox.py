@@ -41,12 +41,16 @@ class Outbox:
     """One worker's. Thread-safe: it trains on one thread, Ray's calls come on another."""
 
     def __init__(self) -> None:
-        self._items: queue.SimpleQueue[CurvePoint | WorkerQuestion] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._asked: list[Future[Any]] = []
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:
         """Leave a point for the driver."""
         self._items.put(CurvePoint(step, dict(values)))
+
+    def put(self, item: Any) -> None:
+        """Leave anything else for it."""
+        self._items.put(item)
 
     def ask(self, about: str) -> Any:
         """Wait for the driver's answer. Raises the PedroError that it met."""

@@ -25,6 +25,7 @@ from pedro.config import Frozen, Settings, check_name, load_spec
 from pedro.errors import ConfigError
 from pedro.refs import FILE_ID, ModelRef
 from pedro.training.allowed_files import check_allowed_backbones, check_allowed_files
+from pedro.training.sharing import why_alone
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 FILES = ("train", "theta", "validation", "test")
@@ -195,6 +196,15 @@ class ResourcesSpec(Frozen):
     """What DeepSpeed shards: nothing, optimizer state, gradients too, parameters too."""
     max_failures: int = Field(3, ge=0, le=1000)
     """How often lost workers are replaced, each time from the last checkpoint."""
+    share: bool = False
+    """Whether the job may train in one worker with others of the same backbone, method and resources that wait when it
+    does and share too: one pass over the backbone serves the rows of all."""
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what came later where it says nothing: digests of earlier specs are made of it."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "share" or value}
 
 
 class GateSpec(Frozen):
@@ -302,6 +312,12 @@ class FineTuneSpec(Frozen):
                 f"training.batch_size is {self.training.batch_size}, fewer rows than workers × gradient_accumulation "
                 f"= {slices}; raise batch_size to at least {slices}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shares(self) -> FineTuneSpec:
+        if self.resources.share and (why := why_alone(self)):
+            raise ValueError(f"resources.share: {why}")
         return self
 
     @property

@@ -142,6 +142,36 @@ def folders(location: str) -> list[str]:
     return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
 
 
+def put_folder(source: Path, target: str) -> None:
+    """Store a local folder; one in a folder appears whole, by a rename, and takes the place of what was there.
+
+    Raises UnavailableError if it cannot be stored."""
+    if "://" in target:
+        for path in sorted(path for path in source.rglob("*") if path.is_file()):
+            _copy(str(path), join(target, path.relative_to(source).as_posix()))
+        return
+    try:
+        place = Path(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent.parent, ignore_cleanup_errors=True) as new:
+            shutil.copytree(source, Path(new) / "made")
+            if place.exists():
+                place.rename(Path(new) / "old")
+            (Path(new) / "made").rename(place)
+    except OSError as error:
+        raise UnavailableError(f"{target} could not be written ({error.strerror}); free some space") from error
+
+
+def fetch_folder(location: str, target: Path | str) -> None:
+    """Copy a stored folder to a local one, or into one that is there. Raises UnavailableError for a URL that fails."""
+    if "://" not in location:
+        shutil.copytree(location, target, dirs_exist_ok=True)
+        return
+    system, path = _filesystem(location)
+    with _answering(location):
+        system.get(path.rstrip("/") + "/", f"{target}/", recursive=True)  # with the slashes: what is in it
+
+
 def join(storage: str, *parts: str) -> str:
     """A location inside the storage."""
     return "/".join([storage.rstrip("/"), *parts])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pedro.backbones.sharing import offer_backbone
@@ -39,18 +39,29 @@ def submit(spec: FineTuneSpec, settings: Settings, store: Store, *, priority: in
     NotFoundError and ConfigError for a parent that it cannot go on from,
     UnavailableError if the storage cannot be reached; then there is no job.
     """
-    job_id = new_job_id()
-    spec = pin_parent(spec, store)
-    offer_backbone(settings, spec.backbone)
-    staged = stage(with_uploaded_files(spec, settings), settings.storage)
-    write_text(join(settings.storage, "jobs", job_id, "spec.json"), json.dumps(staged.to_dict(), indent=2))
-    try:
-        store.create_job(spec.tenant, spec.adapter, spec.to_dict(), job_id, queued=True, priority=priority)
-    except PedroError:  # its tenant is being erased, or the database is away
-        remove(join(settings.storage, "jobs", job_id))
-        raise
-    hand_over(job_id, settings, store)
-    return job_id
+    return submit_all([spec], settings, store, priority=priority)[0]
+
+
+def submit_all(specs: Sequence[FineTuneSpec], settings: Settings, store: Store, *, priority: int = 0) -> list[str]:
+    """`submit` jobs at one moment, so that those which share a worker find one another; none if one is wrong."""
+    ready = [(new_job_id(), pin_parent(spec, store)) for spec in specs]
+    for job_id, spec in ready:
+        offer_backbone(settings, spec.backbone)
+        staged = stage(with_uploaded_files(spec, settings), settings.storage)
+        write_text(join(settings.storage, "jobs", job_id, "spec.json"), json.dumps(staged.to_dict(), indent=2))
+    queued: list[str] = []
+    for job_id, spec in ready:
+        try:
+            store.create_job(spec.tenant, spec.adapter, spec.to_dict(), job_id, queued=True, priority=priority)
+        except PedroError:  # its tenant is being erased, or the database is away
+            remove(join(settings.storage, "jobs", job_id))
+            for other in queued:
+                store.ask_of_job(other, JobStatus.CANCELLED)
+            raise
+        queued.append(job_id)
+    for job_id in queued:
+        hand_over(job_id, settings, store)
+    return queued
 
 
 def wait(job_id: str, settings: Settings, store: Store, log: Callable[[str], None] = lambda _line: None) -> JobResult:

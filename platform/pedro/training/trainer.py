@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from pedro.training.checkpoint_models import CheckpointModels
     from pedro.training.context import TrainingContext
     from pedro.training.engines import StepEngine
-    from pedro.training.loop import TrainState
+    from pedro.training.loop import Reporter, TrainState
+    from pedro.training.worker import Trained
     from pedro.training.worker_group import WorkerGroup
 
 ADAPTER, STATE, ANSWER = "adapter", "state", "answer.json"
@@ -154,14 +155,19 @@ def fit(
         shutil.copytree(Path(folder) / ADAPTER, scratch / ADAPTER)
         if (Path(folder) / FILE).is_file():
             shutil.copy(Path(folder) / FILE, scratch / FILE)
-        answer = json.loads((Path(folder) / ANSWER).read_text())
+        return read_result(Path(folder), scratch / ADAPTER)
+
+
+def read_result(folder: Path, adapter: Path) -> Result:
+    """What `write_result` wrote; the adapter is in a directory of its own by now."""
+    answer = json.loads((folder / ANSWER).read_text())
     champion = answer.pop("champion")
-    return Result(**answer, champion=Champion(**champion) if champion else None, directory=scratch / ADAPTER)
+    return Result(**answer, champion=Champion(**champion) if champion else None, directory=adapter)
 
 
 def work(config: dict[Any, Any]) -> PedroError | None:
     """One Ray Train worker. What it made is in the last checkpoint; what stopped it is its return value."""
-    _quiet()
+    quiet_worker()
     try:
         _work(config)
     except PedroError as error:
@@ -215,19 +221,34 @@ def _train(spec: FineTuneSpec, settings: Settings, group: WorkerGroup, config: M
         handed = group.together(lambda: _ask_for_champion(group))
         checkpoint = None
         if group.rank == 0:
-            finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
-            reporter.metrics(trained.outcome.steps, {**finals, "final/steps": float(trained.outcome.steps)})
-            answer = {
-                "digest": digest,
-                "metrics": trained.metrics,
-                "trainable_parameters": context.trainable_parameters,
-                "champion": _score_champion(context, trained.score, handed),
-                "unservable": unservable(Path(folder) / ADAPTER, context.backbone),
-            }
-            (Path(folder) / ANSWER).write_text(json.dumps(answer))
-            write_rows(Path(folder) / FILE, worker.rows_behind(context, trained))
+            write_result(Path(folder), context, trained, digest, handed, reporter)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         _report({"step": trained.outcome.steps, "steps": context.plan.steps}, checkpoint, group)
+
+
+def write_result(
+    folder: Path,
+    context: TrainingContext,
+    trained: Trained,
+    digest: str | None,
+    handed: HandedAdapter | None,
+    reporter: Reporter,
+) -> None:
+    """The first worker's last words: the result beside the adapter in `folder`, with the champion's score beside its
+    own. The trained adapter may be spent afterwards."""
+    from pedro.training import worker
+
+    finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
+    reporter.metrics(trained.outcome.steps, {**finals, "final/steps": float(trained.outcome.steps)})
+    answer = {
+        "digest": digest,
+        "metrics": trained.metrics,
+        "trainable_parameters": context.trainable_parameters,
+        "champion": _score_champion(context, trained.score, handed, reporter),
+        "unservable": unservable(folder / ADAPTER, context.backbone),
+    }
+    (folder / ANSWER).write_text(json.dumps(answer))
+    write_rows(folder / FILE, worker.rows_behind(context, trained))
 
 
 def _report(metrics: dict[str, Any], checkpoint: Checkpoint | None, group: WorkerGroup) -> None:
@@ -295,14 +316,19 @@ def _finished(checkpoint: Checkpoint | None) -> bool:
     damaged is none: the end is made again, from the checkpoint before it."""
     if checkpoint is None:
         return False
+    with checkpoint.as_directory() as folder:
+        return is_result(Path(folder))
+
+
+def is_result(folder: Path) -> bool:
+    """Whether `write_result` and the adapter beside it are whole there."""
     from pedro.adapter_directory import verify_adapter
 
-    with checkpoint.as_directory() as folder:
-        try:
-            json.loads((Path(folder) / ANSWER).read_text())
-            verify_adapter(Path(folder) / ADAPTER, None)
-        except (OSError, ValueError, PedroError):
-            return False
+    try:
+        json.loads((folder / ANSWER).read_text())
+        verify_adapter(folder / ADAPTER, None)
+    except (OSError, ValueError, PedroError):
+        return False
     return True
 
 
@@ -314,7 +340,9 @@ def _ask_for_champion(group: WorkerGroup) -> HandedAdapter | None:
     return handed
 
 
-def _score_champion(context: TrainingContext, adapted: Score, handed: HandedAdapter | None) -> dict[str, Any] | None:
+def _score_champion(
+    context: TrainingContext, adapted: Score, handed: HandedAdapter | None, reporter: Reporter
+) -> dict[str, Any] | None:
     """The champion's score on the rows of `adapted`, the new version's, and both compared row by row."""
     from pedro.training.paired_test import compare_rows
     from pedro.training.worker import compared, score_directory
@@ -323,7 +351,7 @@ def _score_champion(context: TrainingContext, adapted: Score, handed: HandedAdap
         return None
     if handed.problem:
         return asdict(Champion(handed.version, None, handed.problem))
-    print(f"scoring the champion {handed.ref} on the same rows", flush=True)
+    reporter.line(f"scoring the champion {handed.ref} on the same rows")
     try:
         with handed.here() as directory:
             score = score_directory(context, directory)
@@ -359,7 +387,7 @@ def _first_failure(error: BaseException) -> BaseException:
     return next(iter(failures.values()), None) or error
 
 
-def _quiet() -> None:
+def quiet_worker() -> None:
     """Only the progress lines are for people."""
     import logging
     import warnings

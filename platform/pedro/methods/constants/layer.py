@@ -71,13 +71,13 @@ class ConstantLayer(BlockLayer):
 
 
 def _assemble(cuts: Cuts, vectors: Vectors, output: torch.Tensor, empty: float) -> torch.Tensor | None:
-    """The vector [W] of a whole module; `empty` where a fused projection is no target. None where none is."""
-    if not any(target in vectors for target, _ in cuts):
-        return None
-    if cuts[0][1] is None:
-        return vectors[cuts[0][0]]
-    whole = torch.full((output.shape[-1],), empty, device=output.device)
+    """The vector [W] of a whole module, or one a row [B, 1, W] where they are; `empty` where a fused projection is no
+    target. None where none is."""
+    own = [vectors[target] for target, _ in cuts if target in vectors]
+    if not own or cuts[0][1] is None:
+        return own[0] if own else None
+    whole = torch.full((*own[0].shape[:-1], output.shape[-1]), empty, device=output.device)
     for target, rows in cuts:
         if target in vectors:
-            whole[rows.to(whole.device) if isinstance(rows, torch.Tensor) else rows] = vectors[target]
+            whole[..., rows.to(whole.device) if isinstance(rows, torch.Tensor) else rows] = vectors[target]
     return whole

@@ -86,10 +86,14 @@ class PedroLayer(BlockLayer):
     def forward(self, hidden: torch.Tensor, prompt: torch.Tensor, adapter_name: str) -> Vectors:
         """The vectors {target: [B, width]} of the rows' prompts: hidden [B, T, D], prompt [B, T] bool."""
         config, pooled = self.configs[adapter_name], self.pooled(hidden, prompt, adapter_name)
-        made = generate_vectors(pooled, self.generator(adapter_name)).split(self._entries(config), dim=-1)
+        made = self.made(pooled, adapter_name).split(self._entries(config), dim=-1)
         if config.group_size != 1:
             made = tuple(vector.repeat_interleave(config.group_size, dim=-1) for vector in made)
         return dict(zip(config.targets, made, strict=True))
+
+    def made(self, pooled: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """All entries of the vectors [B, W] of pooled prompts [B, D]."""
+        return generate_vectors(pooled, self.generator(adapter_name))
 
     def pooled(self, hidden: torch.Tensor, prompt: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """The rows' prompts [B, D] as one adapter's generator reads them: hidden [B, T, D], prompt [B, T] bool."""

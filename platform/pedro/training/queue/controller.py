@@ -14,14 +14,16 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pedro.errors import NotFoundError, PedroError, UnavailableError
 from pedro.store import JobKind, JobStatus
 from pedro.training.queue.budgets import used_up
-from pedro.training.queue.launcher import Claim
+from pedro.training.queue.companies import GATHER_S, SHARED, company_of, key_of
+from pedro.training.queue.launcher import Claim, SharingLauncher
 from pedro.training.queue.prepare import told_error
 from pedro.training.queue.sweeps import widened
 from pedro.training.queue.turns import in_turn
@@ -154,9 +156,10 @@ class Controller:
     def _settle(self, job: JobRecord, view: ClusterView) -> bool:
         """Bring a job and its driver together; whether the driver has ended."""
         assert job.submission_id is not None
+        shares = job.submission_id.startswith(SHARED)  # such a driver sees for itself which of its jobs are to end
         state = view.states.get(job.submission_id)
         if state is not None and not state.final:
-            if job.wanted:
+            if job.wanted and not shares:
                 self._launcher.stop(job.submission_id)
             elif self._clock() - (job.started or 0) > LASTED_S:
                 self._losses.pop(job.id, None)
@@ -166,7 +169,7 @@ class Controller:
             return True
         if now.wanted:
             self._end(job, now.wanted, "stopped" if now.wanted == JobStatus.CANCELLED else "")
-        elif state == JobStatus.CANCELLED:
+        elif state == JobStatus.CANCELLED and not shares:
             self._end(job, JobStatus.CANCELLED, "stopped")
         else:
             self._lost(job, now.message or ("its cluster was ended" if state is None else "its driver died"))
@@ -191,14 +194,16 @@ class Controller:
 
     def _start(self, waiting: list[JobRecord], running: list[JobRecord], view: ClusterView, starts: int) -> None:
         """Start what fits, in turn. Behind one that must wait for others to end, none is let through."""
-        promised = [view.missing(job) for job in running]
+        of_drivers = {job.submission_id: job for job in running}  # jobs that share a driver share what it holds
+        promised = [view.missing(job) for job in of_drivers.values()]
         held = Counter(job.tenant for job in running)
         history = self._store.worker_seconds(self._clock() - HISTORY_S) if waiting else {}
         over_budget = used_up(self._store, self._clock()) if waiting else {}
+        gathering: list[JobRecord] = []
         while job := in_turn(waiting, held, history):
             waiting.remove(job)
-            claim = Claim.least(job)
-            if self._per_tenant is not None and held[job.tenant] >= self._per_tenant:
+            claim, shares = Claim.least(job), self._shares(job)
+            if self._full(job, held):
                 self._store.explain_wait(job, f"waits for the tenant's other jobs: {self._per_tenant} run at once")
             elif why := over_budget.get(job.tenant):
                 self._hold_back(job, why)
@@ -207,32 +212,66 @@ class Controller:
             elif any(amount > view.free(promised)[name] + 1e-6 for name, amount in claim.total.items()):
                 self._store.explain_wait(job, f"waits for {claim} to be free")
                 return
+            elif shares and self._clock() - job.created < GATHER_S:
+                gathering.append(job)
             else:
-                room = None if self._per_tenant is None else self._per_tenant - held[job.tenant]
-                started = widened(job, view, promised, waiting, room) if job.kind == JobKind.SWEEP else job
-                submission_id = driver_id(job, job.attempt)
-                if not self._store.start_job(started, submission_id, starts):
-                    return  # another controller was first, or the job was stopped: the next round sees it
-                starts += 1
-                held[job.tenant] += 1
-                promised.append(Claim.of(started.spec).total)
-                self._launch(started, submission_id)
+                company = [job]
+                if shares:
+                    others = [*gathering, *waiting]
+                    company = company_of(job, others, held, history, partial(self._lets, over_budget))
+                elif job.kind == JobKind.SWEEP:
+                    room = None if self._per_tenant is None else self._per_tenant - held[job.tenant]
+                    company = [widened(job, view, promised, waiting, room)]
+                submission_id = f"{SHARED if shares else ''}{driver_id(job, job.attempt)}"
+                started = []
+                for member in company:
+                    if not self._store.start_job(member, submission_id, starts):
+                        break  # another controller was first, or the job was stopped: the next round sees it
+                    started.append(member)
+                    starts += 1
+                    held[member.tenant] += 1
+                if started:
+                    promised.append(Claim.of(started[0].spec).total)
+                    self._launch(started, submission_id)
+                if len(started) < len(company):
+                    return
+                waiting = [other for other in waiting if other not in started]
+                gathering = [other for other in gathering if other not in started]
+
+    def _full(self, job: JobRecord, held: Mapping[str, int]) -> bool:
+        """Whether the job's tenant has as many jobs on the cluster as it may have."""
+        return self._per_tenant is not None and held.get(job.tenant, 0) >= self._per_tenant
+
+    def _lets(self, over_budget: Container[str], job: JobRecord, held: Mapping[str, int]) -> bool:
+        return job.tenant not in over_budget and not self._full(job, held)
+
+    def _shares(self, job: JobRecord) -> bool:
+        """Whether the job is started by a driver that others may share."""
+        return key_of(job) is not None and isinstance(self._launcher, SharingLauncher)
 
     def _hold_back(self, job: JobRecord, why: str) -> None:
         if job.message != why:
             self._store.explain_wait(job, why)
             self._store.add_job_event(job.id, f"The job {why}", level="warn", once=True)
 
-    def _launch(self, job: JobRecord, submission_id: str) -> None:
+    def _launch(self, jobs: list[JobRecord], submission_id: str) -> None:
+        """Start one driver for the jobs; several are such as share it."""
+        names = ", ".join(f"{job.id} ({job.name})" for job in jobs)
         try:
-            self._launcher.start(job, submission_id)
-            self._log(f"{job.id} ({job.name}): started, attempt {job.attempt}")
-            again = "" if job.attempt == 1 else f", attempt {job.attempt}, from its last checkpoint"
-            self._store.add_job_event(job.id, f"Fine-tuning job started{again}")
+            if submission_id.startswith(SHARED):
+                assert isinstance(self._launcher, SharingLauncher)
+                self._launcher.start_together(jobs, submission_id)
+            else:
+                self._launcher.start(jobs[0], submission_id)
+            self._log(f"{names}: started, attempt {jobs[0].attempt}")
+            for job in jobs:
+                again = "" if job.attempt == 1 else f", attempt {job.attempt}, from its last checkpoint"
+                self._store.add_job_event(job.id, f"Fine-tuning job started{again}")
         except UnavailableError as error:  # its row names a driver that there is not: the next round sends it back
-            self._log(f"{job.id} ({job.name}): {error.message}")
+            self._log(f"{names}: {error.message}")
         except NotFoundError as error:
-            self._end(job, JobStatus.FAILED, error.message)
+            for job in jobs:
+                self._end(job, JobStatus.FAILED, error.message)
 
 
 def driver_id(job: JobRecord, attempt: int) -> str:

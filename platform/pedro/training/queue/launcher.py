@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pedro.errors import ConfigError, UnavailableError
 from pedro.store import JobKind
@@ -113,6 +113,14 @@ class Launcher(Protocol):
         """Ask a driver to end, which keeps its checkpoints; nothing happens if it has."""
 
 
+@runtime_checkable
+class SharingLauncher(Protocol):
+    """A launcher that knows drivers of several jobs, which share a worker."""
+
+    def start_together(self, jobs: Sequence[JobRecord], submission_id: str) -> None:
+        """As `start`, one driver for all of them, even for one alone."""
+
+
 class RayJobs:
     """Drivers as Ray jobs on the cluster of `settings`, whose local head is started when there is none."""
 
@@ -137,8 +145,16 @@ class RayJobs:
             raise UnavailableError(f"the Ray cluster at {url} does not answer: {error}") from error
 
     def start(self, job: JobRecord, submission_id: str) -> None:
-        module = shlex.join(driver_arguments(job, self._settings))
         metadata = {"tenant": job.tenant, "adapter": job.adapter, "job": job.id}
+        self._launch(driver_arguments(job, self._settings), submission_id, metadata)
+
+    def start_together(self, jobs: Sequence[JobRecord], submission_id: str) -> None:
+        of_jobs = [word for job in jobs for word in ("--job", f"{job.id}:{job.attempt}")]
+        metadata = {"jobs": " ".join(job.id for job in jobs)}
+        self._launch(["pedro.training.shared.driver", *of_jobs], submission_id, metadata)
+
+    def _launch(self, arguments: Sequence[str], submission_id: str, metadata: dict[str, str]) -> None:
+        module = shlex.join(arguments)
         url = self._connected()
         try:
             ray_jobs.launch(module, submission_id, self._settings, url, metadata)

@@ -24,6 +24,7 @@ FIXED = {
     "data.fields": "trials are compared on the same rows",
     "objective": "trials are compared by one loss",
     "dpo": "losses of different β are not to be compared",
+    "resources.share": "trials have workers of their own",
     "gate": "trials are compared on the same rows, and the gate judges the best alone",
 }
 
@@ -53,6 +54,8 @@ class SweepSpec(Frozen):
 
     @model_validator(mode="after")
     def _possible(self) -> SweepSpec:
+        if self.base.resources.share:
+            raise ValueError("base.resources.share: trials have workers of their own; leave it false")
         for key in self.space:
             for fixed, why in FIXED.items():
                 if key == fixed or key.startswith(f"{fixed}."):

@@ -1,0 +1,47 @@
+"""Which of the jobs that wait start together in one worker: those that share it and are of one form (`sharing.py`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pedro.store import JobKind
+from pedro.training.queue.turns import in_turn
+from pedro.training.sharing import MOST_JOBS, MOST_ROWS, company_key, rows_of_pass
+
+if TYPE_CHECKING:
+    from pedro.store import JobRecord
+
+GATHER_S = 2.0
+"""So long a job that shares waits for others that are queued at the same moment."""
+SHARED = "shared-"
+"""Before the submission id of a driver of several jobs."""
+
+
+def key_of(job: JobRecord) -> str | None:
+    """Jobs with one key may start together; None for a job that has a driver of its own."""
+    return company_key(job.spec) if job.kind == JobKind.FINE_TUNING else None
+
+
+def company_of(
+    job: JobRecord,
+    waiting: Sequence[JobRecord],
+    held: Mapping[str, int],
+    history: Mapping[str, float],
+    may_start: Callable[[JobRecord, Mapping[str, int]], bool],
+) -> list[JobRecord]:
+    """The job, and those of `waiting` that start with it, in turn; as many as one worker takes.
+
+    `may_start` says whether a job's tenant may have it started beside what tenants then hold.
+    """
+    company, rows, counts = [job], rows_of_pass(job.spec), Counter(held)
+    counts[job.tenant] += 1
+    others = [other for other in waiting if key_of(other) == key_of(job)]
+    while len(company) < MOST_JOBS and (other := in_turn(others, counts, history)):
+        others.remove(other)
+        if rows + rows_of_pass(other.spec) <= MOST_ROWS and may_start(other, counts):
+            company.append(other)
+            rows += rows_of_pass(other.spec)
+            counts[other.tenant] += 1
+    return company

@@ -1,0 +1,227 @@
+"""The driver's part of a group: one worker for all its jobs, looked after until each job has ended.
+
+Every job is driven by a thread of its own (`driver.py`), for which `fit` stands in for `trainer.fit`. A worker that
+dies is replaced, and each job that had not ended resumes from its own last checkpoint.
+"""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pedro.errors import PedroError, TrainingError, UnavailableError
+from pedro.store import Store
+from pedro.training.errands import Errands
+from pedro.training.handed_adapters import hand_parent
+from pedro.training.lost_workers import reason
+from pedro.training.scored_rows import FILE
+from pedro.training.shared.worker import RESULT, Ended, GroupWorker, Line, MadeModel, Member
+from pedro.training.storage import fetch_folder, folders, join
+from pedro.training.trainer import ADAPTER, ENVIRONMENT, Result, WorkersLost, is_result, read_result
+
+if TYPE_CHECKING:
+    from pedro.config import Settings
+    from pedro.training.spec import FineTuneSpec
+
+LOOK_S, WISHES_S = 0.5, 1.0
+Message = tuple[Any, Callable[[int, Any], object]]
+"""What a job's worker said, and how to answer it."""
+
+
+@dataclass
+class JobOfGroup:
+    """One that has come as far as its training."""
+
+    member: Member
+    spec: FineTuneSpec
+    inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
+    ended: bool = False
+
+    def say(self, item: Any) -> None:
+        """Tell its thread something that is no question."""
+        self.inbox.put((item, lambda _number, _answer: None))
+
+
+class Company:
+    """The jobs of one driver. Each job's thread calls `fit`, and in any case `leave`; one thread calls `run`."""
+
+    def __init__(self, settings: Settings, job_ids: Iterable[str]) -> None:
+        self._settings, self._awaited = settings, set(job_ids)
+        self._store = Store(settings.database_url)
+        self._jobs: dict[str, JobOfGroup] = {}
+        self._change, self._over = threading.Condition(), False
+
+    def fit(
+        self,
+        spec: FineTuneSpec,
+        settings: Settings,
+        run_id: str,
+        job_id: str,
+        scratch: Path,
+        *,
+        checkpoint_models: bool = False,
+    ) -> Result:
+        """As `trainer.fit`, beside the others. SystemExit stands for a job that was asked to end."""
+        run = join(settings.storage, "runs", job_id)
+        if (result := _result(run, scratch)) is not None:  # a driver before this one was lost when all was done
+            self.leave(job_id)
+            return result
+        member = Member(job_id, spec.to_dict(), hand_parent(spec, settings, job_id), checkpoint_models)
+        job = JobOfGroup(member, spec)
+        errands = Errands(settings, spec.ref, run_id, job_id)
+        try:
+            with self._change:
+                if self._over:  # the driver was asked to end meanwhile
+                    raise SystemExit("stopped")
+                self._jobs[job_id] = job
+            self.leave(job_id)
+            _follow(job, errands, run)
+        finally:
+            errands.close()
+        result = _result(run, scratch)
+        if result is None:
+            raise UnavailableError(f"the result of {job_id} is not in the storage")
+        return result
+
+    def leave(self, job_id: str) -> None:
+        """The training need not wait for the job any more."""
+        with self._change:
+            self._awaited.discard(job_id)
+            self._change.notify_all()
+
+    def run(self) -> None:
+        """Train until every job has ended."""
+        losses = 0
+        try:
+            with self._change:
+                self._change.wait_for(lambda: not self._awaited)
+            while jobs := [job for job in self._jobs.values() if not job.ended]:
+                lost = self._train(jobs)
+                if lost is None:
+                    for job in jobs:
+                        self._hand(job, (Ended(TrainingError(f"{job.member.job_id}: its worker said no end")), _nobody))
+                    continue
+                losses += 1
+                most = jobs[0].spec.resources.max_failures
+                for job in (job for job in jobs if not job.ended):
+                    self._tell_loss(job, losses, most, reason(lost))
+        finally:
+            self._store.close()
+            with self._change:
+                self._over, jobs = True, list(self._jobs.values())
+            for job in jobs:
+                self._hand(job, (Ended(stopped=True), _nobody))
+
+    def _tell_loss(self, job: JobOfGroup, losses: int, most: int, why: str) -> None:
+        if losses <= most:
+            then = f"replaced, {losses} of at most {most} times; training resumes from the last checkpoint"
+            job.say(Line(f"worker 0 was lost ({why}); {then}"))
+            return
+        told = f"training: workers failed more than {most} times (resources.max_failures): {why}"
+        self._hand(job, (Ended(WorkersLost(told)), _nobody))
+
+    def _train(self, jobs: list[JobOfGroup]) -> Exception | None:
+        """Train with one worker until it has ended, or was lost: then why."""
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        resources = jobs[0].spec.resources
+        room = {"CPU": resources.cpus_per_worker}
+        if resources.gpus_per_worker:
+            room["GPU"] = resources.gpus_per_worker
+        for_worker = {**self._settings.env_of_workers(), **ENVIRONMENT}
+        place = placement_group([room])
+        worker: Any = None
+        try:
+            while not place.wait(WISHES_S):
+                for job in self._unwanted(jobs):
+                    self._hand(job, (Ended(stopped=True), _nobody))
+                if not (jobs := [job for job in jobs if not job.ended]):
+                    return None
+            actor: Any = ray.remote(GroupWorker)
+            worker = actor.options(
+                num_cpus=resources.cpus_per_worker,
+                num_gpus=resources.gpus_per_worker,
+                max_concurrency=4,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place),
+                runtime_env={"env_vars": for_worker},
+            ).remote()
+            running = worker.train.remote([job.member for job in jobs], self._settings.env_of_workers())
+            over = False
+            while not over:
+                done, _ = ray.wait([running], timeout=LOOK_S)
+                over = bool(done)
+                self._pass_on(worker, ray.get(worker.take.remote()))
+                for job in self._unwanted(jobs):
+                    worker.stop.remote(job.member.job_id)
+            ray.get(running)
+        except ray.exceptions.RayError as error:
+            return error
+        finally:
+            if worker is not None:
+                ray.kill(worker)
+            remove_placement_group(place)
+        return None
+
+    def _pass_on(self, worker: Any, said: list[tuple[str, Any]]) -> None:
+        for job_id, item in said:
+            self._hand(self._jobs[job_id], (item, partial(worker.answer.remote, job_id)))
+
+    def _hand(self, job: JobOfGroup, message: Message) -> None:
+        """To the job's thread; behind its end comes nothing more."""
+        if not job.ended:
+            job.ended = isinstance(message[0], Ended)
+            job.inbox.put(message)
+
+    def _unwanted(self, jobs: list[JobOfGroup]) -> list[JobOfGroup]:
+        """Those that somebody asked to pause or to end."""
+        open_ones = [job for job in jobs if not job.ended]
+        try:
+            return [job for job in open_ones if self._store.get_job(job.member.job_id).wanted is not None]
+        except PedroError:  # the next look will tell
+            return []
+
+
+def _nobody(_number: int, _answer: Any) -> None:
+    """Who asked is gone."""
+
+
+def _follow(job: JobOfGroup, errands: Errands, run: str) -> None:
+    """Do what the job's worker asks for until the job has ended. Raises what ended it."""
+    while True:
+        item, reply = job.inbox.get()
+        if isinstance(item, Line):
+            print(item.text, flush=True)
+        elif isinstance(item, MadeModel):
+            errands.publish_from(partial(fetch_folder, join(run, item.checkpoint, ADAPTER)), item.made)
+        elif not isinstance(item, Ended):
+            errands.do(item, reply)
+        elif item.stopped:
+            raise SystemExit("stopped")
+        elif item.error is not None:
+            raise item.error
+        else:
+            return
+
+
+def _result(run: str, scratch: Path) -> Result | None:
+    """What the job's worker left at its end, fetched to `scratch`; None if it is not there, or not whole."""
+    if RESULT not in folders(run):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / RESULT
+        fetch_folder(join(run, RESULT), kept)
+        if not is_result(kept):
+            return None
+        shutil.copytree(kept / ADAPTER, scratch / ADAPTER)
+        if (kept / FILE).is_file():
+            shutil.copy(kept / FILE, scratch / FILE)
+        return read_result(kept, scratch / ADAPTER)

@@ -1,0 +1,77 @@
+"""The driver of a group of jobs: `python -m pedro.training.shared.driver --job ID:ATTEMPT --job …`.
+
+Each job has a thread, which does what a lone job's driver does and prints into that job's log alone; the main thread
+looks after the worker that they share. How a job ends is entered in its own record; the exit code is of the group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pedro.config import Settings
+from pedro.errors import PedroError
+from pedro.process import update_environment
+from pedro.registry import Registry
+from pedro.training.driver import connect_driver, fail
+from pedro.training.job import drive_job, read_spec
+from pedro.training.job_log import by_thread, keeping_log_of_thread
+from pedro.training.storage import join
+from pedro.training.trainer import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from pedro.training.shared.company import Company
+
+END_S = 20.0
+"""How long the jobs' threads may take to enter their ends when the driver is asked to end."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point of the Ray job."""
+    parser = argparse.ArgumentParser(prog="pedro.training.shared.driver", description="Run jobs that share a worker.")
+    parser.add_argument("--job", action="append", required=True, metavar="ID:ATTEMPT", help="a job, and which start")
+    options = parser.parse_args(arguments)
+    update_environment(ENVIRONMENT)
+    try:
+        settings = Settings.from_env()
+        connect_driver(log_to_driver=False)
+        Registry.open(settings).connect()  # imports MLflow, before several threads would
+    except PedroError as error:
+        return fail(error.message)
+    from pedro.training.shared.company import Company
+
+    jobs = [(job_id, int(attempt)) for job_id, _, attempt in (text.rpartition(":") for text in options.job)]
+    company, codes = Company(settings, (job_id for job_id, _ in jobs)), dict[str, int]()
+    threads = [
+        threading.Thread(target=_drive, args=(settings, company, *job, codes), name=job[0], daemon=True) for job in jobs
+    ]
+    with by_thread():
+        for thread in threads:
+            thread.start()
+        patience: float | None = END_S
+        try:
+            company.run()
+            patience = None
+        finally:  # also when this process is asked to end: then each job is told
+            for thread in threads:
+                thread.join(patience)
+    return max(codes.get(job_id, 1) for job_id, _ in jobs)
+
+
+def _drive(settings: Settings, company: Company, job_id: str, attempt: int, codes: dict[str, int]) -> None:
+    """One job, from its spec to its end."""
+    location = join(settings.storage, "jobs", job_id, "spec.json")
+    try:
+        with keeping_log_of_thread(settings.storage, job_id):
+            read = partial(read_spec, location, settings.cache)
+            codes[job_id] = drive_job(read, settings, job_id, attempt, company.fit)
+    finally:
+        company.leave(job_id)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

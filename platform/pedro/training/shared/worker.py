@@ -1,0 +1,227 @@
+"""The process in which a group of jobs trains: a Ray actor that seats them at one table. Its driver asks what they say.
+
+As a lone job's worker it holds no credential of the platform; what a job needs of it, its driver answers. Each job's
+words lie in an outbox of its own, and what it leaves lies in its own run's folder of the storage.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pedro.backbones.sharing import obtain_backbone
+from pedro.config import Settings
+from pedro.errors import PedroError, TrainingError
+from pedro.process import set_torch_threads
+from pedro.stored_files import remove
+from pedro.training.outbox import THE_CHAMPION, Outbox
+from pedro.training.spec import FineTuneSpec
+from pedro.training.storage import fetch_folder, folders, join, put_folder
+from pedro.training.trainer import ADAPTER, STATE, quiet_worker, write_result
+
+if TYPE_CHECKING:
+    import torch
+
+    from pedro.training.checkpoint_models import CheckpointModels
+    from pedro.training.engines import StepEngine
+    from pedro.training.handed_adapters import HandedAdapter
+    from pedro.training.loop import TrainState
+    from pedro.training.shared.seats import SharedBackbone
+    from pedro.training.shared.table import RoundTable, Seat
+    from pedro.training.worker_group import WorkerGroup
+
+CHECKPOINT, RESULT = "checkpoint_", "result"
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Member:
+    """One job of a group, as its worker is told of it."""
+
+    job_id: str
+    spec: dict[str, Any]
+    parent: HandedAdapter | None
+    checkpoint_models: bool = False
+    """Whether validated checkpoints are versions while it trains."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """For the job's log."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class MadeModel:
+    """A checkpoint, by its name in the run's folder, whose adapter is to become a version."""
+
+    checkpoint: str
+    made: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The job's last word: what went wrong, or that it was stopped. Neither where its result lies in its run."""
+
+    error: PedroError | None = None
+    stopped: bool = False
+
+
+class GroupWorker:
+    """One group's worker; `train` runs on one of the actor's threads, and the other calls come on others."""
+
+    def __init__(self) -> None:
+        self._outboxes: dict[str, Outbox] = {}
+        self._stopped: set[str] = set()
+        self._table: RoundTable | None = None
+        self._members: list[Member] = []
+
+    def train(self, members: list[Member], settings: Mapping[str, str]) -> None:
+        """Train all of them; return when each has ended."""
+        quiet_worker()
+        self._outboxes = {member.job_id: Outbox() for member in members}
+        self._members = members
+        given, specs = Settings.from_env(settings), [FineTuneSpec.model_validate(member.spec) for member in members]
+        set_torch_threads(max(1, int(specs[0].resources.cpus_per_worker)))
+        from pedro.training.shared.seats import SharedBackbone
+        from pedro.training.shared.table import RoundTable
+
+        try:
+            obtain_backbone(given, specs[0].backbone)
+            backbone = SharedBackbone(specs[0])
+        except PedroError as error:
+            for outbox in self._outboxes.values():
+                outbox.put(Ended(error))
+            return
+        works = [
+            partial(self._work, member, spec, given, backbone) for member, spec in zip(members, specs, strict=True)
+        ]
+        self._table = RoundTable(backbone.carrier, works)
+        for job_id in self._stopped:
+            self.stop(job_id)
+        self._table.run()
+
+    def take(self) -> list[tuple[str, Any]]:
+        """What the jobs have said since the last call, each with the job's id."""
+        return [(job_id, item) for job_id, outbox in list(self._outboxes.items()) for item in outbox.take()]
+
+    def answer(self, job_id: str, number: int, value: Any) -> None:
+        """Answer a job's question."""
+        self._outboxes[job_id].answer(number, value)
+
+    def stop(self, job_id: str) -> None:
+        """Have one job end; the others go on."""
+        self._stopped.add(job_id)
+        if self._table is not None:
+            for member, seat in zip(self._members, self._table.seats, strict=True):
+                if member.job_id == job_id:
+                    seat.stop()
+
+    def _work(
+        self, member: Member, spec: FineTuneSpec, settings: Settings, backbone: SharedBackbone, seat: Seat
+    ) -> None:
+        from pedro.training.shared.table import Stopped
+
+        outbox, ended = self._outboxes[member.job_id], Ended()
+        try:
+            _train(member, spec, settings, backbone, seat, outbox)
+        except Stopped:
+            ended = Ended(stopped=True)
+        except PedroError as error:
+            ended = Ended(error)
+        except Exception as error:  # noqa: BLE001 - it ends this job, and no other
+            traceback.print_exc()
+            ended = Ended(
+                TrainingError(f"training: the job broke ({type(error).__name__}); `pedro jobs retry` resumes it")
+            )
+        finally:
+            backbone.carrier.leave(seat.number)
+        outbox.put(ended)
+
+
+def _train(
+    member: Member, spec: FineTuneSpec, settings: Settings, backbone: SharedBackbone, seat: Seat, outbox: Outbox
+) -> None:
+    """As a lone worker does (`trainer._train`): train, score, save, and leave the result in the run's folder."""
+    from pedro.training import worker
+    from pedro.training.checkpoint_models import CheckpointModels
+
+    run = join(settings.storage, "runs", member.job_id)
+    with ExitStack() as stack:
+        start = stack.enter_context(member.parent.here()) if member.parent else None
+        context = backbone.context(spec, settings.cache, seat, start)
+    reporter = SeatReporter(run, outbox, seat)
+    if member.checkpoint_models:
+        reporter.models = CheckpointModels(context, reporter.line)
+    what = f"{context.trainable_parameters:,} parameters on {len(context.data.train):,} rows"
+    reporter.line(f"training {what}, {context.plan.steps:,} steps")
+    trained = worker.train_and_score(context, reporter)
+    with tempfile.TemporaryDirectory() as folder:
+        digest = worker.save(context, trained, Path(folder) / ADAPTER)
+        with seat.away():
+            handed = outbox.ask(THE_CHAMPION)
+        write_result(Path(folder), context, trained, digest, handed, reporter)
+        with seat.away():
+            put_folder(Path(folder), join(run, RESULT))
+
+
+class SeatReporter:
+    """Checkpoints into the run's folder of the storage, points and lines to the outbox. Others go on meanwhile."""
+
+    def __init__(self, run: str, outbox: Outbox, seat: Seat) -> None:
+        self._run, self._outbox, self._seat = run, outbox, seat
+        self.models: CheckpointModels | None = None
+        """Where checkpoints are models."""
+
+    def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
+        from pedro.training.checkpoints import DamagedCheckpoint, read_checkpoint
+
+        for name in reversed(self._kept()):
+            try:
+                with _local(join(self._run, name)) as folder:
+                    return read_checkpoint(folder / STATE, engine, group)
+            except DamagedCheckpoint as error:
+                self.line(f"{error.message}; resuming from the one before it, if there is one")
+        return None
+
+    def checkpoint(
+        self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
+    ) -> None:
+        from pedro.training.checkpoints import write_checkpoint
+
+        name = f"{CHECKPOINT}{state.step:09}"
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(Path(folder) / STATE, engine, group, state, best)
+            made = self.models.save(state, Path(folder) / ADAPTER) if self.models else None
+            with self._seat.away():
+                put_folder(Path(folder), join(self._run, name))
+                for other in self._kept()[:-KEPT]:
+                    remove(join(self._run, other))
+        if made is not None:
+            self._outbox.put(MadeModel(name, made))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._outbox.tell(step, values)
+
+    def line(self, text: str) -> None:
+        self._outbox.put(Line(text))
+
+    def _kept(self) -> list[str]:
+        return [name for name in folders(self._run) if name.startswith(CHECKPOINT)]
+
+
+@contextmanager
+def _local(location: str) -> Iterator[Path]:
+    if "://" not in location:
+        yield Path(location)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        fetch_folder(location, Path(scratch) / "fetched")
+        yield Path(scratch) / "fetched"

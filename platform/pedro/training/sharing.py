@@ -1,0 +1,57 @@
+"""Which jobs may train together in one worker (`resources.share`), as far as their specs say. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pedro.training.spec import FineTuneSpec
+
+METHODS = (
+    *("pedro", *(f"pedro-{variant}" for variant in range(1, 8)), "para"),
+    *("lora", "ia3", "red", "bitfit"),
+)
+MOST_JOBS = 8
+MOST_ROWS = 256
+"""Of one pass: what a group needs of memory beside one backbone grows with its rows."""
+
+
+def why_alone(spec: FineTuneSpec) -> str:
+    """Why the job cannot share a worker, with the remedy; empty if it can."""
+    method, options = spec.method.name, spec.method.options
+    alone = [
+        (method not in METHODS, f"method {method} trains alone; the methods that share are {', '.join(METHODS)}"),
+        (spec.objective != "supervised", f"objective {spec.objective} trains alone"),
+        (
+            spec.resources.workers > 1,
+            f"one worker is what is shared, not {spec.resources.workers} (resources.workers)",
+        ),
+        (spec.resources.zero_stage > 0, f"resources.zero_stage {spec.resources.zero_stage} shards one job's state"),
+        (spec.training.gradient_checkpointing, "training.gradient_checkpointing repeats the passes of one job alone"),
+        (bool(options.get("dropout")), "method.dropout draws what others' rows would change; set it to 0"),
+        (
+            options.get("conditioning") == "system" and not options.get("head_end"),
+            "conditioning: system finds head_end in each job's own data; give method.head_end",
+        ),
+    ]
+    return next((f"{reason}; leave it false" for applies, reason in alone if applies), "")
+
+
+def company_key(spec: Mapping[str, Any]) -> str | None:
+    """Jobs with the same key may train together; of a resolved spec as it stands in the store, None if it shares none.
+
+    Backbone and method, options included, precision, and what the worker takes of the cluster.
+    """
+    resources = spec.get("resources") or {}
+    if not resources.get("share"):
+        return None
+    precision = (spec.get("training") or {}).get("precision", "fp32")
+    return json.dumps([spec.get("backbone"), spec.get("method"), precision, resources], sort_keys=True)
+
+
+def rows_of_pass(spec: Mapping[str, Any]) -> int:
+    """How many rows the job has in one pass."""
+    training = spec.get("training") or {}
+    return -(-int(training.get("batch_size", 16)) // int(training.get("gradient_accumulation", 1)))

@@ -1,0 +1,170 @@
+"""Jobs that share a worker, in the queue: which start together, and what one's end is to the others."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from queue_cluster import Clock, Cluster, SharingCluster, ends
+
+from pedro.store import JobStatus, Store
+from pedro.training.queue.companies import GATHER_S
+from pedro.training.queue.controller import Controller
+from pedro.training.sharing import MOST_JOBS, MOST_ROWS
+
+
+@pytest.fixture
+def store(url):
+    store = Store(url)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def clock():
+    clock = Clock()
+    clock.now = time.time() + GATHER_S + 1
+    return clock
+
+
+def queued(store, tenant="acme", *, share=True, priority=0, batch_size=16, **changes):
+    spec = {
+        "backbone": "stories260K",
+        "method": {"name": "pedro"},
+        "training": {"precision": "fp32", "batch_size": batch_size},
+        "resources": {"workers": 1, "cpus_per_worker": 1, **({"share": True} if share else {})},
+        **changes,
+    }
+    return store.create_job(tenant, "voice", spec, queued=True, priority=priority).id
+
+
+def groups(cluster):
+    return sorted(sorted(jobs) for jobs in cluster.together.values())
+
+
+def test_jobs_of_one_form_that_wait_start_as_one_driver(store, clock):
+    cluster = SharingCluster()
+    jobs = [queued(store, tenant) for tenant in ("acme", "globex", "initech")]
+    other = queued(store, method={"name": "lora"})
+    lone = queued(store, "acme", share=False)
+    Controller(store, cluster, clock=clock).round()
+    assert groups(cluster) in ([sorted(jobs), [other]], [[other], sorted(jobs)])
+    drivers = {store.get_job(job).submission_id for job in jobs}
+    assert len(drivers) == 1
+    assert store.get_job(lone).submission_id is None, "the two groups have the two cores"
+    assert "1 CPU to be free" in store.get_job(lone).message
+    assert cluster.look().taken["CPU"] == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": "pedro-nano"},
+        {"method": {"name": "pedro", "r": 3}},
+        {"training": {"precision": "bf16"}},
+        {"resources": {"workers": 1, "cpus_per_worker": 1, "share": True, "max_failures": 0}},
+    ],
+)
+def test_jobs_of_another_form_have_a_worker_of_their_own(store, clock, changes):
+    cluster = SharingCluster()
+    first, second = queued(store), queued(store, "globex", **changes)
+    Controller(store, cluster, clock=clock).round()
+    assert groups(cluster) == sorted([[first], [second]])
+
+
+def test_a_group_has_no_more_jobs_and_rows_than_one_pass_takes(store, clock):
+    cluster = SharingCluster({"CPU": 8.0})
+    small = [queued(store, f"tenant{number}", batch_size=1) for number in range(MOST_JOBS + 1)]
+    large = [queued(store, f"large{number}", batch_size=MOST_ROWS, method={"name": "lora"}) for number in range(2)]
+    Controller(store, cluster, clock=clock).round()
+    assert sorted(map(len, groups(cluster))) == [1, 1, 1, MOST_JOBS]
+    assert {job for jobs in groups(cluster) for job in jobs} == {*small, *large}
+
+
+def test_jobs_of_one_moment_are_waited_for_and_nobody_is_held_up_meanwhile(store):
+    cluster, clock = SharingCluster(), Clock()
+    controller = Controller(store, cluster, clock=clock)
+    first, lone = queued(store), queued(store, share=False)
+    clock.now = store.get_job(first).created + GATHER_S / 2
+    controller.round()
+    assert groups(cluster) == []
+    assert store.get_job(lone).submission_id == lone
+    second = queued(store, "globex")
+    clock.now = store.get_job(first).created + GATHER_S
+    controller.round()
+    assert groups(cluster) == [sorted([first, second])]
+
+
+def test_tenants_have_no_more_jobs_at_once_in_a_group_than_without(store, clock):
+    cluster = SharingCluster()
+    acme, globex = [queued(store) for _ in range(3)], queued(store, "globex")
+    Controller(store, cluster, per_tenant=2, clock=clock).round()
+    (group,) = groups(cluster)
+    assert len(set(group) & set(acme)) == 2
+    assert globex in group
+
+
+def test_one_that_ends_or_is_to_end_leaves_the_others_their_driver(store, clock):
+    cluster = SharingCluster()
+    controller = Controller(store, cluster, clock=clock)
+    done, wanted, goes_on = (queued(store, tenant) for tenant in ("acme", "globex", "initech"))
+    controller.round()
+    store.update_job(done, status=JobStatus.RUNNING, attempt=1)
+    store.update_job(done, status=JobStatus.SUCCEEDED, attempt=1)
+    for job in (wanted, goes_on):
+        store.update_job(job, status=JobStatus.RUNNING, attempt=1)
+    store.ask_of_job(wanted, JobStatus.CANCELLED)
+    controller.round()
+    assert cluster.stopped == [], "its driver sees for itself that one is to end"
+    store.ask_of_job(goes_on, JobStatus.PAUSED)
+    (driver,) = cluster.together
+    cluster.states[driver] = JobStatus.FAILED
+    controller.round()
+    status = {job: store.get_job(job).status for job in (done, wanted, goes_on)}
+    assert status == {
+        done: JobStatus.SUCCEEDED,
+        wanted: JobStatus.CANCELLED,
+        goes_on: JobStatus.PAUSED,
+    }
+
+
+def test_each_job_of_a_lost_driver_is_started_again_and_no_other(store, clock):
+    cluster = SharingCluster()
+    controller = Controller(store, cluster, clock=clock)
+    jobs = [queued(store, tenant) for tenant in ("acme", "globex", "initech")]
+    controller.round()
+    (driver,) = cluster.together
+    store.update_job(jobs[0], status=JobStatus.RUNNING, attempt=1)
+    store.update_job(jobs[0], status=JobStatus.SUCCEEDED, attempt=1)
+    cluster.states[driver] = JobStatus.FAILED
+    controller.round()
+    clock.now += 600
+    controller.round()
+    again = [store.get_job(job) for job in jobs]
+    assert again[0].status == JobStatus.SUCCEEDED
+    assert [job.attempt for job in again] == [1, 2, 2]
+    assert again[1].submission_id == again[2].submission_id != driver
+    assert set(cluster.together[again[1].submission_id]) == set(jobs[1:])
+
+
+def test_a_group_that_was_ended_as_a_whole_is_not_taken_for_cancelled_jobs(store, clock):
+    """Erasing one tenant ends the driver; the others' jobs resume."""
+    cluster = SharingCluster()
+    controller = Controller(store, cluster, clock=clock)
+    jobs = [queued(store, tenant) for tenant in ("acme", "globex")]
+    controller.round()
+    (driver,) = cluster.together
+    cluster.states[driver] = JobStatus.CANCELLED
+    controller.round()
+    assert {store.get_job(job).status for job in jobs} == {JobStatus.QUEUED}
+
+
+def test_where_no_driver_can_be_shared_each_job_has_its_own(store, clock):
+    cluster = Cluster()
+    controller = Controller(store, cluster, clock=clock)
+    jobs = [queued(store, tenant) for tenant in ("acme", "globex")]
+    controller.round()
+    assert [store.get_job(job).submission_id for job in jobs] == jobs
+    for job in jobs:
+        ends(store, cluster, job)
+    assert controller.round() == 0
