@@ -112,9 +112,9 @@ def _death(scaling: Result) -> str:
     death, moved = scaling["death"], 100 * scaling["moved_share"]
     return (
         f"{death['died']} of {scaling['settings']['replicas']:,} replicas died at once: "
-        f"{death['calls_issued_again']:,} calls were issued again, and the share answered at once fell from "
-        f"{death['before']:.3f} to {death['just_after']:.3f} and was {death['at_the_end']:.3f} at the end. When one "
-        f"replica leaves, {moved:.2f} % of the adapters get another first replica, all of them its own."
+        f"{death['calls_issued_again']:,} calls were issued again. Answered at once were {death['before']:.3f} before, "
+        f"{death['just_after']:.3f} in the first {death['seconds_a_bucket']:.1f} s after, {death['at_the_end']:.3f} at "
+        f"the end. When one replica leaves, {moved:.2f} % of the adapters get another first replica, all its own."
     )
 
 
@@ -158,7 +158,7 @@ def figure(scaling: Result, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(11, 3.4), layout="constrained")
+    drawn = Figure(figsize=(12, 3.4), layout="constrained")
     FigureCanvasAgg(drawn)
     left, middle, right = drawn.subplots(1, 3, sharey=True)
     placed = [row for row in scaling["rows"] if row["case"] == "placement"]
@@ -167,13 +167,13 @@ def figure(scaling: Result, path: Path) -> None:
     for number, zipf in enumerate(dict.fromkeys(row["zipf"] for row in placed)):
         shares = [row["hit_share"] for row in placed if row["zipf"] == zipf]
         left.bar(places + 0.4 * number, shares, 0.38, label=f"Zipf {zipf:g}")
-    left.set_xticks(places + 0.2, [name.replace(" ", "\n", 1) for name in names])
+    left.set_xticks(places + 0.2, [name.replace(" ", "\n") for name in names])
     left.set(ylim=(0, 1), ylabel="calls whose adapter is resident")
-    left.legend(loc="lower left")
+    left.legend(loc="upper center")
     bounds = [row for row in scaling["rows"] if row["case"] == "bound"]
     middle.plot([row["share"] for row in bounds], [row["hit_share"] for row in bounds], "o-", color="C2")
     middle.axvline(scaling["settings"]["bound"], linestyle=":", color="grey")
-    middle.set(xlabel="most that a replica takes, of the mean load (dotted: the router's)")
+    middle.set(xlabel="bound, of the mean load (dotted: the router's)")
     death = scaling["death"]
     shares = death["hit_share"]
     seconds = death["seconds_a_bucket"] * (np.arange(len(shares)) + 0.5 - len(shares) / 2)
