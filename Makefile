@@ -76,7 +76,7 @@ k8s-check: install ## the Kubernetes manifests against schemas and rules, offlin
 	@echo "== manifests"; $(BIN)/python -m pytest tests/test_k8s_guide.py tests/test_k8s_manifests.py tests/test_k8s_network.py \
 		tests/test_k8s_ports.py tests/test_k8s_rendering.py $(ARGS)
 
-integration: install ## the manifests as local processes, the guide walked, a roll-out and a drain (8 minutes; ARGS: --keep, --until STEP)
+integration: install ## the manifests as local processes, the guide walked, roll-outs and a drain (10 minutes; ARGS: --keep, --until STEP, --skip STEP …)
 	@PYTHONPATH=tests:. $(BIN)/python -m integration $(ARGS)
 
 gpu-check: ## check and measure on a GPU (nine minutes; only needs torch, transformers, peft and pytest in PYTHON)
