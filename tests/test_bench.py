@@ -143,6 +143,8 @@ def test_chats_shared_and_cold_prompts_are_measured_with_the_prefix_cache_and_wi
     assert main(BENCHMARKS, tmp_path / "results", words) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["skipped"]) == {"llamacpp", "vllm"}, "those that are not there, by name"
+    (saved,) = tmp_path.rglob("prefix-quick.json")
+    assert json.loads(saved.read_text())["settings"]["tiny"]["rounds"] == 1, "sizes are told for each model"
     chats = [(row["engine"], row["adapters"]) for row in result["rows"] if row["case"] == "chat"]
     kinds = ["none", "LoRA", "(IA)³", "PEDRO on the system prompt", "PEDRO, asked again"]
     assert chats == [*(("ours", kind) for kind in kinds), (OFF, "none")]

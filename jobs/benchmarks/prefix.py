@@ -49,6 +49,7 @@ class Sizes:
         return self.system + self.turns * (self.said + self.new) + 16
 
 
+SMALLER = {"SmolLM2": {"turns": 3, "sharing": 4, "at_once": 4, "cold": (279,), "rounds": 3}}  # a round takes minutes
 QUICK = Sizes(system=256, said=16, new=8, turns=3, sharing=4, at_once=2, cold=(128,), rounds=2)
 
 
@@ -74,11 +75,11 @@ OURS = (
 
 def run(options: Options, log: Log) -> BenchmarkReport:
     """Each model: chats, shared prompts, cold prompts."""
-    sizes = QUICK if options.quick else Sizes()
-    sizes = replace(sizes, rounds=options.rounds or sizes.rounds)
-    report = BenchmarkReport("prefix", {**asdict(sizes), "threads": options.threads, "peers": sorted(options.peers)})
+    settings: dict[str, Any] = {"threads": options.threads, "peers": sorted(options.peers)}
+    report = BenchmarkReport("prefix", settings)
     for name in options.models or (("tiny",) if options.quick else ("S", "SmolLM2")):
-        size = MODEL_SIZES[name]
+        size, sizes = MODEL_SIZES[name], _sizes_of(name, options)
+        settings[name] = asdict(sizes)
         with EnginePool(log) as pool:
             _start(pool, size, sizes, options)
             report.facts.setdefault("engines", {})[name] = pool.wait()
@@ -88,6 +89,11 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         if peer not in options.peers:
             report.skipped[peer] = f"not asked for; give --peer {peer}=/path/to/python"
     return report
+
+
+def _sizes_of(name: str, options: Options) -> Sizes:
+    sizes = QUICK if options.quick else replace(Sizes(), **SMALLER.get(name, {}))
+    return replace(sizes, rounds=options.rounds or sizes.rounds)
 
 
 def _start(pool: EnginePool, size: ModelSize, sizes: Sizes, options: Options) -> None:

@@ -65,7 +65,7 @@ class Vllm:
 
     def __init__(self, setup: dict[str, Any]) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB: all sequences at once, and what is kept
         import vllm
 
         self._engine = vllm.LLM(
