@@ -138,6 +138,22 @@ def test_what_holds_where_is_what_the_comparisons_found():
         assert f"{name} {figure(cell)}" in page
 
 
+def test_what_conditions_pedro_and_what_that_saves_is_what_was_measured():
+    held = table(RESULTS / "smollm2_conditioning" / "table.md")
+    scores = {name: [figure(cell).replace("-", "–") for cell in cells[:3]] for name, *cells in held}
+    shown = {name: cells for name, *cells in table(PAGE, "### What conditions PEDRO")}
+    assert shown == scores
+    measured = json.loads((RESULTS / "conditioning.json").read_text())
+    wanted = []
+    for row in measured["rows"]:
+        cells = [f"{row['cold_ms']:.0f}"]
+        for name in ("next_turn", "same_system_prompt", "another_adapter"):
+            low, high = row[f"{name}_ratio_interval"]
+            cells.append(f"{row[f'{name}_ratio']:.2f} [{low:.2f}, {high:.2f}], {row[f'{name}_cached']}")
+        wanted.append([row["adapters"], *cells])
+    assert [plain(row) for row in table(PAGE, "| adapter | new prompt, ms |")] == wanted
+
+
 def differences_of(file: Path) -> dict[str, dict[str, str]]:
     """Each method's difference to PEDRO by task."""
     page = prose(file)
