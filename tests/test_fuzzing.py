@@ -18,7 +18,7 @@ def test_counts_of_searches_are_added_up_and_those_of_other_code_are_forgotten(t
     monkeypatch.setenv("FUZZ_OUT", str(tmp_path / "fuzz.json"))
     for code, counted in (
         (CODE, row(5, _200=5)),
-        (CODE, row(7, _200=6, _503=1)),
+        (CODE, row(7, _200=4, _503=1, _504=1, _500=1)),
         ({**CODE, "code": "sha256:2"}, row(2)),
     ):
         keep(counted, code)
