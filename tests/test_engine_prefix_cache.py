@@ -9,7 +9,7 @@ from engine_models import Answers, drain, make_adapter, make_engine, prompt, ran
 from pedro.engine import prefix_cache
 from pedro.engine.kernel_threads import KernelThreads
 from pedro.engine.kv_blocks import BLOCK, KVBlocks
-from pedro.engine.kv_cache import KVCache
+from pedro.engine.kv_cache import KVCache, PagedKVCache
 from pedro.engine.prefix_cache import OVERHEAD
 
 BEGINNING = prompt(40, seed=5)  # two blocks and a half
@@ -415,14 +415,22 @@ def test_a_request_that_failed_leaves_nothing_to_find(model, adapters):
 def test_blocks_come_back_as_they_were_saved(layout, model, adapters):
     if layout == "native":
         engine_of(model, adapters, kernel="native")  # where it can be built
-    cache = KVCache(2, 3, 2, 8 * BLOCK, 4, torch.float32, torch.device("cpu"), paged=layout == "paged")
-    for number, tensor in enumerate((*cache.keys, *cache.values)):
-        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
-    before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
+    cache = (PagedKVCache if layout == "paged" else KVCache)(2, 3, 2, 8 * BLOCK, 4, torch.float32, torch.device("cpu"))
+    cache.limit(1000)
+
+    def slots():
+        return [t for layer in range(2) for t in cache.read(layer, torch.arange(3), 8 * BLOCK)]
+
+    for slot in range(3):
+        cache.lengths[slot] = 8 * BLOCK
+        cache.grow(slot)
+        for layer in range(2):
+            cache.fill(layer, slot, *torch.randn(2, 2, 8 * BLOCK, 4))
+    before = [tensor.clone() for tensor in slots()]
     blocks = KVBlocks(cache, 7, KernelThreads(2) if layout == "native" else None)
     blocks.save(1, 2, [5, 6, 0, 3])  # positions 32 to 96 of slot 1
     blocks.load(2, [6, 0, 5])
-    for tensor, was in zip((*cache.keys, *cache.values), before, strict=True):
+    for tensor, was in zip(slots(), before, strict=True):
         assert torch.equal(tensor[2, :, : 2 * BLOCK], was[1, :, 3 * BLOCK : 5 * BLOCK])
         assert torch.equal(tensor[2, :, 2 * BLOCK : 3 * BLOCK], was[1, :, 2 * BLOCK : 3 * BLOCK])
         assert torch.equal(tensor[2, :, 3 * BLOCK :], was[2, :, 3 * BLOCK :])

@@ -9,7 +9,8 @@ from pedro.refs import ModelRef
 from pedro.serving.metrics import OTHER, Labels, ReplicaMetrics, merged
 
 STATS = {
-    "running": 3, "waiting": 2, "slots": 8, "slots_free": 5, "kv_cache_bytes": 1024, "steps": 7,
+    "running": 3, "waiting": 2, "slots": 8, "slots_free": 2, "kv_cache_bytes": 1024, "steps": 7,
+    "kv_blocks": 8, "kv_blocks_used": 3,
     "speculation": {"drafts": 4, "draft_tokens": 20, "accepted_tokens": 9},
     "prefixes": {
         "budget_bytes": 1000, "evictions": 3,
@@ -63,6 +64,7 @@ def test_an_answer_counts_under_its_adapter_whatever_the_version():
     assert ("pedro_queue_seconds_count", ("adapter", "stories"), at[1]) not in found, "it was not answered"
     assert found["pedro_running", at[1]] == 3
     assert found["pedro_kv_cache_usage_ratio", at[1]] == 3 / 8
+    assert (found["pedro_kv_blocks", at[1]], found["pedro_kv_blocks_used", at[1]]) == (8, 3)
     assert found["pedro_adapter_evictions_total", at[1]] == 2
 
 

@@ -14,7 +14,8 @@ from pedro.traffic.scrape import parse_metrics
 
 INF = math.inf
 STATS: dict[str, Any] = {
-    "running": 3, "waiting": 2, "slots": 8, "slots_free": 5, "kv_cache_bytes": 1024, "steps": 7,
+    "running": 3, "waiting": 2, "slots": 8, "slots_free": 2, "kv_cache_bytes": 1024, "steps": 7,
+    "kv_blocks": 8, "kv_blocks_used": 3,
     "speculation": {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0},
     "prefixes": {"budget_bytes": 1000, "evictions": 0, "bytes_by_adapter": {}},
     "adapters": {

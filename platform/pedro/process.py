@@ -8,12 +8,16 @@ all that changes. Standard library, and torch where it is used.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 M_MMAP_THRESHOLD = -3  # malloc.h
+MEMORY_UNITS = {
+    "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
+}  # fmt: skip
 SWITCH_S = 0.0005  # how long an event loop may keep the interpreter from the engine's thread
 
 
@@ -80,17 +84,36 @@ def resident_memory() -> int:
     return _status("VmRSS") or 0
 
 
-def available_memory() -> int | None:
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that a process may still take of this machine or of its container; None where neither tells."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - used))
+    for limit, used, parts, files in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        try:
+            most = int((cgroup / limit).read_text())
+            taken = int((cgroup / used).read_text())
+            stat = dict(line.split() for line in (cgroup / parts).read_text().splitlines())
+        except (OSError, ValueError):  # there is no such group, or no limit ("max")
+            continue
+        free = min(free, max(0, most - taken + int(stat.get(files, 0))))  # files that were read give way
+    return free
+
+
+def parse_memory(text: str) -> int | float:
+    """`4GiB`, `500 MB` or a number of bytes; `0.4`, up to 1.0, is a share. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *([kmgt]?i?)b?", text.strip().lower())
+    if found is not None and found[2] in MEMORY_UNITS:
+        number, unit = float(found[1]), MEMORY_UNITS[found[2]]
+        if "." in found[1] and not found[2]:
+            if 0 < number <= 1:
+                return number
+        elif number * unit >= 1:
+            return int(number * unit)
+    raise ValueError(f"expected a size like 4GiB, or a share of free memory like 0.4, got {text!r}")
 
 
 def _status(name: str) -> int | None:

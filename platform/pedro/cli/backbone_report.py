@@ -34,7 +34,7 @@ class BackboneReport:
     training_bytes: dict[str, int]
     """Of one worker with PEDRO on a batch of ROWS rows, by part."""
     serving_bytes: dict[str, int]
-    """Of one replica: weights, keys and values of a token, and of a full batch that uses the whole context."""
+    """Of one replica: weights, keys and values of a token and of a full batch of the whole context, kept prompts."""
     kernel: str
     """native or torch, and why not native."""
     prompt: str | None
@@ -68,8 +68,9 @@ class BackboneReport:
             f"to train     about {_size(sum(train.values()))}: PEDRO r={RANK} in float32, batches of {ROWS} rows of "
             f"{TOKENS} tokens, the worker's process included",
             f"to serve     {_size(serve['weights'])} of weights in float32, {_size(serve['token'])} for each token of "
-            f"running requests (at most {_size(serve['full_batch'])}: 32 requests of the whole context) and "
-            f"of what is kept of others (at most {_size(serve['prefix_cache'])}: --prefix-cache-mb)",
+            f"running requests (at most {_size(serve['full_batch'])}, 32 of the whole context, and half of what is "
+            f"then free: --kv-memory) and of what is kept of others (at most {_size(serve['prefix_cache'])}: "
+            "--prefix-cache-mb)",
             f"kernel       {self.kernel}",
             "adapters     " + (", ".join(self.adapters) or "none registered for it"),
         ]

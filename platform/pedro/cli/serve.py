@@ -36,6 +36,12 @@ def serve(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_batch: Annotated[int, typer.Option(help="Most sequences decoded together.")] = 32,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory per replica for running requests, e.g. 4GiB, or a share of what is free [0.5; 0.8 on a GPU]."
+        ),
+    ] = None,
     adapter_budget_mb: Annotated[float, typer.Option(help="Memory per replica for resident adapters.")] = 512,
     prefix_cache_mb: Annotated[
         float, typer.Option(help="Memory per replica for reusing prompts that begin alike; 0 is off.", min=0)
@@ -84,6 +90,7 @@ def serve(
         "num_gpus": tensor_parallel_size if device.startswith("cuda") else 0,
         "max_batch": max_batch,
         "max_length": max_length,
+        "kv_memory": kv_memory,
         "adapter_budget_mb": adapter_budget_mb,
         "prefix_cache_mb": prefix_cache_mb,
         "share_bare_prefixes": share_bare_prefixes,

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
-    from pedro.engine.kv_cache import KVCache
+    from pedro.engine.kv_cache import SlotCache
     from pedro.engine.modulation import Segment
 
 NAME = "pedro_engine"
@@ -31,7 +31,7 @@ class PrefillStep:
     `begins`: the position of each row's first token; what comes before is in the slot.
     """
 
-    def __init__(self, cache: KVCache, segments: list[Segment], begins: list[int]) -> None:
+    def __init__(self, cache: SlotCache, segments: list[Segment], begins: list[int]) -> None:
         self.segments = segments
         self._begins = begins
         self._cache = cache
@@ -81,7 +81,7 @@ class DecodeStep:
     """One new token a row, which attends to all of its slot up to its own position. Rows may share a slot, at positions
     of their own."""
 
-    def __init__(self, cache: KVCache, slots: list[int], positions: list[int], device: torch.device) -> None:
+    def __init__(self, cache: SlotCache, slots: list[int], positions: list[int], device: torch.device) -> None:
         self.slot_ids = slots
         self.slots = torch.tensor(slots, device=device)
         self.positions = torch.tensor(positions, device=device)

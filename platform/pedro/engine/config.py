@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pedro.engine.kv_budget import KVBudget, KVMemory
 from pedro.engine.panels import WEIGHTS
 from pedro.engine.runner import KERNELS
 from pedro.engine.speculation import SPECULATIONS, draft_rows
@@ -15,11 +16,12 @@ from pedro.errors import ConfigError
 class EngineConfig:
     """Sizes and bounds. `max_length` is prompt and answer together; None takes the backbone's context."""
 
-    max_batch: int = 16  # sequences that run at once, each with its room in the KV cache
+    max_batch: int = 16  # sequences that run at once, as far as their keys and values have room
     max_length: int | None = None
     prefill_tokens: int = 2048  # prompts read in one prefill, and the most of it in one step while others wait
     prefill_stall: float = 1.25  # how many decode steps' time a step may give to a prefill while others wait
     adapter_bytes: int = 256 << 20
+    kv_memory: KVMemory = None  # of running sequences: bytes, or up to 1.0 a share of what is free; None: a usual one
     prefix_bytes: int = 0  # of prompts and answers kept for prompts that begin alike; 0 keeps none
     share_bare_prefixes: bool = False  # what no adapter acted on is found by every tenant, not only by its own
     loaders: int = 4  # adapters that load at the same time
@@ -57,6 +59,9 @@ class EngineConfig:
         wrong += [
             f"engine.tenant_weights.{t}: expected > 0, got {w!r}" for t, w in self.tenant_weights.items() if w <= 0
         ]
+        memory = self.kv_memory
+        if memory is not None and (memory <= 0 or (isinstance(memory, float) and memory > 1)):
+            wrong.append(f"engine.kv_memory: expected bytes, or a share above 0 and up to 1.0, got {memory!r}")
         if self.prefix_bytes < 0:
             wrong.append(f"engine.prefix_bytes: expected ≥ 0, got {self.prefix_bytes!r}")
         if self.threads is not None and self.threads < 1:
@@ -80,4 +85,5 @@ class EngineConfig:
             "threads": self.threads,
             "weights": self.weights,
             "draft_rows": draft_rows(self),
+            "kv_budget": KVBudget(self.kv_memory, self.prefix_bytes + self.adapter_bytes),
         }

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.engine.adapter_pool import AdapterPool
 from pedro.engine.beam import BeamSequence
+from pedro.engine.kv_budget import fits
 from pedro.engine.prefix_cache import PrefixCache
 from pedro.engine.request_processor import RequestProcessor
 from pedro.engine.runner import Runner
@@ -60,11 +61,13 @@ class Engine:
     ) -> None:
         self.config = config
         self._processor = RequestProcessor(model, tokenizer, config)
-        self.max_length = self._processor.max_length
         make_runner = partial(Runner, model) if split is None else split.make_runner
-        self._runner = make_runner(config.max_batch, self.max_length, **config.runner_options())
+        self._runner = make_runner(config.max_batch, self._processor.context, **config.runner_options())
+        sizes = self._runner.cache.blocks, self._runner.cache.block
+        self._processor.limit(*sizes)
+        self.max_length = self._processor.max_length
         self._speculator = Speculator(config, self._processor.vocab_size) if config.speculate != "off" else None
-        self._scheduler = Scheduler(SchedulerLimits.of(config))
+        self._scheduler = Scheduler(SchedulerLimits.of(config, *sizes))
         self._prefixes = PrefixCache(self._runner, config.prefix_bytes, config.share_bare_prefixes)
         self.forget_prefixes = self._prefixes.forget
         self._prefill_budget = PrefillBudget(config.prefill_stall) if self._runner.splits_prefills else None
@@ -177,9 +180,9 @@ class Engine:
                     self._finish(sequence, "error", error=error)
 
     def stats(self) -> dict[str, Any]:
-        """What runs and waits now, totals since the start, and the adapter pool's figures."""
+        """What runs and waits now, totals since the start, and the adapter pool's figures; in words, what fits."""
         with self._lock:
-            return {
+            told = {
                 **self._counts,
                 "running": len(self._scheduler.running),
                 "waiting": self._scheduler.num_waiting,
@@ -187,12 +190,14 @@ class Engine:
                 "slots": self.config.max_batch,
                 **self._runner.stats(),
                 "slots_free": self._scheduler.slots_free,
-                "kv_cache_bytes": self._runner.cache.nbytes,
+                "kv_blocks_used": self._scheduler.kv.used,
                 "max_length": self.max_length,
+                "context": self._processor.context,
                 "prefixes": self._prefixes.stats(),
                 "speculation": NO_DRAFTS if self._speculator is None else self._speculator.stats(),
                 "adapters": self.adapters.stats(),
             }
+            return {**told, "room": fits(told)}
 
     def close(self) -> None:
         """Stop loading adapters and take the engine's hooks off the model."""
@@ -217,8 +222,9 @@ class Engine:
 
     def _release_ended(self) -> None:
         """Release what ended sequences held. On the step thread only: till then the model may be using it."""
-        for sequence in self._ended:
+        for sequence in self._ended:  # all before any slot is given up: what this copies may take a slot's blocks
             settle(self._runner, sequence.lends_to)
+        for sequence in self._ended:
             self._prefixes.release(sequence)
             for slot in sequence.slots:
                 self._runner.release(slot)

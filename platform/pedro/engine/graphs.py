@@ -11,13 +11,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pedro.engine.attention import masked_attention
-from pedro.engine.kv_cache import PAGE, KVCache
 from pedro.engine.model_executor import Logits
+
+if TYPE_CHECKING:
+    from pedro.engine.kv_cache import PagedKVCache
 
 LENGTH_STEP = 256  # positions by which the masked form rounds up
 MAX_GRAPHS = 64  # the least recently used gives way
@@ -68,7 +70,7 @@ class StaticStep:
     """A decode step whose shapes never change: it stands where transformers expects a cache, and attends."""
 
     def __init__(
-        self, cache: KVCache, rows: int, length: int, paged: PagedAttention | None, device: torch.device
+        self, cache: PagedKVCache, rows: int, length: int, paged: PagedAttention | None, device: torch.device
     ) -> None:
         self.rows = rows
         self.ids = torch.zeros(1, rows, dtype=torch.long, device=device)
@@ -76,7 +78,7 @@ class StaticStep:
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self._cache, self._length, self._paged = cache, length, paged
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._pages = torch.arange(cache.pages_per_slot, dtype=torch.int32, device=device)
+        self._places = self._tables = torch.empty(0)  # of each row: where its token goes, and its pages
 
     def fill(self, slots: list[int], token_ids: list[int], positions: list[int]) -> list[int]:
         """Set the inputs; gives the row of each request. Without pages, rows stand where their slots do."""
@@ -91,7 +93,10 @@ class StaticStep:
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep keys and values [1, K, R, d]; `attend` finds them by the layer of its module."""
-        self._cache.append(layer, self.slots, self.positions, keys[0].transpose(0, 1), values[0].transpose(0, 1))
+        if layer == 0:
+            self._places = self._cache.places(self.slots, self.positions)
+            self._tables = self._cache.table[self.slots]
+        self._cache.append_at(layer, self._places, keys[0].transpose(0, 1), values[0].transpose(0, 1))
         if self._paged is not None:
             return keys, values
         return self._cache.read(layer, self.rows, self._length)
@@ -124,7 +129,7 @@ class StaticStep:
                 mask &= at[None, :] > self.positions[:, None] - window
             out = masked_attention(grouped, keys, values, mask[:, None, None, :], scaling, softcap)
             return out.reshape(1, rows, heads, width)
-        paged_keys, paged_values = self._cache.pages(module.layer_idx)
+        paged_keys, paged_values = self._cache.keys[module.layer_idx], self._cache.values[module.layer_idx]
         out = self._paged(
             queries[0].transpose(0, 1).contiguous(),  # [R, H, d]
             paged_keys,
@@ -132,12 +137,12 @@ class StaticStep:
             self._starts,
             None,
             1,
-            self._cache.pages_per_slot * PAGE,
+            self._cache.length,
             scale=scaling,
             window_size=(-1, 0) if window is None else (window - 1, 0),
             enable_gqa=heads != paged_keys.shape[2],
             seqused_k=(self.positions + 1).to(torch.int32),
-            block_table=(self.slots[:, None] * self._cache.pages_per_slot + self._pages[None, :]).to(torch.int32),
+            block_table=self._tables,
         )
         return out[None]
 
@@ -154,7 +159,7 @@ class GraphedDecoder:
 
     def __init__(
         self,
-        cache: KVCache,
+        cache: PagedKVCache,
         run: Callable[[StaticStep, bool], torch.Tensor],
         version: Callable[[], Hashable],
         paged: PagedAttention | None,
@@ -168,7 +173,7 @@ class GraphedDecoder:
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int], modulated: bool) -> Logits:
         """One step of every row."""
         rows = _round_up(len(slots) if self._paged is not None else max(slots) + 1, self._cache.spare)
-        whole = self._cache.keys[0].shape[2]
+        whole = self._cache.length
         length = whole if self._paged is not None else min(whole, -(-(max(positions) + 1) // LENGTH_STEP) * LENGTH_STEP)
         key = (rows, length, modulated, self._version())
         graph = self._graphs.pop(key, None)

@@ -1,8 +1,8 @@
 """Room beside the slots for keys and values of blocks of tokens that are kept, and the copying between the two.
 
-A running sequence has its keys and values in one piece, so that attention reads them in place; a block is copied once
-when it is kept, and once for each sequence that begins with it. On a CPU, pages take memory when they are first
-written. Which block is whose is decided elsewhere.
+A running sequence has keys and values of its own, which attention reads in place; a block is copied once when it is
+kept, and once for each sequence that begins with it. On a CPU, pages take memory when they are first written. Which
+block is whose is decided elsewhere. These blocks are not those of the cache's budget.
 Legend: K key-value heads, P positions of all blocks, d head width.
 """
 
@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pedro.engine.kv_cache import zeros
+from pedro.engine.kv_cache import KVCache, zeros
 from pedro.engine.native_copy import Copier
 
 if TYPE_CHECKING:
     from pedro.engine.kernel_threads import KernelThreads
-    from pedro.engine.kv_cache import KVCache
+    from pedro.engine.kv_cache import SlotCache
 
 BLOCK = 16  # tokens of a block
 
 
-def block_bytes(cache: KVCache) -> int:
+def block_bytes(cache: SlotCache) -> int:
     """Bytes of the keys and values of one block."""
-    _, heads, _, width = cache.keys[0].shape
-    return 2 * len(cache.keys) * heads * BLOCK * width * cache.keys[0].element_size()
+    return cache.block_bytes * BLOCK // cache.block
 
 
 class KVBlocks:
@@ -35,16 +34,16 @@ class KVBlocks:
     `threads`: those that the CPU kernel copies with; None copies with torch, on any device.
     """
 
-    def __init__(self, cache: KVCache, count: int, threads: KernelThreads | None = None) -> None:
-        first = cache.keys[0]
-        _, heads, length, width = first.shape
+    def __init__(self, cache: SlotCache, count: int, threads: KernelThreads | None = None) -> None:
+        heads, length, width = cache.kv_heads, cache.length, cache.width
         shape = (heads, count * BLOCK, width)
-        self._slots = [*cache.keys, *cache.values]
+        self._cache, self._slots = cache, [*cache.keys, *cache.values]
         size = heads * count * BLOCK * width
-        self._kept = [zeros(size, first.dtype, first.device).view(shape) for _ in self._slots]
+        self._kept = [zeros(size, cache.dtype, cache.device)[0].view(shape) for _ in self._slots]
         self._slot_size, self._width = heads * length * width, width
         self._copy = None
         if threads is not None:
+            assert isinstance(cache, KVCache), "the CPU kernel knows no pages"
             self._copy = Copier(self._slots, self._kept, heads, (length * width, count * BLOCK * width), threads)
 
     def save(self, slot: int, first: int, places: Sequence[int]) -> None:
@@ -56,7 +55,7 @@ class KVBlocks:
             return
         positions = self._positions(places)
         for kept, slots in zip(self._kept, self._slots, strict=True):
-            kept.index_copy_(1, positions, slots[slot, :, start : start + len(positions)])
+            kept.index_copy_(1, positions, self._cache.get(slots, slot, start, start + len(positions)))
 
     def load(self, slot: int, places: Sequence[int]) -> None:
         """Write the blocks at `places`, one after the other, from the slot's first position on."""
@@ -66,7 +65,7 @@ class KVBlocks:
             return
         positions = self._positions(places)
         for kept, slots in zip(self._kept, self._slots, strict=True):
-            slots[slot, :, : len(positions)] = kept.index_select(1, positions)
+            self._cache.put(slots, slot, 0, kept.index_select(1, positions))
 
     def _slot_at(self, slot: int, position: int) -> int:
         return slot * self._slot_size + position * self._width

@@ -1,7 +1,11 @@
-"""Keys and values of every running sequence, allocated once; on a CPU, pages take memory when they are first written.
+"""Keys and values of running sequences, within a budget of blocks that slots take as their sequences grow.
 
-Who owns a slot is decided elsewhere.
+`KVCache`: each slot has addresses for all its positions from the start, so that attention reads them in one piece.
+On a CPU memory lies behind a block once it is written, until it is told to go. `PagedKVCache`, for CUDA: blocks are
+pages of a pool, which a table names.
 
+Who owns a slot, and whether there is room for one more sequence, is decided elsewhere. A slot that was released keeps
+its blocks until others want them: whoever gets it next finds memory there.
 Legend: S slots, K key-value heads, T positions, d head width, N tokens of a packed batch, B rows.
 """
 
@@ -9,17 +13,203 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
+from abc import ABC, abstractmethod
 
 import torch
 
 PAGE = 256  # positions of a page
+LEAST_BLOCK = 16  # positions of a block, at least
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # addresses are no memory yet
 MARGIN = 64  # elements after the last: the CPU kernel reads whole SIMD vectors, and drops what lies outside
 
 
-class KVCache:
-    """One tensor of keys and one of values a layer, [S, K, T, d]: head-major in memory, or in pages for CUDA.
+class SlotCache(ABC):
+    """What both forms have in common: how many blocks each slot has, and the reading and writing of spans."""
 
-    Paged, a slot is a run of pages [page, K, d], T is rounded up to whole ones, and slot `spare` is nobody's.
+    def __init__(
+        self,
+        num_layers: int,
+        slots: int,
+        kv_heads: int,
+        length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        block: int,
+    ) -> None:
+        self.kv_heads, self.width, self.dtype, self.device = kv_heads, head_dim, dtype, device
+        self.block = block  # positions
+        self.blocks_per_slot = -(-length // block)
+        self.length = self.blocks_per_slot * block  # of a slot
+        self.block_bytes = 2 * num_layers * kv_heads * block * head_dim * dtype.itemsize
+        self.blocks = self._free = slots * self.blocks_per_slot
+        self.lengths = [
+            0
+        ] * slots  # positions that each slot's sequence uses, 0 where it is gone: whoever runs it says so
+        self.room = [0] * slots  # positions that have memory, be it from a sequence before: where it is short, `grow`
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values take once all blocks are used."""
+        return self.blocks * self.block_bytes
+
+    def grow(self, slot: int) -> None:
+        """Have memory behind the slot's `lengths`. Raises RuntimeError where others use all of it."""
+        held, wanted = self.room[slot] // self.block, -(-self.lengths[slot] // self.block)
+        if wanted - held > self._free:
+            self._take_back(wanted - held)
+        self._map(slot, held, wanted)
+        self._free -= wanted - held
+        self.room[slot] = wanted * self.block
+
+    def fill(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor, begin: int = 0) -> None:
+        """Write keys and values [K, n, d] of a prompt to n positions of the slot, from `begin` on."""
+        self.put(self.keys[layer], slot, begin, keys)
+        self.put(self.values[layer], slot, begin, values)
+
+    def read_slot(self, layer: int, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `length` positions of one slot, [1, K, length, d]."""
+        return self.get(self.keys[layer], slot, 0, length)[None], self.get(self.values[layer], slot, 0, length)[None]
+
+    def spread(self, source: int, targets: list[int], length: int) -> None:
+        """Give each target slot the first `length` positions of `source`."""
+        for tensor in (*self.keys, *self.values):
+            shared = self.get(tensor, source, 0, length)
+            for target in targets:
+                self.put(tensor, target, 0, shared)
+
+    def wipe(self, slot: int, length: int | None = None, start: int = 0) -> None:
+        """Zero a slot, or its positions [start, length), that may hold numbers that are not finite: masked out, they
+        would still poison what comes next."""
+        stop = self.room[slot] if length is None else min(length, self.room[slot])
+        if start < stop:
+            nothing = torch.zeros(self.kv_heads, stop - start, self.width, dtype=self.dtype, device=self.device)
+            for tensor in (*self.keys, *self.values):
+                self.put(tensor, slot, start, nothing)
+
+    @abstractmethod
+    def limit(self, blocks: int) -> None:
+        """Have no more than `blocks`; before any is taken."""
+
+    @abstractmethod
+    def append(
+        self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Write one position of each row: keys and values [B, K, d] at `positions` [B] of `slots` [B]."""
+
+    @abstractmethod
+    def read(self, layer: int, rows: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `length` positions, [B, K, length, d], of the first `rows` slots or of the slots given."""
+
+    @abstractmethod
+    def get(self, tensor: torch.Tensor, slot: int, start: int, stop: int) -> torch.Tensor:
+        """Positions [start, stop) of a slot in one of `keys` or `values`: [K, n, d]."""
+
+    @abstractmethod
+    def put(self, tensor: torch.Tensor, slot: int, start: int, given: torch.Tensor) -> None:
+        """Write [K, n, d] to the slot's positions from `start` on, in one of `keys` or `values`."""
+
+    @abstractmethod
+    def move(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        """Simultaneously give each target slot the positions [start, stop) of its source."""
+
+    @abstractmethod
+    def _map(self, slot: int, low: int, high: int) -> None:
+        """Let there be memory behind the slot's blocks [low, high)."""
+
+    @abstractmethod
+    def _unmap(self, slot: int, low: int, high: int) -> None:
+        """Give back what is behind them."""
+
+    def _take_back(self, missing: int) -> None:
+        """Blocks that sequences before left in their slots, until `missing` are free."""
+        for slot in reversed(range(len(self.room))):  # low slots are given out first
+            used, held = -(-self.lengths[slot] // self.block), self.room[slot] // self.block
+            if held > used:
+                self._unmap(slot, used, held)
+                self.room[slot] = used * self.block
+                self._free += held - used
+                if self._free >= missing:
+                    return
+        raise RuntimeError(f"all {self.blocks} blocks of the KV cache are in use")
+
+
+class KVCache(SlotCache):
+    """One tensor of keys and one of values a layer, [S, K, T, d], head-major in memory."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        slots: int,
+        kv_heads: int,
+        length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._row_bytes = head_dim * dtype.itemsize
+        block = max(LEAST_BLOCK, mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, self._row_bytes))  # whole pages of a head
+        super().__init__(num_layers, slots, kv_heads, length, head_dim, dtype, device, block)
+        shape = (slots, kv_heads, self.length, head_dim)
+        self._maps: list[mmap.mmap] = []
+        for tensors in (self.keys, self.values):
+            for _ in range(num_layers):
+                tensor, pages = zeros(math.prod(shape) + MARGIN, dtype, device)
+                tensors.append(tensor[: math.prod(shape)].view(shape))
+                self._maps += [pages] if pages is not None else []
+
+    def limit(self, blocks: int) -> None:
+        self.blocks = self._free = min(blocks, self.blocks)
+        if self.blocks < len(self.room) * self.blocks_per_slot and hasattr(mmap, "MADV_NOHUGEPAGE"):
+            for pages in self._maps:  # a huge page would be many slots' at once
+                pages.madvise(mmap.MADV_NOHUGEPAGE)
+
+    def append(
+        self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        self.keys[layer][slots, :, positions] = keys
+        self.values[layer][slots, :, positions] = values
+
+    def read(self, layer: int, rows: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(rows, int):  # views
+            return keys[:rows, :, :length], values[:rows, :, :length]
+        return keys[rows, :, :length], values[rows, :, :length]
+
+    def get(self, tensor: torch.Tensor, slot: int, start: int, stop: int) -> torch.Tensor:
+        return tensor[slot, :, start:stop]
+
+    def put(self, tensor: torch.Tensor, slot: int, start: int, given: torch.Tensor) -> None:
+        tensor[slot, :, start : start + given.shape[1]] = given
+
+    def move(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        for tensor in (*self.keys, *self.values):
+            tensor[targets, :, start:stop] = tensor[sources, :, start:stop]
+
+    def _map(self, slot: int, low: int, high: int) -> None:
+        """The operating system does so at the first write."""
+
+    def _unmap(self, slot: int, low: int, high: int) -> None:
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        head_bytes = self.length * self._row_bytes
+        heads = range(slot * self.kv_heads, (slot + 1) * self.kv_heads)
+        spans = [(head * head_bytes + low * self.block * self._row_bytes, high - low) for head in heads]
+        if low == 0:  # all of them in one call
+            spans = [(spans[0][0], self.kv_heads * self.blocks_per_slot)]
+        for pages in self._maps:
+            for start, blocks in spans:
+                pages.madvise(mmap.MADV_DONTNEED, start, blocks * self.block * self._row_bytes)
+
+
+class PagedKVCache(SlotCache):
+    """One tensor of pages of keys and one of values a layer, [pages, PAGE, K, d]; `table` [S + 1, pages of a slot]
+    says which are a slot's. Slot `spare` is nobody's.
+
+    The first page is what the table names where a slot has none: zeros, never written to. The second is the spare's.
     """
 
     def __init__(
@@ -31,77 +221,79 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        paged: bool = False,
     ) -> None:
+        super().__init__(num_layers, slots, kv_heads, length, head_dim, dtype, device, PAGE)
         self.spare = slots
-        self.pages_per_slot = -(-length // PAGE) if paged else 0
-        positions = self.pages_per_slot * PAGE if paged else length
-        shape = (slots + paged, positions, kv_heads, head_dim) if paged else (slots, kv_heads, positions, head_dim)
+        self.table = torch.zeros(slots + 1, self.blocks_per_slot, dtype=torch.int32, device=device)
+        self.table[slots, 0] = 1
+        self._own: list[list[int]] = [[] for _ in range(slots)]
+        self._num_layers = num_layers
+        self._unused: list[int] = []
 
-        def make() -> list[torch.Tensor]:
-            size = math.prod(shape)
-            whole = [zeros(size + MARGIN, dtype, device) for _ in range(num_layers)]
-            return [tensor[:size].view(shape).transpose(1, 2 if paged else 1) for tensor in whole]
+    def limit(self, blocks: int) -> None:
+        """Have no more than `blocks`, and make them: there are no tensors before."""
+        self.blocks = self._free = min(blocks, self.blocks)
+        self._unused = list(range(self.blocks + 1, 1, -1))
+        shape = (self.blocks + 2, PAGE, self.kv_heads, self.width)
+        for tensors in (self.keys, self.values):
+            tensors += [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self._num_layers)]
 
-        self.keys, self.values = make(), make()
-
-    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as pages, [pages, PAGE, K, d]; the pages of slot s begin at s · pages_per_slot."""
-        keys, values = (
-            t[layer].transpose(1, 2).flatten(0, 1).unflatten(0, (-1, PAGE)) for t in (self.keys, self.values)
-        )
-        return keys, values
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the cache takes once all of it is used."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+    def places(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where these positions of these slots stand, counted through all pages."""
+        return self.table[slots, positions // PAGE].long() * PAGE + positions % PAGE
 
     def fill(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor, begin: int = 0) -> None:
-        """Write keys and values [K, n, d] of a prompt to n positions of the slot, from `begin` on."""
-        end = begin + keys.shape[1]
-        self.keys[layer][slot, :, begin:end] = keys
-        self.values[layer][slot, :, begin:end] = values
+        places = self._span([slot], begin, begin + keys.shape[1])[0]
+        self.append_at(layer, places, keys.transpose(0, 1), values.transpose(0, 1))
+
+    def append_at(self, layer: int, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write keys and values [B, K, d] to `places` [B]."""
+        self.keys[layer].flatten(0, 1)[places] = keys
+        self.values[layer].flatten(0, 1)[places] = values
 
     def append(
         self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Write one position of each row: keys and values [B, K, d] at `positions` [B] of `slots` [B]."""
-        self.keys[layer][slots, :, positions] = keys
-        self.values[layer][slots, :, positions] = values
+        self.append_at(layer, self.places(slots, positions), keys, values)
 
     def read(self, layer: int, rows: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `length` positions, [B, K, length, d]: a view of the first `rows` slots, or the slots gathered."""
-        keys, values = self.keys[layer], self.values[layer]
-        if isinstance(rows, int):
-            return keys[:rows, :, :length], values[:rows, :, :length]
-        return keys[rows, :, :length], values[rows, :, :length]
+        table = self.table[:rows] if isinstance(rows, int) else self.table[rows]
+        pages = table[:, : -(-length // PAGE)].long()
+        keys, values = (t[layer][pages].flatten(1, 2)[:, :length].transpose(1, 2) for t in (self.keys, self.values))
+        return keys, values
 
-    def read_slot(self, layer: int, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `length` positions of one slot, [1, K, length, d]: a view."""
-        return self.keys[layer][slot, None, :, :length], self.values[layer][slot, None, :, :length]
+    def get(self, tensor: torch.Tensor, slot: int, start: int, stop: int) -> torch.Tensor:
+        return tensor.flatten(0, 1)[self._span([slot], start, stop)[0]].transpose(0, 1)
+
+    def put(self, tensor: torch.Tensor, slot: int, start: int, given: torch.Tensor) -> None:
+        tensor.flatten(0, 1)[self._span([slot], start, start + given.shape[1])[0]] = given.transpose(0, 1)
 
     def move(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
-        """Simultaneously give each target slot the positions [start, stop) of its source."""
+        origin, aim = self._span(sources, start, stop), self._span(targets, start, stop)
         for tensor in (*self.keys, *self.values):
-            tensor[targets, :, start:stop] = tensor[sources, :, start:stop]
+            flat = tensor.flatten(0, 1)
+            flat[aim] = flat[origin]
 
-    def spread(self, source: int, targets: list[int], length: int) -> None:
-        """Give each target slot the first `length` positions of `source`."""
-        for tensor in (*self.keys, *self.values):
-            for target in targets:
-                tensor[target, :, :length] = tensor[source, :, :length]
+    def _span(self, slots: list[int], start: int, stop: int) -> torch.Tensor:
+        """The places of positions [start, stop) of these slots, [slots, n]."""
+        at = torch.arange(start, stop, device=self.device)
+        return self.places(torch.tensor(slots, device=self.device)[:, None], at[None, :])
 
-    def wipe(self, slot: int, length: int | None = None, start: int = 0) -> None:
-        """Zero a slot, or its positions [start, length), that may hold numbers that are not finite: masked out, they
-        would still poison what comes next."""
-        for tensor in (*self.keys, *self.values):
-            tensor[slot, :, start:length].zero_()
+    def _map(self, slot: int, low: int, high: int) -> None:
+        taken = [self._unused.pop() for _ in range(high - low)]
+        self._own[slot] += taken
+        self.table[slot, low:high] = torch.tensor(taken, dtype=torch.int32, device=self.device)
+
+    def _unmap(self, slot: int, low: int, high: int) -> None:
+        self._unused += self._own[slot][low:]
+        del self._own[slot][low:]
+        self.table[slot, low:high] = 0
 
 
-def zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, mmap.mmap | None]:
     """Zeros, on a CPU in memory that the operating system gives page by page: `torch.zeros` would write all of it."""
     if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype)
+        return torch.zeros(size, dtype=dtype, device=device), None
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    pages = mmap.mmap(-1, size * dtype.itemsize, flags=flags)
+    return torch.frombuffer(pages, dtype=dtype), pages

@@ -23,43 +23,60 @@ class RequestProcessor:
 
     def __init__(self, model: PreTrainedModel, tokenizer: TokenDecoder, config: EngineConfig) -> None:
         context = _context_length(config_of(model))
-        self.max_length = min(config.max_length or context, context)
+        self.context = self.max_length = min(config.max_length or context, context)
+        self._blocks, self._block = config.max_batch, self.max_length
         self._max_batch = config.max_batch
         self._tokenizer = tokenizer
         embedding: Any = model.get_input_embeddings()
         self.vocab_size: int = embedding.num_embeddings
         self._eos_ids = eos_ids(model, tokenizer)
 
+    def limit(self, blocks: int, block: int) -> None:
+        """Nothing may need more than `blocks` of the KV cache, of `block` tokens."""
+        self._blocks, self._block = blocks, block
+        self.max_length = min(self.context, blocks * block)
+
     def process(self, request: Request) -> list[Sequence]:
         """The request's sequences, or PedroError for what can never run."""
         prompt, wanted = len(request.prompt_ids), request.params.max_tokens
-        room = self.max_length - prompt
-        least = max(1, request.params.min_tokens)
-        if room < (least if wanted is None else wanted):
-            asked = f"max_tokens = {wanted}"
-            if wanted is None:
-                asked = f"min_tokens = {least}" if request.params.min_tokens else "at least one token of answer"
-            with_asked, lower = (f"with {asked} ", " or lower max_tokens") if wanted != 0 else ("", "")
-            raise PedroError(
-                f"the prompt has {prompt} tokens and {with_asked}exceeds the context of {self.max_length} tokens; "
-                f"shorten the prompt{lower}",
-                param="max_tokens" if prompt < self.max_length else "prompt",
-                code="context_length_exceeded",
-            )
-        self._check_vocabulary("prompt", (*request.prompt_ids, *request.resumed_ids))
-        self._check_vocabulary("logit_bias", request.params.logit_bias)
-        most = room if wanted is None else wanted
-        if request.resumed_ids and len(request.resumed_ids) >= most:
-            raise PedroError(f"resumed_ids: all {most} tokens of the answer were made already", param="resumed_ids")
         beams = request.params.num_beams
         if beams > self._max_batch:
             raise PedroError(
                 f"num_beams: {beams} beams run at once and the engine runs {self._max_batch}; ask for fewer",
                 param="num_beams",
             )
+        most = min(self.max_length, self._blocks // beams * self._block)
+        room = most - prompt
+        least = max(1, request.params.min_tokens)
+        if room < (least if wanted is None else wanted):
+            asked = f"max_tokens = {wanted}"
+            if wanted is None:
+                asked = f"min_tokens = {least}" if request.params.min_tokens else "at least one token of answer"
+            with_asked, lower = (f"with {asked} ", " or lower max_tokens") if wanted != 0 else ("", "")
+            text = (
+                f"the prompt has {prompt} tokens and {with_asked}exceeds the context of {most} tokens; "
+                f"shorten the prompt{lower}"
+            )
+            if most < self.context:
+                each = f" for each of {beams} beams" if beams > 1 else ""
+                text = (
+                    f"the prompt has {prompt} tokens and {with_asked}exceeds the {most} tokens that the server's "
+                    f"memory for keys and values holds{each}; shorten the prompt{lower}, or ask for a server with more "
+                    "(--kv-memory)"
+                )
+            raise PedroError(
+                text,
+                param="max_tokens" if prompt < most else "prompt",
+                code="context_length_exceeded",
+            )
+        self._check_vocabulary("prompt", (*request.prompt_ids, *request.resumed_ids))
+        self._check_vocabulary("logit_bias", request.params.logit_bias)
+        tokens = room if wanted is None else wanted
+        if request.resumed_ids and len(request.resumed_ids) >= tokens:
+            raise PedroError(f"resumed_ids: all {tokens} tokens of the answer were made already", param="resumed_ids")
         if beams > 1:
-            return [BeamSequence(request, most, self._tokenizer, self._eos_ids)]
-        sequences = [Sequence(request, i, most, self._tokenizer, self._eos_ids) for i in range(request.n)]
+            return [BeamSequence(request, tokens, self._tokenizer, self._eos_ids)]
+        sequences = [Sequence(request, i, tokens, self._tokenizer, self._eos_ids) for i in range(request.n)]
         for sequence in sequences:
             sequence.siblings = tuple(other for other in sequences if other is not sequence)
         return sequences

@@ -19,7 +19,8 @@ from pedro.engine import native_model
 from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
 from pedro.engine.kernel_threads import granted_threads
 from pedro.engine.kv_blocks import KVBlocks
-from pedro.engine.kv_cache import KVCache
+from pedro.engine.kv_budget import KVBudget, allowed_blocks
+from pedro.engine.kv_cache import KVCache, PagedKVCache, SlotCache
 from pedro.engine.modulation import ConditionedRow, GeneratorBatch, Modulation, PreemptedState, Segment, SlotRows
 from pedro.engine.native_model import NativeModel
 from pedro.engine.sampler import token_logprobs
@@ -84,10 +85,11 @@ class Runner:
     `kernel`: "native" is the compiled CPU kernel, "torch" the model's own modules, "auto" the first where it fits.
     `threads`: the most that the native kernel uses; None takes what the machine grants. `weights`: what the native
     kernel reads the backbone's in, of `panels.WEIGHTS`. `draft_rows`: rows of a step beside one a slot.
-    `capture`: whether steps on a GPU may be captured as graphs. Raises BackboneError where any of it cannot be.
+    `capture`: whether steps on a GPU may be captured as graphs. Raises BackboneError or ConfigError where any of it
+    cannot be.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - as EngineConfig.runner_options() gives them
         self,
         model: PreTrainedModel,
         slots: int,
@@ -97,6 +99,7 @@ class Runner:
         weights: str = "float32",
         draft_rows: int = 0,
         capture: bool = True,
+        kv_budget: KVBudget = KVBudget(),  # noqa: B008 - it is frozen
     ) -> None:
         self.architecture = describe(model)
         refuse_unfit(model)
@@ -105,7 +108,9 @@ class Runner:
         heads = config.num_attention_heads
         graphs = capture and uses_graphs(self.device)
         paged = find_paged_attention(weight.dtype) if graphs and not softcapped(model) else None
-        self.cache = KVCache(
+        pages = graphs or self.device.type == "cuda"  # memory that is taken at the start
+        form: type[KVCache | PagedKVCache] = PagedKVCache if pages else KVCache
+        cache = form(
             config.num_hidden_layers,
             slots,
             getattr(config, "num_key_value_heads", None) or heads,
@@ -113,8 +118,10 @@ class Runner:
             getattr(config, "head_dim", None) or config.hidden_size // heads,
             weight.dtype,
             self.device,
-            paged=graphs,
         )
+        self.cache: SlotCache = cache
+        if pages:  # before what refers to the tensors
+            cache.limit(allowed_blocks(cache, kv_budget))
         misfit = "kernel: torch was asked for" if kernel == "torch" else native_model.misfit(model)
         fits = not misfit
         if kernel == "native" and not fits:
@@ -143,22 +150,18 @@ class Runner:
             for layer in self.architecture.layers
         ]
         self.modulation = Modulation(widths, slots + graphs, self.device, self.simd_width)
-        self._executor: ModelExecutor = (
-            NativeModel(
-                model,
-                self.architecture,
-                self.cache,
-                self.modulation,
-                slots,
-                threads or granted_threads(),
-                weights,
-                draft_rows,
+        self._executor: ModelExecutor
+        if fits:
+            assert isinstance(cache, KVCache), "the CPU kernel knows no pages"
+            threads = threads or granted_threads()
+            self._executor = NativeModel(
+                model, self.architecture, cache, self.modulation, slots, threads, weights, draft_rows
             )
-            if fits
-            else TorchModel(
-                model, self.architecture, self.cache, self.modulation, GraphCapture() if graphs else None, paged
-            )
-        )
+        else:
+            capture = GraphCapture() if graphs else None
+            self._executor = TorchModel(model, self.architecture, cache, self.modulation, capture, paged)
+        if not pages:  # once all weights are there
+            cache.limit(allowed_blocks(cache, kv_budget))
         self._prefills: list[_PackedPrefill] = []
         self._blocks: KVBlocks | None = None
 
@@ -181,6 +184,7 @@ class Runner:
         self._prefills.append(prefill)
         segments, start = prefill.segments, 0
         for row in rows:
+            self._use(row.slot, len(row.token_ids))
             segments.append(Segment(start, start + len(row.token_ids) - row.num_cached, row.slot))
             if row.places:
                 assert self._blocks is not None, "nothing is found where nothing is kept"
@@ -203,8 +207,15 @@ class Runner:
         self._executor.advance(prefill.state, prefill.segments[-1].stop if until is None else until)
 
     def stats(self) -> dict[str, Any]:
-        """What runs the model, what its weights are kept in, and the bytes that these take."""
-        return {"kernel": self.kernel, "weights": self._weights, "weight_bytes": self._executor.weight_bytes}
+        """What runs the model, what its weights are kept in, the bytes that these take, and sizes of the KV cache."""
+        return {
+            "kernel": self.kernel,
+            "weights": self._weights,
+            "weight_bytes": self._executor.weight_bytes,
+            "kv_cache_bytes": self.cache.nbytes,
+            "kv_blocks": self.cache.blocks,
+            "kv_block_tokens": self.cache.block,
+        }
 
     @property
     def splits_prefills(self) -> bool:
@@ -242,6 +253,8 @@ class Runner:
     @torch.inference_mode()
     def decode(self, rows: list[DecodeRow]) -> Logits:
         """One step for every row: the logits of the next token, in the order of `rows`."""
+        for row in rows:
+            self._use(row.slot, row.position + 1)
         return self._executor.decode(
             [row.slot for row in rows], [row.token_id for row in rows], [row.position for row in rows]
         )
@@ -249,6 +262,8 @@ class Runner:
     @torch.inference_mode()
     def copy(self, source: int, targets: list[int], length: int) -> None:
         """Give the slots `targets` the first `length` positions of `source`, and its modulation."""
+        for target in targets:
+            self._use(target, length)
         self.cache.spread(source, targets, length)
         self.modulation.copy(source, targets)
 
@@ -287,11 +302,18 @@ class Runner:
     def release(self, slot: int) -> None:
         """The sequence in `slot` ended or was preempted: nothing of it is needed any longer."""
         self.modulation.release(slot)
+        self.cache.lengths[slot] = 0
 
     def close(self) -> None:
         """Release the model."""
         if isinstance(self._executor, TorchModel):
             self._executor.close()
+
+    def _use(self, slot: int, length: int) -> None:
+        """The slot's sequence is about to have `length` positions."""
+        self.cache.lengths[slot] = length
+        if length > self.cache.room[slot]:
+            self.cache.grow(slot)
 
     def _prompt_logprobs(self, state: Any, segment: Segment, row: PrefillRow) -> list[Logprob | None]:
         """Of each prompt token given those before it; the first has none."""

@@ -1,4 +1,5 @@
-"""What the scheduler keeps to and what it decides: limits, a step's budget, a prefill in progress, one step.
+"""What the scheduler keeps to and what it decides: limits, room for keys and values, a step's budget, a prefill in
+progress, one step.
 
 How much a step may do while others wait, or may come, follows from what recent steps cost. A prompt cannot be read
 token by token, since its last token makes its vectors; but it can be read in chunks, layer by layer, between decode
@@ -8,6 +9,7 @@ find under way: it is to last at most `PATIENCE` of the time in which the newcom
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ LEAST_TOKENS = 4
 LEAST_ROWS = 4  # of a short step: fewer hardly make it shorter, since every step reads all weights
 LONE_TOKENS = 512  # of a chunk beside which nobody makes a token
 PATIENCE = 0.15
+SPARE = 16  # of so many blocks one may be left free by what starts beside others
 SHED = (
     "the server's queue is full and most that waits in it is yours, so your newest request gave way to another "
     "tenant's; try again later or send fewer at once"
@@ -35,7 +38,8 @@ class SchedulerLimits:
     """Bounds of the schedule. `prefill_tokens` is the most prompt work of one step, in tokens through all layers.
 
     A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
-    For `head_room_s` after a tenant's last request capacity is reserved for its next one.
+    For `head_room_s` after a tenant's last request capacity is reserved for its next one. Running sequences have
+    `kv_blocks` of `kv_block` tokens between them; a step may add `ahead` tokens to each beside the one that it makes.
     """
 
     slots: int
@@ -45,12 +49,18 @@ class SchedulerLimits:
     preempt_after: int = 1024
     head_room_s: float = 10.0
     weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 where not named
+    kv_blocks: int = sys.maxsize
+    kv_block: int = 16
+    ahead: int = 0
 
     @classmethod
-    def of(cls, config: EngineConfig) -> SchedulerLimits:
-        """Those of an engine."""
+    def of(cls, config: EngineConfig, kv_blocks: int, kv_block: int) -> SchedulerLimits:
+        """Those of an engine with such a KV cache."""
         return cls(
             slots=config.max_batch,
+            kv_blocks=kv_blocks,
+            kv_block=kv_block,
+            ahead=config.num_speculative_tokens if config.speculate != "off" else 0,
             prefill_tokens=config.prefill_tokens,
             max_waiting=config.max_waiting,
             max_waiting_per_tenant=config.max_waiting_per_tenant,
@@ -58,6 +68,42 @@ class SchedulerLimits:
             head_room_s=config.head_room_s,
             weights=config.tenant_weights,
         )
+
+
+class KVRoom:
+    """Blocks of the KV cache: how many sequences with slots may use, and how many are left."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._blocks, self._block, self._ahead = limits.kv_blocks, limits.kv_block, limits.ahead
+        self.used = 0
+
+    def short(self, running: list[Sequence]) -> list[Sequence]:
+        """Those that may need more than they have."""
+        return [s for s in running if s.length + 1 + self._ahead > s.blocks * self._block]
+
+    def missing(self, sequence: Sequence, others: int = 0) -> int:
+        """How many blocks there are too few for the sequence to go on, or to start beside `others`: a few are left to
+        these, which will want more soon."""
+        spare = min(others, self._blocks // SPARE)
+        return self._needs(sequence) - sequence.blocks + spare - (self._blocks - self.used)
+
+    def take(self, sequence: Sequence) -> None:
+        """The sequence starts, or goes on."""
+        more = max(0, self._needs(sequence) - sequence.blocks)
+        sequence.blocks += more
+        self.used += more
+
+    def give_back(self, sequence: Sequence) -> None:
+        """It ends, or waits again."""
+        self.used -= sequence.blocks
+        sequence.blocks = 0
+
+    def _needs(self, sequence: Sequence) -> int:
+        """For what it has and the next step's tokens; beams, which never wait again, for all that they may come to. An
+        answer's last token is kept nowhere."""
+        most = len(sequence.request.prompt_ids) + max(0, sequence.max_tokens - 1)
+        tokens = most if sequence.width > 1 else min(most, sequence.length + 1 + self._ahead)
+        return sequence.width * -(-tokens // self._block)
 
 
 class PrefillBudget:

@@ -5,7 +5,8 @@ OSDI 2024): a tenant's counter grows with the tokens it is given, and the tenant
 A tenant that comes back after a pause starts at the lowest counter of the active ones, so idling earns no credit.
 Where no slot is free and a waiting tenant has fallen too far behind a running one, the latter's youngest sequence
 waits again; at once where a tenant that holds less than its share meets one that holds more. None does where a slot
-comes free sooner than the sequence could be read again.
+comes free sooner than the sequence could be read again. The same goes for blocks of the KV cache; and where running
+sequences need more of these than there are, the youngest of the tenant that is most ahead wait again.
 
 A tenant that asks for more than its share (`Shares.over`) makes room for the next request of others before it comes:
 some slots stay free, its steps are kept short, its prefills can be paused, and it sits out the prefills of others.
@@ -23,15 +24,9 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from pedro.engine.schedule import (
-    PrefillChunk,
-    PrefillGroup,
-    PrefillProgress,
-    SchedulerLimits,
-    SchedulerOutput,
-)
+from pedro.engine.schedule import KVRoom, PrefillChunk, PrefillGroup, PrefillProgress, SchedulerLimits, SchedulerOutput
 from pedro.engine.sequence import Sequence, SequenceState
-from pedro.engine.shares import ByCounter, Shares, Tenant
+from pedro.engine.shares import ByCounter, Shares, Tenant, newest_of_longest
 from pedro.errors import OverloadedError, RateLimitError
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
@@ -55,6 +50,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = itertools.count()
         self._free = list(range(limits.slots))  # a heap: low slots first keeps the running set dense
+        self.kv = KVRoom(limits)
         self._prefills: list[PrefillProgress] = []  # the last is in progress; one before it is paused
         self._steps = 0
         self._sat_out = False  # whether tenants over their share made no token in the last step
@@ -82,7 +78,10 @@ class Scheduler:
             )
         weight = self.limits.weights.get(name, 1.0)
         missing = self.num_waiting + count - self.limits.max_waiting
-        shed = self._shed(missing, (waiting + count) / weight) if missing > 0 else []
+        load = (waiting + count) / weight
+        shed = newest_of_longest(self._tenants.values(), missing, load) if missing > 0 else []
+        if shed is None:
+            raise OverloadedError(f"the server's queue of {self.limits.max_waiting} is full; try again later")
         floor = self._floors.least()
         if floor is None:
             self._forget_idle()
@@ -102,7 +101,7 @@ class Scheduler:
         """The next step. `admit(sequence)` says whether its adapter can be used now, and if so holds on to it, once."""
         self._shares.forget()
         self._steps += 1
-        preempted: list[Sequence] = []
+        preempted = self._go_on()
         if self.num_waiting and len(self._prefills) < MAX_PREFILLS:
             groups = self._admit(admit, preempted)
             if groups:
@@ -172,6 +171,18 @@ class Scheduler:
     def slots_free(self) -> int:
         return len(self._free)
 
+    def _go_on(self) -> list[Sequence]:
+        """Give running sequences the blocks that the next step needs; those that must wait again for want of some."""
+        preempted: list[Sequence] = []
+        for sequence in self.kv.short(self.running):
+            while sequence.blocks and self.kv.missing(sequence) > 0:
+                alone = (other for other in self.running if other.width == 1)
+                preempted.append(max(alone, key=lambda other: (self._of(other).counter, other.order)))
+                self._preempt(preempted[-1])
+            if sequence.blocks:
+                self.kv.take(sequence)
+        return preempted
+
     def _admit(self, admit: Callable[[Sequence], bool], preempted: list[Sequence]) -> tuple[PrefillGroup, ...]:
         """Start what the slots and the prefill budget allow, the tenant with the least counter first.
 
@@ -238,7 +249,8 @@ class Scheduler:
         self._occupy(tenant, head)
         for sibling in head.siblings if not head.resumes else ():
             fresh = sibling.state is SequenceState.WAITING and not sibling.resumes
-            if fresh and self._room(tenant) > 0 and admit(sibling):
+            room = self._room(tenant) > 0 and self.kv.missing(sibling, len(self.running)) <= 0
+            if fresh and room and admit(sibling):
                 self._occupy(tenant, sibling)
                 group.append(sibling)
         if not head.resumes:  # a preempted one pays for its prompt once
@@ -251,6 +263,7 @@ class Scheduler:
     def _occupy(self, tenant: Tenant, sequence: Sequence) -> None:
         self._count_waiting(tenant, -1)
         self._shares.hold(tenant, sequence.width)
+        self.kv.take(sequence)
         sequence.take([heapq.heappop(self._free) for _ in range(sequence.width)])
         sequence.to(SequenceState.PREFILLING)
 
@@ -259,9 +272,10 @@ class Scheduler:
 
         Of tenants that are far ahead; or, where `tenant` stays within its share, of those that hold more than theirs.
         """
-        missing = head.width - len(self._free)
-        if missing <= 0:
+        slots, blocks = head.width - len(self._free), self.kv.missing(head, len(self.running))
+        if slots <= 0 and blocks <= 0:
             return []
+        missing = max(1, slots)
         most = tenant.counter + self.limits.preempt_after
         within = tenant.running + head.width <= self._shares.of(tenant)
         candidates = []
@@ -272,39 +286,26 @@ class Scheduler:
             settled = sequence.preemptible or not (tenant.running or self._shares.over(tenant))
             if ahead or (within and holds_more and settled and sequence.width == 1):
                 candidates.append((sequence.preemptible, owner.counter, sequence.order, sequence))
-        victims = [s for *_, s in heapq.nlargest(missing, candidates)] if len(candidates) >= missing else None
-        return None if victims is not None and self._ends_before(missing, victims) else victims
+        victims: list[Sequence] = []
+        for *_, victim in sorted(candidates, reverse=True):
+            if slots <= len(victims) and blocks <= sum(s.blocks for s in victims):
+                break
+            victims.append(victim)
+        if slots > len(victims) or blocks > sum(s.blocks for s in victims):
+            return None
+        return None if self._ends_before(slots, blocks, victims) else victims
 
-    def _ends_before(self, slots: int, victims: list[Sequence]) -> bool:
-        """Whether as many slots come free by themselves before the victims could be read again."""
+    def _ends_before(self, slots: int, blocks: int, victims: list[Sequence]) -> bool:
+        """Whether as many slots and blocks come free by themselves before the victims could be read again."""
         again = sum(victim.length for victim in victims)
         soon = [s for s in self.running if s.tokens_left <= SOON and s.tokens_left * self.step_tokens <= again]
-        return slots <= sum(s.width for s in soon)
+        return slots <= sum(s.width for s in soon) and blocks <= sum(s.blocks for s in soon)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._leave(sequence)
         sequence.to(SequenceState.WAITING)
         self._queue(sequence)
-
-    def _shed(self, missing: int, load: float) -> list[Sequence]:
-        """Waiting sequences to end so that `missing` others can wait: the newest requests of the tenants with the
-        longest queues by their weights, as long as those are longer than `load`. Nothing that ever ran."""
-        queues = [(-tenant.waiting / tenant.weight, at, tenant) for at, tenant in enumerate(self._tenants.values())]
-        heapq.heapify(queues)
-        taken: list[tuple[Tenant, list[Sequence]]] = []
-        while missing > 0 and queues and -queues[0][0] > load:
-            length, at, tenant = heapq.heappop(queues)
-            request = tenant.take_newest_request()
-            if request is not None:
-                taken.append((tenant, request))
-                missing -= len(request)
-                heapq.heappush(queues, (length + len(request) / tenant.weight, at, tenant))
-        if missing > 0:
-            for tenant, request in reversed(taken):
-                tenant.requests.append(request)
-            raise OverloadedError(f"the server's queue of {self.limits.max_waiting} is full; try again later")
-        return [sequence for _, request in taken for sequence in request]
 
     def _plan(self, preempted: tuple[Sequence, ...]) -> SchedulerOutput:
         """The step. Those over their share sit out the prefill of one that is not, though never two steps running,
@@ -390,6 +391,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """The sequence runs no more: its slots are free. It still names them, so that they can be saved."""
         self._shares.hold(self._of(sequence), -sequence.width)
+        self.kv.give_back(sequence)
         for slot in sequence.slots:
             heapq.heappush(self._free, slot)
 

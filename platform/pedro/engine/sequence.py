@@ -237,6 +237,7 @@ class Sequence:
         self.order = -1  # its place among all arrivals; kept when it waits again
         self.slots: list[int] = []  # of the KV cache, while it has them; `slot` is the first
         self.slot = -1
+        self.blocks = 0  # of the KV cache that it may use, while it has slots
         self.siblings: tuple[Sequence, ...] = ()  # the other answers to the same request
         self.prompt_in: Sequence | None = None  # the sibling whose slot holds the prompt until this one's own does
         self.lends_to: list[Sequence] = []  # the other way round

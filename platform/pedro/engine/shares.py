@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pedro.engine.sequence import Sequence, SequenceState
 
@@ -60,6 +60,26 @@ class Tenant:
 def untouched(request: list[Sequence]) -> bool:
     """Whether all of the request waits and none of it ever ran."""
     return all(sequence.state is SequenceState.WAITING and not sequence.resumes for sequence in request)
+
+
+def newest_of_longest(tenants: Iterable[Tenant], missing: int, load: float) -> list[Sequence] | None:
+    """`missing` waiting sequences to end, or a few more: the newest requests of the tenants with the longest queues by
+    their weights, as long as those are longer than `load`. Nothing that ever ran. None where there are not as many."""
+    queues = [(-tenant.waiting / tenant.weight, at, tenant) for at, tenant in enumerate(tenants)]
+    heapq.heapify(queues)
+    taken: list[tuple[Tenant, list[Sequence]]] = []
+    while missing > 0 and queues and -queues[0][0] > load:
+        length, at, tenant = heapq.heappop(queues)
+        request = tenant.take_newest_request()
+        if request is not None:
+            taken.append((tenant, request))
+            missing -= len(request)
+            heapq.heappush(queues, (length + len(request) / tenant.weight, at, tenant))
+    if missing > 0:
+        for tenant, request in reversed(taken):
+            tenant.requests.append(request)
+        return None
+    return [sequence for _, request in taken for sequence in request]
 
 
 class ByCounter:

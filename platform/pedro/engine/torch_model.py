@@ -18,13 +18,14 @@ from pedro.engine import attention
 from pedro.engine.attention import DecodeStep, PrefillStep
 from pedro.engine.graphs import Capture, GraphedDecoder, PagedAttention, StaticStep
 from pedro.engine.hooks import Hooks
+from pedro.engine.kv_cache import PagedKVCache
 from pedro.engine.model_executor import Logits
 from pedro.errors import BackboneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pedro.engine.kv_cache import KVCache
+    from pedro.engine.kv_cache import SlotCache
     from pedro.engine.modulation import ConditionedRow, Modulation
     from pedro.methods.architectures import Architecture
 
@@ -52,7 +53,7 @@ class TorchModel:
         self,
         model: PreTrainedModel,
         architecture: Architecture,
-        cache: KVCache,
+        cache: SlotCache,
         modulation: Modulation,
         capture: Capture | None = None,
         paged: PagedAttention | None = None,
@@ -67,6 +68,7 @@ class TorchModel:
         self._device = next(model.parameters()).device
         self._graphs = None
         if capture is not None:
+            assert isinstance(cache, PagedKVCache), "a captured step finds its blocks by a table"
 
             def version() -> tuple[int, int]:
                 return len(modulation.buffers), self._hooks.version

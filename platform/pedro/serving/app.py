@@ -157,11 +157,6 @@ class Gateway:
         first = self._engine.stats.remote()  # a handle's first request makes its router, which publishes replicas
         with suppress(Exception):  # the watcher says so, and tries again
             await self._resolver.refresh()  # before the first request comes, as in place of another ingress
-        self._starting = [
-            asyncio.ensure_future(first),
-            asyncio.create_task(self._resolver.watch()),
-            asyncio.create_task(self._keep_house()),
-        ]
         name = serve.get_replica_context().replica_tag if self._config.gateways > 1 else ""
         backend = ServeBackend(
             self._config.model_name,
@@ -173,6 +168,12 @@ class Gateway:
             self._sizes,
             name,
         )
+
+        async def learn() -> None:  # an engine's memory may hold less than the context
+            backend.max_model_len = (await first)["max_length"]
+
+        tasks = learn(), self._resolver.watch(), self._keep_house()
+        self._starting = [asyncio.create_task(task) for task in tasks]
         settings = GatewaySettings(
             max_body_bytes=max_body_bytes(self._longest),
             max_open_requests=MAX_ONGOING,

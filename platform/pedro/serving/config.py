@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pedro.config import Frozen
+from pedro.process import parse_memory
 
 
 class ServeConfig(Frozen):
@@ -42,7 +43,7 @@ class ServeConfig(Frozen):
     """The most threads of an engine replica; if not given, the cores that affinity and the cgroup's quota grant it.
     On a CPU it uses fewer while busy neighbours keep some from running."""
     max_batch: int = Field(32, ge=1)
-    """Sequences decoded together."""
+    """Sequences decoded together, at most."""
     speculate: Literal["off", "ngram"] = "off"
     """ngram: on a CPU, an answer's next tokens are looked up in its prompt and in itself, and several are checked in a
     step. Answers stay the same; those that quote their prompt come sooner. It rests where it does not pay."""
@@ -62,6 +63,10 @@ class ServeConfig(Frozen):
     """Shares of a busy engine by tenant, 1 where not named: {acme: 2} gives acme two tokens for another's one."""
     adapter_budget_mb: float = Field(512, gt=0)
     """Memory for resident adapters of a replica."""
+    kv_memory: str | int | float | None = None
+    """Memory of a replica for keys and values of running requests: 4GiB, say, or a share, up to 1.0, of what is free
+    beside the weights. If not given, 0.5 on a CPU, 0.8 on a GPU. Requests that find no room wait; what could never fit
+    is refused."""
     prefix_cache_mb: float = Field(512, ge=0)
     """Memory of a replica for what was read, so that prompts which begin alike are read once; 0 keeps nothing."""
     share_bare_prefixes: bool = False
@@ -75,6 +80,13 @@ class ServeConfig(Frozen):
     """Fine-tuning jobs of a tenant that have not ended; one more over HTTP is a 429."""
     watch_interval_s: float = Field(0.5, gt=0, le=10)
     """How often the registry's aliases are read: the bound on how late a hot swap is seen."""
+
+    @field_validator("kv_memory")
+    @classmethod
+    def _check_memory(cls, given: str | int | float | None) -> str | int | float | None:
+        if given is not None:
+            parse_memory(str(given))
+        return given
 
     @model_validator(mode="after")
     def _check_speculation(self) -> ServeConfig:

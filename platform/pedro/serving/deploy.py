@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,8 @@ def deploy(
         )
         serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
         _wait_ready(served.url)
+        with suppress(Exception):  # it serves all the same
+            log(_room())
     except RuntimeError as error:
         own = _error_of_a_replica()
         _take_down(settings)
@@ -190,6 +193,14 @@ def _wait_ready(url: str) -> None:
             return
         time.sleep(0.2)
     raise UnavailableError(f"the server at {url} did not get ready within {READY_TIMEOUT_S} s")
+
+
+def _room() -> str:
+    """What the KV cache of a replica has room for."""
+    from ray import serve
+
+    stats = serve.get_deployment_handle("engine", APP_NAME).stats.remote().result(timeout_s=READY_TIMEOUT_S)
+    return str(stats["room"])
 
 
 def _check(config: ServeConfig, here: bool) -> None:

@@ -118,12 +118,14 @@ class ReplicaMetrics:
         """What the engine says of itself, as of now."""
         stats = self._stats()
         adapters, prefixes, speculation = stats["adapters"], stats["prefixes"], stats["speculation"]
-        used = stats["slots"] - stats["slots_free"]
+        blocks, used = stats["kv_blocks"], stats["kv_blocks_used"]
         for name, text, value in (
             ("running", "Answers being made.", stats["running"]),
-            ("waiting", "Answers that wait for a slot or an adapter.", stats["waiting"]),
-            ("kv_cache_usage_ratio", "Share of the KV cache's slots in use.", used / max(stats["slots"], 1)),
-            ("kv_cache_bytes", "Memory of the KV cache.", stats["kv_cache_bytes"]),
+            ("waiting", "Answers that wait for a slot, for room in the KV cache or an adapter.", stats["waiting"]),
+            ("kv_blocks", "Blocks that the KV cache may have.", blocks),
+            ("kv_blocks_used", "Of these, those of answers being made.", used),
+            ("kv_cache_usage_ratio", "Share of the KV cache's blocks in use.", used / blocks),
+            ("kv_cache_bytes", "Memory that the KV cache may take.", stats["kv_cache_bytes"]),
             ("adapters_resident", "Adapters in memory.", adapters["resident"]),
             ("adapters_pinned", "Adapters that an operator pinned.", adapters["pinned"]),
             ("adapter_bytes", "Memory of the resident adapters.", adapters["bytes"]),
@@ -138,7 +140,11 @@ class ReplicaMetrics:
             ("adapter_load_failures", "Loads that failed.", adapters["failed_loads"]),
             ("adapter_evictions", "Adapters evicted for want of room.", adapters["evictions"]),
             ("prefix_cache_evictions", "Blocks of kept prompts that gave way to others.", prefixes["evictions"]),
-            ("preemptions", "Answers that gave their slot to another tenant's.", stats.get("preempted", 0)),
+            (
+                "preemptions",
+                "Answers that gave their slot to another tenant's, or had no room to grow.",
+                stats.get("preempted", 0),
+            ),
             ("steps", "Steps of the engine.", stats["steps"]),
             ("spec_decode_num_drafts", "Guesses of next tokens.", speculation["drafts"]),
             ("spec_decode_num_draft_tokens", "Their tokens.", speculation["draft_tokens"]),

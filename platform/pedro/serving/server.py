@@ -25,7 +25,7 @@ from pedro.engine.request_processor import eos_ids
 from pedro.engine.sequence import Output, Request, SamplingParams
 from pedro.errors import AdapterError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
-from pedro.process import configure_serving_process, set_torch_threads
+from pedro.process import configure_serving_process, parse_memory, set_torch_threads
 from pedro.refs import ModelRef
 from pedro.registry import DAMAGED, Registry, Version
 from pedro.serving.answer_shapes import AnswerShapes
@@ -110,6 +110,7 @@ class ReplicaServer:
                 max_batch=config.max_batch,
                 max_length=min(config.max_length or longest, longest),
                 adapter_bytes=int(config.adapter_budget_mb * 2**20),
+                kv_memory=None if config.kv_memory is None else parse_memory(str(config.kv_memory)),
                 prefix_bytes=int(config.prefix_cache_mb * 2**20),
                 share_bare_prefixes=config.share_bare_prefixes,
                 max_waiting=config.max_waiting,
@@ -125,6 +126,7 @@ class ReplicaServer:
             backbone.digest,
             split,
         )
+        log.info("replica %s: %s", name, self._engine.stats()["room"])
         if self._engine.stats()["kernel"] == "native":
             set_torch_threads(1)  # what is left to PyTorch is small, and its threads wait for those put aside
         self._prompts = PromptProcessor(self._tokenizer, self._engine.max_length, self._fetch)

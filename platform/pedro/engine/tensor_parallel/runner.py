@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from pedro.engine.kv_budget import KVBudget
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
 from pedro.engine.tensor_parallel.messages import CALL, KeptRows, Parts
 from pedro.engine.tensor_parallel.shards import Shard, cut_adapter
@@ -78,6 +79,7 @@ class LeadingRunner(ShardRunner):
         self._parts = Parts()
         peers.on_lost = group.abort
         super().__init__(model, group, slots, length, **options)  # first: it refuses what cannot be
+        options["kv_budget"] = KVBudget(self.cache.nbytes)  # as many blocks on all ranks
         self._told("make", slots, length, **options)
 
     @property

@@ -1,0 +1,73 @@
+"""How many blocks of keys and values an engine may have: what was asked for, or a share of the memory that is free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pedro.errors import ConfigError
+from pedro.process import available_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from pedro.engine.kv_cache import SlotCache
+
+KVMemory = int | float | None  # bytes; a share, up to 1.0, of what is free beside the weights; None: the usual share
+SHARES = {"cuda": 0.8}  # of a device that is the engine's own; prefills and captured steps take memory, too
+SHARE = 0.5  # of a machine that others use
+
+
+@dataclass(frozen=True)
+class KVBudget:
+    """What was asked for, and how much of the free memory is others'."""
+
+    memory: KVMemory = None
+    reserved: int = 0
+
+
+def allowed_blocks(cache: SlotCache, budget: KVBudget) -> int:
+    """Blocks of the cache within the budget. Raises ConfigError where a number of bytes is less than one block."""
+    memory = budget.memory
+    if isinstance(memory, int):
+        if memory < cache.block_bytes:
+            raise ConfigError(
+                f"kv_memory: one block of {cache.block} tokens takes {size(cache.block_bytes)}, got {size(memory)}",
+                param="kv_memory",
+            )
+        return memory // cache.block_bytes
+    free = _free_memory(cache.device)
+    if free is None:
+        return cache.blocks
+    share = memory or SHARES.get(cache.device.type, SHARE)
+    return max(1, int(share * (free - budget.reserved)) // cache.block_bytes)
+
+
+def fits(stats: dict[str, Any]) -> str:
+    """One line: what the keys and values of an engine with these `Engine.stats()` have room for."""
+    block, blocks, slots = stats["kv_block_tokens"], stats["kv_blocks"], stats["slots"]
+    longest, context = stats["max_length"], stats["context"]
+    each, full = blocks // slots * block, blocks // -(-longest // block)
+    many = f"{slots} sequences of " + (f"the full {longest:,}" if each >= longest else f"{each:,} tokens")
+    if not each:
+        many = f"{blocks} sequences of {block:,} tokens"
+    rest = "" if each >= longest else f", or {full} of the full {longest:,}"
+    cut = "" if longest == context else f"; the context of {context:,} is cut to that: --kv-memory gives more"
+    return f"KV cache: {size(stats['kv_cache_bytes'])} at most, {blocks * block:,} tokens: {many}{rest}{cut}"
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves a whole digit: `6.0 GiB`."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory()
