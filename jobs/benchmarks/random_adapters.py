@@ -23,8 +23,13 @@ LINEARS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
 OPTIONS: dict[str, dict[str, Any]] = {kind: {"r": 12} for kind in ("pedro", "pedro-1", "pedro-2")} | {
     "ia3": {},
     "lora": {"r": 16, "alpha": 32},
-    "alora": {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": LINEARS}
-    | {"alora_invocation_tokens": list(INVOCATION)},
+    "alora": {
+        "peft_type": "LORA",
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": LINEARS,
+        "alora_invocation_tokens": list(INVOCATION),
+    },
     "pedro-answer-1": {"r": 12, "apply_to": "answer", "tail": 1},
     "pedro-answer-9": {"r": 12, "apply_to": "answer", "tail": 9},
 }
