@@ -59,8 +59,8 @@ def _machine(scaleout: Result) -> str:
 def _together(scaleout: Result) -> str:
     slots, speeds = scaleout["settings"]["slots"], [row for row in scaleout["rows"] if row["case"] == "speed"]
     rows = [row for row in speeds if row["callers"] == slots * row["replicas"]]
-    heads = ("replicas", "tokens/s", "of n × one", "of min(n, cores) × one", "replicas' cores")
-    heads = (*heads, "tokens a core-second", "router and callers, a call")
+    heads = ["replicas", "tokens/s", "of n × one", "of min(n, cores) × one", "replicas' cores"]
+    heads += ["tokens a core-second", "router and callers, a call"]
     lines = []
     for row in rows:
         ratio, of_cores = "1", "1"
