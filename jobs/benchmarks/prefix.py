@@ -49,7 +49,7 @@ class Sizes:
         return self.system + self.turns * (self.said + self.new) + 16
 
 
-SMALLER = {"SmolLM2": {"turns": 3, "sharing": 4, "at_once": 4, "cold": (279,), "rounds": 3}}  # a round takes minutes
+SMALLER = {"SmolLM2": Sizes(turns=3, sharing=4, at_once=4, cold=(279,), rounds=3)}  # a round takes minutes
 QUICK = Sizes(system=256, said=16, new=8, turns=3, sharing=4, at_once=2, cold=(128,), rounds=2)
 
 
@@ -92,7 +92,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
 
 
 def _sizes_of(name: str, options: Options) -> Sizes:
-    sizes = QUICK if options.quick else replace(Sizes(), **SMALLER.get(name, {}))
+    sizes = QUICK if options.quick else SMALLER.get(name, Sizes())
     return replace(sizes, rounds=options.rounds or sizes.rounds)
 
 
