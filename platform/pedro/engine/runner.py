@@ -158,8 +158,8 @@ class Runner:
                 model, self.architecture, cache, self.modulation, slots, threads, weights, draft_rows
             )
         else:
-            capture = GraphCapture() if graphs else None
-            self._executor = TorchModel(model, self.architecture, cache, self.modulation, capture, paged)
+            recorder = GraphCapture() if graphs else None
+            self._executor = TorchModel(model, self.architecture, cache, self.modulation, recorder, paged)
         if not pages:  # once all weights are there
             cache.limit(allowed_blocks(cache, kv_budget))
         self._prefills: list[_PackedPrefill] = []
