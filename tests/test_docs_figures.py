@@ -136,6 +136,13 @@ def test_what_holds_where_is_what_the_comparisons_found():
     page = " ".join(PAGE.read_text().split())
     for name, _, cell in table(RESULTS / "nano_table1_template" / "table.md"):
         assert f"{name} {figure(cell)}" in page
+    smollm2 = (RESULTS / "smollm2_table1" / "table.md").read_text()
+    runs = (RESULTS / "smollm2_table1" / "runs.jsonl").read_text().splitlines()
+    assert f"[{len(runs)} runs of 108]" in page
+    for name, _, cell in table(RESULTS / "smollm2_table1" / "table.md"):
+        assert f"{name} {figure(cell)}" in page
+    rose = {name: float(change.replace(",", "")) for name, change in re.findall(r"\| (\w+) \| \+([\d.,]+) \|", smollm2)}
+    assert {name: round(change) for name, change in rose.items()} == {"PEDRO": 28, "LoRA": 1034, "AdaLoRA": 28}
 
 
 def test_what_conditions_pedro_and_what_that_saves_is_what_was_measured():
