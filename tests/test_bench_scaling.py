@@ -102,7 +102,10 @@ def test_the_scaling_benchmark_simulates_placements_bounds_and_a_death_from_what
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
-    speeds = [{"case": "speed", "replicas": 1, "callers": n, "tok_s": rate} for n, rate in ((1, 20.0), (4, 40.0))]
+    speeds = [
+        {"case": "speed", "replicas": 1, "callers": 1, "tok_s": 10.0, "replicas_cpu": 0.5},
+        {"case": "speed", "replicas": 1, "callers": 4, "tok_s": 16.0, "replicas_cpu": 0.4},
+    ]
     load = {"case": "load", "load_ms": 6.0, "load_cpu_ms": 4.0}
     fetches = [{"case": "fetch", "median_ms": 33.0}, {"case": "fetch again", "median_ms": 3.0}, {"case": "end to end"}]
     for name, rows in (("scaleout", [*speeds, load]), ("registry", fetches)):

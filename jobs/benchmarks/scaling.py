@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parents[1] / "results"
 REPLICAS, TENANTS = 1000, 1_000_000
-ROOM = 64  # adapters of 8 MB in the 512 MB of --adapter-budget-mb
+ROOM = 64  # adapters of the size that `scaleout` measured, about 0.5 MB each
 SHARE_OF_CAPACITY = 0.7
 WARM, CALLS = 200_000, 100_000
 ZIPF = (1.0, 1.1)
@@ -89,13 +89,15 @@ def run(options: Options, log: Log) -> BenchmarkReport:
 
 
 def measured_costs(results: Path, room: int = ROOM) -> Costs:
-    """What a replica was measured to do: calls/s by callers (between them: on a line), and a load.
+    """What a replica with a core of its own would do: calls/s by callers (between them: on a line), and a load.
 
-    A load is that of an adapter which its host must fetch first, as of `registry`.
+    Rates are per second of processor time, since the replica that was measured had less than a core. A load is that
+    of an adapter which its host must fetch first, as of `registry`.
     """
     measured = json.loads((results / "scaleout.json").read_text())
     rows, new = measured["rows"], measured["settings"]["new"]
-    alone = {row["callers"]: row["tok_s"] / new for row in rows if row["case"] == "speed" and row["replicas"] == 1}
+    speeds = [row for row in rows if row["case"] == "speed" and row["replicas"] == 1]
+    alone = {row["callers"]: row["tok_s"] / row["replicas_cpu"] / new for row in speeds}
     (load,) = [row for row in rows if row["case"] == "load"]
     registry = json.loads((results / "registry.json").read_text())["rows"]
     fetch = {row["case"]: row["median_ms"] for row in registry if "median_ms" in row}
