@@ -65,8 +65,7 @@ def _together(scaleout: Result) -> str:
     for row in rows:
         ratio, of_cores = "1", "1"
         if "ratio" in row:
-            low, high = row["ratio_interval"]
-            ratio, of_cores = f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]", f"{row['of_cores']:.2f}"
+            ratio, of_cores = _ratio(row["ratio"], row["ratio_interval"]), f"{row['of_cores']:.2f}"
         used = [f"{row['tok_s'] / row['replicas_cpu']:.0f}", f"{row['router_us'] / 1000:.1f} ms"]
         lines.append(
             [f"{row['replicas']}", f"{row['tok_s']:.0f}", ratio, of_cores, f"{row['replicas_cpu']:.2f}", *used]
@@ -75,18 +74,25 @@ def _together(scaleout: Result) -> str:
 
 
 def _placed(scaleout: Result) -> str:
-    heads = ("asked for", "placed", "adapter resident", "loads", "tokens/s", "different adapters held")
-    rows = [row for row in scaleout["rows"] if row["case"] == "residency"]
-    return _table(
-        heads,
-        [
+    heads = ("asked for", "placed", "adapter resident", "of at random", "loads", "tokens/s", "of at random", "held")
+    targets = {target["name"]: target for target in scaleout["targets"]}
+    lines = []
+    for row in (row for row in scaleout["rows"] if row["case"] == "residency"):
+        hits, speed = "1", "1"
+        if "ratio" in row:
+            found = targets[f"{row['draw']}: share of hits, by adapter / at random"]
+            hits, speed = _ratio(found["value"], found["interval"]), _ratio(row["ratio"], row["ratio_interval"])
+        lines.append(
             [
-                *(row["draw"], row["placement"], f"{row['hit_share']:.3f}"),
-                *(f"{row[name]:.0f}" for name in ("loads", "tok_s", "resident")),
+                *(row["draw"], row["placement"], f"{row['hit_share']:.3f}", hits),
+                *(f"{row['loads']:.0f}", f"{row['tok_s']:.0f}", speed, f"{row['resident']:.0f}"),
             ]
-            for row in rows
-        ],
-    )
+        )
+    return _table(heads, lines)
+
+
+def _ratio(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def _costs(scaling: Result) -> str:
