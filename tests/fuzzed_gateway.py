@@ -7,6 +7,7 @@ it prints how it is reached, and ends with its standard input.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ AT_MOST_S = 5.0
 GROWTH = 1.05  # of memory, from a third of a search to its end
 GROWTH_MB = 30  # what an allocator may gather meanwhile, whatever there was before
 FUZZED = "acme.fuzzed"
+DRY_RUNS = "POST /v1/fine_tuning/jobs"  # with `dry_run=true`: this gateway has no program for them
 INSIDE = re.compile(
     r"Traceback|site-packages|\.py\b|<class |object at 0x|\b(?:pedro|sqlalchemy|psycopg|starlette|pydantic|torch)\."
     r"|\b[A-Z]\w+(?:Error|Exception)\b|sqlite3?|\b(?:SELECT|INSERT INTO|UPDATE|DELETE FROM) "
@@ -45,6 +47,7 @@ class FuzzedGateway:
         self.asked: Counter[int] = Counter()  # by status
         self.routes: Counter[str] = Counter()
         self._began = time.monotonic()
+        self.unexpected_5xx = 0
         self.slowest = (0.0, "")
         self._process = None if pid is None else psutil.Process(pid)
         self.memory_mb: list[float] = []
@@ -94,12 +97,12 @@ class FuzzedGateway:
         text, spent = reply.text, reply.elapsed
         seconds = spent if isinstance(spent, float) else spent.total_seconds()
         self.asked[reply.status_code] += 1
-        if "dry_run=true" not in str(reply.request.url):  # which tries the job, and has a limit of its own
-            self.slowest = max(self.slowest, (seconds, f"{reply.request.method} {reply.request.url}"))
+        self.slowest = max(self.slowest, (seconds, f"{reply.request.method} {reply.request.url}"))
         if self._process is not None and self.asked.total() % 50 == 0:
             self.memory_mb.append(self._process.memory_info().rss / 2**20)
-        broken = self._process is None and '"adapter_unusable"' in text  # other tests share the replica, and broke one
-        assert reply.status_code < 500 or reply.status_code in (503, 504) or broken, text
+        if reply.status_code >= 500 and not excused(reply, route, seconds, shared=self._process is None):
+            self.unexpected_5xx += 1
+            raise AssertionError(f"{route}: {reply.status_code} after {seconds:.2f} s: {text}")
         assert not (found := INSIDE.search(text)), f"{found}: {text}"
         assert self.folder not in text
         if reply.status_code >= 400:  # also of an address that is none of the document's
@@ -117,6 +120,7 @@ class FuzzedGateway:
         row: dict[str, Any] = {"database": database, "requests": self.asked.total()}
         row["seconds"] = round(time.monotonic() - self._began)
         row["statuses"] = {str(status): count for status, count in sorted(self.asked.items())}
+        row["unexpected_5xx"] = self.unexpected_5xx
         row |= {"slowest_s": round(self.slowest[0], 3), "slowest": self.slowest[1][:100]}
         if self.memory_mb:
             row |= dict(zip(("mb_after_a_third", "mb_at_end"), (round(mb, 1) for mb in self.memory()), strict=True))
@@ -129,6 +133,35 @@ class FuzzedGateway:
         if self.memory_mb:
             lines += "; memory {:.0f} MB after a third, {:.0f} MB at the end".format(*self.memory())
         return lines
+
+
+def excused(reply: Any, route: str, seconds: float, *, shared: bool) -> bool:
+    """Whether an answer of 500 and above is no fault of the server's.
+
+    504: the request itself gave so little time, and had it; the server's own limit, of 600 s, is longer than any client
+    here waits. 503: a queue is full, or a dry run was asked for. 500, where the replica is `shared` with other tests,
+    which broke adapters of theirs: such an adapter. This gateway has storage and a key for webhooks.
+    """
+    try:
+        code = reply.json()["error"]["code"]
+    except (ValueError, LookupError, TypeError):
+        return False
+    if reply.status_code == 504:
+        given = _seconds(reply.request.headers.get("x-request-timeout"))
+        return given is not None and seconds >= min(given, 1.0)
+    if reply.status_code == 503:
+        dry_run = route == DRY_RUNS and "dry_run=true" in str(reply.request.url)
+        return code == "overloaded" or (code == "environment" and dry_run)
+    return reply.status_code == 500 and shared and code == "adapter_unusable" and FUZZED not in reply.text
+
+
+def _seconds(given: str | bytes | None) -> float | None:
+    """What the header `x-request-timeout` asks for, where it is valid."""
+    try:
+        seconds = float(given or "")
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < math.inf else None
 
 
 @contextmanager
