@@ -98,9 +98,9 @@ def _ratio(value: float, interval: Sequence[float]) -> str:
 def _costs(scaling: Result) -> str:
     said = scaling["settings"]
     rates = said["calls_s"]
-    speeds = f"{rates[1]:.2f} calls/s one at a time, {rates[4]:.2f} with four, {rates[-1]:.2f} with {said['slots']}"
+    speeds = f"{rates[1]:.2f} calls one at a time, {rates[4]:.2f} with four, {rates[-1]:.2f} with {said['slots']}"
     load = f"{said['load_ms']:.0f} ms, {said['load_cpu_ms']:.0f} of them the replica's processor's"
-    return f"A replica answers {speeds}, which are all its slots. A load takes {load}."
+    return f"In a second of processor time a replica answers {speeds}, all its slots. A load takes {load}."
 
 
 def _placements(scaling: Result) -> str:
