@@ -195,7 +195,9 @@ def test_a_service_leads_new_connections_to_who_is_ready_and_leaves_the_others_w
     try:
         service.backends = ports[:1]
         old = socket.create_connection(("127.0.0.1", port), 30)
+        until = time.monotonic() + 30
         while not service.connected:
+            assert time.monotonic() < until, "the connection was not led to a pod"
             time.sleep(0.01)
         service.backends = ports[1:]
         new = socket.create_connection(("127.0.0.1", port), 30)

@@ -46,21 +46,17 @@ def langchain(client, **options):
 
 
 @pytest.fixture(scope="module")
-def has_langchain():
-    pytest.importorskip("langchain_openai", reason="no langchain-openai; install what `make install` does")
-
-
-@pytest.fixture(scope="module")
 def litellm():
     """Without the network that it asks for prices as it is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-        found = pytest.importorskip("litellm", reason="no litellm; install what `make install` does")
-        patch.setattr(found, "telemetry", False)
-        yield found
+        import litellm
+
+        patch.setattr(litellm, "telemetry", False)
+        yield litellm
 
 
-def test_langchain_chats_streams_and_embeds_as_the_official_client(served, wanted, has_langchain):
+def test_langchain_chats_streams_and_embeds_as_the_official_client(served, wanted):
     from langchain_openai import OpenAIEmbeddings
 
     async def work(client):
@@ -81,7 +77,7 @@ def test_langchain_chats_streams_and_embeds_as_the_official_client(served, wante
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
-def test_langchain_gets_structured_answers(served, method, has_langchain):
+def test_langchain_gets_structured_answers(served, method):
     async def work(client):
         model = langchain(client, max_tokens=200, seed=1)
         return await model.with_structured_output(Weather, method=method, strict=True).ainvoke("Rain?")
@@ -89,7 +85,7 @@ def test_langchain_gets_structured_answers(served, method, has_langchain):
     assert isinstance(ask(served, work), Weather)
 
 
-def test_langchain_goes_through_a_loop_of_tools(served, has_langchain):
+def test_langchain_goes_through_a_loop_of_tools(served):
     from langchain_core.messages import HumanMessage, ToolMessage
 
     async def work(client):
@@ -142,7 +138,7 @@ def test_litellm_gets_structured_answers_and_goes_through_a_loop_of_tools(served
     assert json.dumps(answer.model_dump()), "as gateways of litellm pass it on"
 
 
-def test_what_a_server_refuses_is_told_by_both_as_a_bad_request(served, has_langchain, litellm):
+def test_what_a_server_refuses_is_told_by_both_as_a_bad_request(served, litellm):
     async def work(client):
         with pytest.raises(openai.BadRequestError, match="max_tokens"):
             await langchain(client, max_tokens=100_000).ainvoke("Rain?")

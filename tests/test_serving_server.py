@@ -637,8 +637,10 @@ def test_a_request_id_in_use_is_refused_and_the_first_request_goes_on(served):
     async def go():
         call = completion(max_tokens=400, ignore_eos=True)  # enough for the second to come meanwhile
         first = asyncio.create_task(answer(served.replica, call))
-        while not served.replica.stats()["running"]:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            while not served.replica.stats()["running"]:
+                assert not first.done(), "the first request has ended before it was seen to run"
+                await asyncio.sleep(0)
         with pytest.raises(PedroError, match="in use"):
             await answer(served.replica, call)
         return await first
