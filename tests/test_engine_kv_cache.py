@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pedro.engine import kv_cache
-from pedro.engine.kv_budget import KVBudget, allowed_blocks, fits
+from pedro.engine.kv_budget import KVBudget, allowed_blocks, check_whole, fits
 from pedro.engine.kv_cache import KVCache, PagedKVCache
 from pedro.errors import ConfigError
 from pedro.process import available_memory, parse_memory
@@ -177,6 +177,38 @@ def test_a_budget_is_bytes_or_a_share_of_what_is_free(monkeypatch):
         allowed_blocks(cache, KVBudget(1000))
     cache.limit(10**9)
     assert cache.blocks == 3 * cache.blocks_per_slot, "more than all slots could use is no use"
+
+
+def test_where_memory_is_short_there_is_one_whole_context_and_a_warning(monkeypatch, caplog):
+    cache = KVCache(*SHAPE, torch.float32, CPU)
+    context = cache.blocks_per_slot
+    free = 4 * context * cache.block_bytes
+    monkeypatch.setattr("pedro.engine.kv_budget.available_memory", lambda: free)
+    assert allowed_blocks(cache, KVBudget(sharers=2)) == context
+    assert not caplog.messages
+    for short in (KVBudget(sharers=3), KVBudget(reserved=3 * free // 4), KVBudget(reserved=2 * free)):
+        caplog.clear()
+        assert allowed_blocks(cache, short) == context
+        assert "memory is short" in caplog.text
+    free = context * cache.block_bytes
+    few = allowed_blocks(cache, KVBudget())
+    assert 0 < few < context, "not more than there is"
+    check_whole(cache, few, KVBudget())
+    for memory, param in ((None, "max_length"), (0.5, "kv_memory")):
+        with pytest.raises(ConfigError, match=f"{param}: one context of {cache.length} tokens takes") as refused:
+            check_whole(cache, few, KVBudget(memory, whole=True))
+        assert refused.value.param == param
+
+
+def test_a_system_without_huge_pages_has_a_cache_too(monkeypatch):
+    class Pages:
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    cache = KVCache(*SHAPE, torch.float32, CPU)
+    cache._maps = [Pages()]
+    cache.limit(1)
+    assert cache.blocks == 1
 
 
 @pytest.mark.parametrize(

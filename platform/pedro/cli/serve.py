@@ -39,7 +39,8 @@ def serve(
     kv_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory per replica for running requests, e.g. 4GiB, or a share of what is free [0.5; 0.8 on a GPU]."
+            help="Memory per replica for running requests, e.g. 4GiB, or a share of what is free "
+            "[0.5 for all replicas of a machine; 0.8 of a GPU]."
         ),
     ] = None,
     adapter_budget_mb: Annotated[float, typer.Option(help="Memory per replica for resident adapters.")] = 512,

@@ -22,6 +22,7 @@ class EngineConfig:
     prefill_stall: float = 1.25  # how many decode steps' time a step may give to a prefill while others wait
     adapter_bytes: int = 256 << 20
     kv_memory: KVMemory = None  # of running sequences: bytes, or up to 1.0 a share of what is free; None: a usual one
+    sharers: int = 1  # processes like this one that have the machine's free memory between them, by the usual share
     prefix_bytes: int = 0  # of prompts and answers kept for prompts that begin alike; 0 keeps none
     share_bare_prefixes: bool = False  # what no adapter acted on is found by every tenant, not only by its own
     loaders: int = 4  # adapters that load at the same time
@@ -43,6 +44,7 @@ class EngineConfig:
             f"engine.{name}: expected > 0, got {getattr(self, name)!r}"
             for name in (
                 "max_batch",
+                "sharers",
                 "prefill_tokens",
                 "adapter_bytes",
                 "loaders",
@@ -85,5 +87,10 @@ class EngineConfig:
             "threads": self.threads,
             "weights": self.weights,
             "draft_rows": draft_rows(self),
-            "kv_budget": KVBudget(self.kv_memory, self.prefix_bytes + self.adapter_bytes),
+            "kv_budget": KVBudget(
+                self.kv_memory,
+                self.prefix_bytes + self.adapter_bytes,
+                self.sharers if self.kv_memory is None else 1,
+                whole=self.max_length is not None,
+            ),
         }

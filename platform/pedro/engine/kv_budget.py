@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +14,32 @@ if TYPE_CHECKING:
 
     from pedro.engine.kv_cache import SlotCache
 
+log = logging.getLogger(__name__)
 KVMemory = int | float | None  # bytes; a share, up to 1.0, of what is free beside the weights; None: the usual share
 SHARES = {"cuda": 0.8}  # of a device that is the engine's own; prefills and captured steps take memory, too
 SHARE = 0.5  # of a machine that others use
+MOST = 0.9  # of what is free, for one whole context where the usual share has no room for it
 
 
 @dataclass(frozen=True)
 class KVBudget:
-    """What was asked for, and how much of the free memory is others'."""
+    """What was asked for, and how much of the free memory is others'.
+
+    `reserved`: bytes that this process may take for other things. `sharers`: how many processes like it have the free
+    memory between them. `whole`: somebody asked for this length, so that less than one whole context is an error.
+    """
 
     memory: KVMemory = None
     reserved: int = 0
+    sharers: int = 1
+    whole: bool = False
 
 
 def allowed_blocks(cache: SlotCache, budget: KVBudget) -> int:
-    """Blocks of the cache within the budget. Raises ConfigError where a number of bytes is less than one block."""
+    """Blocks of the cache within the budget. Raises ConfigError where a number of bytes is less than one block.
+
+    The usual share is never less than one whole context, as far as all free memory goes.
+    """
     memory = budget.memory
     if isinstance(memory, int):
         if memory < cache.block_bytes:
@@ -40,7 +52,29 @@ def allowed_blocks(cache: SlotCache, budget: KVBudget) -> int:
     if free is None:
         return cache.blocks
     share = memory or SHARES.get(cache.device.type, SHARE)
-    return max(1, int(share * (free - budget.reserved)) // cache.block_bytes)
+    blocks = int(share * (free / budget.sharers - budget.reserved)) // cache.block_bytes
+    context = cache.blocks_per_slot
+    if memory is None and blocks < context:
+        log.warning(
+            "memory is short: of %s free, a replica's share for keys and values has no room for one context of %d "
+            "tokens (%s); it takes that much all the same. Lower --max-length, --adapter-budget-mb or "
+            "--prefix-cache-mb, or give a size with --kv-memory",
+            size(free), cache.length, size(context * cache.block_bytes),
+        )  # fmt: skip
+        blocks = min(context, int(MOST * free) // cache.block_bytes)
+    return max(1, blocks)
+
+
+def check_whole(cache: SlotCache, blocks: int, budget: KVBudget) -> None:
+    """Raise ConfigError where somebody asked for a length that `blocks` have no room for."""
+    if budget.whole and blocks < cache.blocks_per_slot:
+        has, wants = blocks * cache.block_bytes, cache.blocks_per_slot * cache.block_bytes
+        param = "max_length" if budget.memory is None else "kv_memory"
+        raise ConfigError(
+            f"{param}: one context of {cache.length:,} tokens takes {size(wants)} for keys and values, and there is "
+            f"room for {size(has)} ({blocks * cache.block:,} tokens); lower --max-length or give more (--kv-memory)",
+            param=param,
+        )
 
 
 def fits(stats: dict[str, Any]) -> str:

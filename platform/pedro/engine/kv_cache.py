@@ -15,6 +15,7 @@ import math
 import mmap
 import sys
 from abc import ABC, abstractmethod
+from contextlib import suppress
 
 import torch
 
@@ -165,7 +166,8 @@ class KVCache(SlotCache):
         self.blocks = self._free = min(blocks, self.blocks)
         if self.blocks < len(self.room) * self.blocks_per_slot and hasattr(mmap, "MADV_NOHUGEPAGE"):
             for pages in self._maps:  # a huge page would be many slots' at once
-                pages.madvise(mmap.MADV_NOHUGEPAGE)
+                with suppress(OSError):  # EINVAL where the system knows no huge pages
+                    pages.madvise(mmap.MADV_NOHUGEPAGE)
 
     def append(
         self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

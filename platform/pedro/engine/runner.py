@@ -19,7 +19,7 @@ from pedro.engine import native_model
 from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
 from pedro.engine.kernel_threads import granted_threads
 from pedro.engine.kv_blocks import KVBlocks
-from pedro.engine.kv_budget import KVBudget, allowed_blocks
+from pedro.engine.kv_budget import KVBudget, allowed_blocks, check_whole
 from pedro.engine.kv_cache import KVCache, PagedKVCache, SlotCache
 from pedro.engine.modulation import ConditionedRow, GeneratorBatch, Modulation, PreemptedState, Segment, SlotRows
 from pedro.engine.native_model import NativeModel
@@ -121,7 +121,7 @@ class Runner:
         )
         self.cache: SlotCache = cache
         if pages:  # before what refers to the tensors
-            cache.limit(allowed_blocks(cache, kv_budget))
+            self._limit(kv_budget)
         misfit = "kernel: torch was asked for" if kernel == "torch" else native_model.misfit(model)
         fits = not misfit
         if kernel == "native" and not fits:
@@ -161,9 +161,18 @@ class Runner:
             recorder = GraphCapture() if graphs else None
             self._executor = TorchModel(model, self.architecture, cache, self.modulation, recorder, paged)
         if not pages:  # once all weights are there
-            cache.limit(allowed_blocks(cache, kv_budget))
+            self._limit(kv_budget)
         self._prefills: list[_PackedPrefill] = []
         self._blocks: KVBlocks | None = None
+
+    def _limit(self, budget: KVBudget) -> None:
+        """Let the cache have what the budget allows. Raises ConfigError where that is less than was asked for."""
+        blocks = self._allowed_blocks(budget)
+        check_whole(self.cache, blocks, budget)
+        self.cache.limit(blocks)
+
+    def _allowed_blocks(self, budget: KVBudget) -> int:
+        return allowed_blocks(self.cache, budget)
 
     @property
     def lost(self) -> PedroError | None:

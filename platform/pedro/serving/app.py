@@ -56,7 +56,8 @@ class EngineReplica:
         log_lines.use(settings.log_format)
         self._id = serve.get_replica_context().replica_tag
         tracing.start("pedro-engine", self._id)
-        self._server = ReplicaServer(ServeConfig(**config), settings, self._id, self._end)
+        given = ServeConfig(**config)
+        self._server = ReplicaServer(given, settings, self._id, self._end, _replicas_here(given))
 
     def _end(self, _error: PedroError) -> None:
         """The engine cannot go on: with this process its requests go to another replica, and Serve starts a new one."""
@@ -239,6 +240,19 @@ def build_app(args: dict[str, Any]) -> Application:
     )
     application: Application = gateway.bind(config.model_dump(), settings, engine)
     return application
+
+
+def _replicas_here(config: ServeConfig) -> int:
+    """How many replicas may have the memory of this node, or of a GPU, between them; as if spread over all nodes."""
+    import ray
+
+    if config.device != "cpu" and config.num_gpus:
+        return max(1, min(config.replicas, int(1 / config.num_gpus)))
+    nodes = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]}
+    each: int = -(-config.replicas // max(1, sum(cpus >= config.num_cpus for cpus in nodes.values())))
+    here = nodes.get(ray.get_runtime_context().get_node_id(), 0)
+    fit: int = int(here // config.num_cpus) if config.num_cpus else each
+    return max(1, min(each, fit))
 
 
 def _off_the_head() -> dict[str, Any]:

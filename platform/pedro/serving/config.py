@@ -65,8 +65,8 @@ class ServeConfig(Frozen):
     """Memory for resident adapters of a replica."""
     kv_memory: str | int | float | None = None
     """Memory of a replica for keys and values of running requests: 4GiB, say, or a share, up to 1.0, of what is free
-    beside the weights. If not given, 0.5 on a CPU, 0.8 on a GPU. Requests that find no room wait; what could never fit
-    is refused."""
+    beside the weights. If not given, the replicas of a machine have 0.5 between them on a CPU, 0.8 on a GPU. Requests
+    that find no room wait; what could never fit is refused."""
     prefix_cache_mb: float = Field(512, ge=0)
     """Memory of a replica for what was read, so that prompts which begin alike are read once; 0 keeps nothing."""
     share_bare_prefixes: bool = False

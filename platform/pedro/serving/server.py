@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pedro import tracing
 from pedro.adapter_directory import check_tokenizer, read_manifest
-from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
+from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.backbones.sharing import obtain_backbone
 from pedro.engine.adapter_pool import unusable
 from pedro.engine.config import EngineConfig
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 LOAD_TIMEOUT_S = 60.0
 MAX_FOUND = 16_384
+SPECULATION = {"speculate", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"}
 log = logging.getLogger("pedro.serving")
 
 
@@ -78,10 +79,12 @@ class ReplicaServer:
     """Loads the backbone once and serves it with every adapter of the registry. `name` tells it from other replicas.
 
     Conforms to `ReplicaConnection` and `ReplicaControl` of `pedro.serving.protocol`; an ingress comes by a connection.
-    `on_lost` is called where only a new process helps, before requests are told.
+    `on_lost` is called where only a new process helps, before requests are told; `sharers`: of the machine's memory.
     """
 
-    def __init__(self, config: ServeConfig, settings: Settings, name: str = "local", on_lost: OnLost = ignore) -> None:
+    def __init__(
+        self, config: ServeConfig, settings: Settings, name: str = "local", on_lost: OnLost = ignore, sharers: int = 1
+    ) -> None:
         threads = max(1, (config.threads or granted_cores()) // config.tensor_parallel_size)
         configure_serving_process(threads)
         obtain_backbone(settings, config.backbone)
@@ -98,7 +101,6 @@ class ReplicaServer:
         self._unfinished: dict[str, _Unfinished] = {}  # by request id
         self._found: dict[ModelRef, Version] = {}
         self._turns = Turns()  # of calls that come in
-        longest = context_length(backbone)
         split = _split(config, backbone, threads)
         model = load_model(backbone, config.dtype, config.device) if split is None else split.model
         embedding: Any = model.get_input_embeddings()
@@ -108,19 +110,17 @@ class ReplicaServer:
             self._tokenizer,
             EngineConfig(
                 max_batch=config.max_batch,
-                max_length=min(config.max_length or longest, longest),
+                max_length=config.max_length,
                 adapter_bytes=int(config.adapter_budget_mb * 2**20),
                 kv_memory=None if config.kv_memory is None else parse_memory(str(config.kv_memory)),
+                sharers=sharers,
                 prefix_bytes=int(config.prefix_cache_mb * 2**20),
                 share_bare_prefixes=config.share_bare_prefixes,
                 max_waiting=config.max_waiting,
                 tenant_weights=config.tenant_weights,
                 threads=threads,
                 weights=config.weights,
-                speculate=config.speculate,
-                num_speculative_tokens=config.num_speculative_tokens,
-                prompt_lookup_max=config.prompt_lookup_max,
-                prompt_lookup_min=config.prompt_lookup_min,
+                **config.model_dump(include=SPECULATION),
             ),
             self._fetch,
             backbone.digest,
