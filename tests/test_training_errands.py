@@ -35,7 +35,14 @@ OPENERS = {
     "PEDRO_SEAL_KEY_FILE": "/etc/pedro/seal/key",
     "PEDRO_WEBHOOK_KEY_FILE": "/etc/pedro/webhook/key",
 }
-HARMLESS = {"RAY_ADDRESS", "PEDRO_LAUNCHER", "PEDRO_LOG_FORMAT", "PEDRO_WEBHOOK_NETWORKS", "HOME"}
+HARMLESS = {
+    "RAY_ADDRESS",
+    "PEDRO_LAUNCHER",
+    "PEDRO_LOG_FORMAT",
+    "PEDRO_WEBHOOK_NETWORKS",
+    "PEDRO_SHARE_ACROSS_TENANTS",
+    "HOME",
+}
 
 
 def test_what_a_training_run_is_handed_names_no_secret_and_no_file_with_one(tmp_path, monkeypatch):

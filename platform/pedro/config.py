@@ -99,6 +99,8 @@ class Settings:
     """The keys that webhooks' secrets are made by (`PEDRO_WEBHOOK_KEY_FILE`); none: a file in the home."""
     webhook_networks: tuple[str, ...] = ()
     """Networks beside the public ones that webhooks may go to (`PEDRO_WEBHOOK_NETWORKS`, parted by commas)."""
+    share_across_tenants: bool = False
+    """Whether jobs of several tenants may train in one worker (`PEDRO_SHARE_ACROSS_TENANTS=1`)."""
 
     log_format: str = log_lines.TEXT
     """How servers and controllers log (`PEDRO_LOG_FORMAT`): `text`, or `json`, an object a line."""
@@ -138,6 +140,7 @@ class Settings:
             own_seal_file=_path(env.get("PEDRO_SEAL_KEY_FILE")),
             own_webhook_key_file=_path(env.get("PEDRO_WEBHOOK_KEY_FILE")),
             webhook_networks=_networks(env.get("PEDRO_WEBHOOK_NETWORKS", "")),
+            share_across_tenants=_one_of("PEDRO_SHARE_ACROSS_TENANTS", ("0", "1"), env) == "1",
             launcher=_one_of("PEDRO_LAUNCHER", LAUNCHERS, env),
             log_format=_one_of("PEDRO_LOG_FORMAT", log_lines.FORMATS, env),
             prometheus_url=_http_address("PEDRO_PROMETHEUS_URL", env),
@@ -186,6 +189,7 @@ class Settings:
             "PEDRO_LOG_FORMAT": self.log_format,
             "PEDRO_WEBHOOK_KEY_FILE": str(self.own_webhook_key_file or ""),
             "PEDRO_WEBHOOK_NETWORKS": ",".join(self.webhook_networks),
+            "PEDRO_SHARE_ACROSS_TENANTS": "1" if self.share_across_tenants else "0",
         }
 
     def env_of_workers(self) -> dict[str, str]:

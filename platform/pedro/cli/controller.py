@@ -31,6 +31,7 @@ def controller(
     A laptop needs none: `pedro submit` starts one that ends with the last job. On a cluster it runs as a Deployment;
     of several, each job has one at a time, and one that dies is replaced by another after 30 s. Jobs run on the Ray
     cluster in RAY_ADDRESS or, with PEDRO_LAUNCHER=kuberay, each as a RayJob of its own in Kubernetes.
+    With PEDRO_SHARE_ACROSS_TENANTS=1, jobs of several tenants may share a worker (resources.share).
     """
     from pedro.config import Settings
     from pedro.errors import ConfigError

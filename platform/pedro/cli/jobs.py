@@ -30,7 +30,7 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end; exit 1 if it fails.")] = False,
     together: Annotated[
         list[Path] | None,
-        typer.Option(help="Another spec, queued at the same moment; all share one worker (resources.share)."),
+        typer.Option(help="Another spec, queued at the same moment; a tenant's share one worker (resources.share)."),
     ] = None,
     priority: Annotated[
         int, typer.Option(help="Waiting jobs with a higher priority start first.", min=-100, max=100)
@@ -53,7 +53,7 @@ def submit(
 
     Examples: `pedro submit jobs/configs/finetune.yaml --dry-run`,
     `pedro submit jobs/configs/finetune.yaml training.max_steps=300 --wait`,
-    `pedro submit acme.yaml --together globex.yaml --together initech.yaml`
+    `pedro submit voice.yaml --together triage.yaml --together titles.yaml`
     """
     from pedro.config import Settings
     from pedro.errors import ConfigError

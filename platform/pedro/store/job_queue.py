@@ -9,6 +9,7 @@ controllers that saw the same free places one alone fills them.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -196,16 +197,19 @@ class JobQueue:
         return job
 
     def worker_seconds(self, since: float) -> dict[str, float]:
-        """For how long each tenant's drivers have run that began after `since`, in seconds times workers."""
+        """For how long each tenant's drivers have run that began after `since`, in seconds times workers; each of
+        several jobs that share one has its part."""
         ran = sa.or_(JOBS.finished.is_not(None), JOBS.submission_id.is_not(None))  # what waits again does not run
-        query = sa.select(JOBS.tenant, JOBS.started, JOBS.finished, JOBS.spec).where(
+        query = sa.select(JOBS.tenant, JOBS.submission_id, JOBS.started, JOBS.finished, JOBS.spec).where(
             JOBS.started >= since, ran, JOBS.status != JobStatus.PAUSED.value
         )
         now, found = time.time(), dict[str, float]()
         with self._database.reading() as connection:
-            for tenant, started, finished, spec in connection.execute(query):
-                workers = int((spec.get("resources") or {}).get("workers", 1))
-                found[tenant] = found.get(tenant, 0.0) + max(0.0, (finished or now) - started) * workers
+            rows = connection.execute(query).all()
+        beside = Counter(row.submission_id for row in rows)
+        for tenant, driver, started, finished, spec in rows:
+            workers = int((spec.get("resources") or {}).get("workers", 1)) / (beside[driver] if driver else 1)
+            found[tenant] = found.get(tenant, 0.0) + max(0.0, (finished or now) - started) * workers
         return found
 
     def trained_seconds(self, since: float, now: float) -> dict[str, float]:
@@ -213,14 +217,16 @@ class JobQueue:
         ledger has, and what its drivers that run have had since they began, or since then."""
         usage = schema.usage.c
         ledger = sa.select(usage.tenant, sa.func.sum(usage.training_seconds).label("seconds")).group_by(usage.tenant)
-        running = sa.select(JOBS.tenant, JOBS.started, JOBS.spec).where(
+        running = sa.select(JOBS.tenant, JOBS.submission_id, JOBS.started, JOBS.spec).where(
             JOBS.submission_id.is_not(None), JOBS.status == JobStatus.RUNNING.value, JOBS.started.is_not(None)
         )
         with self._database.reading() as connection:
             rows = connection.execute(ledger.where(usage.day >= time.strftime("%Y-%m-%d", time.gmtime(since))))
             found = {row.tenant: float(row.seconds or 0.0) for row in rows}
-            for tenant, started, spec in connection.execute(running):
-                workers = int((spec.get("resources") or {}).get("workers", 1))
+            jobs = connection.execute(running).all()
+            beside = Counter(job.submission_id for job in jobs)
+            for tenant, driver, started, spec in jobs:
+                workers = int((spec.get("resources") or {}).get("workers", 1)) / beside[driver]
                 found[tenant] = found.get(tenant, 0.0) + max(0.0, now - max(started, since)) * workers
         return found
 

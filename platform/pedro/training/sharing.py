@@ -39,16 +39,19 @@ def why_alone(spec: FineTuneSpec) -> str:
     return next((f"{reason}; leave it false" for applies, reason in alone if applies), "")
 
 
-def company_key(spec: Mapping[str, Any]) -> str | None:
+def company_key(spec: Mapping[str, Any], tenant: str | None = None) -> str | None:
     """Jobs with the same key may train together; of a resolved spec as it stands in the store, None if it shares none.
 
-    Backbone and method, options included, precision, and what the worker takes of the cluster.
+    Backbone and method, options included, precision, what the worker takes of the cluster, and about how long rows may
+    be, to which others are padded; `tenant` is whose it is, where only jobs of one tenant may.
     """
     resources = spec.get("resources") or {}
     if not resources.get("share"):
         return None
-    precision = (spec.get("training") or {}).get("precision", "fp32")
-    return json.dumps([spec.get("backbone"), spec.get("method"), precision, resources], sort_keys=True)
+    training = spec.get("training") or {}
+    precision, longest = training.get("precision", "fp32"), int(training.get("max_length") or 0)
+    parts = [spec.get("backbone"), spec.get("method"), precision, longest.bit_length(), resources, tenant]
+    return json.dumps(parts, sort_keys=True)
 
 
 def rows_of_pass(spec: Mapping[str, Any]) -> int:

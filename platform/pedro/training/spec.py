@@ -197,8 +197,8 @@ class ResourcesSpec(Frozen):
     max_failures: int = Field(3, ge=0, le=1000)
     """How often lost workers are replaced, each time from the last checkpoint."""
     share: bool = False
-    """Whether the job may train in one worker with others of the same backbone, method and resources that wait when it
-    does and share too: one pass over the backbone serves the rows of all."""
+    """Whether the job may train in one worker with its tenant's others of the same backbone, method and resources that
+    wait when it does and share too: one pass over the backbone serves the rows of all."""
 
     @model_serializer(mode="wrap")
     def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

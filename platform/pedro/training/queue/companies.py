@@ -19,9 +19,15 @@ SHARED = "shared-"
 """Before the submission id of a driver of several jobs."""
 
 
-def key_of(job: JobRecord) -> str | None:
+def key_of(job: JobRecord, across_tenants: bool = False) -> str | None:
     """Jobs with one key may start together; None for a job that has a driver of its own."""
-    return company_key(job.spec) if job.kind == JobKind.FINE_TUNING else None
+    tenant = None if across_tenants else job.tenant
+    return company_key(job.spec, tenant) if job.kind == JobKind.FINE_TUNING else None
+
+
+def seeks_company(job: JobRecord) -> bool:
+    """Whether others may start with it: one that was started before goes on alone, lest it end theirs again."""
+    return job.attempt == 1
 
 
 def company_of(
@@ -30,14 +36,18 @@ def company_of(
     held: Mapping[str, int],
     history: Mapping[str, float],
     may_start: Callable[[JobRecord, Mapping[str, int]], bool],
+    across_tenants: bool = False,
 ) -> list[JobRecord]:
     """The job, and those of `waiting` that start with it, in turn; as many as one worker takes.
 
     `may_start` says whether a job's tenant may have it started beside what tenants then hold.
     """
+    if not seeks_company(job):
+        return [job]
     company, rows, counts = [job], rows_of_pass(job.spec), Counter(held)
     counts[job.tenant] += 1
-    others = [other for other in waiting if key_of(other) == key_of(job)]
+    key = key_of(job, across_tenants)
+    others = [other for other in waiting if seeks_company(other) and key_of(other, across_tenants) == key]
     while len(company) < MOST_JOBS and (other := in_turn(others, counts, history)):
         others.remove(other)
         if rows + rows_of_pass(other.spec) <= MOST_ROWS and may_start(other, counts):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from pedro.errors import NotFoundError, PedroError, UnavailableError
 from pedro.store import JobKind, JobStatus
 from pedro.training.queue.budgets import used_up
-from pedro.training.queue.companies import GATHER_S, SHARED, company_of, key_of
+from pedro.training.queue.companies import GATHER_S, SHARED, company_of, key_of, seeks_company
 from pedro.training.queue.launcher import Claim, SharingLauncher
 from pedro.training.queue.prepare import told_error
 from pedro.training.queue.sweeps import widened
@@ -55,12 +55,14 @@ class Controller:
         log: Callable[[str], None] = lambda _line: None,
         *,
         per_tenant: int | None = None,
+        share_across_tenants: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`per_tenant` is how many jobs of one tenant may run at once; None is no limit."""
+        """`per_tenant` is how many jobs of one tenant may run at once; None is no limit. Jobs that share a worker are
+        of one tenant, unless they may `share_across_tenants`."""
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._store, self._launcher, self._log = store, launcher, log
-        self._per_tenant, self._clock = per_tenant, clock
+        self._per_tenant, self._across_tenants, self._clock = per_tenant, share_across_tenants, clock
         self._losses: Counter[str] = Counter()
         self._not_before: dict[str, float] = {}
         self._looking: dict[str, Future[None]] = {}
@@ -197,31 +199,35 @@ class Controller:
         of_drivers = {job.submission_id: job for job in running}  # jobs that share a driver share what it holds
         promised = [view.missing(job) for job in of_drivers.values()]
         held = Counter(job.tenant for job in running)
+        drivers = Counter(tenant for tenant, _ in {(job.tenant, job.submission_id) for job in running})
         history = self._store.worker_seconds(self._clock() - HISTORY_S) if waiting else {}
         over_budget = used_up(self._store, self._clock()) if waiting else {}
         gathering: list[JobRecord] = []
-        while job := in_turn(waiting, held, history):
+        kept: dict[str | None, dict[str, float]] = {}  # free for those that gather, by their keys
+        while job := in_turn(waiting, drivers, history):
             waiting.remove(job)
-            claim, shares = Claim.least(job), self._shares(job)
+            claim, shares, key = Claim.least(job), self._shares(job), key_of(job, self._across_tenants)
+            reserved = [*promised, *(amounts for other, amounts in kept.items() if other != key)]
             if self._full(job, held):
                 self._store.explain_wait(job, f"waits for the tenant's other jobs: {self._per_tenant} run at once")
             elif why := over_budget.get(job.tenant):
                 self._hold_back(job, why)
             elif not view.holds(claim):
                 self._store.explain_wait(job, f"needs {claim}, which no nodes of the cluster have in all")
-            elif any(amount > view.free(promised)[name] + 1e-6 for name, amount in claim.total.items()):
+            elif any(amount > view.free(reserved)[name] + 1e-6 for name, amount in claim.total.items()):
                 self._store.explain_wait(job, f"waits for {claim} to be free")
                 return
-            elif shares and self._clock() - job.created < GATHER_S:
+            elif shares and seeks_company(job) and 0 <= self._clock() - job.created < GATHER_S:
                 gathering.append(job)
+                kept[key] = claim.total
             else:
                 company = [job]
                 if shares:
-                    others = [*gathering, *waiting]
-                    company = company_of(job, others, held, history, partial(self._lets, over_budget))
+                    lets = partial(self._lets, over_budget)
+                    company = company_of(job, [*gathering, *waiting], held, history, lets, self._across_tenants)
                 elif job.kind == JobKind.SWEEP:
                     room = None if self._per_tenant is None else self._per_tenant - held[job.tenant]
-                    company = [widened(job, view, promised, waiting, room)]
+                    company = [widened(job, view, reserved, waiting, room)]
                 submission_id = f"{SHARED if shares else ''}{driver_id(job, job.attempt)}"
                 started = []
                 for member in company:
@@ -232,11 +238,14 @@ class Controller:
                     held[member.tenant] += 1
                 if started:
                     promised.append(Claim.of(started[0].spec).total)
+                    drivers.update({member.tenant for member in started})
                     self._launch(started, submission_id)
                 if len(started) < len(company):
                     return
                 waiting = [other for other in waiting if other not in started]
                 gathering = [other for other in gathering if other not in started]
+                still = {key_of(other, self._across_tenants) for other in gathering}
+                kept = {of: amounts for of, amounts in kept.items() if of in still}
 
     def _full(self, job: JobRecord, held: Mapping[str, int]) -> bool:
         """Whether the job's tenant has as many jobs on the cluster as it may have."""

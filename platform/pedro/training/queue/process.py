@@ -61,7 +61,13 @@ def run(
     with _only_one(settings):
         store = Store(settings.database_url)
         _release_of_the_dead(store)
-        controller = Controller(store, launcher or RayJobs(settings, log), log, per_tenant=per_tenant)
+        controller = Controller(
+            store,
+            launcher or RayJobs(settings, log),
+            log,
+            per_tenant=per_tenant,
+            share_across_tenants=settings.share_across_tenants,
+        )
         try:
             controller.run(
                 stop,
