@@ -12,6 +12,7 @@ import pytest
 from integration import guide
 from integration.cluster import Namespace
 from integration.kubectl import Kubectl
+from integration.kuberay import LocalRayCluster
 from integration.pods import Known, LocalPod, image_environment
 from integration.service import Service
 from integration.steps import STEPS
@@ -171,6 +172,36 @@ def test_the_images_environment_is_that_of_its_dockerfile():
         "PEDRO_HOME": "/var/lib/pedro",
         "HF_HOME": "/var/lib/pedro/huggingface",
     }
+
+
+def test_a_ray_cluster_that_has_ended_starts_nothing_more(known, monkeypatch):
+    start, failed, started = LocalPod.start, [], threading.Event()
+
+    def asleep(pod, _words=None):
+        start(pod, ["sleep", "120"])
+        started.set()
+
+    def run():
+        try:
+            cluster.start()
+        except AssertionError as error:
+            failed.append(str(error))
+
+    monkeypatch.setattr(LocalPod, "start", asleep)
+    spec = one(known.objects, "RayService")["spec"]["rayClusterConfig"]
+    cluster = LocalRayCluster(known, "serve", spec, lambda _: lambda *_: True, print)
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert started.wait(60)
+    finally:
+        cluster.end()
+    thread.join(60)
+    assert failed == [f"RayCluster {cluster.name} has ended"]
+    assert cluster.head.ended
+    with pytest.raises(AssertionError, match="has ended"):
+        cluster.add_worker()
+    assert not list(cluster.workers[-1].processes())
 
 
 def test_a_service_leads_new_connections_to_who_is_ready_and_leaves_the_others_where_they_are():

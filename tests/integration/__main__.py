@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from integration.steps import DEV, STEPS, walk, with_two_workers
@@ -25,11 +28,12 @@ def main() -> int:
     parser.add_argument("--late", type=int, default=0, metavar="N", help=late)
     parser.add_argument("--two", action="store_true", help="two workers from the start (with --skip two_workers)")
     wanted = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is ended as on Ctrl-C
     folder = Path(tempfile.mkdtemp(prefix="pi-", dir="/tmp"))
     began, failed, rows = time.monotonic(), "", []
     said: list[tuple[str, str]] = []
     try:
-        with walk(folder, log) as state:
+        with walk(folder, log) as state, uninterrupted_end():
             said, state.namespace.late = state.said, wanted.late
             if wanted.two:
                 state.kubectl.overlays[DEV] = with_two_workers()
@@ -49,10 +53,9 @@ def main() -> int:
                     break
                 rows.append((step.__name__, "ok", time.monotonic() - start))
                 log(f"   ok, {time.monotonic() - start:.0f} s")
-            log("== ending every process")
     finally:
         if wanted.keep or failed:
-            log(f"files and logs of all pods: {folder}")
+            log(f"files and logs of all pods, and the values of their Secrets: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
     log("")
@@ -62,6 +65,17 @@ def main() -> int:
         log(f"{what}: {seen}")
     log(f"{'FAILED' if failed else 'ok'}, {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
+
+
+@contextmanager
+def uninterrupted_end() -> Iterator[None]:
+    """From its end on, no signal keeps this process from ending all others."""
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # SIG_IGN would be passed on to whatever is started
+        log("== ending every process")
 
 
 def log(line: str) -> None:

@@ -42,7 +42,7 @@ class Namespace:
         self.jobs_done: dict[str, threading.Event] = {}
         self.late = 0  # tries of replicas that fail before the Job `upgrade` begins
         self.troubles: list[str] = []  # what ended that should not, and what could not begin
-        self._stack, self._over = ExitStack(), threading.Event()
+        self._stack, self._over, self._applying = ExitStack(), threading.Event(), threading.Lock()
         self._threads: list[threading.Thread] = []
         self._kubeconfig = folder / "kubeconfig"
         self._stack.enter_context(serve_api(self.api, self._kubeconfig))
@@ -57,12 +57,17 @@ class Namespace:
 
     def apply(self, objects: list[dict[str, Any]]) -> None:
         """As `kubectl apply` does: what is new begins, what has changed is changed."""
+        with self._applying:
+            self._apply(objects)
+
+    def _apply(self, objects: list[dict[str, Any]]) -> None:
         new = {_key(obj): obj for obj in objects}
         before = {_key(obj): obj for obj in self.known.objects}
         self.known.objects = list({**before, **new}.values())
         services = {obj["metadata"]["name"] for obj in self.known.objects if obj["kind"] == "Service"}
         self.known.here.know(services | MADE_BY_KUBERAY.keys())
         for key, obj in new.items():
+            assert not self._over.is_set(), "the namespace is being closed"
             if before.get(key) != obj:
                 self._begin(obj)
 
@@ -88,16 +93,24 @@ class Namespace:
         return "\n".join([*said, *self.troubles[-5:]])
 
     def close(self) -> None:
-        """End all."""
+        """End all; twice, since a thread may have been about to start something."""
         self._over.set()
-        self._rayjobs.close()
+        with self._applying:  # what is begun there is known from here on
+            threads = list(self._threads)
+        self._end_all()
+        for thread in threads:
+            thread.join(60)
+        self._end_all()
         if self.service is not None:
             self.service.close()
-        for pod in self.pods.values():
-            pod.end(GRACE_S)
-        for thread in self._threads:
-            thread.join(60)
         self._stack.close()
+
+    def _end_all(self) -> None:
+        self._rayjobs.end()
+        if self.service is not None:
+            self.service.end()
+        for pod in list(self.pods.values()):
+            pod.end(GRACE_S)
 
     def reach(self, pod: Pod) -> Reach:
         """Whether the network policies let a pod talk to a Service."""

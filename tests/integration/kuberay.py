@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ class LocalRayCluster:
         self._short = f"r{number}"  # the path of a socket has 107 bytes at most
         self._token = secrets.token_hex(32)  # the operator's own Secret
         self._count = itertools.count()
+        self._starting, self._ended = threading.Lock(), False
         named = {"kind": "RayCluster", "metadata": {"name": self.name}, "spec": {"rayClusterConfig": spec}}
         head, *self._groups = pods([named])
         self._gcs, self._dashboard, self._proxy = free_port(), free_port(), free_port()
@@ -77,8 +79,8 @@ class LocalRayCluster:
         """One more, which takes the place of one that ends."""
         group, told = group or self._groups[0], told or self.spec["workerGroupSpecs"][0]
         worker = self._pod(group, told["groupName"])
+        self.workers.append(worker)  # before it starts, for `end` to find it
         self._start(worker, told["rayStartParams"], {"address": f"127.0.0.1:{self._gcs}"})
-        self.workers.append(worker)
         return worker
 
     def deploy(self, config: str) -> None:
@@ -115,10 +117,13 @@ class LocalRayCluster:
         return sum(path.read_text("utf-8", "replace").count("Exception in Replica(") for path in logs)
 
     def end(self, grace_s: float = 5.0) -> None:
-        """Workers first, at once; then the head."""
-        for pod in (*self.workers, self.head):
+        """Workers first, at once; then the head. Whoever starts a pod of it from now on gets an AssertionError."""
+        with self._starting:
+            self._ended = True
+        all_ = (*self.workers, self.head)
+        for pod in all_:
             pod.terminate()
-        for pod in (*self.workers, self.head):
+        for pod in all_:
             pod.end(grace_s)
 
     def _pod(self, pod: Pod, group: str) -> LocalPod:
@@ -154,16 +159,23 @@ class LocalRayCluster:
         if "dashboard-host" in said:
             said["dashboard-host"] = "127.0.0.1"
         words = [f"--{name}" if value == "" else f"--{name}={value}" for name, value in said.items()]
-        pod.start(["/bin/bash", "-c", "--", f"ulimit -n 65536; ray start {' '.join(words)}"])
+        with self._starting:
+            self._check()
+            pod.start(["/bin/bash", "-c", "--", f"ulimit -n 65536; ray start {' '.join(words)}"])
 
     def _wait_started(self, pod: LocalPod) -> None:
         until = time.monotonic() + STARTS_S
         while why := pod.fails("startupProbe"):
-            if pod.ended:  # as its node starts it again
-                self._log(f"    {pod.name} has ended, and starts again: {pod.last_words(300)}")
-                pod.start_again()
+            with self._starting:
+                self._check()
+                if pod.ended:  # as its node starts it again
+                    self._log(f"    {pod.name} has ended, and starts again: {pod.last_words(300)}")
+                    pod.start_again()
             assert time.monotonic() < until, f"{pod.name} did not start: {why}\n{pod.last_words()}"
             time.sleep(0.5)
+
+    def _check(self) -> None:
+        assert not self._ended, f"RayCluster {self.name} has ended"
 
 
 def _bytes(quantity: str) -> int:

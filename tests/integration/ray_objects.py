@@ -62,6 +62,8 @@ class RayServiceController:
             self.active.deploy(self._spec["serveConfigV2"])
             self._wait_running(self.active)
             return
+        if self._over.is_set():
+            return
         cluster = self._make(obj["metadata"]["name"], self._spec["rayClusterConfig"])
         self._clusters.append(cluster)
         cluster.start()
@@ -87,10 +89,14 @@ class RayServiceController:
         self.active.workers.remove(worker)
         return took, other
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """End every cluster there is; again once `change` has ended, which may have made another meanwhile."""
         self._over.set()
-        for cluster in self._clusters:
+        for cluster in list(self._clusters):
             cluster.end()
+
+    def close(self) -> None:
+        self.end()
         self._watch.join(60)
         self.service.close()
 
@@ -131,10 +137,13 @@ class RayJobController:
     def __init__(self, api: RayJobs, make: Made, make_pod: Callable[[Pod, str], LocalPod], log: Log) -> None:
         self._api, self._make, self._make_pod, self._log = api, make, make_pod, log
         self._clusters: dict[str, LocalRayCluster] = {}
+        self._over = threading.Event()
 
     def round(self) -> None:
         """One look at all of them."""
         for name, item in list(self._api.items.items()):
+            if self._over.is_set():
+                return
             if item["spec"].get("suspend"):
                 continue
             if item["metadata"].get("deletionTimestamp"):
@@ -145,7 +154,9 @@ class RayJobController:
             elif item.get("status", {}).get("jobDeploymentStatus") == "Running":
                 self._follow(name, item)
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """End every cluster there is; again once `round` has ended, which may have made another meanwhile."""
+        self._over.set()
         for name in list(self._clusters):
             self._end(name)
 

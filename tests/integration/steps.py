@@ -49,7 +49,7 @@ from streamlit.testing.v1 import AppTest
 shown = AppTest.from_file(os.path.abspath("dashboard/app.py"), default_timeout=300).run()
 assert not shown.exception, shown.exception
 assert [field.label for field in shown.text_input] == ["Key"], shown
-shown.text_input[0].set_value(sys.argv[1])
+shown.text_input[0].set_value(sys.stdin.read())
 shown.button[0].click().run()
 assert not shown.exception, shown.exception
 print(json.dumps([[one.value for one in shown.error], [field.label for field in shown.text_input] != ["Key"]]))
@@ -192,7 +192,7 @@ def look(walk: Walk) -> None:
     """The dashboard by both keys, MLflow by its Service's name, and what Prometheus reads."""
     pod = walk.namespace.pods["dashboard"]
     for key, welcome in ((walk.operator, True), (walk.tenant, True), ("sk-pedro-wrong", False)):
-        done = pod.run(pod.container, ["python", "-c", DASHBOARD, key])
+        done = pod.run(pod.container, ["python", "-c", DASHBOARD], key.encode())  # where `ps` shows none
         assert done.returncode == 0, done.stderr[-3000:].decode(errors="replace")
         errors, opened = json.loads(done.stdout.splitlines()[-1])
         assert opened is welcome, errors
