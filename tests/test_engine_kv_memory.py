@@ -87,7 +87,7 @@ def capture(step):
 
 def test_answers_are_the_same_with_little_room(model, adapters, kernel):
     expected = run(make_engine(model, load=adapters, kernel=kernel), *mixed())
-    engine = small_engine(model, 11, adapters, kernel=kernel, prefix_bytes=10 * (block_bytes(model) + 4096))
+    engine = small_engine(model, 11, adapters, kernel=kernel, prefix_bytes=20 * (block_bytes(model) + 4096))
     most = 0
     schedule = engine._scheduler.schedule
 
@@ -258,3 +258,43 @@ def test_a_tenant_far_behind_takes_room_from_one_far_ahead():
     assert steps.preempted == [hog]
     steps.step(100)
     assert states(hog, late) == [SequenceState.FINISHED] * 2
+
+
+def test_a_prompt_that_needs_all_room_gets_it():
+    steps = Steps(blocks=32, preempt_after=30)
+    hog = steps.add("hog", 4, 120)
+    steps.step(40)
+    late = steps.add("late", 124, 4)
+    steps.step(20)
+    assert steps.preempted == [hog]
+    steps.step(100)
+    assert states(hog, late) == [SequenceState.FINISHED] * 2
+
+
+@pytest.mark.parametrize(("length", "victims"), [(24, 2), (40, 0)])
+def test_room_is_taken_from_nobody_beyond_what_is_more_than_its_share(length, victims):
+    steps = Steps(blocks=32, preempt_after=10_000)
+    many = [steps.add("many", 4, 60) for _ in range(6)]
+    steps.step(12)
+    assert {one.blocks for one in many} == {4}
+    steps.step(2)
+    assert {one.blocks for one in many} == {5}
+    one = steps.add("one", length, 4)
+    steps.step()
+    assert len(steps.preempted) == victims
+    assert one.state is (SequenceState.RUNNING if victims else SequenceState.WAITING)
+
+
+def test_one_that_has_hardly_begun_is_spared_where_another_has_had_its_turn():
+    steps = Steps(blocks=15)
+    old = steps.add("a", 4, 36)
+    longer = steps.add("a", 4, 56)
+    steps.step(17)
+    assert not steps.preempted
+    begun = steps.add("a", 2, 40)
+    assert old.tokens_left < 32 < longer.tokens_left
+    while not steps.preempted:
+        steps.step()
+    assert steps.preempted == [longer]
+    steps.step(300)
+    assert states(old, longer, begun) == [SequenceState.FINISHED] * 3

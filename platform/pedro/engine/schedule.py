@@ -10,6 +10,7 @@ find under way: it is to last at most `PATIENCE` of the time in which the newcom
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -79,12 +80,17 @@ class KVRoom:
 
     def short(self, running: list[Sequence]) -> list[Sequence]:
         """Those that may need more than they have."""
-        return [s for s in running if s.length + 1 + self._ahead > s.blocks * self._block]
+        step = 1 + self._ahead
+        return [s for s in running if s.length + step > s.blocks * self._block and self._needs(s) > s.blocks]
+
+    def growing(self, running: Iterable[Sequence]) -> int:
+        """How many may come to need more than they have."""
+        return sum(self._most(s) * s.width > s.blocks * self._block for s in running)
 
     def missing(self, sequence: Sequence, others: int = 0) -> int:
-        """How many blocks there are too few for the sequence to go on, or to start beside `others`: a few are left to
-        these, which will want more soon."""
-        spare = min(others, self._blocks // SPARE)
+        """How many blocks there are too few for the sequence to go on, or to start beside `others` that grow: a few
+        are left to these, which will want more soon."""
+        spare = min(others, max(1, self._blocks // SPARE))
         return self._needs(sequence) - sequence.blocks + spare - (self._blocks - self.used)
 
     def take(self, sequence: Sequence) -> None:
@@ -101,9 +107,13 @@ class KVRoom:
     def _needs(self, sequence: Sequence) -> int:
         """For what it has and the next step's tokens; beams, which never wait again, for all that they may come to. An
         answer's last token is kept nowhere."""
-        most = len(sequence.request.prompt_ids) + max(0, sequence.max_tokens - 1)
+        most = self._most(sequence)
         tokens = most if sequence.width > 1 else min(most, sequence.length + 1 + self._ahead)
         return sequence.width * -(-tokens // self._block)
+
+    def _most(self, sequence: Sequence) -> int:
+        """The tokens of one of its slots in the end."""
+        return len(sequence.request.prompt_ids) + max(0, sequence.max_tokens - 1)
 
 
 class PrefillBudget:

@@ -27,11 +27,11 @@ from operator import attrgetter
 from pedro.engine.schedule import KVRoom, PrefillChunk, PrefillGroup, PrefillProgress, SchedulerLimits, SchedulerOutput
 from pedro.engine.sequence import Sequence, SequenceState
 from pedro.engine.shares import ByCounter, Shares, Tenant, newest_of_longest
+from pedro.engine.victims import SOON, Room, to_grow, to_start
 from pedro.errors import OverloadedError, RateLimitError
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
 NEWS = 0.25  # weight of the newest prompt in the mean of their lengths
-SOON = 32  # tokens: what has no more left may be waited for
 MAX_PREFILLS = 2  # one in progress, and one that is paused
 
 
@@ -176,8 +176,7 @@ class Scheduler:
         preempted: list[Sequence] = []
         for sequence in self.kv.short(self.running):
             while sequence.blocks and self.kv.missing(sequence) > 0:
-                alone = (other for other in self.running if other.width == 1)
-                preempted.append(max(alone, key=lambda other: (self._of(other).counter, other.order)))
+                preempted.append(to_grow(self.running, self._of))
                 self._preempt(preempted[-1])
             if sequence.blocks:
                 self.kv.take(sequence)
@@ -249,7 +248,7 @@ class Scheduler:
         self._occupy(tenant, head)
         for sibling in head.siblings if not head.resumes else ():
             fresh = sibling.state is SequenceState.WAITING and not sibling.resumes
-            room = self._room(tenant) > 0 and self.kv.missing(sibling, len(self.running)) <= 0
+            room = self._room(tenant) > 0 and self.kv.missing(sibling, self.kv.growing(self.running)) <= 0
             if fresh and room and admit(sibling):
                 self._occupy(tenant, sibling)
                 group.append(sibling)
@@ -272,34 +271,28 @@ class Scheduler:
 
         Of tenants that are far ahead; or, where `tenant` stays within its share, of those that hold more than theirs.
         """
-        slots, blocks = head.width - len(self._free), self.kv.missing(head, len(self.running))
-        if slots <= 0 and blocks <= 0:
+        room = Room(head, self.kv, head.width - len(self._free), self.running)
+        if room.there([]):
             return []
-        missing = max(1, slots)
         most = tenant.counter + self.limits.preempt_after
         within = tenant.running + head.width <= self._shares.of(tenant)
         candidates = []
         for sequence in self.running:
             owner = self._of(sequence)
             ahead = owner.counter > most and sequence.preemptible
-            holds_more = owner.counter >= tenant.counter and owner.running - missing >= self._shares.of(owner)
+            holds_more = owner.counter >= tenant.counter and owner.running > self._shares.of(owner)
             settled = sequence.preemptible or not (tenant.running or self._shares.over(tenant))
             if ahead or (within and holds_more and settled and sequence.width == 1):
-                candidates.append((sequence.preemptible, owner.counter, sequence.order, sequence))
-        victims: list[Sequence] = []
-        for *_, victim in sorted(candidates, reverse=True):
-            if slots <= len(victims) and blocks <= sum(s.blocks for s in victims):
-                break
-            victims.append(victim)
-        if slots > len(victims) or blocks > sum(s.blocks for s in victims):
-            return None
-        return None if self._ends_before(slots, blocks, victims) else victims
+                candidates.append((not ahead, sequence))
+        victims = to_start(room, candidates, self._of, self._shares)
+        return None if victims is None or self._ends_before(room, victims) else victims
 
-    def _ends_before(self, slots: int, blocks: int, victims: list[Sequence]) -> bool:
+    def _ends_before(self, room: Room, victims: list[Sequence]) -> bool:
         """Whether as many slots and blocks come free by themselves before the victims could be read again."""
         again = sum(victim.length for victim in victims)
-        soon = [s for s in self.running if s.tokens_left <= SOON and s.tokens_left * self.step_tokens <= again]
-        return slots <= sum(s.width for s in soon) and blocks <= sum(s.blocks for s in soon)
+        return room.there(
+            [s for s in self.running if s.tokens_left <= SOON and s.tokens_left * self.step_tokens <= again]
+        )
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
