@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import threading
@@ -13,11 +14,15 @@ import torch
 from training_runs import spec_for, write_rows
 
 from pedro.config import Settings
-from pedro.errors import DataError, TrainingError
+from pedro.errors import DataError, TrainingError, UnavailableError
+from pedro.store import JobStatus, Store
+from pedro.training import worker as training_worker
+from pedro.training.background import Background
 from pedro.training.job_log import by_thread, keeping_log_of_thread, kept_log
 from pedro.training.job_usage import trained_so_far
 from pedro.training.outbox import CurvePoint, WorkerQuestion
 from pedro.training.shared import company as shared_company
+from pedro.training.shared import driver as shared_driver
 from pedro.training.shared import worker as shared_worker
 from pedro.training.shared.company import Company, JobOfGroup
 from pedro.training.shared.worker import Ended, GroupWorker, Line, Member
@@ -101,10 +106,32 @@ def test_one_that_is_stopped_ends_there_and_resumes_from_its_checkpoint_later(tm
             worker.stop("ftjob-acme")  # after its training: the question is its last
 
     worker_said = trained(members, settings, stop)
+    assert worker_said["ftjob-acme"][-1] == Ended(stopped=True)
+    assert not (Path(settings.storage) / "runs" / "ftjob-acme" / "result").exists()
     assert worker_said["ftjob-globex"][-1] == Ended()
     again = trained(members[:1], settings)
     assert any(line.startswith("resumed at step 2/2") for line in lines(again["ftjob-acme"]))
     assert again["ftjob-acme"][-1] == Ended()
+
+
+def test_what_breaks_a_job_is_in_its_own_log_and_ends_it_for_now(tmp_path, settings, monkeypatch):
+    """Alone it is raised, as by a lone worker, which is replaced then."""
+    members = [member(tmp_path, "acme"), member(tmp_path, "globex")]
+    save = training_worker.save
+
+    def out_of_memory(context, trained, folder):
+        if context.spec.tenant == "acme":
+            raise MemoryError("no room")
+        return save(context, trained, folder)
+
+    monkeypatch.setattr(training_worker, "save", out_of_memory)
+    said = trained(members, settings)
+    assert isinstance(said["ftjob-acme"][-1].error, UnavailableError)
+    assert any(line.endswith("MemoryError: no room") for line in lines(said["ftjob-acme"]))
+    assert said["ftjob-globex"][-1] == Ended()
+    assert not any("MemoryError" in line for line in lines(said["ftjob-globex"]))
+    with pytest.raises(MemoryError):
+        GroupWorker().train(members[:1], settings.env_of_workers())
 
 
 def test_a_group_that_cannot_begin_says_so_to_each(tmp_path, settings):
@@ -166,7 +193,6 @@ def test_a_driver_tells_each_of_its_jobs_how_it_ended(tmp_path, settings, errand
     members = [member(tmp_path, name) for name in ("acme", "globex", "initech")]
     trained(members[:1], settings)  # leaves its result
     company = NoRay(settings, [*(one.job_id for one in members), "ftjob-gone"])
-    company.losses = 1
     company.ends = {"ftjob-globex": Ended(TrainingError("the loss is nan")), "ftjob-initech": Ended(stopped=True)}
     company.leave("ftjob-gone")
     ended = fitted(company, settings, members, tmp_path)
@@ -174,20 +200,68 @@ def test_a_driver_tells_each_of_its_jobs_how_it_ended(tmp_path, settings, errand
     assert (ended["ftjob-acme"].directory / "adapter_config.json").is_file()
     assert str(ended["ftjob-globex"]) == "the loss is nan"
     assert isinstance(ended["ftjob-initech"], SystemExit)
-    assert capsys.readouterr().out.count("replaced, 1 of at most 3 times") == 2
 
 
-def test_a_worker_that_is_lost_too_often_fails_each_job_and_a_driver_that_ends_leaves_them(tmp_path, settings, errands):
+def test_a_worker_that_is_lost_is_replaced_for_one_job_and_sends_several_back(tmp_path, settings, errands, capsys):
     members = [member(tmp_path, name) for name in ("acme", "globex")]
     company = NoRay(settings, [one.job_id for one in members])
-    company.losses = 4
+    company.losses = 1
     ended = fitted(company, settings, members, tmp_path)
-    assert all("more than 3 times" in str(error) for error in ended.values())
+    assert all(isinstance(error, UnavailableError) for error in ended.values()), "each is started again, alone"
 
+    company = NoRay(settings, [members[0].job_id])
+    company.losses, company.ends = 1, {"ftjob-acme": Ended(stopped=True)}
+    ended = fitted(company, settings, members[:1], tmp_path)
+    assert isinstance(ended["ftjob-acme"], SystemExit)
+    assert "replaced, 1 of at most 3 times" in capsys.readouterr().out
+
+    company = NoRay(settings, [members[0].job_id])
+    company.losses = 4
+    ended = fitted(company, settings, members[:1], tmp_path)
+    assert "more than 3 times" in str(ended["ftjob-acme"])
+
+
+def test_a_driver_that_ends_leaves_its_jobs(tmp_path, settings, errands):
+    members = [member(tmp_path, name) for name in ("acme", "globex")]
     company = NoRay(settings, [one.job_id for one in members])
     company._train = lambda jobs: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         fitted(company, settings, members, tmp_path)
+
+
+def queued(settings, tenant="acme"):
+    """A job that a shared driver works on."""
+    store = Store(settings.database_url)
+    job = store.create_job(tenant, "voice", {"resources": {"share": True}}, queued=True)
+    store.update_job(job.id, submission_id="shared-x", attempt=1)
+    store.update_job(job.id, status=JobStatus.RUNNING, attempt=1)
+    return store, job.id
+
+
+def test_a_job_that_is_to_end_makes_no_version_though_its_result_is_there(tmp_path, settings, errands):
+    store, job_id = queued(settings)
+    one = dataclasses.replace(member(tmp_path, "acme"), job_id=job_id)
+    trained([one], settings)
+    store.ask_of_job(job_id, JobStatus.PAUSED)
+    company = NoRay(settings, [job_id])
+    assert isinstance(fitted(company, settings, [one], tmp_path)[job_id], SystemExit)
+    gone = JobOfGroup(Member("ftjob-erased", {}, None), None)
+    wanted = JobOfGroup(Member(job_id, {}, None), None)
+    goes_on = JobOfGroup(Member(queued(settings)[1], {}, None), None)
+    assert company._unwanted([gone, wanted, goes_on]) == [gone, wanted]
+    store.close()
+
+
+def test_a_job_that_did_not_come_to_rest_is_left_to_the_controller(settings, monkeypatch):
+    store, job_id = queued(settings)
+    company = NoRay(settings, [job_id])
+    monkeypatch.setattr(shared_driver, "drive_job", lambda *arguments: 1)
+    shared_driver._drive(settings, company, job_id, 1, {})
+    assert store.get_job(job_id).submission_id == "shared-x-left", "a driver that there is not"
+    store.update_job(job_id, status=JobStatus.SUCCEEDED, submission_id="shared-x", attempt=1)
+    shared_driver._drive(settings, company, job_id, 1, {})
+    assert store.get_job(job_id).submission_id == "shared-x"
+    store.close()
 
 
 def test_behind_a_jobs_end_nothing_reaches_it(settings):
@@ -204,7 +278,9 @@ def test_what_a_jobs_thread_prints_is_kept_in_its_own_log_alone(tmp_path, capsys
     def drive(job_id):
         with keeping_log_of_thread(storage, job_id):
             both.wait()
-            print(f"line of {job_id}")
+            beside = Background("prints")
+            beside.do(lambda: print(f"line of {job_id}"))
+            beside.close(10)
             print(f"error of {job_id}", file=sys.stderr)
             both.wait()
 

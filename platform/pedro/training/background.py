@@ -6,15 +6,20 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
+
+from pedro.training.job_log import LOGS
 
 LOG = logging.getLogger(__name__)
 
 
 class Background:
-    """The thread. A task that fails is told in the log; the next ones are done all the same."""
+    """The thread. A task that fails is told in the log; the next ones are done all the same. What they print goes where
+    it goes in the thread that made it."""
 
     def __init__(self, name: str) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._log: Any = getattr(LOGS, "log", None)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -28,6 +33,7 @@ class Background:
         self._thread.join(within_s)
 
     def _run(self) -> None:
+        LOGS.log = self._log
         while (task := self._tasks.get()) is not None:
             try:
                 task()

@@ -1,7 +1,8 @@
 """The driver's part of a group: one worker for all its jobs, looked after until each job has ended.
 
-Every job is driven by a thread of its own (`driver.py`), for which `fit` stands in for `trainer.fit`. A worker that
-dies is replaced, and each job that had not ended resumes from its own last checkpoint.
+Every job is driven by a thread of its own (`driver.py`), for which `fit` stands in for `trainer.fit`. A worker of one
+job that dies is replaced. Of several, any may be the cause: each that had not ended goes back to the queue, and resumes
+from its own last checkpoint, alone.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.errors import PedroError, TrainingError, UnavailableError
+from pedro.errors import NotFoundError, PedroError, TrainingError, UnavailableError
 from pedro.store import Store
 from pedro.training.errands import Errands
 from pedro.training.handed_adapters import hand_parent
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from pedro.config import Settings
     from pedro.training.spec import FineTuneSpec
 
-LOOK_S, WISHES_S = 0.5, 1.0
+LOOK_S, WISHES_S, LEAVES_S = 0.5, 1.0, 60.0
 Message = tuple[Any, Callable[[int, Any], object]]
 """What a job's worker said, and how to answer it."""
 
@@ -43,6 +45,8 @@ class JobOfGroup:
     spec: FineTuneSpec
     inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
     ended: bool = False
+    left: bool = False
+    """Whether its thread hears no more: what still trains is to end."""
 
     def say(self, item: Any) -> None:
         """Tell its thread something that is no question."""
@@ -72,6 +76,7 @@ class Company:
         run = join(settings.storage, "runs", job_id)
         if (result := _result(run, scratch)) is not None:  # a driver before this one was lost when all was done
             self.leave(job_id)
+            self._heed(job_id)
             return result
         member = Member(job_id, spec.to_dict(), hand_parent(spec, settings, job_id), checkpoint_models)
         job = JobOfGroup(member, spec)
@@ -84,10 +89,12 @@ class Company:
             self.leave(job_id)
             _follow(job, errands, run)
         finally:
+            self._rid_of(job)
             errands.close()
         result = _result(run, scratch)
         if result is None:
             raise UnavailableError(f"the result of {job_id} is not in the storage")
+        self._heed(job_id)
         return result
 
     def leave(self, job_id: str) -> None:
@@ -95,6 +102,28 @@ class Company:
         with self._change:
             self._awaited.discard(job_id)
             self._change.notify_all()
+
+    def is_over(self, within_s: float) -> bool:
+        """Whether every job has ended by then, or the driver was asked to end."""
+        with self._change:
+            return self._change.wait_for(lambda: self._over, within_s)
+
+    def _rid_of(self, job: JobOfGroup) -> None:
+        """Wait for a job's training to end, if its thread was ended by something else."""
+        with self._change:
+            job.left = True
+            self._change.wait_for(lambda: job.ended or self._over, LEAVES_S)
+
+    def _heed(self, job_id: str) -> None:
+        """Raise SystemExit for a job that is not wanted any more: it makes no version."""
+        with suppress(PedroError):
+            store = Store(self._settings.database_url)
+            try:
+                wanted = store.get_job(job_id).wanted
+            finally:
+                store.close()
+            if wanted is not None:
+                raise SystemExit("stopped")
 
     def run(self) -> None:
         """Train until every job has ended."""
@@ -111,15 +140,19 @@ class Company:
                 losses += 1
                 most = jobs[0].spec.resources.max_failures
                 for job in (job for job in jobs if not job.ended):
-                    self._tell_loss(job, losses, most, reason(lost))
+                    self._tell_loss(job, losses, most, reason(lost), len(jobs) == 1)
         finally:
             self._store.close()
             with self._change:
                 self._over, jobs = True, list(self._jobs.values())
+                self._change.notify_all()
             for job in jobs:
                 self._hand(job, (Ended(stopped=True), _nobody))
 
-    def _tell_loss(self, job: JobOfGroup, losses: int, most: int, why: str) -> None:
+    def _tell_loss(self, job: JobOfGroup, losses: int, most: int, why: str, alone: bool) -> None:
+        if losses <= most and not alone:
+            self._hand(job, (Ended(UnavailableError(f"the worker that it shared was lost ({why})")), _nobody))
+            return
         if losses <= most:
             then = f"replaced, {losses} of at most {most} times; training resumes from the last checkpoint"
             job.say(Line(f"worker 0 was lost ({why}); {then}"))
@@ -178,16 +211,23 @@ class Company:
     def _hand(self, job: JobOfGroup, message: Message) -> None:
         """To the job's thread; behind its end comes nothing more."""
         if not job.ended:
-            job.ended = isinstance(message[0], Ended)
             job.inbox.put(message)
+            if isinstance(message[0], Ended):
+                with self._change:
+                    job.ended = True
+                    self._change.notify_all()
 
     def _unwanted(self, jobs: list[JobOfGroup]) -> list[JobOfGroup]:
-        """Those that somebody asked to pause or to end."""
-        open_ones = [job for job in jobs if not job.ended]
+        """Those that somebody asked to pause or to end, or erased, and those whose threads have ended."""
+        return [job for job in jobs if not job.ended and (job.left or self._is_unwanted(job.member.job_id))]
+
+    def _is_unwanted(self, job_id: str) -> bool:
         try:
-            return [job for job in open_ones if self._store.get_job(job.member.job_id).wanted is not None]
+            return self._store.get_job(job_id).wanted is not None
+        except NotFoundError:
+            return True
         except PedroError:  # the next look will tell
-            return []
+            return False
 
 
 def _nobody(_number: int, _answer: Any) -> None:

@@ -1,7 +1,8 @@
 """The driver of a group of jobs: `python -m pedro.training.shared.driver --job ID:ATTEMPT --job …`.
 
 Each job has a thread, which does what a lone job's driver does and prints into that job's log alone; the main thread
-looks after the worker that they share. How a job ends is entered in its own record; the exit code is of the group.
+looks after the worker that they share. How a job ends is entered in its own record; one that did not come to rest is
+handed back to the queue, though the driver lives on for others. The exit code is of the group.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pedro.config import Settings
-from pedro.errors import PedroError
+from pedro.errors import PedroError, UnavailableError
 from pedro.process import update_environment
 from pedro.registry import Registry
+from pedro.store import JobStatus, Store
 from pedro.training.driver import connect_driver, fail
 from pedro.training.job import drive_job, read_spec
 from pedro.training.job_log import by_thread, keeping_log_of_thread
@@ -26,6 +28,10 @@ from pedro.training.trainer import ENVIRONMENT
 if TYPE_CHECKING:
     from pedro.training.shared.company import Company
 
+AGAIN_S = 15.0
+"""How long a database that does not answer is left alone."""
+LEFT = "-left"
+"""Behind the submission id of a driver that works on the job no more."""
 END_S = 20.0
 """How long the jobs' threads may take to enter their ends when the driver is asked to end."""
 
@@ -71,6 +77,27 @@ def _drive(settings: Settings, company: Company, job_id: str, attempt: int, code
             codes[job_id] = drive_job(read, settings, job_id, attempt, company.fit)
     finally:
         company.leave(job_id)
+        while not _handed_back(settings, job_id, attempt) and not company.is_over(AGAIN_S):
+            pass
+
+
+def _handed_back(settings: Settings, job_id: str, attempt: int) -> bool:
+    """Leave a job that did not come to rest to its controller: its row then names a driver that there is not, as if it
+    had been lost. False if the database does not answer."""
+    try:
+        store = Store(settings.database_url)
+        try:
+            job = store.get_job(job_id)
+            if job.status in (JobStatus.QUEUED, JobStatus.RUNNING) and job.attempt == attempt and job.submission_id:
+                why = job.message or "its driver had to leave it"
+                store.update_job(job_id, submission_id=job.submission_id + LEFT, message=why, attempt=attempt)
+        finally:
+            store.close()
+    except UnavailableError:
+        return False
+    except PedroError:  # it is erased, or was started again
+        return True
+    return True
 
 
 if __name__ == "__main__":

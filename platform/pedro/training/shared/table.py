@@ -72,19 +72,20 @@ class Seat:
 
     def ask(self, what: Reading | Learning) -> Any:
         """Wait for the table's answer. Raises what went wrong with it, and Stopped."""
-        self._refuse()
+        self.heed()
         self.asked = what
         self._parked.release()
         self._turn.acquire()
         answer, self._answer, self.asked = self._answer, None, None
-        self._refuse()
+        self.heed()
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Within it the others do not wait for this job, which must not touch what they share."""
+        """Within it the others do not wait for this job, which must not touch what they share. Raises Stopped at its
+        end."""
         self.asked = AWAY
         self._parked.release()
         try:
@@ -93,6 +94,7 @@ class Seat:
             self._back.put(self)
             self._turn.acquire()
             self.asked = None
+        self.heed()
 
     def stop(self) -> None:
         """Have the job end where it next asks for something."""
@@ -106,7 +108,8 @@ class Seat:
         self._parked.acquire()
         self.seconds += time.monotonic() - started
 
-    def _refuse(self) -> None:
+    def heed(self) -> None:
+        """Raise Stopped if the job was asked to end."""
         if self._stop:
             raise Stopped("the job was stopped")
 
@@ -157,11 +160,12 @@ class RoundTable:
         with _shared_time(seats), torch.set_grad_enabled(learning):
             try:
                 logits: list[Any] = self._passes.read([(seat.number, seat.asked) for seat in seats])
+                return list(zip(seats, logits, strict=True))
             except Exception as error:  # noqa: BLE001 - whatever one job's rows do to the pass
                 if len(seats) == 1:
                     return [(seats[0], error)]
-                return [answer for seat in seats for answer in self._read([seat], learning)]
-        return list(zip(seats, logits, strict=True))
+        # here, where the error's traceback holds none of the pass's memory any more
+        return [answer for seat in seats for answer in self._read([seat], learning)]
 
     def _learn(self, seats: Sequence[Seat]) -> list[tuple[Seat, Any]]:
         answer: Exception | None = None

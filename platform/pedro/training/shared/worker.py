@@ -6,7 +6,9 @@ words lie in an outbox of its own, and what it leaves lies in its own run's fold
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.backbones.sharing import obtain_backbone
 from pedro.config import Settings
-from pedro.errors import PedroError, TrainingError
+from pedro.errors import PedroError, UnavailableError
 from pedro.process import set_torch_threads
 from pedro.stored_files import remove
 from pedro.training.outbox import THE_CHAMPION, Outbox
@@ -80,11 +82,13 @@ class GroupWorker:
     def __init__(self) -> None:
         self._outboxes: dict[str, Outbox] = {}
         self._stopped: set[str] = set()
+        self._lock = threading.Lock()
+        """Of `_stopped` and `_table`."""
         self._table: RoundTable | None = None
         self._members: list[Member] = []
 
     def train(self, members: list[Member], settings: Mapping[str, str]) -> None:
-        """Train all of them; return when each has ended."""
+        """Train all of them; return when each has ended. Raises what breaks one that is alone, as lone workers do."""
         quiet_worker()
         self._outboxes = {member.job_id: Outbox() for member in members}
         self._members = members
@@ -103,10 +107,15 @@ class GroupWorker:
         works = [
             partial(self._work, member, spec, given, backbone) for member, spec in zip(members, specs, strict=True)
         ]
-        self._table = RoundTable(backbone.carrier, works)
-        for job_id in self._stopped:
+        table = RoundTable(backbone.carrier, works)
+        with self._lock:
+            self._table, stopped = table, list(self._stopped)
+        for job_id in stopped:
             self.stop(job_id)
-        self._table.run()
+        table.run()
+        for seat in table.seats:
+            if seat.error is not None:
+                raise seat.error
 
     def take(self) -> list[tuple[str, Any]]:
         """What the jobs have said since the last call, each with the job's id."""
@@ -118,9 +127,11 @@ class GroupWorker:
 
     def stop(self, job_id: str) -> None:
         """Have one job end; the others go on."""
-        self._stopped.add(job_id)
-        if self._table is not None:
-            for member, seat in zip(self._members, self._table.seats, strict=True):
+        with self._lock:
+            self._stopped.add(job_id)
+            table = self._table
+        if table is not None:
+            for member, seat in zip(self._members, table.seats, strict=True):
                 if member.job_id == job_id:
                     seat.stop()
 
@@ -136,11 +147,12 @@ class GroupWorker:
             ended = Ended(stopped=True)
         except PedroError as error:
             ended = Ended(error)
-        except Exception as error:  # noqa: BLE001 - it ends this job, and no other
-            traceback.print_exc()
-            ended = Ended(
-                TrainingError(f"training: the job broke ({type(error).__name__}); `pedro jobs retry` resumes it")
-            )
+        except Exception as error:
+            for line in traceback.format_exc().splitlines():
+                outbox.put(Line(f"(worker pid={os.getpid()}) {line}"))
+            if len(self._members) == 1:
+                raise
+            ended = Ended(UnavailableError(f"training: the job broke beside others ({type(error).__name__})"))
         finally:
             backbone.carrier.leave(seat.number)
         outbox.put(ended)
@@ -163,11 +175,13 @@ def _train(
     what = f"{context.trainable_parameters:,} parameters on {len(context.data.train):,} rows"
     reporter.line(f"training {what}, {context.plan.steps:,} steps")
     trained = worker.train_and_score(context, reporter)
+    seat.heed()
     with tempfile.TemporaryDirectory() as folder:
         digest = worker.save(context, trained, Path(folder) / ADAPTER)
         with seat.away():
             handed = outbox.ask(THE_CHAMPION)
         write_result(Path(folder), context, trained, digest, handed, reporter)
+        seat.heed()
         with seat.away():
             put_folder(Path(folder), join(run, RESULT))
 
@@ -204,8 +218,8 @@ class SeatReporter:
                 put_folder(Path(folder), join(self._run, name))
                 for other in self._kept()[:-KEPT]:
                     remove(join(self._run, other))
-        if made is not None:
-            self._outbox.put(MadeModel(name, made))
+                if made is not None:
+                    self._outbox.put(MadeModel(name, made))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._outbox.tell(step, values)
