@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -25,7 +26,8 @@ from pedro.training.shared import company as shared_company
 from pedro.training.shared import driver as shared_driver
 from pedro.training.shared import worker as shared_worker
 from pedro.training.shared.company import Company, JobOfGroup
-from pedro.training.shared.worker import Ended, GroupWorker, Line, Member
+from pedro.training.shared.worker import Ended, GroupWorker, Line, Member, SeatReporter
+from pedro.training.storage import put_folder
 
 
 @pytest.fixture
@@ -262,6 +264,24 @@ def test_a_job_that_did_not_come_to_rest_is_left_to_the_controller(settings, mon
     shared_driver._drive(settings, company, job_id, 1, {})
     assert store.get_job(job_id).submission_id == "shared-x"
     store.close()
+
+
+def test_what_is_half_written_lies_in_the_runs_own_folder_and_is_no_checkpoint(tmp_path, monkeypatch):
+    run, made = tmp_path / "runs" / "ftjob-1", tmp_path / "made"
+    (made / "state").mkdir(parents=True)
+    seen = []
+
+    def copied(source, target, *rest, **options):
+        seen.append(Path(target).relative_to(run).parts)
+        assert SeatReporter(str(run), None, None)._kept() == []
+        return copytree(source, target, *rest, **options)
+
+    copytree = shutil.copytree
+    monkeypatch.setattr(shutil, "copytree", copied)
+    put_folder(made, str(run / "checkpoint_000000001"))
+    assert seen[0][0].startswith(".new-")
+    assert [path.name for path in run.iterdir()] == ["checkpoint_000000001"]
+    assert [path.name for path in run.parent.iterdir()] == ["ftjob-1"]
 
 
 def test_behind_a_jobs_end_nothing_reaches_it(settings):

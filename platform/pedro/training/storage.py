@@ -143,7 +143,8 @@ def folders(location: str) -> list[str]:
 
 
 def put_folder(source: Path, target: str) -> None:
-    """Store a local folder; one in a folder appears whole, by a rename, and takes the place of what was there.
+    """Store a local folder; one in a folder appears whole, by a rename, and takes the place of what was there. What is
+    half written lies beside it, and goes with the folder around both.
 
     Raises UnavailableError if it cannot be stored."""
     if "://" in target:
@@ -153,7 +154,7 @@ def put_folder(source: Path, target: str) -> None:
     try:
         place = Path(target)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent.parent, ignore_cleanup_errors=True) as new:
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent, ignore_cleanup_errors=True) as new:
             shutil.copytree(source, Path(new) / "made")
             if place.exists():
                 place.rename(Path(new) / "old")
