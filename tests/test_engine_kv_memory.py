@@ -177,6 +177,17 @@ def test_beams_have_all_their_room_from_the_start(model):
     assert answers["beams"].token_ids == expected.token_ids
 
 
+def test_beams_without_max_tokens_leave_room_to_others(model):
+    engine = small_engine(model, 80, max_batch=16)  # 16 full sequences would need 256
+    for length, most in ((10, 5 * BLOCK - 10), (90, 64), (250, 6)):
+        (beams,) = engine._processor.process(request("beams", prompt(length), None, num_beams=4))
+        assert beams.max_tokens == most, "of 20 blocks, a quarter of all"
+    (beams,) = engine._processor.process(request("beams", prompt(20), 200, num_beams=4))
+    assert beams.max_tokens == 200
+    (alone,) = engine._processor.process(request("alone", prompt(20), None))
+    assert alone.max_tokens == 236
+
+
 def test_less_than_a_block_is_refused_when_the_engine_starts(model):
     with pytest.raises(ConfigError, match=r"one block of 16 tokens takes 48\.0 KiB, got 1000 bytes"):
         make_engine(model, kv_memory=1000)

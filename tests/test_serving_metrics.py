@@ -64,6 +64,7 @@ def test_an_answer_counts_under_its_adapter_whatever_the_version():
     assert ("pedro_queue_seconds_count", ("adapter", "stories"), at[1]) not in found, "it was not answered"
     assert found["pedro_running", at[1]] == 3
     assert found["pedro_kv_cache_usage_ratio", at[1]] == 3 / 8
+    assert (found["pedro_slots", at[1]], found["pedro_slots_used", at[1]]) == (8, 6)
     assert (found["pedro_kv_blocks", at[1]], found["pedro_kv_blocks_used", at[1]]) == (8, 3)
     assert found["pedro_adapter_evictions_total", at[1]] == 2
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pedro.engine.config import EngineConfig
     from pedro.model_protocols import ModelConfig, TokenDecoder
 
+SHORT_ANSWER = 64  # tokens
+
 
 class RequestProcessor:
     """Checks requests against the backbone's vocabulary and context, and the engine's sizes."""
@@ -71,7 +73,7 @@ class RequestProcessor:
             )
         self._check_vocabulary("prompt", (*request.prompt_ids, *request.resumed_ids))
         self._check_vocabulary("logit_bias", request.params.logit_bias)
-        tokens = room if wanted is None else wanted
+        tokens = self._default_tokens(prompt, room, least, beams) if wanted is None else wanted
         if request.resumed_ids and len(request.resumed_ids) >= tokens:
             raise PedroError(f"resumed_ids: all {tokens} tokens of the answer were made already", param="resumed_ids")
         if beams > 1:
@@ -80,6 +82,14 @@ class RequestProcessor:
         for sequence in sequences:
             sequence.siblings = tuple(other for other in sequences if other is not sequence)
         return sequences
+
+    def _default_tokens(self, prompt: int, room: int, least: int, beams: int) -> int:
+        """An answer's most tokens where none are asked for: what there is room for. Beams, which have all their blocks
+        from the start, share one context or a quarter of all blocks, but have a short answer each."""
+        if beams == 1:
+            return room
+        together = max(-(-self.max_length // self._block), self._blocks // 4)
+        return min(room, max(together // beams * self._block - prompt, least, SHORT_ANSWER))
 
     def _check_vocabulary(self, param: str, token_ids: Iterable[int]) -> None:
         bad = next((t for t in token_ids if not 0 <= t < self.vocab_size), None)

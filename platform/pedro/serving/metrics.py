@@ -122,6 +122,8 @@ class ReplicaMetrics:
         for name, text, value in (
             ("running", "Answers being made.", stats["running"]),
             ("waiting", "Answers that wait for a slot, for room in the KV cache or an adapter.", stats["waiting"]),
+            ("slots", "Answers that can be made at once.", stats["slots"]),
+            ("slots_used", "Of these slots, those taken; each beam takes one.", stats["slots"] - stats["slots_free"]),
             ("kv_blocks", "Blocks that the KV cache may have.", blocks),
             ("kv_blocks_used", "Of these, those of answers being made.", used),
             ("kv_cache_usage_ratio", "Share of the KV cache's blocks in use.", used / blocks),
