@@ -10,6 +10,7 @@ from queue_cluster import Clock, Cluster, SharingCluster, ends
 from pedro.store import JobStatus, Store
 from pedro.training.queue.companies import GATHER_S
 from pedro.training.queue.controller import Controller
+from pedro.training.shared.driver import LEFT
 from pedro.training.sharing import MOST_JOBS, MOST_ROWS
 
 
@@ -189,6 +190,28 @@ def test_each_job_of_a_lost_driver_is_started_again_and_no_other(store, clock):
     assert again[0].status == JobStatus.SUCCEEDED
     assert [job.attempt for job in again] == [1, 2, 2]
     assert [cluster.together[job.submission_id] for job in again[1:]] == [[job] for job in jobs[1:]], "each alone"
+
+
+def test_one_that_its_driver_left_is_started_again_alone_while_the_driver_goes_on(store, clock):
+    cluster = SharingCluster()
+    controller = controller_of(store, cluster, clock)
+    left, wanted, goes_on = (queued(store, tenant) for tenant in ("acme", "globex", "initech"))
+    controller.round()
+    (driver,) = cluster.together
+    for job in (left, wanted, goes_on):
+        store.update_job(job, status=JobStatus.RUNNING, attempt=1)
+    store.ask_of_job(wanted, JobStatus.PAUSED)
+    for job in (left, wanted):
+        store.update_job(job, submission_id=driver + LEFT, message="the storage did not answer", attempt=1)
+    controller.round()
+    assert store.get_job(wanted).status == JobStatus.PAUSED
+    assert store.get_job(left).status == JobStatus.QUEUED
+    assert "the storage did not answer" in store.get_job(left).message
+    clock.now += 600
+    controller.round()
+    assert cluster.together[store.get_job(left).submission_id] == [left]
+    assert store.get_job(goes_on).submission_id == driver
+    assert cluster.stopped == []
 
 
 def test_a_group_that_was_ended_as_a_whole_is_not_taken_for_cancelled_jobs(store, clock):
