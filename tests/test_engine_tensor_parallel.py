@@ -19,6 +19,7 @@ from pedro.engine.tensor_parallel import TensorParallel, check_devices, check_sp
 from pedro.engine.tensor_parallel.collectives import Group
 from pedro.engine.tensor_parallel.loading import join, load_shard, whole_architecture
 from pedro.engine.tensor_parallel.messages import KeptRows, Parts, load
+from pedro.engine.tensor_parallel.peers import environment
 from pedro.engine.tensor_parallel.runner import ShardRunner, read_part
 from pedro.engine.tensor_parallel.shards import Shard
 from pedro.errors import BackboneError, ConfigError, PedroError
@@ -194,6 +195,55 @@ def test_adapters_leave_and_return_on_all_ranks_and_one_that_is_refused_costs_no
         assert answers[wrong].last.error is not None
         assert answers["beside"].last.error is None
     assert engine.lost is None
+
+
+def test_an_adapter_that_a_rank_is_late_with_is_forgotten_on_both_sides(engine, home, monkeypatch):
+    peers, folder = engine._runner._peers, home[2]
+    monkeypatch.setattr("pedro.engine.tensor_parallel.peers.READ_TIMEOUT_S", 0.2)
+    os.kill(peers.pids[0], signal.SIGSTOP)
+    try:
+        with pytest.raises(PedroError, match="a rank has not read the adapter in time"):
+            engine._runner.read_adapter(folder / "ia3", DIGEST)
+        assert len(peers._abandoned) == 1
+    finally:
+        os.kill(peers.pids[0], signal.SIGCONT)
+    monkeypatch.undo()
+    assert run(engine, request("after", prompt(8), 5, adapter="red"))["after"].last.error is None
+    until = time.monotonic() + 20
+    while peers._abandoned and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not peers._abandoned
+    assert not peers._answers
+
+
+def test_ranks_have_as_many_blocks_as_the_one_with_the_least_memory(home, tmp_path, monkeypatch):
+    _, backbone, _ = home
+    shards = [Shard(rank, 2) for rank in range(2)]
+    free = threading.local()
+    monkeypatch.setattr("pedro.engine.kv_budget.available_memory", lambda: free.bytes)
+
+    def go(rank):
+        part = load_shard(backbone, "float32", "cpu", shards[rank])
+        group = Group(shards[rank], torch.device("cpu"), str(tmp_path / "meeting"), 60)
+        join(part, group)
+        free.bytes = (2 - rank) * 400_000
+        cache = ShardRunner(part, group, 100, 64).cache
+        return cache.blocks, int(0.5 * 400_000 / 2) // cache.block_bytes
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, _), (second, expected) = pool.map(go, range(2))
+    assert first == second == expected > 0
+
+
+def test_ranks_get_no_secrets():
+    given = {
+        "PATH": "/bin",
+        "PEDRO_HOME": "/home",
+        "PEDRO_DATABASE_URL": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "HF_TOKEN": "x",
+    }
+    assert environment(given) == {"PATH": "/bin", "PEDRO_HOME": "/home"}
 
 
 def test_vectors_that_each_rank_kept_of_a_preempted_prompt_stand_in_for_its_adapter(home, engine):

@@ -6,6 +6,7 @@ Legend: N tokens, D model width, V vocabulary, P rows of a rank's part of it.
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ class Group:
         make = c10d.ProcessGroupGloo if self._on_cpu else c10d.ProcessGroupNCCL
         options = make._Options() if self._on_cpu else make.Options()
         options._timeout = timedelta(seconds=timeout_s)
+        if not self._on_cpu:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         if self._on_cpu:
             options._devices = [make.create_device(hostname=HERE)]
         self._backend: Any = make(store, shard.rank, shard.size, options)

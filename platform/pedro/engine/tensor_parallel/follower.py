@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pedro.engine.tensor_parallel.messages import CALL, JOIN, READ, START, Orders, load
+from pedro.engine.tensor_parallel.messages import CALL, JOIN, MADE, READ, START, Orders, load
 from pedro.errors import AdapterError, PedroError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Follower:
         self._model: PreTrainedModel = load_shard(orders.backbone, orders.dtype, orders.device, orders.shard)
         self._architecture = whole_architecture(orders.backbone)
         self._parts: dict[int, Any] = {}
+        self._reading: set[int] = set()  # numbers of adapters that are still wanted
+        self._changing = threading.Lock()  # of these two
         self._runner: Any = None
         self._calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._loaders = ThreadPoolExecutor(1)
@@ -46,7 +48,10 @@ class Follower:
     def take(self, message: bytes) -> None:
         """Queue what the first rank says."""
         if message[:1] == READ:
-            self._loaders.submit(self._read, *load(message[1:], {}))
+            number, directory = load(message[1:], {})
+            with self._changing:
+                self._reading.add(number)
+            self._loaders.submit(self._read, number, directory)
         else:
             assert message[:1] == CALL, f"a message of no kind: {message[:1]!r}"
             self._calls.put(message[1:])
@@ -60,8 +65,10 @@ class Follower:
         try:
             while True:
                 name, arguments, options, gone = load(self._calls.get(), self._parts)
-                for number in gone:
-                    self._parts.pop(number, None)
+                with self._changing:
+                    for number in gone:
+                        self._reading.discard(number)
+                        self._parts.pop(number, None)
                 self._call(name, arguments, options)
         except BaseException as error:
             log.exception("rank %d failed", self._orders.shard.rank)
@@ -77,10 +84,14 @@ class Follower:
             self._group = Group(orders.shard, next(self._model.parameters()).device, orders.meeting, orders.timeout_s)
             join(self._model, self._group)
             self.say(JOIN)
-        elif name == "make":
+        elif name == MADE:
             from pedro.engine.tensor_parallel.runner import ShardRunner
 
-            self._runner = ShardRunner(self._model, self._group, *arguments, **options)
+            try:
+                self._runner = ShardRunner(self._model, self._group, *arguments, **options)
+                self.say(MADE)
+            except PedroError as error:  # the first rank's, too
+                self.say(MADE, error)
         elif name == "keep_rows":
             slot, number = arguments
             self._parts[number] = self._runner.slot_rows(slot)
@@ -92,15 +103,21 @@ class Follower:
 
         orders = self._orders
         try:
-            self._parts[number] = read_part(
+            part = read_part(
                 Path(directory), self._architecture, orders.backbone.digest, self._model.device, orders.shard
             )
+            with self._changing:
+                if number in self._reading:  # else the first rank waits for it no more
+                    self._parts[number] = part
             self.say(number)
         except PedroError as error:
             self.say(number, error)
         except Exception as error:  # as the first rank's own loaders: it costs this adapter alone
             log.exception("an adapter could not be read")
             self.say(number, AdapterError(f"adapter: it could not be read ({type(error).__name__})"))
+        finally:
+            with self._changing:
+                self._reading.discard(number)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 START, CALL, READ = b"s", b"c", b"r"
 """The first byte of a message: begin; make a call, in order with the others; read an adapter, beside them."""
-JOIN = "join"  # the first call
+JOIN, MADE = "join", "make"  # the first calls, of which the others say when they are done
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from pedro.engine.tensor_parallel.messages import CALL, JOIN, READ, START, Orders, Parts
+from pedro.engine.tensor_parallel.messages import CALL, JOIN, MADE, READ, START, Orders, Parts
 from pedro.errors import PedroError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ START_TIMEOUT_S = 1800.0  # to load: a large backbone comes from a disk
 READ_TIMEOUT_S = 60.0  # for an adapter
 NOTICE_S = 5.0  # within which the end of a process is seen
 T = TypeVar("T")
+SECRETS = ("PEDRO_", "AWS_", "MLFLOW_", "HF_TOKEN", "HUGGING_FACE_")  # how names of what may be one begin
 
 
 class Peer:
@@ -41,10 +42,10 @@ class Peer:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout_s), 0))
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())],  # not what lies in the working directory
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**environment(os.environ), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,  # an interrupt of the terminal is not for it
             )
         self.connection = Connection(ours.detach())
@@ -65,6 +66,7 @@ class Peers:
         self._sending = threading.Lock()
         self._changed = threading.Condition()
         self._answers: dict[tuple[int, Any], PedroError | None] = {}  # by rank and what was asked for
+        self._abandoned: set[tuple[int, Any]] = set()  # those of which nobody waits for the answer any more
         self._closing = False
         self._peers: list[Peer] = []
         try:
@@ -95,6 +97,10 @@ class Peers:
         self.tell(CALL + Parts().dump((JOIN, (), {}, [])))
         own()
         self._await(JOIN, self._timeout_s, "met the others")
+
+    def made(self) -> None:
+        """Returns once all have made their runners. Raises the first error that one of them met."""
+        self._await(MADE, self._timeout_s, "made its runner")
 
     def tell(self, message: bytes) -> None:
         """Send to all. Raises the reason where one is lost."""
@@ -152,6 +158,9 @@ class Peers:
                 if self.lost is not None:
                     raise self.lost.with_traceback(None)
                 if not self._changed.wait(until - time.monotonic()):
+                    self._abandoned.update(key for key in keys if key not in self._answers)
+                    for key in keys:
+                        self._answers.pop(key, None)
                     raise UnavailableError(f"a rank has not {done} in time; try again later")
             errors = [error for error in map(self._answers.pop, keys) if error is not None]
         if errors:
@@ -176,8 +185,16 @@ class Peers:
                     self.fail(f"rank {peer.rank} failed: {error}")
                     return
                 with self._changed:
-                    self._answers[peer.rank, what] = error
+                    if (peer.rank, what) in self._abandoned:
+                        self._abandoned.remove((peer.rank, what))
+                    else:
+                        self._answers[peer.rank, what] = error
                     self._changed.notify_all()
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """The variables that a rank gets of these: no secrets, since it reads files of this machine and nothing else."""
+    return {name: value for name, value in given.items() if name == "PEDRO_HOME" or not name.startswith(SECRETS)}
 
 
 def _ending(status: int | None) -> str:

@@ -7,19 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from pedro.engine.kv_budget import KVBudget
+import torch
+
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
-from pedro.engine.tensor_parallel.messages import CALL, KeptRows, Parts
+from pedro.engine.tensor_parallel.messages import CALL, MADE, KeptRows, Parts
 from pedro.engine.tensor_parallel.shards import Shard, cut_adapter
 from pedro.errors import BackboneError, PedroError
 from pedro.methods.servable import read_adapter
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from pedro.adapter_kinds import Adapter
     from pedro.engine.kv_blocks import KVBlocks
+    from pedro.engine.kv_budget import KVBudget
     from pedro.engine.model_executor import Logits
     from pedro.engine.modulation import PreemptedState, SlotRows
     from pedro.engine.sequence import Logprob
@@ -58,8 +59,16 @@ class ShardRunner(Runner):
                     f"engine.{what}: {asked} is for the native kernel, which runs on one rank; use {what}: {fits[0]} "
                     "or tensor_parallel_size: 1"
                 )
+        self._ranks = group
         super().__init__(model, slots, length, kernel="torch", capture=False, **options)
         group.sum_outputs(self.architecture)  # after the modulation's hooks, which act on each rank's part
+
+    def _allowed_blocks(self, budget: KVBudget) -> int:
+        """As many on all ranks: what the one with the least has room for. On a CPU they share the memory."""
+        if self.device.type == "cpu":
+            budget = replace(budget, sharers=budget.sharers * self._ranks.shard.size)
+        own = torch.tensor([[float(super()._allowed_blocks(budget))]], device=self.device)
+        return int(self._ranks.gather(own).min())
 
 
 class LeadingRunner(ShardRunner):
@@ -78,9 +87,14 @@ class LeadingRunner(ShardRunner):
         self._peers, self._group, self._whole = peers, group, whole
         self._parts = Parts()
         peers.on_lost = group.abort
-        super().__init__(model, group, slots, length, **options)  # first: it refuses what cannot be
-        options["kv_budget"] = KVBudget(self.cache.nbytes)  # as many blocks on all ranks
-        self._told("make", slots, length, **options)
+        self._told(MADE, slots, length, **options)
+        try:
+            super().__init__(model, group, slots, length, **options)
+        except PedroError:
+            raise
+        except Exception as error:
+            raise peers.failed_here(error) from error
+        peers.made()
 
     @property
     def lost(self) -> PedroError | None:
