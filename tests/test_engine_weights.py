@@ -112,7 +112,7 @@ def test_answers_are_those_that_the_dequantised_model_generates(kind, tmp_path):
         assert answers[who].token_ids == generated(by, prompt(30, 1), 12)
 
 
-@pytest.mark.parametrize(("kind", "share"), [("int8", 0.28), ("int4", 0.21)])
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.29), ("int4", 0.22)])  # with tables of rotations
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_quantised_backbone_takes_a_share_of_its_bytes_and_the_float32_ones_are_freed(kind, share, tied):
     model = random_backbone("llama", tie_word_embeddings=tied, hidden_size=64, intermediate_size=128, vocab_size=512)

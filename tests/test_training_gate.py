@@ -143,14 +143,17 @@ def test_a_job_compares_its_version_with_the_champion_row_by_row_and_the_gate_is
     settings = settings_at(tmp_path / "home")
     registry = Registry.open(settings)
     context = context_for(spec_for(tmp_path, "lora", max_steps=2), tmp_path)
-    trained = worker.train_and_score(context, LocalReporter(tmp_path / "run", lambda line: None))
+    reporter = LocalReporter(tmp_path / "run", lambda line: None)
+    trained = worker.train_and_score(context, reporter)
     worker.save(context, trained, tmp_path / "adapter")
     handed = hand(register(registry, tmp_path / "adapter", context.spec.name), registry, settings, "ftjob-1")
     lost = replace(handed, problem="its files are gone")
-    assert trainer._score_champion(context, trained.score, None) is None
-    gone = trainer.Champion(**trainer._score_champion(context, trained.score, lost))
+    assert trainer._score_champion(context, trained.score, None, reporter) is None
+    gone = trainer.Champion(**trainer._score_champion(context, trained.score, lost, reporter))
     assert (gone.version, gone.metrics, gone.problem) == (1, None, "its files are gone")
-    told = json.loads(json.dumps(trainer._score_champion(context, trained.score, handed)))  # as the driver reads it
+    told = json.loads(
+        json.dumps(trainer._score_champion(context, trained.score, handed, reporter))
+    )  # as the driver reads it
     champion = trainer.Champion(**told)
     assert champion.version == 1
     assert (champion.paired["better"], champion.paired["worse"]) == (0, 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs.benchmarks.chaos import clients
-from jobs.benchmarks.chaos.clients import Asked, Clients, in_force
+from jobs.benchmarks.chaos.clients import Clients, PlannedRequest, in_force
 from jobs.benchmarks.chaos.clock import make_clock
 from jobs.benchmarks.chaos.faults import schedule
 from jobs.benchmarks.chaos.world import BARE, Adapter, World
@@ -52,7 +52,7 @@ def judge(tmp_path):
     def judge(text, by, *, number=None, whole=True, lenient=False):
         numbers = frozenset() if number is None else frozenset([number])
         seen = watching.begin("case", lenient)
-        asked = Asked(own, "acme.a", 0, 3, stream=True, numbers=numbers)
+        asked = PlannedRequest(own, "acme.a", 0, 3, stream=True, numbers=numbers)
         watching._judge(asked, clients._Answer(text, f"{by}#sha256:1"), time.monotonic(), seen, whole)
         return dict(seen.wrong)
 
