@@ -200,6 +200,16 @@ def test_where_memory_is_short_there_is_one_whole_context_and_a_warning(monkeypa
         assert refused.value.param == param
 
 
+def test_a_gpu_keeps_what_is_taken_at_the_start_beside_one_context(monkeypatch):
+    cache = KVCache(*SHAPE, torch.float32, CPU)
+    cache.device = torch.device("cuda")
+    whole = cache.blocks_per_slot * cache.block_bytes
+    monkeypatch.setattr("pedro.engine.kv_budget._free_memory", lambda device: 2 * whole)
+    assert allowed_blocks(cache, KVBudget()) == int(0.8 * 2 * whole) // cache.block_bytes
+    assert allowed_blocks(cache, KVBudget(reserved=whole)) == int(0.9 * whole) // cache.block_bytes
+    assert allowed_blocks(cache, KVBudget(reserved=3 * whole)) == 1
+
+
 def test_a_system_without_huge_pages_has_a_cache_too(monkeypatch):
     class Pages:
         def madvise(self, *_):

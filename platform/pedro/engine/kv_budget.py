@@ -61,7 +61,8 @@ def allowed_blocks(cache: SlotCache, budget: KVBudget) -> int:
             "--prefix-cache-mb, or give a size with --kv-memory",
             size(free), cache.length, size(context * cache.block_bytes),
         )  # fmt: skip
-        blocks = min(context, int(MOST * free) // cache.block_bytes)
+        lazy = cache.device.type == "cpu"  # what is reserved is taken as it fills, if ever
+        blocks = min(context, int(MOST * (free if lazy else free - budget.reserved)) // cache.block_bytes)
     return max(1, blocks)
 
 
