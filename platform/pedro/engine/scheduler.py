@@ -271,9 +271,10 @@ class Scheduler:
 
         Of tenants that are far ahead; or, where `tenant` stays within its share, of those that hold more than theirs.
         """
-        room = Room(head, self.kv, head.width - len(self._free), self.running)
-        if room.there([]):
+        slots = head.width - len(self._free)
+        if slots <= 0 and self.kv.missing(head, self.kv.growing(self.running)) <= 0:
             return []
+        room = Room(head, self.kv, slots, self.running)
         most = tenant.counter + self.limits.preempt_after
         within = tenant.running + head.width <= self._shares.of(tenant)
         candidates = []
