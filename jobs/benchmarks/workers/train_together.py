@@ -19,9 +19,9 @@ import torch
 from jobs.benchmarks.workers.train import LocalCheckpoints, spec_of
 from pedro.backbone import quiet
 from pedro.training.context import TrainingContext, build_context
+from pedro.training.cotraining.coordinator import Participant, PassCoordinator
+from pedro.training.cotraining.engine import CotrainingEngine, SharedBackbone
 from pedro.training.loop import train
-from pedro.training.shared.seats import SeatEngine, SharedBackbone
-from pedro.training.shared.table import RoundTable, Seat
 from pedro.training.worker import save_model
 
 
@@ -38,7 +38,7 @@ class Together:
         self._alone = [build_context(one, cache) for one in self._specs]
         self._backbone = SharedBackbone(spec)
         self._together: dict[int, TrainingContext] = {}
-        self._at_table([partial(self._build, cache)] * len(self._specs))
+        self._coordinate([partial(self._build, cache)] * len(self._specs))
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:
         """One run of all jobs, `together` or not."""
@@ -46,7 +46,7 @@ class Together:
         tokens: list[int] = []
         began = time.perf_counter()
         if order["together"]:
-            self._at_table([partial(self._train, tokens)] * len(self._specs))
+            self._coordinate([partial(self._train, tokens)] * len(self._specs))
         else:
             for number, context in enumerate(self._alone):
                 self._one(number, context, tokens)
@@ -54,21 +54,21 @@ class Together:
         assert len(tokens) == len(self._specs), "every job has ended well"
         return {"seconds": seconds, "tok_s": sum(tokens) / seconds}
 
-    def _at_table(self, works: Sequence[Callable[[Seat], None]]) -> None:
-        table = RoundTable(self._backbone.carrier, works)
-        table.run()
-        for seat in table.seats:
-            if seat.error is not None:
-                raise seat.error
+    def _coordinate(self, works: Sequence[Callable[[Participant], None]]) -> None:
+        coordinator = PassCoordinator(self._backbone.stacked_model, works)
+        coordinator.run()
+        for participant in coordinator.participants:
+            if participant.error is not None:
+                raise participant.error
 
-    def _build(self, cache: Path, seat: Seat) -> None:
-        self._together[seat.number] = self._backbone.context(self._specs[seat.number], cache, seat)
+    def _build(self, cache: Path, participant: Participant) -> None:
+        self._together[participant.number] = self._backbone.context(self._specs[participant.number], cache, participant)
 
-    def _train(self, tokens: list[int], seat: Seat) -> None:
-        context = self._together[seat.number]
-        assert isinstance(context.engine, SeatEngine)
-        context.engine.seat = seat
-        self._one(seat.number, context, tokens)
+    def _train(self, tokens: list[int], participant: Participant) -> None:
+        context = self._together[participant.number]
+        assert isinstance(context.engine, CotrainingEngine)
+        context.engine.participant = participant
+        self._one(participant.number, context, tokens)
 
     def _one(self, number: int, context: TrainingContext, tokens: list[int]) -> None:
         folder = self._folder / "run" / str(number)

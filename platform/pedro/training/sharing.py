@@ -39,7 +39,7 @@ def why_alone(spec: FineTuneSpec) -> str:
     return next((f"{reason}; leave it false" for applies, reason in alone if applies), "")
 
 
-def company_key(spec: Mapping[str, Any], tenant: str | None = None) -> str | None:
+def group_key(spec: Mapping[str, Any], tenant: str | None = None) -> str | None:
     """Jobs with the same key may train together; of a resolved spec as it stands in the store, None if it shares none.
 
     Backbone and method, options included, precision, what the worker takes of the cluster, and about how long rows may

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from pedro.errors import NotFoundError, PedroError, UnavailableError
 from pedro.store import JobKind, JobStatus
 from pedro.training.queue.budgets import used_up
-from pedro.training.queue.companies import GATHER_S, SHARED, company_of, key_of, seeks_company
+from pedro.training.queue.grouping import GATHER_S, SHARED, group_of, key_of, may_be_grouped
 from pedro.training.queue.launcher import Claim, SharingLauncher
 from pedro.training.queue.prepare import told_error
 from pedro.training.queue.sweeps import widened
@@ -217,20 +217,20 @@ class Controller:
             elif any(amount > view.free(reserved)[name] + 1e-6 for name, amount in claim.total.items()):
                 self._store.explain_wait(job, f"waits for {claim} to be free")
                 return
-            elif shares and seeks_company(job) and 0 <= self._clock() - job.created < GATHER_S:
+            elif shares and may_be_grouped(job) and 0 <= self._clock() - job.created < GATHER_S:
                 gathering.append(job)
                 kept[key] = claim.total
             else:
-                company = [job]
+                group = [job]
                 if shares:
                     lets = partial(self._lets, over_budget)
-                    company = company_of(job, [*gathering, *waiting], held, history, lets, self._across_tenants)
+                    group = group_of(job, [*gathering, *waiting], held, history, lets, self._across_tenants)
                 elif job.kind == JobKind.SWEEP:
                     room = None if self._per_tenant is None else self._per_tenant - held[job.tenant]
-                    company = [widened(job, view, reserved, waiting, room)]
+                    group = [widened(job, view, reserved, waiting, room)]
                 submission_id = f"{SHARED if shares else ''}{driver_id(job, job.attempt)}"
                 started = []
-                for member in company:
+                for member in group:
                     if not self._store.start_job(member, submission_id, starts):
                         break  # another controller was first, or the job was stopped: the next round sees it
                     started.append(member)
@@ -240,7 +240,7 @@ class Controller:
                     promised.append(Claim.of(started[0].spec).total)
                     drivers.update({member.tenant for member in started})
                     self._launch(started, submission_id)
-                if len(started) < len(company):
+                if len(started) < len(group):
                     return
                 waiting = [other for other in waiting if other not in started]
                 gathering = [other for other in gathering if other not in started]

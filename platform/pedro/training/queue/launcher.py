@@ -151,7 +151,7 @@ class RayJobs:
     def start_together(self, jobs: Sequence[JobRecord], submission_id: str) -> None:
         of_jobs = [word for job in jobs for word in ("--job", f"{job.id}:{job.attempt}")]
         metadata = {"jobs": " ".join(job.id for job in jobs)}
-        self._launch(["pedro.training.shared.driver", *of_jobs], submission_id, metadata)
+        self._launch(["pedro.training.cotraining.driver", *of_jobs], submission_id, metadata)
 
     def _launch(self, arguments: Sequence[str], submission_id: str, metadata: dict[str, str]) -> None:
         module = shlex.join(arguments)

@@ -19,10 +19,10 @@ from training_runs import (
 
 from pedro.backbone import load_model, resolve_backbone
 from pedro.errors import ConfigError, TrainingError
+from pedro.training.cotraining.coordinator import PassCoordinator, Stopped
+from pedro.training.cotraining.engine import SharedBackbone
+from pedro.training.cotraining.stacked_model import check_repeatable, tied_copy
 from pedro.training.loop import train
-from pedro.training.shared.carrier import check_repeatable, twin
-from pedro.training.shared.seats import SharedBackbone
-from pedro.training.shared.table import RoundTable, Stopped
 from pedro.training.spec import FineTuneSpec
 
 METHODS = {
@@ -48,26 +48,28 @@ def shared(folder, number, method="pedro", **training):
     return spec.model_copy(update={"tenant": f"tenant{number}"})
 
 
-def together(specs, folder, begin=lambda _context, _seat: None, reporter=None):
-    """Train the specs at one table; the seats, and each one's (outcome, parameters), by its number."""
+def together(specs, folder, begin=lambda _context, _participant: None, reporter=None):
+    """Train the specs at one coordinator; the participants, and each one's (outcome, parameters), by its number."""
     torch.set_num_threads(1)
     backbone, ends = SharedBackbone(specs[0]), {}
 
     def work(number, spec):
-        def at(seat):
-            context = backbone.context(spec, folder / "cache", seat)
-            begin(context, seat)
+        def at(participant):
+            context = backbone.context(spec, folder / "cache", participant)
+            begin(context, participant)
             if reporter is None:
                 outcome = run(context, folder / f"run{number}")
             else:
-                outcome = train(context.engine, context.alternation, context.plan, context.data, reporter(number, seat))
+                outcome = train(
+                    context.engine, context.alternation, context.plan, context.data, reporter(number, participant)
+                )
             ends[number] = outcome, parameters(context)
 
         return at
 
-    table = RoundTable(backbone.carrier, [work(number, spec) for number, spec in enumerate(specs)])
-    table.run()
-    return table.seats, ends
+    coordinator = PassCoordinator(backbone.stacked_model, [work(number, spec) for number, spec in enumerate(specs)])
+    coordinator.run()
+    return coordinator.participants, ends
 
 
 def alone(spec, folder):
@@ -123,16 +125,16 @@ def test_jobs_with_rows_of_equal_lengths_are_told_apart_to_the_bit(tmp_path):
 def test_one_whose_numbers_are_lost_fails_alone(tmp_path, method):
     specs = [shared(tmp_path, number, method, max_steps=3) for number in range(3)]
 
-    def spoil(context, seat):
-        if seat.number == 1:
+    def spoil(context, participant):
+        if participant.number == 1:
             for _, parameter in context.engine.parameters:
                 parameter.data.fill_(math.nan)
 
-    seats, ends = together(specs, tmp_path, spoil)
-    assert isinstance(seats[1].error, TrainingError)
-    assert "the loss is nan" in str(seats[1].error)
-    assert seats[0].error is None
-    assert seats[2].error is None
+    participants, ends = together(specs, tmp_path, spoil)
+    assert isinstance(participants[1].error, TrainingError)
+    assert "the loss is nan" in str(participants[1].error)
+    assert participants[0].error is None
+    assert participants[2].error is None
     for number in (0, 2):
         assert_close(ends[number], alone(specs[number], tmp_path))
 
@@ -140,15 +142,15 @@ def test_one_whose_numbers_are_lost_fails_alone(tmp_path, method):
 def test_rows_that_break_a_pass_end_their_own_job_only(tmp_path):
     specs = [shared(tmp_path, number, max_steps=2) for number in range(2)]
 
-    def spoil(context, seat):
-        if seat.number == 0:
+    def spoil(context, participant):
+        if participant.number == 0:
             forward = context.engine.forward
             context.engine.forward = lambda positions, **batch: forward(
                 positions, **{**batch, "input_ids": batch["input_ids"] + 10**6}
             )
 
-    seats, ends = together(specs, tmp_path, spoil)
-    assert isinstance(seats[0].error, IndexError)
+    participants, ends = together(specs, tmp_path, spoil)
+    assert isinstance(participants[0].error, IndexError)
     assert_close(ends[1], alone(specs[1], tmp_path))
 
 
@@ -167,16 +169,16 @@ def test_one_that_is_stopped_or_waits_elsewhere_holds_nobody_up(tmp_path):
     specs = [shared(tmp_path, number, max_steps=3, eval_every=1) for number in range(3)]
     order = []
 
-    def reporter(number, seat):
+    def reporter(number, participant):
         def wait():
-            with seat.away():
+            with participant.away():
                 order.append(number)
 
-        acts = {0: seat.stop, 1: wait, 2: lambda: order.append(number)}
+        acts = {0: participant.stop, 1: wait, 2: lambda: order.append(number)}
         return Counting(tmp_path / f"run{number}", acts[number])
 
-    seats, ends = together(specs, tmp_path, reporter=reporter)
-    assert isinstance(seats[0].error, Stopped)
+    participants, ends = together(specs, tmp_path, reporter=reporter)
+    assert isinstance(participants[0].error, Stopped)
     assert set(ends) == {1, 2}
     assert order.count(1) == order.count(2)
     for number in (1, 2):
@@ -186,12 +188,12 @@ def test_one_that_is_stopped_or_waits_elsewhere_holds_nobody_up(tmp_path):
 def test_a_job_that_was_cut_off_goes_on_from_its_own_checkpoint_in_another_group(tmp_path):
     specs = [shared(tmp_path, number, max_steps=4, eval_every=2) for number in range(2)]
 
-    def cut(number, _seat):
+    def cut(number, _participant):
         folder = tmp_path / f"run{number}"
         return DiesAfterCheckpoint(folder, 2) if number == 0 else LocalReporter(folder, log=lambda line: None)
 
-    seats, ends = together(specs, tmp_path, reporter=cut)
-    assert isinstance(seats[0].error, Interrupted)
+    participants, ends = together(specs, tmp_path, reporter=cut)
+    assert isinstance(participants[0].error, Interrupted)
     assert set(ends) == {1}
     _, again = together(specs[:1], tmp_path)
     for number, end in ((0, again[0]), (1, ends[1])):
@@ -200,14 +202,14 @@ def test_a_job_that_was_cut_off_goes_on_from_its_own_checkpoint_in_another_group
 
 def test_a_job_is_charged_for_its_share_of_the_worker(tmp_path):
     specs = [shared(tmp_path, number, max_steps=2, eval_every=0) for number in range(2)]
-    seats, ends = together(specs, tmp_path)
-    for seat in seats:
-        assert 0 < ends[seat.number][0].seconds <= seat.seconds
+    participants, ends = together(specs, tmp_path)
+    for participant in participants:
+        assert 0 < ends[participant.number][0].seconds <= participant.seconds
 
 
 def test_a_twin_shares_weights_and_nothing_else():
     model = load_model(resolve_backbone("stories260K"))
-    other = twin(model)
+    other = tied_copy(model)
     mine, theirs = dict(model.named_parameters()), dict(other.named_parameters())
     assert mine.keys() == theirs.keys()
     assert all(mine[name].data_ptr() == theirs[name].data_ptr() for name in mine)

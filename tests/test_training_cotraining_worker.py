@@ -19,20 +19,20 @@ from pedro.errors import DataError, TrainingError, UnavailableError
 from pedro.store import JobStatus, Store
 from pedro.training import worker as training_worker
 from pedro.training.background import Background
+from pedro.training.cotraining import driver as group_driver
+from pedro.training.cotraining import job_group
+from pedro.training.cotraining import worker as group_worker
+from pedro.training.cotraining.job_group import JobGroup, JobOfGroup
+from pedro.training.cotraining.worker import CotrainingReporter, Ended, GroupWorker, Line, Member
 from pedro.training.job_log import by_thread, keeping_log_of_thread, kept_log
 from pedro.training.job_usage import trained_so_far
 from pedro.training.outbox import CurvePoint, WorkerQuestion
-from pedro.training.shared import company as shared_company
-from pedro.training.shared import driver as shared_driver
-from pedro.training.shared import worker as shared_worker
-from pedro.training.shared.company import Company, JobOfGroup
-from pedro.training.shared.worker import Ended, GroupWorker, Line, Member, SeatReporter
 from pedro.training.storage import put_folder
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_worker, "quiet_worker", lambda: None)
+    monkeypatch.setattr(group_worker, "quiet_worker", lambda: None)
     torch.set_num_threads(1)
     return Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")})
 
@@ -144,8 +144,8 @@ def test_a_group_that_cannot_begin_says_so_to_each(tmp_path, settings):
     assert all("nowhere" in items[-1].error.message for items in said.values())
 
 
-class NoRay(Company):
-    """A company whose worker is lost `losses` times, and then says what `ends` has for each job."""
+class NoRay(JobGroup):
+    """A group whose worker is lost `losses` times, and then says what `ends` has for each job."""
 
     losses, ends = 0, {}
 
@@ -164,11 +164,11 @@ class NoRay(Company):
 def errands(monkeypatch):
     """Jobs' errands, of which there are none."""
     fake = SimpleNamespace(do=lambda item, reply: None, close=lambda: None)
-    monkeypatch.setattr(shared_company, "Errands", lambda *arguments: fake)
+    monkeypatch.setattr(job_group, "Errands", lambda *arguments: fake)
 
 
-def fitted(company, settings, members, tmp_path):
-    """What `fit` gives or raises in each job's thread while the company runs."""
+def fitted(group, settings, members, tmp_path):
+    """What `fit` gives or raises in each job's thread while the group runs."""
     ended = {}
 
     def fit(one):
@@ -176,16 +176,16 @@ def fitted(company, settings, members, tmp_path):
 
         try:
             spec = FineTuneSpec.model_validate(one.spec)
-            ended[one.job_id] = company.fit(spec, settings, "run", one.job_id, tmp_path / f"scratch-{one.job_id}")
+            ended[one.job_id] = group.fit(spec, settings, "run", one.job_id, tmp_path / f"scratch-{one.job_id}")
         except BaseException as error:  # noqa: BLE001 - SystemExit too
             ended[one.job_id] = error
         finally:
-            company.leave(one.job_id)
+            group.leave(one.job_id)
 
     threads = [threading.Thread(target=fit, args=(one,), daemon=True) for one in members]
     for thread in threads:
         thread.start()
-    company.run()
+    group.run()
     for thread in threads:
         thread.join()
     return ended
@@ -194,10 +194,10 @@ def fitted(company, settings, members, tmp_path):
 def test_a_driver_tells_each_of_its_jobs_how_it_ended(tmp_path, settings, errands, capsys):
     members = [member(tmp_path, name) for name in ("acme", "globex", "initech")]
     trained(members[:1], settings)  # leaves its result
-    company = NoRay(settings, [*(one.job_id for one in members), "ftjob-gone"])
-    company.ends = {"ftjob-globex": Ended(TrainingError("the loss is nan")), "ftjob-initech": Ended(stopped=True)}
-    company.leave("ftjob-gone")
-    ended = fitted(company, settings, members, tmp_path)
+    group = NoRay(settings, [*(one.job_id for one in members), "ftjob-gone"])
+    group.ends = {"ftjob-globex": Ended(TrainingError("the loss is nan")), "ftjob-initech": Ended(stopped=True)}
+    group.leave("ftjob-gone")
+    ended = fitted(group, settings, members, tmp_path)
     assert ended["ftjob-acme"].metrics["steps"] == 2, "as of a driver before this one"
     assert (ended["ftjob-acme"].directory / "adapter_config.json").is_file()
     assert str(ended["ftjob-globex"]) == "the loss is nan"
@@ -206,29 +206,29 @@ def test_a_driver_tells_each_of_its_jobs_how_it_ended(tmp_path, settings, errand
 
 def test_a_worker_that_is_lost_is_replaced_for_one_job_and_sends_several_back(tmp_path, settings, errands, capsys):
     members = [member(tmp_path, name) for name in ("acme", "globex")]
-    company = NoRay(settings, [one.job_id for one in members])
-    company.losses = 1
-    ended = fitted(company, settings, members, tmp_path)
+    group = NoRay(settings, [one.job_id for one in members])
+    group.losses = 1
+    ended = fitted(group, settings, members, tmp_path)
     assert all(isinstance(error, UnavailableError) for error in ended.values()), "each is started again, alone"
 
-    company = NoRay(settings, [members[0].job_id])
-    company.losses, company.ends = 1, {"ftjob-acme": Ended(stopped=True)}
-    ended = fitted(company, settings, members[:1], tmp_path)
+    group = NoRay(settings, [members[0].job_id])
+    group.losses, group.ends = 1, {"ftjob-acme": Ended(stopped=True)}
+    ended = fitted(group, settings, members[:1], tmp_path)
     assert isinstance(ended["ftjob-acme"], SystemExit)
     assert "replaced, 1 of at most 3 times" in capsys.readouterr().out
 
-    company = NoRay(settings, [members[0].job_id])
-    company.losses = 4
-    ended = fitted(company, settings, members[:1], tmp_path)
+    group = NoRay(settings, [members[0].job_id])
+    group.losses = 4
+    ended = fitted(group, settings, members[:1], tmp_path)
     assert "more than 3 times" in str(ended["ftjob-acme"])
 
 
 def test_a_driver_that_ends_leaves_its_jobs(tmp_path, settings, errands):
     members = [member(tmp_path, name) for name in ("acme", "globex")]
-    company = NoRay(settings, [one.job_id for one in members])
-    company._train = lambda jobs: (_ for _ in ()).throw(KeyboardInterrupt)
+    group = NoRay(settings, [one.job_id for one in members])
+    group._train = lambda jobs: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        fitted(company, settings, members, tmp_path)
+        fitted(group, settings, members, tmp_path)
 
 
 def queued(settings, tenant="acme"):
@@ -245,23 +245,23 @@ def test_a_job_that_is_to_end_makes_no_version_though_its_result_is_there(tmp_pa
     one = dataclasses.replace(member(tmp_path, "acme"), job_id=job_id)
     trained([one], settings)
     store.ask_of_job(job_id, JobStatus.PAUSED)
-    company = NoRay(settings, [job_id])
-    assert isinstance(fitted(company, settings, [one], tmp_path)[job_id], SystemExit)
+    group = NoRay(settings, [job_id])
+    assert isinstance(fitted(group, settings, [one], tmp_path)[job_id], SystemExit)
     gone = JobOfGroup(Member("ftjob-erased", {}, None), None)
     wanted = JobOfGroup(Member(job_id, {}, None), None)
     goes_on = JobOfGroup(Member(queued(settings)[1], {}, None), None)
-    assert company._unwanted([gone, wanted, goes_on]) == [gone, wanted]
+    assert group._unwanted([gone, wanted, goes_on]) == [gone, wanted]
     store.close()
 
 
 def test_a_job_that_did_not_come_to_rest_is_left_to_the_controller(settings, monkeypatch):
     store, job_id = queued(settings)
-    company = NoRay(settings, [job_id])
-    monkeypatch.setattr(shared_driver, "drive_job", lambda *arguments: 1)
-    shared_driver._drive(settings, company, job_id, 1, {})
+    group = NoRay(settings, [job_id])
+    monkeypatch.setattr(group_driver, "drive_job", lambda *arguments: 1)
+    group_driver._drive(settings, group, job_id, 1, {})
     assert store.get_job(job_id).submission_id == "shared-x-left", "a driver that there is not"
     store.update_job(job_id, status=JobStatus.SUCCEEDED, submission_id="shared-x", attempt=1)
-    shared_driver._drive(settings, company, job_id, 1, {})
+    group_driver._drive(settings, group, job_id, 1, {})
     assert store.get_job(job_id).submission_id == "shared-x"
     store.close()
 
@@ -273,7 +273,7 @@ def test_what_is_half_written_lies_in_the_runs_own_folder_and_is_no_checkpoint(t
 
     def copied(source, target, *rest, **options):
         seen.append(Path(target).relative_to(run).parts)
-        assert SeatReporter(str(run), None, None)._kept() == []
+        assert CotrainingReporter(str(run), None, None)._kept() == []
         return copytree(source, target, *rest, **options)
 
     copytree = shutil.copytree
@@ -285,10 +285,10 @@ def test_what_is_half_written_lies_in_the_runs_own_folder_and_is_no_checkpoint(t
 
 
 def test_behind_a_jobs_end_nothing_reaches_it(settings):
-    company = NoRay(settings, [])
+    group = NoRay(settings, [])
     job = JobOfGroup(Member("ftjob-1", {}, None), None)
     for item in (Line("a"), Ended(), Line("b"), Ended(stopped=True)):
-        company._hand(job, (item, lambda _number, _answer: None))
+        group._hand(job, (item, lambda _number, _answer: None))
     assert [job.inbox.get()[0] for _ in range(job.inbox.qsize())] == [Line("a"), Ended()]
 
 

@@ -1,4 +1,4 @@
-"""The driver of a group of jobs: `python -m pedro.training.shared.driver --job ID:ATTEMPT --job …`.
+"""The driver of a group of jobs: `python -m pedro.training.cotraining.driver --job ID:ATTEMPT --job …`.
 
 Each job has a thread, which does what a lone job's driver does and prints into that job's log alone; the main thread
 looks after the worker that they share. How a job ends is entered in its own record; one that did not come to rest is
@@ -26,7 +26,7 @@ from pedro.training.storage import join
 from pedro.training.trainer import ENVIRONMENT
 
 if TYPE_CHECKING:
-    from pedro.training.shared.company import Company
+    from pedro.training.cotraining.job_group import JobGroup
 
 AGAIN_S = 15.0
 """How long a database that does not answer is left alone."""
@@ -38,7 +38,9 @@ END_S = 20.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point of the Ray job."""
-    parser = argparse.ArgumentParser(prog="pedro.training.shared.driver", description="Run jobs that share a worker.")
+    parser = argparse.ArgumentParser(
+        prog="pedro.training.cotraining.driver", description="Run jobs that share a worker."
+    )
     parser.add_argument("--job", action="append", required=True, metavar="ID:ATTEMPT", help="a job, and which start")
     options = parser.parse_args(arguments)
     update_environment(ENVIRONMENT)
@@ -48,19 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Registry.open(settings).connect()  # imports MLflow, before several threads would
     except PedroError as error:
         return fail(error.message)
-    from pedro.training.shared.company import Company
+    from pedro.training.cotraining.job_group import JobGroup
 
     jobs = [(job_id, int(attempt)) for job_id, _, attempt in (text.rpartition(":") for text in options.job)]
-    company, codes = Company(settings, (job_id for job_id, _ in jobs)), dict[str, int]()
+    group, codes = JobGroup(settings, (job_id for job_id, _ in jobs)), dict[str, int]()
     threads = [
-        threading.Thread(target=_drive, args=(settings, company, *job, codes), name=job[0], daemon=True) for job in jobs
+        threading.Thread(target=_drive, args=(settings, group, *job, codes), name=job[0], daemon=True) for job in jobs
     ]
     with by_thread():
         for thread in threads:
             thread.start()
         patience: float | None = END_S
         try:
-            company.run()
+            group.run()
             patience = None
         finally:  # also when this process is asked to end: then each job is told
             for thread in threads:
@@ -68,16 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return max(codes.get(job_id, 1) for job_id, _ in jobs)
 
 
-def _drive(settings: Settings, company: Company, job_id: str, attempt: int, codes: dict[str, int]) -> None:
+def _drive(settings: Settings, group: JobGroup, job_id: str, attempt: int, codes: dict[str, int]) -> None:
     """One job, from its spec to its end."""
     location = join(settings.storage, "jobs", job_id, "spec.json")
     try:
         with keeping_log_of_thread(settings.storage, job_id):
             read = partial(read_spec, location, settings.cache)
-            codes[job_id] = drive_job(read, settings, job_id, attempt, company.fit)
+            codes[job_id] = drive_job(read, settings, job_id, attempt, group.fit)
     finally:
-        company.leave(job_id)
-        while not _handed_back(settings, job_id, attempt) and not company.is_over(AGAIN_S):
+        group.leave(job_id)
+        while not _handed_back(settings, job_id, attempt) and not group.is_over(AGAIN_S):
             pass
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pedro.store import JobKind
 from pedro.training.queue.turns import in_turn
-from pedro.training.sharing import MOST_JOBS, MOST_ROWS, company_key, rows_of_pass
+from pedro.training.sharing import MOST_JOBS, MOST_ROWS, group_key, rows_of_pass
 
 if TYPE_CHECKING:
     from pedro.store import JobRecord
@@ -22,15 +22,15 @@ SHARED = "shared-"
 def key_of(job: JobRecord, across_tenants: bool = False) -> str | None:
     """Jobs with one key may start together; None for a job that has a driver of its own."""
     tenant = None if across_tenants else job.tenant
-    return company_key(job.spec, tenant) if job.kind == JobKind.FINE_TUNING else None
+    return group_key(job.spec, tenant) if job.kind == JobKind.FINE_TUNING else None
 
 
-def seeks_company(job: JobRecord) -> bool:
+def may_be_grouped(job: JobRecord) -> bool:
     """Whether others may start with it: one that was started before goes on alone, lest it end theirs again."""
     return job.attempt == 1
 
 
-def company_of(
+def group_of(
     job: JobRecord,
     waiting: Sequence[JobRecord],
     held: Mapping[str, int],
@@ -42,16 +42,16 @@ def company_of(
 
     `may_start` says whether a job's tenant may have it started beside what tenants then hold.
     """
-    if not seeks_company(job):
+    if not may_be_grouped(job):
         return [job]
-    company, rows, counts = [job], rows_of_pass(job.spec), Counter(held)
+    group, rows, counts = [job], rows_of_pass(job.spec), Counter(held)
     counts[job.tenant] += 1
     key = key_of(job, across_tenants)
-    others = [other for other in waiting if seeks_company(other) and key_of(other, across_tenants) == key]
-    while len(company) < MOST_JOBS and (other := in_turn(others, counts, history)):
+    others = [other for other in waiting if may_be_grouped(other) and key_of(other, across_tenants) == key]
+    while len(group) < MOST_JOBS and (other := in_turn(others, counts, history)):
         others.remove(other)
         if rows + rows_of_pass(other.spec) <= MOST_ROWS and may_start(other, counts):
-            company.append(other)
+            group.append(other)
             rows += rows_of_pass(other.spec)
             counts[other.tenant] += 1
-    return company
+    return group

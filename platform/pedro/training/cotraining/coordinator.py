@@ -1,8 +1,8 @@
 """Jobs that wait for one another where the backbone is read, so that one pass serves all of them. torch only.
 
-Every job is a loop on a thread of its own, but only one runs at a time: the table lets each go on until it asks for
-something (logits, gradients), and when all of them have asked it answers all at once. So a job need not know that it
-is not alone, and what a thread does is as ordered as if there were none. Knows nothing of jobs but what they ask.
+Every job is a loop on a thread of its own, but only one runs at a time: the coordinator lets each continue until it
+asks for something (logits, gradients), and once all of them have asked it answers all at once. So a job need not know
+that it is not alone, and what threads do is as ordered as if there were one. Of jobs it sees only what they ask for.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ class Learning:
 
 
 AWAY = object()
-"""Asked by who waits for something else than the table."""
+"""Asked by who waits for something else than a pass."""
 
 
 class Passes(Protocol):
-    """What the table needs of the carrier."""
+    """What the coordinator needs of the stacked model."""
 
     def read(self, parts: Sequence[tuple[int, Reading]]) -> list[torch.Tensor]:
-        """The logits of each part, a seat's number and what it reads, in one pass."""
+        """The logits of each part, a participant's number and what it reads, in one pass."""
 
 
 class Stopped(TrainingError):
     """The job was asked to end; the others go on."""
 
 
-class Seat:
-    """One job at the table. Its thread calls `ask` and `away`; `stop` may be called from any."""
+class Participant:
+    """One job among those that share passes. Its thread calls `ask` and `away`; `stop` may be called from any."""
 
-    def __init__(self, number: int, work: Callable[[Seat], None], back: queue.SimpleQueue[Seat]) -> None:
+    def __init__(self, number: int, work: Callable[[Participant], None], back: queue.SimpleQueue[Participant]) -> None:
         self.number = number
         self.seconds = 0.0
         """Of the worker that this job has had: its own work, and its rows' share of common passes."""
@@ -67,11 +67,11 @@ class Seat:
         self._answer: Any = None
         self._stop = False
         self._turn, self._parked = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, name=f"seat {number}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"participant {number}", daemon=True)
         self._thread.start()
 
     def ask(self, what: Reading | Learning) -> Any:
-        """Wait for the table's answer. Raises what went wrong with it, and Stopped."""
+        """Wait for the coordinator's answer. Raises what went wrong with it, and Stopped."""
         self.heed()
         self.asked = what
         self._parked.release()
@@ -101,7 +101,7 @@ class Seat:
         self._stop = True
 
     def go_on(self, answer: Any) -> None:
-        """For the table: let the job run until it asks for something, or has ended."""
+        """For the coordinator: let the job run until it asks for something, or has ended."""
         started = time.monotonic()
         self._answer = answer
         self._turn.release()
@@ -124,63 +124,67 @@ class Seat:
             self._parked.release()
 
 
-class RoundTable:
-    """Seats jobs and answers them."""
+class PassCoordinator:
+    """Starts jobs, and answers what they ask."""
 
-    def __init__(self, passes: Passes, works: Sequence[Callable[[Seat], None]]) -> None:
+    def __init__(self, passes: Passes, works: Sequence[Callable[[Participant], None]]) -> None:
         self._passes = passes
-        self._back: queue.SimpleQueue[Seat] = queue.SimpleQueue()
-        self.seats = [Seat(number, work, self._back) for number, work in enumerate(works)]
+        self._back: queue.SimpleQueue[Participant] = queue.SimpleQueue()
+        self.participants = [Participant(number, work, self._back) for number, work in enumerate(works)]
 
     def run(self) -> None:
-        """Return when every job has ended; what one raised is its seat's `error`."""
-        for seat in self.seats:
-            seat.go_on(None)
-        while left := [seat for seat in self.seats if not seat.ended]:
-            waiting = [seat for seat in left if seat.asked is not AWAY]
+        """Return when every job has ended; what one raised is its participant's `error`."""
+        for participant in self.participants:
+            participant.go_on(None)
+        while left := [participant for participant in self.participants if not participant.ended]:
+            waiting = [participant for participant in left if participant.asked is not AWAY]
             if waiting and self._back.empty():
                 self._serve(waiting)
             else:
                 self._back.get().go_on(None)
 
-    def _serve(self, waiting: Sequence[Seat]) -> None:
+    def _serve(self, waiting: Sequence[Participant]) -> None:
         """Answer all that wait. Gradients first: then nobody asks for any but of the last pass."""
-        if losses := [seat for seat in waiting if isinstance(seat.asked, Learning)]:
+        if losses := [participant for participant in waiting if isinstance(participant.asked, Learning)]:
             answers = self._learn(losses)
         else:
             answers = []
             for learning in (True, False):
-                answers += self._read([seat for seat in waiting if seat.asked.learning is learning], learning)
-        for seat, answer in answers:
-            seat.go_on(answer)
+                answers += self._read(
+                    [participant for participant in waiting if participant.asked.learning is learning], learning
+                )
+        for participant, answer in answers:
+            participant.go_on(answer)
 
-    def _read(self, seats: Sequence[Seat], learning: bool) -> list[tuple[Seat, Any]]:
-        if not seats:
+    def _read(self, participants: Sequence[Participant], learning: bool) -> list[tuple[Participant, Any]]:
+        if not participants:
             return []
-        with _shared_time(seats), torch.set_grad_enabled(learning):
+        with _shared_time(participants), torch.set_grad_enabled(learning):
             try:
-                logits: list[Any] = self._passes.read([(seat.number, seat.asked) for seat in seats])
-                return list(zip(seats, logits, strict=True))
+                logits: list[Any] = self._passes.read(
+                    [(participant.number, participant.asked) for participant in participants]
+                )
+                return list(zip(participants, logits, strict=True))
             except Exception as error:  # noqa: BLE001 - whatever one job's rows do to the pass
-                if len(seats) == 1:
-                    return [(seats[0], error)]
+                if len(participants) == 1:
+                    return [(participants[0], error)]
         # here, where the error's traceback holds none of the pass's memory any more
-        return [answer for seat in seats for answer in self._read([seat], learning)]
+        return [answer for participant in participants for answer in self._read([participant], learning)]
 
-    def _learn(self, seats: Sequence[Seat]) -> list[tuple[Seat, Any]]:
+    def _learn(self, participants: Sequence[Participant]) -> list[tuple[Participant, Any]]:
         answer: Exception | None = None
-        with _shared_time(seats):
+        with _shared_time(participants):
             try:
-                torch.autograd.backward([seat.asked.loss for seat in seats])
+                torch.autograd.backward([participant.asked.loss for participant in participants])
             except Exception as error:  # noqa: BLE001 - told to each: a graph is walked only once
                 answer = error
-        return [(seat, answer) for seat in seats]
+        return [(participant, answer) for participant in participants]
 
 
 @contextmanager
-def _shared_time(seats: Sequence[Seat]) -> Iterator[None]:
+def _shared_time(participants: Sequence[Participant]) -> Iterator[None]:
     started = time.monotonic()
     yield
-    took = (time.monotonic() - started) / len(seats)
-    for seat in seats:
-        seat.seconds += took
+    took = (time.monotonic() - started) / len(participants)
+    for participant in participants:
+        participant.seconds += took

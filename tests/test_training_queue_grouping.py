@@ -8,9 +8,9 @@ import pytest
 from queue_cluster import Clock, Cluster, SharingCluster, ends
 
 from pedro.store import JobStatus, Store
-from pedro.training.queue.companies import GATHER_S
+from pedro.training.cotraining.driver import LEFT
 from pedro.training.queue.controller import Controller
-from pedro.training.shared.driver import LEFT
+from pedro.training.queue.grouping import GATHER_S
 from pedro.training.sharing import MOST_JOBS, MOST_ROWS
 
 

@@ -1,4 +1,5 @@
-"""The process in which a group of jobs trains: a Ray actor that seats them at one table. Its driver asks what they say.
+"""The process in which a group of jobs trains: a Ray actor with one coordinator for all of them. Its driver asks what
+they say.
 
 As a lone job's worker it holds no credential of the platform; what a job needs of it, its driver answers. Each job's
 words lie in an outbox of its own, and what it leaves lies in its own run's folder of the storage.
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     import torch
 
     from pedro.training.checkpoint_models import CheckpointModels
+    from pedro.training.cotraining.coordinator import Participant, PassCoordinator
+    from pedro.training.cotraining.engine import SharedBackbone
     from pedro.training.engines import StepEngine
     from pedro.training.handed_adapters import HandedAdapter
     from pedro.training.loop import TrainState
-    from pedro.training.shared.seats import SharedBackbone
-    from pedro.training.shared.table import RoundTable, Seat
     from pedro.training.worker_group import WorkerGroup
 
 CHECKPOINT, RESULT = "checkpoint_", "result"
@@ -83,8 +84,8 @@ class GroupWorker:
         self._outboxes: dict[str, Outbox] = {}
         self._stopped: set[str] = set()
         self._lock = threading.Lock()
-        """Of `_stopped` and `_table`."""
-        self._table: RoundTable | None = None
+        """Of `_stopped` and `_coordinator`."""
+        self._coordinator: PassCoordinator | None = None
         self._members: list[Member] = []
 
     def train(self, members: list[Member], settings: Mapping[str, str]) -> None:
@@ -94,8 +95,8 @@ class GroupWorker:
         self._members = members
         given, specs = Settings.from_env(settings), [FineTuneSpec.model_validate(member.spec) for member in members]
         set_torch_threads(max(1, int(specs[0].resources.cpus_per_worker)))
-        from pedro.training.shared.seats import SharedBackbone
-        from pedro.training.shared.table import RoundTable
+        from pedro.training.cotraining.coordinator import PassCoordinator
+        from pedro.training.cotraining.engine import SharedBackbone
 
         try:
             obtain_backbone(given, specs[0].backbone)
@@ -107,15 +108,15 @@ class GroupWorker:
         works = [
             partial(self._work, member, spec, given, backbone) for member, spec in zip(members, specs, strict=True)
         ]
-        table = RoundTable(backbone.carrier, works)
+        coordinator = PassCoordinator(backbone.stacked_model, works)
         with self._lock:
-            self._table, stopped = table, list(self._stopped)
+            self._coordinator, stopped = coordinator, list(self._stopped)
         for job_id in stopped:
             self.stop(job_id)
-        table.run()
-        for seat in table.seats:
-            if seat.error is not None:
-                raise seat.error
+        coordinator.run()
+        for participant in coordinator.participants:
+            if participant.error is not None:
+                raise participant.error
 
     def take(self) -> list[tuple[str, Any]]:
         """What the jobs have said since the last call, each with the job's id."""
@@ -129,20 +130,20 @@ class GroupWorker:
         """Have one job end; the others go on."""
         with self._lock:
             self._stopped.add(job_id)
-            table = self._table
-        if table is not None:
-            for member, seat in zip(self._members, table.seats, strict=True):
+            coordinator = self._coordinator
+        if coordinator is not None:
+            for member, participant in zip(self._members, coordinator.participants, strict=True):
                 if member.job_id == job_id:
-                    seat.stop()
+                    participant.stop()
 
     def _work(
-        self, member: Member, spec: FineTuneSpec, settings: Settings, backbone: SharedBackbone, seat: Seat
+        self, member: Member, spec: FineTuneSpec, settings: Settings, backbone: SharedBackbone, participant: Participant
     ) -> None:
-        from pedro.training.shared.table import Stopped
+        from pedro.training.cotraining.coordinator import Stopped
 
         outbox, ended = self._outboxes[member.job_id], Ended()
         try:
-            _train(member, spec, settings, backbone, seat, outbox)
+            _train(member, spec, settings, backbone, participant, outbox)
         except Stopped:
             ended = Ended(stopped=True)
         except PedroError as error:
@@ -154,12 +155,17 @@ class GroupWorker:
                 raise
             ended = Ended(UnavailableError(f"training: the job broke beside others ({type(error).__name__})"))
         finally:
-            backbone.carrier.leave(seat.number)
+            backbone.stacked_model.leave(participant.number)
         outbox.put(ended)
 
 
 def _train(
-    member: Member, spec: FineTuneSpec, settings: Settings, backbone: SharedBackbone, seat: Seat, outbox: Outbox
+    member: Member,
+    spec: FineTuneSpec,
+    settings: Settings,
+    backbone: SharedBackbone,
+    participant: Participant,
+    outbox: Outbox,
 ) -> None:
     """As a lone worker does (`trainer._train`): train, score, save, and leave the result in the run's folder."""
     from pedro.training import worker
@@ -168,29 +174,29 @@ def _train(
     run = join(settings.storage, "runs", member.job_id)
     with ExitStack() as stack:
         start = stack.enter_context(member.parent.here()) if member.parent else None
-        context = backbone.context(spec, settings.cache, seat, start)
-    reporter = SeatReporter(run, outbox, seat)
+        context = backbone.context(spec, settings.cache, participant, start)
+    reporter = CotrainingReporter(run, outbox, participant)
     if member.checkpoint_models:
         reporter.models = CheckpointModels(context, reporter.line)
     what = f"{context.trainable_parameters:,} parameters on {len(context.data.train):,} rows"
     reporter.line(f"training {what}, {context.plan.steps:,} steps")
     trained = worker.train_and_score(context, reporter)
-    seat.heed()
+    participant.heed()
     with tempfile.TemporaryDirectory() as folder:
         digest = worker.save(context, trained, Path(folder) / ADAPTER)
-        with seat.away():
+        with participant.away():
             handed = outbox.ask(THE_CHAMPION)
         write_result(Path(folder), context, trained, digest, handed, reporter)
-        seat.heed()
-        with seat.away():
+        participant.heed()
+        with participant.away():
             put_folder(Path(folder), join(run, RESULT))
 
 
-class SeatReporter:
+class CotrainingReporter:
     """Checkpoints into the run's folder of the storage, points and lines to the outbox. Others go on meanwhile."""
 
-    def __init__(self, run: str, outbox: Outbox, seat: Seat) -> None:
-        self._run, self._outbox, self._seat = run, outbox, seat
+    def __init__(self, run: str, outbox: Outbox, participant: Participant) -> None:
+        self._run, self._outbox, self._participant = run, outbox, participant
         self.models: CheckpointModels | None = None
         """Where checkpoints are models."""
 
@@ -214,7 +220,7 @@ class SeatReporter:
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder) / STATE, engine, group, state, best)
             made = self.models.save(state, Path(folder) / ADAPTER) if self.models else None
-            with self._seat.away():
+            with self._participant.away():
                 put_folder(Path(folder), join(self._run, name))
                 for other in self._kept()[:-KEPT]:
                     remove(join(self._run, other))

@@ -27,13 +27,13 @@ from pedro.methods.output_head import logits_at
 from pedro.methods.pedro.layer import PedroLayer
 
 if TYPE_CHECKING:
-    from pedro.training.shared.table import Reading
+    from pedro.training.cotraining.coordinator import Reading
 
 NAME = "default"  # PEFT's, of the only adapter
 DROPOUTS = ("dropout", "pdrop", "layerdrop")
 
 
-def twin(model: nn.Module) -> nn.Module:
+def tied_copy(model: nn.Module) -> nn.Module:
     """A second tree of modules over the same weights; what one tree's modules are given, the other's are not."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
@@ -84,7 +84,7 @@ class RowsOfJobs:
 
 
 class Own:
-    """The modules of one place, by job: those whose parameters this place of the carrier takes."""
+    """The modules of one place, by job: those whose parameters this place of the stacked model takes."""
 
     def __init__(self, rows: RowsOfJobs) -> None:
         self.rows, self.modules = rows, dict[int, Any]()
@@ -182,8 +182,8 @@ def _constants(own: Own, _name: str) -> tuple[dict[str, torch.Tensor], dict[str,
     return scales, shifts
 
 
-class Carrier:
-    """The passes of a table."""
+class StackedModel:
+    """The passes of a coordinator."""
 
     def __init__(self, model: nn.Module, pad_id: int) -> None:
         """`model` is the backbone with a fresh adapter of the method that all jobs have."""
@@ -193,7 +193,7 @@ class Carrier:
             own = Own(self._rows)
             if _weave(module, own):
                 self._own[path] = own
-        assert self._own, "the method's tuner is one that a carrier knows"
+        assert self._own, "the method's tuner is one that a stacked model knows"
         self._config = _form(model)
 
     def join(self, number: int, model: nn.Module) -> None:

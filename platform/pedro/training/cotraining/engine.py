@@ -1,4 +1,5 @@
-"""What one job of a group trains with: an engine whose passes the table makes, and a context over the shared backbone.
+"""What one job of a group trains with: an engine whose passes the coordinator makes, and a context over the shared
+backbone.
 
 torch only, but for what builds a context. The steps are `TorchEngine`'s.
 """
@@ -13,9 +14,9 @@ import torch
 from pedro.errors import ConfigError
 from pedro.methods.registry import get_method
 from pedro.training.context import DTYPES, MakeEngine, TrainingContext, build_context, device_of
+from pedro.training.cotraining.coordinator import Learning, Participant, Reading
+from pedro.training.cotraining.stacked_model import StackedModel, check_repeatable, tied_copy
 from pedro.training.engines import TorchEngine
-from pedro.training.shared.carrier import Carrier, check_repeatable, twin
-from pedro.training.shared.table import Learning, Reading, Seat
 from pedro.training.sharing import why_alone
 
 if TYPE_CHECKING:
@@ -24,22 +25,22 @@ if TYPE_CHECKING:
     from pedro.training.spec import FineTuneSpec
 
 
-class SeatEngine(TorchEngine):
-    """One job's engine; `seat` is where it waits for the others."""
+class CotrainingEngine(TorchEngine):
+    """One job's engine; `participant` is where it waits for the others."""
 
-    def __init__(self, *arguments: Any, seat: Seat, **options: Any) -> None:
+    def __init__(self, *arguments: Any, participant: Participant, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.seat = seat
+        self.participant = participant
 
     def clock(self) -> float:
-        return self.seat.seconds
+        return self.participant.seconds
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.seat.ask(Reading(positions, batch, torch.is_grad_enabled()))
+        logits: torch.Tensor = self.participant.ask(Reading(positions, batch, torch.is_grad_enabled()))
         return logits
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.seat.ask(Learning(loss))
+        self.participant.ask(Learning(loss))
 
 
 class SharedBackbone:
@@ -54,22 +55,24 @@ class SharedBackbone:
         backbone = resolve_backbone(spec.backbone)
         self._bare: nn.Module = load_model(backbone, DTYPES[spec.training.precision], device_of(spec))
         check_repeatable(self._bare)
-        adapted = get_method(spec.method.name).apply(twin(self._bare), spec.method.options)
-        self.carrier = Carrier(adapted, load_tokenizer(backbone).pad_token_id)
+        adapted = get_method(spec.method.name).apply(tied_copy(self._bare), spec.method.options)
+        self.stacked_model = StackedModel(adapted, load_tokenizer(backbone).pad_token_id)
 
-    def context(self, spec: FineTuneSpec, cache: Path, seat: Seat, parent: Path | None = None) -> TrainingContext:
-        """What the job at `seat` trains."""
-        return build_context(spec, cache, self._engine(spec, seat), parent=parent, bare=twin(self._bare))
+    def context(
+        self, spec: FineTuneSpec, cache: Path, participant: Participant, parent: Path | None = None
+    ) -> TrainingContext:
+        """What the job at `participant` trains."""
+        return build_context(spec, cache, self._engine(spec, participant), parent=parent, bare=tied_copy(self._bare))
 
-    def _engine(self, spec: FineTuneSpec, seat: Seat) -> MakeEngine:
-        def make(model: nn.Module, optimizer: Any, parameters: Any) -> SeatEngine:
-            self.carrier.join(seat.number, model)
+    def _engine(self, spec: FineTuneSpec, participant: Participant) -> MakeEngine:
+        def make(model: nn.Module, optimizer: Any, parameters: Any) -> CotrainingEngine:
+            self.stacked_model.join(participant.number, model)
             training = spec.training
-            return SeatEngine(
+            return CotrainingEngine(
                 model,
                 optimizer,
                 parameters,
-                seat=seat,
+                participant=participant,
                 accumulation=training.gradient_accumulation,
                 clip=training.clip,
             )

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.errors import NotFoundError, PedroError, TrainingError, UnavailableError
 from pedro.store import Store
+from pedro.training.cotraining.worker import RESULT, Ended, GroupWorker, Line, MadeModel, Member
 from pedro.training.errands import Errands
 from pedro.training.handed_adapters import hand_parent
 from pedro.training.lost_workers import reason
 from pedro.training.scored_rows import FILE
-from pedro.training.shared.worker import RESULT, Ended, GroupWorker, Line, MadeModel, Member
 from pedro.training.storage import fetch_folder, folders, join
 from pedro.training.trainer import ADAPTER, ENVIRONMENT, Result, WorkersLost, is_result, read_result
 
@@ -53,7 +53,7 @@ class JobOfGroup:
         self.inbox.put((item, lambda _number, _answer: None))
 
 
-class Company:
+class JobGroup:
     """The jobs of one driver. Each job's thread calls `fit`, and in any case `leave`; one thread calls `run`."""
 
     def __init__(self, settings: Settings, job_ids: Iterable[str]) -> None:
