@@ -192,8 +192,36 @@ def test_evicted_while_it_loads_it_never_becomes_ready():
     assert pool.stats()["loads"] == 0
 
 
+def test_what_is_away_for_a_moment_is_waited_for_by_those_who_need_it(monkeypatch):
+    monkeypatch.setattr("pedro.engine.adapter_pool.RETRY_EVERY_S", 0.01)
+    shelf = Shelf()
+    shelf.errors["a"] = UnavailableError("the registry's artifact store does not answer")
+    shelf.errors["b"] = OSError(28, "No space left on device")
+    pool = make_pool(shelf, budget=30, loaders=1)
+    pool.add_waiters("a")
+    pool.add_waiters("b")
+    wait_for(lambda: shelf.loads.count("a") > 2 and shelf.loads.count("b") > 2)
+    pool.add_waiters("c")
+    assert wait_for(lambda: pool.acquire("c")), "retries keep no loader from others"
+    assert pool.take_failures() == []
+    shelf.errors.clear()
+    assert wait_for(lambda: pool.acquire("a"))
+    assert wait_for(lambda: pool.acquire("b"))
+
+
+def test_what_is_away_is_not_waited_for_by_nobody():
+    shelf = Shelf()
+    shelf.errors["a"] = OSError("no route to storage")
+    pool = make_pool(shelf)
+    pool.preload("a")
+    ((_, error),) = wait_for(pool.take_failures)
+    assert (error.status, error.code, error.param) == (503, "adapter_unavailable", "model")
+    assert shelf.loads == ["a"]
+
+
 def test_a_failed_load_is_not_tried_again_before_its_back_off(monkeypatch):
     monkeypatch.setattr("pedro.engine.adapter_pool.FIRST_BACKOFF_S", 60)
+    monkeypatch.setattr("pedro.engine.adapter_pool.RETRY_FOR_S", 0)
     shelf = Shelf()
     shelf.errors["a"] = RuntimeError("secret path /srv/tenants/acme")
     pool = make_pool(shelf)
@@ -365,7 +393,8 @@ def test_eviction_and_replacement_change_nothing_for_a_running_request(model, st
     assert made != rest["new"].token_ids
 
 
-def test_one_failed_load_fails_its_own_requests_only(model, store):
+def test_one_failed_load_fails_its_own_requests_only(model, store, monkeypatch):
+    monkeypatch.setattr("pedro.engine.adapter_pool.RETRY_FOR_S", 0)
     root, _ = store
     asked = threading.Event()
 

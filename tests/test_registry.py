@@ -12,7 +12,7 @@ from serving_adapters import settings_at, stub_adapter
 
 from pedro.adapter_directory import read_manifest, weights_digest, write_manifest
 from pedro.config import Settings
-from pedro.errors import AdapterError, ConflictError, NotFoundError, PedroError
+from pedro.errors import AdapterError, ConflictError, NotFoundError, PedroError, UnavailableError
 from pedro.registry import Registry
 
 
@@ -125,6 +125,28 @@ def test_files_that_changed_in_the_store_are_refused(registry, register, field):
     with pytest.raises(AdapterError, match="not those that were registered"):
         registry.download(version)
     assert not list((registry.cache_dir / "adapters").glob(".loading-*"))
+
+
+def test_a_store_that_is_away_is_no_store_without_the_files(registry, register, monkeypatch):
+    version = register("acme", "kept", "sha256:72")
+
+    def away(*arguments):
+        raise ConnectionError("[Errno 111] Connection refused")
+
+    with monkeypatch.context() as patch:
+        for call in ("download_artifacts", "list_artifacts"):
+            patch.setattr(registry.client, call, away)
+        with pytest.raises(UnavailableError, match="could not be copied"):
+            registry.download(version)
+        assert registry._probe.acquire(), "another thread finds out whether it is there again"
+        with pytest.raises(UnavailableError, match="does not answer"):
+            registry.download(version)
+        registry._probe.release()
+    assert registry.download(version).is_dir()
+    shutil.rmtree(registry.cached(version.digest, version.run_id))
+    shutil.rmtree(next(path for path in registry.cache_dir.parent.glob(f"artifacts/**/{version.run_id}/artifacts")))
+    with pytest.raises(AdapterError, match="are gone"):
+        registry.download(version)
 
 
 def test_what_mlflow_answers_cannot_make_the_store_take_other_weights(registry, register, monkeypatch):

@@ -23,7 +23,7 @@ from pedro.adapter_directory import read_manifest, write_manifest
 from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 from pedro.data.conditioning import find_head_end, head_of
 from pedro.data.prompt_format import format_for_shape
-from pedro.errors import DataError
+from pedro.errors import DataError, UnavailableError
 from pedro.refs import ModelRef
 from pedro.registry import Registry
 from pedro.serving import prompts
@@ -242,6 +242,33 @@ def test_the_head_of_a_prompt_that_is_too_long_is_not_kept(backbone, tmp_path, m
 
     assert asyncio.run(go()) > 96, "what is too long is left for the engine to refuse"
     assert len(made) == 1, "a head is made once, and none of what is too long"
+
+
+def test_a_prompt_waits_for_files_that_are_away_for_a_moment(backbone, tmp_path, monkeypatch):
+    tokenizer, tries = load_tokenizer(backbone), []
+    form = format_for_shape("messages", tokenizer)
+    monkeypatch.setattr(prompts, "read_manifest", lambda _directory: {"prompt_format": form.to_dict()})
+    monkeypatch.setattr(prompts, "RETRY_EVERY_S", 0.01)
+
+    def fetch(ref):
+        tries.append(ref)
+        if len(tries) < 3:
+            raise OSError(28, "No space left on device")
+        return tmp_path
+
+    async def go():
+        processor = prompts.PromptProcessor(tokenizer, 96, fetch)
+        try:
+            return await processor.message_ids(({"role": "user", "content": "Hi"},), ModelRef.parse("a.b:1"), "a")
+        finally:
+            processor.close()
+
+    assert asyncio.run(go())
+    assert len(tries) == 3
+    tries.clear()
+    monkeypatch.setattr(prompts, "RETRY_FOR_S", 0)
+    with pytest.raises(UnavailableError, match=r"^model: a\.b:1 could not be loaded now"):
+        asyncio.run(go())
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize"])

@@ -4,8 +4,9 @@ States: loading → ready → draining → gone. Loads run on threads of their o
 only and is never held while something loads, so a slow load delays nobody but those who wait for that adapter.
 Any number of them wait for one load. A request acquires an adapter and releases it: what has references is never
 evicted; taken out all the same it drains, and its holders keep it. An operator pins an adapter: it stays resident until
-it is unpinned. A failed load is an error for those who asked, and is not retried before a back-off has passed. No call
-costs more for more adapters resident.
+it is unpinned. A load that failed for a reason that may pass (a store or a disk that is away) is tried again for as
+long as requests wait for it, `RETRY_FOR_S` at most. A failed load is an error for those who asked, and is not retried
+before a back-off has passed. No call costs more for more adapters resident.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pedro.refs import without_digest
 
 log = logging.getLogger(__name__)
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 60.0
+RETRY_EVERY_S, RETRY_FOR_S = 1.0, 20.0
 MAX_FAILURES = 1024
 NO_ROOM = "adapter_budget"  # the code of an error for want of room beside what operators pinned
 
@@ -50,11 +52,13 @@ class AdapterPool(Generic[A]):
         self._failures: dict[str, Failure] = {}
         self._new_failures: list[tuple[str, PedroError]] = []
         self._load_queue: queue.SimpleQueue[PooledAdapter[A] | None] = queue.SimpleQueue()
+        self._retry_queue: queue.SimpleQueue[tuple[float, PooledAdapter[A]] | None] = queue.SimpleQueue()
         self._closed = False
         self._loading = self._loads = self._evictions = self._failed = 0
         self._threads = [
             threading.Thread(target=self._run_loader, name=f"adapter-loader-{i}", daemon=True) for i in range(loaders)
         ]
+        self._threads.append(threading.Thread(target=self._run_retries, name="adapter-retries", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -190,6 +194,7 @@ class AdapterPool(Generic[A]):
             self._changed.notify_all()
         for _ in self._threads:
             self._load_queue.put(None)
+        self._retry_queue.put(None)
 
     def _ensure(self, ref: str) -> PooledAdapter[A] | None:
         """The entry of `ref`; a new one starts to load, unless a failed load still backs off."""
@@ -229,12 +234,31 @@ class AdapterPool(Generic[A]):
             try:
                 if self._is_current(entry):  # else it was evicted before its turn
                     self._make_ready(entry, self._load(entry.ref))
-            except PedroError as error:
-                self._fail(entry, error if error.status >= 500 else unusable(entry.ref, error))
-            except Exception:  # a loader meets networks and disks: whatever it is, it fails this adapter only
-                log.exception("adapter %s could not be loaded", entry.ref)
-                self._fail(entry, UnavailableError(f"adapter {entry.ref!r} could not be loaded now; try again later"))
+            except Exception as error:  # a loader meets networks and disks: whatever it is, it fails this adapter only
+                if may_pass(error):
+                    if self._retry_later(entry, error):
+                        continue
+                    log.exception("adapter %s could not be loaded", entry.ref)
+                self._fail(entry, as_answered(entry.ref, error))
             self._on_change()
+
+    def _retry_later(self, entry: PooledAdapter[A], error: Exception) -> bool:
+        """Whether a load that failed is tried again in a moment: requests wait for it, and not for too long yet."""
+        with self._changed:
+            now = time.monotonic()
+            if entry.retry_until is None:
+                entry.retry_until = now + RETRY_FOR_S
+                log.warning("adapter %s could not be loaded, and is tried again: %s", entry.ref, error)
+            if now >= entry.retry_until or not self._waiters[entry.ref] or not self._is_current(entry):
+                return False
+        self._retry_queue.put((now + RETRY_EVERY_S, entry))
+        return True
+
+    def _run_retries(self) -> None:
+        while (item := self._retry_queue.get()) is not None:
+            at, entry = item
+            time.sleep(max(0.0, at - time.monotonic()))
+            self._load_queue.put(entry)
 
     def _make_ready(self, entry: PooledAdapter[A], adapter: A) -> None:
         """Make the loaded adapter ready as soon as there is room for it."""
@@ -343,6 +367,24 @@ class AdapterPool(Generic[A]):
         """Drop an entry without references."""
         self._used_bytes -= entry.nbytes
         entry.to(AdapterState.GONE)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a load that failed so may succeed in a moment: a store, a network or a disk is away."""
+    return not isinstance(error, PedroError) or (
+        isinstance(error, UnavailableError) and error.code == UnavailableError.code
+    )
+
+
+def as_answered(ref: str, error: Exception) -> PedroError:
+    """What a request is told whose adapter version could not be loaded."""
+    if isinstance(error, PedroError) and not may_pass(error):
+        return error if error.status >= 500 else unusable(ref, error)
+    return UnavailableError(
+        f"model: {without_digest(ref)} could not be loaded now; try again later",
+        param="model",
+        code="adapter_unavailable",
+    )
 
 
 def unusable(ref: str, error: PedroError) -> AdapterUnusableError:

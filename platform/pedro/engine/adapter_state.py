@@ -47,6 +47,7 @@ class PooledAdapter(Generic[A]):
         self.nbytes = 0
         self.refcount = 0  # requests that hold it now
         self.total_uses = 0  # how often it was acquired
+        self.retry_until: float | None = None  # when to give up, by `time.monotonic()`; None until a load failed
 
     def to(self, state: AdapterState) -> None:
         """Move to `state`; any other transition is a bug of the pool."""

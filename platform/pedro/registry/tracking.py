@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pedro.errors import AdapterError
+from pedro.errors import AdapterError, UnavailableError
 from pedro.registry.connection import Connection
 from pedro.registry.tags import PARENT, stored
 
@@ -18,6 +19,11 @@ _BATCH = 100  # parameters in one request, MLflow's bound
 
 class Tracking(Connection):
     """The half of the registry that training writes to while it runs."""
+
+    def __init__(self, tracking_uri: str, artifact_root: str, server_database: str | None = None) -> None:
+        super().__init__(tracking_uri, artifact_root, server_database)
+        self._away = threading.Event()  # the last download failed though its files are there, as far as is known
+        self._probe = threading.Lock()
 
     def start_run(
         self,
@@ -64,11 +70,39 @@ class Tracking(Connection):
         self.client.log_artifacts(run_id, str(directory), path)
 
     def download_artifacts(self, run_id: str, path: str, into: Path, of: str = "run") -> Path:
-        """Copy what `log_artifacts` put under `path` into a directory; where it is then. AdapterError if it is gone."""
+        """Copy what `log_artifacts` put under `path` into a directory; where it is then.
+
+        Raises AdapterError if it is gone, UnavailableError if the store does not answer or the copy cannot be written.
+        A store that does not answer keeps a thread for seconds: until it does again, one at a time asks it, and all
+        others fail at once.
+        """
+        probing = self._away.is_set()
+        if probing and not self._probe.acquire(blocking=False):
+            raise UnavailableError(f"{of}: the registry's artifact store does not answer; try again later")
         try:
-            return Path(self.client.download_artifacts(run_id, path, str(into)))
+            directory = Path(self.client.download_artifacts(run_id, path, str(into)))
         except (self.error, OSError) as error:
-            raise AdapterError(f"{of}: its files are gone from the registry's artifact store") from error
+            if not self._has_artifacts(run_id, path):
+                raise AdapterError(f"{of}: its files are gone from the registry's artifact store") from error
+            self._away.set()
+            why = str(error).partition("\n")[0]
+            raise UnavailableError(
+                f"{of}: its files could not be copied from the artifact store ({why:.200})"
+            ) from error
+        finally:
+            if probing:
+                self._probe.release()
+        self._away.clear()
+        return directory
+
+    def _has_artifacts(self, run_id: str, path: str) -> bool:
+        """Whether a run has files under `path`; True while that cannot be known."""
+        try:
+            return bool(self.client.list_artifacts(run_id, path))
+        except self.error as error:
+            return not self.is_missing(error)
+        except OSError:
+            return True
 
     def reopen_run(self, run_id: str) -> None:
         """Go on with a run that was closed, or whose writer is gone."""

@@ -29,6 +29,7 @@ from pedro.data.prompt_format import FORMATS, PromptFormat, Run, encode_prompt, 
 from pedro.data.row_shapes import RowShape
 from pedro.data.special_tokens import Prompt, special_tokens
 from pedro.data.template_worker import TemplateBoundsError, TemplateWorker
+from pedro.engine.adapter_pool import RETRY_EVERY_S, RETRY_FOR_S, as_answered, may_pass
 from pedro.errors import DataError, PedroError
 
 if TYPE_CHECKING:
@@ -233,12 +234,25 @@ class PromptProcessor:
     async def _adapter(self, ref: ModelRef) -> _Adapter:
         adapter = self._adapters.get(ref)
         if adapter is None:
-            directory = await asyncio.to_thread(self._fetch, str(ref))
+            directory = await self._directory(ref)
             form = PromptFormat.from_dict(read_manifest(directory).get("prompt_format") or {})
             adapter = self._adapters[ref] = _Adapter(form, _scales(directory))
             if len(self._adapters) > CACHED_FORMATS:
                 self._adapters.popitem(last=False)
         return adapter
+
+    async def _directory(self, ref: ModelRef) -> Path:
+        """The version's files on this host; what keeps them away is waited for, as the engine does."""
+        until = time.monotonic() + RETRY_FOR_S
+        while True:
+            try:
+                return await asyncio.to_thread(self._fetch, str(ref))
+            except Exception as error:
+                if not may_pass(error):
+                    raise
+                if time.monotonic() >= until:
+                    raise as_answered(str(ref), error) from error
+            await asyncio.sleep(RETRY_EVERY_S)
 
 
 def _scales(directory: Path) -> str | None:

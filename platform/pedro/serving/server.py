@@ -386,9 +386,8 @@ class ReplicaServer:
 
 
 def _gone(ref: ModelRef) -> UnavailableError:
-    return UnavailableError(
-        f"model: the version {ref.without_digest} that this request was admitted with is gone; ask again"
-    )
+    gone = f"model: the version {ref.without_digest} that this request was admitted with is gone; ask again"
+    return UnavailableError(gone, code="adapter_unavailable")
 
 
 def _split(config: ServeConfig, backbone: Backbone, threads: int) -> TensorParallel | None:
