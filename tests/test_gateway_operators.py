@@ -329,6 +329,14 @@ def test_the_log_is_followed_from_now_on_also_when_it_begins_anew(tmp_path):
         while (line := pool.submit(next, lines).result(60)) == "new":
             pass
         assert line.endswith("a")
+        file.unlink()
+        file.symlink_to("/dev/zero")  # no end, and no line
+        stuck = pool.submit(next, lines)
+        time.sleep(0.05)
+        assert not stuck.done()
+        file.unlink()
+        file.write_text("b\n")
+        assert stuck.result(60) == "b"
 
 
 # headers

@@ -14,6 +14,8 @@ import typer
 
 from pedro.cli.output import AsJson, emit, log
 
+READ_BYTES = 1 << 20
+
 
 def serve(
     backbone: Annotated[
@@ -190,20 +192,26 @@ def demo(
 
 
 def follow(path: Path, poll_s: float = 0.5) -> Iterator[str]:
-    """Lines appended to a log from now on, without end; the file may be created or rotated meanwhile."""
+    """Lines appended to a log from now on, without end; the file may be created or rotated meanwhile.
+
+    What is no regular file is not read: a device may give bytes without end.
+    """
     at = path.stat().st_size if path.is_file() else 0
     rest = b""
     while True:
-        with suppress(OSError), path.open("rb") as file:
-            size = file.seek(0, 2)
-            if at > size:
-                at, rest = 0, b""
-            file.seek(at)
-            gained = file.read()
-            at += len(gained)
-            *whole, rest = (rest + gained).split(b"\n")
-            yield from (line.decode("utf-8", "replace") for line in whole)
-        time.sleep(poll_s)
+        gained = b""
+        with suppress(OSError):
+            if path.is_file():
+                with path.open("rb") as file:
+                    if at > file.seek(0, 2):
+                        at, rest = 0, b""
+                    file.seek(at)
+                    gained = file.read(READ_BYTES)
+        at += len(gained)
+        *whole, rest = (rest + gained).split(b"\n")
+        yield from (line.decode("utf-8", "replace") for line in whole)
+        if len(gained) < READ_BYTES:
+            time.sleep(poll_s)
 
 
 def _show_requests(path: Path) -> None:
