@@ -127,6 +127,26 @@ def test_a_stranger_is_not_taken_for_somebody_on_this_machine(port):
         server.die()
 
 
+def test_a_server_that_is_gone_again_before_it_was_asked_is_waited_for(port):
+    servers = []
+
+    def ready():
+        if len(servers) == 1:
+            servers[0].die()
+        return True
+
+    with watched(port, ready):
+        until(lambda: listeners(port))
+        line, file = connect(port)
+        say(file, b"early")
+        servers.append(Server(port))
+        until(lambda: servers[0]._listener.fileno() == -1)
+        servers.append(Server(port))
+        assert file.readline() == b"EARLY\n"
+        line.close()
+        servers[1].die()
+
+
 def test_nobody_is_let_in_before_the_server_says_that_it_is_ready(port):
     ready = threading.Event()
     with watched(port, ready.is_set):

@@ -20,7 +20,7 @@ from pathlib import Path
 from pedro.gateway.connections import ConnectionLimits
 from pedro.gateway.not_yet import NOT_SERVED
 
-LOOK_S = 0.1
+LOOK_S, LET_IN_S = 0.1, 0.02
 MOST_HELD = 1024
 PATIENCE_S = 300.0  # a head and its server are back within a minute or two; clients wait ten
 PIECE = 2**14
@@ -77,6 +77,7 @@ class Door:
         try:
             while self._wanted() and not listeners(self._port) - {mine} and not self._over.is_set():
                 await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(LET_IN_S)  # who came while the table was read would be reset
         finally:
             server.close()
         while not self._over.is_set() and listeners(self._port) and not await asyncio.to_thread(self._ready):
@@ -112,7 +113,7 @@ class Door:
                 return
             # From and to the address that was asked for: a stranger's connection must not look like a local one.
             address = writer.get_extra_info("sockname")[0]
-            answers, other = await asyncio.open_connection(address, self._port, limit=PIECE, local_addr=(address, 0))
+            answers, other = await self._connect(address)
             other.write(said)
             ways = [asyncio.create_task(_pass(reader, other)), asyncio.create_task(_pass(answers, writer))]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -128,6 +129,17 @@ class Door:
             writer.close()
             if other is not None:
                 other.close()
+
+    async def _connect(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to the server, which may be away again: nothing was asked of it yet, so that is waited for."""
+        until = asyncio.get_running_loop().time() + PATIENCE_S
+        while True:
+            try:
+                return await asyncio.open_connection(address, self._port, limit=PIECE, local_addr=(address, 0))
+            except OSError:
+                if self._over.is_set() or not self._wanted() or asyncio.get_running_loop().time() > until:
+                    raise
+            await asyncio.sleep(LOOK_S)
 
 
 async def _until(back: asyncio.Event, reader: asyncio.StreamReader) -> bytes | None:
