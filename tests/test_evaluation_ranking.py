@@ -69,11 +69,12 @@ def test_prompts_that_begin_alike_score_as_if_each_was_the_first(bare):
         assert nats == pytest.approx([nats for nats, _ in PromptReader(model).scores(prompt, answers)], abs=1e-3)
 
 
-def test_a_beginning_is_read_once_and_an_adapters_prompt_always_whole(bare):
+def test_a_beginning_is_read_once_unless_vectors_are_made_of_what_follows(bare):
     model, tokenizer = bare
     first, second = (encode_prompt(tokenizer, text) for text in PROMPTS[:2])
     shared = next(place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
-    for subject, expected in ((model, len(second) - shared), (tuned("lora"), len(second))):
+    once = len(second) - shared
+    for subject, expected in ((model, once), (tuned("lora"), once), (tuned("pedro"), len(second))):
         reader, seen = PromptReader(subject), []
         handle = subject.get_input_embeddings().register_forward_hook(lambda _, ids, __, seen=seen: seen.append(ids[0]))
         reader.read(first)
@@ -102,8 +103,9 @@ def test_the_likeliest_is_taken_as_a_whole_or_for_each_unit_of_its_length(bare):
     assert likeliest(PromptReader(model), prompt, answers, [1, 10_000]) == 1
 
 
-def test_answers_to_prompts_that_begin_alike_are_generated_as_if_each_stood_alone(bare):
-    model, tokenizer = bare
+@pytest.mark.parametrize("name", ["", "lora"])
+def test_answers_to_prompts_that_begin_alike_are_generated_as_if_each_stood_alone(bare, name):
+    model, tokenizer = tuned(name) if name else bare[0], bare[1]
     rows = rows_of(tokenizer, answers=(" x",))
     together = generate(model, tokenizer, rows, 12, batch_size=3)
     assert together == [generate(model, tokenizer, [row], 12)[0] for row in rows]

@@ -43,6 +43,18 @@ def test_an_answer_does_not_depend_on_its_neighbours_in_the_batch(backbone):
     assert together == [generate(model, tokenizer, [row], 8)[0] for row in rows]
 
 
+def test_the_output_projection_has_the_rows_of_a_batch_side_by_side(backbone):
+    """Else its weights, most of a small backbone's, would be read once a row."""
+    model, tokenizer = backbone
+    projection, seen = model.get_output_embeddings(), []
+    watch = projection.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].is_contiguous()))
+    generate(model, tokenizer, _rows(tokenizer, ["a"] * 4), 3, batch_size=4)
+    watch.remove()
+    assert len(seen) == 3
+    assert all(seen)
+    assert not projection._forward_pre_hooks
+
+
 def test_scores_of_parts_add_up_to_the_score_of_the_whole(backbone):
     model, tokenizer = backbone
     wanted = generate(model, tokenizer, _rows(tokenizer, ["a"] * 4), 3)

@@ -203,6 +203,10 @@ def load_model(backbone: Backbone, dtype: str = "float32", device: str = "cpu") 
         )
     model: PreTrainedModel = loaded[0]
     _check_weights(backbone.id, model, loaded[1])
+    if device == "cpu" and dtype != "float32":
+        from pedro.cpu_attention import attend_in_float32
+
+        attend_in_float32(model)
     model.requires_grad_(False).eval().to(device)
     return model
 

@@ -1,7 +1,8 @@
 """Ranks given answers by their likelihood after a prompt: what a model knows, whatever its wording.
 
-A prompt is read once for all of its answers; of a bare backbone's prompts, what one shares with the one before it is
-not read again. T tokens of the prompt, L answers, W tokens of the longest but its last, N all of these, V vocabulary.
+A prompt is read once for all of its answers; what it begins with as the one before it is not read again, where the
+adapter, if any, makes nothing of what follows. T tokens of the prompt, L answers, W tokens of the longest but its last,
+N all of these, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pedro.methods.output_head import logits_at
+from pedro.methods.packing import shares_beginnings
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +26,8 @@ WORTHWHILE = 8  # tokens: a shorter common beginning is read again
 class PromptReader:
     """Reads prompts into `model` and scores answers to them. For as long as the model does not change.
 
-    With an adapter nothing is kept from prompt to prompt: its vectors may be made of a prompt's last token, and keys
-    and values follow from them.
+    With an adapter whose vectors are made of prompts nothing is kept from prompt to prompt: keys and values follow
+    from them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,7 +35,7 @@ class PromptReader:
             "a model with soft prompts makes a cache of its own, and an aLoRA acts by what it reads"
         )
         self.model = model
-        self.bare = is_bare(model)
+        self._keeps = shares_beginnings(model)
         self._ids: list[int] = []
         self._cache: Any = None
 
@@ -54,7 +56,7 @@ class PromptReader:
             read = self.model(
                 input_ids=self._tensor([ids[known:]]), past_key_values=cache, use_cache=True, logits_to_keep=1
             )
-        if self.bare and all(layer.is_croppable and not layer.is_sliding for layer in read.past_key_values.layers):
+        if self._keeps and all(layer.is_croppable and not layer.is_sliding for layer in read.past_key_values.layers):
             self._ids, self._cache = ids, read.past_key_values
         return read.logits[0, -1].float(), read.past_key_values
 
@@ -108,11 +110,6 @@ def common_beginning(rows: Sequence[list[int]]) -> int:
     return next(
         (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first)
     )
-
-
-def is_bare(model: nn.Module) -> bool:
-    """Whether it is a backbone without an adapter on it."""
-    return not hasattr(model, "peft_config")
 
 
 def reads_once(model: nn.Module) -> bool:

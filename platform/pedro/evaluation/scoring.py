@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from pedro.data.dataset import collate
-from pedro.evaluation.ranking import PromptReader, common_beginning, is_bare, reads_once
+from pedro.evaluation.ranking import PromptReader, common_beginning, reads_once
+from pedro.methods.packing import shares_beginnings
 
 if TYPE_CHECKING:
     import torch
@@ -122,12 +123,12 @@ def generate(
 
 
 def _common_head(model: nn.Module, prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with and a bare backbone reads once for all; 0 where that is not worth it.
+    """How many tokens all prompts begin with and the model reads once for all; 0 where that is not worth it.
 
     Each prompt keeps a token of its own. What an adapter makes of a beginning may depend on the prompt's end.
     """
     config = getattr(model, "config", None)
-    if len(prompts) < 2 or not is_bare(model) or getattr(config, "sliding_window", None):
+    if len(prompts) < 2 or not shares_beginnings(model) or getattr(config, "sliding_window", None):
         return 0
     shared = common_beginning([list(prompt[:-1]) for prompt in prompts])
     return shared if shared >= SHARED else 0
@@ -137,7 +138,9 @@ def _common_head(model: nn.Module, prompts: Sequence[Sequence[int]]) -> int:
 def _decoding(model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int, num_beams: int) -> Iterator[None]:
     """For its length, `model` decodes as the engine does: of the backbone's generation config, its ends alone count.
 
-    Whatever a generation config leaves open is taken from the model's own, so that one is replaced.
+    Whatever a generation config leaves open is taken from the model's own, so that one is replaced. The last token of
+    each prompt goes to the output projection side by side with the others': apart, as transformers cuts them out,
+    PyTorch would read the whole vocabulary's weights once for each.
     """
     from peft import PeftModel
     from transformers import GenerationConfig
@@ -157,11 +160,18 @@ def _decoding(model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int, num_b
     )
     for holder in holders:
         holder["generation_config"] = config
+    handle = cast("Any", inner).get_output_embeddings().register_forward_pre_hook(_side_by_side)
     try:
         yield
     finally:
+        handle.remove()
         for holder, own in zip(holders, kept, strict=True):
             holder["generation_config"] = own
+
+
+def _side_by_side(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    hidden, *rest = inputs
+    return (hidden.contiguous(), *rest)
 
 
 def answer_loss(

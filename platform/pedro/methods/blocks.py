@@ -88,6 +88,8 @@ class BlockTuner(BaseTuner):
 
     child: ClassVar[str]  # the layer's name in its block
     no_merge: ClassVar[str]  # why no weights can hold such an adapter
+    packs: ClassVar[bool] = False  # acts token by token, or knows packed passes (packing.py)
+    shares_beginnings: ClassVar[bool] = False  # whatever follows, it makes the same of a row's beginning
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own declaration
 
     def check(self, config: Any, architecture: Architecture) -> None:

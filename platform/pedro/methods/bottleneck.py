@@ -132,6 +132,7 @@ class BottleneckModel(BlockTuner):
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
     child = CHILD
+    packs = shares_beginnings = True
     no_merge = "an adapter's activation cannot be folded into a weight"
 
     def add(self, block: nn.Module, index: int, adapter_name: str, config: BottleneckConfig) -> None:

@@ -23,6 +23,8 @@ from pedro.methods.generation import check_generation, prompt_width
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+    from pedro.methods.packing import Packing
+
 IGNORED = -100  # the label of a token without supervision, as in transformers
 PROMPT_ARGUMENTS = ("prompt_lens", "prompt_mask")
 PACKED = ("cu_seq_lens_q", "block_table")  # what comes with several sequences in one row
@@ -41,6 +43,7 @@ class PromptPass:
         self.title = title  # the method's, for messages
         self.prompt: torch.Tensor | None = None  # [B, T] bool; None while decoding with kept vectors
         self._ids: torch.Tensor | None = None  # [B, T], where the call was given tokens
+        self.packing: Packing | None = None  # of a packed pass, whose tokens lie as [1, N]
         self.adapter_names: list[str] | None = None  # one a row, set for the length of a mixed-batch call
         self.vectors: dict[int, Vectors] = {}  # by layer
         self.open = False
@@ -99,6 +102,9 @@ class PromptPass:
                 "(generate() in place of generate_batch())",
                 param=packed[0],
             )
+        self.packing = given.get("packing")
+        if self.packing is not None:
+            given = self.packing.unpacked(given)
         self.prompt, self.vectors = find_prompt(given, self._width), {}
         self._ids = given.get("input_ids")
         if self._width is None:
@@ -135,7 +141,7 @@ class PromptPass:
             cache = getattr(output, "past_key_values", None)
         if cache is not None and self.prompt is not None and self.vectors:
             keep_vectors(cache, self.vectors)
-        self.prompt, self._ids, self.vectors, self.open = None, None, {}, False
+        self.prompt, self._ids, self.packing, self.vectors, self.open = None, None, None, {}, False
 
 
 def find_prompt(given: dict[str, Any], width: int | None = None) -> torch.Tensor:

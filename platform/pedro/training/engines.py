@@ -7,7 +7,7 @@ equal, and all that a box with nothing but torch needs. `ds_engine.py` has the o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pedro.methods.output_head import logits_at
+from pedro.methods.packing import Packing, attending_in_rows, packer_of
 
 if TYPE_CHECKING:
     from pedro.methods.training_hook import TrainingHook
@@ -73,12 +74,15 @@ class TorchEngine:
         self.hook: TrainingHook | None = None
         self.device = parameters[0][1].device
         self._accumulation, self._clip, self._slices = accumulation, clip, 0
+        self._pack = packer_of(model)
         optimizer.materialise(self.masters())
 
     def clock(self) -> float:
         return time.monotonic()
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        if (packing := self._pack(batch)) is not None:
+            return packed_logits(self.model, packing, positions, batch)
         with logits_at(self.model, positions):
             logits: torch.Tensor = self.model(**batch, use_cache=False).logits[0]
             return logits
@@ -109,6 +113,15 @@ class TorchEngine:
 
     def replicated(self) -> bool:
         return True
+
+
+def packed_logits(
+    model: nn.Module, packing: Packing, positions: torch.Tensor, batch: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """What `StepEngine.forward` gives, of a pass without padding."""
+    with logits_at(model, packing.pack(positions)), attending_in_rows(model):
+        logits: torch.Tensor = model(**packing.packed(batch), use_cache=False).logits[0]
+        return logits
 
 
 @contextmanager

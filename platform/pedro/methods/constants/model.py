@@ -25,6 +25,7 @@ class ConstantModel(BlockTuner):
     prefix = "constant_"
     tuner_layer_cls = ConstantLayer
     child = CHILD
+    packs = shares_beginnings = True
     no_merge = "a linear without a bias, as most backbones have, can hold no shift"
 
     def check(self, config: ConstantConfig, architecture: Architecture) -> None:

@@ -127,6 +127,8 @@ class LowRankLayer(DeltaLayer):
 class LowRankTuner(DeltaTuner):
     """Puts LowRankLayers into the blocks."""
 
+    packs = shares_beginnings = True
+
     def check(self, config: LowRankConfig, architecture: Architecture) -> None:
         """Raise ConfigError for targets that the backbone lacks, or that the method cannot change."""
         super().check(config, architecture)

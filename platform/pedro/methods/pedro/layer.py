@@ -22,6 +22,7 @@ from pedro.methods.pedro.rational import fit_gelu
 
 if TYPE_CHECKING:
     from pedro.methods.architectures import LayerSites, Rows
+    from pedro.methods.packing import Packing
     from pedro.methods.pedro.config import PedroConfig
     from pedro.methods.prompt import PromptPass, Vectors
 
@@ -30,10 +31,16 @@ HANDED_DOWN = "pedro_vectors"
 
 
 class Scaling(NamedTuple):
-    """Vectors, and the tokens [B, T] bool of this call that they scale; None: all."""
+    """Vectors, the tokens [B, T] bool of this call that they scale (None: all), and how it is packed, if it is."""
 
     vectors: Vectors
     tokens: torch.Tensor | None
+    packing: Packing | None = None
+
+    def on(self, scale: torch.Tensor) -> torch.Tensor:
+        """One of the vectors [B, W] as factors of an output [B, T, W], or of a packed one [1, N, W]."""
+        factors = scale[:, None] if self.packing is None else self.packing.spread(scale)
+        return factors if self.tokens is None else torch.where(self.tokens[..., None], factors, 1.0)
 
 
 class PedroLayer(BlockLayer):
@@ -137,12 +144,11 @@ class PedroLayer(BlockLayer):
                 )
             scalings = [Scaling(kept, None)]
         else:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden, packing = args[0] if args else kwargs["hidden_states"], self.prompts.packing
+            hidden = hidden if packing is None else packing.pad(hidden)
             prompt = prompt.to(hidden.device)
             made = self._mixed(hidden, prompt, names) if names else self._together(hidden, prompt)
-            scalings = [
-                Scaling(vectors, None if tail is None else tail_of(prompt, tail)) for tail, vectors in made.items()
-            ]
+            scalings = [Scaling(vectors, _scaled(prompt, tail, packing), packing) for tail, vectors in made.items()]
             self.prompts.vectors[self.index] = _product(made.values())  # what comes after the prompt takes all of them
         return args, {**kwargs, HANDED_DOWN: scalings}
 
@@ -195,19 +201,28 @@ class PedroLayer(BlockLayer):
         self, cuts: list[tuple[str, Rows]], module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
         made = output
-        for vectors, tokens in self._scalings:
+        for scaling in self._scalings:
+            vectors = scaling.vectors
             if not any(target in vectors for target, _ in cuts):
                 continue
             if cuts[0][1] is None:
                 scale = vectors[cuts[0][0]]
             else:  # fused: ones where a projection is not a target
-                scale = next(iter(vectors.values())).new_ones(len(output), output.shape[-1])
+                one = next(iter(vectors.values()))
+                scale = one.new_ones(len(one), output.shape[-1])
                 for target, rows in cuts:
                     if target in vectors:
                         scale[:, rows.to(scale.device) if isinstance(rows, torch.Tensor) else rows] = vectors[target]
-            scale = scale[:, None]
-            made = made * (scale if tokens is None else torch.where(tokens[..., None], scale, 1.0))
+            made = made * scaling.on(scale)
         return None if made is output else made.to(output.dtype)  # float32 product, then the model's dtype
+
+
+def _scaled(prompt: torch.Tensor, tail: int | None, packing: Packing | None) -> torch.Tensor | None:
+    """Which tokens vectors scale that leave a prompt's beginning as it is; None where they scale all."""
+    if tail is None:
+        return None
+    tokens = tail_of(prompt, tail)
+    return tokens if packing is None else packing.pack(tokens)
 
 
 def tail_of(prompt: torch.Tensor, count: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ class PedroModel(ConditionedTuner):
     tuner_layer_cls = PedroLayer
     child = CHILD
     title = "PEDRO"
+    packs = True
     no_merge = "PEDRO's vectors depend on the prompt, so no weights can hold them"
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:

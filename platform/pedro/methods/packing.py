@@ -1,0 +1,235 @@
+"""Rows of unequal length one behind the other, so that a pass computes nothing for padding.
+
+A packed pass is one row [1, N] whose positions begin anew with each row of the batch. What all rows begin with stands
+in it once, ahead of their rests, wherever an adapter makes the same of it in every row. All that acts token by token,
+projections, norms and most adapters, needs no change; attention pads for itself alone, and what knows rows finds them
+in the argument `packing`, which transformers' models hand down. Numbers are those of the padded batch, to rounding.
+Legend: B rows, T tokens of the longest, S that all begin with, N of the packed pass, H heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.ia3 import IA3Model
+from peft.tuners.lora import LoraModel
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from pedro.cpu_attention import NAME as FLOAT32
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NAME = "pedro_packed"
+TOKENWISE = (LoraModel, AdaLoraModel, IA3Model)  # of PEFT's tuners; ours say so themselves (`BlockTuner.packs`)
+WIDTH = 256  # of a model: in a narrower one what is saved is no more than what packing takes
+SAVED = 0.05  # of a batch's tokens: less is not worth a packed pass
+
+
+class _Padded(torch.autograd.Function):
+    """`Packing.pad` of tokens [N, …], with as few passes back."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, packing: Packing) -> torch.Tensor:
+        ctx.packing, shared = packing, packing.shared
+        padded = tokens.new_zeros(packing.mask.numel(), *tokens.shape[1:])
+        padded.index_copy_(0, packing.places[shared:], tokens[shared:])
+        padded = padded.view(*packing.mask.shape, *tokens.shape[1:])
+        padded[:, :shared] = tokens[:shared]
+        return padded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        packing: Packing = ctx.packing
+        back = grad.flatten(0, 1).index_select(0, packing.places)
+        if packing.shared:
+            torch.sum(grad[:, : packing.shared], dim=0, out=back[: packing.shared])
+        return back, None
+
+
+class _Packed(torch.autograd.Function):
+    """`Packing.pack` of a batch [B · T, …]. No place is taken twice, so gradients are copied, not added."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: torch.Tensor, packing: Packing) -> torch.Tensor:
+        ctx.packing = packing
+        return padded.index_select(0, packing.places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        packing: Packing = ctx.packing
+        back = grad.new_zeros(packing.mask.numel(), *grad.shape[1:])
+        return back.index_copy_(0, packing.places, grad), None
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the tokens of a padded batch lie; every row has some of its own."""
+
+    mask: torch.Tensor
+    """[B, T] bool: what is no padding, which is on the right."""
+    shared: int
+    """S: the first of the packed tokens, which are the first of every row."""
+    places: torch.Tensor
+    """[N]: of the packed tokens among B · T; of the shared ones in the first row."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, torch.Tensor], share: bool = False) -> Packing:
+        """For `input_ids` and `attention_mask` [B, T], padded on the right, and `prompt_lens` [B]. With `share`, what
+        all rows begin with is taken once, up to where a prompt has but its last token left."""
+        mask, ids = batch["attention_mask"].bool(), batch["input_ids"]
+        shared = 0
+        if share and len(ids) > 1:
+            same = (ids == ids[0]).all(0).long().cumprod(0).sum()
+            shared = max(0, min(int(same), int(batch["prompt_lens"].min()) - 1))
+        own = mask.clone()
+        own[:, :shared] = False
+        places = torch.cat([torch.arange(shared, device=ids.device), own.flatten().nonzero().flatten()])
+        return cls(mask, shared, places)
+
+    @property
+    def saved(self) -> float:
+        """The share of the padded batch that need not be computed."""
+        return 1 - len(self.places) / self.mask.numel()
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """[1, N, …] -> [B, T, …], zeros for padding."""
+        function: Any = _Padded
+        padded: torch.Tensor = function.apply(packed[0], self)
+        return padded
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """[B, T, …] -> [1, N, …]; of what is shared, the first row's."""
+        function: Any = _Packed
+        packed: torch.Tensor = function.apply(padded.flatten(0, 1), self)
+        return packed[None]
+
+    def spread(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Of each row's vector [B, W], float32, one for each of its tokens [1, N, W], where none is shared.
+
+        A product with ones and zeros, so that going back is one, too.
+        """
+        return (self._owners @ vectors)[None]
+
+    @cached_property
+    def _owners(self) -> torch.Tensor:
+        """[N, B] float32: whose each token is."""
+        assert not self.shared, "vectors that differ by row make different tokens of the same beginning"
+        return functional.one_hot(self.places // self.mask.shape[1], len(self.mask)).float()
+
+    def packed(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """A model's arguments for the batch; what is not of tokens, as `prompt_lens`, stays."""
+        positions = torch.arange(self.mask.shape[1], device=self.mask.device).expand(self.mask.shape)
+        rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
+        ids = {"input_ids": self.pack(batch["input_ids"]), "position_ids": self.pack(positions)}
+        return {**rest, **ids, "packing": self}
+
+    def unpacked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`packed` undone, for who asks what a row is."""
+        return {**given, "input_ids": self.pad(given["input_ids"]), "attention_mask": self.mask}
+
+
+def packer_of(model: Any) -> Callable[[Mapping[str, torch.Tensor]], Packing | None]:
+    """What says of a batch how it is packed for this model, None where it is not: neither where that would change
+    anything, nor where it would save little. For as long as the model's modules stay.
+    """
+    able = can_pack(model) and int(getattr(model.config, "hidden_size", 0) or 0) >= WIDTH
+    share = able and shares_beginnings(model)
+
+    def pack(batch: Mapping[str, torch.Tensor]) -> Packing | None:
+        if not able or batch["input_ids"].device.type != "cpu":  # elsewhere a pass does not take what it computes
+            return None
+        packing = Packing.of(batch, share and not (model.training and _drops(model)))
+        return packing if packing.saved >= SAVED else None
+
+    return pack
+
+
+def can_pack(model: Any) -> bool:
+    """Whether a packed pass through a model, with its adapter, is the padded one.
+
+    Not where anything in it looks at rows and does not know of `packing`, nor under gradient checkpointing, which
+    repeats blocks when the pass is over.
+    """
+    config, tuner = model.config, _tuner(model)
+    kinds = getattr(config, "layer_types", None) or ()
+    windows = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None)
+    return (
+        getattr(config, "_attn_implementation", "") in ("sdpa", FLOAT32)
+        and not windows
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        and (tuner is None or _is_tokenwise(tuner) or bool(getattr(tuner, "packs", False)))
+    )
+
+
+def shares_beginnings(model: Any) -> bool:
+    """Whether rows that begin alike are alike there, whatever follows: not where vectors are made of whole prompts."""
+    tuner = _tuner(model)
+    return tuner is None or _is_tokenwise(tuner) or bool(getattr(tuner, "shares_beginnings", False))
+
+
+def _tuner(model: Any) -> Any:
+    """PEFT's tuner; soft prompts have none, and the backbone itself stands there."""
+    return model.base_model if hasattr(model, "peft_config") else None
+
+
+def _is_tokenwise(tuner: Any) -> bool:
+    if not isinstance(tuner, TOKENWISE):
+        return False
+    return not any(getattr(config, "alora_invocation_tokens", None) for config in tuner.peft_config.values())
+
+
+def _drops(model: Any) -> bool:
+    """Whether units are dropped at random, in each row others."""
+    modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return modules or bool(getattr(model.config, "attention_dropout", 0.0))
+
+
+@contextmanager
+def attending_in_rows(model: Any) -> Iterator[None]:
+    """Within it, the model's attention is that of packed passes."""
+    config: Any = model.config
+    AttentionInterface.register(NAME, attend)
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def attend(
+    _module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _mask: None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packing: Packing | None = None,
+    **_kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Each row's causal attention, in float32: query [1, H, N, d] -> [1, N, H, d].
+
+    Padding lies behind every token that is asked for, so causality alone hides it and no mask is needed.
+    """
+    assert packing is not None, "a packed pass has a packing"
+    q, k, v = (
+        packing.pad(part.transpose(1, 2).float()).transpose(1, 2) for part in (query, key, value)
+    )  # [B, H, T, d]
+    if (groups := q.shape[1] // k.shape[1]) > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    made = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+    return packing.pack(made.transpose(1, 2)).to(query.dtype), None
