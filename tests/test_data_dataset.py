@@ -95,6 +95,14 @@ def test_a_row_that_its_format_refuses_names_its_line(write, load):
         load(path, form=FORMATS["alpaca"])
 
 
+def test_a_long_file_tells_how_far_it_is(write, tokenizer, tmp_path, monkeypatch):
+    path, told = write(rows(1100)), []
+    monkeypatch.setattr("pedro.data.dataset.TELL_EVERY_S", 0)
+    for _ in range(2):  # the second finds what the first made
+        load_rows(path, tokenizer, RAW, 512, tmp_path / "cache", tell=told.append)
+        assert told == ["1,000 examples tokenised", "1,100 examples tokenised"]
+
+
 def test_the_cache_is_used_again(write, load, tmp_path):
     path = write(rows(5))
     load(path)

@@ -277,6 +277,10 @@ def test_what_reads_a_prompt_in_another_way_is_refused_by_name(make, option, mes
 def test_packed_rows_are_refused():
     with pytest.raises(ConfigError, match="cu_seq_lens_q: PEDRO takes one sequence a row, and these are packed"):
         tuned()(tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 3, 8]))
+    anew = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    with pytest.raises(ConfigError, match="position_ids: PEDRO takes one sequence a row, and these are packed"):
+        tuned()(tokens(1, 8), position_ids=anew, labels=tokens(1, 8))
+    tuned()(tokens(1, 8), position_ids=torch.arange(3, 11)[None], prompt_lens=torch.tensor([4]))
 
 
 def reft():

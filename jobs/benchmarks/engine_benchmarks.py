@@ -120,6 +120,11 @@ BENCHMARKS = {
         "eight small fine-tunes of one backbone in one group beside one after the other",
         *("backbone", "method", "batch", "tok_s", "alone_tok_s", "ratio", "ratio_interval"),
     ),
+    "packing": _entry(
+        "packing",
+        "training on packed rows beside padded ones, tokens per second",
+        *("backbone", "data", "method", "padding", "tok_s", "padded_tok_s", "ratio", "ratio_interval"),
+    ),
     "sharding": _entry(
         "sharding",
         "two workers on 300 M parameters: peak memory of ZeRO 0 and 3 beside what the dry run promises",

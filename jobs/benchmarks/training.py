@@ -138,7 +138,7 @@ def _speeds(taken: Sequence[Mapping[str, float]]) -> list[float]:
 def setup_of(name: str, load: Load) -> dict[str, Any]:
     """Directory of the backbone, and files of rows. Raises BackboneError for a backbone that is not here."""
     folder = bench_folder() / "training" / name
-    directory = random_backbone(MODEL_SIZES[name], folder / "backbone") if name in MODEL_SIZES else _named(name)
+    directory = random_backbone(MODEL_SIZES[name], folder / "backbone") if name in MODEL_SIZES else named(name)
     return {"backbone": str(directory), **row_files(folder, load)}
 
 
@@ -152,7 +152,8 @@ def row_files(folder: Path, load: Load) -> dict[str, str]:
     return {role: str(file) for role, file in files.items()}
 
 
-def _named(name: str) -> Path:
+def named(name: str) -> Path:
+    """The directory of a backbone by name. Raises BackboneError for one that is not here."""
     if named_directory(name) is None:
         raise BackboneError(f"backbone: {name} is not kept here; `pedro backbones pull {name}`", param="backbone")
     return resolve_backbone(name).directory

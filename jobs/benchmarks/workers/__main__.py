@@ -22,6 +22,7 @@ KINDS = {
     "tenant": ("jobs.benchmarks.workers.tenant_client", "TenantClient"),
     "train": ("jobs.benchmarks.workers.train", "OurTrainer"),
     "train-hf": ("jobs.benchmarks.workers.train", "HfTrainer"),
+    "train-packing": ("jobs.benchmarks.workers.train_packing", "BothWays"),
     "train-together": ("jobs.benchmarks.workers.train_together", "Together"),
     "train-group": ("jobs.benchmarks.workers.train_group", "GroupWorker"),
     "replica": ("jobs.benchmarks.workers.replica", "Replica"),

@@ -16,6 +16,7 @@ import torch
 
 from pedro.backbone import quiet
 from pedro.methods import get_method
+from pedro.training.batches import RowStream
 from pedro.training.checkpoints import write_checkpoint
 from pedro.training.context import build_context
 from pedro.training.loop import train
@@ -46,13 +47,14 @@ def spec_of(setup: Mapping[str, Any], method: str) -> FineTuneSpec:
                 "eval_every": steps,
                 "patience": MANY,
                 "lr": 1e-4,
+                "packing": setup.get("packing", True),
             },
         }
     )
 
 
 class OurTrainer:
-    """Set-up: backbone, method, train and validation (files), batch, steps (to a run), threads."""
+    """Set-up: backbone, method, train and validation (files), batch, steps (to a run), threads, perhaps packing."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         torch.set_num_threads(setup["threads"])
@@ -69,6 +71,13 @@ class OurTrainer:
         save_model(context, {}, folder / "adapter")
         seconds = time.perf_counter() - began
         return {"seconds": seconds, "steps": outcome.optimizer_steps, "tok_s": outcome.all_tokens / seconds}
+
+    def padding(self, steps: int) -> float:
+        """Which share of the cells of so many padded batches is padding."""
+        plan = self._context.plan
+        stream = RowStream(self._context.data.train, plan.batch_size, plan.seed)
+        sizes = [[len(row["input_ids"]) for row in stream.batch(k)] for k in range(steps)]
+        return 1 - sum(map(sum, sizes)) / sum(max(batch) * len(batch) for batch in sizes)
 
 
 class LocalCheckpoints:

@@ -13,7 +13,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -38,6 +38,7 @@ __all__ = ["RowCounts", "Splits", "collate", "data_digest", "load_rows", "row_co
 LOG = logging.getLogger(__name__)
 ROWS_VERSION = 5  # raise it when the rows of one file change: old cache entries are then left alone
 BATCH = 1000
+TELL_EVERY_S = 10.0
 STALE_S = 24 * 3600
 SOURCE = "source.txt"  # the digest of the file that the rows are of; entries of earlier releases have none
 REJECTED = "rejected_ids"
@@ -70,8 +71,10 @@ def load_rows(
     max_length: int,
     cache_dir: Path | str,
     fields: Fields | None = None,
+    tell: Callable[[str], None] = lambda _text: None,
 ) -> Dataset:
-    """The file's rows, in its order, memory-mapped. `fields` names its columns where they are not ours.
+    """The file's rows, in its order, memory-mapped. `fields` names its columns where they are not ours; `tell` hears
+    now and then how far a long file is.
 
     Columns: `input_ids` (prompt + completion, at most `max_length`), `prompt_len`, `split_hash` (float in [0, 1),
     a function of the prompt text alone), `completion` (text), `line`; of preferences also `rejected_ids`
@@ -87,7 +90,7 @@ def load_rows(
     key = _key(digest, tokenizer, format, max_length, read_as)
     entry = Path(cache_dir) / f"rows-{key}"
     if not (entry / "counts.json").is_file():
-        _build(entry, path, digest, fields, _Writer(tokenizer, format, max_length))
+        _build(entry, path, digest, fields, _Writer(tokenizer, format, max_length), tell)
     touch(entry)  # so that it is not taken for one that nobody uses
     dataset = Dataset.from_file(str(entry / "rows.arrow"))
     counts = row_counts(dataset)
@@ -166,7 +169,9 @@ def _key(digest: str, tokenizer: Tokenizer, format_: PromptFormat, max_length: i
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _build(entry: Path, path: Path, digest: str, fields: Fields | None, written: _Writer) -> None:
+def _build(
+    entry: Path, path: Path, digest: str, fields: Fields | None, written: _Writer, tell: Callable[[str], None]
+) -> None:
     """Writes the cache entry beside its place and renames it there; if another process was first, its entry stands."""
     from datasets.arrow_writer import ArrowWriter
 
@@ -176,10 +181,13 @@ def _build(entry: Path, path: Path, digest: str, fields: Fields | None, written:
     try:
         (building / SOURCE).write_text(digest)  # first: it tells whose rows these will be
         batches = written.batches(path, fields)
-        first = next(batches, {})
+        first, told = next(batches, {}), time.monotonic()
         with ArrowWriter(path=str(building / "rows.arrow"), features=_features(REJECTED in first)) as writer:
             for columns in chain([first] if first else [], batches):
                 writer.write_batch(columns)
+                if time.monotonic() - told >= TELL_EVERY_S:
+                    tell(f"{written.examples:,} examples tokenised")
+                    told = time.monotonic()
             writer.finalize()
         counts = written.counts()
         if not counts.examples:

@@ -96,7 +96,9 @@ class PromptPass:
         if cache is not None and cache.get_seq_length() > 0:
             self.prompt, self.vectors = None, getattr(cache, KEPT, {})
             return args, kwargs
-        if packed := [name for name in PACKED if given.get(name) is not None]:
+        packed = [name for name in PACKED if given.get(name) is not None]
+        if packed or _begins_anew(given):
+            packed = packed or ["position_ids"]
             raise ConfigError(
                 f"{packed[0]}: {self.title} takes one sequence a row, and these are packed; pad them instead "
                 "(generate() in place of generate_batch())",
@@ -176,6 +178,18 @@ def find_prompt(given: dict[str, Any], width: int | None = None) -> torch.Tensor
         return attended
     marked: torch.Tensor = prompt | (attended & (rank == 1))
     return marked
+
+
+def _begins_anew(given: dict[str, Any]) -> bool:
+    """Whether one row holds several sequences, as collators without padding lay them: by positions, without a mask."""
+    positions = given.get("position_ids")
+    if (
+        positions is None
+        or positions.shape[0] != 1
+        or any(given.get(n) is not None for n in ("attention_mask", "packing"))
+    ):
+        return False
+    return bool((positions.diff() != 1).any())
 
 
 def _guessed(model: nn.Module, given: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Which rows make the k-th batch, and the tensors a worker makes of its slice. torch only.
 
 B rows of a slice, T tokens of its longest row. Rows are mappings with `input_ids` (prompt and answer) and
-`prompt_len`. The order of rows is a pure function of (seed, k): nothing needs to be stored to resume.
+`prompt_len`. The order of rows is a pure function of (seed, k): nothing needs to be stored to resume. As rows on disk
+are read from anywhere, all of an epoch are shuffled at once, which a shuffle buffer would only approximate.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pedro.training.bilevel import Alternation, GroupedAdamW, Named
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan
 from pedro.training.objectives import objective_of
-from pedro.training.prepare import PreparedData, make_training_plan, prepare_data, sample
+from pedro.training.prepare import PreparedData, Tell, make_training_plan, prepare_data, sample
 from pedro.training.worker_group import ALONE, WorkerGroup
 
 if TYPE_CHECKING:
@@ -62,14 +62,16 @@ def build_context(
     group: WorkerGroup = ALONE,
     parent: Path | None = None,
     bare: nn.Module | None = None,
+    tell: Tell = lambda _text: None,
 ) -> TrainingContext:
     """Load and build everything; `make_engine` as `torch_engine` or `deepspeed_engine` of the same spec return it.
 
-    `parent` is the saved adapter whose weights the new one starts with; `bare` is the backbone, where it is loaded.
+    `parent` is the saved adapter whose weights the new one starts with; `bare` is the backbone, where it is loaded;
+    `tell` hears of what takes long.
 
     A mistake in the spec raises its PedroError on every worker of the group, so that none waits for the others.
     """
-    backbone, tokenizer, prepared = group.together(lambda: _prepare(spec, cache))
+    backbone, tokenizer, prepared = group.together(lambda: _prepare(spec, cache, tell))
     bare = bare if bare is not None else _load_backbone(spec, backbone, group)
     method, model = group.together(lambda: _adapt(spec, bare, backbone, prepared, parent))
     omega, theta = method.parameter_groups(model)
@@ -143,7 +145,12 @@ def torch_engine(spec: FineTuneSpec) -> MakeEngine:
     def make(model: nn.Module, optimizer: GroupedAdamW, parameters: Named) -> StepEngine:
         training = spec.training
         return TorchEngine(
-            model, optimizer, parameters, accumulation=training.gradient_accumulation, clip=training.clip
+            model,
+            optimizer,
+            parameters,
+            accumulation=training.gradient_accumulation,
+            clip=training.clip,
+            packing=training.packing,
         )
 
     return make
@@ -196,7 +203,7 @@ def device_of(spec: FineTuneSpec) -> str:
     return "cuda" if torch.cuda.is_available() and spec.resources.gpus_per_worker else "cpu"
 
 
-def _prepare(spec: FineTuneSpec, cache: Path) -> tuple[Backbone, Tokenizer, PreparedData]:
+def _prepare(spec: FineTuneSpec, cache: Path, tell: Tell) -> tuple[Backbone, Tokenizer, PreparedData]:
     backbone = resolve_backbone(spec.backbone)
     tokenizer = load_tokenizer(backbone)
     method = get_method(spec.method.name)
@@ -206,7 +213,7 @@ def _prepare(spec: FineTuneSpec, cache: Path) -> tuple[Backbone, Tokenizer, Prep
             f"resources.zero_stage: {method.name} reads the backbone's weights, which stage 3 shards; use at most 2",
             param="resources.zero_stage",
         )
-    return backbone, tokenizer, prepare_data(spec, backbone, tokenizer, cache)
+    return backbone, tokenizer, prepare_data(spec, backbone, tokenizer, cache, tell)
 
 
 def _load_backbone(spec: FineTuneSpec, backbone: Backbone, group: WorkerGroup) -> nn.Module:

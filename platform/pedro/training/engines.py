@@ -68,20 +68,27 @@ class TorchEngine:
     rank, world = 0, 1
 
     def __init__(
-        self, model: nn.Module, optimizer: GroupedAdamW, parameters: Named, *, accumulation: int, clip: float
+        self,
+        model: nn.Module,
+        optimizer: GroupedAdamW,
+        parameters: Named,
+        *,
+        accumulation: int,
+        clip: float,
+        packing: bool = True,
     ) -> None:
         self.model, self.optimizer, self.parameters = model, optimizer, parameters
         self.hook: TrainingHook | None = None
         self.device = parameters[0][1].device
         self._accumulation, self._clip, self._slices = accumulation, clip, 0
-        self._pack = packer_of(model)
+        self._pack = packer_of(model) if packing else None
         optimizer.materialise(self.masters())
 
     def clock(self) -> float:
         return time.monotonic()
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
-        if (packing := self._pack(batch)) is not None:
+        if self._pack is not None and (packing := self._pack(batch)) is not None:
             return packed_logits(self.model, packing, positions, batch)
         with logits_at(self.model, positions):
             logits: torch.Tensor = self.model(**batch, use_cache=False).logits[0]

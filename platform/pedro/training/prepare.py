@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from pedro.training.spec import DataSpec, FineTuneSpec, TrainingSpec
 
 MEASURED_ROWS = 50_000
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,7 @@ class PreparedData:
         """How many different prompts of the other files are in the training file too, by role; none where it is 0."""
         import numpy as np
 
-        hashes = {
-            name: rows.with_format("numpy", columns=["split_hash"])[:]["split_hash"]
-            for name, rows in self._rows.items()
-        }
+        hashes = {name: _hashes(rows) for name, rows in self._rows.items()}
         train = hashes.pop("train")
         shared = {name: len(np.intersect1d(own, train)) for name, own in hashes.items()}
         return {name: count for name, count in shared.items() if count}
@@ -96,8 +96,13 @@ class PreparedData:
         return sum(map(sum, sizes)) / len(sizes[0]), max(map(max, sizes)), max(answers)
 
 
-def prepare_data(spec: FineTuneSpec, backbone: Backbone, tokenizer: Tokenizer, cache: Path) -> PreparedData:
-    """Tokenise the files of a spec (or find them in `cache`). Raises DataError, or ConfigError for max_length."""
+def prepare_data(
+    spec: FineTuneSpec, backbone: Backbone, tokenizer: Tokenizer, cache: Path, tell: Tell = lambda _text: None
+) -> PreparedData:
+    """Tokenise the files of a spec (or find them in `cache`); `tell` hears how far it is with long ones.
+
+    Raises DataError, or ConfigError for max_length.
+    """
     data, training = spec.data, spec.training
     context = context_length(backbone)
     max_length = training.max_length or context
@@ -128,11 +133,17 @@ def prepare_data(spec: FineTuneSpec, backbone: Backbone, tokenizer: Tokenizer, c
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "rows.lock"):  # one worker of a host tokenises, the others find its rows
         rows = {
-            name: load_rows(path, tokenizer, form, max_length, cache / "rows", data.fields)
+            name: load_rows(
+                path, tokenizer, form, max_length, cache / "rows", data.fields, partial(_of_file, tell, name)
+            )
             for name, path in files.items()
         }
     joined = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     return PreparedData(form, f"sha256:{joined}", max_length, data, rows)
+
+
+def _of_file(tell: Tell, name: str, text: str) -> None:
+    tell(f"data.{name}: {text}")
 
 
 def _conditioned(form: PromptFormat, spec: FineTuneSpec, tokenizer: Tokenizer) -> PromptFormat:
@@ -154,10 +165,16 @@ def _conditioned(form: PromptFormat, spec: FineTuneSpec, tokenizer: Tokenizer) -
 
 def sample(rows: Dataset, most: int) -> Dataset:
     """`rows`, or of more than `most` a fair share: those with the smallest prompt hashes, in the file's order."""
+    import numpy as np
+
     if len(rows) <= most:
         return rows
-    hashes = rows["split_hash"][:]
-    return rows.select(sorted(sorted(range(len(rows)), key=lambda i: (hashes[i], i))[:most]))
+    return rows.select(np.sort(np.argsort(_hashes(rows), kind="stable")[:most]))
+
+
+def _hashes(rows: Dataset) -> Any:
+    """The rows' prompt hashes as one array; of millions, lists of floats would take many times as much."""
+    return rows.with_format("numpy", columns=["split_hash"])[:]["split_hash"]
 
 
 def notes(prepared: PreparedData, training: TrainingSpec, plan: TrainingPlan) -> list[str]:

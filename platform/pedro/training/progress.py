@@ -17,6 +17,11 @@ TRAINED = re.compile(r"^trained (?P<step>[\d,]+) steps")
 SCORED = re.compile(r"^scored; registering")
 
 
+def say(text: str) -> None:
+    """Print a line for a person who reads the job's log."""
+    print(text, flush=True)
+
+
 class Phase(StrEnum):
     """What a job does, in order."""
 

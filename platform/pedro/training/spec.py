@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -25,12 +25,12 @@ from pedro.config import Frozen, Settings, check_name, load_spec
 from pedro.errors import ConfigError
 from pedro.refs import FILE_ID, ModelRef
 from pedro.training.allowed_files import check_allowed_backbones, check_allowed_files
+from pedro.training.section import Section
 from pedro.training.sharing import why_alone
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 FILES = ("train", "theta", "validation", "test")
 LATER = ("b_up_lr_ratio",)
-SINCE = {"evidence": "not_worse", "level": 0.05}  # of a gate: keys of a later release, with their defaults
 """Keys of `training` that earlier versions did not have; none is the default of each."""
 PACKAGED = "pedro://"
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -116,8 +116,10 @@ class MethodSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
-class TrainingSpec(Frozen):
+class TrainingSpec(Section):
     """The optimisation; defaults are the paper's setup (section 4.3) where it names one."""
+
+    since: ClassVar[dict[str, Any]] = {"packing": True}
 
     epochs: float | None = Field(10.0, gt=0, le=100_000)
     """Passes over train; without one, and where only `max_steps` is given, `max_steps` alone ends training."""
@@ -131,6 +133,9 @@ class TrainingSpec(Frozen):
     """Into how many slices a worker cuts its share of a batch, to save memory; the result stays the same."""
     max_length: int | None = Field(None, ge=2, le=10**8)
     """Tokens of prompt and answer together; the backbone's context if not given."""
+    packing: bool = True
+    """Pass no padding through the backbone, wherever that saves something and the method allows it: on a CPU, by one
+    worker. Each row keeps its own prompt and vectors, so that only rounding differs; false pads every batch."""
     warmup: float = Field(0.06, ge=0, lt=1)
     """Share of the steps in which the learning rate climbs; it then falls linearly to zero."""
     weight_decay: float = Field(0.0, ge=0, le=100)
@@ -183,8 +188,10 @@ class TrainingSpec(Frozen):
         return self
 
 
-class ResourcesSpec(Frozen):
+class ResourcesSpec(Section):
     """What the job takes of the cluster."""
+
+    since: ClassVar[dict[str, Any]] = {"share": False}
 
     workers: int = Field(1, ge=1, le=4096)
     """Processes that share each batch."""
@@ -200,15 +207,11 @@ class ResourcesSpec(Frozen):
     """Whether the job may train in one worker with its tenant's others of the same backbone, method and resources that
     wait when it does and share too: one pass over the backbone serves the rows of all."""
 
-    @model_serializer(mode="wrap")
-    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what came later where it says nothing: digests of earlier specs are made of it."""
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name != "share" or value}
 
-
-class GateSpec(Frozen):
+class GateSpec(Section):
     """When a new version becomes champion: against the champion on the same rows, or the backbone if there is none."""
+
+    since: ClassVar[dict[str, Any]] = {"evidence": "not_worse", "level": 0.05}
 
     metric: Literal["accuracy", "loss", "preference_accuracy"] = "accuracy"
     """What is compared: exact match of generated answers, or the mean loss per answer token; under objective dpo the
@@ -225,12 +228,6 @@ class GateSpec(Frozen):
     champion; or that it is significantly better."""
     level: float = Field(0.05, gt=0, lt=0.5)
     """Of that test, one-sided: below it a difference is significant."""
-
-    @model_serializer(mode="wrap")
-    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what came later where it says nothing: digests of earlier specs are made of it."""
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name not in SINCE or value != SINCE[name]}
 
 
 class DPOSpec(Frozen):

@@ -24,6 +24,7 @@ from pedro.errors import PedroError, TrainingError
 from pedro.process import set_torch_threads, update_environment
 from pedro.training.handed_adapters import HandedAdapter, hand_parent
 from pedro.training.outbox import MODEL, OUTBOX, THE_CHAMPION
+from pedro.training.progress import say
 from pedro.training.scored_rows import FILE, write_rows
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join
@@ -207,7 +208,7 @@ def _train(spec: FineTuneSpec, settings: Settings, group: WorkerGroup, config: M
     parent: HandedAdapter | None = config["parent"]
     with ExitStack() as stack, tracing.span("prepare"):
         start = group.together(lambda: stack.enter_context(parent.here())) if parent else None
-        context = build_context(spec, settings.cache, engine_for(spec), group, start)
+        context = build_context(spec, settings.cache, engine_for(spec), group, start, tell=say)
     reporter = RayReporter(context.plan.steps)
     if config["checkpoint_models"]:
         reporter.models = CheckpointModels(context, reporter.line)
@@ -307,8 +308,7 @@ class RayReporter:
 
         OUTBOX.tell(step, {**values, **system_metrics()})
 
-    def line(self, text: str) -> None:
-        print(text, flush=True)
+    line = staticmethod(say)
 
 
 def _finished(checkpoint: Checkpoint | None) -> bool:

@@ -22,6 +22,7 @@ from pedro.training.sharing import why_alone
 if TYPE_CHECKING:
     from torch import nn
 
+    from pedro.training.prepare import Tell
     from pedro.training.spec import FineTuneSpec
 
 
@@ -59,10 +60,16 @@ class SharedBackbone:
         self.stacked_model = StackedModel(adapted, load_tokenizer(backbone).pad_token_id)
 
     def context(
-        self, spec: FineTuneSpec, cache: Path, participant: Participant, parent: Path | None = None
+        self,
+        spec: FineTuneSpec,
+        cache: Path,
+        participant: Participant,
+        parent: Path | None = None,
+        tell: Tell = lambda _text: None,
     ) -> TrainingContext:
         """What the job at `participant` trains."""
-        return build_context(spec, cache, self._engine(spec, participant), parent=parent, bare=tied_copy(self._bare))
+        engine, bare = self._engine(spec, participant), tied_copy(self._bare)
+        return build_context(spec, cache, engine, parent=parent, bare=bare, tell=tell)
 
     def _engine(self, spec: FineTuneSpec, participant: Participant) -> MakeEngine:
         def make(model: nn.Module, optimizer: Any, parameters: Any) -> CotrainingEngine:

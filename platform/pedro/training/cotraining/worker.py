@@ -174,8 +174,8 @@ def _train(
     run = join(settings.storage, "runs", member.job_id)
     with ExitStack() as stack:
         start = stack.enter_context(member.parent.here()) if member.parent else None
-        context = backbone.context(spec, settings.cache, participant, start)
-    reporter = CotrainingReporter(run, outbox, participant)
+        reporter = CotrainingReporter(run, outbox, participant)
+        context = backbone.context(spec, settings.cache, participant, start, reporter.line)
     if member.checkpoint_models:
         reporter.models = CheckpointModels(context, reporter.line)
     what = f"{context.trainable_parameters:,} parameters on {len(context.data.train):,} rows"
