@@ -455,6 +455,8 @@ def test_serve_refuses_wrong_settings_before_anything_starts(pedro, home):
     one_error(pedro("serve", "--backbone", "nothere", "--port", "0"), "nothere", "stories260K")
     options = ("--dtype", "int3", "--replicas", "0", "--adapter-budget-mb", "0")
     one_error(pedro("serve", *options), "dtype", "int3", "replicas", "adapter_budget_mb")
+    for host in ("203.0.113.1", "[2001:db8::1]", ""):
+        one_error(pedro("serve", "--host", host, "--port", "0"), "host", "no address of this machine", "::")
     assert not (home / "ray").exists()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -150,6 +151,18 @@ def test_a_head_whose_parts_give_up_while_it_starts_is_started_once_more(home, t
         assert cluster.find_head(settings) == head
         assert cluster.stop_head(settings)
     assert len(tries.read_text()) == min(good, 2)
+
+
+def test_addresses_of_both_kinds_have_urls_and_ports_of_their_own():
+    assert cluster.url_of("::", 8000) == "http://[::]:8000"
+    assert cluster.url_of("127.0.0.1", 8000) == "http://127.0.0.1:8000"
+    assert cluster.port_is_free(0, "127.0.0.1")
+    assert not cluster.port_is_free(0, "203.0.113.1")
+    assert not cluster.port_is_free(0, "2001:db8::1")
+    if cluster.port_is_free(0, "::1"):
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+            assert not cluster.port_is_free(taken.getsockname()[1], "::1")
+            assert not cluster.port_is_free(taken.getsockname()[1], "::")
 
 
 def test_a_recorded_head_that_is_gone_is_not_found(home):

@@ -192,6 +192,13 @@ def definitions(path: Path) -> Iterator[str]:
                     yield f"{node.name}.{name}"
 
 
+def test_no_curl_that_we_show_has_a_key_among_its_arguments():
+    shown = [*PAGES, *(ROOT / "platform" / "pedro").rglob("*.py"), *(ROOT / "dashboard").rglob("*.py")]
+    for path in shown:
+        told = re.search(r"(-H|--header) *[\"']? *(Authorization|\$H)", path.read_text("utf-8"), re.IGNORECASE)
+        assert told is None, f"{path}: {told[0]}; -H @- <<< reads it from standard input"
+
+
 def test_no_page_asks_another_host_for_anything():
     """Fonts and scripts come with the site: it can be read without a network."""
     settings = (ROOT / "mkdocs.yml").read_text()

@@ -62,7 +62,8 @@ def test_kubectl_is_played_as_far_as_the_guide_needs_it(tmp_path):
         kubectl = Kubectl(namespace)
         assert verbs == {"apply", "create", "wait", "exec", "port-forward", "get", "cp", "delete"}
         kubectl(["-n", "pedro", "create", "secret", "generic", "a", "--from-literal=b=c=d"], b"", tmp_path)
-        assert namespace.known.secrets == {"a": {"b": "c=d"}}
+        kubectl(["create", "secret", "generic", "e", "--from-file=f=/dev/stdin"], b"g", tmp_path)
+        assert namespace.known.secrets == {"a": {"b": "c=d"}, "e": {"f": "g"}}
         for words in (["scale", "deploy/x"], ["-n", "other", "wait", "pod/x"], ["exec", "deploy/none", "--", "ls"]):
             with pytest.raises(AssertionError):
                 kubectl(words, b"", tmp_path)
@@ -86,6 +87,22 @@ def test_a_block_is_typed_into_bash_and_what_fails_there_ends_it(tmp_path):
         with pytest.raises(AssertionError, match="it was not ready"):
             run("kubectl wait x\nkubectl get y")
     assert asked == [(["get", "a b"], b""), (["exec", "-i", "x"], b"text\n"), (["wait", "x"], b"")]
+
+
+def test_no_command_of_the_guide_has_a_key_among_its_arguments(tmp_path):
+    seen = []
+
+    def kubectl(words, stdin, _cwd):
+        seen.append((words, stdin))
+        return b""
+
+    with guide.terminal(tmp_path, kubectl) as run:
+        (tmp_path / "bin" / "curl").write_text('#!/bin/sh\nexec kubectl curl "$@"\n')
+        (tmp_path / "bin" / "curl").chmod(0o755)
+        run(guide.blocks("A laptop")[3], KEY="sk-pedro-x")
+        run(guide.blocks("Watching")[0], KEY="sk-pedro-x")
+    assert [stdin for _, stdin in seen] == [b"Authorization: Bearer sk-pedro-x\n", b"", b"sk-pedro-x"]
+    assert not any("sk-pedro-x" in word for words, _ in seen for word in words)
 
 
 def test_texts_of_manifests_read_as_they_must_on_this_host(known, tmp_path):

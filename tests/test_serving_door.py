@@ -8,8 +8,11 @@ import urllib.request
 from contextlib import closing, contextmanager, suppress
 
 import pytest
+import uvicorn
 
 from pedro.cluster import free_port, port_is_free
+from pedro.gateway.connections import BoundedProtocol, ConnectionLimits
+from pedro.gateway.passed_connections import shared_key
 from pedro.serving import door
 from pedro.serving.door import Door, listeners
 
@@ -19,6 +22,7 @@ GUARD_S = 120
 @pytest.fixture
 def port(monkeypatch):
     monkeypatch.setattr(door, "LOOK_S", 0.01)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)  # the servers here read no line of the kept port
     if not door.TABLES[0].is_file():
         pytest.skip("this system has no tables of who listens")
     return free_port()
@@ -232,3 +236,93 @@ def test_one_client_holds_no_more_connections_than_it_may(port, monkeypatch):
         until(lambda: keeper._held == {"127.0.0.1": 2, "127.0.0.2": 1})
         for one in (*lines, third, other):
             one.close()
+
+
+async def who_asks(scope, receive, send):
+    """An application that answers with the address of its client."""
+    told = scope["client"][0].encode()
+    headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(told))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": told})
+
+
+@contextmanager
+def bounded_server(port, host):
+    """As Ray Serve's proxy listens, beside others on the port."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind((host, port))
+    server = uvicorn.Server(uvicorn.Config(who_asks, http=BoundedProtocol, lifespan="off", log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(GUARD_S)
+        listener.close()
+
+
+def ask(port, source, host="127.0.0.1"):
+    line = socket.create_connection((host, port), timeout=GUARD_S, source_address=(source, 0))
+    line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    return line
+
+
+def heard(line):
+    """Status and body of an answer."""
+    with line.makefile("rb") as file:
+        status, length = int(file.readline().split()[1]), 0
+        while header := file.readline().strip().lower():
+            if header.startswith(b"content-length:"):
+                length = int(header.split()[1])
+        return status, file.read(length).decode()
+
+
+@pytest.fixture
+def shared(monkeypatch, tmp_path, port):
+    """A proxy with the key of the kept port before it."""
+    (tmp_path / "token").write_text("of the head")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "pedro.gateway.connections:bound_connections")
+    monkeypatch.setattr(BoundedProtocol, "key", shared_key())
+    monkeypatch.setattr(BoundedProtocol, "limits", ConnectionLimits(connections_per_client=2))
+
+
+def test_behind_the_kept_port_each_client_is_known_by_its_address_and_bounded_by_itself(port, shared):
+    """They connect while nobody listens, stay, and then ask the server directly, too."""
+    first, second = "127.0.0.1", "127.0.0.2"
+    lines = []
+    with watched(port, host="0.0.0.0"):
+        until(lambda: listeners(port))
+        for source in (first, first, second, second):
+            lines.append(ask(port, source))
+        with bounded_server(port, "0.0.0.0"):
+            assert [heard(line) for line in lines] == [(200, first)] * 2 + [(200, second)] * 2
+            assert BoundedProtocol.held == {first: 2, second: 2}
+            lines.append(ask(port, first))
+            assert heard(lines[-1])[0] == 503
+            lines.append(socket.create_connection(("127.0.0.1", port), GUARD_S, (second, 0)))  # hears it unasked
+            assert heard(lines[-1])[0] == 503
+            lines[0].close()
+            until(lambda: BoundedProtocol.held[first] == 1)
+            lines.append(ask(port, first))
+            assert heard(lines[-1]) == (200, first)
+            for line in lines:
+                line.close()
+            until(lambda: not BoundedProtocol.held)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_a_port_of_both_kinds_of_addresses_is_kept_and_its_clients_are_known(port, shared):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with watched(port, host="::"):
+        until(lambda: listeners(port))
+        lines = [ask(port, "::1", "::1"), ask(port, "127.0.0.2")]
+        with bounded_server(port, "::"):
+            assert [heard(line) for line in lines] == [(200, "::1"), (200, "127.0.0.2")]
+            for line in lines:
+                line.close()

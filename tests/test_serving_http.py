@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, s
 from jobs.benchmarks.hot_swap import swap
 from pedro import cluster
 from pedro.errors import BackboneError, ConfigError, ConflictError, UnavailableError
+from pedro.gateway.passed_connections import line_for, shared_key
 from pedro.registry import Registry
 from pedro.serving.config import ServeConfig
 from pedro.serving.deploy import deploy, find
@@ -38,6 +40,7 @@ pytestmark = pytest.mark.slow  # the server takes as long to start as all of the
 BACKBONE = "stories260K"
 GUARD_S = 300  # against a wait without end; the benchmark `swap` says how soon things are seen
 PROMPT = "Once upon a time, there was a little girl"
+EVERYWHERE = "::" if cluster.port_is_free(0, "::1") else "0.0.0.0"
 OUTSIDE = ("PEDRO_STORAGE", "PEDRO_DATABASE_URL", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 
@@ -77,7 +80,7 @@ def served(here):
     cluster.prepare_environment(settings)
     reset_auth_token_state()  # Ray reads mode and token once a process, and another test may have met it first
     try:
-        running = deploy(settings, ServeConfig(max_batch=16, watch_interval_s=0.3), port=0)
+        running = deploy(settings, ServeConfig(max_batch=16, watch_interval_s=0.3), EVERYWHERE, port=0)
         keys = {name: store.create_key(name, ("infer",))[1] for name in ("acme", "globex")}
         keys["admin"] = store.create_key("ops", ("admin",))[1]
         yield SimpleNamespace(
@@ -103,6 +106,12 @@ def http(served, tenant="acme", **headers):
     if tenant is not None:
         headers["authorization"] = f"Bearer {served.keys[tenant]}"
     return httpx.Client(base_url=served.url, headers=headers, timeout=GUARD_S)
+
+
+def connection(served, host=None):
+    """A connection by itself."""
+    at = httpx.URL(served.url)
+    return socket.create_connection((host or at.host, at.port), timeout=GUARD_S)
 
 
 def complete(client, model, prompt=PROMPT, **fields):
@@ -147,11 +156,22 @@ def test_probes_need_no_key_and_say_only_yes(served):
 
 
 def test_half_sent_headers_are_closed_by_serves_own_proxy_while_others_are_answered(served):
-    host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=GUARD_S) as line:
+    with connection(served) as line:
         line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
         assert http(served, None).get("/health").status_code == 200
         assert line.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_the_server_answers_at_both_kinds_of_addresses_and_knows_who_comes_by_the_kept_port(served):
+    """Its proxy, which Ray starts, has the key that `pedro serve` has."""
+    hosts = ["127.0.0.1", "::1"] if EVERYWHERE == "::" else ["127.0.0.1"]
+    for host in hosts:
+        assert httpx.get(f"{cluster.url_of(host, httpx.URL(served.url).port)}/health").status_code == 200
+        stranger, forged = (line_for("203.0.113.1", key) for key in (shared_key(), b"guessed"))
+        for said, status in ((b"", 200), (stranger, 401), (forged, 400)):
+            with connection(served, host) as line:
+                line.sendall(said + b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert int(line.recv(4096).split()[1]) == status, "the document is for this machine and for operators"
 
 
 def test_the_client_lists_the_backbone_and_the_tenants_own_champions(client):
@@ -424,8 +444,7 @@ def test_a_file_comes_through_serves_proxy_whole_and_one_that_is_cut_leaves_noth
     made = client.files.create(file=("train.jsonl", data), purpose="fine-tune")
     assert client.files.content(made.id).read() == data
     scratch = Path(served.settings.storage) / "files" / ".new"
-    host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=GUARD_S) as line:
+    with connection(served) as line:
         head = (
             f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 1000000\r\n"
             "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
@@ -689,7 +708,7 @@ def kill_replica(served, of="engine"):
 
 
 def test_serving_twice_from_one_home_is_refused_and_disturbs_nothing(served, client):
-    with pytest.raises(ConflictError, match=served.url):
+    with pytest.raises(ConflictError, match=re.escape(served.url)):
         deploy(served.settings, ServeConfig(), port=0)
     assert complete(client(), "acme.faq", max_tokens=1)
     assert find(served.settings).url == served.url
@@ -708,6 +727,8 @@ def test_a_port_in_use_is_told_and_nothing_is_started(here):
         port = taken.getsockname()[1]
         with pytest.raises(UnavailableError, match=f"{port}.*--port"):
             deploy(settings, ServeConfig(), port=port)
+    with pytest.raises(ConfigError, match=r"host: '203\.0\.113\.1' is no address of this machine"):
+        deploy(settings, ServeConfig(), "203.0.113.1", port=0)
     with pytest.raises(BackboneError, match="nothere"):
         deploy(settings, ServeConfig(backbone="nothere"), port=0)
     with pytest.raises(ConfigError, match="device: 'cuda:99' cannot be used"):

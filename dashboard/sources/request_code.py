@@ -14,11 +14,11 @@ CALLS = {"/v1/chat/completions": "chat.completions", "/v1/completions": "complet
 
 
 def as_curl(url: str, path: str, body: Mapping[str, Any]) -> str:
-    """For a shell."""
+    """For a shell; the key is not among the arguments, which everybody on a machine sees."""
     return "\n".join(
         [
             f"curl {shlex.quote(url + path)} \\",
-            f'  -H "Authorization: Bearer ${KEY}" -H "Content-Type: application/json" \\',
+            f'  -H @- -H "Content-Type: application/json" <<< "Authorization: Bearer ${KEY}" \\',
             f"  -d {shlex.quote(json.dumps(body, ensure_ascii=False, indent=1))}",
         ]
     )

@@ -59,10 +59,13 @@ class Kubectl:
         self.namespace.apply(list(yaml.safe_load_all(yaml.safe_dump_all(objects))))
         return b"".join(f"{obj['kind'].lower()}/{obj['metadata']['name']} applied\n".encode() for obj in objects)
 
-    def _create(self, words: list[str], _: bytes, __: Path) -> bytes:
+    def _create(self, words: list[str], stdin: bytes, _: Path) -> bytes:
         assert words[:2] == ["secret", "generic"], words
-        values = dict(word.removeprefix("--from-literal=").split("=", 1) for word in words[3:])
-        assert all(word.startswith("--from-literal=") for word in words[3:]), words
+        values = {}
+        for word in words[3:]:
+            option, name, value = word.split("=", 2)
+            assert option == "--from-literal" or (option, value) == ("--from-file", "/dev/stdin"), words
+            values[name] = value if option == "--from-literal" else stdin.decode()
         self.namespace.create_secret(words[2], values)
         return f"secret/{words[2]} created\n".encode()
 

@@ -30,7 +30,7 @@ def dashboard(
 
     Example: `pedro dashboard`, then open http://127.0.0.1:8501
     """
-    from pedro.cluster import is_loopback, port_is_free
+    from pedro.cluster import is_loopback, port_is_free, url_of
     from pedro.config import Settings
     from pedro.errors import NotFoundError, UnavailableError
 
@@ -39,8 +39,8 @@ def dashboard(
         from streamlit.web import cli
     except ImportError as error:
         raise NotFoundError("Streamlit is not installed: pip install 'pedro-platform[dashboard]'") from error
-    settings = Settings.from_env()
-    if ":" not in host and not port_is_free(port, host):
+    settings, host = Settings.from_env(), host.strip("[]")  # as URLs have an IPv6 address
+    if not port_is_free(port, host):
         raise UnavailableError(
             f"port: {port} on {host} is in use, perhaps by another dashboard; choose another with --port", param="port"
         )
@@ -49,7 +49,7 @@ def dashboard(
     if not is_loopback(host):
         os.environ[REQUIRE_KEY] = "1"
         options.append("--server.allowedHosts=*")  # whatever name resolves to this machine
-    log(f"dashboard of {settings.home}: http://{host}:{port}" + ("" if is_loopback(host) else " (asks for a key)"))
+    log(f"dashboard of {settings.home}: {url_of(host, port)}" + ("" if is_loopback(host) else " (asks for a key)"))
     threading.Thread(target=_warm_up, args=(settings,), name="warm-up", daemon=True).start()
     sys.argv = ["streamlit", "run", str(app), *options]
     cli.main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -21,7 +22,9 @@ def serve(
     backbone: Annotated[
         str, typer.Option(help="A name of `pedro backbones list`, a directory or a hub id.")
     ] = "stories260K",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface, :: with IPv6 too.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(help="Engine replicas, usually one per device.")] = 1,
     tensor_parallel_size: Annotated[
@@ -79,7 +82,7 @@ def serve(
     from pedro.serving.supervision import Supervisor
     from pedro.training.queue.process import ControllerKeeper
 
-    settings = Settings.from_env()
+    settings, host = Settings.from_env(), host.strip("[]")  # as URLs have an IPv6 address
     options = {
         "backbone": backbone,
         "replicas": replicas,
@@ -110,7 +113,8 @@ def serve(
 
     def show() -> None:
         typer.echo(f"serving {served.backbone} at {served.url}/v1")
-        typer.echo(f'try:  curl {served.url}/v1/models -H "Authorization: Bearer $(pedro keys create TENANT)"')
+        url = shlex.quote(served.url)  # some shells take brackets for a pattern
+        typer.echo(f'try:  curl {url}/v1/models -H @- <<< "Authorization: Bearer $(pedro keys create TENANT)"')
         if not detach:
             typer.echo(f"requests, as {settings.requests_log} has them; Ctrl-C ends the server", err=True)
 

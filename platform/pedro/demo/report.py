@@ -111,8 +111,8 @@ def farewell(part: StoryPart, served: Served, secret: str, keep: bool, log: Log)
     body = json.dumps({"model": part.name, "messages": asked, "max_tokens": 8})
     url, key = (served.url, secret) if keep else ("http://127.0.0.1:8000", "$KEY")
     command = (
-        f'curl {url}/v1/chat/completions -H "Authorization: Bearer {key}" '
-        f"-H 'Content-Type: application/json' -d {shlex.quote(body)}"
+        f"curl {url}/v1/chat/completions -H @- -H 'Content-Type: application/json' "
+        f'-d {shlex.quote(body)} <<< "Authorization: Bearer {key}"'
     )
     if keep:
         log(f"\nit runs on; `pedro down` ends it. Try:\n  {command}")

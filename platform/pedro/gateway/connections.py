@@ -20,18 +20,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pedro.errors import ConfigError
+from pedro.gateway.passed_connections import MOST_HELD, counted_as, plain, read_line, shared_key
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
 
 PREFIX = "PEDRO_HTTP_"
+UNTOLD = ""
+"""Whom a connection is counted for that a kept port may have made, until its first line says."""
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
     """0 is no limit. Each is an environment variable of the host's proxy: `PEDRO_HTTP_CONNECTIONS_PER_CLIENT`, …"""
 
-    connections_per_client: int = 1024  # that one address holds at once; behind a reverse proxy all come from its own
+    connections_per_client: int = 1024  # of an address, or a /64 of IPv6; behind a reverse proxy all come from its own
     headers_timeout_s: int = 10  # from the connection, or the first byte of a further request, to the last header
     body_timeout_s: int = 30  # between two pieces of a body
 
@@ -55,7 +58,7 @@ def bound_connections() -> list[Any]:
 
     from pedro.gateway.not_yet import NotYet
 
-    BoundedProtocol.limits = ConnectionLimits.from_env()
+    BoundedProtocol.limits, BoundedProtocol.key = ConnectionLimits.from_env(), shared_key()
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"
     return [Middleware(NotYet)]
 
@@ -64,38 +67,41 @@ class BoundedProtocol(HttpToolsProtocol):
     """One connection of uvicorn's. All on one event loop."""
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
-    held: ClassVar[Counter[str]] = Counter()  # connections by client address
+    held: ClassVar[Counter[str]] = Counter()  # connections by client
+    key: ClassVar[bytes | None] = None  # of a kept port, where there may be one
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._address: str | None = None  # while it is counted
+        self._counted: str | None = None  # for whom
+        self._said = b""  # while it is not known who speaks
         self._timer: TimerHandle | None = None
         self._awaits_headers = False
         self._silent = True  # nothing came yet
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        address = self.client[0] if self.client else ""
-        most = self.limits.connections_per_client
-        if most and self.held[address] >= most:
-            self._end(
-                503, f"This address holds {most} connections, which is the most; close some of them.", "overloaded"
-            )
-            return
-        self._address = address
-        self.held[address] += 1
-        self._await_headers()
+        own = self.key is not None and self.client is not None and self.client[0] == (self.server or ("",))[0]
+        if self.client is not None:
+            self.client = (plain(self.client[0]), self.client[1])
+        # A kept port connects from the very address that it was asked at, as others on this host may.
+        if self._count(UNTOLD if own else self._who()):
+            self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
-        if self._address is not None:
-            self.held[self._address] -= 1
-            if not self.held[self._address]:
-                del self.held[self._address]
-            self._address = None
+        self._forget()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._counted == UNTOLD and self.key is not None:
+            self._said += data
+            if (told := read_line(self._said, self.key)) is None:
+                return
+            address, data = told
+            if address and self.client is not None:
+                self.client = (plain(address), self.client[1])
+            if not self._count(self._who()) or not data:  # nothing is said yet but who speaks
+                return
         before, self._silent = self.cycle, False
         super().data_received(data)
         cycle = self.cycle
@@ -107,6 +113,28 @@ class BoundedProtocol(HttpToolsProtocol):
             self._wait(self.limits.body_timeout_s)
         else:
             self._stop_waiting()
+
+    def _who(self) -> str:
+        return counted_as(self.client[0]) if self.client else "nobody"
+
+    def _count(self, client: str) -> bool:
+        """Whether it may stay, as one of this client's alone."""
+        self._forget()
+        most = self.limits.connections_per_client
+        if most and self.held[client] >= (MOST_HELD if client == UNTOLD else most):
+            told = f"This address holds {most} connections, which is the most; close some of them."
+            self._end(503, told, "overloaded")
+            return False
+        self._counted = client
+        self.held[client] += 1
+        return True
+
+    def _forget(self) -> None:
+        if self._counted is not None:
+            self.held[self._counted] -= 1
+            if not self.held[self._counted]:
+                del self.held[self._counted]
+            self._counted = None
 
     def _should_upgrade_to_ws(self) -> bool:
         return False  # a connection that became a web socket would not be counted, and there are no routes for any
@@ -138,6 +166,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _end(self, status: int, message: str, code: str) -> None:
         """Answer in OpenAI's form, and close."""
+        self._stop_waiting()
         error = {"message": message, "type": "timeout_error" if status == 408 else "server_error", "param": None}
         body = json.dumps({"error": {**error, "code": code}}).encode()
         reason = {408: "Request Timeout", 503: "Service Unavailable"}[status]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pedro.errors import BackboneError, ConflictError, PedroError, UnavailableError
+from pedro.errors import BackboneError, ConfigError, ConflictError, PedroError, UnavailableError
 from pedro.home import SERVER_RECORD
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def deploy(
     """Serve `config` on the cluster of `settings` and wait until it answers. `again`: in place of this home's server,
     whose head is gone; its port is kept for it, and who asks there waits.
 
-    Raises BackboneError for a backbone that cannot be had or loaded, ConfigError for a device that there is not or a
-    limit of connections that is not a number,
+    Raises BackboneError for a backbone that cannot be had or loaded, ConfigError for a device or an address that there
+    is not or a limit of connections that is not a number,
     UnavailableError if the port is taken or the application does not come up, ConflictError if this home serves
     already; nothing is left half started.
     """
@@ -55,6 +55,12 @@ def deploy(
 
     config = config.model_copy(update={"backbone": locate_backbone(config.backbone, Path.cwd())})
     ConnectionLimits.from_env()
+    if not again and not (host and cluster.port_is_free(0, host)):
+        raise ConfigError(
+            f"host: {host!r} is no address of this machine; 127.0.0.1 is for this machine alone, 0.0.0.0 for every "
+            "interface, :: for every interface with IPv6 too",
+            param="host",
+        )
     _check(config, here=settings.ray_address is None)
     offer_backbone(settings, config.backbone, log)
     running = None if again else find(settings)
@@ -81,8 +87,8 @@ def deploy(
     app = build_app(config.model_dump())
     if record(settings).is_file():  # of a server that no longer answers, but may still hold its port
         _take_down(settings)
-    log(f"loading {config.backbone} and starting the server on {host}:{port}")
-    served = Served(f"http://{host}:{port}", config.model_name)
+    served = Served(cluster.url_of(host, port), config.model_name)
+    log(f"loading {config.backbone} and starting the server on {served.url}")
     try:
         serve.start(
             proxy_location=ProxyLocation.EveryNode,

@@ -2,8 +2,9 @@
 
 Ray starts a proxy that died again, and `pedro serve` a head; for some seconds nothing listens then. In these, and only
 in these, this listens beside whoever comes next (SO_REUSEPORT, as Ray Serve's proxies have it), and passes each
-connection on once the server answers. Who leaves meanwhile has asked nothing, and who has waited for too long is told
-to come again. It understands nothing of what is asked.
+connection on once the server answers, whose proxy it tells the client's address (`passed_connections.py`). Who leaves
+meanwhile has asked nothing, and who has waited for too long is told to come again. It understands nothing of what is
+asked.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 
 from pedro.gateway.connections import ConnectionLimits
 from pedro.gateway.not_yet import NOT_SERVED
+from pedro.gateway.passed_connections import MOST_HELD, counted_as, line_for, plain, read_line, shared_key
 
 LOOK_S, LET_IN_S = 0.1, 0.02
-MOST_HELD = 1024
 PATIENCE_S = 300.0  # a head and its server are back within a minute or two; clients wait ten
 PIECE = 2**14
 MOST_SAID = 2**16  # bytes that are kept of a connection before they can be passed on
@@ -40,8 +41,9 @@ class Door:
     def __init__(self, host: str, port: int, wanted: Callable[[], bool], ready: Callable[[], bool]) -> None:
         self._host, self._port, self._wanted, self._ready = host, port, wanted, ready
         self._over = threading.Event()
-        self._held: Counter[str] = Counter()  # connections by client address
+        self._held: Counter[str] = Counter()  # connections by client
         self._most = ConnectionLimits.from_env().connections_per_client
+        self._key = shared_key()
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
     def start(self) -> None:
@@ -97,7 +99,8 @@ class Door:
 
     async def _wait(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, back: asyncio.Event) -> None:
         """One connection: it waits, then bytes go both ways until either side ends."""
-        client = writer.get_extra_info("peername")[0]
+        from_ = plain(writer.get_extra_info("peername")[0])
+        client = counted_as(from_)
         if self._held.total() >= MOST_HELD or self._held[client] >= (self._most or MOST_HELD):
             writer.close()
             return
@@ -111,10 +114,11 @@ class Door:
                 writer.write(ABSENT)
                 await writer.drain()
                 return
-            # From and to the address that was asked for: a stranger's connection must not look like a local one.
+            # From and to the address that was asked for: so the proxy knows a line to come, and where none does, a
+            # stranger's connection does not look like a local one.
             address = writer.get_extra_info("sockname")[0]
             answers, other = await self._connect(address)
-            other.write(said)
+            other.write(self._introduced(from_, said))
             ways = [asyncio.create_task(_pass(reader, other)), asyncio.create_task(_pass(answers, writer))]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             for way in ways:
@@ -129,6 +133,12 @@ class Door:
             writer.close()
             if other is not None:
                 other.close()
+
+    def _introduced(self, client: str, said: bytes) -> bytes:
+        """What the client said, behind the line that names it; one that this very port passed on has it already."""
+        if self._key is None or (told := read_line(said, self._key)) is not None and told[0]:
+            return said
+        return line_for(client, self._key) + said
 
     async def _connect(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection to the server, which may be away again: nothing was asked of it yet, so that is waited for."""
