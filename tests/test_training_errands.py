@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import pickle
 import time
@@ -12,6 +11,7 @@ from threading import Event
 from types import SimpleNamespace
 
 import pytest
+from errand_workers import Worker, ended, started
 from ray.train import Checkpoint
 from retention_home import open_home, version
 from serving_adapters import stub_adapter
@@ -19,13 +19,12 @@ from training_runs import spec_for
 
 from pedro.config import NOT_FOR_WORKERS, Settings
 from pedro.errors import ConfigError, UnavailableError
-from pedro.refs import ModelRef
 from pedro.registry import Registry
 from pedro.store import checkpoint_of
 from pedro.training import lean_trainer, outbox, trainer
 from pedro.training.errands import Errands
 from pedro.training.handed_adapters import HandedAdapter, hand
-from pedro.training.outbox import MODEL, THE_CHAMPION, Outbox
+from pedro.training.outbox import MODEL, THE_CHAMPION
 from pedro.training.worker_group import WorkerGroup
 
 SECRET = "hunter2"
@@ -90,18 +89,6 @@ def test_a_workers_variables_empty_whatever_else_the_settings_are_read_from():
     )
 
 
-class Worker:
-    """As Ray Train's controller has one; it runs what it is told at once, in this process."""
-
-    def __init__(self):
-        self.outbox = Outbox()
-
-    def execute_async(self, call, *arguments):
-        done = Future()
-        done.set_result({outbox.take: self.outbox.take, outbox.answer: self.outbox.answer}[call](*arguments))
-        return SimpleNamespace(future=lambda: done)
-
-
 class Lost:
     """A worker that died."""
 
@@ -116,17 +103,6 @@ def home(tmp_path):
     settings, registry = open_home(tmp_path / "home")
     yield settings, registry
     registry.store.close()
-
-
-def started(settings, worker, run_id="run", job_id="ftjob-1"):
-    errands = Errands(settings, ModelRef("acme", "colours"), run_id, job_id)
-    errands.after_worker_group_start(SimpleNamespace(get_workers=lambda: [worker]))
-    return errands
-
-
-def ended(errands):
-    errands.before_worker_group_shutdown(None)
-    asyncio.run(errands.before_controller_shutdown())
 
 
 def asked(errands, worker, about=THE_CHAMPION):
@@ -331,7 +307,7 @@ def test_a_full_disk_under_a_checkpoints_copy_is_told_and_is_no_error(home, tmp_
     def full(**_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("pedro.training.errands.tempfile.TemporaryDirectory", full)
+    monkeypatch.setattr("pedro.training.waiting_checkpoints.tempfile.TemporaryDirectory", full)
     report = SimpleNamespace(checkpoint=Checkpoint.from_directory(tmp_path))
     errands.after_report(report, [{MODEL: {"step": 6}}])
     monkeypatch.undo()

@@ -5,6 +5,7 @@ The driver makes a version of it (`checkpoint_versions.py`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pedro.evaluation.saved import trains_backbone
 from pedro.methods.servable import check_servable
 from pedro.training.job_events import measured_at
+from pedro.training.waiting_checkpoints import MADE
 from pedro.training.worker import save_model
 from pedro.training.worker_group import WorkerGroup
 
@@ -28,8 +30,9 @@ class CheckpointModels:
         self._off = trains_backbone(context.model)  # a whole model is not served beside others
 
     def save(self, state: TrainState, directory: Path) -> dict[str, Any] | None:
-        """The adapter of a checkpoint that was validated just now, and what the driver is to tell of it: its step, the
-        best one, metrics. None where it is no model, and on every worker but the first."""
+        """The adapter of a checkpoint that was validated just now, and what the driver is to tell of it, which stands
+        beside it, too: its step, the best one, metrics. None where it is no model, and on every worker but the first.
+        """
         hook, group = self._context.engine.hook, WorkerGroup(self._context.engine.rank, self._context.engine.world)
         validated = bool(state.validations) and state.validations[-1][0] == state.step
         if self._off or not validated or (hook is not None and not hook.settled(state.step)):
@@ -45,4 +48,6 @@ class CheckpointModels:
             return None
         finally:
             self._context.engine.mode(training=True)
-        return {"step": state.step, "best_step": state.best_step, "metrics": measured_at(state.step, state.told)}
+        made = {"step": state.step, "best_step": state.best_step, "metrics": measured_at(state.step, state.told)}
+        (directory.parent / MADE).write_text(json.dumps(made))
+        return made

@@ -16,6 +16,7 @@ from pedro.store import CHECKPOINT, checkpoint_gate, checkpoint_of
 if TYPE_CHECKING:
     from pedro.refs import ModelRef
     from pedro.registry import Registry
+    from pedro.store import JobEvent
 
 LAST = 3
 """So many are kept beside the best one, as OpenAI keeps them."""
@@ -26,26 +27,33 @@ def publish(
 ) -> None:
     """Make a version of a checkpoint's adapter; `made` is what `CheckpointModels.save` returned, `run_id` the job's.
 
-    A job that went back behind a damaged checkpoint comes by a step again, with the same bits: its version stays.
+    Each step is told of once: a job that went back behind a damaged checkpoint comes by a step again, with the same
+    bits, and a driver takes up what the one before it may have published.
     """
     step = made["step"]
     gate = checkpoint_gate(job_id, step)
-    if any(version.gate == gate for version in registry.versions(ref.name)):
+    if any(event.data and event.data["step"] == step for event in _told(registry, job_id)):
         return
-    run = registry.start_run(
-        experiment=ref.name,
-        name=f"{job_id} step {step}",
-        params={},
-        tags={"checkpoint_of": job_id, "model": ref.name},
-        parent=run_id,
-    )
-    try:
-        version = registry.register(run, directory, ref.tenant, ref.adapter, gate=gate)
-    finally:
-        registry.finish_run(run)
+    version = next((version for version in registry.versions(ref.name) if version.gate == gate), None)
+    if version is None:
+        run = registry.start_run(
+            experiment=ref.name,
+            name=f"{job_id} step {step}",
+            params={},
+            tags={"checkpoint_of": job_id, "model": ref.name},
+            parent=run_id,
+        )
+        try:
+            version = registry.register(run, directory, ref.tenant, ref.adapter, gate=gate)
+        finally:
+            registry.finish_run(run)
     data = {"model": version.ref, "step": step, "metrics": made["metrics"]}
     registry.store.add_job_event(job_id, f"Checkpoint created at step {step:,}", kind=CHECKPOINT, data=data)
     drop_old(registry, ref.name, job_id, made["best_step"])
+
+
+def _told(registry: Registry, job_id: str) -> list[JobEvent]:
+    return registry.store.list_job_events(job_id, (CHECKPOINT,), limit=100)
 
 
 def drop_old(registry: Registry, name: str, job_id: str, best_step: int) -> None:

@@ -6,13 +6,11 @@ sweep's trial in an actor on the same host.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.train import Checkpoint
@@ -20,16 +18,19 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Report
 
 from pedro.errors import NotFoundError, PedroError, UnavailableError
 from pedro.registry import CHAMPION, Registry
-from pedro.training import outbox
+from pedro.training import outbox, waiting_checkpoints
 from pedro.training.background import Background
 from pedro.training.checkpoint_versions import publish
 from pedro.training.curves import log_point
 from pedro.training.handed_adapters import HandedAdapter, hand
-from pedro.training.trainer import ADAPTER, unpack_settings
+from pedro.training.storage import join
+from pedro.training.trainer import unpack_settings
+from pedro.training.waiting_checkpoints import ADAPTER
 
 if TYPE_CHECKING:
     from pedro.config import Settings
     from pedro.refs import ModelRef
+    from pedro.training.waiting_checkpoints import WaitingCheckpoint
 
 LOOK_S, CURVES_S, ANSWERS_S, MODELS_S = 5.0, 60.0, 5.0, 600.0
 """How long the last look into the outbox may take, and what is left to do then. No worker waits by then."""
@@ -49,6 +50,8 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         self._underway: set[int] = set()
         """Questions of the present worker that are being answered: it may ask again meanwhile."""
         self._worker: Any = None
+        self._run = join(settings.storage, "runs", job_id)
+        self._began = False
         self._looked = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -57,6 +60,9 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._worker, self._underway = worker_group.get_workers()[0], set()
+        if not self._began:
+            self._began = True
+            self.take_up()
         self._looked.set()
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
@@ -73,7 +79,8 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         self.close()
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
-        """A checkpoint is kept by now. Its adapter is copied at once: the checkpoint goes when newer ones come."""
+        """A checkpoint is kept by now. Its adapter is copied at once, since the checkpoint goes when newer ones come,
+        and to where the next driver finds it if this one is killed."""
         made = metrics[0].get(outbox.MODEL)
         if made is None or training_report.checkpoint is None:
             return
@@ -83,19 +90,28 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
     def publish_from(self, copy_to: Callable[[Any], object], made: Mapping[str, Any]) -> None:
         """Copy a checkpoint's adapter with `copy_to`, which takes a directory, and begin to make a version of it."""
         try:
-            scratch = _filled(copy_to)
+            kept = waiting_checkpoints.keep(self._run, copy_to, made)
         except Exception as error:  # noqa: BLE001 - whatever the storage raises, or a full disk
             _say_no_model(made, error)
         else:
-            self._models.do(partial(self._publish, scratch, made))
+            self._models.do(partial(self._publish, kept))
 
-    def _publish(self, scratch: tempfile.TemporaryDirectory[str], made: Mapping[str, Any]) -> None:
+    def take_up(self) -> None:
+        """Begin to make versions of what a driver before this one was killed with."""
+        self._models.do(self._publish_waiting)
+
+    def _publish_waiting(self) -> None:
+        for kept in waiting_checkpoints.waiting(self._run):
+            self._publish(kept)
+
+    def _publish(self, kept: WaitingCheckpoint) -> None:
         try:
-            publish(self._registry, self._model, self._job_id, self._run_id, Path(scratch.name), made)
+            with kept.here() as directory:
+                publish(self._registry, self._model, self._job_id, self._run_id, directory, kept.made)
         except Exception as error:  # noqa: BLE001 - whatever the tracking server's client raises
-            _say_no_model(made, error)
+            _say_no_model(kept.made, error)
         finally:
-            scratch.cleanup()
+            kept.remove()
 
     def _look(self) -> None:
         self._looked.clear()
@@ -151,16 +167,6 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
 
 def _again(settings: Mapping[str, str], model: ModelRef, run_id: str, job_id: str) -> Errands:
     return Errands(unpack_settings(settings), model, run_id, job_id)
-
-
-def _filled(copy_to: Callable[[Any], object]) -> tempfile.TemporaryDirectory[str]:
-    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    try:
-        copy_to(scratch.name)
-    except BaseException:
-        scratch.cleanup()
-        raise
-    return scratch
 
 
 def _say_no_model(made: Mapping[str, Any], error: Exception) -> None:

@@ -28,6 +28,7 @@ from pedro.training.progress import say
 from pedro.training.scored_rows import FILE, write_rows
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import join
+from pedro.training.waiting_checkpoints import ADAPTER
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from pedro.training.worker import Trained
     from pedro.training.worker_group import WorkerGroup
 
-ADAPTER, STATE, ANSWER = "adapter", "state", "answer.json"
+STATE, ANSWER = "state", "answer.json"
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for it; Ray's default is 2 s

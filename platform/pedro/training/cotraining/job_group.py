@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from pedro.training.handed_adapters import hand_parent
 from pedro.training.lost_workers import reason
 from pedro.training.scored_rows import FILE
 from pedro.training.storage import fetch_folder, folders, join
-from pedro.training.trainer import ADAPTER, ENVIRONMENT, Result, WorkersLost, is_result, read_result
+from pedro.training.trainer import ENVIRONMENT, Result, WorkersLost, is_result, read_result
+from pedro.training.waiting_checkpoints import ADAPTER
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -76,11 +77,14 @@ class JobGroup:
         run = join(settings.storage, "runs", job_id)
         if (result := _result(run, scratch)) is not None:  # a driver before this one was lost when all was done
             self.leave(job_id)
+            with closing(Errands(settings, spec.ref, run_id, job_id)) as errands:
+                errands.take_up()
             self._heed(job_id)
             return result
         member = Member(job_id, spec.to_dict(), hand_parent(spec, settings, job_id), checkpoint_models)
         job = JobOfGroup(member, spec)
         errands = Errands(settings, spec.ref, run_id, job_id)
+        errands.take_up()
         try:
             with self._change:
                 if self._over:  # the driver was asked to end meanwhile

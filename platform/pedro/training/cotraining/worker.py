@@ -26,7 +26,8 @@ from pedro.stored_files import remove
 from pedro.training.outbox import THE_CHAMPION, Outbox
 from pedro.training.spec import FineTuneSpec
 from pedro.training.storage import fetch_folder, folders, join, put_folder
-from pedro.training.trainer import ADAPTER, STATE, quiet_worker, write_result
+from pedro.training.trainer import STATE, quiet_worker, write_result
+from pedro.training.waiting_checkpoints import ADAPTER
 
 if TYPE_CHECKING:
     import torch
