@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 from audit_entries import last_audit
+from otlp_collector import collector
 from ray._private.authentication_test_utils import reset_auth_token_state
 from safetensors.torch import load_file, save_file
 from serving_adapters import OTHER_BACKBONE, backbone, make_adapter, register, settings_at, tokenizer
@@ -63,7 +64,14 @@ def here():
 
 
 @pytest.fixture(scope="module")
-def served(here):
+def traces():
+    """What the server sends its spans to."""
+    with collector() as collecting:
+        yield collecting
+
+
+@pytest.fixture(scope="module")
+def served(here, traces):
     """The server, with acme.faq (1 and 2, the champion), acme.alien of another backbone and globex.faq."""
     settings = settings_at(here / "home")
     registry, store = Registry.open(settings), Store(settings.database_url)
@@ -77,6 +85,7 @@ def served(here):
     add("acme.faq", 1), add("acme.faq", 2), add("globex.faq", 3, shape="completion")
     add("acme.alien", 4, digest=OTHER_BACKBONE)
     os.environ["PEDRO_HTTP_HEADERS_TIMEOUT_S"] = "3"
+    os.environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": traces.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
     cluster.prepare_environment(settings)
     reset_auth_token_state()  # Ray reads mode and token once a process, and another test may have met it first
     try:
@@ -172,6 +181,24 @@ def test_the_server_answers_at_both_kinds_of_addresses_and_knows_who_comes_by_th
             with connection(served, host) as line:
                 line.sendall(said + b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert int(line.recv(4096).split()[1]) == status, "the document is for this machine and for operators"
+
+
+def test_a_collector_gets_a_request_as_one_trace_of_two_processes_and_is_not_waited_for(client, traces):
+    def asked(trace):
+        complete(client(), "acme.faq", max_tokens=3, extra_headers={"traceparent": f"00-{trace}-{'1' * 16}-01"})
+        return lambda: {span.name: span for span in traces.spans() if span.trace == trace}
+
+    traces.goes_on.clear()
+    of_trace = [asked(f"{number:032x}") for number in range(1, 5)]
+    assert not any(found() for found in of_trace), "they are answered, and it has not answered yet"
+    traces.goes_on.set()
+    for found in of_trace:
+        wait_for(lambda found=found: len(found()) == 5)
+        spans = found()
+        request, engine = spans.pop("POST /v1/completions"), spans.pop("engine")
+        assert (request.service, request.parent) == ("pedro-gateway", "1" * 16)
+        assert (engine.service, engine.parent) == ("pedro-engine", request.id)
+        assert {(span.service, span.parent) for span in spans.values()} == {("pedro-engine", engine.id)}
 
 
 def test_the_client_lists_the_backbone_and_the_tenants_own_champions(client):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import logging
 import sys
-import threading
 
 import httpx
 import pytest
 from gateway_engine import served_engine
 from gateway_server import serve
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics_families
 
@@ -122,43 +119,6 @@ def test_a_job_is_a_trace_that_its_id_names_whatever_process_it_is_in(sent, tmp_
     assert spans["job"].start_time <= spans["driver"].start_time
     assert not spans["job"].status.is_ok
     assert not spans["check data"].status.is_ok
-
-
-@pytest.fixture
-def collector():
-    """A collector's address, and the spans that it was sent."""
-    got = []
-
-    class Collector(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            content = self.rfile.read(int(self.headers["content-length"]))
-            sent = ExportTraceServiceRequest.FromString(content)
-            for of_process in sent.resource_spans:
-                named = {each.key: each.value.string_value for each in of_process.resource.attributes}
-                got.extend(
-                    (named["service.name"], span.name) for scope in of_process.scope_spans for span in scope.spans
-                )
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", got
-        server.shutdown()
-
-
-def test_a_collector_that_the_environment_names_is_sent_the_spans(collector, monkeypatch):
-    address, got = collector
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
-    tracing.start("pedro-engine", "r0")
-    with tracing.span("whole"), tracing.span("part"):
-        pass
-    tracing.stop()
-    assert sorted(got) == [("pedro-engine", "part"), ("pedro-engine", "whole")]
 
 
 def test_tracing_is_off_unless_it_is_asked_for_and_can_be_had(monkeypatch, caplog):

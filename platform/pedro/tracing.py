@@ -7,9 +7,11 @@ variables (https://opentelemetry.io/docs/specs/otel/configuration/sdk-environmen
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ TRACEPARENT: ContextVar[str] = ContextVar("traceparent", default="")
 """The span that what is done now belongs to, as https://www.w3.org/TR/trace-context/ writes it."""
 MAX_STEPS = 128  # of an answer: as many events as OpenTelemetry keeps of a span
 MAX_TEXT = 200
+LAST, LAST_S = "last spans", 3.0  # so long who ends waits for a collector
 TRACER: Tracer | None = None
 log = logging.getLogger("pedro")
 
@@ -45,10 +48,11 @@ def start(service: str, instance: str = "", exporter: SpanExporter | None = None
             return
         exporter = OTLPSpanExporter()
     TRACER = Tracer(service, instance, exporter)
+    atexit.register(stop)
 
 
 def stop() -> None:
-    """Send what is left, and make no more."""
+    """Send what is left, as far as the collector takes it soon, and make no more."""
     global TRACER
     tracer, TRACER = TRACER, None
     if tracer is not None:
@@ -100,12 +104,16 @@ class Tracer:
 
         named = {"service.name": service, "service.instance.id": instance or str(os.getpid())}
         self._ids = Ids()
-        self._provider = TracerProvider(resource=Resource.create(named), id_generator=self._ids)
+        resource = Resource.create(named)
+        self._provider = TracerProvider(resource=resource, id_generator=self._ids, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("pedro")
 
     def close(self) -> None:
-        self._provider.shutdown()
+        """Send what is left. The exporter tries for half a minute where nobody answers, which nobody waits for."""
+        sending = threading.Thread(target=self._provider.shutdown, name=LAST, daemon=True)
+        sending.start()
+        sending.join(LAST_S)
 
     def begin(self, name: str, parent: str, facts: Mapping[str, Any], begun_ns: int | None = None) -> Span:
         """A span that whoever began it ends."""
