@@ -192,6 +192,19 @@ def definitions(path: Path) -> Iterator[str]:
                     yield f"{node.name}.{name}"
 
 
+def test_each_fault_that_a_harness_found_is_held_by_a_test_that_there_is():
+    section = (
+        (ROOT / "CHANGELOG.md").read_text("utf-8").partition("### Found by the harnesses")[2].partition("\n## ")[0]
+    )
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    assert {row[0] for row in rows} >= {"chaos", "fuzz", "integration", "alerts"}
+    for _, what, test in rows:
+        file, _, name = test.strip("`").partition("::")
+        (found,) = (ROOT / "tests").rglob(file)
+        assert f"def {name}(" in found.read_text("utf-8"), f"{what}: {test}"
+
+
 def test_no_curl_that_we_show_has_a_key_among_its_arguments():
     shown = [*PAGES, *(ROOT / "platform" / "pedro").rglob("*.py"), *(ROOT / "dashboard").rglob("*.py")]
     for path in shown:

@@ -67,6 +67,31 @@ def test_every_route_is_told_with_its_body_and_every_reference_leads_somewhere(t
     assert named - known.keys() == set()
 
 
+def test_a_stream_is_told_as_its_events(told):
+    streams = [
+        content["schema"]
+        for of in told["paths"].values()
+        for operation in of.values()
+        for media, content in operation["responses"]["200"].get("content", {}).items()
+        if media == "text/event-stream"
+    ]
+    assert len(streams) >= 3
+    assert all((each["type"], each["required"]) == ("object", ["data"]) for each in streams)
+
+
+def test_lists_tell_that_an_unknown_after_is_a_404(told):
+    lists = [
+        operation
+        for of in told["paths"].values()
+        for operation in of.values()
+        if any(
+            each["name"] == "after" and each["schema"]["type"] == "string" for each in operation.get("parameters", ())
+        )
+    ]
+    assert len(lists) >= 5
+    assert all("404" in operation["responses"] for operation in lists)
+
+
 @pytest.mark.parametrize("kind", sorted({each.body for each in ROUTES.values() if each.body}, key=lambda k: k.__name__))
 def test_the_schema_of_a_body_has_its_fields_and_those_that_ask_for_nothing(told, kind: type[Body]):
     schema = told["components"]["schemas"][kind.__name__]

@@ -55,6 +55,11 @@ def test_every_command_of_the_guide_is_typed_by_a_step():
     }
 
 
+def test_the_guides_keys_open_what_the_guide_does_with_them():
+    made = [line.split("pedro keys create ")[1].split() for line in guide.blocks("A laptop")[1].splitlines()]
+    assert made == [["acme", "--scope", "infer", "--scope", "train"], ["ops", "--scope", "admin"]]
+
+
 def test_kubectl_is_played_as_far_as_the_guide_needs_it(tmp_path):
     verbs = set(re.findall(r"kubectl (?:-n pedro )?([a-z-]+)", "".join(guide.BLOCK.findall(guide.GUIDE.read_text()))))
     namespace = Namespace(tmp_path, print)

@@ -112,8 +112,12 @@ class Tracer:
     def close(self) -> None:
         """Send what is left. The exporter tries for half a minute where nobody answers, which nobody waits for."""
         sending = threading.Thread(target=self._provider.shutdown, name=LAST, daemon=True)
-        sending.start()
-        sending.join(LAST_S)
+        try:
+            sending.start()
+        except RuntimeError:  # as the interpreter ends, where no thread can begin
+            self._provider.shutdown()
+        else:
+            sending.join(LAST_S)
 
     def begin(self, name: str, parent: str, facts: Mapping[str, Any], begun_ns: int | None = None) -> Span:
         """A span that whoever began it ends."""
