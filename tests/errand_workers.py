@@ -25,7 +25,8 @@ class Worker:
 
     def execute_async(self, call: Callable[..., Any], *arguments: Any) -> SimpleNamespace:
         done: Future[Any] = Future()
-        done.set_result({outbox.take: self.outbox.take, outbox.answer: self.outbox.answer}[call](*arguments))
+        own: dict[Any, Callable[..., Any]] = {outbox.take: self.outbox.take, outbox.answer: self.outbox.answer}
+        done.set_result(own[call](*arguments))
         return SimpleNamespace(future=lambda: done)
 
 

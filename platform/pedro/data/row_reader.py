@@ -9,19 +9,26 @@ from __future__ import annotations
 import csv
 import re
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from pedro.data.files import BOM, Kind, delimiter, kind_of_file, open_data, pyarrow
-from pedro.data.mistakes import LineError, name_of
+from pedro.data.mistakes import LineError, escaped, name_of
 from pedro.data.row_shapes import parse_object
 from pedro.errors import DataError
 
 MAX_LINE_BYTES = 1 << 20
 CHUNK = 1 << 16
 FEW = 10  # parquet rows read at once: a small file may repeat a huge text
+UNREADABLE = (
+    ValueError,
+    OverflowError,
+    KeyError,
+)  # what pyarrow raises of a value; KeyError of a zone that there is not
 OUTSIDE, INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')  # what matters outside and inside a JSON string
 Row = dict[str, Any]
 
@@ -184,21 +191,46 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row | LineError]]:
     try:
         file = arrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK)
         for batch in file.iter_batches(batch_size=FEW):
-            for row in batch.to_pylist() if batch.nbytes <= MAX_LINE_BYTES else _one_by_one(batch):
+            for row in _whole(batch) or _one_by_one(batch):
                 number += 1
-                yield number, row if isinstance(row, dict) else _too_long(number, row)
-    except arrow.ArrowException as error:
+                yield number, row if isinstance(row, dict) else row(number)
+    except (arrow.ArrowException, *UNREADABLE) as error:  # the latter of names in its schema
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"data: {str(path)!r} is not a readable Parquet file: {reason}; save it again", param="data"
         ) from None
 
 
-def _one_by_one(batch: Any) -> Iterator[Row | int]:
-    """The rows of a batch; in place of one that is too large, how many bytes it has."""
+def _whole(batch: Any) -> list[Row]:
+    """The rows of a batch; none where it is too large, or where one cannot be read."""
+    if batch.nbytes <= MAX_LINE_BYTES:
+        with suppress(*UNREADABLE):
+            rows: list[Row] = batch.to_pylist()
+            return rows
+    return []
+
+
+def _one_by_one(batch: Any) -> Iterator[Row | Callable[[int], LineError]]:
+    """The rows of a batch; in place of one that cannot be used, what makes the error of its number."""
     for index in range(batch.num_rows):
         row = batch.slice(index, 1)
-        yield row.to_pylist()[0] if row.nbytes <= MAX_LINE_BYTES else row.nbytes
+        if row.nbytes > MAX_LINE_BYTES:
+            yield partial(_too_long, size=row.nbytes)
+        else:
+            yield (_whole(row) or [partial(_unreadable, row=row)])[0]
+
+
+def _unreadable(number: int, row: Any) -> LineError:
+    """Of a row with a value that Parquet can hold and Python cannot: a day beyond the year 9999, text in no UTF-8."""
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.to_pylist()
+        except UNREADABLE as error:
+            why = escaped(" ".join(str(error).split()))[:100]
+            return LineError(
+                number, name_of(name), f"its value cannot be read ({why}); save it as text, or leave it out"
+            )
+    return LineError(number, "row", "it cannot be read; save the file again")
 
 
 def _decoded(raw: bytes, number: int) -> str:
