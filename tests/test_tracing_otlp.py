@@ -86,7 +86,7 @@ def test_no_text_of_a_tenant_reaches_a_collector(collecting, engine):
     whole = engine.post("/v1/completions", json={"model": "stories260K", "prompt": SECRET, **few}).json()
     streamed = engine.post("/v1/chat/completions", json={**chat, "stream": True}).text
     events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
-    wrong = {"temperature": SECRET}, {SECRET: 1}, {"stop": [SECRET] * 9}, {"messages": SECRET}, {"tools": [SECRET]}
+    wrong = {"temperature": SECRET}, {SECRET: 1}, {"stop": [[SECRET]]}, {"messages": SECRET}, {"tools": [SECRET]}
     for change in wrong:
         assert engine.post("/v1/chat/completions", json={**chat, **change}).status_code == 400
     assert engine.post(f"/v1/{SECRET}", content=SECRET).status_code == 404

@@ -162,9 +162,14 @@ class NoRay(JobGroup):
 
 @pytest.fixture
 def errands(monkeypatch):
-    """Jobs' errands, of which there are none."""
-    fake = SimpleNamespace(do=lambda item, reply: None, close=lambda: None)
-    monkeypatch.setattr(job_group, "Errands", lambda *arguments: fake)
+    """Jobs' errands, of which there are none; gives the jobs whose waiting checkpoints were taken up."""
+    taken_up = []
+
+    def fake(_settings, _model, _run_id, job_id):
+        return SimpleNamespace(do=lambda *_: None, close=lambda: None, take_up=lambda: taken_up.append(job_id))
+
+    monkeypatch.setattr(job_group, "Errands", fake)
+    return taken_up
 
 
 def fitted(group, settings, members, tmp_path):
@@ -200,6 +205,7 @@ def test_a_driver_tells_each_of_its_jobs_how_it_ended(tmp_path, settings, errand
     ended = fitted(group, settings, members, tmp_path)
     assert ended["ftjob-acme"].metrics["steps"] == 2, "as of a driver before this one"
     assert (ended["ftjob-acme"].directory / "adapter_config.json").is_file()
+    assert sorted(errands) == ["ftjob-acme", "ftjob-globex", "ftjob-initech"], "what such a driver may have left"
     assert str(ended["ftjob-globex"]) == "the loss is nan"
     assert isinstance(ended["ftjob-initech"], SystemExit)
 
@@ -247,6 +253,7 @@ def test_a_job_that_is_to_end_makes_no_version_though_its_result_is_there(tmp_pa
     store.ask_of_job(job_id, JobStatus.PAUSED)
     group = NoRay(settings, [job_id])
     assert isinstance(fitted(group, settings, [one], tmp_path)[job_id], SystemExit)
+    assert errands == []
     gone = JobOfGroup(Member("ftjob-erased", {}, None), None)
     wanted = JobOfGroup(Member(job_id, {}, None), None)
     goes_on = JobOfGroup(Member(queued(settings)[1], {}, None), None)

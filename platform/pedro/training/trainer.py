@@ -384,8 +384,7 @@ def unpack_settings(plain: Mapping[str, str]) -> Settings:
 
 
 def _first_failure(error: BaseException) -> BaseException:
-    failures = getattr(error, "worker_failures", None) or {}
-    return next(iter(failures.values()), None) or error
+    return next(iter((getattr(error, "worker_failures", None) or {}).values()), None) or error
 
 
 def quiet_worker() -> None:

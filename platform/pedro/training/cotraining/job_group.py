@@ -77,9 +77,9 @@ class JobGroup:
         run = join(settings.storage, "runs", job_id)
         if (result := _result(run, scratch)) is not None:  # a driver before this one was lost when all was done
             self.leave(job_id)
+            self._heed(job_id)
             with closing(Errands(settings, spec.ref, run_id, job_id)) as errands:
                 errands.take_up()
-            self._heed(job_id)
             return result
         member = Member(job_id, spec.to_dict(), hand_parent(spec, settings, job_id), checkpoint_models)
         job = JobOfGroup(member, spec)
