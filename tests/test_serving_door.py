@@ -313,6 +313,14 @@ def test_behind_the_kept_port_each_client_is_known_by_its_address_and_bounded_by
             until(lambda: not BoundedProtocol.held)
 
 
+def test_who_is_passed_on_twice_is_named_once(port, shared):
+    """The server was gone again, and the connection came to the kept port a second time."""
+    keeper = Door("127.0.0.1", port, lambda: True, lambda: True)
+    once = keeper._introduced("203.0.113.1", b"GET /")
+    assert once.endswith(b"\r\nGET /")
+    assert keeper._introduced("127.0.0.1", once) == once
+
+
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
 def test_a_port_of_both_kinds_of_addresses_is_kept_and_its_clients_are_known(port, shared):
     try:

@@ -136,7 +136,7 @@ class Door:
 
     def _introduced(self, client: str, said: bytes) -> bytes:
         """What the client said, behind the line that names it; one that this very port passed on has it already."""
-        if self._key is None or (told := read_line(said, self._key)) is not None and told[0]:
+        if self._key is None or ((told := read_line(said, self._key)) is not None and told[0]):
             return said
         return line_for(client, self._key) + said
 
