@@ -24,11 +24,7 @@ from pedro.errors import DataError
 MAX_LINE_BYTES = 1 << 20
 CHUNK = 1 << 16
 FEW = 10  # parquet rows read at once: a small file may repeat a huge text
-UNREADABLE = (
-    ValueError,
-    OverflowError,
-    KeyError,
-)  # what pyarrow raises of a value; KeyError of a zone that there is not
+UNREADABLE = (ValueError, OverflowError, KeyError)  # of pyarrow, for values; KeyError for a zone that there is not
 OUTSIDE, INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')  # what matters outside and inside a JSON string
 Row = dict[str, Any]
 

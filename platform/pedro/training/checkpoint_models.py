@@ -42,12 +42,12 @@ class CheckpointModels:
             if group.rank:
                 return None
             check_servable(directory, self._context.backbone)
+            made = {"step": state.step, "best_step": state.best_step, "metrics": measured_at(state.step, state.told)}
+            (directory.parent / MADE).write_text(json.dumps(made))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the training is worth more
             if group.rank == 0:
                 self._say(f"the checkpoint of step {state.step:,} is no model: {error}")
             return None
         finally:
             self._context.engine.mode(training=True)
-        made = {"step": state.step, "best_step": state.best_step, "metrics": measured_at(state.step, state.told)}
-        (directory.parent / MADE).write_text(json.dumps(made))
         return made
