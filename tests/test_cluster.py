@@ -112,7 +112,7 @@ def test_what_may_be_a_password_is_taken_for_one_and_not_shown(url, secret):
 
 
 def test_a_storage_with_a_key_in_its_url_is_refused_because_manifests_would_hold_it(home):
-    with pytest.raises(ConfigError, match="PEDRO_STORAGE: holds a password"):
+    with pytest.raises(ConfigError, match="PEDRO_STORAGE: contains a password"):
         Settings.from_env({"PEDRO_HOME": str(home), "PEDRO_STORAGE": f"s3://id:{SECRET}@bucket/x"})
 
 

@@ -207,7 +207,7 @@ def test_a_config_that_peft_does_not_take_is_told(adapter, text):
 def test_a_pickle_anywhere_is_refused(adapter, name):
     (adapter / name).parent.mkdir(parents=True, exist_ok=True)
     (adapter / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(AdapterError, match=r"may hold code \(pickle\)"):
+    with pytest.raises(AdapterError, match=r"may contain code \(pickle\)"):
         verify_adapter(adapter, BACKBONE)
 
 

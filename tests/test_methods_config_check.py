@@ -97,7 +97,7 @@ def test_a_field_that_the_engine_does_not_implement_is_refused_by_name(lora, tmp
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow: PEFT .* knows no such field of LoraConfig"),
+        ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow: PEFT .* has no such field of LoraConfig"),
         ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changes the backbone's weights"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication: changes the backbone itself"),
         *(

@@ -166,7 +166,7 @@ def test_mlflow_shows_each_move_and_is_not_waited_for(settings, caplog):
     away = Registry.open(settings)
     away.__dict__["client"] = Away()
     assert away.rollback(NAME).version == 2
-    assert "could not be told" in caplog.text
+    assert "could not be updated" in caplog.text
     assert standing(settings) == (2, 4)
     assert in_mlflow(registry) == {"champion": 4, "previous": 2}
     assert away.mirror() == [NAME] == registry.store.unmirrored()

@@ -54,7 +54,7 @@ def _fetch(location: str, folder: Path) -> None:
     wanted = {name: entry for name, entry in entries.items() if KNOWN.fullmatch(name) and entry["type"] == "file"}
     if PICKLED in entries and WEIGHTS not in entries:
         raise AdapterError(
-            f"{PICKLED}: may hold code (pickle) and is refused; load it where you trust it and save it again with "
+            f"{PICKLED}: may contain code (pickle) and is refused; load it where you trust it and save it again with "
             "model.save_pretrained(directory, safe_serialization=True)"
         )
     if not wanted or len(wanted) > MOST_FILES:

@@ -123,9 +123,9 @@ def _unreadable(header: GGUFHeader) -> str:
     model = header.metadata.get("tokenizer.ggml.model")
     split = header.metadata.get("tokenizer.ggml.pre", "")
     if model not in GGUF_TOKENIZER_TYPES or model == "t5":
-        return f"holds a tokenizer that cannot be rebuilt (of the kind {model!r:.40})"
+        return f"contains a tokenizer that cannot be rebuilt (of the kind {model!r:.40})"
     if model == "gpt2" and split not in (*PLAIN_SPLITS, "smollm", *GGUF_PRE_TOKENIZER_SPLITS):
-        return f"holds a tokenizer that cannot be rebuilt (it splits text as {split!r:.40} does, which is not known)"
+        return f"contains a tokenizer that cannot be rebuilt (it splits text as {split!r:.40} does, which is not known)"
     return ""
 
 
@@ -219,7 +219,7 @@ def _check_tokenizer(path: Path, facts: Mapping[str, Any], tokenizer: PreTrained
     tokens, kinds = facts["tokens"], facts.get("token_type") or ()
     if len(tokenizer) != len(tokens):
         raise _refused(
-            path, f"holds a tokenizer that cannot be rebuilt ({len(tokens):,} tokens became {len(tokenizer):,})"
+            path, f"contains a tokenizer that cannot be rebuilt ({len(tokens):,} tokens became {len(tokenizer):,})"
         )
     whole = [index for index, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)]
     named = {f"{name}_token": facts.get(f"{name}_token_id") for name in SPECIAL}
@@ -227,7 +227,7 @@ def _check_tokenizer(path: Path, facts: Mapping[str, Any], tokenizer: PreTrained
         if (found := tokenizer.convert_tokens_to_ids(tokens[index])) != index:
             raise _refused(
                 path,
-                f"holds a tokenizer that cannot be rebuilt (its token {index}, {tokens[index]!r:.60}, became {found})",
+                f"contains a tokenizer that cannot be rebuilt (its token {index}, {tokens[index]!r:.60}, became {found})",
             )
     for name, index in named.items():
         if index is not None and getattr(tokenizer, f"{name}_id") != index:
@@ -237,7 +237,7 @@ def _check_tokenizer(path: Path, facts: Mapping[str, Any], tokenizer: PreTrained
     ids = tokenizer(SAMPLE, add_special_tokens=False).input_ids
     text = str(tokenizer.decode(ids))
     if tokenizer.unk_token_id not in ids and text.strip() != SAMPLE.strip():
-        raise _refused(path, f"holds a tokenizer that cannot be rebuilt (it reads {SAMPLE!r} as {text!r:.80})")
+        raise _refused(path, f"contains a tokenizer that cannot be rebuilt (it reads {SAMPLE!r} as {text!r:.80})")
 
 
 @contextmanager
@@ -248,7 +248,7 @@ def _rebuilding(path: Path) -> Iterator[None]:
     except BackboneError:
         raise
     except Exception as error:  # the tokenizers library raises plain exceptions
-        raise _refused(path, f"holds a tokenizer that cannot be rebuilt ({_line(error)})") from error
+        raise _refused(path, f"contains a tokenizer that cannot be rebuilt ({_line(error)})") from error
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def obtain_backbone(settings: Settings, name: str, log: Log = lambda _line: None
                     raise BackboneError(f"backbone: the copy of {name!r} in the storage is damaged", param="backbone")
     if resolve_backbone(name).digest != offered["digest"]:
         raise BackboneError(
-            f"backbone: {name!r} on this host is another one than the job's; `pedro backbones remove {name}` here, and "
+            f"backbone: {name!r} on this host differs from the job's; `pedro backbones remove {name}` here, and "
             "the job's is taken from the storage",
             param="backbone",
         )

@@ -108,7 +108,7 @@ class Staging:
     @staticmethod
     def _occupied(path: Path) -> ConflictError:
         return ConflictError(
-            f"{path} is there already, and a backup is restored into an empty home alone; set PEDRO_HOME to a new "
+            f"{path} already exists, and a backup is only restored into an empty home; set PEDRO_HOME to a new "
             "folder (PEDRO_STORAGE and MLFLOW_TRACKING_URI too where they are set), or move it away",
             param="PEDRO_HOME",
         )

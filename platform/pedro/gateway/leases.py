@@ -220,10 +220,10 @@ class Leases:
     def _gone(self, reason: str) -> None:
         if self._away_since is None:
             self._away_since = self._clock()
-            log.warning("the database does not answer (%s): quotas are this gateway's share from now on", reason)
+            log.warning("the database does not answer (%s): applying this gateway's share of each quota", reason)
 
     def _returned(self) -> None:
-        log.warning("the database answers again: quotas are shared")
+        log.warning("the database answers again: quotas are shared again")
         self._away_since = None
         now = self._clock()
         for lease in self._leases.values():

@@ -77,7 +77,7 @@ def read_config(directory: str | Path) -> PeftConfig:
         ) from error
     if unknown:
         raise AdapterError(
-            f"{CONFIG}: {unknown[0]}: PEFT {version('peft')} knows no such field of {type(config).__name__}, so it "
+            f"{CONFIG}: {unknown[0]}: PEFT {version('peft')} has no such field of {type(config).__name__}, so it "
             "would be ignored; train without it"
         )
     if changed := changed_backbone(config) or wrong_invocation(config):

@@ -37,7 +37,7 @@ def refuse_pyreft(directory: Path) -> None:
         return
     if isinstance(saved, dict) and "intervention_types" in saved:
         raise AdapterError(
-            f"{PYREFT_CONFIG}: is one of pyreft, whose .bin files may hold code (pickle) and are refused; load them "
+            f"{PYREFT_CONFIG}: is one of pyreft, whose .bin files may contain code (pickle) and are refused; load them "
             "where you trust them and save them as an adapter of loreft: docs/methods.md#reft shows how"
         )
 
@@ -97,7 +97,7 @@ def _refuse_what_is_no_file(path: Path) -> None:
         raise AdapterError(f"{path.name}: is a link, which may lead out of the adapter; copy the file instead")
     if path.name == WEIGHTS and path.with_suffix(".bin").exists() and not path.exists():
         raise AdapterError(
-            "adapter_model.bin: may hold code (pickle) and is refused; load it where you trust it and save it again "
+            "adapter_model.bin: may contain code (pickle) and is refused; load it where you trust it and save it again "
             "with model.save_pretrained(directory, safe_serialization=True)"
         )
     if not path.is_file():

@@ -231,7 +231,7 @@ class Registry(Tracking):
         telling.start()
         telling.join(PATIENCE_S if self.sqlite_file is None else LOCAL_PATIENCE_S)
         if telling.is_alive():
-            log.warning("%s: moved; MLflow, which shows it, does not answer, and is told later", name)
+            log.warning("%s: moved; MLflow does not answer and will be updated later", name)
 
     def _tell(self, name: str) -> bool:
         try:
@@ -239,7 +239,7 @@ class Registry(Tracking):
                 tell(self, self.store, name)
         except (self.error, PedroError, OSError) as error:
             why = str(error).partition("\n")[0]
-            log.warning("%s: moved; MLflow, which shows it, could not be told, and is later (%s)", name, why)
+            log.warning("%s: moved; MLflow could not be updated and will be later (%s)", name, why)
             return False
         return True
 

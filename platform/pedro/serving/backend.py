@@ -177,7 +177,7 @@ class ServeBackend:
                 candidate = await self._resolver.resolve(call.tenant, str(ref))
                 if candidate.version != version.version and self._faults.current(candidate.model_ref) is None:
                     log.warning(
-                        "%s is answered by %s, since %s cannot be served", call.model, candidate.ref, version.ref
+                        "%s is answered by %s, because %s cannot be served", call.model, candidate.ref, version.ref
                     )
                     return candidate
         return None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 PROBE_S = 30.0  # how long a suspected adapter may keep others apart while its first token is awaited
 GRACE_S = 0.5
-TOO_LATE = "the time that this request may take has passed; allow more or ask for fewer tokens"
+TOO_LATE = "the request has reached its time limit; allow more or ask for fewer tokens"
 LOST = "the engine that answered was lost; try again"
 SET_ASIDE_S = {"adapter_unusable": 60.0, "adapter_unavailable": 5.0, "adapter_quarantined": 600.0}
 """The codes of errors that are a version's own, and how long each is taken as said before it is tried again."""
@@ -87,7 +87,7 @@ class Retries:
                 if attempt == ATTEMPTS or (suspected and implicated) or (call.n > 1 and last is not None):
                     raise UnavailableError(LOST, code="replica_lost") from error
                 log.warning(
-                    "request %s (%s): its replica was lost after %d tokens; issued again",
+                    "request %s (%s): replica lost after %d tokens; reissued",
                     call.trace_id,
                     name,
                     len(sent),
@@ -220,7 +220,7 @@ class VersionFaults:
         self.add(
             ref,
             UnavailableError(
-                f"model: {named} is set aside, since engine replicas were lost on its requests; ask an operator",
+                f"model: {named} is set aside because engine replicas were lost on its requests; ask an operator",
                 param="model",
                 code="adapter_quarantined",
             ),

@@ -70,7 +70,7 @@ class ModelResolver:
                 away = False
             except Exception:
                 if not away:
-                    log.warning("the platform's database does not answer; serving what is known of it", exc_info=True)
+                    log.warning("the platform's database does not answer; serving from what is cached", exc_info=True)
                 away = True
             if self._catalog is None or self._catalog.store.is_file:
                 await asyncio.sleep(self._interval_s)

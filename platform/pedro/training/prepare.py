@@ -108,7 +108,7 @@ def prepare_data(
     max_length = training.max_length or context
     if max_length > context:
         raise ConfigError(
-            f"training.max_length: {max_length} is more than the {context} tokens that {backbone.id} was made for",
+            f"training.max_length: {max_length} exceeds the {context} tokens that {backbone.id} supports",
             param="training.max_length",
         )
     files = {name: fetch(location, cache) for name, location in data.files().items()}

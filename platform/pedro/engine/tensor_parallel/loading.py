@@ -45,7 +45,7 @@ def load_shard(backbone: Backbone, dtype: str, device: str, shard: Shard) -> Pre
     stored = stored_tensors(backbone)
     if not stored:
         raise BackboneError(
-            f"tensor_parallel_size: the files of {backbone.id!r} are damaged or hold other tensors than the model has, "
+            f"tensor_parallel_size: the files of {backbone.id!r} are damaged or contain other tensors than the model, "
             "so that no rank can read its part of them; save the model again with save_pretrained",
             param="tensor_parallel_size",
         )
